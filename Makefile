@@ -1,0 +1,60 @@
+# What a checkout can do. Needs python3 (3.10 to 3.13) with its venv module, and nothing else.
+#
+#   make demo     set up, then compress the demo model (SmolLM2-135M-Instruct, 30 layers) to 25 layers
+#   make test     set up, then every check: style, types, tests
+#   make lint     style and types alone
+#   make bench    the measurements in the README
+#   make clean    remove what the above made (also the virtual environment)
+#
+# PYTHON=python3.12 chooses the interpreter of a new environment; PIP_FLAGS goes to pip.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+BIN := $(VENV)/bin
+
+# Two cores are shared by two test processes: one thread each is faster than four that wait for one another.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+		|| { echo "Python 3.10 to 3.13 is needed; found $$($(PYTHON) --version). Set PYTHON=..."; exit 1; }
+	@echo "making a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# A stamp says that an installation with these requirements was completed.
+$(VENV)/.stamp-demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing intarsia into $(VENV) (the first time this takes minutes: torch is large)"
+	@$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing intarsia with its checks into $(VENV) (the first time this takes minutes: torch is large)"
+	@$(PIP) -e '.[demo,dev]'
+	@touch $@
+
+demo: $(VENV)/.stamp-demo
+	$(BIN)/intarsia compress demo --layers 25 -o out/demo-25 --calibration self --overwrite
+
+test: lint
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(TEST_ENV) $(BIN)/mypy
+
+bench: $(VENV)/.stamp-dev
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) out dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find intarsia tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

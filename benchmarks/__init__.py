@@ -1,0 +1,1 @@
+"""What is claimed, as commands: `python -m benchmarks NAME`."""

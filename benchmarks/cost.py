@@ -1,0 +1,80 @@
+"""What re-running only the layers behind a change saves.
+
+CoMe, and CoMe-P with granularity 20 (all ratios on all tokens, no racing), on the demo model, once with kept hidden
+states and once made to run the whole model for every step and every ratio; in one run, alternating. Both ways make
+the same decisions; that is checked.
+
+    python -m benchmarks cost --data ../shared/data/text
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intarsia.building.resident import Resident, default_device
+from intarsia.calibration.corpus import load_corpus
+from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.planning.come import Come
+from intarsia.planning.intermediate import Intermediate
+from intarsia.planning.settings import ComeSettings
+from intarsia.recipe.recipe import Variant, identity
+from intarsia.stages.setup import load_tokenizer
+
+
+def climb(resident: Resident, corpus: Any, *, posterior: bool, reuse: bool, target: int) -> dict[str, Any]:
+    """Plan down to `target`; cost, time and the layers that came out."""
+    whole = identity(Variant(name="base", model="demo"), resident.anatomy.n_layers)
+    model = Intermediate(resident, corpus, whole.layers, reuse_prefix=reuse)
+    planner = Come(ComeSettings(granularity=20, racing=False), posterior=posterior)
+    begun = time.perf_counter()
+    model.measure()
+    first = model.layer_forwards
+    while model.depth > target:
+        step = planner.decide(model, target, [])
+        assert step is not None
+        model.replace(step.start, step.count, step.op)
+    model.close()
+    return {
+        "first": first,
+        "layer_forwards": model.layer_forwards - first,
+        "seconds": time.perf_counter() - begun,
+        "layers": model.ops,
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/text"))
+    parser.add_argument("--tokens", type=int, nargs=2, default=[8192, 2048], metavar=("COME", "COME_P"))
+    parser.add_argument("--layers", type=int, nargs=2, default=[21, 25], metavar=("COME", "COME_P"))
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    checkpoint = open_checkpoint("demo")
+    resident = Resident(checkpoint, device=default_device())
+    print(f"{torch.get_num_threads()} thread(s), {resident.device}, {resident.model.dtype}\n")
+    print("| planner | tokens | layers | | layer-forwards behind the first pass | seconds |")
+    print("|---|---:|---:|---|---:|---:|")
+    for posterior, tokens, target in zip((False, True), given.tokens, given.layers, strict=True):
+        corpus = load_corpus(
+            str(given.data / "wikitext2.valid.txt"), load_tokenizer(checkpoint), tokens=tokens, seq_len=512, seed=0
+        )
+        name = "CoMe-P, granularity 20" if posterior else "CoMe"
+        runs = {
+            reuse: climb(resident, corpus, posterior=posterior, reuse=reuse, target=target) for reuse in (True, False)
+        }
+        assert runs[True]["layers"] == runs[False]["layers"], "both ways decide the same"
+        for reuse, what in ((False, "whole model"), (True, "only what lies behind")):
+            run = runs[reuse]
+            print(f"| {name} | {tokens} | {target} | {what} | {run['layer_forwards']:.0f} | {run['seconds']:.0f} |")
+        shares = [runs[True][key] / runs[False][key] for key in ("layer_forwards", "seconds")]
+        print(f"| {name} | | | ratio | {shares[0]:.2f} | {shares[1]:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Perplexity of the demo model at several depths, by method.
+
+Calibration: equal parts of WikiText-2 (validation), news without its last tenth, and speeches. Evaluation: the first
+64 windows of 512 tokens of WikiText-2 (test), and 16 windows of that last tenth of the news. Each plan is a run
+folder and each row is kept, so a stopped benchmark goes on where it was.
+
+    python -m benchmarks quality --data ../shared/data/text -o out/bench/quality
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import intarsia
+from intarsia.cli.display import display
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "shortgpt": ("shortgpt", {}),
+    "come": ("come", {}),
+    "come-p": ("come-p", {}),
+    "come --norm average": ("come", {"norm": "average"}),
+    "come --reference": ("come", {"reference": True}),
+    "come --span-choice sleb": ("come", {"span_choice": "sleb"}),
+    "come-p --span-choice sleb": ("come-p", {"span_choice": "sleb"}),
+    "sleb": ("sleb", {}),
+}
+TABLE = ("shortgpt", "come", "come-p")
+
+
+def main() -> None:
+    """Plan, build and judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/text"))
+    parser.add_argument("-o", "--out", type=Path, default=Path("out/bench/quality"))
+    parser.add_argument("--methods", nargs="+", default=list(TABLE), choices=list(METHODS))
+    parser.add_argument("--layers", type=int, nargs="+", default=[28, 27, 25, 23, 21])
+    parser.add_argument("--tokens", type=int, default=65536)
+    given = parser.parse_args()
+    calibration = [
+        str(given.data / "wikitext2.valid.txt"),
+        f"{given.data / 'abc_news.txt'}#0:0.9",
+        str(given.data / "state_union.txt"),
+    ]
+    texts = {
+        "WikiText-2": (str(given.data / "wikitext2.test.raw.txt"), 64),
+        "news": (f"{given.data / 'abc_news.txt'}#0.9:1", 16),
+    }
+    given.out.mkdir(parents=True, exist_ok=True)
+    rows = given.out / "rows.json"
+    found: dict[str, dict[str, float]] = json.loads(rows.read_text()) if rows.exists() else {}
+
+    def judge(key: str, model: str) -> None:
+        found[key] = {
+            name: intarsia.evaluate_perplexity(model, text, windows=windows, progress=display()).value
+            for name, (text, windows) in texts.items()
+        }
+        rows.write_text(json.dumps(found, indent=2))
+        print(key, {name: round(value, 2) for name, value in found[key].items()}, flush=True)
+
+    if "dense" not in found:
+        judge("dense", "demo")
+    for name in given.methods:
+        method, options = METHODS[name]
+        run = given.out / name.replace(" --", "-").replace(" ", "-")
+        intarsia.plan(
+            "demo",
+            run,
+            layers=min(given.layers),
+            method=method,
+            calibration=calibration,
+            tokens=given.tokens,
+            settings=intarsia.ComeSettings(**options),
+            progress=display(),
+        )
+        for layers in given.layers:
+            if f"{name} {layers}" not in found:
+                folder = given.out / "model"
+                intarsia.build(run, folder, layers=layers, overwrite=True)
+                judge(f"{name} {layers}", str(folder))
+                shutil.rmtree(folder)
+    for text in texts:
+        print(f"\n{text} (dense {found['dense'][text]:.2f})\n")
+        print("| method | " + " | ".join(str(layers) for layers in given.layers) + " |")
+        print("|---|" + "---:|" * len(given.layers))
+        for name in given.methods:
+            cells = [f"{found[f'{name} {layers}'][text]:.1f}" for layers in given.layers]
+            print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

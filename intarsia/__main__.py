@@ -1,0 +1,6 @@
+"""`python -m intarsia` is the command `intarsia`."""
+
+from intarsia.cli.app import main
+
+if __name__ == "__main__":
+    main()

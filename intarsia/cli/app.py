@@ -1,0 +1,80 @@
+"""The command `intarsia` and its verbs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from intarsia.cli.build import build
+from intarsia.cli.compress import compress
+from intarsia.cli.evaluate import perplexity
+from intarsia.cli.guard import debugging
+from intarsia.cli.inspect import inspect
+from intarsia.cli.plan import plan
+
+# What other libraries say about themselves, unless the user has set it. They read this when they are imported,
+# which happens inside the verbs.
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+app = typer.Typer(name="intarsia", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+evaluation = typer.Typer(no_args_is_help=True, help="Judge a model.")
+
+app.command()(compress)
+app.command()(plan)
+app.command()(build)
+app.command()(inspect)
+app.add_typer(evaluation, name="eval")
+evaluation.command()(perplexity)
+
+
+@evaluation.callback()
+def _judge() -> None:
+    # Without a callback typer would take the only verb of the group for the group itself.
+    pass
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        try:
+            typer.echo(f"intarsia {version('intarsia')}")
+        except PackageNotFoundError:
+            typer.echo("intarsia, not installed: run from its source folder")
+        raise typer.Exit
+
+
+@app.callback()
+def intarsia(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Make language models shallower, and keep what the removed layers knew."""
+
+
+def main() -> None:
+    """The console script."""
+    if not debugging():
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        if "PYTHONWARNINGS" not in os.environ:
+            warnings.filterwarnings("ignore")
+    # A polite kill clears up like Ctrl-C does: no staging folder stays behind.
+    signal.signal(signal.SIGTERM, _terminated)
+    app()
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

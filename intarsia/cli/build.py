@@ -1,0 +1,43 @@
+"""`intarsia build`: a recipe, or a depth of a run folder's ladder, becomes a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intarsia.cli import options
+from intarsia.cli.display import display
+from intarsia.cli.guard import guard
+from intarsia.cli.show import show
+
+
+def build(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN|RECIPE", help="A run folder, or a recipe (.yaml).", show_default=False)
+    ],
+    out: options.Out,
+    layers: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Depth to build from a run folder (default: its least).", show_default=False),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Size of a weight file at most.")] = "5GB",
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Build the model that a recipe describes; nothing is calibrated."""
+    with guard() as stdout:
+        max_shard_bytes = options.byte_count(max_shard_size)
+        from intarsia.stages.build import build as stage
+
+        result = stage(
+            source,
+            out,
+            layers=layers,
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
+            progress=display(quiet=quiet or as_json),
+        )
+        show(result, to=stdout, as_json=as_json)

@@ -1,0 +1,96 @@
+"""`intarsia compress`: a model in, a smaller model out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intarsia.cli import options
+from intarsia.cli.display import display
+from intarsia.cli.guard import guard
+from intarsia.cli.show import show
+
+
+def compress(
+    model: options.Model,
+    out: options.Out,
+    layers: options.Layers = None,
+    sparsity: options.Sparsity = None,
+    method: options.Method = "come",
+    calibration: options.Calibration = ["self"],  # noqa: B006  (typer copies it)
+    tokens: options.Tokens = 65536,
+    seq_len: options.SeqLen = 512,
+    eval_text: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text for the perplexity before and after.", show_default=False),
+    ] = None,
+    eval_windows: Annotated[int, typer.Option(help="Sequences of the evaluation text to use.")] = 64,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Run folder: progress, log and ladder (default: beside OUT).", show_default=False),
+    ] = None,
+    revision: options.Revision = None,
+    span_choice: options.SpanChoice = "sbi",
+    merge: options.MergeCount = 2,
+    sharpness: options.Sharpness = 1.0,
+    dominance: options.Dominance = None,
+    no_repeat: options.NoRepeat = False,
+    norm: options.NormChoice = "fold",
+    sensitivity: options.Sensitivity = "mean-abs",
+    distance: options.Distance = "all-tokens",
+    granularity: options.Granularity = 10,
+    racing: options.Racing = True,
+    reference: options.Reference = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    batch_tokens: options.BatchTokens = None,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make a model shallower: plan, build and judge in one go.
+
+    Give either --layers or --sparsity. Stopped at any point, the same command continues where it was.
+    """
+    with guard(run=run, resumes=True) as stdout:
+        from intarsia.stages.compress import compress as stage
+
+        result = stage(
+            model,
+            out,
+            layers=layers,
+            sparsity=sparsity,
+            method=method,
+            calibration=options.calibration_spec(calibration),
+            tokens=tokens,
+            seq_len=seq_len,
+            eval_text=eval_text,
+            eval_windows=eval_windows,
+            run=run,
+            revision=revision,
+            settings=options.come_settings(
+                span_choice=span_choice,
+                merge=merge,
+                sharpness=sharpness,
+                dominance=dominance,
+                no_repeat=no_repeat,
+                norm=norm,
+                sensitivity=sensitivity,
+                distance=distance,
+                granularity=granularity,
+                racing=racing,
+                reference=reference,
+            ),
+            device=device,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=display(quiet=quiet or as_json),
+        )
+        show(result, to=stdout, as_json=as_json)

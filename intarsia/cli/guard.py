@@ -1,0 +1,130 @@
+"""What a verb does when something goes wrong, and what it lets through to stdout.
+
+Exit codes: 0 done; 2 input that cannot be used; 1 a defect of ours; 130 interrupted. A user's mistake never shows a
+traceback; the traceback of a defect goes to a log file (to the terminal with INTARSIA_DEBUG=1).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TextIO
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from intarsia.errors import Problem, UserError
+
+# Failures of the machine that the user can mend, not we.
+_SURROUNDINGS = {
+    errno.EACCES: "Change its permissions, or name another place.",
+    errno.EPERM: "Change its permissions, or name another place.",
+    errno.EROFS: "Name a place that can be written to.",
+    errno.ENOSPC: "Free some space, or name a place on another disk.",
+    errno.EDQUOT: "Free some space, or name a place on another disk.",
+    errno.ENAMETOOLONG: "Use a shorter name.",
+    errno.ENOTDIR: "Name a folder.",
+}
+
+
+def debugging() -> bool:
+    """Whether INTARSIA_DEBUG asks for tracebacks and for the warnings of other libraries."""
+    return os.environ.get("INTARSIA_DEBUG", "0") not in ("", "0")
+
+
+@contextmanager
+def guard(*, run: Path | None = None, resumes: bool = False) -> Iterator[TextIO]:
+    """Everything a verb does happens in here; gives the stream for its result.
+
+    `run` is the run folder, named after a defect; `resumes` says that an interrupted verb continues where it was.
+    Whatever a library prints meanwhile goes to stderr: stdout is for results alone.
+    """
+    stdout = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield stdout
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except UserError as error:
+        tell(error.problems)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        then = "The same command continues where this one was." if resumes else "The same command starts it again."
+        _say(f"Interrupted. {then}")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _SURROUNDINGS:
+            tell([_surroundings(error)])
+            raise typer.Exit(2) from None
+        _defect(error, run)
+        raise typer.Exit(1) from None
+
+
+def tell(problems: tuple[Problem, ...] | list[Problem]) -> None:
+    """All problems of an input, on stderr."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    count = len(problems)
+    heading = "error: this input cannot be used" if count == 1 else f"error: {count} problems with this input"
+    console.print(Text(heading, style="bold red"))
+    for number, problem in enumerate(problems, start=1):
+        console.print(Text(f"  {problem.where}" if count == 1 else f"  {number}. {problem.where}", style="bold"))
+        for word in ("expected", "found", "remedy"):
+            console.print(Text(f"     {word:<9}", style="dim") + Text(getattr(problem, word)))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _surroundings(error: OSError) -> Problem:
+    assert error.errno is not None
+    return Problem(
+        where=str(error.filename or "a file"),
+        expected="a place that can be used",
+        found=error.strerror or str(error),
+        remedy=_SURROUNDINGS[error.errno],
+    )
+
+
+def _defect(error: Exception, run: Path | None) -> None:
+    """Tell that we failed: one line, what to do about it, and where the traceback is."""
+    words = " ".join(str(error).split()) or "no message"
+    if len(words) > 300:
+        words = words[:300] + " ..."
+    if _out_of_memory(error):
+        _say(f"error: out of memory: {words}")
+        _say("  Try a smaller --batch-tokens, fewer --tokens, or a machine with more memory.")
+    else:
+        _say(f"error: internal error in intarsia: {type(error).__name__}: {words}")
+    for note in getattr(error, "__notes__", ()):
+        _say(f"  {note}")
+    if run is not None:
+        _say(f"  run folder: {run}")
+    if debugging():
+        traceback.print_exception(error)
+    else:
+        _say(f"  traceback: {_log(error)} (INTARSIA_DEBUG=1 prints it)")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # torch's class by its name: a verb that failed early has not imported torch.
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _log(error: Exception) -> str:
+    """The path of a new file with the traceback; in words where even that cannot be written."""
+    try:
+        handle, path = tempfile.mkstemp(prefix="intarsia-", suffix=".log")
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(f"command: {sys.argv}\npython: {sys.version}\n\n")
+            file.writelines(traceback.format_exception(error))
+    except OSError as failure:
+        return f"not kept: {failure}"
+    return path

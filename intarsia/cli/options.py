@@ -1,0 +1,160 @@
+"""Arguments and flags that several verbs share, so that they have one name and one meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from intarsia.errors import UserError
+
+if TYPE_CHECKING:
+    from intarsia.planning.settings import ComeSettings
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or `demo`.", show_default=False)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the new model.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+Layers = Annotated[int | None, typer.Option(metavar="N", help="How many layers to keep.", show_default=False)]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(
+        metavar="S",
+        help="Share of all parameters to remove, between 0 and 1: the greatest depth that removes at least that much.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: the best there is)")]
+Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32 (default: the checkpoint's own)")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
+AsJson = Annotated[bool, typer.Option("--json", help="The result as one JSON object on stdout; no progress display.")]
+
+# Planning
+_PLANNING, _COME = "Calibration and cost", "CoMe"
+Method = Annotated[str, typer.Option(help="How to choose: come, come-p, or a baseline.")]
+Calibration = Annotated[
+    list[str],
+    typer.Option(
+        metavar="SPEC",
+        help="Calibration text: a .txt, .jsonl or .parquet file, hub:DATASET:SPLIT:COLUMN (for a dataset with "
+        "configurations hub:DATASET/CONFIG:SPLIT:COLUMN), or `self`: the model writes it. `file.txt#0:0.9` is the "
+        "first nine tenths of a file. Several (comma separated, or given again) take equal parts.",
+        rich_help_panel=_PLANNING,
+    ),
+]
+Tokens = Annotated[int, typer.Option(help="Calibration tokens.", rich_help_panel=_PLANNING)]
+SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_PLANNING)]
+BatchTokens = Annotated[
+    int | None, typer.Option(help="Tokens in a batch (default: by memory).", rich_help_panel=_PLANNING)
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", rich_help_panel=_PLANNING)]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print the plan, its cost and the memory it needs; do nothing.", rich_help_panel=_PLANNING
+    ),
+]
+
+SpanChoice = Annotated[
+    Literal["sbi", "sleb"],
+    typer.Option(
+        help="Merge where the block influence is least, or where skipping costs least.", rich_help_panel=_COME
+    ),
+]
+MergeCount = Annotated[int, typer.Option("--merge", metavar="M", help="Layers merged at once.", rich_help_panel=_COME)]
+Sharpness = Annotated[float, typer.Option(help="Shares follow block influence to this power.", rich_help_panel=_COME)]
+Dominance = Annotated[
+    float | None,
+    typer.Option(
+        help="Least share of the strongest of n layers: this to the power 1/(n-1).",
+        show_default=False,
+        rich_help_panel=_COME,
+    ),
+]
+NoRepeat = Annotated[bool, typer.Option("--no-repeat", help="Never merge a merged layer.", rich_help_panel=_COME)]
+NormChoice = Annotated[
+    Literal["fold", "average"],
+    typer.Option(
+        "--norm",
+        help="Fold norms into the rows that read them (exact), or average them (as published).",
+        rich_help_panel=_COME,
+    ),
+]
+Sensitivity = Annotated[
+    Literal["mean-abs", "l2"], typer.Option(help="Activation norm of channel scores.", rich_help_panel=_COME)
+]
+Distance = Annotated[
+    Literal["all-tokens", "last-token"], typer.Option(help="Tokens of the span influence.", rich_help_panel=_COME)
+]
+Granularity = Annotated[int, typer.Option(help="come-p: steps of the ratio between 0 and 1.", rich_help_panel=_COME)]
+Racing = Annotated[
+    bool,
+    typer.Option(
+        help="come-p: give a ratio up as soon as it is clearly worse on part of the text.", rich_help_panel=_COME
+    ),
+]
+Reference = Annotated[
+    bool,
+    typer.Option(
+        "--reference",
+        help="Published behaviour where ours differs, except the grouped-query mistake.",
+        rich_help_panel=_COME,
+    ),
+]
+
+
+def calibration_spec(given: list[str]) -> str | list[str]:
+    """One specification as it is, several as a list."""
+    return given[0] if len(given) == 1 else given
+
+
+def come_settings(
+    *,
+    span_choice: Literal["sbi", "sleb"],
+    merge: int,
+    sharpness: float,
+    dominance: float | None,
+    no_repeat: bool,
+    norm: Literal["fold", "average"],
+    sensitivity: Literal["mean-abs", "l2"],
+    distance: Literal["all-tokens", "last-token"],
+    granularity: int,
+    racing: bool,
+    reference: bool,
+) -> ComeSettings:
+    """The planner's settings. Imported here, because `--help` must not wait for what a planner needs."""
+    from intarsia.planning.settings import ComeSettings
+
+    return ComeSettings(
+        span_choice=span_choice,
+        merge=merge,
+        sharpness=sharpness,
+        dominance=dominance,
+        no_repeat=no_repeat,
+        norm=norm,
+        sensitivity=sensitivity,
+        distance=distance,
+        granularity=granularity,
+        racing=racing,
+        reference=reference,
+    )
+
+
+def byte_count(text: str) -> int:
+    """`5GB`, `500MB`, `1.5GiB` or plain bytes as a number."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    digits = text.strip().rstrip("BGIKMbgikm ")
+    unit = text.strip()[len(digits) :].strip().upper()
+    try:
+        count = int(float(digits) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        count = 0
+    if count < 1:
+        raise UserError.of(
+            where="--max-shard-size",
+            expected="a size such as 5GB, 500MB or 1.5GiB",
+            found=repr(text),
+            remedy="Give a number and a unit.",
+        )
+    return count

@@ -1,0 +1,83 @@
+"""`intarsia plan`: measure a model and write the ladder of recipes into a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intarsia.cli import options
+from intarsia.cli.display import display
+from intarsia.cli.guard import guard
+from intarsia.cli.show import show
+
+
+def plan(
+    model: options.Model,
+    run: Annotated[Path, typer.Option(help="Run folder: progress, log and ladder.", show_default=False)],
+    layers: options.Layers = None,
+    sparsity: options.Sparsity = None,
+    method: options.Method = "come",
+    calibration: options.Calibration = ["self"],  # noqa: B006  (typer copies it)
+    tokens: options.Tokens = 65536,
+    seq_len: options.SeqLen = 512,
+    revision: options.Revision = None,
+    span_choice: options.SpanChoice = "sbi",
+    merge: options.MergeCount = 2,
+    sharpness: options.Sharpness = 1.0,
+    dominance: options.Dominance = None,
+    no_repeat: options.NoRepeat = False,
+    norm: options.NormChoice = "fold",
+    sensitivity: options.Sensitivity = "mean-abs",
+    distance: options.Distance = "all-tokens",
+    granularity: options.Granularity = 10,
+    racing: options.Racing = True,
+    reference: options.Reference = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    batch_tokens: options.BatchTokens = None,
+    seed: options.Seed = 0,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Decide what to make: a recipe for every depth down to the target, none of them built yet.
+
+    Give either --layers or --sparsity. `intarsia build RUN --layers N` builds any of the depths later. Stopped at
+    any point, the same command continues where it was.
+    """
+    with guard(run=run, resumes=True) as stdout:
+        from intarsia.stages.plan import plan as stage
+
+        result = stage(
+            model,
+            run,
+            layers=layers,
+            sparsity=sparsity,
+            method=method,
+            calibration=options.calibration_spec(calibration),
+            tokens=tokens,
+            seq_len=seq_len,
+            settings=options.come_settings(
+                span_choice=span_choice,
+                merge=merge,
+                sharpness=sharpness,
+                dominance=dominance,
+                no_repeat=no_repeat,
+                norm=norm,
+                sensitivity=sensitivity,
+                distance=distance,
+                granularity=granularity,
+                racing=racing,
+                reference=reference,
+            ),
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            dry_run=dry_run,
+            progress=display(quiet=quiet or as_json),
+        )
+        show(result, to=stdout, as_json=as_json)

@@ -1,0 +1,149 @@
+"""A result as JSON for a machine, or as tables for a person.
+
+Both come from the result's `to_dict()` (or its fields, if it is a plain dataclass), so they say the same. Keys
+decide how a value is written: `bytes` as a size, `seconds` as a time, `per_s` and perplexities with few digits. A
+`before` and an `after` stand side by side in one table; a list of mappings is a table of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from intarsia.cli.display import duration
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+class Result(Protocol):
+    """What most stages return."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result in plain, JSON-able values."""
+
+
+def show(result: Result | DataclassInstance, *, to: TextIO, as_json: bool) -> None:
+    """Write a result to a stream: one JSON object, or tables."""
+    data = asdict(result) if is_dataclass(result) and not hasattr(result, "to_dict") else cast(Result, result).to_dict()
+    if as_json:
+        print(json.dumps(data, indent=2, allow_nan=False), file=to, flush=True)
+        return
+    console = Console(file=to, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        # Nobody reads columns that were broken to fit a width which a pipe does not have.
+        console.width = 240
+    _show_mapping(data, console)
+
+
+def _show_mapping(data: Mapping[str, Any], console: Console, indent: str = "") -> None:
+    before, after = data.get("before"), data.get("after")
+    compared = isinstance(before, Mapping) and isinstance(after, Mapping)
+    if compared:
+        console.print(_comparison(before or {}, after or {}))
+    for key, value in data.items():
+        if value is None or (compared and key in ("before", "after")):
+            continue
+        if _is_table(value):
+            console.print(Text(f"{indent}{_title(key)}", style="bold"))
+            console.print(_table(value))
+        elif isinstance(value, Mapping) and not _is_measure(value):
+            console.print(Text(f"{indent}{_title(key)}", style="bold"))
+            _show_mapping(value, console, indent + "  ")
+        else:
+            label = Text(f"{indent}{_title(key):<{max(1, 24 - len(indent))}} ", style="dim")
+            console.print(label + Text(write(key, value)))
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Sequence) and bool(value) and all(isinstance(row, Mapping) for row in value)
+
+
+def _is_measure(value: Mapping[str, Any]) -> bool:
+    """A number with its uncertainty, which is one value to a reader."""
+    return "value" in value and isinstance(value["value"], int | float)
+
+
+def _comparison(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("")
+    for column in ("before", "after", "change"):
+        table.add_column(column, justify="right")
+    for key in _in_order((before, after)):
+        old, new = before.get(key), after.get(key)
+        if old is None and new is None:
+            continue
+        cells = (_title(key), write(key, old), write(key, new), _change(old, new))
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(show_edge=False, pad_edge=False)
+    keys = _in_order(rows)
+    for key in keys:
+        numbers = all(isinstance(row.get(key), int | float | None) for row in rows)
+        table.add_column(_title(key), justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(write(key, row.get(key))) for key in keys))
+    return table
+
+
+def _in_order(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every key of the rows, in the order in which they first appear."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _title(key: str) -> str:
+    return key.replace("_per_s", "/s").replace("_", " ")
+
+
+def _change(old: Any, new: Any) -> str:
+    """How far a number moved, in per cent of where it was."""
+    old, new = (value["value"] if isinstance(value, Mapping) and _is_measure(value) else value for value in (old, new))
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in (old, new)) or not old:
+        return ""
+    return f"{new / old - 1:+.1%}"
+
+
+def write(key: str, value: Any) -> str:
+    """A value as a person reads it; the key says what it is."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        if _is_measure(value):
+            error = value.get("stderr")
+            return write(key, value["value"]) + ("" if error is None else f" ± {error:.2g}")
+        return ", ".join(f"{_title(name)} {write(name, part)}" for name, part in value.items() if part is not None)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(write(key, part) for part in value)
+    if isinstance(value, int | float):
+        return _number(key, value)
+    return str(value)
+
+
+def _number(key: str, value: float) -> str:
+    if key.endswith("bytes"):
+        return size(value)
+    if key.endswith("seconds"):
+        return duration(value) if value >= 10 else f"{value:.2g} s"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as disks and model hubs count."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"

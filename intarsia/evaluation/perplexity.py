@@ -1,0 +1,136 @@
+"""Perplexity by the usual protocol.
+
+The text is tokenised whole and cut into windows of `seq_len` tokens that do not overlap. The first token of a window
+is not predicted; every other real token is, from the tokens before it in the same window. Perplexity is exp of the
+mean loss over all predicted tokens (so a window counts by its tokens).
+
+Shapes: B windows of a batch, T tokens, V vocabulary, W all windows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intarsia.calibration.corpus import Corpus, tokenize
+from intarsia.calibration.loss import next_token_losses
+from intarsia.calibration.sources import documents
+from intarsia.errors import UserError
+from intarsia.evaluation.result import Perplexity
+from intarsia.progress import Progress, Silent
+
+_MOST_READ = 16 * 1024 * 1024
+_BYTES_A_TOKEN = 32
+
+
+def eval_corpus(
+    path: str, tokenizer: Any, *, seq_len: int = 512, windows: int | None = 64, part: str | None = None
+) -> Corpus:
+    """The first windows of a text, in order.
+
+    Args:
+        path: a text source (see `intarsia.calibration.source_spec`).
+        tokenizer: the model's.
+        seq_len: tokens a window.
+        windows: how many at most; None for all.
+        part: a share of the file, as `0.9:1`.
+
+    Raises:
+        UserError: something is wrong with the source, or it is shorter than one window.
+    """
+    spec = path if part is None else f"{path}{'&' if '#' in path else '#'}{part}"
+    limit = None if windows is None else max(_MOST_READ, _BYTES_A_TOKEN * windows * seq_len)
+    return tokenize(
+        documents(spec, limit_bytes=limit),
+        tokenizer,
+        tokens=seq_len * (2**40 if windows is None else windows),
+        seq_len=seq_len,
+        shuffle=False,
+        description=spec,
+        short_is_fine=True,
+    )
+
+
+def perplexity(
+    model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int = 4096, progress: Progress | None = None
+) -> Perplexity:
+    """Perplexity of a causal language model of `transformers` on a corpus.
+
+    Args:
+        model: the model, where it is and in its own dtype; left in the mode (training or not) it was in.
+        corpus: the windows; padding is not counted.
+        batch_tokens: tokens a forward pass.
+        progress: advances by windows.
+
+    Raises:
+        UserError: a loss is NaN or infinite, or no token is predicted.
+    """
+    sums_W, counts_W = window_losses(model, corpus, batch_tokens=batch_tokens, progress=progress)
+    tokens = int(counts_W.sum())
+    if tokens == 0:
+        raise UserError.of(
+            where=f"perplexity on {corpus.description}",
+            expected="windows with at least two real tokens",
+            found="none",
+            remedy="Use longer windows or another text.",
+        )
+    nll = float(sums_W.sum()) / tokens
+    nll_stderr = _ratio_stderr(sums_W, counts_W, nll)
+    value = math.exp(nll) if nll < 700 else math.inf
+    return Perplexity(
+        value=value,
+        nll=nll,
+        nll_stderr=nll_stderr,
+        stderr=value * nll_stderr,
+        tokens=tokens,
+        windows=len(corpus),
+        seq_len=corpus.seq_len,
+        text=corpus.description,
+        text_sha256=corpus.sha256,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+    )
+
+
+def window_losses(
+    model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int = 4096, progress: Progress | None = None
+) -> tuple[Tensor, Tensor]:
+    """Summed loss (float64, nats) and predicted tokens (int64) of every window, on the CPU.
+
+    Two models measured on the same corpus can be compared window by window with this.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    sums, counts = [], []
+    try:
+        with torch.inference_mode(), (progress or Silent()).task("perplexity", total=len(corpus)) as task:
+            for ids_BT, mask_BT in corpus.batches(max(1, batch_tokens // corpus.seq_len)):
+                ids_BT = ids_BT.to(device)
+                mask_BT = None if mask_BT is None else mask_BT.to(device)
+                sums_B, counts_B = _batch_losses(model, ids_BT, mask_BT, where=f"perplexity on {corpus.description}")
+                sums.append(sums_B.cpu())
+                counts.append(counts_B.cpu())
+                task.advance(len(ids_BT))
+    finally:
+        model.train(was_training)
+    return torch.cat(sums), torch.cat(counts)
+
+
+def _batch_losses(
+    model: torch.nn.Module, ids_BT: Tensor, mask_BT: Tensor | None, *, where: str
+) -> tuple[Tensor, Tensor]:
+    """With the whole logits: whatever a model does between its last hidden state and its logits is in them."""
+    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+    return next_token_losses(logits_BTV, ids_BT, mask_BT, where=where)
+
+
+def _ratio_stderr(sums_W: Tensor, counts_W: Tensor, mean: float) -> float:
+    """Standard error of sum(sums) / sum(counts), windows being the independent draws."""
+    n = len(sums_W)
+    if n < 2:
+        return 0.0
+    residuals_W = sums_W - mean * counts_W
+    return float((residuals_W.square().sum() / (n * (n - 1))).sqrt() / counts_W.double().mean())

@@ -1,0 +1,1 @@
+"""Methods: from evidence to a ladder of recipes."""

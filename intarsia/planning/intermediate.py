@@ -1,0 +1,247 @@
+"""The model as it is in the middle of progressive pruning, with everything that is measured on it.
+
+Hidden states are kept at every depth, so a change re-runs only the layers behind it, and a candidate is judged from
+the hidden states in front of it. The unit of cost is a layer-forward over the calibration set.
+
+Shape suffixes: `N` sequences, `B` sequences of a batch, `T` tokens, `D` residual width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from intarsia.building.resident import Resident
+from intarsia.calibration.corpus import Corpus
+from intarsia.calibration.hidden import HiddenStore
+from intarsia.calibration.loss import next_token_losses
+from intarsia.calibration.stats import LayerMeasure, cosines, require_finite
+from intarsia.calibration.stream import LayerStream
+from intarsia.calibration.taps import read_outs
+from intarsia.planning.scores import angular_distance
+from intarsia.progress import Progress, Silent
+from intarsia.recipe.ops import Op
+
+_LOGIT_BYTES = 256 * 1024**2
+_CPU_BATCH_TOKENS = 2048
+_CUDA_BATCH_TOKENS = 32768
+
+
+class Intermediate:
+    """The current layers, their measures and hidden states.
+
+    Attributes:
+        ops: what each current layer is made of.
+        modules: the current layer modules.
+        measures: what each current layer does on the calibration set.
+        losses_N: summed next-token loss of each sequence, in nats; `counts_N` the tokens predicted in it.
+        layer_forwards: cost so far; a layer run on the whole calibration set once counts 1.
+    """
+
+    def __init__(
+        self,
+        resident: Resident,
+        corpus: Corpus,
+        ops: Sequence[Op],
+        *,
+        batch_tokens: int | None = None,
+        memory_bytes: int | None = None,
+        reuse_prefix: bool = True,
+        behind_final_norm: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Nothing is run yet; `measure` does that.
+
+        Args:
+            batch_tokens: tokens of a forward pass; sensible for the device by default.
+            memory_bytes: what hidden states may take in memory before they spill to disk.
+            reuse_prefix: False runs the whole model for every change and candidate (for benchmarks).
+            behind_final_norm: take the last layer's output behind the final norm, as published.
+        """
+        self.resident = resident
+        self.anatomy = resident.anatomy
+        self.corpus = corpus
+        self.stream = LayerStream(resident.model, resident.anatomy)
+        self.progress = progress or Silent()
+        self.reuse_prefix = reuse_prefix
+        self.behind_final_norm = behind_final_norm
+        self.ops = list(ops)
+        self.modules = [resident.module(op) for op in ops]
+        self.measures: list[LayerMeasure] = []
+        n, t = corpus.input_ids.shape
+        default = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
+        self.batch = max(1, (batch_tokens or default) // t)
+        self.losses_N = torch.zeros(n, dtype=torch.float64)
+        self.counts_N = torch.zeros(n, dtype=torch.int64)
+        self.layer_forwards = 0.0
+        self.hidden = HiddenStore((n, t, self.anatomy.width), resident.model.dtype, memory_bytes=memory_bytes)
+        self._distances: dict[tuple[int, int, str], float] = {}
+
+    @property
+    def depth(self) -> int:
+        """Current number of layers."""
+        return len(self.ops)
+
+    @property
+    def loss(self) -> float:
+        """Mean next-token loss on the calibration set, in nats."""
+        return float(self.losses_N.sum() / self.counts_N.sum())
+
+    @torch.inference_mode()
+    def measure(self, start: int = 0) -> None:
+        """Run the layers from `start` on over the calibration set, and record measures, hidden states and loss."""
+        if not self.measures or not self.reuse_prefix:
+            start = 0
+        del self.measures[start:]
+        # What ended at the last layer before may have been taken behind the final norm.
+        valid = start - 1 if self.behind_final_norm and start == self.depth else start
+        self._distances = {key: value for key, value in self._distances.items() if key[0] + key[1] <= valid}
+        n_batches = len(list(self._slices()))
+        with self.progress.task(f"measuring {self.depth} layers", (self.depth - start + 1) * n_batches) as task:
+            if start == 0:
+                for part, ids, mask in self._batches():
+                    self.hidden.put(0, part.start, self.stream.enter(ids, mask).h_BTD)
+            if self.behind_final_norm and 0 < start == self.depth:
+                self._measure_new_last()
+            for index in range(start, self.depth):
+                task.note(f"layer {index + 1} of {self.depth}")
+                self.measures.append(self._measure_layer(index, task.advance))
+            task.note("loss")
+            for part, ids, mask in self._batches():
+                self.losses_N[part], self.counts_N[part] = self._losses(self._hidden_at(self.depth, part), ids, mask)
+                task.advance()
+
+    def replace(self, start: int, count: int, op: Op | None, *, measure: bool = True) -> None:
+        """Put one layer (or none) in the place of `count` layers, and re-run what lies behind."""
+        ops = [] if op is None else [op]
+        self.ops[start : start + count] = ops
+        self.modules[start : start + count] = [self.resident.module(op) for op in ops]
+        if measure:
+            self.measure(start)
+
+    @torch.inference_mode()
+    def losses_with(
+        self,
+        start: int,
+        count: int,
+        ops: Sequence[Op],
+        *,
+        sequences: slice = slice(None),
+        advance: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Summed loss of each sequence if `ops` stood in the place of `count` layers: float64, `[N]` of the slice.
+
+        The model itself does not change.
+        """
+        chain = list(zip(self.ops, self.modules, strict=True))
+        chain[start : start + count] = [(op, self.resident.module(op)) for op in ops]
+        first = start if self.reuse_prefix else 0
+        found = []
+        for part, ids, mask in self._batches(sequences):
+            h_BTD = self._hidden_at(first, part) if self.reuse_prefix else self.stream.enter(ids, mask).h_BTD
+            calls = self.stream.calls(ids, mask)
+            for op, module in chain[first:]:
+                h_BTD = self.stream.run(module, h_BTD, calls[op.sources[0].layer])
+            self._spent(len(chain) - first, part)
+            found.append(self._losses(h_BTD, ids, mask)[0])
+            if advance is not None:
+                advance()
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def span_distance(self, start: int, count: int, tokens: Literal["all-tokens", "last-token"]) -> float:
+        """SBI of the span of `count` layers from `start`: E[arccos(cos(H^start, H^{start+count}))] / pi."""
+        key = (start, count, tokens)
+        if key not in self._distances:
+            total, number = 0.0, 0
+            for part, ids, mask in self._batches():
+                before = self._hidden_at(start, part)
+                behind = self._output(start + count, part, ids, mask)
+                keep = _last_only(ids, mask) if tokens == "last-token" else mask
+                distance = angular_distance(cosines(before, behind, keep))
+                total, number = total + float(distance.sum()), number + distance.numel()
+            self._distances[key] = total / number
+        return self._distances[key]
+
+    def close(self) -> None:
+        """Free the hidden states."""
+        self.hidden.close()
+
+    def _measure_layer(self, index: int, advance: Callable[[], None]) -> LayerMeasure:
+        measure = LayerMeasure()
+        module, source = self.modules[index], self.ops[index].sources[0].layer
+        for part, ids, mask in self._batches():
+            before = self._hidden_at(index, part)
+
+            def receive(where: Literal["attention", "mlp"], x: Tensor, keep: Tensor | None = mask) -> None:
+                measure.channels[where].add(x, keep)
+
+            with read_outs(module, self.anatomy, receive):
+                behind = self.stream.run(module, before, self.stream.calls(ids, mask)[source])
+            require_finite(behind, f"output of layer {index}")
+            self.hidden.put(index + 1, part.start, behind)
+            self._spent(1, part)
+            if self.behind_final_norm and index + 1 == self.depth:
+                behind = self.stream.final_norm(behind, ids, mask)
+            measure.add_stream(before, behind, mask)
+            advance()
+        return measure
+
+    def _measure_new_last(self) -> None:
+        """The influence of a layer that has become the last one: its output now counts behind the final norm."""
+        fresh = LayerMeasure(channels=self.measures[-1].channels)
+        for part, ids, mask in self._batches():
+            behind = self._output(self.depth, part, ids, mask)
+            fresh.add_stream(self._hidden_at(self.depth - 1, part), behind, mask)
+        self.measures[-1] = fresh
+
+    def _output(self, depth: int, part: slice, ids: Tensor, mask: Tensor | None) -> Tensor:
+        h_BTD = self._hidden_at(depth, part)
+        if self.behind_final_norm and depth == self.depth:
+            return self.stream.final_norm(h_BTD, ids, mask)
+        return h_BTD
+
+    def _losses(self, h_BTD: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Loss of each sequence, with no more logits at a time than `_LOGIT_BYTES`."""
+        per_sequence = ids.shape[1] * self.anatomy.vocabulary * h_BTD.element_size()
+        step = max(1, _LOGIT_BYTES // per_sequence)
+        sums, counts = [], []
+        for row in range(0, ids.shape[0], step):
+            rows = slice(row, row + step)
+            keep = None if mask is None else mask[rows]
+            logits = self.stream.logits(h_BTD[rows], ids[rows], keep)
+            total, number = next_token_losses(logits, ids[rows].to(logits.device), keep)
+            sums.append(total.cpu())
+            counts.append(number.cpu())
+        return torch.cat(sums), torch.cat(counts)
+
+    def _hidden_at(self, depth: int, part: slice) -> Tensor:
+        return self.hidden.get(depth, part.start, part.stop, self.resident.device)
+
+    def _spent(self, layers: int, part: slice) -> None:
+        self.layer_forwards += layers * (part.stop - part.start) / self.corpus.input_ids.shape[0]
+
+    def _slices(self, sequences: slice = slice(None)) -> Iterator[slice]:
+        start, stop, _ = sequences.indices(self.corpus.input_ids.shape[0])
+        for first in range(start, stop, self.batch):
+            yield slice(first, min(first + self.batch, stop))
+
+    def _batches(self, sequences: slice = slice(None)) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        for part in self._slices(sequences):
+            mask = self.corpus.mask
+            yield (
+                part,
+                self.corpus.input_ids[part].to(self.resident.device),
+                None if mask is None else mask[part].to(self.resident.device),
+            )
+
+
+def _last_only(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """True at the last real token of each sequence."""
+    last = torch.zeros_like(ids, dtype=torch.bool)
+    ends = torch.full((ids.shape[0],), ids.shape[1] - 1) if mask is None else mask.sum(dim=1) - 1
+    last[torch.arange(ids.shape[0]), ends.to(ids.device)] = True
+    return last

@@ -1,0 +1,48 @@
+"""What a planner is, and the table of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from intarsia.planning.intermediate import Intermediate
+from intarsia.recipe.ops import Op
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One decision: current layers `start` .. `start + count - 1` become `op` (None: they are dropped).
+
+    `evidence` is what it was decided on, as plain data for the run's log.
+    """
+
+    start: int
+    count: int
+    op: Op | None
+    evidence: Mapping[str, Any]
+
+    @property
+    def removed(self) -> int:
+        """By how much the model becomes shallower."""
+        return self.count - (0 if self.op is None else 1)
+
+
+class Planner(Protocol):
+    """A method. It decides one step at a time and changes nothing itself.
+
+    Attributes:
+        progressive: whether a decision needs the current model to be measured anew.
+    """
+
+    progressive: bool
+
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
+        """The next step towards `target` layers, or None where nothing more is allowed.
+
+        Args:
+            history: the evidence of the steps before, in order (also of those done before a restart).
+        """
+
+    def reason(self) -> str:
+        """Why nothing more is allowed, for the user."""

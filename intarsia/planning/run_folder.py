@@ -1,0 +1,191 @@
+"""A run on disk: settings, an append-only log, and the ladder's recipes.
+
+A step counts as done when its line is in the log; its recipe is written before. So whatever instant a run is killed
+at, the log and the ladder agree, and the same command continues behind the last logged step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from intarsia.errors import Problem, UserError
+from intarsia.recipe import codec
+from intarsia.recipe.recipe import Recipe
+
+_SETTINGS = "settings.json"
+_LOG = "log.jsonl"
+_LADDER = "ladder"
+
+
+class RunFolder:
+    """A folder in which a plan is made, continued, and looked up."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def offer(cls, path: Path, settings: Mapping[str, Any]) -> RunFolder:
+        """The run that `start` would begin or continue; nothing is written.
+
+        Raises:
+            UserError: the folder holds a run with other settings (every difference is listed), or something else.
+        """
+        run = cls(path)
+        if run._file(_SETTINGS).exists():
+            problems = _differences(run.settings(), _as_json(settings), str(run._file(_SETTINGS)))
+            if problems:
+                raise UserError(problems)
+        elif path.exists() and not (path.is_dir() and all(_is_leftover(entry) for entry in path.iterdir())):
+            raise UserError.of(
+                where=str(path),
+                expected="a run folder, an empty folder, or nothing",
+                found="something else",
+                remedy="Give another --run.",
+            )
+        return run
+
+    @classmethod
+    def start(cls, path: Path, settings: Mapping[str, Any]) -> RunFolder:
+        """Begin a run, or continue one that was begun with the same settings.
+
+        Raises:
+            UserError: as `offer`.
+        """
+        run = cls.offer(path, settings)
+        path.mkdir(parents=True, exist_ok=True)
+        if not run._file(_SETTINGS).exists():
+            _write_whole(run._file(_SETTINGS), json.dumps(_as_json(settings), indent=2) + "\n")
+        run._file(_LADDER).mkdir(exist_ok=True)
+        return run
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """A run folder to read.
+
+        Raises:
+            UserError: there is none.
+        """
+        run = cls(path)
+        if not run._file(_SETTINGS).is_file():
+            raise UserError.of(
+                where=str(path),
+                expected=f"a run folder (with {_SETTINGS})",
+                found="none" if not path.exists() else "a folder without it" if path.is_dir() else "a file",
+                remedy="Make one with `intarsia plan MODEL --run DIR`.",
+            )
+        return run
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that the run was begun with."""
+        try:
+            found: dict[str, Any] = json.loads(self._file(_SETTINGS).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError.of(
+                where=str(self._file(_SETTINGS)),
+                expected="JSON",
+                found=str(error),
+                remedy="The run folder is damaged; delete it and plan again.",
+            ) from error
+        return found
+
+    def pin(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Record facts that become known when the work begins; a continued run must find the same ones.
+
+        Raises:
+            UserError: they differ from what was recorded.
+        """
+        path = self._file(f"{name}.json")
+        if not path.exists():
+            _write_whole(path, json.dumps(_as_json(facts), indent=2) + "\n")
+            return
+        problems = _differences(json.loads(path.read_text(encoding="utf-8")), _as_json(facts), str(path))
+        if problems:
+            raise UserError(problems)
+
+    def log(self) -> list[dict[str, Any]]:
+        """The logged steps, in order. A last line that was cut off by a kill does not count."""
+        path = self._file(_LOG)
+        if not path.exists():
+            return []
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def append(self, entry: Mapping[str, Any], recipe: Recipe) -> None:
+        """Record a step: its recipe first, then its line."""
+        codec.save(recipe, self.recipe_path(len(recipe.layers)))
+        path = self._file(_LOG)
+        whole = "".join(json.dumps(line) + "\n" for line in self.log())
+        if path.exists() and path.read_text(encoding="utf-8") != whole:
+            _write_whole(path, whole)  # drop the line that a kill cut off
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_as_json(entry)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def recipe_path(self, layers: int) -> Path:
+        """Where the recipe for a depth is (or will be)."""
+        return self._file(_LADDER) / f"layers-{layers:03d}.yaml"
+
+    def depths(self) -> list[int]:
+        """Depths whose recipes are there, deepest first."""
+        return [int(entry["layers"]) for entry in self.log()]
+
+    def recipe(self, layers: int) -> Recipe:
+        """The ladder's recipe for a depth.
+
+        Raises:
+            UserError: the run did not pass through that depth.
+        """
+        if layers not in self.depths():
+            raise UserError.of(
+                where=str(self.path),
+                expected=f"a depth of the ladder: {', '.join(map(str, self.depths())) or 'none yet'}",
+                found=str(layers),
+                remedy="Choose one of them, or plan further down with the same command and fewer --layers.",
+            )
+        return codec.load(self.recipe_path(layers))
+
+    def _file(self, name: str) -> Path:
+        return self.path / name
+
+
+def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(value))
+    return plain
+
+
+def _write_whole(path: Path, text: str) -> None:
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    with staging.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staging.replace(path)
+
+
+def _is_leftover(entry: Path) -> bool:
+    """Whether a kill left it before there were settings."""
+    return entry.name.startswith(f".{_SETTINGS}.")
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str, prefix: str = "") -> list[Problem]:
+    problems: list[Problem] = []
+    for key in sorted({*old, *new}):
+        name = f"{prefix}{key}"
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            problems += _differences(before, now, where, f"{name}.")
+        elif before != now:
+            problems.append(
+                Problem(
+                    where=f"{where}: {name}",
+                    expected=f"{before!r}, as the run was begun",
+                    found=repr(now),
+                    remedy="Use the same settings to continue, or another --run for a new run.",
+                )
+            )
+    return problems

@@ -1,0 +1,70 @@
+"""Settings of the planners."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from intarsia.errors import Problem, UserError
+from intarsia.recipe.ops import NormMode
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComeSettings:
+    """How CoMe and CoMe-P decide (arXiv 2510.15304).
+
+    Attributes:
+        span_choice: which adjacent layers to merge: `sbi`, the least span block influence; `sleb`, the least
+            calibration loss when they are skipped.
+        merge: how many adjacent layers become one in a step (m, 2 or more).
+        sharpness: ratios are proportional to block influence to this power.
+        dominance: if given, the largest share is at least dominance^(1/(n-1)), n original layers in the merge.
+        no_repeat: a layer that is already merged is not merged again.
+        norm: `fold` is exact; `average` is as published.
+        sensitivity: size of an activation: `mean-abs` as published, or `l2`.
+        distance: span influence over `all-tokens`, or the `last-token` of each sequence (arXiv 2403.17887).
+        granularity: steps of the ratio grid of CoMe-P.
+        racing: CoMe-P drops a ratio as soon as it is clearly worse than the best on part of the calibration set.
+        reference: the published behaviour where ours differs by default: averaged norms, no racing, the last
+            layer's influence measured behind the final norm, and a distance over one layer whatever m is. Query
+            heads are grouped correctly all the same.
+    """
+
+    span_choice: Literal["sbi", "sleb"] = "sbi"
+    merge: int = 2
+    sharpness: float = 1.0
+    dominance: float | None = None
+    no_repeat: bool = False
+    norm: NormMode = "fold"
+    sensitivity: Literal["mean-abs", "l2"] = "mean-abs"
+    distance: Literal["all-tokens", "last-token"] = "all-tokens"
+    granularity: int = 10
+    racing: bool = True
+    reference: bool = False
+
+    def __post_init__(self) -> None:
+        problems = [
+            Problem(where=name, expected=expected, found=repr(found), remedy=f"Give --{name.replace('_', '-')} such.")
+            for name, expected, found, right in (
+                ("merge", "a whole number, 2 or more", self.merge, self.merge >= 2),
+                ("sharpness", "a number, 0 or more", self.sharpness, 0.0 <= self.sharpness < float("inf")),
+                (
+                    "dominance",
+                    "a number above 0 and at most 1",
+                    self.dominance,
+                    self.dominance is None or 0.0 < self.dominance <= 1.0,
+                ),
+                ("granularity", "a whole number, 1 or more", self.granularity, self.granularity >= 1),
+            )
+            if not right
+        ]
+        if problems:
+            raise UserError(problems)
+
+    def effective(self) -> ComeSettings:
+        """The settings with what `reference` implies."""
+        return replace(self, norm="average", racing=False) if self.reference else self
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for the run folder."""
+        return asdict(self)

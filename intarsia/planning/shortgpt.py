@@ -1,0 +1,32 @@
+"""ShortGPT: remove the layers of least block influence, measured once on the whole model.
+
+Source: Men et al., arXiv 2403.03853. No deviation: influence is measured on the residual stream, over all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from intarsia.planning.intermediate import Intermediate
+from intarsia.planning.planner import Step
+
+
+class ShortGpt:
+    """One-shot removal by block influence."""
+
+    progressive = False
+
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
+        """Drop the layer of least influence among those left."""
+        influences = history[0]["influence"] if history else [measure.influence for measure in model.measures]
+        left = [op.sources[0].layer for op in model.ops]
+        start = min(range(len(left)), key=lambda index: (influences[left[index]], left[index]))
+        evidence: dict[str, Any] = {"dropped": left[start]}
+        if not history:
+            evidence["influence"] = influences
+        return Step(start=start, count=1, op=None, evidence=evidence)
+
+    def reason(self) -> str:
+        """Never asked: a layer can always be dropped."""
+        return "no layer is left"

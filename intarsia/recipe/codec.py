@@ -1,0 +1,215 @@
+"""Recipes as files: YAML for people, and a safetensors file beside it for what is too long to read.
+
+Short index lists are ranges in the YAML; long ones (int32) and fitted tensors (float32) go into `<stem>.safetensors`,
+whose hash the YAML holds, so that a recipe is never read with the tensors of another. Reading runs no code, follows
+no path but the plain name of that file, and is bounded in size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from intarsia.anatomy.spec import PARTS
+from intarsia.errors import UserError
+from intarsia.recipe.ops import Cut, LayerRef, Merge, Op, Select
+from intarsia.recipe.parse import parse_recipe
+from intarsia.recipe.ranges import format_ranges
+from intarsia.recipe.recipe import SCHEMA_VERSION, Recipe
+from intarsia.recipe.side_file import Arrays, read_tensors, refuse_foreign, tensors_hash, write_tensors
+from intarsia.recipe.strict_yaml import MAX_CHARACTERS, InlineList, InlineMap, dump_yaml, parse_yaml
+from intarsia.recipe.values import Values
+
+_LONGEST_INLINE = 100  # Characters of ranges that a person still reads.
+
+
+def save(recipe: Recipe, path: Path) -> None:
+    """Write a recipe to `path` (and `<stem>.safetensors`); a file that was there is replaced at once or not at all.
+
+    Raises:
+        UserError: the recipe is too long for a file, or a file that is no recipe's stands in the side file's place.
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    side = path.with_suffix(".safetensors")
+    text, tensors = to_yaml_text(recipe, side_file=side.name)
+    if len(text) > MAX_CHARACTERS:
+        raise UserError.of(
+            where=str(path),
+            expected=f"a recipe of at most {MAX_CHARACTERS} characters",
+            found=str(len(text)),
+            remedy="Shorten its provenance.",
+        )
+    if tensors:
+        refuse_foreign(side)
+        with _Replacing(side) as temporary:
+            write_tensors(tensors, temporary)
+    with _Replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def load(path: Path) -> Recipe:
+    """The recipe in a file. Its form is checked; whether it fits its models is the business of `check`.
+
+    Raises:
+        UserError: with everything that is wrong with it.
+    """
+    data = _read_yaml(path)
+    values = Values(str(path))
+    tensors = read_tensors(path, data, values)
+    try:
+        recipe = parse_recipe(data, tensors, where=str(path))
+    except UserError as error:
+        raise UserError([*values.problems, *error.problems]) from None
+    values.raise_problems()
+    return recipe
+
+
+def to_yaml_text(recipe: Recipe, *, side_file: str = "recipe.safetensors") -> tuple[str, Arrays]:
+    """The text of a recipe, and the tensors that belong into its side file (int32 indices, float32 fitted)."""
+    tensors: Arrays = {}
+    layers = [_layer(op, index, recipe.base, tensors) for index, op in enumerate(recipe.layers)]
+    for layer, fitted in recipe.fitted.items():
+        for name, tensor in fitted.items():
+            tensors[f"fitted.{layer}.{name}"] = np.ascontiguousarray(tensor, dtype=np.float32)
+    data: dict[str, Any] = {"version": SCHEMA_VERSION, "variants": {}, "base": recipe.base, "depth": recipe.depth}
+    for variant in recipe.variants:
+        entry = {"model": variant.model, "revision": variant.revision, "sha256": variant.sha256}
+        data["variants"][variant.name] = {key: value for key, value in entry.items() if value is not None}
+    data["layers"] = layers
+    data["spans"] = InlineList([list(span) for span in recipe.spans])
+    if tensors:
+        data["tensors"] = {"file": side_file, "sha256": tensors_hash(tensors)}
+    if recipe.fitted:
+        data["fitted"] = {layer: list(fitted) for layer, fitted in recipe.fitted.items() if fitted}
+    if recipe.provenance:
+        data["provenance"] = _plain(recipe.provenance)
+    return dump_yaml(data), tensors
+
+
+def content_hash(recipe: Recipe) -> str:
+    """SHA-256 over all that decides the weights. Names of variants, spans and provenance do not.
+
+    A variant counts by the hash of its weights, and only without one by where it is found.
+    """
+    identity = {
+        variant.name: [variant.sha256] if variant.sha256 else [variant.model, variant.revision]
+        for variant in recipe.variants
+    }
+
+    def source(ref: LayerRef) -> list[Any]:
+        return [identity.get(ref.variant, ref.variant), ref.layer]
+
+    def described(op: Op) -> list[Any]:
+        if isinstance(op, Select):
+            return ["select", source(op.source)]
+        if isinstance(op, Merge):
+            return ["merge", op.method, [source(ref) for ref in op.sources], list(op.weights)]
+        cuts = [
+            [source(cut.source), *([list(cut.pieces(part)), cut.weights.get(part)] for part in PARTS)]
+            for cut in op.cuts
+        ]
+        return ["concat", op.norm, cuts]
+
+    fitted = {f"{layer}.{name}": tensor for layer, found in recipe.fitted.items() for name, tensor in found.items()}
+    base = identity.get(recipe.base, recipe.base)
+    layers = [described(op) for op in recipe.layers]
+    content = [SCHEMA_VERSION, base, recipe.depth, layers, tensors_hash(fitted)]
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+
+def _layer(op: Op, index: int, base: str, tensors: Arrays) -> dict[str, Any]:
+    if isinstance(op, Select):
+        return {"select": _reference(op.source, base)}
+    if isinstance(op, Merge):
+        sources = InlineList([_reference(source, base) for source in op.sources])
+        weights = InlineList([float(weight) for weight in op.weights])
+        return {"merge": {"method": op.method, "from": sources, "weights": weights}}
+    cuts = [_cut(cut, f"layers.{index}.cuts.{number}", base, tensors) for number, cut in enumerate(op.cuts)]
+    return {"concat": {"norm": op.norm, "cuts": cuts}}
+
+
+def _cut(cut: Cut, name: str, base: str, tensors: Arrays) -> dict[str, Any]:
+    entry: dict[str, Any] = {"from": _reference(cut.source, base)}
+    for part, key in (("attention", "kv_groups"), ("mlp", "channels")):
+        indices = cut.kv_groups if part == "attention" else cut.channels
+        entry[key] = format_ranges(indices)
+        if len(entry[key]) > _LONGEST_INLINE:
+            tensors[f"{name}.{key}"] = np.asarray(indices, dtype=np.int32)
+            entry[key] = InlineMap(tensor=f"{name}.{key}")
+    entry["weights"] = InlineMap({part: float(cut.weights[part]) for part in PARTS})
+    return entry
+
+
+def _reference(ref: LayerRef, base: str) -> int | str:
+    return ref.layer if ref.variant == base else str(ref)
+
+
+def _plain(value: Any) -> Any:
+    """Provenance as plain values that UTF-8 can hold; anything else in it is a defect of whoever made it."""
+    if isinstance(value, Mapping):
+        return {_plain(str(key)): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    assert value is None or isinstance(value, (bool, int, float)), f"provenance holds a {type(value).__name__}"
+    return value
+
+
+def _read_yaml(path: Path) -> Any:
+    def unusable(expected: str, found: str, remedy: str) -> UserError:
+        return UserError.of(where=str(path), expected=expected, found=found, remedy=remedy)
+
+    if not path.is_file():
+        found = "something else" if path.exists() else "no such file"
+        raise unusable("a recipe file", found, "Check the path.")
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_CHARACTERS * 4 + 1)
+        data = parse_yaml(raw.decode("utf-8"))
+    except OSError as error:
+        raise unusable("a recipe that can be read", str(error.strerror), "Check its permissions.") from None
+    except UnicodeDecodeError as error:
+        raise unusable("UTF-8 text", f"another byte at {error.start}", "Save it as UTF-8.") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise unusable("YAML", f"{error.problem}{place}", "Mend that place.") from None
+    except yaml.YAMLError as error:
+        raise unusable("YAML", " ".join(str(error).split())[:200], "Mend the file.") from None
+    return data
+
+
+class _Replacing:
+    """A temporary file beside `path` that takes its place when the block ends well."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Path:
+        handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        os.close(handle)
+        self.temporary = Path(name)
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                with self.temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+                umask = os.umask(0)
+                os.umask(umask)
+                self.temporary.chmod(0o666 & ~umask)  # mkstemp gives the file to its owner alone.
+                os.replace(self.temporary, self.path)
+        finally:
+            self.temporary.unlink(missing_ok=True)

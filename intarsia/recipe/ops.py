@@ -1,0 +1,85 @@
+"""The three things an output layer can be.
+
+`Select`: one layer of one variant, whole. `Merge`: whole layers combined by weight arithmetic. `Concat`: pieces of
+several layers joined into one. A layer that no op mentions is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from intarsia.anatomy.spec import Part
+
+NormMode = Literal["fold", "average"]
+MergeMethod = Literal["linear"]
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class LayerRef:
+    """Layer `layer` (from 0) of the variant called `variant`."""
+
+    variant: str
+    layer: int
+
+    def __str__(self) -> str:
+        return f"{self.variant}:{self.layer}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select:
+    """One whole layer."""
+
+    source: LayerRef
+
+    @property
+    def sources(self) -> tuple[LayerRef, ...]:
+        return (self.source,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Pieces taken out of one layer, in the order in which they are laid down.
+
+    `weights` say how much this cut counts, part by part, in the parameters that belong to no piece: the biases of
+    o_proj and down_proj, QK-norm weights and, with norm mode `average`, the norms. Over the cuts of a `Concat`
+    they sum to 1 for each part.
+    """
+
+    source: LayerRef
+    kv_groups: tuple[int, ...]
+    channels: tuple[int, ...]
+    weights: Mapping[Part, float] = field(hash=False)
+
+    def pieces(self, part: Part) -> tuple[int, ...]:
+        """Indices of this cut's pieces of one part."""
+        return self.kv_groups if part == "attention" else self.channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concat:
+    """Pieces of several layers joined into one layer of the family's own shape.
+
+    `norm`: `fold` puts each source's norm parameters into the rows that read them, so that every piece sees the
+    input it was trained on; `average` takes the weighted average of the norms, as in arXiv 2510.15304.
+    """
+
+    cuts: tuple[Cut, ...]
+    norm: NormMode = "fold"
+
+    @property
+    def sources(self) -> tuple[LayerRef, ...]:
+        return tuple(cut.source for cut in self.cuts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Whole layers combined tensor by tensor. `linear`: the sum of `weights[i]` times source i."""
+
+    sources: tuple[LayerRef, ...]
+    weights: tuple[float, ...]
+    method: MergeMethod = "linear"
+
+
+Op: TypeAlias = Select | Concat | Merge

@@ -1,0 +1,185 @@
+"""Build: a recipe becomes a model folder."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from intarsia.building.materialize import materialize
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.checkpoint.scan import scan
+from intarsia.checkpoint.staging import check_out
+from intarsia.errors import Problem, UserError
+from intarsia.evaluation.memory import peak_memory_bytes
+from intarsia.planning.run_folder import RunFolder
+from intarsia.progress import Progress, Silent
+from intarsia.recipe import codec
+from intarsia.recipe.recipe import Recipe
+from intarsia.reporting.card import model_card
+from intarsia.reporting.puzzle import puzzle_svg
+from intarsia.stages.plan import versions
+
+PICTURE = "puzzle.svg"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildResult:
+    """A built model. `bytes` are those of the weight files."""
+
+    out: Path
+    layers: int
+    parameters: int
+    bytes: int
+    recipe_sha256: str
+    seconds: float
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "out": str(self.out)}
+
+
+def build(
+    source: Path,
+    out: Path,
+    *,
+    layers: int | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+    progress: Progress | None = None,
+) -> BuildResult:
+    """Build one depth of a run's ladder, or a recipe file.
+
+    Args:
+        source: a run folder, or a recipe (`.yaml`).
+        layers: which depth of a run folder; its least by default.
+
+    Raises:
+        UserError: the recipe cannot be read or does not fit its models, a model has changed since the recipe was
+            made, or `out` cannot be written.
+    """
+    source, out, progress = Path(source), Path(out), progress or Silent()
+    check_out(out, overwrite=overwrite)
+    recipe = read_recipe(source, layers)
+    return build_recipe(recipe, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress)
+
+
+def read_recipe(source: Path, layers: int | None = None) -> Recipe:
+    """The recipe in a file, or one of a run folder's.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if source.is_dir():
+        run = RunFolder.existing(source)
+        depths = run.depths()
+        if not depths:
+            raise UserError.of(
+                where=str(source),
+                expected="a run with at least one finished step",
+                found="none yet",
+                remedy="Let `intarsia plan` go on with the same command.",
+            )
+        return run.recipe(depths[-1] if layers is None else layers)
+    if layers is not None:
+        raise UserError.of(
+            where="--layers",
+            expected="a run folder to choose a depth from",
+            found=f"the recipe {source}",
+            remedy="Leave --layers out: a recipe has one depth.",
+        )
+    return codec.load(source)
+
+
+def build_recipe(
+    recipe: Recipe,
+    out: Path,
+    *,
+    overwrite: bool,
+    max_shard_bytes: int = 5 * 10**9,
+    progress: Progress,
+) -> BuildResult:
+    """Build a recipe into a model folder with its card."""
+    begun = time.perf_counter()
+    variants = open_variants(recipe, progress)
+    base = variants[recipe.base]
+    removed = recipe.depth - len(recipe.layers)
+
+    def result(folder: Path) -> BuildResult:
+        return BuildResult(
+            out=out,
+            layers=len(recipe.layers),
+            parameters=base.parameters - removed * base.anatomy.layer_parameters,
+            bytes=sum(file.stat().st_size for file in folder.glob("model*.safetensors")),
+            recipe_sha256=codec.content_hash(recipe),
+            seconds=time.perf_counter() - begun,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+    def finish(folder: Path) -> None:
+        facts = card_facts(recipe, base, result(folder), title=out.name)
+        (folder / PICTURE).write_text(puzzle_svg(recipe, base.anatomy), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+    materialize(
+        recipe,
+        variants,
+        out,
+        overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
+        finish=finish,
+        progress=progress,
+    )
+    return result(out)
+
+
+def open_variants(recipe: Recipe, progress: Progress) -> dict[str, Checkpoint]:
+    """Every variant of a recipe, opened, and the same as when the recipe was made.
+
+    Raises:
+        UserError: one cannot be opened, or its weights are not those that the recipe names.
+    """
+    variants = {}
+    problems: list[Problem] = []
+    for variant in recipe.variants:
+        checkpoint = open_checkpoint(variant.model, revision=variant.revision, progress=progress)
+        variants[variant.name] = checkpoint
+        found = scan(checkpoint, progress)
+        if variant.sha256 not in (None, found):
+            problems.append(
+                Problem(
+                    where=f"variant {variant.name} ({variant.model})",
+                    expected=f"weights with sha256 {variant.sha256}, as the recipe says",
+                    found=found,
+                    remedy="Get the weights that the recipe was made for, or plan again.",
+                )
+            )
+    if problems:
+        raise UserError(problems)
+    return variants
+
+
+def card_facts(recipe: Recipe, base: Checkpoint, built: BuildResult, *, title: str) -> dict[str, Any]:
+    """What the model card tells about a built recipe."""
+    variant = recipe.variant(recipe.base)
+    source_card = base.folder / "README.md"
+    provenance = dict(recipe.provenance)
+    merged = any(op.sources != op.sources[:1] for op in recipe.layers)
+    return {
+        "title": title,
+        "picture": PICTURE,
+        "model": variant.model,
+        "revision": variant.revision,
+        "base_model": None if variant.model == "demo" or Path(variant.model).exists() else variant.model,
+        "family": base.anatomy.family.title,
+        **{key: provenance[key] for key in ("method", "calibration", "settings") if provenance.get(key)},
+        "before": {"layers": recipe.depth, "parameters": base.parameters, "bytes": base.nbytes},
+        "after": {"layers": built.layers, "parameters": built.parameters, "bytes": built.bytes},
+        "approximations": base.anatomy.family.approximations if merged else (),
+        "recipe_sha256": built.recipe_sha256,
+        "versions": provenance.get("versions") or versions(),
+        "source_card": source_card.read_text(encoding="utf-8", errors="replace") if source_card.is_file() else None,
+    }

@@ -1,0 +1,176 @@
+"""Compress: the main job. Plan, build, and judge what came out against what went in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from intarsia.building.materialize import RECIPE_FILE
+from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.checkpoint.staging import check_out
+from intarsia.errors import UserError
+from intarsia.evaluation.memory import peak_memory_bytes
+from intarsia.evaluation.perplexity import eval_corpus
+from intarsia.planning.cost import Cost
+from intarsia.planning.settings import ComeSettings
+from intarsia.progress import Progress, Silent
+from intarsia.recipe import codec
+from intarsia.reporting.card import model_card
+from intarsia.stages.build import build_recipe, card_facts, read_recipe
+from intarsia.stages.judge import Measures, held_out_text, measured
+from intarsia.stages.plan import plan
+from intarsia.stages.setup import device_of, dtype_of, load_tokenizer
+
+_JUDGING = "judging"  # in the run folder from before the build until the result has been judged
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressResult:
+    """What a compression gave. `before`, `after` and the rest are None for a dry run, which only predicts."""
+
+    model: str
+    method: str
+    target: int
+    predicted: Cost
+    before: Measures | None = None
+    after: Measures | None = None
+    evaluation: str | None = None
+    layer_forwards: float | None = None
+    seconds: float
+    peak_memory_bytes: int
+    recipe_sha256: str | None = None
+    out: Path
+    run: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        data = {**asdict(self), "out": str(self.out), "run": str(self.run)}
+        for key in ("before", "after"):
+            measures: Measures | None = getattr(self, key)
+            data[key] = None if measures is None else measures.to_dict()
+        return data
+
+
+def compress(
+    model: str,
+    out: Path,
+    *,
+    layers: int | None = None,
+    sparsity: float | None = None,
+    method: str = "come",
+    calibration: str | Sequence[str] = "self",
+    tokens: int = 65536,
+    seq_len: int = 512,
+    eval_text: str | None = None,
+    eval_windows: int = 64,
+    run: Path | None = None,
+    revision: str | None = None,
+    settings: ComeSettings | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    batch_tokens: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> CompressResult:
+    """Make a model shallower and measure what that cost.
+
+    Stopped at any point, the same call continues in the run folder.
+
+    Args:
+        model: a local folder, a hub id, or `demo`.
+        out: the folder of the new model.
+        layers, sparsity: the target, one of the two.
+        eval_text: what perplexity is measured on. Without one, text like the calibration's that was not part of it.
+        run: the run folder; beside `out` by default.
+        dry_run: predict cost and memory, and do nothing.
+
+    Raises:
+        UserError: something about the input cannot be used, or the method cannot reach the target.
+    """
+    begun = time.perf_counter()
+    progress = progress or Silent()
+    out = Path(out)
+    run = out.with_name(f"{out.name}.run") if run is None else Path(run)
+    unjudged = _built_but_not_judged(run, out)
+    check_out(out, overwrite=overwrite or unjudged is not None)
+    dense = open_checkpoint(model, revision=revision, progress=progress)
+    corpus = None
+    if eval_text is not None:  # read now: a text that cannot be used must not be found out after the work
+        corpus = eval_corpus(eval_text, load_tokenizer(dense), seq_len=seq_len, windows=eval_windows)
+    planned = plan(
+        model,
+        run,
+        layers=layers,
+        sparsity=sparsity,
+        method=method,
+        calibration=calibration,
+        tokens=tokens,
+        seq_len=seq_len,
+        settings=settings,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        seed=seed,
+        dry_run=dry_run,
+        progress=progress,
+    )
+    result = CompressResult(
+        model=model,
+        method=method,
+        target=planned.target,
+        predicted=planned.predicted,
+        seconds=time.perf_counter() - begun,
+        peak_memory_bytes=peak_memory_bytes(),
+        out=out,
+        run=run,
+    )
+    if dry_run:
+        return result
+    if planned.target not in planned.depths:
+        reached = planned.depths[-1] if planned.depths else planned.layers
+        raise UserError.of(
+            where=f"{method} on {model}",
+            expected=f"a way down to {planned.target} layers",
+            found=f"none below {reached}: {planned.stopped}",
+            remedy=f"Build a depth of the ladder with `intarsia build {run} --layers N`, or change the settings.",
+        )
+    recipe = read_recipe(run, planned.target)
+    overwrite = overwrite or unjudged == codec.content_hash(recipe)
+    check_out(out, overwrite=overwrite)  # what this run built for another depth is not replaced
+    (run / _JUDGING).write_text(codec.content_hash(recipe), encoding="utf-8")
+    built = build_recipe(recipe, out, overwrite=overwrite, progress=progress)
+
+    if eval_text is None:
+        corpus = held_out_text(dense, calibration, tokens, seq_len, seed, device, dtype, progress)
+    small = open_checkpoint(str(out), progress=progress)
+    measures = measured({"before": dense, "after": small}, corpus, device_of(device), dtype_of(dtype), progress)
+    facts = card_facts(recipe, dense, built, title=out.name)
+    facts |= {"before": measures["before"].to_dict(), "after": measures["after"].to_dict()}
+    facts["evaluation"] = None if corpus is None else f"{corpus.description}, {len(corpus)} windows of {seq_len} tokens"
+    (out / "README.md").write_text(model_card(facts), encoding="utf-8")
+    (run / _JUDGING).unlink(missing_ok=True)
+    return replace(
+        result,
+        before=measures["before"],
+        after=measures["after"],
+        evaluation=facts["evaluation"],
+        layer_forwards=planned.layer_forwards,
+        seconds=time.perf_counter() - begun,
+        peak_memory_bytes=peak_memory_bytes(),
+        recipe_sha256=built.recipe_sha256,
+    )
+
+
+def _built_but_not_judged(run: Path, out: Path) -> str | None:
+    """The recipe's hash, if `out` is what this run built before it was stopped."""
+    marker, carried = run / _JUDGING, out / RECIPE_FILE
+    if not (marker.is_file() and carried.is_file()):
+        return None
+    carried_hash = codec.content_hash(codec.load(carried))
+    return carried_hash if marker.read_text(encoding="utf-8") == carried_hash else None

@@ -1,0 +1,41 @@
+"""Evaluate: how good a model is."""
+
+from __future__ import annotations
+
+from intarsia.building.resident import load_model
+from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.checkpoint.scan import scan
+from intarsia.evaluation.perplexity import eval_corpus, perplexity
+from intarsia.evaluation.result import Perplexity
+from intarsia.progress import Progress, Silent
+from intarsia.stages.setup import check_seq_len, device_of, dtype_of, load_tokenizer
+
+
+def evaluate_perplexity(
+    model: str,
+    text: str,
+    *,
+    seq_len: int = 512,
+    windows: int | None = 64,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of a model on a text, over windows that do not overlap.
+
+    Args:
+        model: a local folder, a hub id, or `demo`.
+        text: a text source; `file.txt#0.9:1` is the last tenth of a file.
+        windows: how many of its first windows; None for all.
+
+    Raises:
+        UserError: the model or the text cannot be used.
+    """
+    progress = progress or Silent()
+    where, kind = device_of(device), dtype_of(dtype)
+    checkpoint = open_checkpoint(model, revision=revision, progress=progress)
+    check_seq_len(checkpoint, seq_len)
+    corpus = eval_corpus(text, load_tokenizer(checkpoint), seq_len=seq_len, windows=windows)
+    scan(checkpoint, progress)
+    return perplexity(load_model(checkpoint, device=where, dtype=kind), corpus, progress=progress)

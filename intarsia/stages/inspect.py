@@ -1,0 +1,115 @@
+"""Inspect: what a model, a recipe or a run folder holds, without loading a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from intarsia.building.materialize import RECIPE_FILE
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.planning.ladder import describe
+from intarsia.planning.run_folder import RunFolder
+from intarsia.recipe import codec
+from intarsia.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What was found: `kind` is `model`, `recipe` or `run`; `facts` are plain data, in reading order."""
+
+    source: str
+    kind: str
+    facts: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"source": self.source, "kind": self.kind, **self.facts}
+
+
+def inspect(source: str) -> Inspection:
+    """Say what something is.
+
+    Args:
+        source: a model (folder, hub id or `demo`), a recipe (`.yaml`), or a run folder.
+
+    Raises:
+        UserError: it is none of them, or damaged.
+    """
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        return Inspection(source=source, kind="recipe", facts=_recipe_facts(codec.load(path)))
+    if (path / "settings.json").is_file():
+        return Inspection(source=source, kind="run", facts=_run_facts(RunFolder.existing(path)))
+    checkpoint = open_checkpoint(source)
+    facts = _model_facts(checkpoint)
+    carried = checkpoint.folder / RECIPE_FILE
+    if carried.is_file():
+        facts["recipe"] = _recipe_facts(codec.load(carried))
+    return Inspection(source=source, kind="model", facts=facts)
+
+
+def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    anatomy = checkpoint.anatomy
+    facts: dict[str, Any] = {
+        "family": anatomy.family.title,
+        "layers": anatomy.n_layers,
+        "width": anatomy.width,
+        "parameters": checkpoint.parameters,
+        "layer_parameters": anatomy.layer_parameters,
+        "share_of_a_layer": f"{anatomy.layer_parameters / checkpoint.parameters:.2%} of all parameters",
+        "bytes": checkpoint.nbytes,
+        "kv_groups": f"{anatomy.n_kv_heads} a layer, {anatomy.heads_per_group} query heads of {anatomy.head_dim} each",
+        "mlp_channels": f"{anatomy.n_channels} a layer",
+        "vocabulary": anatomy.vocabulary,
+        "tied_embeddings": anatomy.tied,
+    }
+    if anatomy.layer_types is not None:
+        kinds = list(dict.fromkeys(anatomy.layer_types))
+        facts["layer_types"] = ", ".join(f"{kind}: {anatomy.layer_types.count(kind)}" for kind in kinds)
+    if anatomy.family.approximations:
+        facts["not_exact_when_merged"] = list(anatomy.family.approximations)
+    return facts
+
+
+def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
+    rows = [
+        {
+            "layer": index,
+            "original": f"{first}" if stop - first == 1 else f"{first}-{stop - 1}",
+            "op": type(op).__name__.lower(),
+            "made_of": "; ".join(_made_of(name, pieces) for name, pieces in describe(op).items()),
+            "fitted": ", ".join(recipe.fitted.get(index, ())) or None,
+        }
+        for index, (op, (first, stop)) in enumerate(zip(recipe.layers, recipe.spans, strict=True))
+    ]
+    return {
+        "variants": [{"name": variant.name, "model": variant.model} for variant in recipe.variants],
+        "depth": f"{len(recipe.layers)} of {recipe.depth} layers",
+        "method": recipe.provenance.get("method"),
+        "sha256": codec.content_hash(recipe),
+        "output_layers": rows,
+    }
+
+
+def _made_of(name: str, pieces: Any) -> str:
+    if isinstance(pieces, dict):
+        return f"{name} ({pieces['kv_groups']} KV groups, {pieces['channels']} channels)"
+    return name
+
+
+def _run_facts(run: RunFolder) -> dict[str, Any]:
+    settings = run.settings()
+    steps = [
+        {
+            "layers": entry["layers"],
+            "made_of": "dropped" if entry["op"] is None else "; ".join(_made_of(*item) for item in entry["op"].items()),
+            "calibration_loss": entry["loss"],
+            "layer_forwards": round(entry["layer_forwards"], 2),
+            "seconds": round(entry["seconds"], 1),
+        }
+        for entry in run.log()
+    ]
+    keys = ("model", "method", "calibration", "tokens", "seq_len")
+    return {**{key: settings.get(key) for key in keys}, "steps": steps}

@@ -1,0 +1,238 @@
+"""Plan: look at a model on calibration text and write the ladder of recipes into a run folder."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from intarsia.building.resident import Resident
+from intarsia.calibration.corpus import Corpus, load_corpus
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.checkpoint.scan import scan
+from intarsia.errors import UserError
+from intarsia.evaluation.memory import peak_memory_bytes
+from intarsia.planning.cost import Cost, predict
+from intarsia.planning.intermediate import Intermediate
+from intarsia.planning.ladder import METHODS, climb, planner_of
+from intarsia.planning.run_folder import RunFolder
+from intarsia.planning.settings import ComeSettings
+from intarsia.progress import Progress, Silent
+from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.stages.setup import check_seq_len, device_of, dtype_of, load_tokenizer
+from intarsia.stages.target import target_depth
+
+BASE = "base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanResult:
+    """What a plan gave.
+
+    Attributes:
+        run: the run folder; None for a dry run.
+        depths: the depths whose recipes it holds.
+        losses: calibration loss in nats at each of them (None where the method does not measure it).
+        layer_forwards: cost over the whole run; 1 is one layer over the calibration set.
+        stopped: why the planner ended before the target, or None.
+        predicted: cost and memory as predicted beforehand.
+    """
+
+    model: str
+    method: str
+    run: Path | None
+    layers: int
+    target: int
+    depths: tuple[int, ...]
+    losses: tuple[float | None, ...]
+    layer_forwards: float
+    seconds: float
+    peak_memory_bytes: int
+    stopped: str | None
+    predicted: Cost
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        data = asdict(self)
+        data["run"] = None if self.run is None else str(self.run)
+        data["ladder"] = [
+            {"layers": depth, "calibration_loss": loss} for depth, loss in zip(self.depths, self.losses, strict=True)
+        ]
+        del data["depths"], data["losses"]
+        return data
+
+
+def plan(
+    model: str,
+    run: Path,
+    *,
+    layers: int | None = None,
+    sparsity: float | None = None,
+    method: str = "come",
+    calibration: str | Sequence[str] = "self",
+    tokens: int = 65536,
+    seq_len: int = 512,
+    settings: ComeSettings | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    batch_tokens: int | None = None,
+    seed: int = 0,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> PlanResult:
+    """Make the recipes for every depth from the model's down to the target.
+
+    A run that was stopped continues behind its last finished step; one that is finished is only read. A deeper
+    target continues the same run.
+
+    Args:
+        model: a local folder, a hub id, or `demo`.
+        run: the run folder, new or begun with the same settings.
+        layers, sparsity: the target, one of the two (see `target_depth`).
+        method: one of `METHODS`.
+        calibration: see `intarsia.calibration.corpus.load_corpus`.
+        dry_run: predict cost and memory, and do nothing.
+
+    Raises:
+        UserError: something about the input cannot be used. Nothing has been written then.
+    """
+    begun = time.perf_counter()
+    progress = progress or Silent()
+    settings = settings or ComeSettings()
+    run = Path(run)
+    if method not in METHODS:
+        raise UserError.of(
+            where="--method", expected=f"one of {', '.join(METHODS)}", found=repr(method), remedy="Choose one of them."
+        )
+    where, kind = device_of(device), dtype_of(dtype)
+    checkpoint = open_checkpoint(model, revision=revision, progress=progress)
+    target = target_depth(checkpoint, layers=layers, sparsity=sparsity)
+    check_seq_len(checkpoint, seq_len)
+    predicted = predict(
+        checkpoint, method, settings, target=target, tokens=tokens, seq_len=seq_len, dtype=kind, memory_bytes=None
+    )
+    depth = checkpoint.anatomy.n_layers
+
+    def result(folder: RunFolder | None, layer_forwards: float = 0.0, stopped: str | None = None) -> PlanResult:
+        log = [] if folder is None else folder.log()
+        return PlanResult(
+            model=model,
+            method=method,
+            run=None if folder is None else folder.path,
+            layers=depth,
+            target=target,
+            depths=tuple(entry["layers"] for entry in log),
+            losses=tuple(entry["loss"] for entry in log),
+            layer_forwards=sum(entry["layer_forwards"] for entry in log) or layer_forwards,
+            seconds=time.perf_counter() - begun,
+            peak_memory_bytes=peak_memory_bytes(),
+            stopped=stopped,
+            predicted=predicted,
+        )
+
+    if dry_run:
+        return result(None)
+    tokenizer = load_tokenizer(checkpoint)
+    sha256 = scan(checkpoint, progress)
+    identifying = {
+        "model": model,
+        "revision": revision,
+        "sha256": sha256,
+        "method": method,
+        "calibration": calibration if isinstance(calibration, str) else ",".join(calibration),
+        "tokens": tokens,
+        "seq_len": seq_len,
+        "seed": seed,
+        "dtype": dtype,
+        "device": where.type,
+        "batch_tokens": batch_tokens,
+        "planner": settings.to_dict() if method.startswith("come") else None,
+        # With m > 2 the last step merges fewer, so the ladder depends on where it ends.
+        "target": target if method.startswith("come") and settings.merge > 2 else None,
+    }
+    folder = RunFolder.offer(run, identifying)
+    if folder.depths() and folder.depths()[-1] <= target:
+        progress.say(f"{run}: planned already")
+        return result(folder)
+    resident = cache(lambda: Resident(checkpoint, device=where, dtype=kind))
+    corpus = load_corpus(
+        calibration,
+        tokenizer,
+        tokens=tokens,
+        seq_len=seq_len,
+        seed=seed,
+        model_for_self=lambda: resident().model,
+        self_cache_key=sha256,
+        progress=progress,
+    )
+    # Only now: a run folder that a mistyped text leaves behind would not take the right one.
+    folder = RunFolder.start(run, identifying)
+    folder.pin("calibration", {"text": corpus.description, "sha256": corpus.sha256, "tokens": corpus.tokens})
+    start = _start(folder, checkpoint, model, revision, sha256, identifying, corpus)
+    effective = settings.effective()
+    current = Intermediate(
+        resident(),
+        corpus,
+        start.layers,
+        batch_tokens=batch_tokens,
+        behind_final_norm=effective.reference,
+        progress=progress,
+    )
+    try:
+        stopped = climb(planner_of(method, settings), current, start, target, folder)
+    finally:
+        current.close()
+    if stopped is not None:
+        progress.say(f"stopped at {current.depth} layers: {stopped}")
+    return result(folder, current.layer_forwards, stopped)
+
+
+def _start(
+    folder: RunFolder,
+    checkpoint: Checkpoint,
+    model: str,
+    revision: str | None,
+    sha256: str,
+    settings: dict[str, Any],
+    corpus: Corpus,
+) -> Recipe:
+    """The recipe to go on from: the last one of the ladder, or the whole model."""
+    if folder.depths():
+        return folder.recipe(folder.depths()[-1])
+    # A recipe outlives the folder that it was started from, so a local path is made absolute.
+    where = str(checkpoint.folder.resolve()) if Path(model).exists() and model != "demo" else model
+    variant = Variant(name=BASE, model=where, revision=revision, sha256=sha256)
+    whole = identity(variant, checkpoint.anatomy.n_layers)
+    provenance = {
+        "method": settings["method"],
+        "settings": settings["planner"],
+        "calibration": {
+            "text": corpus.description,
+            "tokens": corpus.tokens,
+            "seq_len": corpus.seq_len,
+            "seed": settings["seed"],
+            "sha256": corpus.sha256,
+        },
+        "dtype": settings["dtype"] or str(checkpoint_dtype(checkpoint)).removeprefix("torch."),
+        "device": settings["device"],
+        "versions": versions(),
+    }
+    return whole.with_layers(whole.layers, provenance=provenance)
+
+
+def checkpoint_dtype(checkpoint: Checkpoint) -> Any:
+    """The dtype of the embedding, which stands for the model's."""
+    return checkpoint.headers[f"{checkpoint.anatomy.family.embedding_module}.weight"].dtype
+
+
+def versions() -> dict[str, str]:
+    """What this was made with."""
+    found = {name: version(name) for name in ("intarsia", "torch", "transformers", "safetensors")}
+    return {**found, "python": platform.python_version()}

@@ -1,0 +1,143 @@
+"""A merged layer computes what its pieces computed in the layers they are from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from intarsia.building.layer import layer_tensors
+from intarsia.calibration.stream import LayerStream
+from intarsia.recipe.compose import concat_of
+from intarsia.recipe.ops import Concat, LayerRef, Merge
+from tests import families
+from tests.building.by_hand import concat_output
+from tests.conftest import InMemory, Opened
+from tests.recipes_by_hand import select, shared
+
+# In the Qwen3 model layers 2 and 3 are of another attention type than the rest.
+SOURCES = {"two": (0, 1), "other type": (2, 3), "three": (5, 0, 4)}
+
+
+def run(resident: object, op: object, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op's module, and the definition, on the same hidden states."""
+    stream = LayerStream(resident.model, resident.anatomy)
+    ids = torch.randint(2, families.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        entry = stream.enter(ids, None)
+        call = entry.calls[op.sources[0].layer]
+        h = entry.h_BTD
+        return stream.run(resident.module(op), h, call), concat_output(op, resident, h, call)
+
+
+@pytest.mark.parametrize("sources", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_concatenation_is_the_sum_of_its_pieces(family: str, sources: tuple[int, ...], resident_of: InMemory) -> None:
+    resident = resident_of(family)
+    found, by_hand = run(resident, shared(resident.anatomy, sources, seed=len(sources)))
+    torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_whole_layer_as_a_concatenation_is_that_layer(family: str, resident_of: InMemory) -> None:
+    """Also checks the definition that the other tests compare with: here it must agree with transformers."""
+    resident = resident_of(family)
+    op = shared(resident.anatomy, [2])
+    found, by_hand = run(resident, op)
+    stream = LayerStream(resident.model, resident.anatomy)
+    ids = torch.randint(2, families.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        entry = stream.enter(ids, None)
+        original = stream.run(resident.layers[2], entry.h_BTD, entry.calls[2])
+    torch.testing.assert_close(found, original, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(by_hand, original, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_merging_a_merged_layer_keeps_its_pieces(family: str, resident_of: InMemory) -> None:
+    """Pieces of the intermediate layer, by their place in it, become the right pieces of original layers."""
+    resident = resident_of(family)
+    anatomy = resident.anatomy
+    inner = shared(anatomy, [0, 1], seed=3)
+    kept = [
+        {"attention": (1,), "mlp": tuple(range(5, 25))},
+        {"attention": tuple(range(anatomy.n_kv_heads - 1)), "mlp": tuple(range(20))},
+    ]
+    weights = [{"attention": 0.25, "mlp": 0.5}, {"attention": 0.75, "mlp": 0.5}]
+    op = concat_of([inner, select(4)], kept, weights=weights, norm="fold", anatomy=anatomy)
+    assert isinstance(op, Concat)
+    groups = [(cut.source.layer, group) for cut in inner.cuts for group in cut.kv_groups]
+    channels = [(cut.source.layer, channel) for cut in inner.cuts for channel in cut.channels]
+    expected_groups = {groups[1], *((4, group) for group in range(anatomy.n_kv_heads - 1))}
+    expected_channels = {*channels[5:25], *((4, channel) for channel in range(20))}
+    assert {(cut.source.layer, group) for cut in op.cuts for group in cut.kv_groups} == expected_groups
+    assert {(cut.source.layer, channel) for cut in op.cuts for channel in cut.channels} == expected_channels
+    found, by_hand = run(resident, op)
+    torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_everything_of_the_first_layer_and_nothing_of_the_second_is_the_first(
+    family: str, resident_of: InMemory
+) -> None:
+    anatomy = resident_of(family).anatomy
+    whole = {"attention": range(anatomy.n_kv_heads), "mlp": range(anatomy.n_channels)}
+    nothing = {"attention": (), "mlp": ()}
+    ones, zeros = {"attention": 1.0, "mlp": 1.0}, {"attention": 0.0, "mlp": 0.0}
+    for norm in ("fold", "average"):
+        op = concat_of([select(1), select(0)], [whole, nothing], weights=[ones, zeros], norm=norm, anatomy=anatomy)
+        assert op == select(1)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_average_mode(family: str, checkpoint_of: Opened) -> None:
+    """As published: rows as they are, and norms, like everything that belongs to no piece, averaged by weight."""
+    checkpoint = checkpoint_of(family)
+    anatomy = checkpoint.anatomy
+    op = shared(anatomy, [0, 4, 5], norm="average")
+    found = layer_tensors(op, anatomy, lambda ref, name: checkpoint.layer_tensor(ref.layer, name))
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == anatomy.layer_shapes()
+
+    def mean(name: str, part: str) -> torch.Tensor:
+        return sum(cut.weights[part] * checkpoint.layer_tensor(cut.source.layer, name) for cut in op.cuts)
+
+    for norm in anatomy.norms:
+        names = [f"{norm.module}.{kind}" for kind in ("weight", "bias") if getattr(norm, kind)]
+        for name in names:
+            torch.testing.assert_close(found[name], mean(name, norm.part), rtol=1e-6, atol=1e-7)
+    for linear in anatomy.linears:
+        weight = f"{linear.module}.weight"
+        unit = anatomy.unit(linear.segments[0])
+        rows = [
+            checkpoint.layer_tensor(cut.source.layer, weight).movedim(linear.cut_axis, 0)[piece * unit + i]
+            for cut in op.cuts
+            for piece in cut.pieces(linear.part)
+            for i in range(unit)
+        ]
+        assert torch.equal(found[weight], torch.stack(rows).movedim(0, linear.cut_axis))
+        if linear.bias and linear.side == "writes":
+            bias = f"{linear.module}.bias"
+            torch.testing.assert_close(found[bias], mean(bias, linear.part), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
+def test_folded_norms_are_neutral(family: str, checkpoint_of: Opened) -> None:
+    checkpoint = checkpoint_of(family)
+    anatomy = checkpoint.anatomy
+    op = shared(anatomy, [0, 1])
+    found = layer_tensors(op, anatomy, lambda ref, name: checkpoint.layer_tensor(ref.layer, name))
+    for norm in anatomy.norms:
+        if norm.place == "before":
+            assert torch.equal(found[f"{norm.module}.weight"], torch.ones(anatomy.width))
+            if norm.bias:
+                assert torch.equal(found[f"{norm.module}.bias"], torch.zeros(anatomy.width))
+
+
+def test_a_merge_is_linear_in_every_tensor(checkpoint_of: Opened) -> None:
+    checkpoint = checkpoint_of("opt")
+    sources = tuple(LayerRef(variant="base", layer=layer) for layer in (3, 1, 2))
+    op = Merge(sources=sources, weights=(0.5, -1.0, 2.0))
+    found = layer_tensors(op, checkpoint.anatomy, lambda ref, name: checkpoint.layer_tensor(ref.layer, name))
+    assert set(found) == set(checkpoint.anatomy.layer_shapes())
+    for name, tensor in found.items():
+        first, second, third = (checkpoint.layer_tensor(layer, name) for layer in (3, 1, 2))
+        torch.testing.assert_close(tensor, 0.5 * first - second + 2.0 * third, rtol=1e-6, atol=1e-6)

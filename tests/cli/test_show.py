@@ -1,0 +1,80 @@
+"""Results as tables."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+
+from intarsia.cli.show import show, write
+
+
+class Answer:
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.data = data
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.data
+
+
+def shown(data: dict[str, Any]) -> str:
+    stream = io.StringIO()
+    show(Answer(data), to=stream, as_json=False)
+    return stream.getvalue()
+
+
+def row(text: str, name: str) -> list[str]:
+    """The cells of the table row that begins with a name."""
+    line = next(line for line in text.splitlines() if line.strip().startswith(name))
+    return [cell.strip() for cell in line.split("│")]
+
+
+def test_before_and_after_stand_side_by_side() -> None:
+    text = shown(
+        {
+            "before": {"layers": 30, "parameters": 134515008, "perplexity": {"value": 28.2, "stderr": 0.51}},
+            "after": {"layers": 25, "parameters": 116815008, "perplexity": {"value": 56.4, "stderr": 1.0}},
+            "out": "out/demo-25",
+        }
+    )
+    assert row(text, "layers") == ["layers", "30", "25", "-16.7%"]
+    assert row(text, "parameters") == ["parameters", "134,515,008", "116,815,008", "-13.2%"]
+    assert row(text, "perplexity") == ["perplexity", "28.2 ± 0.51", "56.4 ± 1", "+100.0%"]
+    assert "out/demo-25" in text
+
+
+def test_lists_of_mappings_are_tables() -> None:
+    text = shown({"ladder": [{"layers": 29, "loss": 3.25}, {"layers": 28, "loss": 3.5, "note": "a [b]"}]})
+    assert row(text, "29") == ["29", "3.25", ""]
+    assert row(text, "28") == ["28", "3.5", "a [b]"]
+
+
+def test_a_long_path_in_a_pipe_stays_whole() -> None:
+    path = "/a-folder" * 40
+    assert path in shown({"paths": {"out": path}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("disk_bytes", 269_000_000, "269 MB"),
+        ("bytes", 1_500, "1.5 kB"),
+        ("bytes", 14_000_000_000, "14 GB"),
+        ("seconds", 0.1234, "0.12 s"),
+        ("wall_seconds", 125.0, "2 min 5 s"),
+        ("decode_tokens_per_s", 1234.56, "1,234.6"),
+        ("perplexity", 28.2468, "28.25"),
+        ("resumed", True, "yes"),
+        ("model", None, ""),
+        ("kept", [3, 4], "3, 4"),
+        ("settings", {"merge": 2, "dominance": None, "norm": "fold"}, "merge 2, norm fold"),
+    ],
+)
+def test_values_as_a_person_reads_them(key: str, value: Any, text: str) -> None:
+    assert write(key, value) == text
+
+
+def test_json_refuses_what_is_no_json() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        show(Answer({"loss": float("nan")}), to=io.StringIO(), as_json=True)

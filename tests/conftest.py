@@ -1,0 +1,45 @@
+"""Tiny models of every family, made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from intarsia.building.resident import Resident
+from intarsia.checkpoint.reader import Checkpoint
+from tests import families
+
+Folder = Callable[[str], Path]
+Opened = Callable[[str], Checkpoint]
+InMemory = Callable[[str], Resident]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Gives the checkpoint folder of a tiny model of a family. Tests must not change it."""
+    root = tmp_path_factory.mktemp("families")
+    return cache(lambda family: families.save(families.make_model(family), root / family))
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(model_folder: Folder) -> Opened:
+    """Gives the opened checkpoint of a tiny model of a family."""
+    return cache(lambda family: Checkpoint.open(model_folder(family), model=str(model_folder(family))))
+
+
+@pytest.fixture(scope="session")
+def resident_of(checkpoint_of: Opened) -> InMemory:
+    """Gives a tiny model of a family in memory, for tests that leave it as it is."""
+    return cache(lambda family: Resident(checkpoint_of(family), device=torch.device("cpu")))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of about 15,000 tokens."""
+    path = tmp_path_factory.mktemp("texts") / "words.txt"
+    path.write_text(families.sample_text(5000, seed=1), encoding="utf-8")
+    return path

@@ -1,0 +1,66 @@
+"""ShortGPT and SLEB against brute force."""
+
+from __future__ import annotations
+
+import pytest
+
+from intarsia.planning.intermediate import Intermediate
+from intarsia.planning.ladder import METHODS, climb, planner_of
+from intarsia.planning.run_folder import RunFolder
+from intarsia.planning.settings import ComeSettings
+from intarsia.planning.shortgpt import ShortGpt
+from intarsia.planning.sleb import Sleb
+from intarsia.recipe.recipe import Variant, identity
+from tests import families
+from tests.conftest import InMemory
+from tests.planning.conftest import corpus_of
+from tests.recipes_by_hand import select
+
+WHOLE = [select(layer) for layer in range(families.DEPTH)]
+
+
+def layers_of(run: RunFolder, depth: int) -> list[int]:
+    return [op.sources[0].layer for op in run.recipe(depth).layers]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
+def test_shortgpt_drops_by_influence_measured_once(family: str, resident_of: InMemory, tmp_path) -> None:
+    resident, corpus = resident_of(family), corpus_of()
+    model = Intermediate(resident, corpus, WHOLE)
+    model.measure()
+    influence = [measure.influence for measure in model.measures]
+    order = sorted(range(families.DEPTH), key=lambda layer: influence[layer])
+    model = Intermediate(resident, corpus, WHOLE)
+    run = RunFolder.start(tmp_path / "run", {})
+    assert climb(ShortGpt(), model, identity(Variant(name="base", model="m"), families.DEPTH), 1, run) is None
+    assert run.depths() == [5, 4, 3, 2, 1]
+    for depth in run.depths():
+        assert layers_of(run, depth) == sorted(order[families.DEPTH - depth :])
+    assert model.layer_forwards == pytest.approx(families.DEPTH)
+    assert [entry["loss"] for entry in run.log()] == [None] * 5
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_sleb_drops_what_costs_least(family: str, resident_of: InMemory, tmp_path) -> None:
+    resident, corpus = resident_of(family), corpus_of()
+
+    def loss(layers: list[int]) -> float:
+        model = Intermediate(resident, corpus, [select(layer) for layer in layers])
+        model.measure()
+        return model.loss
+
+    run = RunFolder.start(tmp_path / "run", {})
+    model = Intermediate(resident, corpus, WHOLE)
+    assert climb(Sleb(), model, identity(Variant(name="base", model="m"), families.DEPTH), 3, run) is None
+    left = list(range(families.DEPTH))
+    for entry in run.log():
+        losses = {layer: loss([other for other in left if other != layer]) for layer in left}
+        left.remove(min(losses, key=lambda layer: losses[layer]))
+        assert entry["evidence"]["losses"] == pytest.approx(list(losses.values()), rel=1e-6)
+        assert layers_of(run, entry["layers"]) == left
+        assert entry["loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+
+
+def test_every_method_has_a_planner() -> None:
+    for method in METHODS:
+        assert planner_of(method, ComeSettings()).reason()

@@ -1,0 +1,363 @@
+"""Every stage on a tiny model, from a text file to a smaller model that loads."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import intarsia
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.cli.app import app
+from intarsia.errors import UserError
+from intarsia.planning.ladder import METHODS
+from intarsia.planning.settings import ComeSettings
+from intarsia.recipe import codec
+from intarsia.stages import compress as compress_stage
+from tests import families
+from tests.conftest import Folder
+from tests.recipes_by_hand import recipe_of, select, shared
+
+Sizes = dict[str, Any]
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plan_then_build_any_depth(method: str, model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+    model = str(model_folder("llama"))
+    settings = ComeSettings(granularity=4)
+    run = tmp_path / "run"
+    planned = intarsia.plan(model, run, layers=3, method=method, settings=settings, **sizes)
+    assert (planned.layers, planned.target, planned.depths, planned.stopped) == (6, 3, (5, 4, 3), None)
+    assert names(run) == {"settings.json", "calibration.json", "log.jsonl", "ladder"}
+    if method != "shortgpt":
+        assert all(math.isfinite(loss) for loss in planned.losses)
+    assert planned.layer_forwards <= planned.predicted.layer_forwards_at_most
+    assert planned.predicted.steps == 3
+
+    for layers in (4, 3):
+        built = intarsia.build(run, tmp_path / f"out-{layers}", layers=layers)
+        assert built.layers == layers
+        loaded = AutoModelForCausalLM.from_pretrained(built.out)
+        assert loaded.config.num_hidden_layers == layers
+        assert built.parameters == sum(parameter.numel() for parameter in loaded.parameters())
+        assert built.bytes == (built.out / "model.safetensors").stat().st_size
+        assert AutoTokenizer.from_pretrained(built.out)("roti")["input_ids"]
+        assert "README.md" in names(built.out)
+    assert intarsia.build(run, tmp_path / "least").layers == 3
+
+
+def test_the_calibration_loss_is_that_of_the_built_model(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+    """The last recipe's loss, measured anew on the built model in a run of its own."""
+    planned = intarsia.plan(str(model_folder("qwen3")), tmp_path / "run", layers=4, **sizes)
+    built = intarsia.build(tmp_path / "run", tmp_path / "out")
+    again = intarsia.plan(str(built.out), tmp_path / "again", layers=3, method="shortgpt", **sizes)
+    assert again.layers == 4
+    model = AutoModelForCausalLM.from_pretrained(built.out).eval()
+    from intarsia.calibration.corpus import load_corpus
+
+    corpus = load_corpus(sizes["calibration"], AutoTokenizer.from_pretrained(built.out), tokens=256, seq_len=32, seed=0)
+    with torch.no_grad():
+        loss = model(corpus.input_ids, labels=corpus.input_ids).loss
+    assert planned.losses[-1] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_a_finished_plan_is_only_read_and_a_deeper_one_goes_on(
+    model_folder: Folder, sizes: Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, run = str(model_folder("llama")), tmp_path / "run"
+    intarsia.plan(model, run, layers=4, **sizes)
+    deeper = intarsia.plan(model, run, layers=2, **sizes)
+    assert deeper.depths == (5, 4, 3, 2)
+    monkeypatch.setattr("intarsia.stages.plan.Resident", None)  # nothing is loaded for what is there
+    shallower = intarsia.plan(model, run, layers=3, **sizes)
+    assert shallower.depths == (5, 4, 3, 2) and shallower.target == 3
+
+
+def test_other_settings_in_a_run_folder(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+    model, run = str(model_folder("llama")), tmp_path / "run"
+    intarsia.plan(model, run, layers=5, **sizes)
+    with pytest.raises(UserError) as caught:
+        intarsia.plan(model, run, layers=4, **{**sizes, "tokens": 512}, seed=3, settings=ComeSettings(norm="average"))
+    places = [problem.where.rpartition(": ")[2] for problem in caught.value.problems]
+    assert places == ["planner.norm", "seed", "tokens"]
+
+
+def test_inspect(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+    model = str(model_folder("qwen3"))
+    found = intarsia.inspect(model)
+    assert found.kind == "model"
+    assert (found.facts["layers"], found.facts["width"], found.facts["parameters"]) == (6, 32, 99424)
+    assert found.facts["layer_types"] == "full_attention: 4, sliding_attention: 2"
+    assert found.facts["not_exact_when_merged"]
+    intarsia.plan(model, tmp_path / "run", layers=4, **sizes)
+    run = intarsia.inspect(str(tmp_path / "run"))
+    assert run.kind == "run"
+    assert [step["layers"] for step in run.facts["steps"]] == [5, 4]
+    recipe = intarsia.inspect(str(tmp_path / "run" / "ladder" / "layers-004.yaml"))
+    assert recipe.kind == "recipe"
+    assert recipe.facts["depth"] == "4 of 6 layers"
+    assert len(recipe.facts["output_layers"]) == 4
+    built = intarsia.build(tmp_path / "run", tmp_path / "out")
+    carried = intarsia.inspect(str(tmp_path / "out"))
+    assert carried.facts["recipe"]["sha256"] == recipe.facts["sha256"] == built.recipe_sha256
+    for result in (found, run, recipe, carried):
+        json.dumps(result.to_dict())
+
+
+def test_perplexity_by_hand(model_folder: Folder, text_file: Path) -> None:
+    folder = model_folder("opt")
+    found = intarsia.evaluate_perplexity(str(folder), str(text_file), seq_len=24, windows=5)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor(tokenizer(text_file.read_text())["input_ids"][: 5 * 24]).reshape(5, 24)
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss
+    assert found.nll == pytest.approx(float(loss), rel=1e-5)
+    assert found.value == pytest.approx(math.exp(float(loss)), rel=1e-5)
+    assert (found.windows, found.tokens) == (5, 5 * 23)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(model_folder(family), model=family)
+    share = 1.5 * source.anatomy.layer_parameters / source.parameters
+    result = intarsia.compress(
+        str(source.folder), tmp_path / "out", sparsity=share, eval_text=str(text_file), eval_windows=4, **sizes
+    )
+    assert result.target == 4 and result.before is not None and result.after is not None
+    assert (result.before.layers, result.after.layers) == (6, 4)
+    assert result.before.parameters == source.parameters
+    assert result.after.parameters == source.parameters - 2 * source.anatomy.layer_parameters
+    assert result.before.bytes - result.after.bytes == 2 * 4 * source.anatomy.layer_parameters
+    for measures, folder in ((result.before, source.folder), (result.after, tmp_path / "out")):
+        assert measures.perplexity is not None
+        alone = intarsia.evaluate_perplexity(str(folder), str(text_file), seq_len=32, windows=4)
+        assert measures.perplexity.value == pytest.approx(alone.value)
+        assert measures.decode_per_s > 0 and measures.prefill_per_s > 0
+    assert result.run == tmp_path / "out.run"
+    assert names(tmp_path / "out") >= {"config.json", "model.safetensors", "tokenizer.json", "README.md", "recipe"}
+    assert names(tmp_path / "out") >= {"generation_config.json"}
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert result.recipe_sha256 is not None and result.recipe_sha256 in card
+    (row,) = (line for line in card.splitlines() if line.startswith("| perplexity"))
+    told = [float(cell.split()[0].replace(",", "")) for cell in row.split("|")[2:4]]
+    measured = [measures.perplexity.value for measures in (result.before, result.after) if measures.perplexity]
+    assert told == pytest.approx(measured, rel=1e-3)
+    assert names(tmp_path) == {"out", "out.run"}
+    assert "judging" not in names(tmp_path / "out.run")
+    json.dumps(result.to_dict())
+    with pytest.raises(UserError, match="out"):  # what is there is not overwritten
+        intarsia.compress(str(source.folder), tmp_path / "out", sparsity=share, **sizes)
+    again = intarsia.compress(str(source.folder), tmp_path / "out", sparsity=share, overwrite=True, **sizes)
+    assert again.recipe_sha256 == result.recipe_sha256
+
+
+def test_text_is_held_out_to_judge_by(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+    result = intarsia.compress(str(model_folder("llama")), tmp_path / "out", layers=5, **sizes)
+    assert result.before is not None and result.before.perplexity is not None
+    assert result.before.perplexity.windows == 1
+    assert result.evaluation is not None and "held-out" in result.evaluation
+
+
+def test_text_that_the_model_writes_itself(tmp_path: Path) -> None:
+    families.save(families.make_model("llama"), tmp_path / "model", chat=True)
+    result = intarsia.compress(str(tmp_path / "model"), tmp_path / "out", layers=5, tokens=256, seq_len=32)
+    assert result.after is not None and result.after.perplexity is not None
+    assert math.isfinite(result.after.perplexity.value)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == families.CHAT_TEMPLATE
+
+
+def test_stopped_while_judging(
+    model_folder: Folder, sizes: Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is there but not judged yet: the same call goes on instead of refusing the folder."""
+    model, out = str(model_folder("llama")), tmp_path / "out"
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compress_stage, "compare_speed", stop)
+    with pytest.raises(KeyboardInterrupt):
+        intarsia.compress(model, out, layers=4, **sizes)
+    monkeypatch.undo()
+    assert out.is_dir()
+    with pytest.raises(UserError, match="out"):  # another run has no right to it
+        intarsia.compress(model, out, layers=4, run=tmp_path / "other.run", **sizes)
+    with pytest.raises(UserError, match="out"):  # nor has another depth
+        intarsia.compress(model, out, layers=3, **sizes)
+    assert intarsia.inspect(str(out)).facts["layers"] == 4
+    result = intarsia.compress(model, out, layers=4, **sizes)
+    assert result.after is not None and result.after.layers == 4
+    with pytest.raises(UserError, match="out"):
+        intarsia.compress(model, out, layers=4, **sizes)
+
+
+def test_a_dry_run_writes_nothing(model_folder: Folder, sizes: Sizes, tmp_path: Path, cache_here: Path) -> None:
+    model = str(model_folder("llama"))
+    planned = intarsia.plan(model, tmp_path / "run", layers=3, dry_run=True, **sizes)
+    assert planned.run is None and planned.depths == ()
+    result = intarsia.compress(model, tmp_path / "out", layers=3, dry_run=True, **sizes)
+    assert result.before is None and result.target == 3
+    assert result.predicted.layer_forwards_at_most == 6 + 5 + 4 + 3
+    assert result.predicted.weight_bytes == 4 * 62368
+    assert result.predicted.peak_memory_bytes > result.predicted.weight_bytes
+    assert list(tmp_path.iterdir()) == [] and list(cache_here.iterdir()) == []
+
+
+def test_no_way_down_to_the_target(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no-repeat") as caught:
+        intarsia.compress(
+            str(model_folder("llama")), tmp_path / "out", layers=1, settings=ComeSettings(no_repeat=True), **sizes
+        )
+    assert "intarsia build" in caught.value.problems[0].remedy
+    assert names(tmp_path) == {"out.run"}  # the ladder so far can be built
+
+
+# What cannot be used ends before the work, and leaves nothing behind
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "magic"}, "come, come-p, shortgpt, sleb"),
+        ({"layers": 6}, "from 1 to 5"),
+        ({"layers": None}, "neither"),
+        ({"layers": None, "sparsity": 0.95}, "one has to stay"),
+        ({"calibration": "no-such-file.txt"}, "no-such-file.txt"),
+        ({"tokens": 10**7}, "tokens"),
+        ({"tokens": 16}, "tokens"),
+        ({"seq_len": 2048, "tokens": 4096}, "max_position_embeddings"),
+        ({"device": "quantum"}, "device"),
+        ({"dtype": "int4"}, "bfloat16"),
+        ({"eval_text": "no-such-file.txt"}, "no-such-file.txt"),
+        ({"model": "no/such/model/here"}, "no/such/model/here"),
+    ],
+    ids=str,
+)
+def test_bad_input_leaves_nothing(
+    change: dict[str, Any], message: str, model_folder: Folder, sizes: Sizes, tmp_path: Path
+) -> None:
+    call = {"model": str(model_folder("opt")), "layers": 4, **sizes, **change}
+    with pytest.raises(UserError, match=message):
+        intarsia.compress(out=tmp_path / "out", **call)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistyped_text_does_not_spoil_the_run_folder(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+    model = str(model_folder("llama"))
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    with pytest.raises(UserError, match=r"empty\.txt"):
+        intarsia.plan(model, tmp_path / "run", layers=5, **{**sizes, "calibration": str(empty)})
+    assert intarsia.plan(model, tmp_path / "run", layers=5, **sizes).depths == (5,)
+
+
+def test_a_calibration_text_that_changed_under_a_run(
+    model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path
+) -> None:
+    text = Path(shutil.copy(text_file, tmp_path / "text.txt"))
+    model, run = str(model_folder("llama")), tmp_path / "run"
+    intarsia.plan(model, run, layers=5, **{**sizes, "calibration": str(text)})
+    text.write_text(families.sample_text(5000, seed=9), encoding="utf-8")
+    with pytest.raises(UserError, match=r"calibration\.json: sha256"):
+        intarsia.plan(model, run, layers=4, **{**sizes, "calibration": str(text)})
+
+
+def test_weights_that_changed_since_the_recipe_was_made(sizes: Sizes, tmp_path: Path) -> None:
+    model = families.make_model("llama")
+    families.save(model, tmp_path / "model")
+    intarsia.plan(str(tmp_path / "model"), tmp_path / "run", layers=5, **sizes)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] += 1.0
+    families.save(model, tmp_path / "model")
+    with pytest.raises(UserError, match="sha256"):
+        intarsia.build(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(UserError, match="sha256"):
+        intarsia.plan(str(tmp_path / "model"), tmp_path / "run", layers=4, **sizes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_written_by_hand(model_folder: Folder, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(model_folder("llama"), model="llama")
+    recipe = recipe_of(str(checkpoint.folder), [select(0), shared(checkpoint.anatomy, [2, 4]), select(5)])
+    codec.save(recipe, tmp_path / "hand.yaml")
+    built = intarsia.build(tmp_path / "hand.yaml", tmp_path / "out", max_shard_bytes=20_000)
+    assert built.layers == 3
+    assert len(list(built.out.glob("model-*.safetensors"))) > 1
+    assert sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(built.out).parameters()) == (
+        built.parameters
+    )
+    with pytest.raises(UserError, match="--layers"):
+        intarsia.build(tmp_path / "hand.yaml", tmp_path / "other", layers=3)
+    with pytest.raises(UserError, match="out"):
+        intarsia.build(tmp_path / "hand.yaml", tmp_path / "out")
+    assert intarsia.build(tmp_path / "hand.yaml", tmp_path / "out", overwrite=True).layers == 3
+
+
+@pytest.mark.parametrize("depth", [0, 3, 6])
+def test_a_depth_that_the_ladder_has_not(depth: int, model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+    intarsia.plan(str(model_folder("llama")), tmp_path / "run", layers=4, **sizes)
+    with pytest.raises(UserError, match="5, 4"):
+        intarsia.build(tmp_path / "run", tmp_path / "out", layers=depth)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "thing").mkdir()
+    with pytest.raises(UserError, match="run folder"):
+        intarsia.build(tmp_path / "thing", tmp_path / "out")
+    with pytest.raises(UserError):
+        intarsia.build(tmp_path / "nothing.yaml", tmp_path / "out")
+
+
+# Through the command line
+
+
+def run(*words: Any) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_compress_on_the_command_line(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:
+    words = ["compress", model_folder("llama"), "-o", tmp_path / "out", "--layers", 4, "--calibration", text_file]
+    words += ["--tokens", 256, "--seq-len", 32, "--eval-text", text_file, "--eval-windows", 4, "--json"]
+    dry = run(*words, "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    assert json.loads(dry.stdout)["predicted"]["steps"] == 2
+    assert list(tmp_path.iterdir()) == []
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    assert answer["after"]["layers"] == 4
+    assert answer["after"]["perplexity"]["value"] > 0
+    assert answer["layer_forwards"] > 6
+    assert Path(answer["out"]) == tmp_path / "out"
+    refused = run(*words)
+    assert refused.exit_code == 2
+    assert "Traceback" not in refused.output
+
+
+def test_the_stages_on_the_command_line(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:
+    calibration = ["--calibration", text_file, "--tokens", 256, "--seq-len", 32]
+    planned = run("plan", model_folder("mistral"), "--run", tmp_path / "run", "--layers", 4, *calibration, "--json")
+    assert planned.exit_code == 0, planned.output
+    assert [rung["layers"] for rung in json.loads(planned.stdout)["ladder"]] == [5, 4]
+    built = run("build", tmp_path / "run", "-o", tmp_path / "out", "--layers", 5, "--json")
+    assert built.exit_code == 0, built.output
+    assert json.loads(built.stdout)["layers"] == 5
+    for thing in ("run", "out", "run/ladder/layers-004.yaml"):
+        looked = run("inspect", tmp_path / thing, "--json")
+        assert looked.exit_code == 0, looked.output
+    judged = run("eval", "perplexity", tmp_path / "out", "--text", text_file, "--seq-len", 32, "--windows", 3, "--json")
+    assert judged.exit_code == 0, judged.output
+    assert json.loads(judged.stdout)["windows"] == 3
