@@ -4,7 +4,7 @@
 
     result = intarsia.compress("demo", "out/demo-25", layers=25)
 
-Every stage of the command line is a function of the same name: `plan`, `build`, `inspect`,
+Every stage of the command line is a function of the same name: `plan`, `build`, `heal`, `inspect`,
 `evaluate_perplexity`, and `compress`, which is the main job. Input that cannot be used raises `UserError`.
 """
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from intarsia.stages.build import BuildResult, build
     from intarsia.stages.compress import CompressResult, compress
     from intarsia.stages.evaluate import evaluate_perplexity
+    from intarsia.stages.heal import HealResult, heal
     from intarsia.stages.inspect import inspect
     from intarsia.stages.plan import PlanResult, plan
 
@@ -29,12 +30,14 @@ _PLACES = {
     "BuildResult": "intarsia.stages.build",
     "ComeSettings": "intarsia.planning.settings",
     "CompressResult": "intarsia.stages.compress",
+    "HealResult": "intarsia.stages.heal",
     "PlanResult": "intarsia.stages.plan",
     "Recipe": "intarsia.recipe.recipe",
     "UserError": "intarsia.errors",
     "build": "intarsia.stages.build",
     "compress": "intarsia.stages.compress",
     "evaluate_perplexity": "intarsia.stages.evaluate",
+    "heal": "intarsia.stages.heal",
     "inspect": "intarsia.stages.inspect",
     "plan": "intarsia.stages.plan",
 }
@@ -43,12 +46,14 @@ __all__ = [
     "BuildResult",
     "ComeSettings",
     "CompressResult",
+    "HealResult",
     "PlanResult",
     "Recipe",
     "UserError",
     "build",
     "compress",
     "evaluate_perplexity",
+    "heal",
     "inspect",
     "plan",
 ]

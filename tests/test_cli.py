@@ -152,7 +152,7 @@ def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
 
     words = (
         "--layers 25 --method come-p --calibration a.txt --calibration b.txt --tokens 4096 --seq-len 128 "
-        "--eval-text c.txt --eval-windows 8 --revision main --span-choice sleb --merge 3 --sharpness 2 "
+        "--heal none --eval-text c.txt --eval-windows 8 --revision main --span-choice sleb --merge 3 --sharpness 2 "
         "--dominance 0.5 --no-repeat --norm average --sensitivity l2 --distance last-token --granularity 10 "
         "--no-racing --reference --device cpu --dtype float32 --batch-tokens 512 --seed 7 --overwrite --dry-run --quiet"
     ).split()
@@ -168,6 +168,7 @@ def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
         "calibration": ["a.txt", "b.txt"],
         "tokens": 4096,
         "seq_len": 128,
+        "heal": "none",
         "eval_text": "c.txt",
         "eval_windows": 8,
         "run": tmp_path / "run",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from intarsia.anatomy.spec import Anatomy, Linear, Norm
 from intarsia.building import merging
+from intarsia.building.fusing import add_discarded
 from intarsia.building.slicing import fold_norm, join, positions, take
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 
@@ -38,6 +39,9 @@ def layer_tensors(op: Op, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
         tensors.update(_norm_tensors(norm, op, read))
     for linear in anatomy.linears:
         tensors.update(_linear_tensors(linear, op, anatomy, read))
+    if op.fuse:
+        for name, addition in add_discarded(op, anatomy, read).items():
+            tensors[name] = (tensors[name].to(addition.dtype) + addition).to(tensors[name].dtype)
     return tensors
 
 

@@ -88,8 +88,7 @@ class Resident:
     def fresh(self, donor: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A new layer module like original layer `donor`, with these tensors in the model's dtype."""
         original = self.layers[donor]
-        shared = {id(parameter): parameter for parameter in original.parameters()}
-        module = copy.deepcopy(original, memo=dict(shared))
+        module = twin(original)
         state = {
             name: tensors[name].to(device=self.device, dtype=parameter.dtype)
             for name, parameter in original.named_parameters()
@@ -101,3 +100,16 @@ class Resident:
 
     def _read(self, ref: LayerRef, local: str) -> Tensor:
         return self.checkpoint.layer_tensor(ref.layer, local)
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """Another module of the same kind on the same parameters; replacing one of its parameters leaves the first alone.
+
+    Hooks stay behind: those that transformers hangs on a model's layers mean nothing outside it, and cannot be pickled.
+    """
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
+    copied = copy.deepcopy(module, memo=shared)
+    for part in copied.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return copied

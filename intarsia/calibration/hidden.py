@@ -39,7 +39,8 @@ class HiddenStore:
         self.shape = shape
         self.dtype = dtype
         free = int(psutil.virtual_memory().available * _SHARE_OF_FREE_MEMORY)
-        self._memory_left = free if memory_bytes is None else memory_bytes
+        self.memory_bytes = free if memory_bytes is None else memory_bytes
+        self._memory_left = self.memory_bytes
         self._buffers: dict[int, Tensor] = {}
         self._parent = folder
         self._folder: tempfile.TemporaryDirectory[str] | None = None

@@ -15,6 +15,7 @@ from intarsia.cli.build import build
 from intarsia.cli.compress import compress
 from intarsia.cli.evaluate import perplexity
 from intarsia.cli.guard import debugging
+from intarsia.cli.heal import heal
 from intarsia.cli.inspect import inspect
 from intarsia.cli.plan import plan
 
@@ -35,6 +36,7 @@ evaluation = typer.Typer(no_args_is_help=True, help="Judge a model.")
 app.command()(compress)
 app.command()(plan)
 app.command()(build)
+app.command()(heal)
 app.command()(inspect)
 app.add_typer(evaluation, name="eval")
 evaluation.command()(perplexity)

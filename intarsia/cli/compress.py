@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,6 +22,10 @@ def compress(
     calibration: options.Calibration = ["self"],  # noqa: B006  (typer copies it)
     tokens: options.Tokens = 65536,
     seq_len: options.SeqLen = 512,
+    heal: Annotated[
+        Literal["closed-form", "none"],
+        typer.Option(help="Repair the cut model on the calibration text, without training; or leave it as cut."),
+    ] = "closed-form",
     eval_text: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Text for the perplexity before and after.", show_default=False),
@@ -42,7 +46,13 @@ def compress(
     distance: options.Distance = "all-tokens",
     granularity: options.Granularity = 10,
     racing: options.Racing = True,
+    combine: options.Combine = "concat",
     reference: options.Reference = False,
+    laco_merge: options.LacoMerge = 4,
+    laco_threshold: options.LacoThreshold = 0.65,
+    laco_interval: options.LacoInterval = 2,
+    laco_lowest: options.LacoLowest = 1,
+    laco_highest: options.LacoHighest = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     batch_tokens: options.BatchTokens = None,
@@ -52,7 +62,7 @@ def compress(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Make a model shallower: plan, build and judge in one go.
+    """Make a model shallower: plan, heal, build and judge in one go.
 
     Give either --layers or --sparsity. Stopped at any point, the same command continues where it was.
     """
@@ -68,11 +78,20 @@ def compress(
             calibration=options.calibration_spec(calibration),
             tokens=tokens,
             seq_len=seq_len,
+            heal=heal,
             eval_text=eval_text,
             eval_windows=eval_windows,
             run=run,
             revision=revision,
-            settings=options.come_settings(
+            settings=options.laco_settings(
+                merge=laco_merge,
+                threshold=laco_threshold,
+                interval=laco_interval,
+                lowest=laco_lowest,
+                highest=laco_highest,
+            )
+            if method == "laco"
+            else options.come_settings(
                 span_choice=span_choice,
                 merge=merge,
                 sharpness=sharpness,
@@ -83,6 +102,7 @@ def compress(
                 distance=distance,
                 granularity=granularity,
                 racing=racing,
+                combine=combine,
                 reference=reference,
             ),
             device=device,

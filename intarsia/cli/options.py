@@ -10,7 +10,7 @@ import typer
 from intarsia.errors import UserError
 
 if TYPE_CHECKING:
-    from intarsia.planning.settings import ComeSettings
+    from intarsia.planning.settings import ComeSettings, LacoSettings
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or `demo`.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
@@ -31,8 +31,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.
 AsJson = Annotated[bool, typer.Option("--json", help="The result as one JSON object on stdout; no progress display.")]
 
 # Planning
-_PLANNING, _COME = "Calibration and cost", "CoMe"
-Method = Annotated[str, typer.Option(help="How to choose: come, come-p, or a baseline.")]
+_PLANNING, _COME, _LACO = "Calibration and cost", "CoMe", "LaCo"
+Method = Annotated[
+    str,
+    typer.Option(
+        help="How to choose: come, come-p, or a baseline: shortgpt, sleb, taylor, taylor+, magnitude, magnitude+, mka, "
+        "laco, angular, reverse."
+    ),
+]
 Calibration = Annotated[
     list[str],
     typer.Option(
@@ -102,6 +108,26 @@ Reference = Annotated[
         rich_help_panel=_COME,
     ),
 ]
+Combine = Annotated[
+    Literal["concat", "weight-sum", "fuse"],
+    typer.Option(
+        help="Join pieces of the layers; or, as ablations, add whole layers up by share, or add the pieces that are "
+        "left out onto those that are kept.",
+        rich_help_panel=_COME,
+    ),
+]
+
+LacoMerge = Annotated[int, typer.Option(metavar="C", help="Layers that become one.", rich_help_panel=_LACO)]
+LacoThreshold = Annotated[
+    float,
+    typer.Option(help="Least similarity of final hidden states; lowered where it must be.", rich_help_panel=_LACO),
+]
+LacoInterval = Annotated[int, typer.Option(help="Layers to go on after a merge.", rich_help_panel=_LACO)]
+LacoLowest = Annotated[int, typer.Option(help="First layer that others may collapse into.", rich_help_panel=_LACO)]
+LacoHighest = Annotated[
+    int | None,
+    typer.Option(help="Merge within the first so many layers.", show_default=False, rich_help_panel=_LACO),
+]
 
 
 def calibration_spec(given: list[str]) -> str | list[str]:
@@ -121,6 +147,7 @@ def come_settings(
     distance: Literal["all-tokens", "last-token"],
     granularity: int,
     racing: bool,
+    combine: Literal["concat", "weight-sum", "fuse"],
     reference: bool,
 ) -> ComeSettings:
     """The planner's settings. Imported here, because `--help` must not wait for what a planner needs."""
@@ -137,8 +164,16 @@ def come_settings(
         distance=distance,
         granularity=granularity,
         racing=racing,
+        combine=combine,
         reference=reference,
     )
+
+
+def laco_settings(*, merge: int, threshold: float, interval: int, lowest: int, highest: int | None) -> LacoSettings:
+    """The settings of LaCo, imported here for the same reason."""
+    from intarsia.planning.settings import LacoSettings
+
+    return LacoSettings(merge=merge, threshold=threshold, interval=interval, lowest=lowest, highest=highest)
 
 
 def byte_count(text: str) -> int:

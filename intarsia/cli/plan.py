@@ -33,7 +33,13 @@ def plan(
     distance: options.Distance = "all-tokens",
     granularity: options.Granularity = 10,
     racing: options.Racing = True,
+    combine: options.Combine = "concat",
     reference: options.Reference = False,
+    laco_merge: options.LacoMerge = 4,
+    laco_threshold: options.LacoThreshold = 0.65,
+    laco_interval: options.LacoInterval = 2,
+    laco_lowest: options.LacoLowest = 1,
+    laco_highest: options.LacoHighest = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     batch_tokens: options.BatchTokens = None,
@@ -59,7 +65,15 @@ def plan(
             calibration=options.calibration_spec(calibration),
             tokens=tokens,
             seq_len=seq_len,
-            settings=options.come_settings(
+            settings=options.laco_settings(
+                merge=laco_merge,
+                threshold=laco_threshold,
+                interval=laco_interval,
+                lowest=laco_lowest,
+                highest=laco_highest,
+            )
+            if method == "laco"
+            else options.come_settings(
                 span_choice=span_choice,
                 merge=merge,
                 sharpness=sharpness,
@@ -70,6 +84,7 @@ def plan(
                 distance=distance,
                 granularity=granularity,
                 racing=racing,
+                combine=combine,
                 reference=reference,
             ),
             revision=revision,

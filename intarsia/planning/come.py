@@ -21,10 +21,10 @@ from torch import Tensor
 from intarsia.anatomy.spec import PARTS, Part
 from intarsia.planning import allocate
 from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.planner import Step
+from intarsia.planning.planner import Step, one_attention_type
 from intarsia.planning.scores import channel_sensitivity, piece_scores
 from intarsia.planning.settings import ComeSettings
-from intarsia.recipe.compose import concat_of
+from intarsia.recipe.compose import concat_of, merge_of
 from intarsia.recipe.ops import Op, Select
 
 Counts = tuple[tuple[int, int], ...]
@@ -40,6 +40,7 @@ class Come:
     """The prior form: ratios come from block influence. With `posterior`, CoMe-P: from the calibration loss."""
 
     progressive = True
+    measures = True
 
     def __init__(self, settings: ComeSettings, *, posterior: bool) -> None:
         self.settings = settings.effective()
@@ -63,12 +64,12 @@ class Come:
         }
         scores = [self._piece_scores(model, index) for index in range(start, start + count)]
         if self.posterior:
-            chosen, grid = self._best_counts(model, start, scores)
+            chosen, shares, grid = self._best_counts(model, start, scores)
             evidence["grid"] = grid
         else:
             chosen = self._counts(model, shares)
         evidence["counts"] = {"kv_groups": [c[0] for c in chosen], "channels": [c[1] for c in chosen]}
-        return Step(start=start, count=count, op=self._op(model, start, scores, chosen), evidence=evidence)
+        return Step(start=start, count=count, op=self._op(model, start, scores, chosen, shares), evidence=evidence)
 
     def reason(self) -> str:
         """Why nothing more can be merged."""
@@ -82,8 +83,7 @@ class Come:
         ops = model.ops[start : start + count]
         if self.settings.no_repeat and not all(isinstance(op, Select) for op in ops):
             return False
-        types = model.anatomy.layer_types
-        return types is None or len({types[source.layer] for op in ops for source in op.sources}) == 1
+        return one_attention_type(model, ops)
 
     def _span_scores(self, model: Intermediate, allowed: Sequence[int], count: int) -> dict[int, float]:
         if self.settings.span_choice == "sleb":
@@ -120,8 +120,17 @@ class Come:
             scores[part] = piece_scores(channel_sensitivity(activation, weight), model.anatomy, part)
         return scores
 
-    def _op(self, model: Intermediate, start: int, scores: Sequence[Mapping[Part, Tensor]], chosen: Counts) -> Op:
-        """The layer that keeps each merged layer's most sensitive pieces."""
+    def _op(
+        self,
+        model: Intermediate,
+        start: int,
+        scores: Sequence[Mapping[Part, Tensor]],
+        chosen: Counts,
+        shares: Sequence[float],
+    ) -> Op:
+        """The layer that keeps each merged layer's most sensitive pieces; with `weight-sum`, their sum by share."""
+        if self.settings.combine == "weight-sum":
+            return merge_of(model.ops[start : start + len(shares)], shares)
         totals = {"attention": model.anatomy.n_kv_heads, "mlp": model.anatomy.n_channels}
         number = [dict(zip(PARTS, count, strict=True)) for count in chosen]
         return concat_of(
@@ -130,12 +139,13 @@ class Come:
             weights=[{part: number[i][part] / totals[part] for part in PARTS} for i in range(len(chosen))],
             norm=self.settings.norm,
             anatomy=model.anatomy,
+            fuse=self.settings.combine == "fuse",
         )
 
     def _best_counts(
         self, model: Intermediate, start: int, scores: Sequence[Mapping[Part, Tensor]]
-    ) -> tuple[Counts, list[dict[str, Any]]]:
-        """CoMe-P: the counts with the least calibration loss among all ratios of the grid.
+    ) -> tuple[Counts, list[float], list[dict[str, Any]]]:
+        """CoMe-P: the counts (and the shares behind them) with the least calibration loss among all ratios of the grid.
 
         With racing, all candidates see an ever larger part of the calibration set. After each part the worse half
         leaves, and so does a candidate whose paired differences to the best, sequence by sequence, have a mean of
@@ -145,7 +155,7 @@ class Come:
         ratios: dict[Counts, list[float]] = {}
         for shares in allocate.share_grid(count, self.settings.granularity):
             ratios.setdefault(self._counts(model, shares), shares)
-        ops = {counts: self._op(model, start, scores, counts) for counts in ratios}
+        ops = {counts: self._op(model, start, scores, counts, shares) for counts, shares in ratios.items()}
         found: dict[Counts, list[Tensor]] = {counts: [] for counts in ratios}
         alive = list(ratios)
         stages = self._stages(model)
@@ -164,7 +174,7 @@ class Come:
                 task.note(f"{len(alive)} left")
         totals = {counts: float(torch.cat(found[counts]).sum()) for counts in alive}
         best = min(alive, key=lambda counts: (totals[counts], alive.index(counts)))
-        return best, [self._judged(model, ratios[counts], found[counts]) for counts in ratios]
+        return best, ratios[best], [self._judged(model, ratios[counts], found[counts]) for counts in ratios]
 
     def _judged(self, model: Intermediate, shares: Sequence[float], losses: Sequence[Tensor]) -> dict[str, Any]:
         sums_N = torch.cat(list(losses))

@@ -6,16 +6,21 @@ it is chosen, so the cost is an upper bound: every change at the front.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import comb
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
+from intarsia.anatomy.spec import PARTS
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.planning.settings import ComeSettings
+from intarsia.healing.closed_form import ClosedFormSettings, closed_form_cost_at_most
+from intarsia.planning.laco import SEQUENCES
+from intarsia.planning.settings import ComeSettings, LacoSettings, Settings
+from intarsia.planning.taylor import LAYERS_A_PASS
 
 _LOGIT_COPIES = 2
 _ACTIVATION_COPIES = 6
+_GRAM_COPIES = 5  # fitted and held-out moments, the system, its factor, the unit matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +29,12 @@ class Cost:
 
     `layer_forwards_at_most`: with every change at the front. `hidden_bytes`: hidden states at every depth, which
     spill to disk where memory is short. `peak_memory_bytes`: weights, hidden states, logits and activations of a
-    batch, and one merged layer a step.
+    batch, and one merged layer a step. `heal_forwards_at_most`: for the closed form, where it is a part of the job.
     """
 
     steps: int
     layer_forwards_at_most: int
+    heal_forwards_at_most: int | None = None
     weight_bytes: int
     hidden_bytes: int
     peak_memory_bytes: int
@@ -37,7 +43,7 @@ class Cost:
 def predict(
     checkpoint: Checkpoint,
     method: str,
-    settings: ComeSettings,
+    settings: Settings | None,
     *,
     target: int,
     tokens: int,
@@ -48,24 +54,26 @@ def predict(
     """Cost and peak memory of planning from the model's depth down to `target`."""
     anatomy = checkpoint.anatomy
     depth = anatomy.n_layers
-    width = settings.merge if method.startswith("come") else 2
-    forwards, steps, current = depth, 0, depth
+    width = 2 if settings is None else settings.merge
+    forwards, steps, current = _once(method, depth), 0, depth
     while current > target:
         count = min(width, current - target + 1)
         after = current - (count - 1)
-        if method == "sleb":
+        if isinstance(settings, ComeSettings):
+            forwards += _come_step(method, settings, current, count)
+        elif isinstance(settings, LacoSettings):
+            # Every layer may be tried, with all layers run, on a few sequences; once more, the original model is.
+            tried = current * after + (depth if not steps else 0)
+            forwards += math.ceil(tried * min(1.0, SEQUENCES / max(tokens // seq_len, 1))) + after
+        elif method == "sleb":
             forwards += current * (current - 1) // 2 + after
-        elif method != "shortgpt":
-            if settings.span_choice == "sleb":
-                forwards += sum(current - start - count for start in range(current - count + 1))
-            if method == "come-p":
-                forwards += comb(settings.granularity + count - 1, count - 1) * after
-            forwards += after
         current, steps = after, steps + 1
     itemsize = (dtype or checkpoint.headers[f"{anatomy.family.embedding_module}.weight"].dtype).itemsize
     stored = checkpoint.headers[f"{anatomy.family.embedding_module}.weight"].dtype.itemsize
     weights = checkpoint.nbytes * itemsize // stored
-    hidden = (depth + 1) * tokens * anatomy.width * itemsize
+    # Taylor keeps the gradient at one depth besides the hidden states; what measures nothing keeps none of them.
+    kept_depths = 0 if not _once(method, depth) else depth + (2 if method.startswith("taylor") else 1)
+    hidden = kept_depths * tokens * anatomy.width * itemsize
     logits = _LOGIT_COPIES * seq_len * anatomy.vocabulary * itemsize
     activations = _ACTIVATION_COPIES * 2048 * max(anatomy.n_channels, anatomy.width) * 4
     merged = (depth - target) * anatomy.layer_parameters * itemsize
@@ -77,3 +85,47 @@ def predict(
         hidden_bytes=hidden,
         peak_memory_bytes=weights + kept + logits + activations + merged,
     )
+
+
+def with_closed_form(
+    cost: Cost,
+    checkpoint: Checkpoint,
+    settings: ClosedFormSettings,
+    *,
+    target: int,
+    tokens: int,
+    dtype: torch.dtype | None,
+) -> Cost:
+    """The same with a closed-form repair of the `target` layers on the same tokens, and with what judges it."""
+    anatomy = checkpoint.anatomy
+    depth = anatomy.n_layers
+    forwards = closed_form_cost_at_most(depth, target, settings)
+    itemsize = (dtype or checkpoint.headers[f"{anatomy.family.embedding_module}.weight"].dtype).itemsize
+    fitted = target if settings.layers == "behind" else min(target, depth - target)
+    hidden = (1 + fitted) * tokens * anatomy.width * itemsize
+    features = max(anatomy.cut_size(anatomy.writer(part)) for part in PARTS)
+    grams = 8 * (_GRAM_COPIES * features * features + 2 * features * anatomy.width)
+    return replace(
+        cost,
+        heal_forwards_at_most=forwards + math.ceil(2 * target / settings.held_out),
+        hidden_bytes=max(cost.hidden_bytes, hidden),
+        peak_memory_bytes=max(cost.peak_memory_bytes, cost.weight_bytes + hidden + grams),
+    )
+
+
+def _once(method: str, depth: int) -> int:
+    """Layer-forwards before the first decision."""
+    if method in ("magnitude", "magnitude+", "reverse"):
+        return 0
+    return depth * (1 + LAYERS_A_PASS) if method in ("taylor", "taylor+") else depth
+
+
+def _come_step(method: str, settings: ComeSettings, current: int, count: int) -> int:
+    """Layer-forwards of one step that makes `count` of `current` layers one."""
+    after = current - (count - 1)
+    forwards = after
+    if settings.span_choice == "sleb":
+        forwards += sum(current - start - count for start in range(current - count + 1))
+    if method == "come-p":
+        forwards += math.comb(settings.granularity + count - 1, count - 1) * after
+    return forwards

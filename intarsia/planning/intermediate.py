@@ -71,6 +71,7 @@ class Intermediate:
         self.ops = list(ops)
         self.modules = [resident.module(op) for op in ops]
         self.measures: list[LayerMeasure] = []
+        self._measured: list[Op] = []
         n, t = corpus.input_ids.shape
         default = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
         self.batch = max(1, (batch_tokens or default) // t)
@@ -95,14 +96,14 @@ class Intermediate:
         """Run the layers from `start` on over the calibration set, and record measures, hidden states and loss."""
         if not self.measures or not self.reuse_prefix:
             start = 0
-        del self.measures[start:]
+        del self.measures[start:], self._measured[start:]
         # What ended at the last layer before may have been taken behind the final norm.
         valid = start - 1 if self.behind_final_norm and start == self.depth else start
         self._distances = {key: value for key, value in self._distances.items() if key[0] + key[1] <= valid}
         n_batches = len(list(self._slices()))
         with self.progress.task(f"measuring {self.depth} layers", (self.depth - start + 1) * n_batches) as task:
             if start == 0:
-                for part, ids, mask in self._batches():
+                for part, ids, mask in self.batches():
                     self.hidden.put(0, part.start, self.stream.enter(ids, mask).h_BTD)
             if self.behind_final_norm and 0 < start == self.depth:
                 self._measure_new_last()
@@ -110,9 +111,30 @@ class Intermediate:
                 task.note(f"layer {index + 1} of {self.depth}")
                 self.measures.append(self._measure_layer(index, task.advance))
             task.note("loss")
-            for part, ids, mask in self._batches():
-                self.losses_N[part], self.counts_N[part] = self._losses(self._hidden_at(self.depth, part), ids, mask)
+            for part, ids, mask in self.batches():
+                self.losses_N[part], self.counts_N[part] = self._losses(self.hidden_at(self.depth, part), ids, mask)
                 task.advance()
+        self._measured = list(self.ops)
+
+    def refresh(self) -> None:
+        """Measure, from the first layer on that is another one than when it was last measured; nothing if none is.
+
+        So methods that look at the same whole model, one after the other, share one pass over it.
+        """
+        if self._measured == self.ops:
+            return
+        same = 0
+        for measured, current in zip(self._measured, self.ops, strict=False):
+            if measured != current:
+                break
+            same += 1
+        # A last layer that was measured behind the final norm may be no last layer any more.
+        self.measure(0 if self.behind_final_norm else same)
+
+    def become(self, ops: Sequence[Op]) -> None:
+        """Be made of other layers from now on; nothing is run."""
+        self.ops = list(ops)
+        self.modules = [self.resident.module(op) for op in ops]
 
     def replace(self, start: int, count: int, op: Op | None, *, measure: bool = True) -> None:
         """Put one layer (or none) in the place of `count` layers, and re-run what lies behind."""
@@ -136,19 +158,30 @@ class Intermediate:
 
         The model itself does not change.
         """
-        chain = list(zip(self.ops, self.modules, strict=True))
-        chain[start : start + count] = [(op, self.resident.module(op)) for op in ops]
-        first = start if self.reuse_prefix else 0
         found = []
-        for part, ids, mask in self._batches(sequences):
-            h_BTD = self._hidden_at(first, part) if self.reuse_prefix else self.stream.enter(ids, mask).h_BTD
-            calls = self.stream.calls(ids, mask)
-            for op, module in chain[first:]:
-                h_BTD = self.stream.run(module, h_BTD, calls[op.sources[0].layer])
-            self._spent(len(chain) - first, part)
+        for ids, mask, h_BTD in self._outputs_with(start, count, ops, sequences):
             found.append(self._losses(h_BTD, ids, mask)[0])
             if advance is not None:
                 advance()
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def normed_with(self, start: int, count: int, ops: Sequence[Op], *, sequences: slice = slice(None)) -> Tensor:
+        """What the head would read if `ops` stood in the place of `count` layers: H^L behind the final norm.
+
+        Returns:
+            `[N, T, D]` of the slice, in the model's dtype, on the CPU. Padding is zero.
+        """
+        found = []
+        for ids, mask, h_BTD in self._outputs_with(start, count, ops, sequences):
+            normed = self.stream.final_norm(h_BTD, ids, mask)
+            found.append((normed if mask is None else normed.masked_fill(~mask[..., None], 0.0)).cpu())
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def tokens_at(self, depth: int, keep_NT: Tensor) -> Tensor:
+        """H^depth of the tokens where `keep_NT` is True: float32 `[K, D]`, on the CPU."""
+        found = [self.hidden_at(depth, part).cpu()[keep_NT[part]].float() for part, _, _ in self.batches()]
         return torch.cat(found)
 
     @torch.inference_mode()
@@ -157,10 +190,10 @@ class Intermediate:
         key = (start, count, tokens)
         if key not in self._distances:
             total, number = 0.0, 0
-            for part, ids, mask in self._batches():
-                before = self._hidden_at(start, part)
+            for part, ids, mask in self.batches():
+                before = self.hidden_at(start, part)
                 behind = self._output(start + count, part, ids, mask)
-                keep = _last_only(ids, mask) if tokens == "last-token" else mask
+                keep = last_real(ids, mask) if tokens == "last-token" else mask
                 distance = angular_distance(cosines(before, behind, keep))
                 total, number = total + float(distance.sum()), number + distance.numel()
             self._distances[key] = total / number
@@ -170,11 +203,26 @@ class Intermediate:
         """Free the hidden states."""
         self.hidden.close()
 
+    def _outputs_with(
+        self, start: int, count: int, ops: Sequence[Op], sequences: slice
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """Tokens, mask and H^L of every batch, with `ops` in the place of `count` layers."""
+        chain = list(zip(self.ops, self.modules, strict=True))
+        chain[start : start + count] = [(op, self.resident.module(op)) for op in ops]
+        first = start if self.reuse_prefix else 0
+        for part, ids, mask in self.batches(sequences):
+            h_BTD = self.hidden_at(first, part) if self.reuse_prefix else self.stream.enter(ids, mask).h_BTD
+            calls = self.stream.calls(ids, mask)
+            for op, module in chain[first:]:
+                h_BTD = self.stream.run(module, h_BTD, calls[op.sources[0].layer])
+            self.spend(len(chain) - first, part)
+            yield ids, mask, h_BTD
+
     def _measure_layer(self, index: int, advance: Callable[[], None]) -> LayerMeasure:
         measure = LayerMeasure()
         module, source = self.modules[index], self.ops[index].sources[0].layer
-        for part, ids, mask in self._batches():
-            before = self._hidden_at(index, part)
+        for part, ids, mask in self.batches():
+            before = self.hidden_at(index, part)
 
             def receive(where: Literal["attention", "mlp"], x: Tensor, keep: Tensor | None = mask) -> None:
                 measure.channels[where].add(x, keep)
@@ -183,7 +231,7 @@ class Intermediate:
                 behind = self.stream.run(module, before, self.stream.calls(ids, mask)[source])
             require_finite(behind, f"output of layer {index}")
             self.hidden.put(index + 1, part.start, behind)
-            self._spent(1, part)
+            self.spend(1, part)
             if self.behind_final_norm and index + 1 == self.depth:
                 behind = self.stream.final_norm(behind, ids, mask)
             measure.add_stream(before, behind, mask)
@@ -193,13 +241,13 @@ class Intermediate:
     def _measure_new_last(self) -> None:
         """The influence of a layer that has become the last one: its output now counts behind the final norm."""
         fresh = LayerMeasure(channels=self.measures[-1].channels)
-        for part, ids, mask in self._batches():
+        for part, ids, mask in self.batches():
             behind = self._output(self.depth, part, ids, mask)
-            fresh.add_stream(self._hidden_at(self.depth - 1, part), behind, mask)
+            fresh.add_stream(self.hidden_at(self.depth - 1, part), behind, mask)
         self.measures[-1] = fresh
 
     def _output(self, depth: int, part: slice, ids: Tensor, mask: Tensor | None) -> Tensor:
-        h_BTD = self._hidden_at(depth, part)
+        h_BTD = self.hidden_at(depth, part)
         if self.behind_final_norm and depth == self.depth:
             return self.stream.final_norm(h_BTD, ids, mask)
         return h_BTD
@@ -218,10 +266,12 @@ class Intermediate:
             counts.append(number.cpu())
         return torch.cat(sums), torch.cat(counts)
 
-    def _hidden_at(self, depth: int, part: slice) -> Tensor:
+    def hidden_at(self, depth: int, part: slice) -> Tensor:
+        """H^depth of some sequences, as it was measured."""
         return self.hidden.get(depth, part.start, part.stop, self.resident.device)
 
-    def _spent(self, layers: int, part: slice) -> None:
+    def spend(self, layers: float, part: slice) -> None:
+        """Count the cost of running that many layers on some sequences."""
         self.layer_forwards += layers * (part.stop - part.start) / self.corpus.input_ids.shape[0]
 
     def _slices(self, sequences: slice = slice(None)) -> Iterator[slice]:
@@ -229,7 +279,8 @@ class Intermediate:
         for first in range(start, stop, self.batch):
             yield slice(first, min(first + self.batch, stop))
 
-    def _batches(self, sequences: slice = slice(None)) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    def batches(self, sequences: slice = slice(None)) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """The calibration set batch by batch: which sequences, their tokens, and where these are real (None: all)."""
         for part in self._slices(sequences):
             mask = self.corpus.mask
             yield (
@@ -239,7 +290,7 @@ class Intermediate:
             )
 
 
-def _last_only(ids: Tensor, mask: Tensor | None) -> Tensor:
+def last_real(ids: Tensor, mask: Tensor | None) -> Tensor:
     """True at the last real token of each sequence."""
     last = torch.zeros_like(ids, dtype=torch.bool)
     ends = torch.full((ids.shape[0],), ids.shape[1] - 1) if mask is None else mask.sum(dim=1) - 1

@@ -14,13 +14,15 @@ from intarsia.recipe.ops import Op
 class Step:
     """One decision: current layers `start` .. `start + count - 1` become `op` (None: they are dropped).
 
-    `evidence` is what it was decided on, as plain data for the run's log.
+    `evidence` is what it was decided on, as plain data for the run's log. `whole`, where given, is every layer of the
+    model after the step: for a planner whose next model is not the one before with a change at one place.
     """
 
     start: int
     count: int
     op: Op | None
     evidence: Mapping[str, Any]
+    whole: Sequence[Op] | None = None
 
     @property
     def removed(self) -> int:
@@ -33,9 +35,11 @@ class Planner(Protocol):
 
     Attributes:
         progressive: whether a decision needs the current model to be measured anew.
+        measures: whether the first decision needs the whole model to be measured.
     """
 
     progressive: bool
+    measures: bool
 
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
         """The next step towards `target` layers, or None where nothing more is allowed.
@@ -46,3 +50,9 @@ class Planner(Protocol):
 
     def reason(self) -> str:
         """Why nothing more is allowed, for the user."""
+
+
+def one_attention_type(model: Intermediate, ops: Sequence[Op]) -> bool:
+    """Whether all sources of these layers attend in one way (fully, or over a sliding window): others do not merge."""
+    types = model.anatomy.layer_types
+    return types is None or len({types[source.layer] for op in ops for source in op.sources}) == 1

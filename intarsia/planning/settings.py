@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from intarsia.errors import Problem, UserError
 from intarsia.recipe.ops import NormMode
@@ -25,6 +25,9 @@ class ComeSettings:
         distance: span influence over `all-tokens`, or the `last-token` of each sequence (arXiv 2403.17887).
         granularity: steps of the ratio grid of CoMe-P.
         racing: CoMe-P drops a ratio as soon as it is clearly worse than the best on part of the calibration set.
+        combine: `concat`, the merged layer keeps pieces of each; two ablations of the paper: `weight-sum`, it is the
+            sum of whole layers, weighted by share; `fuse`, the pieces that are left out are added, scaled, onto the
+            most similar ones that are kept.
         reference: the published behaviour where ours differs by default: averaged norms, no racing, the last
             layer's influence measured behind the final norm, and a distance over one layer whatever m is. Query
             heads are grouped correctly all the same.
@@ -40,6 +43,7 @@ class ComeSettings:
     distance: Literal["all-tokens", "last-token"] = "all-tokens"
     granularity: int = 10
     racing: bool = True
+    combine: Literal["concat", "weight-sum", "fuse"] = "concat"
     reference: bool = False
 
     def __post_init__(self) -> None:
@@ -68,3 +72,50 @@ class ComeSettings:
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for the run folder."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LacoSettings:
+    """How LaCo decides (arXiv 2402.11187).
+
+    Attributes:
+        merge: how many adjacent layers become one (C). The default is the paper's for a model of 7 billion parameters.
+        threshold: the least similarity to the original model at which a merge is accepted, at first.
+        interval: by how many layers the pointer goes on after a merge (I).
+        lowest: the first layer, from 0, that others may collapse into (L).
+        highest: layers behind the first so many are not merged at first (H); None: the whole depth.
+    """
+
+    merge: int = 4
+    threshold: float = 0.65
+    interval: int = 2
+    lowest: int = 1
+    highest: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            Problem(where=name, expected=expected, found=repr(found), remedy=f"Give --laco-{name} such.")
+            for name, expected, found, right in (
+                ("merge", "a whole number, 2 or more", self.merge, self.merge >= 2),
+                ("threshold", "a number between -1 and 1", self.threshold, -1.0 <= self.threshold <= 1.0),
+                ("interval", "a whole number, 1 or more", self.interval, self.interval >= 1),
+                ("lowest", "a whole number, 0 or more", self.lowest, self.lowest >= 0),
+                (
+                    "highest",
+                    "a whole number above lowest",
+                    self.highest,
+                    self.highest is None or self.highest > self.lowest,
+                ),
+            )
+            if not right
+        ]
+        if problems:
+            raise UserError(problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for the run folder."""
+        return asdict(self)
+
+
+Settings: TypeAlias = ComeSettings | LacoSettings
+"""What a method can be set to."""

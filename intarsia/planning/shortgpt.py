@@ -16,6 +16,7 @@ class ShortGpt:
     """One-shot removal by block influence."""
 
     progressive = False
+    measures = True
 
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
         """Drop the layer of least influence among those left."""

@@ -16,6 +16,7 @@ class Sleb:
     """Greedy removal by calibration loss."""
 
     progressive = True
+    measures = True
 
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
         """Try the model without each layer."""

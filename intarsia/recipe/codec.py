@@ -116,7 +116,7 @@ def content_hash(recipe: Recipe) -> str:
             [source(cut.source), *([list(cut.pieces(part)), cut.weights.get(part)] for part in PARTS)]
             for cut in op.cuts
         ]
-        return ["concat", op.norm, cuts]
+        return ["concat", op.norm, cuts, *(["fuse"] if op.fuse else [])]
 
     fitted = {f"{layer}.{name}": tensor for layer, found in recipe.fitted.items() for name, tensor in found.items()}
     base = identity.get(recipe.base, recipe.base)
@@ -133,7 +133,7 @@ def _layer(op: Op, index: int, base: str, tensors: Arrays) -> dict[str, Any]:
         weights = InlineList([float(weight) for weight in op.weights])
         return {"merge": {"method": op.method, "from": sources, "weights": weights}}
     cuts = [_cut(cut, f"layers.{index}.cuts.{number}", base, tensors) for number, cut in enumerate(op.cuts)]
-    return {"concat": {"norm": op.norm, "cuts": cuts}}
+    return {"concat": {"norm": op.norm, **({"fuse": True} if op.fuse else {}), "cuts": cuts}}
 
 
 def _cut(cut: Cut, name: str, base: str, tensors: Arrays) -> dict[str, Any]:

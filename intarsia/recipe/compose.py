@@ -45,6 +45,7 @@ def concat_of(
     weights: Sequence[Mapping[Part, float]],
     norm: NormMode,
     anatomy: Anatomy,
+    fuse: bool = False,
 ) -> Op:
     """One flat op that joins pieces of current layers, each given as an op over original layers.
 
@@ -56,6 +57,7 @@ def concat_of(
             to 1 over the contributing layers.
         norm: the norm mode of the result.
         anatomy: the family's shape.
+        fuse: the result adds what it leaves out onto what it keeps, all over again from the original layers.
 
     Raises:
         UserError: the result is no flat concatenation: a `Merge` contributes part of itself, norm modes are mixed, a
@@ -63,7 +65,21 @@ def concat_of(
     """
     assert len(ops) == len(kept) == len(weights), "one set of kept pieces and weights a layer"
     whole = {part: anatomy.n_pieces(part) for part in PARTS}
-    return _join(ops, kept, weights, norm, whole, anatomy, "concatenation")
+    op = _join(ops, kept, weights, norm, whole, anatomy, "concatenation")
+    return replace(op, fuse=fuse) if isinstance(op, Concat) else op
+
+
+def merge_of(ops: Sequence[Op], weights: Sequence[float]) -> Op:
+    """One flat op that is the weighted sum of whole current layers, each given as an op over original layers.
+
+    A layer of weight 0 contributes nothing.
+
+    Raises:
+        UserError: a concatenated layer is among them.
+    """
+    used = [(op, weight) for op, weight in zip(ops, weights, strict=True) if weight]
+    sources, total = _linear([op for op, _ in used], [weight for _, weight in used], "merge")
+    return Select(source=sources[0]) if total == (1.0,) else Merge(sources=sources, weights=total)
 
 
 def compose(outer: Recipe, inner: Recipe, *, variant: str, anatomy: Anatomy | None = None) -> Recipe:
@@ -143,9 +159,14 @@ def _compose_op(op: Op, inner: Recipe, anatomy: Anatomy | None, where: str) -> O
         return _compose_merge(op, inner, where)
     if not op.cuts:
         return op
+    joined = [inner.layers[cut.source.layer] for cut in op.cuts]
+    if any(isinstance(other, Concat) and other.fuse for other in joined):
+        raise _not_representable(where, "sources without fused pieces", "a fused inner layer")
+    if op.fuse and any(isinstance(other, Concat) for other in joined):
+        raise _not_representable(where, "whole layers to fuse", "a concatenated inner layer")
     whole = {part: sum(len(cut.pieces(part)) for cut in op.cuts) for part in PARTS}
-    return _join(
-        [inner.layers[cut.source.layer] for cut in op.cuts],
+    flat = _join(
+        joined,
         [{part: cut.pieces(part) for part in PARTS} for cut in op.cuts],
         [cut.weights for cut in op.cuts],
         op.norm,
@@ -154,19 +175,24 @@ def _compose_op(op: Op, inner: Recipe, anatomy: Anatomy | None, where: str) -> O
         where,
         keep_empty=True,
     )
+    return replace(flat, fuse=op.fuse) if isinstance(flat, Concat) else flat
 
 
 def _compose_merge(op: Merge, inner: Recipe, where: str) -> Merge:
+    sources, weights = _linear([inner.layers[source.layer] for source in op.sources], op.weights, where)
+    return replace(op, sources=sources, weights=weights)
+
+
+def _linear(ops: Sequence[Op], weights: Sequence[float], where: str) -> tuple[tuple[LayerRef, ...], tuple[float, ...]]:
     """A linear combination of linear combinations."""
     total: dict[LayerRef, float] = {}
-    for source, weight in zip(op.sources, op.weights, strict=True):
-        layer = inner.layers[source.layer]
-        if isinstance(layer, Concat):
-            raise _not_representable(where, "whole layers to merge", f"the concatenated inner layer {source.layer}")
-        shares = zip(layer.sources, layer.weights if isinstance(layer, Merge) else (1.0,), strict=True)
-        for original, share in shares:
+    for op, weight in zip(ops, weights, strict=True):
+        if isinstance(op, Concat):
+            raise _not_representable(where, "whole layers to merge", "a concatenated layer")
+        shares = op.weights if isinstance(op, Merge) else (1.0,)
+        for original, share in zip(op.sources, shares, strict=True):
             total[original] = total.get(original, 0.0) + weight * share
-    return replace(op, sources=tuple(total), weights=tuple(total.values()))
+    return tuple(total), tuple(total.values())
 
 
 def _compose_span(span: Span, inner: Recipe) -> Span:

@@ -63,10 +63,12 @@ class Concat:
 
     `norm`: `fold` puts each source's norm parameters into the rows that read them, so that every piece sees the
     input it was trained on; `average` takes the weighted average of the norms, as in arXiv 2510.15304.
+    `fuse`: the pieces of these layers that are left out are added, scaled, onto the most similar ones that are kept.
     """
 
     cuts: tuple[Cut, ...]
     norm: NormMode = "fold"
+    fuse: bool = False
 
     @property
     def sources(self) -> tuple[LayerRef, ...]:

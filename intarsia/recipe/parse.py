@@ -171,10 +171,13 @@ class _Reader:
         return next(iter(self.references(value, path)), LayerRef(variant=self.base, layer=0))
 
     def concat(self, value: Any, path: str) -> Concat:
-        found = self.values.mapping(value, path, ("norm", "cuts"), ("cuts",))
+        found = self.values.mapping(value, path, ("norm", "fuse", "cuts"), ("cuts",))
         norm = found.get("norm", "fold")
         if norm not in get_args(NormMode):
             self.values.wrong(f"{path}.norm", " or ".join(get_args(NormMode)), shown(norm))
+        fuse = found.get("fuse", False)
+        if not isinstance(fuse, bool):
+            self.values.wrong(f"{path}.fuse", "true or false", shown(fuse))
         entries = self.values.array(found["cuts"], f"{path}.cuts", MAX_LAYERS) if "cuts" in found else []
         cuts = [self.cut(entry, f"{path}.cuts[{index}]") for index, entry in enumerate(entries)]
         given = [isinstance(entry, dict) and "weights" in entry for entry in entries]
@@ -194,7 +197,7 @@ class _Reader:
                 )
                 for cut in cuts
             ]
-        return Concat(cuts=tuple(cuts), norm=norm)
+        return Concat(cuts=tuple(cuts), norm=norm, fuse=fuse is True)
 
     def cut(self, value: Any, path: str) -> Cut:
         keys = ("from", "kv_groups", "channels", "weights")

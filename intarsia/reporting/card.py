@@ -16,6 +16,7 @@ keys (all but `before` and `after` may be missing; others are ignored):
     calibration     a description, or a mapping of settings
     evaluation      the same
     settings        mapping of the planner's settings
+    heal            mapping of how the cut model was repaired, `stages` first; None where it was not
     approximations  sentences about what is not exact in this family
     recipe_sha256   content hash of the recipe
     versions        mapping of package to version
@@ -123,9 +124,19 @@ def _what_it_is(results: Mapping[str, Any]) -> str:
             "Layers were not only removed: the most sensitive pieces of adjacent layers were joined into one layer of "
             f"the usual shape ([paper]({PAPER})). "
         )
+    if results.get("heal"):
+        text += _healed(results["heal"])
     text += "It is a stock checkpoint"
     text += f" of its family ({_line(results['family'])})" if results.get("family") else " of its family"
     return text + ": no code of its own is needed to run it."
+
+
+def _healed(heal: Mapping[str, Any]) -> str:
+    stages = heal.get("stages", ())
+    trained = [stage for stage in stages if stage != "closed-form"]
+    if trained:
+        return f"It was then trained to follow the original ({_line(', '.join(stages))}). "
+    return "What was left was then fitted to the original's hidden states by least squares, without training. "
 
 
 def _picture(results: Mapping[str, Any]) -> str:
@@ -136,7 +147,8 @@ def _picture(results: Mapping[str, Any]) -> str:
 
 def _measures(results: Mapping[str, Any]) -> str:
     before, after = results.get("before", {}), results.get("after", {})
-    keys = dict.fromkeys(key for measures in (before, after) for key, value in measures.items() if value is not None)
+    known = (before, after)
+    keys = [key for key in {**before, **after} if any(measures.get(key) is not None for measures in known)]
     if not keys:
         return ""
     rows = ["| | before | after |", "|---|---:|---:|"]
@@ -171,6 +183,7 @@ def _how_it_was_made(results: Mapping[str, Any]) -> str:
     facts = {
         "Calibration": _described(results.get("calibration")),
         "Settings": _described(results.get("settings")),
+        "Healing": _described(results.get("heal")),
         "Recipe": f"`{_code(recipe)}` (SHA-256 of its content)" if recipe else "",
         "Versions": _described(results.get("versions")),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -176,10 +177,28 @@ def card_facts(recipe: Recipe, base: Checkpoint, built: BuildResult, *, title: s
         "base_model": None if variant.model == "demo" or Path(variant.model).exists() else variant.model,
         "family": base.anatomy.family.title,
         **{key: provenance[key] for key in ("method", "calibration", "settings") if provenance.get(key)},
+        "heal": _heal_facts(provenance.get("heal")),
         "before": {"layers": recipe.depth, "parameters": base.parameters, "bytes": base.nbytes},
         "after": {"layers": built.layers, "parameters": built.parameters, "bytes": built.bytes},
         "approximations": base.anatomy.family.approximations if merged else (),
         "recipe_sha256": built.recipe_sha256,
         "versions": provenance.get("versions") or versions(),
         "source_card": source_card.read_text(encoding="utf-8", errors="replace") if source_card.is_file() else None,
+    }
+
+
+def _heal_facts(heal: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """How a recipe was healed, in short; None where nothing came of it."""
+    stages = [] if heal is None else [row["stage"] for row in heal["stages"][1:] if row.get("taken")]
+    if heal is None or not stages:
+        return None
+    first, last = (heal["stages"][index]["held_out_perplexity"] for index in (0, -1))
+    closed_form = heal["settings"].get("closed-form", {}) if "closed-form" in stages else {}
+    return {
+        "stages": stages,
+        "text": heal["text"]["description"],
+        "tokens": heal["text"]["tokens"],
+        **{key: closed_form[key] for key in ("layers", "weighting") if key in closed_form},
+        "perplexity of held-out text before": first,
+        "after": last,
     }

@@ -1,4 +1,4 @@
-"""Compress: the main job. Plan, build, and judge what came out against what went in."""
+"""Compress: the main job. Plan, heal, build, and judge what came out against what went in."""
 
 from __future__ import annotations
 
@@ -14,22 +14,28 @@ from intarsia.checkpoint.staging import check_out
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.perplexity import eval_corpus
-from intarsia.planning.cost import Cost
-from intarsia.planning.settings import ComeSettings
+from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.planning.cost import Cost, with_closed_form
+from intarsia.planning.settings import Settings
 from intarsia.progress import Progress, Silent
 from intarsia.recipe import codec
 from intarsia.reporting.card import model_card
 from intarsia.stages.build import build_recipe, card_facts, read_recipe
 from intarsia.stages.judge import Measures, held_out_text, measured
-from intarsia.stages.plan import plan
-from intarsia.stages.setup import device_of, dtype_of, load_tokenizer
+from intarsia.stages.plan import check_method, plan_source
+from intarsia.stages.repair import HEALS, Repaired, repaired
+from intarsia.stages.source import Source
 
 _JUDGING = "judging"  # in the run folder from before the build until the result has been judged
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompressResult:
-    """What a compression gave. `before`, `after` and the rest are None for a dry run, which only predicts."""
+    """What a compression gave. `before`, `after` and the rest are None for a dry run, which only predicts.
+
+    `healed`: how the cut model was repaired, and the share of the gap in log-perplexity that this closed. None where
+    nothing was to be healed.
+    """
 
     model: str
     method: str
@@ -37,6 +43,7 @@ class CompressResult:
     predicted: Cost
     before: Measures | None = None
     after: Measures | None = None
+    healed: dict[str, Any] | None = None
     evaluation: str | None = None
     layer_forwards: float | None = None
     seconds: float
@@ -64,11 +71,13 @@ def compress(
     calibration: str | Sequence[str] = "self",
     tokens: int = 65536,
     seq_len: int = 512,
+    heal: str = "closed-form",
+    closed_form: ClosedFormSettings | None = None,
     eval_text: str | None = None,
     eval_windows: int = 64,
     run: Path | None = None,
     revision: str | None = None,
-    settings: ComeSettings | None = None,
+    settings: Settings | None = None,
     device: str | None = None,
     dtype: str | None = None,
     batch_tokens: int | None = None,
@@ -85,6 +94,9 @@ def compress(
         model: a local folder, a hub id, or `demo`.
         out: the folder of the new model.
         layers, sparsity: the target, one of the two.
+        heal: `closed-form` fits the layers that stand for removed ones to the original, on the calibration text;
+            `none` leaves them as they were cut.
+        closed_form: how it fits.
         eval_text: what perplexity is measured on. Without one, text like the calibration's that was not part of it.
         run: the run folder; beside `out` by default.
         dry_run: predict cost and memory, and do nothing.
@@ -96,35 +108,48 @@ def compress(
     progress = progress or Silent()
     out = Path(out)
     run = out.with_name(f"{out.name}.run") if run is None else Path(run)
+    check_method(method)
+    if heal not in HEALS:
+        raise UserError.of(
+            where="--heal", expected=f"one of {', '.join(HEALS)}", found=repr(heal), remedy="Choose one of them."
+        )
+    closed_form = closed_form or ClosedFormSettings()
     unjudged = _built_but_not_judged(run, out)
     check_out(out, overwrite=overwrite or unjudged is not None)
-    dense = open_checkpoint(model, revision=revision, progress=progress)
+    source = Source(
+        model,
+        revision=revision,
+        calibration=calibration,
+        tokens=tokens,
+        seq_len=seq_len,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    )
     corpus = None
     if eval_text is not None:  # read now: a text that cannot be used must not be found out after the work
-        corpus = eval_corpus(eval_text, load_tokenizer(dense), seq_len=seq_len, windows=eval_windows)
-    planned = plan(
-        model,
+        corpus = eval_corpus(eval_text, source.tokenizer, seq_len=seq_len, windows=eval_windows)
+    planned = plan_source(
+        source,
         run,
         layers=layers,
         sparsity=sparsity,
         method=method,
-        calibration=calibration,
-        tokens=tokens,
-        seq_len=seq_len,
         settings=settings,
-        revision=revision,
-        device=device,
-        dtype=dtype,
         batch_tokens=batch_tokens,
-        seed=seed,
         dry_run=dry_run,
-        progress=progress,
     )
+    predicted = planned.predicted
+    if heal == "closed-form":
+        predicted = with_closed_form(
+            predicted, source.checkpoint, closed_form, target=planned.target, tokens=tokens, dtype=source.dtype
+        )
     result = CompressResult(
         model=model,
         method=method,
         target=planned.target,
-        predicted=planned.predicted,
+        predicted=predicted,
         seconds=time.perf_counter() - begun,
         peak_memory_bytes=peak_memory_bytes(),
         out=out,
@@ -140,31 +165,50 @@ def compress(
             found=f"none below {reached}: {planned.stopped}",
             remedy=f"Build a depth of the ladder with `intarsia build {run} --layers N`, or change the settings.",
         )
-    recipe = read_recipe(run, planned.target)
+    cut = recipe = read_recipe(run, planned.target)
+    repair = None
+    if heal == "closed-form":
+        repair = repaired(run, cut, source, settings=closed_form, batch_tokens=batch_tokens)
+        recipe = repair.recipe
     overwrite = overwrite or unjudged == codec.content_hash(recipe)
     check_out(out, overwrite=overwrite)  # what this run built for another depth is not replaced
     (run / _JUDGING).write_text(codec.content_hash(recipe), encoding="utf-8")
     built = build_recipe(recipe, out, overwrite=overwrite, progress=progress)
 
     if eval_text is None:
-        corpus = held_out_text(dense, calibration, tokens, seq_len, seed, device, dtype, progress)
+        corpus = held_out_text(source)
     small = open_checkpoint(str(out), progress=progress)
-    measures = measured({"before": dense, "after": small}, corpus, device_of(device), dtype_of(dtype), progress)
+    dense = source.checkpoint
+    before, after = measured(source, small, corpus, unhealed=cut if repair is not None and repair.taken else None)
     facts = card_facts(recipe, dense, built, title=out.name)
-    facts |= {"before": measures["before"].to_dict(), "after": measures["after"].to_dict()}
+    facts |= {"before": before.to_dict(), "after": after.to_dict()}
     facts["evaluation"] = None if corpus is None else f"{corpus.description}, {len(corpus)} windows of {seq_len} tokens"
     (out / "README.md").write_text(model_card(facts), encoding="utf-8")
     (run / _JUDGING).unlink(missing_ok=True)
     return replace(
         result,
-        before=measures["before"],
-        after=measures["after"],
+        before=before,
+        after=after,
+        healed=None if repair is None else _healed(repair, before, after),
         evaluation=facts["evaluation"],
         layer_forwards=planned.layer_forwards,
         seconds=time.perf_counter() - begun,
         peak_memory_bytes=peak_memory_bytes(),
         recipe_sha256=built.recipe_sha256,
     )
+
+
+def _healed(repair: Repaired, before: Measures, after: Measures) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "method": "closed-form",
+        "taken": repair.taken,
+        "fitted_read_outs": repair.read_outs if repair.taken else 0,
+        "tokens": repair.tokens,
+    }
+    whole, cut, now = before.perplexity, after.perplexity_without_heal, after.perplexity
+    if whole is not None and cut is not None and now is not None and cut.nll > whole.nll:
+        found["gap_closed"] = (cut.nll - now.nll) / (cut.nll - whole.nll)
+    return found
 
 
 def _built_but_not_judged(run: Path, out: Path) -> str | None:

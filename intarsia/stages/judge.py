@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from intarsia.building.resident import load_model
-from intarsia.calibration.corpus import Corpus, load_corpus
+from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.errors import UserError
 from intarsia.evaluation.perplexity import perplexity
-from intarsia.evaluation.result import Perplexity
+from intarsia.evaluation.result import Perplexity, Speed
 from intarsia.evaluation.speed import compare_speed
-from intarsia.progress import Progress
-from intarsia.stages.setup import device_of, dtype_of, load_tokenizer
+from intarsia.healing.quality import Chain
+from intarsia.recipe.recipe import Recipe
+from intarsia.stages.source import Source
 
 _SHARE_OF_FREE = 0.8
 _HELD_OUT = 8  # without an evaluation text, this fraction of the calibration's size is held out to judge by
@@ -27,88 +28,94 @@ _HELD_OUT = 8  # without an evaluation text, this fraction of the calibration's 
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """What is compared before and after. `bytes` are those of the weights; speeds are tokens a second."""
+    """What is compared before and after. `bytes` are those of the weights; speeds are tokens a second.
+
+    `perplexity_without_heal`: of the cut model as it was before it was healed.
+    """
 
     layers: int
     parameters: int
     bytes: int
     perplexity: Perplexity | None
+    perplexity_without_heal: Perplexity | None = None
     prefill_per_s: float
     decode_per_s: float
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         data = asdict(self)
-        if self.perplexity is not None:
-            known = self.perplexity.windows > 1  # one window has no scatter
-            data["perplexity"] = {"value": self.perplexity.value, "stderr": self.perplexity.stderr if known else None}
+        for key in ("perplexity", "perplexity_without_heal"):
+            found: Perplexity | None = getattr(self, key)
+            if found is not None:
+                known = found.windows > 1  # one window has no scatter
+                data[key] = {"value": found.value, "stderr": found.stderr if known else None}
         return data
 
 
 def measured(
-    checkpoints: Mapping[str, Checkpoint],
-    corpus: Corpus | None,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    progress: Progress,
-) -> dict[str, Measures]:
-    """Speed and perplexity of each model; in turns where memory holds them all, else one after the other."""
-    together = sum(checkpoint.nbytes for checkpoint in checkpoints.values()) < _free_bytes(device) * _SHARE_OF_FREE
+    source: Source, small: Checkpoint, corpus: Corpus | None, *, unhealed: Recipe | None
+) -> tuple[Measures, Measures]:
+    """Speed and perplexity of the source and of what was built from it; the source's model is let go of.
+
+    Speeds are measured in turns where memory holds both models, else one after the other.
+
+    Args:
+        unhealed: the recipe before it was healed, whose perplexity is told too; None where nothing was healed.
+    """
+    dense, progress = source.checkpoint, source.progress
+    more = small.nbytes + (0 if source.in_memory else dense.nbytes)
+    together = more < _free_bytes(source.device) * _SHARE_OF_FREE
     if not together:
         progress.say("the models do not fit into memory together: their speeds are measured one after the other")
-    measures: dict[str, Measures] = {}
-    for names in [list(checkpoints)] if together else [[name] for name in checkpoints]:
-        models = {name: load_model(checkpoints[name], device=device, dtype=dtype) for name in names}
-        speeds = compare_speed(models, progress=progress)
-        for name in names:
-            judged = None if corpus is None else perplexity(models.pop(name), corpus, progress=progress)
-            measures[name] = Measures(
-                layers=checkpoints[name].anatomy.n_layers,
-                parameters=checkpoints[name].parameters,
-                bytes=checkpoints[name].nbytes,
-                perplexity=judged,
-                prefill_per_s=speeds[name].prefill_tokens_per_s,
-                decode_per_s=speeds[name].decode_tokens_per_s,
-            )
-    return measures
+
+    def load_small() -> PreTrainedModel:
+        return load_model(small, device=source.device, dtype=source.dtype)
+
+    def judged(model: nn.Module) -> Perplexity | None:
+        return None if corpus is None else perplexity(model, corpus, progress=progress)
+
+    models = {"before": source.resident.model, **({"after": load_small()} if together else {})}
+    speeds = compare_speed(models, progress=progress)
+    before = judged(models.pop("before"))
+    without = None if unhealed is None else judged(Chain(unhealed, source.resident))
+    source.release()
+    after = models.pop("after") if together else load_small()
+    if not together:
+        speeds |= compare_speed({"after": after}, progress=progress)
+    return (
+        _measures(dense, speeds["before"], before),
+        replace(_measures(small, speeds["after"], judged(after)), perplexity_without_heal=without),
+    )
+
+
+def _measures(checkpoint: Checkpoint, speed: Speed, found: Perplexity | None) -> Measures:
+    return Measures(
+        layers=checkpoint.anatomy.n_layers,
+        parameters=checkpoint.parameters,
+        bytes=checkpoint.nbytes,
+        perplexity=found,
+        prefill_per_s=speed.prefill_tokens_per_s,
+        decode_per_s=speed.decode_tokens_per_s,
+    )
 
 
 def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def held_out_text(
-    checkpoint: Checkpoint,
-    calibration: str | Sequence[str],
-    tokens: int,
-    seq_len: int,
-    seed: int,
-    device: str | None,
-    dtype: str | None,
-    progress: Progress,
-) -> Corpus | None:
+def held_out_text(source: Source) -> Corpus | None:
     """Text of the calibration's kind that was not calibrated on; None where there is no more."""
-    tokenizer = load_tokenizer(checkpoint)
-    held_out = max(tokens // seq_len // _HELD_OUT, 1) * seq_len
-    if calibration == "self":
-        written = load_corpus(
-            "self",
-            tokenizer,
-            tokens=held_out,
-            seq_len=seq_len,
-            seed=seed + 1,
-            model_for_self=lambda: load_model(checkpoint, device=device_of(device), dtype=dtype_of(dtype)),
-            self_cache_key=scan(checkpoint, progress),
-            progress=progress,
-        )
+    held_out = max(source.tokens // source.seq_len // _HELD_OUT, 1) * source.seq_len
+    if source.calibration == "self":
+        written = source.text(tokens=held_out, seed=source.seed + 1)
         return replace(written, description="further text that the model wrote itself")
     corpus: Corpus | None = None
-    used = load_corpus(calibration, tokenizer, tokens=tokens, seq_len=seq_len, seed=seed).input_ids
+    used = source.corpus.input_ids
     with suppress(UserError):  # the sequences behind those of the calibration: the same sources, seed and order
-        corpus = load_corpus(calibration, tokenizer, tokens=tokens + held_out, seq_len=seq_len, seed=seed)
+        corpus = source.text(tokens=source.tokens + held_out)
     # A source that is so large that it is only sampled may be sampled otherwise for more tokens.
     if corpus is None or not torch.equal(corpus.input_ids[: len(used)], used):
-        progress.say("no perplexity: the calibration text has nothing left to judge by; pass --eval-text")
+        source.progress.say("no perplexity: the calibration text has nothing left to judge by; pass --eval-text")
         return None
     rest = corpus.input_ids[len(used) :]
     mask = None if corpus.mask is None else corpus.mask[len(used) :]

@@ -6,26 +6,22 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from intarsia.building.resident import Resident
-from intarsia.calibration.corpus import Corpus, load_corpus
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.planning.cost import Cost, predict
 from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.ladder import METHODS, climb, planner_of
+from intarsia.planning.ladder import METHODS, climb, planner_of, settings_of
 from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import ComeSettings
+from intarsia.planning.settings import ComeSettings, Settings
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Recipe, Variant, identity
-from intarsia.stages.setup import check_seq_len, device_of, dtype_of, load_tokenizer
+from intarsia.stages.setup import check_seq_len
+from intarsia.stages.source import Source
 from intarsia.stages.target import target_depth
 
 BASE = "base"
@@ -78,7 +74,7 @@ def plan(
     calibration: str | Sequence[str] = "self",
     tokens: int = 65536,
     seq_len: int = 512,
-    settings: ComeSettings | None = None,
+    settings: Settings | None = None,
     revision: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -97,33 +93,86 @@ def plan(
         run: the run folder, new or begun with the same settings.
         layers, sparsity: the target, one of the two (see `target_depth`).
         method: one of `METHODS`.
+        settings: of the method; its defaults where they are not given, or are another method's.
         calibration: see `intarsia.calibration.corpus.load_corpus`.
         dry_run: predict cost and memory, and do nothing.
 
     Raises:
         UserError: something about the input cannot be used. Nothing has been written then.
     """
-    begun = time.perf_counter()
-    progress = progress or Silent()
-    settings = settings or ComeSettings()
-    run = Path(run)
+    check_method(method)
+    source = Source(
+        model,
+        revision=revision,
+        calibration=calibration,
+        tokens=tokens,
+        seq_len=seq_len,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        progress=progress or Silent(),
+    )
+    return plan_source(
+        source,
+        Path(run),
+        layers=layers,
+        sparsity=sparsity,
+        method=method,
+        settings=settings,
+        batch_tokens=batch_tokens,
+        dry_run=dry_run,
+    )
+
+
+def check_method(method: str) -> None:
+    """Refuse what is not one of `METHODS`.
+
+    Raises:
+        UserError: listing them.
+    """
     if method not in METHODS:
         raise UserError.of(
             where="--method", expected=f"one of {', '.join(METHODS)}", found=repr(method), remedy="Choose one of them."
         )
-    where, kind = device_of(device), dtype_of(dtype)
-    checkpoint = open_checkpoint(model, revision=revision, progress=progress)
+
+
+def plan_source(
+    source: Source,
+    run: Path,
+    *,
+    layers: int | None,
+    sparsity: float | None,
+    method: str,
+    settings: Settings | None,
+    batch_tokens: int | None,
+    dry_run: bool,
+) -> PlanResult:
+    """`plan`, for a model that other stages of the same call work on too.
+
+    Raises:
+        UserError: as `plan`.
+    """
+    begun = time.perf_counter()
+    progress, checkpoint = source.progress, source.checkpoint
+    own = settings_of(method, settings)
     target = target_depth(checkpoint, layers=layers, sparsity=sparsity)
-    check_seq_len(checkpoint, seq_len)
+    check_seq_len(checkpoint, source.seq_len)
     predicted = predict(
-        checkpoint, method, settings, target=target, tokens=tokens, seq_len=seq_len, dtype=kind, memory_bytes=None
+        checkpoint,
+        method,
+        own,
+        target=target,
+        tokens=source.tokens,
+        seq_len=source.seq_len,
+        dtype=source.dtype,
+        memory_bytes=None,
     )
     depth = checkpoint.anatomy.n_layers
 
     def result(folder: RunFolder | None, layer_forwards: float = 0.0, stopped: str | None = None) -> PlanResult:
         log = [] if folder is None else folder.log()
         return PlanResult(
-            model=model,
+            model=source.model,
             method=method,
             run=None if folder is None else folder.path,
             layers=depth,
@@ -139,54 +188,42 @@ def plan(
 
     if dry_run:
         return result(None)
-    tokenizer = load_tokenizer(checkpoint)
-    sha256 = scan(checkpoint, progress)
+    _ = source.tokenizer  # read now: one that cannot be read must not be found out after the scan
     identifying = {
-        "model": model,
-        "revision": revision,
-        "sha256": sha256,
+        "model": source.model,
+        "revision": source.revision,
+        "sha256": source.sha256,
         "method": method,
-        "calibration": calibration if isinstance(calibration, str) else ",".join(calibration),
-        "tokens": tokens,
-        "seq_len": seq_len,
-        "seed": seed,
-        "dtype": dtype,
-        "device": where.type,
+        "calibration": source.calibration if isinstance(source.calibration, str) else ",".join(source.calibration),
+        "tokens": source.tokens,
+        "seq_len": source.seq_len,
+        "seed": source.seed,
+        "dtype": source.dtype_name,
+        "device": source.device.type,
         "batch_tokens": batch_tokens,
-        "planner": settings.to_dict() if method.startswith("come") else None,
-        # With m > 2 the last step merges fewer, so the ladder depends on where it ends.
-        "target": target if method.startswith("come") and settings.merge > 2 else None,
+        "planner": None if own is None else own.to_dict(),
+        # Where more than two layers are merged at once the last step merges fewer, so the ladder depends on its end.
+        "target": target if own is not None and own.merge > 2 else None,
     }
     folder = RunFolder.offer(run, identifying)
     if folder.depths() and folder.depths()[-1] <= target:
         progress.say(f"{run}: planned already")
         return result(folder)
-    resident = cache(lambda: Resident(checkpoint, device=where, dtype=kind))
-    corpus = load_corpus(
-        calibration,
-        tokenizer,
-        tokens=tokens,
-        seq_len=seq_len,
-        seed=seed,
-        model_for_self=lambda: resident().model,
-        self_cache_key=sha256,
-        progress=progress,
-    )
+    corpus = source.corpus
     # Only now: a run folder that a mistyped text leaves behind would not take the right one.
     folder = RunFolder.start(run, identifying)
     folder.pin("calibration", {"text": corpus.description, "sha256": corpus.sha256, "tokens": corpus.tokens})
-    start = _start(folder, checkpoint, model, revision, sha256, identifying, corpus)
-    effective = settings.effective()
+    start = _start(folder, source, identifying)
     current = Intermediate(
-        resident(),
+        source.resident,
         corpus,
         start.layers,
         batch_tokens=batch_tokens,
-        behind_final_norm=effective.reference,
+        behind_final_norm=isinstance(own, ComeSettings) and own.reference,
         progress=progress,
     )
     try:
-        stopped = climb(planner_of(method, settings), current, start, target, folder)
+        stopped = climb(planner_of(method, own), current, start, target, folder)
     finally:
         current.close()
     if stopped is not None:
@@ -194,21 +231,15 @@ def plan(
     return result(folder, current.layer_forwards, stopped)
 
 
-def _start(
-    folder: RunFolder,
-    checkpoint: Checkpoint,
-    model: str,
-    revision: str | None,
-    sha256: str,
-    settings: dict[str, Any],
-    corpus: Corpus,
-) -> Recipe:
+def _start(folder: RunFolder, source: Source, settings: dict[str, Any]) -> Recipe:
     """The recipe to go on from: the last one of the ladder, or the whole model."""
     if folder.depths():
         return folder.recipe(folder.depths()[-1])
+    checkpoint, corpus = source.checkpoint, source.corpus
     # A recipe outlives the folder that it was started from, so a local path is made absolute.
-    where = str(checkpoint.folder.resolve()) if Path(model).exists() and model != "demo" else model
-    variant = Variant(name=BASE, model=where, revision=revision, sha256=sha256)
+    local = Path(source.model).exists() and source.model != "demo"
+    where = str(checkpoint.folder.resolve()) if local else source.model
+    variant = Variant(name=BASE, model=where, revision=source.revision, sha256=source.sha256)
     whole = identity(variant, checkpoint.anatomy.n_layers)
     provenance = {
         "method": settings["method"],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
 from intarsia.building.layer import layer_tensors
+from intarsia.building.resident import twin
 from intarsia.calibration.stream import LayerStream
 from intarsia.recipe.compose import concat_of
 from intarsia.recipe.ops import Concat, LayerRef, Merge
@@ -141,3 +144,16 @@ def test_a_merge_is_linear_in_every_tensor(checkpoint_of: Opened) -> None:
     for name, tensor in found.items():
         first, second, third = (checkpoint.layer_tensor(layer, name) for layer in (3, 1, 2))
         torch.testing.assert_close(tensor, 0.5 * first - second + 2.0 * third, rtol=1e-6, atol=1e-6)
+
+
+def test_a_twin_shares_parameters_and_no_hooks(resident_of: InMemory) -> None:
+    """transformers hangs hooks on layers once hidden states are asked for; a twin must still go through a pickle."""
+    resident = resident_of("llama")
+    resident.model(torch.arange(4)[None], output_hidden_states=True)
+    original = resident.layers[0]
+    assert any(module._forward_hooks for module in resident.model.modules())
+    copied = twin(original)
+    names = dict(original.named_parameters())
+    assert all(parameter is names[name] for name, parameter in copied.named_parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in copied.modules())
+    assert pickle.loads(pickle.dumps(copied)).state_dict().keys() == original.state_dict().keys()

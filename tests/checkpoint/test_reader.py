@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from intarsia.checkpoint.header import DTYPES, read_headers
 from intarsia.checkpoint.reader import Checkpoint
@@ -52,12 +52,15 @@ def test_tensors_equal_those_of_safetensors(saved: dict[str, Path], kind: str) -
 @pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=list(DTYPES))
 def test_every_dtype_is_read(tmp_path: Path, model: Make, dtype: torch.dtype) -> None:
     folder = model()
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load((folder / "model.safetensors").read_bytes())
     # A scalar, an empty tensor, odd sizes: what layers never have, and a checkpoint may.
     bits = torch.arange(7 * dtype.itemsize, dtype=torch.uint8) % (2 if dtype == torch.bool else 64)
     tensors |= {"extra.odd": bits.view(dtype), "extra.one": bits.view(dtype)[3].clone()}
     tensors["extra.none"] = torch.empty(0, 3, dtype=dtype)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except KeyError:
+        pytest.skip(f"this version of safetensors does not write {dtype}")
     found = opened(folder)
     for name in ("extra.odd", "extra.one", "extra.none"):
         assert found.tensor(name).dtype == dtype
@@ -128,7 +131,7 @@ def test_counts(saved: dict[str, Path], model: Make) -> None:
     assert sorted(single.outside_names()) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
 
     folder = model("tied")
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load((folder / "model.safetensors").read_bytes())
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors")
     twice = opened(folder)
@@ -221,7 +224,7 @@ def test_unknown_family_and_wrong_shapes(model: Make) -> None:
 def test_missing_layer_and_missing_head(model: Make) -> None:
     folder = model()
     file = folder / "model.safetensors"
-    tensors = load_file(file)
+    tensors = load(file.read_bytes())
     head = tensors.pop("lm_head.weight")
     save_file(tensors, file)
     refused(folder, "lm_head.weight: .*does not tie it")
@@ -235,7 +238,7 @@ def test_missing_layer_and_missing_head(model: Make) -> None:
 def test_integer_weights_are_refused(model: Make) -> None:
     folder = model()
     file = folder / "model.safetensors"
-    tensors = load_file(file)
+    tensors = load(file.read_bytes())
     name = "model.layers.0.mlp.up_proj.weight"
     save_file({**tensors, name: tensors[name].to(torch.int8)}, file)
     refused(folder, f"{name}: expected float16.*found int8")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from intarsia.checkpoint import scan as module
 from intarsia.checkpoint.reader import Checkpoint
@@ -45,7 +45,7 @@ def opened(folder: Path) -> Checkpoint:
 
 
 def poison(folder: Path, **values: float) -> None:
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load((folder / "model.safetensors").read_bytes())
     for name, value in values.items():
         tensors[name.replace("__", ".")].view(-1)[-1] = value
     save_file(tensors, folder / "model.safetensors")
@@ -60,7 +60,7 @@ def test_hash_does_not_depend_on_shards(saved: dict[str, Path]) -> None:
 
 def test_hash_depends_on_name_dtype_shape_and_bytes(model: Make) -> None:
     folder = model()
-    plain = load_file(folder / "model.safetensors")
+    plain = load((folder / "model.safetensors").read_bytes())
     norm = plain["model.norm.weight"]
     changes = [
         {},
@@ -115,7 +115,7 @@ def test_large_finite_numbers_are_fine(dtype: torch.dtype) -> None:
 
 def test_integers_are_not_asked(model: Make) -> None:
     folder = model()
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load((folder / "model.safetensors").read_bytes())
     save_file({**tensors, "model.buffer": torch.full((4,), -1)}, folder / "model.safetensors")
     scan(opened(folder), Silent())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.planning.intermediate import Intermediate
+from intarsia.planning.ladder import climb, planner_of
+from intarsia.planning.run_folder import RunFolder
 from intarsia.recipe.ops import Op
+from intarsia.recipe.recipe import Variant, identity
 from tests import families
 from tests.conftest import InMemory
 from tests.planning.conftest import corpus_of
@@ -277,3 +281,48 @@ def test_a_layer_that_is_not_finite_is_named(checkpoint_of: Any) -> None:
         resident.layers[2].mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(UserError, match="layer 2"):
         measured(resident, corpus_of())
+
+
+def test_only_what_has_changed_is_measured_again(resident_of: InMemory) -> None:
+    resident, corpus = resident_of("llama"), corpus_of()
+    model = Intermediate(resident, corpus, WHOLE)
+    model.refresh()
+    losses = model.losses_N.clone()
+    assert model.layer_forwards == pytest.approx(families.DEPTH)
+    model.refresh()
+    model.become(WHOLE[:2])
+    model.become(WHOLE)
+    model.refresh()
+    assert model.layer_forwards == pytest.approx(families.DEPTH)
+    model.replace(4, 1, None)
+    assert model.layer_forwards == pytest.approx(families.DEPTH + 1)
+    model.become(WHOLE)
+    model.refresh()  # layers 0 .. 3 are as they were
+    assert model.layer_forwards == pytest.approx(families.DEPTH + 1 + 2)
+    assert torch.equal(model.losses_N, losses)
+    fresh = Intermediate(resident, corpus, WHOLE)
+    fresh.measure()
+    assert [measure.influence for measure in model.measures] == [measure.influence for measure in fresh.measures]
+
+
+@pytest.mark.parametrize("behind_final_norm", [False, True])
+def test_methods_share_a_pass_over_the_whole_model(
+    behind_final_norm: bool, resident_of: InMemory, tmp_path: Path
+) -> None:
+    """One after the other in one object, each decides as it would alone."""
+    resident, corpus = resident_of("llama"), corpus_of()
+    whole = identity(Variant(name="base", model="m"), families.DEPTH)
+    together = Intermediate(resident, corpus, whole.layers, behind_final_norm=behind_final_norm)
+    methods = ["shortgpt", "angular", "mka", "taylor", "come", "sleb", "laco", "shortgpt", "reverse"]
+    for number, method in enumerate(methods):
+        alone = Intermediate(resident, corpus, whole.layers, behind_final_norm=behind_final_norm)
+        runs = []
+        for name, model in (("together", together), ("alone", alone)):
+            model.become(whole.layers)
+            run = RunFolder.start(tmp_path / f"{number}-{name}", {})
+            climb(planner_of(method), model, whole, 3, run)
+            runs.append(run)
+        assert [entry["hash"] for entry in runs[0].log()] == [entry["hash"] for entry in runs[1].log()]
+        assert [entry["evidence"] for entry in runs[0].log()] == [entry["evidence"] for entry in runs[1].log()]
+        if method in ("angular", "mka"):
+            assert sum(entry["layer_forwards"] for entry in runs[0].log()) == 0.0

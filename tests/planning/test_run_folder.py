@@ -53,7 +53,9 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("method", ["come", "come-p", "shortgpt", "sleb"])
+@pytest.mark.parametrize(
+    "method", ["come", "come-p", "shortgpt", "sleb", "taylor", "magnitude", "mka", "angular", "reverse"]
+)
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("half_written", [False, True], ids=["between", "within"])
 def test_stopped_and_started_again(

@@ -18,9 +18,9 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.planning.ladder import METHODS
-from intarsia.planning.settings import ComeSettings
+from intarsia.planning.settings import ComeSettings, LacoSettings
 from intarsia.recipe import codec
-from intarsia.stages import compress as compress_stage
+from intarsia.stages import judge
 from tests import families
 from tests.conftest import Folder
 from tests.recipes_by_hand import recipe_of, select, shared
@@ -32,7 +32,12 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+# LaCo merges several layers at once; the plus variants drop none of the first four and last two layers.
+ANY_DEPTH = [method for method in METHODS if method not in ("laco", "taylor+", "magnitude+")]
+MEASURED = ("come", "come-p", "sleb")
+
+
+@pytest.mark.parametrize("method", ANY_DEPTH)
 def test_plan_then_build_any_depth(method: str, model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
     model = str(model_folder("llama"))
     settings = ComeSettings(granularity=4)
@@ -40,8 +45,10 @@ def test_plan_then_build_any_depth(method: str, model_folder: Folder, sizes: Siz
     planned = intarsia.plan(model, run, layers=3, method=method, settings=settings, **sizes)
     assert (planned.layers, planned.target, planned.depths, planned.stopped) == (6, 3, (5, 4, 3), None)
     assert names(run) == {"settings.json", "calibration.json", "log.jsonl", "ladder"}
-    if method != "shortgpt":
+    if method in MEASURED:
         assert all(math.isfinite(loss) for loss in planned.losses)
+    else:
+        assert planned.losses == (None, None, None)
     assert planned.layer_forwards <= planned.predicted.layer_forwards_at_most
     assert planned.predicted.steps == 3
 
@@ -55,6 +62,24 @@ def test_plan_then_build_any_depth(method: str, model_folder: Folder, sizes: Siz
         assert AutoTokenizer.from_pretrained(built.out)("roti")["input_ids"]
         assert "README.md" in names(built.out)
     assert intarsia.build(run, tmp_path / "least").layers == 3
+
+
+def test_laco_goes_to_the_target_in_large_steps(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+    model, run = str(model_folder("llama")), tmp_path / "run"
+    settings = LacoSettings(merge=3)
+    planned = intarsia.plan(model, run, layers=3, method="laco", settings=settings, **sizes)
+    assert planned.depths == (4, 3) and planned.predicted.steps == 2
+    assert planned.layer_forwards <= planned.predicted.layer_forwards_at_most
+    assert all(math.isfinite(loss) for loss in planned.losses)
+    assert intarsia.build(run, tmp_path / "out", layers=3).layers == 3
+    with pytest.raises(UserError, match="target"):  # the last merge took fewer, so another end is another run
+        intarsia.plan(model, run, layers=2, method="laco", settings=settings, **sizes)
+
+
+@pytest.mark.parametrize("method", ["taylor+", "magnitude+"])
+def test_protected_layers_are_kept(method: str, model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+    planned = intarsia.plan(str(model_folder("llama")), tmp_path / "run", layers=5, method=method, **sizes)
+    assert planned.depths == () and planned.stopped is not None and "never drops" in planned.stopped
 
 
 def test_the_calibration_loss_is_that_of_the_built_model(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
@@ -79,7 +104,7 @@ def test_a_finished_plan_is_only_read_and_a_deeper_one_goes_on(
     intarsia.plan(model, run, layers=4, **sizes)
     deeper = intarsia.plan(model, run, layers=2, **sizes)
     assert deeper.depths == (5, 4, 3, 2)
-    monkeypatch.setattr("intarsia.stages.plan.Resident", None)  # nothing is loaded for what is there
+    monkeypatch.setattr("intarsia.stages.source.Resident", None)  # nothing is loaded for what is there
     shallower = intarsia.plan(model, run, layers=3, **sizes)
     assert shallower.depths == (5, 4, 3, 2) and shallower.target == 3
 
@@ -150,7 +175,7 @@ def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Pa
     assert names(tmp_path / "out") >= {"generation_config.json"}
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert result.recipe_sha256 is not None and result.recipe_sha256 in card
-    (row,) = (line for line in card.splitlines() if line.startswith("| perplexity"))
+    (row,) = (line for line in card.splitlines() if line.startswith("| perplexity |"))
     told = [float(cell.split()[0].replace(",", "")) for cell in row.split("|")[2:4]]
     measured = [measures.perplexity.value for measures in (result.before, result.after) if measures.perplexity]
     assert told == pytest.approx(measured, rel=1e-3)
@@ -187,7 +212,7 @@ def test_stopped_while_judging(
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compress_stage, "compare_speed", stop)
+    monkeypatch.setattr(judge, "compare_speed", stop)
     with pytest.raises(KeyboardInterrupt):
         intarsia.compress(model, out, layers=4, **sizes)
     monkeypatch.undo()
@@ -230,6 +255,7 @@ def test_no_way_down_to_the_target(model_folder: Folder, sizes: Sizes, tmp_path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"heal": "magic"}, "closed-form, none"),
         ({"method": "magic"}, "come, come-p, shortgpt, sleb"),
         ({"layers": 6}, "from 1 to 5"),
         ({"layers": None}, "neither"),

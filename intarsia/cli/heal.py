@@ -1,0 +1,235 @@
+"""`intarsia heal`: a cut model in, a repaired one out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from intarsia.cli import options
+from intarsia.cli.display import display
+from intarsia.cli.guard import guard
+from intarsia.cli.show import show
+from intarsia.errors import UserError
+
+_TEXT, _BOTH, _LAYERS, _WHOLE = "Text", "Training", "Layerwise training", "End-to-end training"
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+
+
+def heal(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL|RECIPE",
+            help="A folder that intarsia has built, a recipe (.yaml), or a run folder of `plan`.",
+            show_default=False,
+        ),
+    ],
+    out: options.Out,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SPEC",
+            help="Training text, as --calibration of `plan`; a small part of it is held out.",
+            show_default=False,
+            rich_help_panel=_TEXT,
+        ),
+    ],
+    tokens: Annotated[
+        str, typer.Option(metavar="N", help="Tokens of it: 500000, 500k, 2M.", rich_help_panel=_TEXT)
+    ] = "65536",
+    stages: Annotated[
+        str, typer.Option(metavar="LIST", help="Of closed-form, layerwise, end-to-end, in the order wanted.")
+    ] = "closed-form",
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Whom to learn from (default: the recipe's base).", show_default=False),
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_TEXT)] = 512,
+    fit_tokens: Annotated[
+        str, typer.Option(metavar="N", help="Of these, for the closed form at most.", rich_help_panel=_TEXT)
+    ] = "131072",
+    eval_text: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE",
+            help="Text whose perplexity is told after every stage; may be given again.",
+            show_default=False,
+            rich_help_panel=_TEXT,
+        ),
+    ] = [],  # noqa: B006  (typer copies it)
+    eval_windows: Annotated[int, typer.Option(help="Sequences of each to use.", rich_help_panel=_TEXT)] = 64,
+    epochs: Annotated[int, typer.Option(help="How often the text is read.", rich_help_panel=_BOTH)] = 1,
+    evaluations: Annotated[
+        int, typer.Option(help="How often the held-out loss is measured, and state saved.", rich_help_panel=_BOTH)
+    ] = 10,
+    patience: Annotated[
+        int, typer.Option(help="Stop after so many of them without a new best.", rich_help_panel=_BOTH)
+    ] = 3,
+    layer_lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_LAYERS)] = 3e-4,
+    layer_batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.", rich_help_panel=_LAYERS)] = 2048,
+    layer_kl: Annotated[
+        float, typer.Option(help="Weight of KL between softmaxed hidden states.", rich_help_panel=_LAYERS)
+    ] = 1.0,
+    layer_mse: Annotated[float, typer.Option(help="Weight of the squared error.", rich_help_panel=_LAYERS)] = 1.0,
+    layer_cosine: Annotated[float, typer.Option(help="Weight of 1 - cosine.", rich_help_panel=_LAYERS)] = 0.0,
+    weighting: Annotated[
+        Literal["relative", "clip", "uniform"],
+        typer.Option(help="What a token counts in the squared error.", rich_help_panel=_LAYERS),
+    ] = "relative",
+    only: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME",
+            help="Train these alone: down_proj, mlp ...; may be given again.",
+            show_default=False,
+            rich_help_panel=_LAYERS,
+        ),
+    ] = [],  # noqa: B006
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="Train layers on Dask workers: a scheduler's address, or `local`.",
+            show_default=False,
+            rich_help_panel=_LAYERS,
+        ),
+    ] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_WHOLE)] = 1e-4,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.", rich_help_panel=_WHOLE)] = 8192,
+    micro_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens in one pass on one device (default: by device).", rich_help_panel=_WHOLE),
+    ] = None,
+    logits: Annotated[float, typer.Option(help="Weight of the KL of next tokens.", rich_help_panel=_WHOLE)] = 1.0,
+    hidden: Annotated[
+        float, typer.Option(help="Weight of hidden states at the ends of spans.", rich_help_panel=_WHOLE)
+    ] = 0.0,
+    cross_entropy: Annotated[float, typer.Option(help="Weight of the text itself.", rich_help_panel=_WHOLE)] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Of the KL of next tokens.", rich_help_panel=_WHOLE)] = 1.0,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Learn from a cache of the teacher's K likeliest tokens.",
+            show_default=False,
+            rich_help_panel=_WHOLE,
+        ),
+    ] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R",
+            help="Train changes of this rank, merged at the end.",
+            show_default=False,
+            rich_help_panel=_WHOLE,
+        ),
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Less memory, slower.", rich_help_panel=_WHOLE)
+    ] = False,
+    precision: Annotated[
+        Literal["auto", "bf16", "no"], typer.Option(help="Mixed precision.", rich_help_panel=_WHOLE)
+    ] = "auto",
+    log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRACKER", help="tensorboard, wandb ...: any that Accelerate knows.", rich_help_panel=_WHOLE
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Run folder: state and log (default: beside OUT).", show_default=False)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue in the run folder. It is always so; may be left out.")
+    ] = True,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Repair a cut model: in closed form, layer by layer, or as a whole.
+
+    Stopped at any point, the same command continues where it was. Under `accelerate launch -m intarsia heal ...` the
+    end-to-end stage uses all processes.
+    """
+    with guard(run=run, resumes=True) as stdout:
+        counts = {name: token_count(text, name) for name, text in (("tokens", tokens), ("fit-tokens", fit_tokens))}
+        from intarsia.healing.launch import rank
+        from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
+        from intarsia.stages.heal import heal as stage
+
+        result = stage(
+            source,
+            out,
+            data=options.calibration_spec(data),
+            teacher=teacher,
+            stages=[name.strip() for name in stages.split(",")],
+            tokens=counts["tokens"],
+            seq_len=seq_len,
+            fit_tokens=counts["fit-tokens"],
+            eval_text=eval_text,
+            eval_windows=eval_windows,
+            layerwise=LayerwiseSettings(
+                epochs=epochs,
+                evaluations=evaluations,
+                patience=patience,
+                lr=layer_lr,
+                batch_tokens=layer_batch_tokens,
+                kl=layer_kl,
+                mse=layer_mse,
+                cosine=layer_cosine,
+                weighting=weighting,
+                only=tuple(only),
+            ),
+            end_to_end=EndToEndSettings(
+                epochs=epochs,
+                evaluations=evaluations,
+                patience=patience,
+                lr=lr,
+                batch_tokens=batch_tokens,
+                micro_tokens=micro_tokens,
+                logits=logits,
+                hidden=hidden,
+                cross_entropy=cross_entropy,
+                temperature=temperature,
+                top_k=top_k,
+                lora=lora,
+                checkpointing=checkpointing,
+                precision=precision,
+                log=log,
+            ),
+            run=run,
+            scheduler=scheduler,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            overwrite=overwrite,
+            progress=display(quiet=quiet or as_json or rank() > 0),
+        )
+        if rank() == 0:
+            show(result, to=stdout, as_json=as_json)
+
+
+def token_count(text: str, name: str) -> int:
+    """`65536`, `500k`, `2M` or `1.5G` as a number.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    digits = text.strip().rstrip("kKmMgGbB")
+    unit = text.strip()[len(digits) :].upper()
+    try:
+        count = int(float(digits.replace("_", "")) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        count = 0
+    if count < 1:
+        raise UserError.of(
+            where=f"--{name}",
+            expected="a number of tokens such as 65536, 500k or 2M",
+            found=repr(text),
+            remedy="Give such a number.",
+        )
+    return count

@@ -1,0 +1,71 @@
+"""Where training runs: one process or several, through Accelerate, and only when it is installed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intarsia.errors import UserError
+
+_LONGEST_WAIT = timedelta(days=7)
+"""Other processes wait while the first one does what only one can do."""
+
+
+def rank() -> int:
+    """Which of the launched processes this is; 0 where there is one only. Needs nothing to be imported."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes were launched together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def accelerator(*, device: torch.device, log: str | None = None, folder: Path | None = None) -> Any:
+    """An `accelerate.Accelerator` for this process.
+
+    Precision is ours (`Distiller`), so that it is the same on one CPU and under FSDP.
+
+    Raises:
+        UserError: accelerate is not installed, or it cannot log with that tracker.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+    except ImportError as error:
+        raise UserError.of(
+            where="end-to-end training",
+            expected="the package accelerate",
+            found="it is not installed",
+            remedy="Install it: pip install 'intarsia[train]'.",
+        ) from error
+    # It warns that a tied head is stored once, at every snapshot.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    try:
+        made = Accelerator(
+            cpu=device.type == "cpu",
+            log_with=log,
+            project_config=None if folder is None else ProjectConfiguration(project_dir=str(folder)),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
+        )
+    except ValueError as error:
+        if log is None:
+            raise
+        raise _unknown_tracker(log, str(error)) from error
+    if log is not None and not made.log_with:
+        raise _unknown_tracker(log, "its package is not installed")
+    return made
+
+
+def _unknown_tracker(log: str, found: str) -> UserError:
+    return UserError.of(
+        where="--log",
+        expected="a tracker that Accelerate knows and whose package is installed, such as tensorboard",
+        found=f"{log!r}: {found}",
+        remedy="Install its package, or choose another.",
+    )

@@ -1,0 +1,249 @@
+"""Heal: repair a cut model, stage by stage, and tell what each stage gave.
+
+Every finished stage is in the run folder, and what a stage has done so far too: the same command goes on from there.
+Several processes (`accelerate launch -m intarsia heal ...`) share the end-to-end stage; the first one does the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intarsia.building.materialize import RECIPE_FILE
+from intarsia.calibration.corpus import Corpus
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.staging import check_out
+from intarsia.errors import UserError
+from intarsia.evaluation.memory import peak_memory_bytes
+from intarsia.healing import launch
+from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.healing.correspond import check_teacher
+from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
+from intarsia.planning.run_folder import RunFolder
+from intarsia.progress import Progress, Silent
+from intarsia.recipe import codec
+from intarsia.recipe.recipe import Recipe
+from intarsia.stages.build import build_recipe, open_variants, read_recipe
+from intarsia.stages.heal_record import StageResult, Texts
+from intarsia.stages.heal_stages import STAGES, Healing
+from intarsia.stages.setup import device_of, dtype_of
+
+Stages = Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealResult:
+    """What healing gave.
+
+    Attributes:
+        stages: a row for the model as it came, and one for every stage: perplexities (held-out text first), the mean
+            relative error of hidden states, tokens, seconds, and whether the stage's work was taken.
+        layers: for every output layer the error of its hidden state before and after.
+        details: what the stages themselves report, layer by layer.
+    """
+
+    source: Path
+    out: Path
+    run: Path
+    teacher: str
+    stages: tuple[dict[str, Any], ...]
+    layers: tuple[dict[str, Any], ...]
+    details: dict[str, list[dict[str, Any]]]
+    recipe_sha256: str
+    seconds: float
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "source": str(self.source), "out": str(self.out), "run": str(self.run)}
+
+
+def heal(
+    source: Path,
+    out: Path,
+    *,
+    data: str | Sequence[str],
+    teacher: str | None = None,
+    stages: Stages = ("closed-form",),
+    tokens: int = 65536,
+    seq_len: int = 512,
+    fit_tokens: int = 131072,
+    eval_text: Sequence[str] = (),
+    eval_windows: int = 64,
+    closed_form: ClosedFormSettings | None = None,
+    layerwise: LayerwiseSettings | None = None,
+    end_to_end: EndToEndSettings | None = None,
+    lora: int | None = None,
+    log: str | None = None,
+    run: Path | None = None,
+    scheduler: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> HealResult:
+    """Repair a built model or a recipe, and build what comes out.
+
+    Stopped at any point, the same call continues in the run folder.
+
+    Args:
+        source: a built model folder, a recipe (`.yaml`), or a run folder of `plan` (its least depth).
+        out: the folder of the healed model.
+        data: training text, as for `plan`; a small part of it is held out.
+        teacher: whom to learn from; the recipe's own base by default. The closed form always learns from the base.
+        stages: some of `STAGES`, in order.
+        tokens: training and held-out tokens.
+        fit_tokens: the closed form uses no more of them than this.
+        eval_text: texts whose perplexity is told after every stage.
+        lora, log: as in `EndToEndSettings`; they win over those.
+        scheduler: trains layers on Dask workers: a scheduler's address, or `local`.
+        run: the run folder; beside `out` by default.
+
+    Raises:
+        UserError: something about the input cannot be used.
+    """
+    begun = time.perf_counter()
+    main = launch.rank() == 0
+    progress = (progress or Silent()) if main else Silent()
+    source, out = Path(source), Path(out)
+    run = out.with_name(f"{out.name}.heal") if run is None else Path(run)
+    _check_stages(stages)
+    if main:
+        check_out(out, overwrite=overwrite)
+    end_to_end = replace(end_to_end or EndToEndSettings(), seed=seed)
+    end_to_end = replace(end_to_end, lora=lora or end_to_end.lora, log=log or end_to_end.log)
+    where = _own_device(device_of(device))
+    barrier: Callable[[], None] = lambda: None  # noqa: E731
+    if "end-to-end" in stages or launch.world_size() > 1:
+        barrier = launch.accelerator(device=where, log=end_to_end.log, folder=run).wait_for_everyone
+    recipe = read_source(source)
+    variants = open_variants(recipe, progress)
+    base = variants[recipe.base]
+    if len(variants) > 1:
+        raise UserError.of(
+            where=str(source),
+            expected="a recipe over one model",
+            found=f"{len(variants)} variants",
+            remedy="Build it, and make a recipe of the built model to heal.",
+        )
+    taught = base if teacher is None else _teacher(recipe, base, teacher, progress)
+    healing = Healing(
+        recipe=recipe,
+        variants=variants,
+        teacher=None if teacher is None else taught,
+        run=run,
+        device=where,
+        dtype=dtype_of(dtype),
+        closed_form=closed_form or ClosedFormSettings(),
+        layerwise=replace(layerwise or LayerwiseSettings(), seed=seed),
+        end_to_end=end_to_end,
+        scheduler=scheduler,
+        barrier=barrier,
+        progress=progress,
+    )
+    settings = {
+        "recipe": codec.content_hash(recipe),
+        "teacher": healing.teacher_sha256,
+        "stages": list(stages),
+        "data": data if isinstance(data, str) else ",".join(data),
+        "tokens": tokens,
+        "seq_len": seq_len,
+        "fit_tokens": fit_tokens,
+        "eval_text": list(eval_text),
+        "eval_windows": eval_windows,
+        "seed": seed,
+        "device": where.type,
+        "dtype": dtype,
+        "processes": launch.world_size(),
+        **healing.settings(stages),
+    }
+    texts: Texts | None = None
+    if main:
+        # A run folder is begun when all of the input is known to be good: another call may then use the same one.
+        texts = healing.texts(data, tokens, seq_len, fit_tokens, eval_text, eval_windows, seed)
+        RunFolder.start(run, settings).pin("text", texts.facts())
+    barrier()  # the first process has written what the others find in caches
+    texts = texts or healing.texts(data, tokens, seq_len, fit_tokens, (), eval_windows, seed)
+    results = healing.run_stages(stages, texts)
+    final = results[-1].recipe
+    final = replace(final, provenance={**recipe.provenance, "heal": _provenance(settings, texts.train, results)})
+    if main:
+        build_recipe(final, out, overwrite=overwrite, progress=progress)
+    barrier()
+    return HealResult(
+        source=source,
+        out=out,
+        run=run,
+        teacher=taught.model,
+        stages=tuple(result.row() for result in results),
+        layers=_layers(recipe, results),
+        details={result.stage: result.details for result in results[1:]},
+        recipe_sha256=codec.content_hash(final),
+        seconds=time.perf_counter() - begun,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def read_source(source: Path) -> Recipe:
+    """The recipe of a built model, in a file, or of a run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (source / RECIPE_FILE).is_file():
+        return codec.load(source / RECIPE_FILE)
+    if source.is_dir() and (source / "config.json").exists():
+        raise UserError.of(
+            where=str(source),
+            expected=f"a model that intarsia has built (with {RECIPE_FILE})",
+            found="a model without a recipe",
+            remedy="Heal what `intarsia compress` or `intarsia build` has made, or a recipe file.",
+        )
+    return read_recipe(source)
+
+
+def _check_stages(stages: Stages) -> None:
+    wrong = [stage for stage in stages if stage not in STAGES]
+    if wrong or not stages or len(set(stages)) != len(stages):
+        raise UserError.of(
+            where="--stages",
+            expected=f"some of {', '.join(STAGES)}, each once, in the order in which they shall run",
+            found=", ".join(stages) or "none",
+            remedy="Name them, separated by commas.",
+        )
+
+
+def _own_device(device: torch.device) -> torch.device:
+    """Every launched process has a device of its own."""
+    if device.type == "cuda" and launch.world_size() > 1:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def _teacher(recipe: Recipe, base: Checkpoint, teacher: str, progress: Progress) -> Checkpoint:
+    from intarsia.checkpoint.resolve import open_checkpoint
+
+    opened = open_checkpoint(teacher, progress=progress)
+    check_teacher(recipe, base.anatomy, opened.anatomy, name=teacher)
+    return opened
+
+
+def _provenance(settings: dict[str, Any], corpus: Corpus, results: Sequence[StageResult]) -> dict[str, Any]:
+    text = {"description": corpus.description, "sha256": corpus.sha256, "tokens": corpus.tokens}
+    return {"settings": settings, "text": text, "stages": [result.row() for result in results]}
+
+
+def _layers(recipe: Recipe, results: Sequence[StageResult]) -> tuple[dict[str, Any], ...]:
+    first, last = results[0].quality, results[-1].quality
+    rows = zip(recipe.spans, first["errors"], last["errors"], strict=True)
+    return tuple(
+        {"layer": index, "span": f"{start}-{stop - 1}", "error_before": before, "error_after": after}
+        for index, ((start, stop), before, after) in enumerate(rows)
+    )

@@ -1,0 +1,77 @@
+"""What healing keeps of every stage: a recipe, how good it is, and what the stage reports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from intarsia.calibration.corpus import Corpus
+from intarsia.healing.state_file import full_disk_named
+from intarsia.recipe import codec
+from intarsia.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What is trained on, what is measured on, and how much of the first the closed form takes."""
+
+    train: Corpus
+    held_out: Corpus
+    fit: Corpus
+    evaluation: tuple[Corpus, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """What a continued run must find again."""
+        return {
+            "train": {"sha256": self.train.sha256, "tokens": self.train.tokens},
+            "held_out": {"sha256": self.held_out.sha256, "tokens": self.held_out.tokens},
+            "evaluation": {text.description: text.sha256 for text in self.evaluation},
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """A recipe behind a stage (`cut`: before the first), and how good it is (see `Quality`)."""
+
+    stage: str
+    recipe: Recipe
+    quality: dict[str, Any]
+    taken: bool = True
+    tokens: int = 0
+    seconds: float = 0.0
+    details: list[dict[str, Any]]
+
+    def row(self) -> dict[str, Any]:
+        """One line of the report."""
+        held_out, *texts = self.quality["texts"]
+        errors = self.quality["errors"]
+        return {
+            "stage": self.stage,
+            "held_out_perplexity": held_out["value"],
+            **{f"perplexity of {Path(text['text']).name}": text["value"] for text in texts},
+            "hidden_error": sum(errors) / len(errors),
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "taken": self.taken,
+        }
+
+
+def write_result(record: Path, result: StageResult) -> None:
+    """The recipe first: a stage is done when its facts are there."""
+    with full_disk_named(record.parents[1]):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        codec.save(result.recipe, record.with_suffix(".yaml"))
+        facts = {
+            field: getattr(result, field) for field in ("stage", "quality", "taken", "tokens", "seconds", "details")
+        }
+        staging = record.with_suffix(".part")
+        staging.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        staging.replace(record.with_suffix(".json"))
+
+
+def read_result(record: Path) -> StageResult:
+    """A finished stage."""
+    facts = json.loads(record.with_suffix(".json").read_text(encoding="utf-8"))
+    return StageResult(recipe=codec.load(record.with_suffix(".yaml")), **facts)

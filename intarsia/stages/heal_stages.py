@@ -1,0 +1,218 @@
+"""The stages of healing, one after the other, each recorded in the run folder before the next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intarsia.building.resident import Resident, load_model
+from intarsia.calibration.corpus import load_corpus
+from intarsia.checkpoint.cache import cache_folder
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.scan import scan
+from intarsia.evaluation.perplexity import eval_corpus
+from intarsia.healing import closed_form, end_to_end, launch, layerwise
+from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.healing.cluster import connect
+from intarsia.healing.quality import quality
+from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
+from intarsia.healing.teacher import Teacher
+from intarsia.healing.whole_training import lesson_depths
+from intarsia.progress import Progress
+from intarsia.recipe.recipe import Recipe
+from intarsia.stages.heal_record import StageResult, Texts, read_result, write_result
+from intarsia.stages.setup import load_tokenizer
+
+CUT = "cut"  # the model as it came
+STAGES = ("closed-form", "layerwise", "end-to-end")
+
+_MOST_HELD_OUT = 16384  # tokens: measuring should not take longer than training
+_HELD_OUT = 16  # one in so many sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class Healing:
+    """Everything that the stages share. `teacher` is None where the recipe's base teaches."""
+
+    recipe: Recipe
+    variants: Mapping[str, Checkpoint]
+    teacher: Checkpoint | None
+    run: Path
+    device: torch.device
+    dtype: torch.dtype | None
+    closed_form: ClosedFormSettings
+    layerwise: LayerwiseSettings
+    end_to_end: EndToEndSettings
+    scheduler: str | None
+    barrier: Callable[[], None]
+    progress: Progress
+
+    @property
+    def base(self) -> Checkpoint:
+        """The recipe's base."""
+        return self.variants[self.recipe.base]
+
+    @cached_property
+    def resident(self) -> Resident:
+        """The base in memory."""
+        return Resident(self.base, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def teaching(self) -> Resident:
+        """The teacher in memory."""
+        return self.resident if self.teacher is None else Resident(self.teacher, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def teacher_sha256(self) -> str:
+        """Which weights teach."""
+        return scan(self.teacher or self.base, self.progress)
+
+    def settings(self, stages: Sequence[str]) -> dict[str, Any]:
+        """The settings of the stages that run, for the run folder. Where logs go decides nothing."""
+        found: dict[str, Any] = {
+            "closed-form": asdict(self.closed_form),
+            "layerwise": self.layerwise.to_dict(),
+            "end-to-end": {key: value for key, value in self.end_to_end.to_dict().items() if key != "log"},
+        }
+        return {stage: found[stage] for stage in STAGES if stage in stages}
+
+    def texts(
+        self,
+        data: str | Sequence[str],
+        tokens: int,
+        seq_len: int,
+        fit_tokens: int,
+        eval_text: Sequence[str],
+        eval_windows: int,
+        seed: int,
+    ) -> Texts:
+        """Training, held-out and evaluation text.
+
+        Raises:
+            UserError: one cannot be read or is too short.
+        """
+        tokenizer = load_tokenizer(self.base)
+        corpus = load_corpus(
+            data,
+            tokenizer,
+            tokens=tokens,
+            seq_len=seq_len,
+            seed=seed,
+            model_for_self=lambda: self.resident.model,
+            self_cache_key=scan(self.base, self.progress),
+            progress=self.progress,
+        )
+        held_out = max(1, min(round(len(corpus) / _HELD_OUT), _MOST_HELD_OUT // seq_len))
+        train, rest = corpus.split(1.0 - held_out / len(corpus) if len(corpus) > 1 else 0.5)
+        return Texts(
+            train=train,
+            held_out=replace(rest, description="held-out text"),
+            fit=train.take(max(1, min(len(train), fit_tokens // seq_len))),
+            evaluation=tuple(eval_corpus(text, tokenizer, seq_len=seq_len, windows=eval_windows) for text in eval_text),
+        )
+
+    def run_stages(self, stages: Sequence[str], texts: Texts) -> list[StageResult]:
+        """Run the stages, or find what an earlier run has finished; the first result is the model as it came.
+
+        Every launched process calls this; only end-to-end training needs them all.
+        """
+        main = launch.rank() == 0
+        results: list[StageResult] = []
+        for number, stage in enumerate((CUT, *stages)):
+            record = self.run / "stages" / f"{number}-{stage}"
+            work = self.run / f"{number}-{stage}"
+            if not record.with_suffix(".json").exists() and (main or stage == "end-to-end"):
+                begun = time.perf_counter()
+                recipe, details = self._stage(stage, results[-1].recipe if results else self.recipe, texts, work)
+                seconds = time.perf_counter() - begun
+                if main:
+                    write_result(record, self._judged(stage, recipe, details, seconds, results, texts))
+            self.barrier()
+            results.append(read_result(record))
+            if main and stage == "end-to-end":
+                end_to_end.clear(work)
+        return results
+
+    def _judged(
+        self,
+        stage: str,
+        recipe: Recipe,
+        details: list[dict[str, Any]],
+        seconds: float,
+        results: Sequence[StageResult],
+        texts: Texts,
+    ) -> StageResult:
+        """A stage's recipe with its quality; or the recipe before it, where the stage made it no better."""
+        found = quality(recipe, self.resident, texts.held_out, texts.evaluation, progress=self.progress).to_dict()
+        corpus = texts.fit if stage == "closed-form" else texts.train
+        taken = True
+        if results:
+            before, after = (data["texts"][0]["value"] for data in (results[-1].quality, found))
+            taken = after < before
+            change = f"held-out perplexity {before:.2f} -> {after:.2f}"
+            self.progress.say(f"{stage}: {change}" + ("" if taken else "; no better, so the model stays as it was"))
+            if not taken:
+                recipe, found = results[-1].recipe, results[-1].quality
+        return StageResult(
+            stage=stage,
+            recipe=recipe,
+            quality=found,
+            taken=taken,
+            tokens=corpus.tokens if results else 0,
+            seconds=seconds if results else 0.0,
+            details=details,
+        )
+
+    def _stage(self, stage: str, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:
+        if stage == CUT:
+            return recipe, []
+        if stage == "closed-form":
+            return closed_form.fit(recipe, self.resident, texts.fit, settings=self.closed_form, progress=self.progress)
+        if stage == "layerwise":
+            return self._layerwise(recipe, texts, folder)
+        return end_to_end.train(
+            recipe,
+            self.variants,
+            texts.train,
+            texts.held_out,
+            folder=folder,
+            device=self.device,
+            teacher=lambda: self._whole_teacher(recipe),
+            teacher_sha256=self.teacher_sha256,
+            settings=self.end_to_end,
+            cache=cache_folder() / "teachers",
+            progress=self.progress,
+        )
+
+    def _layerwise(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:
+        def train(cluster: Any = None) -> tuple[Recipe, list[dict[str, Any]]]:
+            return layerwise.train(
+                recipe,
+                self.resident,
+                texts.train,
+                texts.held_out,
+                settings=self.layerwise,
+                teacher=self.teaching,
+                folder=folder,
+                cluster=cluster,
+                progress=self.progress,
+            )
+
+        if self.scheduler is None:
+            return train()
+        with connect(self.scheduler) as cluster:
+            return train(cluster)
+
+    def _whole_teacher(self, recipe: Recipe) -> Teacher:
+        # The first process has the original in memory already.
+        checkpoint = self.teacher or self.base
+        model = (
+            self.teaching.model if launch.rank() == 0 else load_model(checkpoint, device=self.device, dtype=self.dtype)
+        )
+        return Teacher(model, checkpoint.anatomy, lesson_depths(recipe, self.end_to_end))

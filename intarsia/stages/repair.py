@@ -1,0 +1,101 @@
+"""The closed form as a part of `compress`: fitted on the calibration text, judged, and kept in the run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from intarsia.calibration.corpus import Corpus
+from intarsia.evaluation.perplexity import perplexity
+from intarsia.healing.closed_form import ClosedFormSettings, fit
+from intarsia.healing.quality import Chain
+from intarsia.healing.state_file import full_disk_named
+from intarsia.planning.run_folder import RunFolder
+from intarsia.recipe import codec
+from intarsia.recipe.recipe import Recipe
+from intarsia.stages.source import Source
+
+HEALS = ("closed-form", "none")
+_FOLDER = "healed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repaired:
+    """A healed recipe and what came of it.
+
+    `taken` is False where the fit raised the loss of the held-out calibration text: the recipe is then as it was.
+    """
+
+    recipe: Recipe
+    taken: bool
+    read_outs: int
+    tokens: int
+
+
+def repaired(
+    run: Path, recipe: Recipe, source: Source, *, settings: ClosedFormSettings, batch_tokens: int | None
+) -> Repaired:
+    """A recipe of a run's ladder, healed in closed form on the run's calibration text.
+
+    A fit that is finished is in the run folder, and is only read.
+
+    Raises:
+        UserError: activations are not finite, or the calibration text is not the one of the run.
+    """
+    facts = {"recipe": codec.content_hash(recipe), "settings": asdict(settings), "batch_tokens": batch_tokens}
+    # Text, dtype and device are the run's own: it refuses others.
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    kept = run / _FOLDER / f"layers-{len(recipe.layers):03d}-{key}.yaml"
+    if kept.exists():
+        source.progress.say(f"{kept}: healed already")
+        return _result(codec.load(kept))
+    corpus = source.corpus
+    RunFolder.existing(run).pin(
+        "calibration", {"text": corpus.description, "sha256": corpus.sha256, "tokens": corpus.tokens}
+    )
+    fitted, fits = fit(
+        recipe, source.resident, corpus, settings=settings, batch_tokens=batch_tokens, progress=source.progress
+    )
+    judged = _held_out(corpus, settings)
+    before, after = (
+        perplexity(Chain(each, source.resident), judged, progress=source.progress).value for each in (recipe, fitted)
+    )
+    taken = after < before
+    found = f"held-out perplexity {before:.2f} -> {after:.2f}"
+    source.progress.say(f"closed form: {found}" + ("" if taken else "; no better, so the model stays as it was cut"))
+    text = {"description": corpus.description, "tokens": corpus.tokens, "sha256": corpus.sha256}
+    heal = {
+        "settings": {"closed-form": asdict(settings)},
+        "text": text,
+        "stages": [
+            {"stage": "cut", "held_out_perplexity": before},
+            {"stage": "closed-form", "held_out_perplexity": after, "taken": taken},
+        ],
+        "read_outs": fits,
+    }
+    done = replace(fitted if taken else recipe, provenance={**recipe.provenance, "heal": heal})
+    with full_disk_named(run):
+        kept.parent.mkdir(exist_ok=True)
+        codec.save(done, kept)
+    return _result(done)
+
+
+def _held_out(corpus: Corpus, settings: ClosedFormSettings) -> Corpus:
+    """The sequences that nothing was fitted on: they have only chosen the strength."""
+    rows = slice(0, None, settings.held_out)
+    mask = None if corpus.mask is None else corpus.mask[rows]
+    return Corpus.of(corpus.input_ids[rows], mask=mask, description="held-out calibration text", documents=1)
+
+
+def _result(recipe: Recipe) -> Repaired:
+    heal: Mapping[str, Any] = recipe.provenance["heal"]
+    return Repaired(
+        recipe=recipe,
+        taken=heal["stages"][-1]["taken"],
+        read_outs=sum(row["ridge"] is not None for row in heal["read_outs"]),
+        tokens=heal["text"]["tokens"],
+    )

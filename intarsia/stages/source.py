@@ -1,0 +1,102 @@
+"""What the stages of one call share: a checkpoint and, once asked for, its model in memory and its calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from intarsia.building.resident import Resident
+from intarsia.calibration.corpus import Corpus, load_corpus
+from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.checkpoint.scan import scan
+from intarsia.progress import Progress
+from intarsia.stages.setup import device_of, dtype_of, load_tokenizer
+
+
+class Source:
+    """A model to work on. Nothing heavy is read before it is asked for, and nothing twice.
+
+    Attributes:
+        model: what the user calls it; `revision` of a hub id.
+        calibration: the specification of the text; `tokens`, `seq_len` and `seed` of it.
+        dtype_name: as the user gave it, or None for the checkpoint's own.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None,
+        calibration: str | Sequence[str],
+        tokens: int,
+        seq_len: int,
+        seed: int,
+        device: str | None,
+        dtype: str | None,
+        progress: Progress,
+    ) -> None:
+        """Open the checkpoint.
+
+        Raises:
+            UserError: there is no such model, device or dtype.
+        """
+        self.model, self.revision = model, revision
+        self.calibration = calibration
+        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        self.device: torch.device = device_of(device)
+        self.dtype, self.dtype_name = dtype_of(dtype), dtype
+        self.progress = progress
+        self.checkpoint = open_checkpoint(model, revision=revision, progress=progress)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's own tokenizer."""
+        return load_tokenizer(self.checkpoint)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of its weights, all of them finite."""
+        return scan(self.checkpoint, self.progress)
+
+    @cached_property
+    def resident(self) -> Resident:
+        """The model in memory."""
+        return Resident(self.checkpoint, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The calibration text.
+
+        Raises:
+            UserError: it cannot be read or is too short.
+        """
+        return self.text(tokens=self.tokens)
+
+    def text(self, *, tokens: int, seed: int | None = None) -> Corpus:
+        """Text of the calibration's kind: another amount of it, or drawn with another seed.
+
+        Raises:
+            UserError: it cannot be read or is too short.
+        """
+        return load_corpus(
+            self.calibration,
+            self.tokenizer,
+            tokens=tokens,
+            seq_len=self.seq_len,
+            seed=self.seed if seed is None else seed,
+            model_for_self=lambda: self.resident.model,
+            self_cache_key=self.sha256,
+            progress=self.progress,
+        )
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the model is loaded."""
+        return "resident" in self.__dict__
+
+    def release(self) -> None:
+        """Let go of the model; it is loaded anew when it is asked for again."""
+        self.__dict__.pop("resident", None)

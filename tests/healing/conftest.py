@@ -1,0 +1,78 @@
+"""Text and a recipe to heal, for any tiny model: two layers joined into one, and one removed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from intarsia.calibration.corpus import Corpus
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.recipe.recipe import Recipe
+from tests import families
+from tests.conftest import Opened
+from tests.recipes_by_hand import recipe_of, select, shared
+
+Cut = Callable[[str], tuple[Checkpoint, Recipe]]
+Tokens = Callable[..., tuple[Corpus, Corpus]]
+
+SEQ_LEN = 16
+
+
+@pytest.fixture(autouse=True)
+def cache_here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("INTARSIA_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cut(checkpoint_of: Opened) -> Cut:
+    """Gives a tiny model and a recipe of four layers: 0, 1, pieces of 2 and 3, and 4 (which stands for 5 as well)."""
+
+    def made(family: str) -> tuple[Checkpoint, Recipe]:
+        checkpoint = checkpoint_of(family)
+        joined = shared(checkpoint.anatomy, (2, 3), seed=3)
+        return checkpoint, recipe_of(str(checkpoint.folder), [select(0), select(1), joined, select(4)])
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tokens() -> Tokens:
+    """Gives random tokens to train on, and others to measure on."""
+
+    def made(*, sequences: int = 24, held_out: int = 5, padded: bool = False, seed: int = 0) -> tuple[Corpus, Corpus]:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(2, families.VOCABULARY, (sequences + held_out, SEQ_LEN), generator=generator)
+        lengths = torch.randint(SEQ_LEN // 2, SEQ_LEN + 1, (len(ids), 1), generator=generator)
+        mask = torch.arange(SEQ_LEN)[None, :] < lengths if padded else None
+        parts = (slice(0, sequences), slice(sequences, None))
+        train, rest = (
+            Corpus.of(ids[part], mask=None if mask is None else mask[part], description="tokens", documents=1)
+            for part in parts
+        )
+        return train, rest
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> tuple[Path, Recipe]:
+    """A tiny model that has learnt a little of `text_file`, so that its perplexity means something; and a cut of it."""
+    model = families.make_model("llama")
+    tokenizer = families.make_tokenizer()
+    ids = torch.tensor(tokenizer(text_file.read_text(encoding="utf-8"))["input_ids"])
+    windows = ids[: len(ids) // 32 * 32].view(-1, 32)
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(120):
+        batch = windows[torch.randint(len(windows), (16,), generator=generator)]
+        model(batch, labels=batch).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    folder = families.save(model.eval(), tmp_path_factory.mktemp("learned") / "llama")
+    joined = shared(Checkpoint.open(folder, model=str(folder)).anatomy, (2, 3), seed=3)
+    return folder, recipe_of(str(folder), [select(0), select(1), joined, select(4)])

@@ -1,0 +1,241 @@
+"""The stage `heal`, from files to files; and the same as several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import intarsia
+from intarsia.cli.app import app
+from intarsia.cli.heal import token_count
+from intarsia.errors import UserError
+from intarsia.healing.curve import read_curve
+from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
+from intarsia.recipe import codec
+from intarsia.recipe.recipe import Recipe
+from intarsia.stages.heal import heal, read_source
+from tests import families
+from tests.conftest import Folder
+from tests.healing.conftest import Cut
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERWISE = LayerwiseSettings(batch_tokens=128, evaluations=3, lr=3e-3)
+WHOLE = EndToEndSettings(batch_tokens=128, micro_tokens=64, evaluations=3, lr=1e-3)
+SIZES: dict[str, Any] = {"tokens": 1024, "seq_len": 32, "layerwise": LAYERWISE, "end_to_end": WHOLE}
+ALL = ("closed-form", "layerwise", "end-to-end")
+
+
+@pytest.fixture
+def recipe_file(learned: tuple[Path, Recipe], tmp_path: Path) -> Path:
+    _, recipe = learned
+    codec.save(recipe, tmp_path / "cut.yaml")
+    return tmp_path / "cut.yaml"
+
+
+def test_all_stages(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    out = tmp_path / "healed"
+    given = {**SIZES, "tokens": 8192, "data": str(text_file), "eval_text": [f"{text_file}#0.9:1"], "eval_windows": 4}
+    found = heal(recipe_file, out, stages=ALL, **given)
+    rows = found.to_dict()["stages"]
+    assert [row["stage"] for row in rows] == ["cut", *ALL]
+    assert all(row["taken"] for row in rows)
+    perplexities = [row["held_out_perplexity"] for row in rows]
+    assert perplexities == sorted(perplexities, reverse=True)
+    assert [row["error_before"] < 1e-9 for row in found.layers] == [True, True, False, False]
+    assert sum(row["error_after"] for row in found.layers) < sum(row["error_before"] for row in found.layers)
+    assert set(found.details) == set(ALL)
+    json.dumps(found.to_dict(), allow_nan=False)
+    # The model that is built is the one that was judged, and carries the recipe that rebuilds it.
+    judged = intarsia.evaluate_perplexity(str(out), f"{text_file}#0.9:1", seq_len=32, windows=4)
+    name = next(key for key in rows[-1] if key.startswith("perplexity of"))
+    assert judged.value == pytest.approx(rows[-1][name], rel=1e-4)
+    intarsia.build(out / "recipe" / "recipe.yaml", tmp_path / "again")
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (out, tmp_path / "again")]
+    assert weights[0] == weights[1]
+    recipe = codec.load(out / "recipe" / "recipe.yaml")
+    assert [row["stage"] for row in recipe.provenance["heal"]["stages"]] == ["cut", *ALL]
+    # A healed model can be healed again, and a finished run is only read.
+    assert codec.content_hash(read_source(out)) == found.recipe_sha256
+    again = heal(recipe_file, tmp_path / "copy", run=tmp_path / "healed.heal", stages=ALL, **given)
+    assert again.stages == found.stages and again.recipe_sha256 == found.recipe_sha256
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_family(family: str, cut: Cut, text_file: Path, tmp_path: Path) -> None:
+    _, recipe = cut(family)
+    codec.save(recipe, tmp_path / "cut.yaml")
+    found = heal(tmp_path / "cut.yaml", tmp_path / "out", data=str(text_file), stages=("layerwise",), **SIZES)
+    assert found.stages[1]["held_out_perplexity"] <= found.stages[0]["held_out_perplexity"]
+
+
+def test_a_worse_stage_is_not_taken(recipe_file: Path, text_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from dataclasses import replace
+
+    from intarsia.healing import layerwise
+
+    def worse(recipe: Any, *args: Any, **kwargs: Any) -> Any:
+        zeros = np.zeros((families.WIDTH, families.CHANNELS), dtype=np.float32)
+        return replace(recipe, fitted={0: {"mlp.down_proj.weight": zeros}}), []
+
+    monkeypatch.setattr(layerwise, "train", worse)
+    found = heal(recipe_file, tmp_path / "out", data=str(text_file), stages=("layerwise",), **SIZES)
+    assert not found.stages[1]["taken"]
+    assert found.stages[1]["held_out_perplexity"] == found.stages[0]["held_out_perplexity"]
+    assert codec.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted == {}
+
+
+def test_settings_that_differ_are_listed(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
+    given = {**SIZES, "data": str(text_file), "stages": ("layerwise",), "run": tmp_path / "run"}
+    heal(recipe_file, tmp_path / "first", **given)
+    with pytest.raises(UserError) as caught:
+        heal(recipe_file, tmp_path / "second", **{**given, "seed": 3, "tokens": 2048})
+    where = [problem.where.rpartition(": ")[2] for problem in caught.value.problems]
+    assert where == ["layerwise.seed", "seed", "tokens"]
+    assert not (tmp_path / "second").exists()
+
+
+def test_bad_input(recipe_file: Path, model_folder: Folder, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def refused(match: str, source: Path = recipe_file, **more: Any) -> None:
+        with pytest.raises(UserError, match=match):
+            heal(source, out, **{**SIZES, "data": str(text_file), "stages": ("layerwise",), **more})
+        assert not out.exists() and not (tmp_path / "out.heal" / "stages").exists()
+
+    refused("closed-form, layerwise, end-to-end", stages=("layerwise", "magic"))
+    refused("each once", stages=("layerwise", "layerwise"))
+    refused("without a recipe", source=model_folder("llama"))
+    refused("such file", source=tmp_path / "none.yaml")
+    refused("at least", tokens=10**7)
+    refused("held out", tokens=32)
+    shallow = families.save(families.make_model("llama", num_hidden_layers=5, vocab_size=330), tmp_path / "shallow")
+    refused(r"(?s)vocabulary.*number of layers", teacher=str(shallow))
+    out.mkdir()
+    (out / "precious").write_text("x")
+    with pytest.raises(UserError, match="--overwrite"):
+        heal(recipe_file, out, data=str(text_file))
+
+
+def test_another_teacher(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
+    other = families.save(families.make_model("llama", seed=1), tmp_path / "other")
+    found = heal(recipe_file, tmp_path / "out", data=str(text_file), teacher=str(other), stages=("layerwise",), **SIZES)
+    own = heal(recipe_file, tmp_path / "own", data=str(text_file), stages=("layerwise",), **SIZES)
+    assert found.details["layerwise"][0]["loss_before"] != own.details["layerwise"][0]["loss_before"]
+
+
+def test_command_line(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
+    words = f"heal {recipe_file} -o {tmp_path / 'out'} --data {text_file} --tokens 1k --seq-len 32 --json --resume"
+    done = CliRunner().invoke(app, [*words.split(), "--stages", "layerwise", "--layer-batch-tokens", "128"])
+    assert done.exit_code == 0, done.output
+    assert [row["stage"] for row in json.loads(done.stdout)["stages"]] == ["cut", "layerwise"]
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("65536", 65536), ("500k", 500_000), ("2M", 2_000_000), ("1.5g", 15 * 10**8)]
+)
+def test_token_counts(text: str, count: int) -> None:
+    assert token_count(text, "tokens") == count
+
+
+@pytest.mark.parametrize("text", ["", "M", "-5", "2X", "1e999"])
+def test_bad_token_counts(text: str) -> None:
+    with pytest.raises(UserError, match="500k or 2M"):
+        token_count(text, "tokens")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from intarsia.healing import {module}
+from tests.healing.test_heal import SIZES
+from intarsia.stages.heal import heal
+
+save, saved = {module}.{function}, []
+
+def stops(*args, **kwargs):
+    saved.append(save(*args, **kwargs))
+    if len(saved) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+{module}.{function} = stops
+recipe, out, text = sys.argv[1:]
+heal(Path(recipe), Path(out), data=text, stages=("{stage}",), **SIZES)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "module", "function"),
+    [("layerwise", "layer_training", "save_state"), ("end-to-end", "whole_training", "save_snapshot")],
+)
+def test_killed_and_started_again(
+    stage: str, module: str, function: str, recipe_file: Path, text_file: Path, tmp_path: Path
+) -> None:
+    if stage == "end-to-end":
+        pytest.importorskip("accelerate")
+    code = KILLED.format(stage=stage, module=module, function=function)
+    words = [str(recipe_file), str(tmp_path / "killed"), str(text_file)]
+    done = run([sys.executable, "-c", code, *words])
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    found = heal(recipe_file, tmp_path / "killed", data=str(text_file), stages=(stage,), **SIZES)
+    wanted = heal(recipe_file, tmp_path / "whole", data=str(text_file), stages=(stage,), **SIZES)
+    assert found.recipe_sha256 == wanted.recipe_sha256
+
+
+def run(words: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    verb = [
+        *["-m", "intarsia", "heal", str(recipe_file), "--data", str(text_file), "--tokens", "1024", "--seq-len", "32"],
+        *["--stages", "layerwise,end-to-end", "--layer-batch-tokens", "128", "--batch-tokens", "128", "--lr", "1e-3"],
+        *["--micro-tokens", "32", "--evaluations", "3", "--device", "cpu", "--json"],
+    ]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "--num_cpu_threads_per_process",
+        "1",
+    ]
+    two = run([*launch, *verb, "-o", str(tmp_path / "two")])
+    assert two.returncode == 0, two.stderr
+    one = run([sys.executable, *verb, "-o", str(tmp_path / "one")])
+    assert one.returncode == 0, one.stderr
+    found, wanted = (json.loads(done.stdout)["stages"] for done in (two, one))
+    assert [row["held_out_perplexity"] for row in found] == pytest.approx(
+        [row["held_out_perplexity"] for row in wanted], rel=1e-4
+    )
+    curves = [read_curve(tmp_path / f"{name}.heal" / "2-end-to-end" / "curve.jsonl") for name in ("two", "one")]
+    assert len(curves[0]) == len(curves[1]) > 6
+    for ours, theirs in zip(*curves, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-3)

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from intarsia.building.resident import Resident
+from intarsia.errors import UserError
+from intarsia.healing import layer_training, layerwise
+from intarsia.healing.cluster import Cluster, connect
+from intarsia.healing.settings import LayerwiseSettings
+from intarsia.recipe.recipe import Recipe
+from tests import families
+from tests.conftest import InMemory
+from tests.healing.conftest import Cut, Tokens
+from tests.recipes_by_hand import recipe_of, select
+
+QUICK = LayerwiseSettings(batch_tokens=64, evaluations=3, lr=1e-2, kl=0.0, mse=1.0)
+
+
+def same(first: Recipe, second: Recipe) -> bool:
+    assert first.fitted.keys() == second.fitted.keys()
+    pairs = [(first.fitted[index], second.fitted[index]) for index in first.fitted]
+    assert all(one.keys() == other.keys() for one, other in pairs)
+    return all(np.array_equal(one[name], other[name]) for one, other in pairs for name in one)
+
+
+def timeless(report: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in report]
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_family_learns(family: str, padded: bool, cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
+    _, recipe = cut(family)
+    resident = resident_of(family)
+    before = {name: tensor.clone() for name, tensor in resident.model.state_dict().items()}
+    healed, report = layerwise.train(recipe, resident, *tokens(padded=padded), settings=QUICK)
+    assert [row["layer"] for row in report] == [2, 3]
+    assert sorted(healed.fitted) == [2, 3]
+    for row in report:
+        assert row["loss_after"] < 0.9 * row["loss_before"]
+        assert set(healed.fitted[row["layer"]]) == set(resident.anatomy.layer_shapes())
+    assert all(torch.equal(before[name], tensor) for name, tensor in resident.model.state_dict().items())
+
+
+def test_the_loss_is_of_the_original_states(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
+    _, recipe = cut("llama")
+    resident = resident_of("llama")
+    train, held_out = tokens()
+    _, report = layerwise.train(recipe, resident, train, held_out, settings=QUICK)
+    with torch.no_grad():
+        out = resident.model(held_out.input_ids, output_hidden_states=True).hidden_states
+        handle: list[torch.Tensor] = []
+        # Layer 5's own output: transformers tells it behind the final norm only.
+        hook = resident.layers[5].register_forward_hook(lambda _, args, output: handle.append(output))
+        resident.model(held_out.input_ids)
+        hook.remove()
+        gap = resident.layers[4]
+        given, wanted = out[4], handle[0] if torch.is_tensor(handle[0]) else handle[0][0]
+        position = torch.arange(given.shape[1])[None]
+        rotary = resident.model.model.rotary_emb(given, position)
+        found = gap(given, position_embeddings=rotary, attention_mask=None)
+        found = found if torch.is_tensor(found) else found[0]
+    relative = (found - wanted).square().sum(-1) / wanted.square().sum(-1)
+    assert report[1]["loss_before"] == pytest.approx(float(relative.mean()), rel=1e-4)
+
+
+def test_one_by_one_and_on_dask_are_the_same(cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    _, recipe = cut("qwen3")
+    resident = resident_of("qwen3")
+    alone, report = layerwise.train(recipe, resident, *tokens(), settings=QUICK)
+    options = {"processes": False, "n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**options) as workers, distributed.Client(workers) as client:
+        together, told = layerwise.train(
+            recipe, resident, *tokens(), settings=QUICK, folder=tmp_path / "dask", cluster=Cluster(client)
+        )
+    assert same(alone, together)
+    assert timeless(report) == timeless(told)
+    assert not list((tmp_path / "dask").glob("intarsia-hidden-*"))
+
+
+@pytest.mark.slow
+def test_dask_workers_in_processes_of_their_own(
+    cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path
+) -> None:
+    pytest.importorskip("distributed")
+    _, recipe = cut("opt")
+    alone, _ = layerwise.train(recipe, resident_of("opt"), *tokens(), settings=QUICK)
+    with connect("local:1") as cluster:
+        together, _ = layerwise.train(
+            recipe, resident_of("opt"), *tokens(), settings=QUICK, folder=tmp_path / "run", cluster=cluster
+        )
+    assert same(alone, together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("killed_after", [1, 3, 5, 7, 11])
+def test_killed_and_continued_is_as_undisturbed(
+    killed_after: int,
+    dtype: torch.dtype,
+    cut: Cut,
+    tokens: Tokens,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint, recipe = cut("llama")
+    resident = Resident(checkpoint, device=torch.device("cpu"), dtype=dtype)
+    settings = replace(QUICK, epochs=2, evaluations=4, weight_decay=0.1)
+    wanted, report = layerwise.train(recipe, resident, *tokens(), settings=settings)
+    steps = []
+    step = layer_training._Training._step
+
+    def dies(self: Any, number: int) -> float:
+        steps.append(number)
+        if len(steps) == killed_after:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(layer_training._Training, "_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        layerwise.train(recipe, resident, *tokens(), settings=settings, folder=tmp_path / "run")
+    monkeypatch.setattr(layer_training._Training, "_step", step)
+    found, told = layerwise.train(recipe, resident, *tokens(), settings=settings, folder=tmp_path / "run")
+    assert same(found, wanted)
+    assert timeless(told) == timeless(report)
+    again, _ = layerwise.train(recipe, resident, *tokens(), settings=settings, folder=tmp_path / "run")
+    assert same(again, wanted)
+
+
+def test_a_layer_fitted_to_its_own_output_does_not_change(resident_of: InMemory, tokens: Tokens) -> None:
+    resident = resident_of("mistral")
+    # Layer 5 is removed, and layer 4 must stand for itself alone: there is nothing to learn.
+    recipe = replace(
+        recipe_of("model", [select(layer) for layer in range(6)]), spans=tuple((i, i + 1) for i in range(6))
+    )
+    healed, report = layerwise.train(recipe, resident, *tokens(), settings=QUICK)
+    assert (healed.fitted, report) == ({}, [])
+    # The same as a training: a "merge" of one layer alone.
+    joined = replace(recipe, layers=(*recipe.layers[:3], as_concat(resident, 3), *recipe.layers[4:]))
+    healed, report = layerwise.train(joined, resident, *tokens(), settings=QUICK)
+    assert report[0]["loss_before"] < 1e-10
+    assert report[0]["loss_after"] == report[0]["loss_before"]
+    assert healed.fitted == {}
+
+
+def as_concat(resident: Resident, layer: int) -> Any:
+    from intarsia.recipe.ops import Concat, Cut
+    from tests.recipes_by_hand import ref
+
+    whole = Cut(
+        source=ref(layer),
+        kv_groups=tuple(range(resident.anatomy.n_kv_heads)),
+        channels=tuple(range(resident.anatomy.n_channels)),
+        weights={"attention": 1.0, "mlp": 1.0},
+    )
+    return Concat(cuts=(whole,), norm="fold")
+
+
+def test_a_worse_heal_returns_the_input(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
+    _, recipe = cut("llama")
+    given = {3: {"mlp.down_proj.weight": np.zeros((families.WIDTH, families.CHANNELS), dtype=np.float32)}}
+    recipe = replace(recipe, fitted=given)
+    healed, report = layerwise.train(
+        recipe, resident_of("llama"), *tokens(), settings=replace(QUICK, lr=30.0, clip=1e9, warmup=0.0)
+    )
+    assert all(row["stopped"] is not None and row["loss_after"] == row["loss_before"] for row in report)
+    assert all("step" in row["stopped"] for row in report)
+    assert same(healed, recipe)
+
+
+def test_what_is_fitted_is_the_beginning(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
+    _, recipe = cut("llama")
+    once, first = layerwise.train(recipe, resident_of("llama"), *tokens(), settings=QUICK)
+    _, second = layerwise.train(once, resident_of("llama"), *tokens(), settings=QUICK)
+    assert [row["loss_before"] for row in second] == pytest.approx([row["loss_after"] for row in first], rel=1e-5)
+
+
+def test_only_what_is_named_is_trained(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
+    _, recipe = cut("llama")
+    settings = replace(QUICK, only=("down_proj", "input_layernorm.weight"))
+    healed, _ = layerwise.train(recipe, resident_of("llama"), *tokens(), settings=settings)
+    assert set(healed.fitted[2]) == {"mlp.down_proj.weight", "input_layernorm.weight"}
+    with pytest.raises(UserError, match=r"down_proj.*'sideways'"):
+        layerwise.train(recipe, resident_of("llama"), *tokens(), settings=replace(QUICK, only=("sideways",)))
+
+
+def test_held_out_tokens_are_not_trained_on(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
+    """Other held-out sequences, the same training: the tensors of the last step are the same."""
+    _, recipe = cut("llama")
+    train, held_out = tokens()
+    settings = replace(QUICK, evaluations=1)
+    first, _ = layerwise.train(recipe, resident_of("llama"), train, held_out, settings=settings)
+    second, _ = layerwise.train(recipe, resident_of("llama"), train, tokens(seed=9)[1], settings=settings)
+    assert same(first, second)
+
+
+def test_spilled_states_are_the_same(cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path) -> None:
+    _, recipe = cut("opt")
+    kept, _ = layerwise.train(recipe, resident_of("opt"), *tokens(), settings=QUICK)
+    spilled, _ = layerwise.train(
+        recipe, resident_of("opt"), *tokens(), settings=QUICK, folder=tmp_path / "run", memory_bytes=0
+    )
+    assert same(kept, spilled)
+
+
+def test_too_little_text(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
+    _, recipe = cut("llama")
+    with pytest.raises(UserError, match="at least 40 sequences of 16 tokens"):
+        layerwise.train(recipe, resident_of("llama"), *tokens(), settings=replace(QUICK, batch_tokens=640))
+
+
+def test_damaged_weights_are_named(cut: Cut, tokens: Tokens) -> None:
+    checkpoint, recipe = cut("llama")
+    broken = replace(recipe, fitted={3: {"mlp.up_proj.weight": np.full((40, 32), np.nan, dtype=np.float32)}})
+    resident = Resident(checkpoint, device=torch.device("cpu"))
+    with pytest.raises(UserError, match="output layer 3, before the first step"):
+        layerwise.train(broken, resident, *tokens(), settings=QUICK)
+    with torch.no_grad():
+        next(resident.layers[2].parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="the teacher's output of layer"):
+        layerwise.train(recipe, resident, *tokens(), settings=QUICK)
+
+
+def test_full_disk(
+    cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from intarsia.healing import state_file
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    _, recipe = cut("llama")
+    with monkeypatch.context() as patched:
+        patched.setattr(state_file, "save_file", full)
+        with pytest.raises(UserError, match="a full disk"):
+            layerwise.train(recipe, resident_of("llama"), *tokens(), settings=QUICK, folder=tmp_path / "run")
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+    healed, _ = layerwise.train(recipe, resident_of("llama"), *tokens(), settings=QUICK, folder=tmp_path / "run")
+    assert sorted(healed.fitted) == [2, 3]
+
+
+def test_state_that_is_no_state(cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path) -> None:
+    _, recipe = cut("llama")
+    (tmp_path / "layer-002.state.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="Delete it"):
+        layerwise.train(recipe, resident_of("llama"), *tokens(), settings=QUICK, folder=tmp_path)
+
+
+def test_fitted_tensors_are_the_whole_story(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
+    """The recipe's layer, rebuilt from its tensors, has the loss that was reported."""
+    _, recipe = cut("llama")
+    healed, report = layerwise.train(recipe, resident_of("llama"), *tokens(), settings=QUICK)
+    _, told = layerwise.train(healed, resident_of("llama"), *tokens(), settings=replace(QUICK, lr=1e-12))
+    assert [row["loss_before"] for row in told] == pytest.approx([row["loss_after"] for row in report], rel=1e-5)
+    fitted: Mapping[int, Mapping[str, Any]] = healed.fitted
+    assert all(tensor.dtype == np.float32 for tensors in fitted.values() for tensor in tensors.values())

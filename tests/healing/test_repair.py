@@ -1,0 +1,226 @@
+"""`compress` with the closed form in it."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import intarsia
+from intarsia.building import resident
+from intarsia.cli.app import app
+from intarsia.errors import UserError
+from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.progress import Silent
+from intarsia.recipe import codec
+from intarsia.recipe.recipe import Recipe
+from intarsia.stages import judge, repair
+from tests import families
+
+Compress = Callable[..., Any]
+
+
+@pytest.fixture
+def compress(learned: tuple[Path, Recipe], text_file: Path, tmp_path: Path) -> Compress:
+    """Compresses a model that has learnt a little to four layers; everything happens in `tmp_path`."""
+
+    def run(out: str = "out", **changes: Any) -> Any:
+        given = {"layers": 4, "calibration": f"{text_file}#0:0.8", "tokens": 8192, "seq_len": 32, "eval_windows": 8}
+        given |= {"eval_text": f"{text_file}#0.8:1", "run": tmp_path / "run", **changes}
+        return intarsia.compress(str(learned[0]), tmp_path / out, **given)
+
+    return run
+
+
+class Listening(Silent):
+    """Keeps what is said to the user."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def no_fit(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("fitted again")
+
+
+def test_healed_is_better_and_says_so(compress: Compress, text_file: Path, tmp_path: Path) -> None:
+    healed = compress()
+    cut = compress("cut", heal="none")
+    assert healed.healed["method"] == "closed-form" and healed.healed["taken"]
+    assert healed.healed["fitted_read_outs"] > 0
+    # All three perplexities are those of models that can be had.
+    before, without, after = (
+        healed.before.perplexity,
+        healed.after.perplexity_without_heal,
+        healed.after.perplexity,
+    )
+    assert without.value == pytest.approx(cut.after.perplexity.value, rel=1e-5)
+    alone = intarsia.evaluate_perplexity(str(tmp_path / "out"), f"{text_file}#0.8:1", seq_len=32, windows=8)
+    assert after.value == pytest.approx(alone.value)
+    assert before.value < after.value < without.value
+    gap = (np.log(without.value) - np.log(after.value)) / (np.log(without.value) - np.log(before.value))
+    assert healed.healed["gap_closed"] == pytest.approx(gap) and 0.2 < gap < 1
+    assert cut.healed is None and cut.after.perplexity_without_heal is None
+    # The ladder is the same, and stays as it was cut.
+    rung = codec.load(tmp_path / "run" / "ladder" / "layers-004.yaml")
+    assert codec.content_hash(rung) == cut.recipe_sha256 != healed.recipe_sha256
+    carried = codec.load(tmp_path / "out" / "recipe" / "recipe.yaml")
+    assert carried.layers == rung.layers and carried.fitted
+    facts = carried.provenance["heal"]
+    assert facts["settings"]["closed-form"]["weighting"] == "relative"
+    assert facts["text"]["sha256"] == carried.provenance["calibration"]["sha256"]
+    assert [row["stage"] for row in facts["stages"]] == ["cut", "closed-form"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "least squares" in card and "- Healing: stages `closed-form`" in card
+    titles = [line.split("|")[1].strip() for line in card.splitlines() if line.startswith("|")]
+    assert titles.index("perplexity without heal") == titles.index("perplexity") + 1
+    assert "ealing" not in (tmp_path / "cut" / "README.md").read_text(encoding="utf-8")
+    json.dumps(healed.to_dict(), allow_nan=False)
+    # The recipe alone rebuilds it, with the same card but for the measures.
+    intarsia.build(tmp_path / "out" / "recipe" / "recipe.yaml", tmp_path / "again")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert weights[0] == weights[1]
+    assert "- Healing: stages `closed-form`" in (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_finished_fit_is_only_read(compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compress()
+    kept = sorted((tmp_path / "run" / "healed").iterdir())
+    assert [path.suffix for path in kept] == [".safetensors", ".yaml"]
+    monkeypatch.setattr(repair, "fit", no_fit)
+    second = compress("second")
+    assert second.recipe_sha256 == first.recipe_sha256
+    assert second.healed == first.healed
+    with pytest.raises(AssertionError, match="fitted again"):  # other settings are another fit
+        compress("third", closed_form=ClosedFormSettings(changed=("mlp",)))
+
+
+@pytest.mark.parametrize("where", ["before", "while", "behind"])
+def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = compress("undisturbed", run=tmp_path / "undisturbed.run")
+    run = tmp_path / "stopped.run"
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if where == "before":
+            patched.setattr(repair, "fit", stop)
+        elif where == "while":  # the tensors are there, their recipe is not
+            write = codec.to_yaml_text
+
+            def half(recipe: Recipe, **more: Any) -> Any:
+                text, tensors = write(recipe, **more)
+                if recipe.fitted:
+                    codec.write_tensors(tensors, run / "healed" / more["side_file"])
+                    stop()
+                return text, tensors
+
+            patched.setattr(codec, "to_yaml_text", half)
+        else:
+            patched.setattr(judge, "compare_speed", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress(run=run)
+    if where == "behind":
+        monkeypatch.setattr(repair, "fit", no_fit)
+    found = compress(run=run)
+    assert found.recipe_sha256 == wanted.recipe_sha256
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "undisturbed")]
+    assert weights[0] == weights[1]
+
+
+def test_a_fit_that_makes_it_worse_is_not_taken(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worse(recipe: Recipe, *args: Any, **kwargs: Any) -> Any:
+        zeros = np.zeros((families.WIDTH, families.CHANNELS), dtype=np.float32)
+        row = {"layer": 0, "module": "mlp.down_proj", "ridge": 1.0, "error_before": 1.0, "error_after": 0.5}
+        return replace(recipe, fitted={0: {"mlp.down_proj.weight": zeros}}), [row]
+
+    monkeypatch.setattr(repair, "fit", worse)
+    progress = Listening()
+    result = compress(progress=progress)
+    assert not result.healed["taken"] and result.healed["fitted_read_outs"] == 0
+    assert any("no better" in text for text in progress.said)
+    assert codec.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted == {}
+    assert result.after.perplexity_without_heal is None
+    assert "ealing" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("heal", ["closed-form", "none"])
+def test_every_model_is_loaded_once(heal: str, compress: Compress, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    load = resident.load_model
+
+    def counted(checkpoint: Any, **more: Any) -> Any:
+        loaded.append(checkpoint.anatomy.n_layers)
+        return load(checkpoint, **more)
+
+    monkeypatch.setattr(resident, "load_model", counted)
+    monkeypatch.setattr(judge, "load_model", counted)
+    compress(heal=heal)
+    assert loaded == [6, 4]
+    # Where they do not fit into memory together, the first one is let go of before the second one comes.
+    monkeypatch.setattr(judge, "_free_bytes", lambda device: 0)
+    result = compress(heal=heal, overwrite=True)
+    assert loaded == [6, 4, 6, 4]
+    assert result.before.decode_per_s > 0 and result.after.decode_per_s > 0
+
+
+def test_text_of_the_models_own(learned: tuple[Path, Recipe], tmp_path: Path) -> None:
+    result = intarsia.compress(str(learned[0]), tmp_path / "out", layers=4, tokens=2048, seq_len=32)
+    assert result.healed is not None and result.healed["tokens"] == 2048
+    assert result.after.perplexity is not None
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_family_and_what_it_costs(family: str, model_folder: Any, text_file: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"calibration": str(text_file), "tokens": 2048, "seq_len": 32, "layers": 3}
+    model = str(model_folder(family))
+    dry = intarsia.compress(model, tmp_path / "out", dry_run=True, **given)
+    # The teacher: six; the student: three; three more for each cut layer; to judge, twice a part of three.
+    assert dry.predicted.heal_forwards_at_most == 6 + 3 + 3 * 3 + 1
+    assert intarsia.compress(model, tmp_path / "out", dry_run=True, heal="none", **given).predicted == (
+        intarsia.plan(model, tmp_path / "run", dry_run=True, **given).predicted
+    )
+    assert list(tmp_path.iterdir()) == []
+    result = intarsia.compress(model, tmp_path / "out", **given)
+    assert result.healed is not None
+    assert result.after is not None and result.after.layers == 3
+
+
+def test_on_the_command_line(learned: tuple[Path, Recipe], text_file: Path, tmp_path: Path) -> None:
+    words = ["compress", learned[0], "-o", tmp_path / "out", "--layers", 4, "--calibration", text_file]
+    words += ["--tokens", 2048, "--seq-len", 32, "--eval-text", text_file, "--eval-windows", 4]
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    assert "perplexity without heal" in done.stdout
+    assert "gap closed" in done.stdout
+    refused = CliRunner().invoke(app, [str(word) for word in [*words, "--heal", "magic"]])
+    assert refused.exit_code == 2
+
+
+def test_a_full_disk(compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = codec.save
+
+    def full(recipe: Recipe, path: Path) -> None:
+        if path.parent.name == "healed":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(recipe, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(codec, "save", full)
+        with pytest.raises(UserError, match="run"):
+            compress()
+    assert not (tmp_path / "out").exists()
+    assert compress().healed["taken"]

@@ -1,0 +1,138 @@
+"""Ridge regression from Gram matrices, against solutions by other means."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from intarsia.errors import UserError
+from intarsia.healing.closed_form import RIDGES
+from intarsia.healing.ridge import Gram, choose, solve
+
+CPU = torch.device("cpu")
+FEATURES, WIDTH = 7, 5
+
+
+def data(tokens: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, residuals that mostly follow from them, and weights of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    x_NC = torch.randn(tokens, FEATURES, generator=generator) * torch.logspace(-1, 1, FEATURES)
+    change_DC = torch.randn(WIDTH, FEATURES, generator=torch.Generator().manual_seed(99))
+    r_ND = x_NC @ change_DC.T + 0.1 * torch.randn(tokens, WIDTH, generator=generator)
+    return x_NC, r_ND, torch.rand(tokens, generator=generator) * 10 + 0.01
+
+
+def gram_of(x_NC: Tensor, r_ND: Tensor, weight_N: Tensor, *, batch: int | None = None) -> Gram:
+    gram = Gram(x_NC.shape[1], r_ND.shape[1], CPU)
+    for part in torch.arange(len(x_NC)).split(batch or len(x_NC)):
+        gram.add(x_NC[part], r_ND[part], weight_N[part])
+    return gram
+
+
+def test_without_a_ridge_it_is_least_squares() -> None:
+    x_NC, r_ND, weight_N = data(200)
+    root = weight_N.sqrt().double()[:, None]
+    wanted, *_ = np.linalg.lstsq((x_NC.double() * root).numpy(), (r_ND.double() * root).numpy(), rcond=None)
+    found = solve(gram_of(x_NC, r_ND, weight_N, batch=33), 1e-12, where="here")
+    np.testing.assert_allclose(found.T.numpy(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.1, 1.0, 30.0])
+def test_a_ridge_solves_the_normal_equations(ridge: float) -> None:
+    x_NC, r_ND, weight_N = data(50)
+    x, r, w = x_NC.double().numpy(), r_ND.double().numpy(), np.diag(weight_N.double().numpy())
+    moments = x.T @ w @ x
+    system = moments + ridge * np.trace(moments) / FEATURES * np.eye(FEATURES)
+    wanted = np.linalg.solve(system, x.T @ w @ r)
+    np.testing.assert_allclose(solve(gram_of(x_NC, r_ND, weight_N), ridge, where="").T.numpy(), wanted, rtol=1e-4)
+
+
+def test_fewer_tokens_than_features() -> None:
+    x_NC, r_ND, weight_N = data(3)
+    change_DC = solve(gram_of(x_NC, r_ND, weight_N), 1e-6, where="")
+    torch.testing.assert_close(x_NC.double() @ change_DC.T, r_ND.double(), rtol=1e-2, atol=1e-2)
+    dead = torch.zeros_like(x_NC)
+    assert not solve(gram_of(dead, r_ND, weight_N), 1e-6, where="").any()
+    x_NC[:, 2] = 0.0  # one channel that never says anything, and no ridge to make up for it
+    assert torch.isfinite(solve(gram_of(x_NC, r_ND, weight_N), 0.0, where="")).all()
+
+
+def test_an_infinite_ridge_leaves_the_weights() -> None:
+    gram = gram_of(*data(100))
+    sizes = [float(solve(gram, 10.0**power, where="").norm()) for power in (0, 3, 6, 12)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 1e-9
+    found = choose(gram, gram_of(*data(100, seed=1)), [1e30], where="")
+    assert found.change_DC is None or float(found.change_DC.abs().max()) < 1e-20
+
+
+def test_the_error_is_the_one_computed_directly() -> None:
+    x_NC, r_ND, weight_N = data(80)
+    weight_N[:20] = 0.0  # not real tokens
+    gram = gram_of(x_NC, r_ND, weight_N, batch=7)
+    change_DC = torch.randn(WIDTH, FEATURES, generator=torch.Generator().manual_seed(5)).double()
+    for change, left in ((None, r_ND.double()), (change_DC, r_ND.double() - x_NC.double() @ change_DC.T)):
+        wanted = float((weight_N.double() * left.square().sum(dim=1)).sum()) / 60
+        assert gram.error(change) == pytest.approx(wanted, rel=1e-5)
+    assert gram.tokens == 60
+
+
+def test_tokens_without_weight_do_not_count() -> None:
+    x_NC, r_ND, weight_N = data(40)
+    alone = gram_of(x_NC[:30], r_ND[:30], weight_N[:30])
+    weight_N[30:], x_NC[30:] = 0.0, 1e6
+    together = gram_of(x_NC, r_ND, weight_N)
+    torch.testing.assert_close(alone.xx_CC, together.xx_CC)
+    torch.testing.assert_close(alone.xr_CD, together.xr_CD)
+    assert (alone.rr, alone.tokens) == (pytest.approx(together.rr), together.tokens)
+
+
+def test_the_strength_is_the_best_on_held_out_tokens() -> None:
+    fit, held_out = gram_of(*data(12)), gram_of(*data(500, seed=1))
+    found = choose(fit, held_out, RIDGES, where="")
+    errors = {ridge: held_out.error(solve(fit, ridge, where="")) for ridge in RIDGES}
+    assert found.ridge == min(errors, key=lambda ridge: errors[ridge])
+    assert found.error_after == errors[found.ridge] < found.error_before == held_out.error()
+
+
+def test_what_does_not_carry_over_is_not_taken() -> None:
+    x_NC, r_ND, weight_N = data(100)
+    found = choose(gram_of(x_NC, r_ND, weight_N), gram_of(x_NC, -r_ND, weight_N), RIDGES, where="")
+    assert found.change_DC is None and found.ridge is None
+    assert found.error_after == found.error_before
+
+
+def test_nothing_to_fit_or_to_choose_by() -> None:
+    nothing = Gram(FEATURES, WIDTH, CPU)
+    assert choose(nothing, gram_of(*data(30)), RIDGES, where="").change_DC is None
+    assert choose(gram_of(*data(30)), nothing, RIDGES, where="").change_DC is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["features", "residuals"])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_what_is_not_finite_is_told(value: float, which: str, held_out: bool) -> None:
+    x_NC, r_ND, weight_N = data(30)
+    (x_NC if which == "features" else r_ND)[3, 2] = value
+    bad, good = gram_of(x_NC, r_ND, weight_N), gram_of(*data(30))
+    with pytest.raises(UserError, match="layer 7"):
+        choose(*((good, bad) if held_out else (bad, good)), RIDGES, where="layer 7")
+
+
+def test_a_few_massive_tokens_do_not_decide() -> None:
+    """Three tokens of a hundred times the norm that follow a rule of their own, among 300 ordinary ones."""
+    x_NC, r_ND, _ = data(300)
+    x_NC, r_ND = x_NC / x_NC.norm(dim=1, keepdim=True), r_ND / x_NC.norm(dim=1, keepdim=True)
+    massive_NC, contrary_ND = 100 * x_NC[:3], -100 * r_ND[:3]
+    x_NC, r_ND = torch.cat([massive_NC, x_NC[3:]]), torch.cat([contrary_ND, r_ND[3:]])
+    relative_N = r_ND.square().sum(dim=1).reciprocal()
+
+    def error(weight_N: Tensor) -> float:
+        change_DC = solve(gram_of(x_NC, r_ND, weight_N), 1e-4, where="").float()
+        left = (r_ND - x_NC @ change_DC.T)[3:]
+        return float(left.square().sum() / r_ND[3:].square().sum())
+
+    assert error(relative_N) < 0.2
+    assert error(torch.ones(300)) > 0.8
