@@ -42,7 +42,7 @@ $(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 demo: $(VENV)/.stamp-demo
-	$(BIN)/intarsia compress demo --layers 25 -o out/demo-25 --calibration self --overwrite
+	$(BIN)/intarsia compress demo --layers 25 -o out/demo-25 --calibration self --tokens 32768 --overwrite
 
 test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q
