@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from intarsia import __version__
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
@@ -266,5 +265,5 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> Any:
 
 def versions() -> dict[str, str]:
     """What this was made with."""
-    found = {name: version(name) for name in ("torch", "transformers", "safetensors")}
-    return {"intarsia": __version__, **found, "python": platform.python_version()}
+    found = {name: version(name) for name in ("intarsia", "torch", "transformers", "safetensors")}
+    return {**found, "python": platform.python_version()}
