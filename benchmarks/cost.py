@@ -30,7 +30,7 @@ def climb(resident: Resident, corpus: Any, *, posterior: bool, reuse: bool, targ
     """Plan down to `target`; cost, time and the layers that came out."""
     whole = identity(Variant(name="base", model="demo"), resident.anatomy.n_layers)
     model = Intermediate(resident, corpus, whole.layers, reuse_prefix=reuse)
-    planner = Come(ComeSettings(granularity=20, racing=False), posterior=posterior)
+    planner = Come(ComeSettings(granularity=20, spans=1, racing=False), posterior=posterior)
     begun = time.perf_counter()
     model.measure()
     first = model.layer_forwards

@@ -22,13 +22,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "shortgpt": ("shortgpt", {}),
     "come": ("come", {}),
     "come-p": ("come-p", {}),
+    "come-p --spans 1": ("come-p", {"spans": 1}),
     "come --norm average": ("come", {"norm": "average"}),
     "come --reference": ("come", {"reference": True}),
     "come --span-choice sleb": ("come", {"span_choice": "sleb"}),
     "come-p --span-choice sleb": ("come-p", {"span_choice": "sleb"}),
     "sleb": ("sleb", {}),
 }
-TABLE = ("shortgpt", "come", "come-p")
+TABLE = ("shortgpt", "come", "come-p", "come-p --spans 1")
 
 
 def main() -> None:

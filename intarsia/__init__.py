@@ -5,7 +5,8 @@
     result = intarsia.compress("demo", "out/demo-25", layers=25)
 
 Every stage of the command line is a function of the same name: `plan`, `build`, `heal`, `inspect`,
-`evaluate_perplexity`, and `compress`, which is the main job. Input that cannot be used raises `UserError`.
+`evaluate_perplexity`, `evaluate_tasks`, and `compress`, which is the main job. Input that cannot be used raises
+`UserError`.
 """
 
 from __future__ import annotations
@@ -15,47 +16,73 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from intarsia.errors import UserError
+    from intarsia.evaluation.task_results import TaskResults
     from intarsia.planning.settings import ComeSettings
     from intarsia.recipe.recipe import Recipe
+    from intarsia.stages.bench import BenchResult, bench
     from intarsia.stages.build import BuildResult, build
+    from intarsia.stages.compare import CompareResult, compare
     from intarsia.stages.compress import CompressResult, compress
     from intarsia.stages.evaluate import evaluate_perplexity
+    from intarsia.stages.evaluate_tasks import evaluate_tasks
     from intarsia.stages.heal import HealResult, heal
     from intarsia.stages.inspect import inspect
     from intarsia.stages.plan import PlanResult, plan
+    from intarsia.stages.report import ReportResult, report
+    from intarsia.stages.tailor import TailorResult, tailor
 
 __version__ = "0.1.0"
 
 _PLACES = {
+    "BenchResult": "intarsia.stages.bench",
     "BuildResult": "intarsia.stages.build",
     "ComeSettings": "intarsia.planning.settings",
+    "CompareResult": "intarsia.stages.compare",
     "CompressResult": "intarsia.stages.compress",
     "HealResult": "intarsia.stages.heal",
     "PlanResult": "intarsia.stages.plan",
     "Recipe": "intarsia.recipe.recipe",
+    "ReportResult": "intarsia.stages.report",
+    "TailorResult": "intarsia.stages.tailor",
+    "TaskResults": "intarsia.evaluation.task_results",
     "UserError": "intarsia.errors",
+    "bench": "intarsia.stages.bench",
     "build": "intarsia.stages.build",
+    "compare": "intarsia.stages.compare",
     "compress": "intarsia.stages.compress",
     "evaluate_perplexity": "intarsia.stages.evaluate",
+    "evaluate_tasks": "intarsia.stages.evaluate_tasks",
     "heal": "intarsia.stages.heal",
     "inspect": "intarsia.stages.inspect",
     "plan": "intarsia.stages.plan",
+    "report": "intarsia.stages.report",
+    "tailor": "intarsia.stages.tailor",
 }
 
 __all__ = [
+    "BenchResult",
     "BuildResult",
     "ComeSettings",
+    "CompareResult",
     "CompressResult",
     "HealResult",
     "PlanResult",
     "Recipe",
+    "ReportResult",
+    "TailorResult",
+    "TaskResults",
     "UserError",
+    "bench",
     "build",
+    "compare",
     "compress",
     "evaluate_perplexity",
+    "evaluate_tasks",
     "heal",
     "inspect",
     "plan",
+    "report",
+    "tailor",
 ]
 
 

@@ -22,7 +22,20 @@ from intarsia.cli.app import app
 from intarsia.errors import Problem, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = [["compress"], ["plan"], ["build"], ["inspect"], ["eval"], ["eval", "perplexity"]]
+VERBS = [
+    ["compress"],
+    ["plan"],
+    ["build"],
+    ["heal"],
+    ["inspect"],
+    ["eval"],
+    ["eval", "perplexity"],
+    ["eval", "tasks"],
+    ["bench"],
+    ["compare"],
+    ["report"],
+    ["tailor"],
+]
 
 
 @dataclass(frozen=True)
@@ -153,8 +166,9 @@ def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
     words = (
         "--layers 25 --method come-p --calibration a.txt --calibration b.txt --tokens 4096 --seq-len 128 "
         "--heal none --eval-text c.txt --eval-windows 8 --revision main --span-choice sleb --merge 3 --sharpness 2 "
-        "--dominance 0.5 --no-repeat --norm average --sensitivity l2 --distance last-token --granularity 10 "
-        "--no-racing --reference --device cpu --dtype float32 --batch-tokens 512 --seed 7 --overwrite --dry-run --quiet"
+        "--dominance 0.5 --no-repeat --norm average --sensitivity l2 --distance last-token --granularity 10 --spans 2 "
+        "--no-racing --reference --heal-in-loop --device cpu --dtype float32 --batch-tokens 512 --seed 7 "
+        "--overwrite --dry-run --quiet"
     ).split()
     result = run("compress", "demo", "-o", str(tmp_path / "out"), "--run", str(tmp_path / "run"), *words)
     assert result.exit_code == 0, result.output
@@ -183,9 +197,11 @@ def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
             sensitivity="l2",
             distance="last-token",
             granularity=10,
+            spans=2,
             racing=False,
             reference=True,
         ),
+        "heal_in_loop": True,
         "device": "cpu",
         "dtype": "float32",
         "batch_tokens": 512,

@@ -13,6 +13,7 @@ from torch import Tensor
 from intarsia.anatomy.spec import Anatomy, Linear, Norm
 from intarsia.building import merging
 from intarsia.building.fusing import add_discarded
+from intarsia.building.mixing import merge_tensors
 from intarsia.building.slicing import fold_norm, join, positions, take
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 
@@ -30,10 +31,7 @@ def layer_tensors(op: Op, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
     if isinstance(op, Select):
         return {name: read(op.source, name) for name in anatomy.layer_shapes()}
     if isinstance(op, Merge):
-        return {
-            name: merging.linear((read(source, name) for source in op.sources), op.weights)
-            for name in anatomy.layer_shapes()
-        }
+        return merge_tensors(op, anatomy, read)
     tensors: dict[str, Tensor] = {}
     for norm in anatomy.norms:
         tensors.update(_norm_tensors(norm, op, read))

@@ -36,6 +36,8 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     stored = checkpoint.headers[f"{checkpoint.anatomy.family.embedding_module}.weight"].dtype
     with _no_bars():
         model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype or stored, trust_remote_code=False)
+    for name in () if checkpoint.adapter is None else checkpoint.adapter.updates:
+        model.get_parameter(name).data.copy_(checkpoint.tensor(name))
     model.requires_grad_(False)
     nn.Module.to(model, device)
     return model.eval()
@@ -62,10 +64,19 @@ class Resident:
     Attributes:
         model: the original transformers model, complete.
         layers: its layer modules, in order.
+        others: checkpoints of the same shapes from which recipes may take layers too, by the variants' names.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        others: Mapping[str, Checkpoint] | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
+        self.others = dict(others or {})
         self.anatomy = checkpoint.anatomy
         self.device = device
         self.model = load_model(checkpoint, device=device, dtype=dtype)
@@ -79,7 +90,7 @@ class Resident:
         Args:
             fitted: tensors that replace the op's own, by name inside the layer.
         """
-        if isinstance(op, Select) and not fitted:
+        if isinstance(op, Select) and not fitted and op.source.variant not in self.others:
             return self.layers[op.source.layer]
         tensors = layer_tensors(op, self.anatomy, self._read)
         tensors |= {name: torch.from_numpy(array) for name, array in (fitted or {}).items()}
@@ -99,7 +110,7 @@ class Resident:
         return module
 
     def _read(self, ref: LayerRef, local: str) -> Tensor:
-        return self.checkpoint.layer_tensor(ref.layer, local)
+        return self.others.get(ref.variant, self.checkpoint).layer_tensor(ref.layer, local)
 
 
 def twin(module: nn.Module) -> nn.Module:

@@ -42,6 +42,7 @@ class HiddenStore:
         self.memory_bytes = free if memory_bytes is None else memory_bytes
         self._memory_left = self.memory_bytes
         self._buffers: dict[int, Tensor] = {}
+        self._held: dict[int, Tensor] | None = None
         self._parent = folder
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -57,20 +58,35 @@ class HiddenStore:
 
     def get(self, depth: int, start: int, stop: int, device: torch.device) -> Tensor:
         """The hidden states of sequences `start` .. `stop - 1` at a depth, on `device`."""
-        return self._buffers[depth][start:stop].to(device)
+        return self._stored(depth)[start:stop].to(device)
 
     def rows(self, depth: int, index: Sequence[int], device: torch.device) -> Tensor:
         """The hidden states of any sequences at a depth, on `device`: a copy."""
-        return self._buffers[depth][list(index)].to(device)
+        return self._stored(depth)[list(index)].to(device)
 
     def depths(self) -> list[int]:
         """Depths that are stored, in order."""
-        return sorted(self._buffers)
+        return sorted({*self._buffers, *(self._held or {})})
+
+    def hold(self) -> None:
+        """Keep what is stored from now on: what is put later stands in front of it, and goes with `restore`.
+
+        A depth that is put again must be put whole before it is read.
+        """
+        assert self._held is None, "what is stored is held already"
+        self._held, self._buffers = self._buffers, {}
+
+    def restore(self) -> None:
+        """Forget what was put since `hold`."""
+        for depth in list(self._buffers):
+            self.drop(depth)
 
     def file(self, depth: int) -> Path | None:
         """The file that holds a depth, of `shape` and `dtype` without a header; None if it is in memory."""
-        path = None if self._folder is None else Path(self._folder.name) / f"depth-{depth}.bin"
-        return path if path is not None and depth in self._buffers and path.exists() else None
+        if self._folder is None or depth not in self.depths():
+            return None
+        path = self._path(depth, later=self._held is not None and depth in self._buffers)
+        return path if path.exists() else None
 
     def drop(self, depth: int) -> None:
         """Free one depth."""
@@ -84,6 +100,7 @@ class HiddenStore:
     def close(self) -> None:
         """Free every buffer and delete the files."""
         self._buffers.clear()
+        self._held = None
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
@@ -91,6 +108,13 @@ class HiddenStore:
     def __del__(self) -> None:
         if getattr(self, "_folder", None) is not None:
             self.close()
+
+    def _stored(self, depth: int) -> Tensor:
+        return self._buffers[depth] if self._held is None or depth in self._buffers else self._held[depth]
+
+    def _path(self, depth: int, *, later: bool) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name) / f"{'later' if later else 'depth'}-{depth}.bin"
 
     def _buffer(self, depth: int) -> Tensor:
         if depth not in self._buffers:
@@ -105,7 +129,7 @@ class HiddenStore:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="intarsia-hidden-", dir=self._parent)
         n, t, d = self.shape
-        path = Path(self._folder.name) / f"depth-{depth}.bin"
+        path = self._path(depth, later=self._held is not None)
         _reserve(path, self.depth_bytes)
         flat = torch.from_file(str(path), shared=True, size=n * t * d, dtype=self.dtype)
         return flat.view(n, t, d)

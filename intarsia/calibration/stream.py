@@ -88,8 +88,12 @@ class LayerStream:
             mask_BT: True where a token is real; None where nothing is padded.
         """
         ids_BT, mask_BT = self._moved(ids_BT), self._moved(mask_BT)
+        return self.enter_with({"input_ids": ids_BT, "attention_mask": _as_attention(mask_BT), "use_cache": False})
+
+    def enter_with(self, inputs: Mapping[str, Any]) -> Entry:
+        """Embed a batch given as the model's own keyword arguments, on its device."""
         with self._stand_ins() as stand_ins:
-            self._base()(input_ids=ids_BT, attention_mask=_as_attention(mask_BT), use_cache=False)
+            self._base()(**inputs)
         h_BTD = stand_ins[0].received
         assert h_BTD is not None
         calls = tuple(stand_in.seen for stand_in in stand_ins if stand_in.seen is not None)

@@ -42,7 +42,10 @@ def read_config(folder: Path) -> dict[str, Any]:
             where=str(folder),
             expected="a whole model",
             found="a PEFT adapter",
-            remedy="Merge it into its base first: merge_and_unload() of peft, then save_pretrained().",
+            remedy=(
+                "Name it as a variant beside its base in a recipe, or merge it into its base first: merge_and_unload() "
+                "of peft, then save_pretrained()."
+            ),
         )
     config = _read_object(file, "Pass a model folder with the config.json that belongs to its weights.")
     for key in ("quantization_config", "compression_config"):

@@ -6,8 +6,6 @@ over a checkpoint that is larger than memory holds no more than the tensors in u
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +16,10 @@ import torch
 from intarsia.anatomy.detect import detect
 from intarsia.anatomy.spec import Anatomy
 from intarsia.anatomy.verify import verify
+from intarsia.checkpoint.adapter import Adapter
 from intarsia.checkpoint.files import read_all_headers, read_config
 from intarsia.checkpoint.header import TensorHeader
+from intarsia.checkpoint.mapped import map_tensor
 from intarsia.errors import Problem, UserError
 
 __all__ = ["Checkpoint", "TensorHeader"]
@@ -33,7 +33,8 @@ class Checkpoint:
     """A model folder whose config, files and tensor shapes are known to fit together.
 
     `model` and `revision` are what the user asked for; `folder` is where it lies. `headers` are in the order of the
-    files' names, and within a file in the order of the bytes.
+    files' names, and within a file in the order of the bytes. With an `adapter` everything is the base's, but the
+    tensors that it changes are read with its changes.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Checkpoint:
     config: dict[str, Any]
     anatomy: Anatomy
     headers: Mapping[str, TensorHeader]
+    adapter: Adapter | None = None
 
     @classmethod
     def open(cls, folder: Path, *, model: str, revision: str | None = None) -> Checkpoint:
@@ -79,30 +81,10 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor, mapped from the file: pages are read when they are touched, and freed with the tensor.
 
-        Writing to it changes memory only, never the file.
+        Writing to it changes memory only, never the file. A tensor that an adapter changes is made anew each time.
         """
-        header = self.headers[name]
-        if not header.nbytes:
-            return torch.empty(header.shape, dtype=header.dtype)
-        with header.file.open("rb") as stream:
-            if os.fstat(stream.fileno()).st_size < header.start + header.nbytes:
-                # Touching pages behind the end would kill the process.
-                raise UserError.of(
-                    where=str(header.file),
-                    expected="the file as it was when it was opened",
-                    found="a shorter one",
-                    remedy="Something writes to the model folder; let it finish and start again.",
-                )
-            if header.start % header.dtype.itemsize:
-                # Kernels expect aligned entries; writers other than safetensors' own may leave them unaligned.
-                stream.seek(header.start)
-                return torch.frombuffer(bytearray(stream.read(header.nbytes)), dtype=header.dtype).view(header.shape)
-            before = header.start % mmap.ALLOCATIONGRANULARITY
-            pages = mmap.mmap(
-                stream.fileno(), before + header.nbytes, access=mmap.ACCESS_COPY, offset=header.start - before
-            )
-        flat = torch.frombuffer(pages, dtype=header.dtype, count=header.numel, offset=before)
-        return flat.view(header.shape)
+        mapped = map_tensor(self.headers[name])
+        return mapped if self.adapter is None else self.adapter.applied(name, mapped)
 
     def layer_tensor(self, layer: int, local: str) -> torch.Tensor:
         """A layer's tensor by its name inside the layer."""

@@ -1,8 +1,9 @@
 """One pass over every weight of a model: are they finite, and what is their hash?
 
 The hash is over name, dtype, shape and bytes of every tensor in the order of names, so a model keeps its hash when
-it is sharded differently. The result is kept for files of the same path, size and time of change; only models that
-were found finite are remembered.
+it is sharded differently. That of a model read through an adapter is over its base's hash and the adapter's tensors
+as they are stored, for their product may differ in its last bit from one machine to the next. The result is kept for
+files of the same path, size and time of change; only models that were found finite are remembered.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import hashlib
 import json
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 
 import torch
 
+from intarsia.checkpoint.adapter import Adapter
 from intarsia.checkpoint.cache import cache_folder
+from intarsia.checkpoint.header import TensorHeader
+from intarsia.checkpoint.mapped import map_tensor
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import Problem, UserError
 from intarsia.progress import Progress, Silent, Task
@@ -32,6 +37,8 @@ def scan(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
     Raises:
         UserError: naming the first tensors that hold NaN or infinity.
     """
+    if checkpoint.adapter is not None:
+        return _scan_adapter(checkpoint.adapter, scan(replace(checkpoint, adapter=None), progress))
     kept = cache_folder() / "scan" / f"{_fingerprint(checkpoint)}.json"
     known = _recall(kept)
     if known is not None:
@@ -45,14 +52,7 @@ def scan(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
             total.update(json.dumps(label).encode() + b"\n")
             bad = _read_through(tensor, total, task)
             if bad:
-                problems.append(
-                    Problem(
-                        where=f"{checkpoint.headers[name].file}: {name}",
-                        expected="finite numbers",
-                        found=f"NaN or infinity in {bad:,} of {tensor.numel():,} entries",
-                        remedy="The checkpoint is damaged, or comes from a training run that diverged; get it again.",
-                    )
-                )
+                problems.append(_not_finite_in(checkpoint.headers[name], bad))
             if len(problems) == _MOST_NAMED:
                 break
     if problems:
@@ -61,7 +61,34 @@ def scan(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
     return total.hexdigest()
 
 
-def _read_through(tensor: torch.Tensor, total: hashlib._Hash, task: Task) -> int:
+def _scan_adapter(adapter: Adapter, base_sha256: str) -> str:
+    """The hash of a base with an adapter; adapters are small, so nothing is remembered."""
+    total = hashlib.sha256(json.dumps(["lora", base_sha256]).encode() + b"\n")
+    problems: list[Problem] = []
+    for name, update in sorted(adapter.updates.items()):
+        total.update(json.dumps([name, update.scale]).encode() + b"\n")
+        for header in (update.b_OR, update.a_RI):
+            tensor = map_tensor(header)
+            label = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            total.update(json.dumps(label).encode() + b"\n")
+            bad = _read_through(tensor, total, None)
+            if bad:
+                problems.append(_not_finite_in(header, bad))
+    if problems:
+        raise UserError(problems[:_MOST_NAMED])
+    return total.hexdigest()
+
+
+def _not_finite_in(header: TensorHeader, bad: int) -> Problem:
+    return Problem(
+        where=f"{header.file}: {header.name}",
+        expected="finite numbers",
+        found=f"NaN or infinity in {bad:,} of {header.numel:,} entries",
+        remedy="The checkpoint is damaged, or comes from a training run that diverged; get it again.",
+    )
+
+
+def _read_through(tensor: torch.Tensor, total: hashlib._Hash, task: Task | None) -> int:
     """Adds a tensor's bytes to the hash; returns how many entries are not finite."""
     bad = 0
     flat = tensor.reshape(-1)
@@ -70,7 +97,8 @@ def _read_through(tensor: torch.Tensor, total: hashlib._Hash, task: Task) -> int
         raw = chunk.view(torch.uint8)
         total.update(raw.numpy().data)
         bad += _not_finite(chunk)
-        task.advance(raw.numel())
+        if task is not None:
+            task.advance(raw.numel())
     return bad
 
 

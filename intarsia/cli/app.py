@@ -11,13 +11,18 @@ from typing import Annotated
 
 import typer
 
+from intarsia.cli.bench import bench
 from intarsia.cli.build import build
+from intarsia.cli.compare import compare
 from intarsia.cli.compress import compress
-from intarsia.cli.evaluate import perplexity
+from intarsia.cli.default_verb import DefaultVerb
+from intarsia.cli.evaluate import perplexity, tasks
 from intarsia.cli.guard import debugging
 from intarsia.cli.heal import heal
 from intarsia.cli.inspect import inspect
 from intarsia.cli.plan import plan
+from intarsia.cli.report import report
+from intarsia.cli.tailor import tailor
 
 # What other libraries say about themselves, unless the user has set it. They read this when they are imported,
 # which happens inside the verbs.
@@ -28,24 +33,29 @@ _QUIET = {
     "DATASETS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
 }
 
 app = typer.Typer(name="intarsia", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-evaluation = typer.Typer(no_args_is_help=True, help="Judge a model.")
+evaluation = typer.Typer(
+    cls=DefaultVerb,
+    no_args_is_help=True,
+    subcommand_metavar="MODEL --tasks NAMES | COMMAND",
+    help="Judge a model. Without a command, `eval MODEL --tasks NAMES` is `eval tasks`.",
+)
 
 app.command()(compress)
 app.command()(plan)
 app.command()(build)
 app.command()(heal)
+app.command()(tailor)
+app.command()(compare)
 app.command()(inspect)
+app.command()(bench)
+app.command()(report)
 app.add_typer(evaluation, name="eval")
+evaluation.command()(tasks)
 evaluation.command()(perplexity)
-
-
-@evaluation.callback()
-def _judge() -> None:
-    # Without a callback typer would take the only verb of the group for the group itself.
-    pass
 
 
 def _print_version(asked: bool) -> None:

@@ -1,4 +1,4 @@
-"""`intarsia build`: a recipe, or a depth of a run folder's ladder, becomes a model folder."""
+"""`intarsia build`: a recipe, a depth of a ladder, or a trial of a search becomes a model folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,23 @@ from intarsia.cli.show import show
 
 def build(
     source: Annotated[
-        Path, typer.Argument(metavar="RUN|RECIPE", help="A run folder, or a recipe (.yaml).", show_default=False)
+        Path,
+        typer.Argument(metavar="RUN|RECIPE", help="A run folder of plan or tailor, or a recipe.", show_default=False),
     ],
     out: options.Out,
     layers: Annotated[
         int | None,
         typer.Option(metavar="N", help="Depth to build from a run folder (default: its least).", show_default=False),
+    ] = None,
+    best: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of a search: the trial that is best in an objective.", show_default=False),
+    ] = None,
+    knee: Annotated[
+        bool, typer.Option("--knee", help="Of a search: the knee of its Pareto front, which is also the default.")
+    ] = False,
+    trial: Annotated[
+        int | None, typer.Option(metavar="N", help="Of a search: any trial, by its number.", show_default=False)
     ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Size of a weight file at most.")] = "5GB",
     overwrite: options.Overwrite = False,
@@ -36,6 +47,9 @@ def build(
             source,
             out,
             layers=layers,
+            best=best,
+            knee=knee,
+            trial=trial,
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
             progress=display(quiet=quiet or as_json),

@@ -14,6 +14,7 @@ from intarsia.cli.show import show
 
 
 def compress(
+    context: typer.Context,
     model: options.Model,
     out: options.Out,
     layers: options.Layers = None,
@@ -36,6 +37,7 @@ def compress(
         typer.Option(help="Run folder: progress, log and ladder (default: beside OUT).", show_default=False),
     ] = None,
     revision: options.Revision = None,
+    heal_in_loop: options.HealInLoop = False,
     span_choice: options.SpanChoice = "sbi",
     merge: options.MergeCount = 2,
     sharpness: options.Sharpness = 1.0,
@@ -45,6 +47,7 @@ def compress(
     sensitivity: options.Sensitivity = "mean-abs",
     distance: options.Distance = "all-tokens",
     granularity: options.Granularity = 10,
+    spans: options.Spans = 3,
     racing: options.Racing = True,
     combine: options.Combine = "concat",
     reference: options.Reference = False,
@@ -83,28 +86,8 @@ def compress(
             eval_windows=eval_windows,
             run=run,
             revision=revision,
-            settings=options.laco_settings(
-                merge=laco_merge,
-                threshold=laco_threshold,
-                interval=laco_interval,
-                lowest=laco_lowest,
-                highest=laco_highest,
-            )
-            if method == "laco"
-            else options.come_settings(
-                span_choice=span_choice,
-                merge=merge,
-                sharpness=sharpness,
-                dominance=dominance,
-                no_repeat=no_repeat,
-                norm=norm,
-                sensitivity=sensitivity,
-                distance=distance,
-                granularity=granularity,
-                racing=racing,
-                combine=combine,
-                reference=reference,
-            ),
+            settings=options.planner_settings(context),
+            heal_in_loop=heal_in_loop,
             device=device,
             dtype=dtype,
             batch_tokens=batch_tokens,

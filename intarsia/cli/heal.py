@@ -78,6 +78,21 @@ def heal(
         Literal["relative", "clip", "uniform"],
         typer.Option(help="What a token counts in the squared error.", rich_help_panel=_LAYERS),
     ] = "relative",
+    layer_inputs: Annotated[
+        Literal["teacher", "student"],
+        typer.Option(
+            help="Feed a layer the original's hidden states (as published), or those of the healed layers before it.",
+            rich_help_panel=_LAYERS,
+        ),
+    ] = "teacher",
+    layers: Annotated[
+        Literal["spans", "behind"],
+        typer.Option(
+            "--train-layers",
+            help="Layers that were changed, or also every layer behind the first of them.",
+            rich_help_panel=_LAYERS,
+        ),
+    ] = "spans",
     only: Annotated[
         list[str],
         typer.Option(
@@ -182,6 +197,8 @@ def heal(
                 mse=layer_mse,
                 cosine=layer_cosine,
                 weighting=weighting,
+                inputs=layer_inputs,
+                layers=layers,
                 only=tuple(only),
             ),
             end_to_end=EndToEndSettings(

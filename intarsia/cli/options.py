@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,7 +11,7 @@ import typer
 from intarsia.errors import UserError
 
 if TYPE_CHECKING:
-    from intarsia.planning.settings import ComeSettings, LacoSettings
+    from intarsia.planning.settings import Settings
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or `demo`.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
@@ -62,10 +63,22 @@ DryRun = Annotated[
     ),
 ]
 
-SpanChoice = Annotated[
-    Literal["sbi", "sleb"],
+HealInLoop = Annotated[
+    bool,
     typer.Option(
-        help="Merge where the block influence is least, or where skipping costs least.", rich_help_panel=_COME
+        "--heal-in-loop",
+        help="Repair what each step changes in closed form, so that the next one sees the repaired model "
+        "(come, come-p, sleb, laco).",
+        rich_help_panel=_PLANNING,
+    ),
+]
+
+SpanChoice = Annotated[
+    Literal["sbi", "sleb", "reconstruction"],
+    typer.Option(
+        help="Merge where the block influence is least, where skipping costs least, or where a closed-form fit comes "
+        "closest to the original.",
+        rich_help_panel=_COME,
     ),
 ]
 MergeCount = Annotated[int, typer.Option("--merge", metavar="M", help="Layers merged at once.", rich_help_panel=_COME)]
@@ -94,10 +107,15 @@ Distance = Annotated[
     Literal["all-tokens", "last-token"], typer.Option(help="Tokens of the span influence.", rich_help_panel=_COME)
 ]
 Granularity = Annotated[int, typer.Option(help="come-p: steps of the ratio between 0 and 1.", rich_help_panel=_COME)]
+Spans = Annotated[
+    int,
+    typer.Option(metavar="K", help="come-p: try the ratios of the K spans of least influence.", rich_help_panel=_COME),
+]
 Racing = Annotated[
     bool,
     typer.Option(
-        help="come-p: give a ratio up as soon as it is clearly worse on part of the text.", rich_help_panel=_COME
+        help="come-p, sleb: give a candidate up as soon as it is clearly worse on part of the text.",
+        rich_help_panel=_COME,
     ),
 ]
 Reference = Annotated[
@@ -135,48 +153,22 @@ def calibration_spec(given: list[str]) -> str | list[str]:
     return given[0] if len(given) == 1 else given
 
 
-def come_settings(
-    *,
-    span_choice: Literal["sbi", "sleb"],
-    merge: int,
-    sharpness: float,
-    dominance: float | None,
-    no_repeat: bool,
-    norm: Literal["fold", "average"],
-    sensitivity: Literal["mean-abs", "l2"],
-    distance: Literal["all-tokens", "last-token"],
-    granularity: int,
-    racing: bool,
-    combine: Literal["concat", "weight-sum", "fuse"],
-    reference: bool,
-) -> ComeSettings:
-    """The planner's settings. Imported here, because `--help` must not wait for what a planner needs."""
-    from intarsia.planning.settings import ComeSettings
+def planner_settings(context: typer.Context) -> Settings:
+    """The settings of the chosen method, from the options of the same names.
 
-    return ComeSettings(
-        span_choice=span_choice,
-        merge=merge,
-        sharpness=sharpness,
-        dominance=dominance,
-        no_repeat=no_repeat,
-        norm=norm,
-        sensitivity=sensitivity,
-        distance=distance,
-        granularity=granularity,
-        racing=racing,
-        combine=combine,
-        reference=reference,
-    )
+    Imported here, because `--help` must not wait for what a planner needs.
+    """
+    from intarsia.planning.settings import ComeSettings, LacoSettings, SlebSettings
+
+    given = context.params
+    if given["method"] == "laco":
+        return LacoSettings(**{field.name: given[f"laco_{field.name}"] for field in fields(LacoSettings)})
+    if given["method"] == "sleb":
+        return SlebSettings(racing=given["racing"])
+    return ComeSettings(**{field.name: given[field.name] for field in fields(ComeSettings)})
 
 
-def laco_settings(*, merge: int, threshold: float, interval: int, lowest: int, highest: int | None) -> LacoSettings:
-    """The settings of LaCo, imported here for the same reason."""
-    from intarsia.planning.settings import LacoSettings
-
-    return LacoSettings(merge=merge, threshold=threshold, interval=interval, lowest=lowest, highest=highest)
-
-
-def byte_count(text: str) -> int:
+def byte_count(text: str, option: str = "--max-shard-size") -> int:
     """`5GB`, `500MB`, `1.5GiB` or plain bytes as a number."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     digits = text.strip().rstrip("BGIKMbgikm ")
@@ -187,7 +179,7 @@ def byte_count(text: str) -> int:
         count = 0
     if count < 1:
         raise UserError.of(
-            where="--max-shard-size",
+            where=option,
             expected="a size such as 5GB, 500MB or 1.5GiB",
             found=repr(text),
             remedy="Give a number and a unit.",

@@ -14,6 +14,7 @@ from intarsia.cli.show import show
 
 
 def plan(
+    context: typer.Context,
     model: options.Model,
     run: Annotated[Path, typer.Option(help="Run folder: progress, log and ladder.", show_default=False)],
     layers: options.Layers = None,
@@ -23,6 +24,7 @@ def plan(
     tokens: options.Tokens = 65536,
     seq_len: options.SeqLen = 512,
     revision: options.Revision = None,
+    heal_in_loop: options.HealInLoop = False,
     span_choice: options.SpanChoice = "sbi",
     merge: options.MergeCount = 2,
     sharpness: options.Sharpness = 1.0,
@@ -32,6 +34,7 @@ def plan(
     sensitivity: options.Sensitivity = "mean-abs",
     distance: options.Distance = "all-tokens",
     granularity: options.Granularity = 10,
+    spans: options.Spans = 3,
     racing: options.Racing = True,
     combine: options.Combine = "concat",
     reference: options.Reference = False,
@@ -65,28 +68,8 @@ def plan(
             calibration=options.calibration_spec(calibration),
             tokens=tokens,
             seq_len=seq_len,
-            settings=options.laco_settings(
-                merge=laco_merge,
-                threshold=laco_threshold,
-                interval=laco_interval,
-                lowest=laco_lowest,
-                highest=laco_highest,
-            )
-            if method == "laco"
-            else options.come_settings(
-                span_choice=span_choice,
-                merge=merge,
-                sharpness=sharpness,
-                dominance=dominance,
-                no_repeat=no_repeat,
-                norm=norm,
-                sensitivity=sensitivity,
-                distance=distance,
-                granularity=granularity,
-                racing=racing,
-                combine=combine,
-                reference=reference,
-            ),
+            settings=options.planner_settings(context),
+            heal_in_loop=heal_in_loop,
             revision=revision,
             device=device,
             dtype=dtype,

@@ -34,10 +34,12 @@ class Speed:
     """Tokens a second of a model, medians over `repeats`.
 
     `prefill_tokens_per_s`: prompt tokens of the whole batch read in one forward. `decode_tokens_per_s`: new tokens of
-    the whole batch, written one after the other with the cache.
+    the whole batch, written one after the other with the cache. `time_to_first_token_s`: seconds from the prompt to
+    the first new token.
     """
 
     prefill_tokens_per_s: float
+    time_to_first_token_s: float
     decode_tokens_per_s: float
     batch: int
     prompt_len: int

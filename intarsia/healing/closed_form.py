@@ -21,22 +21,22 @@ Shape suffixes: `B` sequences of a batch, `T` tokens, `N` tokens, `C` features, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from intarsia.anatomy.spec import Anatomy, Part
 from intarsia.building.resident import Resident, twin
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.stream import LayerStream
-from intarsia.healing.correspond import correspondences
-from intarsia.healing.ridge import Gram, choose
+from intarsia.healing.correspond import Layers, correspondences, taught
+from intarsia.healing.layer_fit import FitBatch, FitRule, LayerFit, fit_layer
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Recipe
 
@@ -59,27 +59,21 @@ class ClosedFormSettings:
         ridges: relative strengths to choose from.
     """
 
-    layers: Literal["spans", "behind"] = "behind"
+    layers: Layers = "behind"
     changed: tuple[Part, ...] = ("mlp", "attention", "mlp")
     unchanged: tuple[Part, ...] = ("mlp",)
     weighting: Literal["relative", "uniform"] = "relative"
     held_out: int = 8
     ridges: tuple[float, ...] = RIDGES
 
+    @property
+    def rule(self) -> FitRule:
+        """What every read-out is fitted by."""
+        return FitRule(weighting=self.weighting, held_out=self.held_out, ridges=self.ridges)
+
     def parts(self, recipe: Recipe, index: int) -> tuple[Part, ...]:
         """What to fit on an output layer, in order."""
         return self.changed if correspondences(recipe)[index].trainable else self.unchanged
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerFit:
-    """What was fitted on one read-out. Errors are on held-out tokens."""
-
-    layer: int
-    module: str
-    ridge: float | None
-    error_before: float
-    error_after: float
 
 
 def fit(
@@ -112,15 +106,6 @@ def fit(
     return replace(recipe, fitted={**recipe.fitted, **merged}), [asdict(entry) for entry in fits]
 
 
-def to_fit(recipe: Recipe, layers: Literal["spans", "behind"]) -> list[int]:
-    """Output layers that the closed form fits. A layer that stands for none of the original has no target."""
-    known = correspondences(recipe)
-    changed = [layer.index for layer in known if layer.trainable]
-    if layers == "behind" and changed:
-        return [layer.index for layer in known[changed[0] :] if layer.stop > layer.start]
-    return changed
-
-
 class _Work:
     """One fit under way: the teacher's targets, and the student's stream."""
 
@@ -137,7 +122,7 @@ class _Work:
         self.anatomy: Anatomy = resident.anatomy
         self.progress = progress
         self.stream = LayerStream(resident.model, resident.anatomy)
-        self.indices = to_fit(recipe, settings.layers)
+        self.indices = taught(recipe, settings.layers)
         n, t = corpus.input_ids.shape
         default = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
         self.batch = max(1, (batch_tokens or default) // t)
@@ -167,11 +152,18 @@ class _Work:
                 module = self.resident.module(self.recipe.layers[index], self.recipe.fitted.get(index))
                 if index in self.indices:
                     module = twin(module)  # fitting must leave the original model alone
-                    for part in self.settings.parts(self.recipe, index):
-                        entry, weight = self._fit_part(index, module, part)
-                        fits.append(entry)
-                        if weight is not None:
-                            fitted.setdefault(index, {})[f"{entry.module}.weight"] = weight
+                    tensors, reports = fit_layer(
+                        module,
+                        self.settings.parts(self.recipe, index),
+                        partial(self._feed, index),
+                        index=index,
+                        stream=self.stream,
+                        anatomy=self.anatomy,
+                        rule=self.settings.rule,
+                    )
+                    fits += reports
+                    if tensors:
+                        fitted[index] = tensors
                 for rows, ids, mask in self._batches():
                     h_BTD = self.stream.run(module, self._student(rows), self._call(index, ids, mask))
                     self.student.put(0, rows.start, h_BTD)
@@ -192,56 +184,19 @@ class _Work:
                         self.targets.put(ends[layer + 1], rows.start, h_BTD)
                 task.advance(rows.stop - rows.start)
 
-    def _fit_part(self, index: int, module: nn.Module, part: Part) -> tuple[LayerFit, npt.NDArray[np.float32] | None]:
-        """Fit one read-out in place; its new weight in float32, or None where nothing is better."""
-        linear = self.anatomy.writer(part)
-        target = module.get_submodule(linear.module)
-        assert isinstance(target, nn.Linear)
-        features = self.anatomy.cut_size(linear)
-        grams = [Gram(features, self.anatomy.width, self.resident.device) for _ in range(2)]
+    def _feed(self, index: int) -> Iterator[FitBatch]:
+        """What output layer `index` is fed, and what it should give."""
         for rows, ids, mask in self._batches():
-            h_BTD = self._student(rows)
-            with _inputs(module, linear.module) as x:
-                out_BTD = self.stream.run(module, h_BTD, self._call(index, ids, mask))
-            wanted_BTD = self._targets(index, rows)
-            missing = wanted_BTD.float() - out_BTD.float()
-            weight_BT = self._weights(wanted_BTD, mask)
-            held = torch.arange(rows.start, rows.stop, device=weight_BT.device) % self.settings.held_out == 0
-            x_BTC = x[0].reshape(*h_BTD.shape[:2], features)
-            for gram, chosen in zip(grams, (~held, held), strict=True):
-                if bool(chosen.any()):
-                    gram.add(
-                        x_BTC[chosen].reshape(-1, features),
-                        missing[chosen].reshape(-1, self.anatomy.width),
-                        weight_BT[chosen].reshape(-1),
-                    )
-        where = f"closed form, layer {index}, {linear.module}"
-        found = choose(grams[0], grams[1], self.settings.ridges, where=where)
-        entry = LayerFit(
-            layer=index,
-            module=linear.module,
-            ridge=found.ridge,
-            error_before=found.error_before,
-            error_after=found.error_after,
-        )
-        if found.change_DC is None:
-            return entry, None
-        weight = (target.weight.float() + found.change_DC.float()).to(target.weight.dtype)
-        target.weight = nn.Parameter(weight, requires_grad=False)
-        return entry, weight.float().cpu().numpy()
-
-    def _weights(self, wanted_BTD: Tensor, mask: Tensor | None) -> Tensor:
-        if self.settings.weighting == "relative":
-            weight_BT = wanted_BTD.float().square().sum(dim=-1).clamp_min(1e-12).reciprocal()
-        else:
-            weight_BT = torch.ones(wanted_BTD.shape[:2], device=wanted_BTD.device)
-        return weight_BT if mask is None else weight_BT * mask
+            yield FitBatch(
+                rows=rows,
+                h_BTD=self._student(rows),
+                wanted_BTD=self.targets.get(index, rows.start, rows.stop, self.resident.device),
+                call=self._call(index, ids, mask),
+                mask=mask,
+            )
 
     def _student(self, rows: slice) -> Tensor:
         return self.student.get(0, rows.start, rows.stop, self.resident.device)
-
-    def _targets(self, index: int, rows: slice) -> Tensor:
-        return self.targets.get(index, rows.start, rows.stop, self.resident.device)
 
     def _call(self, index: int, ids: Tensor, mask: Tensor | None) -> Any:
         return self.stream.calls(ids, mask)[self.recipe.layers[index].sources[0].layer]
@@ -254,19 +209,9 @@ class _Work:
             yield rows, self.corpus.input_ids[rows].to(device), None if mask is None else mask[rows].to(device)
 
 
-@contextmanager
-def _inputs(module: nn.Module, name: str) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-    handle = module.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
 def closed_form_cost(recipe: Recipe, settings: ClosedFormSettings) -> int:
     """Layer-forwards over its tokens that a fit takes: the teacher's, the student's, and one more a read-out."""
-    indices: Sequence[int] = to_fit(recipe, settings.layers)
+    indices: Sequence[int] = taught(recipe, settings.layers)
     if not indices:
         return 0
     fits = sum(len(settings.parts(recipe, index)) for index in indices)

@@ -7,11 +7,16 @@ H^stop, so a teacher needs the base's depth, width and vocabulary; by default it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from intarsia.anatomy.spec import Anatomy
 from intarsia.errors import Problem, UserError
-from intarsia.recipe.ops import Select
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.ops import Op, Select
+from intarsia.recipe.recipe import Recipe, Span
+
+Layers: TypeAlias = Literal["spans", "behind"]
+"""`spans`: output layers that stand for more than themselves or were merged; `behind`: these and every layer behind
+the first of them, which can make good what those before left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +40,25 @@ def correspondences(recipe: Recipe) -> tuple[Correspondence, ...]:
             index=index,
             start=start,
             stop=stop,
-            trainable=stop - start > 1 or (stop > start and not isinstance(op, Select)),
+            trainable=trainable(op, (start, stop)),
         )
         for index, (op, (start, stop)) in enumerate(zip(recipe.layers, recipe.spans, strict=True))
     )
+
+
+def trainable(op: Op, span: Span) -> bool:
+    """Whether an output layer with that span has something to learn (see `Correspondence`)."""
+    start, stop = span
+    return stop - start > 1 or (stop > start and not isinstance(op, Select))
+
+
+def taught(recipe: Recipe, layers: Layers) -> list[int]:
+    """Output layers that a repair changes. One that stands for none of the original has no target."""
+    known = correspondences(recipe)
+    changed = [layer.index for layer in known if layer.trainable]
+    if layers == "behind" and changed:
+        return [layer.index for layer in known[changed[0] :] if layer.stop > layer.start]
+    return changed
 
 
 def check_teacher(recipe: Recipe, base: Anatomy, teacher: Anatomy, *, name: str) -> None:

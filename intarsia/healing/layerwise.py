@@ -1,32 +1,36 @@
 """Layerwise distillation: every output layer that needs it, fed the original H^start, is trained towards H^stop.
 
 Layers do not depend on one another, so they are trained one after the other or as tasks on Dask workers, with the same
-result. The teacher is run once, only as deep as the next layer needs, and a depth is dropped when no layer needs it any
-more: one by one, two depths are stored at a time.
+result; unless they are fed what the trained layers before them give (`inputs="student"`). The teacher is run once, only
+as deep as the next layer needs, and a depth is dropped when no layer needs it any more: one by one, two depths are
+stored at a time.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
+from intarsia.errors import UserError
 from intarsia.healing.cluster import Cluster
-from intarsia.healing.correspond import Correspondence, correspondences
+from intarsia.healing.correspond import Correspondence, correspondences, taught
 from intarsia.healing.layer_task import LayerTask, Trained, finished, trained_names
 from intarsia.healing.layer_training import train_layer
 from intarsia.healing.schedule import schedule_of
 from intarsia.healing.settings import LayerwiseSettings
 from intarsia.healing.state_file import require_room
-from intarsia.healing.states import StatesFile, StatesInMemory, TeacherStates
+from intarsia.healing.states import StatesFile, StatesInMemory, StudentStates, TeacherStates
 from intarsia.healing.text import Text
 from intarsia.progress import Progress, Silent, Task
 from intarsia.recipe.recipe import Recipe
@@ -63,20 +67,27 @@ def train(
     work = _Work(recipe, resident, teacher, corpus, held_out, settings, folder, cluster, memory_bytes)
     found: dict[int, Trained] = {}
     todo: list[Correspondence] = []
-    for layer in correspondences(recipe):
-        if layer.trainable:
-            earlier = finished(folder, layer.index)
-            if earlier is None:
-                todo.append(layer)
-            else:
-                found[layer.index] = earlier
+    known = correspondences(recipe)
+    for index in taught(recipe, settings.layers):
+        earlier = finished(folder, index)
+        if earlier is None:
+            todo.append(known[index])
+        else:
+            found[index] = earlier
     try:
-        found |= work.on_cluster(todo, cluster, progress) if cluster else work.one_by_one(todo, progress)
+        if cluster is None:
+            work.one_by_one(todo, found, progress)
+        else:
+            found |= work.on_cluster(todo, cluster, progress)
     finally:
-        work.store.close()
+        work.close()
+    return replace(recipe, fitted=with_trained(recipe, found)), [asdict(found[index].report) for index in sorted(found)]
+
+
+def with_trained(recipe: Recipe, found: Mapping[int, Trained]) -> dict[int, Mapping[str, npt.NDArray[np.float32]]]:
+    """What is fitted in a recipe, with what was trained."""
     fitted = {index: {**recipe.fitted.get(index, {}), **trained.tensors} for index, trained in found.items()}
-    merged = {**recipe.fitted, **{index: tensors for index, tensors in fitted.items() if tensors}}
-    return replace(recipe, fitted=merged), [asdict(found[index].report) for index in sorted(found)]
+    return {**recipe.fitted, **{index: tensors for index, tensors in fitted.items() if tensors}}
 
 
 class _Work:
@@ -108,23 +119,45 @@ class _Work:
         assert cluster is None or folder is not None, "workers read from the run folder"
         self.store = HiddenStore(shape, teacher.model.dtype, memory_bytes=0 if cluster else memory_bytes, folder=folder)
         self.states = TeacherStates(teacher, text.ids_NT, self.store)
+        self.student: StudentStates | None = None
+        if settings.inputs == "student":
+            if cluster is not None:
+                raise UserError.of(
+                    where="--layer-inputs student",
+                    expected="no --scheduler: a layer is trained on what those before it give",
+                    found="both",
+                    remedy="Leave --scheduler out, or train on the teacher's hidden states.",
+                )
+            left = max(0, self.store.memory_bytes - 2 * self.store.depth_bytes)
+            store = HiddenStore(shape, resident.model.dtype, memory_bytes=left, folder=folder)
+            self.student = StudentStates(recipe, resident, text.ids_NT, store)
 
-    def one_by_one(self, layers: Sequence[Correspondence], progress: Progress) -> dict[int, Trained]:
-        """Train the layers in order."""
-        found: dict[int, Trained] = {}
+    def close(self) -> None:
+        """Free the hidden states."""
+        self.store.close()
+        if self.student is not None:
+            self.student.store.close()
+
+    def one_by_one(self, layers: Sequence[Correspondence], found: dict[int, Trained], progress: Progress) -> None:
+        """Train the layers in order; what comes of them is added to `found`."""
         if not layers:
-            return found
+            return
         with progress.task("layerwise training", len(layers) * self._units()) as task:
             for number, layer in enumerate(layers):
-                self._reach(layer.start, task)
-                self._drop_before(layer.start)
-                self._reach(layer.stop, task)
+                if self.student is None:
+                    self._reach(layer.start, task)
+                    self._drop_before(layer.start)
+                    self._reach(layer.stop, task)
+                else:
+                    self._reach(layer.stop, task)
+                    self._drop_before(layer.stop)
+                    task.note(f"the trained layers' hidden states before layer {layer.index}")
+                    self.student.reach(layer.index, with_trained(self.recipe, found))
                 meter = _Meter(task, f"layer {layer.index} ({number + 1} of {len(layers)})")
                 trained = train_layer(self._task(layer), meter)
                 found[layer.index] = trained
                 task.advance(self._units() - meter.told)
                 _tell(trained, progress)
-        return found
 
     def on_cluster(self, layers: Sequence[Correspondence], cluster: Cluster, progress: Progress) -> dict[int, Trained]:
         """Train the layers as tasks; each is sent as soon as the teacher has come to its depth."""
@@ -169,7 +202,9 @@ class _Work:
         return LayerTask(
             index=layer.index,
             module=module,
-            inputs=self._source(layer.start),
+            inputs=self._source(layer.start)
+            if self.student is None
+            else StatesInMemory(store=self.student.store, depth=0),
             targets=self._source(layer.stop),
             sequences=len(self.text.ids_NT),
             held_out=self.text.held_out,

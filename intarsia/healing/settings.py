@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from intarsia.errors import Problem, UserError
+from intarsia.healing.correspond import Layers
 from intarsia.healing.losses import Weighting
 
 Check = tuple[str, str, object, bool]
@@ -74,6 +75,9 @@ class LayerwiseSettings(Pace):
     Attributes:
         kl, mse, cosine: weights of the hidden-state losses (`intarsia.healing.losses`); KL alone is as published.
         weighting: what a token counts in the squared error.
+        inputs: a layer is fed the `teacher`'s hidden states, as published, and is independent of the others; or those
+            of the `student`: the layers before it, trained already, so that it learns to make good what they left.
+        layers: which layers, see `correspond.Layers`.
         only: names of tensors or modules inside a layer (`down_proj`, `mlp`, ...) that are trained; empty for all.
     """
 
@@ -81,6 +85,8 @@ class LayerwiseSettings(Pace):
     mse: float = 1.0
     cosine: float = 0.0
     weighting: Weighting = "relative"
+    inputs: Literal["teacher", "student"] = "teacher"
+    layers: Layers = "spans"
     only: tuple[str, ...] = ()
 
     def checks(self) -> Iterable[Check]:
@@ -88,6 +94,8 @@ class LayerwiseSettings(Pace):
         yield from Pace.checks(self)
         yield from _weights(self, ("kl", "mse", "cosine"))
         yield "weighting", f"one of {', '.join(get_args(Weighting))}", self.weighting, _is_weighting(self.weighting)
+        yield "inputs", "teacher or student", self.inputs, self.inputs in ("teacher", "student")
+        yield "layers", "spans or behind", self.layers, self.layers in get_args(Layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,24 +5,28 @@ Source: Wang et al., Layer as Puzzle Pieces (NeurIPS 2025), arXiv 2510.15304.
 Deviations from the publication, each undone by `ComeSettings.reference`: norms are folded into the rows that read
 them, so that every piece sees the input it was trained on (published: averaged); the last layer's influence is
 measured on the residual stream (published: behind the final norm); the distance of a span covers all its layers
-(published: one); the grid of CoMe-P is raced (published: exhausted). Not undone: under grouped-query attention a
-piece is a whole KV group, so that query heads keep the key/value head they were trained with.
+(published: one); CoMe-P tries the ratios of several spans (published: of one), and races them (published: all of them
+see the whole calibration set). Not undone: under grouped-query attention a piece is a whole KV group, so that query
+heads keep the key/value head they were trained with.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from intarsia.anatomy.spec import PARTS, Part
 from intarsia.planning import allocate
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step, one_attention_type
+from intarsia.planning.race import mean_loss, race
+from intarsia.planning.repair import reconstruction_error
 from intarsia.planning.scores import channel_sensitivity, piece_scores
+from intarsia.planning.sensitivity import sensitivity_map
 from intarsia.planning.settings import ComeSettings
 from intarsia.recipe.compose import concat_of, merge_of
 from intarsia.recipe.ops import Op, Select
@@ -30,10 +34,15 @@ from intarsia.recipe.ops import Op, Select
 Counts = tuple[tuple[int, int], ...]
 """KV groups and channels that each merged layer gives."""
 
-_RACE_STAGES = (0.0625, 0.125, 0.25, 0.5, 1.0)
-_RACE_ERRORS = 2.0
-_RACE_LEAST = 8
-_RACE_LAST = 2
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A layer that could take the place of those from `start` on."""
+
+    start: int
+    counts: Counts
+    shares: Sequence[float]
+    op: Op
 
 
 class Come:
@@ -52,24 +61,37 @@ class Come:
         allowed = [start for start in range(model.depth - count + 1) if self._allowed(model, start, count)]
         if not allowed:
             return None
-        distances = self._span_scores(model, allowed, count)
-        start = min(distances, key=lambda index: (distances[index], index))
         influences = [measure.influence for measure in model.measures]
-        shares = self._shares(model, start, influences[start : start + count])
-        evidence: dict[str, Any] = {
+        # Of every layer once, and only of those that are looked at.
+        pieces = cache(partial(self._piece_scores, model))
+
+        def scores(start: int) -> list[Mapping[Part, Tensor]]:
+            return [pieces(index) for index in range(start, start + count)]
+
+        def prior(start: int) -> Candidate:
+            shares = self._shares(model, start, influences[start : start + count])
+            counts = self._counts(model, shares)
+            op = self._op(model, start, scores(start), counts, shares)
+            return Candidate(start=start, counts=counts, shares=shares, op=op)
+
+        distances = self._span_scores(model, allowed, count, prior)
+        ranked = sorted(allowed, key=lambda start: (distances[start], start))
+        grid: list[dict[str, Any]] | None = None
+        if self.posterior:
+            chosen, grid = self._raced(model, {start: scores(start) for start in ranked[: self.settings.spans]})
+        else:
+            chosen = prior(ranked[0])
+        evidence = {
             "influence": influences,
             "span_choice": self.settings.span_choice,
             "span_scores": {str(index): value for index, value in distances.items()},
-            "prior_ratios": shares,
+            "prior_ratios": self._shares(model, chosen.start, influences[chosen.start : chosen.start + count]),
+            **({} if grid is None else {"grid": grid}),
+            # Of the whole model, for people to look at.
+            **({} if history else {"sensitivity": sensitivity_map(map(pieces, range(model.depth)))}),
+            "counts": {"kv_groups": [c[0] for c in chosen.counts], "channels": [c[1] for c in chosen.counts]},
         }
-        scores = [self._piece_scores(model, index) for index in range(start, start + count)]
-        if self.posterior:
-            chosen, shares, grid = self._best_counts(model, start, scores)
-            evidence["grid"] = grid
-        else:
-            chosen = self._counts(model, shares)
-        evidence["counts"] = {"kv_groups": [c[0] for c in chosen], "channels": [c[1] for c in chosen]}
-        return Step(start=start, count=count, op=self._op(model, start, scores, chosen, shares), evidence=evidence)
+        return Step(start=chosen.start, count=count, op=chosen.op, evidence=evidence)
 
     def reason(self) -> str:
         """Why nothing more can be merged."""
@@ -85,7 +107,9 @@ class Come:
             return False
         return one_attention_type(model, ops)
 
-    def _span_scores(self, model: Intermediate, allowed: Sequence[int], count: int) -> dict[int, float]:
+    def _span_scores(
+        self, model: Intermediate, allowed: Sequence[int], count: int, prior: Callable[[int], Candidate]
+    ) -> dict[int, float]:
         if self.settings.span_choice == "sleb":
             with model.progress.task("skipping spans", len(allowed)) as task:
                 scores: dict[int, float] = {}
@@ -94,6 +118,13 @@ class Come:
                     scores[start] = float(sums_N.sum() / model.counts_N.sum())
                     task.advance()
                 return scores
+        if self.settings.span_choice == "reconstruction":
+            errors: dict[int, float] = {}
+            with model.progress.task("fitting spans", len(allowed)) as task:
+                for start in allowed:
+                    errors[start] = reconstruction_error(model, start, count, prior(start).op)
+                    task.advance()
+            return errors
         length = 1 if self.settings.reference else count
         return {start: model.span_distance(start, length, self.settings.distance) for start in allowed}
 
@@ -142,78 +173,38 @@ class Come:
             fuse=self.settings.combine == "fuse",
         )
 
-    def _best_counts(
-        self, model: Intermediate, start: int, scores: Sequence[Mapping[Part, Tensor]]
-    ) -> tuple[Counts, list[float], list[dict[str, Any]]]:
-        """CoMe-P: the counts (and the shares behind them) with the least calibration loss among all ratios of the grid.
-
-        With racing, all candidates see an ever larger part of the calibration set. After each part the worse half
-        leaves, and so does a candidate whose paired differences to the best, sequence by sequence, have a mean of
-        more than two standard errors above zero.
-        """
-        count = len(scores)
-        ratios: dict[Counts, list[float]] = {}
-        for shares in allocate.share_grid(count, self.settings.granularity):
-            ratios.setdefault(self._counts(model, shares), shares)
-        ops = {counts: self._op(model, start, scores, counts, shares) for counts, shares in ratios.items()}
-        found: dict[Counts, list[Tensor]] = {counts: [] for counts in ratios}
-        alive = list(ratios)
-        stages = self._stages(model)
-        sizes = [part.stop - part.start for part in stages]
-        with model.progress.task(f"trying {len(alive)} ratios", _race_length(len(alive), sizes)) as task:
-            for part, size in zip(stages, sizes, strict=True):
-                for counts in alive:
-                    found[counts].append(model.losses_with(start, count, [ops[counts]], sequences=part))
-                    task.advance(size)
-                number_N = model.counts_N[: part.stop]
-                # A sequence that is nearly all padding predicts nothing, and has no mean.
-                means = {counts: (torch.cat(found[counts]) / number_N)[number_N > 0] for counts in alive}
-                alive = _survivors(alive, means) if part.stop < model.counts_N.numel() else alive
-                if len(alive) == 1:
-                    break
-                task.note(f"{len(alive)} left")
-        totals = {counts: float(torch.cat(found[counts]).sum()) for counts in alive}
-        best = min(alive, key=lambda counts: (totals[counts], alive.index(counts)))
-        return best, ratios[best], [self._judged(model, ratios[counts], found[counts]) for counts in ratios]
-
-    def _judged(self, model: Intermediate, shares: Sequence[float], losses: Sequence[Tensor]) -> dict[str, Any]:
-        sums_N = torch.cat(list(losses))
-        return {
-            "ratios": list(shares),
-            "sequences": sums_N.numel(),
-            "loss": float(sums_N.sum() / model.counts_N[: sums_N.numel()].sum()),
-        }
-
-    def _stages(self, model: Intermediate) -> list[slice]:
-        total = model.counts_N.numel()
-        stops = (
-            sorted({max(1, math.ceil(total * stage)) for stage in _RACE_STAGES}) if self.settings.racing else [total]
+    def _raced(
+        self,
+        model: Intermediate,
+        scores: Mapping[int, Sequence[Mapping[Part, Tensor]]],
+    ) -> tuple[Candidate, list[dict[str, Any]]]:
+        """CoMe-P: the span and the ratio of the grid with the least calibration loss, and what every one has shown."""
+        candidates: dict[tuple[Op, ...], Candidate] = {}
+        for start in scores:
+            count = len(scores[start])
+            for shares in allocate.share_grid(count, self.settings.granularity):
+                counts = self._counts(model, shares)
+                op = self._op(model, start, scores[start], counts, shares)
+                # Two ratios may round to the same counts, and two spans may drop the same layer.
+                layers = (*model.ops[:start], op, *model.ops[start + count :])
+                candidates.setdefault(layers, Candidate(start=start, counts=counts, shares=shares, op=op))
+        tried = list(candidates.values())
+        spans = f" of {len(scores)} spans" if len(scores) > 1 else ""
+        best, sums = race(
+            range(len(tried)),
+            lambda i, part: model.losses_with(tried[i].start, len(tried[i].counts), [tried[i].op], sequences=part),
+            model.counts_N,
+            racing=self.settings.racing,
+            progress=model.progress,
+            title=f"trying {len(tried)} ratios{spans}",
         )
-        stops = [stop for stop in stops if stop >= min(_RACE_LEAST, total)]
-        return [slice(first, stop) for first, stop in zip([0, *stops[:-1]], stops, strict=True)]
-
-
-def _survivors(alive: Sequence[Counts], means: Mapping[Counts, Tensor]) -> list[Counts]:
-    """The better half of the candidates, less those that are clearly worse than the best, in the order of `alive`.
-
-    `means` are losses a token, by sequence. At least two are compared until the end, unless one is clearly best.
-    """
-    if means[alive[0]].numel() < 2:
-        return list(alive)
-    ranked = sorted(alive, key=lambda counts: float(means[counts].mean()))
-    half = ranked[: max(_RACE_LAST, math.ceil(len(ranked) / 2))]
-    return [counts for counts in alive if counts in half and not _clearly_worse(means[counts] - means[ranked[0]])]
-
-
-def _race_length(candidates: int, sizes: Sequence[int]) -> int:
-    """Sequences that a race runs at most, for the time left."""
-    length = 0
-    for size in sizes:
-        length += candidates * size
-        candidates = max(min(_RACE_LAST, candidates), math.ceil(candidates / 2))
-    return length
-
-
-def _clearly_worse(gap_N: Tensor) -> bool:
-    error = float(gap_N.std()) / math.sqrt(gap_N.numel())
-    return float(gap_N.mean()) > _RACE_ERRORS * error
+        grid = [
+            {
+                "start": candidate.start,
+                "ratios": candidate.shares,
+                "sequences": sums[index].numel(),
+                "loss": mean_loss(sums[index], model.counts_N),
+            }
+            for index, candidate in enumerate(tried)
+        ]
+        return tried[best], grid

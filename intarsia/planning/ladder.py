@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.planning.angular import Angular
 from intarsia.planning.come import Come
 from intarsia.planning.intermediate import Intermediate
@@ -14,9 +15,10 @@ from intarsia.planning.magnitude import PROTECTED, magnitudes
 from intarsia.planning.mka import Mka
 from intarsia.planning.one_shot import OneShot
 from intarsia.planning.planner import Planner
+from intarsia.planning.repair import Repair
 from intarsia.planning.reverse import positions
 from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import ComeSettings, LacoSettings, Settings
+from intarsia.planning.settings import ComeSettings, LacoSettings, Settings, SlebSettings
 from intarsia.planning.shortgpt import ShortGpt
 from intarsia.planning.sleb import Sleb
 from intarsia.planning.taylor import saliences
@@ -45,15 +47,26 @@ _ONE_SHOT: Mapping[str, Callable[[], OneShot]] = {
     "magnitude+": lambda: OneShot(magnitudes, measures=False, protect=PROTECTED),
     "reverse": lambda: OneShot(positions, measures=False),
 }
-_OTHERS: Mapping[str, Callable[[], Planner]] = {"shortgpt": ShortGpt, "sleb": Sleb, "mka": Mka, "angular": Angular}
+_OTHERS: Mapping[str, Callable[[], Planner]] = {"shortgpt": ShortGpt, "mka": Mka, "angular": Angular}
 
 
 def settings_of(method: str, given: Settings | None) -> Settings | None:
     """What a method is set to: what is given if it is this method's, else its defaults; None if it has no settings."""
-    kind = ComeSettings if method.startswith("come") else LacoSettings if method == "laco" else None
-    if kind is None:
+    kinds: Mapping[str, type[Settings]] = {
+        "come": ComeSettings,
+        "come-p": ComeSettings,
+        "sleb": SlebSettings,
+        "laco": LacoSettings,
+    }
+    if method not in kinds:
         return None
+    kind = kinds[method]
     return given if isinstance(given, kind) else kind()
+
+
+def progressive_methods() -> list[str]:
+    """Methods that measure the model anew after every step."""
+    return [method for method in METHODS if planner_of(method).progressive]
 
 
 def planner_of(method: str, settings: Settings | None = None) -> Planner:
@@ -65,18 +78,33 @@ def planner_of(method: str, settings: Settings | None = None) -> Planner:
     own = settings_of(method, settings)
     if isinstance(own, LacoSettings):
         return Laco(own)
+    if isinstance(own, SlebSettings):
+        return Sleb(own)
     assert isinstance(own, ComeSettings), method
     return Come(own, posterior=method == "come-p")
 
 
-def climb(planner: Planner, model: Intermediate, start: Recipe, target: int, run: RunFolder) -> str | None:
+def climb(
+    planner: Planner,
+    model: Intermediate,
+    start: Recipe,
+    target: int,
+    run: RunFolder,
+    *,
+    in_loop: ClosedFormSettings | None = None,
+) -> str | None:
     """Step down from `start` (the recipe that `model` holds) to `target` layers.
 
     Steps that the run has logged already are not done again: `start` is then the last logged recipe.
 
+    Args:
+        in_loop: repair what each step changes in closed form, before the next; for progressive planners.
+
     Returns:
         None, or why the planner stopped before the target.
     """
+    assert in_loop is None or planner.progressive, "nothing looks at what would be repaired"
+    repair = None if in_loop is None else Repair(model, in_loop)
     recipe = start
     log = run.log()
     history = [entry["evidence"] for entry in log]
@@ -92,19 +120,23 @@ def climb(planner: Planner, model: Intermediate, start: Recipe, target: int, run
             step = planner.decide(model, target, history)
             if step is None:
                 return planner.reason()
-            before = model.depth
-            if step.whole is None:
-                model.replace(step.start, step.count, step.op, measure=planner.progressive)
-            else:
+            before, evidence = model.depth, step.evidence
+            if step.whole is not None:
                 model.become(step.whole)
-            recipe = recipe.with_layers(model.ops)
-            history.append(step.evidence)
+            elif repair is not None:
+                evidence = {**evidence, "repair": repair.replace(step.start, step.count, step.op)}
+            else:
+                model.replace(step.start, step.count, step.op, measure=planner.progressive)
+            recipe = recipe.with_layers(
+                model.ops, fitted={index: tensors for index, tensors in enumerate(model.fitted) if tensors}
+            )
+            history.append(evidence)
             run.append(
                 {
                     "layers": model.depth,
                     "merged": [step.start, step.start + step.count],
                     "op": None if step.op is None else describe(step.op),
-                    "evidence": step.evidence,
+                    "evidence": evidence,
                     "loss": model.loss if planner.progressive else None,
                     "layer_forwards": model.layer_forwards - spent,
                     "seconds": time.perf_counter() - begun,
@@ -113,7 +145,7 @@ def climb(planner: Planner, model: Intermediate, start: Recipe, target: int, run
                 },
                 recipe,
             )
-            model.progress.say(_line(model, step.start, step.op, planner))
+            model.progress.say(_line(model, step.start, step.op, planner) + _repaired(evidence))
             task.advance(before - model.depth)
             begun, spent = time.perf_counter(), model.layer_forwards
     return None
@@ -130,6 +162,14 @@ def _line(model: Intermediate, start: int, op: Op | None, planner: Planner) -> s
     what = "dropped" if op is None else "merged into " + " + ".join(_short(op))
     loss = f", calibration loss {model.loss:.4f}" if planner.progressive else ""
     return f"{model.depth} layers: at {start}, {what}{loss}"
+
+
+def _repaired(evidence: Mapping[str, Any]) -> str:
+    repair = evidence.get("repair")
+    if repair is None or repair["held_out_loss"] is None:
+        return ""
+    before, after = repair["held_out_loss"]
+    return f", {'repaired' if repair['taken'] else 'not repaired'}: held-out loss {before:.4f} -> {after:.4f}"
 
 
 def _short(op: Op) -> list[str]:

@@ -36,7 +36,7 @@ class RunFolder:
         """
         run = cls(path)
         if run._file(_SETTINGS).exists():
-            problems = _differences(run.settings(), _as_json(settings), str(run._file(_SETTINGS)))
+            problems = differences(run.settings(), _as_json(settings), str(run._file(_SETTINGS)))
             if problems:
                 raise UserError(problems)
         elif path.exists() and not (path.is_dir() and all(_is_leftover(entry) for entry in path.iterdir())):
@@ -58,7 +58,7 @@ class RunFolder:
         run = cls.offer(path, settings)
         path.mkdir(parents=True, exist_ok=True)
         if not run._file(_SETTINGS).exists():
-            _write_whole(run._file(_SETTINGS), json.dumps(_as_json(settings), indent=2) + "\n")
+            write_whole(run._file(_SETTINGS), json.dumps(_as_json(settings), indent=2) + "\n")
         run._file(_LADDER).mkdir(exist_ok=True)
         return run
 
@@ -100,9 +100,9 @@ class RunFolder:
         """
         path = self._file(f"{name}.json")
         if not path.exists():
-            _write_whole(path, json.dumps(_as_json(facts), indent=2) + "\n")
+            write_whole(path, json.dumps(_as_json(facts), indent=2) + "\n")
             return
-        problems = _differences(json.loads(path.read_text(encoding="utf-8")), _as_json(facts), str(path))
+        problems = differences(json.loads(path.read_text(encoding="utf-8")), _as_json(facts), str(path))
         if problems:
             raise UserError(problems)
 
@@ -120,7 +120,7 @@ class RunFolder:
         path = self._file(_LOG)
         whole = "".join(json.dumps(line) + "\n" for line in self.log())
         if path.exists() and path.read_text(encoding="utf-8") != whole:
-            _write_whole(path, whole)  # drop the line that a kill cut off
+            write_whole(path, whole)  # drop the line that a kill cut off
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_as_json(entry)) + "\n")
             file.flush()
@@ -158,7 +158,8 @@ def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or as it was before, whatever instant a run is killed at."""
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     with staging.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -172,20 +173,23 @@ def _is_leftover(entry: Path) -> bool:
     return entry.name.startswith(f".{_SETTINGS}.")
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str, prefix: str = "") -> list[Problem]:
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], where: str, prefix: str = "", *, option: str = "--run"
+) -> list[Problem]:
+    """Every setting in which a run that is to be continued was begun otherwise. `option` names the run folder."""
     problems: list[Problem] = []
     for key in sorted({*old, *new}):
         name = f"{prefix}{key}"
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            problems += _differences(before, now, where, f"{name}.")
+            problems += differences(before, now, where, f"{name}.", option=option)
         elif before != now:
             problems.append(
                 Problem(
                     where=f"{where}: {name}",
                     expected=f"{before!r}, as the run was begun",
                     found=repr(now),
-                    remedy="Use the same settings to continue, or another --run for a new run.",
+                    remedy=f"Use the same settings to continue, or another {option} for a new run.",
                 )
             )
     return problems

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from intarsia.errors import Problem, UserError
 from intarsia.recipe.ops import NormMode
+
+SpanChoice: TypeAlias = Literal["sbi", "sleb", "reconstruction"]
+
+RECONSTRUCTION_TOKENS = 16384
+"""Calibration tokens that `reconstruction` judges spans on, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +20,8 @@ class ComeSettings:
 
     Attributes:
         span_choice: which adjacent layers to merge: `sbi`, the least span block influence; `sleb`, the least
-            calibration loss when they are skipped.
+            calibration loss when they are skipped; `reconstruction`, the least error towards the original's hidden
+            states after down_proj of the merged layer is refitted in closed form.
         merge: how many adjacent layers become one in a step (m, 2 or more).
         sharpness: ratios are proportional to block influence to this power.
         dominance: if given, the largest share is at least dominance^(1/(n-1)), n original layers in the merge.
@@ -24,16 +30,17 @@ class ComeSettings:
         sensitivity: size of an activation: `mean-abs` as published, or `l2`.
         distance: span influence over `all-tokens`, or the `last-token` of each sequence (arXiv 2403.17887).
         granularity: steps of the ratio grid of CoMe-P.
+        spans: CoMe-P tries the ratios of so many spans, those of least influence; 1 as published.
         racing: CoMe-P drops a ratio as soon as it is clearly worse than the best on part of the calibration set.
         combine: `concat`, the merged layer keeps pieces of each; two ablations of the paper: `weight-sum`, it is the
             sum of whole layers, weighted by share; `fuse`, the pieces that are left out are added, scaled, onto the
             most similar ones that are kept.
-        reference: the published behaviour where ours differs by default: averaged norms, no racing, the last
+        reference: the published behaviour where ours differs by default: averaged norms, one span, no racing, the last
             layer's influence measured behind the final norm, and a distance over one layer whatever m is. Query
             heads are grouped correctly all the same.
     """
 
-    span_choice: Literal["sbi", "sleb"] = "sbi"
+    span_choice: SpanChoice = "sbi"
     merge: int = 2
     sharpness: float = 1.0
     dominance: float | None = None
@@ -42,6 +49,7 @@ class ComeSettings:
     sensitivity: Literal["mean-abs", "l2"] = "mean-abs"
     distance: Literal["all-tokens", "last-token"] = "all-tokens"
     granularity: int = 10
+    spans: int = 3
     racing: bool = True
     combine: Literal["concat", "weight-sum", "fuse"] = "concat"
     reference: bool = False
@@ -50,6 +58,12 @@ class ComeSettings:
         problems = [
             Problem(where=name, expected=expected, found=repr(found), remedy=f"Give --{name.replace('_', '-')} such.")
             for name, expected, found, right in (
+                (
+                    "span_choice",
+                    f"one of {', '.join(get_args(SpanChoice))}",
+                    self.span_choice,
+                    self.span_choice in get_args(SpanChoice),
+                ),
                 ("merge", "a whole number, 2 or more", self.merge, self.merge >= 2),
                 ("sharpness", "a number, 0 or more", self.sharpness, 0.0 <= self.sharpness < float("inf")),
                 (
@@ -59,6 +73,7 @@ class ComeSettings:
                     self.dominance is None or 0.0 < self.dominance <= 1.0,
                 ),
                 ("granularity", "a whole number, 1 or more", self.granularity, self.granularity >= 1),
+                ("spans", "a whole number, 1 or more", self.spans, self.spans >= 1),
             )
             if not right
         ]
@@ -67,7 +82,22 @@ class ComeSettings:
 
     def effective(self) -> ComeSettings:
         """The settings with what `reference` implies."""
-        return replace(self, norm="average", racing=False) if self.reference else self
+        return replace(self, norm="average", spans=1, racing=False) if self.reference else self
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for the run folder."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlebSettings:
+    """How SLEB decides (arXiv 2402.09025).
+
+    Attributes:
+        racing: give a layer up as soon as leaving it out is clearly worse on part of the calibration set.
+    """
+
+    racing: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for the run folder."""
@@ -117,5 +147,10 @@ class LacoSettings:
         return asdict(self)
 
 
-Settings: TypeAlias = ComeSettings | LacoSettings
+Settings: TypeAlias = ComeSettings | SlebSettings | LacoSettings
 """What a method can be set to."""
+
+
+def layers_at_once(settings: Settings | None) -> int:
+    """How many adjacent layers a step makes one, at most."""
+    return settings.merge if isinstance(settings, ComeSettings | LacoSettings) else 2

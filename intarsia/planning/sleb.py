@@ -1,6 +1,7 @@
 """SLEB: remove, one after the other, the layer without which the calibration loss is least.
 
-Source: Song et al., arXiv 2402.09025. No deviation; each candidate is run from the kept hidden states before it.
+Source: Song et al., arXiv 2402.09025. Deviation: candidates are raced (published, and with `racing` off: all of them
+see the whole calibration set). Each is run from the kept hidden states before it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step
+from intarsia.planning.race import mean_loss, race
+from intarsia.planning.settings import SlebSettings
 
 
 class Sleb:
@@ -18,16 +21,25 @@ class Sleb:
     progressive = True
     measures = True
 
+    def __init__(self, settings: SlebSettings | None = None) -> None:
+        self.settings = settings or SlebSettings()
+
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
         """Try the model without each layer."""
-        losses: list[float] = []
-        with model.progress.task(f"skipping each of {model.depth} layers", model.depth) as task:
-            for start in range(model.depth):
-                sums_N = model.losses_with(start, 1, [])
-                losses.append(float(sums_N.sum() / model.counts_N.sum()))
-                task.advance()
-        start = min(range(model.depth), key=lambda index: (losses[index], index))
-        return Step(start=start, count=1, op=None, evidence={"losses": losses, "dropped": str(model.ops[start])})
+        best, sums = race(
+            range(model.depth),
+            lambda start, part: model.losses_with(start, 1, [], sequences=part),
+            model.counts_N,
+            racing=self.settings.racing,
+            progress=model.progress,
+            title=f"skipping each of {model.depth} layers",
+        )
+        evidence = {
+            "losses": [mean_loss(sums[start], model.counts_N) for start in range(model.depth)],
+            "sequences": [sums[start].numel() for start in range(model.depth)],
+            "dropped": str(model.ops[best]),
+        }
+        return Step(start=best, count=1, op=None, evidence=evidence)
 
     def reason(self) -> str:
         """Never asked: a layer can always be dropped."""

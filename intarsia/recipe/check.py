@@ -11,7 +11,8 @@ import numpy as np
 
 from intarsia.anatomy.spec import Anatomy, Part
 from intarsia.errors import Problem, UserError
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, MergeMethod, NormMode, Op
+from intarsia.recipe.methods import merge_faults
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, NormMode, Op
 from intarsia.recipe.recipe import VARIANT_NAME, Recipe
 
 _WEIGHT_TOLERANCE = 1e-6
@@ -126,7 +127,8 @@ def _check_fitted(recipe: Recipe, base: Anatomy) -> Iterator[Problem]:
 def _check_op(op: Op, where: str, anatomies: Mapping[str, Anatomy], base: Anatomy | None) -> Iterator[Problem]:
     """`base` gives the shape that the output layer must have; None where the recipe's base is unknown."""
     types: dict[str | None, LayerRef] = {}
-    for source in op.sources:
+    base_layer = (op.base,) if isinstance(op, Merge) and op.base is not None else ()
+    for source in (*op.sources, *base_layer):
         anatomy = anatomies.get(source.variant)
         if anatomy is None:
             yield _problem(where, f"a variant among {', '.join(anatomies) or 'none'}", repr(source.variant))
@@ -193,12 +195,5 @@ def _check_weights(cuts: Sequence[Cut], part: Part, where: str) -> Iterator[Prob
 
 
 def _check_merge(op: Merge, where: str) -> Iterator[Problem]:
-    if op.method not in get_args(MergeMethod):
-        yield _problem(f"{where}.method", " or ".join(get_args(MergeMethod)), repr(op.method))
-    if not op.sources:
-        yield _problem(where, "at least one layer", "none")
-    if len(op.weights) != len(op.sources):
-        yield _problem(f"{where}.weights", f"{len(op.sources)} weights, one a layer", str(len(op.weights)))
-    for index, weight in enumerate(op.weights):
-        if not math.isfinite(weight):
-            yield _problem(f"{where}.weights[{index}]", "a finite number", str(weight))
+    for place, expected, found in merge_faults(op):
+        yield _problem(f"{where}.{place}" if place else where, expected, found)

@@ -11,12 +11,11 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from intarsia.anatomy.spec import PARTS
 from intarsia.errors import UserError
@@ -25,7 +24,7 @@ from intarsia.recipe.parse import parse_recipe
 from intarsia.recipe.ranges import format_ranges
 from intarsia.recipe.recipe import SCHEMA_VERSION, Recipe
 from intarsia.recipe.side_file import Arrays, read_tensors, refuse_foreign, tensors_hash, write_tensors
-from intarsia.recipe.strict_yaml import MAX_CHARACTERS, InlineList, InlineMap, dump_yaml, parse_yaml
+from intarsia.recipe.strict_yaml import MAX_CHARACTERS, InlineList, InlineMap, dump_yaml, read_yaml
 from intarsia.recipe.values import Values
 
 _LONGEST_INLINE = 100  # Characters of ranges that a person still reads.
@@ -61,7 +60,7 @@ def load(path: Path) -> Recipe:
     Raises:
         UserError: with everything that is wrong with it.
     """
-    data = _read_yaml(path)
+    data = read_yaml(path, what="a recipe")
     values = Values(str(path))
     tensors = read_tensors(path, data, values)
     try:
@@ -111,7 +110,9 @@ def content_hash(recipe: Recipe) -> str:
         if isinstance(op, Select):
             return ["select", source(op.source)]
         if isinstance(op, Merge):
-            return ["merge", op.method, [source(ref) for ref in op.sources], list(op.weights)]
+            merge: list[Any] = ["merge", op.method, [source(ref) for ref in op.sources], list(op.weights)]
+            rest = _merge_rest(op, source)
+            return [*merge, rest] if rest else merge
         cuts = [
             [source(cut.source), *([list(cut.pieces(part)), cut.weights.get(part)] for part in PARTS)]
             for cut in op.cuts
@@ -131,9 +132,30 @@ def _layer(op: Op, index: int, base: str, tensors: Arrays) -> dict[str, Any]:
     if isinstance(op, Merge):
         sources = InlineList([_reference(source, base) for source in op.sources])
         weights = InlineList([float(weight) for weight in op.weights])
-        return {"merge": {"method": op.method, "from": sources, "weights": weights}}
+        rest = _merge_rest(op, lambda source: _reference(source, base))
+        rest = {key: InlineMap(value) if isinstance(value, dict) else value for key, value in rest.items()}
+        return {"merge": {"method": op.method, "from": sources, "weights": weights, **rest}}
     cuts = [_cut(cut, f"layers.{index}.cuts.{number}", base, tensors) for number, cut in enumerate(op.cuts)]
     return {"concat": {"norm": op.norm, **({"fuse": True} if op.fuse else {}), "cuts": cuts}}
+
+
+def _merge_rest(op: Merge, source: Callable[[LayerRef], Any]) -> dict[str, Any]:
+    """What a merge has besides sources, method and weights; a plain sum of layers has nothing."""
+    rest: dict[str, Any] = {}
+    if op.params:
+        rest["params"] = _sorted(op.params)
+    if op.base is not None:
+        rest["base"] = source(op.base)
+    if op.scale != 1.0:
+        rest["scale"] = float(op.scale)
+    if op.mlp is not None:
+        mix = {"method": op.mlp.method, "weights": [float(weight) for weight in op.mlp.weights]}
+        rest["mlp"] = {**mix, **({"params": _sorted(op.mlp.params)} if op.mlp.params else {})}
+    return rest
+
+
+def _sorted(params: Mapping[str, float]) -> dict[str, float]:
+    return {name: params[name] for name in sorted(params)}
 
 
 def _cut(cut: Cut, name: str, base: str, tensors: Arrays) -> dict[str, Any]:
@@ -164,30 +186,6 @@ def _plain(value: Any) -> Any:
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
     assert value is None or isinstance(value, (bool, int, float)), f"provenance holds a {type(value).__name__}"
     return value
-
-
-def _read_yaml(path: Path) -> Any:
-    def unusable(expected: str, found: str, remedy: str) -> UserError:
-        return UserError.of(where=str(path), expected=expected, found=found, remedy=remedy)
-
-    if not path.is_file():
-        found = "something else" if path.exists() else "no such file"
-        raise unusable("a recipe file", found, "Check the path.")
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_CHARACTERS * 4 + 1)
-        data = parse_yaml(raw.decode("utf-8"))
-    except OSError as error:
-        raise unusable("a recipe that can be read", str(error.strerror), "Check its permissions.") from None
-    except UnicodeDecodeError as error:
-        raise unusable("UTF-8 text", f"another byte at {error.start}", "Save it as UTF-8.") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise unusable("YAML", f"{error.problem}{place}", "Mend that place.") from None
-    except yaml.YAMLError as error:
-        raise unusable("YAML", " ".join(str(error).split())[:200], "Mend the file.") from None
-    return data
 
 
 class _Replacing:

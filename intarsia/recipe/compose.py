@@ -134,7 +134,8 @@ def _misfits(outer: Recipe, inner: Recipe, variant: str) -> list[Problem]:
     if outer.base != variant:
         found.append(("base", f"{variant!r}, the inner recipe's model", repr(outer.base)))
     for index, op in enumerate(outer.layers):
-        for source in op.sources:
+        base_layer = (op.base,) if isinstance(op, Merge) and op.base is not None else ()
+        for source in (*op.sources, *base_layer):
             if source.variant != variant or not 0 <= source.layer < count:
                 found.append((f"layers[{index}]", f"a layer of {variant!r} from 0 to {count - 1}", str(source)))
     for index, (first, stop) in enumerate(outer.spans):
@@ -152,7 +153,8 @@ def _compose_op(op: Op, inner: Recipe, anatomy: Anatomy | None, where: str) -> O
     if isinstance(op, Select):
         whole_layer = inner.layers[op.source.layer]
         return whole_layer if anatomy is None else simplify(whole_layer, anatomy)
-    for layer in sorted({source.layer for source in op.sources}):
+    base_layer = (op.base,) if isinstance(op, Merge) and op.base is not None else ()
+    for layer in sorted({source.layer for source in (*op.sources, *base_layer)}):
         if inner.fitted.get(layer):
             raise _not_representable(where, "sources without fitted tensors", f"fitted tensors of inner layer {layer}")
     if isinstance(op, Merge):
@@ -179,8 +181,21 @@ def _compose_op(op: Op, inner: Recipe, anatomy: Anatomy | None, where: str) -> O
 
 
 def _compose_merge(op: Merge, inner: Recipe, where: str) -> Merge:
+    if not op.plain:
+        return _substituted(op, inner, where)
     sources, weights = _linear([inner.layers[source.layer] for source in op.sources], op.weights, where)
     return replace(op, sources=sources, weights=weights)
+
+
+def _substituted(op: Merge, inner: Recipe, where: str) -> Merge:
+    """A merge that is no plain sum keeps its form; its sources must be whole layers of the inner recipe's models."""
+    refs: list[LayerRef] = []
+    for source in (*op.sources, *(() if op.base is None else (op.base,))):
+        found = inner.layers[source.layer]
+        if not isinstance(found, Select):
+            raise _not_representable(where, f"whole layers to merge by {op.method}", f"inner layer {source.layer}")
+        refs.append(found.source)
+    return replace(op, sources=tuple(refs[: len(op.sources)]), base=None if op.base is None else refs[-1])
 
 
 def _linear(ops: Sequence[Op], weights: Sequence[float], where: str) -> tuple[tuple[LayerRef, ...], tuple[float, ...]]:
@@ -189,6 +204,8 @@ def _linear(ops: Sequence[Op], weights: Sequence[float], where: str) -> tuple[tu
     for op, weight in zip(ops, weights, strict=True):
         if isinstance(op, Concat):
             raise _not_representable(where, "whole layers to merge", "a concatenated layer")
+        if isinstance(op, Merge) and not op.plain:
+            raise _not_representable(where, "weighted sums of layers", f"a layer merged by {op.method}, or scaled")
         shares = op.weights if isinstance(op, Merge) else (1.0,)
         for original, share in zip(op.sources, shares, strict=True):
             total[original] = total.get(original, 0.0) + weight * share
@@ -272,7 +289,8 @@ def _owners(op: Op, part: Part, whole: int) -> list[tuple[LayerRef, int]]:
 
 def _simplify(op: Op, whole: Mapping[Part, int], anatomy: Anatomy | None) -> Op:
     if isinstance(op, Merge):
-        return Select(source=op.sources[0]) if op.weights == (1.0,) and len(op.sources) == 1 else op
+        whole_layer = op.plain and op.weights == (1.0,) and len(op.sources) == 1
+        return Select(source=op.sources[0]) if whole_layer else op
     if isinstance(op, Select):
         return op
     deciding = PARTS if anatomy is None else _parts_that_weigh(anatomy, op.norm)

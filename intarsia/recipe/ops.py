@@ -1,7 +1,8 @@
 """The three things an output layer can be.
 
 `Select`: one layer of one variant, whole. `Merge`: whole layers combined by weight arithmetic. `Concat`: pieces of
-several layers joined into one. A layer that no op mentions is dropped.
+several layers joined into one. A layer that no op mentions is dropped. A layer with a scaled output is a `Merge` too,
+so that a `Select` is always the source's own bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Literal, TypeAlias
 from intarsia.anatomy.spec import Part
 
 NormMode = Literal["fold", "average"]
-MergeMethod = Literal["linear"]
+MergeMethod = Literal[
+    "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "model_stock"
+]
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -76,12 +79,45 @@ class Concat:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mix:
+    """How the tensors of several layers are combined: a method, a weight for each layer, and the method's parameters.
+
+    A weight of 0 leaves a layer out. See `intarsia.recipe.methods` for what each method takes.
+    """
+
+    weights: tuple[float, ...]
+    method: MergeMethod = "linear"
+    params: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Whole layers combined tensor by tensor. `linear`: the sum of `weights[i]` times source i."""
+    """Whole layers combined tensor by tensor. `linear`: the sum of `weights[i]` times source i.
+
+    `base`: the layer to which methods on differences (task arithmetic and its kin) take them, and to which they add
+    what they make of them; it stands at the index of the sources. `mlp`: how the tensors of the MLP and of its norm
+    are combined, where that is not like the attention's. `scale` multiplies what both parts write to the residual
+    stream (the weights and biases of o_proj and down_proj).
+    """
 
     sources: tuple[LayerRef, ...]
     weights: tuple[float, ...]
     method: MergeMethod = "linear"
+    params: Mapping[str, float] = field(default_factory=dict, hash=False)
+    base: LayerRef | None = None
+    scale: float = 1.0
+    mlp: Mix | None = None
+
+    def mix(self, part: Part) -> Mix:
+        """How the tensors of a part are combined."""
+        if part == "mlp" and self.mlp is not None:
+            return self.mlp
+        return Mix(weights=self.weights, method=self.method, params=self.params)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a weighted sum of layers and nothing else."""
+        return self.method == "linear" and self.mlp is None and self.scale == 1.0
 
 
 Op: TypeAlias = Select | Concat | Merge

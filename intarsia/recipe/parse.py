@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from intarsia.anatomy.spec import PARTS, Part
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, MergeMethod, NormMode, Op, Select
+from intarsia.recipe.methods import METHODS
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, NormMode, Op, Select
+from intarsia.recipe.parse_mix import MAX_LAYERS, parse_mix
 from intarsia.recipe.ranges import MAX_INDEX, parse_ranges
 from intarsia.recipe.recipe import SCHEMA_VERSION, VARIANT_NAME, Recipe, Span, Variant, derive_spans
 from intarsia.recipe.values import Values, shown
 
-MAX_LAYERS = 10_000
 _MAX_PIECES = 2**23  # In one recipe, so that a few ranges cannot fill the memory.
 _KEYS = ("version", "model", "variants", "base", "depth", "layers", "spans", "tensors", "fitted", "provenance")
 _REF = re.compile(r"(?:(?P<variant>[^:]*):)?(?P<first>[0-9]{1,10})(?:-(?P<last>[0-9]{1,10}))?", re.ASCII)
@@ -259,17 +260,33 @@ class _Reader:
         return self.tensors[name]
 
     def merge(self, value: Any, path: str) -> Merge:
-        found = self.values.mapping(value, path, ("from", "weights", "method"), ("from",))
-        method = found.get("method", "linear")
-        if method not in get_args(MergeMethod):
-            self.values.wrong(f"{path}.method", " or ".join(get_args(MergeMethod)), shown(method))
+        keys = ("from", "weights", "method", "params", "base", "scale", "mlp")
+        found = self.values.mapping(value, path, keys, ("from",))
         entries = self.values.array(found["from"], f"{path}.from", MAX_LAYERS) if "from" in found else []
         sources = tuple(self.reference(entry, f"{path}.from[{index}]") for index, entry in enumerate(entries))
-        weights = tuple(1.0 / len(sources) for _ in sources)
-        if "weights" in found:
-            shares = self.values.array(found["weights"], f"{path}.weights", MAX_LAYERS)
-            weights = tuple(self.values.number(entry, f"{path}.weights[{index}]") for index, entry in enumerate(shares))
-        return Merge(sources=sources, weights=weights, method=method)
+        mix = parse_mix(self.values, found, path, len(sources))
+        mlp = None
+        if "mlp" in found:
+            entry = self.values.mapping(found["mlp"], f"{path}.mlp", ("weights", "method", "params"))
+            mlp = parse_mix(self.values, entry, f"{path}.mlp", len(sources))
+        base = None
+        layers = {source.layer for source in sources}
+        if "base" in found:
+            base = self.reference(found["base"], f"{path}.base")
+        elif METHODS[mix.method].base or (mlp is not None and METHODS[mlp.method].base):
+            if len(layers) > 1:
+                expected = "the layer that differences are taken to, for the sources are not at one index"
+                self.values.wrong(f"{path}.base", expected, "none", "Add it.")
+            base = LayerRef(variant=self.base, layer=min(layers, default=0))
+        return Merge(
+            sources=sources,
+            weights=mix.weights,
+            method=mix.method,
+            params=mix.params,
+            base=base,
+            scale=self.values.number(found["scale"], f"{path}.scale") if "scale" in found else 1.0,
+            mlp=mlp,
+        )
 
     # The rest
 

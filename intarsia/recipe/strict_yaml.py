@@ -9,9 +9,12 @@ be called `8`.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from intarsia.errors import UserError
 
 MAX_CHARACTERS = 2**20
 _MAX_NESTING = 32
@@ -117,6 +120,35 @@ def parse_yaml(text: str) -> Any:
         return loader.get_single_data()
     finally:
         loader.dispose()
+
+
+def read_yaml(path: Path, *, what: str) -> Any:
+    """The value of a YAML file; `what` is what it should hold, as `a recipe`.
+
+    Raises:
+        UserError: there is no such file, or it is not of the YAML that this module reads.
+    """
+
+    def unusable(expected: str, found: str, remedy: str) -> UserError:
+        return UserError.of(where=str(path), expected=expected, found=found, remedy=remedy)
+
+    if not path.is_file():
+        found = "something else" if path.exists() else "no such file"
+        raise unusable(f"{what} file", found, "Check the path.")
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_CHARACTERS * 4 + 1)
+        return parse_yaml(raw.decode("utf-8"))
+    except OSError as error:
+        raise unusable(f"{what} that can be read", str(error.strerror), "Check its permissions.") from None
+    except UnicodeDecodeError as error:
+        raise unusable("UTF-8 text", f"another byte at {error.start}", "Save it as UTF-8.") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise unusable("YAML", f"{error.problem}{place}", "Mend that place.") from None
+    except yaml.YAMLError as error:
+        raise unusable("YAML", " ".join(str(error).split())[:200], "Mend the file.") from None
 
 
 def dump_yaml(value: Any) -> str:

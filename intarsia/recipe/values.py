@@ -25,9 +25,9 @@ def shown(value: Any) -> str:
 class Values:
     """Returns values that are as expected, and stand-ins for the others, with a problem for each in `problems`."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, remedy: str = "Mend the recipe.") -> None:
         self.problems: list[Problem] = []
-        self.where = where
+        self.where, self.remedy = where, remedy
 
     def raise_problems(self) -> None:
         """Raise what was found, if anything; at most fifty problems are listed."""
@@ -38,9 +38,9 @@ class Values:
         if self.problems:
             raise UserError(self.problems)
 
-    def wrong(self, path: str, expected: str, found: str, remedy: str = "Mend the recipe.") -> None:
+    def wrong(self, path: str, expected: str, found: str, remedy: str | None = None) -> None:
         place = f"{self.where}: {path}" if path else self.where
-        self.problems.append(Problem(where=place, expected=expected, found=found, remedy=remedy))
+        self.problems.append(Problem(where=place, expected=expected, found=found, remedy=remedy or self.remedy))
 
     def mapping(self, value: Any, path: str, keys: tuple[str, ...], needed: tuple[str, ...] = ()) -> dict[str, Any]:
         if not isinstance(value, dict):

@@ -120,15 +120,24 @@ def _what_it_is(results: Mapping[str, Any]) -> str:
         text += f" (method `{_code(results['method'])}`)"
     text += ". "
     if str(results.get("method", "")).startswith("come"):
-        text += (
-            "Layers were not only removed: the most sensitive pieces of adjacent layers were joined into one layer of "
-            f"the usual shape ([paper]({PAPER})). "
-        )
+        text += f"{_how_layers_became_one(results.get('settings'))} ([paper]({PAPER})). "
     if results.get("heal"):
         text += _healed(results["heal"])
     text += "It is a stock checkpoint"
     text += f" of its family ({_line(results['family'])})" if results.get("family") else " of its family"
     return text + ": no code of its own is needed to run it."
+
+
+def _how_layers_became_one(settings: Any) -> str:
+    """By `combine` of the planner's settings; a card from before there was a choice has none."""
+    combine = settings.get("combine") if isinstance(settings, Mapping) else None
+    if combine == "weight-sum":
+        return "Layers were not only removed: adjacent layers were added up into one, each weighted by its share"
+    joined = (
+        "Layers were not only removed: the most sensitive pieces of adjacent layers were joined into one layer of the "
+        "usual shape"
+    )
+    return joined + ("; what was left out was added onto the most similar pieces" if combine == "fuse" else "")
 
 
 def _healed(heal: Mapping[str, Any]) -> str:

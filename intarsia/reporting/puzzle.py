@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from html import escape
-from typing import Literal
+from typing import Literal, Protocol
 
-from intarsia.anatomy.spec import Anatomy
-from intarsia.recipe.ops import Concat, LayerRef, Op
+from intarsia.recipe.ops import Concat, LayerRef, Merge, Op
 from intarsia.recipe.recipe import Recipe
 
 # Woods, from light to dark: neighbours differ enough to tell pieces of adjacent layers apart.
@@ -25,43 +24,57 @@ _MARGIN = 16.0
 _LABEL = 74.0
 
 
+class Sizes(Protocol):
+    """How many pieces a layer has; an `Anatomy` knows."""
+
+    @property
+    def n_kv_heads(self) -> int:
+        """KV groups of attention."""
+
+    @property
+    def n_channels(self) -> int:
+        """Channels of the MLP."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ribbon:
-    """Pieces of original layer `source` that lie in output layer `output`, as shares of a layer.
+    """Pieces of original layer `source` of a variant that lie in output layer `output`, as shares of a layer.
 
     They leave the source's edge between `out_of` and fill the output's edge between `into`.
     """
 
     source: int
+    variant: str
     output: int
     out_of: tuple[float, float]
     into: tuple[float, float]
     title: str
 
 
-def ribbons(recipe: Recipe, anatomy: Anatomy) -> list[Ribbon]:
+def ribbons(recipe: Recipe, anatomy: Sizes) -> list[Ribbon]:
     """Every ribbon of the picture. A share is the mean of the shares of KV groups and of MLP channels."""
-    left: dict[int, float] = {}
+    left: dict[LayerRef, float] = {}
     found: list[Ribbon] = []
     for output, op in enumerate(recipe.layers):
         filled = 0.0
         for source, share, title in _shares(op, anatomy):
-            start = left.get(source.layer, 0.0)
+            start = left.get(source, 0.0)
             found.append(
                 Ribbon(
                     source=source.layer,
+                    variant=source.variant,
                     output=output,
                     out_of=(start, min(start + share, 1.0)),
                     into=(filled, filled + share),
                     title=title,
                 )
             )
-            left[source.layer] = start + share
+            left[source] = start + share
             filled += share
     return found
 
 
-def puzzle_svg(recipe: Recipe, anatomy: Anatomy, *, direction: Literal["down", "right"] = "down") -> str:
+def puzzle_svg(recipe: Recipe, anatomy: Sizes, *, direction: Literal["down", "right"] = "down") -> str:
     """The picture as SVG text: originals above outputs (`down`), or left of them (`right`)."""
     pieces = ribbons(recipe, anatomy)
     used = {ribbon.source for ribbon in pieces}
@@ -125,10 +138,17 @@ def _wood(layer: int) -> str:
     return _WOODS[layer % len(_WOODS)]
 
 
-def _shares(op: Op, anatomy: Anatomy) -> list[tuple[LayerRef, float, str]]:
+def _shares(op: Op, anatomy: Sizes) -> list[tuple[LayerRef, float, str]]:
+    if isinstance(op, Merge):
+        sizes = [abs(weight) for weight in op.weights]
+        total = sum(sizes) or 1.0
+        return [
+            (source, size / total, f"layer {source.layer}, whole, times {weight:.3g}")
+            for source, size, weight in zip(op.sources, sizes, op.weights, strict=True)
+            if size > 0
+        ]
     if not isinstance(op, Concat):
-        share = 1.0 / len(op.sources)
-        return [(source, share, f"layer {source.layer}, whole") for source in op.sources]
+        return [(op.source, 1.0, f"layer {op.source.layer}, whole")]
     return [
         (
             cut.source,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.building.materialize import materialize
+from intarsia.checkpoint.adapter_open import open_variant
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.checkpoint.scan import scan
 from intarsia.checkpoint.staging import check_out
 from intarsia.errors import Problem, UserError
@@ -22,6 +22,8 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
 from intarsia.reporting.puzzle import puzzle_svg
 from intarsia.stages.plan import versions
+from intarsia.stages.tailor_folder import TailorFolder
+from intarsia.stages.tailor_recipe import chosen_trial, is_tailored, trial_recipe
 
 PICTURE = "puzzle.svg"
 
@@ -48,15 +50,20 @@ def build(
     out: Path,
     *,
     layers: int | None = None,
+    best: str | None = None,
+    knee: bool = False,
+    trial: int | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = 5 * 10**9,
     progress: Progress | None = None,
 ) -> BuildResult:
-    """Build one depth of a run's ladder, or a recipe file.
+    """Build one depth of a run's ladder, a trial of a search, or a recipe file.
 
     Args:
-        source: a run folder, or a recipe (`.yaml`).
-        layers: which depth of a run folder; its least by default.
+        source: a run folder of `plan` or `tailor`, or a recipe (`.yaml`).
+        layers: which depth of a ladder; its least by default.
+        best, knee, trial: which trial of a search: the best in an objective, the knee of the Pareto front (the
+            default), or the one of that number.
 
     Raises:
         UserError: the recipe cannot be read or does not fit its models, a model has changed since the recipe was
@@ -64,7 +71,18 @@ def build(
     """
     source, out, progress = Path(source), Path(out), progress or Silent()
     check_out(out, overwrite=overwrite)
-    recipe = read_recipe(source, layers)
+    if is_tailored(source) and layers is None:
+        folder = TailorFolder.existing(source)
+        recipe = trial_recipe(folder, chosen_trial(folder, best=best, knee=knee, trial=trial), progress)
+    elif best is not None or knee or trial is not None:
+        raise UserError.of(
+            where="--best, --knee, --trial",
+            expected="the folder of a search, and no --layers",
+            found=str(source) if layers is None else f"--layers {layers}",
+            remedy="They choose a trial of `intarsia tailor`.",
+        )
+    else:
+        recipe = read_recipe(source, layers)
     return build_recipe(recipe, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress)
 
 
@@ -143,10 +161,12 @@ def open_variants(recipe: Recipe, progress: Progress) -> dict[str, Checkpoint]:
     Raises:
         UserError: one cannot be opened, or its weights are not those that the recipe names.
     """
-    variants = {}
+    variants: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
-    for variant in recipe.variants:
-        checkpoint = open_checkpoint(variant.model, revision=variant.revision, progress=progress)
+    # The base first: adapters among the others are laid over it.
+    for variant in sorted(recipe.variants, key=lambda variant: variant.name != recipe.base):
+        base = variants.get(recipe.base)
+        checkpoint = open_variant(variant.model, revision=variant.revision, base=base, progress=progress)
         variants[variant.name] = checkpoint
         found = scan(checkpoint, progress)
         if variant.sha256 not in (None, found):

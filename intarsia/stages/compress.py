@@ -19,11 +19,13 @@ from intarsia.planning.cost import Cost, with_closed_form
 from intarsia.planning.settings import Settings
 from intarsia.progress import Progress, Silent
 from intarsia.recipe import codec
+from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
 from intarsia.stages.build import build_recipe, card_facts, read_recipe
 from intarsia.stages.judge import Measures, held_out_text, measured
 from intarsia.stages.plan import check_method, plan_source
 from intarsia.stages.repair import HEALS, Repaired, repaired
+from intarsia.stages.report import REPORT, report_compression
 from intarsia.stages.source import Source
 
 _JUDGING = "judging"  # in the run folder from before the build until the result has been judged
@@ -49,12 +51,14 @@ class CompressResult:
     seconds: float
     peak_memory_bytes: int
     recipe_sha256: str | None = None
+    report: Path | None = None
     out: Path
     run: Path
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         data = {**asdict(self), "out": str(self.out), "run": str(self.run)}
+        data["report"] = None if self.report is None else str(self.report)
         for key in ("before", "after"):
             measures: Measures | None = getattr(self, key)
             data[key] = None if measures is None else measures.to_dict()
@@ -73,6 +77,7 @@ def compress(
     seq_len: int = 512,
     heal: str = "closed-form",
     closed_form: ClosedFormSettings | None = None,
+    heal_in_loop: bool = False,
     eval_text: str | None = None,
     eval_windows: int = 64,
     run: Path | None = None,
@@ -97,6 +102,7 @@ def compress(
         heal: `closed-form` fits the layers that stand for removed ones to the original, on the calibration text;
             `none` leaves them as they were cut.
         closed_form: how it fits.
+        heal_in_loop: repair what each step changes the same way, before the next; for progressive methods.
         eval_text: what perplexity is measured on. Without one, text like the calibration's that was not part of it.
         run: the run folder; beside `out` by default.
         dry_run: predict cost and memory, and do nothing.
@@ -108,7 +114,7 @@ def compress(
     progress = progress or Silent()
     out = Path(out)
     run = out.with_name(f"{out.name}.run") if run is None else Path(run)
-    check_method(method)
+    check_method(method, heal_in_loop=heal_in_loop)
     if heal not in HEALS:
         raise UserError.of(
             where="--heal", expected=f"one of {', '.join(HEALS)}", found=repr(heal), remedy="Choose one of them."
@@ -137,6 +143,7 @@ def compress(
         sparsity=sparsity,
         method=method,
         settings=settings,
+        in_loop=closed_form if heal_in_loop else None,
         batch_tokens=batch_tokens,
         dry_run=dry_run,
     )
@@ -179,35 +186,48 @@ def compress(
         corpus = held_out_text(source)
     small = open_checkpoint(str(out), progress=progress)
     dense = source.checkpoint
-    before, after = measured(source, small, corpus, unhealed=cut if repair is not None and repair.taken else None)
+    before, after = measured(source, small, corpus, unhealed=_bare(cut, repair))
     facts = card_facts(recipe, dense, built, title=out.name)
     facts |= {"before": before.to_dict(), "after": after.to_dict()}
     facts["evaluation"] = None if corpus is None else f"{corpus.description}, {len(corpus)} windows of {seq_len} tokens"
     (out / "README.md").write_text(model_card(facts), encoding="utf-8")
-    (run / _JUDGING).unlink(missing_ok=True)
-    return replace(
+    done = replace(
         result,
         before=before,
         after=after,
-        healed=None if repair is None else _healed(repair, before, after),
+        healed=_healed(repair, cut, before, after),
         evaluation=facts["evaluation"],
         layer_forwards=planned.layer_forwards,
         seconds=time.perf_counter() - begun,
         peak_memory_bytes=peak_memory_bytes(),
         recipe_sha256=built.recipe_sha256,
+        report=out / REPORT,
     )
+    report_compression(out, done.to_dict(), corpus)
+    (run / _JUDGING).unlink(missing_ok=True)
+    return done
 
 
-def _healed(repair: Repaired, before: Measures, after: Measures) -> dict[str, Any]:
+def _bare(cut: Recipe, repair: Repaired | None) -> Recipe | None:
+    """The recipe with nothing fitted, where something is: neither on the way down nor afterwards."""
+    return replace(cut, fitted={}) if cut.fitted or (repair is not None and repair.taken) else None
+
+
+def _healed(repair: Repaired | None, cut: Recipe, before: Measures, after: Measures) -> dict[str, Any] | None:
+    on_the_way = sum(len(tensors) for tensors in cut.fitted.values())
+    if repair is None and not on_the_way:
+        return None
     found: dict[str, Any] = {
-        "method": "closed-form",
-        "taken": repair.taken,
-        "fitted_read_outs": repair.read_outs if repair.taken else 0,
-        "tokens": repair.tokens,
+        "method": "closed-form" if repair is not None else "closed-form in the loop",
+        "taken": repair is None or repair.taken,
+        "fitted_read_outs": on_the_way if repair is None else repair.read_outs if repair.taken else 0,
+        "tokens": cut.provenance["calibration"]["tokens"] if repair is None else repair.tokens,
     }
-    whole, cut, now = before.perplexity, after.perplexity_without_heal, after.perplexity
-    if whole is not None and cut is not None and now is not None and cut.nll > whole.nll:
-        found["gap_closed"] = (cut.nll - now.nll) / (cut.nll - whole.nll)
+    if on_the_way:
+        found["fitted_in_loop"] = on_the_way
+    whole, bare, now = before.perplexity, after.perplexity_without_heal, after.perplexity
+    if whole is not None and bare is not None and now is not None and bare.nll > whole.nll:
+        found["gap_closed"] = (bare.nll - now.nll) / (bare.nll - whole.nll)
     return found
 
 

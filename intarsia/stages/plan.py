@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
+from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.planning.cost import Cost, predict
 from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.ladder import METHODS, climb, planner_of, settings_of
+from intarsia.planning.ladder import METHODS, climb, planner_of, progressive_methods, settings_of
 from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import ComeSettings, Settings
+from intarsia.planning.settings import ComeSettings, Settings, layers_at_once
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.stages.setup import check_seq_len
@@ -75,6 +76,7 @@ def plan(
     tokens: int = 65536,
     seq_len: int = 512,
     settings: Settings | None = None,
+    heal_in_loop: bool = False,
     revision: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -94,13 +96,14 @@ def plan(
         layers, sparsity: the target, one of the two (see `target_depth`).
         method: one of `METHODS`.
         settings: of the method; its defaults where they are not given, or are another method's.
+        heal_in_loop: repair what each step changes in closed form, before the next; for progressive methods.
         calibration: see `intarsia.calibration.corpus.load_corpus`.
         dry_run: predict cost and memory, and do nothing.
 
     Raises:
         UserError: something about the input cannot be used. Nothing has been written then.
     """
-    check_method(method)
+    check_method(method, heal_in_loop=heal_in_loop)
     source = Source(
         model,
         revision=revision,
@@ -119,20 +122,29 @@ def plan(
         sparsity=sparsity,
         method=method,
         settings=settings,
+        in_loop=ClosedFormSettings() if heal_in_loop else None,
         batch_tokens=batch_tokens,
         dry_run=dry_run,
     )
 
 
-def check_method(method: str) -> None:
-    """Refuse what is not one of `METHODS`.
+def check_method(method: str, *, heal_in_loop: bool = False) -> None:
+    """Refuse what is not one of `METHODS`, or cannot repair as it goes.
 
     Raises:
-        UserError: listing them.
+        UserError: listing those that can.
     """
     if method not in METHODS:
         raise UserError.of(
             where="--method", expected=f"one of {', '.join(METHODS)}", found=repr(method), remedy="Choose one of them."
+        )
+    able = ", ".join(progressive_methods())
+    if heal_in_loop and method not in progressive_methods():
+        raise UserError.of(
+            where="--heal-in-loop",
+            expected=f"a progressive method, which measures the model after every step: {able}",
+            found=f"{method}, which decides once on the whole model",
+            remedy="Choose one of them, or leave it out: `compress` and `heal` repair afterwards what any method cuts.",
         )
 
 
@@ -146,8 +158,14 @@ def plan_source(
     settings: Settings | None,
     batch_tokens: int | None,
     dry_run: bool,
+    in_loop: ClosedFormSettings | None = None,
+    shared: Callable[[], Intermediate] | None = None,
 ) -> PlanResult:
     """`plan`, for a model that other stages of the same call work on too.
+
+    Args:
+        in_loop: how to repair what a step changes before the next, if at all.
+        shared: gives the model to plan with, where it is shared with other plans; it is not closed then.
 
     Raises:
         UserError: as `plan`.
@@ -166,6 +184,7 @@ def plan_source(
         seq_len=source.seq_len,
         dtype=source.dtype,
         memory_bytes=None,
+        in_loop=in_loop,
     )
     depth = checkpoint.anatomy.n_layers
 
@@ -202,8 +221,9 @@ def plan_source(
         "device": source.device.type,
         "batch_tokens": batch_tokens,
         "planner": None if own is None else own.to_dict(),
+        "heal_in_loop": None if in_loop is None else asdict(in_loop),
         # Where more than two layers are merged at once the last step merges fewer, so the ladder depends on its end.
-        "target": target if own is not None and own.merge > 2 else None,
+        "target": target if layers_at_once(own) > 2 else None,
     }
     folder = RunFolder.offer(run, identifying)
     if folder.depths() and folder.depths()[-1] <= target:
@@ -214,21 +234,33 @@ def plan_source(
     folder = RunFolder.start(run, identifying)
     folder.pin("calibration", {"text": corpus.description, "sha256": corpus.sha256, "tokens": corpus.tokens})
     start = _start(folder, source, identifying)
-    current = Intermediate(
-        source.resident,
-        corpus,
-        start.layers,
-        batch_tokens=batch_tokens,
-        behind_final_norm=isinstance(own, ComeSettings) and own.reference,
-        progress=progress,
-    )
+    if shared is None:
+        current = Intermediate(
+            source.resident,
+            corpus,
+            start.layers,
+            fitted=start.fitted,
+            batch_tokens=batch_tokens,
+            behind_final_norm=measured_behind_norm(own),
+            progress=progress,
+        )
+    else:
+        current = shared()
+        current.become(start.layers, start.fitted)
+    spent = current.layer_forwards
     try:
-        stopped = climb(planner_of(method, own), current, start, target, folder)
+        stopped = climb(planner_of(method, own), current, start, target, folder, in_loop=in_loop)
     finally:
-        current.close()
+        if shared is None:
+            current.close()
     if stopped is not None:
         progress.say(f"stopped at {current.depth} layers: {stopped}")
-    return result(folder, current.layer_forwards, stopped)
+    return result(folder, current.layer_forwards - spent, stopped)
+
+
+def measured_behind_norm(settings: Settings | None) -> bool:
+    """Whether a method takes the last layer's output behind the final norm."""
+    return isinstance(settings, ComeSettings) and settings.reference
 
 
 def _start(folder: RunFolder, source: Source, settings: dict[str, Any]) -> Recipe:
@@ -243,7 +275,7 @@ def _start(folder: RunFolder, source: Source, settings: dict[str, Any]) -> Recip
     whole = identity(variant, checkpoint.anatomy.n_layers)
     provenance = {
         "method": settings["method"],
-        "settings": settings["planner"],
+        "settings": _decided_by(settings),
         "calibration": {
             "text": corpus.description,
             "tokens": corpus.tokens,
@@ -256,6 +288,13 @@ def _start(folder: RunFolder, source: Source, settings: dict[str, Any]) -> Recip
         "versions": versions(),
     }
     return whole.with_layers(whole.layers, provenance=provenance)
+
+
+def _decided_by(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The planner's settings, and how it repaired on the way."""
+    planner: dict[str, Any] | None = settings["planner"]
+    in_loop = settings["heal_in_loop"]
+    return planner if in_loop is None else {**(planner or {}), "heal_in_loop": in_loop}
 
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> Any:

@@ -28,9 +28,11 @@ class Repaired:
     """A healed recipe and what came of it.
 
     `taken` is False where the fit raised the loss of the held-out calibration text: the recipe is then as it was.
+    `path`: where it is kept.
     """
 
     recipe: Recipe
+    path: Path
     taken: bool
     read_outs: int
     tokens: int
@@ -52,7 +54,7 @@ def repaired(
     kept = run / _FOLDER / f"layers-{len(recipe.layers):03d}-{key}.yaml"
     if kept.exists():
         source.progress.say(f"{kept}: healed already")
-        return _result(codec.load(kept))
+        return _result(codec.load(kept), kept)
     corpus = source.corpus
     RunFolder.existing(run).pin(
         "calibration", {"text": corpus.description, "sha256": corpus.sha256, "tokens": corpus.tokens}
@@ -81,7 +83,7 @@ def repaired(
     with full_disk_named(run):
         kept.parent.mkdir(exist_ok=True)
         codec.save(done, kept)
-    return _result(done)
+    return _result(done, kept)
 
 
 def _held_out(corpus: Corpus, settings: ClosedFormSettings) -> Corpus:
@@ -91,10 +93,11 @@ def _held_out(corpus: Corpus, settings: ClosedFormSettings) -> Corpus:
     return Corpus.of(corpus.input_ids[rows], mask=mask, description="held-out calibration text", documents=1)
 
 
-def _result(recipe: Recipe) -> Repaired:
+def _result(recipe: Recipe, path: Path) -> Repaired:
     heal: Mapping[str, Any] = recipe.provenance["heal"]
     return Repaired(
         recipe=recipe,
+        path=path,
         taken=heal["stages"][-1]["taken"],
         read_outs=sum(row["ridge"] is not None for row in heal["read_outs"]),
         tokens=heal["text"]["tokens"],

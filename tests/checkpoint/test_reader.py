@@ -108,7 +108,7 @@ def test_the_map_goes_with_the_tensor(saved: dict[str, Path], monkeypatch: pytes
             sizes.append(len(made))
             return made
 
-    monkeypatch.setattr("intarsia.checkpoint.reader.mmap.mmap", Watched)
+    monkeypatch.setattr("intarsia.checkpoint.mapped.mmap.mmap", Watched)
     found = opened(saved["single"])
     tensor = found.layer_tensor(1, "mlp.up_proj.weight")
     row = tensor[3]

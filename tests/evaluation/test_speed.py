@@ -52,3 +52,29 @@ def test_runs_for_real(family: str) -> None:
 def test_impossible_sizes(changes: dict[str, int]) -> None:
     with pytest.raises(UserError, match="speed: expected"):
         speed(families.make_model("llama"), **changes)
+
+
+def test_cuda_times_come_from_its_own_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are recorded in the device's queue, and read only once it is empty."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            self.at = len(done)
+            done.append(f"record in {stream}")
+
+        def elapsed_time(self, other: Event) -> float:
+            assert done[-1] == "wait"
+            return 250.0 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("wait"))
+    clock = module._Clock(torch.device("cuda", 0))
+    for _ in range(3):
+        clock.mark()
+    assert done == ["wait", *["record in stream of cuda:0"] * 3]
+    assert clock.spans() == [0.25, 0.25]

@@ -24,7 +24,7 @@ from intarsia.healing.closed_form import (
     closed_form_cost,
     closed_form_cost_at_most,
     fit,
-    to_fit,
+    taught,
 )
 from intarsia.healing.quality import Chain, quality
 from intarsia.progress import Silent
@@ -75,12 +75,12 @@ def equal(first: Recipe, second: Recipe) -> bool:
 # What is fitted
 
 
-def test_layers_to_fit(checkpoint_of: Opened) -> None:
+def test_layers_taught(checkpoint_of: Opened) -> None:
     anatomy = checkpoint_of("llama").anatomy
 
     def spans_and_behind(layers: Sequence[Op]) -> tuple[list[int], list[int]]:
         recipe = recipe_of("model", layers)
-        return to_fit(recipe, "spans"), to_fit(recipe, "behind")
+        return taught(recipe, "spans"), taught(recipe, "behind")
 
     assert spans_and_behind([select(n) for n in range(6)]) == ([], [])
     assert spans_and_behind([select(0), select(1), select(4), select(5)]) == ([1], [1, 2, 3])

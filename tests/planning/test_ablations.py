@@ -69,7 +69,7 @@ def test_sums_of_sums_are_one_sum(resident_of: InMemory, tmp_path: Path) -> None
 
 def test_the_posterior_form_takes_the_best_sum_of_the_grid(resident_of: InMemory) -> None:
     resident, corpus = resident_of("llama"), corpus_of()
-    settings = ComeSettings(combine="weight-sum", granularity=4, racing=False)
+    settings = ComeSettings(combine="weight-sum", granularity=4, racing=False, spans=1)
     model = Intermediate(resident, corpus, WHOLE)
     model.measure()
     step = Come(settings, posterior=True).decide(model, 5, [])

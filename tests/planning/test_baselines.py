@@ -7,7 +7,7 @@ import pytest
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import METHODS, climb, planner_of
 from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import ComeSettings
+from intarsia.planning.settings import ComeSettings, SlebSettings
 from intarsia.planning.shortgpt import ShortGpt
 from intarsia.planning.sleb import Sleb
 from intarsia.recipe.recipe import Variant, identity
@@ -59,6 +59,30 @@ def test_sleb_drops_what_costs_least(family: str, resident_of: InMemory, tmp_pat
         assert entry["evidence"]["losses"] == pytest.approx(list(losses.values()), rel=1e-6)
         assert layers_of(run, entry["layers"]) == left
         assert entry["loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+
+
+def test_sleb_races_for_less(resident_of: InMemory) -> None:
+    """What leaves early is worse than what is chosen; the chosen one has seen all of the set."""
+    resident, corpus = resident_of("llama"), corpus_of(sequences=48)
+    steps, spent = {}, {}
+    for racing in (False, True):
+        model = Intermediate(resident, corpus, WHOLE)
+        model.measure()
+        before = model.layer_forwards
+        steps[racing] = Sleb(SlebSettings(racing=racing)).decide(model, 5, [])
+        spent[racing] = model.layer_forwards - before
+    exhausted, raced = steps[False], steps[True]
+    assert exhausted is not None and raced is not None
+    assert exhausted.evidence["sequences"] == [48] * families.DEPTH
+    assert spent[False] == sum(families.DEPTH - 1 - start for start in range(families.DEPTH))
+    seen, losses = raced.evidence["sequences"], exhausted.evidence["losses"]
+    assert seen[raced.start] == 48 and min(seen) < 48
+    assert spent[True] == pytest.approx(
+        sum((families.DEPTH - 1 - start) * seen[start] / 48 for start in range(families.DEPTH))
+    )
+    assert losses[seen.index(min(seen))] > losses[raced.start]
+    finalists = [start for start in range(families.DEPTH) if seen[start] == 48]
+    assert raced.start == min(finalists, key=lambda start: losses[start])
 
 
 def test_every_method_has_a_planner() -> None:

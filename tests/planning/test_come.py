@@ -275,7 +275,7 @@ def test_the_posterior_form_takes_the_best_of_the_grid(merge: int, resident_of: 
     """Every ratio of the grid, built and measured whole."""
     resident, corpus = resident_of("llama"), corpus_of()
     granularity = {2: 10, 3: 4}[merge]
-    settings = ComeSettings(granularity=granularity, racing=False, merge=merge)
+    settings = ComeSettings(granularity=granularity, racing=False, merge=merge, spans=1)
     model = measured(resident, corpus)
     spent = model.layer_forwards
     step = Come(settings, posterior=True).decide(model, 7 - merge, [])
@@ -295,6 +295,61 @@ def test_the_posterior_form_takes_the_best_of_the_grid(merge: int, resident_of: 
     assert {entry["sequences"] for entry in grid} == {len(corpus)}
     behind = families.DEPTH - step.start - merge + 1
     assert model.layer_forwards - spent == pytest.approx(len(grid) * behind)
+
+
+@pytest.mark.parametrize("spans", [2, 5])
+def test_the_best_ratio_of_several_spans(spans: int, resident_of: InMemory) -> None:
+    """Every ratio of every span that is tried, built and measured whole; one model is tried once."""
+    resident, corpus = resident_of("llama"), corpus_of()
+    model = measured(resident, corpus)
+    settings = ComeSettings(granularity=4, racing=False, spans=spans)
+    step = Come(settings, posterior=True).decide(model, 5, [])
+    assert step is not None
+    distances = {int(start): value for start, value in step.evidence["span_scores"].items()}
+    tried = sorted(distances, key=lambda start: distances[start])[:spans]
+    losses: dict[tuple[Op, ...], float] = {}
+    owners: dict[tuple[Op, ...], int] = {}
+    for start in tried:
+        for shares in share_grid(2, 4):
+            numbers = {part: counts(shares, resident.anatomy.n_pieces(part)) for part in PARTS}
+            layers = (*WHOLE[:start], _joined(resident, range(start, start + 2), numbers, corpus), *WHOLE[start + 2 :])
+            if layers not in losses:
+                losses[layers] = measured(resident, corpus, layers).loss
+                owners[layers] = start
+    best = min(losses, key=lambda layers: losses[layers])
+    assert (*WHOLE[: step.start], step.op, *WHOLE[step.start + 2 :]) == best
+    assert step.start == owners[best]
+    grid = step.evidence["grid"]
+    assert [entry["loss"] for entry in grid] == pytest.approx(list(losses.values()), rel=1e-6)
+    assert [entry["start"] for entry in grid] == list(owners.values())
+    # Neighbouring spans both drop the layer that they share: five ratios each, less one for each such pair.
+    neighbours = sum(start + 1 in tried for start in tried)
+    assert len(grid) == 5 * spans - neighbours
+    influences = step.evidence["influence"][step.start : step.start + 2]
+    assert step.evidence["prior_ratios"] == pytest.approx(ratios(influences, 1.0))
+
+
+def test_the_reference_tries_one_span_and_races_nothing(resident_of: InMemory) -> None:
+    resident, corpus = resident_of("llama"), corpus_of(sequences=24)
+    model = measured(resident, corpus, behind_final_norm=True)
+    assert ComeSettings(reference=True, spans=4).effective().spans == 1
+    step = Come(ComeSettings(reference=True, spans=4, granularity=4), posterior=True).decide(model, 5, [])
+    assert step is not None
+    grid = step.evidence["grid"]
+    assert len(grid) == 5
+    assert {(entry["start"], entry["sequences"]) for entry in grid} == {(step.start, 24)}
+
+
+def test_more_spans_than_there_are(resident_of: InMemory) -> None:
+    model = measured(resident_of("llama"), corpus_of(), [select(layer) for layer in (0, 3, 5)])
+    step = Come(ComeSettings(granularity=1, spans=9, racing=False), posterior=True).decide(model, 2, [])
+    assert step is not None
+    # Two spans, a layer dropped each time; the middle one is dropped in both.
+    assert len(step.evidence["grid"]) == 3 and step.op is not None
+    losses = [measured(model.resident, model.corpus, kept).loss for kept in (
+        [select(0), select(3)], [select(0), select(5)], [select(3), select(5)]
+    )]  # fmt: skip
+    assert sorted(entry["loss"] for entry in step.evidence["grid"]) == pytest.approx(sorted(losses), rel=1e-6)
 
 
 def _joined(resident: Resident, layers: Any, numbers: Any, corpus: Corpus) -> Op:
@@ -358,6 +413,8 @@ def test_a_grid_that_is_finer_than_the_pieces_tries_each_split_once(resident_of:
         ("dominance", 0.0),
         ("dominance", 1.5),
         ("granularity", 0),
+        ("spans", 0),
+        ("span_choice", "luck"),
     ],
 )
 def test_settings_that_cannot_be(name: str, bad: Any) -> None:

@@ -105,7 +105,7 @@ def test_reusing_the_prefix_changes_the_cost_and_nothing_else(
     for reuse in (True, False):
         run = RunFolder.start(tmp_path / str(reuse), SETTINGS)
         model = Intermediate(resident, corpus_of(), whole().layers, reuse_prefix=reuse)
-        climb(planner_of(method, ComeSettings(granularity=5)), model, whole(), 2, run)
+        climb(planner_of(method, ComeSettings(granularity=5, spans=1)), model, whole(), 2, run)
         spent[reuse] = sum(entry["layer_forwards"] for entry in run.log())
         assert spent[reuse] == pytest.approx(model.layer_forwards)
     assert contents(tmp_path / "True") == contents(tmp_path / "False")

@@ -16,10 +16,12 @@ from intarsia.anatomy.spec import Anatomy, Part
 from intarsia.errors import UserError
 from intarsia.recipe.check import check
 from intarsia.recipe.codec import load
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, identity
 
-EXAMPLES = Path(__file__).parents[2] / "recipes"
+# Files that begin with `tailor-` are families.
+FOLDER = Path(__file__).parents[2] / "recipes"
+EXAMPLES = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("tailor-"))
 MakeAnatomy = Callable[..., Anatomy]
 
 
@@ -55,7 +57,7 @@ def test_valid_recipes_pass(anatomy: Anatomy, recipes_over: Callable[..., st.Sea
     run()
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_fit_the_demo_model(path: Path, anatomy_with: MakeAnatomy) -> None:
     demo = anatomy_with(
         hidden_size=576,
@@ -74,7 +76,7 @@ def test_examples_fit_the_demo_model(path: Path, anatomy_with: MakeAnatomy) -> N
 
 
 def test_there_are_examples() -> None:
-    assert len(list(EXAMPLES.glob("*.yaml"))) >= 2
+    assert len(EXAMPLES) >= 2
 
 
 @pytest.mark.parametrize(
@@ -111,12 +113,47 @@ def test_weights_may_be_off_by_rounding(anatomy: Anatomy) -> None:
         (Merge(sources=(), weights=()), "at least one layer"),
         (Merge(sources=(LayerRef(variant="base", layer=1),), weights=(0.5, 0.5)), "1 weights, one a layer; found 2"),
         (Merge(sources=(LayerRef(variant="base", layer=1),), weights=(math.nan,)), "a finite number; found nan"),
-        (Merge(sources=(LayerRef(variant="base", layer=1),), weights=(1.0,), method="slerp"), "linear"),  # type: ignore[arg-type]
+        (Merge(sources=(LayerRef(variant="base", layer=1),), weights=(1.0,), method="glue"), "linear, slerp"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_merge(anatomy: Anatomy, merge: Merge, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(replace(recipe_of(GOOD), layers=(merge,)), {"base": anatomy})
+
+
+ONE, TWO = LayerRef(variant="base", layer=1), LayerRef(variant="base", layer=2)
+
+
+@pytest.mark.parametrize(
+    ("merge", "message"),
+    [
+        (Merge(sources=(ONE,), weights=(1.0,), method="slerp"), "exactly 2 layers with a weight other than 0"),
+        (Merge(sources=(ONE, TWO), weights=(0.5, 0.6), method="slerp"), "that sum to 1 for slerp; found 0.5, 0.6"),
+        (Merge(sources=(ONE,), weights=(1.0,), method="task_arithmetic"), "merge.base: .* found none"),
+        (Merge(sources=(ONE,), weights=(1.0,), base=TWO), "no base, for linear takes no differences; found base:2"),
+        (
+            Merge(sources=(ONE,), weights=(1.0,), base=LayerRef(variant="base", layer=6), method="task_arithmetic"),
+            "a layer from 0 to 5; found base:6",
+        ),
+        (
+            Merge(sources=(ONE,), weights=(1.0,), base=TWO, method="ties", params={"density": 0.0, "lambda": 1.0}),
+            "params.density: expected a number above 0 up to 1; found 0.0",
+        ),
+        (Merge(sources=(ONE,), weights=(1.0,), base=TWO, method="ties"), "params: expected density of ties; found"),
+        (Merge(sources=(ONE,), weights=(1.0,), params={"t": 0.5}), r"parameters of linear \(none\); found 't'"),
+        (Merge(sources=(ONE, TWO), weights=(0.4, 0.6), base=TWO, method="model_stock"), "equal weights"),
+        (Merge(sources=(ONE, TWO), weights=(1.0, 0.0), base=TWO, method="model_stock"), "at least 2 layers"),
+        (
+            Merge(sources=(ONE,), weights=(1.0,), base=TWO, method="breadcrumbs", params={"bottom": 0.5, "top": 0.5}),
+            "below 1 together",
+        ),
+        (Merge(sources=(ONE,), weights=(1.0,), scale=math.inf), "merge.scale: expected a finite number; found inf"),
+        (Merge(sources=(ONE,), weights=(1.0,), mlp=Mix(weights=(1.0, 2.0))), "mlp.weights: expected 1 weights"),
+    ],
+)
+def test_wrong_methods_and_parameters(anatomy: Anatomy, merge: Merge, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(recipe_of(merge), {"base": anatomy})
 
 
 def test_layers_and_variants_that_are_not_there(anatomy: Anatomy) -> None:

@@ -18,7 +18,7 @@ from intarsia.anatomy.spec import Anatomy
 from intarsia.errors import UserError
 from intarsia.recipe.check import check
 from intarsia.recipe.codec import content_hash, load, save, to_yaml_text
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
 from intarsia.recipe.ranges import format_ranges, parse_ranges
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.strict_yaml import dump_yaml, parse_yaml
@@ -246,6 +246,96 @@ layers:
     assert recipe.spans == ((0, 1), (1, 4), (4, 4), (4, 4), (4, 6))
 
 
+MERGES = """
+version: 1
+variants: {general: demo, math: m, code: c}
+base: general
+depth: 6
+layers:
+  - merge: {method: ties, from: [math:1, code:1], params: {density: 0.25}}
+  - merge: {from: [math:2], weights: [1.0], scale: 1.5}
+  - merge:
+      method: task_arithmetic
+      from: [math:3, code:4]
+      weights: [0.5, 0]
+      base: 3
+      mlp: {method: dare_ties, weights: [1, 1], params: {seed: 7, density: 0.5, lambda: 2}}
+"""
+
+
+def test_merges_and_their_defaults(tmp_path: Path) -> None:
+    recipe = load(written(tmp_path, MERGES))
+    ties, scaled, split = recipe.layers
+    assert ties == Merge(
+        sources=(source(1, "math"), source(1, "code")),
+        weights=(0.5, 0.5),
+        method="ties",
+        params={"density": 0.25, "lambda": 1.0},
+        base=source(1, "general"),
+    )
+    assert scaled == Merge(sources=(source(2, "math"),), weights=(1.0,), scale=1.5)
+    assert split == Merge(
+        sources=(source(3, "math"), source(4, "code")),
+        weights=(0.5, 0.0),
+        method="task_arithmetic",
+        base=source(3, "general"),
+        mlp=Mix(weights=(1.0, 1.0), method="dare_ties", params={"density": 0.5, "lambda": 2.0, "seed": 7}),
+    )
+    save(recipe, tmp_path / "again.yaml")
+    again = load(tmp_path / "again.yaml")
+    assert again == recipe
+    assert content_hash(again) == content_hash(recipe)
+
+
+def test_everything_about_a_merge_counts(tmp_path: Path) -> None:
+    recipe = load(written(tmp_path, MERGES))
+    ties, scaled, split = recipe.layers
+    assert isinstance(ties, Merge) and isinstance(scaled, Merge) and isinstance(split, Merge)
+    assert split.mlp is not None
+    others = [
+        (replace(ties, params={"density": 0.5, "lambda": 1.0}), scaled, split),
+        (replace(ties, base=source(2, "general")), scaled, split),
+        (replace(ties, method="dare_ties"), scaled, split),
+        (ties, replace(scaled, scale=1.0), split),
+        (ties, scaled, replace(split, mlp=None)),
+        (ties, scaled, replace(split, mlp=replace(split.mlp, weights=(1.0, 0.5)))),
+    ]
+    hashes = [content_hash(replace(recipe, layers=layers)) for layers in others]
+    assert len({content_hash(recipe), *hashes}) == len(others) + 1
+
+
+def test_hashes_of_older_recipes_stay() -> None:
+    """What was built with an earlier version is recognised: these are the hashes that it gave."""
+    folder = Path(__file__).parents[2] / "recipes"
+    known = {
+        "merge-and-concat": "e504230efee6d1559d5b1c3a9d43ab55c82e9591340cb57cb32cfc6d8f6721bd",
+        "concat-two-layers": "8dc62eececeacff97b4c2d78d1ab5c61a43ba96644e12dbc93c692fa563f3a08",
+        "drop-five-layers": "6bf549fd7d262e22d1e29e558c46c9ec742583496fbd9046ac1056141f3e7c21",
+    }
+    assert {name: content_hash(load(folder / f"{name}.yaml")) for name in known} == known
+
+
+@pytest.mark.parametrize(
+    ("merge", "message"),
+    [
+        ("{from: [1, 2], method: ties}", "merge.base: .* not at one index; found none"),
+        (
+            "{from: [1], method: ties, params: {density: 2}}",
+            "params.density: expected a number above 0 up to 1; found 2",
+        ),
+        ("{from: [1], method: dare_linear, params: {seed: 0.5}}", "params.seed: expected a whole number"),
+        ("{from: [1], params: {density: 0.5}}", "merge.params: expected none, for linear has no parameters"),
+        ("{from: [1], mlp: {from: [2]}}", "merge.mlp: expected only the keys weights, method, params; found 'from'"),
+        ("{from: [1], mlp: {method: [linear]}}", "merge.mlp.method: expected one of linear, slerp"),
+        ("{from: [1], scale: big}", "merge.scale: expected a number; found 'big'"),
+    ],
+)
+def test_mistakes_in_a_merge(merge: str, message: str, tmp_path: Path) -> None:
+    text = f"version: 1\nmodel: demo\ndepth: 6\nlayers:\n  - merge: {merge}\n"
+    with pytest.raises(UserError, match=message):
+        load(written(tmp_path, text))
+
+
 def test_all_problems_with_their_places(tmp_path: Path) -> None:
     text = """
 version: 1
@@ -261,7 +351,7 @@ layers:
       cuts:
         - {from: 3, kv_groups: [0, x], channels: "5-2"}
         - {from: 4, channels: 1.5, weights: {attention: yes}}
-  - merge: {from: [], method: slerp}
+  - merge: {from: [], method: glue}
 spans: [[0, 1, 2], 5]
 fitted: {0: [mlp.down_proj.weight]}
 provenance: 7

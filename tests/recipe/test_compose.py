@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from intarsia.anatomy.spec import PARTS, Anatomy, Part
 from intarsia.errors import UserError
 from intarsia.recipe.check import check
 from intarsia.recipe.compose import compose, concat_of, simplify
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, NormMode, Op, Select
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, NormMode, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, identity
 
 Recipes = Callable[..., st.SearchStrategy[Recipe]]
@@ -251,6 +252,36 @@ def test_merge_over_concat_and_concat_over_merge_are_refused_together() -> None:
     with pytest.raises(UserError) as caught:
         compose(outer, inner, variant="cut")
     assert [problem.where for problem in caught.value.problems] == ["layers[0]", "layers[1]"]
+
+
+def test_a_merge_by_differences_keeps_its_form() -> None:
+    """Its sources and base become those of the inner model; what is no whole layer there has to be built first."""
+    ties = Merge(
+        sources=(ref(0, "cut"), ref(1, "cut")),
+        weights=(1.0, 2.0),
+        method="ties",
+        params={"density": 0.5, "lambda": 1.0},
+        base=ref(1, "cut"),
+        scale=0.5,
+        mlp=Mix(weights=(1.0, 0.0)),
+    )
+    outer, inner = two([ties], [select(2), select(5)])
+    assert compose(outer, inner, variant="cut").layers == (replace(ties, sources=(ref(2), ref(5)), base=ref(5)),)
+    outer, inner = two([ties], [select(2), Merge(sources=(ref(0),), weights=(0.5,))])
+    with pytest.raises(UserError, match="whole layers to merge by ties; found inner layer 1"):
+        compose(outer, inner, variant="cut")
+    outer, inner = two([replace(ties, base=ref(7, "cut"))], [select(2), select(5)])
+    with pytest.raises(UserError, match="a layer of 'cut' from 0 to 1; found cut:7"):
+        compose(outer, inner, variant="cut")
+
+
+@pytest.mark.parametrize("change", [{"scale": 0.5}, {"mlp": Mix(weights=(1.0,))}, {"method": "task_arithmetic"}])
+def test_only_plain_sums_of_layers_add_up(change: dict[str, Any], anatomy: Anatomy) -> None:
+    merged = replace(Merge(sources=(ref(0),), weights=(1.0,)), **change)
+    assert simplify(merged, anatomy) == merged
+    outer, inner = two([Merge(sources=(ref(0, "cut"), ref(1, "cut")), weights=(0.5, 0.5))], [merged, select(1)])
+    with pytest.raises(UserError, match="weighted sums of layers"):
+        compose(outer, inner, variant="cut")
 
 
 def test_fitted_tensors_go_with_a_whole_layer_only() -> None:

@@ -153,3 +153,17 @@ def test_a_source_card_without_a_licence(card: str | None) -> None:
 def test_named_licences_come_along() -> None:
     card = "\ufeff---\r\nlicense: other\r\nlicense_name: llama3\r\nlicense_link: LICENSE\r\n---\r\ntext"
     assert inherited(card) == {"license": "other", "license_name": "llama3", "license_link": "LICENSE"}
+
+
+@pytest.mark.parametrize(
+    ("combine", "said", "unsaid"),
+    [
+        ("concat", "most sensitive pieces of adjacent layers were joined", "added"),
+        ("fuse", "what was left out was added onto the most similar pieces", "weighted by its share"),
+        ("weight-sum", "adjacent layers were added up into one, each weighted by its share", "pieces"),
+    ],
+)
+def test_says_how_layers_became_one(combine: str, said: str, unsaid: str) -> None:
+    intro = model_card({**RESULTS, "settings": {"combine": combine}}).split("## Measured")[0]
+    assert said in intro
+    assert unsaid not in intro

@@ -1,0 +1,94 @@
+"""What each part of CoMe is worth: the ablations of the paper, and those of what is done otherwise here.
+
+The texts of `python -m benchmarks compare`. It is one `intarsia compare`, so a stopped benchmark goes on where it was.
+Prints the table, and with --docs writes it into the page between its marks (the page is made where there is none).
+
+    python -m benchmarks ablations --data ../shared/data -o out/bench/ablations --docs docs/ABLATIONS.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.compare import HEALS, compared, parser
+from intarsia.reporting.comparison import DENSE, Comparison, Row
+
+BASE = "come"
+ABLATIONS: Mapping[str, str] = {
+    "come": "as it is: joined pieces, shares by block influence, norms folded",
+    "come[combine=weight-sum]": "whole layers are added up, weighted by share",
+    "come[combine=fuse]": "pieces that are left out are added onto the most similar kept ones",
+    "come[sharpness=0.5]": "shares by the square root of block influence",
+    "come[sharpness=2]": "shares by the square of block influence",
+    "come[dominance=0.8]": "the strongest layer has at least 0.8^(1/(n-1)) of the pieces",
+    "come[span_choice=sleb]": "merges where skipping costs least, not where influence is least",
+    "come[norm=average]": "norms averaged by share, as published",
+    "come-p": "shares by calibration loss, tried on three spans",
+    "come-p[spans=1]": "shares by calibration loss, on one span, as published",
+}
+_BEGIN, _END = "<!-- ablations -->", "<!-- /ablations -->"
+_PAGE = f"""# Ablations
+
+What each part of CoMe is worth on SmolLM2-135M-Instruct (30 layers), by perplexity: WikiText-2 (test) / news that was
+kept out, cut and repaired in closed form. In brackets the change of log-perplexity against `{BASE}` in the same column;
+below zero is better.
+
+{_BEGIN}
+{_END}
+"""
+
+
+def main() -> None:
+    """Compare, print, and write the page."""
+    options = parser(__doc__, out="out/bench/ablations", layers=(27, 23))
+    options.add_argument("--methods", nargs="+", default=list(ABLATIONS))
+    options.add_argument("--docs", type=Path)
+    given = options.parse_args()
+    found = compared(given, given.methods)
+    text = table(found, given.methods, given.layers, [heal for heal in HEALS if heal in given.heal])
+    print(f"\n{text}")
+    if given.docs is not None:
+        page = given.docs.read_text(encoding="utf-8") if given.docs.exists() else _PAGE
+        before, _, rest = page.partition(_BEGIN)
+        _, _, behind = rest.partition(_END)
+        given.docs.write_text(f"{before}{_BEGIN}\n{text}{_END}{behind}", encoding="utf-8")
+
+
+def table(found: Comparison, methods: Sequence[str], layers: Sequence[int], heals: Sequence[str]) -> str:
+    """A row a method, a column a depth and heal."""
+    rows = {row.key: row for row in found.rows}
+    dense = next(row for row in found.rows if row.method == DENSE)
+    columns = [(depth, heal) for depth in layers for heal in heals]
+    heads = [f"{depth}" + ("" if heal == "none" else ", healed") for depth, heal in columns]
+    said = ", ".join(
+        f"{text['windows']} windows of {text['seq_len']} tokens of {text['name']}" for text in found.eval_texts
+    )
+    whole = " / ".join(f"{dense.perplexity[text]['value']:.1f}" for text in found.texts)
+    lines = [
+        f"Calibration: {found.settings['tokens']:,} tokens. Evaluation: {said}. Dense: {whole}.",
+        "",
+        "| method | what is different | " + " | ".join(heads) + " |",
+        "|---|---|" + "---:|" * len(columns),
+    ]
+    for method in methods:
+        cells = [
+            _cell(rows.get((method, depth, heal)), rows.get((BASE, depth, heal)), found.texts)
+            for depth, heal in columns
+        ]
+        lines.append(f"| `{method}` | {ABLATIONS.get(method, '')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row | None, base: Row | None, texts: Sequence[str]) -> str:
+    if row is None or not row.perplexity:
+        return "—"
+    values = " / ".join(f"{row.perplexity[text]['value']:.1f}" for text in texts)
+    if base is None or row.method == BASE or not base.perplexity:
+        return values
+    changes = " / ".join(f"{row.perplexity[text]['nll'] - base.perplexity[text]['nll']:+.3f}" for text in texts)
+    return f"{values} ({changes})"
+
+
+if __name__ == "__main__":
+    main()

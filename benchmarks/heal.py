@@ -1,0 +1,180 @@
+"""What each stage of healing gives the demo model, at several depths.
+
+Cut (CoMe-P, and removal by calibration loss), closed form on 64k tokens, layerwise distillation on 500k on top, and
+end-to-end distillation on 200k on top of that. `--against 25` adds, at that depth, end-to-end distillation alone for as
+long as both took together, and the same training of the plainly cut model. Texts as in the benchmark `quality`, whose
+ladders are used where they are there. Every row is kept: a stopped benchmark goes on where it was.
+
+    python -m benchmarks heal --data ../shared/data/text -o out/bench/heal
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import intarsia
+from intarsia.cli.display import display
+from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
+
+CUTS = ("come-p", "sleb")
+TEXTS = ("WikiText-2", "news")
+# Found on the model cut to 21 layers (dev/LOG.md); the learning rates are those of a small model.
+LAYERWISE = LayerwiseSettings(inputs="student", kl=0.0, lr=1e-3, patience=10)
+END_TO_END = EndToEndSettings(lr=3e-4, batch_tokens=2048, patience=10)
+
+
+class Bench:
+    """Rows that are done, and how to do the others."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.out: Path = given.out
+        self.plans: Path = given.plans
+        self.tokens: dict[str, int] = {
+            "closed-form": given.tokens[0],
+            "layerwise": given.tokens[1],
+            "end-to-end": given.tokens[2],
+        }
+        self.deepest: int = min(given.layers)
+        data: Path = given.data
+        self.data = [
+            str(data / "wikitext2.valid.txt"),
+            f"{data / 'abc_news.txt'}#0:0.9",
+            str(data / "state_union.txt"),
+        ]
+        self.texts = {
+            "WikiText-2": (str(data / "wikitext2.test.raw.txt"), 64),
+            "news": (f"{data / 'abc_news.txt'}#0.9:1", 16),
+        }
+        self.rows = self.out / "rows.json"
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.found: dict[str, dict[str, float]] = json.loads(self.rows.read_text()) if self.rows.exists() else {}
+
+    def judge(self, key: str, model: str, seconds: float) -> None:
+        """Keep a row: perplexities, and what the last stage took."""
+        values = {
+            name: intarsia.evaluate_perplexity(model, text, windows=windows, progress=display()).value
+            for name, (text, windows) in self.texts.items()
+        }
+        self.found = json.loads(self.rows.read_text()) if self.rows.exists() else {}  # others write here too
+        self.found[key] = {**values, "seconds": seconds}
+        self.rows.write_text(json.dumps(self.found, indent=2))
+        print(key, {name: round(value, 2) for name, value in self.found[key].items()}, flush=True)
+
+    def cut(self, method: str, layers: int) -> Path:
+        """The model as it is cut."""
+        run = self.plans / method
+        intarsia.plan(
+            "demo",
+            run,
+            layers=self.deepest,
+            method=method,
+            calibration=self.data,
+            tokens=65536,
+            progress=display(),
+        )
+        folder = self.out / f"{method}-{layers}"
+        if not folder.exists():
+            intarsia.build(run, folder, layers=layers)
+        if f"{method} {layers} cut" not in self.found:
+            self.judge(f"{method} {layers} cut", str(folder), 0.0)
+        return folder
+
+    def heal(self, source: Path, stage: str, name: str, key: str, **options: Any) -> Path:
+        """One stage on top of a model."""
+        folder = self.out / name
+        tokens = options.pop("tokens", self.tokens.get(stage, 0)) // 512 * 512
+        if not folder.exists():
+            result = intarsia.heal(
+                source,
+                folder,
+                data=self.data,
+                stages=(stage,),
+                tokens=tokens,
+                layerwise=LAYERWISE,
+                end_to_end=END_TO_END,
+                progress=display(),
+                **options,
+            )
+            (self.out / f"{name}.json").write_text(json.dumps(result.to_dict(), indent=2, default=str))
+        if key not in self.found:
+            seconds = sum(row["seconds"] for row in json.loads((self.out / f"{name}.json").read_text())["stages"])
+            self.judge(key, str(folder), seconds)
+        return folder
+
+    def depth(self, layers: int) -> None:
+        """All stages at one depth."""
+        healed = {
+            method: self.heal(
+                self.cut(method, layers), "closed-form", f"{method}-{layers}-cf", f"{method} {layers} closed form"
+            )
+            for method in CUTS
+        }
+        trained = self.heal(healed["come-p"], "layerwise", f"come-p-{layers}-lw", f"come-p {layers} layerwise")
+        self.heal(trained, "end-to-end", f"come-p-{layers}-e2e", f"come-p {layers} end-to-end")
+
+    def against(self, layers: int) -> None:
+        """End-to-end alone for the time that layerwise and end-to-end took, from both cuts."""
+        took = {stage: self.found[f"come-p {layers} {stage}"]["seconds"] for stage in ("layerwise", "end-to-end")}
+        tokens = round(self.tokens["end-to-end"] * sum(took.values()) / took["end-to-end"])
+        for method in CUTS:
+            self.heal(
+                self.out / f"{method}-{layers}-cf",
+                "end-to-end",
+                f"{method}-{layers}-alone",
+                f"{method} {layers} end-to-end alone",
+                tokens=tokens,
+            )
+
+    def table(self, text: str, depths: list[int]) -> None:
+        """Print the table of one text."""
+        dense = self.found["dense"][text]
+        print(f"\n{text} (dense {dense:.2f}); in brackets the share of the gap that is closed\n")
+        columns = ("cut", "closed form", "layerwise", "end-to-end", "end-to-end alone")
+        print(f"| layers | | {' | '.join(columns)} |")
+        print("|---:|---|" + "---:|" * len(columns))
+        for layers in depths:
+            cuts = [self.found[key][text] for method in CUTS if (key := f"{method} {layers} cut") in self.found]
+            gap = math.log(min(cuts) / dense)
+            for method in CUTS:
+                cells = []
+                for column in columns:
+                    row = self.found.get(f"{method} {layers} {column}")
+                    closed = None if row is None else 1.0 - math.log(row[text] / dense) / gap
+                    cells.append("" if row is None else f"{row[text]:.1f} ({closed:.0%})")
+                print(f"| {layers} | {method} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    """Cut, heal, judge, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/text"))
+    parser.add_argument("-o", "--out", type=Path, default=Path("out/bench/heal"))
+    parser.add_argument("--plans", type=Path, default=Path("out/bench/quality"), help="run folders of `quality`")
+    parser.add_argument("--layers", type=int, nargs="+", default=[27, 25, 23, 21])
+    parser.add_argument("--against", type=int, nargs="*", default=[])
+    parser.add_argument(
+        "--tokens", type=int, nargs=3, default=[65536, 500_000, 200_000], metavar=("FIT", "LAYERWISE", "END_TO_END")
+    )
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    given = parser.parse_args()
+    bench = Bench(given)
+    if not given.table:
+        if "dense" not in bench.found:
+            bench.judge("dense", "demo", 0.0)
+        for layers in given.layers:
+            bench.depth(layers)
+            if layers in given.against:
+                bench.against(layers)
+    for text in TEXTS:
+        bench.table(text, given.layers)
+    for folder in bench.out.glob("*.heal"):
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""A recipe's whole model in memory: a `transformers` model like the one that a built folder gives, cache and all.
+
+What the recipe leaves alone (embedding, head, selected layers) shares its parameters with the resident model, so that
+it costs no more memory than the layers that are new. Its numbers are those of the built folder, bit for bit: tensors
+come from the same function and are rounded in the same order.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from intarsia.building.resident import Resident, twin
+from intarsia.checkpoint.folder import write_config
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.recipe.recipe import Recipe
+
+
+def assembled(recipe: Recipe, resident: Resident) -> PreTrainedModel:
+    """The recipe's model, on the resident model's device and in its dtype.
+
+    Args:
+        recipe: over the resident model alone.
+        resident: stays as it is. Neither of the two models' parameters may be changed in place afterwards.
+    """
+    model = twin(resident.model)
+    assert isinstance(model, PreTrainedModel)
+    layers = nn.ModuleList()
+    for index, op in enumerate(recipe.layers):
+        fitted = _as_built(index, recipe, resident.checkpoint)
+        layer = twin(resident.module(op, fitted))
+        parts: Iterator[Any] = layer.modules()
+        for part in parts:
+            # What is kept for later tokens is kept by the place of the layer in the model, not by where it came from.
+            if isinstance(getattr(part, "layer_idx", None), int):
+                part.layer_idx = index
+        layers.append(layer)
+    owner, _, name = resident.anatomy.family.layers_module.rpartition(".")
+    setattr(model.get_submodule(owner), name, layers)
+    _configure(model, _config(recipe, resident))
+    return model.eval()
+
+
+def _as_built(index: int, recipe: Recipe, checkpoint: Checkpoint) -> Mapping[str, npt.NDArray[np.float32]]:
+    """Fitted tensors behind the rounding to the dtype of the files, which a built folder's have been through."""
+    layer = recipe.layers[index].sources[0].layer
+    found = {}
+    for name, array in recipe.fitted.get(index, {}).items():
+        stored = checkpoint.headers[checkpoint.anatomy.tensor_name(layer, name)].dtype
+        found[name] = torch.from_numpy(array).to(stored).float().numpy()
+    return found
+
+
+def _config(recipe: Recipe, resident: Resident) -> PreTrainedConfig:
+    """The config of the built folder, and of the resident model what is decided when a model is loaded."""
+    with tempfile.TemporaryDirectory(prefix="intarsia-config-") as folder:
+        write_config(resident.checkpoint, [op.sources[0].layer for op in recipe.layers], Path(folder))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    assert isinstance(config, PreTrainedConfig)
+    config.dtype = resident.model.dtype
+    config._attn_implementation = resident.model.config._attn_implementation
+    return config
+
+
+def _configure(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Let every part read the one config, as after loading."""
+    parts: Iterator[Any] = model.modules()
+    for part in parts:
+        if isinstance(getattr(part, "config", None), PreTrainedConfig):
+            part.config = config

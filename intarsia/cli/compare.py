@@ -1,0 +1,133 @@
+"""`intarsia compare`: what every method makes of a model, in one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intarsia.cli import options
+from intarsia.cli.display import display
+from intarsia.cli.guard import guard
+from intarsia.cli.show import show
+from intarsia.errors import UserError
+
+_JUDGING = "Judging"
+
+
+def compare(
+    model: options.Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the comparison.", show_default=False)],
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Methods of `intarsia plan`, comma separated; options that are not the defaults in brackets: "
+            "come,come-p\\[spans=1],come\\[norm=average].",  # else they are taken for markup
+            show_default=False,
+        ),
+    ],
+    layers: Annotated[str, typer.Option(metavar="N,N", help="Depths, comma separated.", show_default=False)],
+    heal: Annotated[str, typer.Option(metavar="KINDS", help="none, closed-form, or both: none,closed-form.")] = "none",
+    eval_text: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="Text for perplexity; may be given again.",
+            show_default=False,
+            rich_help_panel=_JUDGING,
+        ),
+    ] = [],  # noqa: B006  (typer copies it)
+    eval_windows: Annotated[
+        list[int],
+        typer.Option(help="Sequences of the evaluation text; once, or for every text.", rich_help_panel=_JUDGING),
+    ] = [64],  # noqa: B006
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Tasks of lm-eval or task files (.jsonl), comma separated.",
+            show_default=False,
+            rich_help_panel=_JUDGING,
+        ),
+    ] = None,
+    task_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N", help="Depths to score on tasks (default: all).", show_default=False, rich_help_panel=_JUDGING
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Items of each task.", show_default=False, rich_help_panel=_JUDGING)
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(help="Folder with task definitions of your own.", show_default=False, rich_help_panel=_JUDGING),
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure tokens a second too.", rich_help_panel=_JUDGING)
+    ] = False,
+    calibration: options.Calibration = ["self"],  # noqa: B006
+    tokens: options.Tokens = 65536,
+    seq_len: options.SeqLen = 512,
+    revision: options.Revision = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    batch_tokens: options.BatchTokens = None,
+    seed: options.Seed = 0,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compare methods on one model, at several depths, cut and healed: perplexity, tasks, speed, cost.
+
+    The methods share one pass over the model, and nothing is built: each model is judged in memory. Stopped at any
+    point, the same command continues with the next row; more methods and depths may be added later.
+    `intarsia build OUT/plans/METHOD --layers N` builds any of the models.
+    """
+    with guard(run=out, resumes=True) as stdout:
+        depths = _numbers("--layers", layers)
+        from intarsia.stages.compare import compare as stage
+
+        result = stage(
+            model,
+            out,
+            methods=methods,
+            layers=depths,
+            heal=_words(heal),
+            eval_text=eval_text,
+            eval_windows=eval_windows,
+            tasks=_words(tasks or ""),
+            task_layers=None if task_layers is None else _numbers("--task-layers", task_layers),
+            limit=limit,
+            include_path=include_path,
+            speed=speed,
+            calibration=options.calibration_spec(calibration),
+            tokens=tokens,
+            seq_len=seq_len,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            dry_run=dry_run,
+            progress=display(quiet=quiet or as_json),
+        )
+        show(result, to=stdout, as_json=as_json)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError:
+        raise UserError.of(
+            where=option,
+            expected="whole numbers, comma separated",
+            found=repr(text),
+            remedy="Write them like 27,25,23.",
+        ) from None

@@ -1,0 +1,100 @@
+"""A race: candidates see an ever larger part of the calibration set, and those that are clearly worse leave early."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from intarsia.progress import Progress
+
+Name = TypeVar("Name")
+
+_STAGES = (0.0625, 0.125, 0.25, 0.5, 1.0)
+_ERRORS = 2.0
+_LEAST = 8
+_LAST = 2
+
+
+def race(
+    candidates: Sequence[Name],
+    losses: Callable[[Name, slice], Tensor],
+    counts_N: Tensor,
+    *,
+    racing: bool,
+    progress: Progress,
+    title: str,
+) -> tuple[Name, dict[Name, Tensor]]:
+    """The candidate with the least loss on the calibration set, and what every candidate has shown.
+
+    After each part the worse half leaves, and so does a candidate whose paired differences to the best, sequence by
+    sequence, have a mean of more than two standard errors above zero.
+
+    Args:
+        candidates: distinct; of equal ones the first wins.
+        losses: summed loss of a candidate on each of some sequences, float64.
+        counts_N: tokens predicted in each sequence.
+        racing: False lets all of them run to the end.
+
+    Returns:
+        The best, and the summed losses of each candidate on the sequences it ran on.
+    """
+    found: dict[Name, list[Tensor]] = {name: [] for name in candidates}
+    alive = list(candidates)
+    stages = _parts(counts_N.numel(), racing=racing)
+    sizes = [part.stop - part.start for part in stages]
+    with progress.task(title, _length(len(alive), sizes)) as task:
+        for part, size in zip(stages, sizes, strict=True):
+            for name in alive:
+                found[name].append(losses(name, part))
+                task.advance(size)
+            number_N = counts_N[: part.stop]
+            # A sequence that is nearly all padding predicts nothing, and has no mean.
+            means = {name: (torch.cat(found[name]) / number_N)[number_N > 0] for name in alive}
+            alive = _survivors(alive, means) if part.stop < counts_N.numel() else alive
+            if len(alive) == 1:
+                break
+            task.note(f"{len(alive)} left")
+    totals = {name: float(torch.cat(found[name]).sum()) for name in alive}
+    best = min(alive, key=lambda name: (totals[name], alive.index(name)))
+    return best, {name: torch.cat(sums) for name, sums in found.items()}
+
+
+def mean_loss(sums_N: Tensor, counts_N: Tensor) -> float:
+    """Loss a token on the sequences that a candidate ran on, in nats."""
+    return float(sums_N.sum() / counts_N[: sums_N.numel()].sum())
+
+
+def _parts(total: int, *, racing: bool) -> list[slice]:
+    stops = sorted({max(1, math.ceil(total * stage)) for stage in _STAGES}) if racing else [total]
+    stops = [stop for stop in stops if stop >= min(_LEAST, total)]
+    return [slice(first, stop) for first, stop in zip([0, *stops[:-1]], stops, strict=True)]
+
+
+def _survivors(alive: Sequence[Name], means: Mapping[Name, Tensor]) -> list[Name]:
+    """The better half of the candidates, less those that are clearly worse than the best, in the order of `alive`.
+
+    `means` are losses a token, by sequence. At least two are compared until the end, unless one is clearly best.
+    """
+    if means[alive[0]].numel() < 2:
+        return list(alive)
+    ranked = sorted(alive, key=lambda name: float(means[name].mean()))
+    half = ranked[: max(_LAST, math.ceil(len(ranked) / 2))]
+    return [name for name in alive if name in half and not _clearly_worse(means[name] - means[ranked[0]])]
+
+
+def _length(candidates: int, sizes: Sequence[int]) -> int:
+    """Sequences that a race runs at most, for the time left."""
+    length = 0
+    for size in sizes:
+        length += candidates * size
+        candidates = max(min(_LAST, candidates), math.ceil(candidates / 2))
+    return length
+
+
+def _clearly_worse(gap_N: Tensor) -> bool:
+    error = float(gap_N.std()) / math.sqrt(gap_N.numel())
+    return float(gap_N.mean()) > _ERRORS * error

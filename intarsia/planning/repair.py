@@ -1,0 +1,136 @@
+"""The closed form inside the progressive loop: a layer is repaired before the next decision looks at the model.
+
+After a step, every layer that stands for more original layers than before, or is another one, is fitted from what the
+repaired layers before it give towards what the original gives at the end of its span (`intarsia.healing.closed_form`);
+then what lies behind is run again. If that raises the loss of the sequences that are held out, the layers stay as they
+were. What was fitted on a layer that is merged again is forgotten: ops stay flat over original layers. Where only a
+layer's span has grown, what was fitted is the starting point.
+
+The same fit, of one read-out and on part of the tokens, tells how well a layer could take the place of others
+(`reconstruction_error`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+from intarsia.building.resident import twin
+from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.healing.correspond import trainable
+from intarsia.healing.layer_fit import LayerFit, fit_layer, moments
+from intarsia.healing.ridge import choose
+from intarsia.planning.intermediate import Intermediate
+from intarsia.planning.original import Original
+from intarsia.planning.settings import RECONSTRUCTION_TOKENS
+from intarsia.recipe.ops import Op
+from intarsia.recipe.recipe import derive_spans
+
+
+class Repair:
+    """Repairs a model on its way down."""
+
+    def __init__(self, model: Intermediate, settings: ClosedFormSettings) -> None:
+        self.model = model
+        self.settings = settings
+
+    def replace(self, start: int, count: int, op: Op | None) -> dict[str, Any]:
+        """`Intermediate.replace`, with every layer repaired that this changes.
+
+        Returns:
+            As plain data: the read-outs that were fitted, whether they are taken, the loss of the held-out sequences
+            without and with them, and how many layer-forwards this cost beside measuring the model.
+        """
+        model = self.model
+        original = model.original(len(model.corpus))  # copied while the whole model is what was measured
+        first, due = self._exchange(start, count, op)
+        if not due:
+            model.measure(first)
+            return {"read_outs": [], "taken": False, "held_out_loss": None, "layer_forwards": 0}
+        held_out = list(range(0, len(model.corpus), self.settings.held_out))
+        before = float(model.losses_behind(first, held_out).sum())
+        spent = (model.depth - first) * len(held_out) / len(model.corpus)
+        unrepaired = {index: model.fitted[index] for index in due}
+        fits: list[LayerFit] = []
+        reached = first
+        for index, depth in due.items():
+            if index > reached:
+                model.measure(reached, index)
+                reached = index
+            fits += self._fit(index, original, depth)
+        model.measure(reached)
+        after = float(model.losses_N[held_out].sum())
+        changed = [index for index in due if model.fitted[index] is not unrepaired[index]]
+        if changed and after >= before:
+            for index in changed:
+                model.fit(index, unrepaired[index])
+            model.measure(first)
+            spent += model.depth - first
+        tokens = max(int(model.counts_N[held_out].sum()), 1)
+        return {
+            "read_outs": [asdict(fit) for fit in fits],
+            "taken": bool(changed) and after < before,
+            "held_out_loss": [before / tokens, after / tokens],
+            "layer_forwards": len(fits) + spent,
+        }
+
+    def _exchange(self, start: int, count: int, op: Op | None) -> tuple[int, dict[int, int]]:
+        """Make the change. The first layer that may now give something else, and those to repair: towards which depth.
+
+        These are the layer that is put in, and one that now stands for more than before.
+        """
+        model, depth = self.model, self.model.anatomy.n_layers
+        known = set(zip(model.ops, derive_spans(model.ops, depth), strict=True))
+        model.replace(start, count, op, measure=False)
+        due: dict[int, int] = {}
+        for index, layer in enumerate(zip(model.ops, derive_spans(model.ops, depth), strict=True)):
+            put_in = op is not None and index == start
+            if trainable(*layer) and (put_in or layer not in known):
+                due[index] = layer[1][1]
+        return min([start, *due]), due
+
+    @torch.inference_mode()
+    def _fit(self, index: int, original: Original, depth: int) -> list[LayerFit]:
+        model = self.model
+        module = twin(model.modules[index])  # fitting must leave the original model alone
+        tensors, fits = fit_layer(
+            module,
+            self.settings.changed,
+            partial(model.feed, index, model.ops[index], original, depth),
+            index=index,
+            stream=model.stream,
+            anatomy=model.anatomy,
+            rule=self.settings.rule,
+        )
+        if tensors:
+            model.fit(index, {**(model.fitted[index] or {}), **tensors}, module)
+        return fits
+
+
+@torch.inference_mode()
+def reconstruction_error(model: Intermediate, start: int, count: int, op: Op) -> float:
+    """How far a layer in the place of `count` others is from the original at the end of their spans, once it is fitted.
+
+    Down_proj is fitted by the closed form's own rule; the mean of |h - H^b|^2 / |H^b|^2 over held-out tokens. Costs one
+    layer-forward over `RECONSTRUCTION_TOKENS` tokens at most.
+    """
+    layers = [*model.ops[:start], op, *model.ops[start + count :]]
+    end = derive_spans(layers, model.anatomy.n_layers)[start][1]
+    key = (start, end, op)
+    if key not in model.errors:
+        sequences = min(len(model.corpus), max(1, RECONSTRUCTION_TOKENS // model.corpus.seq_len))
+        original = model.original(sequences)
+        rule = ClosedFormSettings().rule
+        grams = moments(
+            model.resident.module(op),
+            "mlp",
+            lambda: model.feed(start, op, original, end),
+            stream=model.stream,
+            anatomy=model.anatomy,
+            rule=rule,
+        )
+        model.errors[key] = choose(*grams, rule.ridges, where=f"reconstruction at layer {start}").error_after
+    return model.errors[key]

@@ -1,0 +1,310 @@
+"""A model folder that intarsia has built as a part of a report: its recipe, how it was healed and what it measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from intarsia.anatomy.detect import detect
+from intarsia.anatomy.spec import Anatomy
+from intarsia.building.materialize import RECIPE_FILE
+from intarsia.errors import UserError
+from intarsia.planning.run_folder import write_whole
+from intarsia.recipe import codec
+from intarsia.recipe.recipe import Recipe
+from intarsia.reporting.blocks import Code, Facts, Figure, Section, Subject, Tile, Written, table
+from intarsia.reporting.chart import Point, Series, chart
+from intarsia.reporting.commands import compress_command
+from intarsia.reporting.layer_facts import picture_data
+from intarsia.reporting.picture import Pieces
+from intarsia.reporting.plan_run import (
+    PlanRun,
+    duration,
+    evidence_sections,
+    is_plan_run,
+    ladders,
+    load_run,
+    puzzle_section,
+    steps_section,
+    written,
+)
+from intarsia.reporting.scale import Axis, short
+
+MEASURES_FILE = RECIPE_FILE.with_name("measures.json")
+"""What `compress` has measured, beside the recipe."""
+
+_TILES = (
+    ("layers", "layers"),
+    ("perplexity", "perplexity"),
+    ("parameters", "parameters"),
+    ("bytes", "weights"),
+    ("decode_per_s", "tokens/s written"),
+    ("prefill_per_s", "tokens/s read"),
+)
+
+
+def keep_measures(out: Path, facts: Mapping[str, Any]) -> None:
+    """Lay what a compression measured beside the recipe of what it built.
+
+    Args:
+        facts: `model`, `before`, `after` (measures as `Measures.to_dict` gives them), and what is known of `healed`,
+            `evaluation` (`text`, `sha256`, `windows`, `seq_len`), `layer_forwards`, `seconds`, `run` (its folder's
+            name, which is looked for beside the model).
+    """
+    write_whole(out / MEASURES_FILE, json.dumps(facts, indent=2) + "\n")
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder is a model with a recipe."""
+    return (path / RECIPE_FILE).is_file()
+
+
+def read(path: Path, *, generations: Sequence[Written] = ()) -> Subject:
+    """The model as a subject.
+
+    Args:
+        generations: what it and the original wrote.
+
+    Raises:
+        UserError: its recipe or what was measured is damaged.
+    """
+    recipe = codec.load(path / RECIPE_FILE)
+    facts = _measures(path / MEASURES_FILE)
+    run = _run(path, facts, recipe)
+    anatomy = _anatomy(path)
+    variant = recipe.variant(recipe.base)
+    provenance = recipe.provenance
+    method = str(provenance.get("method") or "a recipe by hand")
+    healed = healing_section(provenance.get("heal") or {})
+    sections = [
+        _puzzle(path, recipe, anatomy, run),
+        *quality_sections(facts),
+        *([healed] if healed else []),
+        *([Section(title="Written by both", blocks=list(generations), intro=_WRITTEN)] if generations else []),
+        *([] if run is None else [*evidence_sections(run), steps_section(run)]),
+        _origin(path, recipe, facts, run),
+    ]
+    evaluation = facts.get("evaluation") or {}
+    return Subject(
+        path=path,
+        title=f"{_plain(variant.model)}, {recipe.depth} → {len(recipe.layers)} layers",
+        subtitle=f"Made with {method}" + (f", judged on {evaluation['text']}" if evaluation.get("text") else ""),
+        base=(variant.sha256 or "", _plain(variant.model)),
+        tiles=_tiles(facts, recipe),
+        notes=_notes(facts),
+        sections=sections,
+        ladders=[] if run is None else ladders(run),
+        texts={evaluation["sha256"]: evaluation["text"]} if evaluation.get("sha256") else {},
+    )
+
+
+_WRITTEN = "The likeliest token at every place, so that nothing is left to chance."
+
+
+def quality_sections(facts: Mapping[str, Any]) -> list[Section]:
+    """Before and after, as a table."""
+    before, after = facts.get("before"), facts.get("after")
+    if not before or not after:
+        return []
+    rows = []
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key), after.get(key)
+        if old is None and new is None:
+            continue
+        rows.append(
+            {
+                "": key.replace("_per_s", ", tokens/s").replace("_", " "),
+                "before": measure(key, old),
+                "after": measure(key, new),
+                "change": change(old, new),
+            }
+        )
+    evaluation = facts.get("evaluation") or {}
+    intro = ""
+    if evaluation.get("text"):
+        intro = (
+            f"Perplexity on {evaluation['text']}: {evaluation.get('windows')} windows of {evaluation.get('seq_len')}"
+        )
+        intro += " tokens, ± one standard error. Speeds of both models were measured in turns."
+    return [Section(title="Before and after", blocks=[table(rows, text_columns=("",))], intro=intro)]
+
+
+def healing_section(heal: Mapping[str, Any]) -> Section | None:
+    """How the cut model was repaired: the stages, and the fit of every read-out."""
+    stages = heal.get("stages") or []
+    if len(stages) < 2:
+        return None
+    rows = [
+        {name.replace("_", " "): "" if value is None else measure(name, value) for name, value in stage.items()}
+        for stage in stages
+    ]
+    blocks: list[Any] = [table(rows, text_columns=("stage", "taken"))]
+    fits = [row for row in heal.get("read_outs") or [] if row.get("ridge") is not None]
+    if fits:
+        blocks.append(_fit_figure(fits))
+    text = heal.get("text") or {}
+    intro = f"On {text.get('tokens', 0):,} tokens of {text.get('description', 'text')}." if text else ""
+    return Section(title="Healing", blocks=blocks, intro=intro)
+
+
+def _fit_figure(fits: Sequence[Mapping[str, Any]]) -> Figure:
+    """Held-out error of every fitted read-out, before and after its fit."""
+    modules = list(dict.fromkeys(str(fit["module"]) for fit in fits))
+    series = [
+        Series(
+            name=f"{module}, {when}",
+            points=[
+                Point(x=fit["layer"], y=fit[key], title=f"layer {fit['layer']} {module} {when}: {fit[key]:.4g}")
+                for fit in fits
+                if fit["module"] == module
+            ],
+            hue=number,
+            dashed=key == "error_before",
+            line=False,
+        )
+        for number, module in enumerate(modules)
+        for key, when in (("error_before", "before"), ("error_after", "after"))
+    ]
+    svg = chart(
+        series, x=Axis(label="output layer", whole=True), y=Axis(label="relative error", zero=True), title="fit error"
+    )
+    return Figure(svg=svg, caption="Error of the hidden state on held-out tokens, before and after each fit.")
+
+
+def _puzzle(path: Path, recipe: Recipe, anatomy: Anatomy, run: PlanRun | None) -> Section:
+    depth = len(recipe.layers)
+    pieces = Pieces(
+        n_kv_heads=anatomy.n_kv_heads, n_channels=anatomy.n_channels, heads_per_group=anatomy.heads_per_group
+    )
+    fits: dict[int, list[Mapping[str, Any]]] = {}
+    for row in (recipe.provenance.get("heal") or {}).get("read_outs") or []:
+        fits.setdefault(int(row["layer"]), []).append(row)
+    recipes = {depth: recipe}
+    influence: Sequence[float] = ()
+    spans: dict[int, float] = {}
+    steps: Mapping[int, Mapping[str, Any]] = {}
+    if run is not None:
+        recipes = {layers: each for layers, each in run.recipes.items() if layers > depth} | recipes
+        influence = run.evidence.get("influence") or ()
+        spans = {int(start): value for start, value in (run.evidence.get("span_scores") or {}).items()}
+        steps = run.steps
+    data = picture_data(recipes, pieces, influence=influence, spans=spans, steps=steps, fits=fits, fitted_depth=depth)
+    return puzzle_section(recipes, pieces, data, name=path.name)
+
+
+def _origin(path: Path, recipe: Recipe, facts: Mapping[str, Any], run: PlanRun | None) -> Section:
+    provenance = recipe.provenance
+    blocks: list[Any] = []
+    if run is not None and facts:
+        heal = "closed-form" if provenance.get("heal") else "none"
+        blocks.append(Code(text=compress_command(run.settings, out=path.name, layers=len(recipe.layers), heal=heal)))
+    pairs = [("recipe, sha256", codec.content_hash(recipe))]
+    for variant in recipe.variants:
+        revision = f", revision {variant.revision}" if variant.revision else ""
+        pairs.append((f"weights of {_plain(variant.model)}{revision}, sha256", variant.sha256 or "not recorded"))
+    for name, value in provenance.items():
+        if name == "heal" or value is None:
+            continue
+        pairs += (
+            [(f"{name}: {key.replace('_', ' ')}", written(part)) for key, part in value.items()]
+            if isinstance(value, Mapping)
+            else [(name, written(value))]
+        )
+    if facts.get("evaluation"):
+        pairs += [(f"evaluation: {name.replace('_', ' ')}", written(v)) for name, v in facts["evaluation"].items()]
+    for name in ("layer_forwards", "seconds", "peak_memory_bytes"):
+        if facts.get(name) is not None:
+            pairs.append((name.replace("_", " "), measure(name, facts[name])))
+    return Section(title="Where this comes from", blocks=[*blocks, Facts(pairs=pairs)])
+
+
+def _tiles(facts: Mapping[str, Any], recipe: Recipe) -> list[Tile]:
+    before, after = facts.get("before") or {}, facts.get("after") or {}
+    if not after:
+        return [Tile(name="layers", before=str(recipe.depth), now=str(len(recipe.layers)))]
+    return [
+        Tile(
+            name=name,
+            before=measure(key, _value(before.get(key))),
+            now=measure(key, _value(after.get(key))),
+            change="" if key == "layers" else change(before.get(key), after.get(key)),
+        )
+        for key, name in _TILES
+        if after.get(key) is not None
+    ]
+
+
+def _notes(facts: Mapping[str, Any]) -> list[str]:
+    healed = facts.get("healed") or {}
+    if healed and not healed.get("taken", True):
+        return ["The closed form did not lower the loss of held-out text, so the model stayed as it was cut."]
+    return []
+
+
+def measure(key: str, value: Any) -> str:
+    """A measure as a person reads it, with its standard error."""
+    if isinstance(value, Mapping):
+        error = value.get("stderr")
+        return measure(key, value.get("value")) + ("" if error is None else f" ± {error:.2g}")
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return written(value)
+    if key.endswith("bytes"):
+        return f"{value / 1e9:.4g} GB" if value >= 1e9 else f"{value / 1e6:.4g} MB"
+    if key.endswith("seconds"):
+        return duration(value)
+    return short(value)
+
+
+def change(old: Any, new: Any) -> str:
+    """How far a number moved, in per cent of where it was."""
+    first, second = _value(old), _value(new)
+    if not all(isinstance(each, int | float) for each in (first, second)) or not first:
+        return ""
+    return f"{second / first - 1:+.1%}"
+
+
+def _value(measured: Any) -> Any:
+    return measured.get("value") if isinstance(measured, Mapping) else measured
+
+
+def _anatomy(path: Path) -> Anatomy:
+    where = path / "config.json"
+    try:
+        config = json.loads(where.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError.of(
+            where=str(where), expected="the config of a model", found=str(error), remedy="Build the model again."
+        ) from error
+    return detect(config, where=str(where))
+
+
+def _measures(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError.of(
+            where=str(path), expected="JSON", found=str(error), remedy="Delete it: the rest is shown without it."
+        ) from error
+    return found if isinstance(found, dict) else {}
+
+
+def _run(path: Path, facts: Mapping[str, Any], recipe: Recipe) -> PlanRun | None:
+    """The run that planned the model, if it still stands beside it and passed through the same recipe's depth."""
+    name = facts.get("run")
+    beside = None if not name else path.parent / Path(str(name)).name
+    if beside is None or not is_plan_run(beside):
+        return None
+    run = load_run(beside)
+    ours = run.recipes.get(len(recipe.layers))
+    return run if ours is not None and ours.layers == recipe.layers else None
+
+
+def _plain(model: str) -> str:
+    """A model's name without the folders of somebody's machine."""
+    return Path(model).name if Path(model).is_absolute() else model

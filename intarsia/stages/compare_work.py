@@ -1,0 +1,105 @@
+"""The work of a comparison: every row that is not there yet, one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from intarsia.healing.closed_form import ClosedFormSettings, closed_form_cost
+from intarsia.recipe.recipe import Recipe
+from intarsia.reporting.comparison import DENSE
+from intarsia.stages.compare_folder import CompareFolder, Key
+from intarsia.stages.compare_judge import Judge, missed, text_of
+from intarsia.stages.compare_methods import Entrant
+from intarsia.stages.compare_plans import Ladders, Rung, in_order
+from intarsia.stages.plan import measured_behind_norm
+from intarsia.stages.repair import repaired
+from intarsia.stages.source import Source
+
+
+class Work:
+    """A comparison under way."""
+
+    def __init__(
+        self,
+        source: Source,
+        folder: CompareFolder,
+        judge: Judge,
+        depths: Sequence[int],
+        heals: Sequence[str],
+        batch_tokens: int | None,
+    ) -> None:
+        self.source, self.folder, self.judge = source, folder, judge
+        self.depths, self.heals, self.batch_tokens = depths, heals, batch_tokens
+        self.ladders = Ladders(source, batch_tokens=batch_tokens)
+        self.dense: Key = (DENSE, source.checkpoint.anatomy.n_layers, "none")
+
+    def missing(self, entrants: Sequence[Entrant]) -> list[Key]:
+        """The rows that are not there yet."""
+        wanted = [(entrant.name, depth, heal) for entrant in entrants for depth in self.depths for heal in self.heals]
+        return [key for key in (self.dense, *wanted) if not self._has(key)]
+
+    def run(self, entrants: Sequence[Entrant]) -> None:
+        """Every row that is not there yet, the original's first: it also shows whether the tasks can be scored."""
+        progress = self.source.progress
+        total = 1 + len(entrants) * len(self.depths) * len(self.heals)
+        kinds = {measured_behind_norm(entrant.settings) for entrant in entrants}
+        if len(kinds) > 1:
+            progress.say("two passes over the whole model: `reference` measures the last layer behind the final norm")
+        with progress.task(f"comparing {len(entrants)} methods", total) as task:
+            task.advance(total - len(self.missing(entrants)))
+            if not self._has(self.dense):
+                self._add(self.judge.dense())
+                task.advance()
+            for entrant in in_order(entrants):
+                task.note(entrant.name)
+                for row in self._rows(entrant):
+                    self._tell_shared()
+                    self._add(row)
+                    task.advance()
+
+    def _tell_shared(self) -> None:
+        """Put what the shared pass took into the original's row: no method's row has it."""
+        dense, spent = self.folder.rows[self.dense], self.ladders.shared_forwards
+        if spent > (dense["layer_forwards"] or 0.0):
+            self.folder.append({**dense, "layer_forwards": spent})
+
+    def _rows(self, entrant: Entrant) -> Iterator[dict[str, Any]]:
+        """A method's rows that are not there yet, as they come."""
+        if all(self._has((entrant.name, depth, heal)) for depth in self.depths for heal in self.heals):
+            return
+        for rung in self.ladders.rungs(entrant, self.depths, self.folder.plan):
+            for heal in self.heals:
+                if self._has((entrant.name, rung.layers, heal)):
+                    continue
+                if rung.recipe is None or rung.run is None:
+                    yield missed(entrant.name, rung, heal)
+                else:
+                    yield self._row(entrant, rung, rung.recipe, rung.run, heal)
+
+    def _row(self, entrant: Entrant, rung: Rung, cut: Recipe, run: Path, heal: str) -> dict[str, Any]:
+        recipe, where = cut, rung.path
+        extra: dict[str, Any] = {}
+        if heal == "closed-form":
+            settings = ClosedFormSettings()
+            begun, then = time.perf_counter(), time.time()
+            repair = repaired(run, cut, self.source, settings=settings, batch_tokens=self.batch_tokens)
+            recipe, where = repair.recipe, repair.path
+            extra["heal_forwards"] = closed_form_cost(cut, settings)
+            if repair.path.stat().st_mtime >= then - 1.0:  # else it was there, and what it took is not known
+                extra["heal_seconds"] = time.perf_counter() - begun
+            if not repair.taken:
+                extra["note"] = "; ".join(filter(None, [rung.note, "the fit is no better, so it stays as it was cut"]))
+        assert where is not None
+        rows = list(self.folder.rows.values())
+        relative = self.folder.relative(where)
+        return self.judge.row(entrant.name, rung, recipe, heal=heal, where=relative, rows=rows) | extra
+
+    def _has(self, key: Key) -> bool:
+        return self.judge.is_whole(self.folder.rows.get(key))
+
+    def _add(self, row: Mapping[str, Any]) -> None:
+        self.folder.append(row)
+        self.source.progress.say(text_of(row))

@@ -1,0 +1,309 @@
+"""Tailor: search for the best small model that can be made of a family of fine-tunes.
+
+Source: GPTailor, arXiv 2506.20480. All of a search is in its folder (`intarsia.stages.tailor_folder`), which is also
+what a report reads: `tailor.json`, `trials.jsonl` and `front.json`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from intarsia.errors import UserError
+from intarsia.evaluation.memory import peak_memory_bytes
+from intarsia.progress import Progress, Silent
+from intarsia.stages.plan import versions
+from intarsia.stages.setup import device_of, dtype_of
+from intarsia.stages.tailor_begin import TOKENS, Beginning
+from intarsia.stages.tailor_finish import finish
+from intarsia.stages.tailor_folder import TailorFolder
+from intarsia.stages.tailor_input import Job, Predicted, predict, read_job
+from intarsia.stages.tailor_judge import EXAMPLES
+from intarsia.stages.tailor_recipe import translator_of
+from intarsia.stages.tailor_scorer import Opener, TrialScorer, absolute, evaluator_of
+from intarsia.tailoring.family import Family, open_family
+from intarsia.tailoring.grids import space_of
+from intarsia.tailoring.history import Trial
+from intarsia.tailoring.hyperband import budget_ladder
+from intarsia.tailoring.make_engine import check_engine, make_engine
+from intarsia.tailoring.pareto import Front
+from intarsia.tailoring.search import Goal, search
+from intarsia.tailoring.space import Space
+from intarsia.tailoring.workers import InProcess, Workers, check_scheduler, dask_workers
+
+if TYPE_CHECKING:
+    from intarsia.tailoring.evaluator import Evaluator
+
+
+@dataclass(frozen=True, kw_only=True)
+class TailorResult:
+    """What a search has found.
+
+    Attributes:
+        run: its folder; None for a dry run.
+        trials: how many trials it has made; `failed` of them.
+        front: the Pareto front; `knee` the number of its incumbent's trial.
+        judged: the incumbent beside the uncut base on what the search never saw; None where it was not judged.
+        best: the folder of the built incumbent.
+        stopped: why the search ended before it had made as many trials as were asked for, or None.
+    """
+
+    run: Path | None
+    predicted: Predicted
+    trials: int = 0
+    failed: int = 0
+    front: Front | None = None
+    judged: Mapping[str, Any] | None = None
+    best: Path | None = None
+    stopped: str | None = None
+    layer_forwards: float = 0.0
+    trial_seconds: float = 0.0
+    seconds: float
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        if self.run is None:
+            return {**self.predicted.to_dict(), "seconds": self.seconds}
+        front = self.front
+        return {
+            "run": str(self.run),
+            "front": [] if front is None else [_row(front, trial) for trial in front.points],
+            "budget": None if front is None else front.budget,
+            "knee": None if front is None else front.knee.number,
+            "judged": self.judged,
+            "trials": self.trials,
+            "failed": self.failed,
+            "stopped": self.stopped,
+            "best": None if self.best is None else str(self.best),
+            "layer_forwards": self.layer_forwards,
+            "trial_seconds": self.trial_seconds,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+def _row(front: Front, trial: Trial) -> dict[str, Any]:
+    marks = [name for name in front.objectives if front.best(name) is trial] + ["knee"] * (front.knee is trial)
+    costs = dict(zip(front.objectives, trial.costs or (), strict=True))
+    return {"trial": trial.number, **costs, "best": ", ".join(marks), "engine": trial.engine, "origin": trial.origin}
+
+
+def tailor(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    engine: str | None = None,
+    trials: int | None = None,
+    more_trials: int | None = None,
+    resume: bool = False,
+    scheduler: str | None = None,
+    workers: int | None = None,
+    calibration: str | Sequence[str] = (),
+    tokens: int = TOKENS,
+    judge: bool = True,
+    judge_examples: int = EXAMPLES,
+    build: bool = True,
+    device: str | None = None,
+    dtype: str | None = None,
+    memory_bytes: int | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> TailorResult:
+    """Search, build what is found and judge it.
+
+    A search that was stopped continues with the same call; one that is finished is only read. With one worker the log
+    is then that of an undisturbed search.
+
+    Args:
+        source: a family file, or the folder of a search to go on with.
+        out: the folder of the search; not with a folder as source.
+        engine: `smac`, `evolve`, `random` or `both`; what the family file says by default.
+        trials: how many; what the family file says by default.
+        more_trials: so many more than were asked for before, once those are made.
+        resume: refuse to begin a new search.
+        scheduler: the address of a Dask scheduler.
+        workers: how many trials at once; with several, each is a process of its own.
+        calibration: text for planners and sensitivities (see `load_corpus`); what the objectives show by default.
+        tokens: of that text, at most.
+        judge: judge the incumbent on up to `judge_examples` unseen items of each objective; for that it is built too.
+        build: build the incumbent into the folder's `best/`.
+        memory_bytes: what all caches of trials may take together.
+        dry_run: tell the size of the space, the budgets and the cost; only config files are read.
+
+    Raises:
+        UserError: something about the input cannot be used, or the first trials all fail.
+    """
+    begun = time.perf_counter()
+    progress = progress or Silent()
+    job = read_job(
+        Path(source),
+        None if out is None else Path(out),
+        engine=engine,
+        trials=trials,
+        more_trials=more_trials,
+        resume=resume,
+        workers=workers,
+        device=device,
+        dtype=dtype,
+        dry_run=dry_run,
+    )
+    file = job.file
+    family = open_family(file.base, file.variants, weights=not dry_run, progress=progress)
+    for note in family.notes:
+        progress.say(note)
+    space = space_of(file, family.anatomy)
+    budgets = budget_ladder(file.search.min_budget, file.search.max_budget, file.search.eta)
+    predicted = predict(file, space, budgets, job.trials)
+
+    def result(run: Path | None = None, **found: Any) -> TailorResult:
+        return TailorResult(
+            run=run,
+            predicted=predicted,
+            seconds=time.perf_counter() - begun,
+            peak_memory_bytes=peak_memory_bytes(),
+            **found,
+        )
+
+    if dry_run:
+        return result()
+    check_engine(file.search.engine)
+    device_of(job.device), dtype_of(job.dtype)
+    if scheduler is not None:
+        check_scheduler(scheduler)
+    progress.say(predicted.words())
+    evaluator = evaluator_of(
+        family, file, device=job.device, dtype=job.dtype, memory_bytes=memory_bytes, progress=progress
+    )
+    settings = _settings(job, family, space, budgets, evaluator, progress)
+    folder = TailorFolder.offer(job.out, settings)
+    _check_wanted(folder, job)
+    folder.start(settings, job.text)
+    folder.want(job.trials)
+    beginning = Beginning(
+        file,
+        folder,
+        calibration=[calibration] if isinstance(calibration, str) else calibration,
+        tokens=tokens,
+        device=job.device,
+        dtype=job.dtype,
+        progress=progress,
+    )
+    scores = beginning.scores(family.checkpoints(), needed=bool(space.shares))
+    translator = translator_of(file, family.anatomy, settings["members"], scores)
+    warm = beginning.warm_start(translator)
+    goal = Goal(trials=job.trials, objectives=evaluator.objectives, max_budget=budgets[-1], seed=file.search.seed)
+    history = folder.history()
+    stopped = None
+    if len(history.made) < goal.trials:
+        asked = make_engine(file.search, space, budgets, evaluator.objectives, warm.starts)
+        opener = Opener(file=absolute(file), device=job.device, dtype=job.dtype, memory_bytes=memory_bytes)
+        with _workers(job, opener, evaluator, scheduler) as hands:
+            stopped = search(
+                asked,
+                history,
+                hands,
+                goal,
+                recipe_of=translator.recipe,
+                earlier=warm.earlier,
+                progress=progress,
+                on_front=folder.write_front,
+            )
+    if stopped is not None:
+        progress.say(f"stopped after {len(history.made)} trials: {stopped}")
+    finished = finish(
+        folder,
+        file,
+        family,
+        evaluator,
+        build=build,
+        judge_examples=judge_examples if judge else None,
+        device=job.device,
+        dtype=job.dtype,
+        memory_bytes=memory_bytes,
+        progress=progress,
+    )
+    made = history.made
+    return result(
+        folder.path,
+        trials=len(made),
+        failed=sum(trial.status == "failed" for trial in made),
+        front=finished.front,
+        judged=finished.judged,
+        best=finished.best,
+        stopped=stopped,
+        layer_forwards=sum(trial.layer_forwards for trial in made),
+        trial_seconds=sum(trial.seconds for trial in made),
+    )
+
+
+@contextmanager
+def _workers(job: Job, opener: Opener, evaluator: Evaluator, scheduler: str | None) -> Iterator[Workers]:
+    """One worker is this process, which has its evaluator already."""
+    if scheduler is None and (job.workers or 1) == 1:
+        yield InProcess(TrialScorer(evaluator, job.file))
+        return
+    evaluator.close()  # the workers have their own
+    with dask_workers(opener, scheduler=scheduler, count=job.workers) as hands:
+        yield hands
+
+
+def _check_wanted(folder: TailorFolder, job: Job) -> None:
+    """Refuse to begin anew where a search is to be resumed.
+
+    Raises:
+        UserError: there is none.
+    """
+    if job.resume and not folder.is_one():
+        raise UserError.of(
+            where="--resume",
+            expected="a search to go on with",
+            found=f"none in {folder.path}",
+            remedy="Leave --resume out to begin one.",
+        )
+
+
+def _settings(
+    job: Job, family: Family, space: Space, budgets: Sequence[int], evaluator: Evaluator, progress: Progress
+) -> dict[str, Any]:
+    """What decides every number of the search."""
+    file = job.file
+    variants = family.variants(progress)
+    plain = asdict(replace(file, search=replace(file.search, trials=0)))
+    del plain["search"]["trials"]  # a search may go on
+    return {
+        "kind": "tailor",
+        "family": plain,
+        "members": {
+            variant.name: {"model": variant.model, "revision": variant.revision, "sha256": variant.sha256}
+            for variant in variants
+        },
+        "space": {
+            "kind": space.kind,
+            "depth": space.depth,
+            "target": space.target,
+            "log10_size": round(space.log10_size, 3),
+        },
+        "budgets": list(budgets),
+        "objectives": [
+            {
+                "name": objective.name,
+                "kind": objective.kind,
+                "source": objective.source,
+                "metric": objective.metric if objective.kind == "task" else None,
+                "split": list(objective.split),
+                "sha256": evaluator.data[objective.name],
+            }
+            for objective in file.objectives
+        ],
+        "engine": file.search.engine,
+        "seed": file.search.seed,
+        "heal": file.heal,
+        "device": job.device,
+        "dtype": job.dtype,
+        "versions": versions(),
+    }

@@ -1,0 +1,1 @@
+"""Search over recipes for a family of fine-tuned models."""

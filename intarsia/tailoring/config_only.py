@@ -1,0 +1,62 @@
+"""A model known by its config file alone: nothing else is read or downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from intarsia.anatomy.detect import detect
+from intarsia.anatomy.spec import Anatomy
+from intarsia.checkpoint.adapter import is_adapter
+from intarsia.checkpoint.adapter_config import read_adapter_config
+from intarsia.checkpoint.files import read_config
+from intarsia.checkpoint.resolve import DEMO, resolve
+from intarsia.errors import UserError
+from intarsia.progress import Progress
+from intarsia.tailoring.kinship import Member
+
+
+def read_config_only(
+    model: str, revision: str | None, base: Member | None, progress: Progress
+) -> tuple[Mapping[str, Any], Anatomy]:
+    """The config of a model and the anatomy that it promises; an adapter has those of `base`.
+
+    Raises:
+        UserError: there is no such config, or it is of no known family.
+    """
+    folder = Path(os.path.expanduser(model))
+    if model == DEMO or folder.is_dir():
+        folder = resolve(model, revision=revision, progress=progress)
+        if is_adapter(folder) and base is not None:
+            read_adapter_config(folder)
+            return base.config, base.anatomy
+        config = read_config(folder)
+        return config, detect(config, where=str(folder / "config.json"))
+    config = _download(model, revision)
+    return config, detect(config, where=f"config.json of {model}")
+
+
+def _download(model: str, revision: str | None) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        found = json.loads(Path(hf_hub_download(model, "config.json", revision=revision)).read_text(encoding="utf-8"))
+    except Exception as error:
+        # Which errors come out of a failed download differs between versions of the hub's client.
+        raise UserError.of(
+            where=f"model {model!r}",
+            expected="a local folder with a config.json, or a hub model",
+            found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            remedy="Check the name; without a network, pass a folder that holds the config.json.",
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError.of(
+            where=f"config.json of {model}",
+            expected="a JSON object",
+            found=type(found).__name__,
+            remedy="Check the name.",
+        )
+    return found

@@ -1,0 +1,186 @@
+"""Scores candidates of a family, with everything that they share in memory.
+
+No checkpoint is written and no model is loaded a second time. A trial runs what is new in it: layers behind the
+prefix that it shares with an earlier one, on examples that it was not run on yet. Each number is a function of the
+recipe and the budget alone: on the CPU it is the same to the last bit whatever was in the caches.
+
+Layers are made from the same tensors as a built folder's, and likelihoods by the functions that judge it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from intarsia.calibration.corpus import Corpus
+from intarsia.errors import UserError
+from intarsia.recipe.check import check
+from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.tailoring.objective import Objective, check_varied
+from intarsia.tailoring.outcome import Outcome, TrialFailed
+from intarsia.tailoring.resident_family import ResidentFamily
+from intarsia.tailoring.trial_repair import repaired
+from intarsia.tailoring.trial_run import Runner
+from intarsia.tailoring.trial_scores import Scored, Scorer
+from intarsia.tailoring.trial_sizes import lacks_memory
+
+__all__ = ["Evaluator", "Outcome", "TrialFailed"]
+
+
+class Evaluator:
+    """Scores recipes over one family; see `intarsia.tailoring.open_evaluator`.
+
+    Attributes:
+        objectives: their names, in the order of the costs.
+        most: the largest budget; an objective with fewer examples is measured on all that it has.
+        measured: the objectives, with their examples.
+        runner: runs the family's layers.
+        base: what the uncut base costs at the largest budget of the search; None where that was not measured.
+    """
+
+    def __init__(
+        self,
+        layers: ResidentFamily,
+        objectives: Sequence[Objective],
+        *,
+        cuts: Sequence[int],
+        pack: bool,
+        batch_tokens: int,
+        cache_bytes: int,
+        repair_on: Corpus | None = None,
+    ) -> None:
+        """Most callers want `open_evaluator`.
+
+        Args:
+            cuts, pack, batch_tokens: see `Scorer`.
+            cache_bytes: for states and arguments; layers have a cache of their own.
+            repair_on: tokens for the closed form, where candidates may be healed.
+        """
+        self.objectives = tuple(objective.name for objective in objectives)
+        self.most = max(len(objective.examples) for objective in objectives)
+        self.base: Outcome | None = None
+        self.measured = tuple(objectives)
+        self._layers = layers
+        self._repair_on = repair_on
+        self.runner = Runner(layers, prefix_bytes=cache_bytes * 3 // 4, entry_bytes=cache_bytes // 4)
+        self._scorer = Scorer(
+            self.runner, objectives, cuts=cuts, pack=pack, batch_tokens=batch_tokens, uncut=self.uncut()
+        )
+
+    @property
+    def data(self) -> Mapping[str, str]:
+        """The hash of each objective's examples in their order: costs are comparable where these are the same."""
+        return {objective.name: objective.sha256 for objective in self.measured}
+
+    def evaluate(self, recipe: Recipe, budget: int, *, healed: bool = False) -> Outcome:
+        """What a recipe costs on the first `budget` examples of every objective.
+
+        Args:
+            recipe: over the family, its variants called as the family's members are.
+            healed: fit its read-outs first, in closed form.
+
+        Raises:
+            TrialFailed: something is not finite, or memory does not suffice.
+            UserError: there is no such budget, or the recipe is none of this family.
+        """
+        start = time.perf_counter()
+        self._check(recipe, budget)
+        made = self._layers.made
+        with self._failing():
+            repair_work = 0.0
+            if healed:
+                recipe, repair_work = self._repaired(recipe)
+            scored = self._scorer.score(recipe, budget)
+        return self._outcome(scored, repair_work, len(recipe.layers), self._layers.made - made, start)
+
+    def heal(self, recipe: Recipe) -> Recipe:
+        """The recipe that `evaluate` scores with `healed`, its fitted tensors in it.
+
+        Raises:
+            TrialFailed: activations are not finite, or memory does not suffice.
+        """
+        with self._failing():
+            return self._repaired(recipe)[0]
+
+    def probe(self, budget: int) -> None:
+        """Measure the uncut base, and refuse objectives that tell nothing.
+
+        Raises:
+            UserError: the base cannot be scored, or naming these objectives.
+        """
+        start, uncut = time.perf_counter(), self.uncut()
+        try:
+            with self._failing():
+                scored = self._scorer.score(uncut, budget)
+        except TrialFailed as error:
+            raise UserError.of(
+                where="the family's base",
+                expected="a model that can be scored on every objective",
+                found=error.reason,
+                remedy="Use bfloat16 or float32, a smaller model, or more memory.",
+            ) from error
+        check_varied(self.measured, dict(zip(self.objectives, scored.examples, strict=True)))
+        self.base = self._outcome(scored, 0.0, len(uncut.layers), 0, start)
+
+    def uncut(self) -> Recipe:
+        """The base as it is, as a recipe."""
+        resident = self._layers.resident
+        return identity(Variant(name=self._layers.base, model=resident.checkpoint.model), resident.anatomy.n_layers)
+
+    def close(self) -> None:
+        """Let go of all that is cached."""
+        self.runner.clear()
+        self._scorer.clear()
+
+    def _check(self, recipe: Recipe, budget: int) -> None:
+        if not 1 <= budget <= self.most:
+            raise UserError.of(
+                where="budget",
+                expected=f"1 to {self.most} examples",
+                found=str(budget),
+                remedy="Choose another budget, or widen the objectives' splits.",
+            )
+        anatomy = self._layers.resident.anatomy
+        check(recipe, dict.fromkeys((self._layers.base, *self._layers.resident.others), anatomy))
+
+    def _repaired(self, recipe: Recipe) -> tuple[Recipe, float]:
+        assert self._repair_on is not None, "opened for candidates that are healed"
+        return repaired(recipe, self._layers, self._repair_on)
+
+    def _outcome(self, scored: Scored, repair_work: float, depth: int, made: int, start: float) -> Outcome:
+        pairs = [objective.cost(found) for objective, found in zip(self.measured, scored.examples, strict=True)]
+        wrong = [name for name, (cost, _) in zip(self.objectives, pairs, strict=True) if not np.isfinite(cost)]
+        if wrong:
+            raise TrialFailed(f"NaN or infinity in {', '.join(wrong)}")
+        details: dict[str, Any] = {
+            "stderr": [stderr for _, stderr in pairs],
+            "tokens": scored.tokens,
+            "reused": 1.0 - scored.work / scored.tokens / depth,
+            "layers_made": made,
+        }
+        return Outcome(
+            costs=tuple(cost for cost, _ in pairs),
+            examples=tuple(map(len, scored.examples)),
+            layer_forwards=(scored.work + repair_work) / scored.tokens,
+            seconds=time.perf_counter() - start,
+            details=details,
+        )
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What makes a trial fail, as `TrialFailed`; after a lack of memory the caches are empty."""
+        try:
+            with torch.inference_mode():
+                yield
+        except UserError as error:  # the recipe was checked before: something is not finite
+            raise TrialFailed(str(error)) from error
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not lacks_memory(error):
+                raise
+            self.runner.clear()
+            raise TrialFailed(f"out of memory: {(str(error).splitlines() or [''])[0]}") from error

@@ -1,0 +1,167 @@
+"""The log of a search: one trial a line, appended when it is finished and never changed.
+
+`trials.jsonl` of a run folder. The keys of a line are the fields of `Trial`. A last line that a kill cut off does not
+count and is dropped when the next one is written. Where a search goes on, its engine is asked anew from the beginning
+and answered from this log, so that all an engine knows is a function of the seed and the log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from intarsia.errors import UserError
+from intarsia.planning.run_folder import write_whole
+from intarsia.tailoring.candidate import Candidate
+from intarsia.tailoring.plain import from_plain, to_plain
+
+TRIALS = "trials.jsonl"
+EARLIER = "earlier"
+"""The engine of trials that were taken over from an earlier search. They count for nobody's goal."""
+Key = tuple[str, int]
+"""A recipe's hash and a budget: what is never evaluated twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A candidate that was evaluated at a budget, or that failed.
+
+    Attributes:
+        number: its place in the log, from 0.
+        engine: who asked for it; `origin` how it came to be: `warm start: sleb`, `random`, `promotion`, ...
+        recipe: the content hash of its recipe.
+        costs: one for each objective, less is better; None where it failed.
+        examples: on how many examples of each objective.
+        layer_forwards: what it took, in layers over the tokens of the budget.
+        attempts: how often it was tried; `reason` why it failed at last.
+    """
+
+    number: int
+    engine: str
+    origin: str
+    candidate: Candidate
+    recipe: str
+    budget: int
+    seed: int
+    status: Literal["ok", "failed"]
+    costs: tuple[float, ...] | None = None
+    examples: tuple[int, ...] = ()
+    layer_forwards: float = 0.0
+    seconds: float = 0.0
+    worker: str = "0"
+    attempts: int = 1
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.status == "ok") == (self.costs is not None) == (self.reason is None)
+
+    @property
+    def key(self) -> Key:
+        """What makes it another trial than others."""
+        return self.recipe, self.budget
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data: a line of the log."""
+        return {
+            "number": self.number,
+            "engine": self.engine,
+            "origin": self.origin,
+            "recipe": self.recipe,
+            "budget": self.budget,
+            "seed": self.seed,
+            "status": self.status,
+            "costs": None if self.costs is None else list(self.costs),
+            "examples": list(self.examples),
+            "layer_forwards": self.layer_forwards,
+            "seconds": round(self.seconds, 4),
+            "worker": self.worker,
+            "attempts": self.attempts,
+            "reason": self.reason,
+            "candidate": to_plain(self.candidate),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Trial:
+        """The trial of `to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no such data.
+        """
+        costs = data["costs"]
+        return cls(
+            **{
+                **data,
+                "candidate": from_plain(data["candidate"]),
+                "costs": None if costs is None else tuple(float(cost) for cost in costs),
+                "examples": tuple(int(count) for count in data["examples"]),
+            }
+        )
+
+
+class History:
+    """The trials of a run, in the order in which they were finished."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there.
+
+        Raises:
+            UserError: a line that is not the last one is no trial.
+        """
+        self.path = path
+        self._trials: list[Trial] = []
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole, _, rest = text.rpartition("\n")
+        # Nothing is written here: a look at a run must not disturb the search that is writing it.
+        self._cut_off = bool(rest)
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                self._trials.append(Trial.from_dict(json.loads(line)))
+            except (KeyError, TypeError, ValueError, AssertionError) as error:
+                raise UserError.of(
+                    where=f"{path}:{number}",
+                    expected="a trial, as the search wrote it",
+                    found=f"{type(error).__name__}: {error}",
+                    remedy="Mend the line, or search anew into another folder.",
+                ) from error
+        self._by_key = {trial.key: trial for trial in self._trials}
+
+    def __len__(self) -> int:
+        return len(self._trials)
+
+    def __iter__(self) -> Iterator[Trial]:
+        return iter(self._trials)
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """All of them."""
+        return tuple(self._trials)
+
+    @property
+    def made(self) -> tuple[Trial, ...]:
+        """Those that this search has made, not taken over."""
+        return tuple(trial for trial in self._trials if trial.engine != EARLIER)
+
+    def find(self, key: Key) -> Trial | None:
+        """The trial of a recipe at a budget, if there was one."""
+        return self._by_key.get(key)
+
+    def append(self, trial: Trial) -> None:
+        """Write a trial; when this returns it is on the disk."""
+        assert trial.number == len(self._trials) and trial.key not in self._by_key
+        if self._cut_off:
+            write_whole(self.path, "".join(_line(each) for each in self._trials))
+            self._cut_off = False
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(trial))
+            file.flush()
+            os.fsync(file.fileno())
+        self._trials.append(trial)
+        self._by_key[trial.key] = trial
+
+
+def _line(trial: Trial) -> str:
+    return json.dumps(trial.to_dict(), allow_nan=False) + "\n"

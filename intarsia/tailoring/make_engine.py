@@ -1,0 +1,41 @@
+"""The engine that a family file names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from intarsia.tailoring import family_file
+from intarsia.tailoring.engine import Both, Engine, Start
+from intarsia.tailoring.evolve import evolve
+from intarsia.tailoring.family_file import SearchSpec
+from intarsia.tailoring.random_search import random_search
+from intarsia.tailoring.smac import Smac, require_smac
+from intarsia.tailoring.space import Space
+
+
+def check_engine(name: family_file.Engine) -> None:
+    """Refuse an engine whose packages are not installed.
+
+    Raises:
+        UserError: naming the extra that has them.
+    """
+    if name in ("smac", "both"):
+        require_smac()
+
+
+def make_engine(
+    spec: SearchSpec, space: Space, budgets: Sequence[int], objectives: Sequence[str], starts: Sequence[Start]
+) -> Engine:
+    """A new engine. `both` is SMAC and evolution in turns; the first one's starts are heard by the other.
+
+    Raises:
+        UserError: its packages are not installed.
+    """
+    if spec.engine == "random":
+        return random_search(space, budgets, eta=spec.eta, seed=spec.seed, starts=starts)
+    if spec.engine == "evolve":
+        return evolve(space, budgets, eta=spec.eta, seed=spec.seed, starts=starts)
+    smac = Smac(space, budgets, objectives=objectives, eta=spec.eta, seed=spec.seed, starts=starts)
+    if spec.engine == "smac":
+        return smac
+    return Both([smac, evolve(space, budgets, eta=spec.eta, seed=spec.seed)])

@@ -1,0 +1,93 @@
+"""From a family and its family.yaml to an evaluator: objectives read, the base loaded and measured."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from intarsia.building.resident import default_device
+from intarsia.evaluation.requests import positions_of
+from intarsia.evaluation.run_rows import takes_packed_rows
+from intarsia.progress import Progress, Silent
+from intarsia.tailoring.evaluator import Evaluator
+from intarsia.tailoring.example_sources import read_objectives
+from intarsia.tailoring.family import Family
+from intarsia.tailoring.family_file import FamilyFile
+from intarsia.tailoring.objective import check_budgets, cuts_of
+from intarsia.tailoring.resident_family import ResidentFamily
+from intarsia.tailoring.trial_repair import repair_corpus, repair_windows
+from intarsia.tailoring.trial_sizes import batch_tokens_of, cache_bytes_of, longest_row
+
+_SEQ_LEN = 128  # a window of text is then about as much work as a question with its choices
+
+
+def open_evaluator(
+    family: Family,
+    spec: FamilyFile,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    memory_bytes: int | None = None,
+    seq_len: int = _SEQ_LEN,
+    tokenizer: Any | None = None,
+    probe: bool = True,
+    progress: Progress | None = None,
+) -> Evaluator:
+    """Read the objectives, load the base, and measure it.
+
+    Args:
+        family: opened with weights.
+        spec: the family file.
+        device, dtype: where and in what to run; None for the best device and the checkpoint's dtype.
+        memory_bytes: for caches (layers that were made, and states behind shared first layers), beside the family's
+            own tensors; None for 1 GiB on the CPU, and for three tenths of what is free elsewhere.
+        seq_len: tokens of a window of text.
+        tokenizer: the base's; None to read it from its folder.
+        probe: measure the base at the largest budget, and refuse objectives that tell nothing. One of several
+            workers is enough for that.
+
+    Raises:
+        UserError: with everything that is wrong with the objectives; a budget is larger than the data; an objective
+            tells nothing.
+    """
+    progress = progress or Silent()
+    device = device or default_device()
+    checkpoint = family.checkpoints()[family.names[0]]
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    search = spec.search
+    positions = positions_of(SimpleNamespace(**checkpoint.config))
+    seq_len = min(seq_len, positions or seq_len)
+    objectives = read_objectives(
+        spec.objectives,
+        tokenizer,
+        windows=search.max_budget + (repair_windows(seq_len) if spec.heal != "none" else 0),
+        seq_len=seq_len,
+        max_length=positions,
+        seed=search.seed,
+        progress=progress,
+    )
+    check_budgets(objectives, search.max_budget)
+    repair_on = None
+    if spec.heal != "none":
+        repair_on = repair_corpus(objectives, seq_len=seq_len, eos=tokenizer.eos_token_id)
+    with progress.task("loading the base", total=1) as task:
+        room = cache_bytes_of(device, memory_bytes)
+        layers = ResidentFamily(family, device=device, dtype=dtype, memory_bytes=room // 3)
+        task.advance()
+    made = Evaluator(
+        layers,
+        objectives,
+        cuts=cuts_of(search.min_budget, search.max_budget, search.eta),
+        pack=takes_packed_rows(layers.resident.model, longest_row(objectives)),
+        batch_tokens=batch_tokens_of(layers),
+        cache_bytes=cache_bytes_of(device, memory_bytes) * 2 // 3,
+        repair_on=repair_on,
+    )
+    if probe:
+        with progress.task("measuring the base", total=1) as task:
+            made.probe(search.max_budget)
+            task.advance()
+    return made

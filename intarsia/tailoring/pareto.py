@@ -1,0 +1,108 @@
+"""The Pareto front of a search: the trials that no other one beats in everything.
+
+Only trials at the same budget are compared: at the greatest one that any trial succeeded at. `front.json` of a run
+folder is `Front.to_dict()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from intarsia.tailoring.history import Trial
+from intarsia.tailoring.scalarise import Costs, equal_weights, order
+
+
+def dominates(first: Costs, second: Costs) -> bool:
+    """Whether the first is nowhere worse and somewhere better."""
+    pairs = list(zip(first, second, strict=True))
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def non_dominated(costs: Sequence[Costs]) -> list[int]:
+    """The indices of the costs that no other ones dominate; of equal ones the first."""
+    found = []
+    for index, row in enumerate(costs):
+        beaten = any(dominates(other, row) for other in costs)
+        twin = any(tuple(costs[before]) == tuple(row) for before in range(index))
+        if not beaten and not twin:
+            found.append(index)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """The best that a search has found.
+
+    Attributes:
+        objectives: their names.
+        budget: at which the trials were compared; `top` says whether it is the search's greatest.
+        points: the trials of the front, by ascending first cost.
+        trials: how many trials succeeded at that budget.
+    """
+
+    objectives: tuple[str, ...]
+    budget: int
+    top: bool
+    points: tuple[Trial, ...]
+    trials: int
+
+    @property
+    def knee(self) -> Trial:
+        """The trial of the front that is best for equal weights: least in the augmented Chebyshev function of the
+        costs, each scaled from the front's least to its greatest."""
+        costs = [_costs(trial) for trial in self.points]
+        return self.points[order(costs, equal_weights(len(self.objectives)))[0]]
+
+    def best(self, objective: str) -> Trial:
+        """The trial of least cost in an objective."""
+        at = self.objectives.index(objective)
+        return min(self.points, key=lambda trial: (_costs(trial)[at], trial.number))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data.
+
+        `points`: the trials as in the log, without how they were made; `best`: the numbers of the trials that are best
+        in each objective; `knee`: the number of the knee's.
+        """
+        return {
+            "objectives": list(self.objectives),
+            "budget": self.budget,
+            "top": self.top,
+            "trials": self.trials,
+            "points": [
+                {
+                    "trial": trial.number,
+                    "recipe": trial.recipe,
+                    "costs": dict(zip(self.objectives, _costs(trial), strict=True)),
+                    "engine": trial.engine,
+                    "origin": trial.origin,
+                }
+                for trial in self.points
+            ],
+            "best": {name: self.best(name).number for name in self.objectives},
+            "knee": self.knee.number,
+        }
+
+
+def front_of(trials: Iterable[Trial], objectives: Sequence[str], *, max_budget: int) -> Front | None:
+    """The front of some trials; None where none has succeeded."""
+    fine = [trial for trial in trials if trial.costs is not None]
+    if not fine:
+        return None
+    budget = max(trial.budget for trial in fine)
+    rivals = [trial for trial in fine if trial.budget == budget]
+    points = [rivals[index] for index in non_dominated([_costs(trial) for trial in rivals])]
+    return Front(
+        objectives=tuple(objectives),
+        budget=budget,
+        top=budget >= max_budget,
+        points=tuple(sorted(points, key=lambda trial: (_costs(trial), trial.number))),
+        trials=len(rivals),
+    )
+
+
+def _costs(trial: Trial) -> tuple[float, ...]:
+    assert trial.costs is not None
+    return trial.costs

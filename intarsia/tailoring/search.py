@@ -1,0 +1,219 @@
+"""The search itself: questions of an engine go to workers, answers into the log and back to the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from intarsia.errors import UserError
+from intarsia.progress import Progress, Task
+from intarsia.recipe.codec import content_hash
+from intarsia.recipe.recipe import Recipe
+from intarsia.tailoring.candidate import Candidate
+from intarsia.tailoring.engine import Ask, Engine
+from intarsia.tailoring.history import EARLIER, History, Key, Trial
+from intarsia.tailoring.pareto import Front, front_of
+from intarsia.tailoring.workers import Done, Workers
+
+_DOOMED = 5
+"""So many trials, all of them failed, are no accident."""
+_REPEATS = 1000
+_LONGEST_PACE = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What is searched for: so many trials, on these objectives, up to this budget."""
+
+    trials: int
+    objectives: tuple[str, ...]
+    max_budget: int
+    seed: int
+
+
+def search(
+    engine: Engine,
+    history: History,
+    workers: Workers,
+    goal: Goal,
+    *,
+    recipe_of: Callable[[Candidate], Recipe],
+    earlier: Sequence[Trial],
+    progress: Progress,
+    on_front: Callable[[Front], None] = lambda front: None,
+) -> str | None:
+    """Search until the log has as many trials as the goal says.
+
+    Args:
+        engine: a new one. It is asked everything that the log has answers to again, and so becomes what it was.
+        earlier: trials of earlier searches on the same examples; they are taken into the log, and the engine hears
+            them first.
+        on_front: called with the Pareto front whenever a trial has changed it.
+
+    Returns:
+        None, or why the search ended before the goal.
+
+    Raises:
+        UserError: all trials fail.
+    """
+    for trial in earlier:
+        if history.find(trial.key) is None:
+            history.append(replace(trial, number=len(history), engine=EARLIER))
+    run = _Run(engine, history, workers, goal, recipe_of)
+    if len(history.made) >= goal.trials:
+        return None
+    run.hear_earlier()
+    with progress.task(f"{goal.trials} trials", goal.trials) as task:
+        task.advance(len(history.made))
+        task.note(words(history.trials, goal))
+        run.stop_if_doomed()
+        run.fill()
+        while run.open:
+            run.collect(workers.next(), task)
+            run.tell_front(on_front)
+            run.stop_if_doomed()
+            run.fill()
+    return run.stopped
+
+
+class _Run:
+    """The state of a search: what is asked, under way and answered."""
+
+    def __init__(
+        self, engine: Engine, history: History, workers: Workers, goal: Goal, recipe_of: Callable[[Candidate], Recipe]
+    ) -> None:
+        self._engine, self._history, self._workers, self._goal = engine, history, workers, goal
+        self._recipe_of = recipe_of
+        self.open: dict[int, tuple[Key, list[Ask]]] = {}
+        self.stopped: str | None = None
+        self._replayed: set[int] = set()
+        self._repeats, self._submitted = 0, 0
+        self._caught_up = False
+        self._ends = [time.monotonic()]
+
+    def hear_earlier(self) -> None:
+        """The engine hears what was known before it was asked anything."""
+        for trial in self._history.trials:
+            if trial.engine == EARLIER:
+                self._engine.hear(trial)
+                self._replayed.add(trial.number)
+
+    def fill(self) -> None:
+        """Ask for as many trials as there are free workers."""
+        while (
+            self.stopped is None
+            and len(self.open) < self._workers.count
+            and len(self._history.made) + len(self.open) < self._goal.trials
+        ):
+            ask = self._engine.ask()
+            if ask is None:
+                # What is under way may give the engine new questions.
+                if not self.open:
+                    self.stopped = "the engine found nothing new to try"
+                return
+            recipe = self._recipe_of(ask.candidate)
+            self._take(ask, recipe, (content_hash(recipe), ask.budget))
+
+    def _take(self, ask: Ask, recipe: Recipe, key: Key) -> None:
+        """Answer from the log, or start a trial."""
+        known = self._history.find(key)
+        if known is not None:
+            self._repeats += known.number in self._replayed
+            self._replayed.add(known.number)
+            self._engine.tell(ask, known)
+            if self._repeats >= _REPEATS:
+                self.stopped = f"{_REPEATS} times the engine asked for what was tried already"
+            return
+        for under_way, asks in self.open.values():
+            if under_way == key:
+                asks.append(ask)
+                return
+        self._catch_up()
+        self._repeats = 0
+        self.open[self._submitted] = (key, [ask])
+        self._workers.submit(self._submitted, recipe, ask.budget)
+        self._submitted += 1
+
+    def _catch_up(self) -> None:
+        """Once the log has no more answers, the engine hears those that it did not ask for again.
+
+        With one worker there are none. With several, answers came in another order than now.
+        """
+        if not self._caught_up:
+            self._caught_up = True
+            for trial in self._history.trials:
+                if trial.number not in self._replayed:
+                    self._engine.hear(trial)
+
+    def collect(self, done: Done, task: Task) -> None:
+        """A trial came back: into the log, then to the engine."""
+        (recipe, budget), asks = self.open.pop(done.number)
+        outcome = done.outcome
+        trial = Trial(
+            number=len(self._history),
+            engine=asks[0].engine,
+            origin=asks[0].origin,
+            candidate=asks[0].candidate,
+            recipe=recipe,
+            budget=budget,
+            seed=self._goal.seed,
+            status="failed" if outcome is None else "ok",
+            costs=None if outcome is None else tuple(outcome.costs),
+            examples=() if outcome is None else tuple(outcome.examples),
+            layer_forwards=0.0 if outcome is None else outcome.layer_forwards,
+            seconds=0.0 if outcome is None else outcome.seconds,
+            worker=done.worker,
+            attempts=done.attempts,
+            reason=done.reason if outcome is None else None,
+        )
+        self._history.append(trial)
+        self._replayed.add(trial.number)
+        for ask in asks:
+            self._engine.tell(ask, trial)
+        self._ends = [*self._ends, time.monotonic()][-_LONGEST_PACE:]
+        minutes = (self._ends[-1] - self._ends[0]) / 60.0
+        task.note(words(self._history.trials, self._goal, (len(self._ends) - 1) / minutes if minutes > 0.0 else None))
+        task.advance()
+
+    def tell_front(self, on_front: Callable[[Front], None]) -> None:
+        """Tell of a front that is another one than before the last trial."""
+        found = front_of(self._history.trials, self._goal.objectives, max_budget=self._goal.max_budget)
+        if found is not None and any(point is self._history.trials[-1] for point in found.points):
+            on_front(found)
+
+    def stop_if_doomed(self) -> None:
+        """Stop where everything fails.
+
+        Raises:
+            UserError: saying why the trials failed.
+        """
+        trials = self._history.made
+        if len(trials) < min(_DOOMED, self._goal.trials) or any(trial.status == "ok" for trial in trials):
+            return
+        reasons = list(dict.fromkeys(str(trial.reason) for trial in trials))
+        raise UserError.of(
+            where=str(self._history.path),
+            expected="candidates that can be scored",
+            found=f"the first {len(trials)} trials all failed: {'; '.join(reasons)}",
+            remedy="Mend the cause and search into another folder: with --dtype float32 where numbers overflow, with "
+            "fewer --workers or a smaller max_budget where memory is short.",
+        )
+
+
+def words(trials: Sequence[Trial], goal: Goal, per_minute: float | None = None) -> str:
+    """Where a search is, in a few words: the best of each objective at the greatest budget so far, and the front."""
+    found = front_of(trials, goal.objectives, max_budget=goal.max_budget)
+    if found is None:
+        return "no score yet"
+    best = ", ".join(
+        f"{name} {min(trial.costs[at] for trial in found.points if trial.costs is not None):.4g}"
+        for at, name in enumerate(goal.objectives)
+    )
+    failed = sum(trial.status == "failed" for trial in trials)
+    parts = [f"best {best}", f"front {len(found.points)} at budget {found.budget}"]
+    if failed:
+        parts.append(f"{failed} failed")
+    if per_minute is not None:
+        parts.append(f"{per_minute:.3g} trials/min")
+    return "; ".join(parts)

@@ -1,0 +1,103 @@
+"""How sensitive each piece of each layer of each member is: what a concatenation in the search chooses pieces by.
+
+Measured once for each member on the same text, as CoMe does (`intarsia.planning.scores`), and kept in the run folder:
+with it any trial of the log becomes a recipe again, without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from intarsia.anatomy.spec import PARTS, Part
+from intarsia.building.resident import Resident
+from intarsia.calibration.corpus import Corpus
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.healing.state_file import full_disk_named
+from intarsia.planning.intermediate import Intermediate
+from intarsia.planning.scores import channel_sensitivity, piece_scores
+from intarsia.progress import Progress
+from intarsia.recipe.ops import LayerRef
+from intarsia.recipe.recipe import Variant, identity
+from intarsia.tailoring.translate import PieceScores
+
+Scores = dict[LayerRef, dict[Part, Tensor]]
+
+
+def measure(
+    members: Mapping[str, Checkpoint],
+    corpus: Corpus,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: Progress,
+) -> Scores:
+    """The scores of every layer of the members, one model in memory at a time.
+
+    Raises:
+        UserError: activations are not finite.
+    """
+    found: Scores = {}
+    with progress.task("sensitivities", len(members)) as task:
+        for name, checkpoint in members.items():
+            task.note(name)
+            found |= _of_one(name, checkpoint, corpus, device, dtype, progress)
+            task.advance()
+    return found
+
+
+def _of_one(
+    name: str,
+    checkpoint: Checkpoint,
+    corpus: Corpus,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: Progress,
+) -> Scores:
+    anatomy = checkpoint.anatomy
+    resident = Resident(checkpoint, device=device, dtype=dtype)
+    whole = identity(Variant(name=name, model=checkpoint.model), anatomy.n_layers)
+    model = Intermediate(resident, corpus, whole.layers, progress=progress)
+    found: Scores = {}
+    try:
+        model.measure()
+        for layer, (measured, module) in enumerate(zip(model.measures, model.modules, strict=True)):
+            scores: dict[Part, Tensor] = {}
+            for part in PARTS:
+                weight = module.get_submodule(anatomy.writer(part).module).weight
+                assert isinstance(weight, Tensor)
+                sensitivity = channel_sensitivity(measured.channels[part].mean_absolute_C, weight)
+                scores[part] = piece_scores(sensitivity, anatomy, part).cpu()
+            found[LayerRef(variant=name, layer=layer)] = scores
+    finally:
+        model.close()
+    return found
+
+
+def save(scores: PieceScores, path: Path) -> None:
+    """Write scores to a file that is there whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{ref.variant}:{ref.layer}:{part}": tensor.contiguous()
+        for ref, parts in scores.items()
+        for part, tensor in parts.items()
+    }
+    staging = path.with_name(f".{path.name}")
+    with full_disk_named(path.parent):
+        save_file(tensors, staging)
+        staging.replace(path)
+
+
+def load(path: Path) -> Scores:
+    """The scores in a file of `save`."""
+    found: Scores = {}
+    for name, tensor in load_file(path).items():
+        variant, layer, part = name.rsplit(":", 2)
+        scores = found.setdefault(LayerRef(variant=variant, layer=int(layer)), {})
+        scores[next(known for known in PARTS if known == part)] = tensor
+    return found

@@ -1,0 +1,217 @@
+"""The search space: which candidates there are, how many, and what is near what.
+
+Which layers are removed is a subset of the base's layers, never a sequence of indices; in a stack, which layers stand
+there twice is one too. A kept layer whose follower is removed may be joined with it. Everything else about a layer is
+chosen from the menu. Where the space has groups (layer-wise fusion at full depth), the layers of a group share a
+choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations, product
+from random import Random
+from typing import Literal
+
+from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
+from intarsia.tailoring.menu import Menu
+
+Kind = Literal["cut", "fusion", "stack"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """All candidates of one search.
+
+    Attributes:
+        depth: layers of the base; `target` those of the result. Fewer is a cut, as many fusion, more a stack.
+        shares: the first layer's shares in a join; none where layers are not joined.
+        scales: output scales of kept layers, ascending, 1 among them.
+        separate: attention and MLP of a layer may be blended differently.
+        groups: in a fusion, the number of groups of adjacent layers; None for one a layer.
+        layer_types: the attention type of each layer, where the family has several; only equal ones are joined.
+    """
+
+    depth: int
+    target: int
+    menu: Menu
+    shares: tuple[float, ...] = ()
+    scales: tuple[float, ...] = (1.0,)
+    separate: bool = False
+    groups: int | None = None
+    layer_types: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.target <= 2 * self.depth and 1.0 in self.scales
+        assert self.groups is None or (self.kind == "fusion" and 1 <= self.groups <= self.depth)
+
+    @property
+    def kind(self) -> Kind:
+        """What becomes of the depth."""
+        return "cut" if self.target < self.depth else "fusion" if self.target == self.depth else "stack"
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The positions that a candidate may have: every layer, or the first one of each group."""
+        groups = self.depth if self.groups is None else self.groups
+        return tuple(index * self.depth // groups for index in range(groups))
+
+    def layers_of(self, position: int) -> range:
+        """The layers of the base that a position stands for."""
+        at = self.starts.index(position)
+        return range(position, self.starts[at + 1] if at + 1 < len(self.starts) else self.depth)
+
+    # How many
+
+    def size(self) -> int:
+        """How many candidates there are, exactly."""
+        keeps = self.keeps()
+        if self.kind == "fusion":
+            return keeps ** len(self.starts)
+        if self.kind == "stack":
+            return math.comb(self.depth, self.target - self.depth) * keeps**self.target
+        # ways[n]: candidates over the layers so far that keep n of them, apart by whether the last one is kept.
+        removed, kept = [1] + [0] * self.target, [0] * (self.target + 1)
+        for layer in range(self.depth):
+            joins = self._joins(layer - 1) if layer else 0
+            # The choices of a kept layer are counted when its follower is known: only then may it be joined.
+            closed = [removed[n] + kept[n] * keeps for n in range(self.target + 1)]
+            removed, kept = (
+                [removed[n] + kept[n] * (keeps + joins) for n in range(self.target + 1)],
+                [0, *closed[: self.target]],
+            )
+        return removed[self.target] + kept[self.target] * keeps
+
+    @property
+    def log10_size(self) -> float:
+        """The size as a power of ten."""
+        return math.log10(self.size())
+
+    def keeps(self) -> int:
+        """How many ways there are to keep a layer."""
+        return self.menu.count() ** (2 if self.separate else 1) * len(self.scales)
+
+    def _joins(self, layer: int) -> int:
+        return len(self.menu.singles) ** 2 * len(self.shares) if self.joinable(layer) else 0
+
+    def joinable(self, layer: int) -> bool:
+        """Whether a layer could be joined with the next one, if that is removed."""
+        if not self.shares or self.kind != "cut" or layer + 1 >= self.depth:
+            return False
+        return self.layer_types is None or self.layer_types[layer] == self.layer_types[layer + 1]
+
+    def joined(self, layer: int, positions: Sequence[int]) -> bool:
+        """Whether a layer may be joined with the next one in a candidate with these positions."""
+        return self.joinable(layer) and layer + 1 not in positions
+
+    # Subsets and positions
+
+    def changed(self, positions: Sequence[int]) -> tuple[int, ...]:
+        """The removed layers, or in a stack those that stand there twice."""
+        if self.kind == "stack":
+            return tuple(layer for layer in range(self.depth) if list(positions).count(layer) == 2)
+        return tuple(layer for layer in range(self.depth) if layer not in positions) if self.kind == "cut" else ()
+
+    @property
+    def changes(self) -> int:
+        """How many layers are removed, or stand there twice."""
+        return abs(self.depth - self.target)
+
+    def positions(self, changed: Sequence[int]) -> tuple[int, ...]:
+        """The positions of a candidate that removes these layers, or has them twice."""
+        if self.kind == "stack":
+            return tuple(layer for layer in range(self.depth) for _ in range(2 if layer in changed else 1))
+        return tuple(layer for layer in self.starts if layer not in changed)
+
+    # Candidates
+
+    def plain(self, changed: Sequence[int] = ()) -> Candidate:
+        """The base's own layers, without (or with twice) these."""
+        positions = self.positions(changed)
+        return Candidate(positions=positions, choices=tuple(single(self.menu.members[0]) for _ in positions))
+
+    def arrange(self, changed: Sequence[int], choices: Mapping[tuple[int, int], Choice]) -> Candidate:
+        """A candidate from the removed (or doubled) layers and choices by position and occurrence.
+
+        A position without a choice is the base's layer; a join that is not possible there is its first layer, whole.
+        """
+        positions = self.positions(changed)
+        base = single(self.menu.members[0])
+        found: list[Choice] = []
+        for index, position in enumerate(positions):
+            occurrence = positions[:index].count(position)
+            choice = choices.get((position, occurrence), base)
+            if isinstance(choice, Join) and not self.joined(position, positions):
+                choice = single(choice.first)
+            elif isinstance(choice, Keep) and choice.mlp == choice.attention:
+                choice = Keep(attention=choice.attention, scale=choice.scale)
+            found.append(choice)
+        return Candidate(positions=positions, choices=tuple(found))
+
+    def has(self, candidate: Candidate) -> bool:
+        """Whether a candidate belongs to the space, in the one form that it has there."""
+        changed = self.changed(candidate.positions)
+        if len(changed) != self.changes or candidate.positions != self.positions(changed):
+            return False
+        return all(self._has_choice(choice, at, candidate.positions) for at, choice in candidate.items())
+
+    def _has_choice(self, choice: Choice, position: int, positions: Sequence[int]) -> bool:
+        if isinstance(choice, Join):
+            members = {choice.first, choice.second} <= set(self.menu.singles)
+            return members and choice.share in self.shares and self.joined(position, positions)
+        blends = [choice.attention, *([choice.mlp] if choice.mlp is not None else [])]
+        apart = choice.mlp is None or (self.separate and choice.mlp != choice.attention)
+        return apart and choice.scale in self.scales and all(self.menu.has(blend) for blend in blends)
+
+    def all_candidates(self) -> Iterator[Candidate]:
+        """Every candidate once; for spaces that are small."""
+        blends = list(self.menu.blends())
+        mlps: list[Blend | None] = [*blends] if self.separate else [None]
+        keeps = [
+            Keep(attention=blend, mlp=None if mlp == blend else mlp, scale=scale)
+            for blend in blends
+            for mlp in mlps
+            for scale in self.scales
+        ]
+        joins = [
+            Join(first=first, second=second, share=share)
+            for first in self.menu.singles
+            for second in self.menu.singles
+            for share in self.shares
+        ]
+        for changed in combinations(range(self.depth), self.changes):
+            positions = self.positions(changed)
+            options: list[list[Choice]] = [[*keeps, *(joins if self.joined(at, positions) else [])] for at in positions]
+            for choices in product(*options):
+                yield Candidate(positions=positions, choices=choices)
+
+    # Random ones
+
+    def random(self, rng: Random) -> Candidate:
+        """Layers drawn evenly; each is kept or, where that is possible, joined with equal chance."""
+        changed = rng.sample(range(self.depth), self.changes)
+        positions = self.positions(changed)
+        choices = {
+            (position, positions[:index].count(position)): self.random_choice(rng, self.joined(position, positions))
+            for index, position in enumerate(positions)
+        }
+        return self.arrange(changed, choices)
+
+    def random_middle(self, rng: Random) -> Candidate:
+        """The base without layers drawn from its middle: neither the first tenth nor the last, as far as possible.
+
+        Where layers stand twice they are drawn so too; a fusion starts from the base.
+        """
+        spare = max(min(self.depth // 10, (self.depth - self.changes) // 2), 0)
+        return self.plain(rng.sample(range(spare, self.depth - spare), self.changes))
+
+    def random_choice(self, rng: Random, joined: bool) -> Choice:
+        """What a layer could be."""
+        if joined and rng.random() < 0.5:
+            first, second = rng.choice(self.menu.singles), rng.choice(self.menu.singles)
+            return Join(first=first, second=second, share=rng.choice(self.shares))
+        mlp = self.menu.random(rng) if self.separate else None
+        return Keep(attention=self.menu.random(rng), mlp=mlp, scale=rng.choice(self.scales))

@@ -1,0 +1,219 @@
+"""Candidates become recipes, and recipes candidates.
+
+A recipe that says more than the space can (three layers joined, counts off the grid) has a nearest candidate; whether
+that is the same model is told by the recipes' hashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from intarsia.anatomy.spec import PARTS, Anatomy, Part
+from intarsia.planning import allocate
+from intarsia.recipe.codec import content_hash
+from intarsia.recipe.compose import concat_of
+from intarsia.recipe.methods import METHODS, with_defaults
+from intarsia.recipe.ops import Concat, LayerRef, Merge, Mix, Op, Select
+from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
+from intarsia.tailoring.space import Space
+
+PieceScores = Mapping[LayerRef, Mapping[Part, Tensor]]
+"""How sensitive each piece of a layer is, `[P]` for each part: see `intarsia.planning.scores.piece_scores`."""
+
+_OUTLIERS = 0.01  # The share of largest entries that breadcrumbs leave out.
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Translator:
+    """Between the candidates of a space and recipes.
+
+    Attributes:
+        variants: the members of the family, by the names that the space has for them.
+        scores: of every layer of every member that may be joined; needed for joins only.
+        seed: of the methods that drop entries at random.
+    """
+
+    space: Space
+    anatomy: Anatomy
+    variants: Sequence[Variant]
+    scores: PieceScores
+    seed: int = 0
+
+    def recipe(self, candidate: Candidate) -> Recipe:
+        """The recipe of a candidate of the space. Variants that it does not use are left out."""
+        assert self.space.has(candidate), "a candidate of this space"
+        ops = [
+            self._op(choice, layer)
+            for position, choice in candidate.items()
+            for layer in self.space.layers_of(position)
+        ]
+        return self._assembled(ops)
+
+    def _assembled(self, ops: Sequence[Op]) -> Recipe:
+        used = {self.space.menu.members[0]}
+        for op in ops:
+            used |= {source.variant for source in op.sources}
+        return Recipe(
+            variants=tuple(variant for variant in self.variants if variant.name in used),
+            base=self.space.menu.members[0],
+            depth=self.space.depth,
+            layers=tuple(ops),
+            spans=derive_spans(ops, self.space.depth),
+        )
+
+    # From choices to ops
+
+    def _op(self, choice: Choice, layer: int) -> Op:
+        if isinstance(choice, Join):
+            return self._joined(choice, layer)
+        if choice.mlp is None and choice.attention.method is None and choice.scale == 1.0:
+            return Select(source=LayerRef(variant=choice.attention.members[0], layer=layer))
+        blends = [choice.attention, *([] if choice.mlp is None else [choice.mlp])]
+        members = [name for name in self.space.menu.members if any(name in blend.members for blend in blends)]
+        mixes = [self._mix(blend, members) for blend in blends]
+        base = LayerRef(variant=self.space.menu.members[0], layer=layer)
+        return Merge(
+            sources=tuple(LayerRef(variant=name, layer=layer) for name in members),
+            weights=mixes[0].weights,
+            method=mixes[0].method,
+            params=mixes[0].params,
+            base=base if any(METHODS[mix.method].base for mix in mixes) else None,
+            scale=choice.scale,
+            mlp=None if choice.mlp is None else mixes[1],
+        )
+
+    def _mix(self, blend: Blend, members: Sequence[str]) -> Mix:
+        """A blend as weights for these members, of which it may leave some out, and parameters."""
+        method, values = blend.method or "linear", dict(blend.values)
+        count = len(blend.members)
+        own = [1.0] * count
+        params: dict[str, float] = {}
+        if method in ("linear", "slerp") and count > 1:
+            rest = 1.0 - values["lead"]
+            own = [values["lead"], *([rest / (count - 1)] * (count - 1))]
+        elif method in ("task_arithmetic", "dare_linear", "breadcrumbs"):
+            own = [values["lambda"]] * count
+        elif method in ("ties", "dare_ties"):
+            params["lambda"] = values["lambda"]
+        if method == "breadcrumbs":
+            params |= {"bottom": max(round(1.0 - values["density"] - _OUTLIERS, 6), 0.0), "top": _OUTLIERS}
+        elif "density" in values:
+            params["density"] = values["density"]
+        if "seed" in METHODS[method].parameters:
+            params["seed"] = self.seed
+        by_member = dict(zip(blend.members, own, strict=True))
+        weights = tuple(by_member.get(name, 0.0) for name in members)
+        return Mix(weights=weights, method=method, params=with_defaults(method, params))
+
+    def _joined(self, choice: Join, layer: int) -> Op:
+        """Concatenation as in CoMe: the most sensitive pieces of each, norms folded in."""
+        refs = [LayerRef(variant=choice.first, layer=layer), LayerRef(variant=choice.second, layer=layer + 1)]
+        totals = {part: self.anatomy.n_pieces(part) for part in PARTS}
+        shares = [choice.share, 1.0 - choice.share]
+        counts = {part: allocate.counts(shares, totals[part]) for part in PARTS}
+        kept = [
+            {part: allocate.top(self.scores[ref][part], counts[part][index]) for part in PARTS}
+            for index, ref in enumerate(refs)
+        ]
+        return concat_of(
+            [Select(source=ref) for ref in refs],
+            kept,
+            weights=[{part: counts[part][index] / totals[part] for part in PARTS} for index in range(2)],
+            norm="fold",
+            anatomy=self.anatomy,
+        )
+
+    # From recipes to candidates
+
+    def exact(self, recipe: Recipe) -> Candidate | None:
+        """The candidate that is this recipe's model, if there is one."""
+        found = self.nearest(recipe)
+        if found is None or recipe.fitted or recipe.depth != self.space.depth:
+            return None
+        return found if content_hash(self.recipe(found)) == content_hash(recipe) else None
+
+    def nearest(self, recipe: Recipe) -> Candidate | None:
+        """The candidate closest to a recipe; None where its layers are not those of any candidate.
+
+        Variants are the same where their hashes are, or else where they are found.
+        """
+        names = {variant.name: self._member(variant) for variant in recipe.variants}
+        refs = {source for op in recipe.layers for source in op.sources}
+        if recipe.depth != self.space.depth or len(recipe.layers) != self.space.target:
+            return None
+        if any(names.get(ref.variant) is None for ref in refs):
+            return None
+        known = {name: member for name, member in names.items() if member is not None}
+        positions = [_weightiest(op).layer for op in recipe.layers]
+        changed = self.space.changed(positions)
+        fusion = self.space.kind == "fusion"
+        whole = tuple(range(self.space.depth)) if fusion else self.space.positions(changed)
+        if tuple(positions) != whole or len(changed) != self.space.changes:
+            return None
+        found: dict[tuple[int, int], Choice] = {}
+        for index, (position, op) in enumerate(zip(positions, recipe.layers, strict=True)):
+            if position in self.space.starts:
+                found[position, positions[:index].count(position)] = self._choice(op, known)
+        return self.space.arrange(changed, found)
+
+    @cached_property
+    def _members(self) -> Mapping[str, str]:
+        keys = {variant.sha256: variant.name for variant in self.variants if variant.sha256}
+        return {**{variant.model: variant.name for variant in self.variants}, **keys}
+
+    def _member(self, variant: Variant) -> str | None:
+        return self._members.get(variant.sha256 or variant.model)
+
+    def _choice(self, op: Op, names: Mapping[str, str]) -> Choice:
+        menu = self.space.menu
+        if isinstance(op, Select):
+            return single(self._single(names[op.source.variant]))
+        if isinstance(op, Merge):
+            attention, mlp = (self._blend(op, op.mix(part), names) for part in PARTS)
+            scale = min(self.space.scales, key=lambda value: abs(value - op.scale))
+            return Keep(attention=attention, mlp=mlp if self.space.separate else None, scale=scale)
+        sizes = {cut.source: len(cut.channels) for cut in op.cuts}
+        first = _weightiest(op)
+        behind = [ref for ref in sizes if ref.layer == first.layer + 1]
+        if not self.space.shares or not behind:
+            return single(self._single(names[first.variant]))
+        second = max(behind, key=lambda ref: sizes[ref])
+        share = sizes[first] / (sizes[first] + sizes[second])
+        members = [self._single(names[ref.variant]) for ref in (first, second)]
+        assert set(members) <= set(menu.members)
+        nearest = min(self.space.shares, key=lambda value: (abs(value - share), value))
+        return Join(first=members[0], second=members[1], share=nearest)
+
+    def _single(self, member: str) -> str:
+        return member if member in self.space.menu.singles else self.space.menu.members[0]
+
+    def _blend(self, op: Merge, mix: Mix, names: Mapping[str, str]) -> Blend:
+        counted = [(names[ref.variant], weight) for ref, weight in zip(op.sources, mix.weights, strict=True) if weight]
+        order = self.space.menu.members
+        counted.sort(key=lambda entry: order.index(entry[0]))
+        members = [name for name, _ in counted] or [order[0]]
+        if mix.method == "linear" and len(members) == 1:
+            return Blend(members=(self._single(members[0]),))
+        first = counted[0][1] if counted else 1.0
+        whole = sum(weight for _, weight in counted) or 1.0
+        values = {"lead": first / whole, "lambda": mix.params.get("lambda", first)}
+        if "density" in mix.params:
+            values["density"] = mix.params["density"]
+        elif "bottom" in mix.params:
+            values["density"] = 1.0 - mix.params["bottom"] - mix.params["top"]
+        return self.space.menu.nearest(members, mix.method, values)
+
+
+def _weightiest(op: Op) -> LayerRef:
+    """The source at whose layer an op stands: a join's first layer, else the one that gives most."""
+    if not isinstance(op, Concat):
+        return op.sources[0]
+    cuts = sorted(op.cuts, key=lambda cut: cut.source.layer)
+    if len(cuts) == 2 and cuts[1].source.layer == cuts[0].source.layer + 1:
+        return cuts[0].source
+    return max(cuts, key=lambda cut: len(cut.channels)).source

@@ -1,0 +1,84 @@
+"""The closed form inside the search, on tokens of the search's own examples.
+
+A fit makes a candidate look better on what it was fitted to than elsewhere. So it takes examples from the end of the
+order, and of texts windows are drawn for it that no budget of the search reaches. Where an objective's examples are
+few, those of the largest budgets serve for both; items outside the splits are seen by neither. Each objective gives
+the same number of windows, as far as it has them: a question with its right answer, a query with its target, one
+behind the other, or windows of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from intarsia.calibration.corpus import Corpus
+from intarsia.errors import UserError
+from intarsia.healing.closed_form import ClosedFormSettings, closed_form_cost, fit
+from intarsia.recipe.recipe import Recipe
+from intarsia.tailoring.objective import Objective
+from intarsia.tailoring.resident_family import ResidentFamily
+
+TOKENS = 16384
+_LEAST_WINDOWS = 2 * ClosedFormSettings().held_out  # so that something is held out, and more is not
+
+
+def repair_windows(seq_len: int) -> int:
+    """How many windows of one text a fit takes at most."""
+    return TOKENS // seq_len
+
+
+def repair_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | None, tokens: int = TOKENS) -> Corpus:
+    """Windows of the examples' tokens, objectives taking turns.
+
+    Args:
+        eos: stands between two examples, where there is one.
+        tokens: about how many.
+
+    Raises:
+        UserError: the examples are too few for a fit.
+    """
+    wanted = max(tokens // seq_len // len(objectives), 1)
+    parts = [list(_windows(objective, seq_len, eos, wanted)) for objective in objectives]
+    order = sorted((place, number) for number, part in enumerate(parts) for place in range(len(part)))
+    if len(order) < _LEAST_WINDOWS:
+        raise UserError.of(
+            where="heal",
+            expected=f"at least {_LEAST_WINDOWS * seq_len} tokens of examples for the closed form",
+            found=f"{len(order)} windows of {seq_len} tokens",
+            remedy="Widen the splits, add an objective on a text, or leave heal out.",
+        )
+    ids = torch.tensor([parts[number][place] for place, number in order])
+    names = ", ".join(objective.name for objective in objectives)
+    return Corpus.of(ids, description=f"examples of {names}", documents=len(order))
+
+
+def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> tuple[Recipe, float]:
+    """A recipe with its read-outs fitted, and what that took in layer-forwards times tokens.
+
+    Raises:
+        UserError: activations are not finite.
+    """
+    settings = ClosedFormSettings()
+    fitted, _ = fit(recipe, layers.resident, corpus, settings=settings)
+    return fitted, float(closed_form_cost(recipe, settings) * corpus.tokens)
+
+
+def _windows(objective: Objective, seq_len: int, eos: int | None, most: int) -> Iterator[list[int]]:
+    """Full windows alone: what is left over at the end is not used."""
+    waiting: list[int] = []
+    for example in reversed(objective.examples):
+        request = example.requests[example.gold or 0]
+        tokens = [*request.context, *request.continuation]
+        if len(tokens) == seq_len and not waiting:
+            yield tokens
+            most -= 1
+        else:
+            waiting += tokens if eos is None else [*tokens, eos]
+        while len(waiting) >= seq_len and most > 0:
+            yield waiting[:seq_len]
+            waiting = waiting[seq_len:]
+            most -= 1
+        if most <= 0:
+            return

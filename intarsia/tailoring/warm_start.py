@@ -1,0 +1,124 @@
+"""What a search begins with: candidates that are known to be sensible, and what earlier searches have found.
+
+- `random-middle`: the base without layers drawn from its middle, 8 times.
+- a planner's ladder: its recipe at the target depth, as the nearest candidate; and the layers that it keeps, taken from
+  each other member whole.
+- an earlier search: its front; where it was measured on the same examples of the same family, all its trials too, each
+  at the budget that it had. They are taken into the log, never counted as trials of this search, and not made again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+
+from intarsia.errors import UserError
+from intarsia.planning.run_folder import write_whole
+from intarsia.recipe.codec import content_hash
+from intarsia.recipe.recipe import Recipe
+from intarsia.tailoring.candidate import single
+from intarsia.tailoring.engine import Start
+from intarsia.tailoring.history import Trial
+from intarsia.tailoring.pareto import Front
+from intarsia.tailoring.plain import from_plain, to_plain
+from intarsia.tailoring.space import Space
+from intarsia.tailoring.translate import Translator
+
+_MIDDLES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """Candidates to begin with, and trials of earlier searches."""
+
+    starts: tuple[Start, ...] = ()
+    earlier: tuple[Trial, ...] = ()
+
+    def save(self, path: Path) -> None:
+        """Keep it: a search that goes on begins with the same."""
+        data = {
+            "starts": [{"origin": start.origin, "candidate": to_plain(start.candidate)} for start in self.starts],
+            "earlier": [trial.to_dict() for trial in self.earlier],
+        }
+        write_whole(path, json.dumps(data, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> WarmStart:
+        """What `save` has kept.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                starts=tuple(
+                    Start(candidate=from_plain(entry["candidate"]), origin=str(entry["origin"]))
+                    for entry in data["starts"]
+                ),
+                earlier=tuple(Trial.from_dict(entry) for entry in data["earlier"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError.of(
+                where=str(path),
+                expected="the warm start of a search",
+                found=f"{type(error).__name__}: {error}",
+                remedy="The run folder is damaged; search into another one.",
+            ) from error
+
+
+def random_middles(space: Space, seed: int) -> list[Start]:
+    """The base without layers of its middle; in a fusion the base itself, once."""
+    rng = Random(f"middle-{seed}")
+    drawn = dict.fromkeys(space.random_middle(rng) for _ in range(_MIDDLES))
+    return [Start(candidate=candidate, origin="warm start: random-middle") for candidate in drawn]
+
+
+def from_recipe(recipe: Recipe, translator: Translator, name: str) -> list[Start]:
+    """What a planner's recipe means in the space: nothing, where its layers are those of no candidate."""
+    nearest = translator.nearest(recipe)
+    if nearest is None:
+        return []
+    return list(_with_members(Start(candidate=nearest, origin=f"warm start: {name}"), translator.space, name))
+
+
+def _with_members(start: Start, space: Space, name: str) -> Iterator[Start]:
+    yield start
+    changed = space.changed(start.candidate.positions)
+    positions = space.positions(changed)
+    for member in space.menu.singles[1:]:
+        choices = {
+            (position, positions[:index].count(position)): single(member) for index, position in enumerate(positions)
+        }
+        yield Start(candidate=space.arrange(changed, choices), origin=f"warm start: {name} on {member}")
+
+
+def from_search(
+    trials: Sequence[Trial], front: Front | None, translator: Translator, name: str, *, same: bool
+) -> WarmStart:
+    """What an earlier search says to this one.
+
+    Args:
+        same: whether its trials were measured on the same examples, of the same family. Even then a trial counts only
+            where its candidate is the same recipe here as it was there.
+    """
+    space = translator.space
+    heard = [
+        replace(trial, origin=f"{name}, {trial.origin}")
+        for trial in trials
+        if same
+        and trial.status == "ok"
+        and space.has(trial.candidate)
+        and content_hash(translator.recipe(trial.candidate)) == trial.recipe
+    ]
+    # A candidate whose costs are known need not be tried again at the least budget.
+    known = {trial.candidate for trial in heard}
+    points = [] if front is None else [point.candidate for point in front.points]
+    starts = [candidate for candidate in points if space.has(candidate) and candidate not in known]
+    return WarmStart(
+        starts=tuple(Start(candidate=candidate, origin=f"warm start: {name}") for candidate in starts),
+        earlier=tuple(heard),
+    )

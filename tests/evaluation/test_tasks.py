@@ -1,0 +1,264 @@
+"""Tasks through lm-eval: local YAML over local files, and our own scores held against the harness's."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from intarsia.errors import UserError
+from intarsia.evaluation.choices import Question
+from intarsia.evaluation.retention import retention
+from intarsia.evaluation.task_file import read_questions
+from intarsia.evaluation.task_plan import plan_tasks, score_tasks
+from intarsia.evaluation.tasks import load_harness, run_harness
+from tests import families
+from tests.evaluation.test_choices import some_questions
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tasks"
+
+METRICS = """
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+  - metric: acc_norm
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 3.0
+"""
+
+
+def write_task(folder: Path, name: str, questions: Sequence[Question], extra: str = "") -> Path:
+    """A YAML task of lm-eval over a local file; gives the file."""
+    data = folder / f"{name}.jsonl"
+    data.write_text(
+        "".join(json.dumps({"query": q.query, "choices": list(q.choices), "gold": q.gold}) + "\n" for q in questions)
+    )
+    (folder / f"{name}.yaml").write_text(
+        f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\n"
+        f"  cache_dir: {folder / 'cache'}\n"
+        "output_type: multiple_choice\ntest_split: test\n"
+        'doc_to_text: "{{query}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{gold}}"\n' + extra + METRICS
+    )
+    return data
+
+
+def of_the_harness(name: str, folder: Path, model: Any, tokenizer: Any, limit: int | None) -> Any:
+    """lm-eval with nothing of ours in between."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    return simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, softmax_dtype="float32"),
+        tasks=[name],
+        limit=limit,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=0,
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+def test_local_scores_equal_those_of_lm_eval(family: str, tmp_path: Path) -> None:
+    """Ours from the file, ours through the harness, and the harness's own agree item by item."""
+    file = write_task(tmp_path, "quiz", some_questions(30))
+    model = families.make_model(family)
+    theirs = of_the_harness("quiz", tmp_path, model, families.make_tokenizer(), limit=25)
+
+    plan = plan_tasks([str(file)], limit=25)
+    (ours,) = score_tasks(plan, model, families.make_tokenizer(), name="tiny").scores
+    (task,) = load_harness(["quiz"], include_path=tmp_path)
+    tokenizer = families.make_tokenizer()
+    (through,) = run_harness(task, model, tokenizer, limit=25)
+
+    samples = sorted(theirs["samples"]["quiz"], key=lambda sample: sample["doc_id"])
+    for metric in ("acc", "acc_norm"):
+        expected = tuple(float(sample[metric]) for sample in samples)
+        assert ours.outcomes[metric] == through.outcomes[metric] == expected
+        assert through.metrics[metric].value == pytest.approx(theirs["results"]["quiz"][f"{metric},none"])
+        assert through.metrics[metric].stderr == pytest.approx(ours.metrics[metric].stderr)
+    assert ours.n == through.n == 25
+    assert ours.chance == pytest.approx(through.chance)
+    assert (through.name, through.version, ours.version) == ("quiz", "3.0", None)
+    assert through.source.startswith("lm-eval 0.4.")
+    assert tokenizer.pad_token is None, "the tokenizer is left as it is"
+
+
+@pytest.mark.registry
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data/tasks here")
+@pytest.mark.parametrize("name", ["piqa", "arc_easy"])
+def test_the_demo_model_scores_what_lm_eval_says(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from intarsia.checkpoint.resolve import resolve
+
+    try:
+        folder = resolve("demo")
+    except UserError as error:
+        pytest.skip(f"no demo model: {error}")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    spec = f"{SHARED / name}.jsonl#0.33:1"
+    _, questions = read_questions(spec, limit=20)
+    write_task(tmp_path, f"{name}_here", questions)
+    theirs = of_the_harness(f"{name}_here", tmp_path, model, AutoTokenizer.from_pretrained(folder), limit=None)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (ours,) = score_tasks(plan_tasks([spec], limit=20), model, tokenizer, name="demo").scores
+    samples = sorted(theirs["samples"][f"{name}_here"], key=lambda sample: sample["doc_id"])
+    for metric in ("acc", "acc_norm"):
+        assert ours.outcomes[metric] == tuple(float(sample[metric]) for sample in samples)
+    assert ours.n == 20
+
+
+def test_fewshot_prompts_change_the_items(tmp_path: Path) -> None:
+    file = write_task(tmp_path, "quiz", some_questions(12), "fewshot_split: test\n")
+    model, tokenizer = families.make_model("llama"), families.make_tokenizer()
+
+    def scored(num_fewshot: int | None) -> Any:
+        plan = plan_tasks(["quiz"], limit=6, include_path=tmp_path, num_fewshot=num_fewshot)
+        return score_tasks(plan, model, tokenizer, name="tiny")
+
+    none, two = scored(None), scored(2)
+    assert none.scores[0].items_sha256 == scored(0).scores[0].items_sha256
+    assert two.scores[0].items_sha256 == scored(2).scores[0].items_sha256
+    assert two.num_fewshot == 2
+    with pytest.raises(UserError, match="the same items"):
+        retention(none.scores, two.scores, against="tiny")
+    with pytest.raises(UserError, match=r"--num-fewshot: expected a task of lm-eval"):
+        plan_tasks([str(file)], num_fewshot=2)
+
+
+def test_a_group_is_aggregated_as_lm_eval_does(tmp_path: Path) -> None:
+    questions = some_questions(30)
+    write_task(tmp_path, "quiz_a", questions[:7])
+    write_task(tmp_path, "quiz_b", questions[7:])
+    (tmp_path / "group.yaml").write_text(
+        "group: quizzes\ntask: [quiz_a, quiz_b]\naggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n"
+    )
+    (tmp_path / "even.yaml").write_text(
+        "group: even\ntask: [quiz_a, quiz_b]\naggregate_metric_list:\n  - metric: acc\n    weight_by_size: false\n"
+    )
+    model, tokenizer = families.make_model("llama"), families.make_tokenizer()
+    group, even = load_harness(["quizzes", "even"], include_path=tmp_path)
+    (whole,) = run_harness(group, model, tokenizer)
+    theirs = of_the_harness("quizzes", tmp_path, model, families.make_tokenizer(), limit=None)
+    assert whole.metrics["acc"].value == pytest.approx(theirs["groups"]["quizzes"]["acc,none"])
+    assert (whole.name, whole.n, whole.primary) == ("quizzes", 30, "acc")
+    assert sum(whole.outcomes["acc"]) / 30 == pytest.approx(whole.metrics["acc"].value)
+    assert whole.chance == pytest.approx(sum(1 / len(question.choices) for question in questions) / 30)
+
+    (uneven,) = run_harness(even, model, tokenizer)
+    parts = [theirs["results"][name]["acc,none"] for name in ("quiz_a", "quiz_b")]
+    assert uneven.metrics["acc"].value == pytest.approx(sum(parts) / 2)
+    assert uneven.outcomes == {}, "no mean over items"
+
+
+def test_a_tag_is_several_tasks(tmp_path: Path) -> None:
+    for name in ("quiz_a", "quiz_b"):
+        write_task(tmp_path, name, some_questions(4), "tag: both\n")
+    (tag,) = load_harness(["both"], include_path=tmp_path)
+    scores = run_harness(tag, families.make_model("llama"), families.make_tokenizer(), limit=3)
+    assert [(score.name, score.n) for score in scores] == [("quiz_a", 3), ("quiz_b", 3)]
+
+
+def test_contexts_to_choose_from(tmp_path: Path) -> None:
+    """As WinoGrande asks: every choice is a context of its own, before one and the same continuation."""
+    write_task(tmp_path, "quiz", some_questions(20))
+    written = (tmp_path / "quiz.yaml").read_text()
+    written = written.replace('doc_to_text: "{{query}}"', "doc_to_text: gold")
+    written = written.replace('doc_to_target: "{{gold}}"', "doc_to_target: query")
+    (tmp_path / "quiz.yaml").write_text(written)
+    model = families.make_model("qwen2")
+    theirs = of_the_harness("quiz", tmp_path, model, families.make_tokenizer(), limit=None)
+    (task,) = load_harness(["quiz"], include_path=tmp_path)
+    (score,) = run_harness(task, model, families.make_tokenizer())
+    samples = sorted(theirs["samples"]["quiz"], key=lambda sample: sample["doc_id"])
+    assert score.outcomes["acc"] == tuple(float(sample["acc"]) for sample in samples)
+    assert 0 < sum(score.outcomes["acc"]) < 20
+    assert len({argument[1] for argument in samples[0]["arguments"]}) == 1
+    chance = sum(1 / len(question.choices) for question in some_questions(20)) / 20
+    assert score.chance == pytest.approx(chance)
+
+
+def test_a_task_without_items(tmp_path: Path) -> None:
+    write_task(tmp_path, "quiz", some_questions(3), "process_docs: !function emptied.none\n")
+    (tmp_path / "emptied.py").write_text("def none(docs):\n    return docs.select([])\n")
+    with pytest.raises(UserError, match="task quiz: expected a task whose data set can be read and has items"):
+        load_harness(["quiz"], include_path=tmp_path)
+
+
+def test_a_task_that_writes_text(tmp_path: Path) -> None:
+    """What is not a log-likelihood is the harness's own work."""
+    write_task(tmp_path, "quiz", some_questions(3))
+    (tmp_path / "quiz.yaml").write_text(
+        (tmp_path / "quiz.yaml").read_text().split("output_type")[0]
+        + "output_type: generate_until\ntest_split: test\n"
+        + 'doc_to_text: "{{query}}"\ndoc_to_target: "{{choices[gold]}}"\n'
+        + "generation_kwargs:\n  until: ['.']\n  max_gen_toks: 3\n"
+        + "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    (task,) = load_harness(["quiz"], include_path=tmp_path)
+    (score,) = run_harness(task, families.make_model("llama"), families.make_tokenizer())
+    assert (score.primary, score.n, score.chance) == ("exact_match", 3, None)
+    assert score.outcomes == {"exact_match": (0.0, 0.0, 0.0)}
+
+
+def test_random_numbers_of_others_stay(tmp_path: Path) -> None:
+    write_task(tmp_path, "quiz", some_questions(3))
+    model = families.make_model("llama")
+    random.seed(7)
+    np.random.seed(7)
+    torch.manual_seed(7)
+    expected = random.random(), float(np.random.rand()), torch.rand(1).item()
+    random.seed(7)
+    np.random.seed(7)
+    torch.manual_seed(7)
+    (task,) = load_harness(["quiz"], include_path=tmp_path)
+    run_harness(task, model, families.make_tokenizer())
+    assert (random.random(), float(np.random.rand()), torch.rand(1).item()) == expected
+
+
+def test_unknown_names_come_with_the_nearest() -> None:
+    with pytest.raises(UserError) as raised:
+        load_harness(["arc_eazy", "helaswag", "piqa"])
+    first, second = raised.value.problems
+    assert first.where == "task 'arc_eazy'" and "the nearest are arc_easy" in first.found
+    assert "hellaswag" in second.found
+
+
+def test_data_sets_that_cannot_be_had(tmp_path: Path) -> None:
+    write_task(tmp_path, "quiz", some_questions(3)).unlink()
+    with pytest.raises(
+        UserError, match=r"task quiz: expected a task whose data set can be read and has items; found .*Error: "
+    ):
+        load_harness(["quiz"], include_path=tmp_path)
+    with pytest.raises(UserError, match="--include-path: expected a folder"):
+        load_harness(["quiz"], include_path=tmp_path / "none")
+
+
+def test_lm_eval_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"pip install 'intarsia\[tasks\]'"):
+        load_harness(["piqa"])
+
+
+def test_plans_are_checked_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        plan_tasks(["piqa", " "], limit=0, num_fewshot=-1)
+    assert [problem.where for problem in raised.value.problems] == ["--tasks", "--limit", "--num-fewshot"]
+    with pytest.raises(UserError, match="at least one task"):
+        plan_tasks([])
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_task(tmp_path / folder, "quiz", some_questions(3))
+    with pytest.raises(UserError, match="quiz more than once"):
+        plan_tasks([str(tmp_path / folder / "quiz.jsonl") for folder in ("a", "b")])

@@ -1,0 +1,127 @@
+"""The page in a real browser, without a window: it is quiet, draws, answers to the pointer, and asks for nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from intarsia.reporting.page import write_report
+from tests.reporting.runs import comparison, plan_run, row, scores
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    rows = [row("dense", 6, "none", 20.0, tasks=scores(0.6)), row("come", 5, "none", 30.0, tasks=scores(0.5))]
+    paths = [plan_run(folder / "run"), comparison(folder / "compare", rows)]
+    write_report(paths, folder / "report.html")
+    return folder / "report.html"
+
+
+class Opened:
+    """A page with everything that it said and asked for."""
+
+    def __init__(self, browser: Any, report: Path, **how: Any) -> None:
+        self.context = browser.new_context(**how)
+        self.page = self.context.new_page()
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(report.as_uri())
+
+    def layer(self, side: str, number: int) -> Any:
+        return self.page.locator(f'.picture:not([hidden]) .layer[data-side="{side}"][data-layer="{number}"]')
+
+    @property
+    def panel(self) -> str:
+        return str(self.page.locator(".panel").inner_text())
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_is_quiet_and_fits(browser: Any, report: Path, scheme: str, width: int) -> None:
+    opened = Opened(browser, report, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert opened.said == []
+    assert opened.asked == [report.as_uri()]
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == width
+    size = opened.page.locator(".picture:not([hidden]) svg").bounding_box()
+    assert size["width"] > 300 and size["height"] > 150
+    opened.context.close()
+
+
+def test_colours_follow_the_scheme(browser: Any, report: Path) -> None:
+    found = {}
+    for scheme in ("light", "dark"):
+        opened = Opened(browser, report, color_scheme=scheme)
+        script = "[...document.querySelectorAll('body, figure .tick')].slice(0, 2).map(e => [getComputedStyle(e)"
+        found[scheme] = opened.page.evaluate(script + ".backgroundColor, getComputedStyle(e).fill])")
+        opened.context.close()
+    (light, light_text), (dark, dark_text) = found["light"], found["dark"]
+    assert light[0] != dark[0] and light_text[1] != dark_text[1]
+
+
+def test_pointing_at_a_layer_tells_what_it_is_made_of(browser: Any, report: Path) -> None:
+    opened = Opened(browser, report)
+    before = opened.panel
+    opened.page.locator(".depth input").fill("0")  # 5 layers
+    assert opened.page.locator(".depth output").inner_text() == "5"
+    opened.layer("out", 2).hover()
+    assert "Output layer 2" in opened.panel and "stands for original layers 2 to 3" in opened.panel
+    assert "1 of 4 KV groups" in opened.panel and "30 of 40 channels" in opened.panel
+    assert opened.page.locator(".picture:not([hidden]) .ribbon.on").count() == 2
+    assert opened.page.locator(".panel .heads i.kept").all_inner_texts() == ["0", "1", "2", "3"]
+    opened.layer("in", 0).hover()
+    assert "Original layer 0" in opened.panel and "0.9" in opened.panel
+    opened.page.locator("h1").hover()
+    assert opened.panel == before
+    assert opened.said == []
+    opened.context.close()
+
+
+def test_it_answers_to_keys(browser: Any, report: Path) -> None:
+    opened = Opened(browser, report)
+    opened.layer("in", 0).focus()
+    opened.page.keyboard.press("ArrowDown")
+    assert "Original layer 1" in opened.panel
+    opened.page.keyboard.press("Escape")
+    assert "Original layer" not in opened.panel
+    opened.context.close()
+
+
+def test_it_answers_to_a_finger(browser: Any, report: Path) -> None:
+    opened = Opened(browser, report, viewport={"width": 390, "height": 800}, has_touch=True)
+    opened.layer("in", 4).tap()
+    assert "Original layer 4" in opened.panel and "was dropped" in opened.panel
+    box = opened.page.locator(".panel").bounding_box()
+    assert box["y"] + box["height"] <= 800  # in sight while the picture is
+    opened.context.close()
+
+
+def test_it_is_useful_without_the_script(browser: Any, report: Path) -> None:
+    opened = Opened(browser, report, java_script_enabled=False)
+    assert opened.page.locator(".picture:visible svg").count() == 1
+    assert "kept whole" in opened.panel
+    opened.page.locator("summary", has_text="All 4 layers").click()
+    assert "2 (1 KV groups, 30 channels) + 3 (3 KV groups, 10 channels)" in opened.page.locator("details").inner_text()
+    opened.context.close()

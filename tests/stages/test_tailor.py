@@ -1,0 +1,321 @@
+"""A search over tiny models, from a family file to a built and judged incumbent."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import intarsia
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.errors import UserError
+from intarsia.recipe import codec
+from intarsia.stages.tailor import TailorResult, tailor
+from intarsia.stages.tailor_folder import TailorFolder
+from intarsia.stages.tailor_judge import rest_of
+from tests import families
+from tests.conftest import Folder
+
+FAMILY = """
+base: {base}
+variants:
+  math: {math}
+target: {{layers: 4}}
+operations: [remove, select, merge, concat]
+merge: {{methods: [task_arithmetic, slerp]}}
+objectives:
+  - {{name: prose, loss: {text}, split: "0:0.5"}}
+  - {{name: quiz, task: {quiz}, split: "0:0.5"}}
+search:
+  {{engine: evolve, trials: 12, min_budget: 4, max_budget: 12, eta: 3, seed: 0, warm_start: [random-middle, shortgpt]}}
+"""
+
+
+@pytest.fixture(scope="session")
+def parts(model_folder: Folder, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base, a variant of it, a text and questions."""
+    folder = tmp_path_factory.mktemp("family")
+    base = model_folder("llama")
+    model = families.make_model("llama")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".layers." in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    math = families.save(model, folder / "math")
+    words = text_file.read_text(encoding="utf-8").split()
+    rng = random.Random(0)
+    lines = [
+        json.dumps({"query": " ".join(rng.sample(words, 4)), "choices": rng.sample(words, 2), "gold": n % 2})
+        for n in range(48)
+    ]
+    (folder / "quiz.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {"base": base, "math": math, "text": text_file, "quiz": folder / "quiz.jsonl"}
+
+
+@pytest.fixture
+def family(parts: dict[str, Path], tmp_path: Path) -> Path:
+    return write_family(parts, tmp_path / "family.yaml")
+
+
+def write_family(parts: dict[str, Path], path: Path, **changes: str) -> Path:
+    text = FAMILY.format(**{name: str(part) for name, part in parts.items()})
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def searched(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TailorResult]:
+    """A finished search; tests must not change it."""
+    folder = tmp_path_factory.mktemp("searched")
+    family = write_family(parts, folder / "family.yaml")
+    return folder / "run", tailor(family, folder / "run", tokens=512, device="cpu")
+
+
+def trials_of(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "trials.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "layer_forwards")} for line in lines]
+
+
+def test_a_search(searched: tuple[Path, TailorResult]) -> None:
+    run, result = searched
+    assert (result.trials, result.failed, result.stopped) == (12, 0, None)
+    trials = trials_of(run)
+    assert {trial["origin"] for trial in trials} >= {"warm start: random-middle", "promotion"}
+    assert {trial["budget"] for trial in trials} == {4, 12}
+    assert (run / "plans" / "shortgpt" / "settings.json").exists()
+    front = json.loads((run / "front.json").read_text(encoding="utf-8"))
+    assert front["objectives"] == ["prose", "quiz"]
+    assert result.front is not None
+    costs = [tuple(trial["costs"]) for trial in trials if trial["budget"] == 12]
+    for point in front["points"]:
+        own = tuple(point["costs"].values())
+        assert own in costs
+        assert not any(all(a <= b for a, b in zip(other, own, strict=True)) and other != own for other in costs)
+
+
+def test_the_incumbent_is_built_and_judged(searched: tuple[Path, TailorResult], parts: dict[str, Path]) -> None:
+    run, result = searched
+    assert result.front is not None and result.judged is not None and result.best == run / "best"
+    knee = result.front.knee
+    built = Checkpoint.open(run / "best", model="best")
+    assert built.anatomy.n_layers == 4
+    recipe = codec.load(run / "best" / "recipe" / "recipe.yaml")
+    assert codec.content_hash(recipe) == knee.recipe == result.judged["recipe"]
+    assert recipe.provenance["settings"]["trial"] == knee.number
+    rows = {row["model"]: row for row in result.judged["rows"]}
+    assert (rows["base"]["layers"], rows["incumbent"]["layers"]) == (6, 4)
+    assert result.judged["examples"]["quiz"] == 24  # the other half of 48
+    assert rows["base"]["prose"]["value"] != rows["incumbent"]["prose"]["value"]
+
+
+def test_any_trial_can_be_built(searched: tuple[Path, TailorResult], tmp_path: Path) -> None:
+    run, result = searched
+    assert result.front is not None
+    trials = trials_of(run)
+    for place, (choice, number) in enumerate(
+        [
+            ({"best": "quiz"}, result.front.best("quiz").number),
+            ({"knee": True}, result.front.knee.number),
+            ({"trial": 3}, 3),
+            ({}, result.front.knee.number),
+        ]
+    ):
+        built = intarsia.build(run, tmp_path / str(place), **choice)  # type: ignore[arg-type]
+        assert built.recipe_sha256 == trials[number]["recipe"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "where"),
+    [
+        ({"best": "poetry"}, "--best"),
+        ({"trial": 99}, "--trial"),
+        ({"best": "quiz", "knee": True}, "--best, --knee, --trial"),
+        ({"layers": 4, "knee": True}, "--best, --knee, --trial"),
+    ],
+)
+def test_what_cannot_be_built(
+    searched: tuple[Path, TailorResult], tmp_path: Path, choice: dict[str, Any], where: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        intarsia.build(searched[0], tmp_path / "out", **choice)
+    assert caught.value.problems[0].where == where
+    assert not (tmp_path / "out").exists()
+
+
+def test_stopped_and_continued(searched: tuple[Path, TailorResult], family: Path, tmp_path: Path) -> None:
+    """Five trials, then the rest: the log of an undisturbed search, whatever was cut off."""
+    run = tmp_path / "run"
+    tailor(family, run, trials=5, tokens=512, device="cpu", build=False, judge=False)
+    log = run / "trials.jsonl"
+    assert len(trials_of(run)) == 5
+    log.write_bytes(log.read_bytes()[:-40])
+    tailor(family, run, trials=12, tokens=512, device="cpu", build=False, judge=False)
+    assert trials_of(run) == trials_of(searched[0])
+
+
+def test_more_trials(family: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    plain = {"build": False, "judge": False}
+    tailor(family, run, trials=4, tokens=512, device="cpu", **plain)  # type: ignore[arg-type]
+    before = trials_of(run)
+    again = tailor(run, more_trials=3, **plain)  # type: ignore[arg-type]
+    assert again.trials == 7
+    assert trials_of(run)[:4] == before
+    assert tailor(run, **plain).trials == 7  # type: ignore[arg-type]
+    # Asked for, but stopped before: the same call goes on to the same end.
+    TailorFolder(run).want(9)
+    assert tailor(run, more_trials=2, **plain).trials == 9  # type: ignore[arg-type]
+
+
+def test_a_changed_family_is_refused(
+    searched: tuple[Path, TailorResult], parts: dict[str, Path], tmp_path: Path
+) -> None:
+    changed = write_family(
+        parts, tmp_path / "family.yaml", **{"eta: 3": "eta: 2", "layers: 4": "layers: 3", "trials: 12": "trials: 13"}
+    )
+    before = (searched[0] / "trials.jsonl").read_bytes()
+    with pytest.raises(UserError) as caught:
+        tailor(changed, searched[0], tokens=512, device="cpu")
+    places = {problem.where.rpartition(": ")[2] for problem in caught.value.problems}
+    assert places == {"family.layers", "family.search.eta"}
+    assert (searched[0] / "trials.jsonl").read_bytes() == before
+
+
+def test_earlier_trials_are_taken_over(
+    searched: tuple[Path, TailorResult], parts: dict[str, Path], tmp_path: Path
+) -> None:
+    run, _ = searched
+    path = write_family(
+        parts, tmp_path / "family.yaml", **{"[random-middle, shortgpt]": f"[{run}]", "seed: 0": "seed: 0"}
+    )
+    result = tailor(path, tmp_path / "run", trials=4, tokens=512, device="cpu", build=False, judge=False)
+    assert result.trials == 4
+    log, old = trials_of(tmp_path / "run"), trials_of(run)
+    taken = [trial for trial in log if trial["engine"] == "earlier"]
+    assert [(trial["recipe"], trial["budget"], trial["costs"]) for trial in taken] == [
+        (trial["recipe"], trial["budget"], trial["costs"]) for trial in old
+    ]
+    keys = [(trial["recipe"], trial["budget"]) for trial in log]
+    assert len(set(keys)) == len(keys) == 16
+
+
+def test_dry_run_reads_config_files_alone(parts: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("base", "math"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes((parts[name] / "config.json").read_bytes())
+    path = write_family({**parts, "base": tmp_path / "base", "math": tmp_path / "math"}, tmp_path / "family.yaml")
+    result = tailor(path, tmp_path / "run", dry_run=True)
+    assert not (tmp_path / "run").exists()
+    assert result.predicted.stages == (
+        {"budget": 4, "trials": 9, "examples": 72},
+        {"budget": 12, "trials": 3, "examples": 72},
+    )
+    assert result.predicted.layer_passes == 144 * 4
+    assert "10^" in result.to_dict()["space"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        ({"resume": True}, "--resume"),
+        ({"more_trials": 3}, "--more-trials"),
+        ({"engine": "annealing"}, "--engine"),
+        ({"scheduler": "tcp://127.0.0.1:9"}, "--scheduler"),
+        ({"workers": 0}, "--workers"),
+    ],
+)
+def test_what_is_refused_before_anything_is_written(
+    family: Path, tmp_path: Path, arguments: dict[str, Any], where: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        tailor(family, tmp_path / "run", tokens=512, device="cpu", **arguments)
+    assert caught.value.problems[0].where == where
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_something_else(family: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        tailor(family, tmp_path / "run", tokens=512, device="cpu")
+    assert caught.value.problems[0].where == str(tmp_path / "run")
+
+
+def test_finalists_are_healed(parts: dict[str, Path], tmp_path: Path) -> None:
+    """Trials at the greatest budget are ranked by what the repaired model costs, and that model is what is built."""
+    path = write_family(
+        parts,
+        tmp_path / "family.yaml",
+        **{"min_budget: 4, max_budget: 12": "min_budget: 24, max_budget: 72", "trials: 12": "trials: 5"},
+    )
+    path.write_text(path.read_text(encoding="utf-8") + "heal: finalists\n", encoding="utf-8")
+    result = tailor(path, tmp_path / "run", tokens=512, device="cpu", judge=False)
+    assert result.front is not None and result.front.budget == 72
+    recipe = codec.load(tmp_path / "run" / "best" / "recipe" / "recipe.yaml")
+    assert recipe.fitted
+    assert recipe.provenance["settings"]["trial"] == result.front.knee.number
+    built = intarsia.build(tmp_path / "run", tmp_path / "again", knee=True)
+    assert built.recipe_sha256 == codec.content_hash(recipe)
+
+
+# Kills itself in the middle of writing the line of its fourth trial.
+KILLED = """
+import os, signal, sys
+from intarsia.stages.tailor import tailor
+
+fsync, lines = os.fsync, []
+
+def stops(descriptor):
+    name = os.readlink(f"/proc/self/fd/{descriptor}")
+    if name.endswith("trials.jsonl"):
+        lines.append(name)
+        if len(lines) == 4:
+            os.truncate(name, os.path.getsize(name) - 100)
+            os.kill(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
+
+os.fsync = stops
+tailor(sys.argv[1], sys.argv[2], tokens=512, device="cpu")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks up file names in /proc")
+def test_killed_and_started_again(searched: tuple[Path, TailorResult], family: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(family), str(run)],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(TailorFolder(run).history()) == 3
+    assert (run / "trials.jsonl").read_bytes()[-1:] != b"\n"
+    again = tailor(family, run, tokens=512, device="cpu")
+    whole = searched[1]
+    assert trials_of(run) == trials_of(searched[0])
+    assert again.front is not None and whole.front is not None and again.judged is not None
+    assert again.front.to_dict() == whole.front.to_dict()
+    assert again.judged == whole.judged
+
+
+@pytest.mark.parametrize(
+    ("split", "rest"),
+    [((0.0, 0.33), (0.33, 1.0)), ((0.5, 1.0), (0.0, 0.5)), ((0.2, 0.5), (0.5, 1.0)), ((0.0, 1.0), None)],
+)
+def test_rest_of(split: tuple[float, float], rest: tuple[float, float] | None) -> None:
+    assert rest_of(split) == rest

@@ -1,0 +1,298 @@
+"""Engines on costs that are known: what they ask for, what they promote, and that they find what is good."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from intarsia.errors import UserError
+from intarsia.progress import Silent
+from intarsia.recipe.codec import content_hash
+from intarsia.recipe.recipe import Recipe
+from intarsia.tailoring.candidate import Candidate, single
+from intarsia.tailoring.engine import Ask, Both, Engine, Start
+from intarsia.tailoring.evolve import evolve
+from intarsia.tailoring.family_file import SearchSpec
+from intarsia.tailoring.history import History, Trial
+from intarsia.tailoring.hyperband import Stage, Staged, budget_ladder, expected_trials
+from intarsia.tailoring.make_engine import make_engine
+from intarsia.tailoring.random_search import random_search
+from intarsia.tailoring.search import Goal, search
+from intarsia.tailoring.space import Space
+from intarsia.tailoring.translate import Translator
+from intarsia.tailoring.workers import InProcess
+from tests.tailoring.conftest import make_translator
+from tests.tailoring.known_costs import OBJECTIVES, Known
+
+needs_smac = pytest.mark.skipif(importlib.util.find_spec("smac") is None, reason="smac is not installed")
+BUDGETS = (4, 12, 36)
+Make = Callable[[Space], Engine]
+
+
+def made(name: str, space: Space, *, seed: int = 0, starts: Sequence[Start] = ()) -> Engine:
+    spec = SearchSpec(engine=name, seed=seed, eta=3, min_budget=4, max_budget=36)  # type: ignore[arg-type]
+    return make_engine(spec, space, BUDGETS, OBJECTIVES, starts)
+
+
+def run(engine: Engine, translator: Translator, path: Path, trials: int, scorer: Known | None = None) -> History:
+    history = History(path)
+    goal = Goal(trials=trials, objectives=OBJECTIVES, max_budget=BUDGETS[-1], seed=0)
+    search(
+        engine,
+        history,
+        InProcess(scorer or Known()),
+        goal,
+        recipe_of=translator.recipe,
+        earlier=(),
+        progress=Silent(),
+    )
+    return history
+
+
+ENGINES = [
+    "random",
+    "evolve",
+    pytest.param("smac", marks=[needs_smac, pytest.mark.slow]),
+    pytest.param("both", marks=[needs_smac, pytest.mark.slow]),
+]
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "eta", "budgets"),
+    [
+        (16, 256, 3, (28, 85, 256)),
+        (1, 27, 3, (1, 3, 9, 27)),
+        (10, 10, 3, (10,)),
+        (10, 19, 2, (19,)),
+        (10, 20, 2, (10, 20)),
+        (1, 1000, 10, (1, 10, 100, 1000)),
+    ],
+)
+def test_budgets(least: int, most: int, eta: int, budgets: tuple[int, ...]) -> None:
+    assert budget_ladder(least, most, eta) == budgets
+
+
+def test_expected_trials() -> None:
+    assert expected_trials((1, 3, 9), 130, 3) == {1: 90, 3: 30, 9: 10}
+    assert sum(expected_trials((28, 85, 256), 200, 3).values()) == 200
+
+
+def test_one_of_eta_goes_on() -> None:
+    """One objective, costs as they come: the best of three goes on, of the next three the best that is left."""
+    space = make_translator().space
+    rng = random.Random(0)
+    candidates = [space.random(rng) for _ in range(12)]
+    costs = dict(zip(candidates, [5, 3, 4, 1, 9, 2, 8, 7, 6, 0, 10, 11], strict=True))
+    queue = list(candidates)
+
+    def propose(stages: Sequence[Stage], rng: random.Random) -> tuple[Candidate, str]:
+        return queue.pop(0), "listed"
+
+    engine = Staged("listed", propose, (1, 3, 9), eta=3, seed=0)
+    asked: list[tuple[float, int]] = []
+    for number in range(17):
+        ask = engine.ask()
+        assert ask is not None
+        asked.append((costs[ask.candidate], ask.budget))
+        engine.tell(ask, _trial(number, ask, (float(costs[ask.candidate]),)))
+    assert asked == [
+        *((5, 1), (3, 1), (4, 1), (3, 3)),
+        *((1, 1), (9, 1), (2, 1), (1, 3)),
+        *((8, 1), (7, 1), (6, 1), (2, 3), (1, 9)),
+        *((0, 1), (10, 1), (11, 1), (0, 3)),
+    ]
+
+
+def _trial(number: int, ask: Ask, costs: tuple[float, ...] | None) -> Trial:
+    return Trial(
+        number=number,
+        engine=ask.engine,
+        origin=ask.origin,
+        candidate=ask.candidate,
+        recipe=str(number),
+        budget=ask.budget,
+        seed=0,
+        status="ok" if costs else "failed",
+        costs=costs,
+        reason=None if costs else "NaN",
+    )
+
+
+def test_failed_candidates_never_go_on() -> None:
+    space = make_translator().space
+    engine = random_search(space, BUDGETS, eta=3, seed=0)
+    failed = set()
+    for number in range(60):
+        ask = engine.ask()
+        assert ask is not None
+        assert ask.candidate not in failed
+        fine = number % 2 == 0
+        if not fine:
+            failed.add(ask.candidate)
+        engine.tell(ask, _trial(number, ask, (1.0, 1.0) if fine else None))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines_ask_for_what_the_space_has(name: str, tmp_path: Path) -> None:
+    translator = make_translator()
+    history = run(made(name, translator.space), translator, tmp_path / "log", 60)
+    assert len(history) == 60
+    assert all(translator.space.has(trial.candidate) for trial in history)
+    assert {trial.budget for trial in history} == set(BUDGETS)
+    assert len({trial.key for trial in history}) == 60
+    counts = [sum(trial.budget == budget for trial in history) for budget in BUDGETS]
+    assert counts[0] > counts[1] >= counts[2] > 0 or name in ("smac", "both")
+
+
+@pytest.mark.parametrize("name", ENGINES[:3])
+def test_the_same_seed_gives_the_same_log(name: str, tmp_path: Path) -> None:
+    translator = make_translator()
+    logs = [
+        run(made(name, translator.space, seed=seed), translator, tmp_path / f"log{place}", 45).trials
+        for place, seed in enumerate([0, 0, 1])
+    ]
+    assert logs[0] == logs[1]
+    assert logs[0] != logs[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        *((name, cut) for name in ("random", "evolve") for cut in (1, 20, 44)),
+        pytest.param("both", 23, marks=[needs_smac, pytest.mark.slow]),
+    ],
+)
+def test_killed_anywhere_and_started_again(name: str, cut: int, tmp_path: Path) -> None:
+    translator = make_translator()
+    starts = [Start(candidate=translator.space.plain((1, 2)), origin="warm start: x")]
+
+    def fails(recipe: Recipe, budget: int) -> str | None:
+        return "NaN" if int(content_hash(recipe)[:4], 16) % 7 == 0 else None
+
+    def engine() -> Engine:
+        return made(name, translator.space, starts=starts)
+
+    undisturbed = run(engine(), translator, tmp_path / "whole", 45, Known(fails=fails))
+    lines = (tmp_path / "whole").read_text().splitlines(keepends=True)
+    (tmp_path / "killed").write_text("".join(lines[:cut]) + lines[cut][:50])
+    scorer = Known(fails=fails)
+    again = run(engine(), translator, tmp_path / "killed", 45, scorer)
+    assert again.trials == undisturbed.trials
+    assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
+    fresh = list(undisturbed.trials[cut:])
+    assert len(scorer.scored) == len(fresh) + sum(trial.status == "failed" for trial in fresh)  # tried twice
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_warm_start_comes_first(name: str, tmp_path: Path) -> None:
+    translator = make_translator()
+    starts = [Start(candidate=translator.space.plain(gone), origin="warm start: x") for gone in ((0, 1), (4, 5))]
+    history = run(made(name, translator.space, starts=starts), translator, tmp_path / "log", 14)
+    warm = {trial.candidate for trial in history if trial.origin == "warm start: x"}
+    assert warm == {start.candidate for start in starts}
+
+
+def best_sum(engine: Engine, trials: int) -> float:
+    """The least sum of two costs that an engine finds: wrong members of early layers, and of late ones.
+
+    Also what is removed costs: nothing, for layers of the middle.
+    """
+
+    def costs(candidate: Candidate) -> tuple[float, float]:
+        gone = [layer for layer in range(20) if layer not in candidate.positions]
+        wrong = [
+            position
+            for position, choice in candidate.items()
+            if choice != single("math" if position % 2 == 0 else "code")
+        ]
+        early = sum(layer < 7 for layer in gone) + 0.1 * sum(layer < 10 for layer in wrong)
+        late = sum(layer > 12 for layer in gone) + 0.1 * sum(layer >= 10 for layer in wrong)
+        return early, late
+
+    best = float("inf")
+    for number in range(trials):
+        ask = engine.ask()
+        assert ask is not None
+        found = costs(ask.candidate)
+        best = min(best, sum(found))
+        engine.tell(ask, _trial(number, ask, found))
+    return best
+
+
+def test_evolution_beats_random_search() -> None:
+    """At 300 trials, for each of three seeds."""
+    menu = make_translator().space.menu
+    space = Space(depth=20, target=15, menu=menu)
+    for seed in range(3):
+        random_sum = best_sum(random_search(space, BUDGETS, eta=3, seed=seed), 300)
+        assert best_sum(evolve(space, BUDGETS, eta=3, seed=seed), 300) < random_sum - 0.2
+
+
+def test_evolution_spreads_over_the_front(tmp_path: Path) -> None:
+    """Both ends are found: what removes the last layers and what removes the first."""
+    translator = make_translator(shares=())
+    history = run(made("evolve", translator.space), translator, tmp_path / "log", 300)
+    top = [trial for trial in history if trial.budget == BUDGETS[-1]]
+    gone = {translator.space.changed(trial.candidate.positions) for trial in top}
+    assert {(0, 1), (4, 5)} <= gone
+
+
+def test_a_space_that_is_exhausted(tmp_path: Path) -> None:
+    """Remove alone, one of six: six candidates at three budgets, and then there is nothing new."""
+    translator = make_translator()
+    space = Space(
+        depth=6, target=5, menu=translator.space.menu.__class__(members=("base",), select=True, methods=(), grids={})
+    )
+    small = Translator(
+        space=space, anatomy=translator.anatomy, variants=translator.variants[:1], scores=translator.scores
+    )
+    history = History(tmp_path / "log")
+    goal = Goal(trials=50, objectives=OBJECTIVES, max_budget=36, seed=0)
+    stopped = search(
+        evolve(space, BUDGETS, eta=3, seed=0),
+        history,
+        InProcess(Known()),
+        goal,
+        recipe_of=small.recipe,
+        earlier=(),
+        progress=Silent(),
+    )
+    assert stopped is not None
+    assert len(history) == 18
+    assert len({trial.key for trial in history}) == 18
+
+
+def test_both_share_what_they_learn() -> None:
+    space = make_translator().space
+    first = evolve(space, BUDGETS, eta=3, seed=0)
+    second = random_search(space, BUDGETS, eta=3, seed=0)
+    both = Both([first, second])
+    turns = []
+    for number in range(8):
+        ask = both.ask()
+        assert ask is not None
+        turns.append(ask.engine)
+        both.tell(ask, _trial(number, ask, (float(number), 0.0)))
+    assert turns == ["evolve", "random"] * 4
+    assert isinstance(first, Staged) and isinstance(second, Staged)
+    assert [len(engine._stages[0].costs) + len(engine._stages[1].costs) for engine in (first, second)] == [8, 8]
+
+
+def test_smac_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import builtins
+
+    usual = builtins.__import__
+
+    def without(name: str, *args: object, **kwargs: object) -> object:
+        if name == "smac":
+            raise ImportError("No module named 'smac'")
+        return usual(name, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError) as caught:
+        made("smac", make_translator().space)
+    assert "intarsia[search]" in caught.value.problems[0].remedy

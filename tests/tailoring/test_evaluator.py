@@ -1,0 +1,351 @@
+"""Candidates scored in memory: as their built folders are scored, whatever was scored before, and at what cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from intarsia.building.materialize import materialize
+from intarsia.building.resident import Resident
+from intarsia.calibration.corpus import Corpus
+from intarsia.errors import UserError
+from intarsia.evaluation.perplexity import perplexity
+from intarsia.evaluation.run_rows import default_batch_tokens, score_requests
+from intarsia.healing.closed_form import fit
+from intarsia.recipe.ops import LayerRef, Merge, Op, Select
+from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+from intarsia.tailoring.divergence import TOP
+from intarsia.tailoring.evaluator import Evaluator, Outcome, TrialFailed
+from intarsia.tailoring.family import Family
+from intarsia.tailoring.family_file import FamilyFile, Heal, MemberSpec, ObjectiveSpec, SearchSpec
+from intarsia.tailoring.objective import Objective
+from intarsia.tailoring.open_evaluator import open_evaluator
+from tests import families
+
+Pair = Callable[[str], Family]
+WORDS = families.sample_text(600, seed=5).split()
+BUDGET = 12
+
+
+@pytest.fixture(scope="module")
+def objectives(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> tuple[ObjectiveSpec, ...]:
+    folder = tmp_path_factory.mktemp("objectives")
+    quiz = [
+        {"query": " ".join(WORDS[at : at + 1 + at % 7]), "choices": WORDS[at + 8 : at + 11], "gold": at % 3}
+        for at in range(20)
+    ]
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(line) + "\n" for line in quiz))
+    targets = [{"query": f"{WORDS[at]}:", "target": " " + " ".join(WORDS[at : at + 3])} for at in range(9)]
+    (folder / "cot.jsonl").write_text("".join(json.dumps(line) + "\n" for line in targets))
+    quiz_file = str(folder / "quiz.jsonl")
+    return (
+        ObjectiveSpec(name="right", kind="task", source=quiz_file, metric="accuracy"),
+        ObjectiveSpec(name="sure", kind="task", source=quiz_file, metric="margin"),
+        ObjectiveSpec(name="cot", kind="loss", source=str(folder / "cot.jsonl")),
+        ObjectiveSpec(name="prose", kind="loss", source=str(text_file)),
+        ObjectiveSpec(name="near", kind="kl", source=str(text_file)),
+    )
+
+
+def opened(
+    family: Family,
+    objectives: Sequence[ObjectiveSpec],
+    *,
+    least: int = BUDGET,
+    most: int = BUDGET,
+    heal: Heal = "none",
+    **settings: Any,
+) -> Evaluator:
+    spec = FamilyFile(
+        base=MemberSpec(name="base", model=family.members[0].model),
+        variants=(),
+        layers=4,
+        sparsity=None,
+        operations=("remove", "select", "merge"),
+        methods=("task_arithmetic",),
+        objectives=tuple(objectives),
+        search=SearchSpec(min_budget=least, max_budget=most),
+        heal=heal,
+    )
+    return open_evaluator(family, spec, device=torch.device("cpu"), seq_len=24, **settings)
+
+
+def select(layer: int, variant: str = "base") -> Select:
+    return Select(source=LayerRef(variant=variant, layer=layer))
+
+
+def merged(layer: int, weight: float = 0.25) -> Merge:
+    return Merge(
+        sources=(LayerRef(variant="math", layer=layer),),
+        weights=(weight,),
+        method="task_arithmetic",
+        base=LayerRef(variant="base", layer=layer),
+    )
+
+
+def recipe(family: Family, *layers: Op) -> Recipe:
+    variants = tuple(Variant(name=member.name, model=member.model) for member in family.members)
+    return Recipe(variants=variants, base="base", depth=6, layers=layers, spans=derive_spans(layers, 6))
+
+
+def objective_of(evaluator: Evaluator, name: str) -> Objective:
+    return evaluator.measured[evaluator.objectives.index(name)]
+
+
+def cost_of(evaluator: Evaluator, outcome: Outcome, name: str) -> float:
+    return outcome.costs[evaluator.objectives.index(name)]
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_as_the_built_folder_is_scored(
+    family: str, pair: Pair, objectives: Sequence[ObjectiveSpec], tmp_path: Path
+) -> None:
+    members = pair(family)
+    evaluator = opened(members, objectives, probe=False)
+    made = recipe(members, select(0), select(1, "math"), merged(3), select(5))
+    outcome = evaluator.evaluate(made, BUDGET)
+    assert outcome.examples == (12, 12, 9, 12, 12)
+    materialize(made, members.checkpoints(), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    for name in ("right", "sure", "cot"):
+        objective = objective_of(evaluator, name)
+        requests = [request for example in objective.examples[:BUDGET] for request in example.requests]
+        sums = score_requests(model, requests, batch_tokens=default_batch_tokens(torch.device("cpu"))).sums_R
+        expected, _ = objective.cost(objective.scores(sums.numpy()))
+        # Targets go in rows without masks here, so that they are the same but for rounding.
+        close = pytest.approx(expected, rel=1e-6) if name == "cot" else expected
+        assert cost_of(evaluator, outcome, name) == close
+    rows = [[*e.requests[0].context, *e.requests[0].continuation] for e in objective_of(evaluator, "prose").examples]
+    corpus = Corpus.of(torch.tensor(rows), description="windows", documents=1)
+    assert cost_of(evaluator, outcome, "prose") == pytest.approx(perplexity(model, corpus).nll, rel=1e-6)
+
+
+def test_divergence_by_hand(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
+    members = pair("llama")
+    evaluator = opened(members, objectives[-1:])
+    assert evaluator.base is not None and evaluator.base.costs[0] == pytest.approx(0.0, abs=1e-6)
+    found = evaluator.evaluate(recipe(members, *(select(layer, "math") for layer in range(6))), BUDGET)
+    base, other = (
+        AutoModelForCausalLM.from_pretrained(members.members[0].model).eval(),
+        AutoModelForCausalLM.from_pretrained(members.members[1].model).eval(),
+    )
+    # The head and the embedding are the base's, the layers the variant's.
+    other.set_input_embeddings(base.get_input_embeddings())
+    other.set_output_embeddings(base.get_output_embeddings())
+    other.model.norm = base.model.norm
+    total, full, positions = 0.0, 0.0, 0
+    for example in objective_of(evaluator, "near").examples[:BUDGET]:
+        ids = torch.tensor([[*example.requests[0].context, *example.requests[0].continuation]])
+        with torch.inference_mode():
+            p, q = (F.softmax(model(input_ids=ids).logits[0, :-1].double(), -1) for model in (base, other))
+        for p_V, q_V in zip(p, q, strict=True):
+            kept = p_V.topk(TOP).indices
+            p_K = torch.cat([p_V[kept], 1 - p_V[kept].sum()[None]])
+            q_K = torch.cat([q_V[kept], 1 - q_V[kept].sum()[None]])
+            total += float((p_K * (p_K / q_K).log()).sum())
+            full += float((p_V * (p_V / q_V).log()).sum())
+            positions += 1
+    assert found.costs[0] == pytest.approx(total / positions, rel=1e-4)
+    assert 0.5 * full < total <= full
+
+
+def test_caches_change_nothing(trio: Family, objectives: Sequence[ObjectiveSpec]) -> None:
+    recipes = [
+        recipe(trio, select(1, "math"), select(1, "lora"), merged(3), select(5)),
+        recipe(trio, select(1, "math"), select(1, "lora"), merged(3, 0.75), select(5)),
+        recipe(trio, select(1, "math"), select(2), select(3, "math"), select(5)),
+        recipe(trio, select(1, "math"), select(1, "lora"), merged(3), select(4)),
+    ]
+    # None begins as the base, whose states are there from the divergence.
+    shared = opened(trio, objectives, least=3)
+    tiny = opened(trio, objectives, least=3, memory_bytes=2000, probe=False)
+    for budget in (4, BUDGET, 7, 1):
+        for made in recipes:
+            alone = opened(trio, objectives, least=3, probe=False).evaluate(made, budget)
+            assert alone.layer_forwards == 4.0 and alone.details["reused"] == 0.0
+            assert shared.evaluate(made, budget).costs == alone.costs
+            assert tiny.evaluate(made, budget).costs == alone.costs
+    assert tiny.runner.prefixes.nbytes <= 1000
+
+
+def test_a_trial_costs_what_is_new_in_it(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
+    members = pair("llama")
+    evaluator = opened(members, objectives[:4], least=4, probe=False)
+    first = recipe(members, select(0), select(1), merged(3), select(5))
+    assert evaluator.evaluate(first, 4).layer_forwards == 4.0
+    again = evaluator.evaluate(first, 4)
+    assert again.layer_forwards == 0.0 and again.details["reused"] == 1.0
+    # Two layers in common, and a merged one that is new.
+    second = evaluator.evaluate(recipe(members, select(0), select(1), merged(3, 0.5), select(5)), 4)
+    assert second.layer_forwards == 2.0 and second.details["layers_made"] == 1
+    # The same layer behind others is run again, but not made again.
+    moved = evaluator.evaluate(recipe(members, select(1), select(2), merged(3), select(5)), 4)
+    assert moved.layer_forwards == 4.0 and moved.details["layers_made"] == 0
+    # A larger budget is run on what is new in it.
+    small = evaluator.evaluate(first, 4).details["tokens"]
+    larger = evaluator.evaluate(first, BUDGET)
+    assert larger.details["tokens"] > small
+    assert larger.layer_forwards == pytest.approx(4 * (1 - small / larger.details["tokens"]))
+
+
+def test_a_larger_budget_contains_the_smaller(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
+    """By the examples' own scores: what is new is the difference of the two."""
+    members = pair("llama")
+    evaluator = opened(members, objectives[1:2], least=4)
+    made = recipe(members, select(0), select(2), select(5))
+    few = evaluator.evaluate(made, 4).costs[0]
+    all_of_them = evaluator._scorer.score(made, BUDGET).examples[0]
+    assert few == pytest.approx(float(np.mean(all_of_them[:4])), rel=1e-12)
+    assert evaluator.most == 20
+    assert evaluator.evaluate(made, 20).examples == (20,)
+
+
+def test_the_base_and_what_the_data_are(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
+    members = pair("llama")
+    evaluator = opened(members, objectives)
+    assert evaluator.objectives == ("right", "sure", "cot", "prose", "near")
+    assert evaluator.base is not None
+    assert evaluator.evaluate(evaluator.uncut(), BUDGET).costs == evaluator.base.costs
+    assert evaluator.data["right"] == evaluator.data["sure"] != evaluator.data["cot"]
+    evaluator.close()
+    assert evaluator.runner.prefixes.nbytes == 0
+    assert evaluator.evaluate(evaluator.uncut(), BUDGET).costs == evaluator.base.costs
+
+
+def test_healed(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
+    members = pair("llama")
+    evaluator = opened(members, objectives[2:4], heal="finalists", most=30, probe=False)
+    made = recipe(members, select(0), select(1), select(3), select(5))
+    plain = evaluator.evaluate(made, 8)
+    healed = evaluator.evaluate(made, 8, healed=True)
+    fitted = evaluator.heal(made)
+    assert fitted.fitted and not made.fitted
+    assert evaluator.evaluate(fitted, 8).costs == healed.costs
+    assert healed.costs != plain.costs and all(map(np.isfinite, healed.costs))
+    assert healed.layer_forwards > plain.layer_forwards
+    # The same fit as outside the search.
+    checkpoint = members.checkpoints()["base"]
+    assert evaluator._repair_on is not None
+    expected, _ = fit(made, Resident(checkpoint, device=torch.device("cpu")), evaluator._repair_on)
+    assert expected.fitted.keys() == fitted.fitted.keys()
+    for index, tensors in expected.fitted.items():
+        assert all(np.array_equal(tensors[name], fitted.fitted[index][name]) for name in tensors)
+    merged_too = evaluator.heal(recipe(members, select(0), select(1, "math"), merged(3), select(5)))
+    assert set(merged_too.fitted) <= {1, 2, 3} and merged_too.fitted
+
+
+def test_a_fit_does_not_see_the_windows_that_are_scored(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
+    evaluator = opened(pair("llama"), objectives[3:4], heal="finalists", probe=False)
+    assert evaluator._repair_on is not None
+    fitted_on = {tuple(row) for row in evaluator._repair_on.input_ids.tolist()}
+    (prose,) = evaluator.measured
+    windows = [(*example.requests[0].context, *example.requests[0].continuation) for example in prose.examples]
+    assert not fitted_on & set(windows[:BUDGET])
+    assert len(fitted_on) > 16 and fitted_on <= set(windows)
+
+
+def test_healing_needs_tokens(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
+    with pytest.raises(UserError, match=r"heal: expected at least 384 tokens .* found \d+ windows of 24 tokens"):
+        opened(pair("llama"), objectives[:1], heal="every")
+
+
+def test_a_failed_trial_is_no_score(broken: Callable[[], Family], objectives: Sequence[ObjectiveSpec]) -> None:
+    family = broken()
+    evaluator = opened(family, objectives, probe=False)
+    good = recipe(family, select(0), select(1), select(5))
+    before = evaluator.evaluate(good, 4)
+    with pytest.raises(TrialFailed, match="sick:4 is NaN or infinite"):
+        evaluator.evaluate(recipe(family, select(0), select(1), select(4, "sick")), 4)
+    assert evaluator.evaluate(good, 4).costs == before.costs
+
+
+def test_infinite_states_are_a_failure(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
+    """Every tensor is finite; what they make of a text is not."""
+    members = pair("llama")
+    evaluator = opened(members, objectives[3:], probe=False)
+    layers = (select(0), merged(3, 1e30), select(5))
+    with pytest.raises(TrialFailed, match="NaN or infinity in prose"):
+        evaluator.evaluate(recipe(members, *layers), 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(MemoryError("no room"), "out of memory: no room"), (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out")],
+)
+def test_a_lack_of_memory_is_a_failure(
+    error: Exception,
+    message: str,
+    pair: Pair,
+    objectives: Sequence[ObjectiveSpec],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    members = pair("llama")
+    evaluator = opened(members, objectives[3:])
+    made = recipe(members, select(0), select(1), select(5))
+    before = evaluator.evaluate(made, 4)
+    assert evaluator.runner.prefixes.nbytes > 0
+    new = recipe(members, select(0), select(1), merged(5))
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluator.runner.stream, "final_norm", fails)
+        with pytest.raises(TrialFailed, match=message):
+            evaluator.evaluate(new, 4)
+    assert evaluator.runner.prefixes.nbytes == 0
+    assert evaluator.evaluate(made, 4).costs == before.costs
+    with monkeypatch.context() as patched:
+        error = RuntimeError("shapes differ")
+        patched.setattr(evaluator.runner.stream, "final_norm", fails)
+        with pytest.raises(RuntimeError, match="shapes differ"):
+            evaluator.evaluate(new, 4)
+
+
+def test_bad_input(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
+    members = pair("llama")
+    evaluator = opened(members, objectives[:3], probe=False)
+    good = recipe(members, select(0), select(1), select(5))
+    for budget in (0, 21):
+        with pytest.raises(UserError, match=rf"budget: expected 1 to 20 examples; found {budget}"):
+            evaluator.evaluate(good, budget)
+    with pytest.raises(UserError, match="code"):
+        evaluator.evaluate(recipe(members, select(0), select(1, "code")), 4)
+    with pytest.raises(
+        UserError, match=r"max_budget: expected at most 20, .* found 21 \(right: 20, sure: 20, cot: 9\)"
+    ):
+        opened(members, objectives[:3], most=21)
+
+
+def test_an_objective_whose_every_answer_is_the_same(
+    pair: Pair, objectives: Sequence[ObjectiveSpec], tmp_path: Path
+) -> None:
+    members = pair("llama")
+    scores = opened(members, objectives[:1])._scorer.score(opened(members, objectives[:1]).uncut(), 20).examples[0]
+    order = objective_of(opened(members, objectives[:1]), "right").examples
+    wrong = {example.requests for example, score in zip(order, scores, strict=True) if score}
+    lines = Path(objectives[0].source).read_text().splitlines()
+    file = tmp_path / "hard.jsonl"
+    kept = [line for line in lines if _requests(line) in wrong]
+    assert 2 <= len(kept) < 20
+    file.write_text("\n".join(kept))
+    spec = ObjectiveSpec(name="hard", kind="task", source=str(file), metric="accuracy")
+    with pytest.raises(UserError, match=rf"hard .* the base's answer is wrong to each of {len(kept)}"):
+        opened(members, [spec], least=1, most=len(kept))
+    opened(members, [spec], least=1, most=len(kept), probe=False)
+
+
+def _requests(line: str) -> tuple[Any, ...]:
+    from intarsia.evaluation.requests import encode_pairs
+
+    record = json.loads(line)
+    pairs = [(record["query"], " " + choice) for choice in record["choices"]]
+    return encode_pairs(pairs, families.make_tokenizer(), max_length=None, where="quiz")

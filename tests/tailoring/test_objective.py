@@ -1,0 +1,118 @@
+"""Costs by hand, segments, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from intarsia.errors import UserError
+from intarsia.evaluation.requests import Request
+from intarsia.tailoring.examples import Example
+from intarsia.tailoring.objective import Measure, Objective, check_budgets, check_varied, cuts_of, segments
+
+
+def request(*tokens: int) -> Request:
+    return Request(context=(9,), continuation=tokens)
+
+
+ASKED = (
+    Example(requests=(request(1), request(2), request(3)), gold=1, characters=(2, 4, 1)),
+    Example(requests=(request(1), request(2)), gold=0, characters=(1, 2)),
+)
+# Divided by characters: (-2, -1.5, -3) and (-3, -1).
+LIKELIHOODS = np.array([-4.0, -6.0, -3.0, -3.0, -2.0])
+
+
+@pytest.mark.parametrize(
+    ("measure", "scores"),
+    [("accuracy", [0.0, 1.0]), ("margin", [-0.5, 2.0]), ("likelihood", [1.5, 3.0])],
+)
+def test_questions(measure: Measure, scores: list[float]) -> None:
+    objective = Objective(name="quiz", measure=measure, source="quiz.jsonl", examples=ASKED)
+    found = objective.scores(LIKELIHOODS)
+    assert found.tolist() == scores
+    mean = sum(scores) / 2
+    stderr = math.sqrt(sum((score - mean) ** 2 for score in scores) / 2)
+    assert objective.cost(found) == pytest.approx((mean, stderr))
+    first = objective.scores(LIKELIHOODS[:3])
+    assert first.tolist() == scores[:1] and objective.cost(first) == (scores[0], 0.0)
+
+
+@pytest.mark.parametrize(("measure", "sign"), [("loss", -1.0), ("kl", 1.0)])
+def test_tokens_count_alike(measure: Measure, sign: float) -> None:
+    examples = (Example(requests=(request(1, 2, 3),)), Example(requests=(request(4),)))
+    objective = Objective(name="text", measure=measure, source="text.txt", examples=examples)
+    found = objective.scores(np.array([sign * 6.0, sign * 4.0]))
+    assert found.tolist() == [6.0, 4.0]
+    # 10 nats over 4 tokens; residuals 6 - 7.5 and 4 - 2.5, two tokens an example.
+    assert objective.cost(found) == pytest.approx((2.5, math.sqrt(2 * 1.5**2 / 2) / 2))
+
+
+def test_cuts() -> None:
+    assert cuts_of(16, 256, 3) == (16, 28, 85, 256)
+    assert cuts_of(3, 25, 2) == (3, 6, 12, 25)
+    assert cuts_of(5, 5, 3) == (5,)
+    assert set(cuts_of(1, 50, 3)) >= {1, 2, 5, 6, 16, 17, 50}
+
+
+@given(count=st.integers(1, 60), cuts=st.lists(st.integers(1, 80), max_size=6))
+def test_segments_tile_and_nest(count: int, cuts: list[int]) -> None:
+    found = list(segments(count, cuts))
+    assert [start for start, _ in found] == [0, *(end for _, end in found[:-1])]
+    assert found[-1][1] == count and all(start < end for start, end in found)
+    larger = list(segments(count + 30, [*cuts, count]))
+    assert larger[: len(found)] == found
+
+
+def test_batches_hold_every_request_of_a_segment() -> None:
+    objective = Objective(name="quiz", measure="margin", source="quiz.jsonl", examples=ASKED)
+    (batch,) = objective.batches((0, 2), pack=True, batch_tokens=512)
+    assert sorted(batch.request_M.tolist()) == [0, 1, 2, 3, 4]
+    assert batch.rows.attend_BTT is not None
+    assert batch.rows.ids_BT.shape == (1, 1)  # one context, and answers of one token, which are never read
+    (last,) = objective.batches((1, 2), pack=False, batch_tokens=512)
+    assert last.request_M.tolist() == [0, 1] and last.rows.attend_BTT is None
+
+
+def test_budgets_larger_than_the_data() -> None:
+    small = Objective(name="quiz", measure="margin", source="quiz.jsonl", examples=ASKED)
+    large = Objective(name="text", measure="loss", source="text.txt", examples=ASKED * 4)
+    check_budgets([small, large], 8)
+    with pytest.raises(UserError, match=r"max_budget: expected at most 8, .* found 9 \(quiz: 2, text: 8\)"):
+        check_budgets([small, large], 9)
+
+
+def test_objectives_that_tell_nothing() -> None:
+    def made(name: str, measure: Measure, examples: tuple[Example, ...] = ASKED) -> Objective:
+        return Objective(name=name, measure=measure, source=f"{name}.jsonl", examples=examples)
+
+    alike = made("alike", "loss", (ASKED[0], ASKED[0]))
+    wrong, right, flat, fine = (
+        made("wrong", "accuracy"),
+        made("right", "accuracy"),
+        made("flat", "margin"),
+        made("fine", "accuracy"),
+    )
+    scores = {
+        "alike": np.array([1.0, 1.1]),
+        "wrong": np.array([1.0, 1.0]),
+        "right": np.array([0.0, 0.0]),
+        "flat": np.array([0.3, 0.3]),
+        "fine": np.array([0.0, 1.0]),
+    }
+    with pytest.raises(UserError) as caught:
+        check_varied([alike, wrong, right, flat, fine], scores)
+    found = [str(problem) for problem in caught.value.problems]
+    assert len(found) == 4
+    assert "alike (alike.jsonl)" in found[0] and "the same one 2 times" in found[0]
+    assert "the base's answer is wrong to each of 2" in found[1]
+    assert "the base's answer is right to each of 2" in found[2]
+    assert "the same score for each of 2" in found[3]
+    check_varied([fine], scores)
+    # One question is no reason to refuse, and a base is never far from itself.
+    check_varied([made("wrong", "accuracy", ASKED[:1])], {"wrong": np.array([1.0])})
+    check_varied([made("flat", "kl")], {"flat": np.array([0.0, 0.0])})

@@ -1,0 +1,234 @@
+"""Trials in this process and in workers: tried again, given up, counted once, and stopped where all fail."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from intarsia.errors import UserError
+from intarsia.progress import Silent
+from intarsia.recipe.codec import content_hash
+from intarsia.recipe.recipe import Recipe
+from intarsia.tailoring.engine import Start
+from intarsia.tailoring.history import EARLIER, History
+from intarsia.tailoring.outcome import Outcome
+from intarsia.tailoring.pareto import Front
+from intarsia.tailoring.random_search import random_search
+from intarsia.tailoring.search import Goal, search, words
+from intarsia.tailoring.warm_start import WarmStart, from_recipe, from_search, random_middles
+from intarsia.tailoring.workers import InProcess, OnDask, Opener, Workers, check_scheduler, dask_workers
+from tests.tailoring.conftest import make_translator
+from tests.tailoring.known_costs import OBJECTIVES, Known, OpenDeadly, OpenKnown
+
+BUDGETS = (4, 12, 36)
+
+
+def run(
+    path: Path,
+    workers: Workers,
+    *,
+    trials: int = 20,
+    starts: tuple[Start, ...] = (),
+    earlier: WarmStart | None = None,
+    fronts: list[Front] | None = None,
+    seed: int = 0,
+) -> History:
+    translator = make_translator()
+    history = History(path)
+    search(
+        random_search(translator.space, BUDGETS, eta=3, seed=seed, starts=starts),
+        history,
+        workers,
+        Goal(trials=trials, objectives=OBJECTIVES, max_budget=36, seed=seed),
+        recipe_of=translator.recipe,
+        earlier=() if earlier is None else earlier.earlier,
+        progress=Silent(),
+        on_front=lambda front: fronts.append(front) if fronts is not None else None,
+    )
+    return history
+
+
+def test_a_trial_that_fails_once(tmp_path: Path) -> None:
+    seen: set[str] = set()
+
+    def fails(recipe: Recipe, budget: int) -> str | None:
+        sha256 = content_hash(recipe)
+        first = sha256 not in seen
+        seen.add(sha256)
+        return "not now" if first else None
+
+    history = run(tmp_path / "log", InProcess(Known(fails=fails)), trials=3)
+    assert [(trial.status, trial.attempts) for trial in history] == [("ok", 2)] * 3
+
+
+def test_a_trial_that_fails_twice_is_no_score(tmp_path: Path) -> None:
+    count = iter(range(1000))
+    fronts: list[Front] = []
+    scorer = Known(fails=lambda recipe, budget: "NaN in early" if next(count) in (4, 5) else None)
+    history = run(tmp_path / "log", InProcess(scorer), trials=12, fronts=fronts)
+    failed = [trial for trial in history if trial.status == "failed"]
+    assert [(trial.number, trial.costs, trial.reason, trial.attempts) for trial in failed] == [
+        (4, None, "NaN in early", 2)
+    ]
+    assert all(point.costs is not None for front in fronts for point in front.points)
+
+
+def test_an_error_of_a_library_is_a_failed_trial(tmp_path: Path) -> None:
+    class Breaks(Known):
+        def evaluate(self, recipe: Recipe, budget: int) -> Outcome:
+            if len(self.scored) in (2, 3):
+                self.scored.append(("", 0))
+                raise RuntimeError("CUDA error:\n  an illegal memory access")
+            return super().evaluate(recipe, budget)
+
+    history = run(tmp_path / "log", InProcess(Breaks()), trials=6)
+    assert history.trials[2].reason == "RuntimeError: CUDA error: an illegal memory access"
+    assert [trial.status for trial in history].count("failed") == 1
+
+
+def test_where_all_fail_the_search_stops(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "log", InProcess(Known(fails=lambda recipe, budget: "NaN in late")))
+    assert "the first 5 trials all failed: NaN in late" in caught.value.problems[0].found
+    assert len(History(tmp_path / "log")) == 5
+    with pytest.raises(UserError):  # and it stays stopped
+        run(tmp_path / "log", InProcess(Known()))
+    assert len(History(tmp_path / "log")) == 5
+
+
+def test_nothing_is_scored_twice(tmp_path: Path) -> None:
+    scorer = Known()
+    start = Start(candidate=make_translator().space.plain((0, 1)), origin="x")
+    history = run(tmp_path / "log", InProcess(scorer), trials=40, starts=(start, start))
+    assert len(set(scorer.scored)) == len(scorer.scored) == len(history) == 40
+
+
+def test_fronts_are_told_as_they_change(tmp_path: Path) -> None:
+    fronts: list[Front] = []
+    history = run(tmp_path / "log", InProcess(Known()), trials=30, fronts=fronts)
+    assert fronts[0].points == (history.trials[0],)
+    newest = [max(point.number for point in front.points) for front in fronts]
+    assert newest == sorted(set(newest))
+    assert fronts[-1].budget == 36 and fronts[-1].top
+
+
+def test_words(tmp_path: Path) -> None:
+    goal = Goal(trials=3, objectives=OBJECTIVES, max_budget=36, seed=0)
+    assert words((), goal) == "no score yet"
+    history = run(tmp_path / "log", InProcess(Known()), trials=1)
+    costs = history.trials[0].costs
+    assert costs is not None
+    assert words(history.trials, goal, 12.345) == (
+        f"best early {costs[0]:.4g}, late {costs[1]:.4g}; front 1 at budget 4; 12.3 trials/min"
+    )
+
+
+# Warm start
+
+
+def test_earlier_trials_are_heard_and_kept(tmp_path: Path) -> None:
+    translator = make_translator()
+    old = run(tmp_path / "old", InProcess(Known()), trials=11)
+    found = from_search(old.trials, None, translator, "old", same=True)
+    assert [trial.recipe for trial in found.earlier] == [trial.recipe for trial in old]
+    foreign = replace(old.trials[0], recipe="0" * 64)
+    assert from_search([foreign], None, translator, "old", same=True).earlier == ()
+    assert from_search(old.trials, None, translator, "old", same=False).earlier == ()
+    scorer = Known()
+    new = run(tmp_path / "new", InProcess(scorer), trials=6, earlier=found)
+    assert [trial.engine for trial in new] == [EARLIER] * 11 + ["random"] * 6
+    assert not {trial.key for trial in old} & set(scorer.scored)
+    # Nine at the least budget and two at the next: a third one is to go on, for what was heard counts as what was made.
+    assert new.trials[11].origin == "promotion"
+
+
+def test_warm_starts_come_back(tmp_path: Path) -> None:
+    translator = make_translator()
+    old = run(tmp_path / "old", InProcess(Known()), trials=3)
+    whole = WarmStart(starts=tuple(random_middles(translator.space, 0)), earlier=old.trials)
+    whole.save(tmp_path / "warm.json")
+    assert WarmStart.load(tmp_path / "warm.json") == whole
+    (tmp_path / "warm.json").write_text("{}")
+    with pytest.raises(UserError):
+        WarmStart.load(tmp_path / "warm.json")
+
+
+def test_a_ladder_as_a_start() -> None:
+    translator = make_translator()
+    space = translator.space
+    plain = space.plain((1, 4))
+    starts = from_recipe(translator.recipe(plain), translator, "sleb")
+    assert starts[0] == Start(candidate=plain, origin="warm start: sleb")
+    assert [start.origin for start in starts[1:]] == ["warm start: sleb on math", "warm start: sleb on code"]
+    recipe = translator.recipe(starts[1].candidate)
+    assert [str(op.sources[0].variant) for op in recipe.layers] == ["math"] * 4
+    assert [op.sources[0].layer for op in recipe.layers] == [0, 2, 3, 5]
+    other = make_translator(target=8)
+    assert from_recipe(translator.recipe(plain), other, "sleb") == []
+
+
+# Workers
+
+distributed = pytest.importorskip("distributed")
+
+
+@pytest.mark.slow
+def test_two_workers(tmp_path: Path) -> None:
+    """The trials of one worker, with the same costs, in whatever order."""
+    starts = tuple(random_middles(make_translator().space, 0))[:6]
+    with dask_workers(OpenKnown(), scheduler=None, count=2) as workers:
+        assert workers.count == 2
+        many = run(tmp_path / "many", workers, trials=30, starts=starts)
+    one = run(tmp_path / "one", InProcess(Known()), trials=30, starts=starts)
+    assert len(many) == 30
+    assert {trial.worker for trial in many} == {"0", "1"}
+    assert [trial.number for trial in many] == list(range(30))
+    known = {trial.key: trial.costs for trial in one}
+    both = [trial for trial in many if trial.key in known]
+    assert len(both) >= len(starts) == 6
+    assert all(trial.costs == known[trial.key] for trial in both)
+    again = run(tmp_path / "many", InProcess(Known()), trials=34, starts=starts)
+    assert len({trial.key for trial in again}) == 34
+
+
+def deadly(tmp_path: Path, *, always: bool) -> tuple[str, Opener]:
+    translator = make_translator()
+    victim = content_hash(translator.recipe(translator.space.plain((2, 3))))
+    return victim, OpenDeadly(recipe=victim, mark=tmp_path / "mark", always=always)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("always", [False, True])
+def test_a_worker_that_dies_loses_its_trial_only(tmp_path: Path, always: bool) -> None:
+    victim, opener = deadly(tmp_path, always=always)
+    starts = tuple(
+        Start(candidate=make_translator().space.plain(gone), origin="x") for gone in ((0, 1), (2, 3), (4, 5), (1, 5))
+    )
+    with dask_workers(opener, scheduler=None, count=2) as workers:
+        history = run(tmp_path / "log", workers, trials=8, starts=starts)
+    assert (tmp_path / "mark").exists()
+    assert len(history) == 8
+    hit = [trial for trial in history if trial.recipe == victim and trial.budget == 4]
+    assert [trial.status for trial in hit] == ["failed" if always else "ok"]
+    if always:
+        assert "died" in str(hit[0].reason) and hit[0].costs is None
+    assert all(trial.status == "ok" for trial in history if trial.recipe != victim)
+
+
+@pytest.mark.slow
+def test_an_existing_scheduler(tmp_path: Path) -> None:
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, silence_logs=50
+    ) as cluster:
+        check_scheduler(cluster.scheduler_address)
+        with dask_workers(OpenKnown(), scheduler=cluster.scheduler_address, count=None) as workers:
+            assert isinstance(workers, OnDask) and workers.count == 1
+            assert len(run(tmp_path / "log", workers, trials=5)) == 5
+
+
+def test_a_scheduler_that_is_not_there() -> None:
+    with pytest.raises(UserError) as caught:
+        check_scheduler("nowhere:xyz")
+    assert caught.value.problems[0].where == "--scheduler"

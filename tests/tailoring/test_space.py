@@ -1,0 +1,204 @@
+"""The space holds what it should, counts it exactly, and its moves stay inside."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+
+from intarsia.tailoring.candidate import Blend, Candidate, Join, Keep, single
+from intarsia.tailoring.menu import Menu
+from intarsia.tailoring.moves import crossover, layer_steps, mutate, neighbours
+from intarsia.tailoring.space import Space
+
+GRIDS = {"lead": (0.25, 0.5, 0.75), "lambda": (0.0, 0.5, 1.0), "density": (0.2, 0.5)}
+MENU = Menu(members=("base", "math", "code"), select=True, methods=("task_arithmetic", "slerp"), grids=GRIDS)
+TINY = Menu(members=("base", "math"), select=True, methods=("task_arithmetic",), grids=GRIDS)
+
+
+def space(menu: Menu = TINY, **changes: object) -> Space:
+    settings = {"depth": 5, "target": 3, "menu": menu, "shares": (0.3, 0.7), **changes}
+    return Space(**settings)  # type: ignore[arg-type]
+
+
+def blend(*members: str, method: str | None = None, **values: float) -> Blend:
+    named = {"lam": "lambda"}
+    pairs = tuple((named.get(name, name), value) for name, value in values.items())
+    return Blend(members=members, method=method, values=pairs)  # type: ignore[arg-type]
+
+
+def test_menu_by_hand() -> None:
+    """Of one variant and task arithmetic: the two layers as they are, and half of the difference."""
+    assert list(TINY.blends()) == [
+        blend("base"),
+        blend("math"),
+        blend("math", method="task_arithmetic", lam=0.5),
+    ]
+
+
+ALL = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "model_stock")
+
+
+@pytest.mark.parametrize("methods", [(), *((method,) for method in ALL), ALL])
+@pytest.mark.parametrize("members", [("base",), ("base", "a"), ("base", "a", "b"), ("base", "a", "b", "c")])
+@pytest.mark.parametrize("select", [True, False])
+def test_menu_count(methods: tuple[str, ...], members: tuple[str, ...], select: bool) -> None:
+    menu = Menu(members=members, select=select, methods=methods, grids=GRIDS)  # type: ignore[arg-type]
+    blends = list(menu.blends())
+    assert len(blends) == len(set(blends)) == menu.count()
+    assert all(menu.has(other) for other in blends)
+    rng = random.Random(0)
+    assert all(menu.has(menu.random(rng)) for _ in range(50))
+    for other in blends:
+        steps = [*menu.source_steps(other), *menu.merge_steps(other)]
+        assert other not in steps and all(menu.has(step) for step in steps)
+
+
+@pytest.mark.parametrize("methods", [ALL, *((method,) for method in ALL)])
+def test_every_blend_can_be_reached(methods: tuple[str, ...]) -> None:
+    menu = replace(MENU, methods=methods)  # type: ignore[arg-type]
+    found, todo = set(), [blend("base")]
+    while todo:
+        one = todo.pop()
+        if one not in found:
+            found.add(one)
+            todo += [*menu.source_steps(one), *menu.merge_steps(one)]
+    assert found == set(menu.blends())
+
+
+def test_what_the_menu_does_not_have() -> None:
+    assert not MENU.has(
+        blend("base", "math", method="task_arithmetic", lam=0.5)
+    )  # the base has no difference to itself
+    assert not MENU.has(blend("math", method="task_arithmetic", lam=1.0))  # that is math
+    assert MENU.has(blend("math", "code", method="task_arithmetic", lam=1.0))
+    assert not MENU.has(blend("math", "code", method="task_arithmetic", lam=0.0))  # that is the base
+    assert not MENU.has(blend("code", "math", method="slerp", lead=0.5))  # another order
+    assert not MENU.has(blend("math", "code", method="slerp", lead=0.4))
+    assert not replace(MENU, select=False).has(blend("math"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"shares": ()},
+        {"target": 1},
+        {"target": 4, "scales": (0.9, 1.0)},
+        {"layer_types": ("full", "full", "sliding", "sliding", "full")},
+        {"depth": 3, "target": 2, "separate": True},
+        {"depth": 3, "target": 3, "shares": ()},
+        {"depth": 5, "target": 5, "shares": (), "groups": 2, "separate": True},
+        {"depth": 3, "target": 4, "shares": ()},
+        {"depth": 2, "target": 4, "shares": ()},
+        {"menu": replace(TINY, select=False, methods=())},
+    ],
+)
+def test_size_is_exact(changes: dict[str, object]) -> None:
+    found = space(**changes)  # type: ignore[arg-type]
+    everything = list(found.all_candidates())
+    assert len(everything) == len(set(everything)) == found.size()
+    assert found.log10_size == pytest.approx(math.log10(len(everything)))
+    assert all(found.has(candidate) for candidate in everything)
+    rng = random.Random(1)
+    known = set(everything)
+    assert all(found.random(rng) in known for _ in range(100))
+    sample = rng.sample(everything, min(len(everything), 30))
+    for candidate in sample:
+        near = list(neighbours(found, candidate))
+        assert candidate not in near and len(near) == len(set(near)) and set(near) <= known
+        mutated = mutate(found, candidate, rng)
+        assert mutated in known and (mutated != candidate or not near)
+        assert crossover(found, candidate, rng.choice(everything), rng) in known
+
+
+def test_size_by_hand() -> None:
+    """Three layers, one removed, only the base, joins with two shares: the first or second layer can be joined."""
+    found = space(menu=replace(TINY, select=False, methods=()), depth=3, target=2)
+    # Layer 0 removed: 1. Layer 1: layer 0 kept or joined in two ways. Layer 2: so layer 1.
+    assert found.size() == 1 + 3 + 3
+
+
+def test_size_of_a_real_search_is_no_float() -> None:
+    found = Space(depth=30, target=23, menu=MENU, shares=(0.5,))
+    base_only = Space(depth=30, target=23, menu=replace(MENU, select=False, methods=()))
+    assert base_only.size() == math.comb(30, 7)
+    assert isinstance(found.size(), int) and found.log10_size > 20
+
+
+def test_moves_reach_the_whole_space() -> None:
+    found = space(depth=4, target=2, shares=(0.3, 0.7))
+    seen, todo = set(), [found.plain((0, 1))]
+    while todo:
+        one = todo.pop()
+        if one not in seen:
+            seen.add(one)
+            todo += neighbours(found, one)
+    assert len(seen) == found.size()
+
+
+def test_a_join_falls_apart_when_its_partner_is_kept() -> None:
+    found = space()
+    join = Join(first="math", second="base", share=0.3)
+    candidate = found.arrange((2, 4), {(1, 0): join, (0, 0): join})
+    assert candidate.choices[1] == join
+    assert candidate.choices[0] == single("math")  # layer 1 is kept, so layer 0 cannot take of it
+    assert not found.has(replace(candidate, choices=(join, *candidate.choices[1:])))
+
+
+def test_one_form_for_equal_halves() -> None:
+    found = space(separate=True)
+    twice = Keep(attention=blend("math"), mlp=blend("math"))
+    assert found.arrange((0, 1), {(2, 0): twice}).choices[0] == single("math")
+    assert not found.has(Candidate(positions=(2, 3, 4), choices=(twice, single("base"), single("base"))))
+
+
+def test_swap_keeps_what_others_are() -> None:
+    found = space(MENU, shares=())
+    choices = {(0, 0): single("math"), (3, 0): single("code"), (4, 0): single("math")}
+    candidate = found.arrange((1, 2), choices)
+    for _ in range(50):
+        other = mutate(found, candidate, random.Random(_))
+        for position, choice in other.items():
+            if position in candidate.positions and other.positions != candidate.positions:
+                assert choice == dict(candidate.items())[position]
+
+
+def test_crossover_takes_from_both() -> None:
+    found = space(MENU, depth=8, target=5, shares=())
+    mother = found.arrange((1, 2, 3), {(layer, 0): single("math") for layer in range(8)})
+    father = found.arrange((1, 5, 6), {(layer, 0): single("code") for layer in range(8)})
+    for seed in range(20):
+        child = crossover(found, mother, father, random.Random(seed))
+        removed = found.changed(child.positions)
+        assert 1 in removed and set(removed) <= {1, 2, 3, 5, 6}
+        for position, choice in child.items():
+            allowed = [dict(parent.items()).get(position) for parent in (mother, father)]
+            assert choice in allowed
+
+
+def test_random_middle_leaves_both_ends() -> None:
+    found = Space(depth=30, target=23, menu=MENU)
+    removed = {
+        layer for seed in range(40) for layer in found.changed(found.random_middle(random.Random(seed)).positions)
+    }
+    assert removed <= set(range(3, 27)) and len(removed) == 24
+    assert set(found.random_middle(random.Random(0)).choices) == {single("base")}
+
+
+def test_groups_share_a_choice() -> None:
+    found = space(MENU, depth=7, target=7, shares=(), groups=3)
+    assert [list(found.layers_of(start)) for start in found.starts] == [[0, 1], [2, 3], [4, 5, 6]]
+
+
+def test_steps_of_a_layer_by_kind() -> None:
+    found = space(scales=(0.9, 1.0, 1.1))
+    candidate = found.plain((1, 4))
+    steps = layer_steps(found, candidate, 0)
+    assert steps["source"] == [single("math")]
+    assert steps["merge"] == [Keep(attention=blend("math", method="task_arithmetic", lam=0.5))]
+    assert [step.scale for step in steps["scale"] if isinstance(step, Keep)] == [0.9, 1.1]
+    assert steps["concat"] == [Join(first="base", second=member, share=0.7) for member in ("base", "math")]
+    assert "concat" not in layer_steps(found, candidate, 1)  # layer 3 is kept behind layer 2

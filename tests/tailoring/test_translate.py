@@ -1,0 +1,244 @@
+"""Every candidate is one valid recipe, and that recipe is this candidate."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+
+from intarsia.recipe import codec
+from intarsia.recipe.check import check
+from intarsia.recipe.codec import content_hash
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
+from intarsia.recipe.parse import parse_recipe
+from intarsia.recipe.recipe import Recipe, Variant
+from intarsia.recipe.strict_yaml import parse_yaml
+from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
+from intarsia.tailoring.config_space import ConfigurationMap
+from intarsia.tailoring.moves import neighbours
+from intarsia.tailoring.translate import Translator
+from tests.tailoring.conftest import MEMBERS, make_translator
+
+
+def ref(variant: str, layer: int) -> LayerRef:
+    return LayerRef(variant=variant, layer=layer)
+
+
+def op_of(choice: Choice, **changes: object) -> Op:
+    """What layer 1 becomes, with layers 0 and 2 removed."""
+    found = make_translator(**changes)
+    return found.recipe(found.space.arrange((0, 2), {(1, 0): choice})).layers[0]
+
+
+def blend(*members: str, method: str | None = None, **values: float) -> Blend:
+    pairs = tuple(("lambda" if name == "lam" else name, value) for name, value in values.items())
+    return Blend(members=members, method=method, values=pairs)  # type: ignore[arg-type]
+
+
+BASE = ref("base", 1)
+
+
+@pytest.mark.parametrize(
+    ("choice", "op"),
+    [
+        (single("code"), Select(source=ref("code", 1))),
+        (
+            Keep(attention=blend("math"), scale=0.9),
+            Merge(sources=(ref("math", 1),), weights=(1.0,), scale=0.9),
+        ),
+        (
+            Keep(attention=blend("base", "code", method="linear", lead=0.3)),
+            Merge(sources=(BASE, ref("code", 1)), weights=(0.3, 0.7)),
+        ),
+        (
+            Keep(attention=blend(*MEMBERS, method="linear", lead=0.5)),
+            Merge(sources=(BASE, ref("math", 1), ref("code", 1)), weights=(0.5, 0.25, 0.25)),
+        ),
+        (
+            Keep(attention=blend("math", "code", method="task_arithmetic", lam=0.5)),
+            Merge(sources=(ref("math", 1), ref("code", 1)), weights=(0.5, 0.5), method="task_arithmetic", base=BASE),
+        ),
+        (
+            Keep(attention=blend("math", "code", method="ties", density=0.2, lam=0.5)),
+            Merge(
+                sources=(ref("math", 1), ref("code", 1)),
+                weights=(1.0, 1.0),
+                method="ties",
+                params={"density": 0.2, "lambda": 0.5},
+                base=BASE,
+            ),
+        ),
+        (
+            Keep(attention=blend("code", method="dare_linear", density=0.6, lam=0.5)),
+            Merge(
+                sources=(ref("code", 1),),
+                weights=(0.5,),
+                method="dare_linear",
+                params={"density": 0.6, "seed": 5},
+                base=BASE,
+            ),
+        ),
+        (
+            Keep(attention=blend("code", method="breadcrumbs", density=0.2, lam=0.5)),
+            Merge(
+                sources=(ref("code", 1),),
+                weights=(0.5,),
+                method="breadcrumbs",
+                params={"bottom": 0.79, "top": 0.01},
+                base=BASE,
+            ),
+        ),
+    ],
+)
+def test_ops_by_hand(choice: Choice, op: Op) -> None:
+    assert op_of(choice) == op
+
+
+def test_halves_of_different_members() -> None:
+    keep = Keep(attention=blend("math"), mlp=blend("math", "code", method="task_arithmetic", lam=0.5))
+    assert op_of(keep, separate=True) == Merge(
+        sources=(ref("math", 1), ref("code", 1)),
+        weights=(1.0, 0.0),
+        base=BASE,
+        mlp=Mix(weights=(0.5, 0.5), method="task_arithmetic"),
+    )
+
+
+def test_a_join_takes_the_most_sensitive_pieces() -> None:
+    found = make_translator()
+    join = Join(first="math", second="base", share=0.8)
+    op = found.recipe(found.space.arrange((0, 2), {(1, 0): join})).layers[0]
+    assert isinstance(op, Concat) and op.norm == "fold"
+    first, second = op.cuts
+    assert (first.source, second.source) == (ref("math", 1), ref("base", 2))
+    # 0.8 of 3 groups is 2 with the remainder to the larger share; of 20 channels 16.
+    assert (len(first.kv_groups), len(second.kv_groups)) == (3, 0)
+    assert (len(first.channels), len(second.channels)) == (16, 4)
+    for cut, count in ((first, 16), (second, 4)):
+        scores = found.scores[cut.source]["mlp"].tolist()
+        assert set(cut.channels) == set(sorted(range(20), key=lambda channel: -scores[channel])[:count])
+    assert first.weights == {"attention": 1.0, "mlp": 0.8}
+
+
+def test_recipes_are_valid_and_lead_back(translator: Translator) -> None:
+    space = translator.space
+    rng = random.Random(0)
+    anatomies = dict.fromkeys(MEMBERS, translator.anatomy)
+    seen: dict[str, Candidate] = {}
+    for _ in range(60):
+        candidate = space.random(rng)
+        recipe = translator.recipe(candidate)
+        check(recipe, {variant.name: anatomies[variant.name] for variant in recipe.variants})
+        assert len(recipe.layers) == space.target
+        assert translator.exact(recipe) == candidate
+        assert seen.setdefault(content_hash(recipe), candidate) == candidate
+        text, tensors = codec.to_yaml_text(recipe)
+        back = parse_recipe(parse_yaml(text), tensors, where="recipe")
+        assert back == recipe and content_hash(back) == content_hash(recipe)
+
+
+def test_neighbours_are_other_models(translator: Translator) -> None:
+    candidate = translator.space.random(random.Random(3))
+    hashes = [content_hash(translator.recipe(other)) for other in islice(neighbours(translator.space, candidate), 150)]
+    assert len(set(hashes)) == len(hashes)
+    assert content_hash(translator.recipe(candidate)) not in hashes
+
+
+def test_names_do_not_count_but_hashes_do() -> None:
+    """A planner's ladder calls the base `base`, with the hash of its weights; another model of that name is another."""
+    found = make_translator()
+    variant = Variant(name="original", model="elsewhere", sha256="b" * 64)
+    layers = tuple(Select(source=ref("original", layer)) for layer in (0, 2, 3, 5))
+    ladder = Recipe(
+        variants=(variant,), base="original", depth=6, layers=layers, spans=((0, 2), (2, 3), (3, 5), (5, 6))
+    )
+    assert found.exact(ladder) == found.space.plain((1, 4))
+    assert found.nearest(replace(ladder, variants=(replace(variant, sha256="x" * 64),))) is None
+
+
+def cut(layer: int, groups: Mapping[str, object]) -> Cut:
+    return Cut(source=ref("base", layer), **groups)  # type: ignore[arg-type]
+
+
+def test_a_foreign_join_has_a_nearest_candidate() -> None:
+    found = make_translator()
+    pieces = [
+        {"kv_groups": (0, 1), "channels": tuple(range(11)), "weights": {"attention": 0.6, "mlp": 0.6}},
+        {"kv_groups": (2,), "channels": tuple(range(9)), "weights": {"attention": 0.4, "mlp": 0.4}},
+    ]
+    join = Concat(cuts=(cut(2, pieces[0]), cut(3, pieces[1])))
+    layers: tuple[Op, ...] = (join, *(Select(source=ref("base", layer)) for layer in (4, 5)))
+    start = Select(source=ref("base", 0))
+    recipe = Recipe(
+        variants=found.variants[:1],
+        base="base",
+        depth=6,
+        layers=(start, *layers),
+        spans=((0, 2), (2, 4), (4, 5), (5, 6)),
+    )
+    nearest = found.nearest(recipe)
+    assert nearest is not None
+    assert nearest == found.space.arrange((1, 3), {(2, 0): Join(first="base", second="base", share=0.5)})
+    assert found.exact(recipe) is None
+    assert found.nearest(replace(recipe, layers=recipe.layers[:3])) is None  # another depth
+    assert found.nearest(replace(recipe, layers=(layers[0], start, *layers[1:]))) is None  # another order
+
+
+def test_fitted_tensors_make_another_model() -> None:
+    found = make_translator()
+    recipe = found.recipe(found.space.plain((1, 2)))
+    import numpy as np
+
+    healed = replace(recipe, fitted={0: {"mlp.down_proj.weight": np.zeros((48, 20), dtype=np.float32)}})
+    assert found.exact(healed) is None
+    assert found.nearest(healed) == found.space.plain((1, 2))
+
+
+def test_configurations(translator: Translator) -> None:
+    pytest.importorskip("ConfigSpace")
+    words = ConfigurationMap(space=translator.space)
+    configurations = words.configuration_space(seed=1)
+    for configuration in configurations.sample_configuration(40):
+        candidate = words.candidate(configuration)
+        assert translator.space.has(candidate)
+        assert words.candidate(dict(configuration)) == candidate
+        assert words.candidate(words.configuration(candidate, configurations)) == candidate
+    rng = random.Random(2)
+    for _ in range(40):
+        candidate = translator.space.random(rng)
+        configuration = words.configuration(candidate, configurations)
+        configuration.check_valid_configuration()
+        assert words.candidate(configuration) == candidate
+
+
+def test_only_what_means_something_is_active() -> None:
+    pytest.importorskip("ConfigSpace")
+    found = make_translator()
+    words = ConfigurationMap(space=found.space)
+    keep = Keep(attention=blend("math", "code", method="ties", density=0.2, lam=0.5))
+    candidate = found.space.arrange((0, 2), {(1, 0): keep})
+    active = dict(words.configuration(candidate, words.configuration_space()))
+    assert {name: value for name, value in active.items() if name.startswith("001")} == {
+        "001.layer": "kept",
+        "001.op": "merge",
+        "001.method": "ties",
+        "001.with.math": "yes",
+        "001.with.code": "yes",
+        "001.density": 0.2,
+        "001.lambda": 0.5,
+        "001.scale": 1.0,
+    }
+    assert [name for name in active if name.startswith("000")] == ["000.layer"]
+
+
+def test_flags_that_remove_too_much_or_too_little_are_mended_the_same_way() -> None:
+    words = ConfigurationMap(space=make_translator().space)
+    for flagged in ((), (3,), (0, 1, 2, 4), (0, 1, 2, 3, 4, 5)):
+        values = {f"{layer:03d}.layer": "removed" if layer in flagged else "kept" for layer in range(6)}
+        removed = set(words.space.changed(words.candidate(values).positions))
+        assert len(removed) == 2
+        assert removed <= set(flagged) if len(flagged) > 2 else removed >= set(flagged)
+        assert words.candidate(values) == words.candidate(values)
