@@ -85,7 +85,7 @@ def _download(model: str, revision: str | None, progress: Progress) -> Path:
     except Exception as error:
         # Which errors come out of a failed download differs between versions of the hub's client and of the HTTP
         # library below it. None of them is a defect of this package.
-        raise _not_downloaded(model, revision, error) from error
+        raise not_downloaded(model, revision, error) from error
     if not any(folder.glob("*.safetensors")):
         raise UserError.of(
             where=f"hub model {model}",
@@ -99,7 +99,8 @@ def _download(model: str, revision: str | None, progress: Progress) -> Path:
     return folder
 
 
-def _not_downloaded(model: str, revision: str | None, error: Exception) -> UserError:
+def not_downloaded(model: str, revision: str | None, error: Exception) -> UserError:
+    """Why the hub did not give a model, and what to pass instead."""
     from huggingface_hub import errors
 
     where = f"hub model {model}" + (f" at {revision}" if revision else "") + " (no local folder is called so)"

@@ -13,7 +13,7 @@ from intarsia.anatomy.spec import Anatomy
 from intarsia.checkpoint.adapter import is_adapter
 from intarsia.checkpoint.adapter_config import read_adapter_config
 from intarsia.checkpoint.files import read_config
-from intarsia.checkpoint.resolve import DEMO, resolve
+from intarsia.checkpoint.resolve import DEMO, not_downloaded, resolve
 from intarsia.errors import UserError
 from intarsia.progress import Progress
 from intarsia.tailoring.kinship import Member
@@ -46,12 +46,7 @@ def _download(model: str, revision: str | None) -> dict[str, Any]:
         found = json.loads(Path(hf_hub_download(model, "config.json", revision=revision)).read_text(encoding="utf-8"))
     except Exception as error:
         # Which errors come out of a failed download differs between versions of the hub's client.
-        raise UserError.of(
-            where=f"model {model!r}",
-            expected="a local folder with a config.json, or a hub model",
-            found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-            remedy="Check the name; without a network, pass a folder that holds the config.json.",
-        ) from error
+        raise not_downloaded(model, revision, error) from error
     if not isinstance(found, dict):
         raise UserError.of(
             where=f"config.json of {model}",

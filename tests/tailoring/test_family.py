@@ -203,5 +203,5 @@ def test_config_files_alone(llama: Path, adapter: Path, tmp_path: Path) -> None:
     shutil.copy(variant(tmp_path / "deep", num_hidden_layers=8) / "config.json", tmp_path / "configs" / "math")
     with pytest.raises(UserError, match=r"n_layers: expected 6, .* found 8"):
         open_family(base, others, weights=False)
-    with pytest.raises(UserError, match="Check the name"):
+    with pytest.raises(UserError, match="no local folder is called so"):
         open_family(base, [MemberSpec(name="gone", model=str(tmp_path / "gone"))], weights=False)
