@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +171,6 @@ def main() -> None:
                 bench.against(layers)
     for text in TEXTS:
         bench.table(text, given.layers)
-    for folder in bench.out.glob("*.heal"):
-        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,9 @@ Shapes: B sequences, T tokens, V vocabulary, D width, N predicted positions.
 Logits over a large vocabulary are the largest tensor of a forward pass. Their float32 copy is never made: a few
 rows at a time are converted and normalised, on the CPU few enough to stay in cache. With bfloat16 logits of 4096
 tokens over a vocabulary of 49,152 that is about ten times as fast on one core as `F.cross_entropy` on a copy.
-`losses_from_hidden` goes further and never holds the logits of all positions either.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -55,33 +52,6 @@ def next_token_losses(
             for start in range(0, rows_N.numel(), _HEAD_ROWS):
                 part = slice(start, start + _HEAD_ROWS)
                 _block_losses(logits_BTV[rows_N[part], cols_N[part]], targets_N[part], losses_N[part])
-    return _by_sequence(losses_N, rows_N, ids_BT.shape[0], where)
-
-
-def losses_from_hidden(
-    hidden_BTD: Tensor,
-    head: Callable[[Tensor], Tensor],
-    ids_BT: Tensor,
-    mask_BT: Tensor | None = None,
-    *,
-    where: str = "next-token loss",
-) -> tuple[Tensor, Tensor]:
-    """As `next_token_losses`, from what the head reads.
-
-    Args:
-        hidden_BTD: what the model's head reads (after the final norm, unless `head` contains it).
-        head: `[N, D] -> [N, V]`, row by row.
-        ids_BT, mask_BT, where: as in `next_token_losses`.
-
-    Raises:
-        UserError: a loss is NaN or infinite.
-    """
-    rows_N, cols_N, targets_N = _predicted(ids_BT, mask_BT, hidden_BTD.device)
-    losses_N = torch.empty(rows_N.numel(), dtype=torch.float32, device=hidden_BTD.device)
-    with torch.no_grad():
-        for start in range(0, rows_N.numel(), _HEAD_ROWS):
-            part = slice(start, start + _HEAD_ROWS)
-            _block_losses(head(hidden_BTD[rows_N[part], cols_N[part]]), targets_N[part], losses_N[part])
     return _by_sequence(losses_N, rows_N, ids_BT.shape[0], where)
 
 

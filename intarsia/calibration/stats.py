@@ -91,3 +91,11 @@ def require_finite(tensor: Tensor, where: str) -> None:
             found="NaN or infinity",
             remedy="The model overflows in this dtype; try --dtype bfloat16 or float32.",
         )
+
+
+def last_real(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """True at the last real token of each sequence."""
+    last = torch.zeros_like(ids, dtype=torch.bool)
+    ends = torch.full((ids.shape[0],), ids.shape[1] - 1) if mask is None else mask.sum(dim=1) - 1
+    last[torch.arange(ids.shape[0]), ends.to(ids.device)] = True
+    return last

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intarsia.anatomy.spec import Anatomy
+from intarsia.calibration.loss import next_token_losses
+
+_LOGIT_BYTES = 256 * 1024**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,7 @@ class LayerStream:
         self._name = name
         self._layers: nn.ModuleList = getattr(self._owner, name)
         self.n_calls = len(self._layers)
+        self._vocabulary = anatomy.vocabulary
         self.device = next(model.parameters()).device
         self._returns_tuple = self._probe()
         self._unpadded: dict[tuple[int, int], tuple[LayerCall, ...]] = {}
@@ -124,6 +128,23 @@ class LayerStream:
             out = self.model(input_ids=ids_BT, attention_mask=_as_attention(mask_BT), use_cache=False)
         logits: Tensor = out.logits
         return logits
+
+    def losses(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Summed next-token loss of each sequence from H^L, and the tokens predicted in it, on the CPU.
+
+        No more logits than `_LOGIT_BYTES` are held at a time.
+        """
+        rows, width = ids_BT.shape
+        step = max(1, _LOGIT_BYTES // (width * self._vocabulary * h_BTD.element_size()))
+        sums, counts = [], []
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            keep = None if mask_BT is None else mask_BT[part]
+            logits = self.logits(h_BTD[part], ids_BT[part], keep)
+            total, number = next_token_losses(logits, ids_BT[part].to(logits.device), keep)
+            sums.append(total.cpu())
+            counts.append(number.cpu())
+        return torch.cat(sums), torch.cat(counts)
 
     def final_norm(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         """H^L behind the final norm, `[B, T, D]` (what transformers reports as the last hidden state)."""

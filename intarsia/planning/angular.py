@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from intarsia.planning.intermediate import Intermediate, last_real
+from intarsia.calibration.stats import last_real
+from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step
 from intarsia.planning.scores import angular_distance
 from intarsia.recipe.ops import LayerRef, Select

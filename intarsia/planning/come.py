@@ -21,6 +21,7 @@ from torch import Tensor
 
 from intarsia.anatomy.spec import PARTS, Part
 from intarsia.planning import allocate
+from intarsia.planning.candidates import losses_with
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step, one_attention_type
 from intarsia.planning.race import mean_loss, race
@@ -114,7 +115,7 @@ class Come:
             with model.progress.task("skipping spans", len(allowed)) as task:
                 scores: dict[int, float] = {}
                 for start in allowed:
-                    sums_N = model.losses_with(start, count, [])
+                    sums_N = losses_with(model, start, count, [])
                     scores[start] = float(sums_N.sum() / model.counts_N.sum())
                     task.advance()
                 return scores
@@ -192,7 +193,7 @@ class Come:
         spans = f" of {len(scores)} spans" if len(scores) > 1 else ""
         best, sums = race(
             range(len(tried)),
-            lambda i, part: model.losses_with(tried[i].start, len(tried[i].counts), [tried[i].op], sequences=part),
+            lambda i, part: losses_with(model, tried[i].start, len(tried[i].counts), [tried[i].op], sequences=part),
             model.counts_N,
             racing=self.settings.racing,
             progress=model.progress,

@@ -1,9 +1,10 @@
 """The model as it is in the middle of progressive pruning, with everything that is measured on it.
 
 Hidden states are kept at every depth, so a change re-runs only the layers behind it, and a candidate is judged from
-the hidden states in front of it. The unit of cost is a layer-forward over the calibration set.
+the hidden states in front of it (`intarsia.planning.candidates`). The unit of cost is a layer-forward over the
+calibration set.
 
-Shape suffixes: `N` sequences, `B` sequences of a batch, `T` tokens, `D` residual width.
+Shape suffixes: `N` sequences, `T` tokens, `D` residual width.
 """
 
 from __future__ import annotations
@@ -20,18 +21,15 @@ from torch import Tensor, nn
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
-from intarsia.calibration.loss import next_token_losses
-from intarsia.calibration.stats import LayerMeasure, cosines, require_finite
+from intarsia.calibration.stats import LayerMeasure, cosines, last_real, require_finite
 from intarsia.calibration.stream import LayerStream
 from intarsia.calibration.taps import read_outs
-from intarsia.healing.layer_fit import FitBatch
 from intarsia.planning.original import Original
 from intarsia.planning.scores import angular_distance
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.ops import Op, Select
 from intarsia.recipe.recipe import Fitted
 
-_LOGIT_BYTES = 256 * 1024**2
 _CPU_BATCH_TOKENS = 2048
 _CUDA_BATCH_TOKENS = 32768
 
@@ -144,7 +142,9 @@ class Intermediate:
                 self.measures.append(self._measure_layer(index, task.advance))
             for part, ids, mask in self.batches() if whole else ():
                 task.note("loss")
-                self.losses_N[part], self.counts_N[part] = self._losses(self.hidden_at(self.depth, part), ids, mask)
+                self.losses_N[part], self.counts_N[part] = self.stream.losses(
+                    self.hidden_at(self.depth, part), ids, mask
+                )
                 task.advance()
         self._measured = list(zip(self.ops, self.fitted, strict=True))[:stop]
 
@@ -234,68 +234,6 @@ class Intermediate:
             for index, (op, fitted) in enumerate(self._measured)
         )
 
-    def feed(self, start: int, op: Op, original: Original, depth: int) -> Iterator[FitBatch]:
-        """What a layer in the place of layer `start` is fed, and H^depth of the original, which it should give."""
-        for part, ids, mask in self.batches(slice(0, original.sequences)):
-            self.spend(1, part)
-            yield FitBatch(
-                rows=part,
-                h_BTD=self.hidden_at(start, part),
-                wanted_BTD=original.at(depth, part),
-                call=self.stream.calls(ids, mask)[op.sources[0].layer],
-                mask=mask,
-            )
-
-    @torch.inference_mode()
-    def losses_with(
-        self,
-        start: int,
-        count: int,
-        ops: Sequence[Op],
-        *,
-        sequences: slice = slice(None),
-        advance: Callable[[], None] | None = None,
-    ) -> Tensor:
-        """Summed loss of each sequence if `ops` stood in the place of `count` layers: float64, `[N]` of the slice.
-
-        The model itself does not change.
-        """
-        found = []
-        for ids, mask, h_BTD in self._outputs_with(start, count, ops, sequences):
-            found.append(self._losses(h_BTD, ids, mask)[0])
-            if advance is not None:
-                advance()
-        return torch.cat(found)
-
-    @torch.inference_mode()
-    def losses_behind(self, start: int, rows: Sequence[int]) -> Tensor:
-        """Summed loss of some sequences as the layers are now, from H^start as it was measured: float64, `[rows]`."""
-        found = []
-        for first in range(0, len(rows), self.batch):
-            some = list(rows[first : first + self.batch])
-            ids = self.corpus.input_ids[some].to(self.resident.device)
-            mask = None if self.corpus.mask is None else self.corpus.mask[some].to(self.resident.device)
-            calls = self.stream.calls(ids, mask)
-            h_BTD = self.hidden.rows(start, some, self.resident.device)
-            for op, module in zip(self.ops[start:], self.modules[start:], strict=True):
-                h_BTD = self.stream.run(module, h_BTD, calls[op.sources[0].layer])
-            self.spend(self.depth - start, slice(0, len(some)))
-            found.append(self._losses(h_BTD, ids, mask)[0])
-        return torch.cat(found)
-
-    @torch.inference_mode()
-    def normed_with(self, start: int, count: int, ops: Sequence[Op], *, sequences: slice = slice(None)) -> Tensor:
-        """What the head would read if `ops` stood in the place of `count` layers: H^L behind the final norm.
-
-        Returns:
-            `[N, T, D]` of the slice, in the model's dtype, on the CPU. Padding is zero.
-        """
-        found = []
-        for ids, mask, h_BTD in self._outputs_with(start, count, ops, sequences):
-            normed = self.stream.final_norm(h_BTD, ids, mask)
-            found.append((normed if mask is None else normed.masked_fill(~mask[..., None], 0.0)).cpu())
-        return torch.cat(found)
-
     @torch.inference_mode()
     def tokens_at(self, depth: int, keep_NT: Tensor) -> Tensor:
         """H^depth of the tokens where `keep_NT` is True: float32 `[K, D]`, on the CPU."""
@@ -322,21 +260,6 @@ class Intermediate:
         self.hidden.close()
         if self._original is not None:
             self._original.close()
-
-    def _outputs_with(
-        self, start: int, count: int, ops: Sequence[Op], sequences: slice
-    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """Tokens, mask and H^L of every batch, with `ops` in the place of `count` layers."""
-        chain = list(zip(self.ops, self.modules, strict=True))
-        chain[start : start + count] = [(op, self.resident.module(op)) for op in ops]
-        first = start if self.reuse_prefix else 0
-        for part, ids, mask in self.batches(sequences):
-            h_BTD = self.hidden_at(first, part) if self.reuse_prefix else self.stream.enter(ids, mask).h_BTD
-            calls = self.stream.calls(ids, mask)
-            for op, module in chain[first:]:
-                h_BTD = self.stream.run(module, h_BTD, calls[op.sources[0].layer])
-            self.spend(len(chain) - first, part)
-            yield ids, mask, h_BTD
 
     def _measure_layer(self, index: int, advance: Callable[[], None]) -> LayerMeasure:
         measure = LayerMeasure()
@@ -372,20 +295,6 @@ class Intermediate:
             return self.stream.final_norm(h_BTD, ids, mask)
         return h_BTD
 
-    def _losses(self, h_BTD: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Loss of each sequence, with no more logits at a time than `_LOGIT_BYTES`."""
-        per_sequence = ids.shape[1] * self.anatomy.vocabulary * h_BTD.element_size()
-        step = max(1, _LOGIT_BYTES // per_sequence)
-        sums, counts = [], []
-        for row in range(0, ids.shape[0], step):
-            rows = slice(row, row + step)
-            keep = None if mask is None else mask[rows]
-            logits = self.stream.logits(h_BTD[rows], ids[rows], keep)
-            total, number = next_token_losses(logits, ids[rows].to(logits.device), keep)
-            sums.append(total.cpu())
-            counts.append(number.cpu())
-        return torch.cat(sums), torch.cat(counts)
-
     def hidden_at(self, depth: int, part: slice) -> Tensor:
         """H^depth of some sequences, as it was measured."""
         return self.hidden.get(depth, part.start, part.stop, self.resident.device)
@@ -408,11 +317,3 @@ class Intermediate:
                 self.corpus.input_ids[part].to(self.resident.device),
                 None if mask is None else mask[part].to(self.resident.device),
             )
-
-
-def last_real(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """True at the last real token of each sequence."""
-    last = torch.zeros_like(ids, dtype=torch.bool)
-    ends = torch.full((ids.shape[0],), ids.shape[1] - 1) if mask is None else mask.sum(dim=1) - 1
-    last[torch.arange(ids.shape[0]), ends.to(ids.device)] = True
-    return last

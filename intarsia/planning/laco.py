@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from intarsia.planning.candidates import normed_with
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step, one_attention_type
 from intarsia.planning.settings import LacoSettings
@@ -95,8 +96,8 @@ class Laco:
         if self._reference is None:
             variant = model.ops[0].sources[0].variant
             whole = [Select(source=LayerRef(variant=variant, layer=layer)) for layer in range(model.anatomy.n_layers)]
-            self._reference = model.normed_with(0, model.depth, whole, sequences=few).flatten(1).float()
-        merged = model.normed_with(start, count, [collapsed(model.ops[start : start + count])], sequences=few)
+            self._reference = normed_with(model, 0, model.depth, whole, sequences=few).flatten(1).float()
+        merged = normed_with(model, start, count, [collapsed(model.ops[start : start + count])], sequences=few)
         found_N = torch.nn.functional.cosine_similarity(merged.flatten(1).float(), self._reference, dim=1)
         return float(found_N.double().mean())
 

@@ -12,16 +12,18 @@ The same fit, of one read-out and on part of the tokens, tells how well a layer 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from intarsia.building.resident import twin
 from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.healing.correspond import trainable
-from intarsia.healing.layer_fit import LayerFit, fit_layer, moments
+from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer, moments
 from intarsia.healing.ridge import choose
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.original import Original
@@ -51,7 +53,7 @@ class Repair:
             model.measure(first)
             return {"read_outs": [], "taken": False, "held_out_loss": None, "layer_forwards": 0}
         held_out = list(range(0, len(model.corpus), self.settings.held_out))
-        before = float(model.losses_behind(first, held_out).sum())
+        before = float(_losses_behind(model, first, held_out).sum())
         spent = (model.depth - first) * len(held_out) / len(model.corpus)
         unrepaired = {index: model.fitted[index] for index in due}
         fits: list[LayerFit] = []
@@ -99,7 +101,7 @@ class Repair:
         tensors, fits = fit_layer(
             module,
             self.settings.changed,
-            partial(model.feed, index, model.ops[index], original, depth),
+            partial(_feed, model, index, model.ops[index], original, depth),
             index=index,
             stream=model.stream,
             anatomy=model.anatomy,
@@ -127,10 +129,40 @@ def reconstruction_error(model: Intermediate, start: int, count: int, op: Op) ->
         grams = moments(
             model.resident.module(op),
             "mlp",
-            lambda: model.feed(start, op, original, end),
+            lambda: _feed(model, start, op, original, end),
             stream=model.stream,
             anatomy=model.anatomy,
             rule=rule,
         )
         model.errors[key] = choose(*grams, rule.ridges, where=f"reconstruction at layer {start}").error_after
     return model.errors[key]
+
+
+def _feed(model: Intermediate, start: int, op: Op, original: Original, depth: int) -> Iterator[FitBatch]:
+    """What a layer in the place of layer `start` is fed, and H^depth of the original, which it should give."""
+    for part, ids, mask in model.batches(slice(0, original.sequences)):
+        model.spend(1, part)
+        yield FitBatch(
+            rows=part,
+            h_BTD=model.hidden_at(start, part),
+            wanted_BTD=original.at(depth, part),
+            call=model.stream.calls(ids, mask)[op.sources[0].layer],
+            mask=mask,
+        )
+
+
+@torch.inference_mode()
+def _losses_behind(model: Intermediate, start: int, rows: Sequence[int]) -> Tensor:
+    """Summed loss of some sequences as the layers are now, from H^start as it was measured: float64, `[rows]`."""
+    found = []
+    for first in range(0, len(rows), model.batch):
+        some = list(rows[first : first + model.batch])
+        ids = model.corpus.input_ids[some].to(model.resident.device)
+        mask = None if model.corpus.mask is None else model.corpus.mask[some].to(model.resident.device)
+        calls = model.stream.calls(ids, mask)
+        h_BTD = model.hidden.rows(start, some, model.resident.device)
+        for op, module in zip(model.ops[start:], model.modules[start:], strict=True):
+            h_BTD = model.stream.run(module, h_BTD, calls[op.sources[0].layer])
+        model.spend(model.depth - start, slice(0, len(some)))
+        found.append(model.stream.losses(h_BTD, ids, mask)[0])
+    return torch.cat(found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from intarsia.planning.candidates import losses_with
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step
 from intarsia.planning.race import mean_loss, race
@@ -28,7 +29,7 @@ class Sleb:
         """Try the model without each layer."""
         best, sums = race(
             range(model.depth),
-            lambda start, part: model.losses_with(start, 1, [], sequences=part),
+            lambda start, part: losses_with(model, start, 1, [], sequences=part),
             model.counts_N,
             racing=self.settings.racing,
             progress=model.progress,

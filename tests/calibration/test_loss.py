@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from intarsia.calibration.loss import losses_from_hidden, next_token_losses
+from intarsia.calibration.loss import next_token_losses
 from intarsia.errors import UserError
 
 
@@ -65,18 +65,6 @@ def test_names_the_sequence_that_is_not_finite(bad: float) -> None:
     logits[1, 2, ids[1, 3]] = bad
     with pytest.raises(UserError, match="candidate 7, sequence 1 of the batch: expected finite"):
         next_token_losses(logits, ids, where="candidate 7")
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_from_hidden_states(padded: bool) -> None:
-    generator = torch.Generator().manual_seed(1)
-    hidden, weight = torch.randn(2, 600, 8, generator=generator), torch.randn(30, 8, generator=generator)
-    ids = torch.randint(30, (2, 600), generator=generator)
-    mask = torch.arange(600)[None] < torch.tensor([[600], [17]]) if padded else None
-    expected = next_token_losses(hidden @ weight.T, ids, mask)
-    sums, counts = losses_from_hidden(hidden, lambda rows: rows @ weight.T, ids, mask)
-    torch.testing.assert_close(sums, expected[0], rtol=1e-6, atol=0)
-    assert torch.equal(counts, expected[1])
 
 
 def test_keeps_no_graph() -> None:

@@ -14,6 +14,7 @@ import torch
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
+from intarsia.planning.candidates import losses_with
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import climb, planner_of
 from intarsia.planning.run_folder import RunFolder
@@ -167,7 +168,7 @@ def test_a_candidates_loss_is_what_replacing_gives(
     resident, corpus = resident_of(family), corpus_of(padded=padded)
     start, count, ops = candidate
     model = measured(resident, corpus)
-    found = model.losses_with(start, count, ops)
+    found = losses_with(model, start, count, ops)
     assert model.depth == families.DEPTH
     assert_same(model, measured(resident, corpus))  # unchanged
     changed = list(WHOLE)
@@ -175,14 +176,14 @@ def test_a_candidates_loss_is_what_replacing_gives(
     if changed:
         assert torch.equal(found, measured(resident, corpus, changed).losses_N)
     part = slice(2, 5)
-    torch.testing.assert_close(model.losses_with(start, count, ops, sequences=part), found[part], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(losses_with(model, start, count, ops, sequences=part), found[part], rtol=1e-6, atol=1e-6)
 
 
 def test_a_merged_candidate(resident_of: InMemory) -> None:
     resident, corpus = resident_of("opt"), corpus_of()
     op = shared(resident.anatomy, [2, 3])
     model = measured(resident, corpus)
-    found = model.losses_with(2, 2, [op])
+    found = losses_with(model, 2, 2, [op])
     model.replace(2, 2, op)
     assert torch.equal(found, model.losses_N)
 
@@ -237,7 +238,7 @@ def test_layer_forwards_are_those_that_were_run(reuse_prefix: bool, resident_of:
 
         passed.clear()
         before = model.layer_forwards
-        model.losses_with(3, 2, [shared(resident.anatomy, [3, 4])])
+        losses_with(model, 3, 2, [shared(resident.anatomy, [3, 4])])
         spent(2 if reuse_prefix else 5)
         front = sum(passed[id(layer)] for layer in resident.layers[:3])
         assert front == (0 if reuse_prefix else 3 * len(corpus))
@@ -256,7 +257,7 @@ def test_layer_forwards_are_those_that_were_run(reuse_prefix: bool, resident_of:
 
         passed.clear()
         before = model.layer_forwards
-        model.losses_with(0, 1, [], sequences=slice(0, 3))
+        losses_with(model, 0, 1, [], sequences=slice(0, 3))
         assert sum(passed.values()) == 4 * 3
         assert model.layer_forwards - before == pytest.approx(4 * 3 / len(corpus))
 
@@ -267,7 +268,7 @@ def test_running_the_whole_model_every_time_gives_the_same(resident_of: InMemory
     found = {}
     for reuse_prefix in (True, False):
         model = measured(resident, corpus, reuse_prefix=reuse_prefix)
-        losses = model.losses_with(2, 2, [op])
+        losses = losses_with(model, 2, 2, [op])
         model.replace(2, 2, op)
         found[reuse_prefix] = (losses, model)
     assert torch.equal(found[True][0], found[False][0])
