@@ -55,7 +55,7 @@ def build(folder: Path, out: Path, depth: int) -> None:
     from intarsia.anatomy.detect import detect
     from intarsia.evaluation.memory import peak_memory_bytes
     from intarsia.progress import Silent
-    from intarsia.recipe.compose import concat_of
+    from intarsia.recipe.flatten import concat_of
     from intarsia.recipe.recipe import Variant, identity
     from intarsia.stages.build import build_recipe
 

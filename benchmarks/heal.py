@@ -2,8 +2,10 @@
 
 Cut (CoMe-P, and removal by calibration loss), closed form on 64k tokens, layerwise distillation on 500k on top, and
 end-to-end distillation on 200k on top of that. `--against 25` adds, at that depth, end-to-end distillation alone for as
-long as both took together, and the same training of the plainly cut model. Texts as in the benchmark `quality`, whose
-ladders are used where they are there. Every row is kept: a stopped benchmark goes on where it was.
+long as both took together, and the same training of the plainly cut model. `--in-loop` adds CoMe-P that is repaired as
+it goes (`--heal-in-loop --spans 5`), and the closed form over all layers of what comes off that ladder. Texts as in the
+benchmark `quality`, whose ladders are used where they are there. Every row is kept: a stopped benchmark goes on where
+it was.
 
     python -m benchmarks heal --data ../shared/data/text -o out/bench/heal
 """
@@ -19,7 +21,9 @@ from typing import Any
 import intarsia
 from intarsia.cli.display import display
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
+from intarsia.planning.settings import ComeSettings
 
+IN_LOOP = "come-p in loop"
 CUTS = ("come-p", "sleb")
 TEXTS = ("WikiText-2", "news")
 # Found on the model cut to 21 layers (dev/LOG.md); the learning rates are those of a small model.
@@ -66,17 +70,20 @@ class Bench:
 
     def cut(self, method: str, layers: int) -> Path:
         """The model as it is cut."""
-        run = self.plans / method
+        in_loop = method == IN_LOOP
+        run = self.plans / method.replace(" ", "-")
         intarsia.plan(
             "demo",
             run,
             layers=self.deepest,
-            method=method,
+            method="come-p" if in_loop else method,
+            settings=ComeSettings(spans=5) if in_loop else None,
+            heal_in_loop=in_loop,
             calibration=self.data,
             tokens=65536,
             progress=display(),
         )
-        folder = self.out / f"{method}-{layers}"
+        folder = self.out / f"{method}-{layers}".replace(" ", "-")
         if not folder.exists():
             intarsia.build(run, folder, layers=layers)
         if f"{method} {layers} cut" not in self.found:
@@ -116,6 +123,11 @@ class Bench:
         trained = self.heal(healed["come-p"], "layerwise", f"come-p-{layers}-lw", f"come-p {layers} layerwise")
         self.heal(trained, "end-to-end", f"come-p-{layers}-e2e", f"come-p {layers} end-to-end")
 
+    def in_loop(self, layers: int) -> None:
+        """CoMe-P, repaired after every step, and the closed form over all layers at the end."""
+        name = f"{IN_LOOP}-{layers}-cf".replace(" ", "-")
+        self.heal(self.cut(IN_LOOP, layers), "closed-form", name, f"{IN_LOOP} {layers} closed form")
+
     def against(self, layers: int) -> None:
         """End-to-end alone for the time that layerwise and end-to-end took, from both cuts."""
         took = {stage: self.found[f"come-p {layers} {stage}"]["seconds"] for stage in ("layerwise", "end-to-end")}
@@ -139,7 +151,7 @@ class Bench:
         for layers in depths:
             cuts = [self.found[key][text] for method in CUTS if (key := f"{method} {layers} cut") in self.found]
             gap = math.log(min(cuts) / dense)
-            for method in CUTS:
+            for method in (*CUTS, IN_LOOP):
                 cells = []
                 for column in columns:
                     row = self.found.get(f"{method} {layers} {column}")
@@ -156,6 +168,7 @@ def main() -> None:
     parser.add_argument("--plans", type=Path, default=Path("out/bench/quality"), help="run folders of `quality`")
     parser.add_argument("--layers", type=int, nargs="+", default=[27, 25, 23, 21])
     parser.add_argument("--against", type=int, nargs="*", default=[])
+    parser.add_argument("--in-loop", action="store_true")
     parser.add_argument(
         "--tokens", type=int, nargs=3, default=[65536, 500_000, 200_000], metavar=("FIT", "LAYERWISE", "END_TO_END")
     )
@@ -167,6 +180,8 @@ def main() -> None:
             bench.judge("dense", "demo", 0.0)
         for layers in given.layers:
             bench.depth(layers)
+            if given.in_loop:
+                bench.in_loop(layers)
             if layers in given.against:
                 bench.against(layers)
     for text in TEXTS:

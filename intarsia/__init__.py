@@ -4,7 +4,7 @@
 
     result = intarsia.compress("demo", "out/demo-25", layers=25)
 
-Every stage of the command line is a function of the same name: `plan`, `build`, `heal`, `inspect`,
+Every stage of the command line is a function of the same name: `plan`, `build`, `heal`, `inspect`, `verify`, `export`,
 `evaluate_perplexity`, `evaluate_tasks`, and `compress`, which is the main job. Input that cannot be used raises
 `UserError`.
 """
@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     from intarsia.stages.compress import CompressResult, compress
     from intarsia.stages.evaluate import evaluate_perplexity
     from intarsia.stages.evaluate_tasks import evaluate_tasks
+    from intarsia.stages.export import ExportResult, export
     from intarsia.stages.heal import HealResult, heal
     from intarsia.stages.inspect import inspect
     from intarsia.stages.plan import PlanResult, plan
+    from intarsia.stages.push import PushResult, push
     from intarsia.stages.report import ReportResult, report
     from intarsia.stages.tailor import TailorResult, tailor
+    from intarsia.stages.verify import VerifyResult, verify
 
 __version__ = "0.1.0"
 
@@ -39,24 +42,30 @@ _PLACES = {
     "ComeSettings": "intarsia.planning.settings",
     "CompareResult": "intarsia.stages.compare",
     "CompressResult": "intarsia.stages.compress",
+    "ExportResult": "intarsia.stages.export",
     "HealResult": "intarsia.stages.heal",
     "PlanResult": "intarsia.stages.plan",
+    "PushResult": "intarsia.stages.push",
     "Recipe": "intarsia.recipe.recipe",
     "ReportResult": "intarsia.stages.report",
     "TailorResult": "intarsia.stages.tailor",
     "TaskResults": "intarsia.evaluation.task_results",
     "UserError": "intarsia.errors",
+    "VerifyResult": "intarsia.stages.verify",
     "bench": "intarsia.stages.bench",
     "build": "intarsia.stages.build",
     "compare": "intarsia.stages.compare",
     "compress": "intarsia.stages.compress",
     "evaluate_perplexity": "intarsia.stages.evaluate",
     "evaluate_tasks": "intarsia.stages.evaluate_tasks",
+    "export": "intarsia.stages.export",
     "heal": "intarsia.stages.heal",
     "inspect": "intarsia.stages.inspect",
     "plan": "intarsia.stages.plan",
+    "push": "intarsia.stages.push",
     "report": "intarsia.stages.report",
     "tailor": "intarsia.stages.tailor",
+    "verify": "intarsia.stages.verify",
 }
 
 __all__ = [
@@ -65,24 +74,30 @@ __all__ = [
     "ComeSettings",
     "CompareResult",
     "CompressResult",
+    "ExportResult",
     "HealResult",
     "PlanResult",
+    "PushResult",
     "Recipe",
     "ReportResult",
     "TailorResult",
     "TaskResults",
     "UserError",
+    "VerifyResult",
     "bench",
     "build",
     "compare",
     "compress",
     "evaluate_perplexity",
     "evaluate_tasks",
+    "export",
     "heal",
     "inspect",
     "plan",
+    "push",
     "report",
     "tailor",
+    "verify",
 ]
 
 

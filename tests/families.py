@@ -28,7 +28,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-FAMILIES = ("llama", "llama-bias", "mistral", "qwen2", "qwen3", "opt")
+from tests.families_dense import DENSE, make_dense
+from tests.families_parallel import EXPERTS, MIXTURES, PARALLEL, VARIATIONS, make_parallel
+
+__all__ = ["DENSE", "EXPERTS", "MIXTURES", "PARALLEL", "VARIATIONS"]
+
+FAMILIES = ("llama", "llama-bias", "mistral", "qwen2", "qwen3", "opt", *DENSE, *PARALLEL, *MIXTURES)
 DEPTH = 6
 WIDTH = 32
 CHANNELS = 40
@@ -85,6 +90,10 @@ def make_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel
         sizes = {"num_attention_heads": 4, "ffn_dim": CHANNELS, "word_embed_proj_dim": WIDTH, "dropout": 0.0}
         config = OPTConfig(**{**_COMMON, **sizes, "pad_token_id": 1, **changes})
         model = OPTForCausalLM(config)
+    elif family in DENSE:
+        model = make_dense(family, {**_GATED, **changes})
+    elif family in (*PARALLEL, *MIXTURES, *VARIATIONS):
+        model = make_parallel(family, {**_GATED, **changes})
     else:
         raise ValueError(f"no family {family!r}")
     randomise(model, seed)
@@ -98,7 +107,7 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name and name.endswith("weight"):
+            if ("norm" in name or ".ln_" in name) and name.endswith("weight"):
                 parameter.copy_(1.0 + 0.3 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.2 * noise)

@@ -35,6 +35,12 @@ VERBS = [
     ["compare"],
     ["report"],
     ["tailor"],
+    ["verify"],
+    ["export"],
+    ["push"],
+    ["anatomy"],
+    ["anatomy", "list"],
+    ["anatomy", "check"],
 ]
 
 
@@ -167,8 +173,8 @@ def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
         "--layers 25 --method come-p --calibration a.txt --calibration b.txt --tokens 4096 --seq-len 128 "
         "--heal none --eval-text c.txt --eval-windows 8 --revision main --span-choice sleb --merge 3 --sharpness 2 "
         "--dominance 0.5 --no-repeat --norm average --sensitivity l2 --distance last-token --granularity 10 --spans 2 "
-        "--no-racing --reference --heal-in-loop --device cpu --dtype float32 --batch-tokens 512 --seed 7 "
-        "--overwrite --dry-run --quiet"
+        "--no-racing --beam 2 --reference --heal-in-loop --device cpu --dtype float32 --batch-tokens 512 --seed 7 "
+        "--max-shard-size 2GB --overwrite --dry-run --quiet"
     ).split()
     result = run("compress", "demo", "-o", str(tmp_path / "out"), "--run", str(tmp_path / "run"), *words)
     assert result.exit_code == 0, result.output
@@ -199,6 +205,7 @@ def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
             granularity=10,
             spans=2,
             racing=False,
+            beam=2,
             reference=True,
         ),
         "heal_in_loop": True,
@@ -206,9 +213,22 @@ def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
         "dtype": "float32",
         "batch_tokens": 512,
         "seed": 7,
+        "devices": [],
+        "stream": False,
+        "memory_bytes": None,
+        "max_shard_bytes": 2 * 10**9,
         "overwrite": True,
         "dry_run": True,
     }
+
+
+def test_the_options_of_laco(stage: Stage, tmp_path: Path) -> None:
+    from intarsia.planning.settings import LacoSettings
+
+    words = "--layers 24 --method laco --laco-merge 3 --laco-lowest 2 --reference".split()
+    assert run("plan", "demo", "--run", str(tmp_path / "run"), *words).exit_code == 0
+    assert stage.kwargs is not None
+    assert stage.kwargs["settings"] == LacoSettings(merge=3, lowest=2, reference=True)
 
 
 @pytest.mark.parametrize("verb", [["compress", "demo", "-o", "out"], ["plan", "demo", "--run", "run"]], ids="-".join)

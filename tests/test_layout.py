@@ -20,8 +20,8 @@ PACKAGE = ROOT / "intarsia"
 # A package (or a module of the top) imports only itself and those before it. `__main__` and `__init__` of the top are
 # entrances: they stand outside and may reach for anything.
 ORDER = (
-    "errors progress anatomy recipe checkpoint building calibration evaluation healing planning tailoring reporting "
-    "stages cli"
+    "errors progress disk anatomy recipe checkpoint building calibration evaluation healing planning tailoring "
+    "reporting runtimes stages cli"
 ).split()
 WITHOUT_TORCH = ("errors", "progress", "anatomy", "recipe")
 ENTRANCES = ("__init__", "__main__")

@@ -2,48 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
+from intarsia.anatomy.family_file import as_family, family_files, uncovered
+from intarsia.anatomy.layer_lists import kinds, lists
 from intarsia.anatomy.spec import Anatomy, Family, Linear, Norm
 from intarsia.errors import Problem, UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-
-@cache
-def _family_files() -> dict[str, dict[str, Any]]:
-    folder = files("intarsia.anatomy") / "families"
-    return {
-        entry.name.removesuffix(".toml"): tomllib.loads(entry.read_text(encoding="utf-8"))
-        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
-        if entry.name.endswith(".toml")
-    }
 
 
 def known_families() -> dict[str, Family]:
     """Every family this version knows, by name."""
-    return {name: _family(name, data) for name, data in _family_files().items()}
-
-
-def _family(name: str, data: Mapping[str, Any]) -> Family:
-    return Family(
-        name=name,
-        title=data["title"],
-        model_types=tuple(data["model_types"]),
-        layers_module=data["modules"]["layers"],
-        embedding_module=data["modules"]["embedding"],
-        head_module=data["modules"]["head"],
-        fields=dict(data["fields"]),
-        per_layer_fields=tuple(data["per_layer_fields"]),
-        approximations=tuple(data["approximations"]),
-    )
+    return {name: as_family(name, data) for name, data in family_files().items()}
 
 
 def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Anatomy:
@@ -54,10 +24,18 @@ def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Anatomy:
             impossible. All problems of the config are reported at once.
     """
     model_type = config.get("model_type")
-    for name, data in _family_files().items():
-        if model_type in data["model_types"]:
-            return _resolve(_family(name, data), data, config, where)
-    known = ", ".join(sorted(kind for data in _family_files().values() for kind in data["model_types"]))
+    for name, data in family_files().items():
+        if model_type in data["model_types"] and _holds(data.get("when", {}), _values(data, config)):
+            return _resolve(as_family(name, data), data, config, where)
+    if isinstance(model_type, str) and model_type in uncovered():
+        entry = uncovered()[model_type]
+        raise UserError.of(
+            where=f"{where}: model_type {model_type!r}",
+            expected="a model whose layers an anatomy covers",
+            found=entry["feature"],
+            remedy=entry["remedy"],
+        )
+    known = ", ".join(sorted({kind for data in family_files().values() for kind in data["model_types"]}))
     raise UserError.of(
         where=f"{where}: model_type",
         expected=f"one of {known}",
@@ -67,13 +45,18 @@ def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Anatomy:
 
 
 def _resolve(family: Family, data: Mapping[str, Any], config: Mapping[str, Any], where: str) -> Anatomy:
-    # A null is not a missing field: transformers computes what is null, and takes its default for what is missing.
-    values = {key: value for key, value in {**data.get("defaults", {}), **config}.items() if value is not None}
+    values = _values(data, config)
     problems = list(_refusals(family, data, values, where))
     numbers: dict[str, int] = {}
-    for key in ("layers", "width", "query_heads", "channels", "vocabulary"):
+    for key in ("layers", "width", "query_heads", "vocabulary"):
         numbers[key] = _number(values, family.fields[key], where, problems)
-    numbers["kv_heads"] = _number(values, family.fields.get("kv_heads"), where, problems, numbers["query_heads"])
+    constants = data.get("constants", {})
+    usual = numbers["width"] * constants["channels_per_width"] if "channels_per_width" in constants else None
+    numbers["channels"] = _number(values, family.fields["channels"], where, problems, usual)
+    numbers["kv_heads"] = constants.get("kv_heads") or _number(
+        values, family.fields.get("kv_heads"), where, problems, numbers["query_heads"]
+    )
+    numbers["experts"] = _number(values, family.fields["experts"], where, problems) if "experts" in family.fields else 0
     heads = max(numbers["query_heads"], 1)
     numbers["head_dim"] = _number(values, family.fields.get("head_dim"), where, problems, numbers["width"] // heads)
     if not problems and numbers["query_heads"] % numbers["kv_heads"]:
@@ -85,16 +68,8 @@ def _resolve(family: Family, data: Mapping[str, Any], config: Mapping[str, Any],
                 remedy="The config does not describe grouped-query attention; mend it.",
             )
         )
-    layer_types = values.get("layer_types")
-    if layer_types is not None and not _is_list_of_names(layer_types, numbers["layers"]):
-        problems.append(
-            Problem(
-                where=f"{where}: layer_types",
-                expected=f"a list of {numbers['layers']} names, one a layer",
-                found=f"a list of {len(layer_types)}" if isinstance(layer_types, list) else repr(layer_types),
-                remedy="Make layer_types as long as the model is deep.",
-            )
-        )
+    per_layer = lists(family.per_layer, values, numbers["layers"], where, problems)
+    scale = values.get(family.fields.get("residual_scale", ""), 1.0)
     if problems:
         raise UserError(problems)
     return Anatomy(
@@ -109,9 +84,26 @@ def _resolve(family: Family, data: Mapping[str, Any], config: Mapping[str, Any],
         n_channels=numbers["channels"],
         vocabulary=numbers["vocabulary"],
         tied=bool(values.get(family.fields["tied"], False)),
-        layer_types=None if layer_types is None else tuple(layer_types),
+        layer_types=kinds(family.per_layer, per_layer),
         config=dict(config),
+        per_layer=per_layer,
+        n_experts=numbers["experts"],
+        parallel=_flag(data.get("parallel", False), values),
+        residual_scale=float(scale),
+        approximations=(
+            *data["approximations"],
+            *(entry["text"] for entry in data.get("approximation", ()) if _holds(entry["when"], values)),
+        ),
     )
+
+
+def _values(data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    # A null is not a missing field: transformers computes what is null, and takes its default for what is missing.
+    found = {key: value for key, value in {**data.get("defaults", {}), **config}.items() if value is not None}
+    for other, name in data.get("aliases", {}).items():
+        if other in found:
+            found.setdefault(name, found[other])
+    return found
 
 
 def _refusals(family: Family, data: Mapping[str, Any], values: Mapping[str, Any], where: str) -> list[Problem]:
@@ -123,8 +115,14 @@ def _refusals(family: Family, data: Mapping[str, Any], values: Mapping[str, Any]
             remedy=entry["remedy"],
         )
         for entry in data.get("refuse", ())
-        if all(values.get(key) == value for key, value in entry["when"].items()) and entry.get("unless") not in values
+        if _holds(entry.get("when", {}), values)
+        and not ("when_not" in entry and _holds(entry["when_not"], values))
+        and entry.get("unless") not in values
     ]
+
+
+def _holds(when: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    return all(values.get(key) == value for key, value in when.items())
 
 
 def _number(
@@ -144,10 +142,6 @@ def _number(
     return 1
 
 
-def _is_list_of_names(value: Any, length: int) -> bool:
-    return isinstance(value, list) and len(value) == length and all(isinstance(name, str) for name in value)
-
-
 def _flag(value: Any, values: Mapping[str, Any]) -> bool:
     """A TOML value that is a truth value, or the name of the config field that holds it."""
     return bool(values.get(value, False)) if isinstance(value, str) else bool(value)
@@ -160,6 +154,8 @@ def _linear(entry: Mapping[str, Any], values: Mapping[str, Any]) -> Linear:
         side=entry["side"],
         segments=tuple(entry["segments"]),
         bias=_flag(entry.get("bias", False), values),
+        per_expert=bool(entry.get("per_expert", False)),
+        whole=_size(entry.get("whole"), values),
     )
 
 
@@ -171,4 +167,12 @@ def _norm(entry: Mapping[str, Any], values: Mapping[str, Any]) -> Norm:
         offset=float(entry.get("offset", 0.0)),
         weight=_flag(entry.get("weight", True), values),
         bias=_flag(entry.get("bias", False), values),
+        rows=entry.get("rows"),
+        serves=tuple(entry.get("serves", ())),
     )
+
+
+def _size(value: Any, values: Mapping[str, Any]) -> int | None:
+    """A TOML value that is a number, or the name of the config field that holds it."""
+    found = values.get(value) if isinstance(value, str) else value
+    return None if found is None else int(found)

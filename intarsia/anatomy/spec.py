@@ -6,11 +6,16 @@ A *piece* is the smallest thing that may be cut out of a layer and put into anot
   columns of o). Under grouped-query attention query head `j` reads key/value head `j // heads_per_group`, so a
   group's query heads are consecutive rows.
 - an **MLP channel**: one row of gate and up, one column of down.
+- in a mixture, instead, an **expert**: all of its matrices, and its row of the router.
 
 A linear layer that *reads* the residual stream holds its pieces as rows (axis 0 of a `[out, in]` weight, and the
 entries of its bias); one that *writes* to it holds them as columns (axis 1), and its bias belongs to no piece.
 Along that axis a tensor is a sequence of *segments*; a segment holds every piece in order, `unit` rows each. Most
-layers have one segment; a fused projection has several.
+layers have one segment. A fused projection has several, or one in which each KV group has its query heads, its key
+head and its value head one after the other (`qkv`).
+
+Tensors have the names that they have in files. A module in memory may have others (`Family.renamed`), and those of all
+experts in one parameter (`Family.stacked`).
 
 Nothing here imports torch: an anatomy is data about a `config.json`.
 """
@@ -18,7 +23,7 @@ Nothing here imports torch: an anatomy is data about a `config.json`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Part = Literal["attention", "mlp"]
@@ -27,13 +32,20 @@ PARTS: tuple[Part, ...] = ("attention", "mlp")
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A linear layer of one part. `segments` name units: `q`, `kv` or `channel` (see `Anatomy.unit`)."""
+    """A linear layer of one part. `segments` name units: `q`, `kv`, `qkv`, `channel` or `expert` (see `Anatomy.unit`).
+
+    `per_expert`: there is one for each expert, with `{expert}` in its name; the whole matrix goes with its piece.
+    `whole`: it belongs to no piece (a shared expert), and a joined layer has the weighted average of all of it;
+    `whole` is its size on the side that is not the residual stream.
+    """
 
     module: str
     part: Part
     side: Literal["reads", "writes"]
     segments: tuple[str, ...]
     bias: bool
+    per_expert: bool = False
+    whole: int | None = None
 
     @property
     def cut_axis(self) -> int:
@@ -45,22 +57,67 @@ class Linear:
 class Norm:
     """A norm of one part.
 
-    `before`: it makes the input of the part's reading layers, so its parameters can be folded into them exactly.
-    `inside`: it acts after a projection (QK-norm), per channel of a head; it cannot be folded.
+    `before`: it makes the input of the part's reading layers, so its scale can be folded into them exactly.
+    `inside`: it acts after a projection (QK-norm); it cannot be folded. Its weight is one head's, and serves all of
+    them; or, with `rows`, it has an entry for every row of a segment of that kind, which goes with its piece.
+    `behind`: it acts on what the part writes, before the residual sum; it cannot be folded.
+    With rows of the kind `head` or `kv_head` an entry is a head's whole weight.
     `offset`: the norm multiplies by `weight + offset`.
+    `serves`: the parts whose input it makes, where they are not `part` alone; its averages then count by `part`.
     """
 
     module: str
     part: Part
-    place: Literal["before", "inside"]
+    place: Literal["before", "inside", "behind"]
     offset: float
     weight: bool
     bias: bool
+    rows: str | None = None
+    serves: tuple[Part, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that it acts on."""
+        return self.serves or (self.part,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerLayer:
+    """A config field with one entry a layer.
+
+    `every`: what a config that lacks the field means: each `every`-th layer is `nth`, every other one `others`. None:
+    it then says nothing layer by layer.
+    `kinds`: what a layer with that value is; layers of different kinds are not joined.
+    `instead_of`: fields from which a runtime would make the list anew; they stay only where that gives the same list.
+    """
+
+    field: str
+    every: int | str | None = None
+    nth: Any = None
+    others: Any = None
+    kinds: Mapping[str, str] | None = None
+    instead_of: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacked:
+    """A parameter in memory that holds a matrix of every expert: `[experts, ...]`, `tensors` of each joined by rows."""
+
+    parameter: str
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One model family, as read from its TOML file."""
+    """One model family, as read from its TOML file. `approximations`: what is not exact in any of its models.
+
+    `head_in_memory`: the head's module in memory, where files call it otherwise.
+    `renamed`: how a name inside a layer begins in files, and how it begins in memory.
+    `experts_module`: the module in memory that runs the experts of a mixture.
+    `buffers`: layer tensors of older files that are computed from the config, and left out.
+    `caches_query_heads`: `transformers` keeps a key and a value of every query head, not of every KV group.
+    `tiny`: what a small model of the family needs in its config beside smaller sizes (`intarsia.building.shrunken`).
+    """
 
     name: str
     title: str
@@ -69,13 +126,28 @@ class Family:
     embedding_module: str
     head_module: str
     fields: Mapping[str, str]
-    per_layer_fields: tuple[str, ...]
+    per_layer: tuple[PerLayer, ...]
     approximations: tuple[str, ...]
+    head_in_memory: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    stacked: tuple[Stacked, ...] = ()
+    experts_module: str = ""
+    buffers: tuple[str, ...] = ()
+    caches_query_heads: bool = False
+    tiny: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """A family's anatomy with the numbers of one model's config."""
+    """A family's anatomy with the numbers of one model's config.
+
+    `layer_types`: how each layer attends, where the config tells layers apart; only layers of one type are joined.
+    `n_channels`: channels of the MLP; of one expert, where `n_experts` is not 0.
+    `per_layer`: what the config says layer by layer, also where it says so by a rule.
+    `approximations`: what is not exact when layers of this model are joined.
+    `parallel`: attention and MLP read the same residual stream, and both are added to it.
+    `residual_scale`: what a part writes is multiplied by this before the residual sum.
+    """
 
     family: Family
     linears: tuple[Linear, ...]
@@ -90,6 +162,11 @@ class Anatomy:
     tied: bool
     layer_types: tuple[str, ...] | None
     config: Mapping[str, Any]
+    per_layer: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    n_experts: int = 0
+    parallel: bool = False
+    residual_scale: float = 1.0
+    approximations: tuple[str, ...] = ()
 
     @property
     def heads_per_group(self) -> int:
@@ -98,23 +175,64 @@ class Anatomy:
 
     def unit(self, segment: str) -> int:
         """Rows (or columns) that one piece takes in a segment of this kind."""
-        return {"q": self.heads_per_group * self.head_dim, "kv": self.head_dim, "channel": 1}[segment]
+        units = {
+            "q": self.heads_per_group * self.head_dim,
+            "kv": self.head_dim,
+            "qkv": (self.heads_per_group + 2) * self.head_dim,
+            "head": self.heads_per_group,
+            "kv_head": 1,
+            "channel": 1,
+            "expert": 1,
+        }
+        return units[segment]
 
     def n_pieces(self, part: Part) -> int:
-        """Pieces of a part: KV groups of attention, channels of the MLP."""
-        return self.n_kv_heads if part == "attention" else self.n_channels
+        """Pieces of a part: KV groups of attention, channels of the MLP or experts of a mixture."""
+        return self.n_kv_heads if part == "attention" else self.n_experts or self.n_channels
+
+    @property
+    def n_mlp_pieces(self) -> int:
+        """Pieces of the MLP: its channels, or the experts of a mixture."""
+        return self.n_pieces("mlp")
+
+    def is_mixture(self, part: Part) -> bool:
+        """Whether the pieces of a part are experts."""
+        return part == "mlp" and self.n_experts > 0
 
     def writer(self, part: Part) -> Linear:
         """The linear layer through which a part writes to the residual stream (o_proj, down_proj)."""
         return next(linear for linear in self.linears if linear.part == part and linear.side == "writes")
 
-    def norm_before(self, part: Part) -> Norm:
-        """The norm that makes a part's input."""
-        return next(norm for norm in self.norms if norm.part == part and norm.place == "before")
+    def readers(self, part: Part) -> tuple[Linear, ...]:
+        """The linear layers with which a part reads its input."""
+        return tuple(linear for linear in self.linears if linear.part == part and linear.side == "reads")
+
+    def norm_before(self, part: Part) -> Norm | None:
+        """The norm that makes a part's input; None where the part reads the residual stream as it is."""
+        return next((norm for norm in self.norms if part in norm.parts and norm.place == "before"), None)
+
+    def norm_behind(self, part: Part) -> Norm | None:
+        """The norm that acts on what a part writes, if there is one."""
+        return next((norm for norm in self.norms if norm.part == part and norm.place == "behind"), None)
+
+    def shift_folds(self, part: Part) -> bool:
+        """Whether the layers that read a norm have biases, which can take the norm's bias."""
+        norm = self.norm_before(part)
+        return all(linear.bias for served in (norm.parts if norm else (part,)) for linear in self.readers(served))
 
     def cut_size(self, linear: Linear) -> int:
         """Size of the weight along its cut axis, in a whole layer."""
+        if linear.whole is not None:
+            return linear.whole
+        if linear.per_expert:
+            return self.n_channels
         return sum(self.unit(segment) for segment in linear.segments) * self.n_pieces(linear.part)
+
+    def modules(self, linear: Linear) -> tuple[str, ...]:
+        """The module of a linear layer; one for each expert, where there are so many."""
+        if not linear.per_expert:
+            return (linear.module,)
+        return tuple(linear.module.format(expert=expert) for expert in range(self.n_experts))
 
     def linear_shape(self, linear: Linear) -> tuple[int, int]:
         """`[out, in]` shape of a linear layer's weight."""
@@ -123,21 +241,29 @@ class Anatomy:
 
     def norm_size(self, norm: Norm) -> int:
         """Entries of a norm's weight."""
-        return self.head_dim if norm.place == "inside" else self.width
+        if norm.place != "inside":
+            return self.width
+        return self.head_dim if norm.rows is None else self.unit(norm.rows) * self.n_pieces(norm.part)
+
+    def norm_shape(self, norm: Norm) -> tuple[int, ...]:
+        """Shape of a norm's weight."""
+        size = self.norm_size(norm)
+        return (size, self.head_dim) if norm.rows in ("head", "kv_head") else (size,)
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of a layer, by its name inside the layer, with its shape."""
         shapes: dict[str, tuple[int, ...]] = {}
         for norm in self.norms:
             if norm.weight:
-                shapes[f"{norm.module}.weight"] = (self.norm_size(norm),)
+                shapes[f"{norm.module}.weight"] = self.norm_shape(norm)
             if norm.bias:
-                shapes[f"{norm.module}.bias"] = (self.norm_size(norm),)
+                shapes[f"{norm.module}.bias"] = self.norm_shape(norm)
         for linear in self.linears:
             out, into = self.linear_shape(linear)
-            shapes[f"{linear.module}.weight"] = (out, into)
-            if linear.bias:
-                shapes[f"{linear.module}.bias"] = (out,)
+            for module in self.modules(linear):
+                shapes[f"{module}.weight"] = (out, into)
+                if linear.bias:
+                    shapes[f"{module}.bias"] = (out,)
         return shapes
 
     def tensor_name(self, layer: int, local: str) -> str:

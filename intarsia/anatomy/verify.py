@@ -47,7 +47,7 @@ def verify(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], *, where: st
             remedy="The model has something in its layers that would be lost; it cannot be cut safely.",
         )
         for name in sorted(shapes)
-        if name.startswith(prefix) and not _covered(name.removeprefix(prefix), known, anatomy.n_layers)
+        if name.startswith(prefix) and not _covered(name.removeprefix(prefix), known, anatomy)
     ]
     if problems:
         rest = len(problems) - _MOST_REPORTED
@@ -59,7 +59,8 @@ def verify(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], *, where: st
         raise UserError(problems)
 
 
-def _covered(rest: str, known: set[str], n_layers: int) -> bool:
+def _covered(rest: str, known: set[str], anatomy: Anatomy) -> bool:
     index, _, local = rest.partition(".")
     # Old Llama checkpoints carry a buffer of rotary frequencies, which is recomputed from the config.
-    return index.isdigit() and int(index) < n_layers and (local in known or local.endswith("rotary_emb.inv_freq"))
+    computed = local.endswith("rotary_emb.inv_freq") or local in anatomy.family.buffers
+    return index.isdigit() and int(index) < anatomy.n_layers and (local in known or computed)

@@ -7,6 +7,7 @@ come from the same function and are rounded in the same order.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from intarsia.building.resident import Resident, twin
-from intarsia.checkpoint.folder import write_config
+from intarsia.checkpoint.folder import cut_config
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.recipe.recipe import Recipe
 
@@ -62,7 +63,8 @@ def _as_built(index: int, recipe: Recipe, checkpoint: Checkpoint) -> Mapping[str
 def _config(recipe: Recipe, resident: Resident) -> PreTrainedConfig:
     """The config of the built folder, and of the resident model what is decided when a model is loaded."""
     with tempfile.TemporaryDirectory(prefix="intarsia-config-") as folder:
-        write_config(resident.checkpoint, [op.sources[0].layer for op in recipe.layers], Path(folder))
+        values = cut_config(resident.checkpoint, [op.sources[0].layer for op in recipe.layers])
+        (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     assert isinstance(config, PreTrainedConfig)
     config.dtype = resident.model.dtype

@@ -26,7 +26,9 @@ _BLOCK = 1024  # discarded pieces that are compared at once
 
 def add_discarded(op: Concat, anatomy: Anatomy, read: Callable[[LayerRef, str], Tensor]) -> dict[str, Tensor]:
     """For each writing weight, by name, what the discarded pieces add to it: float32 or better."""
-    return {f"{anatomy.writer(part).module}.weight": _addition(op, part, anatomy, read) for part in PARTS}
+    # What an expert reads is gated by what it reads: one expert is no multiple of another, and none is added to one.
+    parts = [part for part in PARTS if not anatomy.is_mixture(part)]
+    return {f"{anatomy.writer(part).module}.weight": _addition(op, part, anatomy, read) for part in parts}
 
 
 def _addition(op: Concat, part: Part, anatomy: Anatomy, read: Callable[[LayerRef, str], Tensor]) -> Tensor:
@@ -66,14 +68,18 @@ def _features(
     anatomy: Anatomy,
     read: Callable[[LayerRef, str], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """The rows with which pieces read, `[P, F]`: in all reading layers, and in the last of them."""
+    """The rows with which pieces read, `[P, F]`: all of them, and those of v or up, in which the output is linear."""
     norm = anatomy.norm_before(part)
-    scale = read(source, f"{norm.module}.weight").float() + norm.offset if norm.weight else None
+    scale = read(source, f"{norm.module}.weight").float() + norm.offset if norm and norm.weight else None
 
-    def rows(linear: Linear) -> Tensor:
+    def rows(linear: Linear) -> list[Tensor]:
         segments = take(read(source, f"{linear.module}.weight"), positions(anatomy, linear, pieces), 0)
         folded = [fold_norm(segment, None, scale, None)[0] for segment in segments]
-        return torch.cat([segment.reshape(len(pieces), -1) for segment in folded], dim=1)
+        return [segment.reshape(len(pieces), -1) for segment in folded]
 
-    found = [rows(linear) for linear in anatomy.linears if linear.part == part and linear.side == "reads"]
-    return torch.cat(found, dim=1), found[-1]
+    readers = anatomy.readers(part)
+    found = [segment for linear in readers for segment in rows(linear)]
+    linear_PF = found[-1]
+    if readers[-1].segments[-1] == "qkv":  # each group's values stand behind its queries and keys
+        linear_PF = linear_PF[:, -anatomy.head_dim * anatomy.width :]
+    return torch.cat(found, dim=1), linear_PF

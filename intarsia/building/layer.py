@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from intarsia.anatomy.spec import Anatomy, Linear, Norm
+from intarsia.anatomy.spec import Anatomy, Linear, Norm, Part
 from intarsia.building import merging
 from intarsia.building.fusing import add_discarded
 from intarsia.building.mixing import merge_tensors
-from intarsia.building.slicing import fold_norm, join, positions, take
+from intarsia.building.slicing import fold_centred_norm, fold_norm, join, positions, take
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 
 Read = Callable[[LayerRef, str], Tensor]
@@ -34,7 +34,7 @@ def layer_tensors(op: Op, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
         return merge_tensors(op, anatomy, read)
     tensors: dict[str, Tensor] = {}
     for norm in anatomy.norms:
-        tensors.update(_norm_tensors(norm, op, read))
+        tensors.update(_norm_tensors(norm, op, anatomy, read))
     for linear in anatomy.linears:
         tensors.update(_linear_tensors(linear, op, anatomy, read))
     if op.fuse:
@@ -49,15 +49,29 @@ def _average(name: str, part_of: Linear | Norm, op: Concat, read: Read) -> Tenso
     return merging.linear((read(cut.source, name) for cut in op.cuts), weights)
 
 
-def _norm_tensors(norm: Norm, op: Concat, read: Read) -> dict[str, Tensor]:
-    names = [f"{norm.module}.{kind}" for kind in ("weight", "bias") if getattr(norm, kind)]
-    if norm.place == "inside" or op.norm == "average":
-        return {name: _average(name, norm, op, read) for name in names}
-    neutral = {"weight": 1.0 - norm.offset, "bias": 0.0}
-    return {name: torch.full_like(read(op.cuts[0].source, name), neutral[name.rpartition(".")[2]]) for name in names}
+def _norm_tensors(norm: Norm, op: Concat, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
+    names = {kind: f"{norm.module}.{kind}" for kind in ("weight", "bias") if getattr(norm, kind)}
+    if norm.rows is not None:
+        return {name: _rows(norm, norm.rows, name, op, anatomy, read) for name in names.values()}
+    if norm.place != "before" or op.norm == "average":
+        return {name: _average(name, norm, op, read) for name in names.values()}
+    # A bias that no linear layer can take goes into their weights, which then read ones (`fold_centred_norm`).
+    neutral = {"weight": 1.0 - norm.offset, "bias": 0.0 if anatomy.shift_folds(norm.part) else 1.0}
+    return {name: torch.full_like(read(op.cuts[0].source, name), neutral[kind]) for kind, name in names.items()}
+
+
+def _rows(norm: Norm, segment: str, name: str, op: Concat, anatomy: Anatomy, read: Read) -> Tensor:
+    """Entries of a norm that belong to rows of a projection, each with its piece."""
+    rows = Linear(module=norm.module, part=norm.part, side="reads", segments=(segment,), bias=False)
+    cuts = [(cut.source, cut.pieces(norm.part)) for cut in op.cuts if cut.pieces(norm.part)]
+    return join([take(read(source, name), positions(anatomy, rows, pieces), 0) for source, pieces in cuts], 0)
 
 
 def _linear_tensors(linear: Linear, op: Concat, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
+    if linear.whole is not None:
+        return _averaged_linear(linear, op, anatomy, read)
+    if linear.per_expert:
+        return _expert_tensors(linear, op, anatomy, read)
     reads = linear.side == "reads"
     weights: list[list[Tensor]] = []
     biases: list[list[Tensor]] = []
@@ -70,7 +84,7 @@ def _linear_tensors(linear: Linear, op: Concat, anatomy: Anatomy, read: Read) ->
         # The bias of a writing layer belongs to no piece; it is averaged below.
         offsets = take(read(cut.source, f"{linear.module}.bias"), where, 0) if linear.bias and reads else []
         if reads and op.norm == "fold":
-            segments, offsets = _folded(segments, offsets, cut, anatomy.norm_before(linear.part), read)
+            segments, offsets = _folded(segments, offsets, cut, linear.part, anatomy, read)
         weights.append(segments)
         biases.append(offsets)
     tensors = {f"{linear.module}.weight": join(weights, linear.cut_axis)}
@@ -80,11 +94,51 @@ def _linear_tensors(linear: Linear, op: Concat, anatomy: Anatomy, read: Read) ->
     return tensors
 
 
+def _expert_tensors(linear: Linear, op: Concat, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
+    """The matrices of every expert that is kept, each under the number of its new place."""
+    tensors: dict[str, Tensor] = {}
+    modules = anatomy.modules(linear)
+    kept = [(cut, expert) for cut in op.cuts for expert in cut.pieces(linear.part)]
+    for place, (cut, expert) in zip(modules, kept, strict=True):
+        weights = [read(cut.source, f"{modules[expert]}.weight")]
+        biases = [read(cut.source, f"{modules[expert]}.bias")] if linear.bias else []
+        if linear.side == "reads" and op.norm == "fold":
+            weights, biases = _folded(weights, biases, cut, linear.part, anatomy, read)
+        tensors[f"{place}.weight"] = weights[0]
+        tensors |= {f"{place}.bias": bias for bias in biases}
+    return tensors
+
+
+def _averaged_linear(linear: Linear, op: Concat, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
+    """The weighted average of a linear layer of which nothing is a piece, each with its own norm folded in."""
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    for cut in op.cuts:
+        weight, bias = [read(cut.source, f"{linear.module}.weight")], []
+        if linear.bias:
+            bias = [read(cut.source, f"{linear.module}.bias")]
+        if linear.side == "reads" and op.norm == "fold":
+            weight, bias = _folded(weight, bias, cut, linear.part, anatomy, read)
+        weights += weight
+        biases += bias
+    shares = [cut.weights[linear.part] for cut in op.cuts]
+    tensors = {f"{linear.module}.weight": merging.linear(weights, shares)}
+    if linear.bias:
+        tensors[f"{linear.module}.bias"] = merging.linear(biases, shares)
+    return tensors
+
+
 def _folded(
-    segments: list[Tensor], offsets: list[Tensor], cut: Cut, norm: Norm, read: Read
+    segments: list[Tensor], offsets: list[Tensor], cut: Cut, part: Part, anatomy: Anatomy, read: Read
 ) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows (and entries of their bias) with the norm of their own layer folded in, if there is one."""
+    norm = anatomy.norm_before(part)
+    if norm is None:
+        return segments, offsets
     scale = read(cut.source, f"{norm.module}.weight").float() + norm.offset if norm.weight else None
     shift = read(cut.source, f"{norm.module}.bias") if norm.bias else None
+    if shift is not None and not anatomy.shift_folds(part):
+        return [fold_centred_norm(segment, scale, shift).to(segment.dtype) for segment in segments], offsets
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     for index, segment in enumerate(segments):

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from intarsia.building.layer import layer_tensors
 from intarsia.checkpoint.folder import copy_side_files, write_config
-from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.reader import Checkpoint, TensorHeader
 from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent
 from intarsia.recipe import codec
 from intarsia.recipe.check import check
+from intarsia.recipe.mapped_arrays import let_go
 from intarsia.recipe.ops import LayerRef
 from intarsia.recipe.recipe import Recipe
 
@@ -51,13 +52,15 @@ def materialize(
     check(recipe, {name: checkpoint.anatomy for name, checkpoint in variants.items()})
     base = variants[recipe.base]
     outside = base.outside_names()
-    plans = [TensorPlan(name=name, dtype=base.headers[name].dtype, shape=base.headers[name].shape) for name in outside]
+    plans = [_plan(base.stored_name(name), base.headers[name]) for name in outside]
+    plans += [_plan(name, header) for name, header in base.kept.items()]
     for index, op in enumerate(recipe.layers):
         first = op.sources[0]
         source = variants[first.variant]
         for local, shape in base.anatomy.layer_shapes().items():
             dtype = source.headers[source.anatomy.tensor_name(first.layer, local)].dtype
-            plans.append(TensorPlan(name=base.anatomy.tensor_name(index, local), dtype=dtype, shape=shape))
+            name = base.stored_name(base.anatomy.tensor_name(index, local))
+            plans.append(TensorPlan(name=name, dtype=dtype, shape=shape))
 
     def read(ref: LayerRef, local: str) -> Tensor:
         return variants[ref.variant].layer_tensor(ref.layer, local)
@@ -67,14 +70,18 @@ def materialize(
         (progress or Silent()).task("building", len(recipe.layers)) as task,
     ):
         for name in outside:
-            writer.write(name, base.tensor(name))
+            writer.write(base.stored_name(name), base.tensor(name))
+        for name in base.kept:
+            writer.write(name, base.kept_tensor(name))
         for index, op in enumerate(recipe.layers):
             tensors = layer_tensors(op, base.anatomy, read)
             for local, fitted in recipe.fitted.get(index, {}).items():
                 tensors[local] = torch.from_numpy(fitted).to(tensors[local].dtype)
+                if tensors[local].dtype != torch.float32:
+                    let_go(fitted)
             for local in base.anatomy.layer_shapes():
                 tensor = tensors.pop(local).contiguous()
-                name = base.anatomy.tensor_name(index, local)
+                name = base.stored_name(base.anatomy.tensor_name(index, local))
                 if not bool(torch.isfinite(tensor).all()):
                     raise UserError.of(
                         where=f"output tensor {name}",
@@ -90,3 +97,7 @@ def materialize(
         codec.save(recipe, writer.folder / RECIPE_FILE)
         if finish is not None:
             finish(writer.folder)
+
+
+def _plan(name: str, header: TensorHeader) -> TensorPlan:
+    return TensorPlan(name=name, dtype=header.dtype, shape=header.shape)

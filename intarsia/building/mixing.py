@@ -21,19 +21,32 @@ Read = Callable[[LayerRef, str], Tensor]
 
 def merge_tensors(op: Merge, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
     """Every tensor of the layer that a merge describes, by its name inside the layer, in its first source's dtype."""
-    parts = _parts(anatomy)
+    parts = parts_of_tensors(anatomy)
     tensors = {name: _mixed(op, op.mix(parts[name]), name, read) for name in anatomy.layer_shapes()}
     if op.scale != 1.0:
         for part in PARTS:
-            writer = anatomy.writer(part)
-            for name in (f"{writer.module}.weight", *((f"{writer.module}.bias",) if writer.bias else ())):
-                tensors[name] = (merging.wide(tensors[name]) * op.scale).to(tensors[name].dtype)
+            scale_output(tensors, part, op.scale, anatomy)
     return tensors
 
 
-def _parts(anatomy: Anatomy) -> dict[str, Part]:
+def scale_output(tensors: dict[str, Tensor], part: Part, scale: float, anatomy: Anatomy) -> None:
+    """Scale what a part adds to the residual stream, where that is done last: a norm takes back what stands before."""
+    behind = anatomy.norm_behind(part)
+    writers = [linear for linear in anatomy.linears if linear.part == part and linear.side == "writes"]
+    modules = [module for linear in writers for module in anatomy.modules(linear)]
+    modules = modules if behind is None else [behind.module]
+    known = anatomy.layer_shapes()
+    for name in (f"{module}.{kind}" for module in modules for kind in ("weight", "bias")):
+        if name not in known:
+            continue
+        offset = 0.0 if behind is None or name.endswith(".bias") else behind.offset
+        tensors[name] = ((merging.wide(tensors[name]) + offset) * scale - offset).to(tensors[name].dtype)
+
+
+def parts_of_tensors(anatomy: Anatomy) -> dict[str, Part]:
+    """Which part a layer's tensor belongs to, by its name inside the layer."""
     parts = {norm.module: norm.part for norm in anatomy.norms} | {
-        linear.module: linear.part for linear in anatomy.linears
+        module: linear.part for linear in anatomy.linears for module in anatomy.modules(linear)
     }
     return {f"{module}.{kind}": part for module, part in parts.items() for kind in ("weight", "bias")}
 

@@ -71,3 +71,20 @@ def fold_norm(
     if scale_I is not None:
         weight_OI = weight_OI * scale_I.to(dtype)
     return weight_OI, bias_O
+
+
+def fold_centred_norm(weight_OI: Tensor, scale_I: Tensor | None, shift_I: Tensor) -> Tensor:
+    """Put a layer norm's parameters into a linear layer that has no bias to take the shift, exactly.
+
+    The normalised input `n` has mean zero. Behind a norm that adds 1 to each of its D entries, `n + 1` has sum D, so a
+    row that is the same number everywhere, `W shift / D`, gives `W shift`; and the rest of the row may lose its mean.
+
+    Returns:
+        The weight in float32 or better, to be read behind a norm without scale whose bias is ones.
+    """
+    dtype = torch.promote_types(weight_OI.dtype, torch.float32)
+    weight_OI = weight_OI.to(dtype)
+    constant_O1 = (weight_OI @ shift_I.to(dtype))[:, None] / weight_OI.shape[1]
+    if scale_I is not None:
+        weight_OI = weight_OI * scale_I.to(dtype)
+    return weight_OI - weight_OI.mean(dim=1, keepdim=True) + constant_O1

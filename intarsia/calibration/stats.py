@@ -34,6 +34,14 @@ class ChannelSums:
         self.squared_C = squared_C if self.squared_C is None else self.squared_C + squared_C
         self.tokens += x_NC.shape[0]
 
+    def include(self, other: ChannelSums) -> None:
+        """Count what another has counted, on other tokens."""
+        if other.absolute_C is None or other.squared_C is None:
+            return
+        self.absolute_C = other.absolute_C if self.absolute_C is None else self.absolute_C + other.absolute_C
+        self.squared_C = other.squared_C if self.squared_C is None else self.squared_C + other.squared_C
+        self.tokens += other.tokens
+
     @property
     def mean_absolute_C(self) -> Tensor:
         """E[|x_c|]."""
@@ -62,6 +70,13 @@ class LayerMeasure:
         cosine = cosines(before, behind, keep)
         self.cosine_sum += float(cosine.sum(dtype=torch.float64))
         self.tokens += cosine.numel()
+
+    def include(self, other: LayerMeasure) -> None:
+        """Count what another has counted, on other tokens."""
+        self.cosine_sum += other.cosine_sum
+        self.tokens += other.tokens
+        for part, sums in other.channels.items():
+            self.channels[part].include(sums)
 
     @property
     def influence(self) -> float:

@@ -11,9 +11,10 @@ Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,13 @@ from transformers import PreTrainedModel
 from intarsia.anatomy.spec import Anatomy
 from intarsia.calibration.loss import next_token_losses
 
-_LOGIT_BYTES = 256 * 1024**2
+LOGIT_BYTES = 256 * 1024**2
+_RETURNS_TUPLES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+"""Whether a model's layers return tuples: looked at once, as a streamed model reads a layer for it."""
+
+
+class _Seen(Exception):
+    """The first layer has run, and the rest of the model need not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,10 @@ class LayerCall:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+    def on(self, device: torch.device) -> LayerCall:
+        """The same on a device."""
+        return LayerCall(args=_moved(self.args, device), kwargs=_moved(dict(self.kwargs), device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +92,11 @@ class LayerStream:
         self._layers: nn.ModuleList = getattr(self._owner, name)
         self.n_calls = len(self._layers)
         self._vocabulary = anatomy.vocabulary
-        self.device = next(model.parameters()).device
-        self._returns_tuple = self._probe()
+        embedding: nn.Module = model.get_submodule(anatomy.family.embedding_module)
+        self.device = next(embedding.parameters()).device
+        if model not in _RETURNS_TUPLES:
+            _RETURNS_TUPLES[model] = self._probe()
+        self._returns_tuple = _RETURNS_TUPLES[model]
         self._unpadded: dict[tuple[int, int], tuple[LayerCall, ...]] = {}
 
     def enter(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Entry:
@@ -117,14 +131,17 @@ class LayerStream:
         return self._unpadded[shape]
 
     def run(self, layer: nn.Module, h_BTD: Tensor, call: LayerCall) -> Tensor:
-        """The residual stream behind one layer."""
+        """The residual stream behind one layer, on the layer's device."""
+        device = next((parameter.device for parameter in layer.parameters()), self.device)
+        if device != h_BTD.device and device.type != "meta":
+            h_BTD, call = h_BTD.to(device), call.on(device)
         out = layer(h_BTD, *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def logits(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         """`[B, T, V]` logits from H^L, through the model's own final norm and head."""
         ids_BT, mask_BT = self._moved(ids_BT), self._moved(mask_BT)
-        with self._stand_ins(inject=h_BTD):
+        with self._stand_ins(inject=h_BTD.to(self.device)):
             out = self.model(input_ids=ids_BT, attention_mask=_as_attention(mask_BT), use_cache=False)
         logits: Tensor = out.logits
         return logits
@@ -132,10 +149,10 @@ class LayerStream:
     def losses(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
         """Summed next-token loss of each sequence from H^L, and the tokens predicted in it, on the CPU.
 
-        No more logits than `_LOGIT_BYTES` are held at a time.
+        No more logits than `LOGIT_BYTES` are held at a time.
         """
         rows, width = ids_BT.shape
-        step = max(1, _LOGIT_BYTES // (width * self._vocabulary * h_BTD.element_size()))
+        step = max(1, LOGIT_BYTES // (width * self._vocabulary * h_BTD.element_size()))
         sums, counts = [], []
         for first in range(0, rows, step):
             part = slice(first, first + step)
@@ -149,7 +166,7 @@ class LayerStream:
     def final_norm(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         """H^L behind the final norm, `[B, T, D]` (what transformers reports as the last hidden state)."""
         ids_BT, mask_BT = self._moved(ids_BT), self._moved(mask_BT)
-        with self._stand_ins(inject=h_BTD):
+        with self._stand_ins(inject=h_BTD.to(self.device)):
             out = self._base()(input_ids=ids_BT, attention_mask=_as_attention(mask_BT), use_cache=False)
         hidden: Tensor = out.last_hidden_state
         return hidden
@@ -175,19 +192,31 @@ class LayerStream:
             setattr(self._owner, self._name, self._layers)
 
     def _probe(self) -> bool:
-        """Whether this model's layers return tuples, found by running the first one on two tokens."""
+        """Whether this model's layers return tuples, found by running the model on two tokens up to its first layer."""
         seen: list[bool] = []
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
             seen.append(isinstance(output, tuple))
+            raise _Seen
 
         handle = self._layers[0].register_forward_hook(look)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), suppress(_Seen):
                 self._base()(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
         finally:
             handle.remove()
         return seen[0]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Arguments of a layer, with every tensor in them on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(entry, device) for entry in value)
+    if isinstance(value, dict):
+        return {key: _moved(entry, device) for key, entry in value.items()}
+    return value
 
 
 def _as_attention(mask_BT: Tensor | None) -> Tensor | None:

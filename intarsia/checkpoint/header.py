@@ -21,6 +21,8 @@ DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "U16": torch.uint16,
     "I16": torch.int16,
     "F16": torch.float16,

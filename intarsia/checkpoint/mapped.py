@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from typing import BinaryIO
 
 import torch
 
@@ -17,11 +18,11 @@ def map_tensor(header: TensorHeader) -> torch.Tensor:
     Writing to it changes memory only, never the file.
 
     Raises:
-        UserError: the file has become shorter since its header was read.
+        UserError: the file has become shorter since its header was read, or is not there any more.
     """
     if not header.nbytes:
         return torch.empty(header.shape, dtype=header.dtype)
-    with header.file.open("rb") as stream:
+    with _opened(header) as stream:
         if os.fstat(stream.fileno()).st_size < header.start + header.nbytes:
             # Touching pages behind the end would kill the process.
             raise UserError.of(
@@ -40,3 +41,15 @@ def map_tensor(header: TensorHeader) -> torch.Tensor:
         )
     flat = torch.frombuffer(pages, dtype=header.dtype, count=header.numel, offset=before)
     return flat.view(header.shape)
+
+
+def _opened(header: TensorHeader) -> BinaryIO:
+    try:
+        return header.file.open("rb")
+    except OSError as error:
+        raise UserError.of(
+            where=str(header.file),
+            expected="the weight file that was there when the model was opened",
+            found=error.strerror or str(error),
+            remedy="Put the file back and give the same command again.",
+        ) from error

@@ -7,7 +7,7 @@ over a checkpoint that is larger than memory holds no more than the tensors in u
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,11 @@ from intarsia.anatomy.spec import Anatomy
 from intarsia.anatomy.verify import verify
 from intarsia.checkpoint.adapter import Adapter
 from intarsia.checkpoint.files import read_all_headers, read_config
+from intarsia.checkpoint.fp8 import Scaled, readable, unscaled
 from intarsia.checkpoint.header import TensorHeader
 from intarsia.checkpoint.mapped import map_tensor
+from intarsia.checkpoint.quantised import KEYS, quantization_of, refuse
+from intarsia.checkpoint.wrapper import NESTED, Wrapper, is_wrapped, unwrap
 from intarsia.errors import Problem, UserError
 
 __all__ = ["Checkpoint", "TensorHeader"]
@@ -35,6 +38,9 @@ class Checkpoint:
     `model` and `revision` are what the user asked for; `folder` is where it lies. `headers` are in the order of the
     files' names, and within a file in the order of the bytes. With an `adapter` everything is the base's, but the
     tensors that it changes are read with its changes.
+
+    Inside a `wrapper` (a multimodal model) config, headers and names are those of the text model. `scaled` says which
+    tensors, by their names in the files, are stored in 8 bits and read times their scales.
     """
 
     folder: Path
@@ -44,10 +50,15 @@ class Checkpoint:
     anatomy: Anatomy
     headers: Mapping[str, TensorHeader]
     adapter: Adapter | None = None
+    wrapper: Wrapper | None = None
+    scaled: Mapping[str, Scaled] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, *, model: str, revision: str | None = None) -> Checkpoint:
+    def open(cls, folder: Path, *, model: str, revision: str | None = None, dequantize: bool = False) -> Checkpoint:
         """Read the config and the headers of the weight files; no weight is read.
+
+        Args:
+            dequantize: read weights of 8 bits as ordinary ones. Has no effect on a model that is not quantised.
 
         Raises:
             UserError: the folder is no complete safetensors checkpoint of a known family, or its parts disagree.
@@ -63,7 +74,7 @@ class Checkpoint:
         config: dict[str, Any] = {}
         headers: dict[str, TensorHeader] = {}
         try:
-            config = read_config(folder)
+            config = read_config(folder, quantised=dequantize)
         except UserError as error:
             problems += error.problems
         try:
@@ -72,19 +83,54 @@ class Checkpoint:
             problems += error.problems
         if problems:
             raise UserError(problems)
+        scaled: dict[str, Scaled] = {}
+        wrapper: Wrapper | None = None
+        if quantization_of(config) is not None:
+            config, headers, scaled = _without_quantization(config, headers, folder / "config.json")
+        if is_wrapped(config):
+            config, headers, wrapper = unwrap(config, headers, where=str(folder))
         anatomy = detect(config, where=str(folder / "config.json"))
         verify(anatomy, {name: header.shape for name, header in headers.items()}, where=str(folder))
         _check_head(anatomy, headers, str(folder))
         _check_dtypes(anatomy, headers, str(folder))
-        return cls(folder=folder, model=model, revision=revision, config=config, anatomy=anatomy, headers=headers)
+        return cls(
+            folder=folder,
+            model=model,
+            revision=revision,
+            config=config,
+            anatomy=anatomy,
+            headers=headers,
+            wrapper=wrapper,
+            scaled=scaled,
+        )
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor, mapped from the file: pages are read when they are touched, and freed with the tensor.
 
         Writing to it changes memory only, never the file. A tensor that an adapter changes is made anew each time.
         """
-        mapped = map_tensor(self.headers[name])
+        scaled = self.scaled.get(self.stored_name(name)) if self.scaled else None
+        mapped = map_tensor(self.headers[name]) if scaled is None else scaled.tensor()
         return mapped if self.adapter is None else self.adapter.applied(name, mapped)
+
+    def kept_tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the wrapper that belongs to no text model, by its name in the files."""
+        assert self.wrapper is not None, "only a wrapper keeps tensors aside"
+        return self.scaled[name].tensor() if name in self.scaled else map_tensor(self.wrapper.kept[name])
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in the files."""
+        return name if self.wrapper is None else self.wrapper.stored_name(name)
+
+    @property
+    def kept(self) -> Mapping[str, TensorHeader]:
+        """The tensors of a wrapper that belong to no text model, by their names in the files."""
+        return {} if self.wrapper is None else self.wrapper.kept
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether a stock loader finds in the folder just the model that is read here, but for an adapter."""
+        return self.wrapper is None and not self.scaled
 
     def layer_tensor(self, layer: int, local: str) -> torch.Tensor:
         """A layer's tensor by its name inside the layer."""
@@ -97,18 +143,40 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the model; a head that is tied to the embedding counts once, buffers do not count."""
+        """Parameters of the whole model; a head that is tied to the embedding counts once, buffers do not count."""
+        buffers = tuple(f".{name}" for name in self.anatomy.family.buffers)
         tied_head = f"{self.anatomy.family.head_module}.weight" if self.anatomy.tied else None
         return sum(
             header.numel
-            for name, header in self.headers.items()
-            if name != tied_head and not name.endswith("rotary_emb.inv_freq")
+            for name, header in [*self.headers.items(), *self.kept.items()]
+            if name != tied_head and not name.endswith(("rotary_emb.inv_freq", *buffers))
         )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors as they are stored."""
-        return sum(header.nbytes for header in self.headers.values())
+        """Bytes of all tensors as they are read."""
+        return sum(header.nbytes for header in [*self.headers.values(), *self.kept.values()])
+
+
+def _without_quantization(
+    config: Mapping[str, Any], headers: Mapping[str, TensorHeader], file: Path
+) -> tuple[dict[str, Any], dict[str, TensorHeader], dict[str, Scaled]]:
+    """Config, tensors and scaled weights of a quantised model as those of an ordinary one."""
+    found = quantization_of(config)
+    assert found is not None, "asked for quantised models only"
+    if not readable(found[1]):
+        raise refuse(*found, file)
+    plain = {key: value for key, value in config.items() if key not in KEYS}
+    if isinstance(plain.get(NESTED), dict):
+        plain[NESTED] = {key: value for key, value in plain[NESTED].items() if key not in KEYS}
+    nested = plain.get(NESTED) or {}
+    named = [values.get(key) for values in (plain, nested) for key in ("dtype", "torch_dtype")]
+    name = next((name for name in named if isinstance(name, str)), "bfloat16")
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    shown, scaled = unscaled(
+        found[1], headers, dtype if dtype in _WEIGHT_DTYPES else torch.bfloat16, where=str(file.parent)
+    )
+    return plain, shown, scaled
 
 
 def _check_head(anatomy: Anatomy, headers: Mapping[str, TensorHeader], where: str) -> None:

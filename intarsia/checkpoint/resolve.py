@@ -1,17 +1,17 @@
-"""From what a user calls a model to a folder: `demo`, a local folder, or a hub id."""
+"""From what a user calls a model to a folder: `demo`, a local folder, a GGUF file, or a hub id."""
 
 from __future__ import annotations
 
-import os
-import re
+from collections.abc import Callable
 from pathlib import Path
 
 from intarsia.checkpoint.demo import demo_folder
+from intarsia.checkpoint.gguf_source import gguf_folder, only_gguf
+from intarsia.checkpoint.model_name import DEMO, GGUF, bare, hub_gguf, hub_id, local_path, wants_dequantizing
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent
 
-DEMO = "demo"
 _WANTED = [
     "*.safetensors",
     "*.json",
@@ -25,33 +25,42 @@ _WANTED = [
 ]
 # Sub-folders and `consolidated` files hold the same weights once more, in other formats.
 _UNWANTED = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _OTHER_WAYS = "Pass a local model folder or `demo`"
+_GGUF_ONLY = "--gguf-file NAME, or OWNER/NAME/FILE.gguf, names a GGUF file of a hub model."
 
 
 def resolve(model: str, *, revision: str | None = None, progress: Progress | None = None) -> Path:
     """The folder of a model; a hub model is downloaded when it is not in the hub's cache yet.
 
-    A local folder counts before a hub id of the same name; a local folder called `demo` is `./demo`.
+    A local folder counts before a hub id of the same name; a local folder called `demo` is `./demo`. A GGUF file is
+    converted to a folder when that was not done before.
 
     Raises:
-        UserError: there is no such folder or hub model, or the hub cannot be reached.
+        UserError: there is no such folder, file or hub model, the hub cannot be reached, or a GGUF file cannot be read.
     """
-    if model == DEMO:
+    progress, name = progress or Silent(), bare(model)
+    if name == DEMO:
         _refuse_revision(model, revision)
-        return demo_folder(progress or Silent())
-    folder = Path(os.path.expanduser(model))
-    if model and folder.is_dir():
+        return demo_folder(progress)
+    path = local_path(name)
+    if path is not None and path.is_dir():
         _refuse_revision(model, revision)
-        return folder
-    if folder.exists() or not _HUB_ID.fullmatch(model) or model.endswith((".safetensors", ".gguf", ".json")):
+        file = only_gguf(path)
+        return path if file is None else gguf_folder(file, progress)
+    if path is not None and path.suffix == GGUF:
+        _refuse_revision(model, revision)
+        return gguf_folder(path, progress)
+    if path is not None or hub_id(name) is None:
         raise UserError.of(
             where=f"model {model!r}",
-            expected="a model folder, a hub id or `demo`",
-            found="a file" if model and folder.exists() else "no such folder",
+            expected="a model folder, a GGUF file, a hub id or `demo`",
+            found="no such file or folder" if path is None else "a file",
             remedy="Check the path; a model is the folder that holds config.json and the .safetensors files.",
         )
-    return _download(model, revision, progress or Silent())
+    on_hub = hub_gguf(name)
+    if on_hub is not None:
+        return gguf_folder(_download_file(*on_hub, revision, progress), progress)
+    return _download(name, revision, progress)
 
 
 def open_checkpoint(model: str, *, revision: str | None = None, progress: Progress | None = None) -> Checkpoint:
@@ -61,7 +70,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, progress: Progre
         UserError: it cannot be found, or is no checkpoint that can be used.
     """
     folder = resolve(model, revision=revision, progress=progress)
-    return Checkpoint.open(folder, model=model, revision=revision)
+    return Checkpoint.open(folder, model=model, revision=revision, dequantize=wants_dequantizing(model))
 
 
 def _refuse_revision(model: str, revision: str | None) -> None:
@@ -78,25 +87,38 @@ def _download(model: str, revision: str | None, progress: Progress) -> Path:
     # Imported here because it takes longer than everything that a local folder needs.
     from huggingface_hub import snapshot_download
 
-    progress.say(f"Looking up {model} on the HuggingFace hub")
-    try:
+    def fetch() -> str:
         # Shows bars of its own on a terminal.
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
-    except Exception as error:
-        # Which errors come out of a failed download differs between versions of the hub's client and of the HTTP
-        # library below it. None of them is a defect of this package.
-        raise not_downloaded(model, revision, error) from error
+        return snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+
+    folder = _fetched(fetch, model, revision, progress)
     if not any(folder.glob("*.safetensors")):
         raise UserError.of(
             where=f"hub model {model}",
             expected="weights in safetensors files",
             found="none",
             remedy=(
-                "Where a model has only pickled weights and you trust them, load it with transformers and save it "
-                "to a local folder with save_pretrained(), then pass that folder."
+                f"{_GGUF_ONLY} Where a model has only pickled weights and you trust them, load it with transformers "
+                "and save it to a local folder with save_pretrained(), then pass that folder."
             ),
         )
     return folder
+
+
+def _download_file(model: str, file: str, revision: str | None, progress: Progress) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return _fetched(lambda: hf_hub_download(model, file, revision=revision), model, revision, progress)
+
+
+def _fetched(fetch: Callable[[], str], model: str, revision: str | None, progress: Progress) -> Path:
+    progress.say(f"Looking up {model} on the HuggingFace hub")
+    try:
+        return Path(fetch())
+    except Exception as error:
+        # Which errors come out of a failed download differs between versions of the hub's client and of the HTTP
+        # library below it. None of them is a defect of this package.
+        raise not_downloaded(model, revision, error) from error
 
 
 def not_downloaded(model: str, revision: str | None, error: Exception) -> UserError:
@@ -113,6 +135,8 @@ def not_downloaded(model: str, revision: str | None, error: Exception) -> UserEr
         remedy = f"Check the spelling (for a private model run `hf auth login`). {_OTHER_WAYS}."
     elif isinstance(error, errors.RevisionNotFoundError):
         found, remedy = "no such revision", "Look up the branches and tags on the model's hub page."
+    elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        found, remedy = "no file of that name in it", f"Look up its files on the hub page. {_GGUF_ONLY}"
     elif isinstance(error, errors.HFValidationError):
         found, remedy = "not a hub id", f"A hub id looks like `owner/name`. {_OTHER_WAYS}."
     elif isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):

@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
-from secrets import token_hex
 
 import torch
 
@@ -23,6 +19,7 @@ from intarsia.checkpoint.cache import cache_folder
 from intarsia.checkpoint.header import TensorHeader
 from intarsia.checkpoint.mapped import map_tensor
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.remembered import fingerprint, recall, remember
 from intarsia.errors import Problem, UserError
 from intarsia.progress import Progress, Silent, Task
 
@@ -40,24 +37,25 @@ def scan(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
     if checkpoint.adapter is not None:
         return _scan_adapter(checkpoint.adapter, scan(replace(checkpoint, adapter=None), progress))
     kept = cache_folder() / "scan" / f"{_fingerprint(checkpoint)}.json"
-    known = _recall(kept)
+    known = recall(kept)
     if known is not None:
         return known
     total = hashlib.sha256()
     problems: list[Problem] = []
     with (progress or Silent()).task("Checking the weights", checkpoint.nbytes) as task:
-        for name in sorted(checkpoint.headers):
-            tensor = checkpoint.tensor(name)
+        for name in [*sorted(checkpoint.headers), *sorted(checkpoint.kept)]:
+            outside = name not in checkpoint.headers
+            tensor = checkpoint.kept_tensor(name) if outside else checkpoint.tensor(name)
             label = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
             total.update(json.dumps(label).encode() + b"\n")
             bad = _read_through(tensor, total, task)
             if bad:
-                problems.append(_not_finite_in(checkpoint.headers[name], bad))
+                problems.append(_not_finite_in((checkpoint.kept if outside else checkpoint.headers)[name], bad))
             if len(problems) == _MOST_NAMED:
                 break
     if problems:
         raise UserError(problems)
-    _remember(kept, total.hexdigest())
+    remember(kept, total.hexdigest())
     return total.hexdigest()
 
 
@@ -107,35 +105,14 @@ def _not_finite(chunk: torch.Tensor) -> int:
         return 0
     # One NaN or infinity makes the sum NaN or infinite. The converse does not hold, so only a finite sum decides.
     wide = torch.float64 if chunk.dtype == torch.float64 else torch.float32
+    if chunk.dtype.itemsize == 1:  # torch adds up no floats of 8 bits
+        chunk = chunk.float()
     if bool(torch.isfinite(chunk.sum(dtype=wide))):
         return 0
     return int(chunk.numel() - torch.isfinite(chunk).sum())
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Stands for the files as they are now, without reading them."""
-    folder = checkpoint.folder
-    files = {header.file for header in checkpoint.headers.values()} | set(folder.glob("*.safetensors.index.json"))
-    facts: list[tuple[str, int, int]] = []
-    for file in files:
-        state = file.stat()
-        # On the hub's cache the files are links to blobs that are named by content.
-        facts.append((os.path.realpath(file), state.st_size, state.st_mtime_ns))
-    return hashlib.sha256(json.dumps([_VERSION, sorted(facts)]).encode()).hexdigest()
-
-
-def _recall(kept: Path) -> str | None:
-    try:
-        found = json.loads(kept.read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found if isinstance(found, str) and len(found) == 64 else None
-
-
-def _remember(kept: Path, sha256: str) -> None:
-    # A cache that cannot be written costs time, not the work.
-    with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        fresh = kept.with_suffix(f".{token_hex(4)}")
-        fresh.write_text(json.dumps({"sha256": sha256}) + "\n", encoding="utf-8")
-        os.replace(fresh, kept)
+    headers = [*checkpoint.headers.values(), *checkpoint.kept.values()]
+    files = {header.file for header in headers} | set(checkpoint.folder.glob("*.safetensors.index.json"))
+    return fingerprint(files, _VERSION)

@@ -7,6 +7,7 @@ aligned; with one dtype, the usual case, the layout is the order of the plan.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ import torch
 from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE
 from intarsia.checkpoint.header import DTYPES
 from intarsia.checkpoint.staging import check_out, staged_folder
+from intarsia.checkpoint.sums import write_sums
 
 __all__ = ["CheckpointWriter", "TensorPlan", "check_out", "staged_folder"]
 
@@ -54,8 +56,8 @@ class _Shard:
 class CheckpointWriter:
     """Writes the weight files of a model folder; use it as a context manager.
 
-    `folder` is the staging folder, for config, tokenizer and the like. A clean end of the block publishes it as
-    `out`; anything else removes it.
+    `folder` is the staging folder, for config, tokenizer and the like. A clean end of the block adds the sums of all
+    files and publishes the folder as `out`; anything else removes it.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class CheckpointWriter:
         self._places = [(plan, shard) for shard in self._shards for plan in tensors if plan.name in shard.starts]
         self._done = 0
         self._file: FileIO | None = None
+        self._hash: hashlib._Hash | None = None  # of the open file so far, while it is written from front to back
+        self._sums: dict[str, str] = {}
         self._exit = ExitStack()
         self.folder = Path()
 
@@ -118,17 +122,25 @@ class CheckpointWriter:
             self._close()
             # Unbuffered: there is nothing left to flush, and to fail, when a full disk ends the block.
             self._file = FileIO(self.folder / shard.file, "w")
+            self._hash = hashlib.sha256(shard.header)
             _write_all(self._file, memoryview(shard.header))
         assert self._file is not None
-        self._file.seek(shard.starts[name])
+        if self._file.tell() != shard.starts[name]:
+            self._file.seek(shard.starts[name])
+            self._hash = None
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            _write_all(self._file, flat.view(torch.uint8).numpy().data)
+            data = flat.view(torch.uint8).numpy().data
+            _write_all(self._file, data)
+            if self._hash is not None:
+                self._hash.update(data)
         self._done += 1
 
     def _close(self) -> None:
         if self._file is not None:
             self._file.close()
+            if self._hash is not None:
+                self._sums[Path(str(self._file.name)).name] = self._hash.hexdigest()
             self._file = None
 
     def _finish(self) -> None:
@@ -141,6 +153,7 @@ class CheckpointWriter:
             }
             text = json.dumps(index, indent=2) + "\n"
             (self.folder / INDEX_FILE).write_text(text, encoding="utf-8")
+        write_sums(self.folder, self._sums)
 
 
 def _write_all(file: FileIO, data: memoryview) -> None:

@@ -10,7 +10,6 @@ from intarsia.cli import options
 from intarsia.cli.display import display
 from intarsia.cli.guard import guard
 from intarsia.cli.show import show
-from intarsia.errors import UserError
 
 
 def bench(
@@ -33,7 +32,7 @@ def bench(
 ) -> None:
     """Tokens a second while reading and writing, time to the first token, and memory."""
     with guard() as stdout:
-        sizes = {"batch": _numbers(batch, "--batch"), "prompt_len": _numbers(prompt_len, "--prompt-len")}
+        sizes = {"batch": options.numbers(batch, "--batch"), "prompt_len": options.numbers(prompt_len, "--prompt-len")}
         from intarsia.stages.bench import bench as stage
 
         result = stage(
@@ -46,16 +45,3 @@ def bench(
             progress=display(quiet=quiet or as_json),
         )
         show(result, to=stdout, as_json=as_json)
-
-
-def _numbers(text: str, where: str) -> list[int]:
-    """`1,8` as [1, 8]."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError.of(
-            where=where,
-            expected="whole numbers with commas between them, such as 1,8",
-            found=repr(text),
-            remedy="Write the numbers like that.",
-        ) from None

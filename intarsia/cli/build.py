@@ -33,8 +33,10 @@ def build(
     trial: Annotated[
         int | None, typer.Option(metavar="N", help="Of a search: any trial, by its number.", show_default=False)
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Size of a weight file at most.")] = "5GB",
+    max_shard_size: options.MaxShardSize = "5GB",
     overwrite: options.Overwrite = False,
+    push_to_hub: options.PushToHub = None,
+    private: options.Private = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -42,7 +44,10 @@ def build(
     with guard() as stdout:
         max_shard_bytes = options.byte_count(max_shard_size)
         from intarsia.stages.build import build as stage
+        from intarsia.stages.push import check_push, pushed
 
+        progress = display(quiet=quiet or as_json)
+        check_push(push_to_hub)
         result = stage(
             source,
             out,
@@ -52,6 +57,7 @@ def build(
             trial=trial,
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
-            progress=display(quiet=quiet or as_json),
+            progress=progress,
         )
+        result = pushed(result, out, push_to_hub, private=private, progress=progress)
         show(result, to=stdout, as_json=as_json)

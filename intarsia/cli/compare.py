@@ -11,7 +11,6 @@ from intarsia.cli import options
 from intarsia.cli.display import display
 from intarsia.cli.guard import guard
 from intarsia.cli.show import show
-from intarsia.errors import UserError
 
 _JUDGING = "Judging"
 
@@ -87,7 +86,7 @@ def compare(
     `intarsia build OUT/plans/METHOD --layers N` builds any of the models.
     """
     with guard(run=out, resumes=True) as stdout:
-        depths = _numbers("--layers", layers)
+        depths = options.numbers(layers, "--layers")
         from intarsia.stages.compare import compare as stage
 
         result = stage(
@@ -95,11 +94,11 @@ def compare(
             out,
             methods=methods,
             layers=depths,
-            heal=_words(heal),
+            heal=options.words(heal),
             eval_text=eval_text,
             eval_windows=eval_windows,
-            tasks=_words(tasks or ""),
-            task_layers=None if task_layers is None else _numbers("--task-layers", task_layers),
+            tasks=options.words(tasks or ""),
+            task_layers=None if task_layers is None else options.numbers(task_layers, "--task-layers"),
             limit=limit,
             include_path=include_path,
             speed=speed,
@@ -115,19 +114,3 @@ def compare(
             progress=display(quiet=quiet or as_json),
         )
         show(result, to=stdout, as_json=as_json)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(word) for word in _words(text)]
-    except ValueError:
-        raise UserError.of(
-            where=option,
-            expected="whole numbers, comma separated",
-            found=repr(text),
-            remedy="Write them like 27,25,23.",
-        ) from None

@@ -37,6 +37,9 @@ def compress(
         typer.Option(help="Run folder: progress, log and ladder (default: beside OUT).", show_default=False),
     ] = None,
     revision: options.Revision = None,
+    dequantize: options.Dequantize = False,
+    gguf_file: options.GgufFile = None,
+    max_shard_size: options.MaxShardSize = "5GB",
     heal_in_loop: options.HealInLoop = False,
     span_choice: options.SpanChoice = "sbi",
     merge: options.MergeCount = 2,
@@ -49,6 +52,7 @@ def compress(
     granularity: options.Granularity = 10,
     spans: options.Spans = 3,
     racing: options.Racing = True,
+    beam: options.Beam = 1,
     combine: options.Combine = "concat",
     reference: options.Reference = False,
     laco_merge: options.LacoMerge = 4,
@@ -58,9 +62,14 @@ def compress(
     laco_highest: options.LacoHighest = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    devices: options.Devices = None,
+    stream: options.Stream = False,
+    memory: options.Memory = None,
     batch_tokens: options.BatchTokens = None,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
+    push_to_hub: options.PushToHub = None,
+    private: options.Private = False,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -70,10 +79,15 @@ def compress(
     Give either --layers or --sparsity. Stopped at any point, the same command continues where it was.
     """
     with guard(run=run, resumes=True) as stdout:
+        max_shard_bytes = options.byte_count(max_shard_size)
+        from intarsia.checkpoint.model_name import asked_for
         from intarsia.stages.compress import compress as stage
+        from intarsia.stages.push import check_push, pushed
 
+        progress = display(quiet=quiet or as_json)
+        check_push(push_to_hub)
         result = stage(
-            model,
+            asked_for(model, dequantize=dequantize, gguf_file=gguf_file),
             out,
             layers=layers,
             sparsity=sparsity,
@@ -90,10 +104,15 @@ def compress(
             heal_in_loop=heal_in_loop,
             device=device,
             dtype=dtype,
+            devices=options.device_list(devices),
+            stream=stream,
+            memory_bytes=options.memory_bytes(memory),
             batch_tokens=batch_tokens,
             seed=seed,
             overwrite=overwrite,
             dry_run=dry_run,
-            progress=display(quiet=quiet or as_json),
+            progress=progress,
+            max_shard_bytes=max_shard_bytes,
         )
+        result = pushed(result, out, push_to_hub, private=private, dry_run=dry_run, progress=progress)
         show(result, to=stdout, as_json=as_json)

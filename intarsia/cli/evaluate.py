@@ -28,6 +28,8 @@ def perplexity(
     revision: options.Revision = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    stream: options.Stream = False,
+    memory: options.Memory = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -43,6 +45,8 @@ def perplexity(
             revision=revision,
             device=device,
             dtype=dtype,
+            stream=stream,
+            memory_bytes=options.memory_bytes(memory),
             progress=display(quiet=quiet or as_json),
         )
         show(result, to=stdout, as_json=as_json)
@@ -93,7 +97,7 @@ def tasks(
 
         results = evaluate_tasks(
             model,
-            [name.strip() for name in tasks.split(",")],
+            options.words(tasks),
             limit=limit,
             against=against,
             include_path=include_path,

@@ -135,7 +135,7 @@ def heal(
         int | None,
         typer.Option(
             metavar="R",
-            help="Train changes of this rank, merged at the end.",
+            help="Train changes of this rank, merged at the end. Of a mixture of experts: of its attention.",
             show_default=False,
             rich_help_panel=_WHOLE,
         ),
@@ -160,8 +160,13 @@ def heal(
     ] = True,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    stream: options.Stream = False,
+    memory: options.Memory = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    max_shard_size: options.MaxShardSize = "5GB",
     overwrite: options.Overwrite = False,
+    push_to_hub: options.PushToHub = None,
+    private: options.Private = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -172,10 +177,14 @@ def heal(
     """
     with guard(run=run, resumes=True) as stdout:
         counts = {name: token_count(text, name) for name, text in (("tokens", tokens), ("fit-tokens", fit_tokens))}
+        max_shard_bytes = options.byte_count(max_shard_size)
         from intarsia.healing.launch import rank
         from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
         from intarsia.stages.heal import heal as stage
+        from intarsia.stages.push import check_push, pushed
 
+        progress = display(quiet=quiet or as_json or rank() > 0)
+        check_push(push_to_hub)
         result = stage(
             source,
             out,
@@ -222,11 +231,15 @@ def heal(
             scheduler=scheduler,
             device=device,
             dtype=dtype,
+            stream=stream,
+            memory_bytes=options.memory_bytes(memory),
             seed=seed,
             overwrite=overwrite,
-            progress=display(quiet=quiet or as_json or rank() > 0),
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
         )
         if rank() == 0:
+            result = pushed(result, out, push_to_hub, private=private, progress=progress)
             show(result, to=stdout, as_json=as_json)
 
 

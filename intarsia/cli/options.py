@@ -13,7 +13,9 @@ from intarsia.errors import UserError
 if TYPE_CHECKING:
     from intarsia.planning.settings import Settings
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or `demo`.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A local folder, a GGUF file, a hub id, or `demo`.", show_default=False)
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the new model.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
@@ -30,6 +32,32 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32 (default: the checkpoint's own)")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
 AsJson = Annotated[bool, typer.Option("--json", help="The result as one JSON object on stdout; no progress display.")]
+
+Dequantize = Annotated[
+    bool,
+    typer.Option(
+        "--dequantize",
+        help="Read weights of 8 bits (FP8 with scales) as ordinary ones. Other quantised models are refused.",
+    ),
+]
+GgufFile = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Which GGUF file of a folder or hub model to read.", show_default=False),
+]
+MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Size of a weight file at most.")]
+
+# Where the result goes
+_HUB = "HuggingFace hub"
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Send the result there when it is complete: `name` or `owner/name`.",
+        show_default=False,
+        rich_help_panel=_HUB,
+    ),
+]
+Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.", rich_help_panel=_HUB)]
 
 # Planning
 _PLANNING, _COME, _LACO = "Calibration and cost", "CoMe", "LaCo"
@@ -70,6 +98,36 @@ HealInLoop = Annotated[
         help="Repair what each step changes in closed form, so that the next one sees the repaired model "
         "(come, come-p, sleb, laco).",
         rich_help_panel=_PLANNING,
+    ),
+]
+
+# Larger than memory
+_LARGE = "Models larger than memory"
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Keep one layer in memory at a time, read from the files when it is needed: same result, less memory.",
+        rich_help_panel=_LARGE,
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="What hidden states may take in memory, such as 8GB; the rest goes to files in the run folder (default: "
+        "two fifths of what is free).",
+        show_default=False,
+        rich_help_panel=_LARGE,
+    ),
+]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="Lay the layers over several devices, such as cuda:0,cuda:1; the first has embedding and head.",
+        show_default=False,
+        rich_help_panel=_LARGE,
     ),
 ]
 
@@ -118,11 +176,17 @@ Racing = Annotated[
         rich_help_panel=_COME,
     ),
 ]
+Beam = Annotated[
+    int,
+    typer.Option(
+        metavar="N", help="come-p: follow the N best paths at once, at N times the cost.", rich_help_panel=_COME
+    ),
+]
 Reference = Annotated[
     bool,
     typer.Option(
         "--reference",
-        help="Published behaviour where ours differs, except the grouped-query mistake.",
+        help="come, come-p, laco: published behaviour where ours differs, except the grouped-query mistake.",
         rich_help_panel=_COME,
     ),
 ]
@@ -148,6 +212,24 @@ LacoHighest = Annotated[
 ]
 
 
+def words(text: str) -> list[str]:
+    """What stands between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """`27,25,23` as whole numbers."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError.of(
+            where=option,
+            expected="whole numbers with commas between them",
+            found=repr(text),
+            remedy="Write them like 27,25,23.",
+        ) from None
+
+
 def calibration_spec(given: list[str]) -> str | list[str]:
     """One specification as it is, several as a list."""
     return given[0] if len(given) == 1 else given
@@ -162,10 +244,41 @@ def planner_settings(context: typer.Context) -> Settings:
 
     given = context.params
     if given["method"] == "laco":
-        return LacoSettings(**{field.name: given[f"laco_{field.name}"] for field in fields(LacoSettings)})
+        names = [field.name for field in fields(LacoSettings) if field.name != "reference"]
+        return LacoSettings(reference=given["reference"], **{name: given[f"laco_{name}"] for name in names})
     if given["method"] == "sleb":
         return SlebSettings(racing=given["racing"])
     return ComeSettings(**{field.name: given[field.name] for field in fields(ComeSettings)})
+
+
+Shape = Annotated[
+    list[str],
+    typer.Option(
+        metavar="NAME",
+        help="With --dry-run and without a model: the cost on paper for a well-known shape (llama-2-7b, llama-3-70b "
+        "...) or a config.json; may be given again.",
+        show_default=False,
+        rich_help_panel=_LARGE,
+    ),
+]
+DeviceMemory = Annotated[
+    str,
+    typer.Option(
+        metavar="LIST",
+        help="With --shape: the memory of devices, such as 24GB,80GB.",
+        rich_help_panel=_LARGE,
+    ),
+]
+
+
+def memory_bytes(text: str | None) -> int | None:
+    """`--memory` as a number."""
+    return None if text is None else byte_count(text, "--memory")
+
+
+def device_list(text: str | None) -> list[str]:
+    """`--devices` as names."""
+    return [name.strip() for name in text.split(",") if name.strip()] if text else []
 
 
 def byte_count(text: str, option: str = "--max-shard-size") -> int:

@@ -107,6 +107,15 @@ def tailor(
             rich_help_panel=_SEARCH,
         ),
     ] = False,
+    configs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="For a dry run: where the config files of models on the hub are, DIR/ORGANISATION/NAME/config.json.",
+            show_default=False,
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -136,6 +145,7 @@ def tailor(
             device=device,
             dtype=dtype,
             memory_bytes=memory_bytes,
+            configs=configs,
             dry_run=dry_run,
             progress=display(quiet=quiet or as_json),
         )

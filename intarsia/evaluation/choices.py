@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from intarsia.evaluation.requests import Request, encode_pairs
 from intarsia.evaluation.run_rows import score_requests
 from intarsia.evaluation.score import Metric, TaskScore
 from intarsia.progress import Progress
+
+Scored = TypeVar("Scored", covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,21 @@ class Target:
 
     query: str
     target: str
+
+
+class Items(Protocol[Scored]):
+    """Requests to a model, and what their log-likelihoods say."""
+
+    @property
+    def name(self) -> str:
+        """What they are called."""
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """What the model is asked."""
+
+    def score(self, sums_R: Tensor) -> Scored:
+        """The result, from the log-likelihoods of all requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +97,15 @@ class TargetSet:
     targets: tuple[Target, ...]
     requests: tuple[Request, ...]
     sha256: str
+
+    def score(self, sums_R: Tensor) -> TargetLoss:
+        """The loss from the log-likelihoods of all requests."""
+        return TargetLoss(
+            name=self.name,
+            nll_items=tuple(-value for value in sums_R.tolist()),
+            token_items=tuple(len(request.continuation) for request in self.requests),
+            items_sha256=self.sha256,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,38 +150,16 @@ def target_set(name: str, targets: Sequence[Target], tokenizer: Any, *, max_leng
     )
 
 
-def score_choices(
-    model: torch.nn.Module, items: ChoiceSet, *, batch_tokens: int | None = None, progress: Progress | None = None
-) -> TaskScore:
-    """Accuracy of a causal language model of transformers on questions.
+def score_items(
+    model: torch.nn.Module, items: Items[Scored], *, batch_tokens: int | None = None, progress: Progress | None = None
+) -> Scored:
+    """What a causal language model of transformers scores: accuracy on questions, the loss of targets.
 
     Raises:
         UserError: a log-likelihood is not finite.
     """
     found = score_requests(model, items.requests, batch_tokens=batch_tokens, where=items.name, progress=progress)
     return items.score(found.sums_R)
-
-
-def score_targets(
-    model: torch.nn.Module, items: TargetSet, *, batch_tokens: int | None = None, progress: Progress | None = None
-) -> TargetLoss:
-    """Loss of a causal language model of transformers on targets.
-
-    Raises:
-        UserError: a loss is not finite.
-    """
-    found = score_requests(model, items.requests, batch_tokens=batch_tokens, where=items.name, progress=progress)
-    return target_loss(items, found.sums_R)
-
-
-def target_loss(items: TargetSet, sums_R: Tensor) -> TargetLoss:
-    """The loss from the log-likelihoods of all requests."""
-    return TargetLoss(
-        name=items.name,
-        nll_items=tuple(-value for value in sums_R.tolist()),
-        token_items=tuple(len(request.continuation) for request in items.requests),
-        items_sha256=items.sha256,
-    )
 
 
 def items_hash(items: Sequence[Question] | Sequence[Target]) -> str:

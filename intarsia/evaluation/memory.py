@@ -76,8 +76,9 @@ def kv_cache_bytes(anatomy: Anatomy, *, batch: int, tokens: int, itemsize: int) 
     if kinds is None:  # one kind for all: a window that the config does not switch off
         slides = window is not None and anatomy.config.get("use_sliding_window", True)
         kinds = ("sliding_attention" if slides else "full_attention",) * anatomy.n_layers
-    held = [min(tokens, int(window or 0) - 1) if kind == "sliding_attention" else tokens for kind in kinds]
-    return 2 * batch * anatomy.n_kv_heads * anatomy.head_dim * itemsize * sum(held)
+    held = [min(tokens, int(window or 0) - 1) if kind.startswith("sliding_attention") else tokens for kind in kinds]
+    heads = anatomy.n_query_heads if anatomy.family.caches_query_heads else anatomy.n_kv_heads
+    return 2 * batch * heads * anatomy.head_dim * itemsize * sum(held)
 
 
 def cache_bytes(cache: Any) -> int:

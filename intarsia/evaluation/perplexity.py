@@ -19,6 +19,7 @@ from intarsia.calibration.corpus import Corpus, tokenize
 from intarsia.calibration.loss import next_token_losses
 from intarsia.calibration.sources import documents
 from intarsia.errors import UserError
+from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.result import Perplexity
 from intarsia.progress import Progress, Silent
 
@@ -60,7 +61,8 @@ def perplexity(
     """Perplexity of a causal language model of `transformers` on a corpus.
 
     Args:
-        model: the model, where it is and in its own dtype; left in the mode (training or not) it was in.
+        model: the model, where it is and in its own dtype; left in the mode (training or not) it was in. The layers of
+            a streamed one are read once.
         corpus: the windows; padding is not counted.
         batch_tokens: tokens a forward pass.
         progress: advances by windows.
@@ -68,7 +70,10 @@ def perplexity(
     Raises:
         UserError: a loss is NaN or infinite, or no token is predicted.
     """
-    sums_W, counts_W = window_losses(model, corpus, batch_tokens=batch_tokens, progress=progress)
+    if isinstance(model, Chain) and model.streams:
+        sums_W, counts_W = model.window_losses(corpus, batch_tokens=batch_tokens, progress=progress)
+    else:
+        sums_W, counts_W = window_losses(model, corpus, batch_tokens=batch_tokens, progress=progress)
     tokens = int(counts_W.sum())
     if tokens == 0:
         raise UserError.of(

@@ -60,22 +60,37 @@ def score_requests(
 def forward_of(model: torch.nn.Module) -> Forward:
     """A model as a function from rows to logits.
 
-    In the families of this project the logits are what the head makes of the last hidden state, and the head reads
-    the wanted positions alone. Of another model, whose forward may do more, all logits are made.
+    In most families of this project the logits are what the head makes of the last hidden state, and the head reads
+    the wanted positions alone. Where a model does more to its logits (a scale, a soft cap) it is asked for those of the
+    columns that any row wants; of an unknown model all logits are made.
     """
     weight = next(model.parameters())
     family = _family_of(model)
+    head = None if family is None else model.get_submodule(family.head_in_memory)
+    if head is not None and not _makes_the_logits(head, model):
+        head = None
 
     def run(rows: Rows) -> Tensor:
         inputs = inputs_of(model, rows)
-        wanted = rows.row_N.to(weight.device), rows.column_N.to(weight.device)
+        row_N, column_N = rows.row_N.to(weight.device), rows.column_N.to(weight.device)
         if family is None:
-            return model(**inputs).logits[wanted]
+            return model(**inputs).logits[row_N, column_N]
+        if head is None:
+            columns, place_N = column_N.unique(return_inverse=True)
+            return model(**inputs, logits_to_keep=columns).logits[row_N, place_N]
         base: Any = model.base_model
-        head = model.get_submodule(family.head_module)
-        return head(base(**inputs).last_hidden_state[wanted])
+        return head(base(**inputs).last_hidden_state[row_N, column_N])
 
     return run
+
+
+@torch.no_grad()
+def _makes_the_logits(head: torch.nn.Module, model: torch.nn.Module) -> bool:
+    """Whether a model's logits are its head's output and nothing else, found on a few tokens."""
+    ids_BT = torch.arange(4, device=next(model.parameters()).device)[None]
+    base: Any = model.base_model
+    own, whole = head(base(input_ids=ids_BT, use_cache=False).last_hidden_state), model(input_ids=ids_BT).logits
+    return bool(torch.allclose(own.float(), whole.float(), rtol=1e-2, atol=1e-2))
 
 
 def inputs_of(model: torch.nn.Module, rows: Rows) -> dict[str, Any]:
@@ -98,7 +113,7 @@ def takes_packed_rows(model: torch.nn.Module, longest: int) -> bool:
     if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
         return False
     window = getattr(config, "sliding_window", None)
-    return window is None or longest <= window
+    return not window or longest <= window
 
 
 def default_batch_tokens(device: torch.device) -> int:

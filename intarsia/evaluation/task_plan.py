@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from intarsia.errors import Problem, UserError
-from intarsia.evaluation.choices import Question, choice_set, score_choices
+from intarsia.evaluation.choices import Question, choice_set, score_items
 from intarsia.evaluation.requests import positions_of
 from intarsia.evaluation.score import TaskScore
 from intarsia.evaluation.task_file import names_a_file, read_questions
@@ -101,7 +101,7 @@ def score_tasks(
         if isinstance(task, LocalTask):
             positions = positions_of(getattr(model, "config", None))
             items = choice_set(task.name, task.questions, tokenizer, max_length=positions)
-            scores.append(score_choices(model, items, batch_tokens=batch_tokens, progress=progress))
+            scores.append(score_items(model, items, batch_tokens=batch_tokens, progress=progress))
         else:
             scores.extend(
                 run_harness(task, model, tokenizer, limit=plan.limit, batch_tokens=batch_tokens, progress=progress)

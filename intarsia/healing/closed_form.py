@@ -15,6 +15,9 @@ would serve them alone. A token counts with weight 1 / |H^b|^2, as it does to th
 Fitting o_proj toward the span's summed attention outputs instead was measured and is worse than leaving it alone: what
 the removed layers' attention read is not what this layer's MLP can use (dev/LOG.md, closed form).
 
+A read-out with a norm behind it is fitted otherwise (`intarsia.healing.behind_norm`). The experts of a mixture are not
+fitted; o_proj is, in their place.
+
 Shape suffixes: `B` sequences of a batch, `T` tokens, `N` tokens, `C` features, `D` residual width.
 """
 
@@ -28,21 +31,21 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from intarsia.anatomy.spec import Anatomy, Part
 from intarsia.building.resident import Resident, twin
+from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
+from intarsia.calibration.room import Room
 from intarsia.calibration.stream import LayerStream
 from intarsia.healing.correspond import Layers, correspondences, taught
-from intarsia.healing.layer_fit import FitBatch, FitRule, LayerFit, fit_layer
+from intarsia.healing.layer_fit import FitBatch, FitRule, LayerFit, as_array, fit_layer, in_file, passes
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Recipe
 
 RIDGES = tuple(10.0**exponent for exponent in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
-_CPU_BATCH_TOKENS = 2048
-_CUDA_BATCH_TOKENS = 32768
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,21 +85,26 @@ def fit(
     corpus: Corpus,
     *,
     settings: ClosedFormSettings | None = None,
+    teacher: Sequence[nn.Module] | None = None,
     batch_tokens: int | None = None,
+    room: Room | None = None,
     progress: Progress | None = None,
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """A recipe with fitted read-outs, and a report for every one of them.
 
     Args:
         recipe: any recipe over the resident model; what is fitted on it already is the starting point.
-        resident: the original model, which is also the teacher.
+        resident: the original model, which is also the teacher unless `teacher` is given.
+        teacher: the layers of another one, as many as the original has, between its embedding and head.
         corpus: calibration text.
+        room: what hidden states may take in memory.
 
     Raises:
         UserError: activations are not finite.
     """
     settings = settings or ClosedFormSettings()
-    work = _Work(recipe, resident, corpus, settings, batch_tokens, progress or Silent())
+    lessons = resident.layers if teacher is None else teacher
+    work = _Work(recipe, resident, lessons, corpus, settings, batch_tokens, room or Room(), progress or Silent())
     try:
         with torch.inference_mode():
             fitted, fits = work.run()
@@ -113,28 +121,29 @@ class _Work:
         self,
         recipe: Recipe,
         resident: Resident,
+        lessons: Sequence[nn.Module],
         corpus: Corpus,
         settings: ClosedFormSettings,
         batch_tokens: int | None,
+        room: Room,
         progress: Progress,
     ) -> None:
         self.recipe, self.resident, self.corpus, self.settings = recipe, resident, corpus, settings
+        self.lessons = lessons
         self.anatomy: Anatomy = resident.anatomy
         self.progress = progress
         self.stream = LayerStream(resident.model, resident.anatomy)
         self.indices = taught(recipe, settings.layers)
         n, t = corpus.input_ids.shape
-        default = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
-        self.batch = max(1, (batch_tokens or default) // t)
+        self.batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
         shape = (n, t, self.anatomy.width)
         dtype = resident.model.dtype
-        # One after the other: each store would take a share of the memory that is free, both of them most of it.
-        self.student = HiddenStore(shape, dtype)
-        left = max(0, self.student.memory_bytes - self.student.depth_bytes)
-        self.targets = HiddenStore(shape, dtype, memory_bytes=left)
+        self.student = HiddenStore(shape, dtype, room=room)
+        self.teacher = HiddenStore(shape, dtype, room=room)
+        self.targets = HiddenStore(shape, dtype, room=room)
 
     def close(self) -> None:
-        for store in (self.targets, self.student):
+        for store in (self.targets, self.teacher, self.student):
             store.close()
 
     def run(self) -> tuple[dict[int, dict[str, npt.NDArray[np.float32]]], list[LayerFit]]:
@@ -145,81 +154,104 @@ class _Work:
         self._teach()
         last = self.indices[-1]
         with self.progress.task("closed form", last + 1) as task:
-            for rows, ids, mask in self._batches():
-                self.student.put(0, rows.start, self.stream.enter(ids, mask).h_BTD)
-            for index in range(last + 1):
+            self.batches.each(lambda rows, ids, mask: self._enter(self.student, rows, ids, mask))
+            layers = self.recipe.layers[: last + 1]
+            modules = [self.resident.module(op, self.recipe.fitted.get(index)) for index, op in enumerate(layers)]
+            for index, module in enumerate(self.resident.walk(modules, ahead=False)):
                 task.note(f"layer {index + 1} of {len(self.recipe.layers)}")
-                module = self.resident.module(self.recipe.layers[index], self.recipe.fitted.get(index))
                 if index in self.indices:
-                    module = twin(module)  # fitting must leave the original model alone
-                    tensors, reports = fit_layer(
-                        module,
-                        self.settings.parts(self.recipe, index),
-                        partial(self._feed, index),
-                        index=index,
-                        stream=self.stream,
-                        anatomy=self.anatomy,
-                        rule=self.settings.rule,
-                    )
+                    module, tensors, reports = self.batches.whole(partial(self._fit, index, module))
                     fits += reports
                     if tensors:
                         fitted[index] = tensors
-                for rows, ids, mask in self._batches():
-                    h_BTD = self.stream.run(module, self._student(rows), self._call(index, ids, mask))
-                    self.student.put(0, rows.start, h_BTD)
+                self._through(self.student, module, self.recipe.layers[index].sources[0].layer)
+                self.targets.drop(index)
                 task.advance()
         return fitted, fits
 
+    def _fit(
+        self, index: int, original: nn.Module
+    ) -> tuple[nn.Module, dict[str, npt.NDArray[np.float32]], list[LayerFit]]:
+        module = twin(original)  # fitting must leave the original model alone
+        tensors, reports = fit_layer(
+            module,
+            self.settings.parts(self.recipe, index),
+            partial(self._feed, index),
+            index=index,
+            stream=self.stream,
+            anatomy=self.anatomy,
+            rule=self.settings.rule,
+            keep=self._kept,
+        )
+        return module, tensors, reports
+
+    def _kept(self, weight: Tensor) -> npt.NDArray[np.float32]:
+        """What is fitted on all layers takes more than one layer does: of a streamed model it goes into files."""
+        return in_file(weight, self.student.room.folder) if self.resident.streams else as_array(weight)
+
     def _teach(self) -> None:
-        """One pass of the original for H^b of every fitted span."""
+        """One pass of the teacher for H^b of every fitted span."""
         # The spans of layers with a target do not overlap, so each ends where no other does.
         ends = {self.recipe.spans[index][1]: index for index in self.indices}
-        with self.progress.task("teacher", len(self.corpus)) as task:
-            for rows, ids, mask in self._batches():
-                entry = self.stream.enter(ids, mask)
-                h_BTD = entry.h_BTD
-                for layer in range(max(ends)):
-                    h_BTD = self.stream.run(self.resident.layers[layer], h_BTD, entry.calls[layer])
-                    if layer + 1 in ends:
-                        self.targets.put(ends[layer + 1], rows.start, h_BTD)
-                task.advance(rows.stop - rows.start)
+        with self.progress.task("teacher", max(ends)) as task:
+            self.batches.each(lambda rows, ids, mask: self._enter(self.teacher, rows, ids, mask))
+            for layer, module in enumerate(self.resident.walk(self.lessons[: max(ends)])):
+                self._through(self.teacher, module, layer)
+                if layer + 1 in ends:
+                    for rows, _, _ in self.batches.over():
+                        self.targets.put(ends[layer + 1], rows.start, self._at(self.teacher, rows))
+                task.advance()
+        self.teacher.drop(0)
+
+    def _enter(self, store: HiddenStore, rows: slice, ids: Tensor, mask: Tensor | None) -> None:
+        store.put(0, rows.start, self.stream.enter(ids, mask).h_BTD)
+
+    def _through(self, store: HiddenStore, module: nn.Module, source: int) -> None:
+        """Hidden states go through a layer that is called like original layer `source`."""
+
+        def work(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
+            call = self.stream.calls(ids, mask)[source]
+            store.put(0, rows.start, self.stream.run(module, self._at(store, rows), call))
+
+        self.batches.each(work)
 
     def _feed(self, index: int) -> Iterator[FitBatch]:
         """What output layer `index` is fed, and what it should give."""
-        for rows, ids, mask in self._batches():
+        for rows, ids, mask in self.batches.over():
             yield FitBatch(
                 rows=rows,
-                h_BTD=self._student(rows),
+                h_BTD=self._at(self.student, rows),
                 wanted_BTD=self.targets.get(index, rows.start, rows.stop, self.resident.device),
-                call=self._call(index, ids, mask),
+                call=self.stream.calls(ids, mask)[self.recipe.layers[index].sources[0].layer],
                 mask=mask,
             )
 
-    def _student(self, rows: slice) -> Tensor:
-        return self.student.get(0, rows.start, rows.stop, self.resident.device)
-
-    def _call(self, index: int, ids: Tensor, mask: Tensor | None) -> Any:
-        return self.stream.calls(ids, mask)[self.recipe.layers[index].sources[0].layer]
-
-    def _batches(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        device = self.resident.device
-        for start in range(0, len(self.corpus), self.batch):
-            rows = slice(start, min(start + self.batch, len(self.corpus)))
-            mask = self.corpus.mask
-            yield rows, self.corpus.input_ids[rows].to(device), None if mask is None else mask[rows].to(device)
+    def _at(self, store: HiddenStore, rows: slice) -> Tensor:
+        return store.get(0, rows.start, rows.stop, self.resident.device)
 
 
-def closed_form_cost(recipe: Recipe, settings: ClosedFormSettings) -> int:
-    """Layer-forwards over its tokens that a fit takes: the teacher's, the student's, and one more a read-out."""
+def closed_form_cost(recipe: Recipe, settings: ClosedFormSettings, anatomy: Anatomy | None = None) -> int:
+    """Layer-forwards over its tokens that a fit takes: the teacher's, the student's, and what each read-out takes.
+
+    Args:
+        anatomy: of the model; without it, every read-out is taken to be one matrix with no norm behind it.
+    """
     indices: Sequence[int] = taught(recipe, settings.layers)
     if not indices:
         return 0
-    fits = sum(len(settings.parts(recipe, index)) for index in indices)
+    fits = sum(_passes(settings.parts(recipe, index), anatomy) for index in indices)
     return max(recipe.spans[index][1] for index in indices) + indices[-1] + 1 + fits
 
 
-def closed_form_cost_at_most(depth: int, target: int, settings: ClosedFormSettings) -> int:
+def closed_form_cost_at_most(
+    depth: int, target: int, settings: ClosedFormSettings, anatomy: Anatomy | None = None
+) -> int:
     """The same for any way to cut `depth` layers down to `target`: each changed layer stands for a removed one."""
     changed = min(target, depth - target)
     unchanged = target - changed if settings.layers == "behind" else 0
-    return depth + target + changed * len(settings.changed) + unchanged * len(settings.unchanged)
+    fits = changed * _passes(settings.changed, anatomy) + unchanged * _passes(settings.unchanged, anatomy)
+    return depth + target + fits
+
+
+def _passes(parts: Sequence[Part], anatomy: Anatomy | None) -> int:
+    return len(parts) if anatomy is None else passes(anatomy, parts)

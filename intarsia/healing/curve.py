@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intarsia.disk import full_disk_named, write_whole
 from intarsia.healing.settings import EndToEndSettings
-from intarsia.healing.state_file import full_disk_named
 
 
 class Curve:
@@ -31,8 +31,7 @@ class Curve:
         if not self.accelerator.is_main_process:
             return
         kept = [line for line in read_curve(self.path) if 0 < step >= line["step"]]
-        with full_disk_named(self.path.parent):
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def step(self, step: int, losses: Mapping[str, float], tokens: int) -> None:
         """A step is done."""

@@ -17,9 +17,10 @@ import torch
 
 from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.disk import write_whole
 from intarsia.healing.launch import accelerator as make_accelerator
 from intarsia.healing.settings import EndToEndSettings
-from intarsia.healing.state_file import full_disk_named, load_state, require_room
+from intarsia.healing.state_file import load_state, require_room
 from intarsia.healing.student import build_student, with_trained
 from intarsia.healing.teacher import Teacher
 from intarsia.healing.text import Text
@@ -75,8 +76,7 @@ def train(
         )
         report = training.run()
         if accelerator.is_main_process:
-            with full_disk_named(folder):
-                (folder / _DONE).write_text(json.dumps(report) + "\n", encoding="utf-8")
+            write_whole(folder / _DONE, json.dumps(report) + "\n")
     accelerator.wait_for_everyone()
     report = json.loads((folder / _DONE).read_text(encoding="utf-8"))
     best = load_state(folder / BEST)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,8 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.anatomy.spec import Anatomy, Part
+from intarsia.building.shelf import give_back
 from intarsia.calibration.stream import LayerCall, LayerStream
-from intarsia.healing.ridge import Gram, choose
+from intarsia.healing.behind_norm import NormBehind, Passed, fit_norm, fit_weight
+from intarsia.healing.ridge import Fit, Gram, choose
+from intarsia.recipe.mapped_arrays import spooled
+
+_ROWS = 256  # of a fitted tensor, written at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,39 @@ class LayerFit:
     error_after: float
 
 
+def fittable(parts: Sequence[Part], anatomy: Anatomy) -> tuple[Part, ...]:
+    """The parts of which the read-out is fitted, in order. A mixture's is no single matrix: o_proj takes its place."""
+    able: list[Part] = ["attention" if anatomy.is_mixture(part) else part for part in parts]
+    return tuple(part for place, part in enumerate(able) if place == 0 or part != able[place - 1])
+
+
+def passes(anatomy: Anatomy, parts: Sequence[Part]) -> int:
+    """How often a layer is run to fit read-outs."""
+    return sum(
+        (1 if anatomy.norm_behind(part) is None else 3) + _judged_anew(part, anatomy)
+        for part in fittable(parts, anatomy)
+    )
+
+
+def _judged_anew(part: Part, anatomy: Anatomy) -> bool:
+    """Whether the layer is run once more behind a fit: routing jumps with what it reads, and nothing is fitted then."""
+    return part == "attention" and anatomy.is_mixture("mlp") and not anatomy.parallel
+
+
+def as_array(weight: Tensor) -> npt.NDArray[np.float32]:
+    """A fitted tensor as a recipe keeps it."""
+    return weight.float().cpu().numpy()
+
+
+def in_file(weight: Tensor, folder: Path | None) -> npt.NDArray[np.float32]:
+    """The same, mapped from a file without a name (see `mapped_arrays`): never in memory as a whole.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    return spooled((as_array(rows) for rows in weight.split(_ROWS)), tuple(weight.shape), folder)
+
+
 def fit_layer(
     module: nn.Module,
     parts: Sequence[Part],
@@ -70,12 +109,16 @@ def fit_layer(
     stream: LayerStream,
     anatomy: Anatomy,
     rule: FitRule,
+    keep: Callable[[Tensor], npt.NDArray[np.float32]] = as_array,
 ) -> tuple[dict[str, npt.NDArray[np.float32]], list[LayerFit]]:
     """Fit a layer's read-outs in place, one after the other, each towards what is then missing.
+
+    A norm behind a read-out is fitted before it (see `behind_norm`).
 
     Args:
         module: its read-outs get new parameters, so it must be no layer that is to stay as it is (see `twin`).
         index: what the layer is called in reports and errors.
+        keep: how a new tensor is kept: in memory, or in a file.
 
     Returns:
         The new tensors by name, in float32 as rounded to the layer's dtype, and a report of every read-out.
@@ -85,50 +128,116 @@ def fit_layer(
     """
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     fits: list[LayerFit] = []
-    for part in parts:
-        name = anatomy.writer(part).module
-        grams = moments(module, part, batches, stream=stream, anatomy=anatomy, rule=rule)
-        found = choose(*grams, rule.ridges, where=f"closed form, layer {index}, {name}")
-        fits.append(
-            LayerFit(
-                layer=index,
-                module=name,
-                ridge=found.ridge,
-                error_before=found.error_before,
-                error_after=found.error_after,
+    for part in fittable(parts, anatomy):
+        fitter = PartFit(module, part, batches, stream=stream, anatomy=anatomy, rule=rule)
+        steps = (fitter.norm, fitter.read_out) if anatomy.norm_behind(part) else (fitter.read_out,)
+        for step in steps:
+            name, weight, found = step(f"closed form, layer {index}")
+            if weight is not None and _judged_anew(part, anatomy):
+                weight, found = fitter.judged(weight, found)
+            if weight is not None:
+                module.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+                tensors[f"{name}.weight"] = keep(weight)
+            fits.append(
+                LayerFit(
+                    layer=index,
+                    module=name,
+                    ridge=found.ridge,
+                    error_before=found.error_before,
+                    error_after=found.error_after,
+                )
             )
-        )
-        if found.change_DC is not None:
-            target = module.get_submodule(name)
-            assert isinstance(target, nn.Linear)
-            weight = (target.weight.float() + found.change_DC.float()).to(target.weight.dtype)
-            target.weight = nn.Parameter(weight, requires_grad=False)
-            tensors[f"{name}.weight"] = weight.float().cpu().numpy()
     return tensors, fits
 
 
-def moments(
-    module: nn.Module, part: Part, batches: Batches, *, stream: LayerStream, anatomy: Anatomy, rule: FitRule
-) -> tuple[Gram, Gram]:
-    """Moments of a read-out's inputs and of what is missing behind the layer: to fit on, and of held-out sequences."""
-    linear = anatomy.writer(part)
-    features = anatomy.cut_size(linear)
-    fitted, held_out = (Gram(features, anatomy.width, stream.device) for _ in range(2))
-    for batch in batches():
-        with _inputs(module, linear.module) as x:
-            out_BTD = stream.run(module, batch.h_BTD, batch.call)
-        missing_BTD = batch.wanted_BTD.float() - out_BTD.float()
-        weight_BT = _weights(batch, rule.weighting)
-        held = torch.arange(batch.rows.start, batch.rows.stop, device=weight_BT.device) % rule.held_out == 0
-        x_BTC = x[0].reshape(*batch.h_BTD.shape[:2], features)
-        for gram, chosen in ((fitted, ~held), (held_out, held)):
-            if bool(chosen.any()):
-                gram.add(
-                    x_BTC[chosen].reshape(-1, features),
-                    missing_BTD[chosen].reshape(-1, anatomy.width),
-                    weight_BT[chosen].reshape(-1),
-                )
-    return fitted, held_out
+class PartFit:
+    """One part's read-out, fitted. Each step gives a module's name, its new weight if that is better, and the fit."""
+
+    def __init__(
+        self, module: nn.Module, part: Part, batches: Batches, *, stream: LayerStream, anatomy: Anatomy, rule: FitRule
+    ) -> None:
+        self.module, self.batches, self.stream, self.anatomy, self.rule = module, batches, stream, anatomy, rule
+        self.writer = anatomy.writer(part).module
+        target = module.get_submodule(self.writer)
+        assert isinstance(target, nn.Linear)
+        self.target = target
+        self.features = target.weight.shape[1]
+        norm = anatomy.norm_behind(part)
+        self.norm_name = "" if norm is None else norm.module
+        self.behind = (
+            None
+            if norm is None
+            else NormBehind(module.get_submodule(norm.module), offset=norm.offset, scale=anatomy.residual_scale)
+        )
+
+    def norm(self, where: str) -> tuple[str, Tensor | None, Fit]:
+        """The weight of the norm behind the read-out.
+
+        Raises:
+            UserError: activations are not finite.
+        """
+        assert self.behind is not None
+        where = f"{where}, {self.norm_name}"
+        weight, found = fit_norm(self.behind, self._passes, self.rule.ridges, where=where)
+        return self.norm_name, weight, found
+
+    def read_out(self, where: str) -> tuple[str, Tensor | None, Fit]:
+        """The weight of the read-out.
+
+        Raises:
+            UserError: activations are not finite.
+        """
+        own, where = self.target.weight, f"{where}, {self.writer}"
+        if self.behind is not None:
+            return self.writer, *fit_weight(self.behind, own, self._passes, self.rule.ridges, where=where)
+        give_back()  # what is free since the layer was made, and below what is free since it was run
+        moments = self._moments()
+        give_back()
+        found = choose(*moments, self.rule.ridges, where=where)
+        del moments
+        weight = found.applied(own)
+        return self.writer, weight, replace(found, change_DC=None)  # as large as the weight in float32
+
+    def judged(self, weight: Tensor, found: Fit) -> tuple[Tensor | None, Fit]:
+        """A read-out's new weight with the error that it really leaves; none, where that is no less than before."""
+        own = self.target.weight
+        self.target.weight = nn.Parameter(weight, requires_grad=False)
+        total, tokens = 0.0, 0
+        for passed in self._passes():
+            weight_N = passed.weight_N[passed.held_N]
+            total += float((weight_N * passed.missing_ND[passed.held_N].square().sum(-1)).sum())
+            tokens += int((weight_N > 0).sum())
+        self.target.weight = own
+        after = total / max(tokens, 1)
+        if after < found.error_before:
+            return weight, replace(found, error_after=after)
+        return None, replace(found, change_DC=None, ridge=None, error_after=found.error_before)
+
+    def _moments(self) -> tuple[Gram, Gram]:
+        """Moments of the inputs and of what is missing: to fit on, and of held-out sequences."""
+        scale = self.anatomy.residual_scale
+        fitted, held_out = (Gram(self.features, self.anatomy.width, self.stream.device) for _ in range(2))
+        for passed in self._passes():
+            for gram, chosen in ((fitted, ~passed.held_N), (held_out, passed.held_N)):
+                if bool(chosen.any()):
+                    weight_N = passed.weight_N[chosen] * scale**2
+                    gram.add(passed.x_NC[chosen], passed.missing_ND[chosen] / scale, weight_N)
+        return fitted, held_out
+
+    def _passes(self) -> Iterator[Passed]:
+        for batch in self.batches():
+            with _seen(self.target) as seen:
+                out_BTD = self.stream.run(self.module, batch.h_BTD, batch.call)
+            x, y = seen[0]
+            rows = torch.arange(batch.rows.start, batch.rows.stop, device=out_BTD.device) % self.rule.held_out == 0
+            missing_BTD = batch.wanted_BTD.float() - out_BTD.float()
+            yield Passed(
+                x_NC=x.reshape(-1, self.features),
+                y_ND=y.reshape(-1, y.shape[-1]),
+                missing_ND=missing_BTD.reshape(-1, missing_BTD.shape[-1]),
+                weight_N=_weights(batch, self.rule.weighting).reshape(-1),
+                held_N=rows[:, None].expand(out_BTD.shape[:2]).reshape(-1),
+            )
 
 
 def _weights(batch: FitBatch, weighting: str) -> Tensor:
@@ -140,10 +249,10 @@ def _weights(batch: FitBatch, weighting: str) -> Tensor:
 
 
 @contextmanager
-def _inputs(module: nn.Module, name: str) -> Iterator[list[Tensor]]:
-    """What a read-out is given while the layer runs."""
-    seen: list[Tensor] = []
-    handle = module.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+def _seen(target: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """What a read-out is given and gives while the layer runs."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = target.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     try:
         yield seen
     finally:

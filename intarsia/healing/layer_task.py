@@ -103,8 +103,8 @@ def on_device(call: LayerCall, device: torch.device, dtype: torch.dtype) -> Laye
     )
 
 
-def trained_names(shapes: Mapping[str, tuple[int, ...]], only: Sequence[str]) -> tuple[str, ...]:
-    """The tensors of a layer that `only` names (all if it is empty): by tensor, by module, or by part of a name.
+def trained_names(parameters: Sequence[str], only: Sequence[str]) -> tuple[str, ...]:
+    """The parameters of a layer that `only` names (all if it is empty): by tensor, by module, or by part of a name.
 
     Raises:
         UserError: a name fits none.
@@ -114,11 +114,11 @@ def trained_names(shapes: Mapping[str, tuple[int, ...]], only: Sequence[str]) ->
         return f".{word}." in f".{name}."
 
     for word in only:
-        if not any(fits(name, word) for name in shapes):
+        if not any(fits(name, word) for name in parameters):
             raise UserError.of(
                 where="--only",
-                expected=f"tensors or modules of a layer: {', '.join(shapes)}",
+                expected=f"tensors or modules of a layer: {', '.join(parameters)}",
                 found=repr(word),
                 remedy="Name one of them, or a part of a name, such as down_proj or mlp.",
             )
-    return tuple(name for name in shapes if not only or any(fits(name, word) for word in only))
+    return tuple(name for name in parameters if not only or any(fits(name, word) for word in only))

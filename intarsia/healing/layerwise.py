@@ -19,9 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from intarsia.anatomy.spec import Anatomy
+from intarsia.building.parameters import parameter_names, to_tensors
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
+from intarsia.calibration.room import PREFIX, Room
 from intarsia.errors import UserError
 from intarsia.healing.cluster import Cluster
 from intarsia.healing.correspond import Correspondence, correspondences, taught
@@ -81,12 +84,20 @@ def train(
             found |= work.on_cluster(todo, cluster, progress)
     finally:
         work.close()
-    return replace(recipe, fitted=with_trained(recipe, found)), [asdict(found[index].report) for index in sorted(found)]
+    reports = [asdict(found[index].report) for index in sorted(found)]
+    return replace(recipe, fitted=with_trained(recipe, found, resident.anatomy)), reports
 
 
-def with_trained(recipe: Recipe, found: Mapping[int, Trained]) -> dict[int, Mapping[str, npt.NDArray[np.float32]]]:
+def with_trained(
+    recipe: Recipe, found: Mapping[int, Trained], anatomy: Anatomy
+) -> dict[int, Mapping[str, npt.NDArray[np.float32]]]:
     """What is fitted in a recipe, with what was trained."""
-    fitted = {index: {**recipe.fitted.get(index, {}), **trained.tensors} for index, trained in found.items()}
+
+    def stored(trained: Trained) -> dict[str, npt.NDArray[np.float32]]:
+        parameters = {name: torch.from_numpy(array) for name, array in trained.tensors.items()}
+        return {name: np.asarray(tensor.numpy()) for name, tensor in to_tensors(parameters, anatomy).items()}
+
+    fitted = {index: {**recipe.fitted.get(index, {}), **stored(trained)} for index, trained in found.items()}
     return {**recipe.fitted, **{index: tensors for index, tensors in fitted.items() if tensors}}
 
 
@@ -108,16 +119,17 @@ class _Work:
         self.recipe, self.resident, self.settings, self.folder = recipe, resident, settings, folder
         text = self.text = Text.of(corpus, held_out)
         self.schedule = schedule_of(settings, sequences=len(corpus), seq_len=corpus.seq_len)
-        self.names = trained_names(resident.anatomy.layer_shapes(), settings.only)
+        self.names = trained_names(parameter_names(resident.anatomy), settings.only)
         shape = (len(self.text.ids_NT), corpus.seq_len, resident.anatomy.width)
+        room = Room(0 if cluster else memory_bytes, folder)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            for stale in folder.glob("intarsia-hidden-*"):  # a killed run's
+            for stale in folder.glob(f"{PREFIX}*"):  # a killed run's
                 shutil.rmtree(stale, ignore_errors=True)
             # A layer's masters, optimiser state and best tensors, as finished and as they are on the way.
             require_room(folder, 20 * resident.anatomy.layer_parameters, "the state of one layer's training")
         assert cluster is None or folder is not None, "workers read from the run folder"
-        self.store = HiddenStore(shape, teacher.model.dtype, memory_bytes=0 if cluster else memory_bytes, folder=folder)
+        self.store = HiddenStore(shape, teacher.model.dtype, room=room)
         self.states = TeacherStates(teacher, text.ids_NT, self.store)
         self.student: StudentStates | None = None
         if settings.inputs == "student":
@@ -128,8 +140,7 @@ class _Work:
                     found="both",
                     remedy="Leave --scheduler out, or train on the teacher's hidden states.",
                 )
-            left = max(0, self.store.memory_bytes - 2 * self.store.depth_bytes)
-            store = HiddenStore(shape, resident.model.dtype, memory_bytes=left, folder=folder)
+            store = HiddenStore(shape, resident.model.dtype, room=room)
             self.student = StudentStates(recipe, resident, text.ids_NT, store)
 
     def close(self) -> None:
@@ -152,7 +163,7 @@ class _Work:
                     self._reach(layer.stop, task)
                     self._drop_before(layer.stop)
                     task.note(f"the trained layers' hidden states before layer {layer.index}")
-                    self.student.reach(layer.index, with_trained(self.recipe, found))
+                    self.student.reach(layer.index, with_trained(self.recipe, found, self.resident.anatomy))
                 meter = _Meter(task, f"layer {layer.index} ({number + 1} of {len(layers)})")
                 trained = train_layer(self._task(layer), meter)
                 found[layer.index] = trained
@@ -190,8 +201,8 @@ class _Work:
         op = self.recipe.layers[layer.index]
         donor = op.sources[0].layer
         # Always a module of its own: a plain `Select` is the original's module itself.
-        start = dict(self.resident.module(op, self.recipe.fitted.get(layer.index)).named_parameters())
-        module = self.resident.fresh(donor, start)
+        with self.resident.awake(self.resident.module(op, self.recipe.fitted.get(layer.index))) as whole:
+            module = self.resident.fresh(donor, dict(whole.named_parameters()))
         if next(module.parameters()).dtype == torch.float16:
             module = module.to(torch.bfloat16)  # gradients overflow in float16
         sizes = {

@@ -2,27 +2,28 @@
 
 Nothing is built for that: the recipe's layers run between the original's embedding and head.
 
-Shape suffixes: `B` sequences, `T` tokens.
+Shape suffixes: `B` sequences, `T` tokens, `D` residual width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from intarsia.building.resident import Resident
+from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
-from intarsia.calibration.stream import LayerStream
+from intarsia.calibration.hidden import HiddenStore
+from intarsia.calibration.room import Room
+from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.evaluation.result import Perplexity
 from intarsia.healing.losses import hidden_mse
 from intarsia.progress import Progress
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Recipe, identity
 
 _CPU_BATCH_TOKENS = 2048
 _CUDA_BATCH_TOKENS = 16384
@@ -53,41 +54,13 @@ class Quality:
         return {"texts": texts, "errors": list(self.errors)}
 
 
-class Chain(nn.Module):
-    """A recipe's layers between the original's embedding and head, callable like a causal language model."""
-
-    def __init__(self, recipe: Recipe, resident: Resident) -> None:
-        super().__init__()
-        self.stream = LayerStream(resident.model, resident.anatomy)
-        self.sources = [op.sources[0].layer for op in recipe.layers]
-        self.chain = nn.ModuleList(
-            resident.module(op, recipe.fitted.get(index)) for index, op in enumerate(recipe.layers)
-        )
-        self.eval()
-
-    def hidden(self, ids_BT: Tensor, mask_BT: Tensor | None) -> list[Tensor]:
-        """The residual stream behind every layer."""
-        entry = self.stream.enter(ids_BT, mask_BT)
-        h_BTD, found = entry.h_BTD, []
-        for layer, source in zip(self.chain, self.sources, strict=True):
-            h_BTD = self.stream.run(layer, h_BTD, entry.calls[source])
-            found.append(h_BTD)
-        return found
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False
-    ) -> SimpleNamespace:
-        """Logits, as transformers gives them."""
-        h_BTD = self.hidden(input_ids, attention_mask)[-1]
-        return SimpleNamespace(logits=self.stream.logits(h_BTD, input_ids, attention_mask))
-
-
 def quality(
     recipe: Recipe,
     resident: Resident,
     held_out: Corpus,
     texts: Sequence[Corpus] = (),
     *,
+    room: Room | None = None,
     progress: Progress,
 ) -> Quality:
     """Measure a recipe's model.
@@ -96,36 +69,60 @@ def quality(
         resident: the recipe's base.
         held_out: sequences that nothing is trained on.
         texts: further texts for perplexities.
+        room: what hidden states may take in memory.
 
     Raises:
         UserError: a loss is not finite.
     """
-    chain = Chain(recipe, resident)
+    room = room or Room()
+    chain = Chain(recipe, resident, room=room)
     batch_tokens = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
     found = [perplexity(chain, text, batch_tokens=batch_tokens, progress=progress) for text in (held_out, *texts)]
-    errors = _errors(recipe, chain, resident, held_out, batch_tokens)
-    return Quality(texts=tuple(found), errors=tuple(errors))
+    batches = Batches(held_out, resident.device, batch_tokens=batch_tokens, progress=progress)
+    return Quality(texts=tuple(found), errors=tuple(_errors(recipe, chain, resident, batches, room)))
 
 
 @torch.inference_mode()
-def _errors(recipe: Recipe, chain: Chain, resident: Resident, corpus: Corpus, batch_tokens: int) -> list[float]:
-    wanted: Mapping[int, list[int]] = {
-        depth: [index for index, (_, stop) in enumerate(recipe.spans) if stop == depth]
-        for depth in range(recipe.depth + 1)
-    }
+def _errors(recipe: Recipe, chain: Chain, resident: Resident, batches: Batches, room: Room) -> list[float]:
+    """Both models go through their layers once: the recipe's first, whose states are kept at the ends of its spans."""
+    corpus = batches.corpus
+    shape, dtype = (len(corpus), corpus.seq_len, resident.anatomy.width), resident.model.dtype
+    own, original = HiddenStore(shape, dtype, room=room), HiddenStore(shape, dtype, room=room)
+    ends = HiddenStore(shape, dtype, room=room)
     sums = [0.0] * len(recipe.layers)
-    tokens = 0
-    for ids_BT, mask_BT in corpus.batches(max(1, batch_tokens // corpus.seq_len)):
-        ids_BT = ids_BT.to(resident.device)
-        mask_BT = None if mask_BT is None else mask_BT.to(resident.device)
-        found = chain.hidden(ids_BT, mask_BT)
-        real = ids_BT.numel() if mask_BT is None else int(mask_BT.sum())
-        tokens += real
-        entry = chain.stream.enter(ids_BT, mask_BT)
-        h_BTD = entry.h_BTD
-        for depth in range(recipe.depth + 1):
-            for index in wanted[depth]:
-                sums[index] += float(hidden_mse(h_BTD, found[index], mask_BT)) * real
-            if depth < recipe.depth:
-                h_BTD = chain.stream.run(resident.layers[depth], h_BTD, entry.calls[depth])
-    return [total / max(tokens, 1) for total in sums]
+
+    def keep(index: int) -> None:
+        for rows, _, _ in batches.over():
+            ends.put(index, rows.start, own.get(0, rows.start, rows.stop, torch.device("cpu")))
+
+    def compare(depth: int) -> None:
+        for index, (_, stop) in enumerate(recipe.spans):
+            if stop != depth:
+                continue
+            for rows, ids, mask in batches.over():
+                h_BTD, found = (
+                    store.get(at, rows.start, rows.stop, resident.device)
+                    for store, at in ((original, 0), (ends, index))
+                )
+                real = ids.numel() if mask is None else int(mask.sum())
+                sums[index] += float(hidden_mse(h_BTD, found, mask)) * real
+            ends.drop(index)
+
+    try:
+        chain.through(batches, own, keep)
+        _original(recipe, resident, batches, original, compare)
+    finally:
+        for store in (own, original, ends):
+            store.close()
+    return [total / max(corpus.tokens, 1) for total in sums]
+
+
+def _original(
+    recipe: Recipe, resident: Resident, batches: Batches, states: HiddenStore, compare: Callable[[int], None]
+) -> None:
+    """The original goes through its layers; `compare` is called at every depth."""
+    variant = recipe.variant(recipe.base)
+    whole = Chain(identity(variant, recipe.depth), resident)
+    batches.each(lambda rows, ids, mask: states.put(0, rows.start, whole.stream.enter(ids, mask).h_BTD))
+    compare(0)
+    whole.through(batches, states, lambda layer: compare(layer + 1))

@@ -22,7 +22,7 @@ class ReadOut:
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
         self.model = model
-        self._head: nn.Module | None = model.get_submodule(anatomy.family.head_module)
+        self._head: nn.Module | None = model.get_submodule(anatomy.family.head_in_memory)
         self._check()
 
     def trunk(

@@ -109,7 +109,8 @@ class EndToEndSettings(Pace):
         temperature: of the logits loss.
         top_k: learn from a cache of the teacher's so many likeliest tokens, written once and reused; None runs the
             teacher beside the student.
-        lora: rank of low-rank changes to every linear layer; None trains all parameters of the layers.
+        lora: rank of low-rank changes to every linear layer (of a mixture, of its attention); None trains all
+            parameters of the layers.
         micro_tokens: tokens of one forward and backward pass on one device; gradients are accumulated up to
             `batch_tokens`. None: as many as a step has, at most 2048 on CPU and 16384 elsewhere.
         checkpointing: recompute activations in the backward pass: slower, and much less memory.

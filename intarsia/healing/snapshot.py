@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from intarsia.healing.state_file import full_disk_named
+from intarsia.disk import full_disk_named, write_whole
 
 _FACTS = "facts.json"
 
@@ -31,9 +31,9 @@ def save_snapshot(accelerator: Any, folder: Path, facts: Mapping[str, Any]) -> N
             raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        write_whole(staging / _FACTS, json.dumps(dict(facts)) + "\n")
+        before = _snapshots(folder)
         with full_disk_named(folder):
-            (staging / _FACTS).write_text(json.dumps(dict(facts)) + "\n", encoding="utf-8")
-            before = _snapshots(folder)
             staging.rename(folder / f"state-{facts['next']:09d}")
         for path in before:
             shutil.rmtree(path, ignore_errors=True)

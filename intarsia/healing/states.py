@@ -14,22 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from intarsia.building.resident import Resident
+from intarsia.calibration.batches import Batches
+from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.stats import require_finite
 from intarsia.calibration.stream import LayerCall, LayerStream
 from intarsia.errors import UserError
 from intarsia.recipe.recipe import Recipe
-
-_CPU_BATCH_TOKENS = 2048
-_CUDA_BATCH_TOKENS = 32768
 
 
 class TeacherStates:
@@ -40,7 +40,7 @@ class TeacherStates:
         self.ids_NT = ids_NT
         self.store = store
         self.stream = LayerStream(teacher.model, teacher.anatomy)
-        self.batch = _batch(teacher, ids_NT)
+        self.batches = _batches(teacher, ids_NT)
 
     @torch.no_grad()
     def reach(self, depth: int, advance: Callable[[float], None] | None = None) -> None:
@@ -55,20 +55,25 @@ class TeacherStates:
             return
         before = [stored for stored in self.store.depths() if stored < depth]
         first = before[-1] if before else 0
-        n = self.ids_NT.shape[0]
-        for start in range(0, n, self.batch):
-            ids_BT = self.ids_NT[start : start + self.batch]
-            if before:
-                h_BTD = self.store.get(first, start, start + len(ids_BT), self.teacher.device)
-            else:
-                h_BTD = self.stream.enter(ids_BT, None).h_BTD
-            calls = self.stream.calls(ids_BT, None)
-            for layer in range(first, depth):
-                h_BTD = self.stream.run(self.teacher.layers[layer], h_BTD, calls[layer])
-            require_finite(h_BTD, f"the teacher's output of layer {depth - 1}")
-            self.store.put(depth, start, h_BTD)
+        if not before:
+            self.batches.each(
+                lambda rows, ids, _: self.store.put(depth, rows.start, self.stream.enter(ids, None).h_BTD)
+            )
+        for layer, module in enumerate(self.teacher.walk(self.teacher.layers[first:depth]), first):
+            self._through(layer, module, first if before and layer == first else depth, depth)
             if advance is not None:
-                advance(len(ids_BT) * (depth - first))
+                advance(len(self.ids_NT))
+
+    def _through(self, layer: int, module: nn.Module, at: int, depth: int) -> None:
+        """Run one layer from the states stored at a depth; what it gives is stored at another."""
+
+        def work(rows: slice, ids: Tensor, _: Tensor | None) -> None:
+            h_BTD = self.store.get(at, rows.start, rows.stop, self.teacher.device)
+            h_BTD = self.stream.run(module, h_BTD, self.stream.calls(ids, None)[layer])
+            require_finite(h_BTD, f"the teacher's output of layer {layer}")
+            self.store.put(depth, rows.start, h_BTD)
+
+        self.batches.each(work)
 
     def call(self, layer: int, sequences: int) -> LayerCall:
         """The arguments of an original layer for a batch of so many sequences."""
@@ -85,7 +90,7 @@ class StudentStates:
         self.ids_NT = ids_NT
         self.store = store
         self.stream = LayerStream(resident.model, resident.anatomy)
-        self.batch = _batch(resident, ids_NT)
+        self.batches = _batches(resident, ids_NT)
         self.at: int | None = None
 
     @torch.no_grad()
@@ -97,19 +102,22 @@ class StudentStates:
         """
         first = self.at or 0
         modules = [self.resident.module(self.recipe.layers[i], fitted.get(i)) for i in range(first, index)]
-        donors = [self.recipe.layers[i].sources[0].layer for i in range(first, index)]
-        for start in range(0, self.ids_NT.shape[0], self.batch):
-            ids_BT = self.ids_NT[start : start + self.batch]
-            if self.at is None:
-                h_BTD = self.stream.enter(ids_BT, None).h_BTD
-            else:
-                h_BTD = self.store.get(0, start, start + len(ids_BT), self.resident.device)
-            calls = self.stream.calls(ids_BT, None)
-            for module, donor in zip(modules, donors, strict=True):
-                h_BTD = self.stream.run(module, h_BTD, calls[donor])
-            require_finite(h_BTD, f"the student's hidden states before layer {index}")
-            self.store.put(0, start, h_BTD)
+        if self.at is None:
+            self.batches.each(partial(_enter, self.stream, self.store, 0))
+        for layer, module in enumerate(self.resident.walk(modules), first):
+            self._through(layer, module)
         self.at = index
+
+    def _through(self, layer: int, module: nn.Module) -> None:
+        donor = self.recipe.layers[layer].sources[0].layer
+
+        def work(rows: slice, ids: Tensor, _: Tensor | None) -> None:
+            h_BTD = self.store.get(0, rows.start, rows.stop, self.resident.device)
+            h_BTD = self.stream.run(module, h_BTD, self.stream.calls(ids, None)[donor])
+            require_finite(h_BTD, f"the student's hidden states behind layer {layer}")
+            self.store.put(0, rows.start, h_BTD)
+
+        self.batches.each(work)
 
     def here(self) -> StatesInMemory:
         """What was reached last."""
@@ -154,7 +162,12 @@ class StatesInMemory:
         return self.store.rows(self.depth, index, torch.device("cpu"))
 
 
-def _batch(resident: Resident, ids_NT: Tensor) -> int:
-    """Sequences of one forward pass."""
-    tokens = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
-    return max(1, tokens // ids_NT.shape[1])
+def _enter(
+    stream: LayerStream, store: HiddenStore, depth: int, rows: slice, ids_BT: Tensor, mask_BT: Tensor | None
+) -> None:
+    store.put(depth, rows.start, stream.enter(ids_BT, None).h_BTD)
+
+
+def _batches(resident: Resident, ids_NT: Tensor) -> Batches:
+    """All sequences, without a word on padding."""
+    return Batches(Corpus.of(ids_NT, description="training text", documents=1), resident.device)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from intarsia.anatomy.spec import Anatomy
 from intarsia.building.materialize import materialize
+from intarsia.building.parameters import to_tensors
 from intarsia.building.resident import load_model
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
@@ -68,11 +69,14 @@ def with_trained(recipe: Recipe, anatomy: Anatomy, base: Checkpoint, trained: Ma
         index: dict(tensors) for index, tensors in recipe.fitted.items()
     }
     for index in range(len(recipe.layers)):
+        prefix = anatomy.tensor_name(index, "")
+        own = {name.removeprefix(prefix): tensor for name, tensor in trained.items() if name.startswith(prefix)}
+        own = to_tensors({name: tensor for name, tensor in own.items() if ".lora_" not in name}, anatomy)
         for local in anatomy.layer_shapes():
             name = anatomy.tensor_name(index, local)
             module = name.removesuffix(".weight")
-            if name in trained:
-                tensor = trained[name]
+            if local in own:
+                tensor = own[local]
             elif f"{module}.lora_A.{_ADAPTER}.weight" in trained:
                 a, b = (trained[f"{module}.lora_{side}.{_ADAPTER}.weight"].float() for side in "AB")
                 tensor = base.tensor(name).float() + _SCALE * (b @ a)
@@ -99,6 +103,7 @@ def _add_lora(model: PreTrainedModel, anatomy: Anatomy, rank: int) -> None:
         f"{anatomy.family.layers_module}.{index}.{linear.module}"
         for index in range(anatomy.n_layers)
         for linear in anatomy.linears
+        if linear.segments != ("expert",)  # experts and their router are no linear modules in memory
     ]
     config = LoraConfig(r=rank, lora_alpha=int(_SCALE * rank), lora_dropout=0.0, bias="none", target_modules=targets)
     torch.manual_seed(0)  # A begins random, B as zeros

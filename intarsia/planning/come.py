@@ -21,15 +21,15 @@ from torch import Tensor
 
 from intarsia.anatomy.spec import PARTS, Part
 from intarsia.planning import allocate
-from intarsia.planning.candidates import losses_with
+from intarsia.planning.candidates import Change, losses_of
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step, one_attention_type
 from intarsia.planning.race import mean_loss, race
 from intarsia.planning.repair import reconstruction_error
-from intarsia.planning.scores import channel_sensitivity, piece_scores
+from intarsia.planning.scores import part_scores
 from intarsia.planning.sensitivity import sensitivity_map
 from intarsia.planning.settings import ComeSettings
-from intarsia.recipe.compose import concat_of, merge_of
+from intarsia.recipe.flatten import concat_of, merge_of
 from intarsia.recipe.ops import Op, Select
 
 Counts = tuple[tuple[int, int], ...]
@@ -58,10 +58,18 @@ class Come:
 
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
         """Choose a span, its ratios, and the pieces to keep."""
+        steps = self.steps(model, target, history, 1)
+        return steps[0] if steps else None
+
+    def steps(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]], number: int) -> list[Step]:
+        """The `number` best steps, the best first: fewer where there are not so many, and none where none is allowed.
+
+        CoMe knows one.
+        """
         count = min(self.settings.merge, model.depth - target + 1)
         allowed = [start for start in range(model.depth - count + 1) if self._allowed(model, start, count)]
         if not allowed:
-            return None
+            return []
         influences = [measure.influence for measure in model.measures]
         # Of every layer once, and only of those that are looked at.
         pieces = cache(partial(self._piece_scores, model))
@@ -79,20 +87,28 @@ class Come:
         ranked = sorted(allowed, key=lambda start: (distances[start], start))
         grid: list[dict[str, Any]] | None = None
         if self.posterior:
-            chosen, grid = self._raced(model, {start: scores(start) for start in ranked[: self.settings.spans]})
+            spans = {start: scores(start) for start in ranked[: self.settings.spans]}
+            chosen, grid = self._raced(model, spans, number)
         else:
-            chosen = prior(ranked[0])
-        evidence = {
+            chosen = [(prior(ranked[0]), None)]
+        whole = {
             "influence": influences,
             "span_choice": self.settings.span_choice,
             "span_scores": {str(index): value for index, value in distances.items()},
-            "prior_ratios": self._shares(model, chosen.start, influences[chosen.start : chosen.start + count]),
             **({} if grid is None else {"grid": grid}),
             # Of the whole model, for people to look at.
             **({} if history else {"sensitivity": sensitivity_map(map(pieces, range(model.depth)))}),
-            "counts": {"kv_groups": [c[0] for c in chosen.counts], "channels": [c[1] for c in chosen.counts]},
         }
-        return Step(start=chosen.start, count=count, op=chosen.op, evidence=evidence)
+        steps = []
+        for each, loss in chosen:
+            groups, channels = zip(*each.counts, strict=True)
+            evidence = {
+                **whole,
+                "prior_ratios": self._shares(model, each.start, influences[each.start : each.start + count]),
+                "counts": {"kv_groups": list(groups), "channels": list(channels)},
+            }
+            steps.append(Step(start=each.start, count=count, op=each.op, evidence=evidence, loss=loss))
+        return steps
 
     def reason(self) -> str:
         """Why nothing more can be merged."""
@@ -114,8 +130,8 @@ class Come:
         if self.settings.span_choice == "sleb":
             with model.progress.task("skipping spans", len(allowed)) as task:
                 scores: dict[int, float] = {}
-                for start in allowed:
-                    sums_N = losses_with(model, start, count, [])
+                skips = [Change(start=start, count=count, ops=()) for start in allowed]
+                for start, sums_N in zip(allowed, losses_of(model, skips), strict=True):
                     scores[start] = float(sums_N.sum() / model.counts_N.sum())
                     task.advance()
                 return scores
@@ -139,18 +155,13 @@ class Come:
 
     def _counts(self, model: Intermediate, shares: Sequence[float]) -> Counts:
         groups = allocate.counts(shares, model.anatomy.n_kv_heads)
-        channels = allocate.counts(shares, model.anatomy.n_channels)
+        channels = allocate.counts(shares, model.anatomy.n_pieces("mlp"))
         return tuple(zip(groups, channels, strict=True))
 
     def _piece_scores(self, model: Intermediate, index: int) -> dict[Part, Tensor]:
-        scores: dict[Part, Tensor] = {}
-        for part in PARTS:
-            sums = model.measures[index].channels[part]
-            activation = sums.mean_absolute_C if self.settings.sensitivity == "mean-abs" else sums.root_mean_square_C
-            weight = model.modules[index].get_submodule(model.anatomy.writer(part).module).weight
-            assert isinstance(weight, Tensor)
-            scores[part] = piece_scores(channel_sensitivity(activation, weight), model.anatomy, part)
-        return scores
+        channels, l2 = model.measures[index].channels, self.settings.sensitivity == "l2"
+        with model.resident.awake(model.modules[index]) as module:
+            return {part: part_scores(channels[part], module, model.anatomy, part, l2=l2) for part in PARTS}
 
     def _op(
         self,
@@ -163,7 +174,7 @@ class Come:
         """The layer that keeps each merged layer's most sensitive pieces; with `weight-sum`, their sum by share."""
         if self.settings.combine == "weight-sum":
             return merge_of(model.ops[start : start + len(shares)], shares)
-        totals = {"attention": model.anatomy.n_kv_heads, "mlp": model.anatomy.n_channels}
+        totals = {part: model.anatomy.n_pieces(part) for part in PARTS}
         number = [dict(zip(PARTS, count, strict=True)) for count in chosen]
         return concat_of(
             model.ops[start : start + len(chosen)],
@@ -178,8 +189,12 @@ class Come:
         self,
         model: Intermediate,
         scores: Mapping[int, Sequence[Mapping[Part, Tensor]]],
-    ) -> tuple[Candidate, list[dict[str, Any]]]:
-        """CoMe-P: the span and the ratio of the grid with the least calibration loss, and what every one has shown."""
+        number: int,
+    ) -> tuple[list[tuple[Candidate, float | None]], list[dict[str, Any]]]:
+        """CoMe-P: spans and ratios of the grid with the least calibration loss, and what every one has shown.
+
+        The loss is that of the whole calibration set where more than one is asked for.
+        """
         candidates: dict[tuple[Op, ...], Candidate] = {}
         for start in scores:
             count = len(scores[start])
@@ -190,12 +205,14 @@ class Come:
                 layers = (*model.ops[:start], op, *model.ops[start + count :])
                 candidates.setdefault(layers, Candidate(start=start, counts=counts, shares=shares, op=op))
         tried = list(candidates.values())
+        changes = [Change(start=each.start, count=len(each.counts), ops=(each.op,)) for each in tried]
         spans = f" of {len(scores)} spans" if len(scores) > 1 else ""
         best, sums = race(
             range(len(tried)),
-            lambda i, part: losses_with(model, tried[i].start, len(tried[i].counts), [tried[i].op], sequences=part),
+            lambda some, part: losses_of(model, [changes[index] for index in some], sequences=part),
             model.counts_N,
             racing=self.settings.racing,
+            keep=number,
             progress=model.progress,
             title=f"trying {len(tried)} ratios{spans}",
         )
@@ -208,4 +225,8 @@ class Come:
             }
             for index, candidate in enumerate(tried)
         ]
-        return tried[best], grid
+        if number == 1:
+            return [(tried[best], None)], grid
+        finished = [index for index in sums if sums[index].numel() == len(model.counts_N)]
+        ranked = sorted(finished, key=lambda index: float(sums[index].sum()))[:number]
+        return [(tried[index], mean_loss(sums[index], model.counts_N)) for index in ranked], grid

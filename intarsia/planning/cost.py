@@ -1,7 +1,8 @@
 """What a plan will cost, before it starts.
 
 The unit is a layer-forward over the calibration set. How much of the model lies behind a change is not known before
-it is chosen, so the cost is an upper bound: every change at the front.
+it is chosen, so the cost is an upper bound: every change at the front. Memory is that of the part of the work that
+needs most: a layer on a batch, a loss from logits, or a closed-form fit.
 """
 
 from __future__ import annotations
@@ -9,63 +10,160 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import torch
-
-from intarsia.anatomy.spec import PARTS, Anatomy
-from intarsia.checkpoint.reader import Checkpoint
 from intarsia.healing.closed_form import ClosedFormSettings, closed_form_cost_at_most
 from intarsia.planning.laco import SEQUENCES
 from intarsia.planning.settings import RECONSTRUCTION_TOKENS, ComeSettings, LacoSettings, Settings, layers_at_once
+from intarsia.planning.sizes import BASE_BYTES, JUDGED_TOKENS, LOGIT_BYTES, Held, Sizes
 from intarsia.planning.taylor import LAYERS_A_PASS
-
-_LOGIT_COPIES = 2
-_ACTIVATION_COPIES = 6
-_GRAM_COPIES = 5  # fitted and held-out moments, the system, its factor, the unit matrix
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """Predicted cost of a plan.
 
-    `layer_forwards_at_most`: with every change at the front. `hidden_bytes`: hidden states at every depth, which
-    spill to disk where memory is short. `peak_memory_bytes`: weights, hidden states, logits and activations of a
-    batch, and one merged layer a step. `heal_forwards_at_most`: for the closed form, where it is a part of the job.
+    `layer_forwards_at_most`: with every change at the front; `flops_at_most` of them. `heal_forwards_at_most`: for the
+    closed form, where it is a part of the job. `hidden_bytes`: hidden states at every depth; `spilled_bytes` of them
+    go to files, where memory is short. `peak_memory_bytes`: of the host, with Python and its libraries.
+    `peak_device_bytes`: of the fullest device, where that has memory of its own.
     """
 
     steps: int
     layer_forwards_at_most: int
     heal_forwards_at_most: int | None = None
+    flops_at_most: float
     weight_bytes: int
     hidden_bytes: int
+    spilled_bytes: int
     peak_memory_bytes: int
+    peak_device_bytes: int | None = None
+
+    def words(self) -> str:
+        """What is said before the work begins."""
+        on_device = "" if self.peak_device_bytes is None else f", {_gb(self.peak_device_bytes)} on a device"
+        spilled = f", {_gb(self.spilled_bytes)} of it in files" if self.spilled_bytes else ""
+        return (
+            f"predicted: at most {self.layer_forwards_at_most} layer-forwards; memory {_gb(self.peak_memory_bytes)}"
+            f"{on_device}; hidden states {_gb(self.hidden_bytes)}{spilled}"
+        )
 
 
 def predict(
-    checkpoint: Checkpoint,
+    sizes: Sizes,
     method: str,
     settings: Settings | None,
     *,
     target: int,
     tokens: int,
     seq_len: int,
-    dtype: torch.dtype | None,
-    memory_bytes: int | None,
+    held: Held,
     in_loop: ClosedFormSettings | None = None,
 ) -> Cost:
     """Cost and peak memory of planning from the model's depth down to `target`.
 
     Args:
+        held: how the model is held.
         in_loop: how what a step changes is repaired before the next, if it is.
     """
-    anatomy = checkpoint.anatomy
-    depth = anatomy.n_layers
+    depth = sizes.anatomy.n_layers
+    steps, forwards = _forwards(method, settings, depth, target, tokens, seq_len, in_loop)
+    # Taylor keeps the gradient at one depth besides the hidden states; what measures nothing keeps none of them.
+    kept_depths = 0 if not _once(method, depth) else depth + (2 if method.startswith("taylor") else 1)
+    judged = tokens if in_loop is not None else _reconstructed(settings, tokens)
+    hidden = sizes.hidden(kept_depths * tokens + depth * judged)  # the original's, beside the model's own
+    fit = in_loop or ClosedFormSettings()
+    batch = sizes.batch(min(held.batch_tokens, tokens))
+    work = max(
+        batch,
+        sizes.logits(min(held.batch_tokens, tokens), seq_len),
+        (sizes.moments(judged, fit.held_out) + batch) if judged else 0,
+    )
+    recipe = sizes.fitted(depth - target, attention=depth - target) if in_loop is not None else 0
+    return _with_peaks(
+        Cost(
+            steps=steps,
+            layer_forwards_at_most=forwards,
+            flops_at_most=forwards * sizes.flops(tokens, seq_len),
+            weight_bytes=sizes.weight_bytes,
+            hidden_bytes=hidden,
+            spilled_bytes=max(0, hidden - held.memory_bytes),
+            peak_memory_bytes=0,
+        ),
+        held,
+        weights=held.weights(sizes, made=depth - target + 1),
+        hidden=hidden,
+        work=work,
+        recipe=recipe,
+    )
+
+
+def with_closed_form(
+    cost: Cost, sizes: Sizes, settings: ClosedFormSettings, *, target: int, tokens: int, held: Held
+) -> Cost:
+    """The same with a closed-form repair of the `target` layers on the same tokens, and with what judges it."""
+    depth = sizes.anatomy.n_layers
+    forwards = closed_form_cost_at_most(depth, target, settings, sizes.anatomy)
+    changed = min(target, depth - target)
+    fitted = target if settings.layers == "behind" else changed
+    hidden = sizes.hidden((2 + fitted) * tokens)
+    return _with_peaks(
+        replace(
+            cost,
+            heal_forwards_at_most=forwards + math.ceil(2 * target / settings.held_out),
+            hidden_bytes=max(cost.hidden_bytes, hidden),
+            spilled_bytes=max(cost.spilled_bytes, hidden - held.memory_bytes),
+        ),
+        held,
+        weights=held.weights(sizes, made=changed),
+        hidden=hidden,
+        work=sizes.moments(tokens, settings.held_out) + sizes.batch(min(held.batch_tokens, tokens)),
+        recipe=sizes.fitted(fitted, attention=changed),
+    )
+
+
+def with_judging(cost: Cost, sizes: Sizes, *, target: int, tokens: int, held: Held) -> Cost:
+    """The same with the two models that are compared at the end on so many tokens: both in memory, unless they are
+    streamed."""
+    small = 0 if held.stream else sizes.outside_bytes + target * sizes.layer_bytes
+    tokens = min(tokens, JUDGED_TOKENS)
+    logits = tokens * sizes.anatomy.vocabulary * sizes.itemsize
+    batch = sizes.batch(tokens)
+    # In memory the whole model makes all logits at once, and holds them twice on the way (measured).
+    work = max(min(logits, LOGIT_BYTES), batch) if held.stream else 2 * logits + batch
+    return _with_peaks(cost, held, weights=held.weights(sizes) + small, hidden=0, work=work, recipe=0)
+
+
+def _with_peaks(cost: Cost, held: Held, *, weights: int, hidden: int, work: int, recipe: int) -> Cost:
+    """With the peaks of a further part of the work, where they are higher."""
+    kept = min(hidden, held.memory_bytes) + (0 if held.stream else recipe)  # of a streamed model it goes into files
+    host = BASE_BYTES + kept + (0 if held.apart else weights + work)
+    device = (weights + work) if held.apart else None
+    before = cost.peak_device_bytes
+    return replace(
+        cost,
+        peak_memory_bytes=max(cost.peak_memory_bytes, host),
+        peak_device_bytes=device if before is None or device is None else max(before, device),
+    )
+
+
+def _forwards(
+    method: str,
+    settings: Settings | None,
+    depth: int,
+    target: int,
+    tokens: int,
+    seq_len: int,
+    in_loop: ClosedFormSettings | None,
+) -> tuple[int, int]:
+    """Steps, and layer-forwards at most."""
     width = layers_at_once(settings)
     forwards, steps, current = _once(method, depth), 0, depth
     while current > target:
         count = min(width, current - target + 1)
         after = current - (count - 1)
         if isinstance(settings, ComeSettings):
-            forwards += _come_step(method, settings, current, count, tokens)
+            # The first step has one model before it; behind every step each of the beam is measured.
+            forwards += _come_step(method, settings, current, count, tokens) * (settings.beam if steps else 1)
+            forwards += (settings.beam - 1) * after
         elif isinstance(settings, LacoSettings):
             # Every layer may be tried, with all layers run, on a few sequences; once more, the original model is.
             tried = current * after + (depth if not steps else 0)
@@ -78,49 +176,11 @@ def predict(
             forwards += min(after, 1 if method == "sleb" else 2) * len(in_loop.changed)
             forwards += after + math.ceil(after / in_loop.held_out)
         current, steps = after, steps + 1
-    itemsize = (dtype or checkpoint.headers[f"{anatomy.family.embedding_module}.weight"].dtype).itemsize
-    stored = checkpoint.headers[f"{anatomy.family.embedding_module}.weight"].dtype.itemsize
-    weights = checkpoint.nbytes * itemsize // stored
-    # Taylor keeps the gradient at one depth besides the hidden states; what measures nothing keeps none of them.
-    kept_depths = 0 if not _once(method, depth) else depth + (2 if method.startswith("taylor") else 1)
-    hidden = kept_depths * tokens * anatomy.width * itemsize
-    judged = tokens if in_loop is not None else _reconstructed(settings, tokens)
-    hidden += depth * judged * anatomy.width * itemsize  # the original's, beside the model's own
-    logits = _LOGIT_COPIES * seq_len * anatomy.vocabulary * itemsize
-    activations = _ACTIVATION_COPIES * 2048 * max(anatomy.n_channels, anatomy.width) * 4
-    merged = (depth - target) * anatomy.layer_parameters * itemsize
-    kept = hidden if memory_bytes is None else min(hidden, memory_bytes)
-    return Cost(
-        steps=steps,
-        layer_forwards_at_most=forwards,
-        weight_bytes=weights,
-        hidden_bytes=hidden,
-        peak_memory_bytes=weights + kept + logits + activations + merged + (_grams(anatomy) if judged else 0),
-    )
+    return steps, forwards
 
 
-def with_closed_form(
-    cost: Cost,
-    checkpoint: Checkpoint,
-    settings: ClosedFormSettings,
-    *,
-    target: int,
-    tokens: int,
-    dtype: torch.dtype | None,
-) -> Cost:
-    """The same with a closed-form repair of the `target` layers on the same tokens, and with what judges it."""
-    anatomy = checkpoint.anatomy
-    depth = anatomy.n_layers
-    forwards = closed_form_cost_at_most(depth, target, settings)
-    itemsize = (dtype or checkpoint.headers[f"{anatomy.family.embedding_module}.weight"].dtype).itemsize
-    fitted = target if settings.layers == "behind" else min(target, depth - target)
-    hidden = (1 + fitted) * tokens * anatomy.width * itemsize
-    return replace(
-        cost,
-        heal_forwards_at_most=forwards + math.ceil(2 * target / settings.held_out),
-        hidden_bytes=max(cost.hidden_bytes, hidden),
-        peak_memory_bytes=max(cost.peak_memory_bytes, cost.weight_bytes + hidden + _grams(anatomy)),
-    )
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
 
 
 def _once(method: str, depth: int) -> int:
@@ -128,12 +188,6 @@ def _once(method: str, depth: int) -> int:
     if method in ("magnitude", "magnitude+", "reverse"):
         return 0
     return depth * (1 + LAYERS_A_PASS) if method in ("taylor", "taylor+") else depth
-
-
-def _grams(anatomy: Anatomy) -> int:
-    """Bytes of a closed-form fit's moments."""
-    features = max(anatomy.cut_size(anatomy.writer(part)) for part in PARTS)
-    return 8 * (_GRAM_COPIES * features * features + 2 * features * anatomy.width)
 
 
 def _reconstructed(settings: Settings | None, tokens: int) -> int:

@@ -9,8 +9,9 @@ Shape suffixes: `N` sequences, `T` tokens, `D` residual width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -19,19 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.building.resident import Resident
+from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
-from intarsia.calibration.stats import LayerMeasure, cosines, last_real, require_finite
+from intarsia.calibration.room import Room
+from intarsia.calibration.stats import LayerMeasure
 from intarsia.calibration.stream import LayerStream
-from intarsia.calibration.taps import read_outs
+from intarsia.planning import measuring
 from intarsia.planning.original import Original
-from intarsia.planning.scores import angular_distance
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.ops import Op, Select
 from intarsia.recipe.recipe import Fitted
-
-_CPU_BATCH_TOKENS = 2048
-_CUDA_BATCH_TOKENS = 32768
 
 Tensors: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
 """What is fitted on a layer, by name inside it."""
@@ -57,6 +56,8 @@ class Intermediate:
         fitted: what is fitted on each current layer, or None.
         modules: the current layer modules.
         measures: what each current layer does on the calibration set.
+        batches: goes through the calibration set, as many sequences at a time as the device holds.
+        room: what hidden states may take, for all stores that are needed on the way.
         losses_N: summed next-token loss of each sequence, in nats; `counts_N` the tokens predicted in it.
         layer_forwards: cost so far; a layer run on the whole calibration set once counts 1.
         errors: what `reconstruction_error` found, by where, towards which depth and of what layer, while it is true.
@@ -71,6 +72,7 @@ class Intermediate:
         fitted: Fitted | None = None,
         batch_tokens: int | None = None,
         memory_bytes: int | None = None,
+        folder: Path | None = None,
         reuse_prefix: bool = True,
         behind_final_norm: bool = False,
         progress: Progress | None = None,
@@ -80,7 +82,7 @@ class Intermediate:
         Args:
             fitted: tensors that replace layers' own, by layer.
             batch_tokens: tokens of a forward pass; sensible for the device by default.
-            memory_bytes: what hidden states may take in memory before they spill to disk.
+            memory_bytes: what hidden states may take in memory before they spill to disk, into `folder`.
             reuse_prefix: False runs the whole model for every change and candidate (for benchmarks).
             behind_final_norm: take the last layer's output behind the final norm, as published.
         """
@@ -95,12 +97,12 @@ class Intermediate:
         self.measures: list[LayerMeasure] = []
         self._measured: list[_Layer] = []
         n, t = corpus.input_ids.shape
-        default = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
-        self.batch = max(1, (batch_tokens or default) // t)
+        self.batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=self.progress)
+        self.room = Room(memory_bytes, folder)
         self.losses_N = torch.zeros(n, dtype=torch.float64)
         self.counts_N = torch.zeros(n, dtype=torch.int64)
         self.layer_forwards = 0.0
-        self.hidden = HiddenStore((n, t, self.anatomy.width), resident.model.dtype, memory_bytes=memory_bytes)
+        self.hidden = HiddenStore((n, t, self.anatomy.width), resident.model.dtype, room=self.room)
         self.errors: dict[tuple[int, int, Op], float] = {}
         self._distances: dict[tuple[int, int, str], float] = {}
         self._kept: _Kept | None = None
@@ -130,22 +132,18 @@ class Intermediate:
         valid = start - 1 if self.behind_final_norm and start == self.depth else start
         self._distances = {key: value for key, value in self._distances.items() if key[0] + key[1] <= valid}
         self.errors = {key: value for key, value in self.errors.items() if key[0] <= start}
-        n_batches = len(list(self._slices()))
+        n_batches = len(list(self.batches.over()))
         with self.progress.task(f"measuring {self.depth} layers", (stop - start + whole) * n_batches) as task:
             if start == 0:
-                for part, ids, mask in self.batches():
-                    self.hidden.put(0, part.start, self.stream.enter(ids, mask).h_BTD)
+                self.batches.each(self._enter)
             if self.behind_final_norm and whole and 0 < start == self.depth:
-                self._measure_new_last()
-            for index in range(start, stop):
+                self.measures[-1] = measuring.measure_new_last(self)
+            for index, module in enumerate(self.resident.walk(self.modules[start:stop]), start):
                 task.note(f"layer {index + 1} of {self.depth}")
-                self.measures.append(self._measure_layer(index, task.advance))
-            for part, ids, mask in self.batches() if whole else ():
+                self.measures.append(measuring.measure_layer(self, index, module, task.advance))
+            if whole:
                 task.note("loss")
-                self.losses_N[part], self.counts_N[part] = self.stream.losses(
-                    self.hidden_at(self.depth, part), ids, mask
-                )
-                task.advance()
+                measuring.measure_loss(self, task.advance)
         self._measured = list(zip(self.ops, self.fitted, strict=True))[:stop]
 
     def refresh(self) -> None:
@@ -198,7 +196,9 @@ class Intermediate:
         """Have these tensors, or none, on a layer (`module` with them, where there is one); nothing is run."""
         if fitted is not self.fitted[index]:
             self.fitted[index] = fitted
-            self.modules[index] = module or self.resident.module(self.ops[index], fitted)
+            # A module at rest takes no memory, which one with values does.
+            keep = module if not self.resident.streams else None
+            self.modules[index] = keep or self.resident.module(self.ops[index], fitted)
 
     def replace(self, start: int, count: int, op: Op | None, *, measure: bool = True) -> None:
         """Put one layer (or none) in the place of `count` layers, and re-run what lies behind."""
@@ -217,13 +217,11 @@ class Intermediate:
         if self._original is None or self._original.sequences < sequences:
             if self._original is not None:
                 self._original.close()
-            # Hidden states of the model itself come first.
-            left = self.hidden.memory_bytes - (self.anatomy.n_layers + 1) * self.hidden.depth_bytes
-            self._original = Original(self.resident, self.corpus, sequences=sequences, memory_bytes=max(0, left))
+            self._original = Original(self.resident, self.corpus, sequences=sequences, room=self.room)
             if self._is_original():
                 self._original.copy(self.hidden)
             else:
-                self._original.run(self.stream, batch=self.batch)
+                self._original.run(self.stream, self.batches)
                 self.spend(self.anatomy.n_layers, slice(0, sequences))
         return self._original
 
@@ -237,7 +235,7 @@ class Intermediate:
     @torch.inference_mode()
     def tokens_at(self, depth: int, keep_NT: Tensor) -> Tensor:
         """H^depth of the tokens where `keep_NT` is True: float32 `[K, D]`, on the CPU."""
-        found = [self.hidden_at(depth, part).cpu()[keep_NT[part]].float() for part, _, _ in self.batches()]
+        found = [self.hidden_at(depth, part).cpu()[keep_NT[part]].float() for part, _, _ in self.batches.over()]
         return torch.cat(found)
 
     @torch.inference_mode()
@@ -245,14 +243,7 @@ class Intermediate:
         """SBI of the span of `count` layers from `start`: E[arccos(cos(H^start, H^{start+count}))] / pi."""
         key = (start, count, tokens)
         if key not in self._distances:
-            total, number = 0.0, 0
-            for part, ids, mask in self.batches():
-                before = self.hidden_at(start, part)
-                behind = self._output(start + count, part, ids, mask)
-                keep = last_real(ids, mask) if tokens == "last-token" else mask
-                distance = angular_distance(cosines(before, behind, keep))
-                total, number = total + float(distance.sum()), number + distance.numel()
-            self._distances[key] = total / number
+            self._distances[key] = measuring.mean_distance(self, start, count, tokens)
         return self._distances[key]
 
     def close(self) -> None:
@@ -261,39 +252,8 @@ class Intermediate:
         if self._original is not None:
             self._original.close()
 
-    def _measure_layer(self, index: int, advance: Callable[[], None]) -> LayerMeasure:
-        measure = LayerMeasure()
-        module, source = self.modules[index], self.ops[index].sources[0].layer
-        for part, ids, mask in self.batches():
-            before = self.hidden_at(index, part)
-
-            def receive(where: Literal["attention", "mlp"], x: Tensor, keep: Tensor | None = mask) -> None:
-                measure.channels[where].add(x, keep)
-
-            with read_outs(module, self.anatomy, receive):
-                behind = self.stream.run(module, before, self.stream.calls(ids, mask)[source])
-            require_finite(behind, f"output of layer {index}")
-            self.hidden.put(index + 1, part.start, behind)
-            self.spend(1, part)
-            if self.behind_final_norm and index + 1 == self.depth:
-                behind = self.stream.final_norm(behind, ids, mask)
-            measure.add_stream(before, behind, mask)
-            advance()
-        return measure
-
-    def _measure_new_last(self) -> None:
-        """The influence of a layer that has become the last one: its output now counts behind the final norm."""
-        fresh = LayerMeasure(channels=self.measures[-1].channels)
-        for part, ids, mask in self.batches():
-            behind = self._output(self.depth, part, ids, mask)
-            fresh.add_stream(self.hidden_at(self.depth - 1, part), behind, mask)
-        self.measures[-1] = fresh
-
-    def _output(self, depth: int, part: slice, ids: Tensor, mask: Tensor | None) -> Tensor:
-        h_BTD = self.hidden_at(depth, part)
-        if self.behind_final_norm and depth == self.depth:
-            return self.stream.final_norm(h_BTD, ids, mask)
-        return h_BTD
+    def _enter(self, part: slice, ids: Tensor, mask: Tensor | None) -> None:
+        self.hidden.put(0, part.start, self.stream.enter(ids, mask).h_BTD)
 
     def hidden_at(self, depth: int, part: slice) -> Tensor:
         """H^depth of some sequences, as it was measured."""
@@ -302,18 +262,3 @@ class Intermediate:
     def spend(self, layers: float, part: slice) -> None:
         """Count the cost of running that many layers on some sequences."""
         self.layer_forwards += layers * (part.stop - part.start) / self.corpus.input_ids.shape[0]
-
-    def _slices(self, sequences: slice = slice(None)) -> Iterator[slice]:
-        start, stop, _ = sequences.indices(self.corpus.input_ids.shape[0])
-        for first in range(start, stop, self.batch):
-            yield slice(first, min(first + self.batch, stop))
-
-    def batches(self, sequences: slice = slice(None)) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """The calibration set batch by batch: which sequences, their tokens, and where these are real (None: all)."""
-        for part in self._slices(sequences):
-            mask = self.corpus.mask
-            yield (
-                part,
-                self.corpus.input_ids[part].to(self.resident.device),
-                None if mask is None else mask[part].to(self.resident.device),
-            )

@@ -8,10 +8,13 @@ down by the interval, else by one.
 Deviations. The number of layers is the goal here, in the paper the result: where the pointer comes to the lowest
 layer before the target is reached, the threshold is lowered by 0.05 and the pointer starts at the deepest layers
 again, and the last merge takes only as many layers as are left to remove. (Of two layers this rule keeps just the
-second.) Norm weights and biases are merged like all others; the published notebook leaves the norms of the base. It
-also subtracts the base as it has been changed by then, which makes the sum telescope to the last layer of the merge;
-this follows the formula. Layers of different attention types are never merged. The few sequences are the first ones
-of the calibration set.
+second.) Norm weights and biases are merged like all others; the published notebook leaves the norms of the base.
+Layers of different attention types are never merged. The few sequences are the first ones of the calibration set.
+
+The notebook also subtracts the base as it has been changed by then, so that its sum telescopes to the last layer of the
+merge: what was published as merging drops the others. This follows the formula, which needs layers whose weights are
+alike; where they are not, as in the demo model, its sum is no layer (dev/LOG.md). `LacoSettings.reference` does what
+the notebook does, all but the norms.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from intarsia.planning.candidates import normed_with
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step, one_attention_type
 from intarsia.planning.settings import LacoSettings
-from intarsia.recipe.compose import merge_of
+from intarsia.recipe.flatten import merge_of
 from intarsia.recipe.ops import LayerRef, Op, Select
 
 SEQUENCES = 10
@@ -88,7 +91,10 @@ class Laco:
             "next": behind,
             "tried": {str(index): value for index, value in similarities.items()},
         }
-        return Step(start=start, count=count, op=collapsed(model.ops[start : start + count]), evidence=evidence)
+        return Step(start=start, count=count, op=self._merged(model.ops[start : start + count]), evidence=evidence)
+
+    def _merged(self, ops: Sequence[Op]) -> Op:
+        return ops[-1] if self.settings.reference else collapsed(ops)
 
     def _similarity(self, model: Intermediate, start: int, count: int) -> float:
         """Mean cosine similarity, sequence by sequence, of final hidden states to the original model's."""
@@ -97,7 +103,7 @@ class Laco:
             variant = model.ops[0].sources[0].variant
             whole = [Select(source=LayerRef(variant=variant, layer=layer)) for layer in range(model.anatomy.n_layers)]
             self._reference = normed_with(model, 0, model.depth, whole, sequences=few).flatten(1).float()
-        merged = normed_with(model, start, count, [collapsed(model.ops[start : start + count])], sequences=few)
+        merged = normed_with(model, start, count, [self._merged(model.ops[start : start + count])], sequences=few)
         found_N = torch.nn.functional.cosine_similarity(merged.flatten(1).float(), self._reference, dim=1)
         return float(found_N.double().mean())
 

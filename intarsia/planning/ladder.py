@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.planning.angular import Angular
+from intarsia.planning.beam import descend
 from intarsia.planning.come import Come
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.laco import Laco
@@ -17,13 +17,13 @@ from intarsia.planning.one_shot import OneShot
 from intarsia.planning.planner import Planner
 from intarsia.planning.repair import Repair
 from intarsia.planning.reverse import positions
-from intarsia.planning.run_folder import RunFolder
+from intarsia.planning.run_folder import RunFolder, Wanted
 from intarsia.planning.settings import ComeSettings, LacoSettings, Settings, SlebSettings
 from intarsia.planning.shortgpt import ShortGpt
 from intarsia.planning.sleb import Sleb
 from intarsia.planning.taylor import saliences
+from intarsia.planning.told import describe, repaired, step_line
 from intarsia.recipe.codec import content_hash
-from intarsia.recipe.ops import Concat, Op
 from intarsia.recipe.recipe import Recipe
 
 METHODS = (
@@ -109,6 +109,12 @@ def climb(
     log = run.log()
     history = [entry["evidence"] for entry in log]
     first = recipe.depth
+    if model.depth > target:
+        run.want(Wanted(layers=target))
+        if history:
+            model.progress.say(f"going on at {model.depth} layers, on the way down to {target}")
+    if isinstance(planner, Come) and planner.settings.beam > 1:
+        return descend(planner, model, start, target, run)
     with model.progress.task(f"{first} to {target} layers", first - target) as task:
         task.advance(first - model.depth)
         begun, spent = time.perf_counter(), model.layer_forwards
@@ -119,6 +125,7 @@ def climb(
         while model.depth > target:
             step = planner.decide(model, target, history)
             if step is None:
+                run.want(Wanted(layers=target, stopped=planner.reason()))
                 return planner.reason()
             before, evidence = model.depth, step.evidence
             if step.whole is not None:
@@ -145,34 +152,8 @@ def climb(
                 },
                 recipe,
             )
-            model.progress.say(_line(model, step.start, step.op, planner) + _repaired(evidence))
+            loss = model.loss if planner.progressive else None
+            model.progress.say(step_line(model.depth, step.start, step.op, loss) + repaired(evidence))
             task.advance(before - model.depth)
             begun, spent = time.perf_counter(), model.layer_forwards
     return None
-
-
-def describe(op: Op) -> Mapping[str, Any]:
-    """An op in short, for the log: sources, and how many pieces of each."""
-    if isinstance(op, Concat):
-        return {str(cut.source): {"kv_groups": len(cut.kv_groups), "channels": len(cut.channels)} for cut in op.cuts}
-    return {str(source): "whole" for source in op.sources}
-
-
-def _line(model: Intermediate, start: int, op: Op | None, planner: Planner) -> str:
-    what = "dropped" if op is None else "merged into " + " + ".join(_short(op))
-    loss = f", calibration loss {model.loss:.4f}" if planner.progressive else ""
-    return f"{model.depth} layers: at {start}, {what}{loss}"
-
-
-def _repaired(evidence: Mapping[str, Any]) -> str:
-    repair = evidence.get("repair")
-    if repair is None or repair["held_out_loss"] is None:
-        return ""
-    before, after = repair["held_out_loss"]
-    return f", {'repaired' if repair['taken'] else 'not repaired'}: held-out loss {before:.4f} -> {after:.4f}"
-
-
-def _short(op: Op) -> list[str]:
-    if isinstance(op, Concat):
-        return [f"{cut.source.layer} ({len(cut.kv_groups)} groups, {len(cut.channels)} channels)" for cut in op.cuts]
-    return [f"{source.layer} (whole)" for source in op.sources]

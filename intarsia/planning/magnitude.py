@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from intarsia.building.parameters import parameter_name
 from intarsia.planning.intermediate import Intermediate
 
 PROTECTED = (4, 2)
@@ -20,18 +21,17 @@ PROTECTED = (4, 2)
 def magnitudes(model: Intermediate) -> list[float]:
     """The sum of absolute linear weights of each layer."""
     return [
-        sum(float(_row_sums(weight).sum()) for weight in linear_weights(model, index)) for index in range(model.depth)
+        sum(float(_row_sums(weight).sum()) for weight in linear_weights(model, index))
+        for index, _ in enumerate(model.resident.walk(model.modules))
     ]
 
 
 def linear_weights(model: Intermediate, index: int) -> list[Tensor]:
-    """The weights of a layer's linear modules, in the anatomy's order."""
-    found = []
-    for linear in model.anatomy.linears:
-        weight = model.modules[index].get_submodule(linear.module).weight
-        assert isinstance(weight, Tensor)
-        found.append(weight)
-    return found
+    """The weights of the linear modules of a layer (awake), in the anatomy's order; of experts all together."""
+    anatomy = model.anatomy
+    names = [f"{anatomy.modules(linear)[0]}.weight" for linear in anatomy.linears]
+    parameters = dict.fromkeys(parameter_name(name, anatomy) for name in names)
+    return [model.modules[index].get_parameter(name) for name in parameters]
 
 
 def _row_sums(weight: Tensor) -> Tensor:

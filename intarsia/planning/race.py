@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -21,10 +21,11 @@ _LAST = 2
 
 def race(
     candidates: Sequence[Name],
-    losses: Callable[[Name, slice], Tensor],
+    losses: Callable[[Sequence[Name], slice], Iterable[Tensor]],
     counts_N: Tensor,
     *,
     racing: bool,
+    keep: int = 1,
     progress: Progress,
     title: str,
 ) -> tuple[Name, dict[Name, Tensor]]:
@@ -35,9 +36,10 @@ def race(
 
     Args:
         candidates: distinct; of equal ones the first wins.
-        losses: summed loss of a candidate on each of some sequences, float64.
+        losses: for each of some candidates the summed loss on each of some sequences, float64.
         counts_N: tokens predicted in each sequence.
         racing: False lets all of them run to the end.
+        keep: so many, the best so far, are never given up; if it is more than one they all run to the end.
 
     Returns:
         The best, and the summed losses of each candidate on the sequences it ran on.
@@ -46,16 +48,16 @@ def race(
     alive = list(candidates)
     stages = _parts(counts_N.numel(), racing=racing)
     sizes = [part.stop - part.start for part in stages]
-    with progress.task(title, _length(len(alive), sizes)) as task:
+    with progress.task(title, _length(len(alive), sizes, keep)) as task:
         for part, size in zip(stages, sizes, strict=True):
-            for name in alive:
-                found[name].append(losses(name, part))
+            for name, sums in zip(alive, losses(alive, part), strict=True):
+                found[name].append(sums)
                 task.advance(size)
             number_N = counts_N[: part.stop]
             # A sequence that is nearly all padding predicts nothing, and has no mean.
             means = {name: (torch.cat(found[name]) / number_N)[number_N > 0] for name in alive}
-            alive = _survivors(alive, means) if part.stop < counts_N.numel() else alive
-            if len(alive) == 1:
+            alive = _survivors(alive, means, keep) if part.stop < counts_N.numel() else alive
+            if len(alive) == keep == 1:
                 break
             task.note(f"{len(alive)} left")
     totals = {name: float(torch.cat(found[name]).sum()) for name in alive}
@@ -74,7 +76,7 @@ def _parts(total: int, *, racing: bool) -> list[slice]:
     return [slice(first, stop) for first, stop in zip([0, *stops[:-1]], stops, strict=True)]
 
 
-def _survivors(alive: Sequence[Name], means: Mapping[Name, Tensor]) -> list[Name]:
+def _survivors(alive: Sequence[Name], means: Mapping[Name, Tensor], keep: int) -> list[Name]:
     """The better half of the candidates, less those that are clearly worse than the best, in the order of `alive`.
 
     `means` are losses a token, by sequence. At least two are compared until the end, unless one is clearly best.
@@ -82,16 +84,19 @@ def _survivors(alive: Sequence[Name], means: Mapping[Name, Tensor]) -> list[Name
     if means[alive[0]].numel() < 2:
         return list(alive)
     ranked = sorted(alive, key=lambda name: float(means[name].mean()))
-    half = ranked[: max(_LAST, math.ceil(len(ranked) / 2))]
-    return [name for name in alive if name in half and not _clearly_worse(means[name] - means[ranked[0]])]
+    half = ranked[: max(_LAST, keep, math.ceil(len(ranked) / 2))]
+    safe = ranked[:keep]
+    return [
+        name for name in alive if name in safe or (name in half and not _clearly_worse(means[name] - means[ranked[0]]))
+    ]
 
 
-def _length(candidates: int, sizes: Sequence[int]) -> int:
+def _length(candidates: int, sizes: Sequence[int], keep: int) -> int:
     """Sequences that a race runs at most, for the time left."""
     length = 0
     for size in sizes:
         length += candidates * size
-        candidates = max(min(_LAST, candidates), math.ceil(candidates / 2))
+        candidates = max(min(max(_LAST, keep), candidates), math.ceil(candidates / 2))
     return length
 
 

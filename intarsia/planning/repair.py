@@ -18,13 +18,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from intarsia.building.resident import twin
+from intarsia.calibration.batches import Batches
+from intarsia.calibration.corpus import Corpus
+from intarsia.calibration.hidden import HiddenStore
 from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.healing.correspond import trainable
-from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer, moments
-from intarsia.healing.ridge import choose
+from intarsia.healing.layer_fit import FitBatch, LayerFit, PartFit, as_array, fit_layer, fittable, in_file, passes
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.original import Original
 from intarsia.planning.settings import RECONSTRUCTION_TOKENS
@@ -76,7 +78,7 @@ class Repair:
             "read_outs": [asdict(fit) for fit in fits],
             "taken": bool(changed) and after < before,
             "held_out_loss": [before / tokens, after / tokens],
-            "layer_forwards": len(fits) + spent,
+            "layer_forwards": len(due) * passes(model.anatomy, self.settings.changed) + spent,
         }
 
     def _exchange(self, start: int, count: int, op: Op | None) -> tuple[int, dict[int, int]]:
@@ -97,16 +99,18 @@ class Repair:
     @torch.inference_mode()
     def _fit(self, index: int, original: Original, depth: int) -> list[LayerFit]:
         model = self.model
-        module = twin(model.modules[index])  # fitting must leave the original model alone
-        tensors, fits = fit_layer(
-            module,
-            self.settings.changed,
-            partial(_feed, model, index, model.ops[index], original, depth),
-            index=index,
-            stream=model.stream,
-            anatomy=model.anatomy,
-            rule=self.settings.rule,
-        )
+        with model.resident.awake(model.modules[index]) as awake:
+            module = twin(awake)  # fitting must leave the original model alone
+            tensors, fits = fit_layer(
+                module,
+                self.settings.changed,
+                partial(_feed, model, index, model.ops[index], original, depth),
+                index=index,
+                stream=model.stream,
+                anatomy=model.anatomy,
+                rule=self.settings.rule,
+                keep=lambda weight: in_file(weight, model.room.folder) if model.resident.streams else as_array(weight),
+            )
         if tensors:
             model.fit(index, {**(model.fitted[index] or {}), **tensors}, module)
         return fits
@@ -116,8 +120,9 @@ class Repair:
 def reconstruction_error(model: Intermediate, start: int, count: int, op: Op) -> float:
     """How far a layer in the place of `count` others is from the original at the end of their spans, once it is fitted.
 
-    Down_proj is fitted by the closed form's own rule; the mean of |h - H^b|^2 / |H^b|^2 over held-out tokens. Costs one
-    layer-forward over `RECONSTRUCTION_TOKENS` tokens at most.
+    Down_proj (of a mixture o_proj) is fitted by the closed form's own rule; the mean of |h - H^b|^2 / |H^b|^2 over
+    held-out tokens, as the moments predict it. Costs one
+    layer-forward over `RECONSTRUCTION_TOKENS` tokens at most; two where a norm stands behind down_proj.
     """
     layers = [*model.ops[:start], op, *model.ops[start + count :]]
     end = derive_spans(layers, model.anatomy.n_layers)[start][1]
@@ -126,21 +131,23 @@ def reconstruction_error(model: Intermediate, start: int, count: int, op: Op) ->
         sequences = min(len(model.corpus), max(1, RECONSTRUCTION_TOKENS // model.corpus.seq_len))
         original = model.original(sequences)
         rule = ClosedFormSettings().rule
-        grams = moments(
-            model.resident.module(op),
-            "mlp",
-            lambda: _feed(model, start, op, original, end),
-            stream=model.stream,
-            anatomy=model.anatomy,
-            rule=rule,
-        )
-        model.errors[key] = choose(*grams, rule.ridges, where=f"reconstruction at layer {start}").error_after
+        with model.resident.awake(model.resident.module(op)) as module:
+            fitter = PartFit(
+                module,
+                fittable(("mlp",), model.anatomy)[0],
+                lambda: _feed(model, start, op, original, end),
+                stream=model.stream,
+                anatomy=model.anatomy,
+                rule=rule,
+            )
+            _, _, found = fitter.read_out(f"reconstruction at layer {start}")
+        model.errors[key] = found.error_after
     return model.errors[key]
 
 
 def _feed(model: Intermediate, start: int, op: Op, original: Original, depth: int) -> Iterator[FitBatch]:
     """What a layer in the place of layer `start` is fed, and H^depth of the original, which it should give."""
-    for part, ids, mask in model.batches(slice(0, original.sequences)):
+    for part, ids, mask in model.batches.over(slice(0, original.sequences)):
         model.spend(1, part)
         yield FitBatch(
             rows=part,
@@ -154,15 +161,37 @@ def _feed(model: Intermediate, start: int, op: Op, original: Original, depth: in
 @torch.inference_mode()
 def _losses_behind(model: Intermediate, start: int, rows: Sequence[int]) -> Tensor:
     """Summed loss of some sequences as the layers are now, from H^start as it was measured: float64, `[rows]`."""
-    found = []
-    for first in range(0, len(rows), model.batch):
-        some = list(rows[first : first + model.batch])
-        ids = model.corpus.input_ids[some].to(model.resident.device)
-        mask = None if model.corpus.mask is None else model.corpus.mask[some].to(model.resident.device)
-        calls = model.stream.calls(ids, mask)
-        h_BTD = model.hidden.rows(start, some, model.resident.device)
-        for op, module in zip(model.ops[start:], model.modules[start:], strict=True):
-            h_BTD = model.stream.run(module, h_BTD, calls[op.sources[0].layer])
-        model.spend(model.depth - start, slice(0, len(some)))
-        found.append(model.stream.losses(h_BTD, ids, mask)[0])
+    device, mask = model.resident.device, model.corpus.mask
+    some = Corpus.of(
+        model.corpus.input_ids[list(rows)],
+        mask=None if mask is None else mask[list(rows)],
+        description=model.corpus.description,
+        documents=1,
+    )
+    batches = Batches(some, device, batch_tokens=model.batches.size * some.seq_len, progress=model.progress)
+    states = HiddenStore((len(rows), some.seq_len, model.anatomy.width), model.resident.model.dtype, room=model.room)
+    found: list[Tensor] = []
+
+    def state(part: slice, index: int) -> Tensor:
+        if index > start:
+            return states.get(0, part.start, part.stop, device)
+        return model.hidden.rows(start, rows[part], device)
+
+    def through(index: int, module: nn.Module) -> None:
+        def work(part: slice, ids: Tensor, keep: Tensor | None) -> None:
+            call = model.stream.calls(ids, keep)[model.ops[index].sources[0].layer]
+            states.put(0, part.start, model.stream.run(module, state(part, index), call))
+
+        batches.each(work)
+        model.spend(1, slice(0, len(rows)))
+
+    def last(part: slice, ids: Tensor, keep: Tensor | None) -> None:
+        found.append(model.stream.losses(state(part, model.depth), ids, keep)[0])
+
+    try:
+        for index, module in enumerate(model.resident.walk(model.modules[start:]), start):
+            through(index, module)
+        batches.each(last)
+    finally:
+        states.close()
     return torch.cat(found)

@@ -7,11 +7,12 @@ at, the log and the ladder agree, and the same command continues behind the last
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from intarsia.disk import append_line, full_disk_named, write_whole
 from intarsia.errors import Problem, UserError
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
@@ -19,6 +20,16 @@ from intarsia.recipe.recipe import Recipe
 _SETTINGS = "settings.json"
 _LOG = "log.jsonl"
 _LADDER = "ladder"
+_OTHERS = "beam"
+_WANTED = "wanted.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The depth that a plan was last asked for, and why its planner cannot come to it, where it cannot."""
+
+    layers: int
+    stopped: str | None = None
 
 
 class RunFolder:
@@ -53,13 +64,14 @@ class RunFolder:
         """Begin a run, or continue one that was begun with the same settings.
 
         Raises:
-            UserError: as `offer`.
+            UserError: as `offer`, or the disk is full.
         """
         run = cls.offer(path, settings)
-        path.mkdir(parents=True, exist_ok=True)
-        if not run._file(_SETTINGS).exists():
-            write_whole(run._file(_SETTINGS), json.dumps(_as_json(settings), indent=2) + "\n")
-        run._file(_LADDER).mkdir(exist_ok=True)
+        with full_disk_named(path):
+            path.mkdir(parents=True, exist_ok=True)
+            if not run._file(_SETTINGS).exists():
+                write_whole(run._file(_SETTINGS), json.dumps(_as_json(settings), indent=2) + "\n")
+            run._file(_LADDER).mkdir(exist_ok=True)
         return run
 
     @classmethod
@@ -114,17 +126,67 @@ class RunFolder:
         whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
         return [json.loads(line) for line in whole.splitlines()]
 
-    def append(self, entry: Mapping[str, Any], recipe: Recipe) -> None:
-        """Record a step: its recipe first, then its line."""
+    def append(self, entry: Mapping[str, Any], recipe: Recipe, *, others: Sequence[Recipe] = ()) -> None:
+        """Record a step: its recipe first, and `others` that the run goes on from besides, then its line.
+
+        Raises:
+            UserError: the disk is full. The step does not count then, and whatever was there before is as it was.
+        """
+        if others:
+            with full_disk_named(self.path):
+                self._file(_OTHERS).mkdir(exist_ok=True)
+        for number, other in enumerate(others):
+            codec.save(other, self._other(len(other.layers), number))
         codec.save(recipe, self.recipe_path(len(recipe.layers)))
         path = self._file(_LOG)
         whole = "".join(json.dumps(line) + "\n" for line in self.log())
         if path.exists() and path.read_text(encoding="utf-8") != whole:
             write_whole(path, whole)  # drop the line that a kill cut off
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_as_json(entry)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(path, json.dumps(_as_json(entry)))
+
+    def others(self, layers: int) -> list[Recipe]:
+        """What the run goes on from besides the ladder's recipe of that depth."""
+        entry = next((entry for entry in self.log() if entry["layers"] == layers), {})
+        return [codec.load(self._other(layers, number)) for number in range(len(entry.get("beam", ())) - 1)]
+
+    def want(self, wanted: Wanted) -> None:
+        """Record what is asked for: another depth may be, each time the run goes on.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        if not self._file(_WANTED).exists() or self.wanted() != wanted:
+            write_whole(self._file(_WANTED), json.dumps(asdict(wanted)) + "\n")
+
+    def wanted(self) -> Wanted | None:
+        """What was asked for; None in a run of a version that did not record it.
+
+        Raises:
+            UserError: the file that tells it is damaged.
+        """
+        path = self._file(_WANTED)
+        if not path.exists():
+            target = self.settings().get("target")  # known of some methods even then
+            return None if target is None else Wanted(layers=int(target))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return Wanted(layers=int(found["layers"]), stopped=found.get("stopped"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError.of(
+                where=str(path),
+                expected="the depth that the plan is to come to",
+                found=f"{type(error).__name__}: {error}",
+                remedy="Delete the file; the next `intarsia plan` with the same command writes it again.",
+            ) from error
+
+    def unfinished(self) -> str | None:
+        """How far a plan is that has not come to the depth it was asked for; None where it has, or none is known."""
+        wanted, depths = self.wanted(), self.depths()
+        if wanted is None or (depths and depths[-1] <= wanted.layers):
+            return None
+        reached = f"it has come to {depths[-1]} layers" if depths else "no step is done yet"
+        why = "" if wanted.stopped is None else f" and goes no further: {wanted.stopped}"
+        return f"{reached} on the way down to {wanted.layers}{why}"
 
     def recipe_path(self, layers: int) -> Path:
         """Where the recipe for a depth is (or will be)."""
@@ -141,13 +203,19 @@ class RunFolder:
             UserError: the run did not pass through that depth.
         """
         if layers not in self.depths():
+            unfinished = self.unfinished()
             raise UserError.of(
                 where=str(self.path),
                 expected=f"a depth of the ladder: {', '.join(map(str, self.depths())) or 'none yet'}",
-                found=str(layers),
-                remedy="Choose one of them, or plan further down with the same command and fewer --layers.",
+                found=str(layers) if unfinished is None else f"{layers}, and a plan that is not finished: {unfinished}",
+                remedy="Choose one of them, or plan further down with the same command and fewer --layers."
+                if unfinished is None
+                else "Let `intarsia plan` or `compress` go on with the same command, or choose one of them.",
             )
         return codec.load(self.recipe_path(layers))
+
+    def _other(self, layers: int, number: int) -> Path:
+        return self._file(_OTHERS) / f"layers-{layers:03d}-{number + 2}.yaml"
 
     def _file(self, name: str) -> Path:
         return self.path / name
@@ -156,16 +224,6 @@ class RunFolder:
 def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(value))
     return plain
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or as it was before, whatever instant a run is killed at."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
 
 
 def _is_leftover(entry: Path) -> bool:

@@ -6,9 +6,10 @@ Shape suffixes: `C` channels of a part, `D` residual width, `P` pieces of a part
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from intarsia.anatomy.spec import Anatomy, Part
+from intarsia.calibration.stats import ChannelSums
 
 
 def channel_sensitivity(activation_C: Tensor, weight_DC: Tensor) -> Tensor:
@@ -28,6 +29,25 @@ def piece_scores(sensitivity_C: Tensor, anatomy: Anatomy, part: Part) -> Tensor:
     group are one run.
     """
     return sensitivity_C.reshape(anatomy.n_pieces(part), -1).mean(dim=1)
+
+
+def part_scores(sums: ChannelSums, module: nn.Module, anatomy: Anatomy, part: Part, *, l2: bool = False) -> Tensor:
+    """The score of every piece of a layer's part, `[P]`.
+
+    S_c is the mean size (sum of absolute values) of what channel c adds to the residual stream. An expert's score is
+    the same of what the expert adds, router weight included, and 0 at tokens that are not routed to it; that is what
+    the taps measure of it (`intarsia.calibration.taps`).
+
+    Args:
+        sums: of the read-out's inputs, as the taps see them.
+        l2: root mean squares instead of means.
+    """
+    activation_C = sums.root_mean_square_C if l2 else sums.mean_absolute_C
+    if anatomy.is_mixture(part):
+        return activation_C
+    weight = module.get_submodule(anatomy.writer(part).module).weight
+    assert isinstance(weight, Tensor)
+    return piece_scores(channel_sensitivity(activation_C, weight), anatomy, part)
 
 
 def angular_distance(cosine: Tensor) -> Tensor:

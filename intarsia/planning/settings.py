@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from intarsia.errors import Problem, UserError
@@ -32,6 +32,7 @@ class ComeSettings:
         granularity: steps of the ratio grid of CoMe-P.
         spans: CoMe-P tries the ratios of so many spans, those of least influence; 1 as published.
         racing: CoMe-P drops a ratio as soon as it is clearly worse than the best on part of the calibration set.
+        beam: CoMe-P follows so many paths at once, those of least calibration loss at each depth.
         combine: `concat`, the merged layer keeps pieces of each; two ablations of the paper: `weight-sum`, it is the
             sum of whole layers, weighted by share; `fuse`, the pieces that are left out are added, scaled, onto the
             most similar ones that are kept.
@@ -51,6 +52,7 @@ class ComeSettings:
     granularity: int = 10
     spans: int = 3
     racing: bool = True
+    beam: int = 1
     combine: Literal["concat", "weight-sum", "fuse"] = "concat"
     reference: bool = False
 
@@ -74,6 +76,7 @@ class ComeSettings:
                 ),
                 ("granularity", "a whole number, 1 or more", self.granularity, self.granularity >= 1),
                 ("spans", "a whole number, 1 or more", self.spans, self.spans >= 1),
+                ("beam", "a whole number, 1 or more", self.beam, self.beam >= 1),
             )
             if not right
         ]
@@ -86,7 +89,7 @@ class ComeSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for the run folder."""
-        return asdict(self)
+        return _plain(self, ("beam",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,7 @@ class LacoSettings:
         interval: by how many layers the pointer goes on after a merge (I).
         lowest: the first layer, from 0, that others may collapse into (L).
         highest: layers behind the first so many are not merged at first (H); None: the whole depth.
+        reference: what the published notebook computes instead of the formula: its sum is the last layer of a merge.
     """
 
     merge: int = 4
@@ -121,6 +125,7 @@ class LacoSettings:
     interval: int = 2
     lowest: int = 1
     highest: int | None = None
+    reference: bool = False
 
     def __post_init__(self) -> None:
         problems = [
@@ -144,7 +149,14 @@ class LacoSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for the run folder."""
-        return asdict(self)
+        return _plain(self, ("reference",))
+
+
+def _plain(settings: ComeSettings | LacoSettings, younger: tuple[str, ...]) -> dict[str, Any]:
+    """Settings as plain data. `younger` than some run folders are options that are left out at their defaults."""
+    defaults = {field.name: field.default for field in fields(settings)}
+    found = asdict(settings)
+    return {name: value for name, value in found.items() if name not in younger or value != defaults[name]}
 
 
 Settings: TypeAlias = ComeSettings | SlebSettings | LacoSettings

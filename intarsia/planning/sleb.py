@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from intarsia.planning.candidates import losses_with
+from intarsia.planning.candidates import Change, losses_of
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step
 from intarsia.planning.race import mean_loss, race
@@ -29,7 +29,9 @@ class Sleb:
         """Try the model without each layer."""
         best, sums = race(
             range(model.depth),
-            lambda start, part: losses_with(model, start, 1, [], sequences=part),
+            lambda starts, part: losses_of(
+                model, [Change(start=start, count=1, ops=()) for start in starts], sequences=part
+            ),
             model.counts_N,
             racing=self.settings.racing,
             progress=model.progress,

@@ -35,13 +35,14 @@ def saliences(model: Intermediate) -> list[float]:
     stream = LayerStream(model.resident.model, model.anatomy)
     n, t = model.corpus.input_ids.shape
     predictions = int(model.counts_N.sum())
-    grads = HiddenStore((n, t, model.anatomy.width), model.resident.model.dtype)
+    grads = HiddenStore((n, t, model.anatomy.width), model.resident.model.dtype, room=model.room)
     scores = [0.0] * model.depth
     try:
         with torch.enable_grad(), model.progress.task("gradients", model.depth + 1) as task:
-            _behind_the_last(model, stream, grads)
+            gradients_behind_the_last(model, stream, grads)
             task.advance()
-            for index in reversed(range(model.depth)):
+            backwards = list(reversed(range(model.depth)))
+            for index, _ in zip(backwards, model.resident.walk(model.modules[i] for i in backwards), strict=True):
                 task.note(f"layer {index + 1} of {model.depth}")
                 scores[index] = _through(model, stream, grads, index) / predictions
                 task.advance()
@@ -50,9 +51,9 @@ def saliences(model: Intermediate) -> list[float]:
     return scores
 
 
-def _behind_the_last(model: Intermediate, stream: LayerStream, grads: HiddenStore) -> None:
+def gradients_behind_the_last(model: Intermediate, stream: LayerStream, grads: HiddenStore) -> None:
     """Put the gradient of the summed loss by H^L into `grads`, one sequence at a time: logits are large."""
-    for part, ids_BT, mask_BT in model.batches():
+    for part, ids_BT, mask_BT in model.batches.over():
         h_BTD = model.hidden_at(model.depth, part)
         for row in range(ids_BT.shape[0]):
             rows = slice(row, row + 1)
@@ -84,7 +85,7 @@ def _through(model: Intermediate, stream: LayerStream, grads: HiddenStore, index
     for weight in weights:
         weight.requires_grad_(True)
     try:
-        for part, ids_BT, mask_BT in model.batches():
+        for part, ids_BT, mask_BT in model.batches.over():
             h_BTD = model.hidden_at(index, part).clone().requires_grad_()
             out_BTD = stream.run(module, h_BTD, stream.calls(ids_BT, mask_BT)[source])
             behind_BTD = grads.get(0, part.start, part.stop, h_BTD.device)

@@ -11,6 +11,7 @@ import numpy as np
 
 from intarsia.anatomy.spec import Anatomy, Part
 from intarsia.errors import Problem, UserError
+from intarsia.recipe.mapped_arrays import let_go
 from intarsia.recipe.methods import merge_faults
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, NormMode, Op
 from intarsia.recipe.recipe import VARIANT_NAME, Recipe
@@ -77,7 +78,7 @@ def _shape(base: Anatomy, other: Anatomy) -> Iterator[tuple[str, object, object]
     yield "family", base.family.name, other.family.name
     if base.family.name != other.family.name:
         return
-    for what in ("width", "n_query_heads", "n_kv_heads", "head_dim", "n_channels"):
+    for what in ("width", "n_query_heads", "n_kv_heads", "head_dim", "n_channels", "n_experts"):
         yield what, getattr(base, what), getattr(other, what)
     yield "tensors", sorted(base.layer_shapes()), sorted(other.layer_shapes())
 
@@ -122,6 +123,7 @@ def _check_fitted(recipe: Recipe, base: Anatomy) -> Iterator[Problem]:
                 yield _problem(where, "float32", str(tensor.dtype))
             elif not np.isfinite(tensor).all():
                 yield _problem(where, "finite numbers", "NaN or infinity", "Fit it again.")
+            let_go(tensor)
 
 
 def _check_op(op: Op, where: str, anatomies: Mapping[str, Anatomy], base: Anatomy | None) -> Iterator[Problem]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from intarsia.anatomy.spec import PARTS
+from intarsia.disk import replaced, write_whole
 from intarsia.errors import UserError
 from intarsia.recipe.ops import Cut, LayerRef, Merge, Op, Select
 from intarsia.recipe.parse import parse_recipe
@@ -34,8 +33,9 @@ def save(recipe: Recipe, path: Path) -> None:
     """Write a recipe to `path` (and `<stem>.safetensors`); a file that was there is replaced at once or not at all.
 
     Raises:
-        UserError: the recipe is too long for a file, or a file that is no recipe's stands in the side file's place.
-        OSError: the disk is full, or the folder cannot be written to.
+        UserError: the recipe is too long for a file, a file that is no recipe's stands in the side file's place, or
+            the disk is full.
+        OSError: the folder cannot be written to.
     """
     side = path.with_suffix(".safetensors")
     text, tensors = to_yaml_text(recipe, side_file=side.name)
@@ -48,10 +48,9 @@ def save(recipe: Recipe, path: Path) -> None:
         )
     if tensors:
         refuse_foreign(side)
-        with _Replacing(side) as temporary:
+        with replaced(side) as temporary:
             write_tensors(tensors, temporary)
-    with _Replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    write_whole(path, text)
 
 
 def load(path: Path) -> Recipe:
@@ -186,28 +185,3 @@ def _plain(value: Any) -> Any:
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
     assert value is None or isinstance(value, (bool, int, float)), f"provenance holds a {type(value).__name__}"
     return value
-
-
-class _Replacing:
-    """A temporary file beside `path` that takes its place when the block ends well."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Path:
-        handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
-        os.close(handle)
-        self.temporary = Path(name)
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        try:
-            if kind is None:
-                with self.temporary.open("rb+") as file:
-                    os.fsync(file.fileno())
-                umask = os.umask(0)
-                os.umask(umask)
-                self.temporary.chmod(0o666 & ~umask)  # mkstemp gives the file to its owner alone.
-                os.replace(self.temporary, self.path)
-        finally:
-            self.temporary.unlink(missing_ok=True)

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from intarsia.errors import UserError
+from intarsia.recipe.mapped_arrays import let_go, mapped, write_safetensors
 from intarsia.recipe.values import Values, shown
 
 # One entry alone: safetensors writes several in an order that changes from one writing to the next.
 _MARK = {"intarsia": "recipe"}
-_DTYPES = {"I32", "F32"}
+_DTYPES = {"I32": "<i4", "F32": "<f4"}
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -31,12 +31,13 @@ def tensors_hash(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
         tensor = tensor.astype(tensor.dtype.newbyteorder("<"), copy=False)
         digest.update(json.dumps([name, tensor.dtype.name, list(tensor.shape)]).encode())
         digest.update(tensor.data)
+        let_go(tensors[name])
     return digest.hexdigest()
 
 
 def write_tensors(tensors: Arrays, path: Path) -> None:
     """Write a side file."""
-    save_file(tensors, path, metadata=_MARK)
+    write_safetensors(tensors, path, metadata=_MARK)
 
 
 def read_tensors(path: Path, data: Any, values: Values) -> Arrays | None:
@@ -57,11 +58,13 @@ def read_tensors(path: Path, data: Any, values: Values) -> Arrays | None:
             raise FileNotFoundError(2, "no such file")
         tensors: Arrays = {}
         with safe_open(side, framework="numpy") as file:
+            tensors |= (large := mapped(side, _DTYPES))
             for key in sorted(file.keys()):
                 if file.get_slice(key).get_dtype() not in _DTYPES:
                     values.wrong("tensors.file", "int32 and float32 tensors only", shown(key))
                     return None
-                tensors[key] = file.get_tensor(key)
+                if key not in large:
+                    tensors[key] = file.get_tensor(key)
     except (OSError, SafetensorError) as error:
         found = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         values.wrong("tensors.file", f"the side file {name}", found, "Keep it beside the recipe, as it was written.")

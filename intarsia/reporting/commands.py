@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from intarsia.planning.ladder import settings_of
@@ -25,25 +26,70 @@ def compress_command(settings: Mapping[str, Any], *, out: str, layers: int, heal
     return shlex.join([*words, *_target(layers), *_options(settings), *healed])
 
 
+def compare_command(facts: Mapping[str, Any], *, out: str) -> str | None:
+    """`intarsia compare ...`, from what a comparison records; None where that is not said."""
+    asked = facts.get("asked") or {}
+    if not (asked.get("methods") and asked.get("layers") and facts.get("model")):
+        return None
+    words = ["intarsia", "compare", str(facts["model"]), "-o", out, "--methods", ",".join(asked["methods"])]
+    words += ["--layers", _listed(asked["layers"])]
+    if asked.get("heal", ["none"]) != ["none"]:
+        words += ["--heal", _listed(asked["heal"])]
+    return shlex.join([*words, *_judging(facts, asked), *_general({**facts.get("settings", {}), **_revision(facts)})])
+
+
+def _judging(facts: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    texts = facts.get("eval_texts") or []
+    for text in texts:
+        # A name that was made from a share of a file cannot be given as one.
+        plain = not any(mark in text["name"] for mark in "/\\#:")
+        words += ["--eval-text", f"{text['name']}={text['spec']}" if plain else str(text["spec"])]
+    windows = [str(text["windows"]) for text in texts]
+    for count in [] if set(windows) <= {"64"} else windows if len(set(windows)) > 1 else windows[:1]:
+        words += ["--eval-windows", count]
+    tasks = facts.get("tasks") or []
+    if tasks:
+        words += ["--tasks", _listed(task["spec"] for task in tasks)]
+        words += [] if asked.get("task_layers") is None else ["--task-layers", _listed(asked["task_layers"])]
+        for name in ("limit", "include_path"):
+            given = next((task[name] for task in tasks if task.get(name) is not None), None)
+            words += [] if given is None else [f"--{name.replace('_', '-')}", str(given)]
+    return [*words, *(["--speed"] if asked.get("speed") else [])]
+
+
+def _revision(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {"revision": facts.get("revision")}
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ",".join(map(str, values))
+
+
 def _target(layers: int | None) -> list[str]:
     return [] if layers is None else ["--layers", str(layers)]
 
 
 def _options(settings: Mapping[str, Any]) -> list[str]:
     method = str(settings["method"])
-    words = [] if method == "come" else ["--method", method]
-    for name in _GENERAL:
-        value = settings.get(name)
-        if value is not None and value != _DEFAULTS.get(name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
+    words = [*([] if method == "come" else ["--method", method]), *_general(settings)]
     default = settings_of(method, None)
-    usual = {} if default is None else default.to_dict()
+    usual = {} if default is None else asdict(default)
     prefix = "laco-" if method == "laco" else ""
     for name, value in (settings.get("planner") or {}).items():
         if name not in usual or value == usual[name] or value is None:
             continue
-        option = f"{prefix}{name.replace('_', '-')}"
+        option = name if name == "reference" else f"{prefix}{name.replace('_', '-')}"
         words += _flag(option, value) if isinstance(value, bool) else [f"--{option}", str(value)]
+    return words
+
+
+def _general(settings: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    for name in _GENERAL:
+        value = settings.get(name)
+        if value is not None and value != _DEFAULTS.get(name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
     return words
 
 

@@ -8,20 +8,22 @@ from typing import Any
 
 from intarsia.errors import UserError
 from intarsia.recipe import codec
-from intarsia.reporting import comparison as table_of
-from intarsia.reporting.blocks import Facts, Figure, Ladder, Section, Subject, Table, Tile
-from intarsia.reporting.comparison import DENSE, MEAN, Comparison, Row, figure
+from intarsia.reporting import comparison, comparison_table
+from intarsia.reporting.blocks import Code, Facts, Figure, Ladder, Section, Subject, Table, Tile
+from intarsia.reporting.commands import compare_command
+from intarsia.reporting.comparison import DENSE, MEAN, Comparison, Row
+from intarsia.reporting.comparison_figure import curves, figure
 from intarsia.reporting.dots import Scored, dots_svg
 from intarsia.reporting.picture import Pieces, picture_svg, pieces_of
-from intarsia.reporting.plan_run import written
 from intarsia.reporting.scale import Axis, short
+from intarsia.reporting.wording import written
 
 _ERRORS = 1.96  # standard errors to either side hold 95 %
 
 
 def is_comparison(path: Path) -> bool:
     """Whether a folder holds a comparison."""
-    return (path / table_of.SETTINGS).is_file()
+    return (path / comparison.SETTINGS).is_file()
 
 
 def read(path: Path) -> Subject:
@@ -30,7 +32,7 @@ def read(path: Path) -> Subject:
     Raises:
         UserError: it is damaged.
     """
-    found = table_of.load(path)
+    found = comparison.load(path)
     return Subject(
         path=path,
         title=f"{found.model}: methods compared",
@@ -194,8 +196,8 @@ def _speed(found: Comparison) -> list[Section]:
 def _table(found: Comparison) -> list[Section]:
     if not found.rows:
         return []
-    names = [name for name in table_of.columns(found) if not name.endswith(" stderr")]
-    rows = [[table_of.written_cell(name, row) for name in names] for row in table_of.cells(found)]
+    names = [name for name in comparison_table.columns(found) if not name.endswith(" stderr")]
+    rows = [[comparison_table.written_cell(name, row) for name in names] for row in comparison_table.cells(found)]
     numbers = frozenset(index for index, name in enumerate(names) if name not in ("method", "heal"))
     return [Section(title="All numbers", blocks=[Table(columns=names, rows=rows, numbers=numbers)])]
 
@@ -237,7 +239,7 @@ def _ladders(found: Comparison) -> list[Ladder]:
             ],
         )
         for text in found.eval_texts
-        for rows in table_of.curves(found.rows).values()
+        for rows in curves(found.rows).values()
     ]
 
 
@@ -246,4 +248,6 @@ def _origin(found: Comparison) -> Section:
     pairs += [(name.replace("_", " "), written(value)) for name, value in found.settings.items() if value is not None]
     for text in found.eval_texts:
         pairs.append((f"text {text['name']}", written({k: v for k, v in text.items() if k != "name"})))
-    return Section(title="Where this comes from", blocks=[Facts(pairs=pairs)])
+    command = compare_command(found.facts, out=found.path.name)
+    code = [] if command is None else [Code(text=command)]
+    return Section(title="Where this comes from", blocks=[*code, Facts(pairs=pairs)])

@@ -1,4 +1,4 @@
-"""A comparison of methods on disk, and what is told about it: one table, and quality against size and speed.
+"""A comparison of methods on disk.
 
 A folder with `compare.json` (what was compared, on which texts and tasks) and `rows.jsonl` (one model a line, appended
 as it is measured; the original is the row with method `dense`). A last line that a kill cut off does not count; of two
@@ -7,8 +7,6 @@ lines about the same model the later one does.
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import math
@@ -18,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.errors import UserError
-from intarsia.reporting.chart import Point, Rule, Series, chart, standalone
-from intarsia.reporting.scale import Axis, layers_axis, short
 
 SETTINGS = "compare.json"
 ROWS = "rows.jsonl"
@@ -99,7 +95,7 @@ class Comparison:
     """A comparison as far as it has come.
 
     `texts` and `tasks` are the names of what models are judged on; `asked` are the models that it is to hold in the
-    end, where the folder says so.
+    end, where the folder says so; `facts` is all that it says.
     """
 
     path: Path
@@ -110,6 +106,7 @@ class Comparison:
     tasks: tuple[str, ...]
     rows: tuple[Row, ...]
     asked: tuple[Key, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -143,6 +140,7 @@ def load(path: Path) -> Comparison:
         tasks=tuple(dict.fromkeys(scored)) or tuple(dict.fromkeys(named)),
         rows=rows,
         asked=_asked(facts.get("asked") or {}),
+        facts=facts,
     )
 
 
@@ -180,136 +178,6 @@ def _stderr_of_mean(measures: Sequence[Measure | None]) -> float | None:
     if not known or len(known) < len(errors):
         return None
     return math.sqrt(sum(error * error for error in known)) / len(known)
-
-
-def columns(comparison: Comparison) -> list[str]:
-    """The columns of the table that at least one row has something in."""
-    return list(dict.fromkeys(key for row in comparison.rows for key in _cells(row, comparison)))
-
-
-def cells(comparison: Comparison) -> list[dict[str, Any]]:
-    """The table: a mapping a row, numbers as numbers. What has a standard error has a column for it behind it."""
-    return [_cells(row, comparison) for row in comparison.rows]
-
-
-def as_csv(comparison: Comparison) -> str:
-    """The whole table as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns(comparison), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(cells(comparison))
-    return text.getvalue()
-
-
-def as_markdown(comparison: Comparison) -> str:
-    """The table as Markdown, standard errors beside what they belong to."""
-    names = [name for name in columns(comparison) if not name.endswith(" stderr")]
-    lines = [
-        "| " + " | ".join(name.replace("|", "\\|") for name in names) + " |",
-        "|" + "|".join("---" if name in ("method", "heal", "note") else "---:" for name in names) + "|",
-    ]
-    for row in cells(comparison):
-        written = [written_cell(name, row) for name in names]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in written) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def written_cell(name: str, row: Mapping[str, Any]) -> str:
-    """A cell of the table as a person reads it, with its standard error."""
-    value, error = row.get(name), row.get(f"{name} stderr")
-    if value is None or isinstance(value, str):
-        return value or ""
-    if name == "layers":
-        return str(value)
-    if name in ("parameters", "bytes"):
-        return short(value)
-    digits = ".1f" if abs(value) >= 10 else ".3f"
-    return f"{value:{digits}}" + (f" ± {error:.2g}" if error else "")
-
-
-def _cells(row: Row, comparison: Comparison) -> dict[str, Any]:
-    found: dict[str, Any] = {"method": row.method, "layers": row.layers, "heal": row.heal}
-    found |= {"parameters": row.parameters, "bytes": row.bytes}
-    measures = {text: row.perplexity.get(text) for text in comparison.texts or tuple(row.perplexity)}
-    if row.tasks is not None:
-        measures |= {task: row.score(task) for task in (*comparison.tasks, MEAN)}
-    for name, measure in measures.items():
-        if measure is not None and measure.get("value") is not None:
-            found[name] = measure["value"]
-            found[f"{name} stderr"] = measure.get("stderr")
-    if row.speed is not None:
-        found["decode tokens/s"] = row.decode_tokens_per_s
-        found["prefill tokens/s"] = row.speed.get("prefill_tokens_per_s")
-    for name in ("layer_forwards", "plan_seconds", "heal_forwards", "heal_seconds", "note"):
-        found[name.replace("_", " ")] = getattr(row, name)
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def curves(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The rows of every method and heal, in the order in which they first appear; without the original."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.method != DENSE:
-            found.setdefault((row.method, row.heal), []).append(row)
-    return found
-
-
-def figure(comparison: Comparison, *, against: str = "parameters", quality: str, title: str | None = None) -> str:
-    """Quality of every model, a curve a method (dashed and hollow where it was healed), as SVG for a page.
-
-    Args:
-        against: `parameters`, `layers` or `decode_tokens_per_s`.
-        quality: the name of an evaluation text (perplexity), of a task, or `mean` (of the tasks).
-    """
-    is_text = any(quality in row.perplexity for row in comparison.rows)
-
-    def measure(row: Row) -> Measure | None:
-        return row.perplexity.get(quality) if is_text else row.score(quality)
-
-    def point(row: Row) -> Point | None:
-        found, x = measure(row), getattr(row, against)
-        if found is None or found.get("value") is None or x is None:
-            return None
-        said = f"{row.name}, {row.layers} layers: {found['value']:.4g}"
-        return Point(x=float(x), y=found["value"], error=found.get("stderr"), title=said)
-
-    grouped = curves(comparison.rows)
-    methods = list(dict.fromkeys(method for method, _ in grouped))
-    series = [
-        Series(
-            name=method if (method, "none") in grouped else rows[0].name,
-            points=[each for each in map(point, rows) if each is not None],
-            hue=methods.index(method),
-            dashed=heal != "none",
-            listed=heal == "none" or (method, "none") not in grouped,
-        )
-        for (method, heal), rows in grouped.items()
-    ]
-    by_depth = against == "layers"
-    healed = any(heal != "none" for _, heal in grouped)
-    dense = None if comparison.dense is None else measure(comparison.dense)
-    rules = [] if dense is None or dense.get("value") is None else [Rule(y=dense["value"], name=DENSE)]
-    label = f"perplexity, {quality}" if is_text else f"accuracy, {quality}"
-    return chart(
-        series,
-        x=layers_axis(row.layers for row in comparison.rows if row.method != DENSE) if by_depth else _ACROSS[against],
-        y=Axis(label=label, log=is_text),
-        rules=rules,
-        note="dashed, hollow: healed in closed form" if healed else "",
-        title=title or f"{label} against {_ACROSS[against].label}",
-    )
-
-
-_ACROSS = {
-    "parameters": Axis(label="parameters", write=short),
-    "layers": layers_axis(()),
-    "decode_tokens_per_s": Axis(label="tokens/s written", write=short),
-}
-
-
-def figure_file(comparison: Comparison, *, against: str = "parameters", quality: str) -> str:
-    """`figure` as the text of an SVG file of its own."""
-    return standalone(figure(comparison, against=against, quality=quality))
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -10,27 +10,21 @@ from typing import Any
 from intarsia.anatomy.detect import detect
 from intarsia.anatomy.spec import Anatomy
 from intarsia.building.materialize import RECIPE_FILE
+from intarsia.checkpoint.wrapper import text_config
+from intarsia.disk import write_whole
 from intarsia.errors import UserError
-from intarsia.planning.run_folder import write_whole
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
-from intarsia.reporting.blocks import Code, Facts, Figure, Section, Subject, Tile, Written, table
-from intarsia.reporting.chart import Point, Series, chart
+from intarsia.reporting.blocks import Code, Facts, Section, Subject, Tile, Written
 from intarsia.reporting.commands import compress_command
 from intarsia.reporting.layer_facts import picture_data
+from intarsia.reporting.model_quality import healing_section, quality_sections
 from intarsia.reporting.picture import Pieces
-from intarsia.reporting.plan_run import (
-    PlanRun,
-    duration,
-    evidence_sections,
-    is_plan_run,
-    ladders,
-    load_run,
-    puzzle_section,
-    steps_section,
-    written,
-)
-from intarsia.reporting.scale import Axis, short
+from intarsia.reporting.plan_evidence import evidence_sections
+from intarsia.reporting.plan_folder import PlanRun, is_plan_run, load_run
+from intarsia.reporting.plan_ladder import ladders, steps_section
+from intarsia.reporting.puzzle_section import puzzle_section
+from intarsia.reporting.wording import change, measure, plain_value, written
 
 MEASURES_FILE = RECIPE_FILE.with_name("measures.json")
 """What `compress` has measured, beside the recipe."""
@@ -103,80 +97,10 @@ def read(path: Path, *, generations: Sequence[Written] = ()) -> Subject:
 _WRITTEN = "The likeliest token at every place, so that nothing is left to chance."
 
 
-def quality_sections(facts: Mapping[str, Any]) -> list[Section]:
-    """Before and after, as a table."""
-    before, after = facts.get("before"), facts.get("after")
-    if not before or not after:
-        return []
-    rows = []
-    for key in dict.fromkeys([*before, *after]):
-        old, new = before.get(key), after.get(key)
-        if old is None and new is None:
-            continue
-        rows.append(
-            {
-                "": key.replace("_per_s", ", tokens/s").replace("_", " "),
-                "before": measure(key, old),
-                "after": measure(key, new),
-                "change": change(old, new),
-            }
-        )
-    evaluation = facts.get("evaluation") or {}
-    intro = ""
-    if evaluation.get("text"):
-        intro = (
-            f"Perplexity on {evaluation['text']}: {evaluation.get('windows')} windows of {evaluation.get('seq_len')}"
-        )
-        intro += " tokens, ± one standard error. Speeds of both models were measured in turns."
-    return [Section(title="Before and after", blocks=[table(rows, text_columns=("",))], intro=intro)]
-
-
-def healing_section(heal: Mapping[str, Any]) -> Section | None:
-    """How the cut model was repaired: the stages, and the fit of every read-out."""
-    stages = heal.get("stages") or []
-    if len(stages) < 2:
-        return None
-    rows = [
-        {name.replace("_", " "): "" if value is None else measure(name, value) for name, value in stage.items()}
-        for stage in stages
-    ]
-    blocks: list[Any] = [table(rows, text_columns=("stage", "taken"))]
-    fits = [row for row in heal.get("read_outs") or [] if row.get("ridge") is not None]
-    if fits:
-        blocks.append(_fit_figure(fits))
-    text = heal.get("text") or {}
-    intro = f"On {text.get('tokens', 0):,} tokens of {text.get('description', 'text')}." if text else ""
-    return Section(title="Healing", blocks=blocks, intro=intro)
-
-
-def _fit_figure(fits: Sequence[Mapping[str, Any]]) -> Figure:
-    """Held-out error of every fitted read-out, before and after its fit."""
-    modules = list(dict.fromkeys(str(fit["module"]) for fit in fits))
-    series = [
-        Series(
-            name=f"{module}, {when}",
-            points=[
-                Point(x=fit["layer"], y=fit[key], title=f"layer {fit['layer']} {module} {when}: {fit[key]:.4g}")
-                for fit in fits
-                if fit["module"] == module
-            ],
-            hue=number,
-            dashed=key == "error_before",
-            line=False,
-        )
-        for number, module in enumerate(modules)
-        for key, when in (("error_before", "before"), ("error_after", "after"))
-    ]
-    svg = chart(
-        series, x=Axis(label="output layer", whole=True), y=Axis(label="relative error", zero=True), title="fit error"
-    )
-    return Figure(svg=svg, caption="Error of the hidden state on held-out tokens, before and after each fit.")
-
-
 def _puzzle(path: Path, recipe: Recipe, anatomy: Anatomy, run: PlanRun | None) -> Section:
     depth = len(recipe.layers)
     pieces = Pieces(
-        n_kv_heads=anatomy.n_kv_heads, n_channels=anatomy.n_channels, heads_per_group=anatomy.heads_per_group
+        n_kv_heads=anatomy.n_kv_heads, n_channels=anatomy.n_mlp_pieces, heads_per_group=anatomy.heads_per_group
     )
     fits: dict[int, list[Mapping[str, Any]]] = {}
     for row in (recipe.provenance.get("heal") or {}).get("read_outs") or []:
@@ -227,8 +151,8 @@ def _tiles(facts: Mapping[str, Any], recipe: Recipe) -> list[Tile]:
     return [
         Tile(
             name=name,
-            before=measure(key, _value(before.get(key))),
-            now=measure(key, _value(after.get(key))),
+            before=measure(key, plain_value(before.get(key))),
+            now=measure(key, plain_value(after.get(key))),
             change="" if key == "layers" else change(before.get(key), after.get(key)),
         )
         for key, name in _TILES
@@ -243,34 +167,6 @@ def _notes(facts: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def measure(key: str, value: Any) -> str:
-    """A measure as a person reads it, with its standard error."""
-    if isinstance(value, Mapping):
-        error = value.get("stderr")
-        return measure(key, value.get("value")) + ("" if error is None else f" ± {error:.2g}")
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return written(value)
-    if key.endswith("bytes"):
-        return f"{value / 1e9:.4g} GB" if value >= 1e9 else f"{value / 1e6:.4g} MB"
-    if key.endswith("seconds"):
-        return duration(value)
-    return short(value)
-
-
-def change(old: Any, new: Any) -> str:
-    """How far a number moved, in per cent of where it was."""
-    first, second = _value(old), _value(new)
-    if not all(isinstance(each, int | float) for each in (first, second)) or not first:
-        return ""
-    return f"{second / first - 1:+.1%}"
-
-
-def _value(measured: Any) -> Any:
-    return measured.get("value") if isinstance(measured, Mapping) else measured
-
-
 def _anatomy(path: Path) -> Anatomy:
     where = path / "config.json"
     try:
@@ -279,7 +175,7 @@ def _anatomy(path: Path) -> Anatomy:
         raise UserError.of(
             where=str(where), expected="the config of a model", found=str(error), remedy="Build the model again."
         ) from error
-    return detect(config, where=str(where))
+    return detect(text_config(config, where=str(where)), where=str(where))
 
 
 def _measures(path: Path) -> dict[str, Any]:

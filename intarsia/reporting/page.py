@@ -18,18 +18,19 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from intarsia.disk import write_whole
 from intarsia.errors import Problem, UserError
-from intarsia.planning.run_folder import write_whole
-from intarsia.reporting import compare_run, model_folder, plan_run
+from intarsia.reporting import compare_run, model_folder, plan_folder, plan_run, tailor_run
 from intarsia.reporting.blocks import Ladder, Section, Subject, Written
 from intarsia.reporting.chart import style as chart_style
-from intarsia.reporting.plan_run import ladder_figure
+from intarsia.reporting.plan_ladder import ladder_figure
 
 Generations = Mapping[Path, Sequence[Written]]
 
 _KINDS: Sequence[tuple[Callable[[Path], bool], Callable[[Path], Subject]]] = (
     (compare_run.is_comparison, compare_run.read),
-    (plan_run.is_plan_run, plan_run.read),
+    (tailor_run.is_tailor_run, tailor_run.read),
+    (plan_folder.is_plan_run, plan_run.read),
     (model_folder.is_model_folder, model_folder.read),
 )
 """What can be reported on: how a folder of that kind is known, and what reads it. A further kind is a further line."""
@@ -39,7 +40,7 @@ def write_report(paths: Sequence[Path], out: Path, *, generations: Generations |
     """Write the report of some runs; the file is there whole or as it was before.
 
     Args:
-        paths: run folders of `plan`, comparisons, and model folders that intarsia has built.
+        paths: run folders of `plan` and `tailor`, comparisons, and model folders that intarsia has built.
         generations: what models wrote, by the path of their folder.
 
     Raises:
@@ -161,7 +162,7 @@ def _subject(path: Path, generations: Generations) -> Subject:
             return read(path)
     raise UserError.of(
         where=str(path),
-        expected="a run folder of `intarsia plan`, a comparison, or a model that intarsia has built",
+        expected="a run folder of `intarsia plan` or `tailor`, a comparison, or a model that intarsia has built",
         found="no such folder" if not path.exists() else "something else",
         remedy="Give the folder of a run; of a healing, the model that came out of it.",
     )

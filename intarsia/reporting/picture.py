@@ -27,6 +27,11 @@ class Pieces:
     n_channels: int
     heads_per_group: int | None = None
 
+    @property
+    def n_mlp_pieces(self) -> int:
+        """As an anatomy calls them."""
+        return self.n_channels
+
 
 def pieces_of(recipe: Recipe) -> Pieces:
     """The sizes that a recipe itself tells: every joined layer holds as many pieces as an original one."""

@@ -32,8 +32,8 @@ class Sizes(Protocol):
         """KV groups of attention."""
 
     @property
-    def n_channels(self) -> int:
-        """Channels of the MLP."""
+    def n_mlp_pieces(self) -> int:
+        """Channels of the MLP, or experts of a mixture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +152,9 @@ def _shares(op: Op, anatomy: Sizes) -> list[tuple[LayerRef, float, str]]:
     return [
         (
             cut.source,
-            (len(cut.kv_groups) / anatomy.n_kv_heads + len(cut.channels) / anatomy.n_channels) / 2,
+            (len(cut.kv_groups) / anatomy.n_kv_heads + len(cut.channels) / anatomy.n_mlp_pieces) / 2,
             f"layer {cut.source.layer}: {len(cut.kv_groups)} of {anatomy.n_kv_heads} KV groups, "
-            f"{len(cut.channels)} of {anatomy.n_channels} channels",
+            f"{len(cut.channels)} of {anatomy.n_mlp_pieces} channels",
         )
         for cut in op.cuts
     ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.adapter_open import open_variant
+from intarsia.checkpoint.model_name import hub_id
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.scan import scan
 from intarsia.checkpoint.staging import check_out
@@ -101,6 +102,15 @@ def read_recipe(source: Path, layers: int | None = None) -> Recipe:
                 expected="a run with at least one finished step",
                 found="none yet",
                 remedy="Let `intarsia plan` go on with the same command.",
+            )
+        wanted, unfinished = run.wanted(), run.unfinished()
+        if layers is None and unfinished is not None and wanted is not None and wanted.stopped is None:
+            raise UserError.of(
+                where=str(source),
+                expected="a finished plan, or --layers to choose a depth by",
+                found=f"a plan that is not finished: {unfinished}",
+                remedy="Let it go on with the same command, or name one of its depths with --layers: "
+                f"{', '.join(map(str, depths))}.",
             )
         return run.recipe(depths[-1] if layers is None else layers)
     if layers is not None:
@@ -194,13 +204,13 @@ def card_facts(recipe: Recipe, base: Checkpoint, built: BuildResult, *, title: s
         "picture": PICTURE,
         "model": variant.model,
         "revision": variant.revision,
-        "base_model": None if variant.model == "demo" or Path(variant.model).exists() else variant.model,
+        "base_model": hub_id(variant.model),
         "family": base.anatomy.family.title,
         **{key: provenance[key] for key in ("method", "calibration", "settings") if provenance.get(key)},
         "heal": _heal_facts(provenance.get("heal")),
         "before": {"layers": recipe.depth, "parameters": base.parameters, "bytes": base.nbytes},
         "after": {"layers": built.layers, "parameters": built.parameters, "bytes": built.bytes},
-        "approximations": base.anatomy.family.approximations if merged else (),
+        "approximations": base.anatomy.approximations if merged else (),
         "recipe_sha256": built.recipe_sha256,
         "versions": provenance.get("versions") or versions(),
         "source_card": source_card.read_text(encoding="utf-8", errors="replace") if source_card.is_file() else None,

@@ -7,13 +7,13 @@ A model counts as measured when its whole line is there, so a comparison that wa
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from intarsia.disk import append_line, write_whole
 from intarsia.errors import UserError
-from intarsia.planning.run_folder import differences, write_whole
+from intarsia.planning.run_folder import differences
 from intarsia.reporting.comparison import ROWS, SETTINGS
 
 PLANS = "plans"
@@ -72,10 +72,7 @@ class CompareFolder:
         whole = "".join(json.dumps(line) + "\n" for line in self._lines())
         if self._rows.exists() and self._rows.read_text(encoding="utf-8") != whole:
             write_whole(self._rows, whole)  # drop the line that a kill cut off
-        with self._rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._rows, json.dumps(row))
         self.rows[key_of(row)] = dict(row)
 
     def plan(self, name: str) -> Path:

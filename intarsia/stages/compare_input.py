@@ -15,6 +15,7 @@ from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.planning.cost import predict, with_closed_form
 from intarsia.planning.ladder import planner_of
 from intarsia.planning.settings import layers_at_once
+from intarsia.planning.sizes import Held, Sizes
 from intarsia.stages.compare_methods import Entrant
 from intarsia.stages.repair import HEALS
 from intarsia.stages.source import Source
@@ -138,15 +139,15 @@ def predicted_cost(entrant: Entrant, source: Source, depths: Sequence[int], heal
     shared = source.checkpoint.anatomy.n_layers if planner.measures or planner.progressive else 0
     forwards, heal_forwards, peak = 0, 0, 0
     for target in depths:
+        sizes = Sizes.of(source.checkpoint, source.dtype)
         cost = predict(
-            source.checkpoint,
+            sizes,
             entrant.method,
             entrant.settings,
             target=target,
             tokens=source.tokens,
             seq_len=source.seq_len,
-            dtype=source.dtype,
-            memory_bytes=None,
+            held=Held.on(source.device),
             in_loop=entrant.in_loop,
         )
         if target in targets:
@@ -157,7 +158,7 @@ def predicted_cost(entrant: Entrant, source: Source, depths: Sequence[int], heal
         if "closed-form" in heals:
             settings = ClosedFormSettings()
             healed = with_closed_form(
-                cost, source.checkpoint, settings, target=target, tokens=source.tokens, dtype=source.dtype
+                cost, sizes, settings, target=target, tokens=source.tokens, held=Held.on(source.device)
             )
             heal_forwards += healed.heal_forwards_at_most or 0
             peak = max(peak, healed.peak_memory_bytes)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from intarsia.reporting.comparison import MEAN, Comparison, as_csv, as_markdown, figure_file, load
+from intarsia.disk import write_whole
+from intarsia.reporting.comparison import MEAN, Comparison, load
+from intarsia.reporting.comparison_figure import figure_file
+from intarsia.reporting.comparison_table import as_csv, as_markdown
 from intarsia.reporting.page import write_report
 from intarsia.stages.report import REPORT
 
@@ -18,7 +21,7 @@ def write_outputs(out: Path) -> tuple[Path, ...]:
     files = {f"{_TABLE}.csv": as_csv(comparison), f"{_TABLE}.md": as_markdown(comparison)}
     files |= _figures(comparison)
     for name, text in files.items():
-        (out / name).write_text(text, encoding="utf-8")
+        write_whole(out / name, text)
     write_report([out], out / REPORT)
     return tuple(out / name for name in (*files, REPORT))
 

@@ -87,7 +87,7 @@ class Work:
             begun, then = time.perf_counter(), time.time()
             repair = repaired(run, cut, self.source, settings=settings, batch_tokens=self.batch_tokens)
             recipe, where = repair.recipe, repair.path
-            extra["heal_forwards"] = closed_form_cost(cut, settings)
+            extra["heal_forwards"] = closed_form_cost(cut, settings, self.source.checkpoint.anatomy)
             if repair.path.stat().st_mtime >= then - 1.0:  # else it was there, and what it took is not known
                 extra["heal_seconds"] = time.perf_counter() - begun
             if not repair.taken:

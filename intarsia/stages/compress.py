@@ -11,19 +11,21 @@ from typing import Any
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.checkpoint.staging import check_out
+from intarsia.disk import write_whole
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.perplexity import eval_corpus
 from intarsia.healing.closed_form import ClosedFormSettings
-from intarsia.planning.cost import Cost, with_closed_form
+from intarsia.planning.cost import Cost, with_closed_form, with_judging
 from intarsia.planning.settings import Settings
+from intarsia.planning.sizes import Held, Sizes
 from intarsia.progress import Progress, Silent
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
 from intarsia.stages.build import build_recipe, card_facts, read_recipe
 from intarsia.stages.judge import Measures, held_out_text, measured
-from intarsia.stages.plan import check_method, plan_source
+from intarsia.stages.plan import PlanResult, check_method, plan_source
 from intarsia.stages.repair import HEALS, Repaired, repaired
 from intarsia.stages.report import REPORT, report_compression
 from intarsia.stages.source import Source
@@ -85,9 +87,13 @@ def compress(
     settings: Settings | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    devices: Sequence[str] = (),
+    stream: bool = False,
+    memory_bytes: int | None = None,
     batch_tokens: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> CompressResult:
@@ -105,6 +111,8 @@ def compress(
         heal_in_loop: repair what each step changes the same way, before the next; for progressive methods.
         eval_text: what perplexity is measured on. Without one, text like the calibration's that was not part of it.
         run: the run folder; beside `out` by default.
+        devices, stream, memory_bytes: as for `plan`. Of a streamed model speed is not measured.
+        max_shard_bytes: how large a weight file may be.
         dry_run: predict cost and memory, and do nothing.
 
     Raises:
@@ -131,6 +139,9 @@ def compress(
         seed=seed,
         device=device,
         dtype=dtype,
+        devices=devices,
+        stream=stream,
+        memory_bytes=memory_bytes,
         progress=progress,
     )
     corpus = None
@@ -147,11 +158,13 @@ def compress(
         batch_tokens=batch_tokens,
         dry_run=dry_run,
     )
-    predicted = planned.predicted
-    if heal == "closed-form":
-        predicted = with_closed_form(
-            predicted, source.checkpoint, closed_form, target=planned.target, tokens=tokens, dtype=source.dtype
-        )
+    predicted = _predicted(
+        planned,
+        source,
+        closed_form if heal == "closed-form" else None,
+        batch_tokens,
+        judged=tokens // 8 if corpus is None else corpus.input_ids.numel(),
+    )
     result = CompressResult(
         model=model,
         method=method,
@@ -179,8 +192,10 @@ def compress(
         recipe = repair.recipe
     overwrite = overwrite or unjudged == codec.content_hash(recipe)
     check_out(out, overwrite=overwrite)  # what this run built for another depth is not replaced
-    (run / _JUDGING).write_text(codec.content_hash(recipe), encoding="utf-8")
-    built = build_recipe(recipe, out, overwrite=overwrite, progress=progress)
+    write_whole(run / _JUDGING, codec.content_hash(recipe))
+    if stream:
+        source.release()  # what is outside the layers would be mapped twice
+    built = build_recipe(recipe, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress)
 
     if eval_text is None:
         corpus = held_out_text(source)
@@ -190,7 +205,7 @@ def compress(
     facts = card_facts(recipe, dense, built, title=out.name)
     facts |= {"before": before.to_dict(), "after": after.to_dict()}
     facts["evaluation"] = None if corpus is None else f"{corpus.description}, {len(corpus)} windows of {seq_len} tokens"
-    (out / "README.md").write_text(model_card(facts), encoding="utf-8")
+    write_whole(out / "README.md", model_card(facts))
     done = replace(
         result,
         before=before,
@@ -206,6 +221,30 @@ def compress(
     report_compression(out, done.to_dict(), corpus)
     (run / _JUDGING).unlink(missing_ok=True)
     return done
+
+
+def _predicted(
+    planned: PlanResult,
+    source: Source,
+    closed_form: ClosedFormSettings | None,
+    batch_tokens: int | None,
+    *,
+    judged: int,
+) -> Cost:
+    """Cost and memory of the whole job: planning, healing, and judging what came out on so many tokens."""
+    sizes, target = Sizes.of(source.checkpoint, source.dtype), planned.target
+    where = source.placement
+    held = Held.on(
+        source.device,
+        stream=where.stream,
+        memory_bytes=where.memory_bytes,
+        devices=len(where.devices),
+        batch_tokens=batch_tokens,
+    )
+    cost = planned.predicted
+    if closed_form is not None:
+        cost = with_closed_form(cost, sizes, closed_form, target=target, tokens=source.tokens, held=held)
+    return with_judging(cost, sizes, target=target, tokens=judged, held=held)
 
 
 def _bare(cut: Recipe, repair: Repaired | None) -> Recipe | None:

@@ -32,7 +32,7 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.stages.build import build_recipe, open_variants, read_recipe
 from intarsia.stages.heal_record import StageResult, Texts
 from intarsia.stages.heal_stages import STAGES, Healing
-from intarsia.stages.setup import device_of, dtype_of
+from intarsia.stages.placement import placement
 
 Stages = Sequence[str]
 
@@ -85,8 +85,11 @@ def heal(
     scheduler: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    stream: bool = False,
+    memory_bytes: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
     progress: Progress | None = None,
 ) -> HealResult:
     """Repair a built model or a recipe, and build what comes out.
@@ -105,6 +108,9 @@ def heal(
         lora, log: as in `EndToEndSettings`; they win over those.
         scheduler: trains layers on Dask workers: a scheduler's address, or `local`.
         run: the run folder; beside `out` by default.
+        max_shard_bytes: how large a weight file may be.
+        stream: keep one layer in memory at a time (not for end-to-end training).
+        memory_bytes: what hidden states may take in memory; the rest goes to files in the run folder.
 
     Raises:
         UserError: something about the input cannot be used.
@@ -114,12 +120,13 @@ def heal(
     progress = (progress or Silent()) if main else Silent()
     source, out = Path(source), Path(out)
     run = out.with_name(f"{out.name}.heal") if run is None else Path(run)
-    _check_stages(stages)
+    _check_stages(stages, stream=stream)
     if main:
         check_out(out, overwrite=overwrite)
     end_to_end = replace(end_to_end or EndToEndSettings(), seed=seed)
     end_to_end = replace(end_to_end, lora=lora or end_to_end.lora, log=log or end_to_end.log)
-    where = _own_device(device_of(device))
+    placed = placement(device=device, dtype=dtype, stream=stream, memory_bytes=memory_bytes)
+    where = _own_device(placed.device)
     barrier: Callable[[], None] = lambda: None  # noqa: E731
     if "end-to-end" in stages or launch.world_size() > 1:
         barrier = launch.accelerator(device=where, log=end_to_end.log, folder=run).wait_for_everyone
@@ -139,8 +146,7 @@ def heal(
         variants=variants,
         teacher=None if teacher is None else taught,
         run=run,
-        device=where,
-        dtype=dtype_of(dtype),
+        placement=replace(placed, devices=(where,)),
         closed_form=closed_form or ClosedFormSettings(),
         layerwise=replace(layerwise or LayerwiseSettings(), seed=seed),
         end_to_end=end_to_end,
@@ -175,7 +181,7 @@ def heal(
     final = results[-1].recipe
     final = replace(final, provenance={**recipe.provenance, "heal": _provenance(settings, texts.train, results)})
     if main:
-        build_recipe(final, out, overwrite=overwrite, progress=progress)
+        build_recipe(final, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress)
     barrier()
     return HealResult(
         source=source,
@@ -209,7 +215,14 @@ def read_source(source: Path) -> Recipe:
     return read_recipe(source)
 
 
-def _check_stages(stages: Stages) -> None:
+def _check_stages(stages: Stages, *, stream: bool) -> None:
+    if stream and "end-to-end" in stages:
+        raise UserError.of(
+            where="--stream",
+            expected="stages that look at one layer at a time: closed-form, layerwise",
+            found="end-to-end, which trains all layers at once",
+            remedy="Leave --stream out, or end-to-end.",
+        )
     wrong = [stage for stage in stages if stage not in STAGES]
     if wrong or not stages or len(set(stages)) != len(stages):
         raise UserError.of(

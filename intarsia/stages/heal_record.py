@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.calibration.corpus import Corpus
-from intarsia.healing.state_file import full_disk_named
+from intarsia.disk import full_disk_named, write_whole
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
 
@@ -66,9 +66,7 @@ def write_result(record: Path, result: StageResult) -> None:
         facts = {
             field: getattr(result, field) for field in ("stage", "quality", "taken", "tokens", "seconds", "details")
         }
-        staging = record.with_suffix(".part")
-        staging.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-        staging.replace(record.with_suffix(".json"))
+        write_whole(record.with_suffix(".json"), json.dumps(facts) + "\n")
 
 
 def read_result(record: Path) -> StageResult:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+from transformers import PreTrainedModel
 
 from intarsia.building.resident import Resident, load_model
 from intarsia.calibration.corpus import load_corpus
@@ -27,6 +27,7 @@ from intarsia.healing.whole_training import lesson_depths
 from intarsia.progress import Progress
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.heal_record import StageResult, Texts, read_result, write_result
+from intarsia.stages.placement import Placement, refuse_self_text
 from intarsia.stages.setup import load_tokenizer
 
 CUT = "cut"  # the model as it came
@@ -44,8 +45,7 @@ class Healing:
     variants: Mapping[str, Checkpoint]
     teacher: Checkpoint | None
     run: Path
-    device: torch.device
-    dtype: torch.dtype | None
+    placement: Placement
     closed_form: ClosedFormSettings
     layerwise: LayerwiseSettings
     end_to_end: EndToEndSettings
@@ -60,13 +60,13 @@ class Healing:
 
     @cached_property
     def resident(self) -> Resident:
-        """The base in memory."""
-        return Resident(self.base, device=self.device, dtype=self.dtype)
+        """The base in memory; of a streamed one all but its layers."""
+        return self.placement.resident(self.base)
 
     @cached_property
     def teaching(self) -> Resident:
         """The teacher in memory."""
-        return self.resident if self.teacher is None else Resident(self.teacher, device=self.device, dtype=self.dtype)
+        return self.resident if self.teacher is None else self.placement.resident(self.teacher)
 
     @cached_property
     def teacher_sha256(self) -> str:
@@ -104,7 +104,7 @@ class Healing:
             tokens=tokens,
             seq_len=seq_len,
             seed=seed,
-            model_for_self=lambda: self.resident.model,
+            model_for_self=self._writer,
             self_cache_key=scan(self.base, self.progress),
             progress=self.progress,
         )
@@ -116,6 +116,11 @@ class Healing:
             fit=train.take(max(1, min(len(train), fit_tokens // seq_len))),
             evaluation=tuple(eval_corpus(text, tokenizer, seq_len=seq_len, windows=eval_windows) for text in eval_text),
         )
+
+    def _writer(self) -> PreTrainedModel:
+        if self.placement.stream:
+            raise refuse_self_text("--data")
+        return self.resident.model
 
     def run_stages(self, stages: Sequence[str], texts: Texts) -> list[StageResult]:
         """Run the stages, or find what an earlier run has finished; the first result is the model as it came.
@@ -149,7 +154,14 @@ class Healing:
         texts: Texts,
     ) -> StageResult:
         """A stage's recipe with its quality; or the recipe before it, where the stage made it no better."""
-        found = quality(recipe, self.resident, texts.held_out, texts.evaluation, progress=self.progress).to_dict()
+        found = quality(
+            recipe,
+            self.resident,
+            texts.held_out,
+            texts.evaluation,
+            room=self.placement.room(self.run),
+            progress=self.progress,
+        ).to_dict()
         corpus = texts.fit if stage == "closed-form" else texts.train
         taken = True
         if results:
@@ -173,7 +185,14 @@ class Healing:
         if stage == CUT:
             return recipe, []
         if stage == "closed-form":
-            return closed_form.fit(recipe, self.resident, texts.fit, settings=self.closed_form, progress=self.progress)
+            return closed_form.fit(
+                recipe,
+                self.resident,
+                texts.fit,
+                settings=self.closed_form,
+                room=self.placement.room(self.run),
+                progress=self.progress,
+            )
         if stage == "layerwise":
             return self._layerwise(recipe, texts, folder)
         return end_to_end.train(
@@ -182,7 +201,7 @@ class Healing:
             texts.train,
             texts.held_out,
             folder=folder,
-            device=self.device,
+            device=self.placement.device,
             teacher=lambda: self._whole_teacher(recipe),
             teacher_sha256=self.teacher_sha256,
             settings=self.end_to_end,
@@ -201,6 +220,7 @@ class Healing:
                 teacher=self.teaching,
                 folder=folder,
                 cluster=cluster,
+                memory_bytes=self.placement.memory_bytes,
                 progress=self.progress,
             )
 
@@ -213,6 +233,8 @@ class Healing:
         # The first process has the original in memory already.
         checkpoint = self.teacher or self.base
         model = (
-            self.teaching.model if launch.rank() == 0 else load_model(checkpoint, device=self.device, dtype=self.dtype)
+            self.teaching.model
+            if launch.rank() == 0
+            else load_model(checkpoint, device=self.placement.device, dtype=self.placement.dtype)
         )
         return Teacher(model, checkpoint.anatomy, lesson_depths(recipe, self.end_to_end))

@@ -9,8 +9,8 @@ from typing import Any
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.planning.ladder import describe
 from intarsia.planning.run_folder import RunFolder
+from intarsia.planning.told import describe
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
 
@@ -61,15 +61,18 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "share_of_a_layer": f"{anatomy.layer_parameters / checkpoint.parameters:.2%} of all parameters",
         "bytes": checkpoint.nbytes,
         "kv_groups": f"{anatomy.n_kv_heads} a layer, {anatomy.heads_per_group} query heads of {anatomy.head_dim} each",
-        "mlp_channels": f"{anatomy.n_channels} a layer",
+        "mlp_channels": f"{anatomy.n_channels} a layer"
+        if not anatomy.n_experts
+        else f"{anatomy.n_experts} experts a layer, {anatomy.n_channels} channels each; pieces are experts",
+        **({"attention_and_mlp": "side by side, on one residual stream"} if anatomy.parallel else {}),
         "vocabulary": anatomy.vocabulary,
         "tied_embeddings": anatomy.tied,
     }
     if anatomy.layer_types is not None:
         kinds = list(dict.fromkeys(anatomy.layer_types))
         facts["layer_types"] = ", ".join(f"{kind}: {anatomy.layer_types.count(kind)}" for kind in kinds)
-    if anatomy.family.approximations:
-        facts["not_exact_when_merged"] = list(anatomy.family.approximations)
+    if anatomy.approximations:
+        facts["not_exact_when_merged"] = list(anatomy.approximations)
     return facts
 
 
@@ -112,4 +115,10 @@ def _run_facts(run: RunFolder) -> dict[str, Any]:
         for entry in run.log()
     ]
     keys = ("model", "method", "calibration", "tokens", "seq_len")
-    return {**{key: settings.get(key) for key in keys}, "steps": steps}
+    wanted, unfinished = run.wanted(), run.unfinished()
+    return {
+        **{key: settings.get(key) for key in keys},
+        "target": None if wanted is None else wanted.layers,
+        **({} if unfinished is None else {"not_finished": unfinished}),
+        "steps": steps,
+    }

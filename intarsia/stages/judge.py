@@ -11,15 +11,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from intarsia.building.resident import load_model
+from intarsia.building.resident import Resident, load_model
 from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
+from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.evaluation.result import Perplexity, Speed
 from intarsia.evaluation.speed import compare_speed
-from intarsia.healing.quality import Chain
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.stages.source import Source
 
 _SHARE_OF_FREE = 0.8
@@ -28,7 +28,8 @@ _HELD_OUT = 8  # without an evaluation text, this fraction of the calibration's 
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """What is compared before and after. `bytes` are those of the weights; speeds are tokens a second.
+    """What is compared before and after. `bytes` are those of the weights; speeds are tokens a second, None where they
+    are not measured.
 
     `perplexity_without_heal`: of the cut model as it was before it was healed.
     """
@@ -38,8 +39,8 @@ class Measures:
     bytes: int
     perplexity: Perplexity | None
     perplexity_without_heal: Perplexity | None = None
-    prefill_per_s: float
-    decode_per_s: float
+    prefill_per_s: float | None
+    decode_per_s: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -63,6 +64,8 @@ def measured(
         unhealed: the recipe before it was healed, whose perplexity is told too; None where nothing was healed.
     """
     dense, progress = source.checkpoint, source.progress
+    if source.placement.stream:
+        return _streamed(source, small, corpus, unhealed)
     more = small.nbytes + (0 if source.in_memory else dense.nbytes)
     together = more < _free_bytes(source.device) * _SHARE_OF_FREE
     if not together:
@@ -88,14 +91,38 @@ def measured(
     )
 
 
-def _measures(checkpoint: Checkpoint, speed: Speed, found: Perplexity | None) -> Measures:
+def _streamed(
+    source: Source, small: Checkpoint, corpus: Corpus | None, unhealed: Recipe | None
+) -> tuple[Measures, Measures]:
+    """Perplexity alone, layer by layer: how fast a streamed model is says nothing of how fast it is in memory."""
+    source.progress.say("the models are streamed: their speeds are not measured")
+
+    def judged(recipe: Recipe, resident: Resident) -> Perplexity | None:
+        chain = Chain(recipe, resident, room=source.placement.room())
+        return None if corpus is None else perplexity(chain, corpus, progress=source.progress)
+
+    before = judged(_whole(source.checkpoint), source.resident)
+    without = None if unhealed is None else judged(unhealed, source.resident)
+    source.release()
+    after = judged(_whole(small), source.placement.resident(small))
+    return (
+        _measures(source.checkpoint, None, before),
+        replace(_measures(small, None, after), perplexity_without_heal=without),
+    )
+
+
+def _whole(checkpoint: Checkpoint) -> Recipe:
+    return identity(Variant(name="base", model=checkpoint.model), checkpoint.anatomy.n_layers)
+
+
+def _measures(checkpoint: Checkpoint, speed: Speed | None, found: Perplexity | None) -> Measures:
     return Measures(
         layers=checkpoint.anatomy.n_layers,
         parameters=checkpoint.parameters,
         bytes=checkpoint.nbytes,
         perplexity=found,
-        prefill_per_s=speed.prefill_tokens_per_s,
-        decode_per_s=speed.decode_tokens_per_s,
+        prefill_per_s=None if speed is None else speed.prefill_tokens_per_s,
+        decode_per_s=None if speed is None else speed.decode_tokens_per_s,
     )
 
 

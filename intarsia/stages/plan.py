@@ -10,15 +10,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from intarsia.checkpoint.model_name import lasting
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.planning.beam import check_beam
 from intarsia.planning.cost import Cost, predict
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import METHODS, climb, planner_of, progressive_methods, settings_of
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, Settings, layers_at_once
+from intarsia.planning.sizes import Held, Sizes
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.stages.setup import check_seq_len
@@ -80,6 +83,9 @@ def plan(
     revision: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    devices: Sequence[str] = (),
+    stream: bool = False,
+    memory_bytes: int | None = None,
     batch_tokens: int | None = None,
     seed: int = 0,
     dry_run: bool = False,
@@ -98,6 +104,9 @@ def plan(
         settings: of the method; its defaults where they are not given, or are another method's.
         heal_in_loop: repair what each step changes in closed form, before the next; for progressive methods.
         calibration: see `intarsia.calibration.corpus.load_corpus`.
+        devices: lay the layers over several devices.
+        stream: keep one layer in memory at a time, read from the files when it is needed.
+        memory_bytes: what hidden states may take in memory; the rest goes to files in the run folder.
         dry_run: predict cost and memory, and do nothing.
 
     Raises:
@@ -113,6 +122,9 @@ def plan(
         seed=seed,
         device=device,
         dtype=dtype,
+        devices=devices,
+        stream=stream,
+        memory_bytes=memory_bytes,
         progress=progress or Silent(),
     )
     return plan_source(
@@ -173,17 +185,23 @@ def plan_source(
     begun = time.perf_counter()
     progress, checkpoint = source.progress, source.checkpoint
     own = settings_of(method, settings)
+    check_beam(method, own, in_loop)
     target = target_depth(checkpoint, layers=layers, sparsity=sparsity)
     check_seq_len(checkpoint, source.seq_len)
     predicted = predict(
-        checkpoint,
+        Sizes.of(checkpoint, source.dtype),
         method,
         own,
         target=target,
         tokens=source.tokens,
         seq_len=source.seq_len,
-        dtype=source.dtype,
-        memory_bytes=None,
+        held=Held.on(
+            source.device,
+            stream=source.placement.stream,
+            memory_bytes=source.placement.memory_bytes,
+            devices=len(source.placement.devices),
+            batch_tokens=batch_tokens,
+        ),
         in_loop=in_loop,
     )
     depth = checkpoint.anatomy.n_layers
@@ -207,6 +225,7 @@ def plan_source(
 
     if dry_run:
         return result(None)
+    progress.say(predicted.words())
     _ = source.tokenizer  # read now: one that cannot be read must not be found out after the scan
     identifying = {
         "model": source.model,
@@ -241,6 +260,8 @@ def plan_source(
             start.layers,
             fitted=start.fitted,
             batch_tokens=batch_tokens,
+            memory_bytes=source.placement.memory_bytes,
+            folder=source.placement.room(folder.path).folder,
             behind_final_norm=measured_behind_norm(own),
             progress=progress,
         )
@@ -268,10 +289,7 @@ def _start(folder: RunFolder, source: Source, settings: dict[str, Any]) -> Recip
     if folder.depths():
         return folder.recipe(folder.depths()[-1])
     checkpoint, corpus = source.checkpoint, source.corpus
-    # A recipe outlives the folder that it was started from, so a local path is made absolute.
-    local = Path(source.model).exists() and source.model != "demo"
-    where = str(checkpoint.folder.resolve()) if local else source.model
-    variant = Variant(name=BASE, model=where, revision=source.revision, sha256=source.sha256)
+    variant = Variant(name=BASE, model=lasting(source.model), revision=source.revision, sha256=source.sha256)
     whole = identity(variant, checkpoint.anatomy.n_layers)
     provenance = {
         "method": settings["method"],

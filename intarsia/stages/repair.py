@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.calibration.corpus import Corpus
+from intarsia.disk import full_disk_named
+from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.healing.closed_form import ClosedFormSettings, fit
-from intarsia.healing.quality import Chain
-from intarsia.healing.state_file import full_disk_named
 from intarsia.planning.run_folder import RunFolder
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
@@ -60,11 +60,20 @@ def repaired(
         "calibration", {"text": corpus.description, "sha256": corpus.sha256, "tokens": corpus.tokens}
     )
     fitted, fits = fit(
-        recipe, source.resident, corpus, settings=settings, batch_tokens=batch_tokens, progress=source.progress
+        recipe,
+        source.resident,
+        corpus,
+        settings=settings,
+        batch_tokens=batch_tokens,
+        room=source.placement.room(run),
+        progress=source.progress,
     )
     judged = _held_out(corpus, settings)
     before, after = (
-        perplexity(Chain(each, source.resident), judged, progress=source.progress).value for each in (recipe, fitted)
+        perplexity(
+            Chain(each, source.resident, room=source.placement.room(run)), judged, progress=source.progress
+        ).value
+        for each in (recipe, fitted)
     )
     taken = after < before
     found = f"held-out perplexity {before:.2f} -> {after:.2f}"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus, load_corpus
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.checkpoint.scan import scan
 from intarsia.progress import Progress
-from intarsia.stages.setup import device_of, dtype_of, load_tokenizer
+from intarsia.stages.placement import placement, refuse_self_text
+from intarsia.stages.setup import load_tokenizer
 
 
 class Source:
@@ -23,6 +26,7 @@ class Source:
         model: what the user calls it; `revision` of a hub id.
         calibration: the specification of the text; `tokens`, `seq_len` and `seed` of it.
         dtype_name: as the user gave it, or None for the checkpoint's own.
+        placement: where the model and its hidden states are.
     """
 
     def __init__(
@@ -36,6 +40,9 @@ class Source:
         seed: int,
         device: str | None,
         dtype: str | None,
+        devices: Sequence[str] = (),
+        stream: bool = False,
+        memory_bytes: int | None = None,
         progress: Progress,
     ) -> None:
         """Open the checkpoint.
@@ -46,8 +53,11 @@ class Source:
         self.model, self.revision = model, revision
         self.calibration = calibration
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self.device: torch.device = device_of(device)
-        self.dtype, self.dtype_name = dtype_of(dtype), dtype
+        self.placement = placement(
+            device=device, devices=devices, dtype=dtype, stream=stream, memory_bytes=memory_bytes
+        )
+        self.device: torch.device = self.placement.device
+        self.dtype, self.dtype_name = self.placement.dtype, dtype
         self.progress = progress
         self.checkpoint = open_checkpoint(model, revision=revision, progress=progress)
 
@@ -63,8 +73,8 @@ class Source:
 
     @cached_property
     def resident(self) -> Resident:
-        """The model in memory."""
-        return Resident(self.checkpoint, device=self.device, dtype=self.dtype)
+        """The model in memory; of a streamed one all but its layers."""
+        return self.placement.resident(self.checkpoint)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -87,10 +97,15 @@ class Source:
             tokens=tokens,
             seq_len=self.seq_len,
             seed=self.seed if seed is None else seed,
-            model_for_self=lambda: self.resident.model,
+            model_for_self=self._writer,
             self_cache_key=self.sha256,
             progress=self.progress,
         )
+
+    def _writer(self) -> PreTrainedModel:
+        if self.placement.stream:
+            raise refuse_self_text("--calibration")
+        return self.resident.model
 
     @property
     def in_memory(self) -> bool:
@@ -99,4 +114,5 @@ class Source:
 
     def release(self) -> None:
         """Let go of the model; it is loaded anew when it is asked for again."""
-        self.__dict__.pop("resident", None)
+        if self.__dict__.pop("resident", None) is not None:
+            gc.collect()  # layers at rest know where they are kept, and are known there

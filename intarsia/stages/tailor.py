@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.progress import Progress, Silent
+from intarsia.reporting.page import write_report
 from intarsia.stages.plan import versions
 from intarsia.stages.setup import device_of, dtype_of
 from intarsia.stages.tailor_begin import TOKENS, Beginning
@@ -24,12 +25,14 @@ from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_input import Job, Predicted, predict, read_job
 from intarsia.stages.tailor_judge import EXAMPLES
 from intarsia.stages.tailor_recipe import translator_of
-from intarsia.stages.tailor_scorer import Opener, TrialScorer, absolute, evaluator_of
+from intarsia.stages.tailor_scorer import Opener, TrialScorer, evaluator_of
+from intarsia.tailoring.blend_methods import STATISTICS
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.grids import space_of
 from intarsia.tailoring.history import Trial
 from intarsia.tailoring.hyperband import budget_ladder
 from intarsia.tailoring.make_engine import check_engine, make_engine
+from intarsia.tailoring.measure_statistics import check_anatomy
 from intarsia.tailoring.pareto import Front
 from intarsia.tailoring.search import Goal, search
 from intarsia.tailoring.space import Space
@@ -48,7 +51,7 @@ class TailorResult:
         trials: how many trials it has made; `failed` of them.
         front: the Pareto front; `knee` the number of its incumbent's trial.
         judged: the incumbent beside the uncut base on what the search never saw; None where it was not judged.
-        best: the folder of the built incumbent.
+        best: the folder of the built incumbent; `report` the page about the search.
         stopped: why the search ended before it had made as many trials as were asked for, or None.
     """
 
@@ -59,6 +62,7 @@ class TailorResult:
     front: Front | None = None
     judged: Mapping[str, Any] | None = None
     best: Path | None = None
+    report: Path | None = None
     stopped: str | None = None
     layer_forwards: float = 0.0
     trial_seconds: float = 0.0
@@ -80,6 +84,7 @@ class TailorResult:
             "failed": self.failed,
             "stopped": self.stopped,
             "best": None if self.best is None else str(self.best),
+            "report": None if self.report is None else str(self.report),
             "layer_forwards": self.layer_forwards,
             "trial_seconds": self.trial_seconds,
             "seconds": self.seconds,
@@ -111,6 +116,7 @@ def tailor(
     device: str | None = None,
     dtype: str | None = None,
     memory_bytes: int | None = None,
+    configs: str | Path | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> TailorResult:
@@ -133,6 +139,7 @@ def tailor(
         judge: judge the incumbent on up to `judge_examples` unseen items of each objective; for that it is built too.
         build: build the incumbent into the folder's `best/`.
         memory_bytes: what all caches of trials may take together.
+        configs: for a dry run, a folder with config files of models on the hub, `ORGANISATION/NAME/config.json`.
         dry_run: tell the size of the space, the budgets and the cost; only config files are read.
 
     Raises:
@@ -140,6 +147,7 @@ def tailor(
     """
     begun = time.perf_counter()
     progress = progress or Silent()
+    configs = None if configs is None else Path(configs)
     job = read_job(
         Path(source),
         None if out is None else Path(out),
@@ -150,13 +158,16 @@ def tailor(
         workers=workers,
         device=device,
         dtype=dtype,
+        configs=configs,
         dry_run=dry_run,
     )
     file = job.file
-    family = open_family(file.base, file.variants, weights=not dry_run, progress=progress)
+    family = open_family(file.base, file.variants, weights=not dry_run, configs=configs, progress=progress)
     for note in family.notes:
         progress.say(note)
     space = space_of(file, family.anatomy)
+    kinds = [kind for kind in STATISTICS if kind in space.menu.methods]
+    check_anatomy(family.anatomy, kinds)
     budgets = budget_ladder(file.search.min_budget, file.search.max_budget, file.search.eta)
     predicted = predict(file, space, budgets, job.trials)
 
@@ -175,13 +186,14 @@ def tailor(
     device_of(job.device), dtype_of(job.dtype)
     if scheduler is not None:
         check_scheduler(scheduler)
+    folder = TailorFolder.offer(job.out, _settings(job, family, space, budgets, None, progress))
+    _check_wanted(folder, job)
     progress.say(predicted.words())
     evaluator = evaluator_of(
         family, file, device=job.device, dtype=job.dtype, memory_bytes=memory_bytes, progress=progress
     )
     settings = _settings(job, family, space, budgets, evaluator, progress)
     folder = TailorFolder.offer(job.out, settings)
-    _check_wanted(folder, job)
     folder.start(settings, job.text)
     folder.want(job.trials)
     beginning = Beginning(
@@ -194,14 +206,15 @@ def tailor(
         progress=progress,
     )
     scores = beginning.scores(family.checkpoints(), needed=bool(space.shares))
-    translator = translator_of(file, family.anatomy, settings["members"], scores)
+    beginning.statistics(family.checkpoints(), kinds)
+    translator = translator_of(file, family.anatomy, folder, settings["members"], scores, family.read)
     warm = beginning.warm_start(translator)
     goal = Goal(trials=job.trials, objectives=evaluator.objectives, max_budget=budgets[-1], seed=file.search.seed)
     history = folder.history()
     stopped = None
     if len(history.made) < goal.trials:
         asked = make_engine(file.search, space, budgets, evaluator.objectives, warm.starts)
-        opener = Opener(file=absolute(file), device=job.device, dtype=job.dtype, memory_bytes=memory_bytes)
+        opener = Opener(file=file, device=job.device, dtype=job.dtype, memory_bytes=memory_bytes)
         with _workers(job, opener, evaluator, scheduler) as hands:
             stopped = search(
                 asked,
@@ -227,9 +240,11 @@ def tailor(
         memory_bytes=memory_bytes,
         progress=progress,
     )
+    write_report([folder.path], folder.report)
     made = history.made
     return result(
         folder.path,
+        report=folder.report,
         trials=len(made),
         failed=sum(trial.status == "failed" for trial in made),
         front=finished.front,
@@ -268,10 +283,11 @@ def _check_wanted(folder: TailorFolder, job: Job) -> None:
 
 
 def _settings(
-    job: Job, family: Family, space: Space, budgets: Sequence[int], evaluator: Evaluator, progress: Progress
+    job: Job, family: Family, space: Space, budgets: Sequence[int], evaluator: Evaluator | None, progress: Progress
 ) -> dict[str, Any]:
-    """What decides every number of the search."""
+    """What decides every number of the search. Without an evaluator, what is known before anything heavy."""
     file = job.file
+    base = None if evaluator is None else evaluator.base
     variants = family.variants(progress)
     plain = asdict(replace(file, search=replace(file.search, trials=0)))
     del plain["search"]["trials"]  # a search may go on
@@ -289,6 +305,7 @@ def _settings(
             "log10_size": round(space.log10_size, 3),
         },
         "budgets": list(budgets),
+        "base": dict(zip(evaluator.objectives, base.costs, strict=True)) if evaluator and base else None,
         "objectives": [
             {
                 "name": objective.name,
@@ -296,7 +313,7 @@ def _settings(
                 "source": objective.source,
                 "metric": objective.metric if objective.kind == "task" else None,
                 "split": list(objective.split),
-                "sha256": evaluator.data[objective.name],
+                "sha256": None if evaluator is None else evaluator.data[objective.name],
             }
             for objective in file.objectives
         ],

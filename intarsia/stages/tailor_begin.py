@@ -14,18 +14,21 @@ import torch
 
 from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.disk import write_whole
 from intarsia.errors import UserError
 from intarsia.evaluation.task_file import names_a_file, read_questions, read_targets
 from intarsia.planning.ladder import METHODS as PLANNERS
-from intarsia.planning.run_folder import RunFolder, write_whole
+from intarsia.planning.run_folder import RunFolder
 from intarsia.progress import Progress
 from intarsia.stages.plan import plan_source
 from intarsia.stages.source import Source
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.tailoring import sensitivities
+from intarsia.tailoring.blend_methods import Statistic
 from intarsia.tailoring.engine import Start
 from intarsia.tailoring.family_file import RANDOM_MIDDLE, FamilyFile, ObjectiveSpec
 from intarsia.tailoring.history import Trial
+from intarsia.tailoring.measure_statistics import measure_statistics
 from intarsia.tailoring.translate import PieceScores, Translator
 from intarsia.tailoring.warm_start import WarmStart, from_recipe, from_search, random_middles
 
@@ -73,6 +76,27 @@ class Beginning:
             found = sensitivities.measure(members, corpus, device=device, dtype=source.dtype, progress=self.progress)
             sensitivities.save(found, path)
         return sensitivities.load(path)
+
+    def statistics(self, members: dict[str, Checkpoint], kinds: Sequence[Statistic]) -> None:
+        """See that the statistics of all members are there, if methods need any.
+
+        Raises:
+            UserError: something in them is not finite, or the disk is full.
+        """
+        if not kinds or all((self.folder.statistics / name).exists() for name in members):
+            return
+        source = self.source
+        corpus = source.corpus
+        source.release()
+        measure_statistics(
+            members,
+            corpus,
+            kinds,
+            self.folder.statistics,
+            device=source.device,
+            dtype=source.dtype,
+            progress=self.progress,
+        )
 
     def warm_start(self, translator: Translator) -> WarmStart:
         """The candidates to begin with, and trials of earlier searches.

@@ -16,7 +16,7 @@ from intarsia.stages.build import build_recipe
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_judge import examples_there, judge, unseen
 from intarsia.stages.tailor_recipe import keep_front, trial_recipe
-from intarsia.stages.tailor_scorer import evaluator_of
+from intarsia.stages.tailor_scorer import evaluator_of, is_healed
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import BASE, FamilyFile
 from intarsia.tailoring.pareto import Front
@@ -74,10 +74,13 @@ def finish(
             build_recipe(recipe, best, overwrite=True, progress=progress)
     if judged is None and judge_examples is not None:
         evaluator.close()
+        models = {"incumbent": recipe}
+        if is_healed(file, front.knee.budget):
+            models = {"incumbent as cut": trial_recipe(folder, front.knee, progress, healed=False), **models}
         found = _judged(
             file,
             family,
-            recipe,
+            models,
             examples=judge_examples,
             device=device,
             dtype=dtype,
@@ -104,7 +107,7 @@ def _is_built(folder: Path, sha256: str) -> bool:
 def _judged(
     file: FamilyFile,
     family: Family,
-    recipe: Recipe,
+    models: Mapping[str, Recipe],
     *,
     examples: int,
     device: str | None,
@@ -124,8 +127,7 @@ def _judged(
         family, rest, device=device, dtype=dtype, memory_bytes=memory_bytes, probe=False, progress=progress
     )
     try:
-        base = identity(Variant(name=BASE, model=file.base.model), recipe.depth)
-        models = {"base": base, "incumbent": recipe}
-        return judge(evaluator, models, examples=examples, without=without, progress=progress)
+        base = identity(Variant(name=BASE, model=file.base.model), family.anatomy.n_layers)
+        return judge(evaluator, {"base": base, **models}, examples=examples, without=without, progress=progress)
     finally:
         evaluator.close()

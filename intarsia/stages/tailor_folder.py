@@ -1,14 +1,15 @@
 """The run folder of a search.
 
 - `tailor.json`: what decides every number: the family file as plain data, the members with the hashes of their weights,
-  the space, the budgets, the objectives with the hashes of their examples, engine, seed, device and dtype.
-- `family.yaml`: the family file as it was given.
+  the space, the budgets, what the uncut base costs on the greatest of them, the objectives with the hashes of their
+  examples, engine, seed, device and dtype.
+- `family.yaml`: the family file, its paths made absolute.
 - `wanted.json`: how many trials are asked for.
-- `sensitivities.safetensors`, `warm_start.json`, `plans/METHOD/`: what the search begins with.
+- `sensitivities.safetensors`, `statistics/MEMBER/`, `warm_start.json`, `plans/METHOD/`: what the search begins with.
 - `trials.jsonl`: the log (`intarsia.tailoring.history.Trial`).
 - `front.json`: the Pareto front (`intarsia.tailoring.pareto.Front.to_dict`), written anew at every change of it, with
   `judged` once the incumbent is: how it and the uncut base do on what the search never saw.
-- `front/trial-N.yaml`: the recipes of the front; `best/`: the incumbent, built.
+- `front/trial-N.yaml`: the recipes of the front; `best/`: the incumbent, built; `report.html`: the page about all that.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from intarsia.disk import write_whole
 from intarsia.errors import Problem, UserError
-from intarsia.planning.run_folder import differences, write_whole
+from intarsia.planning.run_folder import differences
 from intarsia.tailoring.history import TRIALS, History
 from intarsia.tailoring.pareto import Front, front_of
 
@@ -37,6 +39,9 @@ class TailorFolder:
     @classmethod
     def offer(cls, path: Path, settings: Mapping[str, Any]) -> TailorFolder:
         """The run that `start` would begin or continue; nothing is written.
+
+        Args:
+            settings: examples whose hashes are not known yet (None) are not compared.
 
         Raises:
             UserError: the folder holds a search with other settings (every difference is listed), or something else.
@@ -98,6 +103,11 @@ class TailorFolder:
         return self._file("sensitivities.safetensors")
 
     @property
+    def statistics(self) -> Path:
+        """Where statistics of the members are kept, a folder for each."""
+        return self._file("statistics")
+
+    @property
     def warm_start(self) -> Path:
         """Where the warm start is kept."""
         return self._file("warm_start.json")
@@ -106,6 +116,11 @@ class TailorFolder:
     def best(self) -> Path:
         """Where the incumbent is built."""
         return self._file("best")
+
+    @property
+    def report(self) -> Path:
+        """Where the page about the search is."""
+        return self._file("report.html")
 
     def history(self) -> History:
         """The log."""
@@ -161,6 +176,8 @@ class TailorFolder:
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> list[Problem]:
     before, now = (_pinned(_as_json(facts)) for facts in (old, new))
+    if None in now["examples"].values():
+        del before["examples"], now["examples"]
     return differences(before, now, where, option="-o")
 
 

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 from intarsia.errors import Problem, UserError
+from intarsia.recipe.strict_yaml import dump_yaml
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.tailoring.family_file import Engine, FamilyFile, read_family_file
+from intarsia.tailoring.family_paths import absolute, absolute_data
 from intarsia.tailoring.hyperband import expected_trials
 from intarsia.tailoring.space import Space
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to search, where, and how long. `text` is the family file's."""
+    """What to search, where, and how long. `text` is the family file's, with absolute paths."""
 
     file: FamilyFile
     text: str
@@ -39,6 +41,7 @@ def read_job(
     workers: int | None,
     device: str | None,
     dtype: str | None,
+    configs: Path | None,
     dry_run: bool,
 ) -> Job:
     """The job that arguments describe. Of a search that goes on, device, dtype and engine are as it was begun.
@@ -76,6 +79,20 @@ def read_job(
             *_least("--more-trials", more_trials),
             *_least("--workers", workers),
             (
+                configs is not None and not dry_run,
+                "--configs",
+                "a dry run",
+                "a search",
+                "Add --dry-run, or leave it out.",
+            ),
+            (
+                configs is not None and not configs.is_dir(),
+                "--configs",
+                "a folder of config files",
+                str(configs),
+                "Check the path.",
+            ),
+            (
                 engine is not None and engine not in get_args(Engine),
                 "--engine",
                 f"one of {', '.join(get_args(Engine))}",
@@ -105,9 +122,10 @@ def read_job(
     if engine is not None:
         found: Engine = next(known for known in get_args(Engine) if known == engine)
         file = replace(file, search=replace(file.search, engine=found))
+    file = absolute(file)
     return Job(
         file=file,
-        text=path.read_text(encoding="utf-8"),
+        text=path.read_text(encoding="utf-8") if going_on else _kept_text(path),
         out=out or Path(),
         trials=wanted,
         workers=workers,
@@ -115,6 +133,12 @@ def read_job(
         device=device,
         dtype=dtype,
     )
+
+
+def _kept_text(path: Path) -> str:
+    """What a run folder keeps of a family file."""
+    head = f"# {path.name}, its paths made absolute.\n"
+    return head + dump_yaml(absolute_data(path))
 
 
 def _wanted(out: Path | None) -> int:

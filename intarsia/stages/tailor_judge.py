@@ -63,9 +63,14 @@ def judge(
 ) -> dict[str, Any]:
     """What recipes cost on unseen items.
 
+    Args:
+        models: the first one is what the others are held against.
+
     Returns:
-        `rows`: for each model its name and its cost in each objective, `value` with `stderr`; `examples` by objective;
-        `without`: objectives whose source the search saw whole.
+        `rows`: for each model its name and its cost in each objective, `value` with `stderr`; where objectives ask
+        questions, `accuracy` of each of those, and behind the first model `kept`, which is accuracy as a share of the
+        first's, with the mean of these as `mean_kept`. `examples` by objective; `without`: objectives whose source the
+        search saw whole.
     """
     budget = min(examples, evaluator.most)
     rows: list[dict[str, Any]] = []
@@ -79,7 +84,22 @@ def judge(
                 objective: {"value": cost, "stderr": stderr}
                 for objective, cost, stderr in zip(evaluator.objectives, outcome.costs, errors, strict=True)
             }
-            rows.append({"model": name, "layers": len(recipe.layers), **measures})
+            row = {"model": name, "layers": len(recipe.layers), **measures}
+            rows.append(row | _accuracies(outcome.details.get("accuracy", {}), rows[0] if rows else None))
             counts = dict(zip(evaluator.objectives, outcome.examples, strict=True))
             task.advance()
     return {"rows": rows, "examples": counts, "without": list(without)}
+
+
+def _accuracies(found: Mapping[str, tuple[float, float]], first: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of objectives that ask questions. What is kept of nothing is not told."""
+    if not found:
+        return {}
+    told: dict[str, Any] = {
+        "accuracy": {name: {"value": value, "stderr": error} for name, (value, error) in found.items()}
+    }
+    if first is not None:
+        before = {name: first["accuracy"][name]["value"] for name in found}
+        kept = {name: value / before[name] for name, (value, _) in found.items() if before[name]}
+        told |= {"kept": kept, "mean_kept": sum(kept.values()) / len(kept)} if kept else {}
+    return told

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from intarsia.anatomy.spec import Anatomy
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent
 from intarsia.recipe import codec
+from intarsia.recipe.ops import LayerRef
 from intarsia.recipe.recipe import Recipe, Variant
 from intarsia.stages.plan import versions
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_scorer import evaluator_of, is_healed
 from intarsia.tailoring import sensitivities
 from intarsia.tailoring.config_only import read_config_only
-from intarsia.tailoring.family import open_family
+from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import FamilyFile, read_family_file
 from intarsia.tailoring.grids import space_of
 from intarsia.tailoring.history import Trial
 from intarsia.tailoring.pareto import Front
+from intarsia.tailoring.statistics import Statistics
 from intarsia.tailoring.translate import PieceScores, Translator
 
 if TYPE_CHECKING:
@@ -29,15 +34,29 @@ if TYPE_CHECKING:
 
 
 def translator_of(
-    file: FamilyFile, anatomy: Anatomy, members: Mapping[str, Mapping[str, Any]], scores: PieceScores
+    file: FamilyFile,
+    anatomy: Anatomy,
+    folder: TailorFolder,
+    members: Mapping[str, Mapping[str, Any]],
+    scores: PieceScores,
+    read: Callable[[LayerRef, str], Tensor],
 ) -> Translator:
-    """Between candidates and recipes, for the members that `tailor.json` names."""
+    """Between candidates and recipes, for the members that `tailor.json` names.
+
+    Args:
+        read: gives a tensor of a layer of a member; called for blends by statistics alone.
+    """
     variants = tuple(
         Variant(name=name, model=entry["model"], revision=entry["revision"], sha256=entry["sha256"])
         for name, entry in members.items()
     )
     return Translator(
-        space=space_of(file, anatomy), anatomy=anatomy, variants=variants, scores=scores, seed=file.search.seed
+        space=space_of(file, anatomy),
+        anatomy=anatomy,
+        variants=variants,
+        scores=scores,
+        statistics=Statistics(folder=folder.statistics, anatomy=anatomy, read=read),
+        seed=file.search.seed,
     )
 
 
@@ -97,31 +116,43 @@ def _numbered(folder: TailorFolder, number: int) -> Trial:
 
 
 def trial_recipe(
-    folder: TailorFolder, trial: Trial, progress: Progress | None = None, evaluator: Evaluator | None = None
+    folder: TailorFolder,
+    trial: Trial,
+    progress: Progress | None = None,
+    evaluator: Evaluator | None = None,
+    *,
+    healed: bool = True,
 ) -> Recipe:
     """The recipe of a trial, healed if the trial was.
 
     Args:
         evaluator: of the search, where it is open; only a healed trial needs one.
+        healed: False for the recipe as it was before that.
 
     Raises:
         UserError: the family file or the models of the search cannot be read.
     """
     kept = folder.recipe_path(trial.number)
-    if kept.exists():
+    if kept.exists() and healed:
         return codec.load(kept)
     progress = progress or Silent()
     settings = folder.settings()
     file = read_family_file(folder.family)
     _, anatomy = read_config_only(file.base.model, file.base.revision, None, progress)
     scores = sensitivities.load(folder.sensitivities) if folder.sensitivities.exists() else {}
-    translator = translator_of(file, anatomy, settings["members"], scores)
+
+    @cache
+    def family() -> Family:
+        return open_family(file.base, file.variants, progress=progress)
+
+    translator = translator_of(
+        file, anatomy, folder, settings["members"], scores, lambda ref, local: family().read(ref, local)
+    )
     recipe = translator.recipe(trial.candidate)
-    if is_healed(file, trial.budget):
+    if healed and is_healed(file, trial.budget):
         if evaluator is None:
-            family = open_family(file.base, file.variants, progress=progress)
             evaluator = evaluator_of(
-                family,
+                family(),
                 file,
                 device=settings["device"],
                 dtype=settings["dtype"],

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +11,7 @@ from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.setup import device_of, dtype_of
 from intarsia.tailoring.family import Family, open_family
-from intarsia.tailoring.family_file import FamilyFile, MemberSpec
+from intarsia.tailoring.family_file import FamilyFile
 from intarsia.tailoring.outcome import Outcome
 from intarsia.tailoring.workers import Place
 
@@ -94,18 +93,3 @@ class TrialScorer:
 def is_healed(file: FamilyFile, budget: int) -> bool:
     """Whether a trial at this budget is healed before it is scored: every one, or those at the greatest budget."""
     return file.heal == "every" or (file.heal == "finalists" and budget >= file.search.max_budget)
-
-
-def absolute(file: FamilyFile) -> FamilyFile:
-    """The family file with absolute paths."""
-
-    def member(spec: MemberSpec) -> MemberSpec:
-        return replace(spec, model=_absolute(spec.model) if spec.model != "demo" else spec.model)
-
-    objectives = tuple(replace(objective, source=_absolute(objective.source)) for objective in file.objectives)
-    return replace(file, base=member(file.base), variants=tuple(map(member, file.variants)), objectives=objectives)
-
-
-def _absolute(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name

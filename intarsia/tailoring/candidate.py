@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from intarsia.recipe.ops import MergeMethod
+from intarsia.tailoring.blend_methods import BlendMethod
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Blend:
     """
 
     members: tuple[str, ...]
-    method: MergeMethod | None = None
+    method: BlendMethod | None = None
     values: tuple[tuple[str, float], ...] = ()
 
     def value(self, name: str) -> float:

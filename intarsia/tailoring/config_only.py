@@ -14,15 +14,20 @@ from intarsia.checkpoint.adapter import is_adapter
 from intarsia.checkpoint.adapter_config import read_adapter_config
 from intarsia.checkpoint.files import read_config
 from intarsia.checkpoint.resolve import DEMO, not_downloaded, resolve
+from intarsia.checkpoint.wrapper import text_config
 from intarsia.errors import UserError
 from intarsia.progress import Progress
 from intarsia.tailoring.kinship import Member
 
 
 def read_config_only(
-    model: str, revision: str | None, base: Member | None, progress: Progress
+    model: str, revision: str | None, base: Member | None, progress: Progress, *, configs: Path | None = None
 ) -> tuple[Mapping[str, Any], Anatomy]:
     """The config of a model and the anatomy that it promises; an adapter has those of `base`.
+
+    Args:
+        configs: a folder with the config file of a hub id in `ORGANISATION/NAME/config.json`, which is then not asked
+            of the hub.
 
     Raises:
         UserError: there is no such config, or it is of no known family.
@@ -33,7 +38,11 @@ def read_config_only(
         if is_adapter(folder) and base is not None:
             read_adapter_config(folder)
             return base.config, base.anatomy
-        config = read_config(folder)
+        config = text_config(read_config(folder), where=str(folder))
+        return config, detect(config, where=str(folder / "config.json"))
+    if configs is not None and (configs / model / "config.json").is_file():
+        folder = configs / model
+        config = text_config(read_config(folder), where=str(folder))
         return config, detect(config, where=str(folder / "config.json"))
     config = _download(model, revision)
     return config, detect(config, where=f"config.json of {model}")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.recipe.check import check
@@ -76,6 +77,11 @@ class Evaluator:
     def data(self) -> Mapping[str, str]:
         """The hash of each objective's examples in their order: costs are comparable where these are the same."""
         return {objective.name: objective.sha256 for objective in self.measured}
+
+    @property
+    def resident(self) -> Resident:
+        """The base in memory, from which layers of any recipe over the family can be made."""
+        return self._layers.resident
 
     def evaluate(self, recipe: Recipe, budget: int, *, healed: bool = False) -> Outcome:
         """What a recipe costs on the first `budget` examples of every objective.
@@ -159,6 +165,11 @@ class Evaluator:
             raise TrialFailed(f"NaN or infinity in {', '.join(wrong)}")
         details: dict[str, Any] = {
             "stderr": [stderr for _, stderr in pairs],
+            "accuracy": {
+                name: (float(right.mean()), float(right.std(ddof=1) / np.sqrt(len(right))) if len(right) > 1 else 0.0)
+                for name, right in zip(self.objectives, scored.right, strict=True)
+                if right is not None
+            },
             "tokens": scored.tokens,
             "reused": 1.0 - scored.work / scored.tokens / depth,
             "layers_made": made,

@@ -73,25 +73,31 @@ class Family:
 
 
 def open_family(
-    base: MemberSpec, variants: Sequence[MemberSpec], *, weights: bool = True, progress: Progress | None = None
+    base: MemberSpec,
+    variants: Sequence[MemberSpec],
+    *,
+    weights: bool = True,
+    configs: Path | None = None,
+    progress: Progress | None = None,
 ) -> Family:
     """Open the members of a family and check that they are one.
 
     Args:
         weights: False reads config files alone, for a look before anything is downloaded; shapes are then those that
             the configs promise.
+        configs: where config files of models on the hub are, if not there (see `read_config_only`).
 
     Raises:
         UserError: naming everything in which members cannot be found or read, or differ from the base.
     """
     progress = progress or Silent()
-    first = _member(base, None, weights, progress)
+    first = _member(base, None, weights, configs, progress)
     members = [first]
     problems: list[Problem] = []
     notes: list[str] = [] if weights else ["Only config files were read: weights and tokenizers are not checked."]
     for spec in variants:
         try:
-            member = _member(spec, first, weights, progress)
+            member = _member(spec, first, weights, configs, progress)
         except UserError as error:
             problems += error.problems
             continue
@@ -104,9 +110,9 @@ def open_family(
     return Family(members=tuple(members), notes=tuple(notes))
 
 
-def _member(spec: MemberSpec, base: Member | None, weights: bool, progress: Progress) -> Member:
+def _member(spec: MemberSpec, base: Member | None, weights: bool, configs: Path | None, progress: Progress) -> Member:
     if not weights:
-        config, anatomy = read_config_only(spec.model, spec.revision, base, progress)
+        config, anatomy = read_config_only(spec.model, spec.revision, base, progress, configs=configs)
         return Member(name=spec.name, model=spec.model, revision=spec.revision, config=config, anatomy=anatomy)
     over = None if base is None else base.checkpoint
     checkpoint = open_variant(spec.model, revision=spec.revision, base=over, progress=progress)

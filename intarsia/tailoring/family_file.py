@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from intarsia.planning.ladder import METHODS as PLANNERS
-from intarsia.recipe.methods import METHODS
-from intarsia.recipe.ops import MergeMethod
 from intarsia.recipe.recipe import VARIANT_NAME
 from intarsia.recipe.strict_yaml import read_yaml
 from intarsia.recipe.values import Values, shown
+from intarsia.tailoring.blend_methods import METHODS, BlendMethod
 
 Operation = Literal["remove", "select", "merge", "concat", "stack"]
 Engine = Literal["smac", "evolve", "random", "both"]
@@ -83,7 +82,7 @@ class FamilyFile:
     layers: int | None
     sparsity: float | None
     operations: tuple[Operation, ...]
-    methods: tuple[MergeMethod, ...]
+    methods: tuple[BlendMethod, ...]
     lambdas: Range = (0.0, 1.5)
     densities: Range = (0.1, 0.9)
     shares: Range = (0.1, 0.9)
@@ -128,7 +127,7 @@ class _Reader:
         operations = self.words(found.get("operations", ["remove", "select", "merge"]), "operations", Operation)
         merge = self.section(found, "merge", ("methods", "scale", "density", "parts"))
         self.needs(found, "merge", operations)
-        methods = self.words(merge.get("methods", ["task_arithmetic"]), "merge.methods", MergeMethod, METHODS)
+        methods = self.words(merge.get("methods", ["task_arithmetic"]), "merge.methods", BlendMethod, METHODS)
         parts = merge.get("parts", "together")
         if parts not in ("together", "separate"):
             self.values.wrong("merge.parts", "together or separate", shown(parts))

@@ -8,14 +8,13 @@ and answered from this log, so that all an engine knows is a function of the see
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from intarsia.disk import append_line, write_whole
 from intarsia.errors import UserError
-from intarsia.planning.run_folder import write_whole
 from intarsia.tailoring.candidate import Candidate
 from intarsia.tailoring.plain import from_plain, to_plain
 
@@ -153,15 +152,12 @@ class History:
         """Write a trial; when this returns it is on the disk."""
         assert trial.number == len(self._trials) and trial.key not in self._by_key
         if self._cut_off:
-            write_whole(self.path, "".join(_line(each) for each in self._trials))
+            write_whole(self.path, "".join(f"{_line(each)}\n" for each in self._trials))
             self._cut_off = False
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(trial))
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, _line(trial))
         self._trials.append(trial)
         self._by_key[trial.key] = trial
 
 
 def _line(trial: Trial) -> str:
-    return json.dumps(trial.to_dict(), allow_nan=False) + "\n"
+    return json.dumps(trial.to_dict(), allow_nan=False)

@@ -61,7 +61,7 @@ def _differences(base: Member, other: Member) -> Iterator[tuple[str, object, obj
     if a.family.name != b.family.name:
         yield "architecture", a.family.title, b.family.title, leave
         return
-    for what in ("n_layers", "width", "n_query_heads", "n_kv_heads", "head_dim", "n_channels"):
+    for what in ("n_layers", "width", "n_query_heads", "n_kv_heads", "head_dim", "n_channels", "n_experts"):
         if getattr(a, what) != getattr(b, what):
             yield what, getattr(a, what), getattr(b, what), leave
     ours, theirs = set(a.layer_shapes()), set(b.layer_shapes())

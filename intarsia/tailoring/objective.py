@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -82,6 +82,12 @@ class Objective:
             else:
                 found.append(-float(values[example.gold]))
         return np.array(found)
+
+    def right(self, values_R: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
+        """Of questions, whatever they are measured by, whether each is answered rightly (1 or 0); else None."""
+        if self.measure not in QUESTIONS:
+            return None
+        return 1.0 - replace(self, measure="accuracy").scores(values_R)
 
     def cost(self, scores: npt.NDArray[np.float64]) -> tuple[float, float]:
         """The cost from the scores of the first examples, and its standard error (0 for one example)."""

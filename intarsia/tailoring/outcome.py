@@ -23,7 +23,8 @@ class Outcome:
         costs: to be minimised (accuracy is 1 - accuracy).
         examples: how many each objective was measured on.
         layer_forwards: what it took, in forward passes of one layer over all tokens of the budget.
-        details: of each objective its standard error and tokens; what was found in the caches.
+        details: of each objective its standard error; `accuracy` of those that ask questions, with standard errors;
+            what was found in the caches.
     """
 
     costs: tuple[float, ...]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.building.layer import layer_tensors
+from intarsia.building.parameters import tensor_names, to_parameters
 from intarsia.building.resident import Resident, twin
 from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.tailoring.byte_cache import ByteCache, bytes_of
@@ -71,11 +72,14 @@ class ResidentFamily:
         """A new module, and the bytes that it does not share with the base."""
         tensors = layer_tensors(op, self.resident.anatomy, self._read)
         tensors |= {name: torch.from_numpy(array).to(tensors[name].dtype) for name, array in fitted.items()}
+        anatomy = self.resident.anatomy
+        parameters = to_parameters(tensors, anatomy)
         original = self.resident.layers[op.sources[0].layer]
         module, own = twin(original), 0
         for name, parameter in list(original.named_parameters()):
-            tensor = tensors[name]
-            if isinstance(op, Select) and name not in fitted and self._is_base(op.source, name):
+            tensor, stored = parameters[name], tensor_names(name, anatomy)
+            untouched = not any(part in fitted for part in stored)
+            if isinstance(op, Select) and untouched and all(self._is_base(op.source, part) for part in stored):
                 continue
             if not bool(tensor.isfinite().all()):
                 sources = ", ".join(map(str, op.sources))

@@ -17,9 +17,9 @@ from intarsia.anatomy.spec import PARTS, Part
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.healing.state_file import full_disk_named
+from intarsia.disk import full_disk_named
 from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.scores import channel_sensitivity, piece_scores
+from intarsia.planning.scores import part_scores
 from intarsia.progress import Progress
 from intarsia.recipe.ops import LayerRef
 from intarsia.recipe.recipe import Variant, identity
@@ -66,12 +66,7 @@ def _of_one(
     try:
         model.measure()
         for layer, (measured, module) in enumerate(zip(model.measures, model.modules, strict=True)):
-            scores: dict[Part, Tensor] = {}
-            for part in PARTS:
-                weight = module.get_submodule(anatomy.writer(part).module).weight
-                assert isinstance(weight, Tensor)
-                sensitivity = channel_sensitivity(measured.channels[part].mean_absolute_C, weight)
-                scores[part] = piece_scores(sensitivity, anatomy, part).cpu()
+            scores = {part: part_scores(measured.channels[part], module, anatomy, part).cpu() for part in PARTS}
             found[LayerRef(variant=name, layer=layer)] = scores
     finally:
         model.close()

@@ -1,4 +1,4 @@
-"""The closed form inside the search, on tokens of the search's own examples.
+"""The closed form inside the search, on tokens of the search's own examples, towards the same blend uncut.
 
 A fit makes a candidate look better on what it was fitted to than elsewhere. So it takes examples from the end of the
 order, and of texts windows are drawn for it that no budget of the search reaches. Where an objective's examples are
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
 
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
@@ -19,6 +20,7 @@ from intarsia.healing.closed_form import ClosedFormSettings, closed_form_cost, f
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.objective import Objective
 from intarsia.tailoring.resident_family import ResidentFamily
+from intarsia.tailoring.uncut import uncut
 
 TOKENS = 16384
 _LEAST_WINDOWS = 2 * ClosedFormSettings().held_out  # so that something is held out, and more is not
@@ -55,14 +57,20 @@ def repair_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | N
 
 
 def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> tuple[Recipe, float]:
-    """A recipe with its read-outs fitted, and what that took in layer-forwards times tokens.
+    """A recipe with its read-outs fitted towards what it would be uncut, and what that took in layer-forwards times
+    tokens.
 
     Raises:
         UserError: activations are not finite.
     """
     settings = ClosedFormSettings()
-    fitted, _ = fit(recipe, layers.resident, corpus, settings=settings)
-    return fitted, float(closed_form_cost(recipe, settings) * corpus.tokens)
+    fitted, _ = fit(recipe, layers.resident, corpus, settings=settings, teacher=teacher_of(recipe, layers))
+    return fitted, float(closed_form_cost(recipe, settings, layers.resident.anatomy) * corpus.tokens)
+
+
+def teacher_of(recipe: Recipe, layers: ResidentFamily) -> list[nn.Module]:
+    """The layers of what a recipe would be uncut."""
+    return [layers.module(op) for op in uncut(recipe)]
 
 
 def _windows(objective: Objective, seq_len: int, eos: int | None, most: int) -> Iterator[list[int]]:

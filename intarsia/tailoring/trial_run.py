@@ -37,7 +37,6 @@ class Runner:
         self.model = layers.resident.model
         self.device = layers.resident.device
         self.stream = LayerStream(self.model, layers.resident.anatomy)
-        self.head: nn.Module = self.model.get_submodule(layers.resident.anatomy.family.head_module)
         self.prefixes = Prefixes(prefix_bytes)
         self.work = 0
         self._entries: ByteCache[Hashable, Entry] = ByteCache(entry_bytes)
@@ -70,10 +69,9 @@ class Runner:
         """The `[N, V]` logits that rows want. `batch` says which rows these are."""
         h_BTD = self._states(batch, rows)
         h_N1D = h_BTD[rows.row_N.to(self.device), rows.column_N.to(self.device)][:, None]
-        # The final norm looks at one position at a time, so that each wanted position may be a row of its own.
+        # Final norm and head look at one position at a time, so that each wanted position may be a row of its own.
         ids_N1 = torch.zeros(h_N1D.shape[:2], dtype=torch.int64, device=self.device)
-        found: Tensor = self.head(self.stream.final_norm(h_N1D, ids_N1, None)[:, 0])
-        return found
+        return self.stream.logits(h_N1D, ids_N1, None)[:, 0]
 
     def entry(self, batch: Hashable, rows: Rows) -> Entry:
         """What the model makes of rows before its first layer."""

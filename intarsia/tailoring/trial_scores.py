@@ -47,9 +47,16 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scored:
-    """Each example's score by objective; layer-forwards times tokens that were run for it; tokens of the budget."""
+    """Of one recipe at one budget.
+
+    Attributes:
+        examples: each example's score, by objective.
+        right: of an objective of questions whether each is answered rightly, else None.
+        work: layer-forwards times tokens that were run for it; `tokens` of the budget.
+    """
 
     examples: tuple[npt.NDArray[np.float64], ...]
+    right: tuple[npt.NDArray[np.float64] | None, ...]
     work: int
     tokens: int
 
@@ -107,11 +114,17 @@ class Scorer:
         path = path_of(recipe)
         self._runner.begin(recipe, path, tokens=tokens)
         try:
-            scores = []
-            for number, found in enumerate(batches):
-                values = [self._segment_values(number, path[-1], *entry) for entry in found]
-                scores.append(self._objectives[number].scores(np.concatenate(values)))
-            return Scored(examples=tuple(scores), work=self._runner.work, tokens=tokens)
+            values = [
+                np.concatenate([self._segment_values(number, path[-1], *entry) for entry in found])
+                for number, found in enumerate(batches)
+            ]
+            both = list(zip(self._objectives, values, strict=True))
+            return Scored(
+                examples=tuple(objective.scores(values_R) for objective, values_R in both),
+                right=tuple(objective.right(values_R) for objective, values_R in both),
+                work=self._runner.work,
+                tokens=tokens,
+            )
         finally:
             self._runner.end()
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
+from intarsia.disk import write_whole
 from intarsia.errors import UserError
-from intarsia.planning.run_folder import write_whole
 from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.candidate import single

@@ -130,11 +130,11 @@ def test_layer_types_are_kept(common: dict[str, Any]) -> None:
 
 
 def test_unknown_family_lists_the_known_ones() -> None:
-    error = refused({"model_type": "mamba"})
+    error = refused({"model_type": "unheard-of"})
     for family in known_families().values():
         for model_type in family.model_types:
             assert model_type in str(error)
-    assert "'mamba'" in str(error)
+    assert "'unheard-of'" in str(error)
     assert "None" in str(refused({}))
     assert "['llama']" in str(refused({"model_type": ["llama"]}))
 
@@ -165,8 +165,105 @@ def test_layer_types_of_another_length_or_kind(value: Any) -> None:
 def test_refusals_name_the_feature(configs: Configs) -> None:
     opt = configs["opt"].to_dict()
     assert "OPT-350m" in str(refused({**opt, "do_layer_norm_before": False}))
-    assert "enable_bias = false" in str(refused({**opt, "enable_bias": False}))
     for family in ("qwen2", "qwen3"):
         config = {**configs[family].to_dict(), "use_sliding_window": True}
         del config["layer_types"]
         assert "max_window_layers" in str(refused(config))
+
+
+# Families that are built otherwise than Llama
+
+
+def small(model_type: str, **changes: Any) -> dict[str, Any]:
+    """A config with nothing optional in it, six layers deep."""
+    return {**llama(num_hidden_layers=6, num_key_value_heads=2), "model_type": model_type, **changes}
+
+
+def test_norms_behind_and_before() -> None:
+    gemma, olmo = detect(small("gemma2", head_dim=8)), detect(small("olmo2"))
+    places = {norm.module: (norm.part, norm.place, norm.offset) for norm in gemma.norms}
+    assert places == {
+        "input_layernorm": ("attention", "before", 1.0),
+        "post_attention_layernorm": ("attention", "behind", 1.0),
+        "pre_feedforward_layernorm": ("mlp", "before", 1.0),
+        "post_feedforward_layernorm": ("mlp", "behind", 1.0),
+    }
+    behind = gemma.norm_behind("attention")
+    assert behind is not None and behind.module == "post_attention_layernorm"
+    assert olmo.norm_before("attention") is None and olmo.norm_before("mlp") is None
+    assert all(word in " ".join(olmo.approximations) for word in ("norms behind", "QK-norms act on all heads"))
+
+
+def test_qk_norm_over_all_heads_has_an_entry_a_row() -> None:
+    shapes = detect(small("olmo2")).layer_shapes()
+    assert shapes["self_attn.q_norm.weight"] == (48,) and shapes["self_attn.k_norm.weight"] == (16,)
+    assert detect(small("gemma3_text", head_dim=12)).layer_shapes()["self_attn.k_norm.weight"] == (12,)
+
+
+def test_fused_projections() -> None:
+    anatomy = detect(small("phi3"))
+    assert anatomy.layer_shapes()["self_attn.qkv_proj.weight"] == (48 + 16 + 16, 48)
+    assert anatomy.layer_shapes()["mlp.gate_up_proj.weight"] == (40, 48)
+
+
+FULL, SLIDING, ROPE = "full_attention", "sliding_attention", "rotary embedding"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (small("gemma2"), [SLIDING, FULL] * 3),
+        (small("gemma3_text"), [SLIDING] * 5 + [FULL]),
+        (small("gemma3_text", sliding_window_pattern=2), [SLIDING, FULL] * 3),
+        (small("gemma3_text", sliding_window_pattern=2, layer_types=[FULL] * 6), [FULL] * 6),
+        (small("olmo3"), [SLIDING] * 3 + [FULL] + [SLIDING] * 2),
+        (small("smollm3"), [ROPE] * 3 + [f"no {ROPE}"] + [ROPE] * 2),
+        (small("smollm3", no_rope_layer_interval=3), [ROPE, ROPE, f"no {ROPE}"] * 2),
+        (
+            small("smollm3", no_rope_layers=[0, 1, 1, 1, 1, 0], layer_types=[SLIDING, FULL] * 3),
+            [
+                f"{SLIDING}, no {ROPE}",
+                *(f"{kind}, {ROPE}" for kind in (FULL, SLIDING, FULL, SLIDING)),
+                f"{FULL}, no {ROPE}",
+            ],
+        ),
+    ],
+)
+def test_how_layers_attend_where_a_config_states_a_rule(config: dict[str, Any], expected: list[str]) -> None:
+    """As transformers makes the list; its own is compared with in tests/building/test_layer_kinds.py."""
+    assert detect(config).layer_types == tuple(expected)
+
+
+def test_a_rule_that_is_no_number() -> None:
+    for value in (0, -2, "LLLG", True):
+        error = str(refused(small("gemma3_text", sliding_window_pattern=value)))
+        assert "sliding_window_pattern" in error and "there is no layer_types" in error
+    assert "no_rope_layers" in str(refused(small("smollm3", no_rope_layers=[1, 1])))
+
+
+@pytest.mark.parametrize(
+    ("config", "feature"),
+    [
+        (small("gemma2", use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (small("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (small("smollm3", use_sliding_window=True), "no_rope_layers alone"),
+        (small("stablelm", use_parallel_residual=True), "use_parallel_residual"),
+        (small("stablelm", qk_layernorm=True), "qk_layernorm"),
+        (small("exaone4", sliding_window_pattern="LLLG"), "not written out"),
+        (small("cwm"), "not written out"),
+    ],
+)
+def test_features_that_are_not_covered(config: dict[str, Any], feature: str) -> None:
+    assert feature in str(refused(config))
+
+
+def test_what_a_part_adds_is_multiplied_where_the_config_says_so() -> None:
+    assert detect(small("granite", residual_multiplier=0.22)).residual_scale == 0.22
+    assert detect(small("granite")).residual_scale == detect(llama()).residual_scale == 1.0
+
+
+def test_norm_biases_fold_into_biases_where_there_are_some() -> None:
+    stablelm = detect(small("stablelm", use_qkv_bias=True))
+    assert stablelm.shift_folds("attention") and not stablelm.shift_folds("mlp")
+    assert not detect(small("stablelm")).shift_folds("attention")
+    assert stablelm.approximations == ()

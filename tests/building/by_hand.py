@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.anatomy.spec import PARTS, Anatomy, Part
 from intarsia.building.resident import Resident
 from intarsia.calibration.stream import LayerCall
 from intarsia.recipe.ops import Concat, Cut
@@ -22,41 +22,45 @@ Tensors = Mapping[str, Tensor]
 
 def concat_output(op: Concat, resident: Resident, h_BTD: Tensor, call: LayerCall) -> Tensor:
     """The residual stream behind the layer that a `Concat` with folded norms describes."""
-    anatomy, opt = resident.anatomy, resident.anatomy.family.name == "opt"
+    anatomy = resident.anatomy
     layers = [_tensors(resident.layers[cut.source.layer]) for cut in op.cuts]
-    names = ("self_attn_layer_norm", "final_layer_norm") if opt else ("input_layernorm", "post_attention_layernorm")
-    out, down = ("self_attn.out_proj", "fc2") if opt else ("self_attn.o_proj", "mlp.down_proj")
+    for part in PARTS:
+        writer = anatomy.writer(part).module
+        added = torch.zeros_like(h_BTD)
+        for cut, layer in zip(op.cuts, layers, strict=True):
+            x_BTD = _input(h_BTD, layer, part, resident)
+            if part == "attention":
+                for group in cut.kv_groups:
+                    added += _group(group, x_BTD, layer, op, layers, resident, call)
+            else:
+                for channel in cut.channels:
+                    value = _channel(channel, x_BTD, layer, resident)
+                    added += value[..., None] * layer[f"{writer}.weight"][:, channel]
+            if f"{writer}.bias" in layer:
+                added += cut.weights[part] * layer[f"{writer}.bias"]
+        behind = anatomy.norm_behind(part)
+        if behind is not None:
+            scale = _averaged(op, layers, f"{behind.module}.weight", part) + behind.offset
+            added = _rms(added, resident) * scale
+        h_BTD = h_BTD + getattr(resident.model.config, "residual_multiplier", 1.0) * added
+    return h_BTD
 
-    added = torch.zeros_like(h_BTD)
-    for cut, layer in zip(op.cuts, layers, strict=True):
-        x_BTD = _norm(h_BTD, layer, names[0], resident)
-        for group in cut.kv_groups:
-            added += _group(group, x_BTD, layer, op, layers, resident, call)
-        if f"{out}.bias" in layer:
-            added += cut.weights["attention"] * layer[f"{out}.bias"]
-    h_BTD = h_BTD + added
 
-    added = torch.zeros_like(h_BTD)
-    for cut, layer in zip(op.cuts, layers, strict=True):
-        x_BTD = _norm(h_BTD, layer, names[1], resident)
-        for channel in cut.channels:
-            value = _channel(channel, x_BTD, layer, anatomy)
-            added += value[..., None] * layer[f"{down}.weight"][:, channel]
-        if f"{down}.bias" in layer:
-            added += cut.weights["mlp"] * layer[f"{down}.bias"]
-    return h_BTD + added
+def _input(h_BTD: Tensor, layer: Tensors, part: Part, resident: Resident) -> Tensor:
+    """What a source layer's pieces read."""
+    norm = resident.anatomy.norm_before(part)
+    if norm is None:
+        return h_BTD
+    name = norm.module
+    if f"{name}.bias" not in layer:
+        return _rms(h_BTD, resident) * (layer[f"{name}.weight"] + norm.offset)
+    centred = h_BTD - h_BTD.mean(-1, keepdim=True)
+    unit = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return unit * layer[f"{name}.weight"] + layer[f"{name}.bias"]
 
 
 def _tensors(layer: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in layer.named_parameters()}
-
-
-def _norm(h_BTD: Tensor, layer: Tensors, name: str, resident: Resident) -> Tensor:
-    if f"{name}.bias" in layer:
-        centred = h_BTD - h_BTD.mean(-1, keepdim=True)
-        unit = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return unit * layer[f"{name}.weight"] + layer[f"{name}.bias"]
-    return _rms(h_BTD, resident) * layer[f"{name}.weight"]
 
 
 def _rms(x: Tensor, resident: Resident) -> Tensor:
@@ -72,6 +76,35 @@ def _head(layer: Tensors, module: str, head: int, size: int, x_BTD: Tensor) -> T
     return torch.stack([_row_of(layer, module, head * size + i, x_BTD) for i in range(size)], dim=-1)
 
 
+def _projected(
+    kind: str, head: int, x_BTD: Tensor, layer: Tensors, op: Concat, layers: list[dict[str, Tensor]], resident: Resident
+) -> Tensor:
+    """A query, key or value head, behind its norm where it has one."""
+    anatomy, module = resident.anatomy, f"self_attn.{kind}_proj"
+    size, norm = anatomy.head_dim, f"self_attn.{kind}_norm.weight"
+    first = head
+    if "self_attn.qkv_proj.weight" in layer:
+        module = "self_attn.qkv_proj"
+        first += {"q": 0, "k": anatomy.n_query_heads, "v": anatomy.n_query_heads + anatomy.n_kv_heads}[kind]
+    found = _head(layer, module, first, size, x_BTD)
+    if norm not in layer:
+        return found
+    if len(layer[norm]) == size:
+        offset = 1.0 if anatomy.family.name == "gemma3" else 0.0
+        return _rms(found, resident) * (_averaged(op, layers, norm, "attention") + offset)
+    # Over all heads of the merged layer, each from its own source and with its own input.
+    squares = torch.zeros(x_BTD.shape[:2])
+    per_group = 1 if kind == "k" else anatomy.heads_per_group
+    for cut, each in zip(op.cuts, layers, strict=True):
+        assert anatomy.norm_before("attention") is None, "every source reads the same"
+        for group in cut.kv_groups:
+            for other in range(group * per_group, (group + 1) * per_group):
+                squares += _head(each, module, other, size, x_BTD).square().sum(-1)
+    mean = squares / (anatomy.n_kv_heads * per_group * size)
+    root = (mean + resident.model.config.rms_norm_eps).sqrt()
+    return found / root[..., None] * layer[norm][head * size : (head + 1) * size]
+
+
 def _group(
     group: int,
     x_BTD: Tensor,
@@ -84,26 +117,27 @@ def _group(
     """What one key/value head and the query heads that read it add to the residual stream."""
     anatomy, config = resident.anatomy, resident.model.config
     size = anatomy.head_dim
-    key = _head(layer, "self_attn.k_proj", group, size, x_BTD)
-    value = _head(layer, "self_attn.v_proj", group, size, x_BTD)
-    if "self_attn.k_norm.weight" in layer:
-        key = _rms(key, resident) * _averaged(op, layers, "self_attn.k_norm.weight")
+    out = f"{anatomy.writer('attention').module}.weight"
     rotary = call.kwargs.get("position_embeddings")
+    if not getattr(config, "no_rope_layers", [1] * anatomy.n_layers)[op.cuts[0].source.layer]:
+        rotary = None
+    key = _projected("k", group, x_BTD, layer, op, layers, resident)
+    value = _projected("v", group, x_BTD, layer, op, layers, resident)
     key = key if rotary is None else _rotated(key, *rotary)
     tokens = x_BTD.shape[1]
     back = torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
     seen = (back >= 0) & (back < _window(config, anatomy, op.cuts[0]))
-    out = "self_attn.out_proj" if "self_attn.out_proj.weight" in layer else "self_attn.o_proj"
+    scale = getattr(config, "query_pre_attn_scalar", size) ** -0.5
+    cap = getattr(config, "attn_logit_softcapping", None)
     added = torch.zeros_like(x_BTD)
     for head in range(group * anatomy.heads_per_group, (group + 1) * anatomy.heads_per_group):
-        query = _head(layer, "self_attn.q_proj", head, size, x_BTD)
-        if "self_attn.q_norm.weight" in layer:
-            query = _rms(query, resident) * _averaged(op, layers, "self_attn.q_norm.weight")
+        query = _projected("q", head, x_BTD, layer, op, layers, resident)
         query = query if rotary is None else _rotated(query, *rotary)
-        scores = (query @ key.transpose(1, 2) / size**0.5).masked_fill(~seen, -torch.inf)
-        read = scores.softmax(-1) @ value
+        scores = query @ key.transpose(1, 2) * getattr(config, "attention_multiplier", scale)
+        scores = scores if cap is None else cap * (scores / cap).tanh()
+        read = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
         for i in range(size):
-            added += read[..., i, None] * layer[f"{out}.weight"][:, head * size + i]
+            added += read[..., i, None] * layer[out][:, head * size + i]
     return added
 
 
@@ -115,20 +149,29 @@ def _window(config: Any, anatomy: Anatomy, cut: Cut) -> int:
     return int(window)
 
 
-def _averaged(op: Concat, layers: list[dict[str, Tensor]], name: str) -> Tensor:
+def _averaged(op: Concat, layers: list[dict[str, Tensor]], name: str, part: Part) -> Tensor:
     total = torch.zeros_like(layers[0][name])
     for cut, layer in zip(op.cuts, layers, strict=True):
-        total += cut.weights["attention"] * layer[name]
+        total += cut.weights[part] * layer[name]
     return total
 
 
 def _rotated(x_BTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
+    """Rotated as far as there are angles; the rest of the head stays."""
+    x_BTH, rest_BTH = x_BTH.split([cos_BTH.shape[-1], x_BTH.shape[-1] - cos_BTH.shape[-1]], dim=-1)
     first, second = x_BTH.chunk(2, dim=-1)
-    return x_BTH * cos_BTH + torch.cat([-second, first], dim=-1) * sin_BTH
+    return torch.cat([x_BTH * cos_BTH + torch.cat([-second, first], dim=-1) * sin_BTH, rest_BTH], dim=-1)
 
 
-def _channel(channel: int, x_BTD: Tensor, layer: Tensors, anatomy: Anatomy) -> Tensor:
+def _channel(channel: int, x_BTD: Tensor, layer: Tensors, resident: Resident) -> Tensor:
+    anatomy = resident.anatomy
     if anatomy.family.name == "opt":
         return _row_of(layer, "fc1", channel, x_BTD).relu()
-    gate = _row_of(layer, "mlp.gate_proj", channel, x_BTD)
-    return gate * torch.sigmoid(gate) * _row_of(layer, "mlp.up_proj", channel, x_BTD)
+    if "mlp.gate_up_proj.weight" in layer:
+        gate = _row_of(layer, "mlp.gate_up_proj", channel, x_BTD)
+        up = _row_of(layer, "mlp.gate_up_proj", anatomy.n_channels + channel, x_BTD)
+    else:
+        gate, up = (_row_of(layer, f"mlp.{kind}_proj", channel, x_BTD) for kind in ("gate", "up"))
+    if hasattr(resident.model.config, "hidden_activation"):  # Gemma
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+    return gate * torch.sigmoid(gate) * up

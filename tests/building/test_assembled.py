@@ -28,7 +28,7 @@ def some_recipe(resident: Resident) -> Recipe:
     anatomy = resident.anatomy
     summed = Merge(sources=(ref(4), ref(5)), weights=(0.25, 0.75))
     recipe = recipe_of(str(resident.checkpoint.folder), (select(1), shared(anatomy, (2, 3)), summed, select(5)))
-    name = f"{anatomy.writer('mlp').module}.weight"
+    name = f"{anatomy.modules(anatomy.writer('mlp'))[0]}.weight"
     chance = np.random.default_rng(0)
     fitted = {index: {name: chance.normal(0, 0.2, anatomy.layer_shapes()[name]).astype(np.float32)} for index in (0, 1)}
     return replace(recipe, fitted=fitted)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 
 import pytest
 import torch
 
+from intarsia.anatomy.spec import PARTS
 from intarsia.building.layer import layer_tensors
 from intarsia.building.resident import twin
 from intarsia.calibration.stream import LayerStream
-from intarsia.recipe.compose import concat_of
+from intarsia.recipe.flatten import concat_of
 from intarsia.recipe.ops import Concat, LayerRef, Merge
 from tests import families
-from tests.building.by_hand import concat_output
+from tests.building import by_hand, by_parts
 from tests.conftest import InMemory, Opened
 from tests.recipes_by_hand import select, shared
 
@@ -29,18 +31,19 @@ def run(resident: object, op: object, seed: int = 0) -> tuple[torch.Tensor, torc
         entry = stream.enter(ids, None)
         call = entry.calls[op.sources[0].layer]
         h = entry.h_BTD
-        return stream.run(resident.module(op), h, call), concat_output(op, resident, h, call)
+        define = by_parts if resident.anatomy.family.name in by_parts.FAMILIES else by_hand
+        return stream.run(resident.module(op), h, call), define.concat_output(op, resident, h, call)
 
 
 @pytest.mark.parametrize("sources", SOURCES.values(), ids=SOURCES)
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", [*families.FAMILIES, *families.VARIATIONS])
 def test_a_concatenation_is_the_sum_of_its_pieces(family: str, sources: tuple[int, ...], resident_of: InMemory) -> None:
     resident = resident_of(family)
     found, by_hand = run(resident, shared(resident.anatomy, sources, seed=len(sources)))
     torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", [*families.FAMILIES, *families.VARIATIONS])
 def test_a_whole_layer_as_a_concatenation_is_that_layer(family: str, resident_of: InMemory) -> None:
     """Also checks the definition that the other tests compare with: here it must agree with transformers."""
     resident = resident_of(family)
@@ -61,9 +64,11 @@ def test_merging_a_merged_layer_keeps_its_pieces(family: str, resident_of: InMem
     resident = resident_of(family)
     anatomy = resident.anatomy
     inner = shared(anatomy, [0, 1], seed=3)
+    whole = anatomy.n_pieces("mlp")
+    first, half = whole // 8, whole // 2
     kept = [
-        {"attention": (1,), "mlp": tuple(range(5, 25))},
-        {"attention": tuple(range(anatomy.n_kv_heads - 1)), "mlp": tuple(range(20))},
+        {"attention": (1,), "mlp": tuple(range(first, first + half))},
+        {"attention": tuple(range(anatomy.n_kv_heads - 1)), "mlp": tuple(range(half))},
     ]
     weights = [{"attention": 0.25, "mlp": 0.5}, {"attention": 0.75, "mlp": 0.5}]
     op = concat_of([inner, select(4)], kept, weights=weights, norm="fold", anatomy=anatomy)
@@ -71,7 +76,7 @@ def test_merging_a_merged_layer_keeps_its_pieces(family: str, resident_of: InMem
     groups = [(cut.source.layer, group) for cut in inner.cuts for group in cut.kv_groups]
     channels = [(cut.source.layer, channel) for cut in inner.cuts for channel in cut.channels]
     expected_groups = {groups[1], *((4, group) for group in range(anatomy.n_kv_heads - 1))}
-    expected_channels = {*channels[5:25], *((4, channel) for channel in range(20))}
+    expected_channels = {*channels[first : first + half], *((4, channel) for channel in range(half))}
     assert {(cut.source.layer, group) for cut in op.cuts for group in cut.kv_groups} == expected_groups
     assert {(cut.source.layer, channel) for cut in op.cuts for channel in cut.channels} == expected_channels
     found, by_hand = run(resident, op)
@@ -83,7 +88,7 @@ def test_everything_of_the_first_layer_and_nothing_of_the_second_is_the_first(
     family: str, resident_of: InMemory
 ) -> None:
     anatomy = resident_of(family).anatomy
-    whole = {"attention": range(anatomy.n_kv_heads), "mlp": range(anatomy.n_channels)}
+    whole = {"attention": range(anatomy.n_kv_heads), "mlp": range(anatomy.n_pieces("mlp"))}
     nothing = {"attention": (), "mlp": ()}
     ones, zeros = {"attention": 1.0, "mlp": 1.0}, {"attention": 0.0, "mlp": 0.0}
     for norm in ("fold", "average"):
@@ -103,26 +108,44 @@ def test_average_mode(family: str, checkpoint_of: Opened) -> None:
     def mean(name: str, part: str) -> torch.Tensor:
         return sum(cut.weights[part] * checkpoint.layer_tensor(cut.source.layer, name) for cut in op.cuts)
 
+    def of_pieces(name: str, part: str, segments: Sequence[str], axis: int) -> torch.Tensor:
+        rows, start = [], 0
+        for segment in segments:
+            unit = anatomy.unit(segment)
+            rows += [
+                checkpoint.layer_tensor(cut.source.layer, name).movedim(axis, 0)[start + piece * unit + i]
+                for cut in op.cuts
+                for piece in cut.pieces(part)
+                for i in range(unit)
+            ]
+            start += unit * anatomy.n_pieces(part)
+        return torch.stack(rows).movedim(0, axis)
+
     for norm in anatomy.norms:
         names = [f"{norm.module}.{kind}" for kind in ("weight", "bias") if getattr(norm, kind)]
         for name in names:
-            torch.testing.assert_close(found[name], mean(name, norm.part), rtol=1e-6, atol=1e-7)
+            if norm.rows is None:
+                torch.testing.assert_close(found[name], mean(name, norm.part), rtol=1e-6, atol=1e-7)
+            else:
+                assert torch.equal(found[name], of_pieces(name, norm.part, [norm.rows], 0))
     for linear in anatomy.linears:
         weight = f"{linear.module}.weight"
-        unit = anatomy.unit(linear.segments[0])
-        rows = [
-            checkpoint.layer_tensor(cut.source.layer, weight).movedim(linear.cut_axis, 0)[piece * unit + i]
-            for cut in op.cuts
-            for piece in cut.pieces(linear.part)
-            for i in range(unit)
-        ]
-        assert torch.equal(found[weight], torch.stack(rows).movedim(0, linear.cut_axis))
+        if linear.per_expert:
+            kept = [(cut.source.layer, expert) for cut in op.cuts for expert in cut.channels]
+            for place, (layer, expert) in zip(anatomy.modules(linear), kept, strict=True):
+                own = checkpoint.layer_tensor(layer, f"{anatomy.modules(linear)[expert]}.weight")
+                assert torch.equal(found[f"{place}.weight"], own)
+            continue
+        if linear.whole is not None:
+            torch.testing.assert_close(found[weight], mean(weight, linear.part), rtol=1e-6, atol=1e-7)
+            continue
+        assert torch.equal(found[weight], of_pieces(weight, linear.part, linear.segments, linear.cut_axis))
         if linear.bias and linear.side == "writes":
             bias = f"{linear.module}.bias"
             torch.testing.assert_close(found[bias], mean(bias, linear.part), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "gemma3", "stablelm"])
 def test_folded_norms_are_neutral(family: str, checkpoint_of: Opened) -> None:
     checkpoint = checkpoint_of(family)
     anatomy = checkpoint.anatomy
@@ -130,9 +153,10 @@ def test_folded_norms_are_neutral(family: str, checkpoint_of: Opened) -> None:
     found = layer_tensors(op, anatomy, lambda ref, name: checkpoint.layer_tensor(ref.layer, name))
     for norm in anatomy.norms:
         if norm.place == "before":
-            assert torch.equal(found[f"{norm.module}.weight"], torch.ones(anatomy.width))
+            assert torch.equal(found[f"{norm.module}.weight"] + norm.offset, torch.ones(anatomy.width))
             if norm.bias:
-                assert torch.equal(found[f"{norm.module}.bias"], torch.zeros(anatomy.width))
+                shift = 0.0 if anatomy.shift_folds(norm.part) else 1.0
+                assert torch.equal(found[f"{norm.module}.bias"], torch.full((anatomy.width,), shift))
 
 
 def test_a_merge_is_linear_in_every_tensor(checkpoint_of: Opened) -> None:
@@ -144,6 +168,27 @@ def test_a_merge_is_linear_in_every_tensor(checkpoint_of: Opened) -> None:
     for name, tensor in found.items():
         first, second, third = (checkpoint.layer_tensor(layer, name) for layer in (3, 1, 2))
         torch.testing.assert_close(tensor, 0.5 * first - second + 2.0 * third, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("family", ["llama-bias", "gemma2", "olmo3", "granite"])
+def test_a_scaled_layer_adds_that_much_more(family: str, part: str, resident_of: InMemory) -> None:
+    """Also where a norm stands behind the part, which would take back a scale before it."""
+    resident = resident_of(family)
+    stream = LayerStream(resident.model, resident.anatomy)
+    ids = torch.randint(2, families.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    source = LayerRef(variant="base", layer=1)
+    added = []
+    for scale in (1.0, 0.25):
+        module = twin(resident.module(Merge(sources=(source,), weights=(1.0,), scale=scale)))
+        other = module.get_submodule(resident.anatomy.writer("mlp" if part == "attention" else "attention").module)
+        for name, parameter in list(other.named_parameters()):
+            setattr(other, name, torch.nn.Parameter(torch.zeros_like(parameter), requires_grad=False))
+        with torch.no_grad():
+            entry = stream.enter(ids, None)
+            added.append(stream.run(module, entry.h_BTD, entry.calls[1]) - entry.h_BTD)
+    assert float(added[0].abs().max()) > 0.1
+    torch.testing.assert_close(added[1], 0.25 * added[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_twin_shares_parameters_and_no_hooks(resident_of: InMemory) -> None:

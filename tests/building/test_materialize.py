@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from intarsia.building.materialize import RECIPE_FILE, materialize
+from intarsia.building.parameters import to_tensors
 from intarsia.building.resident import Resident
 from intarsia.calibration.stream import LayerStream
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.recipe import codec
-from intarsia.recipe.compose import concat_of
+from intarsia.recipe.flatten import concat_of
 from intarsia.recipe.ops import Merge, Op
 from intarsia.recipe.recipe import Recipe
 from tests import families
@@ -53,7 +54,7 @@ def mixed(checkpoint: Checkpoint) -> Recipe:
         shared(anatomy, [5, 4], seed=2, norm="average"),
     ]
     recipe = recipe_of(checkpoint.model, layers)
-    down = f"{anatomy.writer('mlp').module}.weight"
+    down = f"{anatomy.modules(anatomy.writer('mlp'))[0]}.weight"
     out = f"{anatomy.writer('attention').module}.weight"
     rng = np.random.default_rng(0)
     fitted = {
@@ -83,7 +84,7 @@ def test_ratio_one_to_nothing_is_dropping_the_second_layer(
     anatomy = source.anatomy
     merged = concat_of(
         [select(0), select(1)],
-        [{"attention": range(anatomy.n_kv_heads), "mlp": range(anatomy.n_channels)}, {}],
+        [{"attention": range(anatomy.n_kv_heads), "mlp": range(anatomy.n_pieces("mlp"))}, {}],
         weights=[{"attention": 1.0, "mlp": 1.0}, {"attention": 0.0, "mlp": 0.0}],
         norm=norm,
         anatomy=anatomy,
@@ -115,7 +116,7 @@ def test_on_disk_and_in_memory_are_the_same(
     in_memory = {
         source.anatomy.tensor_name(index, name): parameter.detach()
         for index, module in enumerate(modules)
-        for name, parameter in module.named_parameters()
+        for name, parameter in to_tensors(dict(module.named_parameters()), source.anatomy).items()
     }
     in_memory |= {name: source.tensor(name) for name in source.outside_names()}
     assert_same_tensors(on_disk, in_memory)
@@ -154,7 +155,8 @@ def test_the_folder_is_an_ordinary_model(family: str, checkpoint_of: Opened, tmp
     assert cached.shape[1] == ids.shape[1] + 24
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     assert (head is embedding) == source.anatomy.tied
-    assert ("lm_head.weight" in tensors_of(tmp_path / "out")) == ("lm_head.weight" in source.headers)
+    stored = f"{source.anatomy.family.head_module}.weight"
+    assert (stored in tensors_of(tmp_path / "out")) == (stored in source.headers)
 
 
 def test_lists_of_the_config_follow_the_layers(checkpoint_of: Opened, tmp_path: Path) -> None:

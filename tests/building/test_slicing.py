@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from intarsia.anatomy.detect import detect
 from intarsia.anatomy.spec import Anatomy
-from intarsia.building.slicing import fold_norm, join, positions, take
+from intarsia.building.slicing import fold_centred_norm, fold_norm, join, positions, take
 
 ANATOMY = detect(
     {
@@ -137,3 +137,16 @@ def test_folding_nothing_changes_nothing() -> None:
     folded, offset = fold_norm(weight, bias, None, None)
     assert torch.equal(folded, weight)
     assert offset is not None and torch.equal(offset, bias)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_layer_norms_bias_goes_into_rows_that_read_ones(scaled: bool) -> None:
+    """Without a linear bias: the norm's output has mean zero, so that a constant part of a row is free to give it."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(size, 10, generator=generator, dtype=torch.float64) for size in (7, 30))
+    scale, shift = (torch.randn(10, generator=generator, dtype=torch.float64) for _ in range(2))
+    unit = torch.nn.functional.layer_norm(x, (10,), eps=0.0)
+    own = (unit * scale if scaled else unit) + shift
+    folded = fold_centred_norm(weight, scale if scaled else None, shift)
+    torch.testing.assert_close((unit + 1.0) @ folded.T, own @ weight.T, rtol=1e-10, atol=1e-10)
+    assert fold_centred_norm(weight.bfloat16(), scale, shift).dtype == torch.float32

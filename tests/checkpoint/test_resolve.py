@@ -63,7 +63,7 @@ def test_local_folder(saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch, h
 )
 def test_paths_that_do_not_exist(model: str, hub: Hub) -> None:
     asked = hub(AssertionError())
-    with pytest.raises(UserError, match="expected a model folder, a hub id or `demo`"):
+    with pytest.raises(UserError, match="expected a model folder, a GGUF file, a hub id or `demo`"):
         resolve(model)
     assert not asked
 

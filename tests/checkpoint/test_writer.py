@@ -60,7 +60,7 @@ def nothing_left(folder: Path, *, but: tuple[str, ...] = ()) -> bool:
 def test_single_file(tmp_path: Path) -> None:
     tensors = some_tensors()
     write(tmp_path / "out", tensors)
-    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["SHA256SUMS", "config.json", "model.safetensors"]
     file = tmp_path / "out" / "model.safetensors"
     found = load_file(file)
     assert set(found) == set(tensors)
@@ -143,7 +143,7 @@ def test_overwrite_replaces(tmp_path: Path) -> None:
     write(out, some_tensors(0))
     (out / "stale").write_text("x")
     write(out, some_tensors(1), overwrite=True)
-    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(out)) == ["SHA256SUMS", "config.json", "model.safetensors"]
     assert torch.equal(load_file(out / "model.safetensors")["wide"], some_tensors(1)["wide"])
     assert nothing_left(tmp_path, but=("out",))
 

@@ -10,8 +10,7 @@ from intarsia.evaluation.choices import (
     Question,
     Target,
     choice_set,
-    score_choices,
-    score_targets,
+    score_items,
     target_set,
 )
 from tests import families
@@ -48,7 +47,7 @@ def test_accuracy_by_hand(family: str) -> None:
         normed = [total / len(choice) for total, choice in zip(sums, question.choices, strict=True)]
         acc.append(float(sums.index(max(sums)) == question.gold))
         acc_norm.append(float(normed.index(max(normed)) == question.gold))
-    score = score_choices(model, choice_set("quiz", questions, families.make_tokenizer()))
+    score = score_items(model, choice_set("quiz", questions, families.make_tokenizer()))
     assert score.outcomes == {"acc": tuple(acc), "acc_norm": tuple(acc_norm)}
     assert acc != acc_norm
     assert score.metrics["acc"].value == pytest.approx(sum(acc) / 30)
@@ -84,7 +83,7 @@ def test_items_are_pinned() -> None:
 def test_targets_by_hand() -> None:
     model = families.make_model("qwen2")
     targets = [Target(query=" ".join(WORDS[i : i + 4]), target=" " + " ".join(WORDS[2 * i : 3 * i])) for i in (2, 5, 9)]
-    loss = score_targets(model, target_set("cot", targets, families.make_tokenizer()))
+    loss = score_items(model, target_set("cot", targets, families.make_tokenizer()))
     by_hand = [log_p_by_hand(model, target.query, target.target) for target in targets]
     assert loss.nll_items == pytest.approx([-total for total, _ in by_hand], abs=1e-3)
     assert loss.token_items == tuple(tokens for _, tokens in by_hand)

@@ -63,6 +63,8 @@ def test_by_hand(family: str, batch_tokens: int) -> None:
 @pytest.mark.parametrize("family", families.FAMILIES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_shared_rows_equal_plain_rows(family: str, attention: str) -> None:
+    if (family, attention) == ("gemma2", "sdpa"):
+        pytest.skip("transformers has no sdpa for Gemma 2: it cannot cap scores")
     model = families.make_model(family)
     model.set_attn_implementation(attention)
     requests = [request for request in some_requests(3) if len(request.context) + len(request.continuation) <= 30]
@@ -88,16 +90,17 @@ def test_what_takes_shared_rows() -> None:
 
 
 def test_a_context_is_read_once() -> None:
-    """Four one-token choices cost the context and nothing else."""
+    """Four one-token choices cost the context and nothing else, beside a look at what makes the logits."""
     model = families.make_model("llama")
+    look = [4, 4]
     read: list[int] = []
     model.model.embed_tokens.register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
     context = tuple(range(2, 12))
     score_requests(model, [Request(context=context, continuation=(token,)) for token in (5, 6, 7, 8)])
-    assert read == [10]
+    assert read == [*look, 10]
     read.clear()
     score_requests(model, [Request(context=context, continuation=(token, 9, 4)) for token in (5, 6, 7, 8)])
-    assert read == [10 + 4 * 2]
+    assert read == [*look, 10 + 4 * 2]
 
 
 def test_training_mode_is_put_back_and_nothing_to_do_is_nothing() -> None:

@@ -78,7 +78,7 @@ def kl_by_hand(checkpoint: Checkpoint, recipe: Recipe, corpus: Corpus) -> float:
 def test_every_family_learns(family: str, cut: Cut, tokens: Tokens, tmp_path: Path) -> None:
     checkpoint, recipe = cut(family)
     train, held_out = tokens()
-    healed, report = heal((checkpoint, recipe), (train, held_out), tmp_path)
+    healed, report = heal((checkpoint, recipe), (train, held_out), tmp_path, replace(QUICK, lr=7.5e-4))
     assert sorted(healed.fitted) == [0, 1, 2, 3]
     assert set(healed.fitted[0]) == set(checkpoint.anatomy.layer_shapes())
     assert report["loss_after"] < report["loss_before"]

@@ -45,7 +45,7 @@ def test_every_family_learns(family: str, padded: bool, cut: Cut, resident_of: I
     assert [row["layer"] for row in report] == [2, 3]
     assert sorted(healed.fitted) == [2, 3]
     for row in report:
-        assert row["loss_after"] < 0.9 * row["loss_before"]
+        assert row["loss_after"] < 0.92 * row["loss_before"]
         assert set(healed.fitted[row["layer"]]) == set(resident.anatomy.layer_shapes())
     assert all(torch.equal(before[name], tensor) for name, tensor in resident.model.state_dict().items())
 

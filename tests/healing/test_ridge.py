@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from intarsia.errors import UserError
+from intarsia.healing import few_tokens
+from intarsia.healing import ridge as ridge_module
 from intarsia.healing.closed_form import RIDGES
+from intarsia.healing.few_tokens import Product, blocks, changed, whole
 from intarsia.healing.ridge import Gram, choose, solve
 
 CPU = torch.device("cpu")
@@ -52,7 +55,7 @@ def test_a_ridge_solves_the_normal_equations(ridge: float) -> None:
 def test_fewer_tokens_than_features() -> None:
     x_NC, r_ND, weight_N = data(3)
     change_DC = solve(gram_of(x_NC, r_ND, weight_N), 1e-6, where="")
-    torch.testing.assert_close(x_NC.double() @ change_DC.T, r_ND.double(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(x_NC.double() @ change_DC.double().T, r_ND.double(), rtol=1e-2, atol=1e-2)
     dead = torch.zeros_like(x_NC)
     assert not solve(gram_of(dead, r_ND, weight_N), 1e-6, where="").any()
     x_NC[:, 2] = 0.0  # one channel that never says anything, and no ridge to make up for it
@@ -97,6 +100,25 @@ def test_the_strength_is_the_best_on_held_out_tokens() -> None:
     assert found.error_after == errors[found.ridge] < found.error_before == held_out.error()
 
 
+@pytest.mark.parametrize("best", range(len(RIDGES)))
+def test_the_search_comes_to_the_best_strength_wherever_it_is(best: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One feature, whose error on held-out tokens is least at a strength that is chosen here."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    fit, held_out = Gram(1, 1, CPU), Gram(1, 1, CPU)
+    fit.xx_CC, fit.xr_CD, fit.rr, fit.tokens = one, one, 1.0, 1
+    held_out.xx_CC, held_out.xr_CD, held_out.rr, held_out.tokens = one, one / (1.0 + RIDGES[best]), 1.0, 1
+    solved, tried = ridge_module._solved, []
+
+    def counting(gram: Gram, strength: float) -> Tensor:
+        tried.append(strength)
+        return solved(gram, strength)
+
+    monkeypatch.setattr(ridge_module, "_solved", counting)
+    found = choose(fit, held_out, RIDGES, where="")
+    assert found.ridge == RIDGES[best]
+    assert len(tried) == len(set(tried)) <= max(3, abs(best - 7) + 3)
+
+
 def test_what_does_not_carry_over_is_not_taken() -> None:
     x_NC, r_ND, weight_N = data(100)
     found = choose(gram_of(x_NC, r_ND, weight_N), gram_of(x_NC, -r_ND, weight_N), RIDGES, where="")
@@ -136,3 +158,51 @@ def test_a_few_massive_tokens_do_not_decide() -> None:
 
     assert error(relative_N) < 0.2
     assert error(torch.ones(300)) > 0.8
+
+
+@pytest.mark.parametrize("tokens", [1, 3, FEATURES // 2])
+def test_few_tokens_give_the_same_without_moments(tokens: int) -> None:
+    """Kept as rows, and summed up: the same change, the same error, the same strength."""
+    rows, moments = gram_of(*data(tokens)), gram_of(*data(tokens))
+    assert torch.equal(moments.xx_CC, moments.xx_CC.T)  # looked at, and so summed up
+    assert rows.rows is not None and moments.rows is None
+    held_out = gram_of(*data(tokens, seed=1))
+    for ridge in RIDGES:
+        found, wanted = (solve(gram, ridge, where="") for gram in (rows, moments))
+        # Moments are sums of float32 products, of which the least strength makes the most.
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-3)
+        assert rows.error(found) == pytest.approx(moments.error(wanted), rel=1e-3, abs=1e-3)
+    alike, summed = choose(rows, held_out, RIDGES, where=""), choose(moments, held_out, RIDGES, where="")
+    assert (alike.ridge, alike.error_before) == (summed.ridge, pytest.approx(summed.error_before))
+
+
+def test_one_token_too_many_is_summed_up() -> None:
+    x_NC, r_ND, weight_N = data(FEATURES // 2 + 1)
+    gram = gram_of(x_NC, r_ND, weight_N, batch=1)
+    assert gram.rows is None
+    weighted = x_NC * weight_N.sqrt()[:, None]
+    torch.testing.assert_close(gram.xx_CC, (weighted.T @ weighted).double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_is_changed_some_rows_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change that is kept as a product, and one that is a matrix: what adding it all at once gives."""
+    monkeypatch.setattr(few_tokens, "_BLOCK", 2)
+    x_NC, r_ND, weight_N = data(FEATURES // 2)
+    own_DC = torch.randn(WIDTH, FEATURES, generator=torch.Generator().manual_seed(7)).to(dtype)
+    before = own_DC.clone()
+    product = Product(left_ND=r_ND, right_NC=x_NC)
+    for change, matrix_DC in ((product, r_ND.T @ x_NC), (r_ND.double().T @ x_NC.double(), r_ND.T @ x_NC)):
+        assert [len(block) for _, block in blocks(change)] == [2, 2, 1]
+        torch.testing.assert_close(whole(change).float(), matrix_DC)
+        wanted = (own_DC.float() + matrix_DC).to(dtype)
+        torch.testing.assert_close(changed(own_DC, change), wanted)
+        assert changed(own_DC, change).dtype == dtype and torch.equal(own_DC, before)
+    gram = gram_of(x_NC, r_ND, weight_N, batch=1)
+    assert gram.rows is not None
+    assert gram.error(product) == pytest.approx(gram.error(r_ND.T @ x_NC), rel=1e-5)
+    found = choose(gram, gram_of(x_NC, r_ND, weight_N), RIDGES, where="")
+    assert found.ridge == RIDGES[0] and isinstance(found.change_DC, Product)
+    applied_DC = found.applied(own_DC)
+    assert applied_DC is not None
+    torch.testing.assert_close(applied_DC, changed(own_DC, solve(gram, RIDGES[0], where="")))

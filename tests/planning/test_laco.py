@@ -121,6 +121,29 @@ def test_weights_of_a_merge_and_of_a_merge_of_a_merge() -> None:
     assert collapsed([select(0), select(1)]) == Select(source=ref(1))
 
 
+def test_what_the_notebook_computes(resident_of: InMemory, tmp_path: Path) -> None:
+    """Each difference to the base as it has been changed by then: nothing but the last layer is left of the sum."""
+    resident, corpus = resident_of("llama"), corpus_of()
+    base, *others = states_of(resident)[1:4]
+    for other in others:
+        base = {name: base[name] + (other[name] - base[name]) for name in base}
+    settings = LacoSettings(merge=3, threshold=-1.0, interval=9, lowest=1, highest=4, reference=True)
+    run, _, model = ladder_of("laco", resident, corpus, tmp_path / "run", 4, settings)
+    assert [entry["merged"] for entry in run.log()] == [[1, 4]]
+    for name, tensor in model.modules[1].state_dict().items():
+        torch.testing.assert_close(tensor.double(), base[name], rtol=1e-5, atol=1e-6)
+    states = states_of(resident)
+    similarity = torch.cosine_similarity(
+        final_states(resident, [states[0], *states[3:]], corpus), final_states(resident, states, corpus)
+    ).mean()
+    assert run.log()[0]["evidence"]["similarity"] == pytest.approx(float(similarity), abs=1e-5)
+
+
+def test_run_folders_of_before_there_was_the_option() -> None:
+    assert "reference" not in LacoSettings().to_dict()
+    assert LacoSettings(reference=True).to_dict()["reference"] is True
+
+
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(UserError) as caught:
         LacoSettings(merge=1, threshold=2.0, interval=0, lowest=-1, highest=-2)

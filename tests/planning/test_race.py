@@ -21,9 +21,9 @@ class Track:
         self.counts = torch.tensor(counts) if counts is not None else torch.ones(size, dtype=torch.int64)
         self.asked: list[tuple[str, int, int]] = []
 
-    def losses(self, name: str, part: slice) -> Tensor:
-        self.asked.append((name, part.start, part.stop))
-        return self.sums[name][part]
+    def losses(self, names: Sequence[str], part: slice) -> list[Tensor]:
+        self.asked += [(name, part.start, part.stop) for name in names]
+        return [self.sums[name][part] for name in names]
 
     def run(self, *, racing: bool = True) -> tuple[str, dict[str, Tensor]]:
         return race(list(self.sums), self.losses, self.counts, racing=racing, progress=Silent(), title="race")
@@ -107,3 +107,16 @@ def test_sequences_that_predict_nothing_do_not_decide() -> None:
     sums = {"a": [0.0] * 10 + [5.0] * 30, "b": [0.0] * 10 + [10.0] * 30}
     best, _ = Track(sums, counts).run()
     assert best == "a"
+
+
+def test_the_best_few_are_kept_to_the_end() -> None:
+    """Three that are clearly worse than the best, of which two are asked for besides it."""
+    track = Track({"a": noisy(0.0, 64, 0), "b": noisy(40.0, 64, 1), "c": noisy(20.0, 64, 2), "d": noisy(30.0, 64, 3)})
+    best, seen = race(
+        list(track.sums), track.losses, track.counts, racing=True, keep=3, progress=Silent(), title="race"
+    )
+    assert best == "a"
+    assert {name for name, sums in seen.items() if sums.numel() == 64} == {"a", "c", "d"}
+    alone = Track({"only": [1.0] * 64})
+    _, seen = race(["only"], alone.losses, alone.counts, racing=True, keep=2, progress=Silent(), title="race")
+    assert seen["only"].numel() == 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from intarsia.disk import full_disk_named
 from intarsia.errors import UserError
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import climb, planner_of
-from intarsia.planning.run_folder import RunFolder
+from intarsia.planning.run_folder import RunFolder, Wanted
 from intarsia.planning.settings import ComeSettings
 from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe, Variant, identity
@@ -145,6 +147,59 @@ def test_a_planner_that_ends_early_says_why(resident_of: InMemory, tmp_path: Pat
     assert reason is not None and "no-repeat" in reason
     assert run.depths() == list(range(5, model.depth - 1, -1))
     assert 3 <= model.depth < 6
+
+
+@pytest.mark.parametrize("what", ["recipe", "line"])
+def test_a_full_disk_within_a_step(
+    what: str, resident_of: InMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps before are kept, nothing half-written is left, and the run goes on when there is room again."""
+    resident = resident_of("llama")
+    go(tmp_path / "undisturbed", resident, "come", 2)
+    write = {"recipe": "intarsia.recipe.codec.write_whole", "line": "intarsia.planning.run_folder.append_line"}[what]
+    go(tmp_path / "full", resident, "come", 4)
+    before = contents(tmp_path / "full")
+
+    def full(*_: object) -> None:
+        with full_disk_named(tmp_path / "full"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(write, full)
+        with pytest.raises(UserError, match="a full disk"):
+            go(tmp_path / "full", resident, "come", 2)
+    assert RunFolder(tmp_path / "full").depths() == [5, 4]
+    assert {name: contents(tmp_path / "full")[name] for name in before} == before
+    assert not [path for path in (tmp_path / "full").rglob(".*") if path.is_file()]
+    assert RunFolder(tmp_path / "full").unfinished() == "it has come to 4 layers on the way down to 2"
+    go(tmp_path / "full", resident, "come", 2)
+    assert contents(tmp_path / "full") == contents(tmp_path / "undisturbed")
+    assert log_of(tmp_path / "full") == log_of(tmp_path / "undisturbed")
+
+
+def test_how_far_a_plan_is(resident_of: InMemory, tmp_path: Path) -> None:
+    run = RunFolder.start(tmp_path / "run", SETTINGS)
+    assert (run.wanted(), run.unfinished()) == (None, None)  # not asked for anything yet, or of an older version
+    run.want(Wanted(layers=4))
+    assert run.unfinished() == "no step is done yet on the way down to 4"
+    go(tmp_path / "run", resident_of("llama"), "come", 4)
+    assert (run.wanted(), run.unfinished()) == (Wanted(layers=4), None)
+    run.want(Wanted(layers=2))
+    assert run.unfinished() == "it has come to 4 layers on the way down to 2"
+    with pytest.raises(UserError, match="on the way down to 2"):
+        run.recipe(3)
+    run.want(Wanted(layers=5))  # what is asked for last
+    assert run.unfinished() is None
+    (tmp_path / "run" / "wanted.json").write_text("[]")
+    with pytest.raises(UserError, match="Delete the file"):
+        run.unfinished()
+
+
+def test_a_plan_that_can_go_no_further_is_told_as_such(resident_of: InMemory, tmp_path: Path) -> None:
+    model = go(tmp_path / "run", resident_of("llama"), "come", 1, no_repeat=True)
+    told = RunFolder(tmp_path / "run").unfinished()
+    assert told is not None and told.startswith(f"it has come to {model.depth} layers on the way down to 1 and goes no")
+    assert "no-repeat" in told
 
 
 # The folder itself

@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 
 import pytest
-import torch
 
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.taylor import saliences
@@ -28,9 +27,9 @@ def scores_by_hand(resident, corpus) -> list[float]:
     layers = model.get_submodule(resident.anatomy.family.layers_module)
     return [
         sum(
-            float((module.weight.grad * module.weight.detach()).abs().sum())
-            for module in layer.modules()
-            if isinstance(module, torch.nn.Linear)
+            float((weight.grad * weight.detach()).abs().sum())
+            for name, weight in layer.named_parameters()
+            if weight.ndim > 1 and "norm" not in name
         )
         for layer in layers
     ]

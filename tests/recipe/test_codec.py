@@ -158,7 +158,7 @@ def test_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="a full disk"):
         save(identity(BASE, 5), path)
     assert os.listdir(tmp_path) == ["recipe.yaml"]
     assert path.read_bytes() == before

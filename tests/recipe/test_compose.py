@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from intarsia.anatomy.spec import PARTS, Anatomy, Part
 from intarsia.errors import UserError
 from intarsia.recipe.check import check
-from intarsia.recipe.compose import compose, concat_of, simplify
+from intarsia.recipe.compose import compose
+from intarsia.recipe.flatten import concat_of, simplify
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, NormMode, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, identity
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from intarsia.planning.ladder import describe
 from intarsia.planning.run_folder import RunFolder
+from intarsia.planning.told import describe
 from intarsia.recipe.codec import content_hash
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Op
 from intarsia.recipe.recipe import Recipe, Variant, identity

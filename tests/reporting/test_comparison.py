@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.reporting.comparison import as_csv, as_markdown, curves, figure, figure_file, load
+from intarsia.reporting.comparison import load
+from intarsia.reporting.comparison_figure import curves, figure, figure_file
+from intarsia.reporting.comparison_table import as_csv, as_markdown
 from tests.reporting.runs import comparison, row, scores
 
 SPEED = {"decode_tokens_per_s": 20.0, "prefill_tokens_per_s": 300.0}

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.reporting.commands import compress_command, plan_command
+from intarsia.planning.run_folder import RunFolder, Wanted
+from intarsia.reporting.commands import compare_command, compress_command, plan_command
 from intarsia.reporting.page import report_html, write_report
 from intarsia.reporting.picture import Pieces, picture_svg, pieces_of
 from tests.reporting.runs import CHANNELS, GROUPS, comparison, ladder, plan_run, row, scores
@@ -135,11 +136,14 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert "This run is not finished" in reader.text and "some/model" in reader.text
     assert not reader.all("svg")
     _, reader = page(plan_run(tmp_path / "one", steps=1, target=3))
-    assert "it has come to 5 of 3 layers" in reader.text
+    assert "it has come to 5 layers on the way down to 3." in reader.text
     assert reader.all("svg")
+    RunFolder(plan_run(tmp_path / "stopped")).want(Wanted(layers=2, stopped="nothing is left to merge"))
+    _, reader = page(tmp_path / "stopped")
+    assert "on the way down to 2 and goes no further: nothing is left to merge." in reader.text
     with (tmp_path / "one" / "log.jsonl").open("a") as file:
         file.write('{"layers": 4, "mer')
-    assert "it has come to 5 of 3 layers" in page(tmp_path / "one")[1].text
+    assert "it has come to 5 layers on the way down to 3." in page(tmp_path / "one")[1].text
 
 
 def test_an_unfinished_comparison_says_what_is_to_come(tmp_path: Path) -> None:
@@ -252,3 +256,34 @@ def test_commands_name_what_is_not_the_default() -> None:
     assert compress_command(laco, out="o", layers=24, heal="none") == (
         "intarsia compress m -o o --layers 24 --method laco --laco-merge 2 --heal none"
     )
+
+
+def test_the_command_of_a_comparison(tmp_path: Path) -> None:
+    facts = {
+        "model": "some/model",
+        "revision": "v2",
+        "settings": {"calibration": "a b.txt,c.txt", "tokens": 4096, "seq_len": 512, "seed": 0, "dtype": None},
+        "asked": {
+            "methods": ["come", "come-p[spans=1]"],
+            "layers": [5, 4],
+            "heal": ["none", "closed-form"],
+            "task_layers": [4],
+            "speed": True,
+        },
+        "eval_texts": [
+            {"name": "wiki", "spec": "w.txt", "windows": 64},
+            {"name": "news 0.9:1", "spec": "news.txt#0.9:1", "windows": 16},
+        ],
+        "tasks": [{"name": "piqa", "spec": "piqa", "limit": 20}, {"name": "q", "spec": "q.jsonl#0.5:1", "limit": 20}],
+    }
+    wanted = (
+        "intarsia compare some/model -o out --methods 'come,come-p[spans=1]' --layers 5,4 --heal none,closed-form "
+        "--eval-text wiki=w.txt --eval-text 'news.txt#0.9:1' --eval-windows 64 --eval-windows 16 "
+        "--tasks 'piqa,q.jsonl#0.5:1' --task-layers 4 --limit 20 --speed --revision v2 --calibration 'a b.txt,c.txt' "
+        "--tokens 4096"
+    )
+    assert compare_command(facts, out="out") == wanted
+    assert compare_command({**facts, "asked": {}}, out="out") is None  # a folder that does not say what was asked for
+    folder = comparison(tmp_path / "out", [row("come", 5, "none", 40.0)], **facts)
+    _, reader = page(folder)
+    assert wanted in reader.text

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +22,8 @@ from intarsia.stages import compare_judge
 from intarsia.stages.evaluate_tasks import evaluate_tasks
 from tests import families
 from tests.conftest import Folder
+from tests.killing import kill_within, needs_proc
 
-ROOT = Path(__file__).resolve().parents[2]
 Sizes = dict[str, Any]
 
 
@@ -318,23 +314,9 @@ def test_a_dry_run_writes_nothing_and_bounds_the_cost(model_folder: Folder, halv
     assert free["shortgpt"] == free["reverse"] == free["angular"] == 0
 
 
-KILLED = """
-import os, signal, sys
+COMPARE = """
 import intarsia
-
-fsync, lines = os.fsync, []
-name_of, count, cut, model, out, text, *_ = sys.argv[1:]
-
-def stops(descriptor):
-    name = os.readlink(f"/proc/self/fd/{descriptor}")
-    if name.endswith(name_of):
-        lines.append(name)
-        if len(lines) == int(count):
-            os.truncate(name, os.path.getsize(name) - int(cut))
-            os.kill(os.getpid(), signal.SIGKILL)
-    fsync(descriptor)
-
-os.fsync = stops
+model, out, text = sys.argv[1:]
 intarsia.compare(
     model, out, methods="come,sleb,laco[merge=3]", layers=[5, 3], heal=["none", "closed-form"],
     calibration=f"{text}#0:0.5", eval_text=f"words={text}#0.5:1", eval_windows=4, tokens=256, seq_len=32,
@@ -342,7 +324,7 @@ intarsia.compare(
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks up file names in /proc")
+@needs_proc
 @pytest.mark.parametrize(
     ("name", "count", "cut"),
     [("rows.jsonl", 1, 50), ("rows.jsonl", 4, 80), ("log.jsonl", 4, 60), ("log.jsonl", 9, 0)],
@@ -359,16 +341,7 @@ def test_killed_and_started_again(
     tmp_path: Path,
 ) -> None:
     model, out = str(model_folder("llama")), tmp_path / "killed"
-    environment = {**os.environ, "INTARSIA_CACHE": str(cache_here), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, name, str(count), str(cut), model, str(out), str(text_file)],
-        cwd=ROOT,
-        env=environment,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    kill_within(name, count, cut, COMPARE, model, out, text_file, cache=cache_here)
     assert (out / "rows.jsonl").read_bytes().count(b"\n") < 13 and not (out / "table.csv").exists()
     given: Sizes = {
         "methods": "come,sleb,laco[merge=3]",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.planning.ladder import METHODS
+from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, LacoSettings
 from intarsia.recipe import codec
+from intarsia.recipe.recipe import Recipe
 from intarsia.stages import judge
 from tests import families
 from tests.conftest import Folder
@@ -44,7 +47,7 @@ def test_plan_then_build_any_depth(method: str, model_folder: Folder, sizes: Siz
     run = tmp_path / "run"
     planned = intarsia.plan(model, run, layers=3, method=method, settings=settings, **sizes)
     assert (planned.layers, planned.target, planned.depths, planned.stopped) == (6, 3, (5, 4, 3), None)
-    assert names(run) == {"settings.json", "calibration.json", "log.jsonl", "ladder"}
+    assert names(run) == {"settings.json", "calibration.json", "wanted.json", "log.jsonl", "ladder"}
     if method in MEASURED:
         assert all(math.isfinite(loss) for loss in planned.losses)
     else:
@@ -116,6 +119,37 @@ def test_other_settings_in_a_run_folder(model_folder: Folder, sizes: Sizes, tmp_
         intarsia.plan(model, run, layers=4, **{**sizes, "tokens": 512}, seed=3, settings=ComeSettings(norm="average"))
     places = [problem.where.rpartition(": ")[2] for problem in caught.value.problems]
     assert places == ["planner.norm", "seed", "tokens"]
+
+
+def test_an_unfinished_plan_is_told_as_such(
+    model_folder: Folder, sizes: Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between its steps to 5 and to 4 layers, on the way down to 3."""
+    model, run = str(model_folder("llama")), tmp_path / "run"
+
+    def stops(self: RunFolder, entry: Mapping[str, Any], recipe: Recipe) -> None:
+        if entry["layers"] == 4:
+            raise KeyboardInterrupt
+        append(self, entry, recipe)
+
+    append = RunFolder.append
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "append", stops)
+        with pytest.raises(KeyboardInterrupt):
+            intarsia.plan(model, run, layers=3, **sizes)
+    facts = intarsia.inspect(str(run)).facts
+    assert (facts["target"], facts["not_finished"]) == (3, "it has come to 5 layers on the way down to 3")
+    with pytest.raises(UserError, match="--layers") as caught:
+        intarsia.build(run, tmp_path / "out")
+    assert caught.value.problems[0].remedy.endswith("with --layers: 5.")
+    with pytest.raises(UserError, match="not finished"):
+        intarsia.build(run, tmp_path / "out", layers=3)
+    assert not (tmp_path / "out").exists()
+    assert intarsia.build(run, tmp_path / "five", layers=5).layers == 5
+    intarsia.plan(model, run, layers=3, **sizes)
+    facts = intarsia.inspect(str(run)).facts
+    assert facts["target"] == 3 and "not_finished" not in facts
+    assert intarsia.build(run, tmp_path / "out").layers == 3
 
 
 def test_inspect(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:

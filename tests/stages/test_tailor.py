@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
+from dataclasses import replace
+from math import comb, log10
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,14 @@ from intarsia.errors import UserError
 from intarsia.recipe import codec
 from intarsia.stages.tailor import TailorResult, tailor
 from intarsia.stages.tailor_folder import TailorFolder
-from intarsia.stages.tailor_judge import rest_of
+from intarsia.stages.tailor_judge import rest_of, unseen
+from intarsia.stages.tailor_recipe import trial_recipe
+from intarsia.tailoring.family import open_family
+from intarsia.tailoring.family_file import read_family_file
+from intarsia.tailoring.open_evaluator import open_evaluator
 from tests import families
 from tests.conftest import Folder
+from tests.killing import kill_within, needs_proc
 
 FAMILY = """
 base: {base}
@@ -97,6 +100,8 @@ def test_a_search(searched: tuple[Path, TailorResult]) -> None:
     assert (run / "plans" / "shortgpt" / "settings.json").exists()
     front = json.loads((run / "front.json").read_text(encoding="utf-8"))
     assert front["objectives"] == ["prose", "quiz"]
+    assert result.report == run / "report.html"
+    assert f"trial {front['knee']} is its knee" in result.report.read_text(encoding="utf-8")
     assert result.front is not None
     costs = [tuple(trial["costs"]) for trial in trials if trial["budget"] == 12]
     for point in front["points"]:
@@ -226,9 +231,107 @@ def test_dry_run_reads_config_files_alone(parts: dict[str, Path], tmp_path: Path
     assert "10^" in result.to_dict()["space"]
 
 
+def test_blends_by_statistics(parts: dict[str, Path], tmp_path: Path) -> None:
+    """RegMean and Fisher averages stand in recipes as fitted tensors, and are made again from the folder alone."""
+    path = write_family(
+        parts,
+        tmp_path / "family.yaml",
+        **{
+            "[task_arithmetic, slerp]": "[regmean, fisher]",
+            "merge, concat": "merge",
+            "[random-middle, shortgpt]": "[]",
+        },
+    )
+    run = tmp_path / "run"
+    result = tailor(path, run, trials=8, tokens=512, device="cpu", judge=False)
+    assert (result.trials, result.failed) == (8, 0)
+    methods = {
+        choice["attention"].get("method"): trial["number"]
+        for trial in trials_of(run)
+        for choice in trial["candidate"]["choices"]
+    }
+    assert {"regmean", "fisher"} <= set(methods)
+    for method in ("regmean", "fisher"):
+        number = methods[method]
+        built = intarsia.build(run, tmp_path / method, trial=number)
+        assert built.recipe_sha256 == trials_of(run)[number]["recipe"]
+        recipe = codec.load(tmp_path / method / "recipe" / "recipe.yaml")
+        choices = trials_of(run)[number]["candidate"]["choices"]
+        assert set(recipe.fitted) == {at for at, each in enumerate(choices) if "method" in each["attention"]} != set()
+
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 40,
+    "vocab_size": 32000,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def test_the_example_of_13_billion_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the hub, on config files that lie in a folder."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    recipe = Path(__file__).resolve().parents[2] / "recipes" / "tailor-llama-2-13b.yaml"
+    file = read_family_file(recipe)
+    for member in (file.base, *file.variants):
+        folder = tmp_path / member.model
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
+    result = tailor(recipe, configs=tmp_path, dry_run=True)
+    assert (result.predicted.layers, result.predicted.target) == (40, 30)  # a quarter
+    # C(40, 10) subsets; a layer: 4 whole members, or task arithmetic of 1 to 3 variants with 15 values other than 0
+    # (14 for one variant, whose whole difference is a member), each with one of 9 scales.
+    keeps = (4 + 3 * 14 + 3 * 15 + 15) * 9
+    assert result.predicted.log10_size == pytest.approx(log10(comb(40, 10)) + 30 * log10(keeps))
+    (tmp_path / file.variants[1].model / "config.json").write_text(
+        json.dumps({**LLAMA, "num_hidden_layers": 32}), encoding="utf-8"
+    )
+    with pytest.raises(UserError) as caught:
+        tailor(recipe, configs=tmp_path, dry_run=True)
+    assert caught.value.problems[0].where.startswith("variant math (WizardLMTeam/WizardMath-13B-V1.0)")
+
+
+def test_a_changed_family_is_refused_before_a_model_is_loaded(
+    searched: tuple[Path, TailorResult], parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*given: Any, **more: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("intarsia.stages.tailor.evaluator_of", loaded)
+    changed = write_family(parts, tmp_path / "family.yaml", **{"layers: 4": "layers: 3", "slerp": "linear"})
+    with pytest.raises(UserError) as caught:
+        tailor(changed, searched[0], tokens=512, device="cpu")
+    places = [problem.where.rpartition(": ")[2] for problem in caught.value.problems]
+    assert places == ["family.layers", "family.methods"]
+
+
+def test_a_search_goes_on_wherever_the_command_runs(
+    parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder keeps absolute paths."""
+    monkeypatch.chdir(parts["quiz"].parent)
+    named = {**parts, "math": Path("math"), "quiz": Path("quiz.jsonl")}
+    path = write_family(named, tmp_path / "family.yaml", **{"[random-middle, shortgpt]": "[random-middle]"})
+    tailor(path, tmp_path / "run", trials=2, tokens=512, device="cpu", judge=False, build=False)
+    kept = read_family_file(tmp_path / "run" / "family.yaml")
+    assert kept.variants[0].model == str(parts["math"].resolve())
+    assert [each.source for each in kept.objectives] == [str(parts[name].resolve()) for name in ("text", "quiz")]
+    monkeypatch.chdir(tmp_path)
+    again = tailor(tmp_path / "run", more_trials=1, tokens=512, device="cpu", judge=False, build=False)
+    assert again.trials == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "where"),
     [
+        ({"configs": "nowhere"}, "--configs"),
         ({"resume": True}, "--resume"),
         ({"more_trials": 3}, "--more-trials"),
         ({"engine": "annealing"}, "--engine"),
@@ -253,56 +356,76 @@ def test_a_folder_of_something_else(family: Path, tmp_path: Path) -> None:
     assert caught.value.problems[0].where == str(tmp_path / "run")
 
 
-def test_finalists_are_healed(parts: dict[str, Path], tmp_path: Path) -> None:
-    """Trials at the greatest budget are ranked by what the repaired model costs, and that model is what is built."""
+@pytest.mark.parametrize("heal", ["finalists", "every"])
+def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str) -> None:
+    """Trials are ranked by what the repaired model costs; that model is what is built and judged."""
     path = write_family(
         parts,
         tmp_path / "family.yaml",
         **{"min_budget: 4, max_budget: 12": "min_budget: 24, max_budget: 72", "trials: 12": "trials: 5"},
     )
-    path.write_text(path.read_text(encoding="utf-8") + "heal: finalists\n", encoding="utf-8")
-    result = tailor(path, tmp_path / "run", tokens=512, device="cpu", judge=False)
+    path.write_text(path.read_text(encoding="utf-8") + f"heal: {heal}\n", encoding="utf-8")
+    run = tmp_path / "run"
+    result = tailor(path, run, tokens=512, device="cpu")
     assert result.front is not None and result.front.budget == 72
-    recipe = codec.load(tmp_path / "run" / "best" / "recipe" / "recipe.yaml")
+    recipe = codec.load(run / "best" / "recipe" / "recipe.yaml")
     assert recipe.fitted
     assert recipe.provenance["settings"]["trial"] == result.front.knee.number
-    built = intarsia.build(tmp_path / "run", tmp_path / "again", knee=True)
+    built = intarsia.build(run, tmp_path / "again", knee=True)
     assert built.recipe_sha256 == codec.content_hash(recipe)
 
+    file = read_family_file(path)
+    family = open_family(file.base, file.variants)
+    folder = TailorFolder.existing(run)
+    evaluator = open_evaluator(family, file, device=torch.device("cpu"), probe=False)
+    for trial in folder.history():
+        cut = trial_recipe(folder, trial, healed=False)
+        assert not cut.fitted and codec.content_hash(cut) == trial.recipe
+        wanted = evaluator.heal(cut) if heal == "every" or trial.budget == 72 else cut
+        assert trial.costs == evaluator.evaluate(wanted, trial.budget).costs
+        if wanted is not cut:
+            assert trial.costs != evaluator.evaluate(cut, trial.budget).costs
 
-# Kills itself in the middle of writing the line of its fourth trial.
-KILLED = """
-import os, signal, sys
+    # Judged before and after, on the other halves.
+    assert result.judged is not None
+    rows = {row["model"]: row for row in result.judged["rows"]}
+    assert list(rows) == ["base", "incumbent as cut", "incumbent"]
+    rest, _ = unseen(file)
+    rest = replace(rest, heal="none", search=replace(rest.search, max_budget=max(result.judged["examples"].values())))
+    judge = open_evaluator(family, rest, device=torch.device("cpu"), probe=False)
+    for name, model in (
+        ("incumbent as cut", trial_recipe(folder, result.front.knee, healed=False)),
+        ("incumbent", recipe),
+    ):
+        costs = judge.evaluate(model, judge.most).costs
+        assert [rows[name][objective]["value"] for objective in ("prose", "quiz")] == pytest.approx(costs, rel=1e-6)
+
+
+def test_accuracy_beside_the_likelihood(searched: tuple[Path, TailorResult], parts: dict[str, Path]) -> None:
+    """The search's measure of the questions is the likelihood; what is told beside it is the share of right answers."""
+    run, result = searched
+    assert result.judged is not None
+    rows = {row["model"]: row for row in result.judged["rows"]}
+    for name, model in (("base", parts["base"]), ("incumbent", run / "best")):
+        found = intarsia.evaluate_tasks(str(model), [f"{parts['quiz']}#0.5:1"])
+        expected = found.scores[0].metrics["acc_norm"]
+        told = rows[name]["accuracy"]["quiz"]
+        assert (told["value"], told["stderr"]) == pytest.approx((expected.value, expected.stderr))
+    kept = rows["incumbent"]["accuracy"]["quiz"]["value"] / rows["base"]["accuracy"]["quiz"]["value"]
+    assert rows["incumbent"]["kept"] == {"quiz": kept} and rows["incumbent"]["mean_kept"] == kept
+    assert "prose" not in rows["base"]["accuracy"] and "kept" not in rows["base"]
+
+
+SEARCH = """
 from intarsia.stages.tailor import tailor
-
-fsync, lines = os.fsync, []
-
-def stops(descriptor):
-    name = os.readlink(f"/proc/self/fd/{descriptor}")
-    if name.endswith("trials.jsonl"):
-        lines.append(name)
-        if len(lines) == 4:
-            os.truncate(name, os.path.getsize(name) - 100)
-            os.kill(os.getpid(), signal.SIGKILL)
-    fsync(descriptor)
-
-os.fsync = stops
 tailor(sys.argv[1], sys.argv[2], tokens=512, device="cpu")
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks up file names in /proc")
+@needs_proc
 def test_killed_and_started_again(searched: tuple[Path, TailorResult], family: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(family), str(run)],
-        cwd=Path(__file__).resolve().parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    kill_within("trials.jsonl", 4, 100, SEARCH, family, run)
     assert len(TailorFolder(run).history()) == 3
     assert (run / "trials.jsonl").read_bytes()[-1:] != b"\n"
     again = tailor(family, run, tokens=512, device="cpu")

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from intarsia.errors import UserError
@@ -17,6 +17,7 @@ def test_layers_are_taken_as_they_are(layers: int, checkpoint_of: Opened) -> Non
     assert target_depth(checkpoint_of("llama"), layers=layers, sparsity=None) == layers
 
 
+@settings(deadline=None)  # the first of a family is made on the way
 @given(sparsity=st.floats(0.001, 0.999), family=st.sampled_from(families.FAMILIES))
 def test_the_greatest_depth_that_removes_at_least_the_share(
     checkpoint_of: Opened, sparsity: float, family: str

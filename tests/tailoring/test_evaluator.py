@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from intarsia.errors import UserError
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.evaluation.run_rows import default_batch_tokens, score_requests
 from intarsia.healing.closed_form import fit
-from intarsia.recipe.ops import LayerRef, Merge, Op, Select
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 from intarsia.tailoring.divergence import TOP
 from intarsia.tailoring.evaluator import Evaluator, Outcome, TrialFailed
@@ -28,6 +29,7 @@ from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile, Heal, MemberSpec, ObjectiveSpec, SearchSpec
 from intarsia.tailoring.objective import Objective
 from intarsia.tailoring.open_evaluator import open_evaluator
+from intarsia.tailoring.uncut import uncut
 from tests import families
 
 Pair = Callable[[str], Family]
@@ -242,6 +244,40 @@ def test_healed(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
     assert set(merged_too.fitted) <= {1, 2, 3} and merged_too.fitted
 
 
+def test_healed_towards_the_same_blend_uncut(trio: Family, objectives: Sequence[ObjectiveSpec]) -> None:
+    """A cut of one member in the family is fitted as the same cut of that member alone, towards the member."""
+    evaluator = opened(trio, objectives[2:4], heal="finalists", most=30, probe=False)
+    kept = (0, 1, 3, 5)
+    fitted = evaluator.heal(recipe(trio, *(select(layer, "lora") for layer in kept)))
+    alone = replace(recipe(trio, *(select(layer) for layer in kept)), variants=(Variant(name="base", model="lora"),))
+    assert evaluator._repair_on is not None
+    member = Resident(trio.checkpoints()["lora"], device=torch.device("cpu"))
+    expected, _ = fit(alone, member, evaluator._repair_on)
+    to_base, _ = fit(recipe(trio, *(select(layer, "lora") for layer in kept)), evaluator.resident, evaluator._repair_on)
+    assert expected.fitted.keys() == fitted.fitted.keys() != set()
+    differs = False
+    for index, tensors in expected.fitted.items():
+        for name, array in tensors.items():
+            np.testing.assert_allclose(array, fitted.fitted[index][name], rtol=1e-4, atol=1e-6)
+            differs |= not np.allclose(to_base.fitted.get(index, {}).get(name, 0.0), array, rtol=1e-2)
+    assert differs
+
+
+def test_uncut(trio: Family) -> None:
+    joined = Concat(
+        cuts=(
+            Cut(source=LayerRef(variant="base", layer=3), kv_groups=(0,), channels=(0,), weights={}),
+            Cut(source=LayerRef(variant="lora", layer=4), kv_groups=(1,), channels=(1,), weights={}),
+        )
+    )
+    made = recipe(trio, select(0, "lora"), replace(merged(2), scale=0.9), joined, select(5))
+    assert made.spans == ((0, 2), (2, 3), (3, 5), (5, 6))
+    expected = (select(0, "lora"), select(1, "lora"), merged(2), select(3), select(4, "lora"), select(5))
+    assert uncut(made) == expected
+    wide = recipe(trio, select(1, "math"), merged(3))
+    assert uncut(wide) == (*(select(layer, "math") for layer in range(3)), *(merged(layer) for layer in (3, 4, 5)))
+
+
 def test_a_fit_does_not_see_the_windows_that_are_scored(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
     evaluator = opened(pair("llama"), objectives[3:4], heal="finalists", probe=False)
     assert evaluator._repair_on is not None
@@ -298,14 +334,14 @@ def test_a_lack_of_memory_is_a_failure(
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluator.runner.stream, "final_norm", fails)
+        patched.setattr(evaluator.runner.stream, "logits", fails)
         with pytest.raises(TrialFailed, match=message):
             evaluator.evaluate(new, 4)
     assert evaluator.runner.prefixes.nbytes == 0
     assert evaluator.evaluate(made, 4).costs == before.costs
     with monkeypatch.context() as patched:
         error = RuntimeError("shapes differ")
-        patched.setattr(evaluator.runner.stream, "final_norm", fails)
+        patched.setattr(evaluator.runner.stream, "logits", fails)
         with pytest.raises(RuntimeError, match="shapes differ"):
             evaluator.evaluate(new, 4)
 

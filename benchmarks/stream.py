@@ -1,0 +1,179 @@
+"""Peak memory of planning, healing and building a model that is streamed, on generated weights of real shapes.
+
+The job runs in a process of its own: CoMe, the closed form, the build, and the perplexity before and after. Reported
+is the largest resident memory of that process, mapped pages included, less what Python and its libraries take before
+the model is opened; against two and a half layers, plus embeddings, plus the budget for hidden states (--memory).
+
+    python -m benchmarks stream --shape llama-3.2-1b -o out/bench/stream
+
+The folder needs room for the model twice; what is generated is deleted afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_WORDS = 4096
+
+
+def generate(folder: Path, config: dict[str, Any]) -> None:
+    """Write a model of random bfloat16 weights, tensor by tensor, and a tokenizer of made-up words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from intarsia.anatomy.detect import detect
+    from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan
+
+    config = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", **config}
+    anatomy = detect(config)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (anatomy.vocabulary, anatomy.width)}
+    for layer in range(anatomy.n_layers):
+        shapes |= {anatomy.tensor_name(layer, local): shape for local, shape in anatomy.layer_shapes().items()}
+    shapes["model.norm.weight"] = (anatomy.width,)
+    if not anatomy.tied:
+        shapes["lm_head.weight"] = (anatomy.vocabulary, anatomy.width)
+    plans = [TensorPlan(name=name, dtype=torch.bfloat16, shape=shape) for name, shape in shapes.items()]
+    chance = torch.Generator().manual_seed(0)
+    with CheckpointWriter(folder, plans, overwrite=True, max_shard_bytes=2 * 10**9) as writer:
+        for plan in plans:
+            writer.write(plan.name, _random(plan.shape, chance))
+        (writer.folder / "config.json").write_text(json.dumps(config))
+    words = {f"w{number}": number for number in range(_WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0").save_pretrained(folder)
+
+
+def _random(shape: tuple[int, ...], chance: torch.Generator) -> torch.Tensor:
+    """Norm weights of one; others small, filled in parts so that no float32 copy of a whole tensor is made."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    found = torch.empty(shape, dtype=torch.bfloat16)
+    for rows in found.split(1024):
+        rows.copy_(torch.empty(rows.shape).uniform_(-0.035, 0.035, generator=chance))
+    return found
+
+
+def write_text(path: Path, tokens: int) -> None:
+    """Words in an order that is not all chance."""
+    rng = random.Random(0)
+    found, last = [], 0
+    for _ in range(tokens + tokens // 2):
+        last = (last * 7 + rng.choice([1, 2, 3])) % _WORDS
+        found.append(f"w{last}")
+    path.write_text("\n".join(" ".join(found[start : start + 512]) for start in range(0, len(found), 512)))
+
+
+def work(given: argparse.Namespace) -> dict[str, Any]:
+    """In a process of its own: the whole job, and what memory it took."""
+    import psutil
+
+    from intarsia.evaluation.memory import peak_memory_bytes
+    from intarsia.stages.compress import compress
+
+    # What the job imports on its way counts as the base.
+    for name in ("accelerate", "tokenizers", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(name)
+    base = psutil.Process().memory_info().rss
+    result = compress(
+        str(given.out / "source"),
+        given.out / "small",
+        layers=given.layers,
+        method=given.method,
+        calibration=str(given.out / "words.txt"),
+        tokens=given.tokens,
+        seq_len=given.seq_len,
+        batch_tokens=given.batch_tokens,
+        eval_text=str(given.out / "words.txt"),
+        eval_windows=2,
+        stream=not given.in_memory,
+        memory_bytes=int(given.memory * 1e6),
+        overwrite=True,
+    )
+    return {
+        "base": base,
+        "peak": peak_memory_bytes(),
+        "predicted": result.predicted.peak_memory_bytes,
+        "layer_forwards": result.layer_forwards,
+        "healed": result.healed,
+        "before": result.before and result.before.perplexity and result.before.perplexity.value,
+        "after": result.after and result.after.perplexity and result.after.perplexity.value,
+    }
+
+
+def main() -> None:
+    """Generate, run, report, delete."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--out", type=Path, default=Path("out/bench/stream"))
+    parser.add_argument("--shape", default="llama-3.2-1b")
+    parser.add_argument("--depth", type=int, help="layers of the generated model (default: the shape's)")
+    parser.add_argument("--layers", type=int, help="layers to keep (default: three quarters)")
+    parser.add_argument("--method", default="come")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--batch-tokens", type=int, default=512)
+    parser.add_argument("--memory", type=float, default=100.0, help="budget for hidden states in MB")
+    parser.add_argument("--in-memory", action="store_true", help="the same without --stream, to compare with")
+    parser.add_argument("--keep", action="store_true", help="keep the generated model, and use one that is there")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        print(json.dumps(work(given)))
+        return
+    from intarsia.planning.shapes import known_shapes, shape_of
+    from intarsia.planning.sizes import Sizes
+
+    shape_of(given.shape)  # a name that is not known is told before anything is written
+    config = dict(known_shapes()[given.shape])
+    config["num_hidden_layers"] = given.depth or config["num_hidden_layers"]
+    given.layers = given.layers or config["num_hidden_layers"] * 3 // 4
+    given.out.mkdir(parents=True, exist_ok=True)
+    if not (given.keep and (given.out / "source" / "config.json").exists()):
+        generate(given.out / "source", config)
+    write_text(given.out / "words.txt", given.tokens)
+    from intarsia.anatomy.detect import detect
+
+    sizes = Sizes.on_paper(detect(config))
+    options = ["--layers", "--method", "--tokens", "--seq-len", "--batch-tokens", "--memory"]
+    values = [given.layers, given.method, given.tokens, given.seq_len, given.batch_tokens, given.memory]
+    command = [sys.executable, "-m", "benchmarks.stream", "--child", "-o", str(given.out)]
+    command += [text for option, value in zip(options, values, strict=True) for text in (option, str(value))]
+    command += ["--in-memory"] * given.in_memory
+    begun = time.perf_counter()
+    try:
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    finally:
+        for name in ("small", "small.run") if given.keep else ("source", "small", "small.run"):
+            shutil.rmtree(given.out / name, ignore_errors=True)
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    bound = 2.5 * sizes.layer_bytes + sizes.outside_bytes + given.memory * 1e6
+    report(given, sizes, found, bound, time.perf_counter() - begun)
+
+
+def report(given: argparse.Namespace, sizes: Any, found: dict[str, Any], bound: float, seconds: float) -> None:
+    """One table row, and the numbers behind it."""
+    own = found["peak"] - found["base"]
+    print(f"{given.shape}, {sizes.anatomy.n_layers} to {given.layers} layers, {given.tokens} tokens, {given.method}")
+    print("| weights | a layer | embeddings | hidden budget | bound | peak above the base | predicted, with base |")
+    print("|---:|---:|---:|---:|---:|---:|---:|")
+    cells = (sizes.weight_bytes, sizes.layer_bytes, sizes.outside_bytes, given.memory * 1e6, bound, own)
+    print("| " + " | ".join(f"{cell / 1e6:,.0f} MB" for cell in (*cells, found["predicted"])) + " |")
+    print(f"\nbase {found['base'] / 1e6:.0f} MB, peak with it {found['peak'] / 1e6:.0f} MB, {seconds:.0f} s")
+    print(f"perplexity {found['before']:.1f} -> {found['after']:.1f}, {found['layer_forwards']:.1f} layer-forwards")
+    print(f"healed: {found['healed']}")
+    print("under the bound" if own <= bound else "OVER the bound")
+
+
+if __name__ == "__main__":
+    main()

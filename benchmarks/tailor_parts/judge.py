@@ -1,0 +1,117 @@
+"""The score of a model, the same for every row of the benchmark.
+
+Five measures on what neither searches nor planners nor fits have seen: accuracy (length-normalised) on the last two
+thirds of arc_easy and of piqa, and the perplexity of the solutions in math_cot (last two thirds), of the last tenth of
+the news and of WikiText-2 (test). Each becomes the share that is kept of the uncut base's: accuracy divided by its
+accuracy; its perplexity divided by the perplexity, which is the share of a token's probability (geometric mean). The
+mean score is the plain mean of the five. More than 1 is more than the base.
+
+Accuracy on math_mc is shown beside them and stands outside the mean: the base is right in 13% of its questions, where
+guessing gives 25%, so a share of that says nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+
+from benchmarks.tailor_parts.setting import Rows, Setting
+from intarsia.calibration.corpus import Corpus
+from intarsia.evaluation.perplexity import eval_corpus, perplexity
+from intarsia.healing.closed_form import fit
+from intarsia.healing.quality import Chain
+from intarsia.recipe.recipe import Recipe
+from intarsia.stages.setup import load_tokenizer
+from intarsia.stages.source import Source
+from intarsia.tailoring.evaluator import Evaluator
+from intarsia.tailoring.family_file import BASE, ObjectiveSpec, read_family_file
+from intarsia.tailoring.open_evaluator import open_evaluator
+from intarsia.tailoring.uncut import uncut
+
+TASKS = ("arc_easy", "piqa", "math_mc")
+COUNTED = ("arc_easy", "piqa")
+"""The tasks in the mean."""
+TEXTS = ("math_cot", "news", "WikiText-2")
+_UNSEEN = (0.33, 1.0)
+_CACHES = 256 * 2**20
+
+
+class Judge:
+    """Scores recipes over the family, and keeps the rows."""
+
+    def __init__(self, setting: Setting, rows: Rows) -> None:
+        self._setting, self._rows = setting, rows
+
+    def row(self, key: str, recipe: Recipe) -> None:
+        """Judge a recipe, if that was not done before."""
+        if key in self._rows:
+            return
+        begun = time.process_time()
+        outcome = self._evaluator.evaluate(recipe, min(self._setting.items, self._evaluator.most))
+        found = dict(zip(self._evaluator.objectives, outcome.costs, strict=True))
+        measures = {task: 1.0 - found[task] for task in TASKS} | {"math_cot": math.exp(found["math_cot"])}
+        chain = Chain(recipe, self._evaluator.resident)
+        for name, corpus in self._texts.items():
+            measures[name] = perplexity(chain, corpus).value
+        measures["cpu_seconds"] = time.process_time() - begun
+        self._rows.put(key, measures)
+        print(key, {name: round(value, 4) for name, value in measures.items()}, flush=True)
+
+    def healed(self, recipe: Recipe) -> Recipe:
+        """The recipe with its read-outs fitted on the text that the objectives show, towards the same blend uncut."""
+        resident = self._evaluator.resident
+        teacher = [resident.module(op) for op in uncut(recipe)]
+        return fit(recipe, resident, self.corpus, teacher=teacher, progress=self._setting.progress)[0]
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The text of the closed form."""
+        source = Source(
+            self._setting.base,
+            revision=None,
+            calibration=self._setting.calibration,
+            tokens=self._setting.tokens[1],
+            seq_len=512,
+            seed=0,
+            device=None,
+            dtype=None,
+            progress=self._setting.progress,
+        )
+        return source.corpus
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        setting = self._setting
+        file = read_family_file(setting.family_file("judge", ("remove", "select"), "random", 0, ()))
+        objectives = [
+            ObjectiveSpec(name=task, kind="task", source=setting.task(task), split=_UNSEEN, metric="accuracy")
+            for task in TASKS
+        ]
+        objectives.append(ObjectiveSpec(name="math_cot", kind="loss", source=setting.task("math_cot"), split=_UNSEEN))
+        search = replace(file.search, min_budget=setting.items, max_budget=setting.items)
+        file = replace(file, objectives=tuple(objectives), search=search)
+        return open_evaluator(setting.family, file, memory_bytes=_CACHES, probe=False, progress=setting.progress)
+
+    @cached_property
+    def _texts(self) -> Mapping[str, Corpus]:
+        tokenizer = load_tokenizer(self._setting.family.checkpoints()[BASE])
+        wikitext, news = self._setting.windows
+        return {
+            "news": eval_corpus(f"{self._setting.text('abc_news')}#0.9:1", tokenizer, windows=news),
+            "WikiText-2": eval_corpus(self._setting.text("wikitext2.test.raw"), tokenizer, windows=wikitext),
+        }
+
+
+def kept(row: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:
+    """What a model keeps of the base in the measures of the mean."""
+    found = {task: row[task] / base[task] for task in COUNTED}
+    return found | {text: base[text] / row[text] for text in TEXTS}
+
+
+def mean(row: Mapping[str, float], base: Mapping[str, float]) -> float:
+    """The mean score."""
+    shares = kept(row, base)
+    return sum(shares.values()) / len(shares)

@@ -1,0 +1,91 @@
+"""Part `planners`: single-model planners on the base and on the best variant, cut and healed in closed form.
+
+They look at the text that the objectives show a search. Ladders of the base that were made elsewhere (`--plans`) are
+judged too. Each model is healed towards the member that it was cut from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import intarsia
+from benchmarks.tailor_parts.judge import Judge, mean
+from benchmarks.tailor_parts.setting import VARIANTS, Rows, Setting
+from intarsia.building.resident import Resident, default_device
+from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.healing.closed_form import fit
+from intarsia.planning.run_folder import RunFolder
+from intarsia.recipe.compose import compose
+from intarsia.recipe.recipe import Fitted, Recipe
+from intarsia.tailoring.family_file import BASE
+
+METHODS = ("shortgpt", "sleb", "come", "come-p")
+CUT, HEALED = "cut", "healed"
+
+
+def run(judge: Judge, setting: Setting, rows: Rows, *, methods: tuple[str, ...], given: Path | None) -> None:
+    """Plan, cut, heal and judge."""
+    members(judge, setting)
+    for method, folder in _ladders(given):
+        _judge(judge, setting, rows, BASE, f"{method} (given)", folder)
+    for member in (BASE, best_variant(rows)):
+        for method in methods:
+            if f"{method} on {member}, {HEALED}" not in rows:
+                _judge(judge, setting, rows, member, method, plan(setting, member, method))
+
+
+def members(judge: Judge, setting: Setting) -> None:
+    """Judge the base and the variants as they are."""
+    for member in (BASE, *VARIANTS):
+        judge.row(member, setting.whole(member))
+
+
+def best_variant(rows: Rows) -> str:
+    """The variant of the best mean score."""
+    return max(VARIANTS, key=lambda member: mean(rows[member], rows[BASE]))
+
+
+def plan(setting: Setting, member: str, method: str) -> Path:
+    """The run folder of a planner on a member of the family."""
+    folder = setting.out / "plans" / member / method
+    intarsia.plan(
+        setting.folder(member),
+        folder,
+        layers=setting.layers,
+        method=method,
+        calibration=setting.calibration,
+        tokens=setting.tokens[0],
+        progress=setting.progress,
+    )
+    return folder
+
+
+def _ladders(given: Path | None) -> Iterator[tuple[str, Path]]:
+    """The run folders of planners in a folder."""
+    for folder in sorted(given.iterdir()) if given is not None else ():
+        if (folder / "settings.json").exists() and (folder / "ladder").is_dir():
+            yield folder.name, folder
+
+
+def _judge(judge: Judge, setting: Setting, rows: Rows, member: str, method: str, folder: Path) -> None:
+    found = RunFolder.existing(folder)
+    if setting.layers not in found.depths():
+        print(f"{method} on {member}: no ladder down to {setting.layers} layers")
+        return
+    cut = found.recipe(setting.layers)
+    flat = compose(cut, setting.whole(member), variant=cut.base, anatomy=setting.family.anatomy)
+    judge.row(f"{method} on {member}, {CUT}", flat)
+    key = f"{method} on {member}, {HEALED}"
+    if key not in rows:
+        judge.row(key, replace(flat, fitted=_fitted(judge, setting, member, cut)))
+
+
+def _fitted(judge: Judge, setting: Setting, member: str, cut: Recipe) -> Fitted:
+    checkpoint = open_checkpoint(setting.folder(member), progress=setting.progress)
+    resident = Resident(checkpoint, device=default_device())
+    with torch.inference_mode():
+        return fit(cut, resident, judge.corpus, progress=setting.progress)[0].fitted

@@ -1,0 +1,92 @@
+"""Parts `ablation` and `engines`: searches of equal trials, their incumbents judged and healed.
+
+All searches begin with the same candidates: the base without layers of its middle, and what two planners cut, as far as
+the operations can say it. The last row of the ablation is the first engine of the comparison, so it is searched once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import intarsia
+from benchmarks.tailor_parts.judge import Judge
+from benchmarks.tailor_parts.planners import CUT, HEALED, plan
+from benchmarks.tailor_parts.setting import ABLATION, Rows, Setting
+from intarsia.stages.tailor_folder import TailorFolder
+from intarsia.stages.tailor_recipe import trial_recipe
+from intarsia.tailoring.family_file import BASE
+
+ENGINES = ("evolve", "smac", "both", "random")
+STARTS = ("sleb", "come-p")
+WHOLE = list(ABLATION)[-1]
+
+
+def name_of(operations: str, engine: str, seed: int) -> str:
+    """What a search is called."""
+    return f"{operations}-{engine}-{seed}"
+
+
+def folder_of(setting: Setting, name: str) -> Path:
+    """The run folder of a search."""
+    return setting.out / "searches" / name
+
+
+def is_finished(setting: Setting, name: str) -> bool:
+    """Whether a search has made all trials that are asked for."""
+    folder = TailorFolder(folder_of(setting, name))
+    return folder.is_one() and len(folder.history().made) >= setting.trials
+
+
+def ablation(judge: Judge, setting: Setting, rows: Rows, *, seeds: Sequence[int], engine: str) -> None:
+    """The same search with one operation more each time."""
+    for seed in seeds:
+        for operations in ABLATION:
+            name = _search(setting, operations, engine, seed)
+            _judge(judge, setting, rows, name)
+
+
+def engines(setting: Setting, *, seeds: Sequence[int], names: Sequence[str]) -> None:
+    """All operations, by every engine."""
+    for seed in seeds:
+        for engine in names:
+            _search(setting, WHOLE, engine, seed)
+
+
+def _search(setting: Setting, operations: str, engine: str, seed: int) -> str:
+    """Search, or go on with a search, or find it finished."""
+    name = name_of(operations, engine, seed)
+    folder = folder_of(setting, name)
+    if is_finished(setting, name):
+        return name
+    starts = ["random-middle", *(str(plan(setting, BASE, method)) for method in STARTS)]
+    file = setting.family_file(name, ABLATION[operations], engine, seed, starts)
+    begun, cpu = time.perf_counter(), time.process_time()
+    found = intarsia.tailor(
+        file,
+        folder,
+        trials=setting.trials,
+        calibration=setting.calibration,
+        tokens=setting.tokens[2],
+        judge=False,
+        build=False,
+        progress=setting.progress,
+    )
+    spent = f"{time.perf_counter() - begun:.0f} s, {time.process_time() - cpu:.0f} s of the processor"
+    print(f"{name}: {found.trials} trials, {found.failed} failed; {spent}", flush=True)
+    return name
+
+
+def _judge(judge: Judge, setting: Setting, rows: Rows, name: str) -> None:
+    """The knee of the front, as it was found and healed."""
+    if f"{name}, {HEALED}" in rows:
+        return
+    folder = TailorFolder.existing(folder_of(setting, name))
+    front = folder.front()
+    if front is None:
+        print(f"{name}: no trial has succeeded")
+        return
+    recipe = trial_recipe(folder, front.knee)
+    judge.row(f"{name}, {CUT}", recipe)
+    judge.row(f"{name}, {HEALED}", judge.healed(recipe))

@@ -1,0 +1,85 @@
+"""Part `workers`: how many trials two workers make in the time of one, one thread and one core each.
+
+Both make the same trials: candidates made from earlier ones by one move of the search, at one budget. Opening the
+family and one trial to warm up are not counted. Needs a machine with two idle cores.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from random import Random
+
+from benchmarks.tailor_parts.setting import ABLATION, Setting
+from intarsia.recipe.recipe import Recipe
+from intarsia.stages.tailor_scorer import Opener
+from intarsia.tailoring.family_file import FamilyFile, read_family_file
+from intarsia.tailoring.family_paths import absolute
+from intarsia.tailoring.grids import space_of
+from intarsia.tailoring.moves import mutate
+from intarsia.tailoring.translate import Translator
+from intarsia.tailoring.workers import dask_workers
+
+
+def run(setting: Setting, *, trials: int) -> dict[str, float]:
+    """Trials a minute of one worker and of two; printed, and returned with their ratio."""
+    pace = {}
+    recipes = _recipes(setting, trials + 2)
+    for count in (1, 2):
+        pace[count] = _pace(setting, recipes, count)
+        print(f"{count} worker(s): {pace[count]:.2f} trials a minute at budget {_budget(setting)}", flush=True)
+    found = {"one": pace[1], "two": pace[2], "ratio": pace[2] / pace[1]}
+    print(f"two workers make {found['ratio']:.2f} times the trials of one")
+    return found
+
+
+def _budget(setting: Setting) -> int:
+    return min(3 * setting.budgets[0], setting.budgets[1])
+
+
+def _file(setting: Setting) -> FamilyFile:
+    return read_family_file(setting.family_file("workers", ABLATION["merge"], "evolve", 0, ()))
+
+
+def _recipes(setting: Setting, count: int) -> list[Recipe]:
+    family = setting.family
+    file = _file(setting)
+    space, rng = space_of(file, family.anatomy), Random(0)
+    words = Translator(space=space, anatomy=family.anatomy, variants=family.variants(), scores={})
+    found = [space.random_middle(rng)]
+    while len(found) < count:
+        new = mutate(space, rng.choice(found), rng)
+        if new not in found:
+            found.append(new)
+    return [words.recipe(candidate) for candidate in found]
+
+
+def _pace(setting: Setting, recipes: list[Recipe], count: int) -> float:
+    """Trials a minute."""
+    cores = os.sched_getaffinity(0)
+    if len(cores) < count:
+        raise SystemExit(f"{count} workers need {count} cores; this process may use {len(cores)}")
+    # A pool gives each worker its share of the cores that the process may use.
+    os.sched_setaffinity(0, sorted(cores)[:count])
+    opener = Opener(file=absolute(_file(setting)), device="cpu", dtype=None, memory_bytes=None)
+    budget = _budget(setting)
+    try:
+        with dask_workers(opener, scheduler=None, count=count) as hands:
+            warm, rest = recipes[:count], recipes[2:]
+            for number, recipe in enumerate(warm):
+                hands.submit(number, recipe, budget)
+            for _ in warm:
+                hands.next()
+            begun, waiting, open_ = time.perf_counter(), list(enumerate(rest)), 0
+            while waiting or open_:
+                while waiting and open_ < count:
+                    number, recipe = waiting.pop(0)
+                    hands.submit(number, recipe, budget)
+                    open_ += 1
+                done = hands.next()
+                open_ -= 1
+                if done.outcome is None:
+                    raise SystemExit(f"a trial failed: {done.reason}")
+            return 60.0 * len(rest) / (time.perf_counter() - begun)
+    finally:
+        os.sched_setaffinity(0, cores)

@@ -1,0 +1,80 @@
+"""A layer's tensors as they stand in files, and as parameters of its module in memory.
+
+In most families they are the same. A mixture's module has one parameter for a matrix of all experts, where files have
+one tensor for each; and some families call things otherwise in memory. Which is which stands in the family's file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from intarsia.anatomy.spec import Anatomy, Stacked
+
+
+def parameter_name(local: str, anatomy: Anatomy) -> str:
+    """The parameter in which a tensor of the files is in memory, both by names inside the layer."""
+    for stacked in anatomy.family.stacked:
+        if local in _members(stacked, anatomy):
+            return stacked.parameter
+    return _exchanged(local, anatomy.family.renamed.items())
+
+
+def tensor_names(parameter: str, anatomy: Anatomy) -> tuple[str, ...]:
+    """The tensors of the files that a parameter holds."""
+    for stacked in anatomy.family.stacked:
+        if stacked.parameter == parameter:
+            return tuple(_members(stacked, anatomy))
+    return (_exchanged(parameter, ((memory, file) for file, memory in anatomy.family.renamed.items())),)
+
+
+def parameter_names(anatomy: Anatomy) -> tuple[str, ...]:
+    """Every parameter of a layer in memory, in the order of the files' tensors."""
+    return tuple(dict.fromkeys(parameter_name(local, anatomy) for local in _stems(anatomy)))
+
+
+def to_parameters(tensors: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
+    """A layer's parameters in memory from its tensors in files; what is not stacked is the same tensor."""
+    found = dict(tensors)
+    for stacked in anatomy.family.stacked if anatomy.n_experts else ():
+        experts = [
+            torch.cat([found.pop(name.format(expert=expert)) for name in stacked.tensors])
+            for expert in range(anatomy.n_experts)
+        ]
+        found[stacked.parameter] = torch.stack(experts)
+    return {_exchanged(name, anatomy.family.renamed.items()): tensor for name, tensor in found.items()}
+
+
+def to_tensors(parameters: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
+    """The way back: a layer's tensors as in files, from all of its parameters or some."""
+    shapes = anatomy.layer_shapes()
+    found: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        stacked = next((entry for entry in anatomy.family.stacked if entry.parameter == name), None)
+        if stacked is None:
+            found[tensor_names(name, anatomy)[0]] = parameter
+            continue
+        for expert in range(anatomy.n_experts):
+            names = [part.format(expert=expert) for part in stacked.tensors]
+            sizes = [shapes[part][0] for part in names]
+            found |= zip(names, parameter[expert].split(sizes), strict=True)
+    return found
+
+
+def _members(stacked: Stacked, anatomy: Anatomy) -> list[str]:
+    return [name.format(expert=expert) for expert in range(anatomy.n_experts) for name in stacked.tensors]
+
+
+def _stems(anatomy: Anatomy) -> Iterable[str]:
+    """Names of tensors, of the experts only the first one's: all of them are in the same parameters."""
+    others = {module for linear in anatomy.linears for module in anatomy.modules(linear)[1:]}
+    return (name for name in anatomy.layer_shapes() if name.rpartition(".")[0] not in others)
+
+
+def _exchanged(name: str, beginnings: Iterable[tuple[str, str]]) -> str:
+    for begin, other in beginnings:
+        if name == begin or name.startswith(f"{begin}."):
+            return other + name[len(begin) :]
+    return name

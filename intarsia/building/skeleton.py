@@ -1,0 +1,69 @@
+"""A model of `transformers` without its layers' weights: embedding, final norm and head are real, layers are empty.
+
+No modeling code is copied: the architecture's own class is made with parameters on the meta device. Buffers are made
+for real, because those that no file holds (the frequencies of rotary embeddings) are computed when the model is made.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from intarsia.building.loading import stock_config
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.errors import Problem, UserError
+
+_MOST_NAMED = 5
+
+
+def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in evaluation mode, all but its layers on `device`; parameters of layers are on the meta device.
+
+    Raises:
+        UserError: something outside the layers is in no file.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(stock_config(checkpoint), dtype=dtype, trust_remote_code=False)
+    assert isinstance(model, PreTrainedModel)
+    parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
+    family = checkpoint.anatomy.family
+    for stored in checkpoint.outside_names():
+        name = stored
+        if name.startswith(f"{family.head_module}."):  # some are called otherwise in memory
+            name = family.head_in_memory + name.removeprefix(family.head_module)
+        if name in parameters:
+            value = checkpoint.tensor(stored).to(device=device, dtype=dtype)
+            _place(model, name, nn.Parameter(value, requires_grad=False))
+        elif name in buffers:
+            buffers[name].copy_(checkpoint.tensor(stored))
+    for name, buffer in model.named_buffers():
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = buffer.to(device)
+    model.tie_weights()
+    _check(model, checkpoint)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, parameter)
+
+
+def _check(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    layers = f"{checkpoint.anatomy.family.layers_module}."
+    problems = [
+        Problem(
+            where=f"{checkpoint.folder}: {name}",
+            expected="a tensor, as the model has such a parameter outside its layers",
+            found="none of that name",
+            remedy="Get the checkpoint again, or leave --stream out.",
+        )
+        for name, parameter in model.named_parameters()
+        if parameter.is_meta and not name.startswith(layers)
+    ]
+    if problems:
+        raise UserError(problems[:_MOST_NAMED])

@@ -1,0 +1,229 @@
+"""GGUF files as models: read by transformers once, and kept as an ordinary checkpoint folder.
+
+The folder lies in the cache under the file's sha256. Weights of 32 or 16 bits keep their dtype; quantised ones become
+bfloat16, and stay the weights of a quantised model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intarsia.checkpoint.cache import cache_folder
+from intarsia.checkpoint.gguf_rope import scaling_of
+from intarsia.checkpoint.remembered import fingerprint, recall, remember
+from intarsia.checkpoint.staging import check_out, staged_folder
+from intarsia.checkpoint.sums import sha256_of
+from intarsia.errors import UserError
+from intarsia.progress import Progress
+
+SUFFIX = ".gguf"
+_MAGIC = b"GGUF"
+_KEPT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_VERSION = 1  # of what is made of a file; part of the key under which it is kept
+_ORIGINAL = "Use the checkpoint that it was made from"
+
+
+def gguf_folder(file: Path, progress: Progress) -> Path:
+    """The checkpoint folder of a GGUF file; made the first time.
+
+    Raises:
+        UserError: the file is damaged or of a kind that transformers does not read, or the folder cannot be stored.
+    """
+    _check(file)
+    folder = _place(_sha256(file, progress))
+    if (folder / "config.json").exists():
+        return folder
+    need_gguf(str(file), extra="gguf")
+    dtype, entries, rope = _look(file)
+    check_out(folder, overwrite=True, nbytes=entries * dtype.itemsize)
+    with staged_folder(folder, overwrite=True) as staging:
+        convert(file, staging, dtype, progress, title=f"Converting {file.name}")
+        if rope is not None:
+            _set(staging / "config.json", rope_parameters=rope)
+    return folder
+
+
+def kept_folder(file: Path) -> Path | None:
+    """The checkpoint folder of a GGUF file, where it was made before; nothing is read for it."""
+    known = recall(_hash_place(file))
+    folder = None if known is None else _place(known)
+    return folder if folder is not None and (folder / "config.json").exists() else None
+
+
+def _place(sha256: str) -> Path:
+    return cache_folder() / "gguf" / f"{sha256}-{_VERSION}"
+
+
+def _hash_place(file: Path) -> Path:
+    return cache_folder() / "gguf" / "sha256" / f"{fingerprint([file], _VERSION)}.json"
+
+
+def only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder that holds no other weights; None where there are other weights, or no GGUF.
+
+    Raises:
+        UserError: there are several.
+    """
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    if not files or (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
+        return None
+    if len(files) > 1:
+        raise UserError.of(
+            where=str(folder),
+            expected="one GGUF file, or the name of one",
+            found=", ".join(file.name for file in files[:5]) + (" ..." if len(files) > 5 else ""),
+            remedy=f"Name one of them: {files[0]}, or --gguf-file {files[0].name}.",
+        )
+    return files[0]
+
+
+def need_gguf(where: str, *, extra: str) -> None:
+    """Refuse to go on without the package that reads and writes GGUF.
+
+    Raises:
+        UserError: it is not installed, or transformers lacks accelerate to read with it.
+    """
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError.of(
+            where=where,
+            expected=f"the package {missing[0]}",
+            found="it is not installed",
+            remedy=f"Run `pip install 'intarsia[{extra}]'`.",
+        )
+
+
+def convert(file: Path, out: Path, dtype: torch.dtype, progress: Progress, *, title: str) -> None:
+    """Fill the folder `out` with the checkpoint that transformers reads out of a GGUF file.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    import transformers
+
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):
+        # Later versions keep GGUF weights packed unless they are told otherwise; early ones always unpack them.
+        kind = transformers.GgufConfig
+        assert "dequantize" in inspect.signature(kind).parameters
+        options["quantization_config"] = kind(dequantize=True)
+    where, name = str(file.parent), file.name
+    # Most of the time goes into parsing the GGUF file, which happens three times.
+    with _quiet_transformers(), progress.task(title, 6) as task:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
+            task.advance(2)
+            model = transformers.AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=dtype, **options)
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:
+            # Which of these comes out of a file that transformers cannot make sense of is not told anywhere.
+            raise UserError.of(
+                where=str(file),
+                expected="a GGUF file that transformers can read",
+                found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                remedy=f"{_ORIGINAL}, or a later version of transformers.",
+            ) from error
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        task.advance(4)
+    for config in ("config.json", "generation_config.json"):
+        clean(out / config)
+
+
+def _check(file: Path) -> None:
+    """Refuse what is no GGUF file before it is hashed."""
+    try:
+        with file.open("rb") as stream:
+            first = stream.read(len(_MAGIC))
+    except OSError as error:
+        found: str | None = error.strerror or str(error)
+    else:
+        found = None if first == _MAGIC else f"a file that begins with {first!r}"
+    if found is not None:
+        raise UserError.of(
+            where=str(file), expected="a GGUF file", found=found, remedy="Get the file again, or name another one."
+        )
+
+
+def _sha256(file: Path, progress: Progress) -> str:
+    kept = _hash_place(file)
+    known = recall(kept)
+    if known is None:
+        with progress.task(f"Hashing {file.name}", file.stat().st_size) as task:
+            known = sha256_of(file, task.advance)
+        remember(kept, known)
+    return known
+
+
+def _look(file: Path) -> tuple[torch.dtype, int, dict[str, Any] | None]:
+    """The dtype to keep the weights in, how many there are, and how the rotary embedding is scaled."""
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(file)
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise UserError.of(
+            where=str(file),
+            expected="a whole GGUF file",
+            found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            remedy="Get the file again.",
+        ) from error
+    sizes: dict[str, int] = {}
+    for tensor in reader.tensors:
+        sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
+    most = max(sizes, key=lambda name: sizes[name], default="")
+    return _KEPT_DTYPES.get(most, torch.bfloat16), sum(sizes.values()), scaling_of(reader, file)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No bars and warnings from transformers: the task on display stands for them."""
+    from transformers.utils import logging as module
+
+    logging: Any = module  # it has no annotations
+    # The GGUF reader's bar goes by no switch of transformers.
+    reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    level, bars, bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), getattr(reader, "tqdm", None)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if bar is not None:
+        setattr(reader, "tqdm", partial(bar, disable=True))  # noqa: B010
+    try:
+        yield
+    finally:
+        if bar is not None:
+            setattr(reader, "tqdm", bar)  # noqa: B010
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def clean(file: Path) -> None:
+    """Drop what is left of the GGUF file: private entries, and the note that the weights were quantised."""
+    if not file.is_file():
+        return
+    values = json.loads(file.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in values.items() if not key.startswith("_") and key != "quantization_config"}
+    file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def _set(file: Path, **changes: Any) -> None:
+    values = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,85 @@
+"""The ladder of a plan as a part of a report: figure and table of its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from intarsia.reporting.blocks import Figure, Ladder, Section, table
+from intarsia.reporting.chart import Point, Series, chart
+from intarsia.reporting.plan_folder import PlanRun
+from intarsia.reporting.scale import Axis, layers_axis, short
+from intarsia.reporting.wording import duration
+
+
+def ladders(run: PlanRun) -> list[Ladder]:
+    """The calibration loss by depth, where the method measures it."""
+    points = [(int(step["layers"]), math.exp(step["loss"])) for step in run.log if step.get("loss") is not None]
+    if not points:
+        return []
+    key = f"{run.calibration.get('sha256')}"
+    return [
+        Ladder(
+            name=str(run.settings["method"]),
+            measure="perplexity of the calibration text",
+            text=str(run.calibration.get("text") or run.settings["calibration"]),
+            text_key=key,
+            points=points,
+        )
+    ]
+
+
+def steps_section(run: PlanRun) -> Section:
+    """The ladder: a figure and a table."""
+    blocks: list[Any] = [ladder_figure([ladder]) for ladder in ladders(run)]
+    rows = [
+        {
+            "layers": str(step["layers"]),
+            "at": str(step["merged"][0]),
+            "what": "dropped" if step["op"] is None else _short(step["op"]),
+            "loss": "" if step.get("loss") is None else f"{step['loss']:.4f}",
+            "layer-forwards": short(step["layer_forwards"]),
+            "time": duration(step["seconds"]),
+            "recipe": str(step["hash"])[:12],
+        }
+        for step in run.log
+    ]
+    if rows:
+        blocks.append(table(rows, text_columns=("what", "recipe"), caption="Step by step", folded=len(rows) > 12))
+    intro = "Every depth can be built from this run at any later time."
+    beam = (run.settings.get("planner") or {}).get("beam", 1)
+    if beam > 1:
+        intro += f" The best {beam} models of every depth went on, and the ladder holds the best of each: a step need"
+        intro += " not begin at the one above it."
+    return Section(title="The ladder", blocks=blocks, intro=intro)
+
+
+def ladder_figure(found: Sequence[Ladder]) -> Figure:
+    """Ladders on one text in one chart."""
+    names = [ladder.name for ladder in found]
+    series = [
+        Series(
+            name=ladder.name,
+            points=[Point(x=x, y=y, title=f"{ladder.name}, {x} layers: {y:.4g}") for x, y in ladder.points],
+            hue=names.index(ladder.name),
+        )
+        for ladder in found
+    ]
+    svg = chart(
+        series,
+        x=layers_axis(x for ladder in found for x, _ in ladder.points),
+        y=Axis(label=found[0].measure, log=True),
+        title=f"{found[0].measure} by depth",
+    )
+    return Figure(svg=svg, caption=f"On {found[0].text}.")
+
+
+def _short(op: Mapping[str, Any]) -> str:
+    if list(op.values()) == ["whole"]:
+        return f"only {next(iter(op)).partition(':')[2]} stays, whole"
+    return "joined from " + " + ".join(
+        f"{name.partition(':')[2] or name}"
+        + (f" ({part['kv_groups']} groups, {part['channels']} channels)" if isinstance(part, Mapping) else f" ({part})")
+        for name, part in op.items()
+    )

@@ -1,0 +1,102 @@
+"""What the folder of a search over a family holds, for a report: the files are told of in docs/TAILOR.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from intarsia.errors import UserError
+from intarsia.recipe import codec
+from intarsia.recipe.recipe import Recipe
+from intarsia.tailoring.history import EARLIER, TRIALS, History, Trial
+from intarsia.tailoring.pareto import Front, front_of
+
+FAMILY = "family.yaml"
+_SETTINGS, _FRONT, _WANTED = "tailor.json", "front.json", "wanted.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TailorRun:
+    """What the folder of a search holds so far. `base`: what the uncut base costs, where that was kept."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    family: str
+    trials: Sequence[Trial]
+    front: Front | None
+    judged: Mapping[str, Any] | None
+    wanted: int
+
+    @property
+    def objectives(self) -> list[str]:
+        """Their names, in the order of the costs."""
+        return [str(entry["name"]) for entry in self.settings["objectives"]]
+
+    @property
+    def base(self) -> Mapping[str, float]:
+        """What the uncut base costs on the examples of the greatest budget; empty where it was not kept."""
+        return self.settings.get("base") or {}
+
+    @property
+    def made(self) -> list[Trial]:
+        """The trials of this search, without those of earlier ones."""
+        return [trial for trial in self.trials if trial.engine != EARLIER]
+
+    def recipe(self, trial: Trial) -> Recipe | None:
+        """The recipe of a trial of the front, where it was written."""
+        path = self.path / "front" / f"trial-{trial.number:05d}.yaml"
+        try:
+            return codec.load(path) if path.is_file() else None
+        except UserError:
+            return None
+
+
+def is_tailor_run(path: Path) -> bool:
+    """Whether a folder is that of a search."""
+    return (path / _SETTINGS).is_file()
+
+
+def load(path: Path) -> TailorRun:
+    """Everything that the folder of a search holds so far.
+
+    Raises:
+        UserError: a file of it is damaged.
+    """
+    settings = _json(path / _SETTINGS)
+    trials = History(path / TRIALS).trials
+    front = _json(path / _FRONT) if (path / _FRONT).is_file() else {}
+    wanted = _json(path / _WANTED)["trials"] if (path / _WANTED).is_file() else 0
+    family = path / FAMILY
+    try:
+        names = [str(entry["name"]) for entry in settings["objectives"]]
+        found = front_of(trials, names, max_budget=max(settings["budgets"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path / _SETTINGS, f"{type(error).__name__}: {error}") from error
+    return TailorRun(
+        path=path,
+        settings=settings,
+        family=family.read_text(encoding="utf-8") if family.is_file() else "",
+        trials=trials,
+        front=found,
+        judged=front.get("judged"),
+        wanted=int(wanted),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(found, dict):
+        raise _damaged(path, type(found).__name__)
+    return found
+
+
+def _damaged(path: Path, found: str) -> UserError:
+    return UserError.of(
+        where=str(path), expected="what the search wrote", found=found, remedy="Search into another folder."
+    )

@@ -1,0 +1,59 @@
+"""Values as a person reads them. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from intarsia.reporting.scale import short
+
+
+def written(value: Any) -> str:
+    """A setting as text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {written(part)}" for name, part in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(written(part) for part in value)
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
+
+
+def duration(seconds: float) -> str:
+    """A time in the two largest units that it has."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def measure(key: str, value: Any) -> str:
+    """A measure as a person reads it, with its standard error."""
+    if isinstance(value, Mapping):
+        error = value.get("stderr")
+        return measure(key, value.get("value")) + ("" if error is None else f" ± {error:.2g}")
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return written(value)
+    if key.endswith("bytes"):
+        return f"{value / 1e9:.4g} GB" if value >= 1e9 else f"{value / 1e6:.4g} MB"
+    if key.endswith("seconds"):
+        return duration(value)
+    return short(value)
+
+
+def change(old: Any, new: Any) -> str:
+    """How far a number moved, in per cent of where it was."""
+    first, second = plain_value(old), plain_value(new)
+    if not all(isinstance(each, int | float) for each in (first, second)) or not first:
+        return ""
+    return f"{second / first - 1:+.1%}"
+
+
+def plain_value(measured: Any) -> Any:
+    """A measure without what is known about it."""
+    return measured.get("value") if isinstance(measured, Mapping) else measured

@@ -1,0 +1,183 @@
+"""Check an anatomy against a model's config: a small random model of its kind is built, cut, joined and built again."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intarsia.anatomy.detect import detect
+from intarsia.anatomy.family_file import with_family_file
+from intarsia.anatomy.spec import PARTS, Anatomy
+from intarsia.building.resident import Resident
+from intarsia.building.shrunken import shrunken, small_model
+from intarsia.checkpoint.files import read_config
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.resolve import resolve
+from intarsia.checkpoint.wrapper import NESTED, is_wrapped
+from intarsia.errors import UserError
+from intarsia.progress import Progress, Silent
+from intarsia.stages import anatomy_trials as trials
+
+_EXACT = 1e-4
+"""Relative error of float32 arithmetic in another order, through a few layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRow:
+    """One check: `ok`, `approximated` (as the family declares) or `failed`. `error` is relative, None if unmeasured."""
+
+    check: str
+    result: str
+    error: float | None
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyCheck:
+    """What came out. `passed`: no check failed."""
+
+    source: str
+    family: str
+    model_type: str
+    kinds_of_layers: str
+    passed: bool
+    checks: tuple[CheckRow, ...]
+    approximations: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        declared = "; ".join(self.approximations) or None
+        return {**asdict(self), "checks": [asdict(row) for row in self.checks], "approximations": declared}
+
+
+def check_family(source: str, *, family_file: Path | None = None, progress: Progress | None = None) -> FamilyCheck:
+    """Check the anatomy of a model's family on a small random model with the features of its config.
+
+    Args:
+        source: a config.json, a folder with one, a hub id, or `demo`. Weights are not needed.
+        family_file: a family file to use before those of the package.
+
+    Raises:
+        UserError: there is no config, no family for it, or it has a feature that the family does not cover.
+    """
+    with with_family_file(family_file), tempfile.TemporaryDirectory(prefix="intarsia-anatomy-") as folder:
+        config = _config(source, progress or Silent())
+        large = detect(config, where=source)
+        with (progress or Silent()).task("checking", 8) as task, torch.no_grad():
+            rows = []
+            for row in _rows(large, Path(folder)):
+                rows.append(row)
+                task.advance()
+        return FamilyCheck(
+            source=source,
+            family=large.family.title,
+            model_type=str(config.get("model_type")),
+            kinds_of_layers=", ".join(dict.fromkeys(large.layer_types or ("one",))),
+            passed=all(row.result != "failed" for row in rows),
+            checks=tuple(rows),
+            approximations=large.approximations,
+        )
+
+
+def _config(source: str, progress: Progress) -> dict[str, Any]:
+    path = Path(source)
+    if path.is_file() and path.suffix == ".json":
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise _no_config(source, str(error)) from error
+        if not isinstance(config, dict):
+            raise _no_config(source, f"a {type(config).__name__}")
+    else:
+        config = read_config(path if path.is_dir() else resolve(source, progress=progress), quantised=True)
+    return dict(config[NESTED]) if is_wrapped(config) else config
+
+
+def _no_config(source: str, found: str) -> UserError:
+    return UserError.of(
+        where=source,
+        expected="a config.json: one JSON object",
+        found=found,
+        remedy="Get the model's config again.",
+    )
+
+
+def _rows(large: Anatomy, folder: Path) -> Iterator[CheckRow]:
+    config = shrunken(large)
+    small_model(config).save_pretrained(folder / "small")
+    try:
+        checkpoint = Checkpoint.open(folder / "small", model="small")
+    except UserError as error:
+        first, *more = error.problems
+        note = f"{first}{f' And {len(more)} more like this.' if more else ''}".replace(str(folder), "")
+        yield CheckRow(check="tensors", result="failed", error=None, note=note.removeprefix("/small: "))
+        return
+    shapes = checkpoint.anatomy.layer_shapes()
+    yield CheckRow(check="tensors", result="ok", error=None, note=f"{len(shapes)} in a layer, of the expected shapes")
+    resident = Resident(checkpoint, device=torch.device("cpu"))
+    trial = trials.Trial.of(resident)
+    same = _same_kind(checkpoint.anatomy)
+    declared = bool(checkpoint.anatomy.approximations)
+    yield _row("parity", "layer by layer is the model's own forward", partial(trials.parity, trial))
+    for kind, layer in _one_of_each(checkpoint.anatomy).items():
+        note = f"pieces of a layer ({kind}) in another order, norms folded" if kind else "pieces in another order"
+        yield _row("pieces", note, partial(trials.order, trial, layer))
+    yield _row("ratio [1, 0]", "is dropping the second layer", partial(trials.everything_and_nothing, trial, same))
+    for part in PARTS:
+        if not checkpoint.anatomy.is_mixture(part):
+            note = "pieces of two layers compute what they did"
+            yield _row(f"merge, {part}", note, partial(trials.own_inputs, trial, part, same), declared=declared)
+    yield from _round_trip(partial(trials.round_trip, trial, same, folder / "built"))
+
+
+def _round_trip(work: Callable[[], Mapping[str, float]]) -> Iterator[CheckRow]:
+    notes = {
+        "logits": ("build and load", "a shallower model from disk is the one in memory"),
+        "generation": ("generation", "with the cache as without"),
+        "config": ("config", "its per-layer lists follow the layers"),
+    }
+    try:
+        found = work()
+    except Exception as error:  # whatever breaks here is what the user wants to see in the table
+        yield _broken("build and load", error)
+        return
+    for key, value in found.items():
+        check, note = notes[key]
+        yield _judged(check, note, value, declared=False)
+
+
+def _row(check: str, note: str, work: Callable[[], float], *, declared: bool = False) -> CheckRow:
+    try:
+        return _judged(check, note, work(), declared=declared)
+    except Exception as error:  # whatever breaks here is what the user wants to see in the table
+        return _broken(check, error)
+
+
+def _judged(check: str, note: str, error: float, *, declared: bool) -> CheckRow:
+    result = "ok" if error < _EXACT else "approximated" if declared else "failed"
+    return CheckRow(check=check, result=result, error=error if error < float("inf") else None, note=note)
+
+
+def _broken(check: str, error: Exception) -> CheckRow:
+    words = " ".join(str(error).split())[:300]
+    return CheckRow(check=check, result="failed", error=None, note=f"{type(error).__name__}: {words}")
+
+
+def _one_of_each(anatomy: Anatomy) -> dict[str, int]:
+    if anatomy.layer_types is None:
+        return {"": 0}
+    return {kind: anatomy.layer_types.index(kind) for kind in dict.fromkeys(anatomy.layer_types)}
+
+
+def _same_kind(anatomy: Anatomy) -> tuple[int, int]:
+    """Two neighbours that may be merged."""
+    types = anatomy.layer_types
+    first = next(index for index in range(anatomy.n_layers - 1) if types is None or types[index] == types[index + 1])
+    return first, first + 1

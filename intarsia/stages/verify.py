@@ -1,0 +1,124 @@
+"""Verify: does a model folder keep what every runtime expects of one?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from intarsia.building.materialize import RECIPE_FILE
+from intarsia.checkpoint.files import read_config
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.scan import scan
+from intarsia.errors import UserError
+from intarsia.progress import Progress, Silent, Task
+from intarsia.runtimes import contract, contract_run, contract_tokenizer
+from intarsia.runtimes.checks import Check, Skipped, checked
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyResult:
+    """What came of every check; `kept` is whether none failed."""
+
+    folder: Path
+    kept: bool
+    checks: tuple[Check, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "folder": str(self.folder), "checks": [asdict(check) for check in self.checks]}
+
+
+def verify(
+    folder: Path, *, max_shard_bytes: int = 5 * 10**9, load: bool = True, progress: Progress | None = None
+) -> VerifyResult:
+    """Check a model folder against the contract; a check that fails does not keep the others from being made.
+
+    Args:
+        max_shard_bytes: how large a weight file may be; one with a single tensor may be larger.
+        load: also load the model and let it write a few tokens, which takes memory for its weights in float32.
+
+    Raises:
+        UserError: there is no such folder, or it has no config that can be read.
+    """
+    begun = time.perf_counter()
+    folder, progress = Path(folder), progress or Silent()
+    if not folder.is_dir():
+        raise UserError.of(
+            where=str(folder),
+            expected="a model folder",
+            found="a file" if folder.exists() else "nothing",
+            remedy="Pass the folder that holds config.json and the .safetensors files.",
+        )
+    read_config(folder, quantised=True)
+    opened: list[Checkpoint] = []
+
+    def tensors() -> str:
+        checkpoint = Checkpoint.open(folder, model=str(folder))
+        opened.append(checkpoint)
+        return f"{len(checkpoint.headers) + len(checkpoint.kept)} tensors, {checkpoint.parameters:,} parameters"
+
+    def finite() -> str:
+        scan(_first(opened), progress)
+        return "no NaN, no infinity"
+
+    def vocabulary() -> int:
+        return _first(opened).anatomy.vocabulary
+
+    built_here = (folder / RECIPE_FILE).is_file()
+    looks: list[tuple[str, Callable[[], str]]] = [
+        ("architecture", partial(contract.architecture, folder)),
+        ("config", partial(contract.config_agrees, folder)),
+        ("index and shards", partial(contract.index_right, folder, max_shard_bytes)),
+        ("tensors", tensors),
+        ("dtype", lambda: contract.dtype_kept(_first(opened))),
+        ("finite", finite),
+        ("sha256", partial(contract.sums_right, folder, built_here=built_here, progress=progress)),
+        ("tokenizer", lambda: contract_tokenizer.tokenizer_kept(folder, vocabulary())),
+        ("generation config", lambda: contract_tokenizer.generation_config_valid(folder, vocabulary())),
+    ]
+    with progress.task("verifying", len(looks) + 2 * load) as task:
+        checks = []
+        for name, look in looks:
+            task.note(name)
+            checks.append(checked(name, look))
+            task.advance()
+        if load:
+            checks += _run(folder, task)
+    return VerifyResult(
+        folder=folder,
+        kept=all(check.outcome != "failed" for check in checks),
+        checks=tuple(checks),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def _first(opened: list[Checkpoint]) -> Checkpoint:
+    if not opened:
+        raise Skipped("the tensors are not those of the config")
+    return opened[0]
+
+
+def _run(folder: Path, task: Task) -> list[Check]:
+    models: list[Any] = []
+
+    def load() -> str:
+        found, model = contract_run.loads(folder)
+        models.append(model)
+        return found
+
+    def generate() -> str:
+        if not models:
+            raise Skipped("the model does not load")
+        return contract_run.generates(folder, models[0])
+
+    checks = []
+    for name, look in (("loads", load), ("generates", generate)):
+        task.note(name)
+        checks.append(checked(name, look))
+        task.advance()
+    return checks

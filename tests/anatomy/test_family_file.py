@@ -1,0 +1,89 @@
+"""Families as files, the package's and a user's."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from intarsia.anatomy.detect import detect, known_families
+from intarsia.anatomy.family_file import family_files, with_family_file
+from intarsia.errors import UserError
+
+LLAMA = (files("intarsia.anatomy") / "families" / "llama.toml").read_text(encoding="utf-8")
+
+
+def written(text: str, folder: Path) -> Path:
+    file = folder / "mine.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_every_packaged_file_is_a_good_one(tmp_path: Path) -> None:
+    folder = files("intarsia.anatomy") / "families"
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    assert [f"{name}.toml" for name in family_files()] == names
+    for name in names:
+        with with_family_file(written((folder / name).read_text(encoding="utf-8"), tmp_path)):
+            assert "mine" in family_files()
+
+
+def test_a_file_is_known_while_it_is_tried(tmp_path: Path) -> None:
+    file = written(LLAMA.replace('["llama"]', '["llama", "newcomer"]').replace("Llama 3", "Newcomer"), tmp_path)
+    config = {
+        "model_type": "newcomer",
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "vocab_size": 50,
+        "intermediate_size": 20,
+    }
+    with with_family_file(file):
+        assert detect(config).family.name == "mine"
+        assert detect({**config, "model_type": "llama"}).family.name == "mine"  # it stands before the package's
+        assert "Newcomer" in known_families()["mine"].title
+    with pytest.raises(UserError, match="'newcomer'"):
+        detect(config)
+    with with_family_file(None):
+        assert "mine" not in family_files()
+
+
+def test_everything_wrong_with_a_file_at_once(tmp_path: Path) -> None:
+    text = (
+        LLAMA.replace('title = "', 'name = "')
+        .replace('head = "lm_head"', "head = 3")
+        .replace('width = "hidden_size"\n', "")
+        .replace('place = "before"', 'place = "above"', 1)
+        .replace('side = "writes"', 'side = "reads"', 1)
+        .replace('segments = ["kv"]', 'segments = "kv"', 1)
+    )
+    with pytest.raises(UserError) as caught, with_family_file(written(text, tmp_path)):
+        raise AssertionError("a bad file was taken")
+    where = {problem.where.partition(": ")[2] for problem in caught.value.problems}
+    assert where == {"title", "modules.head", "fields.width", "norm[0].place", "linear[1].segments", "linear"}
+    assert all("ADD_A_FAMILY" in problem.remedy for problem in caught.value.problems)
+    assert "one that writes for the part 'attention'" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["title = ", None, "\x00"])
+def test_no_family_file(text: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml" if text is None else written(text, tmp_path)
+    with pytest.raises(UserError, match=r"mine\.toml: expected a family file in TOML"), with_family_file(file):
+        raise AssertionError("it was taken")
+
+
+def test_an_approximation_may_depend_on_the_config(tmp_path: Path) -> None:
+    text = LLAMA + '\n[[approximation]]\nwhen = { attention_bias = true }\ntext = "something"\n'
+    config = {
+        "model_type": "llama",
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "vocab_size": 50,
+        "intermediate_size": 20,
+    }
+    with with_family_file(written(text, tmp_path)):
+        assert detect(config).approximations == ()
+        assert detect({**config, "attention_bias": True}).approximations == ("something",)
+        assert known_families()["mine"].approximations == ("something (where attention_bias is true)",)

@@ -1,0 +1,83 @@
+"""Tensors of files and parameters of modules are the same, whatever they are called and however they lie."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from intarsia.building.parameters import parameter_name, parameter_names, tensor_names, to_parameters, to_tensors
+from intarsia.building.resident import Resident, load_model
+from intarsia.calibration.stream import LayerStream
+from intarsia.checkpoint.adapter import open_adapter
+from tests import families
+from tests.conftest import InMemory, Opened
+from tests.recipes_by_hand import shared
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", [*families.FAMILIES, *families.VARIATIONS])
+def test_there_and_back(family: str, checkpoint_of: Opened, resident_of: InMemory) -> None:
+    checkpoint, anatomy = checkpoint_of(family), checkpoint_of(family).anatomy
+    stored = {name: checkpoint.layer_tensor(2, name) for name in anatomy.layer_shapes()}
+    in_memory = dict(resident_of(family).layers[2].named_parameters())
+    found = to_parameters(stored, anatomy)
+    assert set(found) == set(in_memory) == set(parameter_names(anatomy))
+    assert all(torch.equal(found[name], parameter) for name, parameter in in_memory.items())
+    back = to_tensors(in_memory, anatomy)
+    assert set(back) == set(stored)
+    assert all(torch.equal(back[name], tensor) for name, tensor in stored.items())
+    assert {name: parameter_name(name, anatomy) for name in stored} == {
+        stored_name: name for name in in_memory for stored_name in tensor_names(name, anatomy)
+    }
+
+
+def test_where_an_expert_lies(checkpoint_of: Opened) -> None:
+    anatomy = checkpoint_of("mixtral").anatomy
+    assert parameter_name("block_sparse_moe.experts.3.w3.weight", anatomy) == "mlp.experts.gate_up_proj"
+    assert parameter_name("block_sparse_moe.gate.weight", anatomy) == "mlp.gate.weight"
+    assert tensor_names("mlp.gate.weight", anatomy) == ("block_sparse_moe.gate.weight",)
+    assert len(tensor_names("mlp.experts.gate_up_proj", anatomy)) == 2 * families.EXPERTS
+
+
+@pytest.mark.parametrize("family", ["gpt-neox", "mixtral", "qwen2-moe"])
+def test_streamed_as_in_memory(family: str, checkpoint_of: Opened, resident_of: InMemory) -> None:
+    whole, streamed = resident_of(family), Resident(checkpoint_of(family), device=CPU, stream=True)
+    ids = torch.randint(2, families.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    ops = [shared(whole.anatomy, [2, 3], seed=1)]
+    found = []
+    for resident in (whole, streamed):
+        stream = LayerStream(resident.model, resident.anatomy)
+        with torch.no_grad():
+            entry = stream.enter(ids, None)
+            h = entry.h_BTD
+            modules = [*resident.layers[:2], *(resident.module(op) for op in ops)]
+            for module, call in zip(resident.walk(modules), entry.calls, strict=False):
+                h = stream.run(module, h, call)
+            found.append(stream.logits(h, ids, None))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("module", ["self_attn.q_proj", "block_sparse_moe.experts.4.w3", "block_sparse_moe.gate"])
+def test_an_adapter_reaches_the_parameter_that_holds_its_tensor(
+    module: str, checkpoint_of: Opened, tmp_path: Path
+) -> None:
+    checkpoint = checkpoint_of("mixtral")
+    name = checkpoint.anatomy.tensor_name(1, f"{module}.weight")
+    rows, columns = checkpoint.headers[name].shape
+    a, b = torch.randn(2, columns), torch.randn(rows, 2)
+    stem = f"base_model.model.{name.removesuffix('.weight')}"
+    save_file({f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [module.rpartition(".")[2]]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    adapter = open_adapter(tmp_path, checkpoint.headers, base_name="base")
+    model = load_model(replace(checkpoint, adapter=adapter), device=CPU)
+    stored = to_tensors(dict(model.model.layers[1].named_parameters()), checkpoint.anatomy)
+    own = {local: checkpoint.layer_tensor(1, local) for local in checkpoint.anatomy.layer_shapes()}
+    torch.testing.assert_close(stored[f"{module}.weight"], own[f"{module}.weight"] + 2.0 * b @ a)
+    assert all(torch.equal(stored[local], own[local]) for local in own if local != f"{module}.weight")

@@ -1,0 +1,141 @@
+"""GGUF files as models: converted once, and told apart from what cannot be read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from intarsia.checkpoint import gguf_source
+from intarsia.checkpoint.model_name import asked_for, bare, hub_id, lasting
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.errors import UserError
+from intarsia.runtimes.gguf_file import plan_gguf, write_gguf
+from tests import families
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("accelerate")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return exported(tmp_path, "F32")
+
+
+def exported(folder: Path, kind: str) -> Path:
+    source = families.save(families.make_model("llama"), folder / "model", chat=True)
+    checkpoint = Checkpoint.open(source, model=str(source))
+    out = folder / "files" / f"{kind}.gguf"
+    write_gguf(checkpoint, plan_gguf(checkpoint, AutoTokenizer.from_pretrained(source), kind, name="tiny"), out)
+    return out
+
+
+def test_the_same_model_comes_out(file: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Checkpoint.open(tmp_path / "model", model="m")
+    found = open_checkpoint(str(file))
+    assert found.model == str(file)
+    assert found.folder.parent == cache / "gguf"
+    assert found.headers.keys() == original.headers.keys()
+    assert all(torch.equal(found.tensor(name), original.tensor(name)) for name in original.headers)
+    assert found.config["dtype"] == "float32"
+    assert not [key for key in found.config if key.startswith("_") or key == "quantization_config"]
+    assert AutoTokenizer.from_pretrained(found.folder).chat_template == families.CHAT_TEMPLATE
+    # By its content: another name, no further conversion.
+    monkeypatch.setattr(gguf_source, "convert", None)
+    other = Path(shutil.copy(file, tmp_path / "other.gguf"))
+    assert open_checkpoint(str(other)).folder == found.folder
+    assert open_checkpoint(str(file.parent)).folder == found.folder
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("F16", torch.float16), ("Q8_0", torch.bfloat16)])
+def test_dtypes(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    found = open_checkpoint(str(exported(tmp_path, kind)))
+    assert {header.dtype for header in found.headers.values()} == {dtype}
+
+
+def test_folder_with_several(file: Path) -> None:
+    other = Path(shutil.copy(file, file.parent / "a.gguf"))
+    with pytest.raises(
+        UserError, match=r"found F32.gguf, a.gguf. Name one of them: .*F32.gguf, or --gguf-file F32.gguf"
+    ):
+        open_checkpoint(str(file.parent))
+    name = asked_for(f"{file.parent}/", gguf_file="a.gguf")
+    assert Path(name) == other
+    assert open_checkpoint(name).anatomy.n_layers == families.DEPTH
+
+
+def test_file_of_a_hub_model(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, str | None]] = []
+
+    def download(model: str, name: str, *, revision: str | None) -> str:
+        asked.append((model, name, revision))
+        return str(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert open_checkpoint("owner/name/tiny.Q8_0.gguf", revision="main").anatomy.n_layers == families.DEPTH
+    assert asked == [("owner/name", "tiny.Q8_0.gguf", "main")]
+
+
+def refused(file: Path, cache: Path, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        open_checkpoint(str(file))
+    assert not list(cache.glob("gguf/*/config.json"))
+
+
+def test_damaged_files(file: Path, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "not.gguf").write_bytes(b"PK\x03\x04 something else")
+    refused(tmp_path / "not.gguf", cache, "expected a GGUF file; found a file that begins with b'PK")
+    whole = file.read_bytes()
+    for length in (40, 5_000, len(whole) - 1000):
+        file.write_bytes(whole[:length])
+        refused(file, cache, "expected a (whole GGUF file|GGUF file that transformers can read)")
+
+
+def test_architecture_that_transformers_does_not_read(tmp_path: Path, cache: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "rwkv9")
+    writer.add_tensor("a", torch.ones(4, 4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(tmp_path / "x.gguf", cache, "expected a GGUF file that transformers can read.*rwkv9")
+
+
+def test_scaled_frequencies_that_are_not_known(tmp_path: Path, cache: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_tensor("a", torch.ones(4, 4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(tmp_path / "x.gguf", cache, "expected a rotary embedding that is not scaled.*found scaling of type yarn")
+
+
+def test_missing_package(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_source.importlib.util, "find_spec", lambda name: None)
+    refused(file, cache, r"expected the package gguf.*pip install .intarsia\[gguf\]")
+
+
+def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert lasting("m") == str(tmp_path / "m")
+    assert lasting("dequantize:m") == f"dequantize:{tmp_path / 'm'}"
+    assert lasting("owner/name") == "owner/name"
+    assert lasting("demo") == "demo"
+    assert asked_for("m", dequantize=True) == asked_for("dequantize:m", dequantize=True) == "dequantize:m"
+    assert bare("dequantize:m") == "m"
+    assert [hub_id(name) for name in ("m", "demo", "owner/name", "dequantize:o/n", "o/n/f.gguf", "a/b/c")] == [
+        None,
+        None,
+        "owner/name",
+        "o/n",
+        "o/n",
+        None,
+    ]

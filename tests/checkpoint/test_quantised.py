@@ -1,0 +1,180 @@
+"""Quantised checkpoints: refused with a way out, or, in 8 bits and asked for, read as ordinary weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from intarsia.building.materialize import materialize
+from intarsia.building.resident import Resident
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.checkpoint.scan import scan
+from intarsia.errors import UserError
+from tests import families, wrappers
+from tests.recipes_by_hand import recipe_of, select
+
+IDS = torch.randint(2, families.VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(3))
+BLOCK = (16, 16)
+METHODS: dict[str, dict[str, Any]] = {
+    "block": {"quant_method": "fp8", "weight_block_size": list(BLOCK)},
+    "row": {"quant_method": "fbgemm_fp8"},
+    "tensor": {"quant_method": "compressed-tensors", "format": "float-quantized"},
+}
+
+
+def in_8_bits(weight: torch.Tensor, way: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The weight in 8 bits, its scales, and what both together stand for, each entry computed by itself."""
+    rows, columns = weight.shape
+    size = {"block": BLOCK, "row": (1, columns), "tensor": (rows, columns)}[way]
+    scale = torch.empty(-(-rows // size[0]), -(-columns // size[1]))
+    stored, meant = torch.empty(rows, columns, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            place = slice(i * size[0], (i + 1) * size[0]), slice(j * size[1], (j + 1) * size[1])
+            scale[i, j] = weight[place].abs().max() / 448
+            stored[place] = (weight[place] / scale[i, j]).to(torch.float8_e4m3fn)
+            meant[place] = stored[place].float() * scale[i, j]
+    return stored, scale.reshape(-1) if way == "tensor" else scale, meant
+
+
+def quantise(folder: Path, way: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Turn the layers of a saved model into 8 bits; what its tensors now stand for."""
+    tensors, meant = {}, {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if ".layers." not in name or tensor.ndim != 2 or "vision" in name:
+            tensors[name] = meant[name] = tensor.to(dtype)
+            continue
+        tensors[name], scale, value = in_8_bits(tensor, way)
+        tensors[f"{name}_scale_inv" if way == "block" else f"{name}_scale"] = scale
+        if way == "tensor":
+            tensors[name.replace(".weight", ".input_scale")] = torch.tensor([0.5])
+        meant[name] = value.to(dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    set_config(folder, quantization_config=METHODS[way], dtype=str(dtype).removeprefix("torch."))
+    return meant
+
+
+def set_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return families.save(families.make_model("llama"), tmp_path / "model")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", METHODS)
+def test_8_bits_times_scales(way: str, folder: Path, tmp_path: Path) -> None:
+    meant = quantise(folder, way)
+    checkpoint = open_checkpoint(f"dequantize:{folder}")
+    assert checkpoint.headers.keys() == meant.keys()
+    for name, value in meant.items():
+        assert torch.equal(checkpoint.tensor(name), value), name
+        assert checkpoint.headers[name].dtype == torch.bfloat16
+        assert checkpoint.headers[name].nbytes == value.nbytes
+    assert "quantization_config" not in checkpoint.config
+
+    plain = AutoModelForCausalLM.from_config(families.make_model("llama").config, dtype=torch.bfloat16)
+    plain.load_state_dict(meant)
+    expected = plain.eval()(IDS).logits
+    assert torch.equal(Resident(checkpoint, device=torch.device("cpu")).model(IDS).logits, expected)
+    recipe = recipe_of(f"dequantize:{folder}", [select(layer) for layer in range(families.DEPTH)])
+    materialize(recipe, {"base": checkpoint}, tmp_path / "out")
+    built = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert built.dtype == torch.bfloat16
+    assert torch.equal(built(IDS).logits, expected)
+
+
+def test_hash_is_that_of_the_ordinary_weights(folder: Path, tmp_path: Path) -> None:
+    meant = quantise(folder, "block")
+    other = families.save(families.make_model("llama"), tmp_path / "other")
+    save_file(meant, other / "model.safetensors")
+    assert scan(open_checkpoint(f"dequantize:{folder}")) == scan(open_checkpoint(str(other)))
+
+
+def test_dequantize_changes_nothing_else(folder: Path) -> None:
+    one, other = open_checkpoint(str(folder)), open_checkpoint(f"dequantize:{folder}")
+    assert one.headers == other.headers
+    assert not other.scaled
+
+
+def test_inside_a_wrapper(tmp_path: Path) -> None:
+    folder = wrappers.save(wrappers.make_wrapper("llava"), tmp_path / "model")
+    meant = quantise(folder, "block")
+    checkpoint = open_checkpoint(f"dequantize:{folder}")
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(checkpoint.tensor(name), meant[f"language_model.{name}"])
+    materialize(recipe_of(str(folder), [select(1)]), {"base": checkpoint}, tmp_path / "out")
+    built = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(built["language_model.model.layers.0.mlp.up_proj.weight"], meant[f"language_model.{name}"])
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not [name for name in built if "scale" in name]
+
+
+def refused(model: str, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "match"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"bitsandbytes weights.*dequantize\(\)"),
+        ({"load_in_8bit": True}, "bitsandbytes weights"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq weights. Use the model that it was made from"),
+        ({"quant_method": "awq"}, "awq weights. Use the model that it was made from"),
+        ({"quant_method": "mxfp4"}, r"mxfp4 weights.*Mxfp4Config\(dequantize=True\)"),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+            "compressed-tensors weights. Use the model",
+        ),
+    ],
+)
+def test_kinds_that_are_never_read(folder: Path, quantization: dict[str, Any], match: str) -> None:
+    set_config(folder, quantization_config=quantization)
+    refused(str(folder), f"quantization_config: expected weights that are not quantised; found.*{match}")
+    refused(f"dequantize:{folder}", match)
+
+
+def test_8_bits_that_nobody_asked_to_read(folder: Path) -> None:
+    quantise(folder, "block")
+    refused(str(folder), "found fp8 weights. Pass --dequantize")
+
+
+def test_nested_quantisation_is_seen(tmp_path: Path) -> None:
+    folder = wrappers.save(wrappers.make_wrapper("llava"), tmp_path / "model")
+    wrappers.edit_config(folder, quantization_config={"quant_method": "gptq"})
+    refused(str(folder), "text_config.quantization_config: expected weights that are not quantised; found gptq")
+
+
+def test_8_bits_without_a_config_that_says_so(folder: Path) -> None:
+    quantise(folder, "block")
+    set_config(folder, quantization_config=None)
+    refused(f"dequantize:{folder}", "expected only tensors that the anatomy|found float8_e4m3fn")
+
+
+def test_scales_that_do_not_fit(folder: Path) -> None:
+    quantise(folder, "block")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    whole = tensors[f"{name}_scale_inv"]
+    tensors[f"{name}_scale_inv"] = whole[:, :1].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    refused(f"dequantize:{folder}", rf"{name}: expected a scale.*found {name}_scale_inv of shape \[3, 1\]")
+    del tensors[f"{name}_scale_inv"]
+    save_file(tensors, folder / "model.safetensors")
+    refused(f"dequantize:{folder}", rf"{name}: expected a scale.*found none")
+    tensors[f"{name}_scale_inv"] = whole.clone()
+    tensors[f"{name}_scale_inv"][1, 1] = float("inf")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=f"{name}: expected finite numbers"):
+        scan(Checkpoint.open(folder, model="m", dequantize=True))

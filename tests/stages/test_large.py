@@ -1,0 +1,171 @@
+"""Models larger than memory, from the command line: the same result, spilled files in the run folder, and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import intarsia
+from intarsia.calibration import spill
+from intarsia.calibration.hidden import HiddenStore
+from intarsia.cli.app import app
+from intarsia.errors import UserError
+from intarsia.healing.settings import LayerwiseSettings
+from intarsia.planning.run_folder import RunFolder
+from intarsia.recipe.codec import content_hash
+from intarsia.stages.evaluate import evaluate_perplexity
+from intarsia.stages.heal import heal
+from intarsia.stages.placement import placement
+from tests.conftest import Folder
+
+Sizes = dict[str, Any]
+
+
+def spills(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every file that hidden states are spilled to, from now on."""
+    found: list[Path] = []
+    reserve = spill.reserve
+
+    def seen(path: Path, nbytes: int) -> None:
+        found.append(path)
+        reserve(path, nbytes)
+
+    monkeypatch.setattr(spill, "reserve", seen)
+    return found
+
+
+def test_a_streamed_compression_is_the_same(
+    model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, common = str(model_folder("llama")), {**sizes, "eval_text": str(text_file), "eval_windows": 2, "layers": 4}
+    whole = intarsia.compress(model, tmp_path / "whole", **common)
+    files = spills(monkeypatch)
+    found = intarsia.compress(model, tmp_path / "streamed", stream=True, memory_bytes=0, **common)
+    assert found.recipe_sha256 == whole.recipe_sha256
+    tensors, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("streamed", "whole"))
+    assert tensors.keys() == wanted.keys() and all(tensors[name].equal(wanted[name]) for name in wanted)
+    assert whole.before and whole.after and found.before and found.after
+    assert found.before.perplexity is not None and whole.before.perplexity is not None
+    assert found.before.perplexity.value == pytest.approx(whole.before.perplexity.value, rel=1e-6)
+    assert found.before.prefill_per_s is None and (whole.before.prefill_per_s or 0) > 0
+    assert found.predicted.spilled_bytes == found.predicted.hidden_bytes > 0 == whole.predicted.spilled_bytes
+    run = tmp_path / "streamed.run"
+    assert any(run in path.parents for path in files)
+    assert not list(run.glob("intarsia-hidden-*")), "spilled files go when the work is done"
+    assert not any(path.exists() for path in files)
+
+
+def test_a_plan_that_was_killed_leaves_no_spilled_files(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+    """And may go on without --stream, with the same recipes."""
+    model, run = str(model_folder("llama")), tmp_path / "run"
+    intarsia.plan(model, run, layers=5, stream=True, memory_bytes=0, **sizes)
+    (run / "intarsia-hidden-killed").mkdir()
+    (run / "intarsia-hidden-killed" / "depth-0.bin").write_bytes(b"0" * 100)
+    intarsia.plan(model, run, layers=4, **sizes)
+    assert not list(run.glob("intarsia-hidden-*"))
+    intarsia.plan(model, tmp_path / "other", layers=4, **sizes)
+    hashes = [content_hash(RunFolder(folder).recipe(4)) for folder in (run, tmp_path / "other")]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_full_disk_is_told(
+    model_folder: Folder, sizes: Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, start: int, length: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(spill.os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="--memory") as caught:
+        intarsia.plan(str(model_folder("llama")), tmp_path / "run", layers=5, memory_bytes=0, **sizes)
+    assert "full disk" in caught.value.problems[0].found
+    assert str(tmp_path / "run") in caught.value.problems[0].where
+
+
+def test_healing_streamed_is_the_same(model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    intarsia.plan(str(model_folder("llama")), run, layers=4, **sizes)
+    common: Sizes = {"data": str(text_file), "tokens": 1024, "seq_len": 32, "stages": ("closed-form", "layerwise")}
+    common["layerwise"] = LayerwiseSettings(batch_tokens=256)
+    whole = heal(run, tmp_path / "whole", **common)
+    found = heal(run, tmp_path / "streamed", stream=True, memory_bytes=0, **common)
+    assert found.recipe_sha256 == whole.recipe_sha256
+    assert [row["held_out_perplexity"] for row in found.stages] == [row["held_out_perplexity"] for row in whole.stages]
+    assert found.layers == whole.layers
+    with pytest.raises(UserError, match="end-to-end"):
+        heal(run, tmp_path / "no", stream=True, data=str(text_file), stages=("end-to-end",))
+    with pytest.raises(UserError, match="that it writes"):
+        heal(run, tmp_path / "no", stream=True, data="self", tokens=64, seq_len=32)
+
+
+def test_layers_over_two_devices_are_the_same(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+    model = str(model_folder("qwen2"))
+    intarsia.plan(model, tmp_path / "one", layers=4, **sizes)
+    intarsia.plan(model, tmp_path / "two", layers=4, devices=("cpu", "cpu"), **sizes)
+    hashes = [content_hash(RunFolder(tmp_path / name).recipe(4)) for name in ("one", "two")]
+    assert hashes[0] == hashes[1]
+
+
+def test_perplexity_streamed_is_the_same(model_folder: Folder, text_file: Path) -> None:
+    model = str(model_folder("mistral"))
+    whole = evaluate_perplexity(model, str(text_file), seq_len=32, windows=3)
+    found = evaluate_perplexity(model, str(text_file), seq_len=32, windows=3, stream=True, memory_bytes=0)
+    assert found.value == pytest.approx(whole.value, rel=1e-6) and found.tokens == whole.tokens
+
+
+def test_what_does_not_go_together_is_refused(model_folder: Folder, tmp_path: Path) -> None:
+    refused: list[Sizes] = [
+        {"device": "cpu", "devices": ("cpu", "cpu")},
+        {"stream": True, "devices": ("cpu", "cpu")},
+        {"devices": ("cpu", "nonsense")},
+    ]
+    for wrong in refused:
+        with pytest.raises(UserError):
+            placement(**wrong)
+    with pytest.raises(UserError, match="that it writes"):
+        intarsia.plan(str(model_folder("llama")), tmp_path / "run", layers=5, stream=True, tokens=64, seq_len=32)
+    assert not (tmp_path / "run").exists()
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(app, list(words))
+
+
+def test_the_command_line(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+    words = ["--calibration", sizes["calibration"], "--tokens", "256", "--seq-len", "32", "--json"]
+    model, place = str(model_folder("llama")), str(tmp_path / "run")
+    told = run("plan", model, "--run", place, "--layers", "5", "--stream", "--memory", "1MB", *words)
+    assert told.exit_code == 0, told.output
+    result = json.loads(told.stdout)
+    assert result["predicted"]["spilled_bytes"] == 0
+    assert result["predicted"]["peak_memory_bytes"] > 0 and result["peak_memory_bytes"] > 0
+    assert run("plan", model, "--run", place, "--layers", "5", "--memory", "much", *words).exit_code == 2
+    assert run("plan", "--layers", "5", *words).exit_code == 2
+    paper = run("plan", "--dry-run", "--shape", "llama-3.2-1b", "--layers", "12", "--device-memory", "24GB", "--json")
+    assert paper.exit_code == 0, paper.output
+    (row,) = json.loads(paper.stdout)["rows"]
+    assert (row["shape"], row["layers"], row["target"], row["device_memory_bytes"]) == (
+        "llama-3.2-1b",
+        16,
+        12,
+        24 * 10**9,
+    )
+    assert run("plan", "--shape", "llama-3.2-1b", "--layers", "12").exit_code == 2
+
+
+def test_dropping_a_depth_gives_its_room_back(tmp_path: Path) -> None:
+    import torch
+
+    store = HiddenStore((2, 3, 4), torch.float32, memory_bytes=96, folder=tmp_path)
+    store.put(0, 0, torch.ones(2, 3, 4))
+    store.put(1, 0, torch.ones(2, 3, 4))
+    assert store.file(0) is None and store.file(1) is not None
+    store.drop(0)
+    store.put(2, 0, torch.ones(2, 3, 4))
+    assert store.file(2) is None
+    store.close()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,95 @@
+"""Writing files whole, and disks that run full while they are written."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+from intarsia.disk import append_line, full_disk_named, replaced, write_whole
+from intarsia.errors import UserError
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def full(*_: object) -> None:
+    raise FULL
+
+
+def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    write_whole(path, "one\n")
+    write_whole(path, "two\n")
+    assert path.read_text() == "two\n"
+    assert os.listdir(tmp_path) == ["facts.json"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_full_disk_leaves_the_file_as_it_was(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "facts.json"
+    if there:
+        write_whole(path, "one\n")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="a full disk") as caught:
+        write_whole(path, "two\n")
+    assert caught.value.problems[0].where == str(tmp_path)
+    assert [entry.read_text() for entry in tmp_path.iterdir()] == (["one\n"] if there else [])
+
+
+def test_an_interrupt_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a", "one")
+    with pytest.raises(KeyboardInterrupt), replaced(tmp_path / "a") as temporary:
+        temporary.write_text("two")
+        raise KeyboardInterrupt
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("a", "one")]
+
+
+class Small(io.FileIO):
+    """A file on a disk with room for 14 bytes of it, which takes 5 at once."""
+
+    def write(self, data: Any) -> int:
+        room = 14 - self.seek(0, os.SEEK_END)
+        if room <= 0:
+            raise FULL
+        return super().write(bytes(data)[: min(room, 5)])
+
+
+def test_lines_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log.jsonl"
+    monkeypatch.setattr(Path, "open", lambda self, mode, buffering=-1: Small(str(self), mode.replace("b", "")))
+    append_line(path, "the first")  # in two parts
+    with pytest.raises(UserError, match="a full disk"):
+        append_line(path, "the second")
+    assert path.read_bytes() == b"the first\n"
+    append_line(path, "3rd")
+    assert path.read_bytes() == b"the first\n3rd\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FULL,
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail] No space left on device"),
+    ],
+)
+def test_what_a_full_disk_looks_like(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Free some space") as caught, full_disk_named(tmp_path / "not" / "made"):
+        raise error
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), RuntimeError("cannot write: no reason")])
+def test_other_failures_stay_what_they_are(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as caught, full_disk_named(tmp_path):
+        raise error
+    assert caught.value is error
