@@ -135,6 +135,8 @@ def _number(key: str, value: float) -> str:
         return size(value)
     if key.endswith("seconds"):
         return duration(value) if value >= 10 else f"{value:.2g} s"
+    if "flops" in key:
+        return f"{value / 1e12:,.4g} TFLOP"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
