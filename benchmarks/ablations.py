@@ -30,9 +30,9 @@ ABLATIONS: Mapping[str, str] = {
 _BEGIN, _END = "<!-- ablations -->", "<!-- /ablations -->"
 _PAGE = f"""# Ablations
 
-What each part of CoMe is worth on SmolLM2-135M-Instruct (30 layers), by perplexity: WikiText-2 (test) / news that was
-kept out, cut and repaired in closed form. In brackets the change of log-perplexity against `{BASE}` in the same column;
-below zero is better.
+What each part of CoMe is worth on SmolLM2-135M-Instruct (30 layers): perplexity of WikiText-2 (test) / news that was
+kept out, as cut and, where a column says healed, repaired in closed form. In brackets the change of log-perplexity
+against `{BASE}` in the same column; below zero is better.
 
 {_BEGIN}
 {_END}

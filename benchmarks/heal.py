@@ -3,9 +3,9 @@
 Cut (CoMe-P, and removal by calibration loss), closed form on 64k tokens, layerwise distillation on 500k on top, and
 end-to-end distillation on 200k on top of that. `--against 25` adds, at that depth, end-to-end distillation alone for as
 long as both took together, and the same training of the plainly cut model. `--in-loop` adds CoMe-P that is repaired as
-it goes (`--heal-in-loop --spans 5`), and the closed form over all layers of what comes off that ladder. Texts as in the
-benchmark `quality`, whose ladders are used where they are there. Every row is kept: a stopped benchmark goes on where
-it was.
+it goes (`--heal-in-loop --spans 5`, alone and with `--granularity 5 --removals --finalists 6`), and the closed form
+over all layers of what comes off those ladders; `--in-loop-alone` does nothing else. Texts as in the benchmark
+`quality`, whose ladders are used where they are there. Every row is kept: a stopped benchmark goes on where it was.
 
     python -m benchmarks heal --data ../shared/data/text -o out/bench/heal
 """
@@ -23,7 +23,10 @@ from intarsia.cli.display import display
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
 from intarsia.planning.settings import ComeSettings
 
-IN_LOOP = "come-p in loop"
+IN_LOOP = {
+    "come-p in loop": ComeSettings(spans=5),
+    "come-p finalists in loop": ComeSettings(spans=5, granularity=5, removals=True, finalists=6),
+}
 CUTS = ("come-p", "sleb")
 TEXTS = ("WikiText-2", "news")
 # Found on the model cut to 21 layers (dev/LOG.md); the learning rates are those of a small model.
@@ -70,14 +73,14 @@ class Bench:
 
     def cut(self, method: str, layers: int) -> Path:
         """The model as it is cut."""
-        in_loop = method == IN_LOOP
+        in_loop = method in IN_LOOP
         run = self.plans / method.replace(" ", "-")
         intarsia.plan(
             "demo",
             run,
             layers=self.deepest,
             method="come-p" if in_loop else method,
-            settings=ComeSettings(spans=5) if in_loop else None,
+            settings=IN_LOOP.get(method),
             heal_in_loop=in_loop,
             calibration=self.data,
             tokens=65536,
@@ -125,8 +128,9 @@ class Bench:
 
     def in_loop(self, layers: int) -> None:
         """CoMe-P, repaired after every step, and the closed form over all layers at the end."""
-        name = f"{IN_LOOP}-{layers}-cf".replace(" ", "-")
-        self.heal(self.cut(IN_LOOP, layers), "closed-form", name, f"{IN_LOOP} {layers} closed form")
+        for method in IN_LOOP:
+            name = f"{method}-{layers}-cf".replace(" ", "-")
+            self.heal(self.cut(method, layers), "closed-form", name, f"{method} {layers} closed form")
 
     def against(self, layers: int) -> None:
         """End-to-end alone for the time that layerwise and end-to-end took, from both cuts."""
@@ -151,7 +155,7 @@ class Bench:
         for layers in depths:
             cuts = [self.found[key][text] for method in CUTS if (key := f"{method} {layers} cut") in self.found]
             gap = math.log(min(cuts) / dense)
-            for method in (*CUTS, IN_LOOP):
+            for method in (*CUTS, *IN_LOOP):
                 cells = []
                 for column in columns:
                     row = self.found.get(f"{method} {layers} {column}")
@@ -169,6 +173,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[27, 25, 23, 21])
     parser.add_argument("--against", type=int, nargs="*", default=[])
     parser.add_argument("--in-loop", action="store_true")
+    parser.add_argument("--in-loop-alone", action="store_true")
     parser.add_argument(
         "--tokens", type=int, nargs=3, default=[65536, 500_000, 200_000], metavar=("FIT", "LAYERWISE", "END_TO_END")
     )
@@ -179,8 +184,9 @@ def main() -> None:
         if "dense" not in bench.found:
             bench.judge("dense", "demo", 0.0)
         for layers in given.layers:
-            bench.depth(layers)
-            if given.in_loop:
+            if not given.in_loop_alone:
+                bench.depth(layers)
+            if given.in_loop or given.in_loop_alone:
                 bench.in_loop(layers)
             if layers in given.against:
                 bench.against(layers)

@@ -52,7 +52,7 @@ def task_of(resident: Resident, settings: LayerwiseSettings, *, steps: int, seq_
         seq_len=seq_len,
         mask=None,
         calls={batch: call},
-        names=trained_names(resident.anatomy.layer_shapes(), ()),
+        names=trained_names(list(resident.anatomy.layer_shapes()), ()),
         settings=settings,
         folder=None,
         device=str(resident.device),

@@ -23,6 +23,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "come": ("come", {}),
     "come-p": ("come-p", {}),
     "come-p --spans 1": ("come-p", {"spans": 1}),
+    "come-p --removals": ("come-p", {"removals": True}),
     "come --norm average": ("come", {"norm": "average"}),
     "come --reference": ("come", {"reference": True}),
     "come --span-choice sleb": ("come", {"span_choice": "sleb"}),

@@ -3,6 +3,7 @@
 The job runs in a process of its own: CoMe, the closed form, the build, and the perplexity before and after. Reported
 is the largest resident memory of that process, mapped pages included, less what Python and its libraries take before
 the model is opened; against two and a half layers, plus embeddings, plus the budget for hidden states (--memory).
+On Linux the kernel's counter is reset between the parts of the job, so that each has a peak of its own.
 
     python -m benchmarks stream --shape llama-3.2-1b -o out/bench/stream
 
@@ -15,10 +16,13 @@ import argparse
 import importlib
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +79,54 @@ def write_text(path: Path, tokens: int) -> None:
     path.write_text("\n".join(" ".join(found[start : start + 512]) for start in range(0, len(found), 512)))
 
 
+class Peaks:
+    """Progress that notes the largest resident memory of every part of the job, by the title of its task."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, int] = {}
+        self._under_way = ["hashes, recipes, build"]
+
+    def note(self, what: str = "") -> None:
+        """A part ends here. It is counted with the task that is under way; the loss apart from the layers."""
+        from intarsia.evaluation.memory import peak_memory_bytes, peak_since_reset, reset_peak
+
+        name = self._under_way[-1]
+        resets = sys.platform == "linux"
+        self.parts[name] = max(self.parts.get(name, 0), peak_since_reset() if resets else peak_memory_bytes())
+        reset_peak()
+        if what == "loss":
+            self._under_way[-1] = "losses, from logits"
+
+    def advance(self, n: float = 1.0) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """For whoever watches, with the time."""
+        print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def task(self, title: str, total: float) -> Iterator[Peaks]:
+        """A part that has a name."""
+        self.note()
+        self._under_way.append(re.sub(r"[0-9]+ (to [0-9]+ )?", "", title))
+        self.say(f"{title} ...")
+        try:
+            yield self
+        finally:
+            self.note()
+            self._under_way.pop()
+
+
 def work(given: argparse.Namespace) -> dict[str, Any]:
     """In a process of its own: the whole job, and what memory it took."""
     import psutil
 
-    from intarsia.evaluation.memory import peak_memory_bytes
     from intarsia.stages.compress import compress
 
     # What the job imports on its way counts as the base.
     for name in ("accelerate", "tokenizers", "transformers.models.llama.modeling_llama"):
         importlib.import_module(name)
-    base = psutil.Process().memory_info().rss
+    base, peaks = psutil.Process().memory_info().rss, Peaks()
     result = compress(
         str(given.out / "source"),
         given.out / "small",
@@ -100,10 +141,13 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
         stream=not given.in_memory,
         memory_bytes=int(given.memory * 1e6),
         overwrite=True,
+        progress=peaks,
     )
+    peaks.note()
     return {
         "base": base,
-        "peak": peak_memory_bytes(),
+        "parts": peaks.parts,
+        "peak": max(peaks.parts.values()),
         "predicted": result.predicted.peak_memory_bytes,
         "layer_forwards": result.layer_forwards,
         "healed": result.healed,
@@ -171,7 +215,9 @@ def report(given: argparse.Namespace, sizes: Any, found: dict[str, Any], bound: 
     print("| " + " | ".join(f"{cell / 1e6:,.0f} MB" for cell in (*cells, found["predicted"])) + " |")
     print(f"\nbase {found['base'] / 1e6:.0f} MB, peak with it {found['peak'] / 1e6:.0f} MB, {seconds:.0f} s")
     print(f"perplexity {found['before']:.1f} -> {found['after']:.1f}, {found['layer_forwards']:.1f} layer-forwards")
-    print(f"healed: {found['healed']}")
+    print(f"healed: {found['healed']}\n\n| part | peak above the base |\n|---|---:|")
+    for part, peak in found["parts"].items():
+        print(f"| {part} | {(peak - found['base']) / 1e6:,.0f} MB |")
     print("under the bound" if own <= bound else "OVER the bound")
 
 

@@ -37,7 +37,8 @@ from intarsia.evaluation.run_rows import default_batch_tokens, forward_of, score
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.evaluator import Evaluator
 from intarsia.tailoring.family import Family, open_family
-from intarsia.tailoring.family_file import FamilyFile, read_family_file
+from intarsia.tailoring.family_file import FamilyFile
+from intarsia.tailoring.family_reader import read_family_file
 from intarsia.tailoring.grids import space_of
 from intarsia.tailoring.hyperband import budget_ladder, expected_trials
 from intarsia.tailoring.moves import mutate
@@ -84,9 +85,9 @@ class Meter:
 
     def __init__(self, evaluator: Evaluator) -> None:
         self.seconds = 0.0
-        runner = evaluator.runner
-        for owner, name in ((runner.stream, "run"), (runner.stream, "final_norm"), (runner, "head")):
-            setattr(owner, name, self._timed(getattr(owner, name)))
+        stream = evaluator.runner.stream
+        for name in ("run", "logits"):
+            setattr(stream, name, self._timed(getattr(stream, name)))
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any) -> Any:

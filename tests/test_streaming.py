@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from intarsia.building import skeleton
 from intarsia.building.resident import Resident
 from intarsia.calibration.room import Room
 from intarsia.calibration.stream import LayerStream
@@ -90,6 +91,23 @@ def test_the_streamed_model_is_the_model(family: str, checkpoint_of: Opened, res
         assert torch.equal(logits, b.logits(g_BTD, corpus.input_ids, corpus.mask))
     assert other.shelf is not None and other.shelf.most <= 2
     assert all(parameter.is_meta for layer in other.layers for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_embedding_and_head_leave_memory_behind_every_use(
+    family: str, checkpoint_of: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone: list[Any] = []
+    monkeypatch.setattr(skeleton, "let_go", gone.append)
+    resident = streamed(checkpoint_of(family))
+    tables = resident.model.get_input_embeddings().weight, resident.model.get_output_embeddings().weight
+    assert (tables[0] is tables[1]) == resident.anatomy.tied
+    stream, ids_BT = LayerStream(resident.model, resident.anatomy), corpus_of().input_ids
+    h_BTD = stream.enter(ids_BT, None).h_BTD
+    assert any(parameter is tables[0] for parameter in gone)
+    gone.clear()
+    stream.logits(h_BTD, ids_BT, None)
+    assert any(parameter is tables[1] for parameter in gone)
 
 
 def test_a_layer_at_rest_that_is_run_is_read_for_that_run(llama: Resident) -> None:

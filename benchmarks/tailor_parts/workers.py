@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import os
 import time
-from random import Random
 
 from benchmarks.tailor_parts.setting import ABLATION, Setting
+from benchmarks.tailor_trial import candidates
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.tailor_scorer import Opener
-from intarsia.tailoring.family_file import FamilyFile, read_family_file
+from intarsia.tailoring.dask_workers import OnDask, dask_workers
+from intarsia.tailoring.family_file import FamilyFile
 from intarsia.tailoring.family_paths import absolute
-from intarsia.tailoring.grids import space_of
-from intarsia.tailoring.moves import mutate
-from intarsia.tailoring.translate import Translator
-from intarsia.tailoring.workers import dask_workers
+from intarsia.tailoring.family_reader import read_family_file
 
 
 def run(setting: Setting, *, trials: int) -> dict[str, float]:
     """Trials a minute of one worker and of two; printed, and returned with their ratio."""
     pace = {}
-    recipes = _recipes(setting, trials + 2)
+    recipes = candidates(_file(setting), setting.family, trials + 2)
     for count in (1, 2):
         pace[count] = _pace(setting, recipes, count)
         print(f"{count} worker(s): {pace[count]:.2f} trials a minute at budget {_budget(setting)}", flush=True)
@@ -41,19 +39,6 @@ def _file(setting: Setting) -> FamilyFile:
     return read_family_file(setting.family_file("workers", ABLATION["merge"], "evolve", 0, ()))
 
 
-def _recipes(setting: Setting, count: int) -> list[Recipe]:
-    family = setting.family
-    file = _file(setting)
-    space, rng = space_of(file, family.anatomy), Random(0)
-    words = Translator(space=space, anatomy=family.anatomy, variants=family.variants(), scores={})
-    found = [space.random_middle(rng)]
-    while len(found) < count:
-        new = mutate(space, rng.choice(found), rng)
-        if new not in found:
-            found.append(new)
-    return [words.recipe(candidate) for candidate in found]
-
-
 def _pace(setting: Setting, recipes: list[Recipe], count: int) -> float:
     """Trials a minute."""
     cores = os.sched_getaffinity(0)
@@ -65,11 +50,8 @@ def _pace(setting: Setting, recipes: list[Recipe], count: int) -> float:
     budget = _budget(setting)
     try:
         with dask_workers(opener, scheduler=None, count=count) as hands:
-            warm, rest = recipes[:count], recipes[2:]
-            for number, recipe in enumerate(warm):
-                hands.submit(number, recipe, budget)
-            for _ in warm:
-                hands.next()
+            _warm_up(hands, recipes[:count], budget)
+            rest = recipes[2:]
             begun, waiting, open_ = time.perf_counter(), list(enumerate(rest)), 0
             while waiting or open_:
                 while waiting and open_ < count:
@@ -83,3 +65,12 @@ def _pace(setting: Setting, recipes: list[Recipe], count: int) -> float:
             return 60.0 * len(rest) / (time.perf_counter() - begun)
     finally:
         os.sched_setaffinity(0, cores)
+
+
+def _warm_up(hands: OnDask, recipes: list[Recipe], budget: int) -> None:
+    """Trials until every worker has made one, for which it opens the family."""
+    ready: set[str] = set()
+    while len(ready) < hands.count:
+        for number, recipe in enumerate(recipes):
+            hands.submit(number, recipe, budget)
+        ready |= {hands.next().worker for _ in recipes}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from intarsia.anatomy.family import Family
 from intarsia.anatomy.family_file import as_family, family_files, uncovered
 from intarsia.anatomy.layer_lists import kinds, lists
-from intarsia.anatomy.spec import Anatomy, Family, Linear, Norm
+from intarsia.anatomy.spec import Anatomy, Linear, Norm
 from intarsia.errors import Problem, UserError
 
 
@@ -70,11 +71,14 @@ def _resolve(family: Family, data: Mapping[str, Any], config: Mapping[str, Any],
         )
     per_layer = lists(family.per_layer, values, numbers["layers"], where, problems)
     scale = values.get(family.fields.get("residual_scale", ""), 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        problems.append(_not_expected(f"{where}: {family.fields['residual_scale']}", "a number", scale))
+    linears = tuple(_linear(entry, values, where, problems) for entry in data["linear"])
     if problems:
         raise UserError(problems)
     return Anatomy(
         family=family,
-        linears=tuple(_linear(entry, values) for entry in data["linear"]),
+        linears=linears,
         norms=tuple(_norm(entry, values) for entry in data["norm"]),
         n_layers=numbers["layers"],
         width=numbers["width"],
@@ -131,15 +135,17 @@ def _number(
     found = default if field is None else values.get(field, default)
     if isinstance(found, int) and not isinstance(found, bool) and found > 0:
         return found
-    problems.append(
-        Problem(
-            where=f"{where}: {field}",
-            expected="a positive whole number",
-            found="nothing" if found is None else repr(found),
-            remedy="Complete the config.",
-        )
-    )
+    problems.append(_not_expected(f"{where}: {field}", "a positive whole number", found))
     return 1
+
+
+def _not_expected(where: str, expected: str, found: Any) -> Problem:
+    return Problem(
+        where=where,
+        expected=expected,
+        found="nothing" if found is None else repr(found),
+        remedy="Complete the config.",
+    )
 
 
 def _flag(value: Any, values: Mapping[str, Any]) -> bool:
@@ -147,7 +153,8 @@ def _flag(value: Any, values: Mapping[str, Any]) -> bool:
     return bool(values.get(value, False)) if isinstance(value, str) else bool(value)
 
 
-def _linear(entry: Mapping[str, Any], values: Mapping[str, Any]) -> Linear:
+def _linear(entry: Mapping[str, Any], values: Mapping[str, Any], where: str, problems: list[Problem]) -> Linear:
+    whole = entry.get("whole")
     return Linear(
         module=entry["module"],
         part=entry["part"],
@@ -155,7 +162,7 @@ def _linear(entry: Mapping[str, Any], values: Mapping[str, Any]) -> Linear:
         segments=tuple(entry["segments"]),
         bias=_flag(entry.get("bias", False), values),
         per_expert=bool(entry.get("per_expert", False)),
-        whole=_size(entry.get("whole"), values),
+        whole=_number(values, whole, where, problems) if isinstance(whole, str) else whole,
     )
 
 
@@ -170,9 +177,3 @@ def _norm(entry: Mapping[str, Any], values: Mapping[str, Any]) -> Norm:
         rows=entry.get("rows"),
         serves=tuple(entry.get("serves", ())),
     )
-
-
-def _size(value: Any, values: Mapping[str, Any]) -> int | None:
-    """A TOML value that is a number, or the name of the config field that holds it."""
-    found = values.get(value) if isinstance(value, str) else value
-    return None if found is None else int(found)

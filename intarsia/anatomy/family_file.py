@@ -13,7 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from intarsia.anatomy.spec import Family, PerLayer, Stacked
+from intarsia.anatomy.family import Family, PerLayer, Stacked
+from intarsia.anatomy.family_faults import faults
 from intarsia.errors import Problem, UserError
 
 if sys.version_info >= (3, 11):
@@ -21,8 +22,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_MODULES = ("layers", "embedding", "head")
-_FIELDS = ("layers", "width", "query_heads", "channels", "vocabulary", "tied")
 _tried: dict[str, dict[str, Any]] = {}
 
 
@@ -116,58 +115,8 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     problems = [
         Problem(where=f"{path}: {where}", expected=expected, found=found, remedy="See docs/ADD_A_FAMILY.md.")
-        for where, expected, found in _faults(data)
+        for where, expected, found in faults(data)
     ]
     if problems:
         raise UserError(problems)
     return data
-
-
-def _faults(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """What is wrong with a family's data: where, what is expected, what is found."""
-    if not isinstance(data.get("title"), str):
-        yield "title", "a text", repr(data.get("title"))
-    for name in ("model_types", "approximations"):
-        if not _is_texts(data.get(name)):
-            yield name, "a list of texts", repr(data.get(name))
-    for name, keys in (("modules", _MODULES), ("fields", _FIELDS)):
-        table = data.get(name)
-        if not isinstance(table, Mapping):
-            yield name, f"a table with {', '.join(keys)}", repr(table)
-            continue
-        for key in keys:
-            if not isinstance(table.get(key), str):
-                yield f"{name}.{key}", "a text", repr(table.get(key))
-    for name in ("linear", "norm"):
-        if not isinstance(data.get(name), list) or not all(isinstance(entry, Mapping) for entry in data[name]):
-            yield name, f"a list of tables, [[{name}]]", repr(data.get(name))
-            return
-    for index, entry in enumerate(data["linear"]):
-        yield from _bad_choice(entry, f"linear[{index}]", "side", ("reads", "writes"))
-        if not _is_texts(entry.get("segments")):
-            yield f"linear[{index}].segments", "a list of texts", repr(entry.get("segments"))
-    for index, entry in enumerate(data["norm"]):
-        yield from _bad_choice(entry, f"norm[{index}]", "place", ("before", "inside", "behind"))
-    for part in ("attention", "mlp"):
-        writers = [entry.get("module") for entry in data["linear"] if _is_writer(entry, part)]
-        if len(writers) != 1:
-            yield "linear", f"one that writes for the part {part!r}", ", ".join(map(str, writers)) or "none"
-
-
-def _bad_choice(
-    entry: Mapping[str, Any], where: str, key: str, choices: tuple[str, ...]
-) -> Iterator[tuple[str, str, str]]:
-    if not isinstance(entry.get("module"), str):
-        yield f"{where}.module", "the module's name inside a layer", repr(entry.get("module"))
-    if entry.get("part") not in ("attention", "mlp"):
-        yield f"{where}.part", "'attention' or 'mlp'", repr(entry.get("part"))
-    if entry.get(key) not in choices:
-        yield f"{where}.{key}", " or ".join(map(repr, choices)), repr(entry.get(key))
-
-
-def _is_writer(entry: Mapping[str, Any], part: str) -> bool:
-    return entry.get("part") == part and entry.get("side") == "writes" and "whole" not in entry
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from intarsia.anatomy.spec import PerLayer
+from intarsia.anatomy.family import PerLayer
 from intarsia.errors import Problem
 
 

@@ -6,19 +6,22 @@ Used for building to disk and for building in memory, so that both give the same
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from intarsia.anatomy.spec import Anatomy, Linear, Norm, Part
+from intarsia.anatomy.spec import Anatomy, Linear, Norm
 from intarsia.building import merging
 from intarsia.building.fusing import add_discarded
 from intarsia.building.mixing import merge_tensors
-from intarsia.building.slicing import fold_centred_norm, fold_norm, join, positions, take
+from intarsia.building.slicing import Joined, blocks, fold_centred_norm, fold_norm, join, positions, take
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 
 Read = Callable[[LayerRef, str], Tensor]
 """Gives a source layer's tensor by its name inside the layer."""
+
+_Fold: TypeAlias = "Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]"
 
 
 def layer_tensors(op: Op, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
@@ -72,25 +75,26 @@ def _linear_tensors(linear: Linear, op: Concat, anatomy: Anatomy, read: Read) ->
         return _averaged_linear(linear, op, anatomy, read)
     if linear.per_expert:
         return _expert_tensors(linear, op, anatomy, read)
-    reads = linear.side == "reads"
-    weights: list[list[Tensor]] = []
-    biases: list[list[Tensor]] = []
-    for cut in op.cuts:
-        pieces = cut.pieces(linear.part)
-        if not pieces:
-            continue
-        where = positions(anatomy, linear, pieces)
-        segments = take(read(cut.source, f"{linear.module}.weight"), where, linear.cut_axis)
+    reads, axis = linear.side == "reads", linear.cut_axis
+    cuts = [cut for cut in op.cuts if cut.pieces(linear.part)]
+    wanted = [positions(anatomy, linear, cut.pieces(linear.part)) for cut in cuts]
+    shape = anatomy.layer_shapes()[f"{linear.module}.weight"]
+    weight, bias = Joined(shape, wanted, axis), Joined(shape[:1] if reads else shape[1:], wanted, 0)
+    for number, cut in enumerate(cuts):
+        source = read(cut.source, f"{linear.module}.weight")
         # The bias of a writing layer belongs to no piece; it is averaged below.
-        offsets = take(read(cut.source, f"{linear.module}.bias"), where, 0) if linear.bias and reads else []
-        if reads and op.norm == "fold":
-            segments, offsets = _folded(segments, offsets, cut, linear.part, anatomy, read)
-        weights.append(segments)
-        biases.append(offsets)
-    tensors = {f"{linear.module}.weight": join(weights, linear.cut_axis)}
+        offsets = read(cut.source, f"{linear.module}.bias") if linear.bias and reads else None
+        fold = _fold(cut, linear, op, anatomy, read)
+        for segment, where in enumerate(wanted[number]):
+            for rows, taken in blocks(source, where, axis):
+                folded, entries = fold(taken, None if offsets is None else offsets[where[rows]])
+                weight.put(number, segment, rows, folded)
+                if entries is not None:
+                    bias.put(number, segment, rows, entries)
+    tensors = {f"{linear.module}.weight": weight.whole}
     if linear.bias:
         name = f"{linear.module}.bias"
-        tensors[name] = join(biases, 0) if reads else _average(name, linear, op, read)
+        tensors[name] = bias.whole if reads else _average(name, linear, op, read)
     return tensors
 
 
@@ -100,50 +104,45 @@ def _expert_tensors(linear: Linear, op: Concat, anatomy: Anatomy, read: Read) ->
     modules = anatomy.modules(linear)
     kept = [(cut, expert) for cut in op.cuts for expert in cut.pieces(linear.part)]
     for place, (cut, expert) in zip(modules, kept, strict=True):
-        weights = [read(cut.source, f"{modules[expert]}.weight")]
-        biases = [read(cut.source, f"{modules[expert]}.bias")] if linear.bias else []
-        if linear.side == "reads" and op.norm == "fold":
-            weights, biases = _folded(weights, biases, cut, linear.part, anatomy, read)
-        tensors[f"{place}.weight"] = weights[0]
-        tensors |= {f"{place}.bias": bias for bias in biases}
+        weight, bias = _folded_linear(modules[expert], linear, cut, op, anatomy, read)
+        tensors[f"{place}.weight"] = weight
+        if bias is not None:
+            tensors[f"{place}.bias"] = bias
     return tensors
 
 
 def _averaged_linear(linear: Linear, op: Concat, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
     """The weighted average of a linear layer of which nothing is a piece, each with its own norm folded in."""
-    weights: list[Tensor] = []
-    biases: list[Tensor] = []
-    for cut in op.cuts:
-        weight, bias = [read(cut.source, f"{linear.module}.weight")], []
-        if linear.bias:
-            bias = [read(cut.source, f"{linear.module}.bias")]
-        if linear.side == "reads" and op.norm == "fold":
-            weight, bias = _folded(weight, bias, cut, linear.part, anatomy, read)
-        weights += weight
-        biases += bias
+    folded = [_folded_linear(linear.module, linear, cut, op, anatomy, read) for cut in op.cuts]
     shares = [cut.weights[linear.part] for cut in op.cuts]
-    tensors = {f"{linear.module}.weight": merging.linear(weights, shares)}
+    tensors = {f"{linear.module}.weight": merging.linear([weight for weight, _ in folded], shares)}
     if linear.bias:
-        tensors[f"{linear.module}.bias"] = merging.linear(biases, shares)
+        tensors[f"{linear.module}.bias"] = merging.linear([bias for _, bias in folded if bias is not None], shares)
     return tensors
 
 
-def _folded(
-    segments: list[Tensor], offsets: list[Tensor], cut: Cut, part: Part, anatomy: Anatomy, read: Read
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Rows (and entries of their bias) with the norm of their own layer folded in, if there is one."""
-    norm = anatomy.norm_before(part)
+def _folded_linear(
+    module: str, linear: Linear, cut: Cut, op: Concat, anatomy: Anatomy, read: Read
+) -> tuple[Tensor, Tensor | None]:
+    """A whole linear layer of a source, with the norm of its own layer folded in, if it is to be."""
+    weight = read(cut.source, f"{module}.weight")
+    bias = read(cut.source, f"{module}.bias") if linear.bias else None
+    return _fold(cut, linear, op, anatomy, read)(weight, bias)
+
+
+def _fold(cut: Cut, linear: Linear, op: Concat, anatomy: Anatomy, read: Read) -> _Fold:
+    """How rows (and entries of their bias) take in the norm of their own layer, where it is to be folded in."""
+    folds = linear.side == "reads" and op.norm == "fold"
+    norm = anatomy.norm_before(linear.part) if folds else None
     if norm is None:
-        return segments, offsets
+        return lambda weight, bias: (weight, bias)
     scale = read(cut.source, f"{norm.module}.weight").float() + norm.offset if norm.weight else None
     shift = read(cut.source, f"{norm.module}.bias") if norm.bias else None
-    if shift is not None and not anatomy.shift_folds(part):
-        return [fold_centred_norm(segment, scale, shift).to(segment.dtype) for segment in segments], offsets
-    weights: list[Tensor] = []
-    biases: list[Tensor] = []
-    for index, segment in enumerate(segments):
-        weight, bias = fold_norm(segment, offsets[index] if offsets else None, scale, shift)
-        weights.append(weight.to(segment.dtype))
-        if bias is not None:
-            biases.append(bias.to(segment.dtype))
-    return weights, biases
+
+    def fold(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if shift is not None and not anatomy.shift_folds(linear.part):
+            return fold_centred_norm(weight, scale, shift).to(weight.dtype), bias
+        folded, moved = fold_norm(weight, bias, scale, shift)
+        return folded.to(weight.dtype), None if moved is None else moved.to(weight.dtype)
+
+    return fold

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from intarsia.anatomy.spec import Anatomy, Stacked
+from intarsia.anatomy.family import Stacked
+from intarsia.anatomy.spec import Anatomy
 
 
 def parameter_name(local: str, anatomy: Anatomy) -> str:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from intarsia.building.layer import layer_tensors
 from intarsia.building.loading import as_transformers
 from intarsia.building.parameters import parameter_name, tensor_names, to_parameters
-from intarsia.building.shelf import Shelf
+from intarsia.building.shelf import Shelf, give_back
 from intarsia.building.skeleton import skeleton
 from intarsia.building.spread import spread
 from intarsia.checkpoint.reader import Checkpoint
@@ -202,6 +202,7 @@ class Resident:
         values = {name: _own(tensors.pop(name).to(dtype)) for name, dtype in dtypes.items()}
         for array in fitted.values():
             let_go(array)
+        give_back()  # what making it took on the way
         return values
 
     def _read(self, ref: LayerRef, local: str) -> Tensor:

@@ -2,15 +2,21 @@
 
 No modeling code is copied: the architecture's own class is made with parameters on the meta device. Buffers are made
 for real, because those that no file holds (the frequencies of rotary embeddings) are computed when the model is made.
+
+Embedding and head may be larger than four layers. Where they are mapped from their files, their pages are let go of
+behind every use: while others compute, memory holds none of them.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from intarsia.building.loading import stock_config
+from intarsia.checkpoint.mapped import let_go
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import Problem, UserError
 
@@ -44,6 +50,8 @@ def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
         model.get_submodule(owner)._buffers[attribute] = buffer.to(device)
     model.tie_weights()
     _check(model, checkpoint)
+    for name in (family.embedding_module, family.head_in_memory):
+        model.get_submodule(name).register_forward_hook(_let_go)
     model.requires_grad_(False)
     return model.eval()
 
@@ -51,6 +59,11 @@ def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
 def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(owner), attribute, parameter)
+
+
+def _let_go(module: nn.Module, args: Any, output: Any) -> None:
+    for parameter in module.parameters(recurse=False):
+        let_go(parameter)
 
 
 def _check(model: PreTrainedModel, checkpoint: Checkpoint) -> None:

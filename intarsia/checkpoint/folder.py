@@ -13,7 +13,7 @@ from intarsia.anatomy.layer_lists import regenerates
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 
-_SIDE_FILES = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
     "merges*",
@@ -21,6 +21,9 @@ _SIDE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.*",
+)
+_SIDE_FILES = (
+    *TOKENIZER_FILES,
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from intarsia.errors import UserError
 from intarsia.progress import Progress
 
 SUFFIX = ".gguf"
+OLDEST_READER = (5, 18)
+"""The transformers that reads tokenizers out of GGUF files rightly: in earlier ones the token that begins a text stands
+for its end too, and is put before texts that should have none."""
 _MAGIC = b"GGUF"
 _KEPT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _VERSION = 1  # of what is made of a file; part of the key under which it is kept
@@ -43,7 +47,7 @@ def gguf_folder(file: Path, progress: Progress) -> Path:
     folder = _place(_sha256(file, progress))
     if (folder / "config.json").exists():
         return folder
-    need_gguf(str(file), extra="gguf")
+    need_gguf_reader(str(file), extra="gguf")
     dtype, entries, rope = _look(file)
     check_out(folder, overwrite=True, nbytes=entries * dtype.itemsize)
     with staged_folder(folder, overwrite=True) as staging:
@@ -85,6 +89,23 @@ def only_gguf(folder: Path) -> Path | None:
             remedy=f"Name one of them: {files[0]}, or --gguf-file {files[0].name}.",
         )
     return files[0]
+
+
+def need_gguf_reader(where: str, *, extra: str) -> None:
+    """Refuse to go on without what reads GGUF files rightly.
+
+    Raises:
+        UserError: a package is not installed, or transformers is too old.
+    """
+    need_gguf(where, extra=extra)
+    found = version("transformers")
+    if tuple(map(int, found.split(".")[:2])) < OLDEST_READER:
+        raise UserError.of(
+            where=where,
+            expected=f"transformers {'.'.join(map(str, OLDEST_READER))} or later to read GGUF with",
+            found=f"{found}, which mistakes the special tokens of GGUF files",
+            remedy=f"Run `pip install 'intarsia[{extra}]'`.",
+        )
 
 
 def need_gguf(where: str, *, extra: str) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import mmap
 import os
 from typing import BinaryIO
+from weakref import WeakValueDictionary
 
 import torch
 
 from intarsia.checkpoint.header import TensorHeader
 from intarsia.errors import UserError
+
+_MAPS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
+"""The maps of tensors that are in use, by where their bytes begin in memory."""
 
 
 def map_tensor(header: TensorHeader) -> torch.Tensor:
@@ -40,7 +44,18 @@ def map_tensor(header: TensorHeader) -> torch.Tensor:
             stream.fileno(), before + header.nbytes, access=mmap.ACCESS_COPY, offset=header.start - before
         )
     flat = torch.frombuffer(pages, dtype=header.dtype, count=header.numel, offset=before)
+    _MAPS[flat.data_ptr()] = pages
     return flat.view(header.shape)
+
+
+def let_go(tensor: torch.Tensor) -> None:
+    """The pages of a whole tensor of `map_tensor` need not stay in memory: they are mapped again when they are touched.
+
+    What was written to it is lost. Nothing happens to a tensor that is not mapped.
+    """
+    pages = _MAPS.get(tensor.data_ptr())
+    if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
+        pages.madvise(mmap.MADV_DONTNEED)
 
 
 def _opened(header: TensorHeader) -> BinaryIO:

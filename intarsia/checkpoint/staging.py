@@ -81,16 +81,25 @@ def check_out(out: Path, *, overwrite: bool = False, nbytes: int = 0, sign: str 
         except OSError as error:
             raise _cannot_write(place, error) from error
     if nbytes:
-        existing = next(parent for parent in place.parents if os.path.exists(parent))
-        free = shutil.disk_usage(existing).free
-        if free < nbytes + _SPARE_BYTES:
-            raise UserError.of(
-                where=str(out),
-                expected=f"{(nbytes + _SPARE_BYTES) / 1e6:,.0f} MB of free disk space",
-                found=f"{free / 1e6:,.0f} MB",
-                remedy="Free some space, or choose an output folder on another disk.",
-            )
+        check_room(out, nbytes)
     return place
+
+
+def check_room(out: Path, nbytes: int) -> None:
+    """Whether a file or folder of `nbytes` has room where `out` is to be.
+
+    Raises:
+        UserError: the disk is too small.
+    """
+    existing = next(parent for parent in Path(os.path.realpath(out)).parents if os.path.exists(parent))
+    free = shutil.disk_usage(existing).free
+    if free < nbytes + _SPARE_BYTES:
+        raise UserError.of(
+            where=str(out),
+            expected=f"{(nbytes + _SPARE_BYTES) / 1e6:,.0f} MB of free disk space",
+            found=f"{free / 1e6:,.0f} MB",
+            remedy="Free some space, or choose an output on another disk.",
+        )
 
 
 def _check_replaceable(out: Path, place: Path, overwrite: bool, sign: str) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from intarsia.cli import options
+from intarsia.cli import options, values
 from intarsia.cli.display import display
 from intarsia.cli.guard import guard
 from intarsia.cli.show import show
@@ -32,7 +32,7 @@ def bench(
 ) -> None:
     """Tokens a second while reading and writing, time to the first token, and memory."""
     with guard() as stdout:
-        sizes = {"batch": options.numbers(batch, "--batch"), "prompt_len": options.numbers(prompt_len, "--prompt-len")}
+        sizes = {"batch": values.numbers(batch, "--batch"), "prompt_len": values.numbers(prompt_len, "--prompt-len")}
         from intarsia.stages.bench import bench as stage
 
         result = stage(

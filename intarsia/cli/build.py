@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from intarsia.cli import options
+from intarsia.cli import options, values
 from intarsia.cli.display import display
 from intarsia.cli.guard import guard
 from intarsia.cli.show import show
@@ -42,7 +42,7 @@ def build(
 ) -> None:
     """Build the model that a recipe describes; nothing is calibrated."""
     with guard() as stdout:
-        max_shard_bytes = options.byte_count(max_shard_size)
+        max_shard_bytes = values.byte_count(max_shard_size)
         from intarsia.stages.build import build as stage
         from intarsia.stages.push import check_push, pushed
 

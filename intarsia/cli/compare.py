@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from intarsia.cli import options
+from intarsia.cli import options, values
 from intarsia.cli.display import display
 from intarsia.cli.guard import guard
 from intarsia.cli.show import show
@@ -86,7 +86,7 @@ def compare(
     `intarsia build OUT/plans/METHOD --layers N` builds any of the models.
     """
     with guard(run=out, resumes=True) as stdout:
-        depths = options.numbers(layers, "--layers")
+        depths = values.numbers(layers, "--layers")
         from intarsia.stages.compare import compare as stage
 
         result = stage(
@@ -94,15 +94,15 @@ def compare(
             out,
             methods=methods,
             layers=depths,
-            heal=options.words(heal),
+            heal=values.words(heal),
             eval_text=eval_text,
             eval_windows=eval_windows,
-            tasks=options.words(tasks or ""),
-            task_layers=None if task_layers is None else options.numbers(task_layers, "--task-layers"),
+            tasks=values.words(tasks),
+            task_layers=None if task_layers is None else values.numbers(task_layers, "--task-layers"),
             limit=limit,
             include_path=include_path,
             speed=speed,
-            calibration=options.calibration_spec(calibration),
+            calibration=values.one_or_more(calibration),
             tokens=tokens,
             seq_len=seq_len,
             revision=revision,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from intarsia.cli import options
+from intarsia.cli import options, values
 from intarsia.cli.display import display
 from intarsia.cli.guard import guard
 from intarsia.cli.show import show
@@ -51,7 +51,9 @@ def compress(
     distance: options.Distance = "all-tokens",
     granularity: options.Granularity = 10,
     spans: options.Spans = 3,
+    removals: options.Removals = False,
     racing: options.Racing = True,
+    finalists: options.Finalists = 1,
     beam: options.Beam = 1,
     combine: options.Combine = "concat",
     reference: options.Reference = False,
@@ -79,7 +81,7 @@ def compress(
     Give either --layers or --sparsity. Stopped at any point, the same command continues where it was.
     """
     with guard(run=run, resumes=True) as stdout:
-        max_shard_bytes = options.byte_count(max_shard_size)
+        max_shard_bytes = values.byte_count(max_shard_size)
         from intarsia.checkpoint.model_name import asked_for
         from intarsia.stages.compress import compress as stage
         from intarsia.stages.push import check_push, pushed
@@ -92,7 +94,7 @@ def compress(
             layers=layers,
             sparsity=sparsity,
             method=method,
-            calibration=options.calibration_spec(calibration),
+            calibration=values.one_or_more(calibration),
             tokens=tokens,
             seq_len=seq_len,
             heal=heal,
@@ -104,9 +106,9 @@ def compress(
             heal_in_loop=heal_in_loop,
             device=device,
             dtype=dtype,
-            devices=options.device_list(devices),
+            devices=values.words(devices),
             stream=stream,
-            memory_bytes=options.memory_bytes(memory),
+            memory_bytes=values.memory_bytes(memory),
             batch_tokens=batch_tokens,
             seed=seed,
             overwrite=overwrite,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intarsia.cli import options
+from intarsia.cli import options, values
 from intarsia.cli.display import display
 from intarsia.cli.guard import guard
 from intarsia.cli.show import show
@@ -46,7 +46,7 @@ def perplexity(
             device=device,
             dtype=dtype,
             stream=stream,
-            memory_bytes=options.memory_bytes(memory),
+            memory_bytes=values.memory_bytes(memory),
             progress=display(quiet=quiet or as_json),
         )
         show(result, to=stdout, as_json=as_json)
@@ -97,7 +97,7 @@ def tasks(
 
         results = evaluate_tasks(
             model,
-            options.words(tasks),
+            values.words(tasks),
             limit=limit,
             against=against,
             include_path=include_path,

@@ -7,14 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from intarsia.cli import options
+from intarsia.cli import options, values
 from intarsia.cli.display import display
 from intarsia.cli.guard import guard
 from intarsia.cli.show import show
-from intarsia.errors import UserError
 
 _TEXT, _BOTH, _LAYERS, _WHOLE = "Text", "Training", "Layerwise training", "End-to-end training"
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
 
 def heal(
@@ -176,8 +174,8 @@ def heal(
     end-to-end stage uses all processes.
     """
     with guard(run=run, resumes=True) as stdout:
-        counts = {name: token_count(text, name) for name, text in (("tokens", tokens), ("fit-tokens", fit_tokens))}
-        max_shard_bytes = options.byte_count(max_shard_size)
+        most, most_fitted = values.token_count(tokens, "--tokens"), values.token_count(fit_tokens, "--fit-tokens")
+        max_shard_bytes = values.byte_count(max_shard_size)
         from intarsia.healing.launch import rank
         from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
         from intarsia.stages.heal import heal as stage
@@ -188,12 +186,12 @@ def heal(
         result = stage(
             source,
             out,
-            data=options.calibration_spec(data),
+            data=values.one_or_more(data),
             teacher=teacher,
             stages=[name.strip() for name in stages.split(",")],
-            tokens=counts["tokens"],
+            tokens=most,
             seq_len=seq_len,
-            fit_tokens=counts["fit-tokens"],
+            fit_tokens=most_fitted,
             eval_text=eval_text,
             eval_windows=eval_windows,
             layerwise=LayerwiseSettings(
@@ -232,7 +230,7 @@ def heal(
             device=device,
             dtype=dtype,
             stream=stream,
-            memory_bytes=options.memory_bytes(memory),
+            memory_bytes=values.memory_bytes(memory),
             seed=seed,
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
@@ -241,25 +239,3 @@ def heal(
         if rank() == 0:
             result = pushed(result, out, push_to_hub, private=private, progress=progress)
             show(result, to=stdout, as_json=as_json)
-
-
-def token_count(text: str, name: str) -> int:
-    """`65536`, `500k`, `2M` or `1.5G` as a number.
-
-    Raises:
-        UserError: it is none of these.
-    """
-    digits = text.strip().rstrip("kKmMgGbB")
-    unit = text.strip()[len(digits) :].upper()
-    try:
-        count = int(float(digits.replace("_", "")) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        count = 0
-    if count < 1:
-        raise UserError.of(
-            where=f"--{name}",
-            expected="a number of tokens such as 65536, 500k or 2M",
-            found=repr(text),
-            remedy="Give such a number.",
-        )
-    return count

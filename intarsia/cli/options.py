@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from intarsia.errors import UserError
-
 if TYPE_CHECKING:
     from intarsia.planning.settings import Settings
 
@@ -131,6 +129,25 @@ Devices = Annotated[
     ),
 ]
 
+Shape = Annotated[
+    list[str],
+    typer.Option(
+        metavar="NAME",
+        help="With --dry-run and without a model: the cost on paper for a well-known shape (llama-2-7b, llama-3-70b "
+        "...) or a config.json; may be given again.",
+        show_default=False,
+        rich_help_panel=_LARGE,
+    ),
+]
+DeviceMemory = Annotated[
+    str,
+    typer.Option(
+        metavar="LIST",
+        help="With --shape: the memory of devices, such as 24GB,80GB.",
+        rich_help_panel=_LARGE,
+    ),
+]
+
 SpanChoice = Annotated[
     Literal["sbi", "sleb", "reconstruction"],
     typer.Option(
@@ -168,6 +185,18 @@ Granularity = Annotated[int, typer.Option(help="come-p: steps of the ratio betwe
 Spans = Annotated[
     int,
     typer.Option(metavar="K", help="come-p: try the ratios of the K spans of least influence.", rich_help_panel=_COME),
+]
+Removals = Annotated[
+    bool,
+    typer.Option(help="come-p: also try to drop each layer, as sleb does.", rich_help_panel=_COME),
+]
+Finalists = Annotated[
+    int,
+    typer.Option(
+        metavar="K",
+        help="come-p with --heal-in-loop: repair the K best candidates of each step before one is chosen.",
+        rich_help_panel=_COME,
+    ),
 ]
 Racing = Annotated[
     bool,
@@ -212,29 +241,6 @@ LacoHighest = Annotated[
 ]
 
 
-def words(text: str) -> list[str]:
-    """What stands between commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def numbers(text: str, option: str) -> list[int]:
-    """`27,25,23` as whole numbers."""
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError.of(
-            where=option,
-            expected="whole numbers with commas between them",
-            found=repr(text),
-            remedy="Write them like 27,25,23.",
-        ) from None
-
-
-def calibration_spec(given: list[str]) -> str | list[str]:
-    """One specification as it is, several as a list."""
-    return given[0] if len(given) == 1 else given
-
-
 def planner_settings(context: typer.Context) -> Settings:
     """The settings of the chosen method, from the options of the same names.
 
@@ -249,52 +255,3 @@ def planner_settings(context: typer.Context) -> Settings:
     if given["method"] == "sleb":
         return SlebSettings(racing=given["racing"])
     return ComeSettings(**{field.name: given[field.name] for field in fields(ComeSettings)})
-
-
-Shape = Annotated[
-    list[str],
-    typer.Option(
-        metavar="NAME",
-        help="With --dry-run and without a model: the cost on paper for a well-known shape (llama-2-7b, llama-3-70b "
-        "...) or a config.json; may be given again.",
-        show_default=False,
-        rich_help_panel=_LARGE,
-    ),
-]
-DeviceMemory = Annotated[
-    str,
-    typer.Option(
-        metavar="LIST",
-        help="With --shape: the memory of devices, such as 24GB,80GB.",
-        rich_help_panel=_LARGE,
-    ),
-]
-
-
-def memory_bytes(text: str | None) -> int | None:
-    """`--memory` as a number."""
-    return None if text is None else byte_count(text, "--memory")
-
-
-def device_list(text: str | None) -> list[str]:
-    """`--devices` as names."""
-    return [name.strip() for name in text.split(",") if name.strip()] if text else []
-
-
-def byte_count(text: str, option: str = "--max-shard-size") -> int:
-    """`5GB`, `500MB`, `1.5GiB` or plain bytes as a number."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    digits = text.strip().rstrip("BGIKMbgikm ")
-    unit = text.strip()[len(digits) :].strip().upper()
-    try:
-        count = int(float(digits) * units[unit])
-    except (ValueError, KeyError, OverflowError):
-        count = 0
-    if count < 1:
-        raise UserError.of(
-            where=option,
-            expected="a size such as 5GB, 500MB or 1.5GiB",
-            found=repr(text),
-            remedy="Give a number and a unit.",
-        )
-    return count

@@ -7,7 +7,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from intarsia.cli import options
+from intarsia.cli import options, values
 from intarsia.cli.display import display
 from intarsia.cli.guard import guard
 from intarsia.cli.show import show
@@ -41,7 +41,9 @@ def plan(
     distance: options.Distance = "all-tokens",
     granularity: options.Granularity = 10,
     spans: options.Spans = 3,
+    removals: options.Removals = False,
     racing: options.Racing = True,
+    finalists: options.Finalists = 1,
     beam: options.Beam = 1,
     combine: options.Combine = "concat",
     reference: options.Reference = False,
@@ -59,6 +61,24 @@ def plan(
     device_memory: options.DeviceMemory = "24GB,80GB",
     batch_tokens: options.BatchTokens = None,
     seed: options.Seed = 0,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Give the calibration set to the workers of a Dask scheduler, such as tcp://host:8786.",
+            show_default=False,
+            rich_help_panel="Models larger than memory",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Give it to N processes on this machine, or to N of the scheduler's; each holds the model.",
+            show_default=False,
+            rich_help_panel="Models larger than memory",
+        ),
+    ] = None,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -89,7 +109,7 @@ def plan(
             layers=layers,
             sparsity=sparsity,
             method=method,
-            calibration=options.calibration_spec(calibration),
+            calibration=values.one_or_more(calibration),
             tokens=tokens,
             seq_len=seq_len,
             settings=options.planner_settings(context),
@@ -97,11 +117,13 @@ def plan(
             revision=revision,
             device=device,
             dtype=dtype,
-            devices=options.device_list(devices),
+            devices=values.words(devices),
             stream=stream,
-            memory_bytes=options.memory_bytes(memory),
+            memory_bytes=values.memory_bytes(memory),
             batch_tokens=batch_tokens,
             seed=seed,
+            scheduler=scheduler,
+            workers=workers,
             dry_run=dry_run,
             progress=display(quiet=quiet or as_json),
         )
@@ -125,13 +147,13 @@ def _on_paper(context: typer.Context, *, to: TextIO) -> None:
 
     result = plan_on_paper(
         given["shape"],
-        [options.byte_count(size, "--device-memory") for size in given["device_memory"].split(",")],
+        [values.byte_count(size, "--device-memory") for size in given["device_memory"].split(",")],
         layers=given["layers"],
         sparsity=given["sparsity"],
         method=given["method"],
         settings=options.planner_settings(context),
         tokens=given["tokens"],
         seq_len=given["seq_len"],
-        memory_bytes=options.memory_bytes(given["memory"]),
+        memory_bytes=values.memory_bytes(given["memory"]),
     )
     show(result, to=to, as_json=given["as_json"])

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from intarsia.cli import options
+from intarsia.cli import options, values
 from intarsia.cli.display import display
 from intarsia.cli.guard import guard
 from intarsia.cli.show import show
@@ -125,7 +125,7 @@ def tailor(
     any trial.
     """
     with guard(run=out or source, resumes=True) as stdout:
-        memory_bytes = None if memory is None else options.byte_count(memory, "--memory")
+        memory_bytes = values.memory_bytes(memory)
         from intarsia.stages.tailor import tailor as stage
 
         result = stage(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from intarsia.cli import options
+from intarsia.cli import options, values
 from intarsia.cli.display import display
 from intarsia.cli.guard import guard
 from intarsia.cli.show import show
@@ -15,7 +15,7 @@ from intarsia.cli.show import show
 
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A local model folder.", show_default=False)],
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Size of a weight file at most.")] = "5GB",
+    max_shard_size: options.MaxShardSize = "5GB",
     load: Annotated[
         bool, typer.Option(help="Also load the model, and compare generation with and without cache.")
     ] = True,
@@ -27,7 +27,7 @@ def verify(
     Exit code 0: it is. 1: a check failed. 2: there is nothing to check.
     """
     with guard() as stdout:
-        max_shard_bytes = options.byte_count(max_shard_size)
+        max_shard_bytes = values.byte_count(max_shard_size)
         from intarsia.stages.verify import verify as stage
 
         result = stage(folder, max_shard_bytes=max_shard_bytes, load=load, progress=display(quiet=quiet or as_json))

@@ -60,9 +60,9 @@ def growth(device: torch.device) -> Iterator[Growth]:
     gc.collect()
     _give_back()
     before = psutil.Process().memory_info().rss
-    if _reset_peak():
+    if reset_peak():
         yield found
-        found.bytes = max(0, _peak_since_reset() - before)
+        found.bytes = max(0, peak_since_reset() - before)
         return
     with _sampled() as highest:
         yield found
@@ -100,17 +100,18 @@ def _give_back() -> None:
             return
 
 
-def _reset_peak() -> bool:
+def reset_peak() -> bool:
     """Let Linux count the largest resident memory from now on; False where that cannot be done."""
     try:
         _RESET.write_text("5", encoding="ascii")
-        _peak_since_reset()
+        peak_since_reset()
     except (OSError, ValueError, StopIteration):
         return False
     return True
 
 
-def _peak_since_reset() -> int:
+def peak_since_reset() -> int:
+    """The largest resident memory since `reset_peak`, in bytes; on Linux alone."""
     lines = _STATUS.read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
 

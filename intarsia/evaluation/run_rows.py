@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intarsia.anatomy.detect import known_families
-from intarsia.anatomy.spec import Family
+from intarsia.anatomy.family import Family
 from intarsia.evaluation.likelihood import Forward, Likelihoods, Rows, log_likelihoods
 from intarsia.evaluation.requests import Request
 from intarsia.progress import Progress

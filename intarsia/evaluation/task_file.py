@@ -87,6 +87,13 @@ def _lines(path: Path, spec: str) -> list[str]:
     try:
         # Not splitlines(): a line separator of Unicode may stand inside a JSON string.
         return path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError.of(
+            where=f"task file {spec}",
+            expected="a file that can be read",
+            found=error.strerror or str(error),
+            remedy="Check its permissions.",
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError.of(
             where=f"task file {spec}",

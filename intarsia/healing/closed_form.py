@@ -6,8 +6,9 @@ towards the weights as they are: down_proj, then o_proj, then down_proj again be
 behind the first cut that stand for themselves alone have down_proj fitted: they make good what those before left. With
 a plain removal and down_proj alone this is the special case of arXiv 2505.02819 without its extra matrix.
 
-Statistics are Gram matrices, accumulated in a stream: memory is one layer's, whatever the number of tokens. The ridge
-strength is chosen on held-out sequences, and a fit that does not lower the held-out error is not taken.
+The student begins where it differs from the teacher. Statistics are Gram matrices, accumulated in a stream: memory is
+one layer's, whatever the number of tokens. The ridge strength is chosen on held-out sequences, and a fit that does not
+lower the held-out error is not taken.
 
 Massive activations: a few tokens (attention sinks) have norms a hundred times the others', and plain least squares
 would serve them alone. A token counts with weight 1 / |H^b|^2, as it does to the norm before the next layer.
@@ -42,8 +43,9 @@ from intarsia.calibration.room import Room
 from intarsia.calibration.stream import LayerStream
 from intarsia.healing.correspond import Layers, correspondences, taught
 from intarsia.healing.layer_fit import FitBatch, FitRule, LayerFit, as_array, fit_layer, in_file, passes
+from intarsia.healing.lessons import Lessons, through
 from intarsia.progress import Progress, Silent
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Recipe, identity
 
 RIDGES = tuple(10.0**exponent for exponent in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 
@@ -86,6 +88,7 @@ def fit(
     *,
     settings: ClosedFormSettings | None = None,
     teacher: Sequence[nn.Module] | None = None,
+    lessons: Lessons | None = None,
     batch_tokens: int | None = None,
     room: Room | None = None,
     progress: Progress | None = None,
@@ -95,33 +98,40 @@ def fit(
     Args:
         recipe: any recipe over the resident model; what is fitted on it already is the starting point.
         resident: the original model, which is also the teacher unless `teacher` is given.
-        teacher: the layers of another one, as many as the original has, between its embedding and head.
         corpus: calibration text.
+        teacher: the layers of another one, as many as the original has, between its embedding and head.
+        lessons: what the teacher makes of the text, shared with other fits; left as it is, but for what is added.
         room: what hidden states may take in memory.
 
     Raises:
         UserError: activations are not finite.
     """
-    settings = settings or ClosedFormSettings()
-    lessons = resident.layers if teacher is None else teacher
-    work = _Work(recipe, resident, lessons, corpus, settings, batch_tokens, room or Room(), progress or Silent())
+    settings, room, progress = settings or ClosedFormSettings(), room or Room(), progress or Silent()
+    assert lessons is None or (teacher is None and lessons.corpus is corpus), "lessons of another teacher or text"
+    own = lessons is None
+    lessons = lessons or Lessons(
+        resident, corpus, teacher=teacher, batch_tokens=batch_tokens, room=room, progress=progress
+    )
+    work = _Work(recipe, resident, lessons, corpus, settings, batch_tokens, room, progress)
     try:
         with torch.inference_mode():
             fitted, fits = work.run()
     finally:
         work.close()
+        if own:
+            lessons.close()
     merged = {index: {**recipe.fitted.get(index, {}), **tensors} for index, tensors in fitted.items()}
     return replace(recipe, fitted={**recipe.fitted, **merged}), [asdict(entry) for entry in fits]
 
 
 class _Work:
-    """One fit under way: the teacher's targets, and the student's stream."""
+    """One fit under way: the teacher's lessons, and the student's stream."""
 
     def __init__(
         self,
         recipe: Recipe,
         resident: Resident,
-        lessons: Sequence[nn.Module],
+        lessons: Lessons,
         corpus: Corpus,
         settings: ClosedFormSettings,
         batch_tokens: int | None,
@@ -136,36 +146,39 @@ class _Work:
         self.indices = taught(recipe, settings.layers)
         n, t = corpus.input_ids.shape
         self.batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
-        shape = (n, t, self.anatomy.width)
-        dtype = resident.model.dtype
-        self.student = HiddenStore(shape, dtype, room=room)
-        self.teacher = HiddenStore(shape, dtype, room=room)
-        self.targets = HiddenStore(shape, dtype, room=room)
+        self.student = HiddenStore((n, t, self.anatomy.width), resident.model.dtype, room=room)
 
     def close(self) -> None:
-        for store in (self.targets, self.teacher, self.student):
-            store.close()
+        self.student.close()
 
     def run(self) -> tuple[dict[int, dict[str, npt.NDArray[np.float32]]], list[LayerFit]]:
         fitted: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
         fits: list[LayerFit] = []
         if not self.indices:
             return fitted, fits
-        self._teach()
         last = self.indices[-1]
-        with self.progress.task("closed form", last + 1) as task:
-            self.batches.each(lambda rows, ids, mask: self._enter(self.student, rows, ids, mask))
-            layers = self.recipe.layers[: last + 1]
-            modules = [self.resident.module(op, self.recipe.fitted.get(index)) for index, op in enumerate(layers)]
-            for index, module in enumerate(self.resident.walk(modules, ahead=False)):
+        layers = self.recipe.layers[: last + 1]
+        modules = [self.resident.module(op, self.recipe.fitted.get(index)) for index, op in enumerate(layers)]
+        first = self._first(modules)
+        # The spans of layers with a target do not overlap, so each ends where no other does.
+        ends = {index: self.recipe.spans[index][1] for index in self.indices}
+        self.lessons.learn({first, *ends.values()})
+        with self.progress.task("closed form", last + 1 - first) as task:
+            for rows, _, _ in self.batches.over():
+                self.student.put(0, rows.start, self.lessons.at(first, rows))
+            if first not in ends.values():
+                self.lessons.forget(first)
+            for index, module in enumerate(self.resident.walk(modules[first:], ahead=False), first):
                 task.note(f"layer {index + 1} of {len(self.recipe.layers)}")
-                if index in self.indices:
+                if index in ends:
                     module, tensors, reports = self.batches.whole(partial(self._fit, index, module))
                     fits += reports
                     if tensors:
                         fitted[index] = tensors
-                self._through(self.student, module, self.recipe.layers[index].sources[0].layer)
-                self.targets.drop(index)
+                source = self.recipe.layers[index].sources[0].layer
+                through(self.batches, self.stream, self.student, module, source)
+                if index in ends:
+                    self.lessons.forget(ends[index])
                 task.advance()
         return fitted, fits
 
@@ -189,58 +202,40 @@ class _Work:
         """What is fitted on all layers takes more than one layer does: of a streamed model it goes into files."""
         return in_file(weight, self.student.room.folder) if self.resident.streams else as_array(weight)
 
-    def _teach(self) -> None:
-        """One pass of the teacher for H^b of every fitted span."""
-        # The spans of layers with a target do not overlap, so each ends where no other does.
-        ends = {self.recipe.spans[index][1]: index for index in self.indices}
-        with self.progress.task("teacher", max(ends)) as task:
-            self.batches.each(lambda rows, ids, mask: self._enter(self.teacher, rows, ids, mask))
-            for layer, module in enumerate(self.resident.walk(self.lessons[: max(ends)])):
-                self._through(self.teacher, module, layer)
-                if layer + 1 in ends:
-                    for rows, _, _ in self.batches.over():
-                        self.targets.put(ends[layer + 1], rows.start, self._at(self.teacher, rows))
-                task.advance()
-        self.teacher.drop(0)
-
-    def _enter(self, store: HiddenStore, rows: slice, ids: Tensor, mask: Tensor | None) -> None:
-        store.put(0, rows.start, self.stream.enter(ids, mask).h_BTD)
-
-    def _through(self, store: HiddenStore, module: nn.Module, source: int) -> None:
-        """Hidden states go through a layer that is called like original layer `source`."""
-
-        def work(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
-            call = self.stream.calls(ids, mask)[source]
-            store.put(0, rows.start, self.stream.run(module, self._at(store, rows), call))
-
-        self.batches.each(work)
+    def _first(self, modules: Sequence[nn.Module]) -> int:
+        """The first layer that is not the teacher's own, or is fitted: the student's hidden states before are his."""
+        start, lessons = self.indices[0], self.lessons.layers
+        own = zip(modules[:start], lessons, strict=False)  # of a stack, there are more of ours
+        differs = (index for index, (ours, theirs) in enumerate(own) if ours is not theirs)
+        return next(differs, min(start, len(lessons)))
 
     def _feed(self, index: int) -> Iterator[FitBatch]:
         """What output layer `index` is fed, and what it should give."""
         for rows, ids, mask in self.batches.over():
             yield FitBatch(
                 rows=rows,
-                h_BTD=self._at(self.student, rows),
-                wanted_BTD=self.targets.get(index, rows.start, rows.stop, self.resident.device),
+                h_BTD=self.student.get(0, rows.start, rows.stop, self.resident.device),
+                wanted_BTD=self.lessons.at(self.recipe.spans[index][1], rows),
                 call=self.stream.calls(ids, mask)[self.recipe.layers[index].sources[0].layer],
                 mask=mask,
             )
 
-    def _at(self, store: HiddenStore, rows: slice) -> Tensor:
-        return store.get(0, rows.start, rows.stop, self.resident.device)
-
 
 def closed_form_cost(recipe: Recipe, settings: ClosedFormSettings, anatomy: Anatomy | None = None) -> int:
-    """Layer-forwards over its tokens that a fit takes: the teacher's, the student's, and what each read-out takes.
+    """Layer-forwards over its tokens that a fit takes: the teacher's, the student's from where it differs, and those of
+    each read-out.
 
     Args:
         anatomy: of the model; without it, every read-out is taken to be one matrix with no norm behind it.
     """
-    indices: Sequence[int] = taught(recipe, settings.layers)
+    indices = taught(recipe, settings.layers)
     if not indices:
         return 0
+    own = zip(recipe.layers[: indices[0]], identity(recipe.variant(recipe.base), recipe.depth).layers, strict=False)
+    differs = (index for index, (op, theirs) in enumerate(own) if op != theirs or index in recipe.fitted)
+    first = next(differs, min(indices[0], recipe.depth))
     fits = sum(_passes(settings.parts(recipe, index), anatomy) for index in indices)
-    return max(recipe.spans[index][1] for index in indices) + indices[-1] + 1 + fits
+    return max(recipe.spans[index][1] for index in indices) + indices[-1] + 1 - first + fits
 
 
 def closed_form_cost_at_most(

@@ -1,15 +1,18 @@
-"""Dask workers that train layers: an existing scheduler, or workers of our own on this machine."""
+"""Dask workers, for whatever is given to several processes: an existing scheduler's, or our own on this machine."""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from uuid import uuid4
 
 from intarsia.errors import UserError
 
 LOCAL = "local"
+_PATIENCE_SECONDS = 60
 
 
 class Cluster:
@@ -18,11 +21,39 @@ class Cluster:
     def __init__(self, client: Any) -> None:
         self.client = client
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Start a task; gives its future."""
+    def submit(self, function: Callable[..., Any], *args: Any, worker: str | None = None) -> Any:
+        """Start a task; gives its future.
+
+        Args:
+            worker: the address of the one that should have it, as long as it is there.
+        """
+        where = {} if worker is None else {"workers": [worker], "allow_other_workers": True}
         # A key of its own: Dask must not take two trainings for the same because their arguments look alike. A task
         # keeps state, so the worker that is lost may be replaced, but a task that fails is not tried again.
-        return self.client.submit(function, *args, key=f"intarsia-{uuid4().hex}", pure=False, retries=0)
+        return self.client.submit(function, *args, key=f"intarsia-{uuid4().hex}", pure=False, retries=0, **where)
+
+    def wait_for_one(self, futures: Sequence[Any]) -> None:
+        """Until one of them is done.
+
+        Raises:
+            UserError: there was no worker for a minute.
+        """
+        from distributed import TimeoutError as NotYet
+        from distributed import wait
+
+        patience = _PATIENCE_SECONDS
+        while not any(future.done() for future in futures):
+            try:
+                wait(list(futures), timeout=1, return_when="FIRST_COMPLETED")
+            except NotYet:
+                patience = _PATIENCE_SECONDS if self.client.nthreads() else patience - 1
+            if patience <= 0:
+                raise UserError.of(
+                    where="workers",
+                    expected="at least one worker",
+                    found=f"none for {_PATIENCE_SECONDS} seconds",
+                    remedy="Start workers (dask worker ADDRESS); the same command continues.",
+                )
 
     def as_completed(self, futures: Sequence[Any]) -> Iterable[Any]:
         """The futures, each when it is done."""
@@ -45,8 +76,13 @@ class Cluster:
                 where=where,
                 expected="workers that stay",
                 found=str(error).splitlines()[0],
-                remedy="Give the workers more memory, or train without --scheduler; the same command continues.",
+                remedy="Give the workers more memory, or do without them; the same command continues.",
             ) from error
+
+    def everywhere(self, function: Callable[..., Any], *args: Any) -> None:
+        """Call a function in every worker that is there; of those that are not nothing is asked."""
+        with suppress(Exception):
+            self.client.run(function, *args)
 
     def cancel(self, futures: Sequence[Any]) -> None:
         """Give up what is not done."""
@@ -89,3 +125,80 @@ def connect(scheduler: str) -> Iterator[Cluster]:
         ) from error
     with client:
         yield Cluster(client)
+
+
+@contextmanager
+def own_workers(count: int, *, deaths: int) -> Iterator[Cluster]:
+    """So many processes on this machine, each with its share of the cores.
+
+    Args:
+        deaths: of so many workers a task is given up that kills them.
+
+    Raises:
+        UserError: dask is not installed.
+    """
+    try:
+        import dask
+        from distributed import Client, LocalCluster
+    except ImportError as error:
+        raise UserError.of(
+            where="--workers",
+            expected="the package dask[distributed]",
+            found="it is not installed",
+            remedy="Install it (pip install 'intarsia[search]'), or leave --workers out.",
+        ) from error
+    threads = str(threads_each(count))
+    environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+    settings = {
+        "distributed.scheduler.allowed-failures": deaths - 1,
+        "distributed.nanny.pre-spawn-environ": environment,
+    }
+    with (
+        dask.config.set(settings),
+        # No memory limit of Dask's: the weights are mapped from files, and it would count them against a worker.
+        LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            dashboard_address=None,
+            memory_limit=0,
+            silence_logs=logging.CRITICAL,
+        ) as own,
+        Client(own) as client,
+    ):
+        yield Cluster(client)
+
+
+def running(cluster: Cluster, scheduler: str) -> dict[str, int]:
+    """The workers of a scheduler, by address: how many tasks each takes at once.
+
+    Raises:
+        UserError: there are none.
+    """
+    from distributed import TimeoutError as NotYet
+
+    try:
+        cluster.client.wait_for_workers(1, timeout=30)
+    except NotYet as error:
+        raise UserError.of(
+            where="--scheduler",
+            expected="a scheduler with at least one worker",
+            found=f"none at {scheduler} within 30 seconds",
+            remedy=f"Start workers: dask worker {scheduler}",
+        ) from error
+    return {str(address): int(number) for address, number in cluster.client.nthreads().items()}
+
+
+def threads_each(count: int) -> int:
+    """The share of one of `count` processes in the cores that this one may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // count, 1)
+
+
+def check_scheduler(scheduler: str) -> None:
+    """See that a scheduler is there, and has workers.
+
+    Raises:
+        UserError: dask is not installed, the scheduler cannot be reached, or it has no workers.
+    """
+    with connect(scheduler) as cluster:
+        running(cluster, scheduler)

@@ -11,7 +11,7 @@ Shape suffixes: `N` tokens, `C` features, `D` residual width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +23,14 @@ from intarsia.healing.few_tokens import Change, Rows, changed, whole
 _USUAL = 0.3
 """Most fits of the demo model's layers choose a strength near this one."""
 
+_BLOCK, _BLOCKS = 256, 8  # features at least, and blocks at most
+
 
 class Gram:
     """Weighted second moments of features and residuals, accumulated in float64 from float32 products.
 
-    As long as tokens are no more than half the features they are kept as they are (`intarsia.healing.few_tokens`).
+    As long as tokens are no more than half the features they are kept as they are (`intarsia.healing.few_tokens`). Of
+    the symmetric matrix only blocks on the diagonal and right of it are summed up; reading it copies the others.
     """
 
     def __init__(self, features: int, width: int, device: torch.device) -> None:
@@ -39,12 +42,17 @@ class Gram:
         self._features, self._width, self._device = features, width, device
         self._xx_CC: Tensor | None = None
         self._xr_CD: Tensor | None = None
+        self._mirrored = True
 
     @property
     def xx_CC(self) -> Tensor:
         """Second moments of the features."""
         self._sum_up()
         assert self._xx_CC is not None
+        if not self._mirrored:
+            for block in self._blocks():
+                self._xx_CC[block.stop :, block] = self._xx_CC[block, block.stop :].T
+            self._mirrored = True
         return self._xx_CC
 
     @xx_CC.setter
@@ -70,8 +78,8 @@ class Gram:
         x_NC = x_NC.to(torch.float32, copy=True).mul_(root_N)
         r_ND = r_ND.to(torch.float32, copy=True).mul_(root_N)
         if self.rows is None or not self.rows.take(x_NC, r_ND):
-            self.xx_CC += x_NC.T @ x_NC
-            self.xr_CD += x_NC.T @ r_ND
+            self._sum_up()
+            self._add(x_NC, r_ND)
         self.rr += float(r_ND.square().sum(dim=1).cpu().double().sum())
         self.tokens += int((weight_N > 0).sum())
 
@@ -116,8 +124,20 @@ class Gram:
         self._xx_CC = torch.zeros(features, features, dtype=self.dtype, device=self._device)
         self._xr_CD = torch.zeros(features, self._width, dtype=self.dtype, device=self._device)
         for x_NC, r_ND in rows.parts:
-            self._xx_CC += x_NC.T @ x_NC
-            self._xr_CD += x_NC.T @ r_ND
+            self._add(x_NC, r_ND)
+
+    def _add(self, x_NC: Tensor, r_ND: Tensor) -> None:
+        assert self._xx_CC is not None and self._xr_CD is not None
+        for block in self._blocks():
+            self._xx_CC[block, block.start :] += x_NC[:, block].T @ x_NC[:, block.start :]
+        self._xr_CD += x_NC.T @ r_ND
+        self._mirrored = False
+
+    def _blocks(self) -> Iterator[slice]:
+        """Features, so many at a time that little more than half of the matrix is computed."""
+        size = max(_BLOCK, math.ceil(self._features / _BLOCKS))
+        for start in range(0, self._features, size):
+            yield slice(start, min(start + size, self._features))
 
 
 @dataclass(frozen=True, kw_only=True)

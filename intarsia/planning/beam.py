@@ -117,8 +117,9 @@ def _ways(
         if not history:
             model.progress.say(f"{model.depth} layers: calibration loss {model.loss:.4f}")
         for step in planner.steps(model, target, history, planner.settings.beam):
-            assert step.op is not None and step.loss is not None, "CoMe-P puts a layer in, and knows its loss"
-            layers = [*path.layers[: step.start], step.op, *path.layers[step.start + step.count :]]
+            assert step.loss is not None, "those that are to be compared have seen the whole calibration set"
+            put_in = [] if step.op is None else [step.op]
+            layers = [*path.layers[: step.start], *put_in, *path.layers[step.start + step.count :]]
             found.append(_Way(parent=parent, step=step, recipe=path.with_layers(layers), loss=step.loss))
     return found
 

@@ -41,6 +41,10 @@ def losses_with(
 
 def losses_of(model: Intermediate, changes: Sequence[Change], *, sequences: slice = slice(None)) -> Iterator[Tensor]:
     """`losses_with` of one change after the other."""
+    if model.team is not None:
+        yield from model.team.losses(model.ops, changes, sequences)
+        model.layer_forwards += model.team.spent()
+        return
     for group in [changes] if model.resident.streams else [[change] for change in changes]:
         found: list[list[Tensor]] = [[] for _ in group]
 
@@ -61,13 +65,18 @@ def normed_with(
     Returns:
         `[N, T, D]` of the slice, in the model's dtype, on the CPU. Padding is zero.
     """
+    change = Change(start=start, count=count, ops=tuple(ops))
+    if model.team is not None:
+        normed_NTD = model.team.normed(model.ops, change, sequences)
+        model.layer_forwards += model.team.spent()
+        return normed_NTD
     found: list[Tensor] = []
 
     def receive(number: int, ids: Tensor, mask: Tensor | None, h_BTD: Tensor) -> None:
         normed = model.stream.final_norm(h_BTD, ids, mask)
         found.append((normed if mask is None else normed.masked_fill(~mask[..., None], 0.0)).cpu())
 
-    _run(model, [Change(start=start, count=count, ops=tuple(ops))], sequences, receive)
+    _run(model, [change], sequences, receive)
     return torch.cat(found)
 
 

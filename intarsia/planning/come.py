@@ -5,15 +5,14 @@ Source: Wang et al., Layer as Puzzle Pieces (NeurIPS 2025), arXiv 2510.15304.
 Deviations from the publication, each undone by `ComeSettings.reference`: norms are folded into the rows that read
 them, so that every piece sees the input it was trained on (published: averaged); the last layer's influence is
 measured on the residual stream (published: behind the final norm); the distance of a span covers all its layers
-(published: one); CoMe-P tries the ratios of several spans (published: of one), and races them (published: all of them
-see the whole calibration set). Not undone: under grouped-query attention a piece is a whole KV group, so that query
-heads keep the key/value head they were trained with.
+(published: one); CoMe-P tries the ratios of several spans (published: of one) and, with `removals`, to drop each layer,
+and races them (published: all of them see the whole calibration set). Not undone: under grouped-query attention a
+piece is a whole KV group, so that query heads keep the key/value head they were trained with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -24,26 +23,13 @@ from intarsia.planning import allocate
 from intarsia.planning.candidates import Change, losses_of
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step, one_attention_type
-from intarsia.planning.race import mean_loss, race
+from intarsia.planning.posterior import Candidate, Counts, distinct, raced, removals
 from intarsia.planning.repair import reconstruction_error
 from intarsia.planning.scores import part_scores
 from intarsia.planning.sensitivity import sensitivity_map
 from intarsia.planning.settings import ComeSettings
 from intarsia.recipe.flatten import concat_of, merge_of
 from intarsia.recipe.ops import Op, Select
-
-Counts = tuple[tuple[int, int], ...]
-"""KV groups and channels that each merged layer gives."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A layer that could take the place of those from `start` on."""
-
-    start: int
-    counts: Counts
-    shares: Sequence[float]
-    op: Op
 
 
 class Come:
@@ -61,14 +47,26 @@ class Come:
         steps = self.steps(model, target, history, 1)
         return steps[0] if steps else None
 
-    def steps(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]], number: int) -> list[Step]:
+    def steps(
+        self,
+        model: Intermediate,
+        target: int,
+        history: Sequence[Mapping[str, Any]],
+        number: int,
+        *,
+        unlike: bool = False,
+    ) -> list[Step]:
         """The `number` best steps, the best first: fewer where there are not so many, and none where none is allowed.
 
         CoMe knows one.
+
+        Args:
+            unlike: each of them removes something else; their losses need not be known.
         """
         count = min(self.settings.merge, model.depth - target + 1)
         allowed = [start for start in range(model.depth - count + 1) if self._allowed(model, start, count)]
-        if not allowed:
+        drops = self.posterior and self.settings.removals
+        if not allowed and not drops:
             return []
         influences = [measure.influence for measure in model.measures]
         # Of every layer once, and only of those that are looked at.
@@ -81,14 +79,24 @@ class Come:
             shares = self._shares(model, start, influences[start : start + count])
             counts = self._counts(model, shares)
             op = self._op(model, start, scores(start), counts, shares)
-            return Candidate(start=start, counts=counts, shares=shares, op=op)
+            return Candidate(start=start, count=count, counts=counts, shares=shares, op=op)
 
         distances = self._span_scores(model, allowed, count, prior)
         ranked = sorted(allowed, key=lambda start: (distances[start], start))
         grid: list[dict[str, Any]] | None = None
         if self.posterior:
             spans = {start: scores(start) for start in ranked[: self.settings.spans]}
-            chosen, grid = self._raced(model, spans, number)
+            tried = distinct(model, [*(removals(model, count - 1) if drops else ()), *self._merges(model, spans)])
+            title = f"trying {len(tried)} ratios" + (f" of {len(spans)} spans" if len(spans) > 1 else "")
+            found = raced(
+                model,
+                tried,
+                number,
+                racing=self.settings.racing,
+                unlike=unlike,
+                title=title + (" and removals" if drops else ""),
+            )
+            chosen, grid = found.best, found.shown
         else:
             chosen = [(prior(ranked[0]), None)]
         whole = {
@@ -99,16 +107,16 @@ class Come:
             # Of the whole model, for people to look at.
             **({} if history else {"sensitivity": sensitivity_map(map(pieces, range(model.depth)))}),
         }
-        steps = []
-        for each, loss in chosen:
-            groups, channels = zip(*each.counts, strict=True)
-            evidence = {
-                **whole,
-                "prior_ratios": self._shares(model, each.start, influences[each.start : each.start + count]),
-                "counts": {"kv_groups": list(groups), "channels": list(channels)},
-            }
-            steps.append(Step(start=each.start, count=count, op=each.op, evidence=evidence, loss=loss))
-        return steps
+        return [
+            Step(
+                start=each.start,
+                count=each.count,
+                op=each.op,
+                evidence={**whole, **self._about(model, each, influences)},
+                loss=loss,
+            )
+            for each, loss in chosen
+        ]
 
     def reason(self) -> str:
         """Why nothing more can be merged."""
@@ -117,6 +125,17 @@ class Come:
             if self.settings.no_repeat
             else "layers of different attention types are not merged, and no others are adjacent"
         )
+
+    def _about(self, model: Intermediate, chosen: Candidate, influences: Sequence[float]) -> dict[str, Any]:
+        """What is logged of a step itself."""
+        stop = chosen.start + chosen.count
+        if chosen.op is None:
+            return {"dropped": ", ".join(map(str, model.ops[chosen.start : stop]))}
+        groups, channels = zip(*chosen.counts, strict=True)
+        return {
+            "prior_ratios": self._shares(model, chosen.start, influences[chosen.start : stop]),
+            "counts": {"kv_groups": list(groups), "channels": list(channels)},
+        }
 
     def _allowed(self, model: Intermediate, start: int, count: int) -> bool:
         ops = model.ops[start : start + count]
@@ -139,7 +158,9 @@ class Come:
             errors: dict[int, float] = {}
             with model.progress.task("fitting spans", len(allowed)) as task:
                 for start in allowed:
-                    errors[start] = reconstruction_error(model, start, count, prior(start).op)
+                    op = prior(start).op
+                    assert op is not None, "a merge puts a layer in"
+                    errors[start] = reconstruction_error(model, start, count, op)
                     task.advance()
             return errors
         length = 1 if self.settings.reference else count
@@ -185,48 +206,12 @@ class Come:
             fuse=self.settings.combine == "fuse",
         )
 
-    def _raced(
-        self,
-        model: Intermediate,
-        scores: Mapping[int, Sequence[Mapping[Part, Tensor]]],
-        number: int,
-    ) -> tuple[list[tuple[Candidate, float | None]], list[dict[str, Any]]]:
-        """CoMe-P: spans and ratios of the grid with the least calibration loss, and what every one has shown.
-
-        The loss is that of the whole calibration set where more than one is asked for.
-        """
-        candidates: dict[tuple[Op, ...], Candidate] = {}
-        for start in scores:
-            count = len(scores[start])
-            for shares in allocate.share_grid(count, self.settings.granularity):
+    def _merges(
+        self, model: Intermediate, scores: Mapping[int, Sequence[Mapping[Part, Tensor]]]
+    ) -> Iterator[Candidate]:
+        """Every ratio of the grid, of every span."""
+        for start, pieces in scores.items():
+            for shares in allocate.share_grid(len(pieces), self.settings.granularity):
                 counts = self._counts(model, shares)
-                op = self._op(model, start, scores[start], counts, shares)
-                # Two ratios may round to the same counts, and two spans may drop the same layer.
-                layers = (*model.ops[:start], op, *model.ops[start + count :])
-                candidates.setdefault(layers, Candidate(start=start, counts=counts, shares=shares, op=op))
-        tried = list(candidates.values())
-        changes = [Change(start=each.start, count=len(each.counts), ops=(each.op,)) for each in tried]
-        spans = f" of {len(scores)} spans" if len(scores) > 1 else ""
-        best, sums = race(
-            range(len(tried)),
-            lambda some, part: losses_of(model, [changes[index] for index in some], sequences=part),
-            model.counts_N,
-            racing=self.settings.racing,
-            keep=number,
-            progress=model.progress,
-            title=f"trying {len(tried)} ratios{spans}",
-        )
-        grid = [
-            {
-                "start": candidate.start,
-                "ratios": candidate.shares,
-                "sequences": sums[index].numel(),
-                "loss": mean_loss(sums[index], model.counts_N),
-            }
-            for index, candidate in enumerate(tried)
-        ]
-        if number == 1:
-            return [(tried[best], None)], grid
-        finished = [index for index in sums if sums[index].numel() == len(model.counts_N)]
-        ranked = sorted(finished, key=lambda index: float(sums[index].sum()))[:number]
-        return [(tried[index], mean_loss(sums[index], model.counts_N)) for index in ranked], grid
+                op = self._op(model, start, pieces, counts, shares)
+                yield Candidate(start=start, count=len(pieces), counts=counts, shares=shares, op=op)

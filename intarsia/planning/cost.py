@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from intarsia.anatomy.spec import Anatomy
 from intarsia.healing.closed_form import ClosedFormSettings, closed_form_cost_at_most
+from intarsia.healing.layer_fit import passes
 from intarsia.planning.laco import SEQUENCES
 from intarsia.planning.settings import RECONSTRUCTION_TOKENS, ComeSettings, LacoSettings, Settings, layers_at_once
 from intarsia.planning.sizes import BASE_BYTES, JUDGED_TOKENS, LOGIT_BYTES, Held, Sizes
@@ -65,7 +67,7 @@ def predict(
         in_loop: how what a step changes is repaired before the next, if it is.
     """
     depth = sizes.anatomy.n_layers
-    steps, forwards = _forwards(method, settings, depth, target, tokens, seq_len, in_loop)
+    steps, forwards = _forwards(method, settings, sizes.anatomy, target, tokens, seq_len, in_loop)
     # Taylor keeps the gradient at one depth besides the hidden states; what measures nothing keeps none of them.
     kept_depths = 0 if not _once(method, depth) else depth + (2 if method.startswith("taylor") else 1)
     judged = tokens if in_loop is not None else _reconstructed(settings, tokens)
@@ -148,13 +150,14 @@ def _with_peaks(cost: Cost, held: Held, *, weights: int, hidden: int, work: int,
 def _forwards(
     method: str,
     settings: Settings | None,
-    depth: int,
+    anatomy: Anatomy,
     target: int,
     tokens: int,
     seq_len: int,
     in_loop: ClosedFormSettings | None,
 ) -> tuple[int, int]:
     """Steps, and layer-forwards at most."""
+    depth = anatomy.n_layers
     width = layers_at_once(settings)
     forwards, steps, current = _once(method, depth), 0, depth
     while current > target:
@@ -173,8 +176,14 @@ def _forwards(
         if in_loop is not None:
             # The layer that is put in, and the one before it, whose span may have grown. Held-out loss without the fit
             # decides whether it is taken; if it is not, the model is measured once more.
-            forwards += min(after, 1 if method == "sleb" else 2) * len(in_loop.changed)
-            forwards += after + math.ceil(after / in_loop.held_out)
+            fits = min(after, 1 if method == "sleb" else 2) * passes(anatomy, in_loop.changed)
+            finalists = settings.finalists if isinstance(settings, ComeSettings) and method == "come-p" else 1
+            if finalists == 1:
+                forwards += fits + after + math.ceil(after / in_loop.held_out)
+            else:
+                # Held-out loss without and with the fit; where two layers are fitted, the model as it was is measured
+                # anew behind the first.
+                forwards += finalists * (fits + current + math.ceil(2 * after / in_loop.held_out))
         current, steps = after, steps + 1
     return steps, forwards
 
@@ -207,4 +216,6 @@ def _come_step(method: str, settings: ComeSettings, current: int, count: int, to
     if method == "come-p":
         spans = min(settings.spans, after)
         forwards += spans * math.comb(settings.granularity + count - 1, count - 1) * after
+        if settings.removals:  # count - 1 adjacent layers, wherever they are
+            forwards += sum(after - start for start in range(after + 1))
     return forwards

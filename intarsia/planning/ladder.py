@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.planning.angular import Angular
 from intarsia.planning.beam import descend
 from intarsia.planning.come import Come
+from intarsia.planning.finalists import settle
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.laco import Laco
 from intarsia.planning.magnitude import PROTECTED, magnitudes
 from intarsia.planning.mka import Mka
 from intarsia.planning.one_shot import OneShot
-from intarsia.planning.planner import Planner
+from intarsia.planning.planner import Planner, Step
 from intarsia.planning.repair import Repair
 from intarsia.planning.reverse import positions
 from intarsia.planning.run_folder import RunFolder, Wanted
@@ -123,12 +125,16 @@ def climb(
             if not history:
                 model.progress.say(f"{model.depth} layers: calibration loss {model.loss:.4f}")
         while model.depth > target:
-            step = planner.decide(model, target, history)
-            if step is None:
+            steps = _steps(planner, model, target, history, repairs=repair is not None)
+            if not steps:
                 run.want(Wanted(layers=target, stopped=planner.reason()))
                 return planner.reason()
-            before, evidence = model.depth, step.evidence
-            if step.whole is not None:
+            before, step = model.depth, steps[0]
+            evidence = step.evidence
+            if repair is not None and len(steps) > 1:
+                step, found = settle(repair, steps)
+                evidence = {**step.evidence, "repair": found}
+            elif step.whole is not None:
                 model.become(step.whole)
             elif repair is not None:
                 evidence = {**evidence, "repair": repair.replace(step.start, step.count, step.op)}
@@ -157,3 +163,13 @@ def climb(
             task.advance(before - model.depth)
             begun, spent = time.perf_counter(), model.layer_forwards
     return None
+
+
+def _steps(
+    planner: Planner, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]], *, repairs: bool
+) -> list[Step]:
+    """The next step, or several that are repaired before one of them is chosen; none where nothing is allowed."""
+    if repairs and isinstance(planner, Come) and planner.posterior and planner.settings.finalists > 1:
+        return planner.steps(model, target, history, planner.settings.finalists, unlike=True)
+    step = planner.decide(model, target, history)
+    return [] if step is None else [step]

@@ -65,8 +65,10 @@ def measure_loss(model: Intermediate, advance: Callable[[], None]) -> None:
     model.batches.each(work)
 
 
-def mean_distance(model: Intermediate, start: int, count: int, tokens: Literal["all-tokens", "last-token"]) -> float:
-    """E[arccos(cos(H^start, H^{start+count}))] / pi."""
+def distances(
+    model: Intermediate, start: int, count: int, tokens: Literal["all-tokens", "last-token"]
+) -> tuple[float, int]:
+    """arccos(cos(H^start, H^{start+count})) / pi, added up over tokens, and how many these are."""
     total, number = 0.0, 0
     for part, ids, mask in model.batches.over():
         before = model.hidden_at(start, part)
@@ -74,7 +76,7 @@ def mean_distance(model: Intermediate, start: int, count: int, tokens: Literal["
         keep = last_real(ids, mask) if tokens == "last-token" else mask
         distance = angular_distance(cosines(before, behind, keep))
         total, number = total + float(distance.sum()), number + distance.numel()
-    return total / number
+    return total, number
 
 
 def output(model: Intermediate, depth: int, part: slice, ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from intarsia.progress import Progress
 
-Name = TypeVar("Name")
+Name = TypeVar("Name", bound=Hashable)
 
 _STAGES = (0.0625, 0.125, 0.25, 0.5, 1.0)
 _ERRORS = 2.0
@@ -26,6 +26,8 @@ def race(
     *,
     racing: bool,
     keep: int = 1,
+    group: Callable[[Name], Hashable] | None = None,
+    to_end: bool = True,
     progress: Progress,
     title: str,
 ) -> tuple[Name, dict[Name, Tensor]]:
@@ -40,6 +42,8 @@ def race(
         counts_N: tokens predicted in each sequence.
         racing: False lets all of them run to the end.
         keep: so many, the best so far, are never given up; if it is more than one they all run to the end.
+        group: of candidates of one group only the best is kept so; by default each is a group of its own.
+        to_end: False ends the race as soon as there are no more than `keep` left.
 
     Returns:
         The best, and the summed losses of each candidate on the sequences it ran on.
@@ -56,13 +60,22 @@ def race(
             number_N = counts_N[: part.stop]
             # A sequence that is nearly all padding predicts nothing, and has no mean.
             means = {name: (torch.cat(found[name]) / number_N)[number_N > 0] for name in alive}
-            alive = _survivors(alive, means, keep) if part.stop < counts_N.numel() else alive
-            if len(alive) == keep == 1:
+            alive = _survivors(alive, means, keep, group) if part.stop < counts_N.numel() else alive
+            if len(alive) == keep == 1 or (not to_end and len(alive) <= keep):
                 break
             task.note(f"{len(alive)} left")
     totals = {name: float(torch.cat(found[name]).sum()) for name in alive}
     best = min(alive, key=lambda name: (totals[name], alive.index(name)))
     return best, {name: torch.cat(sums) for name, sums in found.items()}
+
+
+def best_of_groups(
+    sums: Mapping[Name, Tensor], number: int, group: Callable[[Name], Hashable] | None = None
+) -> list[Name]:
+    """The best candidates, each of another group, of those that were not given up: the best first."""
+    last = max(found.numel() for found in sums.values())
+    finished = [name for name in sums if sums[name].numel() == last]
+    return _leaders(sorted(finished, key=lambda name: float(sums[name].sum())), number, group)
 
 
 def mean_loss(sums_N: Tensor, counts_N: Tensor) -> float:
@@ -76,7 +89,17 @@ def _parts(total: int, *, racing: bool) -> list[slice]:
     return [slice(first, stop) for first, stop in zip([0, *stops[:-1]], stops, strict=True)]
 
 
-def _survivors(alive: Sequence[Name], means: Mapping[Name, Tensor], keep: int) -> list[Name]:
+def _leaders(ranked: Sequence[Name], number: int, group: Callable[[Name], Hashable] | None) -> list[Name]:
+    """The first of each group, of so many groups at most."""
+    first: dict[Hashable, Name] = {}
+    for name in ranked:
+        first.setdefault(name if group is None else group(name), name)
+    return list(first.values())[:number]
+
+
+def _survivors(
+    alive: Sequence[Name], means: Mapping[Name, Tensor], keep: int, group: Callable[[Name], Hashable] | None
+) -> list[Name]:
     """The better half of the candidates, less those that are clearly worse than the best, in the order of `alive`.
 
     `means` are losses a token, by sequence. At least two are compared until the end, unless one is clearly best.
@@ -85,7 +108,7 @@ def _survivors(alive: Sequence[Name], means: Mapping[Name, Tensor], keep: int) -
         return list(alive)
     ranked = sorted(alive, key=lambda name: float(means[name].mean()))
     half = ranked[: max(_LAST, keep, math.ceil(len(ranked) / 2))]
-    safe = ranked[:keep]
+    safe = _leaders(ranked, keep, group)
     return [
         name for name in alive if name in safe or (name in half and not _clearly_worse(means[name] - means[ranked[0]]))
     ]

@@ -12,7 +12,7 @@ The same fit, of one read-out and on part of the tokens, tells how well a layer 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -50,21 +50,15 @@ class Repair:
         """
         model = self.model
         original = model.original(len(model.corpus))  # copied while the whole model is what was measured
-        first, due = self._exchange(start, count, op)
+        first, due = self.exchange(start, count, op)
         if not due:
             model.measure(first)
             return {"read_outs": [], "taken": False, "held_out_loss": None, "layer_forwards": 0}
-        held_out = list(range(0, len(model.corpus), self.settings.held_out))
-        before = float(_losses_behind(model, first, held_out).sum())
+        held_out = self.held_out
+        before = float(losses_behind(model, first, held_out).sum())
         spent = (model.depth - first) * len(held_out) / len(model.corpus)
         unrepaired = {index: model.fitted[index] for index in due}
-        fits: list[LayerFit] = []
-        reached = first
-        for index, depth in due.items():
-            if index > reached:
-                model.measure(reached, index)
-                reached = index
-            fits += self._fit(index, original, depth)
+        fits, reached = self.fit(first, due, original)
         model.measure(reached)
         after = float(model.losses_N[held_out].sum())
         changed = [index for index in due if model.fitted[index] is not unrepaired[index]]
@@ -81,7 +75,27 @@ class Repair:
             "layer_forwards": len(due) * passes(model.anatomy, self.settings.changed) + spent,
         }
 
-    def _exchange(self, start: int, count: int, op: Op | None) -> tuple[int, dict[int, int]]:
+    @property
+    def held_out(self) -> list[int]:
+        """The sequences that nothing is fitted on."""
+        return list(range(0, len(self.model.corpus), self.settings.held_out))
+
+    def fit(self, first: int, due: Mapping[int, int], original: Original) -> tuple[list[LayerFit], int]:
+        """Fit layers towards their depths, in order, and measure those between them.
+
+        Returns:
+            What was fitted, and the layer from which on the model is to be measured: `first`, or a later one.
+        """
+        fits: list[LayerFit] = []
+        reached = first
+        for index, depth in due.items():
+            if index > reached:
+                self.model.measure(reached, index)
+                reached = index
+            fits += self._fit(index, original, depth)
+        return fits, reached
+
+    def exchange(self, start: int, count: int, op: Op | None) -> tuple[int, dict[int, int]]:
         """Make the change. The first layer that may now give something else, and those to repair: towards which depth.
 
         These are the layer that is put in, and one that now stands for more than before.
@@ -159,7 +173,7 @@ def _feed(model: Intermediate, start: int, op: Op, original: Original, depth: in
 
 
 @torch.inference_mode()
-def _losses_behind(model: Intermediate, start: int, rows: Sequence[int]) -> Tensor:
+def losses_behind(model: Intermediate, start: int, rows: Sequence[int]) -> Tensor:
     """Summed loss of some sequences as the layers are now, from H^start as it was measured: float64, `[rows]`."""
     device, mask = model.resident.device, model.corpus.mask
     some = Corpus.of(

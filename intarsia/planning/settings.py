@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from intarsia.errors import Problem, UserError
@@ -32,13 +33,17 @@ class ComeSettings:
         granularity: steps of the ratio grid of CoMe-P.
         spans: CoMe-P tries the ratios of so many spans, those of least influence; 1 as published.
         racing: CoMe-P drops a ratio as soon as it is clearly worse than the best on part of the calibration set.
+        removals: CoMe-P also tries to drop each layer (each `merge` - 1 adjacent ones), wherever it is.
+        finalists: where what a step changes is repaired before the next, CoMe-P repairs its so many best candidates,
+            each of which removes something else, and takes the one of least loss on held-out sequences; 1 takes the
+            best before any repair.
         beam: CoMe-P follows so many paths at once, those of least calibration loss at each depth.
         combine: `concat`, the merged layer keeps pieces of each; two ablations of the paper: `weight-sum`, it is the
             sum of whole layers, weighted by share; `fuse`, the pieces that are left out are added, scaled, onto the
             most similar ones that are kept.
-        reference: the published behaviour where ours differs by default: averaged norms, one span, no racing, the last
-            layer's influence measured behind the final norm, and a distance over one layer whatever m is. Query
-            heads are grouped correctly all the same.
+        reference: the published behaviour where ours differs by default: averaged norms, one span, no removals, no
+            racing, one finalist, the last layer's influence measured behind the final norm, and a distance over one
+            layer whatever m is. Query heads are grouped correctly all the same.
     """
 
     span_choice: SpanChoice = "sbi"
@@ -51,7 +56,9 @@ class ComeSettings:
     distance: Literal["all-tokens", "last-token"] = "all-tokens"
     granularity: int = 10
     spans: int = 3
+    removals: bool = False
     racing: bool = True
+    finalists: int = 1
     beam: int = 1
     combine: Literal["concat", "weight-sum", "fuse"] = "concat"
     reference: bool = False
@@ -76,6 +83,7 @@ class ComeSettings:
                 ),
                 ("granularity", "a whole number, 1 or more", self.granularity, self.granularity >= 1),
                 ("spans", "a whole number, 1 or more", self.spans, self.spans >= 1),
+                ("finalists", "a whole number, 1 or more", self.finalists, self.finalists >= 1),
                 ("beam", "a whole number, 1 or more", self.beam, self.beam >= 1),
             )
             if not right
@@ -85,11 +93,13 @@ class ComeSettings:
 
     def effective(self) -> ComeSettings:
         """The settings with what `reference` implies."""
-        return replace(self, norm="average", spans=1, racing=False) if self.reference else self
+        if not self.reference:
+            return self
+        return replace(self, norm="average", spans=1, removals=False, racing=False, finalists=1)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for the run folder."""
-        return _plain(self, ("beam",))
+        return _plain(self, {"beam": 1, "removals": False, "finalists": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,14 +159,13 @@ class LacoSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for the run folder."""
-        return _plain(self, ("reference",))
+        return _plain(self, {"reference": False})
 
 
-def _plain(settings: ComeSettings | LacoSettings, younger: tuple[str, ...]) -> dict[str, Any]:
-    """Settings as plain data. `younger` than some run folders are options that are left out at their defaults."""
-    defaults = {field.name: field.default for field in fields(settings)}
-    found = asdict(settings)
-    return {name: value for name, value in found.items() if name not in younger or value != defaults[name]}
+def _plain(settings: ComeSettings | LacoSettings, younger: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as plain data. `younger` than some run folders are options that are left out where they say what was
+    done before there was a choice."""
+    return {name: value for name, value in asdict(settings).items() if name not in younger or value != younger[name]}
 
 
 Settings: TypeAlias = ComeSettings | SlebSettings | LacoSettings

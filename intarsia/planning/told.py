@@ -27,7 +27,8 @@ def repaired(evidence: Mapping[str, Any]) -> str:
     if repair is None or repair["held_out_loss"] is None:
         return ""
     before, after = repair["held_out_loss"]
-    return f", {'repaired' if repair['taken'] else 'not repaired'}: held-out loss {before:.4f} -> {after:.4f}"
+    among = f", best of {len(repair['finalists'])}" if "finalists" in repair else ""
+    return f"{among}, {'repaired' if repair['taken'] else 'not repaired'}: held-out loss {before:.4f} -> {after:.4f}"
 
 
 def _short(op: Op) -> list[str]:

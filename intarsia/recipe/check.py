@@ -165,11 +165,12 @@ def _check_concat(op: Concat, where: str, base: Anatomy | None) -> Iterator[Prob
             )
     for part, key in _PIECES.items():
         if base is not None:
-            yield from _check_pieces(op.cuts, part, key, where, base.n_pieces(part))
+            called = f"experts (as {key})" if base.is_mixture(part) else key
+            yield from _check_pieces(op.cuts, part, key, where, base.n_pieces(part), called)
         yield from _check_weights(op.cuts, part, where)
 
 
-def _check_pieces(cuts: Sequence[Cut], part: Part, key: str, where: str, whole: int) -> Iterator[Problem]:
+def _check_pieces(cuts: Sequence[Cut], part: Part, key: str, where: str, whole: int, called: str) -> Iterator[Problem]:
     for index, cut in enumerate(cuts):
         pieces = cut.pieces(part)
         outside = [piece for piece in pieces if not 0 <= piece < whole]
@@ -183,7 +184,7 @@ def _check_pieces(cuts: Sequence[Cut], part: Part, key: str, where: str, whole: 
             yield _problem(place, "every index once", f"{twice[0]} a second time{others}")
     total = sum(len(cut.pieces(part)) for cut in cuts)
     if total != whole:
-        yield _problem(where, f"{whole} {key} in all cuts together", str(total), "Add or remove some.")
+        yield _problem(where, f"{whole} {called} in all cuts together", str(total), "Add or remove some.")
 
 
 def _check_weights(cuts: Sequence[Cut], part: Part, where: str) -> Iterator[Problem]:

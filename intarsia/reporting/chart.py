@@ -8,7 +8,7 @@ needs nothing but what stands in it, and a reader of the code sees the whole of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -29,12 +29,16 @@ _CORNERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A measured value, with its standard error and a sentence that is shown when it is pointed at."""
+    """A measured value, with its standard error and a sentence that is shown when it is pointed at.
+
+    `beyond`: the value is past the end of the axis, where it is drawn.
+    """
 
     x: float
     y: float
     error: float | None = None
     title: str = ""
+    beyond: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,7 @@ def chart(
         rules: horizontal lines to compare with.
         note: a line below the legend.
     """
-    shown = [each for each in series if each.points]
+    shown = [_within(each, y) for each in series if each.points]
     legend, rows = _legend([each for each in shown if each.listed], width)
     if note:
         legend += f'<text class="tick" x="8" y="{13.6 + rows * _LEGEND_ROW:.1f}">{escape(note)}</text>'
@@ -112,6 +116,15 @@ def chart(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {tall:.0f}" role="img">'
         f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
     )
+
+
+def _within(series: Series, axis: Axis) -> Series:
+    """A series with what is beyond the axis at its end."""
+    points = [
+        replace(point, y=axis.most or 0.0, error=None, beyond=True) if axis.beyond(point.y) else point
+        for point in series.points
+    ]
+    return replace(series, points=points)
 
 
 def _reach(point: Point, axis: Axis) -> list[float]:
@@ -162,7 +175,10 @@ def _series(series: Series, across: Scale, up: Scale) -> str:
             parts.append(f'<path class="error {kind}" d="M{x:.1f} {low:.1f}V{high:.1f}"/>')
         if series.dots:
             said = f"<title>{escape(point.title)}</title>" if point.title else ""
-            parts.append(f"<g>{said}{marker(series, x, y)}</g>")
+            arrow = (
+                f'<text class="tick" x="{x:.1f}" y="{y - 5:.1f}" text-anchor="middle">↑</text>' if point.beyond else ""
+            )
+            parts.append(f"<g>{said}{marker(series, x, y)}{arrow}</g>")
     return "".join(parts)
 
 

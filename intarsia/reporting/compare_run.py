@@ -14,7 +14,7 @@ from intarsia.reporting.commands import compare_command
 from intarsia.reporting.comparison import DENSE, MEAN, Comparison, Row
 from intarsia.reporting.comparison_figure import curves, figure
 from intarsia.reporting.dots import Scored, dots_svg
-from intarsia.reporting.picture import Pieces, picture_svg, pieces_of
+from intarsia.reporting.picture import picture_svg, pieces_of
 from intarsia.reporting.scale import Axis, short
 from intarsia.reporting.wording import written
 
@@ -215,13 +215,7 @@ def _puzzles(found: Comparison) -> list[Section]:
             recipe = codec.load(place)
         except UserError:
             continue
-        sizes = pieces_of(recipe)
-        figures.append(
-            Figure(
-                svg=picture_svg(recipe, Pieces(n_kv_heads=sizes.n_kv_heads, n_channels=sizes.n_channels)),
-                caption=row.method,
-            )
-        )
+        figures.append(Figure(svg=picture_svg(recipe, pieces_of(recipe)), caption=row.method))
     if not figures:
         return []
     return [Section(title=f"How each method cuts to {least} layers", blocks=figures)]

@@ -8,6 +8,8 @@ from intarsia.reporting.chart import Point, Rule, Series, chart, standalone
 from intarsia.reporting.comparison import DENSE, Comparison, Measure, Row
 from intarsia.reporting.scale import Axis, layers_axis, short
 
+_NO_MODEL = 30.0  # times the original's perplexity: whether it is that or a thousand times more tells nothing
+
 _ACROSS = {
     "parameters": Axis(label="parameters", write=short),
     "layers": layers_axis(()),
@@ -58,14 +60,19 @@ def figure(comparison: Comparison, *, against: str = "parameters", quality: str,
     by_depth = against == "layers"
     healed = any(heal != "none" for _, heal in grouped)
     dense = None if comparison.dense is None else measure(comparison.dense)
-    rules = [] if dense is None or dense.get("value") is None else [Rule(y=dense["value"], name=DENSE)]
     label = f"perplexity, {quality}" if is_text else f"accuracy, {quality}"
+    own = None if dense is None else dense.get("value")
+    rules = [] if own is None else [Rule(y=own, name=DENSE)]
+    up = Axis(label=label, log=is_text, most=_NO_MODEL * own if is_text and own is not None else None)
+    notes = ["dashed, hollow: healed in closed form"] if healed else []
+    if up.most and any(up.beyond(point.y) for each in series for point in each.points):
+        notes.append(f"arrow: more than {_NO_MODEL:.0f} times the original's")
     return chart(
         series,
         x=layers_axis(row.layers for row in comparison.rows if row.method != DENSE) if by_depth else _ACROSS[against],
-        y=Axis(label=label, log=is_text),
+        y=up,
         rules=rules,
-        note="dashed, hollow: healed in closed form" if healed else "",
+        note="; ".join(notes),
         title=title or f"{label} against {_ACROSS[against].label}",
     )
 

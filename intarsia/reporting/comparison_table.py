@@ -52,7 +52,7 @@ def written_cell(name: str, row: Mapping[str, Any]) -> str:
         return str(value)
     if name in ("parameters", "bytes"):
         return short(value)
-    digits = ".1f" if abs(value) >= 10 else ".3f"
+    digits = ".2g" if abs(value) >= 1e5 and error else ".1f" if abs(value) >= 10 else ".3f"
     return f"{value:{digits}}" + (f" ± {error:.2g}" if error else "")
 
 

@@ -39,6 +39,7 @@ def picture_data(
         "kv": pieces.n_kv_heads,
         "heads": pieces.heads_per_group,
         "channels": pieces.n_channels,
+        "mlp": pieces.mlp,
         "influence": [_digits(value) for value in influence],
         "spans": {str(start): _digits(value) for start, value in (spans or {}).items()},
         "variants": [variant.name for variant in any_recipe.variants],
@@ -52,11 +53,11 @@ def picture_data(
     }
 
 
-def made_of(op: Op) -> str:
-    """An op in one line."""
+def made_of(op: Op, mlp: str) -> str:
+    """An op in one line; `mlp` is what the pieces of an MLP are called."""
     if isinstance(op, Concat):
         return " + ".join(
-            f"{cut.source.layer} ({len(cut.kv_groups)} KV groups, {len(cut.channels)} channels)" for cut in op.cuts
+            f"{cut.source.layer} ({len(cut.kv_groups)} KV groups, {len(cut.channels)} {mlp})" for cut in op.cuts
         )
     if isinstance(op, Merge):
         return " + ".join(f"{weight:.3g} × {ref.layer}" for ref, weight in zip(op.sources, op.weights, strict=True))

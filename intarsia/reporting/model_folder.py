@@ -100,7 +100,10 @@ _WRITTEN = "The likeliest token at every place, so that nothing is left to chanc
 def _puzzle(path: Path, recipe: Recipe, anatomy: Anatomy, run: PlanRun | None) -> Section:
     depth = len(recipe.layers)
     pieces = Pieces(
-        n_kv_heads=anatomy.n_kv_heads, n_channels=anatomy.n_mlp_pieces, heads_per_group=anatomy.heads_per_group
+        n_kv_heads=anatomy.n_kv_heads,
+        n_channels=anatomy.n_mlp_pieces,
+        experts=anatomy.is_mixture("mlp"),
+        heads_per_group=anatomy.heads_per_group,
     )
     fits: dict[int, list[Mapping[str, Any]]] = {}
     for row in (recipe.provenance.get("heal") or {}).get("read_outs") or []:

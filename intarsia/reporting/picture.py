@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 
+from intarsia.anatomy.spec import Part
 from intarsia.recipe.ops import Concat
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.puzzle import Ribbon, ribbons
+from intarsia.reporting.wording import mlp_pieces, of_experts
 
 WOODS = 6
 _WIDTH, _BLOCK, _LABEL, _TOP = 360.0, 30.0, 34.0, 24.0
@@ -21,10 +23,14 @@ _FILLED = 0.74  # of a step
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """How many pieces a layer has. `heads_per_group`: query heads of a KV group, where it is known."""
+    """How many pieces a layer has. `n_channels`: or experts, where it is a mixture of `experts`.
+
+    `heads_per_group`: query heads of a KV group, where it is known.
+    """
 
     n_kv_heads: int
     n_channels: int
+    experts: bool = False
     heads_per_group: int | None = None
 
     @property
@@ -32,16 +38,27 @@ class Pieces:
         """As an anatomy calls them."""
         return self.n_channels
 
+    def is_mixture(self, part: Part) -> bool:
+        """Whether the pieces of a part are experts."""
+        return self.experts and part == "mlp"
+
+    @property
+    def mlp(self) -> str:
+        """What the pieces of the MLP are called."""
+        return mlp_pieces(self.experts)
+
 
 def pieces_of(recipe: Recipe) -> Pieces:
     """The sizes that a recipe itself tells: every joined layer holds as many pieces as an original one."""
+    experts = of_experts(recipe.provenance)
     for op in recipe.layers:
         if isinstance(op, Concat):
             return Pieces(
                 n_kv_heads=sum(len(cut.kv_groups) for cut in op.cuts),
                 n_channels=sum(len(cut.channels) for cut in op.cuts),
+                experts=experts,
             )
-    return Pieces(n_kv_heads=1, n_channels=1)
+    return Pieces(n_kv_heads=1, n_channels=1, experts=experts)
 
 
 def wood(ribbon_source: int, variant: str, variants: list[str]) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 from intarsia.reporting.blocks import Figure, Section
 from intarsia.reporting.chart import Point, Series, chart
 from intarsia.reporting.heat import heat_svg
-from intarsia.reporting.plan_folder import PlanRun
+from intarsia.reporting.plan_folder import PlanRun, provenance_of
 from intarsia.reporting.scale import Axis
+from intarsia.reporting.wording import of_experts
 
 _SCORES = {
     "scores": "score of the method",
@@ -86,10 +87,11 @@ def _fate(run: PlanRun) -> dict[int, str]:
 def _sensitivity(run: PlanRun) -> list[Figure]:
     """Heat maps of piece scores, where the run has kept them."""
     kept = run.evidence.get("sensitivity") or {}
+    mlp = "experts" if of_experts(provenance_of(run)) else "MLP channels"
     figures = []
     for key, across in (
         ("kv_groups", "KV groups, in order"),
-        ("channels", "MLP channels, from least to most sensitive"),
+        ("channels", f"{mlp}, from least to most sensitive"),
     ):
         rows = kept.get(key)
         if rows:

@@ -8,9 +8,9 @@ from typing import Any
 
 from intarsia.reporting.blocks import Figure, Ladder, Section, table
 from intarsia.reporting.chart import Point, Series, chart
-from intarsia.reporting.plan_folder import PlanRun
+from intarsia.reporting.plan_folder import PlanRun, provenance_of
 from intarsia.reporting.scale import Axis, layers_axis, short
-from intarsia.reporting.wording import duration
+from intarsia.reporting.wording import duration, mlp_pieces, of_experts
 
 
 def ladders(run: PlanRun) -> list[Ladder]:
@@ -33,11 +33,12 @@ def ladders(run: PlanRun) -> list[Ladder]:
 def steps_section(run: PlanRun) -> Section:
     """The ladder: a figure and a table."""
     blocks: list[Any] = [ladder_figure([ladder]) for ladder in ladders(run)]
+    mlp = mlp_pieces(of_experts(provenance_of(run)))
     rows = [
         {
             "layers": str(step["layers"]),
             "at": str(step["merged"][0]),
-            "what": "dropped" if step["op"] is None else _short(step["op"]),
+            "what": "dropped" if step["op"] is None else _short(step["op"], mlp),
             "loss": "" if step.get("loss") is None else f"{step['loss']:.4f}",
             "layer-forwards": short(step["layer_forwards"]),
             "time": duration(step["seconds"]),
@@ -75,11 +76,11 @@ def ladder_figure(found: Sequence[Ladder]) -> Figure:
     return Figure(svg=svg, caption=f"On {found[0].text}.")
 
 
-def _short(op: Mapping[str, Any]) -> str:
+def _short(op: Mapping[str, Any], mlp: str) -> str:
     if list(op.values()) == ["whole"]:
         return f"only {next(iter(op)).partition(':')[2]} stays, whole"
     return "joined from " + " + ".join(
         f"{name.partition(':')[2] or name}"
-        + (f" ({part['kv_groups']} groups, {part['channels']} channels)" if isinstance(part, Mapping) else f" ({part})")
+        + (f" ({part['kv_groups']} groups, {part['channels']} {mlp})" if isinstance(part, Mapping) else f" ({part})")
         for name, part in op.items()
     )

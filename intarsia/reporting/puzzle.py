@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal, Protocol
 
+from intarsia.anatomy.spec import Part
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op
 from intarsia.recipe.recipe import Recipe
+from intarsia.reporting.wording import mlp_pieces
 
 # Woods, from light to dark: neighbours differ enough to tell pieces of adjacent layers apart.
 _WOODS = ("#d9a05b", "#8c5a2b", "#c4713b", "#6b4423", "#e3bd7d", "#a8763e")
@@ -34,6 +36,9 @@ class Sizes(Protocol):
     @property
     def n_mlp_pieces(self) -> int:
         """Channels of the MLP, or experts of a mixture."""
+
+    def is_mixture(self, part: Part) -> bool:
+        """Whether the pieces of a part are experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,12 +154,13 @@ def _shares(op: Op, anatomy: Sizes) -> list[tuple[LayerRef, float, str]]:
         ]
     if not isinstance(op, Concat):
         return [(op.source, 1.0, f"layer {op.source.layer}, whole")]
+    name = mlp_pieces(anatomy.is_mixture("mlp"))
     return [
         (
             cut.source,
             (len(cut.kv_groups) / anatomy.n_kv_heads + len(cut.channels) / anatomy.n_mlp_pieces) / 2,
             f"layer {cut.source.layer}: {len(cut.kv_groups)} of {anatomy.n_kv_heads} KV groups, "
-            f"{len(cut.channels)} of {anatomy.n_mlp_pieces} channels",
+            f"{len(cut.channels)} of {anatomy.n_mlp_pieces} {name}",
         )
         for cut in op.cuts
     ]

@@ -33,7 +33,7 @@ def puzzle_section(recipes: Mapping[int, Recipe], pieces: Pieces, data: Mapping[
         {
             "output layer": str(index),
             "stands for": str(first) if stop - first == 1 else f"{first} to {stop - 1}",
-            "made of": made_of(op),
+            "made of": made_of(op, pieces.mlp),
         }
         for index, (op, (first, stop)) in enumerate(zip(recipe.layers, recipe.spans, strict=True))
     ]
@@ -41,7 +41,7 @@ def puzzle_section(recipes: Mapping[int, Recipe], pieces: Pieces, data: Mapping[
     return Section(
         title="The puzzle",
         intro="A ribbon is as wide as the share of a layer's pieces that it carries. Point at a layer to see its heads "
-        "and channels; pale ribbons are layers kept whole, empty frames are layers that were dropped.",
+        f"and {pieces.mlp}; pale ribbons are layers kept whole, empty frames are layers that were dropped.",
         blocks=[
             Pictures(
                 name=name, depth=recipe.depth, chosen=last, pictures=pictures, data=data, summary=_summary(recipe)

@@ -18,7 +18,8 @@ class Axis:
     """An axis: its label, whether it is logarithmic or runs downwards, and how its ticks are written.
 
     `whole`: only whole numbers get a tick. `zero`: the axis begins at zero. `only`: the values that get a tick, where
-    they are few enough to be named.
+    they are few enough to be named. `most`: where the axis ends at the latest; what is beyond is drawn there, with an
+    arrow.
     """
 
     label: str
@@ -28,6 +29,11 @@ class Axis:
     zero: bool = False
     write: Callable[[float], str] | None = None
     only: tuple[float, ...] = ()
+    most: float | None = None
+
+    def beyond(self, value: float) -> bool:
+        """Whether a value is past the end."""
+        return self.most is not None and value > self.most
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,12 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.history import EARLIER, TRIALS, History, Trial
 from intarsia.tailoring.pareto import Front, front_of
 
-FAMILY = "family.yaml"
-_SETTINGS, _FRONT, _WANTED = "tailor.json", "front.json", "wanted.json"
+SETTINGS, FAMILY, WANTED, FRONT = "tailor.json", "family.yaml", "wanted.json", "front.json"
+
+
+def recipe_path(folder: Path, number: int) -> Path:
+    """Where the recipe of a trial of the front is (or will be)."""
+    return folder / "front" / f"trial-{number:05d}.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,7 @@ class TailorRun:
 
     def recipe(self, trial: Trial) -> Recipe | None:
         """The recipe of a trial of the front, where it was written."""
-        path = self.path / "front" / f"trial-{trial.number:05d}.yaml"
+        path = recipe_path(self.path, trial.number)
         try:
             return codec.load(path) if path.is_file() else None
         except UserError:
@@ -56,7 +60,7 @@ class TailorRun:
 
 def is_tailor_run(path: Path) -> bool:
     """Whether a folder is that of a search."""
-    return (path / _SETTINGS).is_file()
+    return (path / SETTINGS).is_file()
 
 
 def load(path: Path) -> TailorRun:
@@ -65,16 +69,16 @@ def load(path: Path) -> TailorRun:
     Raises:
         UserError: a file of it is damaged.
     """
-    settings = _json(path / _SETTINGS)
+    settings = _json(path / SETTINGS)
     trials = History(path / TRIALS).trials
-    front = _json(path / _FRONT) if (path / _FRONT).is_file() else {}
-    wanted = _json(path / _WANTED)["trials"] if (path / _WANTED).is_file() else 0
+    front = _json(path / FRONT) if (path / FRONT).is_file() else {}
+    wanted = _json(path / WANTED)["trials"] if (path / WANTED).is_file() else 0
     family = path / FAMILY
     try:
         names = [str(entry["name"]) for entry in settings["objectives"]]
         found = front_of(trials, names, max_budget=max(settings["budgets"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path / _SETTINGS, f"{type(error).__name__}: {error}") from error
+        raise _damaged(path / SETTINGS, f"{type(error).__name__}: {error}") from error
     return TailorRun(
         path=path,
         settings=settings,

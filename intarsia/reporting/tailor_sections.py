@@ -119,7 +119,7 @@ def puzzle_sections(run: TailorRun) -> list[Section]:
         {
             "output layer": str(index),
             "stands for": str(start) if stop - start == 1 else f"{start} to {stop - 1}",
-            "made of": told(op),
+            "made of": told(op, sizes.mlp),
         }
         for index, (op, (start, stop)) in enumerate(zip(recipe.layers, recipe.spans, strict=True))
     ]
@@ -191,10 +191,10 @@ def _sources(recipe: Recipe) -> str:
     return ", ".join(parts)
 
 
-def told(op: Op) -> str:
-    """An op of a family in one line, members named."""
+def told(op: Op, mlp: str) -> str:
+    """An op of a family in one line, members named; `mlp` is what the pieces of an MLP are called."""
     if isinstance(op, Concat):
-        return " + ".join(f"{cut.source} ({len(cut.kv_groups)} KV, {len(cut.channels)} channels)" for cut in op.cuts)
+        return " + ".join(f"{cut.source} ({len(cut.kv_groups)} KV, {len(cut.channels)} {mlp})" for cut in op.cuts)
     if not isinstance(op, Merge):
         return f"{op.source}, whole"
     parts = [op.mix("attention")] if op.mlp is None else [op.mix("attention"), op.mlp]

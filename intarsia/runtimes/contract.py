@@ -123,12 +123,13 @@ def _index_problems(folder: Path, headers: Mapping[str, TensorHeader], files: se
         for file in sorted(set(folder.glob("*.safetensors")) - files)
     ]
     for file in sorted(files):
-        extra = [header.name for header in read_headers(file) if header.name not in headers]
-        extra += [name.name for name in read_headers(file) if name.name in headers and headers[name.name].file != file]
+        found = [header.name for header in read_headers(file)]
+        extra = [name for name in found if name not in headers or headers[name].file != file]
         if extra:
             problems.append(_problem(str(file), "only tensors that the index names", ", ".join(extra[:_MOST_NAMED])))
     index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-    stated = index.get("metadata", {}).get("total_size")
+    metadata = index.get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(header.nbytes for header in headers.values())
     if stated != total:
         problems.append(_problem(f"{folder / INDEX_FILE}: total_size", f"{total:,}", str(stated)))

@@ -10,21 +10,13 @@ from typing import Any
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.cache import cache_folder
 from intarsia.checkpoint.files import read_config
+from intarsia.checkpoint.folder import TOKENIZER_FILES
 from intarsia.checkpoint.gguf_source import kept_folder
 from intarsia.checkpoint.model_name import DEMO, GGUF, bare, hub_id, local_path
 from intarsia.errors import Problem, UserError
 from intarsia.recipe import codec
 from intarsia.runtimes.checks import Skipped, refuse
 
-_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-)
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _AGAIN = "Copy the tokenizer's files from the model that this one was made from, or build it again."
 
@@ -118,7 +110,7 @@ def _names(folder: Path) -> set[str]:
         file.name
         for file in folder.iterdir()
         if file.is_file()
-        and any(fnmatch(file.name, pattern) for pattern in _FILES)
+        and any(fnmatch(file.name, pattern) for pattern in TOKENIZER_FILES)
         and file.suffix in (".json", ".txt", ".model", ".jinja")
     }
 

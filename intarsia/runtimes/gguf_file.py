@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from intarsia.checkpoint.gguf_source import need_gguf
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.staging import check_room
 from intarsia.disk import replaced
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent
@@ -16,7 +16,6 @@ from intarsia.runtimes.gguf_hparams import Hparams, add_hparams, hparams
 from intarsia.runtimes.gguf_tensors import FILE_TYPES, KINDS, GgufTensor, entries_of, tensors_of
 from intarsia.runtimes.gguf_tokenizer import GgufTokenizer, add_tokenizer, gguf_tokenizer
 
-_SPARE_BYTES = 64 * 2**20
 _PADDING = 32
 
 
@@ -81,15 +80,7 @@ def check_file(out: Path, *, overwrite: bool, nbytes: int = 0) -> None:
             found="a file",
             remedy="Choose another one, or pass --overwrite to replace it.",
         )
-    existing = next(parent for parent in out.resolve().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < nbytes + _SPARE_BYTES:
-        raise UserError.of(
-            where=str(out),
-            expected=f"{(nbytes + _SPARE_BYTES) / 1e6:,.0f} MB of free disk space",
-            found=f"{free / 1e6:,.0f} MB",
-            remedy="Free some space, or choose a file on another disk.",
-        )
+    check_room(out, nbytes)
 
 
 def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, out: Path, progress: Progress | None = None) -> None:

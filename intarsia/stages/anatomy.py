@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.anatomy.detect import known_families
+from intarsia.anatomy.family import Family
 from intarsia.anatomy.family_file import with_family_file
-from intarsia.anatomy.spec import Family
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
 from intarsia.building.resident import load_model
+from intarsia.building.spread import free_bytes
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import Problem, UserError
@@ -93,7 +93,7 @@ def bench(
     where, kind = device_of(device), dtype_of(dtype)
     opened = _opened(models, progress)
     _check(opened, settings, new_tokens, repeats)
-    together = sum(each.nbytes for each in opened.values()) < _free_bytes(where) * _SHARE_OF_FREE
+    together = sum(each.nbytes for each in opened.values()) < free_bytes(where) * _SHARE_OF_FREE
     if not together and len(opened) > 1:
         progress.say("the models do not fit into memory together: they are measured one after the other")
     measured: dict[tuple[str, int, int], tuple[Speed, Footprint, int]] = {}
@@ -198,7 +198,3 @@ def _several(value: int | Sequence[int]) -> tuple[int, ...]:
 
 def _weights_bytes(model: PreTrainedModel) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
-
-
-def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

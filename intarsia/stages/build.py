@@ -22,9 +22,9 @@ from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
 from intarsia.reporting.puzzle import puzzle_svg
-from intarsia.stages.plan import versions
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_recipe import chosen_trial, is_tailored, trial_recipe
+from intarsia.stages.versions import versions
 
 PICTURE = "puzzle.svg"
 

@@ -13,16 +13,17 @@ from intarsia.evaluation.task_plan import plan_tasks
 from intarsia.progress import Progress, Silent
 from intarsia.reporting.comparison import load
 from intarsia.reporting.comparison_table import cells
+from intarsia.stages.calibration_text import calibration_as_begun, facts_of
 from intarsia.stages.compare_folder import CompareFolder
 from intarsia.stages.compare_input import check_depths, check_lists, load_texts, predicted_cost, task_facts_of
 from intarsia.stages.compare_judge import Judge
 from intarsia.stages.compare_methods import parse_methods
 from intarsia.stages.compare_outputs import write_outputs
 from intarsia.stages.compare_work import Work
-from intarsia.stages.plan import versions
 from intarsia.stages.repair import HEALS
 from intarsia.stages.setup import check_seq_len
 from intarsia.stages.source import Source
+from intarsia.stages.versions import versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,18 +147,19 @@ def compare(
         "speed": speed,
     }
     task_facts = [] if task_plan is None else task_facts_of(task_plan, tasks, include_path)
-    facts = _facts(source, batch_tokens) | {"eval_texts": text_facts, "tasks": task_facts, "asked": asked}
+    begun_with = CompareFolder(out).facts()
+    facts = _facts(source, batch_tokens, begun_with) | {"eval_texts": text_facts, "tasks": task_facts, "asked": asked}
     folder = CompareFolder.offer(out, facts)
     judge = Judge(source, texts, tasks=task_plan, task_layers=task_layers, speed=speed)
     work = Work(source, folder, judge, depths, heals, batch_tokens)
     try:
         if work.missing(entrants):
             corpus = source.corpus  # a mistyped text must not leave a folder behind
-            facts["calibration"] = {"text": corpus.description, "sha256": corpus.sha256, "tokens": corpus.tokens}
+            facts["calibration"] = facts_of(corpus)
             folder.start(facts)
             work.run(entrants)
     finally:
-        work.ladders.close()
+        work.close()
     files = write_outputs(out)
     return CompareResult(
         model=model,
@@ -173,16 +175,16 @@ def compare(
     )
 
 
-def _facts(source: Source, batch_tokens: int | None) -> dict[str, Any]:
-    """What decides every number of the comparison, whatever it is judged by."""
-    given = source.calibration
+def _facts(source: Source, batch_tokens: int | None, begun: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides every number of the comparison, whatever it is judged by. `begun`: what it was begun with, if so."""
+    begun_with, begun_text = (begun.get(name) or {} for name in ("settings", "calibration"))
     return {
         "kind": "compare",
         "model": source.model,
         "revision": source.revision,
         "base_sha256": source.sha256,
         "settings": {
-            "calibration": given if isinstance(given, str) else ",".join(given),
+            "calibration": calibration_as_begun(source, begun_with.get("calibration"), begun_text.get("sha256")),
             "tokens": source.tokens,
             "seq_len": source.seq_len,
             "seed": source.seed,

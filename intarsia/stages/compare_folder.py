@@ -47,10 +47,7 @@ class CompareFolder:
         folder = cls(path)
         if folder._settings.exists():
             folder.rows = {key_of(row): row for row in folder._lines()}
-            problems = differences(*_pinned(folder._facts(), facts), str(folder._settings), option="-o")
-            # Before the first row nothing hangs on the settings, and a mistake among them can be mended.
-            if problems and (folder.rows or (path / PLANS).exists()):
-                raise UserError(problems)
+            folder._refuse_others(*_pinned(folder.facts(), facts))
         elif path.exists() and not (path.is_dir() and all(_is_leftover(entry) for entry in path.iterdir())):
             raise UserError.of(
                 where=str(path),
@@ -61,10 +58,18 @@ class CompareFolder:
         return folder
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Begin the comparison or continue it."""
+        """Begin the comparison or continue it.
+
+        Raises:
+            UserError: the calibration text is not the one it was begun with.
+        """
+        begun = self.facts()
+        if begun.get("calibration"):
+            texts = ({"calibration sha256": each["calibration"]["sha256"]} for each in (begun, facts))
+            self._refuse_others(*texts)
         self.path.mkdir(parents=True, exist_ok=True)
         if self.rows and not facts["tasks"]:
-            facts = {**facts, "tasks": self._facts().get("tasks", [])}
+            facts = {**facts, "tasks": begun.get("tasks", [])}
         write_whole(self._settings, json.dumps(facts, indent=2) + "\n")
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -83,6 +88,12 @@ class CompareFolder:
         """A path inside the folder as its rows name it."""
         return path.relative_to(self.path).as_posix()
 
+    def _refuse_others(self, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        problems = differences(begun, now, str(self._settings), option="-o")
+        # Before the first row nothing hangs on the settings, and a mistake among them can be mended.
+        if problems and (self.rows or (self.path / PLANS).exists()):
+            raise UserError(problems)
+
     @property
     def _settings(self) -> Path:
         return self.path / SETTINGS
@@ -91,7 +102,14 @@ class CompareFolder:
     def _rows(self) -> Path:
         return self.path / ROWS
 
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
+        """What the comparison was begun with; empty where there is none.
+
+        Raises:
+            UserError: the file that tells it is damaged.
+        """
+        if not self._settings.exists():
+            return {}
         try:
             facts: dict[str, Any] = json.loads(self._settings.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -116,11 +134,18 @@ def key_of(row: Mapping[str, Any]) -> Key:
 
 
 def _pinned(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What must be the same in both. Tasks may be added where there were none, or left out."""
+    """What must be the same in both. Tasks may be added where there were none, or left out.
+
+    A text or a file of questions is the same where its content is, whatever path it has.
+    """
     names = {*old, *new} - {*_NOT_PINNED}
     if not (old.get("tasks") and new.get("tasks")):
         names -= {"tasks"}
     plain: list[dict[str, Any]] = json.loads(json.dumps([old, new]))
+    for facts in plain:
+        for entry in (*facts.get("eval_texts", ()), *facts.get("tasks", ())):
+            if "sha256" in entry:
+                entry.pop("spec", None)
     before, now = ({name: facts.get(name) for name in names} for facts in plain)
     return before, now
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from intarsia.errors import Problem, UserError
 from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.planning.beam import check_beam
+from intarsia.planning.finalists import check_finalists
 from intarsia.planning.ladder import METHODS, settings_of
 from intarsia.planning.settings import Settings
 
@@ -95,6 +96,7 @@ def _entrant(text: str) -> Entrant:
         ) from error
     in_loop = ClosedFormSettings() if heal_in_loop else None
     check_beam(method, chosen, in_loop)
+    check_finalists(method, chosen, in_loop)
     return Entrant(name=f"{method}[{written}]", method=method, settings=chosen, in_loop=in_loop)
 
 

@@ -18,7 +18,8 @@ from intarsia.planning.settings import layers_at_once
 from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.compare_methods import Entrant
-from intarsia.stages.plan import BASE, PlanResult, measured_behind_norm, plan_source
+from intarsia.stages.plan import PlanResult, measured_behind_norm, plan_source
+from intarsia.stages.plan_settings import BASE
 from intarsia.stages.source import Source
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.healing.closed_form import ClosedFormSettings, closed_form_cost
+from intarsia.healing.lessons import Lessons
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.comparison import DENSE
 from intarsia.stages.compare_folder import CompareFolder, Key
@@ -35,6 +36,13 @@ class Work:
         self.depths, self.heals, self.batch_tokens = depths, heals, batch_tokens
         self.ladders = Ladders(source, batch_tokens=batch_tokens)
         self.dense: Key = (DENSE, source.checkpoint.anatomy.n_layers, "none")
+        self._lessons: Lessons | None = None
+
+    def close(self) -> None:
+        """Free what the rows shared."""
+        self.ladders.close()
+        if self._lessons is not None:
+            self._lessons.close()
 
     def missing(self, entrants: Sequence[Entrant]) -> list[Key]:
         """The rows that are not there yet."""
@@ -84,11 +92,13 @@ class Work:
         extra: dict[str, Any] = {}
         if heal == "closed-form":
             settings = ClosedFormSettings()
-            begun, then = time.perf_counter(), time.time()
-            repair = repaired(run, cut, self.source, settings=settings, batch_tokens=self.batch_tokens)
+            begun = time.perf_counter()
+            repair = repaired(
+                run, cut, self.source, settings=settings, batch_tokens=self.batch_tokens, lessons=self._shared_lessons()
+            )
             recipe, where = repair.recipe, repair.path
             extra["heal_forwards"] = closed_form_cost(cut, settings, self.source.checkpoint.anatomy)
-            if repair.path.stat().st_mtime >= then - 1.0:  # else it was there, and what it took is not known
+            if repair.fresh:  # else what it took is not known
                 extra["heal_seconds"] = time.perf_counter() - begun
             if not repair.taken:
                 extra["note"] = "; ".join(filter(None, [rung.note, "the fit is no better, so it stays as it was cut"]))
@@ -96,6 +106,24 @@ class Work:
         rows = list(self.folder.rows.values())
         relative = self.folder.relative(where)
         return self.judge.row(entrant.name, rung, recipe, heal=heal, where=relative, rows=rows) | extra
+
+    def _shared_lessons(self) -> Lessons | None:
+        """What all fits learn from, where there is room in memory for all of it."""
+        source = self.source
+        if self._lessons is None:
+            anatomy, corpus, room = source.checkpoint.anatomy, source.corpus, source.placement.room(self.folder.path)
+            states = corpus.input_ids.numel() * anatomy.width * source.resident.model.dtype.itemsize
+            if (anatomy.n_layers + 1) * states > room.memory_bytes:
+                return None
+            self._lessons = Lessons(
+                source.resident,
+                corpus,
+                keep=True,
+                batch_tokens=self.batch_tokens,
+                room=room,
+                progress=source.progress,
+            )
+        return self._lessons
 
     def _has(self, key: Key) -> bool:
         return self.judge.is_whole(self.folder.rows.get(key))

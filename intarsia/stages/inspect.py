@@ -13,6 +13,7 @@ from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.told import describe
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
+from intarsia.reporting.wording import mlp_pieces, of_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ def inspect(source: str) -> Inspection:
     facts = _model_facts(checkpoint)
     carried = checkpoint.folder / RECIPE_FILE
     if carried.is_file():
-        facts["recipe"] = _recipe_facts(codec.load(carried))
+        facts["recipe"] = _recipe_facts(codec.load(carried), mixture=checkpoint.anatomy.is_mixture("mlp"))
     return Inspection(source=source, kind="model", facts=facts)
 
 
@@ -76,13 +77,14 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     return facts
 
 
-def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
+def _recipe_facts(recipe: Recipe, *, mixture: bool = False) -> dict[str, Any]:
+    mlp = mlp_pieces(mixture or of_experts(recipe.provenance))
     rows = [
         {
             "layer": index,
             "original": f"{first}" if stop - first == 1 else f"{first}-{stop - 1}",
             "op": type(op).__name__.lower(),
-            "made_of": "; ".join(_made_of(name, pieces) for name, pieces in describe(op).items()),
+            "made_of": "; ".join(_made_of(name, pieces, mlp) for name, pieces in describe(op).items()),
             "fitted": ", ".join(recipe.fitted.get(index, ())) or None,
         }
         for index, (op, (first, stop)) in enumerate(zip(recipe.layers, recipe.spans, strict=True))
@@ -96,18 +98,21 @@ def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _made_of(name: str, pieces: Any) -> str:
+def _made_of(name: str, pieces: Any, mlp: str) -> str:
     if isinstance(pieces, dict):
-        return f"{name} ({pieces['kv_groups']} KV groups, {pieces['channels']} channels)"
+        return f"{name} ({pieces['kv_groups']} KV groups, {pieces['channels']} {mlp})"
     return name
 
 
 def _run_facts(run: RunFolder) -> dict[str, Any]:
-    settings = run.settings()
+    settings, depths = run.settings(), run.depths()
+    mlp = mlp_pieces(bool(depths) and of_experts(run.recipe(depths[0]).provenance))
     steps = [
         {
             "layers": entry["layers"],
-            "made_of": "dropped" if entry["op"] is None else "; ".join(_made_of(*item) for item in entry["op"].items()),
+            "made_of": "dropped"
+            if entry["op"] is None
+            else "; ".join(_made_of(name, pieces, mlp) for name, pieces in entry["op"].items()),
             "calibration_loss": entry["loss"],
             "layer_forwards": round(entry["layer_forwards"], 2),
             "seconds": round(entry["seconds"], 1),

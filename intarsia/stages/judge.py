@@ -6,12 +6,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from intarsia.building.resident import Resident, load_model
+from intarsia.building.spread import free_bytes
 from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
@@ -67,7 +67,7 @@ def measured(
     if source.placement.stream:
         return _streamed(source, small, corpus, unhealed)
     more = small.nbytes + (0 if source.in_memory else dense.nbytes)
-    together = more < _free_bytes(source.device) * _SHARE_OF_FREE
+    together = more < free_bytes(source.device) * _SHARE_OF_FREE
     if not together:
         progress.say("the models do not fit into memory together: their speeds are measured one after the other")
 
@@ -124,10 +124,6 @@ def _measures(checkpoint: Checkpoint, speed: Speed | None, found: Perplexity | N
         prefill_per_s=None if speed is None else speed.prefill_tokens_per_s,
         decode_per_s=None if speed is None else speed.decode_tokens_per_s,
     )
-
-
-def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def held_out_text(source: Source) -> Corpus | None:

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from intarsia.checkpoint.model_name import lasting
-from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.planning.beam import check_beam
 from intarsia.planning.cost import Cost, predict
+from intarsia.planning.finalists import check_finalists
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import METHODS, climb, planner_of, progressive_methods, settings_of
 from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import ComeSettings, Settings, layers_at_once
+from intarsia.planning.settings import ComeSettings, Settings
 from intarsia.planning.sizes import Held, Sizes
 from intarsia.progress import Progress, Silent
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.stages.calibration_text import pin_text
+from intarsia.stages.plan_settings import first_recipe, identifying_settings
 from intarsia.stages.setup import check_seq_len
 from intarsia.stages.source import Source
 from intarsia.stages.target import target_depth
-
-BASE = "base"
+from intarsia.stages.teaming import Workers, check_workers, deciding, team_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +85,8 @@ def plan(
     memory_bytes: int | None = None,
     batch_tokens: int | None = None,
     seed: int = 0,
+    scheduler: str | None = None,
+    workers: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> PlanResult:
@@ -107,6 +106,8 @@ def plan(
         devices: lay the layers over several devices.
         stream: keep one layer in memory at a time, read from the files when it is needed.
         memory_bytes: what hidden states may take in memory; the rest goes to files in the run folder.
+        scheduler, workers: give the calibration set to the Dask workers of a scheduler, or to so many processes on
+            this machine; each holds a model of its own.
         dry_run: predict cost and memory, and do nothing.
 
     Raises:
@@ -137,6 +138,7 @@ def plan(
         in_loop=ClosedFormSettings() if heal_in_loop else None,
         batch_tokens=batch_tokens,
         dry_run=dry_run,
+        workers=None if scheduler is None and workers is None else Workers(scheduler=scheduler, count=workers),
     )
 
 
@@ -172,12 +174,14 @@ def plan_source(
     dry_run: bool,
     in_loop: ClosedFormSettings | None = None,
     shared: Callable[[], Intermediate] | None = None,
+    workers: Workers | None = None,
 ) -> PlanResult:
     """`plan`, for a model that other stages of the same call work on too.
 
     Args:
         in_loop: how to repair what a step changes before the next, if at all.
         shared: gives the model to plan with, where it is shared with other plans; it is not closed then.
+        workers: who measures the calibration set; this process, if it is not said.
 
     Raises:
         UserError: as `plan`.
@@ -186,6 +190,10 @@ def plan_source(
     progress, checkpoint = source.progress, source.checkpoint
     own = settings_of(method, settings)
     check_beam(method, own, in_loop)
+    check_finalists(method, own, in_loop)
+    assert workers is None or shared is None, "a model that is shared is measured in this process"
+    if workers is not None:
+        check_workers(workers, method, own, in_loop, len(source.placement.devices))
     target = target_depth(checkpoint, layers=layers, sparsity=sparsity)
     check_seq_len(checkpoint, source.seq_len)
     predicted = predict(
@@ -227,23 +235,9 @@ def plan_source(
         return result(None)
     progress.say(predicted.words())
     _ = source.tokenizer  # read now: one that cannot be read must not be found out after the scan
-    identifying = {
-        "model": source.model,
-        "revision": source.revision,
-        "sha256": source.sha256,
-        "method": method,
-        "calibration": source.calibration if isinstance(source.calibration, str) else ",".join(source.calibration),
-        "tokens": source.tokens,
-        "seq_len": source.seq_len,
-        "seed": source.seed,
-        "dtype": source.dtype_name,
-        "device": source.device.type,
-        "batch_tokens": batch_tokens,
-        "planner": None if own is None else own.to_dict(),
-        "heal_in_loop": None if in_loop is None else asdict(in_loop),
-        # Where more than two layers are merged at once the last step merges fewer, so the ladder depends on its end.
-        "target": target if layers_at_once(own) > 2 else None,
-    }
+    identifying = identifying_settings(
+        source, run, method, own, in_loop=in_loop, batch_tokens=batch_tokens, target=target
+    )
     folder = RunFolder.offer(run, identifying)
     if folder.depths() and folder.depths()[-1] <= target:
         progress.say(f"{run}: planned already")
@@ -251,29 +245,32 @@ def plan_source(
     corpus = source.corpus
     # Only now: a run folder that a mistyped text leaves behind would not take the right one.
     folder = RunFolder.start(run, identifying)
-    folder.pin("calibration", {"text": corpus.description, "sha256": corpus.sha256, "tokens": corpus.tokens})
-    start = _start(folder, source, identifying)
-    if shared is None:
-        current = Intermediate(
-            source.resident,
-            corpus,
-            start.layers,
-            fitted=start.fitted,
-            batch_tokens=batch_tokens,
-            memory_bytes=source.placement.memory_bytes,
-            folder=source.placement.room(folder.path).folder,
-            behind_final_norm=measured_behind_norm(own),
-            progress=progress,
-        )
-    else:
-        current = shared()
-        current.become(start.layers, start.fitted)
-    spent = current.layer_forwards
-    try:
-        stopped = climb(planner_of(method, own), current, start, target, folder, in_loop=in_loop)
-    finally:
+    pin_text(folder, corpus)
+    start = first_recipe(folder, source, identifying)
+    behind_norm = measured_behind_norm(own)
+    with team_of(workers, source, folder, batch_tokens=batch_tokens, behind_final_norm=behind_norm) as team:
         if shared is None:
-            current.close()
+            current = Intermediate(
+                source.resident if team is None else deciding(source),
+                corpus,
+                start.layers,
+                fitted=start.fitted,
+                batch_tokens=batch_tokens,
+                memory_bytes=source.placement.memory_bytes,
+                folder=source.placement.room(folder.path).folder,
+                behind_final_norm=behind_norm,
+                team=team,
+                progress=progress,
+            )
+        else:
+            current = shared()
+            current.become(start.layers, start.fitted)
+        spent = current.layer_forwards
+        try:
+            stopped = climb(planner_of(method, own), current, start, target, folder, in_loop=in_loop)
+        finally:
+            if shared is None:
+                current.close()
     if stopped is not None:
         progress.say(f"stopped at {current.depth} layers: {stopped}")
     return result(folder, current.layer_forwards - spent, stopped)
@@ -282,45 +279,3 @@ def plan_source(
 def measured_behind_norm(settings: Settings | None) -> bool:
     """Whether a method takes the last layer's output behind the final norm."""
     return isinstance(settings, ComeSettings) and settings.reference
-
-
-def _start(folder: RunFolder, source: Source, settings: dict[str, Any]) -> Recipe:
-    """The recipe to go on from: the last one of the ladder, or the whole model."""
-    if folder.depths():
-        return folder.recipe(folder.depths()[-1])
-    checkpoint, corpus = source.checkpoint, source.corpus
-    variant = Variant(name=BASE, model=lasting(source.model), revision=source.revision, sha256=source.sha256)
-    whole = identity(variant, checkpoint.anatomy.n_layers)
-    provenance = {
-        "method": settings["method"],
-        "settings": _decided_by(settings),
-        "calibration": {
-            "text": corpus.description,
-            "tokens": corpus.tokens,
-            "seq_len": corpus.seq_len,
-            "seed": settings["seed"],
-            "sha256": corpus.sha256,
-        },
-        "dtype": settings["dtype"] or str(checkpoint_dtype(checkpoint)).removeprefix("torch."),
-        "device": settings["device"],
-        "versions": versions(),
-    }
-    return whole.with_layers(whole.layers, provenance=provenance)
-
-
-def _decided_by(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The planner's settings, and how it repaired on the way."""
-    planner: dict[str, Any] | None = settings["planner"]
-    in_loop = settings["heal_in_loop"]
-    return planner if in_loop is None else {**(planner or {}), "heal_in_loop": in_loop}
-
-
-def checkpoint_dtype(checkpoint: Checkpoint) -> Any:
-    """The dtype of the embedding, which stands for the model's."""
-    return checkpoint.headers[f"{checkpoint.anatomy.family.embedding_module}.weight"].dtype
-
-
-def versions() -> dict[str, str]:
-    """What this was made with."""
-    found = {name: version(name) for name in ("intarsia", "torch", "transformers", "safetensors")}
-    return {**found, "python": platform.python_version()}

@@ -14,9 +14,11 @@ from intarsia.disk import full_disk_named
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.healing.closed_form import ClosedFormSettings, fit
+from intarsia.healing.lessons import Lessons
 from intarsia.planning.run_folder import RunFolder
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
+from intarsia.stages.calibration_text import pin_text
 from intarsia.stages.source import Source
 
 HEALS = ("closed-form", "none")
@@ -28,22 +30,32 @@ class Repaired:
     """A healed recipe and what came of it.
 
     `taken` is False where the fit raised the loss of the held-out calibration text: the recipe is then as it was.
-    `path`: where it is kept.
+    `path`: where it is kept. `fresh`: it was fitted now, not found there.
     """
 
     recipe: Recipe
     path: Path
+    fresh: bool
     taken: bool
     read_outs: int
     tokens: int
 
 
 def repaired(
-    run: Path, recipe: Recipe, source: Source, *, settings: ClosedFormSettings, batch_tokens: int | None
+    run: Path,
+    recipe: Recipe,
+    source: Source,
+    *,
+    settings: ClosedFormSettings,
+    batch_tokens: int | None,
+    lessons: Lessons | None = None,
 ) -> Repaired:
     """A recipe of a run's ladder, healed in closed form on the run's calibration text.
 
     A fit that is finished is in the run folder, and is only read.
+
+    Args:
+        lessons: the original's on the source's text, shared with other fits.
 
     Raises:
         UserError: activations are not finite, or the calibration text is not the one of the run.
@@ -54,16 +66,15 @@ def repaired(
     kept = run / _FOLDER / f"layers-{len(recipe.layers):03d}-{key}.yaml"
     if kept.exists():
         source.progress.say(f"{kept}: healed already")
-        return _result(codec.load(kept), kept)
+        return _result(codec.load(kept), kept, fresh=False)
     corpus = source.corpus
-    RunFolder.existing(run).pin(
-        "calibration", {"text": corpus.description, "sha256": corpus.sha256, "tokens": corpus.tokens}
-    )
+    pin_text(RunFolder.existing(run), corpus)
     fitted, fits = fit(
         recipe,
         source.resident,
         corpus,
         settings=settings,
+        lessons=lessons,
         batch_tokens=batch_tokens,
         room=source.placement.room(run),
         progress=source.progress,
@@ -92,7 +103,7 @@ def repaired(
     with full_disk_named(run):
         kept.parent.mkdir(exist_ok=True)
         codec.save(done, kept)
-    return _result(done, kept)
+    return _result(done, kept, fresh=True)
 
 
 def _held_out(corpus: Corpus, settings: ClosedFormSettings) -> Corpus:
@@ -102,11 +113,12 @@ def _held_out(corpus: Corpus, settings: ClosedFormSettings) -> Corpus:
     return Corpus.of(corpus.input_ids[rows], mask=mask, description="held-out calibration text", documents=1)
 
 
-def _result(recipe: Recipe, path: Path) -> Repaired:
+def _result(recipe: Recipe, path: Path, *, fresh: bool) -> Repaired:
     heal: Mapping[str, Any] = recipe.provenance["heal"]
     return Repaired(
         recipe=recipe,
         path=path,
+        fresh=fresh,
         taken=heal["stages"][-1]["taken"],
         read_outs=sum(row["ridge"] is not None for row in heal["read_outs"]),
         tokens=heal["text"]["tokens"],

@@ -7,95 +7,37 @@ what a report reads: `tailor.json`, `trials.jsonl` and `front.json`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
+from intarsia.healing.cluster import check_scheduler
 from intarsia.progress import Progress, Silent
 from intarsia.reporting.page import write_report
-from intarsia.stages.plan import versions
 from intarsia.stages.setup import device_of, dtype_of
 from intarsia.stages.tailor_begin import TOKENS, Beginning
 from intarsia.stages.tailor_finish import finish
 from intarsia.stages.tailor_folder import TailorFolder
-from intarsia.stages.tailor_input import Job, Predicted, predict, read_job
+from intarsia.stages.tailor_input import Job, predict, read_job
 from intarsia.stages.tailor_judge import EXAMPLES
 from intarsia.stages.tailor_recipe import translator_of
+from intarsia.stages.tailor_result import TailorResult
 from intarsia.stages.tailor_scorer import Opener, TrialScorer, evaluator_of
+from intarsia.stages.tailor_settings import settings_of
 from intarsia.tailoring.blend_methods import STATISTICS
-from intarsia.tailoring.family import Family, open_family
+from intarsia.tailoring.dask_workers import dask_workers
+from intarsia.tailoring.family import open_family
 from intarsia.tailoring.grids import space_of
-from intarsia.tailoring.history import Trial
 from intarsia.tailoring.hyperband import budget_ladder
 from intarsia.tailoring.make_engine import check_engine, make_engine
 from intarsia.tailoring.measure_statistics import check_anatomy
-from intarsia.tailoring.pareto import Front
 from intarsia.tailoring.search import Goal, search
-from intarsia.tailoring.space import Space
-from intarsia.tailoring.workers import InProcess, Workers, check_scheduler, dask_workers
+from intarsia.tailoring.workers import InProcess, Workers
 
 if TYPE_CHECKING:
     from intarsia.tailoring.evaluator import Evaluator
-
-
-@dataclass(frozen=True, kw_only=True)
-class TailorResult:
-    """What a search has found.
-
-    Attributes:
-        run: its folder; None for a dry run.
-        trials: how many trials it has made; `failed` of them.
-        front: the Pareto front; `knee` the number of its incumbent's trial.
-        judged: the incumbent beside the uncut base on what the search never saw; None where it was not judged.
-        best: the folder of the built incumbent; `report` the page about the search.
-        stopped: why the search ended before it had made as many trials as were asked for, or None.
-    """
-
-    run: Path | None
-    predicted: Predicted
-    trials: int = 0
-    failed: int = 0
-    front: Front | None = None
-    judged: Mapping[str, Any] | None = None
-    best: Path | None = None
-    report: Path | None = None
-    stopped: str | None = None
-    layer_forwards: float = 0.0
-    trial_seconds: float = 0.0
-    seconds: float
-    peak_memory_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        if self.run is None:
-            return {**self.predicted.to_dict(), "seconds": self.seconds}
-        front = self.front
-        return {
-            "run": str(self.run),
-            "front": [] if front is None else [_row(front, trial) for trial in front.points],
-            "budget": None if front is None else front.budget,
-            "knee": None if front is None else front.knee.number,
-            "judged": self.judged,
-            "trials": self.trials,
-            "failed": self.failed,
-            "stopped": self.stopped,
-            "best": None if self.best is None else str(self.best),
-            "report": None if self.report is None else str(self.report),
-            "layer_forwards": self.layer_forwards,
-            "trial_seconds": self.trial_seconds,
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-        }
-
-
-def _row(front: Front, trial: Trial) -> dict[str, Any]:
-    marks = [name for name in front.objectives if front.best(name) is trial] + ["knee"] * (front.knee is trial)
-    costs = dict(zip(front.objectives, trial.costs or (), strict=True))
-    return {"trial": trial.number, **costs, "best": ", ".join(marks), "engine": trial.engine, "origin": trial.origin}
 
 
 def tailor(
@@ -186,13 +128,19 @@ def tailor(
     device_of(job.device), dtype_of(job.dtype)
     if scheduler is not None:
         check_scheduler(scheduler)
-    folder = TailorFolder.offer(job.out, _settings(job, family, space, budgets, None, progress))
-    _check_wanted(folder, job)
+    variants = family.variants(progress)
+    folder = TailorFolder.offer(job.out, settings_of(job, variants, space, budgets))
     progress.say(predicted.words())
     evaluator = evaluator_of(
-        family, file, device=job.device, dtype=job.dtype, memory_bytes=memory_bytes, progress=progress
+        family,
+        file,
+        device=job.device,
+        dtype=job.dtype,
+        memory_bytes=memory_bytes,
+        probe=not folder.is_one(),  # a search that goes on has kept what the base costs
+        progress=progress,
     )
-    settings = _settings(job, family, space, budgets, evaluator, progress)
+    settings = settings_of(job, variants, space, budgets, evaluator)
     folder = TailorFolder.offer(job.out, settings)
     folder.start(settings, job.text)
     folder.want(job.trials)
@@ -205,8 +153,7 @@ def tailor(
         dtype=job.dtype,
         progress=progress,
     )
-    scores = beginning.scores(family.checkpoints(), needed=bool(space.shares))
-    beginning.statistics(family.checkpoints(), kinds)
+    scores = beginning.measured(family.checkpoints(), joined=bool(space.shares), kinds=kinds)
     translator = translator_of(file, family.anatomy, folder, settings["members"], scores, family.read)
     warm = beginning.warm_start(translator)
     goal = Goal(trials=job.trials, objectives=evaluator.objectives, max_budget=budgets[-1], seed=file.search.seed)
@@ -265,62 +212,3 @@ def _workers(job: Job, opener: Opener, evaluator: Evaluator, scheduler: str | No
     evaluator.close()  # the workers have their own
     with dask_workers(opener, scheduler=scheduler, count=job.workers) as hands:
         yield hands
-
-
-def _check_wanted(folder: TailorFolder, job: Job) -> None:
-    """Refuse to begin anew where a search is to be resumed.
-
-    Raises:
-        UserError: there is none.
-    """
-    if job.resume and not folder.is_one():
-        raise UserError.of(
-            where="--resume",
-            expected="a search to go on with",
-            found=f"none in {folder.path}",
-            remedy="Leave --resume out to begin one.",
-        )
-
-
-def _settings(
-    job: Job, family: Family, space: Space, budgets: Sequence[int], evaluator: Evaluator | None, progress: Progress
-) -> dict[str, Any]:
-    """What decides every number of the search. Without an evaluator, what is known before anything heavy."""
-    file = job.file
-    base = None if evaluator is None else evaluator.base
-    variants = family.variants(progress)
-    plain = asdict(replace(file, search=replace(file.search, trials=0)))
-    del plain["search"]["trials"]  # a search may go on
-    return {
-        "kind": "tailor",
-        "family": plain,
-        "members": {
-            variant.name: {"model": variant.model, "revision": variant.revision, "sha256": variant.sha256}
-            for variant in variants
-        },
-        "space": {
-            "kind": space.kind,
-            "depth": space.depth,
-            "target": space.target,
-            "log10_size": round(space.log10_size, 3),
-        },
-        "budgets": list(budgets),
-        "base": dict(zip(evaluator.objectives, base.costs, strict=True)) if evaluator and base else None,
-        "objectives": [
-            {
-                "name": objective.name,
-                "kind": objective.kind,
-                "source": objective.source,
-                "metric": objective.metric if objective.kind == "task" else None,
-                "split": list(objective.split),
-                "sha256": None if evaluator is None else evaluator.data[objective.name],
-            }
-            for objective in file.objectives
-        ],
-        "engine": file.search.engine,
-        "seed": file.search.seed,
-        "heal": file.heal,
-        "device": job.device,
-        "dtype": job.dtype,
-        "versions": versions(),
-    }

@@ -10,8 +10,6 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.disk import write_whole
@@ -26,9 +24,10 @@ from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.tailoring import sensitivities
 from intarsia.tailoring.blend_methods import Statistic
 from intarsia.tailoring.engine import Start
+from intarsia.tailoring.example_sources import part_of
 from intarsia.tailoring.family_file import RANDOM_MIDDLE, FamilyFile, ObjectiveSpec
 from intarsia.tailoring.history import Trial
-from intarsia.tailoring.measure_statistics import measure_statistics
+from intarsia.tailoring.measure_members import measure_members
 from intarsia.tailoring.translate import PieceScores, Translator
 from intarsia.tailoring.warm_start import WarmStart, from_recipe, from_search, random_middles
 
@@ -63,40 +62,31 @@ class Beginning:
         self._device, self._dtype = device, dtype
         self._source: Source | None = None
 
-    def scores(self, members: dict[str, Checkpoint], *, needed: bool) -> PieceScores:
-        """The sensitivities of all members' pieces; empty where no layers are joined."""
+    def measured(self, members: dict[str, Checkpoint], *, joined: bool, kinds: Sequence[Statistic]) -> PieceScores:
+        """The sensitivities of all members' pieces, empty where no layers are `joined`.
+
+        Statistics of these kinds are in the run folder then.
+
+        Raises:
+            UserError: something measured is not finite, or the disk is full.
+        """
         path = self.folder.sensitivities
-        if not needed:
-            return {}
-        if not path.exists():
+        lacking = bool(kinds) and not all((self.folder.statistics / name).exists() for name in members)
+        if lacking or (joined and not path.exists()):
             source = self.source
             corpus = source.corpus
             source.release()
-            device: torch.device = source.device
-            found = sensitivities.measure(members, corpus, device=device, dtype=source.dtype, progress=self.progress)
-            sensitivities.save(found, path)
-        return sensitivities.load(path)
-
-    def statistics(self, members: dict[str, Checkpoint], kinds: Sequence[Statistic]) -> None:
-        """See that the statistics of all members are there, if methods need any.
-
-        Raises:
-            UserError: something in them is not finite, or the disk is full.
-        """
-        if not kinds or all((self.folder.statistics / name).exists() for name in members):
-            return
-        source = self.source
-        corpus = source.corpus
-        source.release()
-        measure_statistics(
-            members,
-            corpus,
-            kinds,
-            self.folder.statistics,
-            device=source.device,
-            dtype=source.dtype,
-            progress=self.progress,
-        )
+            measure_members(
+                members,
+                corpus,
+                scores=path if joined else None,
+                statistics=self.folder.statistics,
+                kinds=kinds,
+                device=source.device,
+                dtype=source.dtype,
+                progress=self.progress,
+            )
+        return sensitivities.load(path) if joined else {}
 
     def warm_start(self, translator: Translator) -> WarmStart:
         """The candidates to begin with, and trials of earlier searches.
@@ -169,10 +159,9 @@ class Beginning:
         """What the objectives show of their sources, as specs; items of tasks in a file of the run folder."""
         lines: list[str] = []
         for objective in self.file.objectives:
-            part = f"{objective.source}#{objective.split[0]:g}:{objective.split[1]:g}"
-            texts = _items(objective, part)
+            texts = _items(objective)
             if texts is None and objective.kind != "task":
-                yield part
+                yield part_of(objective)
             lines += [json.dumps({"text": text}) for text in texts or ()]
         if lines:
             path = self.folder.path / _EXAMPLES
@@ -180,10 +169,11 @@ class Beginning:
             yield str(path)
 
 
-def _items(objective: ObjectiveSpec, part: str) -> list[str] | None:
+def _items(objective: ObjectiveSpec) -> list[str] | None:
     """The items that an objective shows, as text; None where its source is no file of items."""
     if not names_a_file(objective.source):
         return None
+    part = part_of(objective)
     if objective.kind == "task":
         return [f"{question.query} {question.choices[question.gold]}" for question in read_questions(part)[1]]
     try:

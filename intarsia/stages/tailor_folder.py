@@ -22,12 +22,9 @@ from typing import Any
 from intarsia.disk import write_whole
 from intarsia.errors import Problem, UserError
 from intarsia.planning.run_folder import differences
+from intarsia.reporting.tailor_folder import FAMILY, FRONT, SETTINGS, WANTED, recipe_path
 from intarsia.tailoring.history import TRIALS, History
 from intarsia.tailoring.pareto import Front, front_of
-
-SETTINGS = "tailor.json"
-FAMILY = "family.yaml"
-FRONT = "front.json"
 
 
 class TailorFolder:
@@ -128,11 +125,11 @@ class TailorFolder:
 
     def wanted(self) -> int:
         """How many trials are asked for; 0 if nobody has asked yet."""
-        return int(self._read("wanted.json")["trials"]) if self._file("wanted.json").exists() else 0
+        return int(self._read(WANTED)["trials"]) if self._file(WANTED).exists() else 0
 
     def want(self, trials: int) -> None:
         """Ask for so many, before the first of them is made."""
-        write_whole(self._file("wanted.json"), json.dumps({"trials": trials}) + "\n")
+        write_whole(self._file(WANTED), json.dumps({"trials": trials}) + "\n")
 
     def front(self) -> Front | None:
         """The Pareto front of the log."""
@@ -152,7 +149,7 @@ class TailorFolder:
 
     def recipe_path(self, number: int) -> Path:
         """Where the recipe of a trial of the front is (or will be)."""
-        return self._file("front") / f"trial-{number:05d}.yaml"
+        return recipe_path(self.path, number)
 
     def plan_path(self, method: str) -> Path:
         """The run folder of a planner whose ladder the search begins with."""

@@ -10,8 +10,9 @@ from typing import Any, get_args
 from intarsia.errors import Problem, UserError
 from intarsia.recipe.strict_yaml import dump_yaml
 from intarsia.stages.tailor_folder import TailorFolder
-from intarsia.tailoring.family_file import Engine, FamilyFile, read_family_file
+from intarsia.tailoring.family_file import Engine, FamilyFile
 from intarsia.tailoring.family_paths import absolute, absolute_data
+from intarsia.tailoring.family_reader import read_family_file
 from intarsia.tailoring.hyperband import expected_trials
 from intarsia.tailoring.space import Space
 
@@ -25,7 +26,6 @@ class Job:
     out: Path
     trials: int
     workers: int | None
-    resume: bool
     device: str | None
     dtype: str | None
 
@@ -74,6 +74,13 @@ def read_job(
                 "one of them",
                 "both",
                 "Leave one out.",
+            ),
+            (
+                resume and not dry_run and not going_on and out is not None and not TailorFolder(out).is_one(),
+                "--resume",
+                "a search to go on with",
+                f"none in {out}",
+                "Leave --resume out to begin one.",
             ),
             *_least("--trials", trials),
             *_least("--more-trials", more_trials),
@@ -129,7 +136,6 @@ def read_job(
         out=out or Path(),
         trials=wanted,
         workers=workers,
-        resume=resume,
         device=device,
         dtype=dtype,
     )

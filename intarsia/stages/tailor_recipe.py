@@ -16,13 +16,14 @@ from intarsia.progress import Progress, Silent
 from intarsia.recipe import codec
 from intarsia.recipe.ops import LayerRef
 from intarsia.recipe.recipe import Recipe, Variant
-from intarsia.stages.plan import versions
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_scorer import evaluator_of, is_healed
+from intarsia.stages.versions import versions
 from intarsia.tailoring import sensitivities
 from intarsia.tailoring.config_only import read_config_only
 from intarsia.tailoring.family import Family, open_family
-from intarsia.tailoring.family_file import FamilyFile, read_family_file
+from intarsia.tailoring.family_file import FamilyFile
+from intarsia.tailoring.family_reader import read_family_file
 from intarsia.tailoring.grids import space_of
 from intarsia.tailoring.history import Trial
 from intarsia.tailoring.pareto import Front

@@ -67,7 +67,7 @@ def read_objectives(
                 Objective(
                     name=spec.name,
                     measure=spec.metric if spec.kind == "task" else spec.kind,
-                    source=_part(spec),
+                    source=part_of(spec),
                     examples=in_order(examples, seed),
                 )
             )
@@ -83,14 +83,14 @@ def _examples(
     if spec.kind == "task" and not names_a_file(spec.source):
         return _asked(harness_questions(spec.source, spec.split), tokenizer, max_length, spec.name)
     if spec.kind == "task":
-        _, questions = read_questions(_part(spec))
+        _, questions = read_questions(part_of(spec))
         return _asked([_as_asked(question) for question in questions], tokenizer, max_length, spec.name)
     if spec.kind == "loss" and names_a_file(spec.source) and _holds_targets(spec.source):
-        _, targets = read_targets(_part(spec))
+        _, targets = read_targets(part_of(spec))
         pairs = [(target.query, target.target) for target in targets]
         requests = encode_pairs(pairs, tokenizer, max_length=max_length, where=spec.name)
         return [Example(requests=(request,)) for request in requests]
-    return _windows(_part(spec), tokenizer, windows, seq_len, seed)
+    return _windows(part_of(spec), tokenizer, windows, seq_len, seed)
 
 
 def _as_asked(question: Question) -> HarnessQuestion:
@@ -132,8 +132,12 @@ def _windows(spec: str, tokenizer: Any, windows: int, seq_len: int, seed: int) -
     return [Example(requests=(Request(context=(row[0],), continuation=tuple(row[1:])),)) for row in rows]
 
 
-def _part(spec: ObjectiveSpec) -> str:
-    """The source with its split, as files are written on the command line."""
+def part_of(spec: ObjectiveSpec) -> str:
+    """The source with its split, as files are written on the command line.
+
+    Raises:
+        UserError: the source has no parts.
+    """
     if spec.split == _WHOLE:
         return spec.source
     if spec.source.startswith("hub:"):

@@ -7,10 +7,9 @@ without them, which is said; one with fewer, or with other tokens for the same r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -124,8 +123,3 @@ def _member(spec: MemberSpec, base: Member | None, weights: bool, configs: Path 
         anatomy=checkpoint.anatomy,
         checkpoint=checkpoint,
     )
-
-
-def settings_of(family: Family) -> Mapping[str, Any]:
-    """What must be the same when a search goes on: who the members are."""
-    return {member.name: {"model": member.model, "revision": member.revision} for member in family.members}

@@ -107,7 +107,9 @@ class Staged:
     def _promotion(self) -> Ask | None:
         """From the greatest budget down, the first stage in which one of eta candidates has not gone on yet."""
         for stage, above in reversed(list(zip(self._stages, self._stages[1:], strict=False))):
-            if len(stage.promoted) < len(stage.costs) // self._eta and stage.waiting:
+            # Another engine may have scored others above alone: they have taken nobody's place.
+            waiting = len(stage.waiting)
+            if waiting and len(stage.costs) - waiting < len(stage.costs) // self._eta:
                 return self._promote(stage, above)
         return None
 

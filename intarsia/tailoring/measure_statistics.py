@@ -24,18 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.anatomy.spec import PARTS, Anatomy
-from intarsia.building.resident import Resident
-from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.stats import require_finite
 from intarsia.calibration.stream import LayerStream
-from intarsia.checkpoint.reader import Checkpoint
 from intarsia.disk import full_disk_named
 from intarsia.errors import UserError
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.taylor import gradients_behind_the_last
-from intarsia.progress import Progress
-from intarsia.recipe.recipe import Variant, identity
 from intarsia.tailoring.blend_methods import Statistic
 
 
@@ -59,57 +54,23 @@ def check_anatomy(anatomy: Anatomy, kinds: Sequence[Statistic]) -> None:
         )
 
 
-def measure_statistics(
-    members: Mapping[str, Checkpoint],
-    corpus: Corpus,
-    kinds: Sequence[Statistic],
-    folder: Path,
-    *,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    progress: Progress,
-) -> None:
-    """Write the statistics of every layer of the members, one model in memory at a time.
+def write_statistics(model: Intermediate, name: str, kinds: Sequence[Statistic], folder: Path) -> None:
+    """Write the statistics of every layer of a member into a folder of its own, which appears whole or not at all.
 
-    A member's folder appears whole or not at all; one that is there is left as it is.
+    Args:
+        model: the member, whole and measured.
 
     Raises:
         UserError: activations or gradients are not finite, or the disk is full.
     """
-    with progress.task("statistics", len(members)) as task:
-        for name, checkpoint in members.items():
-            task.note(name)
-            if not (folder / name).exists():
-                _member(name, checkpoint, corpus, kinds, folder, device, dtype, progress)
-            task.advance()
-
-
-def _member(
-    name: str,
-    checkpoint: Checkpoint,
-    corpus: Corpus,
-    kinds: Sequence[Statistic],
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    progress: Progress,
-) -> None:
-    anatomy = checkpoint.anatomy
-    resident = Resident(checkpoint, device=device, dtype=dtype)
-    whole = identity(Variant(name=name, model=checkpoint.model), anatomy.n_layers)
-    model = Intermediate(resident, corpus, whole.layers, progress=progress)
     staging = f".{name}"
     shutil.rmtree(folder / staging, ignore_errors=True)
-    try:
-        with full_disk_named(folder):
-            (folder / staging).mkdir(parents=True)
-            model.measure()
-            for kind in kinds:
-                for layer, found in grams(model) if kind == "regmean" else squared_gradients(model):
-                    _save(found, statistics_file(folder, staging, kind, layer))
-            (folder / staging).rename(folder / name)
-    finally:
-        model.close()
+    with full_disk_named(folder):
+        (folder / staging).mkdir(parents=True)
+        for kind in kinds:
+            for layer, found in grams(model) if kind == "regmean" else squared_gradients(model):
+                _save(found, statistics_file(folder, staging, kind, layer))
+        (folder / staging).rename(folder / name)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:

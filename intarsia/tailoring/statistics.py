@@ -30,7 +30,7 @@ class Statistics:
     """What is known of a family's members, and what their layers blend to by it.
 
     Attributes:
-        folder: what `measure_statistics` has written.
+        folder: what `write_statistics` has written.
         read: gives a tensor of a layer of a member.
     """
 

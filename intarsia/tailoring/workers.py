@@ -1,30 +1,16 @@
-"""Where trials run: in this process, or in the worker processes of a Dask cluster.
-
-A worker opens the family once and keeps it. What it runs on is its own: with our local cluster each worker has its
-device and its share of the cores. A worker that dies takes its trial with it, which Dask gives to another worker; a
-trial that has killed two is a failed one. A trial that fails otherwise is tried once more.
-
-Processes are started afresh, so a script that searches with several workers needs `if __name__ == "__main__":`.
-"""
+"""What a worker of a search is, and the one that is this process. A trial that fails is tried once more."""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
-from uuid import uuid4
+from typing import Protocol
 
 from intarsia.errors import UserError
-from intarsia.healing.cluster import Cluster, connect
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.outcome import Outcome, TrialFailed
 
-_ATTEMPTS = 2
+ATTEMPTS = 2
 _LONGEST = 300  # Characters of a reason.
-_PATIENCE_SECONDS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +89,7 @@ class InProcess:
         self._next = None
         attempt = 1
         outcome, reason = scored(self._scorer, recipe, budget)
-        while outcome is None and attempt < _ATTEMPTS:
+        while outcome is None and attempt < ATTEMPTS:
             attempt += 1
             outcome, reason = scored(self._scorer, recipe, budget)
         return Done(number=number, outcome=outcome, reason=reason, attempts=attempt, worker="0")
@@ -125,174 +111,3 @@ def scored(scorer: Scorer, recipe: Recipe, budget: int) -> tuple[Outcome | None,
         # Whatever a candidate makes a library do, the search goes on; five such trials at its beginning end it.
         words = " ".join(str(error).split())
         return None, f"{type(error).__name__}: {words}"[:_LONGEST]
-
-
-class OnDask:
-    """Several workers."""
-
-    def __init__(self, cluster: Cluster, opener: Opener, *, count: int, threads: int | None) -> None:
-        self.count = count
-        self._cluster, self._opener, self._threads = cluster, opener, threads
-        self._key = uuid4().hex
-        self._open: dict[Any, tuple[int, Recipe, int, int]] = {}
-
-    def submit(self, number: int, recipe: Recipe, budget: int) -> None:
-        """Give it to Dask."""
-        self._submit(number, recipe, budget, attempt=1)
-
-    def _submit(self, number: int, recipe: Recipe, budget: int, attempt: int) -> None:
-        work = (self._key, self._opener, self.count, self._threads, recipe, budget)
-        self._open[self._cluster.submit(_score_here, *work)] = (number, recipe, budget, attempt)
-
-    def next(self) -> Done:
-        """Of those that are done the one that was submitted first."""
-        from distributed import KilledWorker
-
-        while True:
-            future = self._first_done()
-            number, recipe, budget, attempt = self._open.pop(future)
-            try:
-                outcome, reason, worker = future.result()
-            except KilledWorker:
-                reason = "its worker died, and so did the one that tried it again"
-                return Done(number=number, outcome=None, reason=reason, attempts=_ATTEMPTS, worker="lost")
-            if outcome is not None or attempt >= _ATTEMPTS:
-                return Done(number=number, outcome=outcome, reason=reason, attempts=attempt, worker=worker)
-            self._submit(number, recipe, budget, attempt + 1)
-
-    def _first_done(self) -> Any:
-        from distributed import TimeoutError as NotYet
-        from distributed import wait
-
-        patience = _PATIENCE_SECONDS
-        while True:
-            done = sorted((future for future in self._open if future.done()), key=lambda f: self._open[f][0])
-            if done:
-                return done[0]
-            try:
-                wait(list(self._open), timeout=1, return_when="FIRST_COMPLETED")
-            except NotYet:
-                patience = _PATIENCE_SECONDS if self._cluster.client.nthreads() else patience - 1
-            if patience <= 0:
-                raise UserError.of(
-                    where="workers",
-                    expected="at least one worker",
-                    found=f"none for {_PATIENCE_SECONDS} seconds",
-                    remedy="Start workers (dask worker ADDRESS); the same command continues.",
-                )
-
-    def cancel(self) -> None:
-        """Give up what is under way."""
-        self._cluster.cancel(list(self._open))
-        self._open.clear()
-
-
-@contextmanager
-def dask_workers(opener: Opener, *, scheduler: str | None, count: int | None) -> Iterator[OnDask]:
-    """Workers of an existing scheduler (`tcp://host:8786`), or `count` processes of our own on this machine.
-
-    Raises:
-        UserError: dask is not installed, the scheduler cannot be reached, or it has no workers.
-    """
-    if scheduler is not None:
-        with connect(scheduler) as cluster:
-            found = _running(cluster, scheduler)
-            yield from _used(OnDask(cluster, opener, count=min(count or found, found), threads=None))
-        return
-    count = count or 1
-    threads = max(_cores() // count, 1)
-    with _local(count, threads) as cluster:
-        yield from _used(OnDask(cluster, opener, count=count, threads=threads))
-
-
-def check_scheduler(scheduler: str) -> None:
-    """See that a scheduler is there, and has workers.
-
-    Raises:
-        UserError: dask is not installed, the scheduler cannot be reached, or it has no workers.
-    """
-    with connect(scheduler) as cluster:
-        _running(cluster, scheduler)
-
-
-def _used(workers: OnDask) -> Iterator[OnDask]:
-    try:
-        yield workers
-    finally:
-        workers.cancel()
-
-
-@contextmanager
-def _local(count: int, threads: int) -> Iterator[Cluster]:
-    try:
-        import dask
-        from distributed import Client, LocalCluster
-    except ImportError as error:
-        raise UserError.of(
-            where="--workers",
-            expected="the package dask[distributed]",
-            found="it is not installed",
-            remedy="Install it (pip install 'intarsia[search]'), or search with one worker.",
-        ) from error
-    environment = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    settings = {
-        "distributed.scheduler.allowed-failures": _ATTEMPTS - 1,
-        "distributed.nanny.pre-spawn-environ": environment,
-    }
-    with (
-        dask.config.set(settings),
-        # No memory limit of Dask's: the weights are mapped from files, and it would count them against a worker.
-        LocalCluster(
-            n_workers=count,
-            threads_per_worker=1,
-            dashboard_address=None,
-            memory_limit=0,
-            silence_logs=logging.CRITICAL,
-        ) as own,
-        Client(own) as client,
-    ):
-        yield Cluster(client)
-
-
-def _running(cluster: Cluster, scheduler: str) -> int:
-    """How many trials the workers of a scheduler take at once."""
-    from distributed import TimeoutError as NotYet
-
-    try:
-        cluster.client.wait_for_workers(1, timeout=30)
-    except NotYet as error:
-        raise UserError.of(
-            where="--scheduler",
-            expected="a scheduler with at least one worker",
-            found=f"none at {scheduler} within 30 seconds",
-            remedy=f"Start workers: dask worker {scheduler}",
-        ) from error
-    return int(sum(cluster.client.nthreads().values()))
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-_SCORERS: dict[str, Scorer] = {}
-"""The scorer of this worker process, by search."""
-
-
-def _score_here(
-    key: str, opener: Opener, count: int, threads: int | None, recipe: Recipe, budget: int
-) -> tuple[Outcome | None, str | None, str]:
-    """Runs in a worker."""
-    from distributed import get_worker
-
-    name = str(get_worker().name)
-    if key not in _SCORERS:
-        for old in _SCORERS.values():
-            old.close()
-        _SCORERS.clear()
-        index = int(name) if name.isdecimal() else 0
-        _SCORERS[key] = opener(Place(index=index, count=count if threads is not None else 1, threads=threads))
-    outcome, reason = scored(_SCORERS[key], recipe, budget)
-    return outcome, reason, name

@@ -61,9 +61,31 @@ def test_everything_wrong_with_a_file_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught, with_family_file(written(text, tmp_path)):
         raise AssertionError("a bad file was taken")
     where = {problem.where.partition(": ")[2] for problem in caught.value.problems}
-    assert where == {"title", "modules.head", "fields.width", "norm[0].place", "linear[1].segments", "linear"}
+    assert where == {"title", "name", "modules.head", "fields.width", "norm[0].place", "linear[1].segments", "linear"}
     assert all("ADD_A_FAMILY" in problem.remedy for problem in caught.value.problems)
     assert "one that writes for the part 'attention'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "place"),
+    [
+        ("[[per_layer]]\nfield = 'a'\nevry = 2", "per_layer[0].evry"),
+        ("[[per_layer]]\nevery = 2", "per_layer[0].field"),
+        ("[[approximation]]\ntext = 'x'", "approximation[0].when"),
+        ("[[refuse]]\nfeature = 'x'", "refuse[0].remedy"),
+        ("[[stacked]]\nparameter = 'x'", "stacked[0].tensors"),
+        ("[constants]\nkv_heads = '2'", "constants.kv_heads"),
+        ("[aliases]\nx = 3", "aliases"),
+        ("[[norm]]\nmodule = 'x'\npart = 'mlp'\nplace = 'inside'\nrows = 'channel'", "norm[2].rows"),
+        ("[[norm]]\nmodule = 'x'\npart = 'mlp'\nplace = 'before'\noffset = '1'", "norm[2].offset"),
+        ("[[linear]]\nmodule = 'x'\npart = 'mlp'\nside = 'reads'\nsegments = ['rows']", "linear[7].segments"),
+        ("[[linear]]\nmodule = 'x'\npart = 'mlp'\nside = 'reads'\nsegments = []\nwhole = 0", "linear[7].whole"),
+    ],
+)
+def test_a_key_that_is_wrong_is_named(more: str, place: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught, with_family_file(written(f"{LLAMA}\n{more}\n", tmp_path)):
+        raise AssertionError("a bad file was taken")
+    assert [problem.where.partition(": ")[2] for problem in caught.value.problems] == [place]
 
 
 @pytest.mark.parametrize("text", ["title = ", None, "\x00"])

@@ -103,6 +103,9 @@ def test_what_stands_side_by_side(family: str) -> None:
         ({**QWEN3_30B, "decoder_sparse_step": 2}, "some are mixtures"),
         ({**QWEN3_30B, "mlp_only_layers": [0]}, "some are mixtures"),
         ({**QWEN3_30B, "num_experts": 0}, "0"),
+        ({**QWEN3_30B, "model_type": "qwen2_moe"}, "nothing"),  # the size of the shared expert
+        ({**QWEN3_30B, "model_type": "qwen2_moe", "shared_expert_intermediate_size": "wide"}, "'wide'"),
+        ({**MIXTRAL, "model_type": "granite", "residual_multiplier": "half"}, "'half'"),
         ({"model_type": "deepseek_v3"}, "latent attention"),
         ({"model_type": "gpt_oss"}, "attention sink"),
         ({"model_type": "falcon_mamba"}, "state-space"),

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from intarsia.anatomy.detect import detect
 from intarsia.anatomy.spec import Anatomy
-from intarsia.building.slicing import fold_centred_norm, fold_norm, join, positions, take
+from intarsia.building import slicing
+from intarsia.building.slicing import Joined, blocks, fold_centred_norm, fold_norm, join, positions, take
 
 ANATOMY = detect(
     {
@@ -103,6 +104,27 @@ def test_a_layer_cut_in_two_and_joined_is_that_permutation(order: list[int], mid
     down = linear(ANATOMY, "down_proj")
     parts = [take(weight, positions(ANATOMY, down, cut), 1) for cut in (order[:middle], order[middle:])]
     assert torch.equal(join(parts, 1), weight[:, order])
+
+
+@pytest.mark.parametrize("name", ["qkv_proj", "o_proj", "up_proj", "down_proj"])
+def test_joined_block_by_block_is_joined(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments of several sources, in blocks that end in the middle of them; two dtypes become the wider one."""
+    monkeypatch.setattr(slicing, "_ROWS", 3)
+    module = linear(FUSED, name)
+    shape = FUSED.linear_shape(module)
+    pieces = [(1,), (2, 0)] if module.part == "attention" else [(6, 1, 3), (0, 2, 4, 5)]
+    wanted = [positions(FUSED, module, some) for some in pieces]
+    generator = torch.Generator().manual_seed(0)
+    sources = [torch.randn(shape, generator=generator), torch.randn(shape, generator=generator).double()]
+    found = Joined(shape, wanted, module.cut_axis)
+    for number, source in enumerate(sources):
+        for segment, where in enumerate(wanted[number]):
+            for rows, taken in blocks(source, where, module.cut_axis):
+                assert len(taken) <= 3
+                found.put(number, segment, rows, taken)
+    cuts = [take(source, where, module.cut_axis) for source, where in zip(sources, wanted, strict=True)]
+    assert found.whole.dtype == torch.float64
+    assert torch.equal(found.whole, join(cuts, module.cut_axis))
 
 
 @pytest.mark.parametrize("shifted", [False, True])

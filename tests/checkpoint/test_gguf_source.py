@@ -20,6 +20,7 @@ from tests import families
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
+pytest.importorskip("transformers", minversion="5.18", reason="earlier transformers read tokenizers of GGUF wrong")
 
 
 @pytest.fixture
@@ -120,6 +121,19 @@ def test_scaled_frequencies_that_are_not_known(tmp_path: Path, cache: Path) -> N
 def test_missing_package(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_source.importlib.util, "find_spec", lambda name: None)
     refused(file, cache, r"expected the package gguf.*pip install .intarsia\[gguf\]")
+
+
+@pytest.mark.parametrize(
+    ("version", "taken"), [("5.0.0", False), ("5.17.9", False), ("5.18.0", True), ("6.0.dev0", True)]
+)
+def test_transformers_that_reads_tokenizers_wrong(
+    version: str, taken: bool, file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_source, "version", lambda name: version)
+    if taken:
+        assert open_checkpoint(str(file)).anatomy.n_layers == families.DEPTH
+    else:
+        refused(file, cache, rf"transformers 5\.18 or later.*found {version}.*pip install .intarsia\[gguf\]")
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

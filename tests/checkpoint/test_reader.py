@@ -7,11 +7,13 @@ import json
 import mmap
 import re
 import struct
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save_file
 
 from intarsia.checkpoint.header import DTYPES, read_headers
+from intarsia.checkpoint.mapped import let_go, map_tensor
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 
@@ -359,3 +362,17 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path, data: st.DataObject) 
     except UserError:
         return
     assert all(header.start + header.nbytes <= file.stat().st_size for header in headers)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts resident pages as Linux does")
+def test_pages_that_are_let_go_of_leave_memory_and_come_back(tmp_path: Path) -> None:
+    values = torch.arange(2**23, dtype=torch.float32)
+    save_file({"w": values}, tmp_path / "w.safetensors")
+    (header,) = read_headers(tmp_path / "w.safetensors")
+    process, mapped = psutil.Process(), map_tensor(header)
+    assert torch.equal(mapped, values)
+    touched = process.memory_info().shared
+    let_go(mapped.view(2, -1))
+    let_go(values)
+    assert touched - process.memory_info().shared > 0.9 * mapped.nbytes
+    assert torch.equal(mapped, values), "it is read from the file again, and what is not mapped stays"

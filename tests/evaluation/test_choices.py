@@ -6,13 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from intarsia.evaluation.choices import (
-    Question,
-    Target,
-    choice_set,
-    score_items,
-    target_set,
-)
+from intarsia.evaluation.choices import Question, choice_set, score_items
 from tests import families
 
 WORDS = families.sample_text(200, seed=9).replace(".", "").split()
@@ -78,13 +72,3 @@ def test_items_are_pinned() -> None:
     text = '{"choices": ["a", "b"], "gold": 1, "query": "q"}\n'
     one = choice_set("q", [Question(query="q", choices=("a", "b"), gold=1)], families.make_tokenizer())
     assert one.sha256 == hashlib.sha256(text.encode()).hexdigest()
-
-
-def test_targets_by_hand() -> None:
-    model = families.make_model("qwen2")
-    targets = [Target(query=" ".join(WORDS[i : i + 4]), target=" " + " ".join(WORDS[2 * i : 3 * i])) for i in (2, 5, 9)]
-    loss = score_items(model, target_set("cot", targets, families.make_tokenizer()))
-    by_hand = [log_p_by_hand(model, target.query, target.target) for target in targets]
-    assert loss.nll_items == pytest.approx([-total for total, _ in by_hand], abs=1e-3)
-    assert loss.token_items == tuple(tokens for _, tokens in by_hand)
-    assert loss.nll == pytest.approx(-sum(total for total, _ in by_hand) / sum(tokens for _, tokens in by_hand))

@@ -48,7 +48,7 @@ print(grown.bytes)
 def test_growth_by_looking_now_and_then() -> None:
     found = grown(
         """
-memory._reset_peak = lambda: False
+memory.reset_peak = lambda: False
 with memory.growth(torch.device("cpu")) as grown:
     kept = np.ones(200 * MB, dtype=np.uint8)
     kept.sum()

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import intarsia
 from intarsia.cli.app import app
-from intarsia.cli.heal import token_count
+from intarsia.cli.values import token_count
 from intarsia.errors import UserError
 from intarsia.healing.curve import read_curve
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
@@ -145,13 +145,13 @@ def test_command_line(recipe_file: Path, text_file: Path, tmp_path: Path) -> Non
     ("text", "count"), [("65536", 65536), ("500k", 500_000), ("2M", 2_000_000), ("1.5g", 15 * 10**8)]
 )
 def test_token_counts(text: str, count: int) -> None:
-    assert token_count(text, "tokens") == count
+    assert token_count(text, "--tokens") == count
 
 
 @pytest.mark.parametrize("text", ["", "M", "-5", "2X", "1e999"])
 def test_bad_token_counts(text: str) -> None:
     with pytest.raises(UserError, match="500k or 2M"):
-        token_count(text, "tokens")
+        token_count(text, "--tokens")
 
 
 KILLED = """

@@ -172,7 +172,7 @@ def test_every_model_is_loaded_once(heal: str, compress: Compress, monkeypatch: 
     compress(heal=heal)
     assert loaded == [6, 4]
     # Where they do not fit into memory together, the first one is let go of before the second one comes.
-    monkeypatch.setattr(judge, "_free_bytes", lambda device: 0)
+    monkeypatch.setattr(judge, "free_bytes", lambda device: 0)
     result = compress(heal=heal, overwrite=True)
     assert loaded == [6, 4, 6, 4]
     assert result.before.decode_per_s > 0 and result.after.decode_per_s > 0

@@ -184,6 +184,20 @@ def test_one_token_too_many_is_summed_up() -> None:
     torch.testing.assert_close(gram.xx_CC, (weighted.T @ weighted).double(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("features", [255, 256, 257, 700])
+def test_moments_of_many_features_are_whole_whenever_they_are_read(features: int) -> None:
+    """Half of the blocks are summed up and the others copied: also between two batches."""
+    generator = torch.Generator().manual_seed(0)
+    x, r = (torch.randn(900, size, generator=generator) for size in (features, 3))
+    gram = Gram(features, 3, CPU)
+    for start, stop in ((0, 500), (500, 900)):
+        gram.add(x[start:stop], r[start:stop], torch.ones(stop - start))
+        wanted = x[:stop].double().T @ x[:stop].double()
+        assert torch.equal(gram.xx_CC, gram.xx_CC.T)
+        torch.testing.assert_close(gram.xx_CC, wanted, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(gram.xr_CD, x[:stop].double().T @ r[:stop].double(), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_weight_is_changed_some_rows_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change that is kept as a product, and one that is a matrix: what adding it all at once gives."""

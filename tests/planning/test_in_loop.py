@@ -206,14 +206,15 @@ def test_what_is_built_is_what_was_measured(
 
 def test_come_decides_on_the_repaired_model(resident_of: InMemory, tmp_path: Path) -> None:
     resident, corpus = resident_of("llama"), written_by(resident_of("llama"))
-    run, _ = go(tmp_path / "run", resident, "come-p", 3, settings=ComeSettings(granularity=3, spans=2))
+    settings = ComeSettings(granularity=3, spans=2, finalists=1)
+    run, _ = go(tmp_path / "run", resident, "come-p", 3, settings=settings)
     first, second, third = run.log()
     for before, after in ((first, second), (second, third)):
         recipe = run.recipe(before["layers"])
         seen = Intermediate(resident, corpus, recipe.layers, fitted=recipe.fitted)
         seen.measure()
         assert after["evidence"]["influence"] == pytest.approx([measure.influence for measure in seen.measures])
-        step = Come(ComeSettings(granularity=3, spans=2), posterior=True).decide(seen, 3, [])
+        step = Come(settings, posterior=True).decide(seen, 3, [])
         assert step is not None and [step.start, step.start + step.count] == after["merged"]
         grids = step.evidence["grid"], after["evidence"]["grid"]
         assert [entry["start"] for entry in grids[0]] == [entry["start"] for entry in grids[1]]
@@ -378,7 +379,7 @@ class Stopped(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("method", ["come", "come-p", "sleb", "laco", "come reconstruction"])
+@pytest.mark.parametrize("method", ["come", "come-p", "sleb", "laco", "come reconstruction", "come-p removals"])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_stopped_and_started_again(
     method: str, steps: int, resident_of: InMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -387,6 +388,8 @@ def test_stopped_and_started_again(
     settings: Settings = LacoSettings(merge=2) if method == "laco" else ComeSettings(granularity=3)
     if method == "come reconstruction":
         method, settings = "come", ComeSettings(span_choice="reconstruction")
+    if method == "come-p removals":
+        method, settings = "come-p", ComeSettings(granularity=2, removals=True, finalists=3)
     corpus = written_by(resident, 32)
     go(tmp_path / "undisturbed", resident, method, 2, settings=settings, corpus=corpus)
     append, done = RunFolder.append, []
@@ -441,6 +444,8 @@ def test_planned_with_repair(model_folder: Any, text_file: Path, tmp_path: Path)
             ("come", None),
             ("come", ComeSettings(span_choice="reconstruction")),
             ("come-p", ComeSettings(granularity=2)),
+            ("come-p", ComeSettings(granularity=2, racing=False, removals=True, finalists=1)),
+            ("come-p", ComeSettings(granularity=2, racing=False, removals=True, finalists=30)),
             ("sleb", None),
             ("laco", LacoSettings(merge=3)),
         )
@@ -449,9 +454,8 @@ def test_planned_with_repair(model_folder: Any, text_file: Path, tmp_path: Path)
         planned = intarsia.plan(model, folder, layers=3, method=method, settings=settings, heal_in_loop=True, **given)
         assert planned.depths[-1] == 3
         assert planned.layer_forwards <= planned.predicted.layer_forwards_at_most
-        plain = intarsia.plan(
-            model, folder, layers=3, method=method, settings=settings, dry_run=True, **given
-        ).predicted
+        alone = replace(settings, finalists=1) if isinstance(settings, ComeSettings) else settings
+        plain = intarsia.plan(model, folder, layers=3, method=method, settings=alone, dry_run=True, **given).predicted
         assert planned.predicted.layer_forwards_at_most > plain.layer_forwards_at_most
         assert planned.predicted.hidden_bytes == (
             plain.hidden_bytes if number == 1 else plain.hidden_bytes + 6 * 512 * families.WIDTH * 4
@@ -464,7 +468,7 @@ def test_planned_with_repair(model_folder: Any, text_file: Path, tmp_path: Path)
             "mlp",
         ]
         with pytest.raises(UserError, match="heal_in_loop"):
-            intarsia.plan(model, folder, layers=3, method=method, settings=settings, **given)
+            intarsia.plan(model, folder, layers=3, method=method, settings=alone, **given)
     assert fitted
 
 

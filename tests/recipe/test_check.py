@@ -103,6 +103,14 @@ def test_wrong_concat(anatomy: Anatomy, concat: Concat, message: str) -> None:
         check(replace(recipe_of(GOOD), layers=(concat,)), {"base": anatomy})
 
 
+def test_pieces_of_a_mixture_are_called_experts(anatomy: Anatomy) -> None:
+    mixture = replace(anatomy, n_experts=8)
+    check(recipe_of(GOOD), {"base": mixture})
+    wrong = Concat(cuts=(cut(1, [0, 2], range(6), 0.6, 0.5), GOOD.cuts[1]))
+    with pytest.raises(UserError, match=r"expected 8 experts \(as channels\) in all cuts together; found 9"):
+        check(recipe_of(wrong), {"base": mixture})
+
+
 def test_weights_may_be_off_by_rounding(anatomy: Anatomy) -> None:
     check(recipe_of(Concat(cuts=(cut(1, [0, 2], range(5), 0.6 + 5e-7, 0.5), GOOD.cuts[1]))), {"base": anatomy})
 

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from intarsia.reporting.page import write_report
+from tests.reporting.browsing import Opened
 from tests.reporting.runs import comparison, plan_run, row, scores
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield launched
-        launched.close()
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -35,27 +21,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paths = [plan_run(folder / "run"), comparison(folder / "compare", rows)]
     write_report(paths, folder / "report.html")
     return folder / "report.html"
-
-
-class Opened:
-    """A page with everything that it said and asked for."""
-
-    def __init__(self, browser: Any, report: Path, **how: Any) -> None:
-        self.context = browser.new_context(**how)
-        self.page = self.context.new_page()
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(report.as_uri())
-
-    def layer(self, side: str, number: int) -> Any:
-        return self.page.locator(f'.picture:not([hidden]) .layer[data-side="{side}"][data-layer="{number}"]')
-
-    @property
-    def panel(self) -> str:
-        return str(self.page.locator(".panel").inner_text())
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

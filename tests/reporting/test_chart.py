@@ -45,6 +45,21 @@ def test_higher_values_lie_higher() -> None:
     assert left < right
 
 
+def test_a_value_beyond_the_axis_is_drawn_at_its_end_with_an_arrow() -> None:
+    points = [Point(x=0, y=20.0, error=1.0), Point(x=1, y=3e7, error=2e6, title="three in ten million")]
+    series = Series(name="a", points=points, hue=0)
+    y = Axis(label="", log=True, most=100.0)
+    tree = ElementTree.fromstring(chart([series], x=Axis(label=""), y=y, title=""))
+    low, high = (float(dot.get("cy", "0")) for dot in tree.iter(f"{SVG}circle"))
+    assert high < low
+    texts = [element.text for element in tree.iter(f"{SVG}text")]
+    assert texts.count("↑") == 1 and "1e+07" not in texts and "10M" not in texts
+    assert len(classes(tree, "error")) == 1  # none where the value is not drawn
+    assert "three in ten million" in [element.text for element in tree.iter(f"{SVG}title")]
+    inside = ElementTree.fromstring(chart([series], x=Axis(label=""), y=Axis(label="", log=True), title=""))
+    assert "↑" not in [element.text for element in inside.iter(f"{SVG}text")]
+
+
 def test_a_single_series_has_no_legend_and_an_empty_one_is_left_out() -> None:
     tree = drawn(line("only", 1.0, 2.0), line("empty"))
     assert "only" not in [element.text for element in tree.iter(f"{SVG}text")]

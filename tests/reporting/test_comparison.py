@@ -119,3 +119,15 @@ def test_healed_points_are_hollow(tmp_path: Path) -> None:
     svg = figure(load(comparison(tmp_path / "run", ROWS)), against="layers", quality="news")
     assert svg.count('class="dot s0 hollow"') == 1
     assert "healed in closed form" in svg
+
+
+def test_a_model_that_is_none_any_more_does_not_stretch_the_figure(tmp_path: Path) -> None:
+    broken = row("laco", 27, "none", 3.2e7)
+    broken["perplexity"]["news"]["stderr"] = 1.7e6
+    found = load(comparison(tmp_path / "run", [*ROWS, broken]))
+    drawn = figure(found, quality="news")
+    assert "laco, 27 layers: 3.2e+07" in drawn and drawn.count("↑") == 1
+    assert "arrow: more than 30 times the original&#x27;s" in drawn
+    assert "10M" not in drawn and "1M" not in drawn
+    assert "arrow" not in figure(load(comparison(tmp_path / "other", ROWS)), quality="news")
+    assert "| 3.2e+07 ± 1.7e+06 |" in as_markdown(found)

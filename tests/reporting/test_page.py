@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,9 +15,14 @@ import pytest
 
 from intarsia.errors import UserError
 from intarsia.planning.run_folder import RunFolder, Wanted
+from intarsia.reporting.blocks import Pictures, Table
 from intarsia.reporting.commands import compare_command, compress_command, plan_command
 from intarsia.reporting.page import report_html, write_report
 from intarsia.reporting.picture import Pieces, picture_svg, pieces_of
+from intarsia.reporting.plan_evidence import evidence_sections
+from intarsia.reporting.plan_folder import load_run
+from intarsia.reporting.plan_ladder import steps_section
+from intarsia.reporting.puzzle_section import picture_sections
 from tests.reporting.runs import CHANNELS, GROUPS, comparison, ladder, plan_run, row, scores
 
 VOID = {"meta", "input", "br", "link", "img"}
@@ -222,6 +228,26 @@ def test_a_page_is_written_whole(tmp_path: Path) -> None:
     write_report([plan_run(tmp_path / "run")], tmp_path / "r.html")
     assert (tmp_path / "r.html").read_text(encoding="utf-8") == report_html([tmp_path / "run"])
     assert {path.name for path in tmp_path.iterdir()} == {"run", "r.html"}
+
+
+def test_pieces_of_a_mixture_are_experts(tmp_path: Path) -> None:
+    """A plan's recipes tell it; without that they are channels."""
+    run = load_run(plan_run(tmp_path / "run"))
+    mixture = replace(
+        run,
+        recipes={
+            layers: replace(recipe, provenance={**recipe.provenance, "mlp_pieces": "experts"})
+            for layers, recipe in run.recipes.items()
+        },
+    )
+    for found, name, other in ((run, "channels", "experts"), (mixture, "experts", "channels")):
+        sections = [*picture_sections(found), *evidence_sections(found), steps_section(found)]
+        told = str(replace(sections[0], blocks=[block for block in sections[0].blocks if isinstance(block, Table)]))
+        told += str(sections[1:])
+        assert f"30 {name}" in told and other not in told
+        board = next(block for block in sections[0].blocks if isinstance(block, Pictures))
+        assert board.data["mlp"] == name
+        assert f"30 of 40 {name}" in board.pictures[0].svg
 
 
 def test_picture_of_every_layer_and_ribbon() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 
@@ -59,6 +60,12 @@ def test_ribbons_are_as_wide_as_the_share_of_pieces(recipe: Recipe, anatomy: Ana
     assert found[1, 1].into == pytest.approx((0.0, (1 / 4 + 30 / 40) / 2))
     assert found[2, 1].into == pytest.approx((0.5, 1.0))
     assert set(found) == {(0, 0), (1, 1), (2, 1)}
+
+
+def test_experts_are_called_so(recipe: Recipe, anatomy: Anatomy) -> None:
+    titles = [ribbon.title for ribbon in ribbons(recipe, replace(anatomy, n_experts=40))]
+    assert titles[1] == "layer 1: 1 of 4 KV groups, 30 of 40 experts"
+    assert "30 of 40 experts" in puzzle_svg(recipe, replace(anatomy, n_experts=40))
 
 
 def test_a_source_used_twice_gives_two_pieces_of_its_edge(anatomy: Anatomy) -> None:

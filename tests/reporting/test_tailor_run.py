@@ -219,7 +219,7 @@ def test_a_blend_in_two_parts() -> None:
         base=of(2),
     )
     expected = "attention: linear of 0.5 × base:2, 0.5 × math:2; MLP: ties of 1 × math:2; density 0.2; lambda 1.5"
-    assert told(op) == expected
+    assert told(op, "channels") == expected
 
 
 def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:

@@ -158,6 +158,9 @@ def test_index(folder: Path) -> None:
     file.write_text(json.dumps(index))
     resum(folder)
     assert "total_size" in failed(folder)["index and shards"]
+    file.write_text(json.dumps({**index, "metadata": None}))
+    resum(folder)
+    assert "total_size" in failed(folder)["index and shards"]
     index = json.loads(before)
     del index["weight_map"][UP]
     file.write_text(json.dumps(index))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,49 @@ def test_other_settings_are_refused(model_folder: Folder, halves: Sizes, text_fi
     assert places == ["eval_texts", "settings.seed", "settings.tokens"]
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
+
+def test_the_same_texts_and_tasks_by_other_paths(
+    model_folder: Folder, halves: Sizes, quiz: Path, text_file: Path, tmp_path: Path
+) -> None:
+    model, out = str(model_folder("llama")), tmp_path / "compare"
+    intarsia.compare(model, out, methods="come", layers=[5], tasks=[str(quiz)], **halves)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    text, questions = (Path(shutil.copy(file, moved / file.name)) for file in (text_file, quiz))
+    elsewhere = {**halves, "calibration": f"{text}#0:0.5", "eval_text": f"words={text}#0.5:1"}
+    intarsia.compare(
+        model, out, methods="come,reverse", layers=[4], heal=["closed-form"], tasks=[str(questions)], **elsewhere
+    )
+    assert set(rows_of(out)) == {
+        ("dense", 6, "none"),
+        ("come", 5, "none"),
+        ("come", 4, "closed-form"),
+        ("reverse", 4, "closed-form"),
+    }
+    assert RunFolder(out / "plans" / "come").depths() == [5, 4]
+
+    text.write_text(families.sample_text(5000, seed=9), encoding="utf-8")
+    questions.write_text("".join(questions.read_text(encoding="utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        intarsia.compare(model, out, methods="come", layers=[3], tasks=[str(questions)], **elsewhere)
+    places = [problem.where.rpartition(": ")[2] for problem in caught.value.problems]
+    assert places == ["eval_texts", "settings.calibration", "tasks"]
+
+
+def test_a_calibration_text_that_changed_under_a_comparison(
+    model_folder: Folder, halves: Sizes, text_file: Path, tmp_path: Path
+) -> None:
+    model, out = str(model_folder("llama")), tmp_path / "compare"
+    halves["calibration"] = str(shutil.copy(text_file, tmp_path / "text.txt"))
+    intarsia.compare(model, out, methods="come", layers=[5], **halves)
+    Path(halves["calibration"]).write_text(families.sample_text(5000, seed=9), encoding="utf-8")
+    with pytest.raises(UserError, match=r"calibration sha256"):  # not even for a method that has no ladder yet
+        intarsia.compare(model, out, methods="mka", layers=[5], **halves)
+    assert ("mka", 5, "none") not in rows_of(out) and not (out / "plans" / "mka").exists()
+
+
+def test_a_folder_of_something_else(model_folder: Folder, halves: Sizes, tmp_path: Path) -> None:
+    model = str(model_folder("llama"))
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thing").write_text("x", encoding="utf-8")
     with pytest.raises(UserError, match="something else"):

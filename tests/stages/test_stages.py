@@ -174,6 +174,15 @@ def test_inspect(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
         json.dumps(result.to_dict())
 
 
+def test_pieces_of_a_mixture_are_told_as_experts(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+    intarsia.plan(str(model_folder("mixtral")), tmp_path / "run", layers=5, **sizes)
+    run = intarsia.inspect(str(tmp_path / "run"))
+    recipe = intarsia.inspect(str(tmp_path / "run" / "ladder" / "layers-005.yaml"))
+    (joined,) = (row["made_of"] for row in recipe.facts["output_layers"] if ";" in row["made_of"])
+    assert "experts" in joined and "channels" not in joined
+    assert run.facts["steps"][0]["made_of"] == joined
+
+
 def test_perplexity_by_hand(model_folder: Folder, text_file: Path) -> None:
     folder = model_folder("opt")
     found = intarsia.evaluate_perplexity(str(folder), str(text_file), seq_len=24, windows=5)
@@ -332,6 +341,23 @@ def test_a_calibration_text_that_changed_under_a_run(
     text.write_text(families.sample_text(5000, seed=9), encoding="utf-8")
     with pytest.raises(UserError, match=r"calibration\.json: sha256"):
         intarsia.plan(model, run, layers=4, **{**sizes, "calibration": str(text)})
+
+
+def test_a_calibration_text_by_another_path_is_the_same_text(
+    model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path
+) -> None:
+    model, run = str(model_folder("llama")), tmp_path / "run"
+    begun = str(text_file)
+    intarsia.plan(model, run, layers=5, **{**sizes, "calibration": begun})
+    before = {file.name: file.read_bytes() for file in run.glob("*.json")}
+    moved = shutil.copy(text_file, tmp_path / "moved.txt")
+    deeper = intarsia.plan(model, run, layers=4, **{**sizes, "calibration": str(moved)})
+    assert deeper.depths == (5, 4)
+    assert json.loads((run / "settings.json").read_text(encoding="utf-8"))["calibration"] == begun
+    assert (run / "calibration.json").read_bytes() == before["calibration.json"]
+    for other in (f"{moved}#0:0.9", "self"):
+        with pytest.raises(UserError, match=r"settings\.json: calibration"):
+            intarsia.plan(model, run, layers=3, **{**sizes, "calibration": other})
 
 
 def test_weights_that_changed_since_the_recipe_was_made(sizes: Sizes, tmp_path: Path) -> None:

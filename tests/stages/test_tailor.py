@@ -21,7 +21,7 @@ from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_judge import rest_of, unseen
 from intarsia.stages.tailor_recipe import trial_recipe
 from intarsia.tailoring.family import open_family
-from intarsia.tailoring.family_file import read_family_file
+from intarsia.tailoring.family_reader import read_family_file
 from intarsia.tailoring.open_evaluator import open_evaluator
 from tests import families
 from tests.conftest import Folder
@@ -326,6 +326,33 @@ def test_a_search_goes_on_wherever_the_command_runs(
     monkeypatch.chdir(tmp_path)
     again = tailor(tmp_path / "run", more_trials=1, tokens=512, device="cpu", judge=False, build=False)
     assert again.trials == 3
+
+
+def test_a_search_that_goes_on_does_not_measure_the_base_again(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, plain = tmp_path / "run", {"build": False, "judge": False}
+    tailor(family, run, trials=1, tokens=512, device="cpu", **plain)  # type: ignore[arg-type]
+    settings = (run / "tailor.json").read_bytes()
+    assert set(json.loads(settings)["base"]) == {"prose", "quiz"}
+
+    def probe(*given: Any) -> None:
+        raise AssertionError("the base was measured")
+
+    monkeypatch.setattr("intarsia.tailoring.evaluator.Evaluator.probe", probe)
+    assert tailor(run, more_trials=1, **plain).trials == 2  # type: ignore[arg-type]
+    assert (run / "tailor.json").read_bytes() == settings
+
+
+def test_what_is_shown_of_a_text_in_a_column(parts: dict[str, Path], tmp_path: Path) -> None:
+    """Members are measured on the objectives' own texts, whatever names these."""
+    words = parts["text"].read_text(encoding="utf-8")
+    pages = [{"title": "page", "body": words[start : start + 800]} for start in range(0, len(words), 800)]
+    (tmp_path / "pages.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages), encoding="utf-8")
+    named = {**parts, "text": Path(f"{tmp_path / 'pages.jsonl'}#column=body")}
+    path = write_family(named, tmp_path / "family.yaml", **{"[random-middle, shortgpt]": "[random-middle]"})
+    result = tailor(path, tmp_path / "run", trials=1, tokens=512, device="cpu", judge=False, build=False)
+    assert result.trials == 1 and (tmp_path / "run" / "sensitivities.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,24 @@ def test_failed_candidates_never_go_on() -> None:
         engine.tell(ask, _trial(number, ask, (1.0, 1.0) if fine else None))
 
 
+def test_what_was_heard_of_a_greater_budget_alone_keeps_nobody_back() -> None:
+    """Another engine begins at the second budget: those are no promotions of the first."""
+    space = make_translator().space
+    engine = random_search(space, (1, 3, 9), eta=3, seed=0)
+    rng = random.Random(1)
+    for number in range(4):
+        other = Ask(engine="other", candidate=space.random(rng), budget=3, origin="x")
+        engine.hear(_trial(number, other, (float(number), 1.0)))
+    asked = []
+    for number in range(4, 9):
+        ask = engine.ask()
+        assert ask is not None
+        asked.append((ask.origin, ask.budget))
+        engine.tell(ask, _trial(number, ask, (9.0 - number, 1.0)))
+    # One of the four that were heard goes on first, as one of three does.
+    assert asked == [("promotion", 9), *[("random", 1)] * 3, ("promotion", 3)]
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_engines_ask_for_what_the_space_has(name: str, tmp_path: Path) -> None:
     translator = make_translator()

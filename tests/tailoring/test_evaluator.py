@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from benchmarks.tailor_trial import Meter
 from intarsia.building.materialize import materialize
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
@@ -385,3 +386,20 @@ def _requests(line: str) -> tuple[Any, ...]:
     record = json.loads(line)
     pairs = [(record["query"], " " + choice) for choice in record["choices"]]
     return encode_pairs(pairs, families.make_tokenizer(), max_length=None, where="quiz")
+
+
+def test_what_the_benchmark_takes_for_the_forward_pass(
+    pair: Pair, objectives: Sequence[ObjectiveSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer of every batch, and norm and head behind them, each once; on a clock that counts how often it is
+    read."""
+    members = pair("llama")
+    evaluator = opened(members, objectives[:1], probe=False)
+    ticks = iter(range(10_000))
+    monkeypatch.setattr("benchmarks.tailor_trial.time.process_time", lambda: next(ticks))
+    meter = Meter(evaluator)
+    made = recipe(members, select(0), select(1, "math"), merged(3), select(5))
+    evaluator.evaluate(made, BUDGET)
+    tokens = default_batch_tokens(torch.device("cpu"))
+    batches = objective_of(evaluator, "right").batches((0, BUDGET), pack=True, batch_tokens=tokens)
+    assert meter.seconds == len(batches) * (4 + 1)

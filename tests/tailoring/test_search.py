@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from intarsia.errors import UserError
+from intarsia.healing.cluster import check_scheduler
 from intarsia.progress import Silent
 from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe
+from intarsia.tailoring.dask_workers import OnDask, dask_workers
 from intarsia.tailoring.engine import Start
 from intarsia.tailoring.history import EARLIER, History
 from intarsia.tailoring.outcome import Outcome
@@ -18,7 +20,7 @@ from intarsia.tailoring.pareto import Front
 from intarsia.tailoring.random_search import random_search
 from intarsia.tailoring.search import Goal, search, words
 from intarsia.tailoring.warm_start import WarmStart, from_recipe, from_search, random_middles
-from intarsia.tailoring.workers import InProcess, OnDask, Opener, Workers, check_scheduler, dask_workers
+from intarsia.tailoring.workers import InProcess, Opener, Workers
 from tests.tailoring.conftest import make_translator
 from tests.tailoring.known_costs import OBJECTIVES, Known, OpenDeadly, OpenKnown
 

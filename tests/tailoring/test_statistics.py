@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,20 +17,17 @@ from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.planning.intermediate import Intermediate
+from intarsia.planning.scores import part_scores
 from intarsia.progress import Silent
 from intarsia.recipe.codec import content_hash
 from intarsia.recipe.ops import LayerRef, Merge, Select
 from intarsia.recipe.recipe import Variant, identity
+from intarsia.tailoring import sensitivities
 from intarsia.tailoring.blend_methods import STATISTICS
 from intarsia.tailoring.candidate import Blend, Candidate, Keep, single
 from intarsia.tailoring.family import Family
-from intarsia.tailoring.measure_statistics import (
-    check_anatomy,
-    grams,
-    measure_statistics,
-    squared_gradients,
-    statistics_file,
-)
+from intarsia.tailoring.measure_members import measure_members
+from intarsia.tailoring.measure_statistics import check_anatomy, grams, squared_gradients, statistics_file
 from intarsia.tailoring.menu import Menu
 from intarsia.tailoring.space import Space
 from intarsia.tailoring.statistics import Statistics
@@ -110,6 +108,19 @@ def test_squared_gradients(name: str, pair: Callable[[str], Family], corpus: Cor
             torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-6 * float(expected.max() + 1))
 
 
+def measure(family: Family, corpus: Corpus, folder: Path, *, scores: Path | None = None) -> None:
+    measure_members(
+        family.checkpoints(),
+        corpus,
+        scores=scores,
+        statistics=folder,
+        kinds=STATISTICS,
+        device=CPU,
+        dtype=None,
+        progress=Silent(),
+    )
+
+
 @pytest.fixture(scope="module")
 def measured(
     pair: Callable[[str], Family], corpus: Corpus, tmp_path_factory: pytest.TempPathFactory
@@ -117,9 +128,7 @@ def measured(
     """A pair of models with biases, and what was measured on them."""
     family = pair("qwen2")
     folder = tmp_path_factory.mktemp("statistics")
-    measure_statistics(
-        family.checkpoints(), corpus, ("regmean", "fisher"), folder, device=CPU, dtype=None, progress=Silent()
-    )
+    measure(family, corpus, folder)
     return family, Statistics(folder=folder, anatomy=family.anatomy, read=family.read)
 
 
@@ -217,10 +226,28 @@ def test_what_is_there_is_not_measured_again(measured: tuple[Family, Statistics]
     family, statistics = measured
     before = {path: path.stat().st_mtime_ns for path in statistics.folder.rglob("*.safetensors")}
     assert len(before) == 2 * 2 * 6
-    measure_statistics(
-        family.checkpoints(), corpus, STATISTICS, statistics.folder, device=CPU, dtype=None, progress=Silent()
-    )
+    measure(family, corpus, statistics.folder)
     assert {path: path.stat().st_mtime_ns for path in statistics.folder.rglob("*.safetensors")} == before
+
+
+def test_a_member_is_measured_once_for_everything(
+    pair: Callable[[str], Family], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = pair("llama")
+    passes: list[int] = []
+    whole = Intermediate.measure
+    monkeypatch.setattr(Intermediate, "measure", lambda model: (passes.append(model.depth), whole(model))[1])
+    measure(family, corpus, tmp_path / "statistics", scores=tmp_path / "scores.safetensors")
+    assert passes == [6, 6]
+    found = sensitivities.load(tmp_path / "scores.safetensors")
+    assert {str(ref) for ref in found} == {f"{name}:{layer}" for name in ("base", "math") for layer in range(6)}
+    model = intermediate(family, corpus)
+    expected = part_scores(model.measures[2].channels["mlp"], model.modules[2], model.anatomy, "mlp")
+    torch.testing.assert_close(found[LayerRef(variant="base", layer=2)]["mlp"], expected, rtol=1e-5, atol=0.0)
+    assert len(list((tmp_path / "statistics").rglob("*.safetensors"))) == 2 * 2 * 6
+    (tmp_path / "scores.safetensors").unlink()
+    measure(family, corpus, tmp_path / "statistics", scores=tmp_path / "scores.safetensors")
+    assert len(passes) == 5 and (tmp_path / "scores.safetensors").exists()  # one of them is this test's own
 
 
 def test_families_with_experts_are_refused() -> None:

@@ -57,8 +57,8 @@ for (const board of document.querySelectorAll(".board")) {
     }
     const per = data.heads ? ", " + data.heads + " query heads each" : "";
     box.append(make("div", "small", part.kv.length + " of " + data.kv + " KV groups" + per), heads);
-    box.append(make("div", "small", part.channels + " of " + data.channels + " channels"), bar(part));
-    if (part.ranges) box.append(make("div", "small", "channels " + part.ranges));
+    box.append(make("div", "small", part.channels + " of " + data.channels + " " + data.mlp), bar(part));
+    if (part.ranges) box.append(make("div", "small", data.mlp + " " + part.ranges));
     return box;
   };
   const tellOutput = (layers, index) => {

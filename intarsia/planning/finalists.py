@@ -1,0 +1,126 @@
+"""The last candidates of a step are repaired before one of them is chosen.
+
+What the closed form makes good differs from candidate to candidate: a plain layer before a hole gains more by it than
+one that is joined from two (dev/LOG.md). So the race, which knows no repair, only says which few are worth a fit. Each
+of them is fitted as it would be if it were chosen, and judged on the sequences that no fit sees; the others' loss says
+little about a model that was fitted on them several times.
+
+A trial leaves the model as it was. It costs the fits, and what lies behind the change on the held-out sequences, once
+without and once with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from intarsia.errors import Problem, UserError
+from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.healing.layer_fit import LayerFit
+from intarsia.planning.intermediate import Tensors
+from intarsia.planning.original import Original
+from intarsia.planning.planner import Step
+from intarsia.planning.repair import Repair, losses_behind
+from intarsia.planning.settings import ComeSettings, Settings
+from intarsia.planning.told import describe
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """A step, what is fitted if it is taken, and the held-out sequences' summed loss without and with that."""
+
+    step: Step
+    read_outs: list[LayerFit]
+    fitted: Mapping[int, Tensors]
+    before: float
+    after: float
+
+    @property
+    def taken(self) -> bool:
+        return self.after < self.before
+
+    @property
+    def loss(self) -> float:
+        return min(self.before, self.after)
+
+
+def check_finalists(method: str, settings: Settings | None, in_loop: ClosedFormSettings | None) -> None:
+    """Refuse finalists where nothing is repaired on the way, and both them and removals where no layers are tried.
+
+    Raises:
+        UserError: with both, where both are so.
+    """
+    if not isinstance(settings, ComeSettings):
+        return
+    problems = [
+        Problem(
+            where=f"--{name}",
+            expected="come-p, which tries layers",
+            found=method,
+            remedy=f"Leave --{name} out, or choose --method come-p.",
+        )
+        for name, given in (("removals", settings.removals), ("finalists", settings.finalists > 1))
+        if given and method != "come-p"
+    ]
+    if settings.finalists > 1 and in_loop is None:
+        remedy = "Give both, or leave --finalists out."
+        problems.append(Problem(where="--finalists", expected="--heal-in-loop beside it", found="none", remedy=remedy))
+    if problems:
+        raise UserError(problems)
+
+
+def settle(repair: Repair, steps: Sequence[Step]) -> tuple[Step, dict[str, Any]]:
+    """Take the step whose repaired model has the least loss on held-out sequences; of equal ones the first.
+
+    Returns:
+        The step, and as plain data what `Repair.replace` tells of it, with what each of the others has shown.
+    """
+    model, rows = repair.model, repair.held_out
+    original = model.original(len(model.corpus))  # copied while the whole model is what was measured
+    spent = model.layer_forwards
+    trials: list[_Trial] = []
+    with model.progress.task(f"repairing {len(steps)} finalists", len(steps)) as task:
+        for step in steps:
+            trials.append(_tried(repair, step, original, rows))
+            task.advance()
+    best = min(trials, key=lambda trial: trial.loss)
+    spent = model.layer_forwards - spent
+    first, _ = repair.exchange(best.step.start, best.step.count, best.step.op)
+    for index, tensors in best.fitted.items() if best.taken else ():
+        model.fit(index, tensors)
+    model.measure(first)
+    tokens = max(int(model.counts_N[rows].sum()), 1)
+    return best.step, {
+        "read_outs": [asdict(fit) for fit in best.read_outs],
+        "taken": best.taken,
+        "held_out_loss": [best.before / tokens, best.after / tokens],
+        "layer_forwards": spent,
+        "finalists": [
+            {
+                "replaced": [trial.step.start, trial.step.start + trial.step.count],
+                "op": None if trial.step.op is None else describe(trial.step.op),
+                "held_out_loss": [trial.before / tokens, trial.after / tokens],
+            }
+            for trial in trials
+        ],
+    }
+
+
+def _tried(repair: Repair, step: Step, original: Original, rows: Sequence[int]) -> _Trial:
+    """A step, repaired and judged; the model is as before afterwards."""
+    model = repair.model
+    was = list(model.ops), list(model.fitted), list(model.modules)
+    first, due = repair.exchange(step.start, step.count, step.op)
+    before = float(losses_behind(model, first, rows).sum())
+    unrepaired = {index: model.fitted[index] for index in due}
+    fits, _ = repair.fit(first, due, original)
+    fitted = {
+        index: tensors
+        for index in due
+        if (tensors := model.fitted[index]) is not None and tensors is not unrepaired[index]
+    }
+    after = float(losses_behind(model, first, rows).sum()) if fitted else before
+    model.ops, model.fitted, model.modules = was
+    model.refresh()  # where a second layer was fitted, those before it were measured anew
+    return _Trial(step=step, read_outs=fits, fitted=fitted, before=before, after=after)
