@@ -66,7 +66,7 @@ def compared(given: argparse.Namespace, methods: Sequence[str], **more: Any) -> 
 def main() -> None:
     """Compare and print."""
     options = parser(__doc__, out="out/bench/compare", layers=(27, 25, 23, 21))
-    options.add_argument("--methods", nargs="+", default=list(METHODS))
+    options.add_argument("--methods", nargs="+", default=list(METHODS), help="default: all")
     options.add_argument("--task-layers", type=int, nargs="*", default=[25, 21])
     options.add_argument("--limit", type=int, default=100)
     given = options.parse_args()
@@ -82,9 +82,11 @@ def main() -> None:
     print(_table(names, given.layers, lambda key: _perplexities(rows.get(key), found.texts)))
     if tasks:
         mean, error = _mean_accuracy(dense)
-        n = sum(score["n"] for score in (dense.tasks or {})["scores"])
+        scores = (dense.tasks or {})["scores"]
+        n, chance = sum(score["n"] for score in scores), sum(score["chance"] for score in scores) / len(scores)
         print(f"\nMean accuracy ± standard error on {len(tasks)} tasks, {n} items, and how much of the dense model's")
-        print(f"({mean:.3f} ± {error:.3f}) that is, with its 95 % interval by paired bootstrap\n")
+        print(f"({mean:.3f} ± {error:.3f}) that is, with its 95 % interval by paired bootstrap.")
+        print(f"Guessing gives {chance:.3f}.\n")
         print(_table(names, given.task_layers, lambda key: _accuracy(rows.get(key)), least_is_best=False))
     shared = dense.layer_forwards or 0.0
     print(f"\nCost of the way down to {min(given.layers)} layers, behind a shared pass of {shared:.0f}\n")
