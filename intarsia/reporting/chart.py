@@ -158,7 +158,7 @@ def _rule(rule: Rule, up: Scale, width: float) -> str:
     y = up.at(rule.y)
     return (
         f'<path class="rule" d="M{_LEFT:.0f} {y:.1f}H{width - _RIGHT:.0f}"/>'
-        f'<text class="tick" x="{width - _RIGHT:.0f}" y="{y - 4:.1f}" text-anchor="end">{escape(rule.name)}</text>'
+        f'<text class="tick" x="{_LEFT + 4:.0f}" y="{y - 4:.1f}">{escape(rule.name)}</text>'
     )
 
 
