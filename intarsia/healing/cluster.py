@@ -61,16 +61,23 @@ class Cluster:
 
         return as_completed(futures)
 
-    def result(self, future: Any, where: str) -> Any:
+    def result(self, future: Any, where: str, *, patience: float | None = None) -> Any:
         """What a task gave.
+
+        Args:
+            patience: seconds to wait for it. What a task gave may be lost with the worker that has it.
 
         Raises:
             UserError: the task met one, or its workers were lost.
+            TimeoutError: it is not there by then.
         """
         from distributed import KilledWorker
+        from distributed import TimeoutError as NotYet
 
         try:
-            return future.result()
+            return future.result(timeout=patience)
+        except NotYet as error:  # of Python 3.10 it is not the built-in one
+            raise TimeoutError(where) from error
         except KilledWorker as error:
             raise UserError.of(
                 where=where,

@@ -25,6 +25,8 @@ from intarsia.planning.candidates import Change
 from intarsia.planning.share import Answer, Share, forget, work
 from intarsia.recipe.ops import Op
 
+_PATIENCE_SECONDS = 30.0  # for an answer that is there
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
@@ -144,26 +146,32 @@ class Team:
             UserError: a worker met one, a share has lost too many workers, or there is none any more.
         """
         asked = {share.number: given(share.number) for share in self._shares}
-        futures = {
-            number: self._cluster.submit(
-                work, self._key, self._shares[number], list(ops), question, what, worker=self._at[number]
-            )
-            for number, what in asked.items()
-            if what is not None
-        }
+
+        def submitted(number: int) -> Any:
+            share, what = self._shares[number], asked[number]
+            return self._cluster.submit(work, self._key, share, list(ops), question, what, worker=self._at[number])
+
+        futures = {number: submitted(number) for number, what in asked.items() if what is not None}
         answers: dict[int, Any] = {}
         try:
             while waiting := [number for number in futures if number not in answers]:
                 self._cluster.wait_for_one([futures[number] for number in waiting])
                 for number in [number for number in waiting if futures[number].done()]:
-                    answers[number] = self._taken(number, futures[number])
+                    try:
+                        answers[number] = self._taken(number, futures[number])
+                    except TimeoutError:  # it was done, and is lost with its worker: asked anew
+                        self._cluster.cancel([futures[number]])
+                        futures[number] = submitted(number)
+                        continue
                     advance(float(len(self._shares[number].ids_NT)))
         finally:
             self._cluster.cancel([futures[number] for number in futures if number not in answers])
         return [(number, answers[number]) for number in sorted(answers)]
 
     def _taken(self, number: int, future: Any) -> Any:
-        answer: Answer = self._cluster.result(future, f"share {number + 1} of {self.size} of the calibration set")
+        answer: Answer = self._cluster.result(
+            future, f"share {number + 1} of {self.size} of the calibration set", patience=_PATIENCE_SECONDS
+        )
         self._at[number] = answer.worker
         self._spent += answer.spent
         self.peak_memory_bytes = max(self.peak_memory_bytes, answer.peak_memory_bytes)
