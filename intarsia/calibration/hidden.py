@@ -21,6 +21,9 @@ class HiddenStore:
 
     Buffers are made when first written. As many stay in memory as there is room for; the rest are memory-mapped files
     in a temporary folder (inside the room's folder, if it has one), which is deleted with the store.
+
+    Attributes:
+        held: what was stored at `hold`, as it was; None before.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class HiddenStore:
         self.room = room or Room(memory_bytes, folder)
         self.memory_bytes = self.room.memory_bytes
         self._buffers: dict[int, Tensor | Spilled] = {}
-        self._held: dict[int, Tensor | Spilled] | None = None
+        self.held: HiddenStore | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     @property
@@ -61,25 +64,27 @@ class HiddenStore:
 
     def get(self, depth: int, start: int, stop: int, device: torch.device) -> Tensor:
         """The hidden states of sequences `start` .. `stop - 1` at a depth, on `device`."""
-        buffer = self._stored(depth)
+        buffer = self._find(depth)
         return (buffer.read(start, stop) if isinstance(buffer, Spilled) else buffer[start:stop]).to(device)
 
     def rows(self, depth: int, index: Sequence[int], device: torch.device) -> Tensor:
         """The hidden states of any sequences at a depth, on `device`: a copy."""
-        buffer = self._stored(depth)
+        buffer = self._find(depth)
         return (buffer.rows(list(index)) if isinstance(buffer, Spilled) else buffer[list(index)]).to(device)
 
     def depths(self) -> list[int]:
         """Depths that are stored, in order."""
-        return sorted({*self._buffers, *(self._held or {})})
+        return sorted({*self._buffers, *(self.held.depths() if self.held is not None else ())})
 
     def hold(self) -> None:
         """Keep what is stored from now on: what is put later stands in front of it, and goes with `restore`.
 
         A depth that is put again must be put whole before it is read.
         """
-        assert self._held is None, "what is stored is held already"
-        self._held, self._buffers = self._buffers, {}
+        assert self.held is None, "what is stored is held already"
+        self.held = HiddenStore(self.shape, self.dtype, room=self.room)
+        self.held._buffers, self._buffers = self._buffers, {}
+        self.held._folder, self._folder = self._folder, None
 
     def restore(self) -> None:
         """Forget what was put since `hold`."""
@@ -88,7 +93,7 @@ class HiddenStore:
 
     def file(self, depth: int) -> Path | None:
         """The file that holds a depth, of `shape` and `dtype` without a header; None if it is in memory."""
-        buffer = self._stored(depth) if depth in self.depths() else None
+        buffer = self._find(depth) if depth in self.depths() else None
         return buffer.path if isinstance(buffer, Spilled) else None
 
     def drop(self, depth: int) -> None:
@@ -97,10 +102,11 @@ class HiddenStore:
 
     def close(self) -> None:
         """Free every buffer and delete the files."""
-        for buffers in (self._buffers, self._held or {}):
-            while buffers:
-                self._free(buffers.popitem()[1])
-        self._held = None
+        while self._buffers:
+            self._free(self._buffers.popitem()[1])
+        if self.held is not None:
+            self.held.close()
+            self.held = None
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
@@ -115,8 +121,8 @@ class HiddenStore:
         elif buffer is not None:
             self.room.give(self.depth_bytes)
 
-    def _stored(self, depth: int) -> Tensor | Spilled:
-        return self._buffers[depth] if self._held is None or depth in self._buffers else self._held[depth]
+    def _find(self, depth: int) -> Tensor | Spilled:
+        return self._buffers[depth] if self.held is None or depth in self._buffers else self.held._find(depth)
 
     def _buffer(self, depth: int) -> Tensor | Spilled:
         if depth not in self._buffers:
@@ -129,4 +135,4 @@ class HiddenStore:
     def _path(self, depth: int) -> Path:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.room.folder)
-        return Path(self._folder.name) / f"{'depth' if self._held is None else 'later'}-{depth}.bin"
+        return Path(self._folder.name) / f"depth-{depth}.bin"

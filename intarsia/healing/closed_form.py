@@ -43,7 +43,7 @@ from intarsia.calibration.room import Room
 from intarsia.calibration.stream import LayerStream
 from intarsia.healing.correspond import Layers, correspondences, taught
 from intarsia.healing.layer_fit import FitBatch, FitRule, LayerFit, as_array, fit_layer, in_file, passes
-from intarsia.healing.lessons import Lessons, through
+from intarsia.healing.original import Original
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Recipe, identity
 
@@ -88,7 +88,7 @@ def fit(
     *,
     settings: ClosedFormSettings | None = None,
     teacher: Sequence[nn.Module] | None = None,
-    lessons: Lessons | None = None,
+    original: Original | None = None,
     batch_tokens: int | None = None,
     room: Room | None = None,
     progress: Progress | None = None,
@@ -100,52 +100,50 @@ def fit(
         resident: the original model, which is also the teacher unless `teacher` is given.
         corpus: calibration text.
         teacher: the layers of another one, as many as the original has, between its embedding and head.
-        lessons: what the teacher makes of the text, shared with other fits; left as it is, but for what is added.
+        original: what the original makes of the text, shared with other fits; left as it is, but for what is added.
         room: what hidden states may take in memory.
 
     Raises:
         UserError: activations are not finite.
     """
     settings, room, progress = settings or ClosedFormSettings(), room or Room(), progress or Silent()
-    assert lessons is None or (teacher is None and lessons.corpus is corpus), "lessons of another teacher or text"
-    own = lessons is None
-    lessons = lessons or Lessons(
-        resident, corpus, teacher=teacher, batch_tokens=batch_tokens, room=room, progress=progress
-    )
-    work = _Work(recipe, resident, lessons, corpus, settings, batch_tokens, room, progress)
+    if original is None:
+        batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
+        its = Original(resident, batches, layers=teacher, room=room, progress=progress)
+    else:
+        its = original
+        assert teacher is None and its.batches.corpus is corpus, "another teacher or text"
+    work = _Work(recipe, resident, its, settings, room, progress)
     try:
         with torch.inference_mode():
             fitted, fits = work.run()
     finally:
         work.close()
-        if own:
-            lessons.close()
+        if original is None:
+            its.close()
     merged = {index: {**recipe.fitted.get(index, {}), **tensors} for index, tensors in fitted.items()}
     return replace(recipe, fitted={**recipe.fitted, **merged}), [asdict(entry) for entry in fits]
 
 
 class _Work:
-    """One fit under way: the teacher's lessons, and the student's stream."""
+    """One fit under way: the original's hidden states, and the student's stream."""
 
     def __init__(
         self,
         recipe: Recipe,
         resident: Resident,
-        lessons: Lessons,
-        corpus: Corpus,
+        original: Original,
         settings: ClosedFormSettings,
-        batch_tokens: int | None,
         room: Room,
         progress: Progress,
     ) -> None:
-        self.recipe, self.resident, self.corpus, self.settings = recipe, resident, corpus, settings
-        self.lessons = lessons
+        self.recipe, self.resident, self.original, self.settings = recipe, resident, original, settings
+        self.batches = original.batches
         self.anatomy: Anatomy = resident.anatomy
         self.progress = progress
         self.stream = LayerStream(resident.model, resident.anatomy)
         self.indices = taught(recipe, settings.layers)
-        n, t = corpus.input_ids.shape
-        self.batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
+        n, t = self.batches.corpus.input_ids.shape
         self.student = HiddenStore((n, t, self.anatomy.width), resident.model.dtype, room=room)
 
     def close(self) -> None:
@@ -162,12 +160,12 @@ class _Work:
         first = self._first(modules)
         # The spans of layers with a target do not overlap, so each ends where no other does.
         ends = {index: self.recipe.spans[index][1] for index in self.indices}
-        self.lessons.learn({first, *ends.values()})
+        self.original.learn({first, *ends.values()})
         with self.progress.task("closed form", last + 1 - first) as task:
             for rows, _, _ in self.batches.over():
-                self.student.put(0, rows.start, self.lessons.at(first, rows))
+                self.student.put(0, rows.start, self.original.at(first, rows))
             if first not in ends.values():
-                self.lessons.forget(first)
+                self.original.forget(first)
             for index, module in enumerate(self.resident.walk(modules[first:], ahead=False), first):
                 task.note(f"layer {index + 1} of {len(self.recipe.layers)}")
                 if index in ends:
@@ -175,17 +173,16 @@ class _Work:
                     fits += reports
                     if tensors:
                         fitted[index] = tensors
-                source = self.recipe.layers[index].sources[0].layer
-                through(self.batches, self.stream, self.student, module, source)
+                self._through(index, module)
                 if index in ends:
-                    self.lessons.forget(ends[index])
+                    self.original.forget(ends[index])
                 task.advance()
         return fitted, fits
 
     def _fit(
-        self, index: int, original: nn.Module
+        self, index: int, unfitted: nn.Module
     ) -> tuple[nn.Module, dict[str, npt.NDArray[np.float32]], list[LayerFit]]:
-        module = twin(original)  # fitting must leave the original model alone
+        module = twin(unfitted)  # fitting must leave the original model alone
         tensors, reports = fit_layer(
             module,
             self.settings.parts(self.recipe, index),
@@ -204,10 +201,20 @@ class _Work:
 
     def _first(self, modules: Sequence[nn.Module]) -> int:
         """The first layer that is not the teacher's own, or is fitted: the student's hidden states before are his."""
-        start, lessons = self.indices[0], self.lessons.layers
-        own = zip(modules[:start], lessons, strict=False)  # of a stack, there are more of ours
+        start, layers = self.indices[0], self.original.layers
+        own = zip(modules[:start], layers, strict=False)  # of a stack, there are more of ours
         differs = (index for index, (ours, theirs) in enumerate(own) if ours is not theirs)
-        return next(differs, min(start, len(lessons)))
+        return next(differs, min(start, len(layers)))
+
+    def _through(self, index: int, module: nn.Module) -> None:
+        """The student's hidden states go through an output layer."""
+
+        def work(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
+            call = self.stream.calls(ids, mask)[self.recipe.layers[index].sources[0].layer]
+            h_BTD = self.student.get(0, rows.start, rows.stop, self.resident.device)
+            self.student.put(0, rows.start, self.stream.run(module, h_BTD, call))
+
+        self.batches.each(work)
 
     def _feed(self, index: int) -> Iterator[FitBatch]:
         """What output layer `index` is fed, and what it should give."""
@@ -215,7 +222,7 @@ class _Work:
             yield FitBatch(
                 rows=rows,
                 h_BTD=self.student.get(0, rows.start, rows.stop, self.resident.device),
-                wanted_BTD=self.lessons.at(self.recipe.spans[index][1], rows),
+                wanted_BTD=self.original.at(self.recipe.spans[index][1], rows),
                 call=self.stream.calls(ids, mask)[self.recipe.layers[index].sources[0].layer],
                 mask=mask,
             )

@@ -18,8 +18,8 @@ from typing import Any
 from intarsia.errors import Problem, UserError
 from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.healing.layer_fit import LayerFit
-from intarsia.planning.intermediate import Tensors
-from intarsia.planning.original import Original
+from intarsia.healing.original import Original
+from intarsia.planning.current_layers import Tensors
 from intarsia.planning.planner import Step
 from intarsia.planning.repair import Repair, losses_behind
 from intarsia.planning.settings import ComeSettings, Settings

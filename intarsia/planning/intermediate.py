@@ -9,15 +9,13 @@ Shape suffixes: `N` sequences, `T` tokens, `D` residual width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from intarsia.building.resident import Resident
 from intarsia.calibration.batches import Batches
@@ -26,38 +24,31 @@ from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.room import Room
 from intarsia.calibration.stats import LayerMeasure
 from intarsia.calibration.stream import LayerStream
+from intarsia.healing.original import Original
 from intarsia.planning import measuring
-from intarsia.planning.original import Original
+from intarsia.planning.current_layers import CurrentLayers, Layer, is_whole
 from intarsia.progress import Progress, Silent
-from intarsia.recipe.ops import Op, Select
+from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import Fitted
 
 if TYPE_CHECKING:
     from intarsia.planning.team import Team
-
-Tensors: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
-"""What is fitted on a layer, by name inside it."""
-
-_Layer: TypeAlias = tuple[Op, Tensors | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Kept:
     """What is measured on a model, beside its hidden states."""
 
-    layers: list[_Layer]
+    layers: list[Layer]
     measures: list[LayerMeasure]
     losses_N: Tensor
     distances: dict[tuple[int, int, str], float]
 
 
-class Intermediate:
+class Intermediate(CurrentLayers):
     """The current layers, their measures and hidden states.
 
     Attributes:
-        ops: what each current layer is made of.
-        fitted: what is fitted on each current layer, or None.
-        modules: the current layer modules.
         measures: what each current layer does on the calibration set.
         batches: goes through the calibration set, as many sequences at a time as the device holds.
         room: what hidden states may take, for all stores that are needed on the way.
@@ -91,17 +82,15 @@ class Intermediate:
             behind_final_norm: take the last layer's output behind the final norm, as published.
             team: workers that run the model, whose hidden states stay with them; here it is only decided.
         """
+        super().__init__(resident, ops, fitted)
         self.team = team
-        self.resident = resident
-        self.anatomy = resident.anatomy
         self.corpus = corpus
         self.stream = LayerStream(resident.model, resident.anatomy)
         self.progress = progress or Silent()
         self.reuse_prefix = reuse_prefix
         self.behind_final_norm = behind_final_norm
-        self.become(ops, fitted)
         self.measures: list[LayerMeasure] = []
-        self._measured: list[_Layer] = []
+        self._measured: list[Layer] = []
         n, t = corpus.input_ids.shape
         self.batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=self.progress)
         self.room = Room(memory_bytes, folder)
@@ -113,11 +102,7 @@ class Intermediate:
         self._distances: dict[tuple[int, int, str], float] = {}
         self._kept: _Kept | None = None
         self._original: Original | None = None
-
-    @property
-    def depth(self) -> int:
-        """Current number of layers."""
-        return len(self.ops)
+        self._held_original = False
 
     @property
     def loss(self) -> float:
@@ -182,10 +167,9 @@ class Intermediate:
     def keep(self) -> None:
         """Keep what is measured now: `rewind` comes back to it, whatever is measured in between.
 
-        So methods that change the model, one after the other, share one pass over the whole one. Hidden states that are
-        measured later are stored besides.
+        So methods that change the model, one after the other, share one pass over the whole one.
         """
-        self.hidden.hold()
+        self._hold()
         self._kept = _Kept(
             layers=list(self._measured),
             measures=list(self.measures),
@@ -204,20 +188,6 @@ class Intermediate:
         for index, (_, fitted) in enumerate(self._kept.layers):
             self.fit(index, fitted)
 
-    def become(self, ops: Sequence[Op], fitted: Fitted | None = None) -> None:
-        """Be made of other layers from now on; nothing is run."""
-        self.ops = list(ops)
-        self.fitted: list[Tensors | None] = [(fitted or {}).get(index) or None for index in range(len(ops))]
-        self.modules = [self.resident.module(op, own) for op, own in zip(self.ops, self.fitted, strict=True)]
-
-    def fit(self, index: int, fitted: Tensors | None, module: nn.Module | None = None) -> None:
-        """Have these tensors, or none, on a layer (`module` with them, where there is one); nothing is run."""
-        if fitted is not self.fitted[index]:
-            self.fitted[index] = fitted
-            # A module at rest takes no memory, which one with values does.
-            keep = module if not self.resident.streams else None
-            self.modules[index] = keep or self.resident.module(self.ops[index], fitted)
-
     def replace(self, start: int, count: int, op: Op | None, *, measure: bool = True) -> None:
         """Put one layer (or none) in the place of `count` layers, and re-run what lies behind."""
         ops = [] if op is None else [op]
@@ -230,25 +200,37 @@ class Intermediate:
     def original(self, sequences: int) -> Original:
         """The hidden states of the original on so many sequences, kept from now on.
 
-        They are copied where the whole model is what was measured last, and else cost a layer-forward for each layer.
+        They are those that were measured, where the whole model is what was kept or measured last, and else cost a
+        layer-forward for each layer.
         """
         if self._original is None or self._original.sequences < sequences:
             if self._original is not None:
                 self._original.close()
-            self._original = Original(self.resident, self.corpus, sequences=sequences, room=self.room)
-            if self._is_original():
-                self._original.copy(self.hidden)
-            else:
-                self._original.run(self.stream, self.batches)
-                self.spend(self.anatomy.n_layers, slice(0, sequences))
+            self._original = self._known_original(sequences)
+            self._original.learn(range(1, self.anatomy.n_layers + 1))
+            self.spend(self._original.cost, slice(0, sequences))
         return self._original
+
+    def _known_original(self, sequences: int) -> Original:
+        """The original with what is measured of it."""
+        measured = self._is_original()
+        if measured and self.hidden.held is None and sequences == len(self.corpus):
+            self._hold()
+        if self._held_original:
+            return Original(self.resident, self.batches, sequences=sequences, known=self.hidden.held)
+        original = Original(self.resident, self.batches, sequences=sequences, room=self.room, progress=self.progress)
+        if measured:
+            original.copy(self.hidden)
+        return original
+
+    def _hold(self) -> None:
+        """Keep the hidden states that are there; those that are measured later are stored besides."""
+        self.hidden.hold()
+        self._held_original = self._is_original()
 
     def _is_original(self) -> bool:
         """Whether what was measured last is the whole model as it was."""
-        return len(self._measured) == self.anatomy.n_layers and all(
-            isinstance(op, Select) and op.source.layer == index and fitted is None
-            for index, (op, fitted) in enumerate(self._measured)
-        )
+        return is_whole(self._measured, self.anatomy.n_layers)
 
     @torch.inference_mode()
     def tokens_at(self, depth: int, keep_NT: Tensor) -> Tensor:
@@ -272,9 +254,9 @@ class Intermediate:
 
     def close(self) -> None:
         """Free the hidden states."""
-        self.hidden.close()
         if self._original is not None:
             self._original.close()
+        self.hidden.close()
 
     def _enter(self, part: slice, ids: Tensor, mask: Tensor | None) -> None:
         self.hidden.put(0, part.start, self.stream.enter(ids, mask).h_BTD)

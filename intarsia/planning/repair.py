@@ -27,8 +27,8 @@ from intarsia.calibration.hidden import HiddenStore
 from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.healing.correspond import trainable
 from intarsia.healing.layer_fit import FitBatch, LayerFit, PartFit, as_array, fit_layer, fittable, in_file, passes
+from intarsia.healing.original import Original
 from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.original import Original
 from intarsia.planning.settings import RECONSTRUCTION_TOKENS
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import derive_spans

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intarsia.healing.original import Original
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import planner_of
 from intarsia.planning.run_folder import RunFolder
@@ -91,6 +92,10 @@ class Ladders:
         self.passes += 1
         self.shared_forwards += current.layer_forwards - before
         return current
+
+    def original(self) -> Original | None:
+        """The hidden states of the whole model, where it was measured and is kept: good until the next ladder."""
+        return self._current.original(len(self.source.corpus)) if self._current is not None and self._is_kept else None
 
     def close(self) -> None:
         """Free the hidden states."""

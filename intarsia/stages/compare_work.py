@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from intarsia.calibration.batches import Batches
 from intarsia.healing.closed_form import ClosedFormSettings, closed_form_cost
-from intarsia.healing.lessons import Lessons
+from intarsia.healing.original import Original
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.comparison import DENSE
 from intarsia.stages.compare_folder import CompareFolder, Key
@@ -36,13 +37,13 @@ class Work:
         self.depths, self.heals, self.batch_tokens = depths, heals, batch_tokens
         self.ladders = Ladders(source, batch_tokens=batch_tokens)
         self.dense: Key = (DENSE, source.checkpoint.anatomy.n_layers, "none")
-        self._lessons: Lessons | None = None
+        self._original: Original | None = None
 
     def close(self) -> None:
         """Free what the rows shared."""
         self.ladders.close()
-        if self._lessons is not None:
-            self._lessons.close()
+        if self._original is not None:
+            self._original.close()
 
     def missing(self, entrants: Sequence[Entrant]) -> list[Key]:
         """The rows that are not there yet."""
@@ -94,7 +95,12 @@ class Work:
             settings = ClosedFormSettings()
             begun = time.perf_counter()
             repair = repaired(
-                run, cut, self.source, settings=settings, batch_tokens=self.batch_tokens, lessons=self._shared_lessons()
+                run,
+                cut,
+                self.source,
+                settings=settings,
+                batch_tokens=self.batch_tokens,
+                original=self._shared_original(),
             )
             recipe, where = repair.recipe, repair.path
             extra["heal_forwards"] = closed_form_cost(cut, settings, self.source.checkpoint.anatomy)
@@ -107,23 +113,18 @@ class Work:
         relative = self.folder.relative(where)
         return self.judge.row(entrant.name, rung, recipe, heal=heal, where=relative, rows=rows) | extra
 
-    def _shared_lessons(self) -> Lessons | None:
-        """What all fits learn from, where there is room in memory for all of it."""
-        source = self.source
-        if self._lessons is None:
-            anatomy, corpus, room = source.checkpoint.anatomy, source.corpus, source.placement.room(self.folder.path)
-            states = corpus.input_ids.numel() * anatomy.width * source.resident.model.dtype.itemsize
-            if (anatomy.n_layers + 1) * states > room.memory_bytes:
-                return None
-            self._lessons = Lessons(
-                source.resident,
-                corpus,
-                keep=True,
-                batch_tokens=self.batch_tokens,
-                room=room,
-                progress=source.progress,
-            )
-        return self._lessons
+    def _shared_original(self) -> Original | None:
+        """What all fits are held against: as the ladders measured it, or run once where there is room for all of it."""
+        source, measured = self.source, self.ladders.original()
+        if measured is not None or self._original is not None:
+            return measured or self._original
+        anatomy, corpus, room = source.checkpoint.anatomy, source.corpus, source.placement.room(self.folder.path)
+        states = corpus.input_ids.numel() * anatomy.width * source.resident.model.dtype.itemsize
+        if (anatomy.n_layers + 1) * states > room.memory_bytes:
+            return None
+        batches = Batches(corpus, source.resident.device, batch_tokens=self.batch_tokens, progress=source.progress)
+        self._original = Original(source.resident, batches, keep=True, room=room, progress=source.progress)
+        return self._original
 
     def _has(self, key: Key) -> bool:
         return self.judge.is_whole(self.folder.rows.get(key))

@@ -14,7 +14,7 @@ from intarsia.disk import full_disk_named
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.healing.closed_form import ClosedFormSettings, fit
-from intarsia.healing.lessons import Lessons
+from intarsia.healing.original import Original
 from intarsia.planning.run_folder import RunFolder
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
@@ -48,14 +48,14 @@ def repaired(
     *,
     settings: ClosedFormSettings,
     batch_tokens: int | None,
-    lessons: Lessons | None = None,
+    original: Original | None = None,
 ) -> Repaired:
     """A recipe of a run's ladder, healed in closed form on the run's calibration text.
 
     A fit that is finished is in the run folder, and is only read.
 
     Args:
-        lessons: the original's on the source's text, shared with other fits.
+        original: its hidden states on the source's text, shared with other fits.
 
     Raises:
         UserError: activations are not finite, or the calibration text is not the one of the run.
@@ -74,7 +74,7 @@ def repaired(
         source.resident,
         corpus,
         settings=settings,
-        lessons=lessons,
+        original=original,
         batch_tokens=batch_tokens,
         room=source.placement.room(run),
         progress=source.progress,

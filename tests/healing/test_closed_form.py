@@ -294,17 +294,19 @@ def test_a_fit_that_does_not_carry_over_is_not_taken(cut: Cut, resident_of: InMe
     assert found.fitted == {}
 
 
-@pytest.mark.parametrize("where", ["everywhere", "held-out"])
+@pytest.mark.parametrize("where", ["of the original", "held-out"])
 def test_activations_that_are_not_finite(where: str, cut: Cut, tokens: Tokens) -> None:
     checkpoint, recipe = cut("llama")
     resident = Resident(checkpoint, device=CPU)
     train, _ = tokens()
-    if where == "everywhere":
+    if where == "of the original":
         resident.layers[2].get_submodule("mlp.down_proj").get_parameter("weight")[0, 0] = float("nan")
+        named = "output of layer 2 of the original"
     else:
         train.input_ids[0, 3], train.input_ids[1:] = 300, train.input_ids[1:].clamp_max(299)
         resident.model.get_input_embeddings().weight[300] = float("inf")
-    with pytest.raises(UserError, match="layer 2") as caught:
+        named = "output of layer 0 of the original"
+    with pytest.raises(UserError, match=named) as caught:
         fit(recipe, resident, train, settings=PLAIN)
     assert "finite" in str(caught.value)
 

@@ -61,6 +61,40 @@ def test_rewind_is_the_whole_model_again(resident_of: InMemory) -> None:
             each.close()
 
 
+def test_the_original_is_what_was_measured_and_stays(resident_of: InMemory) -> None:
+    for kept, memory_bytes in ((False, None), (True, None), (False, 0)):
+        model = Intermediate(resident_of("llama"), corpus(), WHOLE, memory_bytes=memory_bytes)
+        model.refresh()
+        before = [model.hidden_at(depth, slice(0, 4)).clone() for depth in range(model.depth + 1)]
+        if kept:
+            model.keep()
+        else:
+            model.original(4)
+        model.replace(1, 2, None)
+        original, spent = model.original(4), model.layer_forwards
+        model.replace(0, 1, None)
+        assert model.original(4) is original
+        assert (original.cost, model.layer_forwards) == (0, spent + model.depth)
+        for depth, states in enumerate(before):
+            assert torch.equal(original.at(depth, slice(0, 4)), states)
+        assert not torch.equal(model.hidden_at(2, slice(0, 4)), before[2])
+        model.close()
+
+
+def test_a_smaller_original_is_a_copy_and_one_that_was_not_measured_is_run(resident_of: InMemory) -> None:
+    model = Intermediate(resident_of("llama"), corpus(), WHOLE)
+    model.refresh()
+    third, few = model.hidden_at(3, slice(0, 2)).clone(), model.original(2)
+    model.replace(0, 1, None)
+    assert model.hidden.held is None
+    assert torch.equal(few.at(3, slice(0, 2)), third)
+    spent = model.layer_forwards
+    many = model.original(4)
+    assert (many.cost, model.layer_forwards - spent) == (6, 6.0)
+    torch.testing.assert_close(many.at(3, slice(0, 2)), third)
+    model.close()
+
+
 def test_a_store_that_holds() -> None:
     store = HiddenStore((2, 1, 3), torch.float32, memory_bytes=0)
     for depth in (0, 1):

@@ -1,4 +1,4 @@
-"""What the teacher makes of a text, shared by fits."""
+"""What the original makes of a text, shared by fits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 from intarsia.building.resident import Resident
+from intarsia.calibration.batches import Batches
+from intarsia.calibration.corpus import Corpus
+from intarsia.calibration.hidden import HiddenStore
 from intarsia.healing.closed_form import ClosedFormSettings, closed_form_cost, fit
-from intarsia.healing.lessons import Lessons
+from intarsia.healing.original import Original
 from intarsia.recipe.recipe import Recipe
 from tests.conftest import InMemory, Opened
+from tests.families import WIDTH
 from tests.healing.conftest import SEQ_LEN, Cut, Tokens
 from tests.recipes_by_hand import recipe_of, select
 
@@ -34,36 +38,59 @@ def forwards(resident: Resident, work: Any) -> tuple[Any, int]:
         handle.remove()
 
 
+def original_of(resident: Resident, text: Corpus, **kwargs: Any) -> Original:
+    return Original(resident, Batches(text, resident.device, batch_tokens=2 * SEQ_LEN), **kwargs)
+
+
 def test_depths_are_those_of_the_plain_model_and_none_is_computed_twice(resident_of: InMemory, tokens: Tokens) -> None:
     resident = resident_of("opt")
     text, _ = tokens()
     n = len(text)
-    lessons = Lessons(resident, text, batch_tokens=2 * SEQ_LEN)
+    original = original_of(resident, text)
     with torch.inference_mode():
-        assert forwards(resident, lambda: lessons.learn([2, 4]))[1] == 4 * n
-        assert forwards(resident, lambda: lessons.learn([4]))[1] == 0
-        assert forwards(resident, lambda: lessons.learn([5]))[1] == n  # from depth 4 on
+        assert forwards(resident, lambda: original.learn([2, 4]))[1] == 4 * n
+        assert forwards(resident, lambda: original.learn([4]))[1] == 0
+        assert forwards(resident, lambda: original.learn([5]))[1] == n  # from depth 4 on
         states = resident.model(text.input_ids, output_hidden_states=True).hidden_states
         for depth in (2, 4, 5):
-            torch.testing.assert_close(lessons.at(depth, slice(0, n)), states[depth], rtol=0, atol=1e-5)
-        lessons.forget(4)
-        assert forwards(resident, lambda: lessons.learn([4]))[1] == 2 * n  # from depth 2 on
-    lessons.close()
+            torch.testing.assert_close(original.at(depth, slice(0, n)), states[depth], rtol=0, atol=1e-5)
+        original.forget(4)
+        assert forwards(resident, lambda: original.learn([4]))[1] == 2 * n  # from depth 2 on
+    original.close()
 
 
-def test_fits_that_share_lessons_are_the_same_and_pay_for_the_teacher_once(
+def test_what_is_known_is_read_and_passed_by(resident_of: InMemory, tokens: Tokens) -> None:
+    resident = resident_of("opt")
+    text, _ = tokens()
+    n = len(text)
+    whole, known = original_of(resident, text, keep=True), HiddenStore((n, SEQ_LEN, WIDTH), torch.float32)
+    whole.learn([6])
+    known.put(3, 0, whole.at(3, slice(0, n)))
+    for keep in (False, True):
+        original = original_of(resident, text, known=known, keep=keep)
+        assert forwards(resident, lambda: original.learn([5]))[1] == 2 * n  # noqa: B023 - called at once
+        assert forwards(resident, lambda: original.learn([1, 5]))[1] == n  # noqa: B023
+        for depth in (1, 3, 5):
+            torch.testing.assert_close(original.at(depth, slice(0, n)), whole.at(depth, slice(0, n)))
+        if keep:
+            assert forwards(resident, lambda: original.learn([4]))[1] == 0  # noqa: B023
+        original.close()
+    assert known.depths() == [3]
+
+
+def test_fits_that_share_it_are_the_same_and_pay_for_the_teacher_once(
     cut: Cut, resident_of: InMemory, tokens: Tokens
 ) -> None:
     _, recipe = cut("llama")
     resident = resident_of("llama")
     text, _ = tokens()
     settings = ClosedFormSettings()
-    shared = Lessons(resident, text, keep=True, batch_tokens=2 * SEQ_LEN)
+    shared = original_of(resident, text, keep=True)
 
-    def fitted(lessons: Lessons | None) -> tuple[Recipe, int]:
+    def fitted(original: Original | None) -> tuple[Recipe, int]:
         found, spent = forwards(
             resident,
-            lambda: fit(recipe, resident, text, settings=settings, lessons=lessons, batch_tokens=2 * SEQ_LEN)[0],
+            lambda: fit(recipe, resident, text, settings=settings, original=original, batch_tokens=2 * SEQ_LEN)[0],
         )
         return found, spent
 
@@ -110,9 +137,9 @@ def test_a_stack_that_repeats_layers_begins_at_its_first_repetition(
     assert spent == closed_form_cost(recipe, settings) * len(text) == (5 + 2 + 1) * len(text)
 
 
-def test_lessons_of_another_text_are_no_lessons(resident_of: InMemory, checkpoint_of: Opened, tokens: Tokens) -> None:
+def test_that_of_another_text_is_refused(resident_of: InMemory, checkpoint_of: Opened, tokens: Tokens) -> None:
     resident, name = resident_of("opt"), str(checkpoint_of("opt").folder)
     text, other = tokens()
     recipe = recipe_of(name, [select(0), select(1), select(4), select(5)])
     with pytest.raises(AssertionError, match="another teacher or text"):
-        fit(recipe, resident, text, lessons=Lessons(resident, other))
+        fit(recipe, resident, text, original=original_of(resident, other))
