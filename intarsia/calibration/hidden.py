@@ -23,7 +23,7 @@ class HiddenStore:
     in a temporary folder (inside the room's folder, if it has one), which is deleted with the store.
 
     Attributes:
-        held: what was stored at `hold`, as it was; None before.
+        held: what was stored at `hold`, or what another store holds, as it was; None where nothing is held.
     """
 
     def __init__(
@@ -34,18 +34,21 @@ class HiddenStore:
         memory_bytes: int | None = None,
         folder: Path | None = None,
         room: Room | None = None,
+        held: HiddenStore | None = None,
     ) -> None:
         """
         Args:
             memory_bytes, folder: of a room of the store's own.
             room: shared with other stores.
+            held: another store, which is read where nothing was put here, and left alone.
         """
         self.shape = shape
         self.dtype = dtype
         self.room = room or Room(memory_bytes, folder)
         self.memory_bytes = self.room.memory_bytes
         self._buffers: dict[int, Tensor | Spilled] = {}
-        self.held: HiddenStore | None = None
+        self.held = held
+        self._frees_held = False
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     @property
@@ -82,7 +85,7 @@ class HiddenStore:
         A depth that is put again must be put whole before it is read.
         """
         assert self.held is None, "what is stored is held already"
-        self.held = HiddenStore(self.shape, self.dtype, room=self.room)
+        self.held, self._frees_held = HiddenStore(self.shape, self.dtype, room=self.room), True
         self.held._buffers, self._buffers = self._buffers, {}
         self.held._folder, self._folder = self._folder, None
 
@@ -104,9 +107,9 @@ class HiddenStore:
         """Free every buffer and delete the files."""
         while self._buffers:
             self._free(self._buffers.popitem()[1])
-        if self.held is not None:
+        if self.held is not None and self._frees_held:
             self.held.close()
-            self.held = None
+        self.held = None
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None

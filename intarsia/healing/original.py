@@ -102,6 +102,13 @@ class Original:
         store = next(store for store in self._stores if depth in store.depths())
         return store.get(depth, rows.start, rows.stop, self._resident.device)
 
+    @property
+    def states(self) -> HiddenStore:
+        """All depths, of an original of which every depth is known; not to be changed."""
+        found = [store for store in self._stores if len(store.depths()) > len(self.layers)]
+        assert found, "it has not learned every depth"
+        return found[0]
+
     def forget(self, depth: int) -> None:
         """A depth is not asked for again by this fit."""
         if not self.keep:

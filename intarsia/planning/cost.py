@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from intarsia.anatomy.spec import Anatomy
 from intarsia.healing.closed_form import ClosedFormSettings, closed_form_cost_at_most
 from intarsia.healing.layer_fit import passes
+from intarsia.planning.blocks import NEAREST
 from intarsia.planning.laco import SEQUENCES
 from intarsia.planning.settings import RECONSTRUCTION_TOKENS, ComeSettings, LacoSettings, Settings, layers_at_once
 from intarsia.planning.sizes import BASE_BYTES, JUDGED_TOKENS, LOGIT_BYTES, Held, Sizes
@@ -184,6 +185,10 @@ def _forwards(
                 # Held-out loss without and with the fit; where two layers are fitted, the model as it was is measured
                 # anew behind the first.
                 forwards += finalists * (fits + current + math.ceil(2 * after / in_loop.held_out))
+            if isinstance(settings, ComeSettings) and method == "come-p" and settings.blocks:
+                # Held-out loss of the nearest blocks, a fit and the loss with it of some; and all of the model is new.
+                one = passes(anatomy, in_loop.changed) + math.ceil(2 * after / in_loop.held_out)
+                forwards += NEAREST * math.ceil(after / in_loop.held_out) + settings.blocks * one + after
         current, steps = after, steps + 1
     return steps, forwards
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import nn
 
 from intarsia.building.resident import Resident
-from intarsia.recipe.ops import Op, Select
+from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.recipe.recipe import Fitted
 
 Tensors: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
@@ -63,3 +63,9 @@ def is_whole(layers: Sequence[Layer], n_layers: int) -> bool:
         isinstance(op, Select) and op.source.layer == index and fitted is None
         for index, (op, fitted) in enumerate(layers)
     )
+
+
+def original_ops(layers: Sequence[Op], n_layers: int) -> list[Op]:
+    """All layers of the original that these are made of, in order."""
+    variant = layers[0].sources[0].variant
+    return [Select(source=LayerRef(variant=variant, layer=layer)) for layer in range(n_layers)]

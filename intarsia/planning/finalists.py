@@ -5,13 +5,15 @@ one that is joined from two (dev/LOG.md). So the race, which knows no repair, on
 of them is fitted as it would be if it were chosen, and judged on the sequences that no fit sees; the others' loss says
 little about a model that was fitted on them several times.
 
+Blocks of the original compete with them (`intarsia.planning.blocks`).
+
 A trial leaves the model as it was. It costs the fits, and what lies behind the change on the held-out sequences, once
 without and once with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from intarsia.errors import Problem, UserError
 from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.healing.layer_fit import LayerFit
 from intarsia.healing.original import Original
+from intarsia.planning.blocks import best_blocks
 from intarsia.planning.current_layers import Tensors
 from intarsia.planning.planner import Step
 from intarsia.planning.repair import Repair, losses_behind
@@ -60,18 +63,28 @@ def check_finalists(method: str, settings: Settings | None, in_loop: ClosedFormS
             found=method,
             remedy=f"Leave --{name} out, or choose --method come-p.",
         )
-        for name, given in (("removals", settings.removals), ("finalists", settings.finalists > 1))
+        for name, given in (
+            ("removals", settings.removals),
+            ("finalists", settings.finalists > 1),
+            ("blocks", settings.blocks > 0),
+        )
         if given and method != "come-p"
     ]
-    if settings.finalists > 1 and in_loop is None:
-        remedy = "Give both, or leave --finalists out."
-        problems.append(Problem(where="--finalists", expected="--heal-in-loop beside it", found="none", remedy=remedy))
+    for name, given in (("finalists", settings.finalists > 1), ("blocks", settings.blocks > 0)):
+        if given and in_loop is None:
+            remedy = f"Give both, or leave --{name} out."
+            problems.append(
+                Problem(where=f"--{name}", expected="--heal-in-loop beside it", found="none", remedy=remedy)
+            )
     if problems:
         raise UserError(problems)
 
 
-def settle(repair: Repair, steps: Sequence[Step]) -> tuple[Step, dict[str, Any]]:
+def settle(repair: Repair, steps: Sequence[Step], *, blocks: int = 0) -> tuple[Step, dict[str, Any]]:
     """Take the step whose repaired model has the least loss on held-out sequences; of equal ones the first.
+
+    Args:
+        blocks: so many blocks of the original are tried beside the steps.
 
     Returns:
         The step, and as plain data what `Repair.replace` tells of it, with what each of the others has shown.
@@ -80,16 +93,22 @@ def settle(repair: Repair, steps: Sequence[Step]) -> tuple[Step, dict[str, Any]]
     original = model.original(len(model.corpus))  # copied while the whole model is what was measured
     spent = model.layer_forwards
     trials: list[_Trial] = []
-    with model.progress.task(f"repairing {len(steps)} finalists", len(steps)) as task:
+    with model.progress.task(f"repairing {len(steps) + blocks} finalists", len(steps) + blocks) as task:
         for step in steps:
             trials.append(_tried(repair, step, original, rows))
             task.advance()
+        if blocks:
+            trials += _blocks_tried(repair, steps, original, blocks, task.advance)
     best = min(trials, key=lambda trial: trial.loss)
     spent = model.layer_forwards - spent
-    first, _ = repair.exchange(best.step.start, best.step.count, best.step.op)
-    for index, tensors in best.fitted.items() if best.taken else ():
-        model.fit(index, tensors)
-    model.measure(first)
+    if best.step.whole is not None:
+        model.become(best.step.whole, best.fitted if best.taken else None)
+        model.measure(0)
+    else:
+        first, _ = repair.exchange(best.step.start, best.step.count, best.step.op)
+        for index, tensors in best.fitted.items() if best.taken else ():
+            model.fit(index, tensors)
+        model.measure(first)
     tokens = max(int(model.counts_N[rows].sum()), 1)
     return best.step, {
         "read_outs": [asdict(fit) for fit in best.read_outs],
@@ -100,11 +119,43 @@ def settle(repair: Repair, steps: Sequence[Step]) -> tuple[Step, dict[str, Any]]
             {
                 "replaced": [trial.step.start, trial.step.start + trial.step.count],
                 "op": None if trial.step.op is None else describe(trial.step.op),
+                **({} if trial.step.whole is None else {"of": "the original"}),
                 "held_out_loss": [trial.before / tokens, trial.after / tokens],
             }
             for trial in trials
         ],
     }
+
+
+def _blocks_tried(
+    repair: Repair, steps: Sequence[Step], original: Original, number: int, advance: Callable[[], None]
+) -> list[_Trial]:
+    """The original without a block of layers, of the blocks of least loss: each repaired and judged."""
+    model, rows = repair.model, repair.held_out
+    whole = model.beside(original)
+    ops = list(whole.ops)
+    aside = Repair(whole, repair.settings)
+
+    def loss(step: Step) -> float:
+        first, _ = aside.exchange(step.start, step.count, None)
+        found = float(losses_behind(whole, first, rows).sum())
+        whole.become(ops)
+        return found
+
+    found = [
+        [*model.ops[: step.start], *([] if step.op is None else [step.op]), *model.ops[step.start + step.count :]]
+        for step in steps
+    ]
+    trials = []
+    try:
+        removed = len(ops) - len(found[0])
+        for step in best_blocks(whole, steps[0], number, loss, removed=removed, known=found):
+            trials.append(_tried(aside, step, original, rows))
+            advance()
+    finally:
+        model.layer_forwards += whole.layer_forwards
+        whole.close()
+    return trials
 
 
 def _tried(repair: Repair, step: Step, original: Original, rows: Sequence[int]) -> _Trial:
@@ -122,5 +173,6 @@ def _tried(repair: Repair, step: Step, original: Original, rows: Sequence[int]) 
     }
     after = float(losses_behind(model, first, rows).sum()) if fitted else before
     model.ops, model.fitted, model.modules = was
-    model.refresh()  # where a second layer was fitted, those before it were measured anew
+    if model.measures:
+        model.refresh()  # where a second layer was fitted, those before it were measured anew
     return _Trial(step=step, read_outs=fits, fitted=fitted, before=before, after=after)

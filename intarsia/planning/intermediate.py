@@ -26,7 +26,7 @@ from intarsia.calibration.stats import LayerMeasure
 from intarsia.calibration.stream import LayerStream
 from intarsia.healing.original import Original
 from intarsia.planning import measuring
-from intarsia.planning.current_layers import CurrentLayers, Layer, is_whole
+from intarsia.planning.current_layers import CurrentLayers, Layer, is_whole, original_ops
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import Fitted
@@ -207,9 +207,18 @@ class Intermediate(CurrentLayers):
             if self._original is not None:
                 self._original.close()
             self._original = self._known_original(sequences)
-            self._original.learn(range(1, self.anatomy.n_layers + 1))
+            self._original.learn(range(self.anatomy.n_layers + 1))
             self.spend(self._original.cost, slice(0, sequences))
         return self._original
+
+    def beside(self, original: Original) -> Intermediate:
+        """Another one, made of the original's layers and with its hidden states on the whole text; nothing is run."""
+        other = Intermediate(
+            self.resident, self.corpus, original_ops(self.ops, self.anatomy.n_layers), progress=self.progress
+        )
+        other.batches, other.room, other.counts_N = self.batches, self.room, self.counts_N
+        other.hidden = HiddenStore(self.hidden.shape, self.hidden.dtype, room=self.room, held=original.states)
+        return other
 
     def _known_original(self, sequences: int) -> Original:
         """The original with what is measured of it."""

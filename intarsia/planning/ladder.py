@@ -131,8 +131,9 @@ def climb(
                 return planner.reason()
             before, step = model.depth, steps[0]
             evidence = step.evidence
-            if repair is not None and len(steps) > 1:
-                step, found = settle(repair, steps)
+            blocks = planner.settings.blocks if isinstance(planner, Come) and planner.posterior else 0
+            if repair is not None and (blocks or len(steps) > 1):
+                step, found = settle(repair, steps, blocks=blocks)
                 evidence = {**step.evidence, "repair": found}
             elif step.whole is not None:
                 model.become(step.whole)

@@ -37,13 +37,15 @@ class ComeSettings:
         finalists: where what a step changes is repaired before the next, CoMe-P repairs its so many best candidates,
             each of which removes something else, and takes the one of least loss on held-out sequences; 1 takes the
             best before any repair.
+        blocks: beside those, so many blocks of adjacent layers of the original are left out of it, repaired and judged
+            alike: the path so far is given up where one of them is better.
         beam: CoMe-P follows so many paths at once, those of least calibration loss at each depth.
         combine: `concat`, the merged layer keeps pieces of each; two ablations of the paper: `weight-sum`, it is the
             sum of whole layers, weighted by share; `fuse`, the pieces that are left out are added, scaled, onto the
             most similar ones that are kept.
         reference: the published behaviour where ours differs by default: averaged norms, one span, no removals, no
-            racing, one finalist, the last layer's influence measured behind the final norm, and a distance over one
-            layer whatever m is. Query heads are grouped correctly all the same.
+            racing, one finalist, no blocks, the last layer's influence measured behind the final norm, and a distance
+            over one layer whatever m is. Query heads are grouped correctly all the same.
     """
 
     span_choice: SpanChoice = "sbi"
@@ -59,6 +61,7 @@ class ComeSettings:
     removals: bool = False
     racing: bool = True
     finalists: int = 1
+    blocks: int = 0
     beam: int = 1
     combine: Literal["concat", "weight-sum", "fuse"] = "concat"
     reference: bool = False
@@ -84,6 +87,7 @@ class ComeSettings:
                 ("granularity", "a whole number, 1 or more", self.granularity, self.granularity >= 1),
                 ("spans", "a whole number, 1 or more", self.spans, self.spans >= 1),
                 ("finalists", "a whole number, 1 or more", self.finalists, self.finalists >= 1),
+                ("blocks", "a whole number, 0 or more", self.blocks, self.blocks >= 0),
                 ("beam", "a whole number, 1 or more", self.beam, self.beam >= 1),
             )
             if not right
@@ -95,11 +99,11 @@ class ComeSettings:
         """The settings with what `reference` implies."""
         if not self.reference:
             return self
-        return replace(self, norm="average", spans=1, removals=False, racing=False, finalists=1)
+        return replace(self, norm="average", spans=1, removals=False, racing=False, finalists=1, blocks=0)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for the run folder."""
-        return _plain(self, {"beam": 1, "removals": False, "finalists": 1})
+        return _plain(self, {"beam": 1, "removals": False, "finalists": 1, "blocks": 0})
 
 
 @dataclass(frozen=True, kw_only=True)

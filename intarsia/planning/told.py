@@ -28,6 +28,9 @@ def repaired(evidence: Mapping[str, Any]) -> str:
         return ""
     before, after = repair["held_out_loss"]
     among = f", best of {len(repair['finalists'])}" if "finalists" in repair else ""
+    if "block" in evidence:
+        start, stop = evidence["block"]
+        among += f": the original without {start} to {stop - 1}"
     return f"{among}, {'repaired' if repair['taken'] else 'not repaired'}: held-out loss {before:.4f} -> {after:.4f}"
 
 
