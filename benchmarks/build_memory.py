@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -53,6 +54,7 @@ def build(folder: Path, out: Path, depth: int) -> None:
     import psutil
 
     from intarsia.anatomy.detect import detect
+    from intarsia.anatomy.spec import Part
     from intarsia.evaluation.memory import peak_memory_bytes
     from intarsia.progress import Silent
     from intarsia.recipe.flatten import concat_of
@@ -62,8 +64,8 @@ def build(folder: Path, out: Path, depth: int) -> None:
     anatomy = detect({**CONFIG, "num_hidden_layers": depth})
     whole = identity(Variant(name="base", model=str(folder)), depth)
     groups, channels = anatomy.n_kv_heads // 2, anatomy.n_channels // 2
-    kept = {"attention": range(groups), "mlp": range(channels)}
-    halves = {"attention": 0.5, "mlp": 0.5}
+    kept: dict[Part, Sequence[int]] = {"attention": range(groups), "mlp": range(channels)}
+    halves: dict[Part, float] = {"attention": 0.5, "mlp": 0.5}
     layers = [
         concat_of(whole.layers[index : index + 2], [kept] * 2, weights=[halves] * 2, norm="fold", anatomy=anatomy)
         for index in range(0, depth, 2)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from intarsia.building.resident import Resident, default_device
-from intarsia.calibration.corpus import load_corpus
+from intarsia.calibration.loading import load_corpus
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.planning.come import Come
 from intarsia.planning.intermediate import Intermediate

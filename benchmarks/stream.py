@@ -6,6 +6,8 @@ the model is opened; against two and a half layers, plus embeddings, plus the bu
 On Linux the kernel's counter is reset between the parts of the job, so that each has a peak of its own.
 
     python -m benchmarks stream --shape llama-3.2-1b -o out/bench/stream
+    python -m benchmarks stream --tokens 65536 --seq-len 512 --memory 256    # moments: hours on a core
+    python -m benchmarks stream --tokens 16384 --depth 3 --layers 2          # the same memory, sooner
 
 The folder needs room for the model twice; what is generated is deleted afterwards.
 """
@@ -207,13 +209,17 @@ def main() -> None:
 
 def report(given: argparse.Namespace, sizes: Any, found: dict[str, Any], bound: float, seconds: float) -> None:
     """One table row, and the numbers behind it."""
+    from intarsia.healing.fit_memory import gram_bytes
+
     own = found["peak"] - found["base"]
     print(f"{given.shape}, {sizes.anatomy.n_layers} to {given.layers} layers, {given.tokens} tokens, {given.method}")
     print("| weights | a layer | embeddings | hidden budget | bound | peak above the base | predicted, with base |")
     print("|---:|---:|---:|---:|---:|---:|---:|")
     cells = (sizes.weight_bytes, sizes.layer_bytes, sizes.outside_bytes, given.memory * 1e6, bound, own)
     print("| " + " | ".join(f"{cell / 1e6:,.0f} MB" for cell in (*cells, found["predicted"])) + " |")
-    print(f"\nbase {found['base'] / 1e6:.0f} MB, peak with it {found['peak'] / 1e6:.0f} MB, {seconds:.0f} s")
+    moments = gram_bytes(sizes.anatomy.cut_size(sizes.anatomy.writer("mlp")), sizes.anatomy.width)
+    print(f"\nmoments of down_proj {moments / 1e6:.0f} MB, where tokens are more than half its features")
+    print(f"base {found['base'] / 1e6:.0f} MB, peak with it {found['peak'] / 1e6:.0f} MB, {seconds:.0f} s")
     print(f"perplexity {found['before']:.1f} -> {found['after']:.1f}, {found['layer_forwards']:.1f} layer-forwards")
     print(f"healed: {found['healed']}\n\n| part | peak above the base |\n|---|---:|")
     for part, peak in found["parts"].items():

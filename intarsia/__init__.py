@@ -22,16 +22,19 @@ if TYPE_CHECKING:
     from intarsia.stages.bench import BenchResult, bench
     from intarsia.stages.build import BuildResult, build
     from intarsia.stages.compare import CompareResult, compare
-    from intarsia.stages.compress import CompressResult, compress
+    from intarsia.stages.compress import compress
+    from intarsia.stages.compress_result import CompressResult
     from intarsia.stages.evaluate import evaluate_perplexity
     from intarsia.stages.evaluate_tasks import evaluate_tasks
     from intarsia.stages.export import ExportResult, export
-    from intarsia.stages.heal import HealResult, heal
+    from intarsia.stages.heal import heal
+    from intarsia.stages.heal_result import HealResult
     from intarsia.stages.inspect import inspect
     from intarsia.stages.plan import PlanResult, plan
     from intarsia.stages.push import PushResult, push
     from intarsia.stages.report import ReportResult, report
-    from intarsia.stages.tailor import TailorResult, tailor
+    from intarsia.stages.tailor import tailor
+    from intarsia.stages.tailor_result import TailorResult
     from intarsia.stages.verify import VerifyResult, verify
 
 __version__ = "0.1.0"
@@ -41,14 +44,14 @@ _PLACES = {
     "BuildResult": "intarsia.stages.build",
     "ComeSettings": "intarsia.planning.settings",
     "CompareResult": "intarsia.stages.compare",
-    "CompressResult": "intarsia.stages.compress",
+    "CompressResult": "intarsia.stages.compress_result",
     "ExportResult": "intarsia.stages.export",
-    "HealResult": "intarsia.stages.heal",
+    "HealResult": "intarsia.stages.heal_result",
     "PlanResult": "intarsia.stages.plan",
     "PushResult": "intarsia.stages.push",
     "Recipe": "intarsia.recipe.recipe",
     "ReportResult": "intarsia.stages.report",
-    "TailorResult": "intarsia.stages.tailor",
+    "TailorResult": "intarsia.stages.tailor_result",
     "TaskResults": "intarsia.evaluation.task_results",
     "UserError": "intarsia.errors",
     "VerifyResult": "intarsia.stages.verify",

@@ -1,14 +1,18 @@
-"""Files that are there whole or as they were before, and a full disk told as something that a user can mend."""
+"""Files that are there whole or as they were before; a damaged file and a full disk told as something that a user can
+mend.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -16,6 +20,8 @@ from intarsia.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NEXT_TO_NOTHING = 2**20
+_SPARE_BYTES = 64 * 2**20
+_MOST_TOLD = 300
 
 
 @contextmanager
@@ -41,6 +47,27 @@ def full_disk_named(folder: Path) -> Iterator[None]:
             found="a full disk",
             remedy="Free some space and give the same command again: what was finished is kept.",
         ) from error
+
+
+def require_room(folder: Path, nbytes: int, what: str, *, where: Path | None = None, option: str = "") -> None:
+    """Refuse a disk that is too small, before any work.
+
+    Args:
+        folder: where `what` shall be; it need not be there yet.
+        where: names the place, if it is another.
+        option: what sets it, where a single one does.
+
+    Raises:
+        UserError: there is less room than `nbytes` and a little more.
+    """
+    free, of = _free(folder), f" ({option})" if option else ""
+    if free < nbytes + _SPARE_BYTES:
+        raise UserError.of(
+            where=str(where or folder),
+            expected=f"{(nbytes + _SPARE_BYTES) / 1e6:,.0f} MB of free disk space for {what}",
+            found=f"{free / 1e6:,.0f} MB",
+            remedy=f"Free some space, or choose a place on another disk{of}.",
+        )
 
 
 @contextmanager
@@ -74,6 +101,38 @@ def write_whole(path: Path, text: str) -> None:
     """
     with replaced(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def damage_named(file: Path, *, expected: str, remedy: str) -> Iterator[None]:
+    """A file that cannot be read inside, or holds what nobody can make sense of, becomes a user's error.
+
+    Raises:
+        UserError: saying what was found; one that is raised inside stays as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise UserError.of(where=str(file), expected=expected, found=found, remedy=remedy) from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        found = f"{type(error).__name__}: {' '.join(str(error).split())[:_MOST_TOLD]}"
+        raise UserError.of(where=str(file), expected=expected, found=found, remedy=remedy) from error
+
+
+def read_json(file: Path, *, expected: str, remedy: str) -> dict[str, Any]:
+    """A file with one JSON object.
+
+    Raises:
+        UserError: there is none, or something else in it.
+    """
+    with damage_named(file, expected=expected, remedy=remedy):
+        found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise UserError.of(where=str(file), expected=expected, found=f"a {type(found).__name__}", remedy=remedy)
+    return found
 
 
 def append_line(path: Path, line: str) -> None:

@@ -39,3 +39,22 @@ class UserError(ValueError):
 
     def __reduce__(self) -> tuple[type[UserError], tuple[tuple[Problem, ...]]]:
         return type(self), (self.problems,)
+
+
+def missing_package(
+    package: str, *, where: str, extra: str, instead: str = "", error: ImportError | None = None
+) -> UserError:
+    """What is said where a package cannot be imported that not everybody needs.
+
+    Args:
+        where: what needs it; `extra` of Intarsia has it.
+        instead: what else can be done, if anything.
+        error: what came of importing it, where that was tried: one that is there may be broken.
+    """
+    or_else = f", or {instead}" if instead else ""
+    return UserError.of(
+        where=where,
+        expected=f"the package {package}",
+        found="it is not installed" if error is None else str(error).partition("\n")[0],
+        remedy=f"Install it (pip install 'intarsia[{extra}]'){or_else}.",
+    )

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,24 @@ def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
         "overwrite": True,
         "dry_run": True,
     }
+
+
+@pytest.mark.parametrize("verb", [["compress", "demo", "-o", "out"], ["plan", "demo", "--run", "run"]], ids="-".join)
+def test_thorough(verb: list[str], stage: Stage) -> None:
+    from intarsia.planning.settings import ComeSettings
+
+    thorough = ComeSettings(spans=5, granularity=5, removals=True, finalists=4, blocks=3)
+    given = [*verb, "--layers", "25", "--thorough"]
+    assert run(*given, "--method", "come-p").exit_code == 0
+    assert stage.kwargs is not None
+    assert (stage.kwargs["settings"], stage.kwargs["heal_in_loop"]) == (thorough, True)
+    # What is given besides counts, also where it is what it would be without.
+    assert run(*given, "--method", "come-p", "--spans", "3", "--blocks", "1", "--sharpness", "2").exit_code == 0
+    assert stage.kwargs["settings"] == replace(thorough, spans=3, blocks=1, sharpness=2.0)
+    stage.kwargs = None
+    result = run(*given, "--method", "sleb")
+    assert result.exit_code == 2 and "Leave --thorough out" in result.stderr
+    assert stage.kwargs is None
 
 
 def test_the_options_of_laco(stage: Stage, tmp_path: Path) -> None:

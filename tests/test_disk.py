@@ -1,18 +1,20 @@
-"""Writing files whole, and disks that run full while they are written."""
+"""Writing files whole, disks that are or run full, and files that are damaged."""
 
 from __future__ import annotations
 
 import errno
 import io
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
-from intarsia.disk import append_line, full_disk_named, replaced, write_whole
-from intarsia.errors import UserError
+from intarsia.disk import append_line, damage_named, full_disk_named, read_json, replaced, require_room, write_whole
+from intarsia.errors import Problem, UserError
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -93,3 +95,69 @@ def test_other_failures_stay_what_they_are(error: Exception, tmp_path: Path) -> 
     with pytest.raises(type(error)) as caught, full_disk_named(tmp_path):
         raise error
     assert caught.value is error
+
+
+def test_too_little_room_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 * 2**20 + 2_000_000))
+    place = tmp_path / "not" / "made"
+    require_room(place, 2_000_000, "the state")
+    with pytest.raises(UserError) as caught:
+        require_room(place, 3_000_000, "the state", option="--run")
+    assert caught.value.problems == (
+        Problem(
+            where=str(place),
+            expected="70 MB of free disk space for the state",
+            found="69 MB",
+            remedy="Free some space, or choose a place on another disk (--run).",
+        ),
+    )
+    with pytest.raises(UserError, match=r"^OUT: .*on another disk\.$"):
+        require_room(place, 3_000_000, "the state", where=Path("OUT"))
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (ValueError("line 1,\n  column 2"), "ValueError: line 1, column 2"),
+        (KeyError("sha256"), "KeyError: 'sha256'"),
+        (SafetensorError("header too large"), "SafetensorError: header too large"),
+        (OSError(errno.EACCES, "Permission denied"), "Permission denied"),
+    ],
+)
+def test_damage_is_named(error: Exception, found: str, tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    with pytest.raises(UserError) as caught, damage_named(path, expected="facts", remedy="Delete it."):
+        raise error
+    wanted = Problem(where=str(path), expected="facts", found=found, remedy="Delete it.")
+    assert caught.value.problems == (wanted,) and caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error", [UserError.of(where="a", expected="b", found="c", remedy="d"), ZeroDivisionError(), AssertionError()]
+)
+def test_what_is_no_damage_stays_what_it_is(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as caught, damage_named(tmp_path, expected="facts", remedy="Delete it."):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[1]", "a list"),
+        ("{", "JSONDecodeError: Expecting property name"),
+        ("[" * 100_000, "RecursionError: "),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_file_that_is_no_json_object(text: str | None, found: str, tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_json(path, expected="facts", remedy="Delete it.")
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.expected, problem.remedy) == (str(path), "facts", "Delete it.")
+    assert problem.found.startswith(found)
+    path.write_text('{"a": [1, null]}')
+    assert read_json(path, expected="facts", remedy="Delete it.") == {"a": [1, None]}

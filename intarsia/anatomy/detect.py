@@ -41,7 +41,8 @@ def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Anatomy:
         where=f"{where}: model_type",
         expected=f"one of {known}",
         found=repr(model_type),
-        remedy="Use a model of a known family.",
+        remedy="Use a model of a known family, or describe this one in a family file: docs/ADD_A_FAMILY.md says how, "
+        "and `intarsia anatomy check --family-file` tries it.",
     )
 
 

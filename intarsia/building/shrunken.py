@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from intarsia.anatomy.spec import Anatomy
 from intarsia.errors import UserError
@@ -67,15 +68,24 @@ def small_model(config: Mapping[str, Any], *, seed: int = 0) -> PreTrainedModel:
         UserError: transformers does not know the model type, or cannot make a model of this config.
     """
     rest = {key: value for key, value in config.items() if key != "model_type"}
+    model_type = str(config["model_type"])
+    if model_type not in CONFIG_MAPPING:
+        raise UserError.of(
+            where=f"model_type {model_type!r}",
+            expected=f"a model type of transformers {transformers.__version__}, which builds the small model",
+            found="none of that name",
+            remedy="Mend model_type in the config, or install a version of transformers that has it. A model that "
+            "comes with code of its own cannot be checked.",
+        )
     try:
-        made = AutoConfig.for_model(str(config["model_type"]), **rest)
+        made = AutoConfig.for_model(model_type, **rest)
         assert isinstance(made, PreTrainedConfig)
         model = AutoModelForCausalLM.from_config(made)
     except Exception as error:
         # What a config class objects to, and how, differs between families and versions.
         words = " ".join(str(error).split())[:300]
         raise UserError.of(
-            where=f"a small model of type {config['model_type']}",
+            where=f"a small model of type {model_type}",
             expected="a config of which transformers can make one",
             found=f"{type(error).__name__}: {words}",
             remedy="Set the fields that must fit together in the family file's table [tiny].",

@@ -5,7 +5,6 @@ Format: peft's LoraConfig. Whatever else an adapter may do is refused with the w
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intarsia.disk import read_json
 from intarsia.errors import Problem, UserError
 
 CONFIG_FILE = "adapter_config.json"
@@ -76,13 +76,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         UserError: with everything in it that cannot be read or applied.
     """
     file = folder / CONFIG_FILE
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        data = str(error)
-    if not isinstance(data, dict):
-        found = data if isinstance(data, str) else type(data).__name__
-        raise UserError.of(where=str(file), expected="a JSON object", found=found, remedy="Get the adapter again.")
+    data = read_json(file, expected="a JSON object", remedy="Get the adapter again.")
     problems = [
         Problem(where=f"{file}: {key}", expected=expected, found=found, remedy=remedy)
         for key, expected, found, remedy in _faults(data)

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from intarsia.checkpoint.header import TensorHeader, read_headers
 from intarsia.checkpoint.quantised import quantization_of, refuse
+from intarsia.disk import read_json
 from intarsia.errors import Problem, UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MOST_NAMED = 5
+_OBJECT = "a file with one JSON object"
 
 
-def _read_object(file: Path, remedy: str) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        found, reason = None, error.strerror or str(error)
-    except (ValueError, RecursionError) as error:
-        found, reason = None, str(error)
-    else:
-        reason = f"a {type(found).__name__}"
-    if not isinstance(found, dict):
-        raise UserError.of(where=str(file), expected="a file with one JSON object", found=reason, remedy=remedy)
-    return found
+def require_folder(folder: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        UserError: it is a file, or nothing.
+    """
+    if not folder.is_dir():
+        raise UserError.of(
+            where=str(folder),
+            expected="a model folder",
+            found="a file" if folder.exists() else "nothing",
+            remedy="Pass the folder that holds config.json and the .safetensors files.",
+        )
 
 
 def read_config(folder: Path, *, quantised: bool = False) -> dict[str, Any]:
@@ -51,7 +53,8 @@ def read_config(folder: Path, *, quantised: bool = False) -> dict[str, Any]:
                 "of peft, then save_pretrained()."
             ),
         )
-    config = _read_object(file, "Pass a model folder with the config.json that belongs to its weights.")
+    remedy = "Pass a model folder with the config.json that belongs to its weights."
+    config = read_json(file, expected=_OBJECT, remedy=remedy)
     found = quantization_of(config)
     if found is not None and not quantised:
         raise refuse(*found, file)
@@ -74,7 +77,7 @@ def read_all_headers(folder: Path) -> dict[str, TensorHeader]:
 
 def _read_weight_map(file: Path) -> dict[str, str]:
     remedy = "Get the index again, or save the model anew with save_pretrained()."
-    weight_map = _read_object(file, remedy).get("weight_map")
+    weight_map = read_json(file, expected=_OBJECT, remedy=remedy).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError.of(where=f"{file}: weight_map", expected="tensors and files", found="none", remedy=remedy)
     problems = [

@@ -24,7 +24,8 @@ from intarsia.checkpoint.gguf_rope import scaling_of
 from intarsia.checkpoint.remembered import fingerprint, recall, remember
 from intarsia.checkpoint.staging import check_out, staged_folder
 from intarsia.checkpoint.sums import sha256_of
-from intarsia.errors import UserError
+from intarsia.disk import damage_named
+from intarsia.errors import UserError, missing_package
 from intarsia.progress import Progress
 
 SUFFIX = ".gguf"
@@ -116,12 +117,7 @@ def need_gguf(where: str, *, extra: str) -> None:
     """
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError.of(
-            where=where,
-            expected=f"the package {missing[0]}",
-            found="it is not installed",
-            remedy=f"Run `pip install 'intarsia[{extra}]'`.",
-        )
+        raise missing_package(missing[0], where=where, extra=extra)
 
 
 def convert(file: Path, out: Path, dtype: torch.dtype, progress: Progress, *, title: str) -> None:
@@ -197,15 +193,8 @@ def _look(file: Path) -> tuple[torch.dtype, int, dict[str, Any] | None]:
     """The dtype to keep the weights in, how many there are, and how the rotary embedding is scaled."""
     import gguf
 
-    try:
+    with damage_named(file, expected="a whole GGUF file", remedy="Get the file again."):
         reader = gguf.GGUFReader(file)
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise UserError.of(
-            where=str(file),
-            expected="a whole GGUF file",
-            found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-            remedy="Get the file again.",
-        ) from error
     sizes: dict[str, int] = {}
     for tensor in reader.tensors:
         sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)

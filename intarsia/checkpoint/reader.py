@@ -17,7 +17,7 @@ from intarsia.anatomy.detect import detect
 from intarsia.anatomy.spec import Anatomy
 from intarsia.anatomy.verify import verify
 from intarsia.checkpoint.adapter import Adapter
-from intarsia.checkpoint.files import read_all_headers, read_config
+from intarsia.checkpoint.files import read_all_headers, read_config, require_folder
 from intarsia.checkpoint.fp8 import Scaled, readable, unscaled
 from intarsia.checkpoint.header import TensorHeader
 from intarsia.checkpoint.mapped import map_tensor
@@ -63,13 +63,7 @@ class Checkpoint:
         Raises:
             UserError: the folder is no complete safetensors checkpoint of a known family, or its parts disagree.
         """
-        if not folder.is_dir():
-            raise UserError.of(
-                where=str(folder),
-                expected="a model folder",
-                found="a file" if folder.exists() else "nothing",
-                remedy="Pass the folder that holds config.json and the .safetensors files.",
-            )
+        require_folder(folder)
         problems: list[Problem] = []
         config: dict[str, Any] = {}
         headers: dict[str, TensorHeader] = {}

@@ -3,14 +3,20 @@
 The hash is over name, dtype, shape and bytes of every tensor in the order of names, so a model keeps its hash when
 it is sharded differently. That of a model read through an adapter is over its base's hash and the adapter's tensors
 as they are stored, for their product may differ in its last bit from one machine to the next. The result is kept for
-files of the same path, size and time of change; only models that were found finite are remembered.
+files of the same path, size and time of change, and the same way of reading them; only models that were found finite
+are remembered.
+
+The config is no part of the hash, which recipes and runs of earlier versions hold too. What of it changes the numbers,
+`acting_config` tells.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -26,6 +32,30 @@ from intarsia.progress import Progress, Silent, Task
 _CHUNK = 2**22  # entries looked at together: small enough for the copies that a check makes
 _MOST_NAMED = 5
 _VERSION = 1  # of the hash; part of the key under which it is kept
+
+# Of a config: who made it, how text is cut and told apart, and what acts in training or on speed alone. How weights are
+# stored (`quantization_config`, dtypes) shows in the hash of what is read.
+_IDLE = {
+    "architectures",
+    "auto_map",
+    "cache_implementation",
+    "dtype",
+    "gradient_checkpointing",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "pretraining_tp",
+    "problem_type",
+    "quantization_config",
+    "return_dict",
+    "task_specific_params",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_IDLE_ENDINGS = ("_token_id", "_dropout", "name_or_path", "_attn_implementation", "_pdrop")
 
 
 def scan(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
@@ -112,7 +142,17 @@ def _not_finite(chunk: torch.Tensor) -> int:
     return int(chunk.numel() - torch.isfinite(chunk).sum())
 
 
+def acting_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config changes what the model computes from its weights: anything that is not known not to."""
+    return {key: value for key, value in sorted(config.items()) if key not in _IDLE and not key.endswith(_IDLE_ENDINGS)}
+
+
 def _fingerprint(checkpoint: Checkpoint) -> str:
     headers = [*checkpoint.headers.values(), *checkpoint.kept.values()]
     files = {header.file for header in headers} | set(checkpoint.folder.glob("*.safetensors.index.json"))
-    return fingerprint(files, _VERSION)
+    found = fingerprint(files, _VERSION)
+    if not checkpoint.scaled:
+        return found
+    # Weights of 8 bits are read as the config says: in which dtype, and how many share a scale.
+    read = [(name, scaled.block, str(scaled.dtype)) for name, scaled in sorted(checkpoint.scaled.items())]
+    return hashlib.sha256(json.dumps([found, read]).encode()).hexdigest()

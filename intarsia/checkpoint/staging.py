@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
+from intarsia.disk import require_room
 from intarsia.errors import UserError
 
-_SPARE_BYTES = 64 * 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -91,15 +91,8 @@ def check_room(out: Path, nbytes: int) -> None:
     Raises:
         UserError: the disk is too small.
     """
-    existing = next(parent for parent in Path(os.path.realpath(out)).parents if os.path.exists(parent))
-    free = shutil.disk_usage(existing).free
-    if free < nbytes + _SPARE_BYTES:
-        raise UserError.of(
-            where=str(out),
-            expected=f"{(nbytes + _SPARE_BYTES) / 1e6:,.0f} MB of free disk space",
-            found=f"{free / 1e6:,.0f} MB",
-            remedy="Free some space, or choose an output on another disk.",
-        )
+    # Of what is replaced only the parent's disk counts: there the new one is made.
+    require_room(Path(os.path.realpath(out)).parent, nbytes, "the output", where=out)
 
 
 def _check_replaceable(out: Path, place: Path, overwrite: bool, sign: str) -> None:

@@ -19,20 +19,12 @@ def build(
         typer.Argument(metavar="RUN|RECIPE", help="A run folder of plan or tailor, or a recipe.", show_default=False),
     ],
     out: options.Out,
-    layers: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Depth to build from a run folder (default: its least).", show_default=False),
-    ] = None,
-    best: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Of a search: the trial that is best in an objective.", show_default=False),
-    ] = None,
+    layers: Annotated[int | None, options.valued("N", "Depth to build from a run folder (default: its least).")] = None,
+    best: Annotated[str | None, options.valued("NAME", "Of a search: the trial that is best in an objective.")] = None,
     knee: Annotated[
         bool, typer.Option("--knee", help="Of a search: the knee of its Pareto front, which is also the default.")
     ] = False,
-    trial: Annotated[
-        int | None, typer.Option(metavar="N", help="Of a search: any trial, by its number.", show_default=False)
-    ] = None,
+    trial: Annotated[int | None, options.valued("N", "Of a search: any trial, by its number.")] = None,
     max_shard_size: options.MaxShardSize = "5GB",
     overwrite: options.Overwrite = False,
     push_to_hub: options.PushToHub = None,
@@ -44,10 +36,10 @@ def build(
     with guard() as stdout:
         max_shard_bytes = values.byte_count(max_shard_size)
         from intarsia.stages.build import build as stage
-        from intarsia.stages.push import check_push, pushed
+        from intarsia.stages.push import push_later
 
         progress = display(quiet=quiet or as_json)
-        check_push(push_to_hub)
+        send_off = push_later(push_to_hub, private=private, progress=progress)
         result = stage(
             source,
             out,
@@ -59,5 +51,4 @@ def build(
             max_shard_bytes=max_shard_bytes,
             progress=progress,
         )
-        result = pushed(result, out, push_to_hub, private=private, progress=progress)
-        show(result, to=stdout, as_json=as_json)
+        show(send_off(result, out), to=stdout, as_json=as_json)

@@ -20,42 +20,26 @@ def compare(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the comparison.", show_default=False)],
     methods: Annotated[
         str,
-        typer.Option(
-            metavar="NAMES",
-            help="Methods of `intarsia plan`, comma separated; options that are not the defaults in brackets: "
+        options.valued(
+            "NAMES",
+            "Methods of `intarsia plan`, comma separated; options that are not the defaults in brackets: "
             "come,come-p\\[spans=1],come\\[norm=average].",  # else they are taken for markup
-            show_default=False,
         ),
     ],
-    layers: Annotated[str, typer.Option(metavar="N,N", help="Depths, comma separated.", show_default=False)],
+    layers: Annotated[str, options.valued("N,N", "Depths, comma separated.")],
     heal: Annotated[str, typer.Option(metavar="KINDS", help="none, closed-form, or both: none,closed-form.")] = "none",
     eval_text: Annotated[
-        list[str],
-        typer.Option(
-            metavar="[NAME=]FILE",
-            help="Text for perplexity; may be given again.",
-            show_default=False,
-            rich_help_panel=_JUDGING,
-        ),
+        list[str], options.valued("[NAME=]FILE", "Text for perplexity; may be given again.", panel=_JUDGING)
     ] = [],  # noqa: B006  (typer copies it)
     eval_windows: Annotated[
         list[int],
         typer.Option(help="Sequences of the evaluation text; once, or for every text.", rich_help_panel=_JUDGING),
     ] = [64],  # noqa: B006
     tasks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Tasks of lm-eval or task files (.jsonl), comma separated.",
-            show_default=False,
-            rich_help_panel=_JUDGING,
-        ),
+        str | None, options.valued("NAMES", "Tasks of lm-eval or task files (.jsonl), comma separated.", panel=_JUDGING)
     ] = None,
     task_layers: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N,N", help="Depths to score on tasks (default: all).", show_default=False, rich_help_panel=_JUDGING
-        ),
+        str | None, options.valued("N,N", "Depths to score on tasks (default: all).", panel=_JUDGING)
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Items of each task.", show_default=False, rich_help_panel=_JUDGING)

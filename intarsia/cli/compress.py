@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from intarsia.cli import options, values
+from intarsia.cli import come_options, options, values
 from intarsia.cli.display import display
 from intarsia.cli.guard import guard
 from intarsia.cli.show import show
@@ -27,10 +27,7 @@ def compress(
         Literal["closed-form", "none"],
         typer.Option(help="Repair the cut model on the calibration text, without training; or leave it as cut."),
     ] = "closed-form",
-    eval_text: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Text for the perplexity before and after.", show_default=False),
-    ] = None,
+    eval_text: Annotated[str | None, options.valued("FILE", "Text for the perplexity before and after.")] = None,
     eval_windows: Annotated[int, typer.Option(help="Sequences of the evaluation text to use.")] = 64,
     run: Annotated[
         Path | None,
@@ -41,22 +38,24 @@ def compress(
     gguf_file: options.GgufFile = None,
     max_shard_size: options.MaxShardSize = "5GB",
     heal_in_loop: options.HealInLoop = False,
-    span_choice: options.SpanChoice = "sbi",
-    merge: options.MergeCount = 2,
-    sharpness: options.Sharpness = 1.0,
-    dominance: options.Dominance = None,
-    no_repeat: options.NoRepeat = False,
-    norm: options.NormChoice = "fold",
-    sensitivity: options.Sensitivity = "mean-abs",
-    distance: options.Distance = "all-tokens",
-    granularity: options.Granularity = 10,
-    spans: options.Spans = 3,
-    removals: options.Removals = False,
-    racing: options.Racing = True,
-    finalists: options.Finalists = 1,
-    beam: options.Beam = 1,
-    combine: options.Combine = "concat",
-    reference: options.Reference = False,
+    span_choice: come_options.SpanChoice = "sbi",
+    merge: come_options.MergeCount = 2,
+    sharpness: come_options.Sharpness = 1.0,
+    dominance: come_options.Dominance = None,
+    no_repeat: come_options.NoRepeat = False,
+    norm: come_options.NormChoice = "fold",
+    sensitivity: come_options.Sensitivity = "mean-abs",
+    distance: come_options.Distance = "all-tokens",
+    granularity: come_options.Granularity = 10,
+    spans: come_options.Spans = 3,
+    removals: come_options.Removals = False,
+    racing: come_options.Racing = True,
+    finalists: come_options.Finalists = 1,
+    blocks: come_options.Blocks = 0,
+    thorough: come_options.Thorough = False,
+    beam: come_options.Beam = 1,
+    combine: come_options.Combine = "concat",
+    reference: come_options.Reference = False,
     laco_merge: options.LacoMerge = 4,
     laco_threshold: options.LacoThreshold = 0.65,
     laco_interval: options.LacoInterval = 2,
@@ -84,10 +83,10 @@ def compress(
         max_shard_bytes = values.byte_count(max_shard_size)
         from intarsia.checkpoint.model_name import asked_for
         from intarsia.stages.compress import compress as stage
-        from intarsia.stages.push import check_push, pushed
+        from intarsia.stages.push import push_later
 
         progress = display(quiet=quiet or as_json)
-        check_push(push_to_hub)
+        send_off = push_later(push_to_hub, private=private, dry_run=dry_run, progress=progress)
         result = stage(
             asked_for(model, dequantize=dequantize, gguf_file=gguf_file),
             out,
@@ -103,7 +102,7 @@ def compress(
             run=run,
             revision=revision,
             settings=options.planner_settings(context),
-            heal_in_loop=heal_in_loop,
+            heal_in_loop=heal_in_loop or thorough,
             device=device,
             dtype=dtype,
             devices=values.words(devices),
@@ -116,5 +115,4 @@ def compress(
             progress=progress,
             max_shard_bytes=max_shard_bytes,
         )
-        result = pushed(result, out, push_to_hub, private=private, dry_run=dry_run, progress=progress)
-        show(result, to=stdout, as_json=as_json)
+        show(send_off(result, out), to=stdout, as_json=as_json)

@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 def perplexity(
     model: options.Model,
-    text: Annotated[
-        str,
-        typer.Option(metavar="FILE", help="Text; `file.txt#0.9:1` is its last tenth.", show_default=False),
-    ],
+    text: Annotated[str, options.valued("FILE", "Text; `file.txt#0.9:1` is its last tenth.")],
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     windows: Annotated[int, typer.Option(help="How many windows, from the start of the text; 0 for all.")] = 64,
     revision: options.Revision = None,
@@ -56,32 +53,20 @@ def tasks(
     model: options.Model,
     tasks: Annotated[
         str,
-        typer.Option(
-            metavar="NAMES",
-            help="Separated by commas: names of lm-eval (arc_easy, hellaswag, mmlu, ...), and .jsonl files of query, "
+        options.valued(
+            "NAMES",
+            "Separated by commas: names of lm-eval (arc_easy, hellaswag, mmlu, ...), and .jsonl files of query, "
             "choices and gold (`piqa.jsonl#0.33:1` is the last two thirds of its items).",
-            show_default=False,
         ),
     ],
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", help="The first N items of each task.", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, options.valued("N", "The first N items of each task.")] = None,
     against: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Also what is kept of this model's accuracy, on the same items, with a 95 % interval.",
-            show_default=False,
-        ),
+        options.valued("MODEL", "Also what is kept of this model's accuracy, on the same items, with a 95 % interval."),
     ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A folder with YAML tasks of your own.", show_default=False)
-    ] = None,
+    include_path: Annotated[Path | None, options.valued("DIR", "A folder with YAML tasks of your own.")] = None,
     num_fewshot: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K", help="Examples before each question (default: as the task says).", show_default=False
-        ),
+        int | None, options.valued("K", "Examples before each question (default: as the task says).")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch (default: by device).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the interval's draws.")] = 0,

@@ -21,11 +21,7 @@ def export(
     ] = "F16",
     tokenizer_pre: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="What llama.cpp calls the tokenizer's rule for splitting text (default: found out).",
-            show_default=False,
-        ),
+        options.valued("NAME", "What llama.cpp calls the tokenizer's rule for splitting text (default: found out)."),
     ] = None,
     revision: options.Revision = None,
     dequantize: options.Dequantize = False,
@@ -39,10 +35,10 @@ def export(
     with guard() as stdout:
         from intarsia.checkpoint.model_name import asked_for
         from intarsia.stages.export import export as stage
-        from intarsia.stages.push import check_push, pushed
+        from intarsia.stages.push import push_later
 
         progress = display(quiet=quiet or as_json)
-        check_push(push_to_hub)
+        send_off = push_later(push_to_hub, private=private, progress=progress)
         result = stage(
             asked_for(model, dequantize=dequantize),
             out,
@@ -52,5 +48,4 @@ def export(
             overwrite=overwrite,
             progress=progress,
         )
-        result = pushed(result, out, push_to_hub, private=private, progress=progress)
-        show(result, to=stdout, as_json=as_json)
+        show(send_off(result, out), to=stdout, as_json=as_json)

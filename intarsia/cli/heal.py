@@ -27,11 +27,8 @@ def heal(
     out: options.Out,
     data: Annotated[
         list[str],
-        typer.Option(
-            metavar="SPEC",
-            help="Training text, as --calibration of `plan`; a small part of it is held out.",
-            show_default=False,
-            rich_help_panel=_TEXT,
+        options.valued(
+            "SPEC", "Training text, as --calibration of `plan`; a small part of it is held out.", panel=_TEXT
         ),
     ],
     tokens: Annotated[
@@ -40,22 +37,14 @@ def heal(
     stages: Annotated[
         str, typer.Option(metavar="LIST", help="Of closed-form, layerwise, end-to-end, in the order wanted.")
     ] = "closed-form",
-    teacher: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="Whom to learn from (default: the recipe's base).", show_default=False),
-    ] = None,
+    teacher: Annotated[str | None, options.valued("MODEL", "Whom to learn from (default: the recipe's base).")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_TEXT)] = 512,
     fit_tokens: Annotated[
         str, typer.Option(metavar="N", help="Of these, for the closed form at most.", rich_help_panel=_TEXT)
     ] = "131072",
     eval_text: Annotated[
         list[str],
-        typer.Option(
-            metavar="FILE",
-            help="Text whose perplexity is told after every stage; may be given again.",
-            show_default=False,
-            rich_help_panel=_TEXT,
-        ),
+        options.valued("FILE", "Text whose perplexity is told after every stage; may be given again.", panel=_TEXT),
     ] = [],  # noqa: B006  (typer copies it)
     eval_windows: Annotated[int, typer.Option(help="Sequences of each to use.", rich_help_panel=_TEXT)] = 64,
     epochs: Annotated[int, typer.Option(help="How often the text is read.", rich_help_panel=_BOTH)] = 1,
@@ -92,13 +81,7 @@ def heal(
         ),
     ] = "spans",
     only: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAME",
-            help="Train these alone: down_proj, mlp ...; may be given again.",
-            show_default=False,
-            rich_help_panel=_LAYERS,
-        ),
+        list[str], options.valued("NAME", "Train these alone: down_proj, mlp ...; may be given again.", panel=_LAYERS)
     ] = [],  # noqa: B006
     scheduler: Annotated[
         str | None,
@@ -121,21 +104,14 @@ def heal(
     cross_entropy: Annotated[float, typer.Option(help="Weight of the text itself.", rich_help_panel=_WHOLE)] = 0.0,
     temperature: Annotated[float, typer.Option(help="Of the KL of next tokens.", rich_help_panel=_WHOLE)] = 1.0,
     top_k: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K",
-            help="Learn from a cache of the teacher's K likeliest tokens.",
-            show_default=False,
-            rich_help_panel=_WHOLE,
-        ),
+        int | None, options.valued("K", "Learn from a cache of the teacher's K likeliest tokens.", panel=_WHOLE)
     ] = None,
     lora: Annotated[
         int | None,
-        typer.Option(
-            metavar="R",
-            help="Train changes of this rank, merged at the end. Of a mixture of experts: of its attention.",
-            show_default=False,
-            rich_help_panel=_WHOLE,
+        options.valued(
+            "R",
+            "Train changes of this rank, merged at the end. Of a mixture of experts: of its attention.",
+            panel=_WHOLE,
         ),
     ] = None,
     checkpointing: Annotated[
@@ -179,10 +155,10 @@ def heal(
         from intarsia.healing.launch import rank
         from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
         from intarsia.stages.heal import heal as stage
-        from intarsia.stages.push import check_push, pushed
+        from intarsia.stages.push import push_later
 
         progress = display(quiet=quiet or as_json or rank() > 0)
-        check_push(push_to_hub)
+        send_off = push_later(push_to_hub, private=private, progress=progress)
         result = stage(
             source,
             out,
@@ -237,5 +213,4 @@ def heal(
             progress=progress,
         )
         if rank() == 0:
-            result = pushed(result, out, push_to_hub, private=private, progress=progress)
-            show(result, to=stdout, as_json=as_json)
+            show(send_off(result, out), to=stdout, as_json=as_json)

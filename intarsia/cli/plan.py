@@ -7,7 +7,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from intarsia.cli import options, values
+from intarsia.cli import come_options, options, values
 from intarsia.cli.display import display
 from intarsia.cli.guard import guard
 from intarsia.cli.show import show
@@ -31,22 +31,24 @@ def plan(
     dequantize: options.Dequantize = False,
     gguf_file: options.GgufFile = None,
     heal_in_loop: options.HealInLoop = False,
-    span_choice: options.SpanChoice = "sbi",
-    merge: options.MergeCount = 2,
-    sharpness: options.Sharpness = 1.0,
-    dominance: options.Dominance = None,
-    no_repeat: options.NoRepeat = False,
-    norm: options.NormChoice = "fold",
-    sensitivity: options.Sensitivity = "mean-abs",
-    distance: options.Distance = "all-tokens",
-    granularity: options.Granularity = 10,
-    spans: options.Spans = 3,
-    removals: options.Removals = False,
-    racing: options.Racing = True,
-    finalists: options.Finalists = 1,
-    beam: options.Beam = 1,
-    combine: options.Combine = "concat",
-    reference: options.Reference = False,
+    span_choice: come_options.SpanChoice = "sbi",
+    merge: come_options.MergeCount = 2,
+    sharpness: come_options.Sharpness = 1.0,
+    dominance: come_options.Dominance = None,
+    no_repeat: come_options.NoRepeat = False,
+    norm: come_options.NormChoice = "fold",
+    sensitivity: come_options.Sensitivity = "mean-abs",
+    distance: come_options.Distance = "all-tokens",
+    granularity: come_options.Granularity = 10,
+    spans: come_options.Spans = 3,
+    removals: come_options.Removals = False,
+    racing: come_options.Racing = True,
+    finalists: come_options.Finalists = 1,
+    blocks: come_options.Blocks = 0,
+    thorough: come_options.Thorough = False,
+    beam: come_options.Beam = 1,
+    combine: come_options.Combine = "concat",
+    reference: come_options.Reference = False,
     laco_merge: options.LacoMerge = 4,
     laco_threshold: options.LacoThreshold = 0.65,
     laco_interval: options.LacoInterval = 2,
@@ -63,20 +65,18 @@ def plan(
     seed: options.Seed = 0,
     scheduler: Annotated[
         str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Give the calibration set to the workers of a Dask scheduler, such as tcp://host:8786.",
-            show_default=False,
-            rich_help_panel="Models larger than memory",
+        options.valued(
+            "ADDRESS",
+            "Give the calibration set to the workers of a Dask scheduler, such as tcp://host:8786.",
+            panel="Models larger than memory",
         ),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Give it to N processes on this machine, or to N of the scheduler's; each holds the model.",
-            show_default=False,
-            rich_help_panel="Models larger than memory",
+        options.valued(
+            "N",
+            "Give it to N processes on this machine, or to N of the scheduler's; each holds the model.",
+            panel="Models larger than memory",
         ),
     ] = None,
     dry_run: options.DryRun = False,
@@ -113,7 +113,7 @@ def plan(
             tokens=tokens,
             seq_len=seq_len,
             settings=options.planner_settings(context),
-            heal_in_loop=heal_in_loop,
+            heal_in_loop=heal_in_loop or thorough,
             revision=revision,
             device=device,
             dtype=dtype,

@@ -26,10 +26,7 @@ def report(
     generate: Annotated[
         bool, typer.Option("--generate", help="Let each model and its original answer prompts, side by side.")
     ] = False,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="What they answer; may be given several times.", show_default=False),
-    ] = None,
+    prompt: Annotated[list[str] | None, options.valued("TEXT", "What they answer; may be given several times.")] = None,
     new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 96,
     device: options.Device = None,
     dtype: options.Dtype = None,

@@ -135,6 +135,8 @@ def _number(key: str, value: float) -> str:
         return size(value)
     if key.endswith("seconds"):
         return duration(value) if value >= 10 else f"{value:.2g} s"
+    if key == "petaflops":
+        return f"{value:,.4g} PFLOP"
     if "flops" in key:
         return f"{value / 1e12:,.4g} TFLOP"
     if isinstance(value, int):

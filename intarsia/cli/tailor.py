@@ -31,20 +31,14 @@ def tailor(
         Literal["smac", "evolve", "random", "both"] | None,
         typer.Option(help="Instead of the family file's.", show_default=False, rich_help_panel=_SEARCH),
     ] = None,
-    trials: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Instead of the family file's.", show_default=False, rich_help_panel=_SEARCH
-        ),
-    ] = None,
+    trials: Annotated[int | None, options.valued("N", "Instead of the family file's.", min=1, panel=_SEARCH)] = None,
     more_trials: Annotated[
         int | None,
-        typer.Option(
+        options.valued(
+            "N",
+            "Of a search that is finished: so many more. One that is not finished goes on to its end first.",
             min=1,
-            metavar="N",
-            help="Of a search that is finished: so many more. One that is not finished goes on to its end first.",
-            show_default=False,
-            rich_help_panel=_SEARCH,
+            panel=_SEARCH,
         ),
     ] = None,
     resume: Annotated[
@@ -53,41 +47,26 @@ def tailor(
     ] = False,
     calibration: Annotated[
         list[str],
-        typer.Option(
-            metavar="SPEC",
-            help="Text for planners and for concatenation (default: what the objectives show the search).",
-            show_default=False,
-            rich_help_panel=_SEARCH,
+        options.valued(
+            "SPEC",
+            "Text for planners and for concatenation (default: what the objectives show the search).",
+            panel=_SEARCH,
         ),
     ] = [],  # noqa: B006  (typer copies it)
     tokens: Annotated[int, typer.Option(min=16, help="Tokens of that text.", rich_help_panel=_SEARCH)] = 8192,
     workers: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Trials at once, each in a process of its own (default: 1, here).",
-            show_default=False,
-            rich_help_panel=_WHERE,
-        ),
+        options.valued("N", "Trials at once, each in a process of its own (default: 1, here).", min=1, panel=_WHERE),
     ] = None,
     scheduler: Annotated[
         str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Run trials on the workers of a Dask scheduler, such as tcp://host:8786.",
-            show_default=False,
-            rich_help_panel=_WHERE,
+        options.valued(
+            "ADDRESS", "Run trials on the workers of a Dask scheduler, such as tcp://host:8786.", panel=_WHERE
         ),
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="What the caches of all workers may take together, such as 2GB.",
-            show_default=False,
-            rich_help_panel=_WHERE,
-        ),
+        options.valued("SIZE", "What the caches of all workers may take together, such as 2GB.", panel=_WHERE),
     ] = None,
     judge: Annotated[
         bool,
@@ -109,11 +88,10 @@ def tailor(
     ] = False,
     configs: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="For a dry run: where the config files of models on the hub are, DIR/ORGANISATION/NAME/config.json.",
-            show_default=False,
-            rich_help_panel=_SEARCH,
+        options.valued(
+            "DIR",
+            "For a dry run: where the config files of models on the hub are, DIR/ORGANISATION/NAME/config.json.",
+            panel=_SEARCH,
         ),
     ] = None,
     as_json: options.AsJson = False,

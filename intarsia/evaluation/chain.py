@@ -17,9 +17,11 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.loss import next_token_losses
 from intarsia.calibration.room import Room
-from intarsia.calibration.stream import LOGIT_BYTES, LayerStream
+from intarsia.calibration.stream import LayerStream
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Recipe
+
+STREAMED_LOGIT_BYTES = 128 * 1024**2
 
 
 class Chain(nn.Module):
@@ -99,9 +101,9 @@ class Chain(nn.Module):
             found = next_token_losses(logits, ids, mask, where=f"perplexity on {corpus.description}")
             sums_W[rows], counts_W[rows] = found[0].cpu(), found[1].cpu()
 
-        # Fewer where the vocabulary is large: logits of a batch may take more than all of its layers.
+        # Fewer where the vocabulary is large: logits of a batch, beside the whole head, may take more than two layers.
         rows_bytes = corpus.seq_len * self._resident.anatomy.vocabulary * self._resident.model.dtype.itemsize
-        few = min(batch_tokens, max(1, LOGIT_BYTES // rows_bytes) * corpus.seq_len)
+        few = min(batch_tokens, max(1, STREAMED_LOGIT_BYTES // rows_bytes) * corpus.seq_len)
         losing = Batches(corpus, self._resident.device, batch_tokens=few, progress=progress)
         try:
             with progress.task("perplexity", len(self.sources) + 1) as task:

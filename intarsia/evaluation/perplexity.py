@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.calibration.corpus import Corpus, tokenize
+from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.loss import next_token_losses
+from intarsia.calibration.packing import tokenize
 from intarsia.calibration.sources import documents
 from intarsia.errors import UserError
 from intarsia.evaluation.chain import Chain

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from intarsia.errors import Problem, UserError
+from intarsia.errors import Problem, UserError, missing_package
 from intarsia.evaluation.requests import Request, fit
 from intarsia.evaluation.run_rows import evaluating, score_requests
 from intarsia.evaluation.score import TaskScore
@@ -120,11 +120,12 @@ def _lm_eval() -> Any:
         import lm_eval.evaluator
         import lm_eval.tasks
     except ImportError as error:
-        raise UserError.of(
+        raise missing_package(
+            "lm-eval",
             where="tasks of lm-eval",
-            expected="the package lm-eval",
-            found=_first_line(error),
-            remedy="pip install 'intarsia[tasks]', or pass a local file of query, choices and gold (.jsonl).",
+            extra="tasks",
+            instead="pass a local file of query, choices and gold (.jsonl)",
+            error=error,
         ) from error
     return lm_eval
 

@@ -21,10 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.errors import UserError
-from intarsia.healing.ridge import Fit, Gram, solve
+from intarsia.healing.few_tokens import blocks
+from intarsia.healing.ridge import Fit, Gram
+from intarsia.healing.scratch import IN_MEMORY, Scratch
 
 EVERY = 2
 """Every how-manieth strength is tried: each that is tried has a weight in memory while held-out tokens are run."""
+_ROWS = 1024  # of a weight, converted at a time
 _SMALL = 0.05  # of the root mean square of g: rows that the norm scales by less are hardly changed
 
 
@@ -116,8 +119,19 @@ def fit_norm(behind: NormBehind, passes: Passes, ridges: Sequence[float], *, whe
     return kept, best
 
 
+def tried(strengths: int) -> int:
+    """How many of so many strengths are tried."""
+    return -(-strengths // EVERY)
+
+
 def fit_weight(
-    behind: NormBehind, own_DC: Tensor, passes: Passes, ridges: Sequence[float], *, where: str
+    behind: NormBehind,
+    own_DC: Tensor,
+    passes: Passes,
+    ridges: Sequence[float],
+    *,
+    where: str,
+    scratch: Scratch = IN_MEMORY,
 ) -> tuple[Tensor | None, Fit]:
     """The read-out's weight that comes closest to what is missing, in its dtype; None where its own is best.
 
@@ -128,7 +142,7 @@ def fit_weight(
         UserError: activations are not finite.
     """
     width, features = own_DC.shape
-    gram = Gram(features, width, own_DC.device)
+    gram = Gram(features, width, own_DC.device, scratch=scratch)
     for passed in passes():
         chosen = ~passed.held_N
         if not bool(chosen.any()):
@@ -140,19 +154,24 @@ def fit_weight(
     g_D = behind.weight.double() + behind.offset
     small = _SMALL * float(g_D.square().mean().sqrt())
     inverse_D = (g_D / (g_D.square() + small**2)).to(gram.dtype) if small else torch.zeros_like(g_D)
-    tried = list(ridges[::EVERY]) if gram.tokens else []
-    # As they would be stored: what is judged is what is kept.
-    weights_KDC = [
-        (own_DC.to(gram.dtype) + inverse_D[:, None] * solve(gram, ridge, where=where)).to(own_DC.dtype)
-        for ridge in tried
-    ]
+    steps = list(ridges[::EVERY]) if gram.tokens else []
+    weights_KDC = [_stepped(own_DC, gram, ridge, inverse_D) for ridge in steps]
+    del gram  # held-out tokens are run now
     before, after_K = _judge(behind, own_DC, weights_KDC, passes)
     _require_finite(before, where)
     best, kept = Fit(change_DC=None, ridge=None, error_before=before, error_after=before), None
-    for ridge, weight_DC, after in zip(tried, weights_KDC, after_K, strict=True):
+    for ridge, weight_DC, after in zip(steps, weights_KDC, after_K, strict=True):
         if math.isfinite(after) and after < best.error_after:
             best, kept = Fit(change_DC=None, ridge=ridge, error_before=before, error_after=after), weight_DC
     return kept, best
+
+
+def _stepped(own_DC: Tensor, gram: Gram, ridge: float, inverse_D: Tensor) -> Tensor:
+    """The weight behind a step, as it would be stored: what is judged is what is kept."""
+    found_DC = torch.empty_like(own_DC)
+    for rows, block in blocks(gram.change(ridge)):
+        found_DC[rows] = (own_DC[rows].to(gram.dtype) + inverse_D[rows, None] * block).to(own_DC.dtype)
+    return found_DC
 
 
 def _require_finite(total: float, where: str) -> None:
@@ -182,7 +201,10 @@ def _judge(
         before += float((weight_N1 * missing_ND.square()).sum())
         tokens += int((weight_N1 > 0).sum())
         for index, weight_DC in enumerate(weights_KDC):
-            other_ND = y_ND.float() + x_NC.float() @ (weight_DC.float() - own_DC.float()).T
+            other_ND = y_ND.to(torch.float32, copy=True)
+            for start in range(0, len(own_DC), _ROWS):
+                rows = slice(start, start + _ROWS)
+                other_ND[:, rows] += x_NC.float() @ (weight_DC[rows].float() - own_DC[rows].float()).T
             left_ND = missing_ND - (behind.added(other_ND.to(y_ND.dtype)) - given_ND)
             after_K[index] += float((weight_N1 * left_ND.square()).sum())
     return before / max(tokens, 1), [after / max(tokens, 1) for after in after_K]

@@ -42,8 +42,9 @@ from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.room import Room
 from intarsia.calibration.stream import LayerStream
 from intarsia.healing.correspond import Layers, correspondences, taught
-from intarsia.healing.layer_fit import FitBatch, FitRule, LayerFit, as_array, fit_layer, in_file, passes
+from intarsia.healing.layer_fit import FitBatch, FitRule, LayerFit, fit_layer, passes
 from intarsia.healing.original import Original
+from intarsia.healing.scratch import Scratch
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Recipe, identity
 
@@ -191,13 +192,10 @@ class _Work:
             stream=self.stream,
             anatomy=self.anatomy,
             rule=self.settings.rule,
-            keep=self._kept,
+            # What is fitted on all layers takes more than one layer does: of a streamed model it goes into files.
+            scratch=Scratch(in_files=self.resident.streams, folder=self.student.room.folder),
         )
         return module, tensors, reports
-
-    def _kept(self, weight: Tensor) -> npt.NDArray[np.float32]:
-        """What is fitted on all layers takes more than one layer does: of a streamed model it goes into files."""
-        return in_file(weight, self.student.room.folder) if self.resident.streams else as_array(weight)
 
     def _first(self, modules: Sequence[nn.Module]) -> int:
         """The first layer that is not the teacher's own, or is fitted: the student's hidden states before are his."""

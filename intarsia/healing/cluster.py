@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 from uuid import uuid4
 
-from intarsia.errors import UserError
+from intarsia.errors import UserError, missing_package
 
 LOCAL = "local"
 _PATIENCE_SECONDS = 60
@@ -107,12 +107,7 @@ def connect(scheduler: str) -> Iterator[Cluster]:
     try:
         from distributed import Client, LocalCluster
     except ImportError as error:
-        raise UserError.of(
-            where="--scheduler",
-            expected="the package dask[distributed]",
-            found="it is not installed",
-            remedy="Install it (pip install 'intarsia[search]'), or leave --scheduler out.",
-        ) from error
+        raise _no_dask(error, "--scheduler") from error
     name, _, count = scheduler.partition(":")
     if name == LOCAL and (not count or count.isdecimal()):
         with (
@@ -148,12 +143,7 @@ def own_workers(count: int, *, deaths: int) -> Iterator[Cluster]:
         import dask
         from distributed import Client, LocalCluster
     except ImportError as error:
-        raise UserError.of(
-            where="--workers",
-            expected="the package dask[distributed]",
-            found="it is not installed",
-            remedy="Install it (pip install 'intarsia[search]'), or leave --workers out.",
-        ) from error
+        raise _no_dask(error, "--workers") from error
     threads = str(threads_each(count))
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     settings = {
@@ -173,6 +163,11 @@ def own_workers(count: int, *, deaths: int) -> Iterator[Cluster]:
         Client(own) as client,
     ):
         yield Cluster(client)
+
+
+def _no_dask(error: ImportError, option: str) -> UserError:
+    instead = f"leave {option} out"
+    return missing_package("dask[distributed]", where=option, extra="search", instead=instead, error=error)
 
 
 def running(cluster: Cluster, scheduler: str) -> dict[str, int]:

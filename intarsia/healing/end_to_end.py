@@ -17,10 +17,10 @@ import torch
 
 from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.disk import write_whole
+from intarsia.disk import require_room, write_whole
 from intarsia.healing.launch import accelerator as make_accelerator
 from intarsia.healing.settings import EndToEndSettings
-from intarsia.healing.state_file import load_state, require_room
+from intarsia.healing.state_file import load_state
 from intarsia.healing.student import build_student, with_trained
 from intarsia.healing.teacher import Teacher
 from intarsia.healing.text import Text
@@ -68,7 +68,7 @@ def train(
     if not (folder / _DONE).exists():
         if accelerator.is_main_process:
             parameters = sum(checkpoint.parameters for checkpoint in variants.values())
-            require_room(folder, 22 * parameters, "the student and the state of its training")
+            require_room(folder, 22 * parameters, "the student and the state of its training", option="--run")
             build_student(recipe, variants, student)
         accelerator.wait_for_everyone()
         training = WholeTraining(

@@ -16,8 +16,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-_COLUMNS = 1024  # converted to float64 at a time
+from intarsia.healing.scratch import IN_MEMORY, Pile, Scratch
+from intarsia.healing.symmetric import Symmetric
+
+_COLUMNS = 1024  # converted at a time
 _BLOCK = 256  # rows of a change that are there at once
+_TOKENS = 512  # converted at a time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +33,8 @@ class Product:
 
     def rows(self, some: slice) -> Tensor:
         """These rows of the change."""
-        return self.left_ND[:, some].T @ self.right_NC
+        left_ND = self.left_ND[:, some].T
+        return torch.cat([left_ND @ part.to(left_ND.dtype) for part in self.right_NC.split(_COLUMNS, dim=1)], dim=1)
 
 
 Change: TypeAlias = "Tensor | Product"
@@ -58,59 +63,68 @@ def changed(own_DC: Tensor, change: Change) -> Tensor:
 
 
 class Rows:
-    """Weighted features and residuals, kept as they are; up to `most` tokens."""
+    """Features, residuals and weights of tokens, kept as they are; up to `most` tokens."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, scratch: Scratch = IN_MEMORY) -> None:
         self.most = most
-        self.parts: list[tuple[Tensor, Tensor]] = []
-        self._kernel: Tensor | None = None
+        self.tokens = 0
+        self.is_finite = True
+        self._scratch = scratch
+        self._features, self._residuals = Pile(scratch), Pile(scratch)
+        self._weights: list[Tensor] = []
+        self._kernel: Symmetric | None = None
+        self._in_one = False
 
-    def take(self, x_NC: Tensor, r_ND: Tensor) -> bool:
-        """Keep these too, float32; False where they would be too many."""
-        if sum(len(x) for x, _ in self.parts) + len(x_NC) > self.most:
+    def take(self, x_NC: Tensor, r_ND: Tensor, weight_N: Tensor) -> bool:
+        """Keep these too; False where they would be too many."""
+        if self.tokens + len(x_NC) > self.most:
             return False
-        self.parts.append((x_NC, r_ND))
-        self._kernel = None
+        self.is_finite &= bool(torch.isfinite(x_NC).all() and torch.isfinite(r_ND).all())
+        assert not self._in_one, "tokens are whole once a change was asked for"
+        self._features.put(x_NC)
+        self._residuals.put(r_ND)
+        self._weights.append(weight_N.float())
+        self.tokens += len(x_NC)
         return True
 
-    def is_finite(self) -> bool:
-        """Whether all numbers are."""
-        return all(bool(torch.isfinite(x).all() and torch.isfinite(r).all()) for x, r in self.parts)
+    def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What was taken, as it was taken: features, residuals, weights."""
+        for index, weight_N in enumerate(self._weights):
+            yield self._features.get(index), self._residuals.get(index), weight_N
 
     def fitted(self, change: Change) -> float:
-        """By how much the sum of squared residuals changes with the weights."""
-        outputs = [torch.empty_like(r_ND) for _, r_ND in self.parts]
-        for rows, block in blocks(change) if self.parts else ():
-            for (x_NC, _), y_ND in zip(self.parts, outputs, strict=True):
-                y_ND[:, rows] = x_NC @ block.T.to(x_NC.dtype)
+        """By how much the weighted sum of squared residuals changes with the weights."""
+        pieces = blocks(change) if isinstance(change, Product) else [(slice(None), change)]
         total = 0.0
-        for (_, r_ND), y_ND in zip(self.parts, outputs, strict=True):
-            total += float((y_ND * (y_ND - 2.0 * r_ND)).sum(dim=1).cpu().double().sum())
+        for rows, block in pieces if self.tokens else ():
+            for part in self.parts():
+                for x_NC, r_ND, weight_N in zip(*(tensor.split(_TOKENS) for tensor in part), strict=True):
+                    y_ND = x_NC.float() @ block.T
+                    total += float((weight_N * (y_ND * (y_ND - 2.0 * r_ND[:, rows])).sum(dim=1)).cpu().double().sum())
         return total
 
     def solve(self, ridge: float, dtype: torch.dtype) -> Product | None:
         """The change for one relative strength, float32; None where all features are zero."""
-        x_NC, r_ND = self._joined()
+        x_NC, r_ND, weight_N = self._joined()
+        root_N1 = weight_N.sqrt()[:, None]
         if self._kernel is None:
-            kernel_NN = torch.zeros(len(x_NC), len(x_NC), dtype=dtype, device=x_NC.device)
+            self._kernel = Symmetric(len(x_NC), dtype=dtype, device=x_NC.device, scratch=self._scratch)
             for columns in x_NC.split(_COLUMNS, dim=1):
-                wide = columns.to(dtype)
-                kernel_NN += wide @ wide.T
-            self._kernel = kernel_NN
+                self._kernel.add((columns.float() * root_N1).to(dtype).T)
         scale = float(self._kernel.diagonal().sum()) / x_NC.shape[1]
         if scale <= 0.0:
             return None
-        system = self._kernel.clone()
-        system.diagonal().add_(ridge * scale)
-        factor, failed = torch.linalg.cholesky_ex(system)
-        wide_ND = r_ND.to(dtype)
-        if int(failed):
-            found_ND = torch.linalg.lstsq(system, wide_ND).solution
-        else:
-            found_ND = torch.cholesky_solve(wide_ND, factor)
-        return Product(left_ND=found_ND.to(x_NC.dtype), right_NC=x_NC)
+        self._kernel.factorise(ridge * scale)
+        found_ND = self._kernel.solve_((r_ND * root_N1).to(dtype))
+        return Product(left_ND=found_ND.float() * root_N1, right_NC=x_NC)
 
-    def _joined(self) -> tuple[Tensor, Tensor]:
-        if len(self.parts) != 1:
-            self.parts = [(torch.cat([x for x, _ in self.parts]), torch.cat([r for _, r in self.parts]))]
-        return self.parts[0]
+    def _joined(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All of it in one part, in memory: every strength needs it."""
+        if not self._in_one:
+            self._in_one = True
+            self._weights = [torch.cat(self._weights)]
+            piles = (self._features, self._residuals)
+            self._features, self._residuals = Pile(IN_MEMORY), Pile(IN_MEMORY)
+            self._features.put(piles[0].joined())
+            self._residuals.put(piles[1].joined())
+        return next(self.parts())

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from intarsia.errors import UserError
+from intarsia.errors import UserError, missing_package
 
 _LONGEST_WAIT = timedelta(days=7)
 """Other processes wait while the first one does what only one can do."""
@@ -38,12 +38,7 @@ def accelerator(*, device: torch.device, log: str | None = None, folder: Path | 
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
     except ImportError as error:
-        raise UserError.of(
-            where="end-to-end training",
-            expected="the package accelerate",
-            found="it is not installed",
-            remedy="Install it: pip install 'intarsia[train]'.",
-        ) from error
+        raise missing_package("accelerate", where="end-to-end training", extra="train", error=error) from error
     # It warns that a tied head is stored once, at every snapshot.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,6 +20,7 @@ from intarsia.building.shelf import give_back
 from intarsia.calibration.stream import LayerCall, LayerStream
 from intarsia.healing.behind_norm import NormBehind, Passed, fit_norm, fit_weight
 from intarsia.healing.ridge import Fit, Gram, choose
+from intarsia.healing.scratch import IN_MEMORY, Scratch
 from intarsia.recipe.mapped_arrays import spooled
 
 _ROWS = 256  # of a fitted tensor, written at a time
@@ -86,18 +86,16 @@ def _judged_anew(part: Part, anatomy: Anatomy) -> bool:
     return part == "attention" and anatomy.is_mixture("mlp") and not anatomy.parallel
 
 
-def as_array(weight: Tensor) -> npt.NDArray[np.float32]:
-    """A fitted tensor as a recipe keeps it."""
-    return weight.float().cpu().numpy()
-
-
-def in_file(weight: Tensor, folder: Path | None) -> npt.NDArray[np.float32]:
-    """The same, mapped from a file without a name (see `mapped_arrays`): never in memory as a whole.
+def kept(weight: Tensor, scratch: Scratch) -> npt.NDArray[np.float32]:
+    """A fitted tensor as a recipe keeps it: in memory, or mapped from a file without a name (see `mapped_arrays`).
 
     Raises:
         UserError: the disk is full.
     """
-    return spooled((as_array(rows) for rows in weight.split(_ROWS)), tuple(weight.shape), folder)
+    if not scratch.in_files:
+        return weight.float().cpu().numpy()
+    rows = (part.float().cpu().numpy() for part in weight.split(_ROWS))
+    return spooled(rows, tuple(weight.shape), scratch.folder)
 
 
 def fit_layer(
@@ -109,7 +107,7 @@ def fit_layer(
     stream: LayerStream,
     anatomy: Anatomy,
     rule: FitRule,
-    keep: Callable[[Tensor], npt.NDArray[np.float32]] = as_array,
+    scratch: Scratch = IN_MEMORY,
 ) -> tuple[dict[str, npt.NDArray[np.float32]], list[LayerFit]]:
     """Fit a layer's read-outs in place, one after the other, each towards what is then missing.
 
@@ -118,7 +116,7 @@ def fit_layer(
     Args:
         module: its read-outs get new parameters, so it must be no layer that is to stay as it is (see `twin`).
         index: what the layer is called in reports and errors.
-        keep: how a new tensor is kept: in memory, or in a file.
+        scratch: where new tensors are kept, and moments wait that are not needed for a while.
 
     Returns:
         The new tensors by name, in float32 as rounded to the layer's dtype, and a report of every read-out.
@@ -129,7 +127,7 @@ def fit_layer(
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     fits: list[LayerFit] = []
     for part in fittable(parts, anatomy):
-        fitter = PartFit(module, part, batches, stream=stream, anatomy=anatomy, rule=rule)
+        fitter = PartFit(module, part, batches, stream=stream, anatomy=anatomy, rule=rule, scratch=scratch)
         steps = (fitter.norm, fitter.read_out) if anatomy.norm_behind(part) else (fitter.read_out,)
         for step in steps:
             name, weight, found = step(f"closed form, layer {index}")
@@ -137,7 +135,7 @@ def fit_layer(
                 weight, found = fitter.judged(weight, found)
             if weight is not None:
                 module.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
-                tensors[f"{name}.weight"] = keep(weight)
+                tensors[f"{name}.weight"] = kept(weight, scratch)
             fits.append(
                 LayerFit(
                     layer=index,
@@ -154,9 +152,18 @@ class PartFit:
     """One part's read-out, fitted. Each step gives a module's name, its new weight if that is better, and the fit."""
 
     def __init__(
-        self, module: nn.Module, part: Part, batches: Batches, *, stream: LayerStream, anatomy: Anatomy, rule: FitRule
+        self,
+        module: nn.Module,
+        part: Part,
+        batches: Batches,
+        *,
+        stream: LayerStream,
+        anatomy: Anatomy,
+        rule: FitRule,
+        scratch: Scratch = IN_MEMORY,
     ) -> None:
         self.module, self.batches, self.stream, self.anatomy, self.rule = module, batches, stream, anatomy, rule
+        self.scratch = scratch
         self.writer = anatomy.writer(part).module
         target = module.get_submodule(self.writer)
         assert isinstance(target, nn.Linear)
@@ -189,7 +196,8 @@ class PartFit:
         """
         own, where = self.target.weight, f"{where}, {self.writer}"
         if self.behind is not None:
-            return self.writer, *fit_weight(self.behind, own, self._passes, self.rule.ridges, where=where)
+            ridges = self.rule.ridges
+            return self.writer, *fit_weight(self.behind, own, self._passes, ridges, where=where, scratch=self.scratch)
         give_back()  # what is free since the layer was made, and below what is free since it was run
         moments = self._moments()
         give_back()
@@ -216,7 +224,9 @@ class PartFit:
     def _moments(self) -> tuple[Gram, Gram]:
         """Moments of the inputs and of what is missing: to fit on, and of held-out sequences."""
         scale = self.anatomy.residual_scale
-        fitted, held_out = (Gram(self.features, self.anatomy.width, self.stream.device) for _ in range(2))
+        features, width, device = self.features, self.anatomy.width, self.stream.device
+        fitted = Gram(features, width, device, scratch=self.scratch)
+        held_out = Gram(features, width, device, held_out=True, scratch=self.scratch)
         for passed in self._passes():
             for gram, chosen in ((fitted, ~passed.held_N), (held_out, passed.held_N)):
                 if bool(chosen.any()):

@@ -2,13 +2,11 @@
 
 Layers do not depend on one another, so they are trained one after the other or as tasks on Dask workers, with the same
 result; unless they are fed what the trained layers before them give (`inputs="student"`). The teacher is run once, only
-as deep as the next layer needs, and a depth is dropped when no layer needs it any more: one by one, two depths are
-stored at a time.
+as deep as the next layer needs.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,21 +18,15 @@ import numpy.typing as npt
 import torch
 
 from intarsia.anatomy.spec import Anatomy
-from intarsia.building.parameters import parameter_names, to_tensors
+from intarsia.building.parameters import to_tensors
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
-from intarsia.calibration.hidden import HiddenStore
-from intarsia.calibration.room import PREFIX, Room
-from intarsia.errors import UserError
 from intarsia.healing.cluster import Cluster
 from intarsia.healing.correspond import Correspondence, correspondences, taught
-from intarsia.healing.layer_task import LayerTask, Trained, finished, trained_names
+from intarsia.healing.layer_task import Trained, finished
 from intarsia.healing.layer_training import train_layer
-from intarsia.healing.schedule import schedule_of
+from intarsia.healing.layer_work import LayerWork
 from intarsia.healing.settings import LayerwiseSettings
-from intarsia.healing.state_file import require_room
-from intarsia.healing.states import StatesFile, StatesInMemory, StudentStates, TeacherStates
-from intarsia.healing.text import Text
 from intarsia.progress import Progress, Silent, Task
 from intarsia.recipe.recipe import Recipe
 
@@ -67,7 +59,17 @@ def train(
         UserError: there is too little text, the disk is full, or numbers are not finite.
     """
     settings, progress, teacher = settings or LayerwiseSettings(), progress or Silent(), teacher or resident
-    work = _Work(recipe, resident, teacher, corpus, held_out, settings, folder, cluster, memory_bytes)
+    work = LayerWork(
+        recipe=recipe,
+        resident=resident,
+        teacher=teacher,
+        corpus=corpus,
+        held_out=held_out,
+        settings=settings,
+        folder=folder,
+        for_workers=cluster is not None,
+        memory_bytes=memory_bytes,
+    )
     found: dict[int, Trained] = {}
     todo: list[Correspondence] = []
     known = correspondences(recipe)
@@ -79,9 +81,9 @@ def train(
             found[index] = earlier
     try:
         if cluster is None:
-            work.one_by_one(todo, found, progress)
+            _one_by_one(work, todo, found, progress)
         else:
-            found |= work.on_cluster(todo, cluster, progress)
+            found |= _on_cluster(work, todo, cluster, progress)
     finally:
         work.close()
     reports = [asdict(found[index].report) for index in sorted(found)]
@@ -101,151 +103,58 @@ def with_trained(
     return {**recipe.fitted, **{index: tensors for index, tensors in fitted.items() if tensors}}
 
 
-class _Work:
-    """The teacher's states, and tasks made from them."""
+def _one_by_one(
+    work: LayerWork, layers: Sequence[Correspondence], found: dict[int, Trained], progress: Progress
+) -> None:
+    """Train the layers in order; what comes of them is added to `found`."""
+    if not layers:
+        return
+    with progress.task("layerwise training", len(layers) * work.units()) as task:
+        for number, layer in enumerate(layers):
+            if work.student is None:
+                work.reach(layer.start, task)
+                work.drop_before(layer.start)
+                work.reach(layer.stop, task)
+            else:
+                work.reach(layer.stop, task)
+                work.drop_before(layer.stop)
+                task.note(f"the trained layers' hidden states before layer {layer.index}")
+                work.student.reach(layer.index, with_trained(work.recipe, found, work.resident.anatomy))
+            meter = _Meter(task, f"layer {layer.index} ({number + 1} of {len(layers)})")
+            trained = train_layer(work.task(layer), meter)
+            found[layer.index] = trained
+            task.advance(work.units() - meter.told)
+            _tell(trained, progress)
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        resident: Resident,
-        teacher: Resident,
-        corpus: Corpus,
-        held_out: Corpus,
-        settings: LayerwiseSettings,
-        folder: Path | None,
-        cluster: Cluster | None,
-        memory_bytes: int | None,
-    ) -> None:
-        self.recipe, self.resident, self.settings, self.folder = recipe, resident, settings, folder
-        text = self.text = Text.of(corpus, held_out)
-        self.schedule = schedule_of(settings, sequences=len(corpus), seq_len=corpus.seq_len)
-        self.names = trained_names(parameter_names(resident.anatomy), settings.only)
-        shape = (len(self.text.ids_NT), corpus.seq_len, resident.anatomy.width)
-        room = Room(0 if cluster else memory_bytes, folder)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            for stale in folder.glob(f"{PREFIX}*"):  # a killed run's
-                shutil.rmtree(stale, ignore_errors=True)
-            # A layer's masters, optimiser state and best tensors, as finished and as they are on the way.
-            require_room(folder, 20 * resident.anatomy.layer_parameters, "the state of one layer's training")
-        assert cluster is None or folder is not None, "workers read from the run folder"
-        self.store = HiddenStore(shape, teacher.model.dtype, room=room)
-        self.states = TeacherStates(teacher, text.ids_NT, self.store)
-        self.student: StudentStates | None = None
-        if settings.inputs == "student":
-            if cluster is not None:
-                raise UserError.of(
-                    where="--layer-inputs student",
-                    expected="no --scheduler: a layer is trained on what those before it give",
-                    found="both",
-                    remedy="Leave --scheduler out, or train on the teacher's hidden states.",
-                )
-            store = HiddenStore(shape, resident.model.dtype, room=room)
-            self.student = StudentStates(recipe, resident, text.ids_NT, store)
 
-    def close(self) -> None:
-        """Free the hidden states."""
-        self.store.close()
-        if self.student is not None:
-            self.student.store.close()
+def _on_cluster(
+    work: LayerWork, layers: Sequence[Correspondence], cluster: Cluster, progress: Progress
+) -> dict[int, Trained]:
+    """Train the layers as tasks; each is sent as soon as the teacher has come to its depth."""
+    found: dict[int, Trained] = {}
+    waiting: dict[Any, Correspondence] = {}
 
-    def one_by_one(self, layers: Sequence[Correspondence], found: dict[int, Trained], progress: Progress) -> None:
-        """Train the layers in order; what comes of them is added to `found`."""
-        if not layers:
-            return
-        with progress.task("layerwise training", len(layers) * self._units()) as task:
+    def take(done: Any) -> None:
+        layer = waiting.pop(done)
+        found[layer.index] = cluster.result(done, f"layerwise training of output layer {layer.index}")
+        task.advance(work.units())
+        _tell(found[layer.index], progress)
+        work.drop_before(min((other.start for other in waiting.values()), default=layer.start))
+
+    with progress.task("layerwise training", len(layers) * work.units()) as task:
+        try:
             for number, layer in enumerate(layers):
-                if self.student is None:
-                    self._reach(layer.start, task)
-                    self._drop_before(layer.start)
-                    self._reach(layer.stop, task)
-                else:
-                    self._reach(layer.stop, task)
-                    self._drop_before(layer.stop)
-                    task.note(f"the trained layers' hidden states before layer {layer.index}")
-                    self.student.reach(layer.index, with_trained(self.recipe, found, self.resident.anatomy))
-                meter = _Meter(task, f"layer {layer.index} ({number + 1} of {len(layers)})")
-                trained = train_layer(self._task(layer), meter)
-                found[layer.index] = trained
-                task.advance(self._units() - meter.told)
-                _tell(trained, progress)
-
-    def on_cluster(self, layers: Sequence[Correspondence], cluster: Cluster, progress: Progress) -> dict[int, Trained]:
-        """Train the layers as tasks; each is sent as soon as the teacher has come to its depth."""
-        found: dict[int, Trained] = {}
-        waiting: dict[Any, Correspondence] = {}
-
-        def take(done: Any) -> None:
-            layer = waiting.pop(done)
-            found[layer.index] = cluster.result(done, f"layerwise training of output layer {layer.index}")
-            task.advance(self._units())
-            _tell(found[layer.index], progress)
-            self._drop_before(min((other.start for other in waiting.values()), default=layer.start))
-
-        with progress.task("layerwise training", len(layers) * self._units()) as task:
-            try:
-                for number, layer in enumerate(layers):
-                    self._reach(layer.start, task)
-                    self._reach(layer.stop, task)
-                    waiting[cluster.submit(train_layer, self._task(layer))] = layer
-                    task.note(f"{number + 1} of {len(layers)} layers sent to the workers")
-                    for done in [future for future in waiting if future.done()]:
-                        take(done)
-                for done in cluster.as_completed(list(waiting)):
+                work.reach(layer.start, task)
+                work.reach(layer.stop, task)
+                waiting[cluster.submit(train_layer, work.task(layer))] = layer
+                task.note(f"{number + 1} of {len(layers)} layers sent to the workers")
+                for done in [future for future in waiting if future.done()]:
                     take(done)
-            finally:
-                cluster.cancel(list(waiting))
-        return found
-
-    def _task(self, layer: Correspondence) -> LayerTask:
-        op = self.recipe.layers[layer.index]
-        donor = op.sources[0].layer
-        # Always a module of its own: a plain `Select` is the original's module itself.
-        with self.resident.awake(self.resident.module(op, self.recipe.fitted.get(layer.index))) as whole:
-            module = self.resident.fresh(donor, dict(whole.named_parameters()))
-        if next(module.parameters()).dtype == torch.float16:
-            module = module.to(torch.bfloat16)  # gradients overflow in float16
-        sizes = {
-            self.schedule.batch,
-            self.text.held_out % self.schedule.batch,
-            min(self.schedule.batch, self.text.held_out),
-        }
-        return LayerTask(
-            index=layer.index,
-            module=module,
-            inputs=self._source(layer.start)
-            if self.student is None
-            else StatesInMemory(store=self.student.store, depth=0),
-            targets=self._source(layer.stop),
-            sequences=len(self.text.ids_NT),
-            held_out=self.text.held_out,
-            seq_len=self.text.seq_len,
-            mask=self.text.mask_NT,
-            calls={size: self.states.call(donor, size) for size in sizes if size},
-            names=self.names,
-            settings=self.settings,
-            folder=self.folder,
-            device=str(self.resident.device),
-        )
-
-    def _source(self, depth: int) -> StatesFile | StatesInMemory:
-        path = self.store.file(depth)
-        if path is None:
-            return StatesInMemory(store=self.store, depth=depth)
-        return StatesFile(path=path.resolve(), shape=self.store.shape, dtype=self.store.dtype)
-
-    def _reach(self, depth: int, task: Task) -> None:
-        task.note(f"the original's hidden states behind layer {depth}")
-        self.states.reach(depth)
-
-    def _drop_before(self, depth: int) -> None:
-        for stored in self.store.depths():
-            if stored < depth:
-                self.store.drop(stored)
-
-    def _units(self) -> int:
-        """Tokens that one layer is trained on, if it is not stopped early."""
-        return self.schedule.steps * self.schedule.batch * self.text.seq_len
+            for done in cluster.as_completed(list(waiting)):
+                take(done)
+        finally:
+            cluster.cancel(list(waiting))
+    return found
 
 
 class _Meter:

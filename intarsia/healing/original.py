@@ -29,6 +29,7 @@ class Original:
     Attributes:
         layers: those of the model that is the original.
         sequences: of the text, from the first on, it is known on.
+        store: what it learned, by depth.
         cost: layers that were run on these sequences so far.
     """
 
@@ -62,10 +63,10 @@ class Original:
         self._stream = LayerStream(resident.model, resident.anatomy)
         self._progress = progress or Silent()
         shape = (self.sequences, corpus.seq_len, resident.anatomy.width)
-        self._stored = HiddenStore(shape, resident.model.dtype, room=room)
-        self._stores = [self._stored, *([] if known is None else [known])]
+        self.store = HiddenStore(shape, resident.model.dtype, room=room)
+        self._stores = [self.store, *([] if known is None else [known])]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def learn(self, depths: Iterable[int]) -> None:
         """One pass of the original for the depths that are not known yet, from the deepest one before them.
 
@@ -95,7 +96,7 @@ class Original:
         """Take over what was measured, which may change from now on."""
         for depth in hidden.depths():
             for rows, _, _ in self.batches.over(self._all):
-                self._stored.put(depth, rows.start, hidden.get(depth, rows.start, rows.stop, torch.device("cpu")))
+                self.store.put(depth, rows.start, hidden.get(depth, rows.start, rows.stop, torch.device("cpu")))
 
     def at(self, depth: int, rows: slice) -> Tensor:
         """`h_BTD` of some sequences at a depth that is known, on the device."""
@@ -112,11 +113,11 @@ class Original:
     def forget(self, depth: int) -> None:
         """A depth is not asked for again by this fit."""
         if not self.keep:
-            self._stored.drop(depth)
+            self.store.drop(depth)
 
     def close(self) -> None:
         """Free what it stored itself."""
-        self._stored.close()
+        self.store.close()
 
     @property
     def _all(self) -> slice:
@@ -126,7 +127,7 @@ class Original:
         return {depth for store in self._stores for depth in store.depths()}
 
     def _enter(self, depth: int, rows: slice, ids: Tensor, mask: Tensor | None) -> None:
-        self._stored.put(depth, rows.start, self._stream.enter(ids, mask).h_BTD)
+        self.store.put(depth, rows.start, self._stream.enter(ids, mask).h_BTD)
 
     def _through(self, layer: int, module: nn.Module, before: int, behind: int) -> None:
         """Run one layer from the states known at a depth; what it gives is stored at another."""
@@ -134,6 +135,6 @@ class Original:
         def work(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
             h_BTD = self._stream.run(module, self.at(before, rows), self._stream.calls(ids, mask)[layer])
             require_finite(h_BTD, f"output of layer {layer} of the original")
-            self._stored.put(behind, rows.start, h_BTD)
+            self.store.put(behind, rows.start, h_BTD)
 
         self.batches.each(work, self._all)

@@ -5,7 +5,7 @@ A linear layer `y = W x` is changed by `D` so that `(W + D) x` comes closer to a
 second moments, so `ridge` is relative to their scale. As `ridge` grows `D` goes to zero: shrinkage is towards the
 weights as they are.
 
-Shape suffixes: `N` tokens, `C` features, `D` residual width.
+Shape suffixes: `N` tokens, `C` features, `D` residual width, `K` some of the residual width.
 """
 
 from __future__ import annotations
@@ -19,68 +19,63 @@ from torch import Tensor
 
 from intarsia.errors import UserError
 from intarsia.healing.few_tokens import Change, Rows, changed, whole
+from intarsia.healing.scratch import IN_MEMORY, Pile, Scratch
+from intarsia.healing.symmetric import Symmetric
 
 _USUAL = 0.3
 """Most fits of the demo model's layers choose a strength near this one."""
 
-_BLOCK, _BLOCKS = 256, 8  # features at least, and blocks at most
+SOLVED_AT_ONCE = 1024
+"""Outputs that are solved for, or judged, at a time."""
+
+
+def rows_at_most(features: int, *, held_out: bool = False) -> int:
+    """How many tokens are kept as they are, and no moments of them.
+
+    Of held-out tokens errors alone are asked for, which rows give with no more work than moments; as many as are kept
+    take no more memory in a dtype of two bytes.
+    """
+    return 2 * features if held_out else features // 2
 
 
 class Gram:
     """Weighted second moments of features and residuals, accumulated in float64 from float32 products.
 
-    As long as tokens are no more than half the features they are kept as they are (`intarsia.healing.few_tokens`). Of
-    the symmetric matrix only blocks on the diagonal and right of it are summed up; reading it copies the others.
+    Few tokens are kept as they are instead (`intarsia.healing.few_tokens`): less memory, and no more work where what is
+    asked of them is an error. Of the symmetric matrix little more than half is kept (`intarsia.healing.symmetric`).
     """
 
-    def __init__(self, features: int, width: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        features: int,
+        width: int,
+        device: torch.device,
+        *,
+        held_out: bool = False,
+        scratch: Scratch = IN_MEMORY,
+    ) -> None:
+        """
+        Args:
+            held_out: no change is asked for, errors alone.
+            scratch: where waits what is not needed for a while.
+        """
         # MPS has no float64.
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.rr = 0.0
         self.tokens = 0
-        self.rows: Rows | None = Rows(features // 2)
-        self._features, self._width, self._device = features, width, device
-        self._xx_CC: Tensor | None = None
-        self._xr_CD: Tensor | None = None
-        self._mirrored = True
-
-    @property
-    def xx_CC(self) -> Tensor:
-        """Second moments of the features."""
-        self._sum_up()
-        assert self._xx_CC is not None
-        if not self._mirrored:
-            for block in self._blocks():
-                self._xx_CC[block.stop :, block] = self._xx_CC[block, block.stop :].T
-            self._mirrored = True
-        return self._xx_CC
-
-    @xx_CC.setter
-    def xx_CC(self, moments: Tensor) -> None:
-        self._sum_up()
-        self._xx_CC = moments
-
-    @property
-    def xr_CD(self) -> Tensor:
-        """Moments of features and residuals."""
-        self._sum_up()
-        assert self._xr_CD is not None
-        return self._xr_CD
-
-    @xr_CD.setter
-    def xr_CD(self, moments: Tensor) -> None:
-        self._sum_up()
-        self._xr_CD = moments
+        self.rows: Rows | None = Rows(rows_at_most(features, held_out=held_out), scratch)
+        self._features, self._width, self._device, self._scratch = features, width, device, scratch
+        self._xx: Symmetric | None = None
+        self._xr: list[Tensor] = []  # moments with residuals `[C, K]`, of some of the residual width each
+        self._waiting: Pile | None = None
 
     def add(self, x_NC: Tensor, r_ND: Tensor, weight_N: Tensor) -> None:
         """Count a batch of tokens: features, residuals that are missing, and weights (0 leaves a token out)."""
-        root_N = weight_N.float().sqrt()[:, None]
-        x_NC = x_NC.to(torch.float32, copy=True).mul_(root_N)
-        r_ND = r_ND.to(torch.float32, copy=True).mul_(root_N)
-        if self.rows is None or not self.rows.take(x_NC, r_ND):
+        r_ND, weight_N = r_ND.float(), weight_N.float()
+        if self.rows is None or not self.rows.take(x_NC, r_ND, weight_N):
             self._sum_up()
-            self._add(x_NC, r_ND)
-        self.rr += float(r_ND.square().sum(dim=1).cpu().double().sum())
+            self._add(x_NC, r_ND, weight_N)
+        self.rr += float((weight_N * r_ND.square().sum(dim=1)).cpu().double().sum())
         self.tokens += int((weight_N > 0).sum())
 
     def error(self, change: Change | None = None) -> float:
@@ -89,9 +84,20 @@ class Gram:
             return self.rr / max(self.tokens, 1)
         if self.rows is not None:
             return (self.rr + self.rows.fitted(change)) / max(self.tokens, 1)
-        change_CD = whole(change).T.to(self.dtype)
-        fitted = (change_CD * (self.xx_CC @ change_CD - 2.0 * self.xr_CD)).sum()
-        return (self.rr + float(fitted)) / max(self.tokens, 1)
+        assert self._xx is not None
+        total, change_DC = self.rr, whole(change)
+        for index, columns in enumerate(self._columns()):
+            change_CK = change_DC[columns].T.to(self.dtype)
+            fitted_CK = self._xx.times(change_CK).sub_(self._residuals(index), alpha=2.0)
+            total += float(fitted_CK.mul_(change_CK).sum())
+        return total / max(self.tokens, 1)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Second moments of the features `[C, C]`, and moments of features and residuals `[C, D]`. No rows are kept
+        from now on."""
+        self._sum_up()
+        assert self._xx is not None
+        return self._xx.whole(), torch.cat([self._residuals(index) for index in range(len(self._xr))], dim=1)
 
     def require_finite(self, where: str) -> None:
         """Refuse statistics of activations that overflowed.
@@ -99,10 +105,10 @@ class Gram:
         Raises:
             UserError: they are not finite.
         """
-        if self.rows is not None:
-            finite = self.rows.is_finite()
-        else:
-            finite = bool(torch.isfinite(self.xx_CC).all() and torch.isfinite(self.xr_CD).all())
+        # No product of features is larger than the larger one's square, and so with residuals.
+        finite = self.rows is not None and self.rows.is_finite
+        if self._xx is not None:
+            finite = bool(torch.isfinite(self._xx.diagonal()).all())
         if not (finite and math.isfinite(self.rr)):
             raise UserError.of(
                 where=where,
@@ -111,33 +117,62 @@ class Gram:
                 remedy="The model overflows in this dtype; try --dtype bfloat16 or float32.",
             )
 
-    def zeros(self) -> Tensor:
-        """No change at all, `[D, C]`."""
-        return torch.zeros(self._width, self._features, dtype=self.dtype, device=self._device)
+    def change(self, ridge: float) -> Change:
+        """The change of least error with one ridge strength, float32. Statistics must be finite."""
+        if self.rows is not None:
+            found = self.rows.solve(ridge, self.dtype) if self.rows.tokens else None
+            return self._nothing() if found is None else found
+        assert self._xx is not None
+        scale = float(self._xx.diagonal().mean())
+        if scale <= 0.0:
+            return self._nothing()
+        self._set_aside()
+        self._xx.factorise(ridge * scale)
+        change_DC = self._nothing()
+        for index, columns in enumerate(self._columns()):
+            change_DC[columns].copy_(self._xx.solve_(self._residuals(index)).T)
+        return change_DC
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(self._width, self._features, device=self._device)
 
     def _sum_up(self) -> None:
         """From now on moments alone are kept."""
         if self.rows is None:
             return
         rows, self.rows = self.rows, None
-        features = self._features
-        self._xx_CC = torch.zeros(features, features, dtype=self.dtype, device=self._device)
-        self._xr_CD = torch.zeros(features, self._width, dtype=self.dtype, device=self._device)
-        for x_NC, r_ND in rows.parts:
-            self._add(x_NC, r_ND)
+        self._xx = Symmetric(self._features, dtype=self.dtype, device=self._device, scratch=self._scratch)
+        self._xr = [
+            torch.zeros(self._features, columns.stop - columns.start, dtype=self.dtype, device=self._device)
+            for columns in self._columns()
+        ]
+        for x_NC, r_ND, weight_N in rows.parts():
+            self._add(x_NC, r_ND, weight_N)
 
-    def _add(self, x_NC: Tensor, r_ND: Tensor) -> None:
-        assert self._xx_CC is not None and self._xr_CD is not None
-        for block in self._blocks():
-            self._xx_CC[block, block.start :] += x_NC[:, block].T @ x_NC[:, block.start :]
-        self._xr_CD += x_NC.T @ r_ND
-        self._mirrored = False
+    def _add(self, x_NC: Tensor, r_ND: Tensor, weight_N: Tensor) -> None:
+        assert self._xx is not None and self._waiting is None, "moments are whole once a change was asked for"
+        root_N1 = weight_N.sqrt()[:, None]
+        x_NC, r_ND = x_NC.to(torch.float32, copy=True).mul_(root_N1), r_ND * root_N1
+        self._xx.add(x_NC)
+        for columns, moments_CK in zip(self._columns(), self._xr, strict=True):
+            for start in range(0, self._features, SOLVED_AT_ONCE):
+                features = slice(start, start + SOLVED_AT_ONCE)
+                moments_CK[features] += x_NC[:, features].T @ r_ND[:, columns]
 
-    def _blocks(self) -> Iterator[slice]:
-        """Features, so many at a time that little more than half of the matrix is computed."""
-        size = max(_BLOCK, math.ceil(self._features / _BLOCKS))
-        for start in range(0, self._features, size):
-            yield slice(start, min(start + size, self._features))
+    def _set_aside(self) -> None:
+        """Moments with residuals go into a file, where there is one for what is not needed."""
+        if self._scratch.in_files and self._waiting is None:
+            self._waiting = Pile(self._scratch)
+            while self._xr:
+                self._waiting.put(self._xr.pop(0))
+
+    def _residuals(self, index: int) -> Tensor:
+        """A copy of moments with residuals."""
+        return self._xr[index].clone() if self._waiting is None else self._waiting.get(index)
+
+    def _columns(self) -> Iterator[slice]:
+        for start in range(0, self._width, SOLVED_AT_ONCE):
+            yield slice(start, min(start + SOLVED_AT_ONCE, self._width))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,31 +191,6 @@ class Fit:
     def applied(self, own_DC: Tensor) -> Tensor | None:
         """The new weight, in the dtype of the one that it replaces; None where nothing was better."""
         return None if self.change_DC is None else changed(own_DC, self.change_DC)
-
-
-def solve(gram: Gram, ridge: float, *, where: str) -> Tensor:
-    """The change `[D, C]` for one ridge strength.
-
-    Raises:
-        UserError: the statistics are not finite.
-    """
-    gram.require_finite(where)
-    return whole(_solved(gram, ridge))
-
-
-def _solved(gram: Gram, ridge: float) -> Change:
-    if gram.rows is not None:
-        found = gram.rows.solve(ridge, gram.dtype) if gram.rows.parts else None
-        return gram.zeros() if found is None else found
-    scale = float(gram.xx_CC.diagonal().mean())
-    if scale <= 0.0:
-        return gram.zeros()
-    system = gram.xx_CC.clone()
-    system.diagonal().add_(ridge * scale)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if int(failed):
-        return torch.linalg.lstsq(system, gram.xr_CD).solution.T
-    return torch.cholesky_solve(gram.xr_CD, factor).T
 
 
 def choose(fit: Gram, held_out: Gram, ridges: Sequence[float], *, where: str) -> Fit:
@@ -203,7 +213,7 @@ def choose(fit: Gram, held_out: Gram, ridges: Sequence[float], *, where: str) ->
         if not 0 <= index < len(ridges):
             return math.inf
         if index not in errors:
-            change = _solved(fit, ridges[index])
+            change = fit.change(ridges[index])
             after = errors[index] = held_out.error(change)
             if after < best.error_after:
                 best = Fit(change_DC=change, ridge=ridges[index], error_before=before, error_after=after)

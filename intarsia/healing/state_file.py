@@ -6,19 +6,15 @@ Nothing is pickled: a state file is data like a checkpoint.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from intarsia.disk import full_disk_named, replaced
-from intarsia.errors import UserError
-
-_SPARE_BYTES = 64 * 2**20
+from intarsia.disk import damage_named, full_disk_named, replaced
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -42,31 +38,10 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """
     if not path.exists():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
-            return {name: file.get_tensor(name) for name in sorted(file.keys())}, facts
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise UserError.of(
-            where=str(path),
-            expected="a state file of a training",
-            found=f"something else: {error}",
-            remedy="Delete it; that part of the training is then done again.",
-        ) from error
-
-
-def require_room(folder: Path, nbytes: int, what: str) -> None:
-    """Refuse a disk that is too small before any work.
-
-    Raises:
-        UserError: there is less room than `nbytes` and a little more.
-    """
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < nbytes + _SPARE_BYTES:
-        raise UserError.of(
-            where=str(folder),
-            expected=f"{(nbytes + _SPARE_BYTES) / 1e9:.2f} GB of free space for {what}",
-            found=f"{free / 1e9:.2f} GB",
-            remedy="Free some space, or put the run folder on another disk (--run).",
-        )
+    remedy = "Delete it; that part of the training is then done again."
+    with (
+        damage_named(path, expected="a state file of a training", remedy=remedy),
+        safe_open(path, framework="pt") as file,
+    ):
+        facts: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
+        return {name: file.get_tensor(name) for name in sorted(file.keys())}, facts

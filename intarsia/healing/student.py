@@ -22,7 +22,7 @@ from intarsia.building.materialize import materialize
 from intarsia.building.parameters import to_tensors
 from intarsia.building.resident import load_model
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.errors import UserError
+from intarsia.errors import missing_package
 from intarsia.healing.settings import EndToEndSettings
 from intarsia.recipe.recipe import Recipe
 
@@ -93,12 +93,8 @@ def _add_lora(model: PreTrainedModel, anatomy: Anatomy, rank: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise UserError.of(
-            where="--lora",
-            expected="the package peft",
-            found="it is not installed",
-            remedy="Install it (pip install 'intarsia[train]'), or train all parameters (without --lora).",
-        ) from error
+        instead = "train all parameters (without --lora)"
+        raise missing_package("peft", where="--lora", extra="train", instead=instead, error=error) from error
     targets = [
         f"{anatomy.family.layers_module}.{index}.{linear.module}"
         for index in range(anatomy.n_layers)

@@ -98,9 +98,8 @@ def descend(planner: Come, model: Intermediate, start: Recipe, target: int, run:
             }
             run.append(entry, best.recipe, others=paths[1:])
             others = ", ".join(f"{way.loss:.4f}" for way in ways[1:])
-            model.progress.say(
-                step_line(depth, step.start, step.op, best.loss) + (f" (others {others})" if others else "")
-            )
+            line = step_line(depth, step.start, step.op, best.loss, mixture=model.anatomy.is_mixture("mlp"))
+            model.progress.say(line + (f" (others {others})" if others else ""))
             task.advance(before - depth)
     model.become(paths[0].layers)
     return planner.reason() if len(paths[0].layers) > target else None

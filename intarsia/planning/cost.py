@@ -16,7 +16,7 @@ from intarsia.healing.layer_fit import passes
 from intarsia.planning.blocks import NEAREST
 from intarsia.planning.laco import SEQUENCES
 from intarsia.planning.settings import RECONSTRUCTION_TOKENS, ComeSettings, LacoSettings, Settings, layers_at_once
-from intarsia.planning.sizes import BASE_BYTES, JUDGED_TOKENS, LOGIT_BYTES, Held, Sizes
+from intarsia.planning.sizes import FITTED_LAYERS, JUDGED_TOKENS, STREAMED_LOGIT_BYTES, Held, Sizes
 from intarsia.planning.taylor import LAYERS_A_PASS
 
 
@@ -73,30 +73,27 @@ def predict(
     kept_depths = 0 if not _once(method, depth) else depth + (2 if method.startswith("taylor") else 1)
     judged = tokens if in_loop is not None else _reconstructed(settings, tokens)
     hidden = sizes.hidden(kept_depths * tokens + depth * judged)  # the original's, beside the model's own
-    fit = in_loop or ClosedFormSettings()
+    cost = Cost(
+        steps=steps,
+        layer_forwards_at_most=forwards,
+        flops_at_most=forwards * sizes.flops(tokens, seq_len),
+        weight_bytes=sizes.weight_bytes,
+        hidden_bytes=hidden,
+        spilled_bytes=max(0, hidden - held.memory_bytes),
+        peak_memory_bytes=0,
+    )
+    made = depth - target + 1
     batch = sizes.batch(min(held.batch_tokens, tokens))
-    work = max(
-        batch,
-        sizes.logits(min(held.batch_tokens, tokens), seq_len),
-        (sizes.moments(judged, fit.held_out) + batch) if judged else 0,
-    )
+    logits = sizes.logits(min(held.batch_tokens, tokens), seq_len)
+    parts = [
+        held.weights(sizes, made=made, outside=False) + batch,
+        held.weights(sizes, made=made, layers=0) + logits + _left(batch, held),
+    ]
+    if judged:
+        fit = sizes.fit(judged, (in_loop or ClosedFormSettings()).held_out, stream=held.stream)
+        parts.append(held.weights(sizes, made=made, layers=FITTED_LAYERS, outside=False) + fit + batch)
     recipe = sizes.fitted(depth - target, attention=depth - target) if in_loop is not None else 0
-    return _with_peaks(
-        Cost(
-            steps=steps,
-            layer_forwards_at_most=forwards,
-            flops_at_most=forwards * sizes.flops(tokens, seq_len),
-            weight_bytes=sizes.weight_bytes,
-            hidden_bytes=hidden,
-            spilled_bytes=max(0, hidden - held.memory_bytes),
-            peak_memory_bytes=0,
-        ),
-        held,
-        weights=held.weights(sizes, made=depth - target + 1),
-        hidden=hidden,
-        work=work,
-        recipe=recipe,
-    )
+    return _with_peak(cost, sizes, held, max(parts), hidden=hidden, recipe=recipe)
 
 
 def with_closed_form(
@@ -105,41 +102,63 @@ def with_closed_form(
     """The same with a closed-form repair of the `target` layers on the same tokens, and with what judges it."""
     depth = sizes.anatomy.n_layers
     forwards = closed_form_cost_at_most(depth, target, settings, sizes.anatomy)
-    changed = min(target, depth - target)
-    fitted = target if settings.layers == "behind" else changed
+    fitted, changed = _fitted_at_most(sizes, settings, target)
     hidden = sizes.hidden((2 + fitted) * tokens)
-    return _with_peaks(
-        replace(
-            cost,
-            heal_forwards_at_most=forwards + math.ceil(2 * target / settings.held_out),
-            hidden_bytes=max(cost.hidden_bytes, hidden),
-            spilled_bytes=max(cost.spilled_bytes, hidden - held.memory_bytes),
-        ),
-        held,
-        weights=held.weights(sizes, made=changed),
-        hidden=hidden,
-        work=sizes.moments(tokens, settings.held_out) + sizes.batch(min(held.batch_tokens, tokens)),
-        recipe=sizes.fitted(fitted, attention=changed),
+    cost = replace(
+        cost,
+        heal_forwards_at_most=forwards + math.ceil(2 * target / settings.held_out),
+        hidden_bytes=max(cost.hidden_bytes, hidden),
+        spilled_bytes=max(cost.spilled_bytes, hidden - held.memory_bytes),
     )
+    batch = sizes.batch(min(held.batch_tokens, tokens))
+    fit = sizes.fit(tokens, settings.held_out, stream=held.stream)
+    fitting = held.weights(sizes, made=changed, layers=FITTED_LAYERS, outside=False) + fit + batch
+    recipe = sizes.fitted(fitted, attention=changed)
+    cost = _with_peak(cost, sizes, held, fitting, hidden=hidden, recipe=recipe)
+    # Then the fitted layers are made, and judged by held-out tokens.
+    judged = held.weights(sizes, made=fitted + changed, layers=0) + _judged(sizes, held, tokens // settings.held_out)
+    return _with_peak(cost, sizes, held, judged, hidden=sizes.hidden(tokens) if held.stream else 0, recipe=recipe)
 
 
-def with_judging(cost: Cost, sizes: Sizes, *, target: int, tokens: int, held: Held) -> Cost:
+def with_judging(
+    cost: Cost, sizes: Sizes, *, target: int, tokens: int, held: Held, healed: ClosedFormSettings | None = None
+) -> Cost:
     """The same with the two models that are compared at the end on so many tokens: both in memory, unless they are
-    streamed."""
+    streamed, and what was fitted, which stays with the recipe."""
+    fitted, changed = (0, 0) if healed is None else _fitted_at_most(sizes, healed, target)
     small = 0 if held.stream else sizes.outside_bytes + target * sizes.layer_bytes
+    judging = held.weights(sizes, layers=0) + small + _judged(sizes, held, tokens)
+    building = held.weights(sizes, layers=1.0) if held.stream else 0
+    hidden = sizes.hidden(tokens) if held.stream else 0
+    recipe = sizes.fitted(fitted, attention=changed)
+    return _with_peak(cost, sizes, held, max(judging, building), hidden=hidden, recipe=recipe)
+
+
+def _fitted_at_most(sizes: Sizes, settings: ClosedFormSettings, target: int) -> tuple[int, int]:
+    """Layers that the closed form fits, and those of them that stand for more than themselves: at most."""
+    changed = min(target, sizes.anatomy.n_layers - target)
+    return (target if settings.layers == "behind" else changed), changed
+
+
+def _judged(sizes: Sizes, held: Held, tokens: int) -> int:
+    """What a perplexity on so many tokens takes beside weights."""
     tokens = min(tokens, JUDGED_TOKENS)
     logits = tokens * sizes.anatomy.vocabulary * sizes.itemsize
-    batch = sizes.batch(tokens)
-    # In memory the whole model makes all logits at once, and holds them twice on the way (measured).
-    work = max(min(logits, LOGIT_BYTES), batch) if held.stream else 2 * logits + batch
-    return _with_peaks(cost, held, weights=held.weights(sizes) + small, hidden=0, work=work, recipe=0)
+    # In memory the whole model makes all logits at once.
+    return min(logits, STREAMED_LOGIT_BYTES) if held.stream else logits + sizes.batch(tokens)
 
 
-def _with_peaks(cost: Cost, held: Held, *, weights: int, hidden: int, work: int, recipe: int) -> Cost:
-    """With the peaks of a further part of the work, where they are higher."""
+def _left(batch: int, held: Held) -> int:
+    """What a batch leaves behind: freed pieces, which go back to the system where layers come and go."""
+    return 0 if held.stream else batch
+
+
+def _with_peak(cost: Cost, sizes: Sizes, held: Held, part: int, *, hidden: int, recipe: int = 0) -> Cost:
+    """With the peak of a further part of the work, where it is higher: the weights in it and what is made of them."""
     kept = min(hidden, held.memory_bytes) + (0 if held.stream else recipe)  # of a streamed model it goes into files
-    host = BASE_BYTES + kept + (0 if held.apart else weights + work)
-    device = (weights + work) if held.apart else None
+    on_its_way = sizes.layer_bytes if held.stream else 0  # to a device, from memory that does not page
+    host = sizes.base_bytes + kept + (on_its_way if held.apart else part)
+    device = part if held.apart else None
     before = cost.peak_device_bytes
     return replace(
         cost,

@@ -26,8 +26,9 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.healing.correspond import trainable
-from intarsia.healing.layer_fit import FitBatch, LayerFit, PartFit, as_array, fit_layer, fittable, in_file, passes
+from intarsia.healing.layer_fit import FitBatch, LayerFit, PartFit, fit_layer, fittable, passes
 from intarsia.healing.original import Original
+from intarsia.healing.scratch import Scratch
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.settings import RECONSTRUCTION_TOKENS
 from intarsia.recipe.ops import Op
@@ -123,7 +124,7 @@ class Repair:
                 stream=model.stream,
                 anatomy=model.anatomy,
                 rule=self.settings.rule,
-                keep=lambda weight: in_file(weight, model.room.folder) if model.resident.streams else as_array(weight),
+                scratch=Scratch(in_files=model.resident.streams, folder=model.room.folder),
             )
         if tensors:
             model.fit(index, {**(model.fitted[index] or {}), **tensors}, module)
@@ -153,6 +154,7 @@ def reconstruction_error(model: Intermediate, start: int, count: int, op: Op) ->
                 stream=model.stream,
                 anatomy=model.anatomy,
                 rule=rule,
+                scratch=Scratch(in_files=model.resident.streams, folder=model.room.folder),
             )
             _, _, found = fitter.read_out(f"reconstruction at layer {start}")
         model.errors[key] = found.error_after

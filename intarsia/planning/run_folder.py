@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.disk import append_line, full_disk_named, write_whole
+from intarsia.disk import append_line, damage_named, full_disk_named, read_json, write_whole
 from intarsia.errors import Problem, UserError
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
@@ -82,7 +82,7 @@ class RunFolder:
             UserError: there is none.
         """
         run = cls(path)
-        if not run._file(_SETTINGS).is_file():
+        if not run.is_one():
             raise UserError.of(
                 where=str(path),
                 expected=f"a run folder (with {_SETTINGS})",
@@ -91,18 +91,13 @@ class RunFolder:
             )
         return run
 
+    def is_one(self) -> bool:
+        """Whether a run was begun here."""
+        return self._file(_SETTINGS).is_file()
+
     def settings(self) -> dict[str, Any]:
         """The settings that the run was begun with."""
-        try:
-            found: dict[str, Any] = json.loads(self._file(_SETTINGS).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError.of(
-                where=str(self._file(_SETTINGS)),
-                expected="JSON",
-                found=str(error),
-                remedy="The run folder is damaged; delete it and plan again.",
-            ) from error
-        return found
+        return _read(self._file(_SETTINGS), "the settings of a run, in JSON")
 
     def pin(self, name: str, facts: Mapping[str, Any]) -> None:
         """Record facts that become known when the work begins; a continued run must find the same ones.
@@ -114,7 +109,8 @@ class RunFolder:
         if not path.exists():
             write_whole(path, json.dumps(_as_json(facts), indent=2) + "\n")
             return
-        problems = differences(json.loads(path.read_text(encoding="utf-8")), _as_json(facts), str(path))
+        begun_with = _read(path, "what was recorded when the run was begun")
+        problems = differences(begun_with, _as_json(facts), str(path))
         if problems:
             raise UserError(problems)
 
@@ -168,16 +164,10 @@ class RunFolder:
         if not path.exists():
             target = self.settings().get("target")  # known of some methods even then
             return None if target is None else Wanted(layers=int(target))
-        try:
+        remedy = "Delete the file; the next `intarsia plan` with the same command writes it again."
+        with damage_named(path, expected="the depth that the plan is to come to", remedy=remedy):
             found = json.loads(path.read_text(encoding="utf-8"))
             return Wanted(layers=int(found["layers"]), stopped=found.get("stopped"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError.of(
-                where=str(path),
-                expected="the depth that the plan is to come to",
-                found=f"{type(error).__name__}: {error}",
-                remedy="Delete the file; the next `intarsia plan` with the same command writes it again.",
-            ) from error
 
     def unfinished(self) -> str | None:
         """How far a plan is that has not come to the depth it was asked for; None where it has, or none is known."""
@@ -224,6 +214,10 @@ class RunFolder:
 def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(value))
     return plain
+
+
+def _read(path: Path, expected: str) -> dict[str, Any]:
+    return read_json(path, expected=expected, remedy="The run folder is damaged; delete it and plan again.")
 
 
 def _is_leftover(entry: Path) -> bool:

@@ -106,6 +106,10 @@ class ComeSettings:
         return _plain(self, {"beam": 1, "removals": False, "finalists": 1, "blocks": 0})
 
 
+THOROUGH: Mapping[str, Any] = {"spans": 5, "granularity": 5, "removals": True, "finalists": 4, "blocks": 3}
+"""What goes with `--thorough`, beside the repair of every step: CoMe-P where the repaired model is all that counts."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SlebSettings:
     """How SLEB decides (arXiv 2402.09025).

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 from intarsia.anatomy.spec import PARTS, Anatomy
+from intarsia.healing.closed_form import RIDGES
+from intarsia.healing.fit_memory import fit_bytes
 
 if TYPE_CHECKING:
     import torch
 
     from intarsia.checkpoint.reader import Checkpoint
 
-BASE_BYTES = 450 * 10**6
-"""Python with torch, transformers and a tokenizer, before anything is loaded (measured on Linux)."""
+BASE_BYTES = 465 * 10**6
+"""Python with torch and transformers, and what reading a text leaves behind (measured on Linux)."""
 
-STREAMED_LAYERS = 2.5
-"""Layers in memory where one is used while the next is read: these two, and the tensor that is being joined."""
+STREAMED_LAYERS = 2.0
+"""Layers in memory where one is used while the next is read."""
+
+FITTED_LAYERS = 1.5
+"""The same while a layer is fitted: none is read meanwhile, and it has new read-outs beside its own."""
+
+_DEVICE_LAYERS = 0.5  # more on a device with memory of its own, whose allocator keeps what is freed (not measured)
 
 LOGIT_BYTES = 256 * 1024**2
 """Logits that losses are taken from at a time, at most, unless one sequence has more (`LayerStream.losses`)."""
+
+STREAMED_LOGIT_BYTES = LOGIT_BYTES // 2
+"""The same when the perplexity of a streamed model is measured (`intarsia.evaluation.chain`)."""
 
 JUDGED_TOKENS = 4096
 """Tokens of a forward pass of the whole model, when its perplexity is measured."""
@@ -29,18 +40,23 @@ JUDGED_TOKENS = 4096
 _SHARE_OF_FREE = 0.4  # as in `intarsia.calibration.room`
 _CPU_BATCH, _CUDA_BATCH = 2048, 32768  # as in `intarsia.calibration.batches`
 _ROW_COPIES = 6  # float32 entries of a token in a layer that are there at once, in widths of its MLP
-_GRAM_COPIES = 4  # fitted and held-out moments, the system, its factor
-_TRIED = 6  # weights that are judged at once where a norm stands behind a read-out (`intarsia.healing.behind_norm`)
+_TOKENIZER_COPIES = 14  # what a tokenizer takes in memory, in sizes of its file (measured)
+_TOKENIZER_ENTRY = 1000  # the same for an entry of the vocabulary, where there is no file (measured)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Bytes of a model's parts in the dtype that it runs in. `outside`: embedding, final norm and head."""
+    """Bytes of a model's parts in the dtype that it runs in. `outside`: embedding, final norm and head.
+
+    `mapped`: on the CPU these stay in their files, and are in memory while they are used.
+    """
 
     anatomy: Anatomy
     itemsize: int
     layer_bytes: int
     outside_bytes: int
+    tokenizer_bytes: int
+    mapped: bool = True
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Sizes:
@@ -54,6 +70,8 @@ class Sizes:
             itemsize=itemsize,
             layer_bytes=anatomy.layer_parameters * itemsize,
             outside_bytes=outside * itemsize,
+            tokenizer_bytes=_tokenizer_bytes(checkpoint.folder / "tokenizer.json", anatomy.vocabulary),
+            mapped=dtype in (None, stored),
         )
 
     @classmethod
@@ -65,7 +83,13 @@ class Sizes:
             itemsize=itemsize,
             layer_bytes=anatomy.layer_parameters * itemsize,
             outside_bytes=(tables + anatomy.width) * itemsize,
+            tokenizer_bytes=anatomy.vocabulary * _TOKENIZER_ENTRY,
         )
+
+    @property
+    def base_bytes(self) -> int:
+        """What a process takes before the model."""
+        return BASE_BYTES + self.tokenizer_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -87,16 +111,22 @@ class Sizes:
         one = seq_len * self.anatomy.vocabulary * self.itemsize
         return min(max(1, LOGIT_BYTES // one), max(1, tokens // seq_len)) * one
 
-    def moments(self, tokens: int, held_out: int) -> int:
-        """What the closed form of one read-out needs. Of few tokens the rows are kept, not their moments."""
-        features = max(self.anatomy.cut_size(self.anatomy.writer(part)) for part in PARTS)
-        width = self.anatomy.width
+    def fit(self, tokens: int, held_out: int, *, stream: bool) -> int:
+        """What the closed form of one read-out needs: moments, or few tokens themselves; of streamed models in files
+        what is not needed for a while."""
         behind = any(self.anatomy.norm_behind(part) for part in PARTS)
-        # The change, the weight with it, and as it is stored.
-        change = (3 + (_TRIED if behind else 0)) * features * width * 4
-        if tokens - tokens // held_out <= features // 2:
-            return 4 * tokens * (2 * features + width) + 3 * 8 * tokens**2 + change
-        return 8 * (_GRAM_COPIES * features**2 + 2 * features * width) + change
+        return max(
+            fit_bytes(
+                self.anatomy.cut_size(self.anatomy.writer(part)),
+                self.anatomy.width,
+                tokens=tokens,
+                held_out=held_out,
+                itemsize=self.itemsize,
+                in_files=stream,
+                strengths=len(RIDGES) if behind else 0,
+            )
+            for part in PARTS
+        )
 
     def fitted(self, layers: int, *, attention: int) -> int:
         """Fitted read-outs, which a recipe keeps in float32: down_proj of so many layers, o_proj of some."""
@@ -146,13 +176,21 @@ class Held:
             batch_tokens=batch_tokens or (_CUDA_BATCH if apart else _CPU_BATCH),
         )
 
-    def weights(self, sizes: Sizes, *, made: int = 0) -> int:
+    def weights(self, sizes: Sizes, *, made: int = 0, layers: float = STREAMED_LAYERS, outside: bool = True) -> int:
         """Weights in memory, on the fullest device.
 
         Args:
             made: layers that are made besides the original ones; of a streamed model they are made when needed.
+            layers: of a streamed model, how many are there at once.
+            outside: whether embedding and head are used, which else may be in their files alone.
         """
         if self.stream:
-            return sizes.outside_bytes + int(STREAMED_LAYERS * sizes.layer_bytes)
-        layers = sizes.anatomy.n_layers + made
-        return sizes.outside_bytes + -(-layers // self.devices) * sizes.layer_bytes
+            there = outside or self.apart or not sizes.mapped
+            layers += _DEVICE_LAYERS if self.apart else 0.0
+            return int(layers * sizes.layer_bytes) + (sizes.outside_bytes if there else 0)
+        at_once = sizes.anatomy.n_layers + made
+        return sizes.outside_bytes + -(-at_once // self.devices) * sizes.layer_bytes
+
+
+def _tokenizer_bytes(path: Path, vocabulary: int) -> int:
+    return _TOKENIZER_COPIES * path.stat().st_size if path.is_file() else vocabulary * _TOKENIZER_ENTRY

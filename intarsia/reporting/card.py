@@ -31,6 +31,8 @@ from typing import Any
 
 import yaml
 
+from intarsia.reporting.source_card import inherited
+
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 PAPER = "https://arxiv.org/abs/2510.15304"
@@ -42,10 +44,6 @@ CITATION = """\
   year      = {2025},
   note      = {arXiv:2510.15304}
 }"""
-
-# Fields of the source's card that hold for a model derived from it.
-_INHERITED = ("license", "license_name", "license_link", "language")
-_MAX_FRONT_MATTER = 64 * 1024
 
 
 def model_card(results: Mapping[str, Any]) -> str:
@@ -62,26 +60,6 @@ def model_card(results: Mapping[str, Any]) -> str:
         _citation(results),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def inherited(card: str | None) -> dict[str, Any]:
-    """Licence and languages from the front matter of another model's card; empty where there is none to read."""
-    found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card or "", flags=re.DOTALL)
-    if found is None or len(found[1]) > _MAX_FRONT_MATTER:
-        return {}
-    try:
-        fields = yaml.safe_load(found[1])
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    if not isinstance(fields, dict):
-        return {}
-    return {key: fields[key] for key in _INHERITED if _is_plain(fields.get(key))}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(part, str) for part in value)
-    return isinstance(value, str) and bool(value.strip())
 
 
 def _front_matter(results: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from intarsia.disk import read_json
 from intarsia.errors import UserError
 
 SETTINGS = "compare.json"
@@ -181,20 +182,11 @@ def _stderr_of_mean(measures: Sequence[Measure | None]) -> float | None:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError.of(
-            where=str(path),
-            expected="what a comparison is about, as `intarsia compare` writes it",
-            found=str(error),
-            remedy="Give the folder of a comparison, or make one with `intarsia compare MODEL -o DIR`.",
-        ) from error
-    if not isinstance(facts, dict):
-        raise UserError.of(
-            where=str(path), expected="a JSON object", found=type(facts).__name__, remedy="Compare again."
-        )
-    return facts
+    return read_json(
+        path,
+        expected="a JSON object: what a comparison is about, as `intarsia compare` writes it",
+        remedy="Give the folder of a comparison, or make one with `intarsia compare MODEL -o DIR`.",
+    )
 
 
 def _asked(facts: Mapping[str, Any]) -> tuple[Key, ...]:

@@ -11,8 +11,7 @@ from intarsia.anatomy.detect import detect
 from intarsia.anatomy.spec import Anatomy
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.wrapper import text_config
-from intarsia.disk import write_whole
-from intarsia.errors import UserError
+from intarsia.disk import damage_named, read_json, write_whole
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Code, Facts, Section, Subject, Tile, Written
@@ -172,24 +171,15 @@ def _notes(facts: Mapping[str, Any]) -> list[str]:
 
 def _anatomy(path: Path) -> Anatomy:
     where = path / "config.json"
-    try:
-        config = json.loads(where.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError.of(
-            where=str(where), expected="the config of a model", found=str(error), remedy="Build the model again."
-        ) from error
+    config = read_json(where, expected="the config of a model", remedy="Build the model again.")
     return detect(text_config(config, where=str(where)), where=str(where))
 
 
 def _measures(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
+    with damage_named(path, expected="JSON", remedy="Delete it: the rest is shown without it."):
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError.of(
-            where=str(path), expected="JSON", found=str(error), remedy="Delete it: the rest is shown without it."
-        ) from error
     return found if isinstance(found, dict) else {}
 
 

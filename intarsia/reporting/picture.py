@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from html import escape
 
 from intarsia.anatomy.spec import Part
+from intarsia.planning.told import mlp_pieces, of_experts
 from intarsia.recipe.ops import Concat
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.puzzle import Ribbon, ribbons
-from intarsia.reporting.wording import mlp_pieces, of_experts
 
 WOODS = 6
 _WIDTH, _BLOCK, _LABEL, _TOP = 360.0, 30.0, 34.0, 24.0

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from intarsia.planning.told import of_experts
 from intarsia.reporting.blocks import Figure, Section
 from intarsia.reporting.chart import Point, Series, chart
 from intarsia.reporting.heat import heat_svg
 from intarsia.reporting.plan_folder import PlanRun, provenance_of
 from intarsia.reporting.scale import Axis
-from intarsia.reporting.wording import of_experts
 
 _SCORES = {
     "scores": "score of the method",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from intarsia.disk import read_json
 from intarsia.planning.run_folder import RunFolder
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
@@ -57,10 +57,15 @@ def load_run(path: Path) -> PlanRun:
         path=path,
         settings=run.settings(),
         log=log,
-        calibration=json.loads(pinned.read_text(encoding="utf-8")) if pinned.is_file() else {},
+        calibration=_pinned(pinned) if pinned.is_file() else {},
         recipes={int(step["layers"]): _bare(codec.load(run.recipe_path(int(step["layers"])))) for step in log},
         unfinished=run.unfinished(),
     )
+
+
+def _pinned(path: Path) -> dict[str, Any]:
+    remedy = "The run folder is damaged; delete it and plan again."
+    return read_json(path, expected="what was recorded of the calibration text", remedy=remedy)
 
 
 def _bare(recipe: Recipe) -> Recipe:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from intarsia.planning.told import mlp_pieces, of_experts
 from intarsia.reporting.blocks import Figure, Ladder, Section, table
 from intarsia.reporting.chart import Point, Series, chart
 from intarsia.reporting.plan_folder import PlanRun, provenance_of
 from intarsia.reporting.scale import Axis, layers_axis, short
-from intarsia.reporting.wording import duration, mlp_pieces, of_experts
+from intarsia.reporting.wording import duration
 
 
 def ladders(run: PlanRun) -> list[Ladder]:
@@ -38,7 +39,7 @@ def steps_section(run: PlanRun) -> Section:
         {
             "layers": str(step["layers"]),
             "at": str(step["merged"][0]),
-            "what": "dropped" if step["op"] is None else _short(step["op"], mlp),
+            "what": _what(step, mlp),
             "loss": "" if step.get("loss") is None else f"{step['loss']:.4f}",
             "layer-forwards": short(step["layer_forwards"]),
             "time": duration(step["seconds"]),
@@ -54,6 +55,13 @@ def steps_section(run: PlanRun) -> Section:
         intro += f" The best {beam} models of every depth went on, and the ladder holds the best of each: a step need"
         intro += " not begin at the one above it."
     return Section(title="The ladder", blocks=blocks, intro=intro)
+
+
+def _what(step: Mapping[str, Any], mlp: str) -> str:
+    block = step["evidence"].get("block")
+    if block is not None:
+        return f"{block[0]} to {block[1] - 1} dropped from the original, instead of what was done so far"
+    return "dropped" if step["op"] is None else _short(step["op"], mlp)
 
 
 def ladder_figure(found: Sequence[Ladder]) -> Figure:

@@ -56,6 +56,7 @@ def origin_section(run: PlanRun) -> Section:
     """Settings, hashes, and the command that makes the same again."""
     settings = dict(run.settings)
     planner = settings.pop("planner", None) or {}
+    settings.pop("config", None)  # the model's own, whole: the run folder has it
     pairs = [(name.replace("_", " "), written(value)) for name, value in settings.items() if value is not None]
     pairs += [(f"planner: {name.replace('_', ' ')}", written(value)) for name, value in planner.items()]
     if run.calibration.get("sha256"):

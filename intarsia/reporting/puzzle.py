@@ -11,9 +11,9 @@ from html import escape
 from typing import Literal, Protocol
 
 from intarsia.anatomy.spec import Part
+from intarsia.planning.told import mlp_pieces
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op
 from intarsia.recipe.recipe import Recipe
-from intarsia.reporting.wording import mlp_pieces
 
 # Woods, from light to dark: neighbours differ enough to tell pieces of adjacent layers apart.
 _WOODS = ("#d9a05b", "#8c5a2b", "#c4713b", "#6b4423", "#e3bd7d", "#a8763e")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intarsia.disk import damage_named, read_json
 from intarsia.errors import UserError
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
@@ -15,6 +15,7 @@ from intarsia.tailoring.history import EARLIER, TRIALS, History, Trial
 from intarsia.tailoring.pareto import Front, front_of
 
 SETTINGS, FAMILY, WANTED, FRONT = "tailor.json", "family.yaml", "wanted.json", "front.json"
+_WRITTEN, _REMEDY = "what the search wrote", "Search into another folder."
 
 
 def recipe_path(folder: Path, number: int) -> Path:
@@ -74,11 +75,9 @@ def load(path: Path) -> TailorRun:
     front = _json(path / FRONT) if (path / FRONT).is_file() else {}
     wanted = _json(path / WANTED)["trials"] if (path / WANTED).is_file() else 0
     family = path / FAMILY
-    try:
+    with damage_named(path / SETTINGS, expected=_WRITTEN, remedy=_REMEDY):
         names = [str(entry["name"]) for entry in settings["objectives"]]
         found = front_of(trials, names, max_budget=max(settings["budgets"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path / SETTINGS, f"{type(error).__name__}: {error}") from error
     return TailorRun(
         path=path,
         settings=settings,
@@ -91,16 +90,4 @@ def load(path: Path) -> TailorRun:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
-    if not isinstance(found, dict):
-        raise _damaged(path, type(found).__name__)
-    return found
-
-
-def _damaged(path: Path, found: str) -> UserError:
-    return UserError.of(
-        where=str(path), expected="what the search wrote", found=found, remedy="Search into another folder."
-    )
+    return read_json(path, expected=_WRITTEN, remedy=_REMEDY)

@@ -11,13 +11,8 @@ from pathlib import Path
 from intarsia.reporting.blocks import Code, Facts, Section, Subject, Tile
 from intarsia.reporting.scale import short
 from intarsia.reporting.tailor_folder import FAMILY, TailorRun, is_tailor_run, load
-from intarsia.reporting.tailor_sections import (
-    costs_of,
-    front_sections,
-    judged_sections,
-    puzzle_sections,
-    search_section,
-)
+from intarsia.reporting.tailor_puzzle import puzzle_sections
+from intarsia.reporting.tailor_sections import costs_of, front_sections, judged_sections, search_section
 from intarsia.reporting.wording import written
 
 __all__ = ["is_tailor_run", "read"]

@@ -8,16 +8,6 @@ from typing import Any
 from intarsia.reporting.scale import short
 
 
-def mlp_pieces(mixture: bool) -> str:
-    """What the pieces of an MLP are called."""
-    return "experts" if mixture else "channels"
-
-
-def of_experts(provenance: Mapping[str, Any]) -> bool:
-    """Whether a recipe tells that its MLPs are mixtures of experts."""
-    return provenance.get("mlp_pieces") == mlp_pieces(True)
-
-
 def written(value: Any) -> str:
     """A setting as text."""
     if isinstance(value, bool):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from intarsia.checkpoint.files import read_config
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import resolve
 from intarsia.checkpoint.wrapper import NESTED, is_wrapped
+from intarsia.disk import read_json
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent
 from intarsia.stages import anatomy_trials as trials
@@ -89,24 +89,11 @@ def check_family(source: str, *, family_file: Path | None = None, progress: Prog
 def _config(source: str, progress: Progress) -> dict[str, Any]:
     path = Path(source)
     if path.is_file() and path.suffix == ".json":
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise _no_config(source, str(error)) from error
-        if not isinstance(config, dict):
-            raise _no_config(source, f"a {type(config).__name__}")
+        remedy = "Get the model's config again."
+        config = read_json(path, expected="a config.json: one JSON object", remedy=remedy)
     else:
         config = read_config(path if path.is_dir() else resolve(source, progress=progress), quantised=True)
     return dict(config[NESTED]) if is_wrapped(config) else config
-
-
-def _no_config(source: str, found: str) -> UserError:
-    return UserError.of(
-        where=source,
-        expected="a config.json: one JSON object",
-        found=found,
-        remedy="Get the model's config again.",
-    )
 
 
 def _rows(large: Anatomy, folder: Path) -> Iterator[CheckRow]:

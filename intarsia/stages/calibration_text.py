@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.calibration.corpus import Corpus
-from intarsia.errors import UserError
+from intarsia.disk import damage_named
 from intarsia.planning.run_folder import RunFolder
 from intarsia.stages.source import Source
 
@@ -62,12 +62,6 @@ def _pinned_sha256(run: Path) -> str | None:
     path = run / f"{_PINNED}.json"
     if not path.exists():
         return None
-    try:
+    remedy = "The run folder is damaged; delete it and plan again."
+    with damage_named(path, expected="what was recorded of the calibration text", remedy=remedy):
         return str(json.loads(path.read_text(encoding="utf-8"))["sha256"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError.of(
-            where=str(path),
-            expected="what was recorded of the calibration text",
-            found=f"{type(error).__name__}: {error}",
-            remedy="The run folder is damaged; delete it and plan again.",
-        ) from error

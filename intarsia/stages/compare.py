@@ -20,6 +20,7 @@ from intarsia.stages.compare_judge import Judge
 from intarsia.stages.compare_methods import parse_methods
 from intarsia.stages.compare_outputs import write_outputs
 from intarsia.stages.compare_work import Work
+from intarsia.stages.plan_settings import model_as_begun, working_settings
 from intarsia.stages.repair import HEALS
 from intarsia.stages.setup import check_seq_len
 from intarsia.stages.source import Source
@@ -178,20 +179,13 @@ def compare(
 def _facts(source: Source, batch_tokens: int | None, begun: Mapping[str, Any]) -> dict[str, Any]:
     """What decides every number of the comparison, whatever it is judged by. `begun`: what it was begun with, if so."""
     begun_with, begun_text = (begun.get(name) or {} for name in ("settings", "calibration"))
+    calibration = calibration_as_begun(source, begun_with.get("calibration"), begun_text.get("sha256"))
     return {
         "kind": "compare",
-        "model": source.model,
+        "model": model_as_begun(source, begun.get("model"), begun.get("base_sha256")),
         "revision": source.revision,
         "base_sha256": source.sha256,
-        "settings": {
-            "calibration": calibration_as_begun(source, begun_with.get("calibration"), begun_text.get("sha256")),
-            "tokens": source.tokens,
-            "seq_len": source.seq_len,
-            "seed": source.seed,
-            "dtype": source.dtype_name,
-            "device": source.device.type,
-            "batch_tokens": batch_tokens,
-        },
+        "settings": working_settings(source, calibration, batch_tokens),
         "versions": versions(),
     }
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intarsia.disk import append_line, write_whole
+from intarsia.disk import append_line, read_json, write_whole
 from intarsia.errors import UserError
 from intarsia.planning.run_folder import differences
 from intarsia.reporting.comparison import ROWS, SETTINGS
@@ -110,16 +110,8 @@ class CompareFolder:
         """
         if not self._settings.exists():
             return {}
-        try:
-            facts: dict[str, Any] = json.loads(self._settings.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError.of(
-                where=str(self._settings),
-                expected="JSON",
-                found=str(error),
-                remedy="The comparison is damaged; delete its folder and compare again.",
-            ) from error
-        return facts
+        remedy = "The comparison is damaged; delete its folder and compare again."
+        return read_json(self._settings, expected="JSON", remedy=remedy)
 
     def _lines(self) -> Sequence[dict[str, Any]]:
         if not self._rows.exists():

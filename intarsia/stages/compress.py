@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.resolve import open_checkpoint
@@ -18,53 +17,20 @@ from intarsia.evaluation.perplexity import eval_corpus
 from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.planning.cost import Cost, with_closed_form, with_judging
 from intarsia.planning.settings import Settings
-from intarsia.planning.sizes import Held, Sizes
+from intarsia.planning.sizes import Sizes
 from intarsia.progress import Progress, Silent
 from intarsia.recipe import codec
-from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
 from intarsia.stages.build import build_recipe, card_facts, read_recipe
-from intarsia.stages.judge import Measures, held_out_text, measured
-from intarsia.stages.plan import PlanResult, check_method, plan_source
-from intarsia.stages.repair import HEALS, Repaired, repaired
+from intarsia.stages.compress_result import CompressResult, bare, healed
+from intarsia.stages.judge import held_out_text, measured
+from intarsia.stages.plan import PlanResult, plan_source
+from intarsia.stages.plan_input import check_method
+from intarsia.stages.repair import HEALS, repaired
 from intarsia.stages.report import REPORT, report_compression
 from intarsia.stages.source import Source
 
 _JUDGING = "judging"  # in the run folder from before the build until the result has been judged
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompressResult:
-    """What a compression gave. `before`, `after` and the rest are None for a dry run, which only predicts.
-
-    `healed`: how the cut model was repaired, and the share of the gap in log-perplexity that this closed. None where
-    nothing was to be healed.
-    """
-
-    model: str
-    method: str
-    target: int
-    predicted: Cost
-    before: Measures | None = None
-    after: Measures | None = None
-    healed: dict[str, Any] | None = None
-    evaluation: str | None = None
-    layer_forwards: float | None = None
-    seconds: float
-    peak_memory_bytes: int
-    recipe_sha256: str | None = None
-    report: Path | None = None
-    out: Path
-    run: Path
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        data = {**asdict(self), "out": str(self.out), "run": str(self.run)}
-        data["report"] = None if self.report is None else str(self.report)
-        for key in ("before", "after"):
-            measures: Measures | None = getattr(self, key)
-            data[key] = None if measures is None else measures.to_dict()
-        return data
 
 
 def compress(
@@ -201,7 +167,7 @@ def compress(
         corpus = held_out_text(source)
     small = open_checkpoint(str(out), progress=progress)
     dense = source.checkpoint
-    before, after = measured(source, small, corpus, unhealed=_bare(cut, repair))
+    before, after = measured(source, small, corpus, unhealed=bare(cut, repair))
     facts = card_facts(recipe, dense, built, title=out.name)
     facts |= {"before": before.to_dict(), "after": after.to_dict()}
     facts["evaluation"] = None if corpus is None else f"{corpus.description}, {len(corpus)} windows of {seq_len} tokens"
@@ -210,7 +176,7 @@ def compress(
         result,
         before=before,
         after=after,
-        healed=_healed(repair, cut, before, after),
+        healed=healed(repair, cut, before, after),
         evaluation=facts["evaluation"],
         layer_forwards=planned.layer_forwards,
         seconds=time.perf_counter() - begun,
@@ -233,41 +199,11 @@ def _predicted(
 ) -> Cost:
     """Cost and memory of the whole job: planning, healing, and judging what came out on so many tokens."""
     sizes, target = Sizes.of(source.checkpoint, source.dtype), planned.target
-    where = source.placement
-    held = Held.on(
-        source.device,
-        stream=where.stream,
-        memory_bytes=where.memory_bytes,
-        devices=len(where.devices),
-        batch_tokens=batch_tokens,
-    )
+    held = source.placement.held(batch_tokens)
     cost = planned.predicted
     if closed_form is not None:
         cost = with_closed_form(cost, sizes, closed_form, target=target, tokens=source.tokens, held=held)
-    return with_judging(cost, sizes, target=target, tokens=judged, held=held)
-
-
-def _bare(cut: Recipe, repair: Repaired | None) -> Recipe | None:
-    """The recipe with nothing fitted, where something is: neither on the way down nor afterwards."""
-    return replace(cut, fitted={}) if cut.fitted or (repair is not None and repair.taken) else None
-
-
-def _healed(repair: Repaired | None, cut: Recipe, before: Measures, after: Measures) -> dict[str, Any] | None:
-    on_the_way = sum(len(tensors) for tensors in cut.fitted.values())
-    if repair is None and not on_the_way:
-        return None
-    found: dict[str, Any] = {
-        "method": "closed-form" if repair is not None else "closed-form in the loop",
-        "taken": repair is None or repair.taken,
-        "fitted_read_outs": on_the_way if repair is None else repair.read_outs if repair.taken else 0,
-        "tokens": cut.provenance["calibration"]["tokens"] if repair is None else repair.tokens,
-    }
-    if on_the_way:
-        found["fitted_in_loop"] = on_the_way
-    whole, bare, now = before.perplexity, after.perplexity_without_heal, after.perplexity
-    if whole is not None and bare is not None and now is not None and bare.nll > whole.nll:
-        found["gap_closed"] = (bare.nll - now.nll) / (bare.nll - whole.nll)
-    return found
+    return with_judging(cost, sizes, target=target, tokens=judged, held=held, healed=closed_form)
 
 
 def _built_but_not_judged(run: Path, out: Path) -> str | None:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from intarsia.building.materialize import RECIPE_FILE
-from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.staging import check_out
 from intarsia.errors import UserError
@@ -30,38 +28,12 @@ from intarsia.progress import Progress, Silent
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.build import build_recipe, open_variants, read_recipe
-from intarsia.stages.heal_record import StageResult, Texts
+from intarsia.stages.heal_record import Texts
+from intarsia.stages.heal_result import HealResult, layer_errors, provenance
 from intarsia.stages.heal_stages import STAGES, Healing
 from intarsia.stages.placement import placement
 
 Stages = Sequence[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HealResult:
-    """What healing gave.
-
-    Attributes:
-        stages: a row for the model as it came, and one for every stage: perplexities (held-out text first), the mean
-            relative error of hidden states, tokens, seconds, and whether the stage's work was taken.
-        layers: for every output layer the error of its hidden state before and after.
-        details: what the stages themselves report, layer by layer.
-    """
-
-    source: Path
-    out: Path
-    run: Path
-    teacher: str
-    stages: tuple[dict[str, Any], ...]
-    layers: tuple[dict[str, Any], ...]
-    details: dict[str, list[dict[str, Any]]]
-    recipe_sha256: str
-    seconds: float
-    peak_memory_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**asdict(self), "source": str(self.source), "out": str(self.out), "run": str(self.run)}
 
 
 def heal(
@@ -179,7 +151,7 @@ def heal(
     texts = texts or healing.texts(data, tokens, seq_len, fit_tokens, (), eval_windows, seed)
     results = healing.run_stages(stages, texts)
     final = results[-1].recipe
-    final = replace(final, provenance={**recipe.provenance, "heal": _provenance(settings, texts.train, results)})
+    final = replace(final, provenance={**recipe.provenance, "heal": provenance(settings, texts.train, results)})
     if main:
         build_recipe(final, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress)
     barrier()
@@ -189,7 +161,7 @@ def heal(
         run=run,
         teacher=taught.model,
         stages=tuple(result.row() for result in results),
-        layers=_layers(recipe, results),
+        layers=layer_errors(recipe, results),
         details={result.stage: result.details for result in results[1:]},
         recipe_sha256=codec.content_hash(final),
         seconds=time.perf_counter() - begun,
@@ -246,17 +218,3 @@ def _teacher(recipe: Recipe, base: Checkpoint, teacher: str, progress: Progress)
     opened = open_checkpoint(teacher, progress=progress)
     check_teacher(recipe, base.anatomy, opened.anatomy, name=teacher)
     return opened
-
-
-def _provenance(settings: dict[str, Any], corpus: Corpus, results: Sequence[StageResult]) -> dict[str, Any]:
-    text = {"description": corpus.description, "sha256": corpus.sha256, "tokens": corpus.tokens}
-    return {"settings": settings, "text": text, "stages": [result.row() for result in results]}
-
-
-def _layers(recipe: Recipe, results: Sequence[StageResult]) -> tuple[dict[str, Any], ...]:
-    first, last = results[0].quality, results[-1].quality
-    rows = zip(recipe.spans, first["errors"], last["errors"], strict=True)
-    return tuple(
-        {"layer": index, "span": f"{start}-{stop - 1}", "error_before": before, "error_after": after}
-        for index, ((start, stop), before, after) in enumerate(rows)
-    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.calibration.corpus import Corpus
-from intarsia.disk import full_disk_named, write_whole
+from intarsia.disk import full_disk_named, read_json, write_whole
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
 
@@ -70,6 +70,11 @@ def write_result(record: Path, result: StageResult) -> None:
 
 
 def read_result(record: Path) -> StageResult:
-    """A finished stage."""
-    facts = json.loads(record.with_suffix(".json").read_text(encoding="utf-8"))
+    """A finished stage.
+
+    Raises:
+        UserError: what is kept of it is damaged.
+    """
+    remedy = "Delete it; that stage of healing is then done again."
+    facts = read_json(record.with_suffix(".json"), expected="what a stage of healing gave", remedy=remedy)
     return StageResult(recipe=codec.load(record.with_suffix(".yaml")), **facts)

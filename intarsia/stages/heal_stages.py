@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from intarsia.building.resident import Resident, load_model
-from intarsia.calibration.corpus import load_corpus
+from intarsia.calibration.loading import load_corpus
 from intarsia.checkpoint.cache import cache_folder
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.scan import scan

@@ -10,10 +10,9 @@ from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.told import describe
+from intarsia.planning.told import describe, mlp_pieces, of_experts
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
-from intarsia.reporting.wording import mlp_pieces, of_experts
 
 
 @dataclass(frozen=True, kw_only=True)

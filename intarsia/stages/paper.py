@@ -13,7 +13,7 @@ from intarsia.planning.ladder import settings_of
 from intarsia.planning.settings import Settings
 from intarsia.planning.shapes import shape_of
 from intarsia.planning.sizes import Held, Sizes
-from intarsia.stages.plan import check_method
+from intarsia.stages.plan_input import check_method
 from intarsia.stages.target import depth_for
 
 _LARGEST_BATCH = 32768

@@ -8,24 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.healing.closed_form import ClosedFormSettings
-from intarsia.planning.beam import check_beam
-from intarsia.planning.cost import Cost, predict
-from intarsia.planning.finalists import check_finalists
+from intarsia.planning.cost import Cost
 from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.ladder import METHODS, climb, planner_of, progressive_methods, settings_of
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, Settings
-from intarsia.planning.sizes import Held, Sizes
 from intarsia.progress import Progress, Silent
 from intarsia.stages.calibration_text import pin_text
+from intarsia.stages.plan_input import asked, check_method
 from intarsia.stages.plan_settings import first_recipe, identifying_settings
-from intarsia.stages.setup import check_seq_len
+from intarsia.stages.plan_work import climbed
 from intarsia.stages.source import Source
-from intarsia.stages.target import target_depth
-from intarsia.stages.teaming import Workers, check_workers, deciding, team_of
+from intarsia.stages.teaming import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +94,10 @@ def plan(
         model: a local folder, a hub id, or `demo`.
         run: the run folder, new or begun with the same settings.
         layers, sparsity: the target, one of the two (see `target_depth`).
-        method: one of `METHODS`.
+        method: one of `intarsia.planning.ladder.METHODS`.
         settings: of the method; its defaults where they are not given, or are another method's.
         heal_in_loop: repair what each step changes in closed form, before the next; for progressive methods.
-        calibration: see `intarsia.calibration.corpus.load_corpus`.
+        calibration: see `intarsia.calibration.loading.load_corpus`.
         devices: lay the layers over several devices.
         stream: keep one layer in memory at a time, read from the files when it is needed.
         memory_bytes: what hidden states may take in memory; the rest goes to files in the run folder.
@@ -142,26 +137,6 @@ def plan(
     )
 
 
-def check_method(method: str, *, heal_in_loop: bool = False) -> None:
-    """Refuse what is not one of `METHODS`, or cannot repair as it goes.
-
-    Raises:
-        UserError: listing those that can.
-    """
-    if method not in METHODS:
-        raise UserError.of(
-            where="--method", expected=f"one of {', '.join(METHODS)}", found=repr(method), remedy="Choose one of them."
-        )
-    able = ", ".join(progressive_methods())
-    if heal_in_loop and method not in progressive_methods():
-        raise UserError.of(
-            where="--heal-in-loop",
-            expected=f"a progressive method, which measures the model after every step: {able}",
-            found=f"{method}, which decides once on the whole model",
-            remedy="Choose one of them, or leave it out: `compress` and `heal` repair afterwards what any method cuts.",
-        )
-
-
 def plan_source(
     source: Source,
     run: Path,
@@ -187,32 +162,18 @@ def plan_source(
         UserError: as `plan`.
     """
     begun = time.perf_counter()
-    progress, checkpoint = source.progress, source.checkpoint
-    own = settings_of(method, settings)
-    check_beam(method, own, in_loop)
-    check_finalists(method, own, in_loop)
     assert workers is None or shared is None, "a model that is shared is measured in this process"
-    if workers is not None:
-        check_workers(workers, method, own, in_loop, len(source.placement.devices))
-    target = target_depth(checkpoint, layers=layers, sparsity=sparsity)
-    check_seq_len(checkpoint, source.seq_len)
-    predicted = predict(
-        Sizes.of(checkpoint, source.dtype),
+    progress = source.progress
+    wanted = asked(
+        source,
         method,
-        own,
-        target=target,
-        tokens=source.tokens,
-        seq_len=source.seq_len,
-        held=Held.on(
-            source.device,
-            stream=source.placement.stream,
-            memory_bytes=source.placement.memory_bytes,
-            devices=len(source.placement.devices),
-            batch_tokens=batch_tokens,
-        ),
+        settings,
+        layers=layers,
+        sparsity=sparsity,
         in_loop=in_loop,
+        batch_tokens=batch_tokens,
+        workers=workers,
     )
-    depth = checkpoint.anatomy.n_layers
 
     def result(folder: RunFolder | None, layer_forwards: float = 0.0, stopped: str | None = None) -> PlanResult:
         log = [] if folder is None else folder.log()
@@ -220,26 +181,24 @@ def plan_source(
             model=source.model,
             method=method,
             run=None if folder is None else folder.path,
-            layers=depth,
-            target=target,
+            layers=source.checkpoint.anatomy.n_layers,
+            target=wanted.target,
             depths=tuple(entry["layers"] for entry in log),
             losses=tuple(entry["loss"] for entry in log),
             layer_forwards=sum(entry["layer_forwards"] for entry in log) or layer_forwards,
             seconds=time.perf_counter() - begun,
             peak_memory_bytes=peak_memory_bytes(),
             stopped=stopped,
-            predicted=predicted,
+            predicted=wanted.predicted,
         )
 
     if dry_run:
         return result(None)
-    progress.say(predicted.words())
+    progress.say(wanted.predicted.words())
     _ = source.tokenizer  # read now: one that cannot be read must not be found out after the scan
-    identifying = identifying_settings(
-        source, run, method, own, in_loop=in_loop, batch_tokens=batch_tokens, target=target
-    )
+    identifying = identifying_settings(source, run, wanted)
     folder = RunFolder.offer(run, identifying)
-    if folder.depths() and folder.depths()[-1] <= target:
+    if folder.depths() and folder.depths()[-1] <= wanted.target:
         progress.say(f"{run}: planned already")
         return result(folder)
     corpus = source.corpus
@@ -247,33 +206,11 @@ def plan_source(
     folder = RunFolder.start(run, identifying)
     pin_text(folder, corpus)
     start = first_recipe(folder, source, identifying)
-    behind_norm = measured_behind_norm(own)
-    with team_of(workers, source, folder, batch_tokens=batch_tokens, behind_final_norm=behind_norm) as team:
-        if shared is None:
-            current = Intermediate(
-                source.resident if team is None else deciding(source),
-                corpus,
-                start.layers,
-                fitted=start.fitted,
-                batch_tokens=batch_tokens,
-                memory_bytes=source.placement.memory_bytes,
-                folder=source.placement.room(folder.path).folder,
-                behind_final_norm=behind_norm,
-                team=team,
-                progress=progress,
-            )
-        else:
-            current = shared()
-            current.become(start.layers, start.fitted)
-        spent = current.layer_forwards
-        try:
-            stopped = climb(planner_of(method, own), current, start, target, folder, in_loop=in_loop)
-        finally:
-            if shared is None:
-                current.close()
-    if stopped is not None:
-        progress.say(f"stopped at {current.depth} layers: {stopped}")
-    return result(folder, current.layer_forwards - spent, stopped)
+    behind_norm = measured_behind_norm(wanted.settings)
+    spent, stopped = climbed(
+        source, folder, start, wanted, behind_final_norm=behind_norm, shared=shared, workers=workers
+    )
+    return result(folder, spent, stopped)
 
 
 def measured_behind_norm(settings: Settings | None) -> bool:

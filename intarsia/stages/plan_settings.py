@@ -9,53 +9,80 @@ from typing import Any
 
 from intarsia.checkpoint.model_name import lasting
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.checkpoint.scan import acting_config
 from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import Settings, layers_at_once
+from intarsia.planning.settings import layers_at_once
+from intarsia.planning.told import mlp_pieces
 from intarsia.recipe.recipe import Recipe, Variant, identity
-from intarsia.reporting.wording import mlp_pieces
 from intarsia.stages.calibration_text import calibration_of
+from intarsia.stages.plan_input import Asked
 from intarsia.stages.source import Source
 from intarsia.stages.versions import versions
 
 BASE = "base"
 
 
-def identifying_settings(
-    source: Source,
-    run: Path,
-    method: str,
-    own: Settings | None,
-    *,
-    in_loop: ClosedFormSettings | None,
-    batch_tokens: int | None,
-    target: int,
-) -> dict[str, Any]:
+def identifying_settings(source: Source, run: Path, wanted: Asked) -> dict[str, Any]:
     """What must be the same where a run goes on.
 
-    Args:
-        own: the method's settings.
-        in_loop: how it repairs as it goes, if at all.
-
     Raises:
-        UserError: the calibration text cannot be used, or the run folder is damaged.
+        UserError: the model or the calibration text cannot be used, or the run folder is damaged.
     """
     return {
-        "model": source.model,
+        "model": _model_of(RunFolder(run), source),
         "revision": source.revision,
         "sha256": source.sha256,
-        "method": method,
-        "calibration": calibration_of(run, source),
+        "config": _config_of(RunFolder(run), source),
+        "method": wanted.method,
+        **working_settings(source, calibration_of(run, source), wanted.batch_tokens),
+        "planner": None if wanted.settings is None else wanted.settings.to_dict(),
+        "heal_in_loop": None if wanted.in_loop is None else asdict(wanted.in_loop),
+        # Where more than two layers are merged at once the last step merges fewer, so the ladder depends on its end.
+        "target": wanted.target if layers_at_once(wanted.settings) > 2 else None,
+    }
+
+
+def model_as_begun(source: Source, begun_with: str | None, sha256: str | None, *, place: str | None = None) -> str:
+    """How settings name the model: as when the work was begun, where it is the same folder, spelled otherwise.
+
+    A folder elsewhere is another model even if it has the same weights: recipes name the one that they were made from.
+
+    Args:
+        begun_with, sha256: what is recorded of the model, if anything is.
+        place: what a recipe that was made from it calls it, which says more: a relative path is so from somewhere.
+    """
+    if begun_with is None or begun_with == source.model or source.sha256 != sha256:
+        return source.model
+    return begun_with if lasting(source.model) == (place or lasting(begun_with)) else source.model
+
+
+def _model_of(run: RunFolder, source: Source) -> str:
+    if not run.is_one():
+        return source.model
+    begun = run.settings()
+    depths = run.depths()
+    ladder = None if not depths or begun.get("model") == source.model else run.recipe(depths[-1])
+    place = None if ladder is None else ladder.variants[0].model
+    return model_as_begun(source, begun.get("model"), begun.get("sha256"), place=place)
+
+
+def _config_of(run: RunFolder, source: Source) -> dict[str, Any] | None:
+    """What of the config changes the numbers; None where a run was begun before that was recorded."""
+    if run.is_one() and "config" not in run.settings():
+        return None
+    return acting_config(source.checkpoint.config)
+
+
+def working_settings(source: Source, calibration: str, batch_tokens: int | None) -> dict[str, Any]:
+    """On what text and how a model is worked on, whatever is done to it; `calibration` is how the text is named."""
+    return {
+        "calibration": calibration,
         "tokens": source.tokens,
         "seq_len": source.seq_len,
         "seed": source.seed,
         "dtype": source.dtype_name,
         "device": source.device.type,
         "batch_tokens": batch_tokens,
-        "planner": None if own is None else own.to_dict(),
-        "heal_in_loop": None if in_loop is None else asdict(in_loop),
-        # Where more than two layers are merged at once the last step merges fewer, so the ladder depends on its end.
-        "target": target if layers_at_once(own) > 2 else None,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,16 +64,6 @@ def push(
     return PushResult(source=source, parcel=wanted, address=None if dry_run else send(source, wanted, progress))
 
 
-def check_push(repository: str | None) -> None:
-    """Whether a later push can work, asked before the work that comes first; None pushes nothing.
-
-    Raises:
-        UserError: see `push`.
-    """
-    if repository is not None:
-        account_for(repository)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Pushed:
     """A verb's result, and what was sent of it."""
@@ -86,27 +76,32 @@ class Pushed:
         return {**self.result.to_dict(), "push": dict(self.push)}
 
 
-def pushed(
-    result: Any,
-    out: Path,
+def push_later(
     repository: str | None,
     *,
     private: bool,
     dry_run: bool = False,
     progress: Progress | None = None,
-) -> Any:
-    """What a verb that has written `out` returns: its result, after a push where one was asked for.
+) -> Callable[[Any, Path], Any]:
+    """What a verb calls with its result and what it has written: sends that, and gives the result with what was sent.
+
+    Whether it can be sent is asked now, before the work that comes first. Without a repository nothing is sent.
 
     Args:
-        dry_run: nothing was written, so only where it would go is told.
+        dry_run: nothing will have been written, so only where it would go is told.
 
     Raises:
-        UserError: see `push`.
+        UserError: see `push`; so does what is returned.
     """
     if repository is None:
-        return result
-    if dry_run:
-        wanted = {"repository": repository, "private": private, "account": account_for(repository), "sent": False}
-        return Pushed(result=result, push=wanted)
-    sent = push(out, repository, private=private, progress=progress).to_dict()
-    return Pushed(result=result, push={**sent, "files": len(sent["files"])})
+        return lambda result, out: result
+    account = account_for(repository)
+
+    def send_off(result: Any, out: Path) -> Pushed:
+        if dry_run:
+            wanted = {"repository": repository, "private": private, "account": account, "sent": False}
+            return Pushed(result=result, push=wanted)
+        sent = push(out, repository, private=private, progress=progress).to_dict()
+        return Pushed(result=result, push={**sent, "files": len(sent["files"])})
+
+    return send_off

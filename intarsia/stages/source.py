@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from intarsia.building.resident import Resident
-from intarsia.calibration.corpus import Corpus, load_corpus
+from intarsia.calibration.corpus import Corpus
+from intarsia.calibration.loading import load_corpus
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.checkpoint.scan import scan
 from intarsia.progress import Progress

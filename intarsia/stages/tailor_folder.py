@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from intarsia.disk import write_whole
+from intarsia.disk import read_json, write_whole
 from intarsia.errors import Problem, UserError
 from intarsia.planning.run_folder import differences
 from intarsia.reporting.tailor_folder import FAMILY, FRONT, SETTINGS, WANTED, recipe_path
@@ -156,16 +156,8 @@ class TailorFolder:
         return self._file("plans") / method
 
     def _read(self, name: str) -> dict[str, Any]:
-        try:
-            found: dict[str, Any] = json.loads(self._file(name).read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise UserError.of(
-                where=str(self._file(name)),
-                expected="JSON, as the search wrote it",
-                found=str(error),
-                remedy="The folder is damaged; search into another one.",
-            ) from error
-        return found
+        remedy = "The folder is damaged; search into another one."
+        return read_json(self._file(name), expected="JSON, as the search wrote it", remedy=remedy)
 
     def _file(self, name: str) -> Path:
         return self.path / name

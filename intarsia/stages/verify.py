@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.files import read_config
+from intarsia.checkpoint.files import read_config, require_folder
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.scan import scan
-from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent, Task
 from intarsia.runtimes import contract, contract_run, contract_tokenizer
 from intarsia.runtimes.checks import Check, Skipped, checked
@@ -47,13 +46,7 @@ def verify(
     """
     begun = time.perf_counter()
     folder, progress = Path(folder), progress or Silent()
-    if not folder.is_dir():
-        raise UserError.of(
-            where=str(folder),
-            expected="a model folder",
-            found="a file" if folder.exists() else "nothing",
-            remedy="Pass the folder that holds config.json and the .safetensors files.",
-        )
+    require_folder(folder)
     read_config(folder, quantised=True)
     opened: list[Checkpoint] = []
 

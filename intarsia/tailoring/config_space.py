@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from intarsia.errors import UserError
+from intarsia.errors import missing_package
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep
 from intarsia.tailoring.space import Space
 
@@ -42,13 +42,8 @@ class ConfigurationMap:
         """
         try:
             import ConfigSpace
-        except ImportError:
-            raise UserError.of(
-                where="search",
-                expected="ConfigSpace and SMAC",
-                found="neither",
-                remedy="Install them: pip install 'intarsia[search]'.",
-            ) from None
+        except ImportError as error:
+            raise missing_package("ConfigSpace", where="search", extra="search", error=error) from error
         found = ConfigSpace.ConfigurationSpace(seed=seed)
         writer = _Writer(self.space, ConfigSpace)
         for position in self.space.starts:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from intarsia.calibration.corpus import tokenize
+from intarsia.calibration.packing import tokenize
 from intarsia.calibration.sources import documents
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.choices import Question

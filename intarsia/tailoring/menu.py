@@ -1,11 +1,11 @@
-"""What a layer may be blended from: every blend of the space, how many there are, and which are one step apart."""
+"""What a layer may be blended from: which blends there are, how many, and which are one step apart."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations
 from random import Random
 
 from intarsia.tailoring.blend_methods import METHODS, BlendMethod
@@ -62,16 +62,6 @@ class Menu:
                 values = math.prod(len(self._values(method, name, size)) for name in _SETTINGS[method])
                 total += math.comb(len(pool), size) * values
         return total
-
-    def blends(self) -> Iterator[Blend]:
-        """Every blend once."""
-        for member in self.singles:
-            yield Blend(members=(member,))
-        for method in self.methods:
-            for members in self._subsets(method):
-                names = _SETTINGS[method]
-                for values in product(*(self._values(method, name, len(members)) for name in names)):
-                    yield Blend(members=members, method=method, values=tuple(zip(names, values, strict=True)))
 
     def has(self, blend: Blend) -> bool:
         """Whether a blend is one of these."""

@@ -1,33 +1,12 @@
-"""Moves in the search space, for an engine that changes candidates: neighbours, mutation, crossover."""
+"""Moves in the search space, for an engine that changes candidates: mutation and crossover."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from random import Random
 
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
 from intarsia.tailoring.space import Space
-
-
-def neighbours(space: Space, candidate: Candidate) -> Iterator[Candidate]:
-    """Every candidate one step away, each once: swaps of a removed layer with a kept one, then changes of a layer."""
-    seen = {candidate}
-    for other in _all_steps(space, candidate):
-        if other not in seen:
-            seen.add(other)
-            yield other
-
-
-def _all_steps(space: Space, candidate: Candidate) -> Iterator[Candidate]:
-    changed = space.changed(candidate.positions)
-    for gone in changed:
-        for new in range(space.depth):
-            if new not in changed:
-                yield _swapped(space, candidate, gone, new, None)
-    for index in range(len(candidate.positions)):
-        for choices in layer_steps(space, candidate, index).values():
-            for choice in choices:
-                yield _with_choice(space, candidate, index, choice)
 
 
 def mutate(space: Space, candidate: Candidate, rng: Random) -> Candidate:

@@ -26,7 +26,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from intarsia.errors import UserError
+from intarsia.errors import missing_package
 from intarsia.tailoring.candidate import Candidate
 from intarsia.tailoring.config_space import ConfigurationMap
 from intarsia.tailoring.engine import Ask, Start
@@ -49,12 +49,8 @@ def require_smac() -> None:
     try:
         import smac  # noqa: F401
     except ImportError as error:
-        raise UserError.of(
-            where="engine smac",
-            expected="the packages smac and ConfigSpace",
-            found=str(error),
-            remedy="Install them (pip install 'intarsia[search]'), or choose --engine evolve.",
-        ) from error
+        instead = "choose --engine evolve"
+        raise missing_package("smac", where="engine smac", extra="search", instead=instead, error=error) from error
 
 
 class Smac:

@@ -9,14 +9,13 @@ choice.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, product
 from random import Random
 from typing import Literal
 
-from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
+from intarsia.tailoring.candidate import Candidate, Choice, Join, Keep, single
 from intarsia.tailoring.menu import Menu
 
 Kind = Literal["cut", "fusion", "stack"]
@@ -165,28 +164,6 @@ class Space:
         blends = [choice.attention, *([choice.mlp] if choice.mlp is not None else [])]
         apart = choice.mlp is None or (self.separate and choice.mlp != choice.attention)
         return apart and choice.scale in self.scales and all(self.menu.has(blend) for blend in blends)
-
-    def all_candidates(self) -> Iterator[Candidate]:
-        """Every candidate once; for spaces that are small."""
-        blends = list(self.menu.blends())
-        mlps: list[Blend | None] = [*blends] if self.separate else [None]
-        keeps = [
-            Keep(attention=blend, mlp=None if mlp == blend else mlp, scale=scale)
-            for blend in blends
-            for mlp in mlps
-            for scale in self.scales
-        ]
-        joins = [
-            Join(first=first, second=second, share=share)
-            for first in self.menu.singles
-            for second in self.menu.singles
-            for share in self.shares
-        ]
-        for changed in combinations(range(self.depth), self.changes):
-            positions = self.positions(changed)
-            options: list[list[Choice]] = [[*keeps, *(joins if self.joined(at, positions) else [])] for at in positions]
-            for choices in product(*options):
-                yield Candidate(positions=positions, choices=choices)
 
     # Random ones
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from intarsia.disk import write_whole
-from intarsia.errors import UserError
+from intarsia.disk import damage_named, write_whole
 from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.candidate import single
@@ -52,7 +51,8 @@ class WarmStart:
         Raises:
             UserError: it is damaged.
         """
-        try:
+        remedy = "The run folder is damaged; search into another one."
+        with damage_named(path, expected="the warm start of a search", remedy=remedy):
             data = json.loads(path.read_text(encoding="utf-8"))
             return cls(
                 starts=tuple(
@@ -61,13 +61,6 @@ class WarmStart:
                 ),
                 earlier=tuple(Trial.from_dict(entry) for entry in data["earlier"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError.of(
-                where=str(path),
-                expected="the warm start of a search",
-                found=f"{type(error).__name__}: {error}",
-                remedy="The run folder is damaged; search into another one.",
-            ) from error
 
 
 def random_middles(space: Space, seed: int) -> list[Start]:

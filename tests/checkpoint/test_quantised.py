@@ -178,3 +178,15 @@ def test_scales_that_do_not_fit(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError, match=f"{name}: expected finite numbers"):
         scan(Checkpoint.open(folder, model="m", dequantize=True))
+
+
+def test_another_way_of_reading_is_another_hash(tmp_path: Path) -> None:
+    """The files stay as they are, and so does what is remembered of them."""
+    folder = families.save(families.make_model("llama"), tmp_path / "model")
+    quantise(folder, "block")
+    first = scan(Checkpoint.open(folder, model="m", dequantize=True))
+    set_config(folder, dtype="float32")
+    other = scan(Checkpoint.open(folder, model="m", dequantize=True))
+    assert other != first
+    set_config(folder, dtype="bfloat16", rms_norm_eps=1e-3)  # no weight is read otherwise
+    assert scan(Checkpoint.open(folder, model="m", dequantize=True)) == first

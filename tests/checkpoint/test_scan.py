@@ -14,7 +14,7 @@ from safetensors.torch import load, load_file, save_file
 
 from intarsia.checkpoint import scan as module
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import scan
+from intarsia.checkpoint.scan import acting_config, scan
 from intarsia.errors import UserError
 from intarsia.progress import Silent, Task
 
@@ -147,3 +147,9 @@ def test_cache_that_cannot_be_written(saved: dict[str, Path], tmp_path: Path, mo
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("INTARSIA_CACHE", str(tmp_path / "file" / "below"))
     assert len(scan(opened(saved["single"]), Silent())) == 64
+
+
+def test_what_of_a_config_changes_the_numbers() -> None:
+    acting = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 1e4}, "unheard_of": 3}
+    idle = {"torch_dtype": "bfloat16", "eos_token_id": 2, "attention_dropout": 0.1, "transformers_version": "5.0"}
+    assert acting_config({**idle, **acting, "_name_or_path": "there", "use_cache": False}) == acting

@@ -225,7 +225,7 @@ def test_damaged_weights_are_named(cut: Cut, tokens: Tokens) -> None:
         layerwise.train(broken, resident, *tokens(), settings=QUICK)
     with torch.no_grad():
         next(resident.layers[2].parameters()).fill_(float("nan"))
-    with pytest.raises(UserError, match="the teacher's output of layer"):
+    with pytest.raises(UserError, match=r"output of layer \d of the original"):
         layerwise.train(recipe, resident, *tokens(), settings=QUICK)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from intarsia.reporting.card import DEMO_MODEL, inherited, model_card
+from intarsia.reporting.card import DEMO_MODEL, model_card
 
 SOURCE_CARD = """---
 license: apache-2.0
@@ -129,30 +129,6 @@ def test_texts_stay_texts(hostile: str) -> None:
     assert "<" not in prose
     assert "\n# taken over" not in body
     assert all(line.replace("\\|", "").count("|") == 4 for line in body.splitlines() if line.startswith("|"))
-
-
-@pytest.mark.parametrize(
-    "card",
-    [
-        None,
-        "",
-        "no front matter",
-        "---\nlicense: [unclosed\n---\n",
-        "---\n- a list\n---\n",
-        "---\nlicense: 5\n---\n",
-        "---\nlicense: ''\n---\n",
-        "---\nlicense: !!python/object/apply:os.system ['true']\n---\n",
-        "---\nlicense: mit\n",
-        "# title\n---\nlicense: mit\n---\n",
-    ],
-)
-def test_a_source_card_without_a_licence(card: str | None) -> None:
-    assert inherited(card) == {}
-
-
-def test_named_licences_come_along() -> None:
-    card = "\ufeff---\r\nlicense: other\r\nlicense_name: llama3\r\nlicense_link: LICENSE\r\n---\r\ntext"
-    assert inherited(card) == {"license": "other", "license_name": "llama3", "license_link": "LICENSE"}
 
 
 @pytest.mark.parametrize(

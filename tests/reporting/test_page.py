@@ -250,6 +250,15 @@ def test_pieces_of_a_mixture_are_experts(tmp_path: Path) -> None:
         assert f"30 of 40 {name}" in board.pictures[0].svg
 
 
+def test_a_step_that_began_anew_says_so(tmp_path: Path) -> None:
+    run = load_run(plan_run(tmp_path / "run"))
+    first = run.log[0]
+    block = {**first, "op": None, "evidence": {**first["evidence"], "block": [2, 5]}}
+    assert "dropped from the original" not in str(steps_section(run))
+    told = str(steps_section(replace(run, log=[block, *run.log[1:]])))
+    assert "2 to 4 dropped from the original, instead of what was done so far" in told
+
+
 def test_picture_of_every_layer_and_ribbon() -> None:
     recipe = ladder()[0][0]
     pieces = pieces_of(recipe)

@@ -14,8 +14,8 @@ from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 from intarsia.reporting.blocks import Figure, Pictures, Section, Subject, Table
 from intarsia.reporting.page import report_html
+from intarsia.reporting.tailor_puzzle import told
 from intarsia.reporting.tailor_run import read
-from intarsia.reporting.tailor_sections import told
 from intarsia.tailoring.candidate import Candidate, single
 from intarsia.tailoring.history import History, Trial
 

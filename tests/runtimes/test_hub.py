@@ -147,7 +147,7 @@ def test_compress_dry_run_says_where_it_would_go(
         "account": "ada",
         "sent": False,
     }
-    assert [call for call, _ in hub.calls] == ["whoami", "whoami"]
+    assert [call for call, _ in hub.calls] == ["whoami"]
 
 
 def http(status: int) -> Exception:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,28 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert found.exit_code == 2 and "a family file in TOML" in found.stderr
     found = run(app, ["anatomy", "check", str(tmp_path / "nothing-here")])
     assert found.exit_code == 2 and "Traceback" not in found.stderr
+
+
+def test_a_model_type_that_no_family_has(tmp_path: Path) -> None:
+    source = str(config_file({**families.make_model("llama").config.to_dict(), "model_type": "unheard-of"}, tmp_path))
+    with pytest.raises(UserError) as caught:
+        check_family(source)
+    (problem,) = caught.value.problems
+    assert problem.where == f"{source}: model_type" and problem.found == "'unheard-of'"
+    assert "docs/ADD_A_FAMILY.md" in problem.remedy and "--family-file" in problem.remedy
+
+
+def test_a_model_type_that_transformers_has_not(tmp_path: Path) -> None:
+    source = str(config_file({**families.make_model("llama").config.to_dict(), "model_type": "unheard-of"}, tmp_path))
+    file = tmp_path / "mine.toml"
+    text = (FOLDER / "llama.toml").read_text(encoding="utf-8")
+    file.write_text(re.sub(r"model_types = \[[^]]*\]", 'model_types = ["unheard-of"]', text), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        check_family(source, family_file=file)
+    (problem,) = caught.value.problems
+    assert problem.where == "model_type 'unheard-of'" and problem.expected.startswith("a model type of transformers ")
+    # Not what helps where fields of a known type do not fit together.
+    assert "version of transformers" in problem.remedy and "[tiny]" not in problem.remedy
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", ""])

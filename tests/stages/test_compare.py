@@ -265,8 +265,8 @@ def test_the_same_texts_and_tasks_by_other_paths(
     moved.mkdir()
     text, questions = (Path(shutil.copy(file, moved / file.name)) for file in (text_file, quiz))
     elsewhere = {**halves, "calibration": f"{text}#0:0.5", "eval_text": f"words={text}#0.5:1"}
-    intarsia.compare(
-        model, out, methods="come,reverse", layers=[4], heal=["closed-form"], tasks=[str(questions)], **elsewhere
+    intarsia.compare(  # the model's folder too is spelled otherwise
+        f"{model}/", out, methods="come,reverse", layers=[4], heal=["closed-form"], tasks=[str(questions)], **elsewhere
     )
     assert set(rows_of(out)) == {
         ("dense", 6, "none"),

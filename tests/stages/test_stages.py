@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from intarsia.errors import UserError
 from intarsia.planning.ladder import METHODS
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, LacoSettings
+from intarsia.progress import Silent
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages import judge
@@ -92,7 +94,7 @@ def test_the_calibration_loss_is_that_of_the_built_model(model_folder: Folder, s
     again = intarsia.plan(str(built.out), tmp_path / "again", layers=3, method="shortgpt", **sizes)
     assert again.layers == 4
     model = AutoModelForCausalLM.from_pretrained(built.out).eval()
-    from intarsia.calibration.corpus import load_corpus
+    from intarsia.calibration.loading import load_corpus
 
     corpus = load_corpus(sizes["calibration"], AutoTokenizer.from_pretrained(built.out), tokens=256, seq_len=32, seed=0)
     with torch.no_grad():
@@ -174,8 +176,21 @@ def test_inspect(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
         json.dumps(result.to_dict())
 
 
+class Listener(Silent):
+    """Hears every line."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
 def test_pieces_of_a_mixture_are_told_as_experts(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
-    intarsia.plan(str(model_folder("mixtral")), tmp_path / "run", layers=5, **sizes)
+    listener = Listener()
+    intarsia.plan(str(model_folder("mixtral")), tmp_path / "run", layers=5, progress=listener, **sizes)
+    (step,) = (line for line in listener.said if line.startswith("5 layers: at "))
+    assert re.search(r"merged into \d+ \(\d+ groups, \d+ experts\)", step) and "channels" not in step
     run = intarsia.inspect(str(tmp_path / "run"))
     recipe = intarsia.inspect(str(tmp_path / "run" / "ladder" / "layers-005.yaml"))
     (joined,) = (row["made_of"] for row in recipe.facts["output_layers"] if ";" in row["made_of"])
@@ -360,6 +375,27 @@ def test_a_calibration_text_by_another_path_is_the_same_text(
             intarsia.plan(model, run, layers=3, **{**sizes, "calibration": other})
 
 
+def test_the_same_model_folder_spelled_otherwise(
+    model_folder: Folder, sizes: Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, run = model_folder("llama"), tmp_path / "run"
+    monkeypatch.chdir(whole.parent)
+    intarsia.plan("llama", run, layers=5, **sizes)
+    link = tmp_path / "link"
+    link.symlink_to(whole)
+    for depth, spelled in ((4, f"{whole}/"), (3, f"../{whole.parent.name}/llama")):
+        assert intarsia.plan(spelled, run, layers=depth, **sizes).depths[-1] == depth
+    monkeypatch.chdir(tmp_path)  # where the name that the run was begun with means nothing
+    assert intarsia.plan(str(link), run, layers=2, **sizes).depths == (5, 4, 3, 2)
+    assert RunFolder(run).settings()["model"] == "llama"
+    assert {RunFolder(run).recipe(depth).variants[0].model for depth in (5, 2)} == {str(whole)}
+    # The ladder's recipes name the folder that they are made from: the same weights elsewhere are not that one.
+    shutil.copytree(whole, tmp_path / "llama")
+    for other in (tmp_path / "llama", model_folder("opt")):
+        with pytest.raises(UserError, match=r"settings\.json: model: expected 'llama', as the run was begun"):
+            intarsia.plan(str(other), run, layers=1, **sizes)
+
+
 def test_weights_that_changed_since_the_recipe_was_made(sizes: Sizes, tmp_path: Path) -> None:
     model = families.make_model("llama")
     families.save(model, tmp_path / "model")
@@ -372,6 +408,24 @@ def test_weights_that_changed_since_the_recipe_was_made(sizes: Sizes, tmp_path: 
     with pytest.raises(UserError, match="sha256"):
         intarsia.plan(str(tmp_path / "model"), tmp_path / "run", layers=4, **sizes)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_changed_since_a_run_was_begun(sizes: Sizes, tmp_path: Path) -> None:
+    """Another eps is another model; another dropout is not. Runs of earlier versions did not record it, and go on."""
+    folder, run = families.save(families.make_model("llama"), tmp_path / "model"), tmp_path / "run"
+    config = folder / "config.json"
+    intarsia.plan(str(folder), run, layers=5, **sizes)
+    plain = json.loads(config.read_text())
+    config.write_text(json.dumps({**plain, "rms_norm_eps": 0.01, "attention_dropout": 0.5}))
+    with pytest.raises(UserError) as caught:
+        intarsia.plan(str(folder), run, layers=4, **sizes)
+    (problem,) = caught.value.problems
+    assert problem.where.endswith("settings.json: config.rms_norm_eps") and problem.found == "0.01"
+    settings = json.loads((run / "settings.json").read_text())
+    del settings["config"]
+    (run / "settings.json").write_text(json.dumps(settings))
+    assert intarsia.plan(str(folder), run, layers=4, **sizes).depths == (5, 4)
+    assert "config" not in RunFolder(run).settings()
 
 
 def test_a_recipe_written_by_hand(model_folder: Folder, tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""Documents packed into token sequences of one length, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from intarsia.building.shelf import give_back
+from intarsia.calibration.corpus import Corpus
+from intarsia.errors import UserError
+
+
+def tokenize(
+    documents: Iterable[str],
+    tokenizer: Any,
+    *,
+    tokens: int,
+    seq_len: int,
+    seed: int = 0,
+    shuffle: bool,
+    description: str = "text",
+    short_is_fine: bool = False,
+) -> Corpus:
+    """Documents packed into exactly `tokens // seq_len` sequences.
+
+    Each document is tokenised whole and without special tokens; documents are joined by the EOS token. A sequence
+    begins with BOS only where the tokenizer puts one by itself.
+
+    Args:
+        documents: the texts.
+        tokenizer: a `transformers` tokenizer.
+        tokens: how many are wanted, BOS included.
+        seq_len: tokens a sequence.
+        seed: decides which sequences are taken with `shuffle`.
+        shuffle: take sequences from everywhere in the text, in random order; otherwise its head, in order.
+        description: names the text in the corpus and in messages.
+        short_is_fine: give as many sequences as there are, if there is one.
+
+    Raises:
+        UserError: the text is too short; the message says how many tokens it has.
+    """
+    if seq_len < 2 or tokens < seq_len:
+        raise UserError.of(
+            where=f"sizes of {description}",
+            expected="a sequence length of at least 2, and at least as many tokens as one sequence has",
+            found=f"a sequence length of {seq_len} and {tokens} tokens",
+            remedy="Ask for more tokens or shorter sequences.",
+        )
+    bos = _own_bos(tokenizer)
+    body = seq_len - len(bos)
+    wanted = tokens // seq_len
+    stream, count = _token_stream(documents, tokenizer, None if shuffle else wanted * body)
+    give_back()  # cutting a text leaves many times its size behind in freed pieces
+    there = stream.size // body
+    if there < wanted and (there == 0 or not short_is_fine):
+        most = f" Pass at most {there * seq_len} tokens," if there else " Use shorter sequences,"
+        raise UserError.of(
+            where=description,
+            expected=f"at least {wanted * body} tokens ({wanted} sequences of {seq_len})",
+            found=f"{stream.size} tokens",
+            remedy=f"Pass a longer text.{most} or several sources.",
+        )
+    chosen = torch.arange(min(wanted, there))
+    if shuffle:
+        chosen = torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:wanted]
+    windows = torch.from_numpy(stream[: there * body].reshape(there, body))[chosen].to(torch.int64)
+    first = torch.tensor(bos, dtype=torch.int64).expand(len(windows), len(bos))
+    return Corpus.of(torch.cat([first, windows], dim=1), description=description, documents=count)
+
+
+def _own_bos(tokenizer: Any) -> list[int]:
+    """BOS as a list of one, if the tokenizer puts it before a text without being asked; else empty."""
+    ids = tokenizer("a")["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and ids and ids[0] == bos else []
+
+
+def _token_stream(documents: Iterable[str], tokenizer: Any, enough: int | None) -> tuple[np.ndarray, int]:
+    """All tokens in a row (at least `enough` of them, if there are), and the number of documents read."""
+    pieces: list[np.ndarray] = []
+    count = size = 0
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    texts = iter(documents)
+    # A text file is one large document; then a batch should not read on. Small documents are quicker together.
+    while (batch := list(islice(texts, 1 if count == 0 else 256))) and (enough is None or size < enough):
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            piece = np.asarray((eos if count else []) + ids, dtype=np.int32)
+            pieces.append(piece)
+            size += piece.size
+            count += 1
+    return (np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)), count

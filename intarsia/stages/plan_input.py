@@ -1,0 +1,101 @@
+"""What a plan is asked for, held against what can be, and what it will cost: before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from intarsia.errors import UserError
+from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.planning.beam import check_beam
+from intarsia.planning.cost import Cost, predict
+from intarsia.planning.finalists import check_finalists
+from intarsia.planning.ladder import METHODS, progressive_methods, settings_of
+from intarsia.planning.settings import Settings
+from intarsia.planning.sizes import Sizes
+from intarsia.stages.setup import check_seq_len
+from intarsia.stages.source import Source
+from intarsia.stages.target import target_depth
+from intarsia.stages.teaming import Workers, check_workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a plan is to do.
+
+    Attributes:
+        settings: of the method: as given, or its defaults.
+        in_loop: how it repairs what a step changes before the next, if at all.
+    """
+
+    method: str
+    settings: Settings | None
+    in_loop: ClosedFormSettings | None
+    target: int
+    batch_tokens: int | None
+    predicted: Cost
+
+
+def check_method(method: str, *, heal_in_loop: bool = False) -> None:
+    """Refuse what is not one of `METHODS`, or cannot repair as it goes.
+
+    Raises:
+        UserError: listing those that can.
+    """
+    if method not in METHODS:
+        raise UserError.of(
+            where="--method", expected=f"one of {', '.join(METHODS)}", found=repr(method), remedy="Choose one of them."
+        )
+    able = ", ".join(progressive_methods())
+    if heal_in_loop and method not in progressive_methods():
+        raise UserError.of(
+            where="--heal-in-loop",
+            expected=f"a progressive method, which measures the model after every step: {able}",
+            found=f"{method}, which decides once on the whole model",
+            remedy="Choose one of them, or leave it out: `compress` and `heal` repair afterwards what any method cuts.",
+        )
+
+
+def asked(
+    source: Source,
+    method: str,
+    given: Settings | None,
+    *,
+    layers: int | None,
+    sparsity: float | None,
+    in_loop: ClosedFormSettings | None,
+    batch_tokens: int | None,
+    workers: Workers | None,
+) -> Asked:
+    """What is asked for, as far as it can be done.
+
+    Args:
+        given: settings, which count where they are the method's.
+
+    Raises:
+        UserError: it cannot be done.
+    """
+    settings = settings_of(method, given)
+    check_beam(method, settings, in_loop)
+    check_finalists(method, settings, in_loop)
+    if workers is not None:
+        check_workers(workers, method, settings, in_loop, len(source.placement.devices))
+    target = target_depth(source.checkpoint, layers=layers, sparsity=sparsity)
+    check_seq_len(source.checkpoint, source.seq_len)
+    predicted = predict(
+        Sizes.of(source.checkpoint, source.dtype),
+        method,
+        settings,
+        target=target,
+        tokens=source.tokens,
+        seq_len=source.seq_len,
+        held=source.placement.held(batch_tokens),
+        in_loop=in_loop,
+    )
+    return Asked(
+        method=method,
+        settings=settings,
+        in_loop=in_loop,
+        target=target,
+        batch_tokens=batch_tokens,
+        predicted=predicted,
+    )

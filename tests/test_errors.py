@@ -1,0 +1,29 @@
+"""What is said to a user, and that it survives the way between processes."""
+
+from __future__ import annotations
+
+import pickle
+
+from intarsia.errors import Problem, UserError, missing_package
+
+
+def test_all_problems_are_told_also_behind_a_pickle() -> None:
+    problems = [Problem(where=f"file:{line}", expected="a", found="b", remedy="Mend it.") for line in (1, 2)]
+    error = pickle.loads(pickle.dumps(UserError(problems)))
+    assert error.problems == tuple(problems)
+    assert str(error) == "file:1: expected a; found b. Mend it.\nfile:2: expected a; found b. Mend it."
+
+
+def test_a_missing_package_names_the_extra() -> None:
+    (plain,) = missing_package("gguf", where="m.gguf", extra="gguf").problems
+    assert plain == Problem(
+        where="m.gguf",
+        expected="the package gguf",
+        found="it is not installed",
+        remedy="Install it (pip install 'intarsia[gguf]').",
+    )
+    # One that is there and broken is told as such.
+    error = ImportError("cannot import name 'a' from 'peft'\nmore")
+    (broken,) = missing_package("peft", where="--lora", extra="train", instead="leave it out", error=error).problems
+    assert broken.found == "cannot import name 'a' from 'peft'"
+    assert broken.remedy == "Install it (pip install 'intarsia[train]'), or leave it out."
