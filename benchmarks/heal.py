@@ -1,11 +1,11 @@
 """What each stage of healing gives the demo model, at several depths.
 
-Cut (CoMe-P, and removal by calibration loss), closed form on 64k tokens, layerwise distillation on 500k on top, and
-end-to-end distillation on 200k on top of that. `--against 25` adds, at that depth, end-to-end distillation alone for as
-long as both took together, and the same training of the plainly cut model. `--in-loop` adds CoMe-P that is repaired as
-it goes (`--heal-in-loop --spans 5`, alone and with `--granularity 5 --removals --finalists 6`), and the closed form
-over all layers of what comes off those ladders; `--in-loop-alone` does nothing else. Texts as in the benchmark
-`quality`, whose ladders are used where they are there. Every row is kept: a stopped benchmark goes on where it was.
+Cut by each of `--methods` (removal by calibration loss, CoMe-P, and CoMe-P that is repaired as it goes: plainly
+and `--thorough`), then the closed form over all layers on 64k tokens; of `--train` also layerwise
+distillation on 500k on top, and end-to-end distillation on 200k on top of that. `--against 25` adds, at that depth,
+end-to-end distillation alone for as long as both took together, and the same training of the plainly cut model. Texts
+as in the benchmark `quality`, whose ladders are used where they are there. Every row is kept: a stopped benchmark goes
+on where it was.
 
     python -m benchmarks heal --data ../shared/data/text -o out/bench/heal
 """
@@ -21,13 +21,14 @@ from typing import Any
 import intarsia
 from intarsia.cli.display import display
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
-from intarsia.planning.settings import ComeSettings
+from intarsia.planning.settings import THOROUGH, ComeSettings
 
 IN_LOOP = {
-    "come-p in loop": ComeSettings(spans=5),
-    "come-p finalists in loop": ComeSettings(spans=5, granularity=5, removals=True, finalists=6),
+    "come-p-in-loop": ComeSettings(spans=5),
+    "come-p-thorough": ComeSettings(**THOROUGH),
 }
 CUTS = ("come-p", "sleb")
+METHODS = (*CUTS, *IN_LOOP)
 TEXTS = ("WikiText-2", "news")
 # Found on the model cut to 21 layers (dev/LOG.md); the learning rates are those of a small model.
 LAYERWISE = LayerwiseSettings(inputs="student", kl=0.0, lr=1e-3, patience=10)
@@ -74,7 +75,7 @@ class Bench:
     def cut(self, method: str, layers: int) -> Path:
         """The model as it is cut."""
         in_loop = method in IN_LOOP
-        run = self.plans / method.replace(" ", "-")
+        run = self.plans / method
         intarsia.plan(
             "demo",
             run,
@@ -86,7 +87,7 @@ class Bench:
             tokens=65536,
             progress=display(),
         )
-        folder = self.out / f"{method}-{layers}".replace(" ", "-")
+        folder = self.out / f"{method}-{layers}"
         if not folder.exists():
             intarsia.build(run, folder, layers=layers)
         if f"{method} {layers} cut" not in self.found:
@@ -115,28 +116,20 @@ class Bench:
             self.judge(key, str(folder), seconds)
         return folder
 
-    def depth(self, layers: int) -> None:
-        """All stages at one depth."""
-        healed = {
-            method: self.heal(
-                self.cut(method, layers), "closed-form", f"{method}-{layers}-cf", f"{method} {layers} closed form"
-            )
-            for method in CUTS
-        }
-        trained = self.heal(healed["come-p"], "layerwise", f"come-p-{layers}-lw", f"come-p {layers} layerwise")
-        self.heal(trained, "end-to-end", f"come-p-{layers}-e2e", f"come-p {layers} end-to-end")
-
-    def in_loop(self, layers: int) -> None:
-        """CoMe-P, repaired after every step, and the closed form over all layers at the end."""
-        for method in IN_LOOP:
-            name = f"{method}-{layers}-cf".replace(" ", "-")
-            self.heal(self.cut(method, layers), "closed-form", name, f"{method} {layers} closed form")
+    def depth(self, method: str, layers: int, *, train: bool) -> None:
+        """A method at one depth, with its stages."""
+        cut = self.cut(method, layers)
+        healed = self.heal(cut, "closed-form", f"{method}-{layers}-cf", f"{method} {layers} closed form")
+        if train:
+            trained = self.heal(healed, "layerwise", f"{method}-{layers}-lw", f"{method} {layers} layerwise")
+            self.heal(trained, "end-to-end", f"{method}-{layers}-e2e", f"{method} {layers} end-to-end")
 
     def against(self, layers: int) -> None:
         """End-to-end alone for the time that layerwise and end-to-end took, from both cuts."""
-        took = {stage: self.found[f"come-p {layers} {stage}"]["seconds"] for stage in ("layerwise", "end-to-end")}
+        trained = next(method for method in METHODS if f"{method} {layers} end-to-end" in self.found)
+        took = {stage: self.found[f"{trained} {layers} {stage}"]["seconds"] for stage in ("layerwise", "end-to-end")}
         tokens = round(self.tokens["end-to-end"] * sum(took.values()) / took["end-to-end"])
-        for method in CUTS:
+        for method in (trained, "sleb"):
             self.heal(
                 self.out / f"{method}-{layers}-cf",
                 "end-to-end",
@@ -155,7 +148,7 @@ class Bench:
         for layers in depths:
             cuts = [self.found[key][text] for method in CUTS if (key := f"{method} {layers} cut") in self.found]
             gap = math.log(min(cuts) / dense)
-            for method in (*CUTS, *IN_LOOP):
+            for method in METHODS:
                 cells = []
                 for column in columns:
                     row = self.found.get(f"{method} {layers} {column}")
@@ -172,8 +165,8 @@ def main() -> None:
     parser.add_argument("--plans", type=Path, default=Path("out/bench/quality"), help="run folders of `quality`")
     parser.add_argument("--layers", type=int, nargs="+", default=[27, 25, 23, 21])
     parser.add_argument("--against", type=int, nargs="*", default=[])
-    parser.add_argument("--in-loop", action="store_true")
-    parser.add_argument("--in-loop-alone", action="store_true")
+    parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
+    parser.add_argument("--train", nargs="*", default=["come-p-thorough"], choices=METHODS)
     parser.add_argument(
         "--tokens", type=int, nargs=3, default=[65536, 500_000, 200_000], metavar=("FIT", "LAYERWISE", "END_TO_END")
     )
@@ -184,10 +177,8 @@ def main() -> None:
         if "dense" not in bench.found:
             bench.judge("dense", "demo", 0.0)
         for layers in given.layers:
-            if not given.in_loop_alone:
-                bench.depth(layers)
-            if given.in_loop or given.in_loop_alone:
-                bench.in_loop(layers)
+            for method in given.methods:
+                bench.depth(method, layers, train=method in given.train)
             if layers in given.against:
                 bench.against(layers)
     for text in TEXTS:

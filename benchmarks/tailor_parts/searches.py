@@ -1,7 +1,9 @@
 """Parts `ablation` and `engines`: searches of equal trials, their incumbents judged and healed.
 
-All searches begin with the same candidates: the base without layers of its middle, and what two planners cut, as far as
-the operations can say it. The last row of the ablation is the first engine of the comparison, so it is searched once.
+All searches begin with the same candidates: the base without layers of its middle, and what two planners cut from the
+base and from the best variant, as far as the operations can say it. In the ablation the trials of the greatest budget
+are healed before they are scored (`heal: finalists`), for a healed model is what is wanted; engines are compared on
+models as they are cut.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import intarsia
 from benchmarks.tailor_parts.judge import Judge
-from benchmarks.tailor_parts.planners import CUT, HEALED, plan
+from benchmarks.tailor_parts.planners import CUT, HEALED, best_variant, plan
 from benchmarks.tailor_parts.setting import ABLATION, Rows, Setting
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_recipe import trial_recipe
@@ -21,6 +23,8 @@ from intarsia.tailoring.family_file import BASE
 ENGINES = ("evolve", "smac", "both", "random")
 STARTS = ("sleb", "come-p")
 WHOLE = list(ABLATION)[-1]
+CURVES = "curves"
+"""What the searches that compare engines are called after, in the place of their operations."""
 
 
 def name_of(operations: str, engine: str, seed: int) -> str:
@@ -43,25 +47,28 @@ def ablation(judge: Judge, setting: Setting, rows: Rows, *, seeds: Sequence[int]
     """The same search with one operation more each time."""
     for seed in seeds:
         for operations in ABLATION:
-            name = _search(setting, operations, engine, seed)
+            name = _search(setting, rows, operations, engine, seed, operations=ABLATION[operations], heal="finalists")
             _judge(judge, setting, rows, name)
 
 
-def engines(setting: Setting, *, seeds: Sequence[int], names: Sequence[str]) -> None:
+def engines(setting: Setting, rows: Rows, *, seeds: Sequence[int], names: Sequence[str]) -> None:
     """All operations, by every engine."""
     for seed in seeds:
         for engine in names:
-            _search(setting, WHOLE, engine, seed)
+            _search(setting, rows, CURVES, engine, seed, operations=ABLATION[WHOLE], heal="none")
 
 
-def _search(setting: Setting, operations: str, engine: str, seed: int) -> str:
+def _search(
+    setting: Setting, rows: Rows, kind: str, engine: str, seed: int, *, operations: Sequence[str], heal: str
+) -> str:
     """Search, or go on with a search, or find it finished."""
-    name = name_of(operations, engine, seed)
+    name = name_of(kind, engine, seed)
     folder = folder_of(setting, name)
     if is_finished(setting, name):
         return name
-    starts = ["random-middle", *(str(plan(setting, BASE, method)) for method in STARTS)]
-    file = setting.family_file(name, ABLATION[operations], engine, seed, starts)
+    planned = [plan(setting, member, method) for member in (BASE, best_variant(rows)) for method in STARTS]
+    starts = ["random-middle", *map(str, planned)]
+    file = setting.family_file(name, operations, engine, seed, starts, heal=heal)
     begun, cpu = time.perf_counter(), time.process_time()
     found = intarsia.tailor(
         file,
@@ -87,6 +94,6 @@ def _judge(judge: Judge, setting: Setting, rows: Rows, name: str) -> None:
     if front is None:
         print(f"{name}: no trial has succeeded")
         return
-    recipe = trial_recipe(folder, front.knee)
+    recipe = trial_recipe(folder, front.knee, healed=False)
     judge.row(f"{name}, {CUT}", recipe)
     judge.row(f"{name}, {HEALED}", judge.healed(recipe))

@@ -99,7 +99,16 @@ class Setting:
             materialize(self.whole(member), self.family.checkpoints(), folder)
         return str(folder)
 
-    def family_file(self, name: str, operations: Sequence[str], engine: str, seed: int, starts: Sequence[str]) -> Path:
+    def family_file(
+        self,
+        name: str,
+        operations: Sequence[str],
+        engine: str,
+        seed: int,
+        starts: Sequence[str],
+        *,
+        heal: str = "none",
+    ) -> Path:
         """Write the family file of a search."""
         third = {"split": SEEN}
         data: dict[str, Any] = {
@@ -121,6 +130,7 @@ class Setting:
                 "seed": seed,
                 "warm_start": list(starts),
             },
+            "heal": heal,
         }
         if "merge" in operations:
             data["merge"] = {"methods": list(METHODS), "scale": [0.0, 1.5]}

@@ -9,7 +9,7 @@ from benchmarks.tailor_parts import curves
 from benchmarks.tailor_parts.curves import Curve
 from benchmarks.tailor_parts.judge import COUNTED, TASKS, TEXTS, kept, mean
 from benchmarks.tailor_parts.planners import CUT, HEALED
-from benchmarks.tailor_parts.searches import ENGINES, WHOLE, folder_of, is_finished
+from benchmarks.tailor_parts.searches import CURVES, ENGINES, folder_of, is_finished
 from benchmarks.tailor_parts.setting import ABLATION, VARIANTS, Rows, Setting
 from benchmarks.tailor_parts.sharing import sharing_of
 from intarsia.stages.tailor_folder import TailorFolder
@@ -83,7 +83,7 @@ def _curves(setting: Setting) -> dict[str, dict[int, Curve]]:
     """Of every engine's finished searches with all operations, by seed."""
     found: dict[str, dict[int, Curve]] = {}
     for engine in ENGINES:
-        for folder in sorted((setting.out / "searches").glob(f"{WHOLE}-{engine}-*")):
+        for folder in sorted((setting.out / "searches").glob(f"{CURVES}-{engine}-*")):
             if is_finished(setting, folder.name):
                 search = TailorFolder.existing(folder_of(setting, folder.name))
                 settings = search.settings()

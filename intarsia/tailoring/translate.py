@@ -157,9 +157,12 @@ class Translator:
     def nearest(self, recipe: Recipe) -> Candidate | None:
         """The candidate closest to a recipe; None where its layers are not those of any candidate.
 
-        Variants are the same where their hashes are, or else where they are found.
+        Variants are the same where their hashes are, or else where they are found. A recipe of none of them (say, a
+        planner's, of a variant that was merged into a folder of its own) still says which layers of the base to keep.
         """
         names = {variant.name: self._member(variant) for variant in recipe.variants}
+        if not any(names.values()):
+            names = dict.fromkeys(names, self.variants[0].name)
         refs = {source for op in recipe.layers for source in op.sources}
         if recipe.depth != self.space.depth or len(recipe.layers) != self.space.target:
             return None
