@@ -42,11 +42,11 @@ from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.room import Room
 from intarsia.calibration.stream import LayerStream
 from intarsia.healing.correspond import Layers, correspondences, taught
-from intarsia.healing.layer_fit import FitBatch, FitRule, LayerFit, fit_layer, passes
+from intarsia.healing.layer_fit import FitBatch, FitRule, LayerFit, fit_layer
 from intarsia.healing.original import Original
 from intarsia.healing.scratch import Scratch
 from intarsia.progress import Progress, Silent
-from intarsia.recipe.recipe import Recipe, identity
+from intarsia.recipe.recipe import Recipe
 
 RIDGES = tuple(10.0**exponent for exponent in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 
@@ -224,34 +224,3 @@ class _Work:
                 call=self.stream.calls(ids, mask)[self.recipe.layers[index].sources[0].layer],
                 mask=mask,
             )
-
-
-def closed_form_cost(recipe: Recipe, settings: ClosedFormSettings, anatomy: Anatomy | None = None) -> int:
-    """Layer-forwards over its tokens that a fit takes: the teacher's, the student's from where it differs, and those of
-    each read-out.
-
-    Args:
-        anatomy: of the model; without it, every read-out is taken to be one matrix with no norm behind it.
-    """
-    indices = taught(recipe, settings.layers)
-    if not indices:
-        return 0
-    own = zip(recipe.layers[: indices[0]], identity(recipe.variant(recipe.base), recipe.depth).layers, strict=False)
-    differs = (index for index, (op, theirs) in enumerate(own) if op != theirs or index in recipe.fitted)
-    first = next(differs, min(indices[0], recipe.depth))
-    fits = sum(_passes(settings.parts(recipe, index), anatomy) for index in indices)
-    return max(recipe.spans[index][1] for index in indices) + indices[-1] + 1 - first + fits
-
-
-def closed_form_cost_at_most(
-    depth: int, target: int, settings: ClosedFormSettings, anatomy: Anatomy | None = None
-) -> int:
-    """The same for any way to cut `depth` layers down to `target`: each changed layer stands for a removed one."""
-    changed = min(target, depth - target)
-    unchanged = target - changed if settings.layers == "behind" else 0
-    fits = changed * _passes(settings.changed, anatomy) + unchanged * _passes(settings.unchanged, anatomy)
-    return depth + target + fits
-
-
-def _passes(parts: Sequence[Part], anatomy: Anatomy | None) -> int:
-    return len(parts) if anatomy is None else passes(anatomy, parts)

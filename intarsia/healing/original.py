@@ -80,7 +80,7 @@ class Original:
         before = [depth for depth in known if depth < min(missing)]
         begin = max(before, default=0)
         wanted = sorted(missing | set(range(begin, max(missing)) if self.keep else ()) - known)
-        with self._progress.task("original", max(missing) - begin) as task:
+        with self._progress.task("running the original", max(missing) - begin) as task:
             at = begin
             if not before:
                 at = wanted[0]

@@ -28,8 +28,8 @@ def best_blocks(
     *,
     removed: int,
     known: Iterable[Sequence[Op]],
-) -> list[Step]:
-    """Steps that leave so many layers out of the original, the one of least loss first.
+) -> list[tuple[Step, float]]:
+    """Steps that leave so many layers out of the original, each with its loss: the one of least loss first.
 
     Args:
         whole: the original, with its hidden states.
@@ -55,4 +55,4 @@ def best_blocks(
                 )
             )
     near = sorted(steps, key=lambda step: whole.span_distance(step.start, removed, "all-tokens"))[:NEAREST]
-    return sorted(near, key=loss)[:number]
+    return sorted(((step, loss(step)) for step in near), key=lambda found: found[1])[:number]

@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass, replace
 
 from intarsia.anatomy.spec import Anatomy
-from intarsia.healing.closed_form import ClosedFormSettings, closed_form_cost_at_most
+from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.healing.closed_form_cost import closed_form_cost_at_most
 from intarsia.healing.layer_fit import passes
 from intarsia.planning.blocks import NEAREST
 from intarsia.planning.laco import SEQUENCES
@@ -206,7 +207,7 @@ def _forwards(
                 forwards += finalists * (fits + current + math.ceil(2 * after / in_loop.held_out))
             if isinstance(settings, ComeSettings) and method == "come-p" and settings.blocks:
                 # Held-out loss of the nearest blocks, a fit and the loss with it of some; and all of the model is new.
-                one = passes(anatomy, in_loop.changed) + math.ceil(2 * after / in_loop.held_out)
+                one = passes(anatomy, in_loop.changed) + math.ceil(after / in_loop.held_out)
                 forwards += NEAREST * math.ceil(after / in_loop.held_out) + settings.blocks * one + after
         current, steps = after, steps + 1
     return steps, forwards

@@ -90,7 +90,7 @@ def settle(repair: Repair, steps: Sequence[Step], *, blocks: int = 0) -> tuple[S
         The step, and as plain data what `Repair.replace` tells of it, with what each of the others has shown.
     """
     model, rows = repair.model, repair.held_out
-    original = model.original(len(model.corpus))  # copied while the whole model is what was measured
+    original = model.original(len(model.corpus))  # held while the whole model is what was measured
     spent = model.layer_forwards
     trials: list[_Trial] = []
     with model.progress.task(f"repairing {len(steps) + blocks} finalists", len(steps) + blocks) as task:
@@ -149,8 +149,8 @@ def _blocks_tried(
     trials = []
     try:
         removed = len(ops) - len(found[0])
-        for step in best_blocks(whole, steps[0], number, loss, removed=removed, known=found):
-            trials.append(_tried(aside, step, original, rows))
+        for step, before in best_blocks(whole, steps[0], number, loss, removed=removed, known=found):
+            trials.append(_tried(aside, step, original, rows, before=before))
             advance()
     finally:
         model.layer_forwards += whole.layer_forwards
@@ -158,12 +158,19 @@ def _blocks_tried(
     return trials
 
 
-def _tried(repair: Repair, step: Step, original: Original, rows: Sequence[int]) -> _Trial:
-    """A step, repaired and judged; the model is as before afterwards."""
+def _tried(
+    repair: Repair, step: Step, original: Original, rows: Sequence[int], *, before: float | None = None
+) -> _Trial:
+    """A step, repaired and judged; the model is as before afterwards.
+
+    Args:
+        before: the loss without the repair, where it is known.
+    """
     model = repair.model
     was = list(model.ops), list(model.fitted), list(model.modules)
     first, due = repair.exchange(step.start, step.count, step.op)
-    before = float(losses_behind(model, first, rows).sum())
+    if before is None:
+        before = float(losses_behind(model, first, rows).sum())
     unrepaired = {index: model.fitted[index] for index in due}
     fits, _ = repair.fit(first, due, original)
     fitted = {

@@ -50,7 +50,7 @@ class Repair:
             without and with them, and how many layer-forwards this cost beside measuring the model.
         """
         model = self.model
-        original = model.original(len(model.corpus))  # copied while the whole model is what was measured
+        original = model.original(len(model.corpus))  # held while the whole model is what was measured
         first, due = self.exchange(start, count, op)
         if not due:
             model.measure(first)

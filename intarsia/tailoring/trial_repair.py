@@ -16,7 +16,8 @@ from torch import nn
 
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.healing.closed_form import ClosedFormSettings, closed_form_cost, fit
+from intarsia.healing.closed_form import ClosedFormSettings, fit
+from intarsia.healing.closed_form_cost import closed_form_cost
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.objective import Objective
 from intarsia.tailoring.resident_family import ResidentFamily
