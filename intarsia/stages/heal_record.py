@@ -78,3 +78,11 @@ def read_result(record: Path) -> StageResult:
     remedy = "Delete it; that stage of healing is then done again."
     facts = read_json(record.with_suffix(".json"), expected="what a stage of healing gave", remedy=remedy)
     return StageResult(recipe=codec.load(record.with_suffix(".yaml")), **facts)
+
+
+def seen_tokens(recipe: Recipe, corpus: Corpus, seed: int) -> int:
+    """Tokens of this very text, from the first on, that what a recipe holds was fitted on."""
+    told = recipe.provenance.get("calibration") or {}
+    same = {"text": corpus.description, "seq_len": corpus.seq_len, "seed": seed}
+    fits = bool(recipe.fitted) and all(told.get(name) == value for name, value in same.items())
+    return int(told.get("tokens", 0)) if fits else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from intarsia.healing.teacher import Teacher
 from intarsia.healing.whole_training import lesson_depths
 from intarsia.progress import Progress
 from intarsia.recipe.recipe import Recipe
-from intarsia.stages.heal_record import StageResult, Texts, read_result, write_result
+from intarsia.stages.heal_record import StageResult, Texts, read_result, seen_tokens, write_result
 from intarsia.stages.placement import Placement, refuse_self_text
 from intarsia.stages.setup import load_tokenizer
 
@@ -98,21 +98,28 @@ class Healing:
             UserError: one cannot be read or is too short.
         """
         tokenizer = load_tokenizer(self.base)
-        corpus = load_corpus(
+        load = partial(
+            load_corpus,
             data,
             tokenizer,
-            tokens=tokens,
             seq_len=seq_len,
             seed=seed,
             model_for_self=self._writer,
             self_cache_key=scan(self.base, self.progress),
             progress=self.progress,
         )
-        held_out = max(1, min(round(len(corpus) / _HELD_OUT), _MOST_HELD_OUT // seq_len))
-        train, rest = corpus.split(1.0 - held_out / len(corpus) if len(corpus) > 1 else 0.5)
+        corpus = load(tokens=tokens)
+        number = max(1, min(round(len(corpus) / _HELD_OUT), _MOST_HELD_OUT // seq_len))
+        train, held_out = corpus.split(1.0 - number / len(corpus) if len(corpus) > 1 else 0.5)
+        seen = seen_tokens(self.recipe, corpus, seed)
+        if seen > train.tokens:
+            # A longer text begins with the same sequences: what judges is taken from behind those.
+            self.progress.say(f"{seen} tokens of this text were fitted on before: what is held out comes behind them")
+            longer = load(tokens=seen + len(held_out) * seq_len)
+            held_out = longer.split(1.0 - len(held_out) / len(longer))[1]
         return Texts(
             train=train,
-            held_out=replace(rest, description="held-out text"),
+            held_out=replace(held_out, description="held-out text"),
             fit=train.take(max(1, min(len(train), fit_tokens // seq_len))),
             evaluation=tuple(eval_corpus(text, tokenizer, seq_len=seq_len, windows=eval_windows) for text in eval_text),
         )

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 import intarsia
+from intarsia.calibration.corpus import Corpus
+from intarsia.calibration.loading import load_corpus
+from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.cli.app import app
 from intarsia.cli.values import token_count
 from intarsia.errors import UserError
@@ -23,6 +27,7 @@ from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.heal import heal, read_source
+from intarsia.stages.setup import load_tokenizer
 from tests import families
 from tests.conftest import Folder
 from tests.healing.conftest import Cut
@@ -68,6 +73,27 @@ def test_all_stages(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
     assert codec.content_hash(read_source(out)) == found.recipe_sha256
     again = heal(recipe_file, tmp_path / "copy", run=tmp_path / "healed.heal", stages=ALL, **given)
     assert again.stages == found.stages and again.recipe_sha256 == found.recipe_sha256
+
+
+def test_what_judges_is_behind_what_was_fitted_on(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
+    """Of the same text: a fit on a sequence makes the model look better on it than it is."""
+    given = {**SIZES, "data": str(text_file), "stages": ("closed-form",)}
+    heal(recipe_file, tmp_path / "fitted", **given)
+    recipe = read_source(tmp_path / "fitted")
+    assert recipe.fitted
+    calibration = {"text": str(text_file), "tokens": 1024, "seq_len": 32, "seed": 0}
+    tokenizer = load_tokenizer(open_checkpoint(recipe.variants[0].model))
+    text = load_corpus(str(text_file), tokenizer, tokens=2048, seq_len=32, seed=0)
+    for name, told, rows in (
+        ("same", calibration, slice(32, 34)),
+        ("fewer", {**calibration, "tokens": 512}, slice(30, 32)),
+        ("other", {**calibration, "seed": 1}, slice(30, 32)),
+    ):
+        codec.save(replace(recipe, provenance={"calibration": told}), tmp_path / f"{name}.yaml")
+        heal(tmp_path / f"{name}.yaml", tmp_path / name, run=tmp_path / f"{name}.run", **given)
+        facts = json.loads((tmp_path / f"{name}.run" / "text.json").read_text())
+        expected = Corpus.of(text.input_ids[rows], mask=None, description="", documents=1)
+        assert facts["held_out"] == {"sha256": expected.sha256, "tokens": 64}, name
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
