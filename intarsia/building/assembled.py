@@ -69,6 +69,9 @@ def _config(recipe: Recipe, resident: Resident) -> PreTrainedConfig:
     assert isinstance(config, PreTrainedConfig)
     config.dtype = resident.model.dtype
     config._attn_implementation = resident.model.config._attn_implementation
+    # How experts are computed is decided at loading too, by transformers that has several ways.
+    if hasattr(resident.model.config, "_experts_implementation"):
+        config._experts_implementation = resident.model.config._experts_implementation
     return config
 
 

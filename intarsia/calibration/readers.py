@@ -99,8 +99,8 @@ def _read_jsonl(source: Source, limit: int | None, seed: int | None) -> Iterator
 
 
 def _read_parquet(source: Source, limit: int | None, seed: int | None) -> Iterator[str]:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(source.path) as file:

@@ -10,10 +10,10 @@ import torch
 
 from intarsia.anatomy.spec import PARTS
 from intarsia.building.layer import layer_tensors
-from intarsia.building.resident import twin
+from intarsia.building.resident import Resident, twin
 from intarsia.calibration.stream import LayerStream
 from intarsia.recipe.flatten import concat_of
-from intarsia.recipe.ops import Concat, LayerRef, Merge
+from intarsia.recipe.ops import Concat, LayerRef, Merge, Op
 from tests import families
 from tests.building import by_hand, by_parts
 from tests.conftest import InMemory, Opened
@@ -23,7 +23,7 @@ from tests.recipes_by_hand import select, shared
 SOURCES = {"two": (0, 1), "other type": (2, 3), "three": (5, 0, 4)}
 
 
-def run(resident: object, op: object, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def run(resident: Resident, op: Op, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """The op's module, and the definition, on the same hidden states."""
     stream = LayerStream(resident.model, resident.anatomy)
     ids = torch.randint(2, families.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(seed))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from intarsia.anatomy.detect import detect
-from intarsia.anatomy.spec import Anatomy
+from intarsia.anatomy.spec import Anatomy, Linear
 from intarsia.building import slicing
 from intarsia.building.slicing import Joined, blocks, fold_centred_norm, fold_norm, join, positions, take
 
@@ -36,7 +36,7 @@ FUSED = replace(
 )
 
 
-def linear(anatomy: Anatomy, name: str) -> object:
+def linear(anatomy: Anatomy, name: str) -> Linear:
     return next(found for found in anatomy.linears if found.module.endswith(name))
 
 

@@ -19,13 +19,8 @@ from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.healing.closed_form import (
-    ClosedFormSettings,
-    closed_form_cost,
-    closed_form_cost_at_most,
-    fit,
-    taught,
-)
+from intarsia.healing.closed_form import ClosedFormSettings, fit, taught
+from intarsia.healing.closed_form_cost import closed_form_cost, closed_form_cost_at_most
 from intarsia.healing.quality import Chain, quality
 from intarsia.progress import Silent
 from intarsia.recipe import codec
