@@ -226,7 +226,7 @@ def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
 def test_thorough(verb: list[str], stage: Stage) -> None:
     from intarsia.planning.settings import ComeSettings
 
-    thorough = ComeSettings(spans=5, granularity=5, removals=True, finalists=4, blocks=3)
+    thorough = ComeSettings(spans=5, granularity=5, removals=True, finalists=4, blocks=5)
     given = [*verb, "--layers", "25", "--thorough"]
     assert run(*given, "--method", "come-p").exit_code == 0
     assert stage.kwargs is not None

@@ -21,7 +21,7 @@ from intarsia.errors import UserError
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.healing import closed_form, layerwise
-from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.quality import quality
 from intarsia.healing.settings import LayerwiseSettings
 from intarsia.planning.intermediate import Intermediate

@@ -71,7 +71,7 @@ Thorough = Annotated[
     typer.Option(
         "--thorough",
         help="come-p: what gives the best repaired models, slowly: --heal-in-loop --spans 5 --granularity 5 --removals "
-        "--finalists 4 --blocks 3. Any of these can be given besides.",
+        "--finalists 4 --blocks 5. Any of these can be given besides.",
         rich_help_panel=_COME,
     ),
 ]

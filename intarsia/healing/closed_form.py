@@ -3,8 +3,9 @@
 An output layer with span (a, b], fed by the repaired layers before it, should give the original's H^b. Its read-outs
 (down_proj, o_proj) are fitted by ridge regression on their own inputs toward what is still missing of H^b, and shrink
 towards the weights as they are: down_proj, then o_proj, then down_proj again behind the changed attention. Layers
-behind the first cut that stand for themselves alone have down_proj fitted: they make good what those before left. With
-a plain removal and down_proj alone this is the special case of arXiv 2505.02819 without its extra matrix.
+behind the first cut that stand for themselves alone have down_proj fitted, and o_proj where that is asked for: they
+make good what those before left. With a plain removal and down_proj alone this is the special case of arXiv 2505.02819
+without its extra matrix.
 
 The student begins where it differs from the teacher. Statistics are Gram matrices, accumulated in a stream: memory is
 one layer's, whatever the number of tokens. The ridge strength is chosen on held-out sequences, and a fit that does not
@@ -25,61 +26,30 @@ Shape suffixes: `B` sequences of a batch, `T` tokens, `N` tokens, `C` features, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from intarsia.anatomy.spec import Anatomy, Part
+from intarsia.anatomy.spec import Anatomy
 from intarsia.building.resident import Resident, twin
 from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.room import Room
 from intarsia.calibration.stream import LayerStream
-from intarsia.healing.correspond import Layers, correspondences, taught
-from intarsia.healing.layer_fit import FitBatch, FitRule, LayerFit, fit_layer
+from intarsia.healing.closed_form_cost import read_outs
+from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.layer_fit import LayerFit, fit_layer
 from intarsia.healing.original import Original
+from intarsia.healing.part_fit import FitBatch
 from intarsia.healing.scratch import Scratch
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Recipe
-
-RIDGES = tuple(10.0**exponent for exponent in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClosedFormSettings:
-    """How the closed form fits.
-
-    Attributes:
-        layers: `spans`: output layers that stand for more than themselves or were merged; `behind`: these and every
-            layer behind the first of them.
-        changed: read-outs to fit on the former, in this order.
-        unchanged: read-outs to fit on the latter.
-        weighting: `relative`: a token counts with 1 / |H^b|^2; `uniform`: all the same.
-        held_out: every how-manieth sequence is held out to choose the ridge strength by.
-        ridges: relative strengths to choose from.
-    """
-
-    layers: Layers = "behind"
-    changed: tuple[Part, ...] = ("mlp", "attention", "mlp")
-    unchanged: tuple[Part, ...] = ("mlp",)
-    weighting: Literal["relative", "uniform"] = "relative"
-    held_out: int = 8
-    ridges: tuple[float, ...] = RIDGES
-
-    @property
-    def rule(self) -> FitRule:
-        """What every read-out is fitted by."""
-        return FitRule(weighting=self.weighting, held_out=self.held_out, ridges=self.ridges)
-
-    def parts(self, recipe: Recipe, index: int) -> tuple[Part, ...]:
-        """What to fit on an output layer, in order."""
-        return self.changed if correspondences(recipe)[index].trainable else self.unchanged
 
 
 def fit(
@@ -143,7 +113,8 @@ class _Work:
         self.anatomy: Anatomy = resident.anatomy
         self.progress = progress
         self.stream = LayerStream(resident.model, resident.anatomy)
-        self.indices = taught(recipe, settings.layers)
+        self.parts = read_outs(recipe, settings, self.anatomy)
+        self.indices = list(self.parts)
         n, t = self.batches.corpus.input_ids.shape
         self.student = HiddenStore((n, t, self.anatomy.width), resident.model.dtype, room=room)
 
@@ -186,7 +157,7 @@ class _Work:
         module = twin(unfitted)  # fitting must leave the original model alone
         tensors, reports = fit_layer(
             module,
-            self.settings.parts(self.recipe, index),
+            self.parts[index],
             partial(self._feed, index),
             index=index,
             stream=self.stream,

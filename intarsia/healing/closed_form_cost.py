@@ -1,31 +1,45 @@
-"""What a closed-form fit takes, in layer-forwards over its tokens, known before it starts."""
+"""What a closed-form fit takes, in layer-forwards over its tokens, known before it starts; and what it can take in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from intarsia.anatomy.spec import Anatomy, Part
-from intarsia.healing.closed_form import ClosedFormSettings
-from intarsia.healing.correspond import taught
+from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.correspond import correspondences, taught
 from intarsia.healing.layer_fit import passes
 from intarsia.recipe.recipe import Recipe, identity
 
+MOST_PASSES = 3
+"""Of the whole model over the tokens: what a fit may cost for the sake of read-outs that need not be fitted."""
 
-def closed_form_cost(recipe: Recipe, settings: ClosedFormSettings, anatomy: Anatomy | None = None) -> int:
-    """Layer-forwards over its tokens that a fit takes: the teacher's, the student's from where it differs, and those of
-    each read-out.
+
+def read_outs(
+    recipe: Recipe, settings: ClosedFormSettings, anatomy: Anatomy | None = None
+) -> dict[int, tuple[Part, ...]]:
+    """What is fitted on which output layers, in order.
 
     Args:
         anatomy: of the model; without it, every read-out is taken to be one matrix with no norm behind it.
     """
-    indices = taught(recipe, settings.layers)
-    if not indices:
-        return 0
-    own = zip(recipe.layers[: indices[0]], identity(recipe.variant(recipe.base), recipe.depth).layers, strict=False)
-    differs = (index for index, (op, theirs) in enumerate(own) if op != theirs or index in recipe.fitted)
-    first = next(differs, min(indices[0], recipe.depth))
-    fits = sum(_passes(settings.parts(recipe, index), anatomy) for index in indices)
-    return max(recipe.spans[index][1] for index in indices) + indices[-1] + 1 - first + fits
+    known = correspondences(recipe)
+    found = {
+        index: settings.changed if known[index].trainable else settings.unchanged[:1]
+        for index in taught(recipe, settings.layers)
+    }
+    left = MOST_PASSES * recipe.depth - _cost(recipe, found, anatomy)
+    more = _passes(settings.unchanged, anatomy) - _passes(settings.unchanged[:1], anatomy)
+    for index in found:
+        if not known[index].trainable and more <= left:
+            found[index] = settings.unchanged
+            left -= more
+    return found
+
+
+def closed_form_cost(recipe: Recipe, settings: ClosedFormSettings, anatomy: Anatomy | None = None) -> int:
+    """Layer-forwards over its tokens that a fit takes: the teacher's, the student's from where it differs, and those of
+    each read-out."""
+    return _cost(recipe, read_outs(recipe, settings, anatomy), anatomy)
 
 
 def closed_form_cost_at_most(
@@ -34,8 +48,20 @@ def closed_form_cost_at_most(
     """The same for any way to cut `depth` layers down to `target`: each changed layer stands for a removed one."""
     changed = min(target, depth - target)
     unchanged = target - changed if settings.layers == "behind" else 0
-    fits = changed * _passes(settings.changed, anatomy) + unchanged * _passes(settings.unchanged, anatomy)
-    return depth + target + fits
+    least = depth + target + changed * _passes(settings.changed, anatomy)
+    first, every = (unchanged * _passes(parts, anatomy) for parts in (settings.unchanged[:1], settings.unchanged))
+    return max(least + first, min(least + every, MOST_PASSES * depth))
+
+
+def _cost(recipe: Recipe, parts: dict[int, tuple[Part, ...]], anatomy: Anatomy | None) -> int:
+    if not parts:
+        return 0
+    indices = list(parts)
+    own = zip(recipe.layers[: indices[0]], identity(recipe.variant(recipe.base), recipe.depth).layers, strict=False)
+    differs = (index for index, (op, theirs) in enumerate(own) if op != theirs or index in recipe.fitted)
+    first = next(differs, min(indices[0], recipe.depth))
+    fits = sum(_passes(some, anatomy) for some in parts.values())
+    return max(recipe.spans[index][1] for index in indices) + indices[-1] + 1 - first + fits
 
 
 def _passes(parts: Sequence[Part], anatomy: Anatomy | None) -> int:

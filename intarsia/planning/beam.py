@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from intarsia.errors import Problem, UserError
-from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.planning.come import Come
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step

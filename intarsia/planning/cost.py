@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass, replace
 
 from intarsia.anatomy.spec import Anatomy
-from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.healing.closed_form_cost import closed_form_cost_at_most
+from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.layer_fit import passes
 from intarsia.planning.blocks import NEAREST
 from intarsia.planning.laco import SEQUENCES
@@ -98,23 +98,28 @@ def predict(
 
 
 def with_closed_form(
-    cost: Cost, sizes: Sizes, settings: ClosedFormSettings, *, target: int, tokens: int, held: Held
+    cost: Cost, sizes: Sizes, settings: ClosedFormSettings, *, target: int, tokens: int, held: Held, starts: int = 1
 ) -> Cost:
-    """The same with a closed-form repair of the `target` layers on the same tokens, and with what judges it."""
+    """The same with a closed-form repair of the `target` layers on the same tokens, and with what judges it.
+
+    Args:
+        starts: so many fits are made, one after the other, and the best is kept.
+    """
     depth = sizes.anatomy.n_layers
-    forwards = closed_form_cost_at_most(depth, target, settings, sizes.anatomy)
+    forwards = starts * closed_form_cost_at_most(depth, target, settings, sizes.anatomy)
     fitted, changed = _fitted_at_most(sizes, settings, target)
     hidden = sizes.hidden((2 + fitted) * tokens)
     cost = replace(
         cost,
-        heal_forwards_at_most=forwards + math.ceil(2 * target / settings.held_out),
+        heal_forwards_at_most=forwards + math.ceil((1 + starts) * target / settings.held_out),
         hidden_bytes=max(cost.hidden_bytes, hidden),
         spilled_bytes=max(cost.spilled_bytes, hidden - held.memory_bytes),
     )
     batch = sizes.batch(min(held.batch_tokens, tokens))
     fit = sizes.fit(tokens, settings.held_out, stream=held.stream)
     fitting = held.weights(sizes, made=changed, layers=FITTED_LAYERS, outside=False) + fit + batch
-    recipe = sizes.fitted(fitted, attention=changed)
+    kept = sizes.fitted(fitted, attention=_attention_at_most(settings, fitted, changed))
+    recipe = min(starts, 2) * kept  # the best one's so far, and what is fitted
     cost = _with_peak(cost, sizes, held, fitting, hidden=hidden, recipe=recipe)
     # Then the fitted layers are made, and judged by held-out tokens.
     judged = held.weights(sizes, made=fitted + changed, layers=0) + _judged(sizes, held, tokens // settings.held_out)
@@ -131,7 +136,8 @@ def with_judging(
     judging = held.weights(sizes, layers=0) + small + _judged(sizes, held, tokens)
     building = held.weights(sizes, layers=1.0) if held.stream else 0
     hidden = sizes.hidden(tokens) if held.stream else 0
-    recipe = sizes.fitted(fitted, attention=changed)
+    attention = 0 if healed is None else _attention_at_most(healed, fitted, changed)
+    recipe = sizes.fitted(fitted, attention=attention)
     return _with_peak(cost, sizes, held, max(judging, building), hidden=hidden, recipe=recipe)
 
 
@@ -139,6 +145,11 @@ def _fitted_at_most(sizes: Sizes, settings: ClosedFormSettings, target: int) -> 
     """Layers that the closed form fits, and those of them that stand for more than themselves: at most."""
     changed = min(target, sizes.anatomy.n_layers - target)
     return (target if settings.layers == "behind" else changed), changed
+
+
+def _attention_at_most(settings: ClosedFormSettings, fitted: int, changed: int) -> int:
+    """Layers of which o_proj is fitted, of so many that are fitted and changed."""
+    return fitted if "attention" in settings.unchanged else changed
 
 
 def _judged(sizes: Sizes, held: Held, tokens: int) -> int:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from intarsia.errors import Problem, UserError
-from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.layer_fit import LayerFit
 from intarsia.healing.original import Original
 from intarsia.planning.blocks import best_blocks

@@ -24,10 +24,11 @@ from intarsia.building.resident import twin
 from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
-from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.correspond import trainable
-from intarsia.healing.layer_fit import FitBatch, LayerFit, PartFit, fit_layer, fittable, passes
+from intarsia.healing.layer_fit import LayerFit, fit_layer, fittable, passes
 from intarsia.healing.original import Original
+from intarsia.healing.part_fit import FitBatch, PartFit
 from intarsia.healing.scratch import Scratch
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.settings import RECONSTRUCTION_TOKENS

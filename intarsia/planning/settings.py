@@ -106,7 +106,7 @@ class ComeSettings:
         return _plain(self, {"beam": 1, "removals": False, "finalists": 1, "blocks": 0})
 
 
-THOROUGH: Mapping[str, Any] = {"spans": 5, "granularity": 5, "removals": True, "finalists": 4, "blocks": 3}
+THOROUGH: Mapping[str, Any] = {"spans": 5, "granularity": 5, "removals": True, "finalists": 4, "blocks": 5}
 """What goes with `--thorough`, beside the repair of every step: CoMe-P where the repaired model is all that counts."""
 
 

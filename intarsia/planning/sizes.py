@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from intarsia.anatomy.spec import PARTS, Anatomy
-from intarsia.healing.closed_form import RIDGES
+from intarsia.healing.closed_form_settings import RIDGES
 from intarsia.healing.fit_memory import fit_bytes
 
 if TYPE_CHECKING:

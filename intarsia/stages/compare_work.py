@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.calibration.batches import Batches
-from intarsia.healing.closed_form import ClosedFormSettings
 from intarsia.healing.closed_form_cost import closed_form_cost
+from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.original import Original
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.comparison import DENSE

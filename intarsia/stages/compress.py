@@ -14,7 +14,7 @@ from intarsia.disk import write_whole
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.perplexity import eval_corpus
-from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
 from intarsia.planning.cost import Cost, with_closed_form, with_judging
 from intarsia.planning.settings import Settings
 from intarsia.planning.sizes import Sizes
@@ -26,7 +26,7 @@ from intarsia.stages.compress_result import CompressResult, bare, healed
 from intarsia.stages.judge import held_out_text, measured
 from intarsia.stages.plan import PlanResult, plan_source
 from intarsia.stages.plan_input import check_method
-from intarsia.stages.repair import HEALS, repaired
+from intarsia.stages.repair import HEALS, repaired, starts_at_most
 from intarsia.stages.report import REPORT, report_compression
 from intarsia.stages.source import Source
 
@@ -93,7 +93,8 @@ def compress(
         raise UserError.of(
             where="--heal", expected=f"one of {', '.join(HEALS)}", found=repr(heal), remedy="Choose one of them."
         )
-    closed_form = closed_form or ClosedFormSettings()
+    in_loop = (closed_form or ClosedFormSettings()) if heal_in_loop else None
+    closed_form = closed_form or (LAST if heal_in_loop else ClosedFormSettings())
     unjudged = _built_but_not_judged(run, out)
     check_out(out, overwrite=overwrite or unjudged is not None)
     source = Source(
@@ -120,7 +121,7 @@ def compress(
         sparsity=sparsity,
         method=method,
         settings=settings,
-        in_loop=closed_form if heal_in_loop else None,
+        in_loop=in_loop,
         batch_tokens=batch_tokens,
         dry_run=dry_run,
     )
@@ -130,6 +131,7 @@ def compress(
         closed_form if heal == "closed-form" else None,
         batch_tokens,
         judged=tokens // 8 if corpus is None else corpus.input_ids.numel(),
+        starts=starts_at_most(settings, in_loop=heal_in_loop),
     )
     result = CompressResult(
         model=model,
@@ -167,7 +169,7 @@ def compress(
         corpus = held_out_text(source)
     small = open_checkpoint(str(out), progress=progress)
     dense = source.checkpoint
-    before, after = measured(source, small, corpus, unhealed=bare(cut, repair))
+    before, after = measured(source, small, corpus, unhealed=bare(recipe))
     facts = card_facts(recipe, dense, built, title=out.name)
     facts |= {"before": before.to_dict(), "after": after.to_dict()}
     facts["evaluation"] = None if corpus is None else f"{corpus.description}, {len(corpus)} windows of {seq_len} tokens"
@@ -196,13 +198,15 @@ def _predicted(
     batch_tokens: int | None,
     *,
     judged: int,
+    starts: int,
 ) -> Cost:
-    """Cost and memory of the whole job: planning, healing, and judging what came out on so many tokens."""
+    """Cost and memory of the whole job: planning, healing from so many starts, and judging what came out on so many
+    tokens."""
     sizes, target = Sizes.of(source.checkpoint, source.dtype), planned.target
     held = source.placement.held(batch_tokens)
     cost = planned.predicted
     if closed_form is not None:
-        cost = with_closed_form(cost, sizes, closed_form, target=target, tokens=source.tokens, held=held)
+        cost = with_closed_form(cost, sizes, closed_form, target=target, tokens=source.tokens, held=held, starts=starts)
     return with_judging(cost, sizes, target=target, tokens=judged, held=held, healed=closed_form)
 
 

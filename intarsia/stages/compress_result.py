@@ -46,9 +46,9 @@ class CompressResult:
         return data
 
 
-def bare(cut: Recipe, repair: Repaired | None) -> Recipe | None:
-    """The recipe with nothing fitted, where something is: neither on the way down nor afterwards."""
-    return replace(cut, fitted={}) if cut.fitted or (repair is not None and repair.taken) else None
+def bare(recipe: Recipe) -> Recipe | None:
+    """The recipe with nothing fitted, where something is."""
+    return replace(recipe, fitted={}) if recipe.fitted else None
 
 
 def healed(repair: Repaired | None, cut: Recipe, before: Measures, after: Measures) -> dict[str, Any] | None:
@@ -62,8 +62,10 @@ def healed(repair: Repaired | None, cut: Recipe, before: Measures, after: Measur
         "fitted_read_outs": on_the_way if repair is None else repair.read_outs if repair.taken else 0,
         "tokens": cut.provenance["calibration"]["tokens"] if repair is None else repair.tokens,
     }
-    if on_the_way:
+    if on_the_way and (repair is None or repair.goes_on):
         found["fitted_in_loop"] = on_the_way
+    if repair is not None and repair.start is not None:
+        found["start"] = repair.start
     whole, bare, now = before.perplexity, after.perplexity_without_heal, after.perplexity
     if whole is not None and bare is not None and now is not None and bare.nll > whole.nll:
         found["gap_closed"] = (bare.nll - now.nll) / (bare.nll - whole.nll)

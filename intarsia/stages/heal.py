@@ -20,7 +20,7 @@ from intarsia.checkpoint.staging import check_out
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.healing import launch
-from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
 from intarsia.healing.correspond import check_teacher
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
 from intarsia.planning.run_folder import RunFolder
@@ -34,6 +34,10 @@ from intarsia.stages.heal_stages import STAGES, Healing
 from intarsia.stages.placement import placement
 
 Stages = Sequence[str]
+
+_FOR_STRENGTH = 32
+"""One sequence in so many only chooses the closed form's ridge strength: text of its own says whether a fit is taken,
+so that fewer do than in `compress`, and more are fitted on."""
 
 
 def heal(
@@ -119,7 +123,7 @@ def heal(
         teacher=None if teacher is None else taught,
         run=run,
         placement=replace(placed, devices=(where,)),
-        closed_form=closed_form or ClosedFormSettings(),
+        closed_form=closed_form or replace(LAST, held_out=_FOR_STRENGTH),
         layerwise=replace(layerwise or LayerwiseSettings(), seed=seed),
         end_to_end=end_to_end,
         scheduler=scheduler,

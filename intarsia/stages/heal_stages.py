@@ -18,10 +18,11 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.scan import scan
 from intarsia.evaluation.perplexity import eval_corpus
 from intarsia.healing import closed_form, end_to_end, launch, layerwise
-from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.cluster import connect
 from intarsia.healing.quality import quality
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
+from intarsia.healing.starts import best_end, held_out_perplexity, starts
 from intarsia.healing.teacher import Teacher
 from intarsia.healing.whole_training import lesson_depths
 from intarsia.progress import Progress
@@ -192,14 +193,7 @@ class Healing:
         if stage == CUT:
             return recipe, []
         if stage == "closed-form":
-            return closed_form.fit(
-                recipe,
-                self.resident,
-                texts.fit,
-                settings=self.closed_form,
-                room=self.placement.room(self.run),
-                progress=self.progress,
-            )
+            return self._closed_form(recipe, texts)
         if stage == "layerwise":
             return self._layerwise(recipe, texts, folder)
         return end_to_end.train(
@@ -215,6 +209,19 @@ class Healing:
             cache=cache_folder() / "teachers",
             progress=self.progress,
         )
+
+    def _closed_form(self, recipe: Recipe, texts: Texts) -> tuple[Recipe, list[dict[str, Any]]]:
+        given: dict[str, Any] = {"room": self.placement.room(self.run), "progress": self.progress}
+
+        def fit(start: Recipe) -> tuple[Recipe, list[dict[str, Any]]]:
+            return closed_form.fit(start, self.resident, texts.fit, settings=self.closed_form, **given)
+
+        beginnings = starts(recipe, self.base.anatomy)
+        if len(beginnings) == 1:
+            return fit(recipe)
+        end = best_end(beginnings, fit, partial(held_out_perplexity, self.resident, texts.held_out, **given))
+        self.progress.say(f"closed form: {end.told()}")
+        return end.recipe, end.fits
 
     def _layerwise(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:
         def train(cluster: Any = None) -> tuple[Recipe, list[dict[str, Any]]]:

@@ -9,19 +9,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from intarsia.anatomy.spec import Anatomy
 from intarsia.calibration.corpus import Corpus
 from intarsia.disk import full_disk_named
-from intarsia.evaluation.chain import Chain
-from intarsia.evaluation.perplexity import perplexity
-from intarsia.healing.closed_form import ClosedFormSettings, fit
+from intarsia.healing.closed_form import fit
+from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.original import Original
+from intarsia.healing.starts import AS_IT_IS, Start, best_end, held_out_perplexity, starts
 from intarsia.planning.run_folder import RunFolder
+from intarsia.planning.settings import ComeSettings, Settings
 from intarsia.recipe import codec
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Recipe, identity
 from intarsia.stages.calibration_text import pin_text
 from intarsia.stages.source import Source
 
 HEALS = ("closed-form", "none")
+LAST_BLOCKS = 2
+"""Blocks of the original that are fitted over all layers beside the ladder's recipe, where blocks were tried."""
+
 _FOLDER = "healed"
 
 
@@ -30,7 +35,8 @@ class Repaired:
     """A healed recipe and what came of it.
 
     `taken` is False where the fit raised the loss of the held-out calibration text: the recipe is then as it was.
-    `path`: where it is kept. `fresh`: it was fitted now, not found there.
+    `path`: where it is kept. `fresh`: it was fitted now, not found there. `start`: which of several beginnings came to
+    the least loss; None where there was one.
     """
 
     recipe: Recipe
@@ -39,6 +45,12 @@ class Repaired:
     taken: bool
     read_outs: int
     tokens: int
+    start: str | None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether what was fitted on the way down is in the recipe."""
+        return not self.taken or self.start in (None, AS_IT_IS)
 
 
 def repaired(
@@ -52,6 +64,7 @@ def repaired(
 ) -> Repaired:
     """A recipe of a run's ladder, healed in closed form on the run's calibration text.
 
+    Of several beginnings (see `beginnings`) the one that ends with the least loss of the held-out sequences is taken.
     A fit that is finished is in the run folder, and is only read.
 
     Args:
@@ -60,7 +73,14 @@ def repaired(
     Raises:
         UserError: activations are not finite, or the calibration text is not the one of the run.
     """
-    facts = {"recipe": codec.content_hash(recipe), "settings": asdict(settings), "batch_tokens": batch_tokens}
+    folder = RunFolder.existing(run)
+    begin = beginnings(folder, recipe, source.checkpoint.anatomy)
+    facts: dict[str, Any] = {
+        "recipe": codec.content_hash(recipe),
+        "settings": asdict(settings),
+        "batch_tokens": batch_tokens,
+        **({"starts": [start.name for start in begin]} if len(begin) > 1 else {}),
+    }
     # Text, dtype and device are the run's own: it refuses others.
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     kept = run / _FOLDER / f"layers-{len(recipe.layers):03d}-{key}.yaml"
@@ -68,27 +88,33 @@ def repaired(
         source.progress.say(f"{kept}: healed already")
         return _result(codec.load(kept), kept, fresh=False)
     corpus = source.corpus
-    pin_text(RunFolder.existing(run), corpus)
-    fitted, fits = fit(
-        recipe,
-        source.resident,
-        corpus,
-        settings=settings,
-        original=original,
-        batch_tokens=batch_tokens,
-        room=source.placement.room(run),
-        progress=source.progress,
-    )
-    judged = _held_out(corpus, settings)
-    before, after = (
-        perplexity(
-            Chain(each, source.resident, room=source.placement.room(run)), judged, progress=source.progress
-        ).value
-        for each in (recipe, fitted)
-    )
+    pin_text(folder, corpus)
+    room, progress = source.placement.room(run), source.progress
+    held_out = _held_out(corpus, settings)
+
+    def fitted(start: Recipe) -> tuple[Recipe, list[dict[str, Any]]]:
+        return fit(
+            start,
+            source.resident,
+            corpus,
+            settings=settings,
+            original=original,
+            batch_tokens=batch_tokens,
+            room=room,
+            progress=progress,
+        )
+
+    def judged(found: Recipe) -> float:
+        return held_out_perplexity(source.resident, held_out, found, room=room, progress=progress)
+
+    before = judged(recipe)
+    end = best_end(begin, fitted, judged)
+    after = end.perplexity
     taken = after < before
-    found = f"held-out perplexity {before:.2f} -> {after:.2f}"
-    source.progress.say(f"closed form: {found}" + ("" if taken else "; no better, so the model stays as it was cut"))
+    if len(begin) > 1:
+        progress.say(f"closed form: {end.told()}")
+    change = f"held-out perplexity {before:.2f} -> {after:.2f}"
+    progress.say(f"closed form: {change}" + ("" if taken else "; no better, so the model stays as it was cut"))
     text = {"description": corpus.description, "tokens": corpus.tokens, "sha256": corpus.sha256}
     heal = {
         "settings": {"closed-form": asdict(settings)},
@@ -97,13 +123,40 @@ def repaired(
             {"stage": "cut", "held_out_perplexity": before},
             {"stage": "closed-form", "held_out_perplexity": after, "taken": taken},
         ],
-        "read_outs": fits,
+        **({"starts": end.perplexities} if len(begin) > 1 else {}),
+        "read_outs": end.fits,
     }
-    done = replace(fitted if taken else recipe, provenance={**recipe.provenance, "heal": heal})
+    done = end.recipe if taken else recipe
+    done = replace(done, provenance={**recipe.provenance, "heal": heal})
     with full_disk_named(run):
         kept.parent.mkdir(exist_ok=True)
         codec.save(done, kept)
     return _result(done, kept, fresh=True)
+
+
+def beginnings(folder: RunFolder, recipe: Recipe, anatomy: Anatomy) -> list[Start]:
+    """Where the fit of a ladder's recipe may begin (see `intarsia.healing.starts`), with `LAST_BLOCKS` of the blocks
+    of the original that the step to its depth was held against, those of least loss there.
+
+    They were compared with one layer of each fitted: the layers behind it may change their order (dev/LOG.md).
+    """
+    found = starts(recipe, anatomy)
+    entry = next((entry for entry in folder.log() if entry["layers"] == len(recipe.layers)), {})
+    tried = entry.get("evidence", {}).get("repair", {}).get("finalists", ())
+    blocks = sorted((each for each in tried if "of" in each), key=lambda each: min(each["held_out_loss"]))
+    whole = identity(recipe.variant(recipe.base), recipe.depth).layers
+    others: list[Start] = []
+    for first, end in (each["replaced"] for each in blocks):
+        block = recipe.with_layers([*whole[:first], *whole[end:]])
+        if block.layers != recipe.layers:
+            others.append(Start(name=f"that leaves {first} to {end - 1} out of the original", recipe=block))
+    return found + others[:LAST_BLOCKS]
+
+
+def starts_at_most(settings: Settings | None, *, in_loop: bool) -> int:
+    """How many beginnings there are, for what is predicted."""
+    blocks = settings.blocks if isinstance(settings, ComeSettings) else 0
+    return 2 + min(LAST_BLOCKS, blocks) if in_loop else 1
 
 
 def _held_out(corpus: Corpus, settings: ClosedFormSettings) -> Corpus:
@@ -122,4 +175,5 @@ def _result(recipe: Recipe, path: Path, *, fresh: bool) -> Repaired:
         taken=heal["stages"][-1]["taken"],
         read_outs=sum(row["ridge"] is not None for row in heal["read_outs"]),
         tokens=heal["text"]["tokens"],
+        start=next(iter(heal["starts"]), None) if "starts" in heal else None,
     )

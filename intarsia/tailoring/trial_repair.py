@@ -16,8 +16,9 @@ from torch import nn
 
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.healing.closed_form import ClosedFormSettings, fit
+from intarsia.healing.closed_form import fit
 from intarsia.healing.closed_form_cost import closed_form_cost
+from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.objective import Objective
 from intarsia.tailoring.resident_family import ResidentFamily

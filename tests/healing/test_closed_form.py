@@ -19,8 +19,11 @@ from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.healing.closed_form import ClosedFormSettings, fit, taught
-from intarsia.healing.closed_form_cost import closed_form_cost, closed_form_cost_at_most
+from intarsia.healing.closed_form import fit
+from intarsia.healing.closed_form_cost import closed_form_cost, closed_form_cost_at_most, read_outs
+from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
+from intarsia.healing.correspond import taught
+from intarsia.healing.layer_fit import fittable
 from intarsia.healing.quality import Chain, quality
 from intarsia.progress import Silent
 from intarsia.recipe import codec
@@ -337,9 +340,10 @@ def test_built_is_as_in_memory(family: str, dtype: torch.dtype, cut: Cut, tokens
 
 @pytest.mark.parametrize("layers", ["spans", "behind"])
 @pytest.mark.parametrize("changed", [("mlp", "attention", "mlp"), ("mlp",)])
+@pytest.mark.parametrize("unchanged", [("mlp",), ("mlp", "attention")])
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_cost_is_the_one_foretold(
-    layers: Any, changed: Any, padded: bool, cut: Cut, resident_of: InMemory, tokens: Tokens
+    layers: Any, changed: Any, unchanged: Any, padded: bool, cut: Cut, resident_of: InMemory, tokens: Tokens
 ) -> None:
     _, recipe = cut("opt")
     resident = resident_of("opt")
@@ -350,7 +354,7 @@ def test_the_cost_is_the_one_foretold(
         if isinstance(module, kind) and args[0].shape[1] == SEQ_LEN:
             sequences.append(args[0].shape[0])
 
-    settings = ClosedFormSettings(layers=layers, changed=changed)
+    settings = ClosedFormSettings(layers=layers, changed=changed, unchanged=unchanged)
     handle = torch.nn.modules.module.register_module_forward_hook(count)
     try:
         fit(recipe, resident, train, settings=settings, batch_tokens=64)
@@ -367,6 +371,47 @@ def test_three_passes_are_enough(target: int) -> None:
     kept = [layer for layer in range(30) if layer % 2 == 0 or layer > 2 * removed][-target:]
     recipe = recipe_of("model", [select(layer) for layer in kept], depth=30)
     assert len(recipe.layers) == target
-    default = ClosedFormSettings()
-    assert closed_form_cost(recipe, default) <= closed_form_cost_at_most(30, target, default) <= 3 * 30
-    assert closed_form_cost(identity(recipe.variants[0], 30), default) == 0
+    for settings in (ClosedFormSettings(), LAST):
+        assert closed_form_cost(recipe, settings) <= closed_form_cost_at_most(30, target, settings) <= 3 * 30
+        assert closed_form_cost(identity(recipe.variants[0], 30), settings) == 0
+
+
+@pytest.mark.parametrize(
+    ("kept", "more"),
+    [
+        # Of 7 original layers, 21 forwards may be made. The teacher's 7, the student's and those of each read-out:
+        ([0, 1, 2, 4, 5, 6], [3, 4, 5]),  # 7 + 4 + 3 + 3 = 17, and 3 more
+        ([0, 1, 3, 4, 5, 6], [2, 3]),  # 7 + 5 + 3 + 4 = 19, and 2 more: the first of the four
+        ([0, 2, 4, 5, 6], []),  # 7 + 5 + 6 + 3 = 21
+    ],
+)
+def test_more_is_fitted_as_long_as_three_passes_pay_for_it(kept: list[int], more: list[int]) -> None:
+    recipe = recipe_of("model", [select(layer) for layer in kept], depth=7)
+    found, base = read_outs(recipe, LAST), read_outs(recipe, ClosedFormSettings())
+    assert found.keys() == base.keys()
+    assert [index for index in found if found[index] != base[index]] == more
+    assert all(found[index] == ("mlp", "attention") for index in more)
+    assert set(base.values()) <= {("mlp", "attention", "mlp"), ("mlp",)}
+    assert closed_form_cost(recipe, ClosedFormSettings()) + len(more) == closed_form_cost(recipe, LAST) <= 21
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_o_proj_of_unchanged_layers_is_fitted_too(family: str, cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
+    """And leaves held-out tokens no further from the original than without it; a mixture has nothing more to fit."""
+    _, recipe = cut(family)
+    resident = resident_of(family)
+    train, _ = tokens()
+    errors = []
+    for settings in (ClosedFormSettings(), LAST):
+        _, fits = fit(recipe, resident, train, settings=settings)
+        fitted = [(row["layer"], row["module"]) for row in fits]
+        wanted = read_outs(recipe, settings, resident.anatomy)
+        assert [index for index, _ in fitted if index not in wanted] == []
+        attention = resident.anatomy.writer("attention").module
+        assert {index for index, module in fitted if module == attention} == {
+            index for index, parts in wanted.items() if "attention" in fittable(parts, resident.anatomy)
+        }
+        last = max(wanted)
+        errors.append([row["error_after"] for row in fits if row["layer"] == last][-1])
+        assert all(row["error_after"] <= row["error_before"] for row in fits)
+    assert errors[1] <= errors[0] * (1.0 if family != "mixtral" else 1.0 + 1e-6)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from intarsia.healing import behind_norm, few_tokens, fit_memory, ridge, symmetric
 from intarsia.healing.behind_norm import NormBehind, Passed, fit_weight
-from intarsia.healing.closed_form import RIDGES
+from intarsia.healing.closed_form_settings import RIDGES
 from intarsia.healing.fit_memory import fit_bytes, gram_bytes
 from intarsia.healing.ridge import Fit, Gram, choose
 from intarsia.healing.scratch import Scratch

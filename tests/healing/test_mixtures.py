@@ -12,7 +12,8 @@ import torch
 from intarsia.building.resident import load_model, twin
 from intarsia.calibration.stream import LayerStream
 from intarsia.healing import end_to_end, layerwise
-from intarsia.healing.layer_fit import FitBatch, FitRule, PartFit, fittable, passes
+from intarsia.healing.layer_fit import fittable, passes
+from intarsia.healing.part_fit import FitBatch, FitRule, PartFit
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
 from intarsia.healing.student import load_student
 from intarsia.healing.teacher import Teacher

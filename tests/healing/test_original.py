@@ -14,8 +14,9 @@ from intarsia.building.resident import Resident
 from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
-from intarsia.healing.closed_form import ClosedFormSettings, fit
+from intarsia.healing.closed_form import fit
 from intarsia.healing.closed_form_cost import closed_form_cost
+from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.original import Original
 from intarsia.recipe.recipe import Recipe
 from tests.conftest import InMemory, Opened

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from intarsia.errors import UserError
 from intarsia.healing import few_tokens
-from intarsia.healing.closed_form import RIDGES
+from intarsia.healing.closed_form_settings import RIDGES
 from intarsia.healing.few_tokens import Change, Product, blocks, changed, whole
 from intarsia.healing.ridge import Gram, choose
 

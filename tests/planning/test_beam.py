@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.planning.beam import check_beam
 from intarsia.planning.come import Come
 from intarsia.planning.intermediate import Intermediate

@@ -10,7 +10,7 @@ import torch
 
 from intarsia.building.resident import Resident
 from intarsia.errors import UserError
-from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.planning import finalists
 from intarsia.planning.come import Come
 from intarsia.planning.cost import _come_step

@@ -19,7 +19,7 @@ from intarsia.building.materialize import materialize
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.healing.closed_form import ClosedFormSettings
+from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.quality import Chain
 from intarsia.planning.come import Come
 from intarsia.planning.intermediate import Intermediate

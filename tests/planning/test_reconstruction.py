@@ -14,7 +14,7 @@ from intarsia.anatomy.spec import PARTS
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.healing.closed_form import RIDGES, ClosedFormSettings
+from intarsia.healing.closed_form_settings import RIDGES, ClosedFormSettings
 from intarsia.planning import repair
 from intarsia.planning.allocate import counts, ratios
 from intarsia.planning.come import Come

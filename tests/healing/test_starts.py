@@ -1,0 +1,144 @@
+"""Where a closed form over all layers begins, and which of its ends is taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.nn.functional import cross_entropy
+
+import intarsia
+from intarsia.evaluation.chain import Chain
+from intarsia.healing.closed_form import fit
+from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.starts import Start, best_end, starts
+from intarsia.planning.run_folder import RunFolder
+from intarsia.planning.settings import ComeSettings
+from intarsia.progress import Silent
+from intarsia.recipe import codec
+from intarsia.recipe.recipe import Fitted, Recipe, identity
+from intarsia.stages.repair import beginnings, repaired, starts_at_most
+from intarsia.stages.source import Source
+from tests import families
+from tests.conftest import Opened
+from tests.recipes_by_hand import recipe_of, select
+
+LAYERS = tuple(select(layer) for layer in (0, 1, 4, 5))
+
+
+def with_fitted(*names: str) -> Recipe:
+    fitted: Fitted = {1: {name: np.zeros((2, 2), np.float32) for name in names}} if names else {}
+    return replace(recipe_of("llama", LAYERS), fitted=fitted)
+
+
+@pytest.mark.parametrize(
+    ("family", "fitted", "number"),
+    [
+        ("llama", (), 1),
+        ("llama", ("mlp.down_proj.weight",), 2),
+        ("llama", ("mlp.down_proj.weight", "self_attn.o_proj.weight"), 2),
+        ("llama", ("mlp.down_proj.weight", "self_attn.q_proj.weight"), 1),  # trained
+        ("llama", ("post_feedforward_layernorm.weight",), 1),
+        ("gemma2", ("mlp.down_proj.weight", "post_feedforward_layernorm.weight"), 2),  # a norm behind the read-out
+    ],
+)
+def test_what_was_fitted_may_be_forgotten_and_what_was_trained_not(
+    family: str, fitted: tuple[str, ...], number: int, checkpoint_of: Opened
+) -> None:
+    recipe = with_fitted(*fitted)
+    found = starts(recipe, checkpoint_of(family).anatomy)
+    assert len(found) == number
+    assert found[0].recipe is recipe
+    assert [start.recipe.fitted for start in found[1:]] == [{}] * (number - 1)
+    assert all(start.recipe.layers == recipe.layers for start in found)
+
+
+def test_the_best_end_comes_first_and_of_equal_ones_the_earlier_start() -> None:
+    recipes = [recipe_of("llama", LAYERS[:number]) for number in (1, 2, 3, 4)]
+    losses = {1: 5.0, 2: 3.0, 3: 3.0, 4: 4.0}
+    found = best_end(
+        [Start(name=str(len(recipe.layers)), recipe=recipe) for recipe in recipes],
+        lambda recipe: (recipe, [{"layer": len(recipe.layers)}]),
+        lambda recipe: losses[len(recipe.layers)],
+    )
+    assert found.start.name == "2"
+    assert found.recipe is recipes[1]
+    assert found.fits == [{"layer": 2}]
+    assert list(found.perplexities.items()) == [("2", 3.0), ("3", 3.0), ("4", 4.0), ("1", 5.0)]
+    assert found.perplexity == 3.0
+    assert found.told() == "held-out perplexity from the recipe 2 3.00, 3 3.00, 4 4.00, 1 5.00"
+
+
+def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(
+    model_folder: Any, text_file: Path, tmp_path: Path
+) -> None:
+    """Each end is what the fit from that start gives, the best is taken, and a second call only reads it."""
+    model = str(model_folder("llama"))
+    given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
+    run = tmp_path / "run"
+    settings_of_plan = ComeSettings(granularity=2, racing=False, removals=True, finalists=2, blocks=4)
+    intarsia.plan(model, run, layers=3, method="come-p", settings=settings_of_plan, heal_in_loop=True, **given)
+    folder = RunFolder(run)
+    source = Source(
+        model,
+        revision=None,
+        seed=0,
+        device=None,
+        dtype=None,
+        stream=False,
+        memory_bytes=None,
+        progress=Silent(),
+        **given,
+    )
+    settings = ClosedFormSettings()
+    several = 0
+    for entry in folder.log():
+        recipe = folder.recipe(entry["layers"])
+        begin = beginnings(folder, recipe, source.checkpoint.anatomy)
+        several += len(begin) > 2
+        tried = [each for each in entry["evidence"]["repair"]["finalists"] if "of" in each]
+        tried.sort(key=lambda each: min(each["held_out_loss"]))
+        whole = identity(recipe.variants[0], families.DEPTH).layers
+        blocks = [(*whole[: each["replaced"][0]], *whole[each["replaced"][1] :]) for each in tried]
+        others = [layers for layers in blocks if layers != recipe.layers]
+        bare = 1 + bool(recipe.fitted)
+        assert [start.recipe.layers for start in begin[bare:]] == others[:2]
+        assert all(not start.recipe.fitted for start in begin[1:])
+        assert len(begin) <= starts_at_most(settings_of_plan, in_loop=True) == 4
+
+        found = repaired(run, recipe, source, settings=settings, batch_tokens=None)
+        assert found.fresh
+        by_hand = {}
+        corpus = source.corpus
+        kept = [index for index in range(len(corpus)) if index % settings.held_out == 0]
+        for start in begin:
+            fitted, _ = fit(start.recipe, source.resident, corpus, settings=settings)
+            by_hand[start.name] = loss_of(fitted, source, corpus.input_ids[kept])
+        heal = found.recipe.provenance["heal"]
+        assert list(heal["starts"]) == sorted(by_hand, key=lambda name: by_hand[name])
+        for name, value in heal["starts"].items():
+            assert np.log(value) == pytest.approx(by_hand[name], rel=1e-6)
+        first = next(iter(heal["starts"]))
+        assert found.taken == (heal["starts"][first] < heal["stages"][0]["held_out_perplexity"])
+        chosen = next(start for start in begin if start.name == first)
+        if found.taken:
+            assert found.start == chosen.name
+            assert found.recipe.layers == chosen.recipe.layers
+            assert found.goes_on == (chosen is begin[0])
+        again = repaired(run, recipe, source, settings=settings, batch_tokens=None)
+        assert not again.fresh
+        assert codec.content_hash(again.recipe) == codec.content_hash(found.recipe)
+        assert again.start == found.start
+    assert several
+    assert starts_at_most(ComeSettings(), in_loop=False) == 1
+    assert starts_at_most(None, in_loop=True) == starts_at_most(ComeSettings(), in_loop=True) == 2
+    assert starts_at_most(ComeSettings(blocks=1), in_loop=True) == 3
+
+
+def loss_of(recipe: Recipe, source: Source, ids_BT: Any) -> float:
+    """Mean next-token loss, by the definition."""
+    logits = Chain(recipe, source.resident)(ids_BT).logits.float()
+    return float(cross_entropy(logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()))
