@@ -1,6 +1,6 @@
 """What each stage of healing gives the demo model, at several depths.
 
-Cut by each of `--methods` (removal by calibration loss, CoMe-P, and CoMe-P that is repaired as it goes: plainly
+Cut by each of `--methods` (removal by calibration loss, of one block, CoMe-P, and CoMe-P repaired as it goes: plainly
 and `--thorough`), then the closed form over all layers on 64k tokens (as `compress` does it, where the model is
 repaired as it goes); of `--train` also layerwise distillation on 500k on top, and end-to-end distillation on 200k on
 top of that. `--against 25` adds, at that depth, end-to-end distillation alone for as long as both took together, and
@@ -30,7 +30,7 @@ IN_LOOP = {
     "come-p-thorough": ComeSettings(**THOROUGH),
 }
 CUTS = ("come-p", "sleb")
-METHODS = (*CUTS, *IN_LOOP)
+METHODS = (*CUTS, "angular", *IN_LOOP)
 TEXTS = ("WikiText-2", "news")
 # Found on the model cut to 21 layers (dev/LOG.md); the learning rates are those of a small model.
 LAYERWISE = LayerwiseSettings(inputs="student", kl=0.0, lr=1e-3, patience=10)

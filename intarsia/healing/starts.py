@@ -60,9 +60,8 @@ def starts(recipe: Recipe, anatomy: Anatomy) -> list[Start]:
     What was trained is not done again by a closed form, so it is no such second start.
     """
     found = [Start(name=AS_IT_IS, recipe=recipe)]
-    if recipe.fitted and {name for tensors in recipe.fitted.values() for name in tensors} <= _closed_form_names(
-        anatomy
-    ):
+    names = {name for tensors in recipe.fitted.values() for name in tensors}
+    if names and names <= _closed_form_names(anatomy):
         found.append(Start(name="with nothing fitted", recipe=replace(recipe, fitted={})))
     return found
 

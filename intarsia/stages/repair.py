@@ -175,5 +175,5 @@ def _result(recipe: Recipe, path: Path, *, fresh: bool) -> Repaired:
         taken=heal["stages"][-1]["taken"],
         read_outs=sum(row["ridge"] is not None for row in heal["read_outs"]),
         tokens=heal["text"]["tokens"],
-        start=next(iter(heal["starts"]), None) if "starts" in heal else None,
+        start=min(heal["starts"], key=heal["starts"].get) if "starts" in heal else None,
     )
