@@ -167,6 +167,8 @@ def compress(
 
     if eval_text is None:
         corpus = held_out_text(source)
+        if corpus is None:
+            progress.say("no perplexity: the calibration text has nothing left to judge by; pass --eval-text")
     small = open_checkpoint(str(out), progress=progress)
     dense = source.checkpoint
     before, after = measured(source, small, corpus, unhealed=bare(recipe))

@@ -35,10 +35,6 @@ from intarsia.stages.placement import placement
 
 Stages = Sequence[str]
 
-_FOR_STRENGTH = 32
-"""One sequence in so many only chooses the closed form's ridge strength: text of its own says whether a fit is taken,
-so that fewer do than in `compress`, and more are fitted on."""
-
 
 def heal(
     source: Path,
@@ -123,7 +119,7 @@ def heal(
         teacher=None if teacher is None else taught,
         run=run,
         placement=replace(placed, devices=(where,)),
-        closed_form=closed_form or replace(LAST, held_out=_FOR_STRENGTH),
+        closed_form=closed_form or LAST,
         layerwise=replace(layerwise or LayerwiseSettings(), seed=seed),
         end_to_end=end_to_end,
         scheduler=scheduler,

@@ -126,20 +126,25 @@ def _measures(checkpoint: Checkpoint, speed: Speed | None, found: Perplexity | N
     )
 
 
-def held_out_text(source: Source) -> Corpus | None:
-    """Text of the calibration's kind that was not calibrated on; None where there is no more."""
-    held_out = max(source.tokens // source.seq_len // _HELD_OUT, 1) * source.seq_len
+def held_out_text(source: Source, *, place: int = 0) -> Corpus | None:
+    """Text of the calibration's kind that was not calibrated on; None where there is no more.
+
+    Args:
+        place: which of several such texts, each behind the one before: what one is chosen by is not judged by it too.
+    """
+    sequences = max(source.tokens // source.seq_len // _HELD_OUT, 1)
+    held_out = sequences * source.seq_len
     if source.calibration == "self":
-        written = source.text(tokens=held_out, seed=source.seed + 1)
+        written = source.text(tokens=held_out, seed=source.seed + 1 + place)
         return replace(written, description="further text that the model wrote itself")
     corpus: Corpus | None = None
     used = source.corpus.input_ids
+    begin = len(used) + place * sequences
     with suppress(UserError):  # the sequences behind those of the calibration: the same sources, seed and order
-        corpus = source.text(tokens=source.tokens + held_out)
+        corpus = source.text(tokens=source.tokens + (1 + place) * held_out)
     # A source that is so large that it is only sampled may be sampled otherwise for more tokens.
-    if corpus is None or not torch.equal(corpus.input_ids[: len(used)], used):
-        source.progress.say("no perplexity: the calibration text has nothing left to judge by; pass --eval-text")
+    if corpus is None or len(corpus) <= begin or not torch.equal(corpus.input_ids[: len(used)], used):
         return None
-    rest = corpus.input_ids[len(used) :]
-    mask = None if corpus.mask is None else corpus.mask[len(used) :]
+    rest = corpus.input_ids[begin:]
+    mask = None if corpus.mask is None else corpus.mask[begin:]
     return Corpus.of(rest, mask=mask, description=f"held-out part of {corpus.description}", documents=corpus.documents)

@@ -8,18 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.nn.functional import cross_entropy
 
 import intarsia
 from intarsia.evaluation.chain import Chain
 from intarsia.healing.closed_form import fit
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
 from intarsia.healing.starts import Start, best_end, starts
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings
 from intarsia.progress import Silent
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Fitted, Recipe, identity
+from intarsia.stages.judge import held_out_text
 from intarsia.stages.repair import beginnings, repaired, starts_at_most
 from intarsia.stages.source import Source
 from tests import families
@@ -82,19 +84,15 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(
     settings_of_plan = ComeSettings(granularity=2, racing=False, removals=True, finalists=2, blocks=4)
     intarsia.plan(model, run, layers=3, method="come-p", settings=settings_of_plan, heal_in_loop=True, **given)
     folder = RunFolder(run)
-    source = Source(
-        model,
-        revision=None,
-        seed=0,
-        device=None,
-        dtype=None,
-        stream=False,
-        memory_bytes=None,
-        progress=Silent(),
-        **given,
-    )
+    source = source_of(model, given)
     settings = ClosedFormSettings()
     several = 0
+    judges = held_out_text(source, place=1)
+    assert judges is not None
+    assert len(judges) == 2
+    behind = source.text(tokens=512 + 4 * 32).input_ids
+    assert torch.equal(judges.input_ids, behind[-2:])  # the two before are what the result is judged by
+    assert torch.equal(held_out_text(source).input_ids, behind[-4:-2])
     for entry in folder.log():
         recipe = folder.recipe(entry["layers"])
         begin = beginnings(folder, recipe, source.checkpoint.anatomy)
@@ -113,10 +111,9 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(
         assert found.fresh
         by_hand = {}
         corpus = source.corpus
-        kept = [index for index in range(len(corpus)) if index % settings.held_out == 0]
         for start in begin:
             fitted, _ = fit(start.recipe, source.resident, corpus, settings=settings)
-            by_hand[start.name] = loss_of(fitted, source, corpus.input_ids[kept])
+            by_hand[start.name] = loss_of(fitted, source, judges.input_ids)
         heal = found.recipe.provenance["heal"]
         assert list(heal["starts"]) == sorted(by_hand, key=lambda name: by_hand[name])
         for name, value in heal["starts"].items():
@@ -136,6 +133,41 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(
     assert starts_at_most(ComeSettings(), in_loop=False) == 1
     assert starts_at_most(None, in_loop=True) == starts_at_most(ComeSettings(), in_loop=True) == 2
     assert starts_at_most(ComeSettings(blocks=1), in_loop=True) == 3
+
+
+def test_where_no_text_is_left_the_held_out_sequences_judge(
+    model_folder: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And there are then as many of them as without such text."""
+    model = str(model_folder("llama"))
+    given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
+    run = tmp_path / "run"
+    intarsia.plan(model, run, layers=4, heal_in_loop=True, **given)
+    source = source_of(model, given)
+    recipe = RunFolder(run).recipe(4)
+    assert recipe.fitted
+    monkeypatch.setattr("intarsia.stages.repair.held_out_text", lambda source, place: None)
+    heal = repaired(run, recipe, source, settings=LAST, batch_tokens=None).recipe.provenance["heal"]
+    assert heal["settings"]["closed-form"]["held_out"] == 8
+    kept = source.corpus.input_ids[::8]
+    assert len(heal["starts"]) == 2
+    for start in beginnings(RunFolder(run), recipe, source.checkpoint.anatomy):
+        fitted, _ = fit(start.recipe, source.resident, source.corpus, settings=replace(LAST, held_out=8))
+        assert np.log(heal["starts"][start.name]) == pytest.approx(loss_of(fitted, source, kept), rel=1e-6)
+
+
+def source_of(model: str, given: dict[str, Any]) -> Source:
+    return Source(
+        model,
+        revision=None,
+        seed=0,
+        device=None,
+        dtype=None,
+        stream=False,
+        memory_bytes=None,
+        progress=Silent(),
+        **given,
+    )
 
 
 def loss_of(recipe: Recipe, source: Source, ids_BT: Any) -> float:
