@@ -4,9 +4,8 @@ Cut by each of `--methods` (removal by calibration loss, of one block, CoMe-P, a
 and `--thorough`), then the closed form over all layers on 64k tokens (as `compress` does it, where the model is
 repaired as it goes); of `--train` also layerwise distillation on 500k on top, and end-to-end distillation on 200k on
 top of that. `--against 25` adds, at that depth, end-to-end distillation alone for as long as both took together, and
-the same training of the plainly cut model. Texts
-as in the benchmark `quality`, whose ladders are used where they are there. Every row is kept: a stopped benchmark goes
-on where it was.
+the same training of the plainly cut model. Texts as in the benchmark `quality`, whose ladders are used where they are
+there. Every row is kept: a stopped benchmark goes on where it was.
 
     python -m benchmarks heal --data ../shared/data/text -o out/bench/heal
 """

@@ -138,3 +138,11 @@ class Original:
             self.store.put(behind, rows.start, h_BTD)
 
         self.batches.each(work, self._all)
+
+
+def kept_whole(resident: Resident, batches: Batches, *, room: Room, progress: Progress) -> Original | None:
+    """One that keeps every depth, for several fits to share; None where memory has no room for all of them."""
+    state = batches.corpus.input_ids.numel() * resident.anatomy.width * resident.model.dtype.itemsize
+    if (resident.anatomy.n_layers + 1) * state > room.memory_bytes:
+        return None
+    return Original(resident, batches, keep=True, room=room, progress=progress)

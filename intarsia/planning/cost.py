@@ -1,8 +1,7 @@
 """What a plan will cost, before it starts.
 
-The unit is a layer-forward over the calibration set. How much of the model lies behind a change is not known before
-it is chosen, so the cost is an upper bound: every change at the front. Memory is that of the part of the work that
-needs most: a layer on a batch, a loss from logits, or a closed-form fit.
+Layer-forwards are counted in `intarsia.planning.forwards`. Memory is that of the part of the work that needs most: a
+layer on a batch, a loss from logits, or a closed-form fit.
 """
 
 from __future__ import annotations
@@ -10,15 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from intarsia.anatomy.spec import Anatomy
 from intarsia.healing.closed_form_cost import closed_form_cost_at_most
 from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.healing.layer_fit import passes
-from intarsia.planning.blocks import NEAREST
-from intarsia.planning.laco import SEQUENCES
-from intarsia.planning.settings import RECONSTRUCTION_TOKENS, ComeSettings, LacoSettings, Settings, layers_at_once
+from intarsia.planning.forwards import first_forwards, plan_forwards, reconstructed_tokens
+from intarsia.planning.settings import Settings
 from intarsia.planning.sizes import FITTED_LAYERS, JUDGED_TOKENS, STREAMED_LOGIT_BYTES, Held, Sizes
-from intarsia.planning.taylor import LAYERS_A_PASS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +64,10 @@ def predict(
         in_loop: how what a step changes is repaired before the next, if it is.
     """
     depth = sizes.anatomy.n_layers
-    steps, forwards = _forwards(method, settings, sizes.anatomy, target, tokens, seq_len, in_loop)
+    steps, forwards = plan_forwards(method, settings, sizes.anatomy, target, tokens, seq_len, in_loop)
     # Taylor keeps the gradient at one depth besides the hidden states; what measures nothing keeps none of them.
-    kept_depths = 0 if not _once(method, depth) else depth + (2 if method.startswith("taylor") else 1)
-    judged = tokens if in_loop is not None else _reconstructed(settings, tokens)
+    kept_depths = 0 if not first_forwards(method, depth) else depth + (2 if method.startswith("taylor") else 1)
+    judged = tokens if in_loop is not None else reconstructed_tokens(settings, tokens)
     hidden = sizes.hidden(kept_depths * tokens + depth * judged)  # the original's, beside the model's own
     cost = Cost(
         steps=steps,
@@ -98,20 +93,33 @@ def predict(
 
 
 def with_closed_form(
-    cost: Cost, sizes: Sizes, settings: ClosedFormSettings, *, target: int, tokens: int, held: Held, starts: int = 1
+    cost: Cost,
+    sizes: Sizes,
+    settings: ClosedFormSettings,
+    *,
+    target: int,
+    tokens: int,
+    held: Held,
+    starts: int = 1,
+    judged: int | None = None,
 ) -> Cost:
     """The same with a closed-form repair of the `target` layers on the same tokens, and with what judges it.
 
     Args:
         starts: so many fits are made, one after the other, and the best is kept.
+        judged: on so many tokens every end, and the model as it was cut, is judged; the held-out sequences by default.
     """
+    judged = tokens // settings.held_out if judged is None else judged
     depth = sizes.anatomy.n_layers
     forwards = starts * closed_form_cost_at_most(depth, target, settings, sizes.anatomy)
     fitted, changed = _fitted_at_most(sizes, settings, target)
-    hidden = sizes.hidden((2 + fitted) * tokens)
+    # Several fits share the original's states at every depth, where there is room for them.
+    shared = sizes.hidden((depth + 1) * tokens) if starts > 1 else 0
+    own = sizes.hidden((2 + fitted) * tokens)
+    hidden = max(own, shared + sizes.hidden(tokens)) if shared <= held.memory_bytes else own
     cost = replace(
         cost,
-        heal_forwards_at_most=forwards + math.ceil((1 + starts) * target / settings.held_out),
+        heal_forwards_at_most=forwards + math.ceil((1 + starts) * target * judged / tokens),
         hidden_bytes=max(cost.hidden_bytes, hidden),
         spilled_bytes=max(cost.spilled_bytes, hidden - held.memory_bytes),
     )
@@ -121,9 +129,9 @@ def with_closed_form(
     kept = sizes.fitted(fitted, attention=_attention_at_most(settings, fitted, changed))
     recipe = min(starts, 2) * kept  # the best one's so far, and what is fitted
     cost = _with_peak(cost, sizes, held, fitting, hidden=hidden, recipe=recipe)
-    # Then the fitted layers are made, and judged by held-out tokens.
-    judged = held.weights(sizes, made=fitted + changed, layers=0) + _judged(sizes, held, tokens // settings.held_out)
-    return _with_peak(cost, sizes, held, judged, hidden=sizes.hidden(tokens) if held.stream else 0, recipe=recipe)
+    # Then the fitted layers are made, and judged.
+    judging = held.weights(sizes, made=fitted + changed, layers=0) + _judged(sizes, held, judged)
+    return _with_peak(cost, sizes, held, judging, hidden=sizes.hidden(tokens) if held.stream else 0, recipe=recipe)
 
 
 def with_judging(
@@ -179,79 +187,5 @@ def _with_peak(cost: Cost, sizes: Sizes, held: Held, part: int, *, hidden: int, 
     )
 
 
-def _forwards(
-    method: str,
-    settings: Settings | None,
-    anatomy: Anatomy,
-    target: int,
-    tokens: int,
-    seq_len: int,
-    in_loop: ClosedFormSettings | None,
-) -> tuple[int, int]:
-    """Steps, and layer-forwards at most."""
-    depth = anatomy.n_layers
-    width = layers_at_once(settings)
-    forwards, steps, current = _once(method, depth), 0, depth
-    while current > target:
-        count = min(width, current - target + 1)
-        after = current - (count - 1)
-        if isinstance(settings, ComeSettings):
-            # The first step has one model before it; behind every step each of the beam is measured.
-            forwards += _come_step(method, settings, current, count, tokens) * (settings.beam if steps else 1)
-            forwards += (settings.beam - 1) * after
-        elif isinstance(settings, LacoSettings):
-            # Every layer may be tried, with all layers run, on a few sequences; once more, the original model is.
-            tried = current * after + (depth if not steps else 0)
-            forwards += math.ceil(tried * min(1.0, SEQUENCES / max(tokens // seq_len, 1))) + after
-        elif method == "sleb":
-            forwards += current * (current - 1) // 2 + after
-        if in_loop is not None:
-            # The layer that is put in, and the one before it, whose span may have grown. Held-out loss without the fit
-            # decides whether it is taken; if it is not, the model is measured once more.
-            fits = min(after, 1 if method == "sleb" else 2) * passes(anatomy, in_loop.changed)
-            finalists = settings.finalists if isinstance(settings, ComeSettings) and method == "come-p" else 1
-            if finalists == 1:
-                forwards += fits + after + math.ceil(after / in_loop.held_out)
-            else:
-                # Held-out loss without and with the fit; where two layers are fitted, the model as it was is measured
-                # anew behind the first.
-                forwards += finalists * (fits + current + math.ceil(2 * after / in_loop.held_out))
-            if isinstance(settings, ComeSettings) and method == "come-p" and settings.blocks:
-                # Held-out loss of the nearest blocks, a fit and the loss with it of some; and all of the model is new.
-                one = passes(anatomy, in_loop.changed) + math.ceil(after / in_loop.held_out)
-                forwards += NEAREST * math.ceil(after / in_loop.held_out) + settings.blocks * one + after
-        current, steps = after, steps + 1
-    return steps, forwards
-
-
 def _gb(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB"
-
-
-def _once(method: str, depth: int) -> int:
-    """Layer-forwards before the first decision."""
-    if method in ("magnitude", "magnitude+", "reverse"):
-        return 0
-    return depth * (1 + LAYERS_A_PASS) if method in ("taylor", "taylor+") else depth
-
-
-def _reconstructed(settings: Settings | None, tokens: int) -> int:
-    """Tokens on which spans are judged by their reconstruction."""
-    chosen = isinstance(settings, ComeSettings) and settings.span_choice == "reconstruction"
-    return min(tokens, RECONSTRUCTION_TOKENS) if chosen else 0
-
-
-def _come_step(method: str, settings: ComeSettings, current: int, count: int, tokens: int) -> int:
-    """Layer-forwards of one step that makes `count` of `current` layers one."""
-    after = current - (count - 1)
-    forwards = after
-    if settings.span_choice == "sleb":
-        forwards += sum(current - start - count for start in range(current - count + 1))
-    # A layer-forward for each span, on part of the tokens.
-    forwards += math.ceil(after * _reconstructed(settings, tokens) / max(tokens, 1))
-    if method == "come-p":
-        spans = min(settings.spans, after)
-        forwards += spans * math.comb(settings.granularity + count - 1, count - 1) * after
-        if settings.removals:  # count - 1 adjacent layers, wherever they are
-            forwards += sum(after - start for start in range(after + 1))
-    return forwards

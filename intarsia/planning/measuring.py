@@ -16,10 +16,10 @@ from intarsia.calibration.taps import read_outs
 from intarsia.planning.scores import angular_distance
 
 if TYPE_CHECKING:
-    from intarsia.planning.intermediate import Intermediate
+    from intarsia.planning.measured import Measured
 
 
-def measure_layer(model: Intermediate, index: int, module: nn.Module, advance: Callable[[], None]) -> LayerMeasure:
+def measure_layer(model: Measured, index: int, module: nn.Module, advance: Callable[[], None]) -> LayerMeasure:
     """Run a layer (awake) from the hidden states before it; those behind it are kept."""
     measure = LayerMeasure()
     source = model.ops[index].sources[0].layer
@@ -46,7 +46,7 @@ def measure_layer(model: Intermediate, index: int, module: nn.Module, advance: C
     return measure
 
 
-def measure_new_last(model: Intermediate) -> LayerMeasure:
+def measure_new_last(model: Measured) -> LayerMeasure:
     """The influence of a layer that has become the last one: its output now counts behind the final norm."""
     fresh = LayerMeasure(channels=model.measures[-1].channels)
     for part, ids, mask in model.batches.over():
@@ -55,7 +55,7 @@ def measure_new_last(model: Intermediate) -> LayerMeasure:
     return fresh
 
 
-def measure_loss(model: Intermediate, advance: Callable[[], None]) -> None:
+def measure_loss(model: Measured, advance: Callable[[], None]) -> None:
     """The loss of every sequence, from the hidden states behind the last layer."""
 
     def work(part: slice, ids: Tensor, mask: Tensor | None) -> None:
@@ -66,7 +66,7 @@ def measure_loss(model: Intermediate, advance: Callable[[], None]) -> None:
 
 
 def distances(
-    model: Intermediate, start: int, count: int, tokens: Literal["all-tokens", "last-token"]
+    model: Measured, start: int, count: int, tokens: Literal["all-tokens", "last-token"]
 ) -> tuple[float, int]:
     """arccos(cos(H^start, H^{start+count})) / pi, added up over tokens, and how many these are."""
     total, number = 0.0, 0
@@ -79,7 +79,7 @@ def distances(
     return total, number
 
 
-def output(model: Intermediate, depth: int, part: slice, ids: Tensor, mask: Tensor | None) -> Tensor:
+def output(model: Measured, depth: int, part: slice, ids: Tensor, mask: Tensor | None) -> Tensor:
     """H^depth of some sequences; of the last layer behind the final norm, where that is wanted."""
     h_BTD = model.hidden_at(depth, part)
     if model.behind_final_norm and depth == model.depth:

@@ -10,7 +10,7 @@ from typing import Any
 from intarsia.calibration.batches import Batches
 from intarsia.healing.closed_form_cost import closed_form_cost
 from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.healing.original import Original
+from intarsia.healing.original import Original, kept_whole
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.comparison import DENSE
 from intarsia.stages.compare_folder import CompareFolder, Key
@@ -119,12 +119,10 @@ class Work:
         source, measured = self.source, self.ladders.original()
         if measured is not None or self._original is not None:
             return measured or self._original
-        anatomy, corpus, room = source.checkpoint.anatomy, source.corpus, source.placement.room(self.folder.path)
-        states = corpus.input_ids.numel() * anatomy.width * source.resident.model.dtype.itemsize
-        if (anatomy.n_layers + 1) * states > room.memory_bytes:
-            return None
-        batches = Batches(corpus, source.resident.device, batch_tokens=self.batch_tokens, progress=source.progress)
-        self._original = Original(source.resident, batches, keep=True, room=room, progress=source.progress)
+        resident, progress = source.resident, source.progress
+        batches = Batches(source.corpus, resident.device, batch_tokens=self.batch_tokens, progress=progress)
+        room = source.placement.room(self.folder.path)
+        self._original = kept_whole(resident, batches, room=room, progress=progress)
         return self._original
 
     def _has(self, key: Key) -> bool:

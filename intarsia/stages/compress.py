@@ -23,7 +23,7 @@ from intarsia.recipe import codec
 from intarsia.reporting.card import model_card
 from intarsia.stages.build import build_recipe, card_facts, read_recipe
 from intarsia.stages.compress_result import CompressResult, bare, healed
-from intarsia.stages.judge import held_out_text, measured
+from intarsia.stages.judge import held_out_text, held_out_tokens, measured
 from intarsia.stages.plan import PlanResult, plan_source
 from intarsia.stages.plan_input import check_method
 from intarsia.stages.repair import HEALS, repaired, starts_at_most
@@ -130,7 +130,7 @@ def compress(
         source,
         closed_form if heal == "closed-form" else None,
         batch_tokens,
-        judged=tokens // 8 if corpus is None else corpus.input_ids.numel(),
+        judged=held_out_tokens(source) if corpus is None else corpus.input_ids.numel(),
         starts=starts_at_most(settings, in_loop=heal_in_loop),
     )
     result = CompressResult(
@@ -208,7 +208,16 @@ def _predicted(
     held = source.placement.held(batch_tokens)
     cost = planned.predicted
     if closed_form is not None:
-        cost = with_closed_form(cost, sizes, closed_form, target=target, tokens=source.tokens, held=held, starts=starts)
+        cost = with_closed_form(
+            cost,
+            sizes,
+            closed_form,
+            target=target,
+            tokens=source.tokens,
+            held=held,
+            starts=starts,
+            judged=held_out_tokens(source) if starts > 1 else None,
+        )
     return with_judging(cost, sizes, target=target, tokens=judged, held=held, healed=closed_form)
 
 

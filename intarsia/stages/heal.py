@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,9 +29,9 @@ from intarsia.progress import Progress, Silent
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.build import build_recipe, open_variants, read_recipe
-from intarsia.stages.heal_record import Texts
 from intarsia.stages.heal_result import HealResult, layer_errors, provenance
 from intarsia.stages.heal_stages import STAGES, Healing
+from intarsia.stages.heal_texts import Texts, read_texts
 from intarsia.stages.placement import placement
 
 Stages = Sequence[str]
@@ -142,13 +143,26 @@ def heal(
         "processes": launch.world_size(),
         **healing.settings(stages),
     }
+    read = partial(
+        read_texts,
+        recipe,
+        base,
+        healing.writer,
+        data=data,
+        tokens=tokens,
+        seq_len=seq_len,
+        fit_tokens=fit_tokens,
+        eval_windows=eval_windows,
+        seed=seed,
+        progress=progress,
+    )
     texts: Texts | None = None
     if main:
         # A run folder is begun when all of the input is known to be good: another call may then use the same one.
-        texts = healing.texts(data, tokens, seq_len, fit_tokens, eval_text, eval_windows, seed)
+        texts = read(eval_text=eval_text)
         RunFolder.start(run, settings).pin("text", texts.facts())
     barrier()  # the first process has written what the others find in caches
-    texts = texts or healing.texts(data, tokens, seq_len, fit_tokens, (), eval_windows, seed)
+    texts = texts or read(eval_text=())
     results = healing.run_stages(stages, texts)
     final = results[-1].recipe
     final = replace(final, provenance={**recipe.provenance, "heal": provenance(settings, texts.train, results)})

@@ -7,28 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.calibration.corpus import Corpus
 from intarsia.disk import full_disk_named, read_json, write_whole
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class Texts:
-    """What is trained on, what is measured on, and how much of the first the closed form takes."""
-
-    train: Corpus
-    held_out: Corpus
-    fit: Corpus
-    evaluation: tuple[Corpus, ...]
-
-    def facts(self) -> dict[str, Any]:
-        """What a continued run must find again."""
-        return {
-            "train": {"sha256": self.train.sha256, "tokens": self.train.tokens},
-            "held_out": {"sha256": self.held_out.sha256, "tokens": self.held_out.tokens},
-            "evaluation": {text.description: text.sha256 for text in self.evaluation},
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +59,3 @@ def read_result(record: Path) -> StageResult:
     remedy = "Delete it; that stage of healing is then done again."
     facts = read_json(record.with_suffix(".json"), expected="what a stage of healing gave", remedy=remedy)
     return StageResult(recipe=codec.load(record.with_suffix(".yaml")), **facts)
-
-
-def seen_tokens(recipe: Recipe, corpus: Corpus, seed: int) -> int:
-    """Tokens of this very text, from the first on, that what a recipe holds was fitted on."""
-    told = recipe.provenance.get("calibration") or {}
-    same = {"text": corpus.description, "seq_len": corpus.seq_len, "seed": seed}
-    fits = bool(recipe.fitted) and all(told.get(name) == value for name, value in same.items())
-    return int(told.get("tokens", 0)) if fits else 0

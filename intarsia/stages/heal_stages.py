@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,30 +12,28 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from intarsia.building.resident import Resident, load_model
-from intarsia.calibration.loading import load_corpus
+from intarsia.calibration.batches import Batches
 from intarsia.checkpoint.cache import cache_folder
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.scan import scan
-from intarsia.evaluation.perplexity import eval_corpus
 from intarsia.healing import closed_form, end_to_end, launch, layerwise
 from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.cluster import connect
+from intarsia.healing.original import Original, kept_whole
 from intarsia.healing.quality import quality
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
-from intarsia.healing.starts import best_end, held_out_perplexity, starts
+from intarsia.healing.starts import held_out_perplexity, starts
 from intarsia.healing.teacher import Teacher
 from intarsia.healing.whole_training import lesson_depths
 from intarsia.progress import Progress
 from intarsia.recipe.recipe import Recipe
-from intarsia.stages.heal_record import StageResult, Texts, read_result, seen_tokens, write_result
+from intarsia.stages.ends import best_of, forget
+from intarsia.stages.heal_record import StageResult, read_result, write_result
+from intarsia.stages.heal_texts import Texts
 from intarsia.stages.placement import Placement, refuse_self_text
-from intarsia.stages.setup import load_tokenizer
 
 CUT = "cut"  # the model as it came
 STAGES = ("closed-form", "layerwise", "end-to-end")
-
-_MOST_HELD_OUT = 16384  # tokens: measuring should not take longer than training
-_HELD_OUT = 16  # one in so many sequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,49 +81,12 @@ class Healing:
         }
         return {stage: found[stage] for stage in STAGES if stage in stages}
 
-    def texts(
-        self,
-        data: str | Sequence[str],
-        tokens: int,
-        seq_len: int,
-        fit_tokens: int,
-        eval_text: Sequence[str],
-        eval_windows: int,
-        seed: int,
-    ) -> Texts:
-        """Training, held-out and evaluation text.
+    def writer(self) -> PreTrainedModel:
+        """The model, to write text with.
 
         Raises:
-            UserError: one cannot be read or is too short.
+            UserError: it is streamed.
         """
-        tokenizer = load_tokenizer(self.base)
-        load = partial(
-            load_corpus,
-            data,
-            tokenizer,
-            seq_len=seq_len,
-            seed=seed,
-            model_for_self=self._writer,
-            self_cache_key=scan(self.base, self.progress),
-            progress=self.progress,
-        )
-        corpus = load(tokens=tokens)
-        number = max(1, min(round(len(corpus) / _HELD_OUT), _MOST_HELD_OUT // seq_len))
-        train, held_out = corpus.split(1.0 - number / len(corpus) if len(corpus) > 1 else 0.5)
-        seen = seen_tokens(self.recipe, corpus, seed)
-        if seen > train.tokens:
-            # A longer text begins with the same sequences: what judges is taken from behind those.
-            self.progress.say(f"{seen} tokens of this text were fitted on before: what is held out comes behind them")
-            longer = load(tokens=seen + len(held_out) * seq_len)
-            held_out = longer.split(1.0 - len(held_out) / len(longer))[1]
-        return Texts(
-            train=train,
-            held_out=replace(held_out, description="held-out text"),
-            fit=train.take(max(1, min(len(train), fit_tokens // seq_len))),
-            evaluation=tuple(eval_corpus(text, tokenizer, seq_len=seq_len, windows=eval_windows) for text in eval_text),
-        )
-
-    def _writer(self) -> PreTrainedModel:
         if self.placement.stream:
             raise refuse_self_text("--data")
         return self.resident.model
@@ -150,6 +111,8 @@ class Healing:
             results.append(read_result(record))
             if main and stage == "end-to-end":
                 end_to_end.clear(work)
+            if main and stage == "closed-form":
+                forget(work)
         return results
 
     def _judged(
@@ -193,7 +156,7 @@ class Healing:
         if stage == CUT:
             return recipe, []
         if stage == "closed-form":
-            return self._closed_form(recipe, texts)
+            return self._closed_form(recipe, texts, folder)
         if stage == "layerwise":
             return self._layerwise(recipe, texts, folder)
         return end_to_end.train(
@@ -210,17 +173,34 @@ class Healing:
             progress=self.progress,
         )
 
-    def _closed_form(self, recipe: Recipe, texts: Texts) -> tuple[Recipe, list[dict[str, Any]]]:
-        given: dict[str, Any] = {"room": self.placement.room(self.run), "progress": self.progress}
+    def _closed_form(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:
+        room, progress = self.placement.room(self.run), self.progress
+        beginnings = starts(recipe, self.base.anatomy)
+        original: Original | None = None
+        if len(beginnings) > 1:
+            batches = Batches(texts.fit, self.resident.device, progress=progress)
+            original = kept_whole(self.resident, batches, room=room, progress=progress)
 
         def fit(start: Recipe) -> tuple[Recipe, list[dict[str, Any]]]:
-            return closed_form.fit(start, self.resident, texts.fit, settings=self.closed_form, **given)
+            return closed_form.fit(
+                start,
+                self.resident,
+                texts.fit,
+                settings=self.closed_form,
+                original=original,
+                room=room,
+                progress=progress,
+            )
 
-        beginnings = starts(recipe, self.base.anatomy)
         if len(beginnings) == 1:
             return fit(recipe)
-        end = best_end(beginnings, fit, partial(held_out_perplexity, self.resident, texts.held_out, **given))
-        self.progress.say(f"closed form: {end.told()}")
+        judge = partial(held_out_perplexity, self.resident, texts.held_out, room=room, progress=progress)
+        try:
+            end = best_of(beginnings, fit, judge, folder)
+        finally:
+            if original is not None:
+                original.close()
+        progress.say(f"closed form: {end.told()}")
         return end.recipe, end.fits
 
     def _layerwise(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:

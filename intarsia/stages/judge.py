@@ -126,20 +126,24 @@ def _measures(checkpoint: Checkpoint, speed: Speed | None, found: Perplexity | N
     )
 
 
+def held_out_tokens(source: Source) -> int:
+    """Tokens of a held-out text."""
+    return max(source.tokens // source.seq_len // _HELD_OUT, 1) * source.seq_len
+
+
 def held_out_text(source: Source, *, place: int = 0) -> Corpus | None:
     """Text of the calibration's kind that was not calibrated on; None where there is no more.
 
     Args:
         place: which of several such texts, each behind the one before: what one is chosen by is not judged by it too.
     """
-    sequences = max(source.tokens // source.seq_len // _HELD_OUT, 1)
-    held_out = sequences * source.seq_len
+    held_out = held_out_tokens(source)
     if source.calibration == "self":
         written = source.text(tokens=held_out, seed=source.seed + 1 + place)
         return replace(written, description="further text that the model wrote itself")
     corpus: Corpus | None = None
     used = source.corpus.input_ids
-    begin = len(used) + place * sequences
+    begin = len(used) + place * held_out // source.seq_len
     with suppress(UserError):  # the sequences behind those of the calibration: the same sources, seed and order
         corpus = source.text(tokens=source.tokens + (1 + place) * held_out)
     # A source that is so large that it is only sampled may be sampled otherwise for more tokens.

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.anatomy.spec import Anatomy
+from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.disk import full_disk_named
 from intarsia.healing.closed_form import fit
 from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.healing.original import Original
-from intarsia.healing.starts import AS_IT_IS, Start, best_end, held_out_perplexity, starts
+from intarsia.healing.original import Original, kept_whole
+from intarsia.healing.starts import AS_IT_IS, Start, held_out_perplexity, starts
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, Settings
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe, identity
 from intarsia.stages.calibration_text import pin_text
+from intarsia.stages.ends import best_of, forget
 from intarsia.stages.judge import held_out_text
 from intarsia.stages.source import Source
 
@@ -67,7 +69,7 @@ def repaired(
 
     Of several beginnings (see `beginnings`) the one that ends with the least loss of text that nothing was fitted on or
     chosen by is taken, or of the held-out sequences where there is no more text.
-    A fit that is finished is in the run folder, and is only read.
+    A fit that is finished is in the run folder, and is only read; so is each of several, until the best is known.
 
     Args:
         original: its hidden states on the source's text, shared with other fits.
@@ -86,12 +88,18 @@ def repaired(
     # Text, dtype and device are the run's own: it refuses others.
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     kept = run / _FOLDER / f"layers-{len(recipe.layers):03d}-{key}.yaml"
+    ends = kept.with_suffix(".ends")
     if kept.exists():
+        forget(ends)
         source.progress.say(f"{kept}: healed already")
         return _result(codec.load(kept), kept, fresh=False)
     corpus = source.corpus
     pin_text(folder, corpus)
     room, progress = source.placement.room(run), source.progress
+    shared: Original | None = None
+    if original is None and len(begin) > 1:
+        batches = Batches(corpus, source.resident.device, batch_tokens=batch_tokens, progress=progress)
+        original = shared = kept_whole(source.resident, batches, room=room, progress=progress)
     # What every step was chosen by flatters what was chosen: text that nothing has seen tells better between several.
     fresh = held_out_text(source, place=1) if len(begin) > 1 else None
     if fresh is None:
@@ -113,8 +121,12 @@ def repaired(
     def judged(found: Recipe) -> float:
         return held_out_perplexity(source.resident, held_out, found, room=room, progress=progress)
 
-    before = judged(recipe)
-    end = best_end(begin, fitted, judged)
+    try:
+        before = judged(recipe)
+        end = best_of(begin, fitted, judged, ends)
+    finally:
+        if shared is not None:
+            shared.close()
     after = end.perplexity
     taken = after < before
     if len(begin) > 1:
@@ -137,6 +149,7 @@ def repaired(
     with full_disk_named(run):
         kept.parent.mkdir(exist_ok=True)
         codec.save(done, kept)
+    forget(ends)
     return _result(done, kept, fresh=True)
 
 
@@ -160,7 +173,7 @@ def beginnings(folder: RunFolder, recipe: Recipe, anatomy: Anatomy) -> list[Star
 
 
 def starts_at_most(settings: Settings | None, *, in_loop: bool) -> int:
-    """How many beginnings there are, for what is predicted."""
+    """How many beginnings there are at most, for what is predicted."""
     blocks = settings.blocks if isinstance(settings, ComeSettings) else 0
     return 2 + min(LAST_BLOCKS, blocks) if in_loop else 1
 

@@ -156,6 +156,76 @@ def test_where_no_text_is_left_the_held_out_sequences_judge(
         assert np.log(heal["starts"][start.name]) == pytest.approx(loss_of(fitted, source, kept), rel=1e-6)
 
 
+def test_killed_in_the_last_of_several_fits_the_others_are_not_made_again(
+    model_folder: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what comes of it is what comes without being killed, with room for the original's states or without."""
+    model = str(model_folder("llama"))
+    given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
+    run = tmp_path / "run"
+    intarsia.plan(model, run, layers=4, heal_in_loop=True, **given)
+    recipe = RunFolder(run).recipe(4)
+    fits: list[bool] = []  # of each, whether the original's states were shared
+
+    def killed(*args: Any, original: Any, **kwargs: Any) -> Any:
+        if len(fits) == 1:
+            raise KeyboardInterrupt
+        fits.append(original is not None)
+        return fit(*args, original=original, **kwargs)
+
+    def counted(*args: Any, original: Any, **kwargs: Any) -> Any:
+        fits.append(original is not None)
+        return fit(*args, original=original, **kwargs)
+
+    whole = repaired(run, recipe, source_of(model, given), settings=LAST, batch_tokens=None)
+    for path in (run / "healed").iterdir():
+        path.unlink()  # files alone: nothing is left of the ends
+    monkeypatch.setattr("intarsia.stages.repair.fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        repaired(run, recipe, source_of(model, given), settings=LAST, batch_tokens=None)
+    (kept,) = (run / "healed").iterdir()
+    assert len(list(kept.glob("*.yaml"))) == 1
+    monkeypatch.setattr("intarsia.stages.repair.fit", counted)
+    little = replace(source_of(model, given).placement, memory_bytes=1)
+    source = source_of(model, given)
+    source.placement = little
+    resumed = repaired(run, recipe, source, settings=LAST, batch_tokens=None)
+    assert fits == [True, False]
+    assert not kept.exists()
+    assert resumed.recipe.provenance == whole.recipe.provenance
+    assert codec.content_hash(resumed.recipe) == codec.content_hash(whole.recipe)
+
+
+def test_heal_goes_on_behind_the_fits_that_were_finished(
+    model_folder: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(model_folder("llama"))
+    given: dict[str, Any] = {"data": str(text_file), "tokens": 1024, "seq_len": 32, "stages": ["closed-form"]}
+    run = tmp_path / "run"
+    calibration: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
+    intarsia.plan(model, run, layers=4, heal_in_loop=True, **calibration)
+    recipe = tmp_path / "recipe.yaml"
+    codec.save(RunFolder(run).recipe(4), recipe)
+    intarsia.heal(recipe, tmp_path / "whole", **given)
+    fits = 0
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal fits
+        fits += 1
+        if fits == 2:
+            raise KeyboardInterrupt
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr("intarsia.stages.heal_stages.closed_form.fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        intarsia.heal(recipe, tmp_path / "out", **given)
+    intarsia.heal(recipe, tmp_path / "out", **given)
+    assert fits == 3
+    assert not (tmp_path / "out.heal" / "1-closed-form").exists()
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert weights[0] == weights[1]
+
+
 def source_of(model: str, given: dict[str, Any]) -> Source:
     return Source(
         model,

@@ -11,8 +11,8 @@ from intarsia.building.resident import Resident
 from intarsia.errors import UserError
 from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.planning import blocks
-from intarsia.planning.cost import _forwards
 from intarsia.planning.finalists import check_finalists, settle
+from intarsia.planning.forwards import plan_forwards
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step
 from intarsia.planning.repair import Repair, losses_behind
@@ -146,7 +146,9 @@ def test_it_costs_no_more_than_predicted(target: int, resident_of: InMemory, tmp
     resident = resident_of("llama")
     run, _ = go(tmp_path / "run", resident, "come-p", target, settings=ALL, in_loop=ClosedFormSettings())
     corpus = written_by(resident)
-    _, at_most = _forwards("come-p", ALL, resident.anatomy, target, corpus.tokens, corpus.seq_len, ClosedFormSettings())
+    _, at_most = plan_forwards(
+        "come-p", ALL, resident.anatomy, target, corpus.tokens, corpus.seq_len, ClosedFormSettings()
+    )
     assert sum(entry["layer_forwards"] for entry in run.log()) <= at_most
 
 

@@ -54,6 +54,21 @@ def test_streamed_the_closed_form_has_a_layer_and_moments() -> None:
     assert few.peak_memory_bytes == plan.peak_memory_bytes
 
 
+def test_several_fits_share_the_original_where_there_is_room_and_are_judged_by_text_of_their_own() -> None:
+    plan = predict(sizes(), "come", ComeSettings(), target=13, tokens=65536, seq_len=128, held=WHOLE)
+    settings = ClosedFormSettings(held_out=32)
+    one = with_closed_form(plan, sizes(), settings, target=13, tokens=65536, held=WHOLE)
+    four = with_closed_form(plan, sizes(), settings, target=13, tokens=65536, held=WHOLE, starts=4, judged=8192)
+    assert one.heal_forwards_at_most is not None and four.heal_forwards_at_most is not None
+    fits = one.heal_forwards_at_most - 1  # 2 * 13 / 32, rounded up
+    assert four.heal_forwards_at_most == 4 * fits + 9  # 5 * 13 / 8
+    state = 65536 * WIDTH * 2
+    assert one.hidden_bytes == plan.hidden_bytes == 17 * state
+    assert four.hidden_bytes == 18 * state
+    streamed = with_closed_form(plan, sizes(), settings, target=13, tokens=65536, held=STREAMED, starts=4, judged=8192)
+    assert streamed.hidden_bytes == 17 * state
+
+
 def test_in_memory_both_models_are_judged() -> None:
     plan = predict(sizes(), "come", ComeSettings(), target=13, tokens=1024, seq_len=128, held=WHOLE)
     hidden, logits = 17 * 1024 * WIDTH * 2, 512 * VOCABULARY * 2
