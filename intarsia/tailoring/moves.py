@@ -8,11 +8,15 @@ from random import Random
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
 from intarsia.tailoring.space import Space
 
+_EVERYWHERE = 1 / 3
+
 
 def mutate(space: Space, candidate: Candidate, rng: Random) -> Candidate:
     """A candidate one random step away: a swap, or a source, merge, join or scale changed, each kind as likely.
 
-    A space of a single candidate gives that one back.
+    A changed source, merge or scale is one layer's, or one time in three that of all layers which are as it is: what is
+    good for one is often good for all, and a layer alone is hard to see in the cost. A space of a single candidate
+    gives that one back.
     """
     changed = space.changed(candidate.positions)
     kept = [layer for layer in range(space.depth) if layer not in changed]
@@ -31,7 +35,10 @@ def mutate(space: Space, candidate: Candidate, rng: Random) -> Candidate:
         for index in indices:
             options = layer_steps(space, candidate, index).get(kind, [])
             if options:
-                return _with_choice(space, candidate, index, rng.choice(options))
+                choice = rng.choice(options)
+                if kind != "concat" and rng.random() < _EVERYWHERE:
+                    return _everywhere(space, candidate, candidate.choices[index], choice)
+                return _with_choice(space, candidate, index, choice)
     return candidate
 
 
@@ -114,6 +121,12 @@ def _with_choice(space: Space, candidate: Candidate, index: int, choice: Choice)
     choices = _by_occurrence(candidate)
     position = candidate.positions[index]
     choices[position, candidate.positions[:index].count(position)] = choice
+    return space.arrange(space.changed(candidate.positions), choices)
+
+
+def _everywhere(space: Space, candidate: Candidate, old: Choice, new: Choice) -> Candidate:
+    """With another choice for every layer that has this one."""
+    choices = {key: new if choice == old else choice for key, choice in _by_occurrence(candidate).items()}
     return space.arrange(space.changed(candidate.positions), choices)
 
 

@@ -2,7 +2,7 @@
 
 - `random-middle`: the base without layers drawn from its middle, 8 times.
 - a planner's ladder: its recipe at the target depth, as the nearest candidate; and the layers that it keeps, taken from
-  each other member whole.
+  each other member whole, and from all variants merged by each method of the space.
 - an earlier search: its front; where it was measured on the same examples of the same family, all its trials too, each
   at the budget that it had. They are taken into the log, never counted as trials of this search, and not made again.
 """
@@ -18,9 +18,11 @@ from random import Random
 from intarsia.disk import damage_named, write_whole
 from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe
-from intarsia.tailoring.candidate import single
+from intarsia.tailoring.blend_methods import BlendMethod
+from intarsia.tailoring.candidate import Blend, Choice, Keep, single
 from intarsia.tailoring.engine import Start
 from intarsia.tailoring.history import Trial
+from intarsia.tailoring.menu import Menu
 from intarsia.tailoring.pareto import Front
 from intarsia.tailoring.plain import from_plain, to_plain
 from intarsia.tailoring.space import Space
@@ -82,11 +84,22 @@ def _with_members(start: Start, space: Space, name: str) -> Iterator[Start]:
     yield start
     changed = space.changed(start.candidate.positions)
     positions = space.positions(changed)
-    for member in space.menu.singles[1:]:
-        choices = {
-            (position, positions[:index].count(position)): single(member) for index, position in enumerate(positions)
+    everywhere = {f"on {member}": single(member) for member in space.menu.singles[1:]}
+    everywhere |= {f"merged by {method}": Keep(attention=blend) for method, blend in _merged(space.menu)}
+    for how, choice in everywhere.items():
+        choices: dict[tuple[int, int], Choice] = {
+            (position, positions[:index].count(position)): choice for index, position in enumerate(positions)
         }
-        yield Start(candidate=space.arrange(changed, choices), origin=f"warm start: {name} on {member}")
+        yield Start(candidate=space.arrange(changed, choices), origin=f"warm start: {name} {how}")
+
+
+def _merged(menu: Menu) -> Iterator[tuple[BlendMethod, Blend]]:
+    """All variants merged in the usual way of each method; with the base, where a method takes no fewer members."""
+    for method in menu.usable:
+        variants = menu.nearest(menu.members[1:], method, {})
+        blend = variants if variants.method == method else menu.nearest(menu.members, method, {})
+        if blend.method == method:
+            yield method, blend
 
 
 def from_search(

@@ -11,7 +11,10 @@ from intarsia.errors import UserError
 from intarsia.healing.cluster import check_scheduler
 from intarsia.progress import Silent
 from intarsia.recipe.codec import content_hash
+from intarsia.recipe.methods import METHODS as KINDS
+from intarsia.recipe.ops import LayerRef, Merge
 from intarsia.recipe.recipe import Recipe
+from intarsia.tailoring.candidate import Blend, Keep
 from intarsia.tailoring.dask_workers import OnDask, dask_workers
 from intarsia.tailoring.engine import Start
 from intarsia.tailoring.history import EARLIER, History
@@ -21,7 +24,7 @@ from intarsia.tailoring.random_search import random_search
 from intarsia.tailoring.search import Goal, search, words
 from intarsia.tailoring.warm_start import WarmStart, from_recipe, from_search, random_middles
 from intarsia.tailoring.workers import InProcess, Opener, Workers
-from tests.tailoring.conftest import make_translator
+from tests.tailoring.conftest import METHODS, make_translator
 from tests.tailoring.known_costs import OBJECTIVES, Known, OpenDeadly, OpenKnown
 
 BUDGETS = (4, 12, 36)
@@ -163,12 +166,45 @@ def test_a_ladder_as_a_start() -> None:
     plain = space.plain((1, 4))
     starts = from_recipe(translator.recipe(plain), translator, "sleb")
     assert starts[0] == Start(candidate=plain, origin="warm start: sleb")
-    assert [start.origin for start in starts[1:]] == ["warm start: sleb on math", "warm start: sleb on code"]
+    origins = ["on math", "on code", *(f"merged by {method}" for method in METHODS)]
+    assert [start.origin for start in starts[1:]] == [f"warm start: sleb {how}" for how in origins]
     recipe = translator.recipe(starts[1].candidate)
     assert [str(op.sources[0].variant) for op in recipe.layers] == ["math"] * 4
     assert [op.sources[0].layer for op in recipe.layers] == [0, 2, 3, 5]
+    merged = {start.origin.split()[-1]: translator.recipe(start.candidate).layers for start in starts[3:]}
+    for method, layers in merged.items():
+        for op, layer in zip(layers, (0, 2, 3, 5), strict=True):
+            assert isinstance(op, Merge) and op.method == method
+            assert op.sources == (LayerRef(variant="math", layer=layer), LayerRef(variant="code", layer=layer))
+            assert op.base == (LayerRef(variant="base", layer=layer) if KINDS[method].base else None)
+    assert merged["linear"][0].weights == (0.5, 0.5)
+    assert merged["task_arithmetic"][0].weights == (1.0, 1.0)
+    assert merged["ties"][0].params == {"density": 0.6, "lambda": 1.0}
     other = make_translator(target=8)
     assert from_recipe(translator.recipe(plain), other, "sleb") == []
+
+
+def test_where_a_method_takes_more_members_the_base_is_merged_too() -> None:
+    """One variant: it is averaged with the base, or part of its difference to the base is taken."""
+    translator = make_translator()
+    menu = replace(
+        translator.space.menu, members=("base", "math"), methods=("linear", "task_arithmetic", "model_stock")
+    )
+    space = replace(translator.space, menu=menu)
+    plain = space.plain((1, 4))
+    starts = from_recipe(translator.recipe(plain), replace(translator, space=space), "sleb")
+    # All of one difference would be the variant itself, and model stock needs two.
+    assert [start.origin for start in starts] == [
+        "warm start: sleb",
+        "warm start: sleb on math",
+        "warm start: sleb merged by linear",
+        "warm start: sleb merged by task_arithmetic",
+    ]
+    halves = [set(start.candidate.choices) for start in starts[2:]]
+    assert halves == [
+        {Keep(attention=Blend(members=("base", "math"), method="linear", values=(("lead", 0.5),)))},
+        {Keep(attention=Blend(members=("math",), method="task_arithmetic", values=(("lambda", 0.5),)))},
+    ]
 
 
 # Workers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -165,6 +166,22 @@ def test_swap_keeps_what_others_are() -> None:
         for position, choice in other.items():
             if position in candidate.positions and other.positions != candidate.positions:
                 assert choice == dict(candidate.items())[position]
+
+
+def test_a_step_is_taken_by_all_layers_that_are_alike() -> None:
+    """Sometimes; by one of them else. Layers that are otherwise stay as they are."""
+    found = space(MENU, shares=(), scales=(0.9, 1.0))
+    alike, other = Keep(attention=blend("math", "code", method="task_arithmetic", lam=0.5)), single("code")
+    candidate = found.arrange((1, 2), {(0, 0): alike, (3, 0): other, (4, 0): alike})
+    changed: Counter[tuple[int, ...]] = Counter()
+    for seed in range(400):
+        child = mutate(found, candidate, random.Random(seed))
+        if child.positions == candidate.positions:
+            differ = [at for at, choice in child.items() if choice != dict(candidate.items())[at]]
+            assert len({dict(child.items())[at] for at in differ}) == 1
+            changed[tuple(differ)] += 1
+    assert set(changed) == {(0,), (4,), (0, 4), (3,)}
+    assert 0.25 < changed[0, 4] / (changed[0, 4] + changed[0,] + changed[4,]) < 0.42
 
 
 def test_crossover_takes_from_both() -> None:
