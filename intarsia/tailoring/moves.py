@@ -8,15 +8,15 @@ from random import Random
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
 from intarsia.tailoring.space import Space
 
-_EVERYWHERE = 1 / 3
+_EVERYWHERE = 0.2
 
 
 def mutate(space: Space, candidate: Candidate, rng: Random) -> Candidate:
     """A candidate one random step away: a swap, or a source, merge, join or scale changed, each kind as likely.
 
-    A changed source, merge or scale is one layer's, or one time in three that of all layers which are as it is: what is
-    good for one is often good for all, and a layer alone is hard to see in the cost. A space of a single candidate
-    gives that one back.
+    A step from or to a merge is one layer's, or one time in five that of all layers which are as it is: what is good
+    for one is often good for all, and one alone is hard to see in the cost. A space of a single candidate gives that
+    one back.
     """
     changed = space.changed(candidate.positions)
     kept = [layer for layer in range(space.depth) if layer not in changed]
@@ -35,9 +35,9 @@ def mutate(space: Space, candidate: Candidate, rng: Random) -> Candidate:
         for index in indices:
             options = layer_steps(space, candidate, index).get(kind, [])
             if options:
-                choice = rng.choice(options)
-                if kind != "concat" and rng.random() < _EVERYWHERE:
-                    return _everywhere(space, candidate, candidate.choices[index], choice)
+                old, choice = candidate.choices[index], rng.choice(options)
+                if (_is_merged(old) or _is_merged(choice)) and rng.random() < _EVERYWHERE:
+                    return _everywhere(space, candidate, old, choice)
                 return _with_choice(space, candidate, index, choice)
     return candidate
 
@@ -122,6 +122,10 @@ def _with_choice(space: Space, candidate: Candidate, index: int, choice: Choice)
     position = candidate.positions[index]
     choices[position, candidate.positions[:index].count(position)] = choice
     return space.arrange(space.changed(candidate.positions), choices)
+
+
+def _is_merged(choice: Choice) -> bool:
+    return isinstance(choice, Keep) and any(blend and blend.method for blend in (choice.attention, choice.mlp))
 
 
 def _everywhere(space: Space, candidate: Candidate, old: Choice, new: Choice) -> Candidate:
