@@ -91,7 +91,7 @@ def main() -> None:
             planners.members(judge, setting)
             searches.ablation(judge, setting, rows, seeds=seeds, engine=given.ablate_with)
         elif part == "engines":
-            searches.engines(setting, rows, seeds=seeds, names=given.engines)
+            searches.engines(setting, seeds=seeds, names=given.engines)
         elif part == "workers":
             found = workers.run(setting, trials=24)
             (setting.out / "workers.json").write_text(json.dumps(found) + "\n", encoding="utf-8")

@@ -1,9 +1,9 @@
 """Parts `ablation` and `engines`: searches of equal trials, their incumbents judged and healed.
 
-All searches begin with the same candidates: the base without layers of its middle, and what two planners cut from the
-base and from the best variant, as far as the operations can say it. In the ablation the trials of the greatest budget
-are healed before they are scored (`heal: finalists`), for a healed model is what is wanted; engines are compared on
-models as they are cut.
+All searches begin with the base without layers of its middle. Those of the ablation begin also with what two planners
+cut from the base and from the best variant, taken from every member and from their merges, as far as the operations can
+say it; there the trials of the greatest budget are healed before they are scored (`heal: finalists`), for a healed
+model is what is wanted. Engines are compared on models as they are cut, and on what they find themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.tailor_parts.planners import CUT, HEALED, best_variant, plan
 from benchmarks.tailor_parts.setting import ABLATION, Rows, Setting
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_recipe import trial_recipe
-from intarsia.tailoring.family_file import BASE
+from intarsia.tailoring.family_file import BASE, RANDOM_MIDDLE
 
 ENGINES = ("evolve", "smac", "both", "random")
 STARTS = ("sleb", "come-p")
@@ -47,27 +47,35 @@ def ablation(judge: Judge, setting: Setting, rows: Rows, *, seeds: Sequence[int]
     """The same search with one operation more each time."""
     for seed in seeds:
         for operations in ABLATION:
-            name = _search(setting, rows, operations, engine, seed, operations=ABLATION[operations], heal="finalists")
+            planned = [plan(setting, member, method) for member in (BASE, best_variant(rows)) for method in STARTS]
+            starts = [RANDOM_MIDDLE, *map(str, planned)]
+            allowed = ABLATION[operations]
+            name = _search(setting, operations, engine, seed, operations=allowed, starts=starts, heal="finalists")
             _judge(judge, setting, rows, name)
 
 
-def engines(setting: Setting, rows: Rows, *, seeds: Sequence[int], names: Sequence[str]) -> None:
+def engines(setting: Setting, *, seeds: Sequence[int], names: Sequence[str]) -> None:
     """All operations, by every engine."""
     for seed in seeds:
         for engine in names:
-            _search(setting, rows, CURVES, engine, seed, operations=ABLATION[WHOLE], heal="none")
+            _search(setting, CURVES, engine, seed, operations=ABLATION[WHOLE], starts=[RANDOM_MIDDLE], heal="none")
 
 
 def _search(
-    setting: Setting, rows: Rows, kind: str, engine: str, seed: int, *, operations: Sequence[str], heal: str
+    setting: Setting,
+    kind: str,
+    engine: str,
+    seed: int,
+    *,
+    operations: Sequence[str],
+    starts: Sequence[str],
+    heal: str,
 ) -> str:
     """Search, or go on with a search, or find it finished."""
     name = name_of(kind, engine, seed)
     folder = folder_of(setting, name)
     if is_finished(setting, name):
         return name
-    planned = [plan(setting, member, method) for member in (BASE, best_variant(rows)) for method in STARTS]
-    starts = ["random-middle", *map(str, planned)]
     file = setting.family_file(name, operations, engine, seed, starts, heal=heal)
     begun, cpu = time.perf_counter(), time.process_time()
     found = intarsia.tailor(
