@@ -39,21 +39,24 @@ class Front:
         objectives: their names.
         budget: at which the trials were compared; `top` says whether it is the search's greatest.
         points: the trials of the front, by ascending first cost.
-        trials: how many trials succeeded at that budget.
+        rivals: all trials that succeeded at that budget.
     """
 
     objectives: tuple[str, ...]
     budget: int
     top: bool
     points: tuple[Trial, ...]
-    trials: int
+    rivals: tuple[Trial, ...]
 
     @property
     def knee(self) -> Trial:
         """The trial of the front that is best for equal weights: least in the augmented Chebyshev function of the
-        costs, each scaled from the front's least to its greatest."""
-        costs = [_costs(trial) for trial in self.points]
-        return self.points[order(costs, equal_weights(len(self.objectives)))[0]]
+        costs, each scaled from the least to the greatest of all trials at this budget.
+
+        Scaled by the front alone, a hair's breadth between two points would count as much as any other difference.
+        """
+        costs, among = [_costs(trial) for trial in self.points], [_costs(trial) for trial in self.rivals]
+        return self.points[order(costs, equal_weights(len(self.objectives)), among)[0]]
 
     def best(self, objective: str) -> Trial:
         """The trial of least cost in an objective."""
@@ -70,7 +73,7 @@ class Front:
             "objectives": list(self.objectives),
             "budget": self.budget,
             "top": self.top,
-            "trials": self.trials,
+            "trials": len(self.rivals),
             "points": [
                 {
                     "trial": trial.number,
@@ -99,7 +102,7 @@ def front_of(trials: Iterable[Trial], objectives: Sequence[str], *, max_budget: 
         budget=budget,
         top=budget >= max_budget,
         points=tuple(sorted(points, key=lambda trial: (_costs(trial), trial.number))),
-        trials=len(rivals),
+        rivals=tuple(rivals),
     )
 
 

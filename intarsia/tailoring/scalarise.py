@@ -34,12 +34,13 @@ def equal_weights(count: int) -> tuple[float, ...]:
     return (1.0 / count,) * count
 
 
-def scaled(costs: Sequence[Costs]) -> list[tuple[float, ...]]:
-    """Each objective's costs from 0 (its least) to 1 (its greatest); 0 where they are all the same."""
+def scaled(costs: Sequence[Costs], among: Sequence[Costs] = ()) -> list[tuple[float, ...]]:
+    """Each objective's costs from 0 (its least) to 1 (its greatest) among these or others; 0 where all are the same."""
     if not costs:
         return []
-    lows = [min(column) for column in zip(*costs, strict=True)]
-    highs = [max(column) for column in zip(*costs, strict=True)]
+    known = among or costs
+    lows = [min(column) for column in zip(*known, strict=True)]
+    highs = [max(column) for column in zip(*known, strict=True)]
     return [
         tuple(
             (cost - low) / (high - low) if high > low else 0.0 for cost, low, high in zip(row, lows, highs, strict=True)
@@ -48,7 +49,10 @@ def scaled(costs: Sequence[Costs]) -> list[tuple[float, ...]]:
     ]
 
 
-def order(costs: Sequence[Costs], weights: Sequence[float]) -> list[int]:
-    """The indices of some costs, the best first under these weights; of equal ones the earlier first."""
-    values = [chebyshev(row, weights) for row in scaled(costs)]
+def order(costs: Sequence[Costs], weights: Sequence[float], among: Sequence[Costs] = ()) -> list[int]:
+    """The indices of some costs, the best first under these weights; of equal ones the earlier first.
+
+    They are scaled by what they are `among`, or by themselves.
+    """
+    values = [chebyshev(row, weights) for row in scaled(costs, among)]
     return sorted(range(len(values)), key=lambda index: (values[index], index))

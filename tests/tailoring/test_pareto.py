@@ -59,11 +59,23 @@ def test_front_compares_at_one_budget() -> None:
     front = front_of([*trials, trial(5, (3.0, 3.0))], ("a", "b"), max_budget=8)
     assert front is not None
     assert [point.number for point in front.points] == [1, 2, 3]
-    assert (front.budget, front.top, front.trials) == (8, True, 4)
+    assert (front.budget, front.top, len(front.rivals)) == (8, True, 4)
     assert front.knee.number == 2  # scaled (1/3, 1/3) against (0, 1) and (1, 0)
     assert (front.best("a").number, front.best("b").number) == (1, 3)
     assert front.to_dict()["best"] == {"a": 1, "b": 3}
     assert front.to_dict()["points"][1]["costs"] == {"a": 2.0, "b": 2.0}
+
+
+def test_the_knee_weighs_differences_as_all_trials_of_its_budget_do() -> None:
+    """Two points on the front: of the costs in which they hardly differ only one says which it is."""
+    trials = [trial(0, (0.6, 4.25, 0.8)), trial(1, (1.3, 4.24, 0.5))]
+    alone = front_of(trials, ("a", "b", "c"), max_budget=8)
+    assert alone is not None and alone.knee.number == 1  # (0, 1, 1) against (1, 0, 0)
+    others = [trial(2, (1.2, 4.32, 1.1)), trial(3, (1.3, 4.34, 0.6))]
+    front = front_of([*trials, *others], ("a", "b", "c"), max_budget=8)
+    assert front is not None and [point.number for point in front.points] == [0, 1]
+    assert front.knee.number == 0  # (0, 0.1, 0.5) against (1, 0, 0)
+    assert front.to_dict()["trials"] == 4
 
 
 def test_front_of_nothing() -> None:
@@ -81,6 +93,7 @@ def test_chebyshev_by_hand() -> None:
 def test_scaled() -> None:
     assert scaled([(1, 7), (3, 7), (2, 7)]) == [(0.0, 0.0), (1.0, 0.0), (0.5, 0.0)]
     assert scaled([]) == []
+    assert scaled([(1, 7)], among=[(1, 7), (3, 3)]) == [(0.0, 1.0)]
 
 
 def test_order_follows_the_weights() -> None:
