@@ -130,7 +130,9 @@ class _Training:
             # On the CPU and float32 as it is, this would otherwise be the parameter itself.
             self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.master.items()}
         elif self.patience.over:
-            self.stopped = f"no better held-out loss since step {self.next - self.patience.bad * self.schedule.every}"
+            self.stopped = (
+                f"no better held-out loss in {self.patience.bad} measurements, one every {self.schedule.every} steps"
+            )
 
     def _loss(self, rows: Sequence[int]) -> Tensor:
         h_BTD = self.task.inputs.rows(rows).to(self.device, self.dtype)

@@ -159,7 +159,7 @@ class WholeTraining:
         if patience.improved(found):
             self._keep_best(step, found)
         elif patience.over:
-            return f"no better held-out loss since step {step - patience.bad * self.schedule.every}"
+            return f"no better held-out loss in {patience.bad} measurements, one every {self.schedule.every} steps"
         return None
 
     def _step(self, step: int) -> dict[str, float]:
