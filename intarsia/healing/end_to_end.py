@@ -81,7 +81,9 @@ def train(
     report = json.loads((folder / _DONE).read_text(encoding="utf-8"))
     best = load_state(folder / BEST)
     if best is None or report["loss_after"] >= report["loss_before"]:
-        progress.say("end-to-end training did not lower the held-out loss; the model stays as it was")
+        progress.say(
+            "end-to-end training did not lower the held-out loss: the model stays as it was; smaller steps may help"
+        )
         return recipe, [report]
     opened = Checkpoint.open(student, model=str(student))
     return with_trained(recipe, opened.anatomy, opened, best[0]), [report]
