@@ -45,11 +45,10 @@ def is_finished(setting: Setting, name: str) -> bool:
 
 def ablation(judge: Judge, setting: Setting, rows: Rows, *, seeds: Sequence[int], engine: str) -> None:
     """The same search with one operation more each time."""
+    planned = [plan(setting, member, method) for member in (BASE, best_variant(rows)) for method in STARTS]
+    starts = [RANDOM_MIDDLE, *map(str, planned)]
     for seed in seeds:
-        for operations in ABLATION:
-            planned = [plan(setting, member, method) for member in (BASE, best_variant(rows)) for method in STARTS]
-            starts = [RANDOM_MIDDLE, *map(str, planned)]
-            allowed = ABLATION[operations]
+        for operations, allowed in ABLATION.items():
             name = _search(setting, operations, engine, seed, operations=allowed, starts=starts, heal="finalists")
             _judge(judge, setting, rows, name)
 

@@ -12,12 +12,12 @@ from intarsia.errors import Problem, UserError
 from intarsia.evaluation.perplexity import eval_corpus
 from intarsia.evaluation.task_plan import LocalTask, TaskPlan
 from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.planning.cost import predict, with_closed_form
+from intarsia.planning.cost import predict
 from intarsia.planning.ladder import planner_of
 from intarsia.planning.settings import layers_at_once
 from intarsia.planning.sizes import Held, Sizes
 from intarsia.stages.compare_methods import Entrant
-from intarsia.stages.repair import HEALS
+from intarsia.stages.repair import HEALS, with_repair
 from intarsia.stages.source import Source
 
 
@@ -156,10 +156,9 @@ def predicted_cost(entrant: Entrant, source: Source, depths: Sequence[int], heal
             peak = max(peak, cost.peak_memory_bytes + cost.hidden_bytes)
         peak = max(peak, cost.peak_memory_bytes)
         if "closed-form" in heals:
-            settings = ClosedFormSettings()
-            healed = with_closed_form(
-                cost, sizes, settings, target=target, tokens=source.tokens, held=Held.on(source.device)
-            )
+            in_loop, held = entrant.in_loop is not None, Held.on(source.device)
+            fitted = ClosedFormSettings()
+            healed = with_repair(cost, source, entrant.settings, fitted, target=target, in_loop=in_loop, held=held)
             heal_forwards += healed.heal_forwards_at_most or 0
             peak = max(peak, healed.peak_memory_bytes)
     return {

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.calibration.batches import Batches
-from intarsia.healing.closed_form_cost import closed_form_cost
 from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.original import Original, kept_whole
 from intarsia.recipe.recipe import Recipe
@@ -104,7 +103,7 @@ class Work:
                 original=self._shared_original(),
             )
             recipe, where = repair.recipe, repair.path
-            extra["heal_forwards"] = closed_form_cost(cut, settings, self.source.checkpoint.anatomy)
+            extra["heal_forwards"] = repair.forwards
             if repair.fresh:  # else what it took is not known
                 extra["heal_seconds"] = time.perf_counter() - begun
             if not repair.taken:

@@ -15,7 +15,7 @@ from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.perplexity import eval_corpus
 from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
-from intarsia.planning.cost import Cost, with_closed_form, with_judging
+from intarsia.planning.cost import Cost, with_judging
 from intarsia.planning.settings import Settings
 from intarsia.planning.sizes import Sizes
 from intarsia.progress import Progress, Silent
@@ -26,7 +26,7 @@ from intarsia.stages.compress_result import CompressResult, bare, healed
 from intarsia.stages.judge import held_out_text, held_out_tokens, measured
 from intarsia.stages.plan import PlanResult, plan_source
 from intarsia.stages.plan_input import check_method
-from intarsia.stages.repair import HEALS, repaired, starts_at_most
+from intarsia.stages.repair import HEALS, repaired, with_repair
 from intarsia.stages.report import REPORT, report_compression
 from intarsia.stages.source import Source
 
@@ -131,7 +131,8 @@ def compress(
         closed_form if heal == "closed-form" else None,
         batch_tokens,
         judged=held_out_tokens(source) if corpus is None else corpus.input_ids.numel(),
-        starts=starts_at_most(settings, in_loop=heal_in_loop),
+        settings=settings,
+        in_loop=heal_in_loop,
     )
     result = CompressResult(
         model=model,
@@ -200,24 +201,15 @@ def _predicted(
     batch_tokens: int | None,
     *,
     judged: int,
-    starts: int,
+    settings: Settings | None,
+    in_loop: bool,
 ) -> Cost:
-    """Cost and memory of the whole job: planning, healing from so many starts, and judging what came out on so many
-    tokens."""
+    """Cost and memory of the whole job: planning, healing, and judging what came out on so many tokens."""
     sizes, target = Sizes.of(source.checkpoint, source.dtype), planned.target
     held = source.placement.held(batch_tokens)
     cost = planned.predicted
     if closed_form is not None:
-        cost = with_closed_form(
-            cost,
-            sizes,
-            closed_form,
-            target=target,
-            tokens=source.tokens,
-            held=held,
-            starts=starts,
-            judged=held_out_tokens(source) if starts > 1 else None,
-        )
+        cost = with_repair(cost, source, settings, closed_form, target=target, in_loop=in_loop, held=held)
     return with_judging(cost, sizes, target=target, tokens=judged, held=held, healed=closed_form)
 
 

@@ -5,29 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from intarsia.building.resident import Resident, load_model
-from intarsia.calibration.batches import Batches
 from intarsia.checkpoint.cache import cache_folder
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.scan import scan
 from intarsia.healing import closed_form, end_to_end, launch, layerwise
 from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.cluster import connect
-from intarsia.healing.original import Original, kept_whole
 from intarsia.healing.quality import quality
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
-from intarsia.healing.starts import held_out_perplexity, starts
+from intarsia.healing.starts import starts
 from intarsia.healing.teacher import Teacher
 from intarsia.healing.whole_training import lesson_depths
 from intarsia.progress import Progress
 from intarsia.recipe.recipe import Recipe
-from intarsia.stages.ends import best_of, forget
+from intarsia.stages.ends import best_fit, forget
 from intarsia.stages.heal_record import StageResult, read_result, write_result
 from intarsia.stages.heal_texts import Texts
 from intarsia.stages.placement import Placement, refuse_self_text
@@ -174,33 +172,15 @@ class Healing:
         )
 
     def _closed_form(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:
-        room, progress = self.placement.room(self.run), self.progress
+        given: dict[str, Any] = {
+            "settings": self.closed_form,
+            "room": self.placement.room(self.run),
+            "progress": self.progress,
+        }
         beginnings = starts(recipe, self.base.anatomy)
-        original: Original | None = None
-        if len(beginnings) > 1:
-            batches = Batches(texts.fit, self.resident.device, progress=progress)
-            original = kept_whole(self.resident, batches, room=room, progress=progress)
-
-        def fit(start: Recipe) -> tuple[Recipe, list[dict[str, Any]]]:
-            return closed_form.fit(
-                start,
-                self.resident,
-                texts.fit,
-                settings=self.closed_form,
-                original=original,
-                room=room,
-                progress=progress,
-            )
-
-        if len(beginnings) == 1:
-            return fit(recipe)
-        judge = partial(held_out_perplexity, self.resident, texts.held_out, room=room, progress=progress)
-        try:
-            end = best_of(beginnings, fit, judge, folder)
-        finally:
-            if original is not None:
-                original.close()
-        progress.say(f"closed form: {end.told()}")
+        if len(beginnings) == 1:  # whether it is taken is decided behind every stage
+            return closed_form.fit(recipe, self.resident, texts.fit, **given)
+        end = best_fit(beginnings, self.resident, texts.fit, texts.held_out, folder=folder, **given)
         return end.recipe, end.fits
 
     def _layerwise(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:

@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.anatomy.spec import Anatomy
-from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.disk import full_disk_named
-from intarsia.healing.closed_form import fit
+from intarsia.healing.closed_form_cost import closed_form_cost
 from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.healing.original import Original, kept_whole
+from intarsia.healing.original import Original
 from intarsia.healing.starts import AS_IT_IS, Start, held_out_perplexity, starts
+from intarsia.planning.cost import Cost, with_closed_form
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, Settings
+from intarsia.planning.sizes import Held, Sizes
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe, identity
 from intarsia.stages.calibration_text import pin_text
-from intarsia.stages.ends import best_of, forget
-from intarsia.stages.judge import held_out_text
+from intarsia.stages.ends import best_fit, forget
+from intarsia.stages.judge import held_out_text, held_out_tokens
 from intarsia.stages.source import Source
 
 HEALS = ("closed-form", "none")
@@ -39,7 +40,7 @@ class Repaired:
 
     `taken` is False where the fit raised the loss of the held-out calibration text: the recipe is then as it was.
     `path`: where it is kept. `fresh`: it was fitted now, not found there. `start`: which of several beginnings came to
-    the least loss; None where there was one.
+    the least loss; None where there was one. `forwards`: layer-forwards over the text that all fits take.
     """
 
     recipe: Recipe
@@ -49,6 +50,7 @@ class Repaired:
     read_outs: int
     tokens: int
     start: str | None
+    forwards: int
 
     @property
     def goes_on(self) -> bool:
@@ -78,7 +80,9 @@ def repaired(
         UserError: activations are not finite, or the calibration text is not the one of the run.
     """
     folder = RunFolder.existing(run)
-    begin = beginnings(folder, recipe, source.checkpoint.anatomy)
+    anatomy = source.checkpoint.anatomy
+    begin = beginnings(folder, recipe, anatomy)
+    forwards = sum(closed_form_cost(start.recipe, settings, anatomy) for start in begin)
     facts: dict[str, Any] = {
         "recipe": codec.content_hash(recipe),
         "settings": asdict(settings),
@@ -92,45 +96,31 @@ def repaired(
     if kept.exists():
         forget(ends)
         source.progress.say(f"{kept}: healed already")
-        return _result(codec.load(kept), kept, fresh=False)
+        return _result(codec.load(kept), kept, forwards, fresh=False)
     corpus = source.corpus
     pin_text(folder, corpus)
     room, progress = source.placement.room(run), source.progress
-    shared: Original | None = None
-    if original is None and len(begin) > 1:
-        batches = Batches(corpus, source.resident.device, batch_tokens=batch_tokens, progress=progress)
-        original = shared = kept_whole(source.resident, batches, room=room, progress=progress)
     # What every step was chosen by flatters what was chosen: text that nothing has seen tells better between several.
     fresh = held_out_text(source, place=1) if len(begin) > 1 else None
     if fresh is None:
         settings = replace(settings, held_out=min(settings.held_out, ClosedFormSettings.held_out))
     held_out = _held_out(corpus, settings) if fresh is None else fresh
 
-    def fitted(start: Recipe) -> tuple[Recipe, list[dict[str, Any]]]:
-        return fit(
-            start,
-            source.resident,
-            corpus,
-            settings=settings,
-            original=original,
-            batch_tokens=batch_tokens,
-            room=room,
-            progress=progress,
-        )
-
-    def judged(found: Recipe) -> float:
-        return held_out_perplexity(source.resident, held_out, found, room=room, progress=progress)
-
-    try:
-        before = judged(recipe)
-        end = best_of(begin, fitted, judged, ends)
-    finally:
-        if shared is not None:
-            shared.close()
+    before = held_out_perplexity(source.resident, held_out, recipe, room=room, progress=progress)
+    end = best_fit(
+        begin,
+        source.resident,
+        corpus,
+        held_out,
+        settings=settings,
+        folder=ends,
+        original=original,
+        batch_tokens=batch_tokens,
+        room=room,
+        progress=progress,
+    )
     after = end.perplexity
     taken = after < before
-    if len(begin) > 1:
-        progress.say(f"closed form: {end.told()}")
     change = f"held-out perplexity {before:.2f} -> {after:.2f}"
     progress.say(f"closed form: {change}" + ("" if taken else "; no better, so the model stays as it was cut"))
     text = {"description": corpus.description, "tokens": corpus.tokens, "sha256": corpus.sha256}
@@ -150,7 +140,7 @@ def repaired(
         kept.parent.mkdir(exist_ok=True)
         codec.save(done, kept)
     forget(ends)
-    return _result(done, kept, fresh=True)
+    return _result(done, kept, forwards, fresh=True)
 
 
 def beginnings(folder: RunFolder, recipe: Recipe, anatomy: Anatomy) -> list[Start]:
@@ -173,9 +163,38 @@ def beginnings(folder: RunFolder, recipe: Recipe, anatomy: Anatomy) -> list[Star
 
 
 def starts_at_most(settings: Settings | None, *, in_loop: bool) -> int:
-    """How many beginnings there are at most, for what is predicted."""
+    """How many beginnings there are at most."""
     blocks = settings.blocks if isinstance(settings, ComeSettings) else 0
     return 2 + min(LAST_BLOCKS, blocks) if in_loop else 1
+
+
+def with_repair(
+    cost: Cost,
+    source: Source,
+    planned: Settings | None,
+    settings: ClosedFormSettings,
+    *,
+    target: int,
+    in_loop: bool,
+    held: Held,
+) -> Cost:
+    """A plan's predicted cost, with what `repaired` does to the model that it comes to.
+
+    Args:
+        planned: the planner's settings.
+        in_loop: the ladder is repaired as it goes.
+    """
+    starts = starts_at_most(planned, in_loop=in_loop)
+    return with_closed_form(
+        cost,
+        Sizes.of(source.checkpoint, source.dtype),
+        settings,
+        target=target,
+        tokens=source.tokens,
+        held=held,
+        starts=starts,
+        judged=held_out_tokens(source) if starts > 1 else None,
+    )
 
 
 def _held_out(corpus: Corpus, settings: ClosedFormSettings) -> Corpus:
@@ -185,7 +204,7 @@ def _held_out(corpus: Corpus, settings: ClosedFormSettings) -> Corpus:
     return Corpus.of(corpus.input_ids[rows], mask=mask, description="held-out calibration text", documents=1)
 
 
-def _result(recipe: Recipe, path: Path, *, fresh: bool) -> Repaired:
+def _result(recipe: Recipe, path: Path, forwards: int, *, fresh: bool) -> Repaired:
     heal: Mapping[str, Any] = recipe.provenance["heal"]
     return Repaired(
         recipe=recipe,
@@ -195,4 +214,5 @@ def _result(recipe: Recipe, path: Path, *, fresh: bool) -> Repaired:
         read_outs=sum(row["ridge"] is not None for row in heal["read_outs"]),
         tokens=heal["text"]["tokens"],
         start=min(heal["starts"], key=heal["starts"].get) if "starts" in heal else None,
+        forwards=forwards,
     )

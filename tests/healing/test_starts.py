@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 import intarsia
 from intarsia.evaluation.chain import Chain
 from intarsia.healing.closed_form import fit
+from intarsia.healing.closed_form_cost import closed_form_cost
 from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
 from intarsia.healing.starts import Start, best_end, starts
 from intarsia.planning.run_folder import RunFolder
@@ -29,6 +31,47 @@ from tests.conftest import Opened
 from tests.recipes_by_hand import recipe_of, select
 
 LAYERS = tuple(select(layer) for layer in (0, 1, 4, 5))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model's ladder that was repaired as it went."""
+
+    model: str
+    run: Path
+    given: dict[str, Any]
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.run)
+
+    def source(self) -> Source:
+        """The model and its calibration text, read anew."""
+        return Source(
+            self.model,
+            revision=None,
+            seed=0,
+            device=None,
+            dtype=None,
+            stream=False,
+            memory_bytes=None,
+            progress=Silent(),
+            **self.given,
+        )
+
+
+Plan = Callable[..., Planned]
+
+
+@pytest.fixture
+def plan(model_folder: Any, text_file: Path, tmp_path: Path) -> Plan:
+    def planned(**options: Any) -> Planned:
+        model, run = str(model_folder("llama")), tmp_path / "run"
+        given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
+        intarsia.plan(model, run, heal_in_loop=True, **options, **given)
+        return Planned(model=model, run=run, given=given)
+
+    return planned
 
 
 def with_fitted(*names: str) -> Recipe:
@@ -74,17 +117,11 @@ def test_the_best_end_comes_first_and_of_equal_ones_the_earlier_start() -> None:
     assert found.told() == "held-out perplexity from the recipe 2 3.00, 3 3.00, 4 4.00, 1 5.00"
 
 
-def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(
-    model_folder: Any, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> None:
     """Each end is what the fit from that start gives, the best is taken, and a second call only reads it."""
-    model = str(model_folder("llama"))
-    given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
-    run = tmp_path / "run"
     settings_of_plan = ComeSettings(granularity=2, racing=False, removals=True, finalists=2, blocks=4)
-    intarsia.plan(model, run, layers=3, method="come-p", settings=settings_of_plan, heal_in_loop=True, **given)
-    folder = RunFolder(run)
-    source = source_of(model, given)
+    planned = plan(layers=3, method="come-p", settings=settings_of_plan)
+    run, folder, source = planned.run, planned.folder, planned.source()
     settings = ClosedFormSettings()
     several = 0
     judges = held_out_text(source, place=1)
@@ -109,6 +146,8 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(
 
         found = repaired(run, recipe, source, settings=settings, batch_tokens=None)
         assert found.fresh
+        anatomy = source.checkpoint.anatomy
+        assert found.forwards == sum(closed_form_cost(start.recipe, settings, anatomy) for start in begin)
         by_hand = {}
         corpus = source.corpus
         for start in begin:
@@ -135,36 +174,27 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(
     assert starts_at_most(ComeSettings(blocks=1), in_loop=True) == 3
 
 
-def test_where_no_text_is_left_the_held_out_sequences_judge(
-    model_folder: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_no_text_is_left_the_held_out_sequences_judge(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """And there are then as many of them as without such text."""
-    model = str(model_folder("llama"))
-    given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
-    run = tmp_path / "run"
-    intarsia.plan(model, run, layers=4, heal_in_loop=True, **given)
-    source = source_of(model, given)
-    recipe = RunFolder(run).recipe(4)
+    planned = plan(layers=4)
+    run, source, recipe = planned.run, planned.source(), planned.folder.recipe(4)
     assert recipe.fitted
     monkeypatch.setattr("intarsia.stages.repair.held_out_text", lambda source, place: None)
     heal = repaired(run, recipe, source, settings=LAST, batch_tokens=None).recipe.provenance["heal"]
     assert heal["settings"]["closed-form"]["held_out"] == 8
     kept = source.corpus.input_ids[::8]
     assert len(heal["starts"]) == 2
-    for start in beginnings(RunFolder(run), recipe, source.checkpoint.anatomy):
+    for start in beginnings(planned.folder, recipe, source.checkpoint.anatomy):
         fitted, _ = fit(start.recipe, source.resident, source.corpus, settings=replace(LAST, held_out=8))
         assert np.log(heal["starts"][start.name]) == pytest.approx(loss_of(fitted, source, kept), rel=1e-6)
 
 
 def test_killed_in_the_last_of_several_fits_the_others_are_not_made_again(
-    model_folder: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what comes of it is what comes without being killed, with room for the original's states or without."""
-    model = str(model_folder("llama"))
-    given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
-    run = tmp_path / "run"
-    intarsia.plan(model, run, layers=4, heal_in_loop=True, **given)
-    recipe = RunFolder(run).recipe(4)
+    planned = plan(layers=4)
+    run, recipe = planned.run, planned.folder.recipe(4)
     fits: list[bool] = []  # of each, whether the original's states were shared
 
     def killed(*args: Any, original: Any, **kwargs: Any) -> Any:
@@ -177,18 +207,17 @@ def test_killed_in_the_last_of_several_fits_the_others_are_not_made_again(
         fits.append(original is not None)
         return fit(*args, original=original, **kwargs)
 
-    whole = repaired(run, recipe, source_of(model, given), settings=LAST, batch_tokens=None)
+    whole = repaired(run, recipe, planned.source(), settings=LAST, batch_tokens=None)
     for path in (run / "healed").iterdir():
         path.unlink()  # files alone: nothing is left of the ends
-    monkeypatch.setattr("intarsia.stages.repair.fit", killed)
+    monkeypatch.setattr("intarsia.stages.ends.fit", killed)
     with pytest.raises(KeyboardInterrupt):
-        repaired(run, recipe, source_of(model, given), settings=LAST, batch_tokens=None)
+        repaired(run, recipe, planned.source(), settings=LAST, batch_tokens=None)
     (kept,) = (run / "healed").iterdir()
     assert len(list(kept.glob("*.yaml"))) == 1
-    monkeypatch.setattr("intarsia.stages.repair.fit", counted)
-    little = replace(source_of(model, given).placement, memory_bytes=1)
-    source = source_of(model, given)
-    source.placement = little
+    monkeypatch.setattr("intarsia.stages.ends.fit", counted)
+    source = planned.source()
+    source.placement = replace(source.placement, memory_bytes=1)
     resumed = repaired(run, recipe, source, settings=LAST, batch_tokens=None)
     assert fits == [True, False]
     assert not kept.exists()
@@ -197,15 +226,11 @@ def test_killed_in_the_last_of_several_fits_the_others_are_not_made_again(
 
 
 def test_heal_goes_on_behind_the_fits_that_were_finished(
-    model_folder: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = str(model_folder("llama"))
     given: dict[str, Any] = {"data": str(text_file), "tokens": 1024, "seq_len": 32, "stages": ["closed-form"]}
-    run = tmp_path / "run"
-    calibration: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
-    intarsia.plan(model, run, layers=4, heal_in_loop=True, **calibration)
     recipe = tmp_path / "recipe.yaml"
-    codec.save(RunFolder(run).recipe(4), recipe)
+    codec.save(plan(layers=4).folder.recipe(4), recipe)
     intarsia.heal(recipe, tmp_path / "whole", **given)
     fits = 0
 
@@ -216,7 +241,7 @@ def test_heal_goes_on_behind_the_fits_that_were_finished(
             raise KeyboardInterrupt
         return fit(*args, **kwargs)
 
-    monkeypatch.setattr("intarsia.stages.heal_stages.closed_form.fit", killed)
+    monkeypatch.setattr("intarsia.stages.ends.fit", killed)
     with pytest.raises(KeyboardInterrupt):
         intarsia.heal(recipe, tmp_path / "out", **given)
     intarsia.heal(recipe, tmp_path / "out", **given)
@@ -224,20 +249,6 @@ def test_heal_goes_on_behind_the_fits_that_were_finished(
     assert not (tmp_path / "out.heal" / "1-closed-form").exists()
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert weights[0] == weights[1]
-
-
-def source_of(model: str, given: dict[str, Any]) -> Source:
-    return Source(
-        model,
-        revision=None,
-        seed=0,
-        device=None,
-        dtype=None,
-        stream=False,
-        memory_bytes=None,
-        progress=Silent(),
-        **given,
-    )
 
 
 def loss_of(recipe: Recipe, source: Source, ids_BT: Any) -> float:

@@ -16,6 +16,8 @@ from intarsia.building.assembled import assembled
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli.app import app
 from intarsia.errors import UserError
+from intarsia.healing.closed_form_cost import closed_form_cost_at_most
+from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, LacoSettings
 from intarsia.recipe import codec
@@ -356,6 +358,10 @@ def test_a_dry_run_writes_nothing_and_bounds_the_cost(model_folder: Folder, halv
         assert line["models"] == 6
     free = {line["method"]: line["layer_forwards_at_most"] for line in predicted.predicted}
     assert free["shortgpt"] == free["reverse"] == free["angular"] == 0
+    # What was repaired as it went is fitted again from two beginnings; judging comes on top.
+    bound = {line["method"]: line["heal_forwards_at_most"] for line in predicted.predicted}
+    fits = sum(closed_form_cost_at_most(6, layers, ClosedFormSettings()) for layers in given["layers"])
+    assert fits < bound["come"] < 2 * fits < bound["come[heal_in_loop=true]"]
 
 
 COMPARE = """
