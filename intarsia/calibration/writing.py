@@ -11,7 +11,7 @@ Shapes: B rows of a batch, T tokens, V vocabulary, K candidates, E tokens that e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -87,8 +87,10 @@ def write_sequences(
     """n sequences of seq_len tokens [N, T], and the number of documents begun in them."""
     was_training = model.training
     model.eval()
-    rows = min(n, _rows_at_once(model, seq_len, sampling))
+    rows = min(n, rows_at_once(_row_bytes(model, seq_len), sampling))
     parts, documents = [], 0
+    # Of a last position that is no copy PyTorch makes as many matrices as there are rows: hundreds of them for a head.
+    hook = cast(Any, model).get_output_embeddings().register_forward_pre_hook(_contiguous)
     try:
         with torch.inference_mode(), progress.task("writing calibration text", total=n * seq_len) as task:
             for start in range(0, n, rows):
@@ -98,8 +100,13 @@ def write_sequences(
                 parts.append(ids_BT)
                 documents += begun
     finally:
+        hook.remove()
         model.train(was_training)
     return torch.cat(parts), documents
+
+
+def _contiguous(_: torch.nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+    return (given[0].contiguous(),)
 
 
 def _write_batch(
@@ -187,10 +194,14 @@ def _draw(logits_BV: Tensor, answering_B: Tensor, chance: torch.Generator, sampl
     return drawn
 
 
-def _rows_at_once(model: Any, seq_len: int, sampling: Sampling) -> int:
+def rows_at_once(row_bytes: int, sampling: Sampling) -> int:
+    """Rows that are written side by side, each with so many bytes of keys and values."""
+    return max(1, min(sampling.most_rows, sampling.cache_bytes // row_bytes))
+
+
+def _row_bytes(model: Any, seq_len: int) -> int:
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = next(model.parameters()).element_size()
-    row = 2 * config.num_hidden_layers * heads * head_dim * size * seq_len
-    return max(1, min(sampling.most_rows, sampling.cache_bytes // row))
+    return int(2 * config.num_hidden_layers * heads * head_dim * size * seq_len)

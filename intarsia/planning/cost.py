@@ -56,12 +56,14 @@ def predict(
     seq_len: int,
     held: Held,
     in_loop: ClosedFormSettings | None = None,
+    writes: bool = False,
 ) -> Cost:
     """Cost and peak memory of planning from the model's depth down to `target`.
 
     Args:
         held: how the model is held.
         in_loop: how what a step changes is repaired before the next, if it is.
+        writes: the model writes the text itself.
     """
     depth = sizes.anatomy.n_layers
     steps, forwards = plan_forwards(method, settings, sizes.anatomy, target, tokens, seq_len, in_loop)
@@ -89,7 +91,10 @@ def predict(
         fit = sizes.fit(judged, (in_loop or ClosedFormSettings()).held_out, stream=held.stream)
         parts.append(held.weights(sizes, made=made, layers=FITTED_LAYERS, outside=False) + fit + batch)
     recipe = sizes.fitted(depth - target, attention=depth - target) if in_loop is not None else 0
-    return _with_peak(cost, sizes, held, max(parts), hidden=hidden, recipe=recipe)
+    cost = _with_peak(cost, sizes, held, max(parts), hidden=hidden, recipe=recipe)
+    if not writes:
+        return cost
+    return _with_peak(cost, sizes, held, held.weights(sizes) + sizes.writing(tokens, seq_len), hidden=0)
 
 
 def with_closed_form(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from intarsia.anatomy.spec import PARTS, Anatomy
+from intarsia.calibration.writing import Sampling, rows_at_once
 from intarsia.healing.closed_form_settings import RIDGES
 from intarsia.healing.fit_memory import fit_bytes
 
@@ -110,6 +111,15 @@ class Sizes:
         """Logits that are there at once when losses of a batch are taken."""
         one = seq_len * self.anatomy.vocabulary * self.itemsize
         return min(max(1, LOGIT_BYTES // one), max(1, tokens // seq_len)) * one
+
+    def writing(self, tokens: int, seq_len: int) -> int:
+        """What a model that writes so much text keeps at once: keys and values, those of one layer once more for every
+        query head, and logits of one position."""
+        anatomy = self.anatomy
+        head = 2 * anatomy.head_dim * seq_len * self.itemsize
+        row = anatomy.n_layers * anatomy.n_kv_heads * head
+        rows = min(tokens // seq_len, rows_at_once(row, Sampling()))
+        return rows * (row + anatomy.n_query_heads * head + 3 * anatomy.vocabulary * self.itemsize)
 
     def fit(self, tokens: int, held_out: int, *, stream: bool) -> int:
         """What the closed form of one read-out needs: moments, or few tokens themselves; of streamed models in files

@@ -149,6 +149,7 @@ def predicted_cost(entrant: Entrant, source: Source, depths: Sequence[int], heal
             seq_len=source.seq_len,
             held=Held.on(source.device),
             in_loop=entrant.in_loop,
+            writes=source.writes,
         )
         if target in targets:
             forwards += cost.layer_forwards_at_most - shared

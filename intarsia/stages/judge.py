@@ -138,7 +138,7 @@ def held_out_text(source: Source, *, place: int = 0) -> Corpus | None:
         place: which of several such texts, each behind the one before: what one is chosen by is not judged by it too.
     """
     held_out = held_out_tokens(source)
-    if source.calibration == "self":
+    if source.writes:
         written = source.text(tokens=held_out, seed=source.seed + 1 + place)
         return replace(written, description="further text that the model wrote itself")
     corpus: Corpus | None = None

@@ -90,6 +90,7 @@ def asked(
         seq_len=source.seq_len,
         held=source.placement.held(batch_tokens),
         in_loop=in_loop,
+        writes=source.writes,
     )
     return Asked(
         method=method,

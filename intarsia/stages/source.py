@@ -62,6 +62,11 @@ class Source:
         self.progress = progress
         self.checkpoint = open_checkpoint(model, revision=revision, progress=progress)
 
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes its calibration text itself, all of it."""
+        return self.calibration == "self"
+
     @cached_property
     def tokenizer(self) -> Any:
         """The model's own tokenizer."""

@@ -156,6 +156,17 @@ def test_progress_reaches_its_total() -> None:
     assert counting.calls == 32  # it moves at every token
 
 
+def test_the_head_reads_rows_that_lie_together() -> None:
+    """For rows apart PyTorch copies the head's matrix once for each of them."""
+    model, tokenizer = families.make_model("llama"), families.make_tokenizer(chat=True)
+    read: list[tuple[bool, tuple[int, ...]]] = []
+    model.lm_head.register_forward_hook(lambda _, given, __: read.append((given[0].is_contiguous(), given[0].shape)))
+    _write(model, tokenizer, tokens=400, seq_len=200)
+    assert all(together for together, _ in read)
+    assert {tuple(shape) for _, shape in read} == {(2, 1, families.WIDTH)}
+    assert not model.lm_head._forward_pre_hooks
+
+
 def test_training_mode_is_put_back() -> None:
     model = families.make_model("llama").train()
     _write(model, families.make_tokenizer())

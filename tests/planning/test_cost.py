@@ -43,6 +43,20 @@ def test_streamed_the_head_and_its_logits_are_most(seq_len: int) -> None:
     assert kept.peak_memory_bytes == BASE_BYTES + 10**6 + ROOM + OUTSIDE + max(2 * LAYER + BATCH, logits)
 
 
+def test_a_model_that_writes_the_text_has_keys_and_values() -> None:
+    """Of 64 sequences at most, and no more than 2 GiB; where nothing is measured that is all there is."""
+    given = {"target": 13, "tokens": 65536, "held": WHOLE}
+    silent = predict(sizes(), "reverse", None, seq_len=512, **given)
+    weights = 16 * LAYER + OUTSIDE
+    for seq_len, rows in ((512, 64), (2048, 32), (4096, 16)):  # 32 KiB a token
+        kept = (16 * 8 + 32) * 2 * 64 * seq_len * 2 + 3 * VOCABULARY * 2
+        found = predict(sizes(), "reverse", None, seq_len=seq_len, writes=True, **given)
+        assert found.peak_memory_bytes == BASE_BYTES + 10**6 + weights + rows * kept
+        assert found.peak_memory_bytes > silent.peak_memory_bytes
+    few = predict(sizes(), "reverse", None, seq_len=512, writes=True, **{**given, "tokens": 2048})
+    assert few == silent  # four sequences are less than the losses
+
+
 def test_streamed_the_closed_form_has_a_layer_and_moments() -> None:
     plan = predict(sizes(), "come", ComeSettings(), target=13, tokens=65536, seq_len=128, held=STREAMED)
     healed = with_closed_form(plan, sizes(), ClosedFormSettings(), target=13, tokens=65536, held=STREAMED)
