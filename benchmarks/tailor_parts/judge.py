@@ -46,9 +46,13 @@ class Judge:
     def __init__(self, setting: Setting, rows: Rows) -> None:
         self._setting, self._rows = setting, rows
 
-    def row(self, key: str, recipe: Recipe) -> None:
-        """Judge a recipe, if that was not done before."""
-        if key in self._rows:
+    def has(self, key: str, **facts: int) -> bool:
+        """Whether there is such a row, and it is of these facts."""
+        return key in self._rows and all(self._rows[key].get(name) == value for name, value in facts.items())
+
+    def row(self, key: str, recipe: Recipe, **facts: int) -> None:
+        """Judge a recipe, if that was not done before; the row keeps the facts."""
+        if self.has(key, **facts):
             return
         begun = time.process_time()
         outcome = self._evaluator.evaluate(recipe, min(self._setting.items, self._evaluator.most))
@@ -58,7 +62,7 @@ class Judge:
         for name, corpus in self._texts.items():
             measures[name] = perplexity(chain, corpus).value
         measures["cpu_seconds"] = time.process_time() - begun
-        self._rows.put(key, measures)
+        self._rows.put(key, measures | facts)
         print(key, {name: round(value, 4) for name, value in measures.items()}, flush=True)
 
     def healed(self, recipe: Recipe) -> Recipe:

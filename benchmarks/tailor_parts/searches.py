@@ -50,7 +50,7 @@ def ablation(judge: Judge, setting: Setting, rows: Rows, *, seeds: Sequence[int]
     for seed in seeds:
         for operations, allowed in ABLATION.items():
             name = _search(setting, operations, engine, seed, operations=allowed, starts=starts, heal="finalists")
-            _judge(judge, setting, rows, name)
+            _judge(judge, setting, name)
 
 
 def engines(setting: Setting, *, seeds: Sequence[int], names: Sequence[str]) -> None:
@@ -92,15 +92,16 @@ def _search(
     return name
 
 
-def _judge(judge: Judge, setting: Setting, rows: Rows, name: str) -> None:
-    """The knee of the front, as it was found and healed."""
-    if f"{name}, {HEALED}" in rows:
-        return
+def _judge(judge: Judge, setting: Setting, name: str) -> None:
+    """The knee of the front, as it was found and healed; anew when the search has gone on."""
     folder = TailorFolder.existing(folder_of(setting, name))
+    trials = len(folder.history().made)
+    if judge.has(f"{name}, {HEALED}", trials=trials):
+        return
     front = folder.front()
     if front is None:
         print(f"{name}: no trial has succeeded")
         return
     recipe = trial_recipe(folder, front.knee, healed=False)
-    judge.row(f"{name}, {CUT}", recipe)
-    judge.row(f"{name}, {HEALED}", judge.healed(recipe))
+    judge.row(f"{name}, {CUT}", recipe, trials=trials)
+    judge.row(f"{name}, {HEALED}", judge.healed(recipe), trials=trials)

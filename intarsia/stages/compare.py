@@ -20,7 +20,7 @@ from intarsia.stages.compare_judge import Judge
 from intarsia.stages.compare_methods import parse_methods
 from intarsia.stages.compare_outputs import write_outputs
 from intarsia.stages.compare_work import Work
-from intarsia.stages.plan_settings import model_as_begun, working_settings
+from intarsia.stages.plan_settings import config_as_begun, model_as_begun, working_settings
 from intarsia.stages.repair import HEALS
 from intarsia.stages.setup import check_seq_len
 from intarsia.stages.source import Source
@@ -185,6 +185,7 @@ def _facts(source: Source, batch_tokens: int | None, begun: Mapping[str, Any]) -
         "model": model_as_begun(source, begun.get("model"), begun.get("base_sha256")),
         "revision": source.revision,
         "base_sha256": source.sha256,
+        "config": config_as_begun(source.checkpoint.config, begun),
         "settings": working_settings(source, calibration, batch_tokens),
         "versions": versions(),
     }

@@ -33,6 +33,7 @@ from intarsia.stages.heal_result import HealResult, layer_errors, provenance
 from intarsia.stages.heal_stages import STAGES, Healing
 from intarsia.stages.heal_texts import Texts, read_texts
 from intarsia.stages.placement import placement
+from intarsia.stages.plan_settings import config_as_begun
 
 Stages = Sequence[str]
 
@@ -127,9 +128,12 @@ def heal(
         barrier=barrier,
         progress=progress,
     )
+    begun_with = RunFolder(run).settings() if RunFolder(run).is_one() else {}
     settings = {
         "recipe": codec.content_hash(recipe),
+        "config": config_as_begun(base.config, begun_with),
         "teacher": healing.teacher_sha256,
+        "teacher_config": config_as_begun(taught.config, begun_with, "teacher_config"),
         "stages": list(stages),
         "data": data if isinstance(data, str) else ",".join(data),
         "tokens": tokens,

@@ -40,9 +40,10 @@ class HealResult:
 
 
 def provenance(settings: dict[str, Any], corpus: Corpus, results: Sequence[StageResult]) -> dict[str, Any]:
-    """What a healed recipe tells of how it was healed."""
+    """What a healed recipe tells of how it was healed. The configs are whole models' own: the run folder has them."""
+    told = {name: value for name, value in settings.items() if name not in ("config", "teacher_config")}
     text = {"description": corpus.description, "sha256": corpus.sha256, "tokens": corpus.tokens}
-    return {"settings": settings, "text": text, "stages": [result.row() for result in results]}
+    return {"settings": told, "text": text, "stages": [result.row() for result in results]}
 
 
 def layer_errors(recipe: Recipe, results: Sequence[StageResult]) -> tuple[dict[str, Any], ...]:

@@ -28,11 +28,12 @@ def identifying_settings(source: Source, run: Path, wanted: Asked) -> dict[str, 
     Raises:
         UserError: the model or the calibration text cannot be used, or the run folder is damaged.
     """
+    begun = RunFolder(run).settings() if RunFolder(run).is_one() else {}
     return {
         "model": _model_of(RunFolder(run), source),
         "revision": source.revision,
         "sha256": source.sha256,
-        "config": _config_of(RunFolder(run), source),
+        "config": config_as_begun(source.checkpoint.config, begun),
         "method": wanted.method,
         **working_settings(source, calibration_of(run, source), wanted.batch_tokens),
         "planner": None if wanted.settings is None else wanted.settings.to_dict(),
@@ -66,11 +67,14 @@ def _model_of(run: RunFolder, source: Source) -> str:
     return model_as_begun(source, begun.get("model"), begun.get("sha256"), place=place)
 
 
-def _config_of(run: RunFolder, source: Source) -> dict[str, Any] | None:
-    """What of the config changes the numbers; None where a run was begun before that was recorded."""
-    if run.is_one() and "config" not in run.settings():
-        return None
-    return acting_config(source.checkpoint.config)
+def config_as_begun(config: Mapping[str, Any], begun: Mapping[str, Any], name: str = "config") -> dict[str, Any] | None:
+    """What of a config changes the numbers; None where the work was begun before that was recorded.
+
+    Args:
+        begun: the settings that it was begun with; nothing, where it was not.
+        name: of the config among them.
+    """
+    return None if begun and begun.get(name) is None else acting_config(config)
 
 
 def working_settings(source: Source, calibration: str, batch_tokens: int | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.healing.cluster import check_scheduler
 from intarsia.progress import Progress, Silent
 from intarsia.reporting.page import write_report
+from intarsia.stages.plan_settings import config_as_begun
 from intarsia.stages.setup import device_of, dtype_of
 from intarsia.stages.tailor_begin import TOKENS, Beginning
 from intarsia.stages.tailor_finish import finish
@@ -29,6 +30,7 @@ from intarsia.stages.tailor_settings import settings_of
 from intarsia.tailoring.blend_methods import STATISTICS
 from intarsia.tailoring.dask_workers import dask_workers
 from intarsia.tailoring.family import open_family
+from intarsia.tailoring.family_file import BASE
 from intarsia.tailoring.grids import space_of
 from intarsia.tailoring.hyperband import budget_ladder
 from intarsia.tailoring.make_engine import check_engine, make_engine
@@ -129,7 +131,9 @@ def tailor(
     if scheduler is not None:
         check_scheduler(scheduler)
     variants = family.variants(progress)
-    folder = TailorFolder.offer(job.out, settings_of(job, variants, space, budgets))
+    folder = TailorFolder(job.out)
+    config = config_as_begun(family.checkpoints()[BASE].config, folder.settings() if folder.is_one() else {})
+    folder = TailorFolder.offer(job.out, settings_of(job, variants, config, space, budgets))
     progress.say(predicted.words())
     evaluator = evaluator_of(
         family,
@@ -140,7 +144,7 @@ def tailor(
         probe=not folder.is_one(),  # a search that goes on has kept what the base costs
         progress=progress,
     )
-    settings = settings_of(job, variants, space, budgets, evaluator)
+    settings = settings_of(job, variants, config, space, budgets, evaluator)
     folder = TailorFolder.offer(job.out, settings)
     folder.start(settings, job.text)
     folder.want(job.trials)

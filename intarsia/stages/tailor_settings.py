@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,18 @@ if TYPE_CHECKING:
 
 
 def settings_of(
-    job: Job, variants: Sequence[Variant], space: Space, budgets: Sequence[int], evaluator: Evaluator | None = None
+    job: Job,
+    variants: Sequence[Variant],
+    config: Mapping[str, Any] | None,
+    space: Space,
+    budgets: Sequence[int],
+    evaluator: Evaluator | None = None,
 ) -> dict[str, Any]:
     """The settings of a search. Without an evaluator, what is known before anything heavy.
 
     Args:
         variants: the members of the family, with the hashes of their weights.
+        config: of the base, what changes the numbers (`plan_settings.config_as_begun`).
     """
     file = job.file
     base, data = (None, {}) if evaluator is None else (evaluator.base, evaluator.data)
@@ -34,6 +40,7 @@ def settings_of(
             variant.name: {"model": variant.model, "revision": variant.revision, "sha256": variant.sha256}
             for variant in variants
         },
+        "config": config,
         "space": {
             "kind": space.kind,
             "depth": space.depth,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,26 @@ def test_settings_that_differ_are_listed(recipe_file: Path, text_file: Path, tmp
     where = [problem.where.rpartition(": ")[2] for problem in caught.value.problems]
     assert where == ["layerwise.seed", "seed", "tokens"]
     assert not (tmp_path / "second").exists()
+
+
+def test_a_config_that_changed_under_a_run(cut: Cut, text_file: Path, tmp_path: Path) -> None:
+    """The recipe's own model's, and that of a teacher. Neither is told in what comes out: it is the models' own."""
+    checkpoint, recipe = cut("llama")
+    model = Path(shutil.copytree(checkpoint.folder, tmp_path / "model"))
+    teacher = families.save(families.make_model("llama", seed=1), tmp_path / "teacher")
+    variants = tuple(replace(variant, model=str(model)) for variant in recipe.variants)
+    codec.save(replace(recipe, variants=variants), tmp_path / "cut.yaml")
+    given = {**SIZES, "data": str(text_file), "stages": ("layerwise",), "run": tmp_path / "run"}
+    heal(tmp_path / "cut.yaml", tmp_path / "first", teacher=str(teacher), **given)
+    told = codec.load(tmp_path / "first" / "recipe" / "recipe.yaml").provenance["heal"]["settings"]
+    assert "teacher" in told and not {"config", "teacher_config"} & set(told)
+    for folder in (model, teacher):
+        plain = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**plain, "rms_norm_eps": 0.01, "attention_dropout": 0.5}))
+    with pytest.raises(UserError) as caught:
+        heal(tmp_path / "cut.yaml", tmp_path / "second", teacher=str(teacher), **given)
+    where = [problem.where.rpartition(": ")[2] for problem in caught.value.problems]
+    assert where == ["config.rms_norm_eps", "teacher_config.rms_norm_eps"]
 
 
 def test_bad_input(recipe_file: Path, model_folder: Folder, text_file: Path, tmp_path: Path) -> None:

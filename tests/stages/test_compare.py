@@ -298,6 +298,25 @@ def test_a_calibration_text_that_changed_under_a_comparison(
     assert ("mka", 5, "none") not in rows_of(out) and not (out / "plans" / "mka").exists()
 
 
+def test_a_config_that_changed_under_a_comparison(halves: Sizes, tmp_path: Path) -> None:
+    """Comparisons of earlier versions did not record it, and go on."""
+    model, out = families.save(families.make_model("llama"), tmp_path / "model"), tmp_path / "compare"
+    intarsia.compare(str(model), out, methods="reverse", layers=[5], **halves)
+    plain = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**plain, "rms_norm_eps": 0.01, "attention_dropout": 0.5}))
+    with pytest.raises(UserError) as caught:
+        intarsia.compare(str(model), out, methods="reverse", layers=[4], **halves)
+    (problem,) = caught.value.problems
+    assert problem.where.endswith("compare.json: config.rms_norm_eps") and problem.found == "0.01"
+    (model / "config.json").write_text(json.dumps(plain))
+    facts = json.loads((out / "compare.json").read_text())
+    del facts["config"]
+    (out / "compare.json").write_text(json.dumps(facts))
+    for layers in (4, 3):
+        intarsia.compare(str(model), out, methods="reverse", layers=[layers], **halves)
+        assert ("reverse", layers, "none") in rows_of(out)
+
+
 def test_a_folder_of_something_else(model_folder: Folder, halves: Sizes, tmp_path: Path) -> None:
     model = str(model_folder("llama"))
     (tmp_path / "else").mkdir()

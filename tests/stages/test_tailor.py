@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from math import comb, log10
 from pathlib import Path
@@ -310,6 +311,22 @@ def test_a_changed_family_is_refused_before_a_model_is_loaded(
         tailor(changed, searched[0], tokens=512, device="cpu")
     places = [problem.where.rpartition(": ")[2] for problem in caught.value.problems]
     assert places == ["family.layers", "family.methods"]
+
+
+def test_a_config_that_changed_under_a_search(parts: dict[str, Path], tmp_path: Path) -> None:
+    base = Path(shutil.copytree(parts["base"], tmp_path / "base"))
+    path = write_family({**parts, "base": base}, tmp_path / "family.yaml")
+    given = {"tokens": 512, "device": "cpu", "judge": False, "build": False}
+    tailor(path, tmp_path / "run", trials=2, **given)  # type: ignore[arg-type]
+    plain = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**plain, "rms_norm_eps": 0.01}))
+    with pytest.raises(UserError) as caught:
+        tailor(tmp_path / "run", more_trials=1, **given)  # type: ignore[arg-type]
+    assert [problem.where.rpartition(": ")[2] for problem in caught.value.problems] == ["config.rms_norm_eps"]
+    facts = json.loads((tmp_path / "run" / "tailor.json").read_text())
+    del facts["config"]  # as earlier versions wrote it
+    (tmp_path / "run" / "tailor.json").write_text(json.dumps(facts))
+    assert tailor(tmp_path / "run", more_trials=1, **given).trials == 3  # type: ignore[arg-type]
 
 
 def test_a_search_goes_on_wherever_the_command_runs(
