@@ -89,7 +89,7 @@ def write_sequences(
     model.eval()
     rows = min(n, rows_at_once(_row_bytes(model, seq_len), sampling))
     parts, documents = [], 0
-    # Of a last position that is no copy PyTorch makes as many matrices as there are rows: hundreds of them for a head.
+    # For rows that are cut out of a longer tensor PyTorch copies the head's matrix, once for each of them.
     hook = cast(Any, model).get_output_embeddings().register_forward_pre_hook(_contiguous)
     try:
         with torch.inference_mode(), progress.task("writing calibration text", total=n * seq_len) as task:

@@ -92,7 +92,7 @@ def predict(
         parts.append(held.weights(sizes, made=made, layers=FITTED_LAYERS, outside=False) + fit + batch)
     recipe = sizes.fitted(depth - target, attention=depth - target) if in_loop is not None else 0
     cost = _with_peak(cost, sizes, held, max(parts), hidden=hidden, recipe=recipe)
-    if not writes:
+    if not writes or held.stream:  # a streamed model writes nothing: its text is there
         return cost
     return _with_peak(cost, sizes, held, held.weights(sizes) + sizes.writing(tokens, seq_len), hidden=0)
 

@@ -53,6 +53,11 @@ def test_a_model_that_writes_the_text_has_keys_and_values() -> None:
         found = predict(sizes(), "reverse", None, seq_len=seq_len, writes=True, **given)
         assert found.peak_memory_bytes == BASE_BYTES + 10**6 + weights + rows * kept
         assert found.peak_memory_bytes > silent.peak_memory_bytes
+    streamed = {**given, "held": STREAMED}
+    there, read = (
+        predict(sizes(), "reverse", None, seq_len=512, writes=writes, **streamed) for writes in (True, False)
+    )
+    assert there == read  # it was written without
     few = predict(sizes(), "reverse", None, seq_len=512, writes=True, **{**given, "tokens": 2048})
     assert few == silent  # four sequences are less than the losses
 
