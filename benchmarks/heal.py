@@ -4,8 +4,9 @@ Cut by each of `--methods` (removal by calibration loss, of one block, CoMe-P, a
 and `--thorough`), then the closed form over all layers on 64k tokens (as `compress` does it, where the model is
 repaired as it goes); of `--train` also layerwise distillation on 500k on top, and end-to-end distillation on 200k on
 top of that. `--against 25` adds, at that depth, end-to-end distillation alone for as long as both took together, and
-the same training of the plainly cut model. Texts as in the benchmark `quality`, whose ladders are used where they are
-there. Every row is kept: a stopped benchmark goes on where it was.
+the same training of the plainly cut model. `--text 21` adds, at that depth, end-to-end distillation that learns from
+the text too (cross-entropy), on top of layerwise. Texts as in the benchmark `quality`, whose ladders are used where
+they are there. Every row is kept: a stopped benchmark goes on where it was.
 
     python -m benchmarks heal --data ../shared/data/text -o out/bench/heal
 """
@@ -37,6 +38,7 @@ LAYERWISE = LayerwiseSettings(inputs="student", kl=0.0, lr=1e-3, patience=10)
 END_TO_END = EndToEndSettings(lr=3e-4, batch_tokens=2048, patience=10)
 # A model that is near the original bears smaller steps only.
 SMALLER_STEPS = {27: 1e-4, 25: 2e-4}
+WITH_TEXT = replace(END_TO_END, lr=2e-4, cross_entropy=0.5)
 
 
 class Bench:
@@ -114,6 +116,7 @@ class Bench:
         """One stage on top of a model."""
         folder = self.out / name
         tokens = options.pop("tokens", self.tokens.get(stage, 0)) // 512 * 512
+        usual = replace(END_TO_END, lr=SMALLER_STEPS.get(layers, END_TO_END.lr))
         if not folder.exists():
             result = intarsia.heal(
                 source,
@@ -122,7 +125,7 @@ class Bench:
                 stages=(stage,),
                 tokens=tokens,
                 layerwise=LAYERWISE,
-                end_to_end=replace(END_TO_END, lr=SMALLER_STEPS.get(layers, END_TO_END.lr)),
+                end_to_end=options.pop("end_to_end", usual),
                 progress=display(),
                 **options,
             )
@@ -149,7 +152,7 @@ class Bench:
 
     def against(self, layers: int) -> None:
         """End-to-end alone for the time that layerwise and end-to-end took, from both cuts."""
-        trained = next(method for method in METHODS if f"{method} {layers} end-to-end" in self.found)
+        trained = self.trained(layers)
         took = {stage: self.found[f"{trained} {layers} {stage}"]["seconds"] for stage in ("layerwise", "end-to-end")}
         tokens = round(self.tokens["end-to-end"] * sum(took.values()) / took["end-to-end"])
         for method in (trained, "sleb"):
@@ -162,11 +165,21 @@ class Bench:
                 tokens=tokens,
             )
 
+    def with_text(self, layers: int) -> None:
+        """End to end behind layerwise, from the text besides the teacher."""
+        trained = self.trained(layers)
+        source, name = self.out / f"{trained}-{layers}-lw", f"{trained}-{layers}-text"
+        self.heal(source, layers, "end-to-end", name, f"{trained} {layers} end-to-end and text", end_to_end=WITH_TEXT)
+
+    def trained(self, layers: int) -> str:
+        """The method whose model was trained at that depth."""
+        return next(method for method in METHODS if f"{method} {layers} end-to-end" in self.found)
+
     def table(self, text: str, depths: list[int]) -> None:
         """Print the table of one text."""
         dense = self.found["dense"][text]
         print(f"\n{text} (dense {dense:.2f}); in brackets the share of the gap that is closed\n")
-        columns = ("cut", "closed form", "layerwise", "end-to-end", "end-to-end alone")
+        columns = ("cut", "closed form", "layerwise", "end-to-end", "end-to-end alone", "end-to-end and text")
         print(f"| layers | | {' | '.join(columns)} |")
         print("|---:|---|" + "---:|" * len(columns))
         for layers in depths:
@@ -189,6 +202,7 @@ def main() -> None:
     parser.add_argument("--plans", type=Path, default=Path("out/bench/quality"), help="run folders of `quality`")
     parser.add_argument("--layers", type=int, nargs="+", default=[27, 25, 23, 21])
     parser.add_argument("--against", type=int, nargs="*", default=[])
+    parser.add_argument("--text", type=int, nargs="*", default=[])
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
     parser.add_argument("--train", nargs="*", default=["come-p-thorough"], choices=METHODS)
     parser.add_argument(
@@ -205,6 +219,8 @@ def main() -> None:
                 bench.depth(method, layers, train=method in given.train)
             if layers in given.against:
                 bench.against(layers)
+            if layers in given.text:
+                bench.with_text(layers)
     for text in TEXTS:
         bench.table(text, given.layers)
 
