@@ -116,7 +116,7 @@ class Bench:
         """One stage on top of a model."""
         folder = self.out / name
         tokens = options.pop("tokens", self.tokens.get(stage, 0)) // 512 * 512
-        usual = replace(END_TO_END, lr=SMALLER_STEPS.get(layers, END_TO_END.lr))
+        options.setdefault("end_to_end", replace(END_TO_END, lr=SMALLER_STEPS.get(layers, END_TO_END.lr)))
         if not folder.exists():
             result = intarsia.heal(
                 source,
@@ -125,7 +125,6 @@ class Bench:
                 stages=(stage,),
                 tokens=tokens,
                 layerwise=LAYERWISE,
-                end_to_end=options.pop("end_to_end", usual),
                 progress=display(),
                 **options,
             )

@@ -99,6 +99,10 @@ class RunFolder:
         """The settings that the run was begun with."""
         return _read(self._file(_SETTINGS), "the settings of a run, in JSON")
 
+    def begun_with(self) -> dict[str, Any]:
+        """The same; empty where no run was begun."""
+        return self.settings() if self.is_one() else {}
+
     def pin(self, name: str, facts: Mapping[str, Any]) -> None:
         """Record facts that become known when the work begins; a continued run must find the same ones.
 
@@ -110,8 +114,7 @@ class RunFolder:
             write_whole(path, json.dumps(_as_json(facts), indent=2) + "\n")
             return
         begun_with = _read(path, "what was recorded when the run was begun")
-        problems = differences(begun_with, _as_json(facts), str(path))
-        if problems:
+        if problems := differences(begun_with, _as_json(facts), str(path)):
             raise UserError(problems)
 
     def log(self) -> list[dict[str, Any]]:

@@ -128,7 +128,7 @@ def heal(
         barrier=barrier,
         progress=progress,
     )
-    begun_with = RunFolder(run).settings() if RunFolder(run).is_one() else {}
+    begun_with = RunFolder(run).begun_with()
     settings = {
         "recipe": codec.content_hash(recipe),
         "config": config_as_begun(base.config, begun_with),

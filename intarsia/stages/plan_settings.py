@@ -28,7 +28,7 @@ def identifying_settings(source: Source, run: Path, wanted: Asked) -> dict[str, 
     Raises:
         UserError: the model or the calibration text cannot be used, or the run folder is damaged.
     """
-    begun = RunFolder(run).settings() if RunFolder(run).is_one() else {}
+    begun = RunFolder(run).begun_with()
     return {
         "model": _model_of(RunFolder(run), source),
         "revision": source.revision,
