@@ -4,7 +4,8 @@ Parts, each of which can be run alone; `--parts` takes several, in order. Everyt
 folder and only read when the command is run again, and a search goes on where it was.
 
 - `planners`: planners for a single model, on the base and on the best variant, cut and healed in closed form.
-- `ablation`: searches that may remove; remove and select; and merge; and concatenate. Equal trials.
+- `ablation`: searches that may remove; remove and select; and merge; and concatenate. Equal trials, for the best
+  healed model and for the best as it is cut (`--heal finalists,none`).
 - `engines`: evolve, smac, both and random search with all operations at equal trials: curves.
 - `workers`: trials of two workers against those of one; needs two idle cores, and is left out unless it is named.
 - `table`: print what is there.
@@ -43,6 +44,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     found.add_argument("--trials", type=int, default=60, help="of each search")
     found.add_argument("--budgets", type=_listed, default=("9", "81"), help="the least and the greatest, by comma")
     found.add_argument("--engines", type=_listed, default=searches.ENGINES, help="by comma")
+    found.add_argument("--heal", type=_listed, default=tuple(searches.HEALS), help="of the ablation, by comma")
     found.add_argument("--ablate-with", default="evolve", help="the engine of the ablation")
     found.add_argument("--methods", type=_listed, default=planners.METHODS, help="planners, by comma")
     found.add_argument("--plans", type=Path, help="a folder of run folders of the base, which are judged too")
@@ -55,6 +57,8 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = [part for part in given.parts if part not in _ALL]
     if unknown:
         found.error(f"--parts: no {', '.join(unknown)} among {', '.join(_ALL)}")
+    if set(given.heal) - {*searches.HEALS}:
+        found.error(f"--heal: of {', '.join(searches.HEALS)}")
     if len(given.budgets) != 2:
         found.error("--budgets: two numbers")
     return given
@@ -89,7 +93,7 @@ def main() -> None:
             planners.run(judge, setting, rows, methods=given.methods, given=given.plans)
         elif part == "ablation":
             planners.members(judge, setting)
-            searches.ablation(judge, setting, rows, seeds=seeds, engine=given.ablate_with)
+            searches.ablation(judge, setting, rows, seeds=seeds, engine=given.ablate_with, heals=given.heal)
         elif part == "engines":
             searches.engines(setting, seeds=seeds, names=given.engines)
         elif part == "workers":

@@ -2,14 +2,16 @@
 
 All searches begin with the base without layers of its middle. Those of the ablation begin also with what two planners
 cut from the base and from the best variant, taken from every member and from their merges, as far as the operations can
-say it; there the trials of the greatest budget are healed before they are scored (`heal: finalists`), for a healed
-model is what is wanted. Engines are compared on models as they are cut, and on what they find themselves.
+say it. It is made twice: for the best healed model, with the trials of the greatest budget healed before they are
+scored (`heal: finalists`), and for the best model as it is cut. Engines are compared on models as they are cut, and on
+what they find themselves.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import intarsia
@@ -22,6 +24,8 @@ from intarsia.tailoring.family_file import BASE, RANDOM_MIDDLE
 
 ENGINES = ("evolve", "smac", "both", "random")
 STARTS = ("sleb", "come-p")
+HEALS = {"finalists": "", "none": "bare-"}
+"""How the searches of the ablation score their trials, and what the names of such searches begin with."""
 WHOLE = list(ABLATION)[-1]
 CURVES = "curves"
 """What the searches that compare engines are called after, in the place of their operations."""
@@ -43,13 +47,16 @@ def is_finished(setting: Setting, name: str) -> bool:
     return folder.is_one() and len(folder.history().made) >= setting.trials
 
 
-def ablation(judge: Judge, setting: Setting, rows: Rows, *, seeds: Sequence[int], engine: str) -> None:
+def ablation(
+    judge: Judge, setting: Setting, rows: Rows, *, seeds: Sequence[int], engine: str, heals: Sequence[str]
+) -> None:
     """The same search with one operation more each time."""
     planned = [plan(setting, member, method) for member in (BASE, best_variant(rows)) for method in STARTS]
     starts = [RANDOM_MIDDLE, *map(str, planned)]
-    for seed in seeds:
+    for seed, heal in product(seeds, heals):
         for operations, allowed in ABLATION.items():
-            name = _search(setting, operations, engine, seed, operations=allowed, starts=starts, heal="finalists")
+            kind = f"{HEALS[heal]}{operations}"
+            name = _search(setting, kind, engine, seed, operations=allowed, starts=starts, heal=heal)
             _judge(judge, setting, name)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
+from itertools import product
 
 from benchmarks.tailor_parts import curves
 from benchmarks.tailor_parts.curves import Curve
 from benchmarks.tailor_parts.judge import COUNTED, TASKS, TEXTS, kept, mean
 from benchmarks.tailor_parts.planners import CUT, HEALED
-from benchmarks.tailor_parts.searches import CURVES, ENGINES, folder_of, is_finished
+from benchmarks.tailor_parts.searches import CURVES, ENGINES, HEALS, folder_of, is_finished
 from benchmarks.tailor_parts.setting import ABLATION, VARIANTS, Rows, Setting
 from benchmarks.tailor_parts.sharing import sharing_of
 from intarsia.stages.tailor_folder import TailorFolder
@@ -54,19 +55,17 @@ def _ablation(rows: Rows) -> str:
     """The mean over seeds, with the standard deviation between them."""
     everything, base = rows.all(), rows[BASE]
     lines = []
-    for operations, allowed in ABLATION.items():
-        for state in (CUT, HEALED):
-            found = [row for name, row in everything.items() if _is(name, operations, state)]
-            if found:
-                means = [mean(row, base) for row in found]
-                shares = [f"{statistics.mean(each):.3f}" for each in _columns([kept(row, base) for row in found])]
-                lines.append(
-                    f"| {', '.join(allowed)} | {state} | {len(found)} | {' | '.join(shares)} | {_spread(means)} |"
-                )
+    for (heal, prefix), operations, state in product(HEALS.items(), ABLATION, (CUT, HEALED)):
+        found = [row for name, row in everything.items() if _is(name, f"{prefix}{operations}", state)]
+        if found:
+            means = [mean(row, base) for row in found]
+            shares = [f"{statistics.mean(each):.3f}" for each in _columns([kept(row, base) for row in found])]
+            what = f"{', '.join(ABLATION[operations])} | {heal} | {state}"
+            lines.append(f"| {what} | {len(found)} | {' | '.join(shares)} | {_spread(means)} |")
     if not lines:
         return ""
-    head = f"| operations | | seeds | {' | '.join((*COUNTED, *TEXTS))} | mean |"
-    return "\n".join(["Shares that are kept:", "", head, "|---|---|---:|" + "---:|" * 6, *lines])
+    head = f"| operations | heal | | seeds | {' | '.join((*COUNTED, *TEXTS))} | mean |"
+    return "\n".join(["Shares that are kept:", "", head, "|---|---|---|---:|" + "---:|" * 6, *lines])
 
 
 def _columns(shares: Iterable[Mapping[str, float]]) -> list[list[float]]:
@@ -74,9 +73,10 @@ def _columns(shares: Iterable[Mapping[str, float]]) -> list[list[float]]:
     return [[row[name] for row in every] for name in (*COUNTED, *TEXTS)]
 
 
-def _is(name: str, operations: str, state: str) -> bool:
+def _is(name: str, kind: str, state: str) -> bool:
+    """Whether a row is of a search of that kind (see `searches.name_of`), in that state."""
     head, _, tail = name.partition(", ")
-    return tail == state and head.split("-")[0] == operations and len(head.split("-")) == 3
+    return tail == state and head.rsplit("-", 2)[0] == kind
 
 
 def _curves(setting: Setting) -> dict[str, dict[int, Curve]]:

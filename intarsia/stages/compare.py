@@ -10,6 +10,7 @@ from typing import Any
 
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.task_plan import plan_tasks
+from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
 from intarsia.progress import Progress, Silent
 from intarsia.reporting.comparison import load
 from intarsia.reporting.comparison_table import cells
@@ -66,6 +67,7 @@ def compare(
     methods: str | Sequence[str],
     layers: Sequence[int],
     heal: Sequence[str] = ("none",),
+    closed_form: ClosedFormSettings = LAST,
     eval_text: str | Sequence[str] = (),
     eval_windows: int | Sequence[int] = 64,
     tasks: Sequence[str] = (),
@@ -97,6 +99,7 @@ def compare(
         methods: names of methods, with options in brackets where they are not the defaults: `come[norm=average]`.
         layers: the depths.
         heal: `none`, `closed-form`, or both.
+        closed_form: how it fits; by default as `compress` does.
         eval_text: texts for perplexity, as SOURCE or NAME=SOURCE.
         eval_windows: windows of each of them, or of all.
         tasks: see `evaluate_tasks`; `limit` and `include_path` too.
@@ -131,7 +134,7 @@ def compare(
         windows *= len(texts_given)
     texts, text_facts = load_texts(texts_given, windows, source.tokenizer, seq_len=seq_len)
     task_plan = plan_tasks(tasks, limit=limit, include_path=include_path) if tasks else None
-    predicted = tuple(predicted_cost(entrant, source, depths, heals) for entrant in entrants)
+    predicted = tuple(predicted_cost(entrant, source, depths, heals, closed_form) for entrant in entrants)
     if dry_run:
         return CompareResult(
             model=model,
@@ -149,10 +152,15 @@ def compare(
     }
     task_facts = [] if task_plan is None else task_facts_of(task_plan, tasks, include_path)
     begun_with = CompareFolder(out).facts()
-    facts = _facts(source, batch_tokens, begun_with) | {"eval_texts": text_facts, "tasks": task_facts, "asked": asked}
+    facts = _facts(source, batch_tokens, begun_with) | {
+        "closed_form": asdict(closed_form),
+        "eval_texts": text_facts,
+        "tasks": task_facts,
+        "asked": asked,
+    }
     folder = CompareFolder.offer(out, facts)
     judge = Judge(source, texts, tasks=task_plan, task_layers=task_layers, speed=speed)
-    work = Work(source, folder, judge, depths, heals, batch_tokens)
+    work = Work(source, folder, judge, depths, heals, closed_form, batch_tokens)
     try:
         if work.missing(entrants):
             corpus = source.corpus  # a mistyped text must not leave a folder behind

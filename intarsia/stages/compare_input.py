@@ -130,7 +130,9 @@ def task_facts_of(plan: TaskPlan, specs: Sequence[str], include_path: Path | Non
     return facts
 
 
-def predicted_cost(entrant: Entrant, source: Source, depths: Sequence[int], heals: Sequence[str]) -> dict[str, Any]:
+def predicted_cost(
+    entrant: Entrant, source: Source, depths: Sequence[int], heals: Sequence[str], closed_form: ClosedFormSettings
+) -> dict[str, Any]:
     """A method's cost without the shared pass, at most, and its memory with what is kept of that pass."""
     least = min(depths)
     # Where a step may take several layers, every other depth may need a ladder of its own.
@@ -158,8 +160,7 @@ def predicted_cost(entrant: Entrant, source: Source, depths: Sequence[int], heal
         peak = max(peak, cost.peak_memory_bytes)
         if "closed-form" in heals:
             in_loop, held = entrant.in_loop is not None, Held.on(source.device)
-            fitted = ClosedFormSettings()
-            healed = with_repair(cost, source, entrant.settings, fitted, target=target, in_loop=in_loop, held=held)
+            healed = with_repair(cost, source, entrant.settings, closed_form, target=target, in_loop=in_loop, held=held)
             heal_forwards += healed.heal_forwards_at_most or 0
             peak = max(peak, healed.peak_memory_bytes)
     return {

@@ -31,10 +31,11 @@ class Work:
         judge: Judge,
         depths: Sequence[int],
         heals: Sequence[str],
+        closed_form: ClosedFormSettings,
         batch_tokens: int | None,
     ) -> None:
         self.source, self.folder, self.judge = source, folder, judge
-        self.depths, self.heals, self.batch_tokens = depths, heals, batch_tokens
+        self.depths, self.heals, self.closed_form, self.batch_tokens = depths, heals, closed_form, batch_tokens
         self.ladders = Ladders(source, batch_tokens=batch_tokens)
         self.dense: Key = (DENSE, source.checkpoint.anatomy.n_layers, "none")
         self._original: Original | None = None
@@ -92,13 +93,12 @@ class Work:
         recipe, where = cut, rung.path
         extra: dict[str, Any] = {}
         if heal == "closed-form":
-            settings = ClosedFormSettings()
             begun = time.perf_counter()
             repair = repaired(
                 run,
                 cut,
                 self.source,
-                settings=settings,
+                settings=self.closed_form,
                 batch_tokens=self.batch_tokens,
                 original=self._shared_original(),
             )

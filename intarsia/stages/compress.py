@@ -73,7 +73,7 @@ def compress(
         layers, sparsity: the target, one of the two.
         heal: `closed-form` fits the layers that stand for removed ones to the original, on the calibration text;
             `none` leaves them as they were cut.
-        closed_form: how it fits.
+        closed_form: how it fits; by default as `heal` does (`LAST`).
         heal_in_loop: repair what each step changes the same way, before the next; for progressive methods.
         eval_text: what perplexity is measured on. Without one, text like the calibration's that was not part of it.
         run: the run folder; beside `out` by default.
@@ -94,7 +94,7 @@ def compress(
             where="--heal", expected=f"one of {', '.join(HEALS)}", found=repr(heal), remedy="Choose one of them."
         )
     in_loop = (closed_form or ClosedFormSettings()) if heal_in_loop else None
-    closed_form = closed_form or (LAST if heal_in_loop else ClosedFormSettings())
+    closed_form = closed_form or LAST
     unjudged = _built_but_not_judged(run, out)
     check_out(out, overwrite=overwrite or unjudged is not None)
     source = Source(

@@ -33,6 +33,7 @@ from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import BASE
 from intarsia.tailoring.grids import space_of
 from intarsia.tailoring.hyperband import budget_ladder
+from intarsia.tailoring.kept_fits import KeptFits
 from intarsia.tailoring.make_engine import check_engine, make_engine
 from intarsia.tailoring.measure_statistics import check_anatomy
 from intarsia.tailoring.search import Goal, search
@@ -142,6 +143,7 @@ def tailor(
         dtype=job.dtype,
         memory_bytes=memory_bytes,
         probe=not folder.is_one(),  # a search that goes on has kept what the base costs
+        fits=folder.fits,
         progress=progress,
     )
     settings = settings_of(job, variants, config, space, budgets, evaluator)
@@ -165,7 +167,10 @@ def tailor(
     stopped = None
     if len(history.made) < goal.trials:
         asked = make_engine(file.search, space, budgets, evaluator.objectives, warm.starts)
-        opener = Opener(file=file, device=job.device, dtype=job.dtype, memory_bytes=memory_bytes)
+        fits = KeptFits(folder.fits)
+        if file.heal != "none":
+            fits.begin()
+        opener = Opener(file=file, device=job.device, dtype=job.dtype, memory_bytes=memory_bytes, fits=folder.fits)
         with _workers(job, opener, evaluator, scheduler) as hands:
             stopped = search(
                 asked,
@@ -176,6 +181,7 @@ def tailor(
                 earlier=warm.earlier,
                 progress=progress,
                 on_front=folder.write_front,
+                on_trial=lambda front: fits.drop({trial.recipe for trial in history.trials} - front.recipes),
             )
     if stopped is not None:
         progress.say(f"stopped after {len(history.made)} trials: {stopped}")

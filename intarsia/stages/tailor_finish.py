@@ -19,6 +19,7 @@ from intarsia.stages.tailor_recipe import keep_front, trial_recipe
 from intarsia.stages.tailor_scorer import evaluator_of, is_healed
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import BASE, FamilyFile
+from intarsia.tailoring.kept_fits import KeptFits
 from intarsia.tailoring.pareto import Front
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def finish(
     if front is None:
         return Finished(front=None, judged=None, best=None)
     keep_front(folder, front, evaluator, progress)
+    KeptFits(folder.fits).end()
     recipe = trial_recipe(folder, front.knee, progress, evaluator)
     sha256 = codec.content_hash(recipe)
     judged = folder.judged()

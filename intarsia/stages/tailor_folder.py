@@ -9,6 +9,7 @@
 - `trials.jsonl`: the log (`intarsia.tailoring.history.Trial`).
 - `front.json`: the Pareto front (`intarsia.tailoring.pareto.Front.to_dict`), written anew at every change of it, with
   `judged` once the incumbent is: how it and the uncut base do on what the search never saw.
+- `fits/`: while it searches, what was fitted for trials that are on the front or under way.
 - `front/trial-N.yaml`: the recipes of the front; `best/`: the incumbent, built; `report.html`: the page about all that.
 """
 
@@ -113,6 +114,11 @@ class TailorFolder:
     def best(self) -> Path:
         """Where the incumbent is built."""
         return self._file("best")
+
+    @property
+    def fits(self) -> Path:
+        """Where fits of trials are kept while it searches."""
+        return self._file("fits").absolute()
 
     @property
     def report(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.stages.setup import device_of, dtype_of
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import FamilyFile
+from intarsia.tailoring.kept_fits import KeptFits
 from intarsia.tailoring.outcome import Outcome
 from intarsia.tailoring.workers import Place
 
@@ -27,6 +29,7 @@ class Opener:
     device: str | None
     dtype: str | None
     memory_bytes: int | None
+    fits: Path | None = None
 
     def __call__(self, place: Place) -> TrialScorer:
         """A scorer for a worker: with its share of the memory, on its own GPU where there are several."""
@@ -37,7 +40,9 @@ class Opener:
             device = f"cuda:{place.index % torch.cuda.device_count()}"
         memory = None if self.memory_bytes is None else self.memory_bytes // place.count
         family = open_family(self.file.base, self.file.variants)
-        evaluator = evaluator_of(family, self.file, device=device, dtype=self.dtype, memory_bytes=memory, probe=False)
+        evaluator = evaluator_of(
+            family, self.file, device=device, dtype=self.dtype, memory_bytes=memory, probe=False, fits=self.fits
+        )
         return TrialScorer(evaluator, self.file)
 
 
@@ -49,12 +54,14 @@ def evaluator_of(
     dtype: str | None,
     memory_bytes: int | None,
     probe: bool = True,
+    fits: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluator:
     """The evaluator of a family for its objectives.
 
     Args:
         probe: measure the base, and refuse objectives that tell nothing.
+        fits: the folder of what is fitted for trials (`intarsia.tailoring.kept_fits`).
 
     Raises:
         UserError: an objective cannot be used.
@@ -68,6 +75,7 @@ def evaluator_of(
         dtype=dtype_of(dtype),
         memory_bytes=memory_bytes,
         probe=probe,
+        fits=None if fits is None else KeptFits(fits),
         progress=progress or Silent(),
     )
 

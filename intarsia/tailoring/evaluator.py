@@ -22,10 +22,11 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.recipe.check import check
 from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.tailoring.kept_fits import KeptFits
 from intarsia.tailoring.objective import Objective, check_varied
 from intarsia.tailoring.outcome import Outcome, TrialFailed
 from intarsia.tailoring.resident_family import ResidentFamily
-from intarsia.tailoring.trial_repair import repaired
+from intarsia.tailoring.trial_repair import repair_work, repaired
 from intarsia.tailoring.trial_run import Runner
 from intarsia.tailoring.trial_scores import Scored, Scorer
 from intarsia.tailoring.trial_sizes import lacks_memory
@@ -54,6 +55,7 @@ class Evaluator:
         batch_tokens: int,
         cache_bytes: int,
         repair_on: Corpus | None = None,
+        fits: KeptFits | None = None,
     ) -> None:
         """Most callers want `open_evaluator`.
 
@@ -61,13 +63,14 @@ class Evaluator:
             cuts, pack, batch_tokens: see `Scorer`.
             cache_bytes: for states and arguments; layers have a cache of their own.
             repair_on: tokens for the closed form, where candidates may be healed.
+            fits: where what was fitted is kept, and found again.
         """
         self.objectives = tuple(objective.name for objective in objectives)
         self.most = max(len(objective.examples) for objective in objectives)
         self.base: Outcome | None = None
         self.measured = tuple(objectives)
         self._layers = layers
-        self._repair_on = repair_on
+        self._repair_on, self._fits = repair_on, fits
         self.runner = Runner(layers, prefix_bytes=cache_bytes * 3 // 4, entry_bytes=cache_bytes // 4)
         self._scorer = Scorer(
             self.runner, objectives, cuts=cuts, pack=pack, batch_tokens=batch_tokens, uncut=self.uncut()
@@ -98,11 +101,11 @@ class Evaluator:
         self._check(recipe, budget)
         made = self._layers.made
         with self._failing():
-            repair_work = 0.0
+            fitting = 0.0
             if healed:
-                recipe, repair_work = self._repaired(recipe)
+                recipe, fitting = self._repaired(recipe)
             scored = self._scorer.score(recipe, budget)
-        return self._outcome(scored, repair_work, len(recipe.layers), self._layers.made - made, start)
+        return self._outcome(scored, fitting, len(recipe.layers), self._layers.made - made, start)
 
     def heal(self, recipe: Recipe) -> Recipe:
         """The recipe that `evaluate` scores with `healed`, its fitted tensors in it.
@@ -156,9 +159,15 @@ class Evaluator:
 
     def _repaired(self, recipe: Recipe) -> tuple[Recipe, float]:
         assert self._repair_on is not None, "opened for candidates that are healed"
-        return repaired(recipe, self._layers, self._repair_on)
+        work = repair_work(recipe, self._layers, self._repair_on)
+        healed = None if self._fits is None else self._fits.find(recipe)
+        if healed is None:
+            healed = repaired(recipe, self._layers, self._repair_on)
+            if self._fits is not None:
+                self._fits.keep(recipe, healed)
+        return healed, work
 
-    def _outcome(self, scored: Scored, repair_work: float, depth: int, made: int, start: float) -> Outcome:
+    def _outcome(self, scored: Scored, fitting: float, depth: int, made: int, start: float) -> Outcome:
         pairs = [objective.cost(found) for objective, found in zip(self.measured, scored.examples, strict=True)]
         wrong = [name for name, (cost, _) in zip(self.objectives, pairs, strict=True) if not np.isfinite(cost)]
         if wrong:
@@ -177,7 +186,7 @@ class Evaluator:
         return Outcome(
             costs=tuple(cost for cost, _ in pairs),
             examples=tuple(map(len, scored.examples)),
-            layer_forwards=(scored.work + repair_work) / scored.tokens,
+            layer_forwards=(scored.work + fitting) / scored.tokens,
             seconds=time.perf_counter() - start,
             details=details,
         )

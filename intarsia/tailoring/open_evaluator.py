@@ -16,6 +16,7 @@ from intarsia.tailoring.evaluator import Evaluator
 from intarsia.tailoring.example_sources import read_objectives
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile
+from intarsia.tailoring.kept_fits import KeptFits
 from intarsia.tailoring.objective import check_budgets, cuts_of
 from intarsia.tailoring.resident_family import ResidentFamily
 from intarsia.tailoring.trial_repair import repair_corpus, repair_windows
@@ -34,6 +35,7 @@ def open_evaluator(
     seq_len: int = _SEQ_LEN,
     tokenizer: Any | None = None,
     probe: bool = True,
+    fits: KeptFits | None = None,
     progress: Progress | None = None,
 ) -> Evaluator:
     """Read the objectives, load the base, and measure it.
@@ -48,6 +50,7 @@ def open_evaluator(
         tokenizer: the base's; None to read it from its folder.
         probe: measure the base at the largest budget, and refuse objectives that tell nothing. One of several
             workers is enough for that.
+        fits: where what is fitted for trials is kept.
 
     Raises:
         UserError: with everything that is wrong with the objectives; a budget is larger than the data; an objective
@@ -85,6 +88,7 @@ def open_evaluator(
         batch_tokens=batch_tokens_of(layers),
         cache_bytes=cache_bytes_of(device, memory_bytes) * 2 // 3,
         repair_on=repair_on,
+        fits=fits,
     )
     if probe:
         with progress.task("measuring the base", total=1) as task:

@@ -58,6 +58,11 @@ class Front:
         costs, among = [_costs(trial) for trial in self.points], [_costs(trial) for trial in self.rivals]
         return self.points[order(costs, equal_weights(len(self.objectives)), among)[0]]
 
+    @property
+    def recipes(self) -> frozenset[str]:
+        """The hashes of its recipes."""
+        return frozenset(trial.recipe for trial in self.points)
+
     def best(self, objective: str) -> Trial:
         """The trial of least cost in an objective."""
         at = self.objectives.index(objective)

@@ -42,6 +42,7 @@ def search(
     earlier: Sequence[Trial],
     progress: Progress,
     on_front: Callable[[Front], None] = lambda front: None,
+    on_trial: Callable[[Front], None] = lambda front: None,
 ) -> str | None:
     """Search until the log has as many trials as the goal says.
 
@@ -50,6 +51,7 @@ def search(
         earlier: trials of earlier searches on the same examples; they are taken into the log, and the engine hears
             them first.
         on_front: called with the Pareto front whenever a trial has changed it.
+        on_trial: called with it after every trial, once there is one.
 
     Returns:
         None, or why the search ended before the goal.
@@ -71,7 +73,7 @@ def search(
         run.fill()
         while run.open:
             run.collect(workers.next(), task)
-            run.tell_front(on_front)
+            run.tell_front(on_front, on_trial)
             run.stop_if_doomed()
             run.fill()
     return run.stopped
@@ -176,11 +178,13 @@ class _Run:
         task.note(words(self._history.trials, self._goal, (len(self._ends) - 1) / minutes if minutes > 0.0 else None))
         task.advance()
 
-    def tell_front(self, on_front: Callable[[Front], None]) -> None:
-        """Tell of a front that is another one than before the last trial."""
+    def tell_front(self, on_front: Callable[[Front], None], on_trial: Callable[[Front], None]) -> None:
+        """Tell of the front, and of one that is another one than before the last trial."""
         found = front_of(self._history.trials, self._goal.objectives, max_budget=self._goal.max_budget)
-        if found is not None and any(point is self._history.trials[-1] for point in found.points):
-            on_front(found)
+        if found is not None:
+            if any(point is self._history.trials[-1] for point in found.points):
+                on_front(found)
+            on_trial(found)
 
     def stop_if_doomed(self) -> None:
         """Stop where everything fails.

@@ -25,7 +25,8 @@ from intarsia.tailoring.resident_family import ResidentFamily
 from intarsia.tailoring.uncut import uncut
 
 TOKENS = 16384
-_LEAST_WINDOWS = 2 * ClosedFormSettings().held_out  # so that something is held out, and more is not
+_SETTINGS = ClosedFormSettings()
+_LEAST_WINDOWS = 2 * _SETTINGS.held_out  # so that something is held out, and more is not
 
 
 def repair_windows(seq_len: int) -> int:
@@ -58,16 +59,18 @@ def repair_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | N
     return Corpus.of(ids, description=f"examples of {names}", documents=len(order))
 
 
-def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> tuple[Recipe, float]:
-    """A recipe with its read-outs fitted towards what it would be uncut, and what that took in layer-forwards times
-    tokens.
+def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
+    """A recipe with its read-outs fitted towards what it would be uncut.
 
     Raises:
         UserError: activations are not finite.
     """
-    settings = ClosedFormSettings()
-    fitted, _ = fit(recipe, layers.resident, corpus, settings=settings, teacher=teacher_of(recipe, layers))
-    return fitted, float(closed_form_cost(recipe, settings, layers.resident.anatomy) * corpus.tokens)
+    return fit(recipe, layers.resident, corpus, settings=_SETTINGS, teacher=teacher_of(recipe, layers))[0]
+
+
+def repair_work(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> float:
+    """What that fit takes, in layer-forwards times tokens."""
+    return float(closed_form_cost(recipe, _SETTINGS, layers.resident.anatomy) * corpus.tokens)
 
 
 def teacher_of(recipe: Recipe, layers: ResidentFamily) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.healing.closed_form_cost import closed_form_cost_at_most
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, LacoSettings
 from intarsia.recipe import codec
@@ -246,6 +246,28 @@ def test_more_may_be_asked_for_and_nothing_is_measured_twice(
     assert [problem.where.rpartition(": ")[2] for problem in caught.value.problems] == ["tasks"]
 
 
+def test_it_fits_as_compress_does_or_as_told(model_folder: Folder, halves: Sizes, tmp_path: Path) -> None:
+    model = str(model_folder("llama"))
+    given: Sizes = {**halves, "eval_text": halves["eval_text"].partition("=")[2], "method": "shortgpt", "layers": 5}
+    told: Sizes = {"methods": "shortgpt", "layers": [5], "heal": ["closed-form"], **halves}
+    alone = intarsia.compress(model, tmp_path / "alone", **given)
+    intarsia.compare(model, tmp_path / "compare", **told)
+    row = rows_of(tmp_path / "compare")["shortgpt", 5, "closed-form"]
+    assert row["recipe_sha256"] == alone.recipe_sha256
+    fitted = codec.load(tmp_path / "compare" / row["recipe"]).provenance["heal"]["settings"]["closed-form"]
+    assert fitted["unchanged"] == ["mlp", "attention"]
+
+    light = ClosedFormSettings(unchanged=("mlp",))
+    with pytest.raises(UserError, match=r"closed_form\.unchanged") as caught:
+        intarsia.compare(model, tmp_path / "compare", closed_form=light, **told)
+    assert [problem.found for problem in caught.value.problems if "unchanged" in problem.where] == ["['mlp']"]
+    intarsia.compare(model, tmp_path / "light", closed_form=light, **told)
+    other = rows_of(tmp_path / "light")["shortgpt", 5, "closed-form"]
+    lighter = intarsia.compress(model, tmp_path / "lighter", closed_form=light, **given)
+    assert other["recipe_sha256"] == lighter.recipe_sha256 != row["recipe_sha256"]
+    assert other["heal_forwards"] < row["heal_forwards"]
+
+
 def test_other_settings_are_refused(model_folder: Folder, halves: Sizes, text_file: Path, tmp_path: Path) -> None:
     model, out = str(model_folder("llama")), tmp_path / "compare"
     intarsia.compare(model, out, methods="reverse", layers=[5], **halves)
@@ -379,7 +401,7 @@ def test_a_dry_run_writes_nothing_and_bounds_the_cost(model_folder: Folder, halv
     assert free["shortgpt"] == free["reverse"] == free["angular"] == 0
     # What was repaired as it went is fitted again from two beginnings; judging comes on top.
     bound = {line["method"]: line["heal_forwards_at_most"] for line in predicted.predicted}
-    fits = sum(closed_form_cost_at_most(6, layers, ClosedFormSettings()) for layers in given["layers"])
+    fits = sum(closed_form_cost_at_most(6, layers, LAST) for layers in given["layers"])
     assert fits < bound["come"] < 2 * fits < bound["come[heal_in_loop=true]"]
 
 

@@ -16,11 +16,15 @@ import torch
 import intarsia
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
+from intarsia.healing import closed_form
 from intarsia.recipe import codec
+from intarsia.recipe.recipe import Recipe
+from intarsia.stages import tailor as stages_tailor
 from intarsia.stages.tailor import TailorResult, tailor
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_judge import rest_of, unseen
 from intarsia.stages.tailor_recipe import trial_recipe
+from intarsia.tailoring import trial_repair
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_reader import read_family_file
 from intarsia.tailoring.open_evaluator import open_evaluator
@@ -400,9 +404,13 @@ def test_a_folder_of_something_else(family: Path, tmp_path: Path) -> None:
     assert caught.value.problems[0].where == str(tmp_path / "run")
 
 
+def stop(*args: Any, **kwargs: Any) -> Any:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("heal", ["finalists", "every"])
-def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str) -> None:
-    """Trials are ranked by what the repaired model costs; that model is what is built and judged."""
+def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials are ranked by what the repaired model costs; that model is what is built and judged, fitted once."""
     path = write_family(
         parts,
         tmp_path / "family.yaml",
@@ -410,7 +418,27 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str) -
     )
     path.write_text(path.read_text(encoding="utf-8") + f"heal: {heal}\n", encoding="utf-8")
     run = tmp_path / "run"
+    fits: list[Recipe] = []
+
+    def counted(recipe: Recipe, *args: Any, **kwargs: Any) -> Any:
+        fits.append(recipe)
+        return closed_form.fit(recipe, *args, **kwargs)
+
+    monkeypatch.setattr(trial_repair, "fit", counted)
+    with monkeypatch.context() as killed:
+        killed.setattr(stages_tailor, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tailor(path, run, tokens=512, device="cpu")
+    # What is on the front is kept as it was fitted, and nothing else.
+    folder = TailorFolder.existing(run)
+    front, trials = folder.front(), list(folder.history())
+    assert front is not None
+    assert {file.stem for file in (run / "fits").iterdir()} == front.recipes
+    healed = [trial for trial in trials if heal == "every" or trial.budget == 72]
+    assert 0 < len(fits) <= len(healed)
+    made = len(fits)
     result = tailor(path, run, tokens=512, device="cpu")
+    assert len(fits) == made and not (run / "fits").exists()
     assert result.front is not None and result.front.budget == 72
     recipe = codec.load(run / "best" / "recipe" / "recipe.yaml")
     assert recipe.fitted
@@ -420,9 +448,8 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str) -
 
     file = read_family_file(path)
     family = open_family(file.base, file.variants)
-    folder = TailorFolder.existing(run)
     evaluator = open_evaluator(family, file, device=torch.device("cpu"), probe=False)
-    for trial in folder.history():
+    for trial in trials:
         cut = trial_recipe(folder, trial, healed=False)
         assert not cut.fitted and codec.content_hash(cut) == trial.recipe
         wanted = evaluator.heal(cut) if heal == "every" or trial.budget == 72 else cut
