@@ -6,11 +6,13 @@
 #   make bench    the measurements in the README
 #   make clean    remove what the above made (also the virtual environment)
 #
-# PYTHON=python3.12 chooses the interpreter of a new environment; PIP_FLAGS goes to pip.
+# PYTHON=python3.12 chooses the interpreter of a new environment; PIP_FLAGS goes to pip. LLAMA_CPP=no does not build
+# llama.cpp, whose tests skip then.
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
+LLAMA_CPP ?= yes
 BIN := $(VENV)/bin
 
 # Two cores are shared by two test processes: one thread each is faster than four that wait for one another.
@@ -41,10 +43,17 @@ $(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) -e '.[demo,dev]'
 	@touch $@
 
+# The runtime that exported files are tested with is built from source, which needs a C++ compiler. pip keeps what it
+# built, so another checkout on this machine does not build it again.
+$(VENV)/.stamp-llama: constraints.txt | $(VENV)/.stamp-dev
+	@echo "building llama.cpp for the tests of exported files (once; minutes)"
+	@if $(PIP) llama-cpp-python >$(VENV)/llama-cpp.log 2>&1; then touch $@; \
+		else echo "llama.cpp could not be built ($(VENV)/llama-cpp.log says why): its tests will skip"; fi
+
 demo: $(VENV)/.stamp-demo
 	$(BIN)/intarsia compress demo --layers 25 -o out/demo-25 --calibration self --tokens 32768 --overwrite
 
-test: lint
+test: lint $(if $(filter yes,$(LLAMA_CPP)),$(VENV)/.stamp-llama)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q
 
 lint: $(VENV)/.stamp-dev
