@@ -26,10 +26,11 @@ from transformers import PreTrainedModel
 from intarsia.building.layer import layer_tensors
 from intarsia.building.loading import as_transformers
 from intarsia.building.parameters import parameter_name, tensor_names, to_parameters
-from intarsia.building.shelf import Shelf, give_back
+from intarsia.building.shelf import Shelf
 from intarsia.building.skeleton import skeleton
 from intarsia.building.spread import spread
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.heap import give_back
 from intarsia.recipe.mapped_arrays import let_go
 from intarsia.recipe.ops import LayerRef, Op, Select
 

@@ -7,8 +7,6 @@ meanwhile, so that at most two are in memory. A layer at rest that is run all th
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from intarsia.heap import give_back
 from intarsia.recipe.ops import Op
 
 Values: TypeAlias = Mapping[str, Tensor]
@@ -181,10 +180,3 @@ def _touch(value: Tensor) -> None:
     flat = value.detach().reshape(-1).view(torch.uint8) if value.is_contiguous() and value.numel() else None
     if flat is not None:
         flat[::_PAGE].max()
-
-
-def give_back() -> None:
-    """Free memory goes back to the system where the C library can do that."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)

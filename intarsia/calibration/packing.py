@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from intarsia.building.shelf import give_back
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
+from intarsia.heap import give_back
 
 
 def tokenize(

@@ -6,6 +6,7 @@ bfloat16, and stay the weights of a quantised model.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -26,6 +27,7 @@ from intarsia.checkpoint.staging import check_out, staged_folder
 from intarsia.checkpoint.sums import sha256_of
 from intarsia.disk import damage_named
 from intarsia.errors import UserError, missing_package
+from intarsia.heap import give_back
 from intarsia.progress import Progress
 
 SUFFIX = ".gguf"
@@ -160,6 +162,9 @@ def convert(file: Path, out: Path, dtype: torch.dtype, progress: Progress, *, ti
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         task.advance(4)
+    del model
+    gc.collect()
+    give_back()
     for config in ("config.json", "generation_config.json"):
         clean(out / config)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
 import threading
@@ -15,6 +14,7 @@ import psutil
 import torch
 
 from intarsia.anatomy.spec import Anatomy
+from intarsia.heap import give_back
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _SAMPLE_S = 0.005
@@ -58,7 +58,7 @@ def growth(device: torch.device) -> Iterator[Growth]:
         found.bytes = int(torch.cuda.max_memory_allocated(device) - before)
         return
     gc.collect()
-    _give_back()
+    give_back()  # it would hide what is taken anew
     before = psutil.Process().memory_info().rss
     if reset_peak():
         yield found
@@ -89,15 +89,6 @@ def cache_bytes(cache: Any) -> int:
         for tensor in (layer.keys, layer.values)
         if isinstance(tensor, torch.Tensor)
     )
-
-
-def _give_back() -> None:
-    """Free memory goes back to the system where the C library can do that: it would hide what is taken anew."""
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):
-            return
 
 
 def reset_peak() -> bool:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.anatomy.spec import Anatomy, Part
-from intarsia.building.shelf import give_back
 from intarsia.calibration.stream import LayerCall, LayerStream
 from intarsia.healing.behind_norm import NormBehind, Passed, fit_norm, fit_weight
 from intarsia.healing.ridge import Fit, Gram, choose
 from intarsia.healing.scratch import IN_MEMORY, Scratch
+from intarsia.heap import give_back
 
 
 @dataclass(frozen=True, kw_only=True)
