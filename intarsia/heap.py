@@ -1,4 +1,4 @@
-"""The C library's heap."""
+"""Memory that was freed goes back to the system."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 
 
 def give_back() -> None:
-    """Free memory goes back to the system where the C library can do that: else it counts as taken until the end."""
+    """Let the C library do that, where it can: it keeps what was freed for later, and it counts as taken until the end."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)

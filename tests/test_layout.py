@@ -20,7 +20,7 @@ PACKAGE = ROOT / "intarsia"
 # A package (or a module of the top) imports only itself and those before it. `__main__` and `__init__` of the top are
 # entrances: they stand outside and may reach for anything.
 ORDER = (
-    "errors progress disk anatomy recipe checkpoint building calibration evaluation healing planning tailoring "
+    "errors progress disk heap anatomy recipe checkpoint building calibration evaluation healing planning tailoring "
     "reporting runtimes stages cli"
 ).split()
 WITHOUT_TORCH = ("errors", "progress", "anatomy", "recipe")
