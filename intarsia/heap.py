@@ -8,7 +8,7 @@ from contextlib import suppress
 
 
 def give_back() -> None:
-    """Let the C library do that, where it can: it keeps what was freed for later, and it counts as taken until the end."""
+    """Where the C library can: what it keeps for later use counts as taken until then."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
