@@ -24,13 +24,13 @@ from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import eval_corpus, perplexity
 from intarsia.healing.closed_form import fit
 from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.uncut import uncut
 from intarsia.stages.setup import load_tokenizer
 from intarsia.stages.source import Source
 from intarsia.tailoring.evaluator import Evaluator
 from intarsia.tailoring.family_file import BASE, ObjectiveSpec
 from intarsia.tailoring.family_reader import read_family_file
 from intarsia.tailoring.open_evaluator import open_evaluator
-from intarsia.tailoring.uncut import uncut
 
 TASKS = ("arc_easy", "piqa", "math_mc")
 COUNTED = ("arc_easy", "piqa")

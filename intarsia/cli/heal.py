@@ -37,7 +37,13 @@ def heal(
     stages: Annotated[
         str, typer.Option(metavar="LIST", help="Of closed-form, layerwise, end-to-end, in the order wanted.")
     ] = "closed-form",
-    teacher: Annotated[str | None, options.valued("MODEL", "Whom to learn from (default: the recipe's base).")] = None,
+    teacher: Annotated[
+        str | None,
+        options.valued(
+            "MODEL",
+            "Whom to learn from (default: the recipe's base; of several models, their blend with no layer removed).",
+        ),
+    ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_TEXT)] = 512,
     fit_tokens: Annotated[
         str, typer.Option(metavar="N", help="Of these, for the closed form at most.", rich_help_panel=_TEXT)

@@ -22,6 +22,8 @@ _LOG = "log.jsonl"
 _LADDER = "ladder"
 _OTHERS = "beam"
 _WANTED = "wanted.json"
+UNCUT = "uncut"
+"""Where healing puts the model that it learns from, where that is made of several; there before the run begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +227,7 @@ def _read(path: Path, expected: str) -> dict[str, Any]:
 
 def _is_leftover(entry: Path) -> bool:
     """Whether a kill left it before there were settings."""
-    return entry.name.startswith(f".{_SETTINGS}.")
+    return entry.name == UNCUT or entry.name.startswith(f".{_SETTINGS}.")
 
 
 def differences(

@@ -29,6 +29,7 @@ from intarsia.progress import Progress, Silent
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.build import build_recipe, open_variants, read_recipe
+from intarsia.stages.heal_blend import BLEND, back, forget, over_its_blend
 from intarsia.stages.heal_result import HealResult, layer_errors, provenance
 from intarsia.stages.heal_stages import STAGES, Healing
 from intarsia.stages.heal_texts import Texts, read_texts
@@ -74,7 +75,8 @@ def heal(
         source: a built model folder, a recipe (`.yaml`), or a run folder of `plan` (its least depth).
         out: the folder of the healed model.
         data: training text, as for `plan`; a small part of it is held out.
-        teacher: whom to learn from; the recipe's own base by default. The closed form always learns from the base.
+        teacher: whom to learn from; the recipe's own base by default, or, of a recipe over several models, what it
+            would be with no layer removed. The closed form always learns from that default.
         stages: some of `STAGES`, in order.
         tokens: training and held-out tokens.
         fit_tokens: the closed form uses no more of them than this.
@@ -104,16 +106,10 @@ def heal(
     barrier: Callable[[], None] = lambda: None  # noqa: E731
     if "end-to-end" in stages or launch.world_size() > 1:
         barrier = launch.accelerator(device=where, log=end_to_end.log, folder=run).wait_for_everyone
-    recipe = read_source(source)
-    variants = open_variants(recipe, progress)
+    given = read_source(source)
+    opened = open_variants(given, progress)
+    recipe, variants = over_its_blend(given, opened, run, main=main, barrier=barrier, progress=progress)
     base = variants[recipe.base]
-    if len(variants) > 1:
-        raise UserError.of(
-            where=str(source),
-            expected="a recipe over one model",
-            found=f"{len(variants)} variants",
-            remedy="Build it, and make a recipe of the built model to heal.",
-        )
     taught = base if teacher is None else _teacher(recipe, base, teacher, progress)
     healing = Healing(
         recipe=recipe,
@@ -130,7 +126,7 @@ def heal(
     )
     begun_with = RunFolder(run).begun_with()
     settings = {
-        "recipe": codec.content_hash(recipe),
+        "recipe": codec.content_hash(given),
         "config": config_as_begun(base.config, begun_with),
         "teacher": healing.teacher_sha256,
         "teacher_config": config_as_begun(taught.config, begun_with, "teacher_config"),
@@ -168,16 +164,17 @@ def heal(
     barrier()  # the first process has written what the others find in caches
     texts = texts or read(eval_text=())
     results = healing.run_stages(stages, texts)
-    final = results[-1].recipe
-    final = replace(final, provenance={**recipe.provenance, "heal": provenance(settings, texts.train, results)})
+    told = provenance(settings, texts.train, results)
+    final = replace(back(given, results[-1].recipe), provenance={**given.provenance, "heal": told})
     if main:
         build_recipe(final, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress)
+        forget(run)
     barrier()
     return HealResult(
         source=source,
         out=out,
         run=run,
-        teacher=taught.model,
+        teacher=BLEND if taught is base and len(opened) > 1 else taught.model,
         stages=tuple(result.row() for result in results),
         layers=layer_errors(recipe, results),
         details={result.stage: result.details for result in results[1:]},

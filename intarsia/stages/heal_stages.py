@@ -58,7 +58,8 @@ class Healing:
     @cached_property
     def resident(self) -> Resident:
         """The base in memory; of a streamed one all but its layers."""
-        return self.placement.resident(self.base)
+        others = {name: checkpoint for name, checkpoint in self.variants.items() if name != self.recipe.base}
+        return self.placement.resident(self.base, others)
 
     @cached_property
     def teaching(self) -> Resident:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +37,16 @@ class Placement:
         """The device that data goes to."""
         return self.devices[0]
 
-    def resident(self, checkpoint: Checkpoint) -> Resident:
-        """The model, ready to be worked with."""
-        return Resident(checkpoint, device=self.device, dtype=self.dtype, stream=self.stream, devices=self.devices)
+    def resident(self, checkpoint: Checkpoint, others: Mapping[str, Checkpoint] | None = None) -> Resident:
+        """The model, ready to be worked with; recipes may take layers of `others` too, by the variants' names."""
+        return Resident(
+            checkpoint,
+            device=self.device,
+            dtype=self.dtype,
+            others=others,
+            stream=self.stream,
+            devices=self.devices,
+        )
 
     def held(self, batch_tokens: int | None) -> Held:
         """How the model is held, for what its memory is predicted by."""

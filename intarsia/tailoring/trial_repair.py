@@ -20,9 +20,9 @@ from intarsia.healing.closed_form import fit
 from intarsia.healing.closed_form_cost import closed_form_cost
 from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.uncut import uncut
 from intarsia.tailoring.objective import Objective
 from intarsia.tailoring.resident_family import ResidentFamily
-from intarsia.tailoring.uncut import uncut
 
 TOKENS = 16384
 _SETTINGS = ClosedFormSettings()

@@ -24,13 +24,13 @@ from intarsia.evaluation.run_rows import default_batch_tokens, score_requests
 from intarsia.healing.closed_form import fit
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+from intarsia.recipe.uncut import uncut
 from intarsia.tailoring.divergence import TOP
 from intarsia.tailoring.evaluator import Evaluator, Outcome, TrialFailed
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile, Heal, MemberSpec, ObjectiveSpec, SearchSpec
 from intarsia.tailoring.objective import Objective
 from intarsia.tailoring.open_evaluator import open_evaluator
-from intarsia.tailoring.uncut import uncut
 from tests import families
 
 Pair = Callable[[str], Family]

@@ -1,0 +1,225 @@
+"""Healing what was made of several models: towards the same blend with no layer removed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import intarsia
+from intarsia.building.resident import Resident
+from intarsia.calibration.loading import load_corpus
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.errors import UserError
+from intarsia.healing import closed_form
+from intarsia.healing.closed_form_settings import LAST
+from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
+from intarsia.progress import Silent
+from intarsia.recipe import codec
+from intarsia.recipe.ops import Concat, LayerRef, Merge, Op, Select
+from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+from intarsia.recipe.uncut import uncut
+from intarsia.stages.build import open_variants
+from intarsia.stages.heal import heal
+from intarsia.stages.heal_blend import BLEND, back, over_its_blend
+from intarsia.stages.setup import load_tokenizer
+from tests import families
+from tests.recipes_by_hand import shared
+
+SIZES: dict[str, Any] = {
+    "tokens": 4096,
+    "seq_len": 32,
+    "layerwise": LayerwiseSettings(batch_tokens=128, evaluations=3, lr=3e-3),
+    "end_to_end": EndToEndSettings(batch_tokens=128, micro_tokens=64, evaluations=3, lr=1e-3),
+}
+ALL = ("closed-form", "layerwise", "end-to-end")
+
+
+@pytest.fixture(scope="session")
+def members(learned: tuple[Path, Recipe], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """A model that has learnt a little, a full variant of it, and an adapter for it."""
+    peft = pytest.importorskip("peft")
+    base, folder = learned[0], tmp_path_factory.mktemp("members")
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".layers." in name and parameter.ndim == 2:
+                parameter.add_(0.01 * torch.randn(parameter.shape))
+    families.save(model, folder / "math")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model, settings)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape))
+    wrapped.save_pretrained(str(folder / "lora"))
+    return {"base": base, "math": folder / "math", "lora": folder / "lora"}
+
+
+def ref(layer: int, variant: str = "base") -> LayerRef:
+    return LayerRef(variant=variant, layer=layer)
+
+
+def select(layer: int, variant: str = "base") -> Select:
+    return Select(source=ref(layer, variant))
+
+
+def average(layer: int, scale: float = 1.0) -> Merge:
+    return Merge(sources=(ref(layer, "math"), ref(layer, "lora")), weights=(0.5, 0.5), method="linear", scale=scale)
+
+
+def recipe_of(members: Mapping[str, Path], *layers: Op, names: tuple[str, ...] = ("base", "math", "lora")) -> Recipe:
+    variants = tuple(Variant(name=name, model=str(members[name])) for name in names)
+    return Recipe(variants=variants, base="base", depth=6, layers=layers, spans=derive_spans(layers, 6))
+
+
+def joined(members: Mapping[str, Path]) -> Concat:
+    """Pieces of layer 2 of one member and of layer 3 of another."""
+    made = shared(Checkpoint.open(members["base"], model="base").anatomy, (2, 3), seed=3)
+    cuts = tuple(
+        replace(cut, source=ref(cut.source.layer, "math" if cut.source.layer == 3 else "base")) for cut in made.cuts
+    )
+    return replace(made, cuts=cuts)
+
+
+def saved(recipe: Recipe, folder: Path) -> Path:
+    codec.save(recipe, folder / "recipe.yaml")
+    return folder / "recipe.yaml"
+
+
+def test_all_stages(members: Mapping[str, Path], text_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    made = recipe_of(members, average(0), select(1, "lora"), joined(members), average(4, 0.9))
+    text = [f"{text_file}#0.9:1"]
+    found = heal(
+        saved(made, tmp_path),
+        tmp_path / "out",
+        stages=ALL,
+        data=str(text_file),
+        eval_text=text,
+        eval_windows=4,
+        **SIZES,
+    )
+    perplexities = [row["held_out_perplexity"] for row in found.stages]
+    assert [row["stage"] for row in found.stages] == ["cut", *ALL]
+    assert perplexities == sorted(perplexities, reverse=True) and perplexities[0] > perplexities[-1]
+    assert found.teacher == BLEND
+    # What comes out is the recipe over its own members; the blend is gone.
+    kept = codec.load(tmp_path / "out" / "recipe" / "recipe.yaml")
+    assert (kept.variants[0].name, kept.layers, kept.spans, kept.base) == ("base", made.layers, made.spans, "base")
+    assert [variant.name for variant in kept.variants] == ["base", "math", "lora"] and kept.fitted
+    assert not (tmp_path / "out.heal" / "uncut").exists()
+    built = intarsia.build(tmp_path / "out" / "recipe" / "recipe.yaml", tmp_path / "again")
+    assert built.recipe_sha256 == found.recipe_sha256
+    alone = intarsia.evaluate_perplexity(str(tmp_path / "out"), text[0], seq_len=32, windows=4)
+    assert found.stages[-1][f"perplexity of {text_file.name}#0.9:1"] == pytest.approx(alone.value, rel=1e-5)
+    # Finished already: the same again.
+    again = heal(
+        saved(made, tmp_path),
+        tmp_path / "out",
+        stages=ALL,
+        data=str(text_file),
+        eval_text=text,
+        eval_windows=4,
+        overwrite=True,
+        **SIZES,
+    )
+    assert again.recipe_sha256 == found.recipe_sha256
+
+
+def test_the_closed_form_is_the_one_towards_the_blend(
+    members: Mapping[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    made = recipe_of(members, select(0, "math"), average(1), select(3, "lora"), select(5))
+    heal(saved(made, tmp_path), tmp_path / "out", data=str(text_file), tokens=4096, seq_len=32)
+    found = codec.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted
+    variants = open_variants(made, Silent())
+    others = {name: checkpoint for name, checkpoint in variants.items() if name != "base"}
+    resident = Resident(variants["base"], device=torch.device("cpu"), others=others)
+    corpus = load_corpus(str(text_file), load_tokenizer(variants["base"]), tokens=4096, seq_len=32, seed=0)
+    train = corpus.split(15 / 16)[0]
+    # A merged layer that stands for itself is the teacher's own: it is fitted as others behind the cut are.
+    teacher = [resident.module(op) for op in uncut(made)]
+    simple, checkpoints = over_its_blend(
+        made, variants, tmp_path / "blend", main=True, barrier=lambda: None, progress=Silent()
+    )
+    assert [op.sources[0].variant for op in simple.layers] == ["uncut"] * 4
+    expected = closed_form.fit(
+        replace(made, layers=simple.layers), _named(resident, "uncut", teacher), train, settings=LAST, teacher=teacher
+    )[0].fitted
+    assert found.keys() == expected.keys() and found
+    for index, tensors in expected.items():
+        assert found[index].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            np.testing.assert_allclose(found[index][name], tensor, rtol=1e-4, atol=1e-5)
+    assert checkpoints["uncut"].anatomy.n_layers == 6
+
+
+def _named(resident: Resident, name: str, layers: list[torch.nn.Module]) -> Resident:
+    """The same, whose own layers are others."""
+    resident.layers = layers
+    return resident
+
+
+def test_a_cut_of_one_member_is_healed_as_a_cut_of_that_model(
+    members: Mapping[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    kept = (0, 1, 4, 5)
+    made = recipe_of(members, *(select(layer, "math") for layer in kept), names=("base", "math"))
+    alone = recipe_of({"base": members["math"]}, *(select(layer) for layer in kept), names=("base",))
+    for name, recipe in (("family", made), ("alone", alone)):
+        (tmp_path / name).mkdir()
+        heal(saved(recipe, tmp_path / name), tmp_path / name / "out", data=str(text_file), tokens=4096, seq_len=32)
+    first, second = (
+        codec.load(tmp_path / name / "out" / "recipe" / "recipe.yaml").fitted for name in ("family", "alone")
+    )
+    assert first.keys() == second.keys() and first
+    for index, tensors in second.items():
+        for name, tensor in tensors.items():
+            assert np.array_equal(first[index][name], tensor)
+
+
+def test_with_nothing_removed_there_is_nothing_to_heal(
+    members: Mapping[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    made = recipe_of(members, *(average(layer) if layer % 2 else select(layer, "lora") for layer in range(6)))
+    found = heal(saved(made, tmp_path), tmp_path / "out", data=str(text_file), tokens=2048, seq_len=32)
+    assert [row["error_before"] for row in found.layers] == [0.0] * 6
+    assert not codec.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted
+
+
+def test_what_cannot_be_a_layer_of_the_blend_stays(members: Mapping[str, Path], tmp_path: Path) -> None:
+    """Joins, scaled merges and layers out of their place are made from the members as before."""
+    made = recipe_of(members, average(0), joined(members), average(4, 0.9), select(5, "math"))
+    variants = open_variants(made, Silent())
+    given: dict[str, Any] = {"main": True, "barrier": lambda: None, "progress": Silent()}
+    found, checkpoints = over_its_blend(made, variants, tmp_path, **given)
+    assert [op.sources[0].variant for op in found.layers] == ["uncut", "base", "math", "uncut"]
+    assert found.layers[1:3] == made.layers[1:3] and found.spans == made.spans
+    assert set(checkpoints) == {"uncut", "base", "math", "lora"}
+    assert back(made, replace(found, fitted={0: {}})) == replace(made, fitted={0: {}})
+    single = recipe_of(members, select(0), select(5), names=("base",))
+    assert over_its_blend(single, {"base": variants["base"]}, tmp_path / "no", **given)[0] is single
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_mistake_behind_the_blend_leaves_a_folder_that_can_be_begun(
+    members: Mapping[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    made = saved(recipe_of(members, select(0, "math"), select(2, "lora"), select(5)), tmp_path)
+    with pytest.raises(UserError):
+        heal(made, tmp_path / "out", data=str(tmp_path / "nothing.txt"), tokens=2048, seq_len=32)
+    other = saved(recipe_of(members, select(0, "lora"), select(2), select(5)), tmp_path)
+    found = heal(other, tmp_path / "out", data=str(text_file), tokens=2048, seq_len=32)
+    settings = json.loads((tmp_path / "out.heal" / "settings.json").read_text(encoding="utf-8"))
+    assert settings["recipe"] == codec.content_hash(codec.load(other))
+    assert found.recipe_sha256 == codec.content_hash(codec.load(tmp_path / "out" / "recipe" / "recipe.yaml"))
