@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.tailor_parts import planners, searches, tables, workers
 from benchmarks.tailor_parts.judge import Judge
-from benchmarks.tailor_parts.setting import Rows, Setting
+from benchmarks.tailor_parts.setting import ABLATION, Rows, Setting
 from intarsia.cli.display import display
 
 PARTS = ("planners", "ablation", "engines", "table")
@@ -45,6 +45,9 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     found.add_argument("--budgets", type=_listed, default=("9", "81"), help="the least and the greatest, by comma")
     found.add_argument("--engines", type=_listed, default=searches.ENGINES, help="by comma")
     found.add_argument("--heal", type=_listed, default=tuple(searches.HEALS), help="of the ablation, by comma")
+    found.add_argument(
+        "--operations", type=_listed, default=tuple(ABLATION), help="of the ablation: its rows, by comma"
+    )
     found.add_argument("--ablate-with", default="evolve", help="the engine of the ablation")
     found.add_argument("--methods", type=_listed, default=planners.METHODS, help="planners, by comma")
     found.add_argument("--plans", type=Path, help="a folder of run folders of the base, which are judged too")
@@ -59,6 +62,8 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         found.error(f"--parts: no {', '.join(unknown)} among {', '.join(_ALL)}")
     if set(given.heal) - {*searches.HEALS}:
         found.error(f"--heal: of {', '.join(searches.HEALS)}")
+    if set(given.operations) - {*ABLATION}:
+        found.error(f"--operations: of {', '.join(ABLATION)}")
     if len(given.budgets) != 2:
         found.error("--budgets: two numbers")
     return given
@@ -93,7 +98,8 @@ def main() -> None:
             planners.run(judge, setting, rows, methods=given.methods, given=given.plans)
         elif part == "ablation":
             planners.members(judge, setting)
-            searches.ablation(judge, setting, rows, seeds=seeds, engine=given.ablate_with, heals=given.heal)
+            told = {"engine": given.ablate_with, "heals": given.heal, "kinds": given.operations}
+            searches.ablation(judge, setting, rows, seeds=seeds, **told)
         elif part == "engines":
             searches.engines(setting, seeds=seeds, names=given.engines)
         elif part == "workers":

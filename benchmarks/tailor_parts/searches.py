@@ -48,16 +48,22 @@ def is_finished(setting: Setting, name: str) -> bool:
 
 
 def ablation(
-    judge: Judge, setting: Setting, rows: Rows, *, seeds: Sequence[int], engine: str, heals: Sequence[str]
+    judge: Judge,
+    setting: Setting,
+    rows: Rows,
+    *,
+    seeds: Sequence[int],
+    engine: str,
+    heals: Sequence[str],
+    kinds: Sequence[str],
 ) -> None:
     """The same search with one operation more each time."""
     planned = [plan(setting, member, method) for member in (BASE, best_variant(rows)) for method in STARTS]
     starts = [RANDOM_MIDDLE, *map(str, planned)]
-    for seed, heal in product(seeds, heals):
-        for operations, allowed in ABLATION.items():
-            kind = f"{HEALS[heal]}{operations}"
-            name = _search(setting, kind, engine, seed, operations=allowed, starts=starts, heal=heal)
-            _judge(judge, setting, name)
+    for seed, heal, operations in product(seeds, heals, kinds):
+        kind = f"{HEALS[heal]}{operations}"
+        name = _search(setting, kind, engine, seed, operations=ABLATION[operations], starts=starts, heal=heal)
+        _judge(judge, setting, name, healed=heal != "none")
 
 
 def engines(setting: Setting, *, seeds: Sequence[int], names: Sequence[str]) -> None:
@@ -99,11 +105,11 @@ def _search(
     return name
 
 
-def _judge(judge: Judge, setting: Setting, name: str) -> None:
-    """The knee of the front, as it was found and healed; anew when the search has gone on."""
+def _judge(judge: Judge, setting: Setting, name: str, *, healed: bool) -> None:
+    """The knee of the front as it is cut, and healed where that was searched for; anew when the search has gone on."""
     folder = TailorFolder.existing(folder_of(setting, name))
     trials = len(folder.history().made)
-    if judge.has(f"{name}, {HEALED}", trials=trials):
+    if judge.has(f"{name}, {HEALED if healed else CUT}", trials=trials):
         return
     front = folder.front()
     if front is None:
@@ -111,4 +117,5 @@ def _judge(judge: Judge, setting: Setting, name: str) -> None:
         return
     recipe = trial_recipe(folder, front.knee, healed=False)
     judge.row(f"{name}, {CUT}", recipe, trials=trials)
-    judge.row(f"{name}, {HEALED}", judge.healed(recipe), trials=trials)
+    if healed:
+        judge.row(f"{name}, {HEALED}", judge.healed(recipe), trials=trials)
