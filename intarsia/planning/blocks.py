@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step
-from intarsia.recipe.ops import Op
+from intarsia.recipe.ops import Op, sources_of
 
 NEAREST = 8
 """Blocks between whose ends the residual stream turns least, of which the loss is looked at."""
@@ -44,14 +44,13 @@ def best_blocks(
         stop = start + removed
         ops = (*whole.ops[:start], *whole.ops[stop:])
         if ops not in seen:
-            dropped = ", ".join(str(source) for op in whole.ops[start:stop] for source in op.sources)
             steps.append(
                 Step(
                     start=start,
                     count=removed,
                     op=None,
                     whole=ops,
-                    evidence={**shared, "block": [start, stop], "dropped": dropped},
+                    evidence={**shared, "block": [start, stop], "dropped": sources_of(whole.ops[start:stop])},
                 )
             )
     near = sorted(steps, key=lambda step: whole.span_distance(step.start, removed, "all-tokens"))[:NEAREST]

@@ -29,7 +29,7 @@ from intarsia.planning.scores import part_scores
 from intarsia.planning.sensitivity import sensitivity_map
 from intarsia.planning.settings import ComeSettings
 from intarsia.recipe.flatten import concat_of, merge_of
-from intarsia.recipe.ops import Op, Select
+from intarsia.recipe.ops import Op, Select, sources_of
 
 
 class Come:
@@ -130,7 +130,7 @@ class Come:
         """What is logged of a step itself."""
         stop = chosen.start + chosen.count
         if chosen.op is None:
-            return {"dropped": ", ".join(map(str, model.ops[chosen.start : stop]))}
+            return {"dropped": sources_of(model.ops[chosen.start : stop])}
         groups, channels = zip(*chosen.counts, strict=True)
         return {
             "prior_ratios": self._shares(model, chosen.start, influences[chosen.start : stop]),

@@ -14,6 +14,7 @@ from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step
 from intarsia.planning.race import mean_loss, race
 from intarsia.planning.settings import SlebSettings
+from intarsia.recipe.ops import sources_of
 
 
 class Sleb:
@@ -40,7 +41,7 @@ class Sleb:
         evidence = {
             "losses": [mean_loss(sums[start], model.counts_N) for start in range(model.depth)],
             "sequences": [sums[start].numel() for start in range(model.depth)],
-            "dropped": str(model.ops[best]),
+            "dropped": sources_of([model.ops[best]]),
         }
         return Step(start=best, count=1, op=None, evidence=evidence)
 

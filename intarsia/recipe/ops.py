@@ -7,7 +7,7 @@ so that a `Select` is always the source's own bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -121,3 +121,8 @@ class Merge:
 
 
 Op: TypeAlias = Select | Concat | Merge
+
+
+def sources_of(ops: Iterable[Op]) -> str:
+    """The layers that some ops are made of, as a person names them: `base:4, base:5`."""
+    return ", ".join(str(source) for op in ops for source in op.sources)

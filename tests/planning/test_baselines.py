@@ -55,7 +55,9 @@ def test_sleb_drops_what_costs_least(family: str, resident_of: InMemory, tmp_pat
     left = list(range(families.DEPTH))
     for entry in run.log():
         losses = {layer: loss([other for other in left if other != layer]) for layer in left}
-        left.remove(min(losses, key=lambda layer: losses[layer]))
+        dropped = min(losses, key=lambda layer: losses[layer])
+        left.remove(dropped)
+        assert entry["evidence"]["dropped"] == f"base:{dropped}"
         assert entry["evidence"]["losses"] == pytest.approx(list(losses.values()), rel=1e-6)
         assert layers_of(run, entry["layers"]) == left
         assert entry["loss"] == pytest.approx(min(losses.values()), rel=1e-6)
