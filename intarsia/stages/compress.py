@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from intarsia.building.materialize import RECIPE_FILE
+from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.checkpoint.staging import check_out
 from intarsia.disk import write_whole
@@ -20,10 +21,11 @@ from intarsia.planning.settings import Settings
 from intarsia.planning.sizes import Sizes
 from intarsia.progress import Progress, Silent
 from intarsia.recipe import codec
+from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
-from intarsia.stages.build import build_recipe, card_facts, read_recipe
+from intarsia.stages.build import BuildResult, build_recipe, card_facts, read_recipe
 from intarsia.stages.compress_result import CompressResult, bare, healed
-from intarsia.stages.judge import held_out_text, held_out_tokens, measured
+from intarsia.stages.judge import Measures, held_out_text, held_out_tokens, measured
 from intarsia.stages.plan import PlanResult, plan_source
 from intarsia.stages.plan_input import check_method
 from intarsia.stages.repair import HEALS, repaired, with_repair
@@ -147,13 +149,7 @@ def compress(
     if dry_run:
         return result
     if planned.target not in planned.depths:
-        reached = planned.depths[-1] if planned.depths else planned.layers
-        raise UserError.of(
-            where=f"{method} on {model}",
-            expected=f"a way down to {planned.target} layers",
-            found=f"none below {reached}: {planned.stopped}",
-            remedy=f"Build a depth of the ladder with `intarsia build {run} --layers N`, or change the settings.",
-        )
+        raise _no_way_down(planned, f"{method} on {model}", run)
     cut = recipe = read_recipe(run, planned.target)
     repair = None
     if heal == "closed-form":
@@ -170,19 +166,13 @@ def compress(
         corpus = held_out_text(source)
         if corpus is None:
             progress.say("no perplexity: the calibration text has nothing left to judge by; pass --eval-text")
-    small = open_checkpoint(str(out), progress=progress)
-    dense = source.checkpoint
-    before, after = measured(source, small, corpus, unhealed=bare(recipe))
-    facts = card_facts(recipe, dense, built, title=out.name)
-    facts |= {"before": before.to_dict(), "after": after.to_dict()}
-    facts["evaluation"] = None if corpus is None else f"{corpus.description}, {len(corpus)} windows of {seq_len} tokens"
-    write_whole(out / "README.md", model_card(facts))
+    before, after, evaluation = _judged(source, recipe, built, corpus)
     done = replace(
         result,
         before=before,
         after=after,
         healed=healed(repair, cut, before, after),
-        evaluation=facts["evaluation"],
+        evaluation=evaluation,
         layer_forwards=planned.layer_forwards,
         seconds=time.perf_counter() - begun,
         peak_memory_bytes=peak_memory_bytes(),
@@ -192,6 +182,31 @@ def compress(
     report_compression(out, done.to_dict(), corpus)
     (run / _JUDGING).unlink(missing_ok=True)
     return done
+
+
+def _no_way_down(planned: PlanResult, what: str, run: Path) -> UserError:
+    reached = planned.depths[-1] if planned.depths else planned.layers
+    return UserError.of(
+        where=what,
+        expected=f"a way down to {planned.target} layers",
+        found=f"none below {reached}: {planned.stopped}",
+        remedy=f"Build a depth of the ladder with `intarsia build {run} --layers N`, or change the settings.",
+    )
+
+
+def _judged(
+    source: Source, recipe: Recipe, built: BuildResult, corpus: Corpus | None
+) -> tuple[Measures, Measures, str | None]:
+    """The original and the new model measured, on which text, and the new one's card rewritten with that."""
+    small = open_checkpoint(str(built.out), progress=source.progress)
+    before, after = measured(source, small, corpus, unhealed=bare(recipe))
+    evaluation = None
+    if corpus is not None:
+        evaluation = f"{corpus.description}, {len(corpus)} windows of {corpus.seq_len} tokens"
+    facts = card_facts(recipe, source.checkpoint, built, title=built.out.name)
+    facts |= {"before": before.to_dict(), "after": after.to_dict(), "evaluation": evaluation}
+    write_whole(built.out / "README.md", model_card(facts))
+    return before, after, evaluation
 
 
 def _predicted(
