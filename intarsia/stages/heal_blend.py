@@ -15,7 +15,8 @@ from pathlib import Path
 
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.planning.run_folder import UNCUT
+from intarsia.disk import full_disk_named
+from intarsia.planning.run_folder import UNCUT, RunFolder
 from intarsia.progress import Progress
 from intarsia.recipe import codec
 from intarsia.recipe.ops import LayerRef, Op, Select
@@ -43,16 +44,19 @@ def over_its_blend(
         main: this process writes it; the others wait at `barrier`.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or the run folder is something else.
     """
     if len(recipe.variants) == 1:
         return recipe, dict(variants)
     folder = run / UNCUT / codec.content_hash(recipe)[:16]
     layers = uncut(recipe)
     if main and not folder.exists():
+        if not RunFolder(run).is_one():
+            RunFolder.offer(run, {})  # nothing is written into what is something else
         progress.say(f"made of several models: it learns from {BLEND}")
-        shutil.rmtree(folder.parent, ignore_errors=True)  # of another recipe
-        folder.parent.mkdir(parents=True)
+        with full_disk_named(run):
+            shutil.rmtree(folder.parent, ignore_errors=True)  # of another recipe
+            folder.parent.mkdir(parents=True)
         whole = replace(recipe, layers=layers, spans=derive_spans(layers, recipe.depth), fitted={}, provenance={})
         materialize(whole, variants, folder, progress=progress)
     barrier()

@@ -212,6 +212,17 @@ def test_what_cannot_be_a_layer_of_the_blend_stays(members: Mapping[str, Path], 
     assert not (tmp_path / "no").exists()
 
 
+def test_a_folder_of_something_else_is_left_alone(members: Mapping[str, Path], text_file: Path, tmp_path: Path) -> None:
+    made = saved(recipe_of(members, select(0, "math"), select(2, "lora"), select(5)), tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("", encoding="utf-8")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for run in (tmp_path / "mine", tmp_path / "file"):
+        with pytest.raises(UserError, match="something else"):
+            heal(made, tmp_path / "out", data=str(text_file), tokens=2048, seq_len=32, run=run)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
 def test_a_mistake_behind_the_blend_leaves_a_folder_that_can_be_begun(
     members: Mapping[str, Path], text_file: Path, tmp_path: Path
 ) -> None:
