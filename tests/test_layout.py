@@ -28,6 +28,8 @@ ENTRANCES = ("__init__", "__main__")
 FORBIDDEN_NAMES = ("utils", "util", "helpers", "helper", "common", "misc")
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+# All are parsed before there is a test: the Makefile says why, at PYTEST.
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
 
 
 def home(path: Path) -> str:
@@ -37,7 +39,7 @@ def home(path: Path) -> str:
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Line and full name of everything that a file imports, also inside functions and under TYPE_CHECKING."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
@@ -167,7 +169,7 @@ def print_tree() -> None:
     """The tree with the first sentence of each module."""
 
     def purpose(path: Path) -> str:
-        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        text = ast.get_docstring(TREES[path]) or ""
         return " ".join(text.split("\n\n")[0].split())
 
     def visit(folder: Path, level: int) -> None:
