@@ -67,7 +67,7 @@ def train(
     accelerator.wait_for_everyone()
     if not (folder / _DONE).exists():
         if accelerator.is_main_process:
-            parameters = sum(checkpoint.parameters for checkpoint in variants.values())
+            parameters = variants[recipe.base].parameters  # of one student, however many models it is made of
             require_room(folder, 22 * parameters, "the student and the state of its training", option="--run")
             build_student(recipe, variants, student)
         accelerator.wait_for_everyone()

@@ -22,8 +22,6 @@ _LOG = "log.jsonl"
 _LADDER = "ladder"
 _OTHERS = "beam"
 _WANTED = "wanted.json"
-UNCUT = "uncut"
-"""Where healing puts the model that it learns from, where that is made of several; there before the run begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +225,7 @@ def _read(path: Path, expected: str) -> dict[str, Any]:
 
 def _is_leftover(entry: Path) -> bool:
     """Whether a kill left it before there were settings."""
-    return entry.name == UNCUT or entry.name.startswith(f".{_SETTINGS}.")
+    return entry.name.startswith(f".{_SETTINGS}.")
 
 
 def differences(

@@ -10,13 +10,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.scan import scan
 from intarsia.checkpoint.staging import check_out
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
@@ -29,9 +30,9 @@ from intarsia.progress import Progress, Silent
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.build import build_recipe, open_variants, read_recipe
-from intarsia.stages.heal_blend import BLEND, back, forget, over_its_blend
+from intarsia.stages.heal_blend import BLEND, back, blend_sha256, forget, over_its_blend
 from intarsia.stages.heal_result import HealResult, layer_errors, provenance
-from intarsia.stages.heal_stages import STAGES, Healing
+from intarsia.stages.heal_stages import STAGES, Healing, stage_settings
 from intarsia.stages.heal_texts import Texts, read_texts
 from intarsia.stages.placement import placement
 from intarsia.stages.plan_settings import config_as_begun
@@ -108,28 +109,20 @@ def heal(
         barrier = launch.accelerator(device=where, log=end_to_end.log, folder=run).wait_for_everyone
     given = read_source(source)
     opened = open_variants(given, progress)
-    recipe, variants = over_its_blend(given, opened, run, main=main, barrier=barrier, progress=progress)
-    base = variants[recipe.base]
-    taught = base if teacher is None else _teacher(recipe, base, teacher, progress)
-    healing = Healing(
-        recipe=recipe,
-        variants=variants,
-        teacher=None if teacher is None else taught,
-        run=run,
-        placement=replace(placed, devices=(where,)),
-        closed_form=closed_form or LAST,
-        layerwise=replace(layerwise or LayerwiseSettings(), seed=seed),
-        end_to_end=end_to_end,
-        scheduler=scheduler,
-        barrier=barrier,
-        progress=progress,
-    )
+    base = opened[given.base]
+    blended = len(opened) > 1
+    taught = None if teacher is None else _teacher(given, base, teacher, progress)
+    members = {name: scan(checkpoint, progress) for name, checkpoint in opened.items()}
+    own_sha256 = blend_sha256(given, members) if blended else members[given.base]
+    closed_form = closed_form or LAST
+    layerwise = replace(layerwise or LayerwiseSettings(), seed=seed)
     begun_with = RunFolder(run).begun_with()
     settings = {
         "recipe": codec.content_hash(given),
         "config": config_as_begun(base.config, begun_with),
-        "teacher": healing.teacher_sha256,
-        "teacher_config": config_as_begun(taught.config, begun_with, "teacher_config"),
+        "teacher": own_sha256 if taught is None else scan(taught, progress),
+        "teacher_config": config_as_begun((taught or base).config, begun_with, "teacher_config"),
+        **({"members": members} if blended else {}),
         "stages": list(stages),
         "data": data if isinstance(data, str) else ",".join(data),
         "tokens": tokens,
@@ -141,13 +134,36 @@ def heal(
         "device": where.type,
         "dtype": dtype,
         "processes": launch.world_size(),
-        **healing.settings(stages),
+        **stage_settings(stages, closed_form, layerwise, end_to_end),
     }
+
+    @cache
+    def healing() -> Healing:
+        recipe, variants = given, opened
+        if blended:
+            if main:
+                RunFolder.start(run, settings)
+            recipe, variants = over_its_blend(given, opened, run, progress=progress)
+        return Healing(
+            recipe=recipe,
+            variants=variants,
+            teacher=taught,
+            run=run,
+            placement=replace(placed, devices=(where,)),
+            closed_form=closed_form,
+            layerwise=layerwise,
+            end_to_end=end_to_end,
+            scheduler=scheduler,
+            barrier=barrier,
+            progress=progress,
+        )
+
     read = partial(
         read_texts,
-        recipe,
+        given,
         base,
-        healing.writer,
+        lambda: healing().writer(),
+        writer_sha256=own_sha256,
         data=data,
         tokens=tokens,
         seq_len=seq_len,
@@ -159,24 +175,27 @@ def heal(
     texts: Texts | None = None
     if main:
         # A run folder is begun when all of the input is known to be good: another call may then use the same one.
+        RunFolder.offer(run, settings)
         texts = read(eval_text=eval_text)
         RunFolder.start(run, settings).pin("text", texts.facts())
+        healing()
     barrier()  # the first process has written what the others find in caches
     texts = texts or read(eval_text=())
-    results = healing.run_stages(stages, texts)
+    results = healing().run_stages(stages, texts)
     told = provenance(settings, texts.train, results)
     final = replace(back(given, results[-1].recipe), provenance={**given.provenance, "heal": told})
     if main:
         build_recipe(final, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress)
-        forget(run)
+        if blended:
+            forget(run)
     barrier()
     return HealResult(
         source=source,
         out=out,
         run=run,
-        teacher=BLEND if taught is base and len(opened) > 1 else taught.model,
+        teacher=BLEND if blended and taught is None else (taught or base).model,
         stages=tuple(result.row() for result in results),
-        layers=layer_errors(recipe, results),
+        layers=layer_errors(given, results),
         details={result.stage: result.details for result in results[1:]},
         recipe_sha256=codec.content_hash(final),
         seconds=time.perf_counter() - begun,

@@ -8,15 +8,18 @@ the recipe as it was.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.disk import full_disk_named
-from intarsia.planning.run_folder import UNCUT, RunFolder
+from intarsia.checkpoint.scan import scan
+from intarsia.disk import require_room
 from intarsia.progress import Progress
 from intarsia.recipe import codec
 from intarsia.recipe.ops import LayerRef, Op, Select
@@ -25,42 +28,42 @@ from intarsia.recipe.uncut import uncut
 
 BLEND = "the same blend with no layer removed"
 """What that teacher is called."""
+_NAME = "uncut"
+
+
+def blend_of(recipe: Recipe) -> Recipe:
+    """What a recipe would be with no layer removed."""
+    layers = uncut(recipe)
+    return replace(recipe, layers=layers, spans=derive_spans(layers, recipe.depth), fitted={}, provenance={})
+
+
+def blend_sha256(recipe: Recipe, members: Mapping[str, str]) -> str:
+    """Which blend that is, before it is made; `members` are the hashes of the weights of all variants."""
+    plain = replace(recipe, variants=tuple(Variant(name=v.name, model=v.name) for v in recipe.variants))
+    told = [codec.content_hash(blend_of(plain)), sorted(members.items())]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def over_its_blend(
-    recipe: Recipe,
-    variants: Mapping[str, Checkpoint],
-    run: Path,
-    *,
-    main: bool,
-    barrier: Callable[[], None],
-    progress: Progress,
+    recipe: Recipe, variants: Mapping[str, Checkpoint], run: Path, *, progress: Progress
 ) -> tuple[Recipe, dict[str, Checkpoint]]:
-    """The same model as a recipe over its blend, and all checkpoints of that; of one model it stays as it is.
+    """The same model as a recipe over its blend, and all checkpoints of that.
 
     Args:
         variants: the opened members.
-        run: the blend is written to `uncut/` there.
-        main: this process writes it; the others wait at `barrier`.
+        run: a run folder that was begun with this recipe and these members; the blend is written to `uncut/` there,
+            unless an earlier call has done so.
 
     Raises:
-        UserError: it cannot be written, or the run folder is something else.
+        UserError: it cannot be written.
     """
-    if len(recipe.variants) == 1:
-        return recipe, dict(variants)
-    folder = run / UNCUT / codec.content_hash(recipe)[:16]
-    layers = uncut(recipe)
-    if main and not folder.exists():
-        if not RunFolder(run).is_one():
-            RunFolder.offer(run, {})  # nothing is written into what is something else
+    folder, layers = run / _NAME, uncut(recipe)
+    if not folder.exists():
+        require_room(run, variants[recipe.base].nbytes, f"the model that it learns from, {BLEND}", option="--run")
         progress.say(f"made of several models: it learns from {BLEND}")
-        with full_disk_named(run):
-            shutil.rmtree(folder.parent, ignore_errors=True)  # of another recipe
-            folder.parent.mkdir(parents=True)
-        whole = replace(recipe, layers=layers, spans=derive_spans(layers, recipe.depth), fitted={}, provenance={})
-        materialize(whole, variants, folder, progress=progress)
-    barrier()
-    name = UNCUT
+        materialize(blend_of(recipe), variants, folder, progress=progress)
+    blend = Checkpoint.open(folder, model=str(folder))
+    name = _NAME
     while name in variants:
         name += "_"
 
@@ -70,11 +73,11 @@ def over_its_blend(
 
     made = replace(
         recipe,
-        variants=(Variant(name=name, model=str(folder)), *recipe.variants),
+        variants=(Variant(name=name, model=str(folder), sha256=scan(blend, progress)), *recipe.variants),
         base=name,
         layers=tuple(over(op) for op in recipe.layers),
     )
-    return made, {name: Checkpoint.open(folder, model=str(folder)), **variants}
+    return made, {name: blend, **variants}
 
 
 def back(recipe: Recipe, healed: Recipe) -> Recipe:
@@ -83,5 +86,9 @@ def back(recipe: Recipe, healed: Recipe) -> Recipe:
 
 
 def forget(run: Path) -> None:
-    """Delete the blend, when nothing learns from it any more."""
-    shutil.rmtree(run / UNCUT, ignore_errors=True)
+    """Delete the blend, when nothing learns from it any more; what a kill leaves of it is not taken for whole."""
+    folder, leaving = run / _NAME, run / f".{_NAME}"
+    if folder.exists():
+        shutil.rmtree(leaving, ignore_errors=True)
+        os.replace(folder, leaving)
+    shutil.rmtree(leaving, ignore_errors=True)

@@ -34,6 +34,18 @@ CUT = "cut"  # the model as it came
 STAGES = ("closed-form", "layerwise", "end-to-end")
 
 
+def stage_settings(
+    stages: Sequence[str], closed_form: ClosedFormSettings, layerwise: LayerwiseSettings, end_to_end: EndToEndSettings
+) -> dict[str, Any]:
+    """The settings of the stages that run, for the run folder. Where logs go decides nothing."""
+    found: dict[str, Any] = {
+        "closed-form": asdict(closed_form),
+        "layerwise": layerwise.to_dict(),
+        "end-to-end": {key: value for key, value in end_to_end.to_dict().items() if key != "log"},
+    }
+    return {stage: found[stage] for stage in STAGES if stage in stages}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Healing:
     """Everything that the stages share. `teacher` is None where the recipe's base teaches."""
@@ -70,15 +82,6 @@ class Healing:
     def teacher_sha256(self) -> str:
         """Which weights teach."""
         return scan(self.teacher or self.base, self.progress)
-
-    def settings(self, stages: Sequence[str]) -> dict[str, Any]:
-        """The settings of the stages that run, for the run folder. Where logs go decides nothing."""
-        found: dict[str, Any] = {
-            "closed-form": asdict(self.closed_form),
-            "layerwise": self.layerwise.to_dict(),
-            "end-to-end": {key: value for key, value in self.end_to_end.to_dict().items() if key != "log"},
-        }
-        return {stage: found[stage] for stage in STAGES if stage in stages}
 
     def writer(self) -> PreTrainedModel:
         """The model, to write text with.

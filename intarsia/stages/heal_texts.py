@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.loading import load_corpus
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.evaluation.perplexity import eval_corpus
 from intarsia.progress import Progress
 from intarsia.recipe.recipe import Recipe
@@ -45,6 +44,7 @@ def read_texts(
     base: Checkpoint,
     writer: Callable[[], PreTrainedModel],
     *,
+    writer_sha256: str,
     data: str | Sequence[str],
     tokens: int,
     seq_len: int,
@@ -58,7 +58,8 @@ def read_texts(
 
     Args:
         recipe: what is healed; text that its fits have seen does not judge.
-        writer: gives the model that writes text itself, where that is asked for.
+        base: whose tokenizer reads text.
+        writer, writer_sha256: gives the model that writes text itself, where that is asked for; and which one it is.
 
     Raises:
         UserError: one cannot be read or is too short.
@@ -71,7 +72,7 @@ def read_texts(
         seq_len=seq_len,
         seed=seed,
         model_for_self=writer,
-        self_cache_key=scan(base, progress),
+        self_cache_key=writer_sha256,
         progress=progress,
     )
     corpus = load(tokens=tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from intarsia.building.resident import Resident
 from intarsia.calibration.loading import load_corpus
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.healing import closed_form
+from intarsia.healing import closed_form, end_to_end
 from intarsia.healing.closed_form_settings import LAST
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
 from intarsia.progress import Silent
@@ -26,6 +27,7 @@ from intarsia.recipe import codec
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 from intarsia.recipe.uncut import uncut
+from intarsia.stages import heal_blend, heal_stages
 from intarsia.stages.build import open_variants
 from intarsia.stages.heal import heal
 from intarsia.stages.heal_blend import BLEND, back, over_its_blend
@@ -149,9 +151,7 @@ def test_the_closed_form_is_the_one_towards_the_blend(
     train = corpus.split(15 / 16)[0]
     # A merged layer that stands for itself is the teacher's own: it is fitted as others behind the cut are.
     teacher = [resident.module(op) for op in uncut(made)]
-    simple, checkpoints = over_its_blend(
-        made, variants, tmp_path / "blend", main=True, barrier=lambda: None, progress=Silent()
-    )
+    simple, checkpoints = over_its_blend(made, variants, tmp_path / "blend", progress=Silent())
     assert [op.sources[0].variant for op in simple.layers] == ["uncut"] * 4
     expected = closed_form.fit(
         replace(made, layers=simple.layers), _named(resident, "uncut", teacher), train, settings=LAST, teacher=teacher
@@ -201,36 +201,111 @@ def test_what_cannot_be_a_layer_of_the_blend_stays(members: Mapping[str, Path], 
     """Joins, scaled merges and layers out of their place are made from the members as before."""
     made = recipe_of(members, average(0), joined(members), average(4, 0.9), select(5, "math"))
     variants = open_variants(made, Silent())
-    given: dict[str, Any] = {"main": True, "barrier": lambda: None, "progress": Silent()}
-    found, checkpoints = over_its_blend(made, variants, tmp_path, **given)
+    found, checkpoints = over_its_blend(made, variants, tmp_path, progress=Silent())
     assert [op.sources[0].variant for op in found.layers] == ["uncut", "base", "math", "uncut"]
     assert found.layers[1:3] == made.layers[1:3] and found.spans == made.spans
     assert set(checkpoints) == {"uncut", "base", "math", "lora"}
     assert back(made, replace(found, fitted={0: {}})) == replace(made, fitted={0: {}})
-    single = recipe_of(members, select(0), select(5), names=("base",))
-    assert over_its_blend(single, {"base": variants["base"]}, tmp_path / "no", **given)[0] is single
-    assert not (tmp_path / "no").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(members: Mapping[str, Path], text_file: Path, tmp_path: Path) -> None:
     made = saved(recipe_of(members, select(0, "math"), select(2, "lora"), select(5)), tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("", encoding="utf-8")
+    (tmp_path / "uncut" / "uncut").mkdir(parents=True)
     (tmp_path / "file").write_text("", encoding="utf-8")
-    for run in (tmp_path / "mine", tmp_path / "file"):
+    for run in (tmp_path / "mine", tmp_path / "uncut", tmp_path / "file"):
         with pytest.raises(UserError, match="something else"):
             heal(made, tmp_path / "out", data=str(text_file), tokens=2048, seq_len=32, run=run)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    assert [path.name for path in (tmp_path / "uncut").iterdir()] == ["uncut"]
+    # Other work of ours, with other settings: nothing of it is touched either.
+    given: dict[str, Any] = {"data": str(text_file), "seq_len": 32, "run": tmp_path / "run"}
+    heal(made, tmp_path / "out", tokens=2048, **given)
+    (tmp_path / "run" / "uncut").mkdir()
+    with pytest.raises(UserError, match="tokens"):
+        heal(made, tmp_path / "out", tokens=4096, overwrite=True, **given)
+    assert (tmp_path / "run" / "uncut").exists() and not any((tmp_path / "run" / "uncut").iterdir())
 
 
-def test_a_mistake_behind_the_blend_leaves_a_folder_that_can_be_begun(
-    members: Mapping[str, Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_a_mistake_leaves_nothing(members: Mapping[str, Path], text_file: Path, tmp_path: Path) -> None:
     made = saved(recipe_of(members, select(0, "math"), select(2, "lora"), select(5)), tmp_path)
     with pytest.raises(UserError):
         heal(made, tmp_path / "out", data=str(tmp_path / "nothing.txt"), tokens=2048, seq_len=32)
-    other = saved(recipe_of(members, select(0, "lora"), select(2), select(5)), tmp_path)
-    found = heal(other, tmp_path / "out", data=str(text_file), tokens=2048, seq_len=32)
-    settings = json.loads((tmp_path / "out.heal" / "settings.json").read_text(encoding="utf-8"))
-    assert settings["recipe"] == codec.content_hash(codec.load(other))
-    assert found.recipe_sha256 == codec.content_hash(codec.load(tmp_path / "out" / "recipe" / "recipe.yaml"))
+    assert not (tmp_path / "out.heal").exists()
+
+
+def killed(*args: Any, **kwargs: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_members_that_change_are_noticed(
+    members: Mapping[str, Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blend stands in the run folder already when the run goes on: it would be that of the old members."""
+    shutil.copytree(members["math"], tmp_path / "math")
+    here = {**members, "math": tmp_path / "math"}
+    made = saved(recipe_of(here, select(0, "math"), select(2, "lora"), select(5)), tmp_path)
+    given: dict[str, Any] = {"data": str(text_file), "tokens": 2048, "seq_len": 32}
+    with monkeypatch.context() as stopped:
+        stopped.setattr(heal_stages.closed_form, "fit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            heal(made, tmp_path / "out", **given)
+    assert (tmp_path / "out.heal" / "uncut" / "config.json").exists()
+    shutil.copy(members["base"] / "model.safetensors", tmp_path / "math" / "model.safetensors")
+    with pytest.raises(UserError, match=r"members\.math"):
+        heal(made, tmp_path / "out", **given)
+    shutil.copy(members["math"] / "model.safetensors", tmp_path / "math" / "model.safetensors")
+    found = heal(made, tmp_path / "out", **given)
+    undisturbed = heal(made, tmp_path / "other", **given)
+    assert found.recipe_sha256 == undisturbed.recipe_sha256
+
+
+def test_killed_while_the_blend_is_deleted(
+    members: Mapping[str, Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = saved(recipe_of(members, select(0, "math"), select(2, "lora"), select(5)), tmp_path)
+    given: dict[str, Any] = {"data": str(text_file), "tokens": 2048, "seq_len": 32}
+
+    def half(path: Path, **kwargs: Any) -> None:
+        if (Path(path) / "config.json").exists():
+            (Path(path) / "config.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(heal_blend.shutil, "rmtree", half)
+        with pytest.raises(KeyboardInterrupt):
+            heal(made, tmp_path / "out", **given)
+    first = codec.content_hash(codec.load(tmp_path / "out" / "recipe" / "recipe.yaml"))
+    assert heal(made, tmp_path / "out", overwrite=True, **given).recipe_sha256 == first
+    assert not [path for path in (tmp_path / "out.heal").iterdir() if "uncut" in path.name]
+
+
+def test_text_that_the_blend_writes(members: Mapping[str, Path], tmp_path: Path) -> None:
+    """`--data self` is the blend's own text: kept as another model's than the base's."""
+    made = recipe_of(members, average(0), average(1), average(5))
+    given: dict[str, Any] = {"data": "self", "tokens": 512, "seq_len": 16}
+    heal(saved(made, tmp_path), tmp_path / "out", **given)
+    base = recipe_of(members, select(0), select(1), select(5), names=("base",))
+    (tmp_path / "base").mkdir()
+    heal(saved(base, tmp_path / "base"), tmp_path / "base" / "out", **given)
+    texts = [
+        json.loads((folder / "text.json").read_text(encoding="utf-8"))["train"]["sha256"]
+        for folder in (tmp_path / "out.heal", tmp_path / "base" / "out.heal")
+    ]
+    assert texts[0] != texts[1]
+
+
+def test_the_student_of_several_models_is_one_model(
+    members: Mapping[str, Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The room that end-to-end training asks for does not grow with the family."""
+    pytest.importorskip("accelerate")
+    asked: list[int] = []
+    monkeypatch.setattr(end_to_end, "require_room", lambda folder, nbytes, *rest, **options: asked.append(nbytes))
+    for name, names in (("one", ("base",)), ("three", ("base", "math", "lora"))):
+        (tmp_path / name).mkdir()
+        layers = [select(0, names[-1]), select(1, names[-2] if len(names) > 1 else "base"), select(5)]
+        made = saved(recipe_of(members, *layers, names=names), tmp_path / name)
+        heal(made, tmp_path / name / "out", stages=("end-to-end",), data=str(text_file), **SIZES)
+    assert asked[0] == asked[1] == 22 * Checkpoint.open(members["base"], model="base").parameters
