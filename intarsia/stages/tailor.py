@@ -181,7 +181,7 @@ def tailor(
                 earlier=warm.earlier,
                 progress=progress,
                 on_front=folder.write_front,
-                on_trial=lambda front: fits.drop({trial.recipe for trial in history.trials} - front.recipes),
+                on_trial=lambda wanted: fits.drop({trial.recipe for trial in history.trials} - wanted),
             )
     if stopped is not None:
         progress.say(f"stopped after {len(history.made)} trials: {stopped}")

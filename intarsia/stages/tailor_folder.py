@@ -9,7 +9,7 @@
 - `trials.jsonl`: the log (`intarsia.tailoring.history.Trial`).
 - `front.json`: the Pareto front (`intarsia.tailoring.pareto.Front.to_dict`), written anew at every change of it, with
   `judged` once the incumbent is: how it and the uncut base do on what the search never saw.
-- `fits/`: while it searches, what was fitted for trials that are on the front or under way.
+- `fits/`: while it searches, what was fitted for trials that are under way or lead at their budget.
 - `front/trial-N.yaml`: the recipes of the front; `best/`: the incumbent, built; `report.html`: the page about all that.
 """
 

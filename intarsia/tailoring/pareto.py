@@ -58,11 +58,6 @@ class Front:
         costs, among = [_costs(trial) for trial in self.points], [_costs(trial) for trial in self.rivals]
         return self.points[order(costs, equal_weights(len(self.objectives)), among)[0]]
 
-    @property
-    def recipes(self) -> frozenset[str]:
-        """The hashes of its recipes."""
-        return frozenset(trial.recipe for trial in self.points)
-
     def best(self, objective: str) -> Trial:
         """The trial of least cost in an objective."""
         at = self.objectives.index(objective)
@@ -109,6 +104,22 @@ def front_of(trials: Iterable[Trial], objectives: Sequence[str], *, max_budget: 
         points=tuple(sorted(points, key=lambda trial: (_costs(trial), trial.number))),
         rivals=tuple(rivals),
     )
+
+
+def leading(trials: Iterable[Trial]) -> frozenset[str]:
+    """The hashes of the recipes that may be wanted again: of every budget the front, without those that have gone on to
+    a greater one.
+    """
+    fine = [trial for trial in trials if trial.costs is not None]
+    greatest: dict[str, int] = {}
+    for trial in fine:
+        greatest[trial.recipe] = max(trial.budget, greatest.get(trial.recipe, 0))
+    found: set[str] = set()
+    for budget in {trial.budget for trial in fine}:
+        rivals = [trial for trial in fine if trial.budget == budget]
+        front = {rivals[index].recipe for index in non_dominated([_costs(trial) for trial in rivals])}
+        found |= {recipe for recipe in front if greatest[recipe] == budget}
+    return frozenset(found)
 
 
 def _costs(trial: Trial) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 
 from intarsia.errors import UserError
@@ -13,7 +13,7 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.candidate import Candidate
 from intarsia.tailoring.engine import Ask, Engine
 from intarsia.tailoring.history import EARLIER, History, Key, Trial
-from intarsia.tailoring.pareto import Front, front_of
+from intarsia.tailoring.pareto import Front, front_of, leading
 from intarsia.tailoring.workers import Done, Workers
 
 _DOOMED = 5
@@ -42,7 +42,7 @@ def search(
     earlier: Sequence[Trial],
     progress: Progress,
     on_front: Callable[[Front], None] = lambda front: None,
-    on_trial: Callable[[Front], None] = lambda front: None,
+    on_trial: Callable[[Set[str]], None] = lambda wanted: None,
 ) -> str | None:
     """Search until the log has as many trials as the goal says.
 
@@ -51,7 +51,8 @@ def search(
         earlier: trials of earlier searches on the same examples; they are taken into the log, and the engine hears
             them first.
         on_front: called with the Pareto front whenever a trial has changed it.
-        on_trial: called with it after every trial, once there is one.
+        on_trial: called after every trial with the hashes of the recipes that may be scored or built again: those under
+            way, and those that lead at the greatest budget that they were tried at.
 
     Returns:
         None, or why the search ended before the goal.
@@ -73,7 +74,8 @@ def search(
         run.fill()
         while run.open:
             run.collect(workers.next(), task)
-            run.tell_front(on_front, on_trial)
+            run.tell_front(on_front)
+            on_trial(run.wanted())
             run.stop_if_doomed()
             run.fill()
     return run.stopped
@@ -178,13 +180,15 @@ class _Run:
         task.note(words(self._history.trials, self._goal, (len(self._ends) - 1) / minutes if minutes > 0.0 else None))
         task.advance()
 
-    def tell_front(self, on_front: Callable[[Front], None], on_trial: Callable[[Front], None]) -> None:
-        """Tell of the front, and of one that is another one than before the last trial."""
+    def tell_front(self, on_front: Callable[[Front], None]) -> None:
+        """Tell of the front, if it is another one than before the last trial."""
         found = front_of(self._history.trials, self._goal.objectives, max_budget=self._goal.max_budget)
-        if found is not None:
-            if any(point is self._history.trials[-1] for point in found.points):
-                on_front(found)
-            on_trial(found)
+        if found is not None and any(point is self._history.trials[-1] for point in found.points):
+            on_front(found)
+
+    def wanted(self) -> frozenset[str]:
+        """The hashes of the recipes that are under way or may be wanted again."""
+        return leading(self._history.trials) | {recipe for (recipe, _), _ in self.open.values()}
 
     def stop_if_doomed(self) -> None:
         """Stop where everything fails.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from statistics import mean
 
 import pytest
 
 from intarsia.tailoring.candidate import Candidate, single
 from intarsia.tailoring.history import Trial
-from intarsia.tailoring.pareto import dominates, front_of, non_dominated
+from intarsia.tailoring.pareto import dominates, front_of, leading, non_dominated
 from intarsia.tailoring.scalarise import chebyshev, draw_weights, equal_weights, order, scaled
 
 ONE = Candidate(positions=(0,), choices=(single("base"),))
@@ -64,6 +65,19 @@ def test_front_compares_at_one_budget() -> None:
     assert (front.best("a").number, front.best("b").number) == (1, 3)
     assert front.to_dict()["best"] == {"a": 1, "b": 3}
     assert front.to_dict()["points"][1]["costs"] == {"a": 2.0, "b": 2.0}
+
+
+def test_what_leads_at_its_budget() -> None:
+    trials = [
+        trial(0, (1.0, 3.0)),
+        trial(1, (3.0, 1.0)),
+        trial(2, (3.0, 3.0)),
+        trial(3, None),
+        replace(trial(4, (2.0, 2.0), budget=24), recipe="0"),
+        trial(5, (1.0, 2.0), budget=24),
+    ]
+    # "0" led at 8, went on and is beaten at 24; nobody has tried "1" there.
+    assert leading(trials) == {"1", "5"} and leading(trials[:4]) == {"0", "1"} and leading([]) == frozenset()
 
 
 def test_the_knee_weighs_differences_as_all_trials_of_its_budget_do() -> None:

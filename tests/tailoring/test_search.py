@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from intarsia.tailoring.dask_workers import OnDask, dask_workers
 from intarsia.tailoring.engine import Start
 from intarsia.tailoring.history import EARLIER, History
 from intarsia.tailoring.outcome import Outcome
-from intarsia.tailoring.pareto import Front
+from intarsia.tailoring.pareto import Front, leading
 from intarsia.tailoring.random_search import random_search
 from intarsia.tailoring.search import Goal, search, words
 from intarsia.tailoring.warm_start import WarmStart, from_recipe, from_search, random_middles
-from intarsia.tailoring.workers import InProcess, Opener, Workers
+from intarsia.tailoring.workers import Done, InProcess, Opener, Workers
 from tests.tailoring.conftest import METHODS, make_translator
 from tests.tailoring.known_costs import OBJECTIVES, Known, OpenDeadly, OpenKnown
 
@@ -38,6 +39,7 @@ def run(
     starts: tuple[Start, ...] = (),
     earlier: WarmStart | None = None,
     fronts: list[Front] | None = None,
+    on_trial: Callable[[Set[str]], None] = lambda wanted: None,
     seed: int = 0,
 ) -> History:
     translator = make_translator()
@@ -51,6 +53,7 @@ def run(
         earlier=() if earlier is None else earlier.earlier,
         progress=Silent(),
         on_front=lambda front: fronts.append(front) if fronts is not None else None,
+        on_trial=on_trial,
     )
     return history
 
@@ -117,6 +120,38 @@ def test_fronts_are_told_as_they_change(tmp_path: Path) -> None:
     newest = [max(point.number for point in front.points) for front in fronts]
     assert newest == sorted(set(newest))
     assert fronts[-1].budget == 36 and fronts[-1].top
+
+
+class TwoAtOnce:
+    """Two free workers, whose trials come back in order."""
+
+    count = 2
+
+    def __init__(self, scorer: Known) -> None:
+        self._scorer = scorer
+        self.under_way: list[tuple[str, InProcess]] = []
+
+    def submit(self, number: int, recipe: Recipe, budget: int) -> None:
+        hand = InProcess(self._scorer)
+        hand.submit(number, recipe, budget)
+        self.under_way.append((content_hash(recipe), hand))
+
+    def next(self) -> Done:
+        return self.under_way.pop(0)[1].next()
+
+
+def test_what_may_be_wanted_again_is_told_after_every_trial(tmp_path: Path) -> None:
+    hands, told = TwoAtOnce(Known()), 0
+
+    def check(wanted: Set[str]) -> None:
+        nonlocal told
+        told += 1
+        trials = History(tmp_path / "log").trials
+        assert wanted == leading(trials) | {recipe for recipe, _ in hands.under_way}
+        assert len(hands.under_way) == (1 if told < 30 else 0)
+
+    run(tmp_path / "log", hands, trials=30, on_trial=check)
+    assert told == 30
 
 
 def test_words(tmp_path: Path) -> None:
