@@ -15,7 +15,7 @@ from intarsia.progress import Progress, Silent
 from intarsia.reporting.comparison import load
 from intarsia.reporting.comparison_table import cells
 from intarsia.stages.calibration_text import calibration_as_begun, facts_of
-from intarsia.stages.compare_folder import CompareFolder
+from intarsia.stages.compare_folder import CompareFolder, begun_before_fits_were_told
 from intarsia.stages.compare_input import check_depths, check_lists, load_texts, predicted_cost, task_facts_of
 from intarsia.stages.compare_judge import Judge
 from intarsia.stages.compare_methods import parse_methods
@@ -67,7 +67,7 @@ def compare(
     methods: str | Sequence[str],
     layers: Sequence[int],
     heal: Sequence[str] = ("none",),
-    closed_form: ClosedFormSettings = LAST,
+    closed_form: ClosedFormSettings | None = None,
     eval_text: str | Sequence[str] = (),
     eval_windows: int | Sequence[int] = 64,
     tasks: Sequence[str] = (),
@@ -99,7 +99,8 @@ def compare(
         methods: names of methods, with options in brackets where they are not the defaults: `come[norm=average]`.
         layers: the depths.
         heal: `none`, `closed-form`, or both.
-        closed_form: how it fits; by default as `compress` does.
+        closed_form: how it fits; by default as `compress` does, or as a comparison did that was begun before this was
+            recorded.
         eval_text: texts for perplexity, as SOURCE or NAME=SOURCE.
         eval_windows: windows of each of them, or of all.
         tasks: see `evaluate_tasks`; `limit` and `include_path` too.
@@ -134,6 +135,9 @@ def compare(
         windows *= len(texts_given)
     texts, text_facts = load_texts(texts_given, windows, source.tokenizer, seq_len=seq_len)
     task_plan = plan_tasks(tasks, limit=limit, include_path=include_path) if tasks else None
+    begun_with = CompareFolder(out).facts()
+    if closed_form is None:
+        closed_form = ClosedFormSettings() if begun_before_fits_were_told(begun_with) else LAST
     predicted = tuple(predicted_cost(entrant, source, depths, heals, closed_form) for entrant in entrants)
     if dry_run:
         return CompareResult(
@@ -151,7 +155,6 @@ def compare(
         "speed": speed,
     }
     task_facts = [] if task_plan is None else task_facts_of(task_plan, tasks, include_path)
-    begun_with = CompareFolder(out).facts()
     facts = _facts(source, batch_tokens, begun_with) | {
         "closed_form": asdict(closed_form),
         "eval_texts": text_facts,

@@ -265,6 +265,19 @@ def test_it_fits_as_compress_does_or_as_told(model_folder: Folder, halves: Sizes
     other = rows_of(tmp_path / "light")["shortgpt", 5, "closed-form"]
     lighter = intarsia.compress(model, tmp_path / "lighter", closed_form=light, **given)
     assert other["recipe_sha256"] == lighter.recipe_sha256 != row["recipe_sha256"]
+    # One that was begun before that was recorded goes on as it was begun.
+    begun = tmp_path / "light" / "compare.json"
+    facts = json.loads(begun.read_text(encoding="utf-8"))
+    del facts["closed_form"]
+    begun.write_text(json.dumps(facts), encoding="utf-8")
+    told["layers"] = [5, 4]
+    intarsia.compare(model, tmp_path / "light", **told)
+    later = rows_of(tmp_path / "light")["shortgpt", 4, "closed-form"]
+    fitted = codec.load(tmp_path / "light" / later["recipe"]).provenance["heal"]["settings"]["closed-form"]
+    assert fitted["unchanged"] == ["mlp"]
+    begun.write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(UserError, match=r"closed_form\.unchanged"):
+        intarsia.compare(model, tmp_path / "light", closed_form=LAST, **told)
     assert other["heal_forwards"] < row["heal_forwards"]
 
 
