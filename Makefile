@@ -52,8 +52,9 @@ $(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
 # built, so another checkout on this machine does not build it again.
 $(VENV)/.stamp-llama: constraints.txt | $(VENV)/.stamp-dev
 	@echo "building llama.cpp for the tests of exported files (once; minutes)"
-	@if $(PIP) llama-cpp-python >$(VENV)/llama-cpp.log 2>&1; then touch $@; \
-		else echo "llama.cpp could not be built ($(VENV)/llama-cpp.log says why): its tests will skip"; fi
+	@$(PIP) llama-cpp-python >$(VENV)/llama-cpp.log 2>&1 || \
+		echo "llama.cpp could not be built (see $(VENV)/llama-cpp.log): its tests will skip; rm $@ to try again"
+	@touch $@
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/intarsia compress demo --layers 25 -o out/demo-25 --calibration self --tokens 32768 --overwrite
