@@ -3,7 +3,7 @@
 #   make demo     set up, then compress the demo model (SmolLM2-135M-Instruct, 30 layers) to 25 layers
 #   make test     set up, then every check: style, types, tests
 #   make lint     style and types alone
-#   make bench    the measurements in the README
+#   make bench    the benchmarks by name: each is run by `python -m benchmarks NAME`
 #   make clean    remove what the above made (also the virtual environment)
 #
 # PYTHON=python3.12 chooses the interpreter of a new environment; PIP_FLAGS goes to pip. LLAMA_CPP=no does not build

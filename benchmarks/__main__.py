@@ -6,6 +6,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from intarsia.errors import UserError
+
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 
 
@@ -15,7 +17,11 @@ def main() -> None:
         print("python -m benchmarks NAME [--help], with NAME one of: " + ", ".join(NAMES))
         sys.exit(0 if len(sys.argv) < 2 else 2)
     name = sys.argv.pop(1)
-    runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    try:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 main()

@@ -4,7 +4,7 @@ CoMe, and CoMe-P with granularity 20 (all ratios on all tokens, no racing), on t
 states and once made to run the whole model for every step and every ratio; in one run, alternating. Both ways make
 the same decisions; that is checked.
 
-    python -m benchmarks cost --data ../shared/data/text
+    python -m benchmarks cost --data ../shared/data
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def climb(resident: Resident, corpus: Any, *, posterior: bool, reuse: bool, targ
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/text"))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--tokens", type=int, nargs=2, default=[8192, 2048], metavar=("COME", "COME_P"))
     parser.add_argument("--layers", type=int, nargs=2, default=[21, 25], metavar=("COME", "COME_P"))
     given = parser.parse_args()
@@ -62,7 +62,11 @@ def main() -> None:
     print("|---|---:|---:|---|---:|---:|")
     for posterior, tokens, target in zip((False, True), given.tokens, given.layers, strict=True):
         corpus = load_corpus(
-            str(given.data / "wikitext2.valid.txt"), load_tokenizer(checkpoint), tokens=tokens, seq_len=512, seed=0
+            str(given.data / "text" / "wikitext2.valid.txt"),
+            load_tokenizer(checkpoint),
+            tokens=tokens,
+            seq_len=512,
+            seed=0,
         )
         name = "CoMe-P, granularity 20" if posterior else "CoMe"
         runs = {

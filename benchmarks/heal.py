@@ -8,7 +8,7 @@ depth, end-to-end distillation alone for as long as both took together, and the 
 layerwise. Texts as in the benchmark `quality`, whose ladders are used where they are there. Every row is kept: a
 stopped benchmark goes on where it was.
 
-    python -m benchmarks heal --data ../shared/data/text -o out/bench/heal
+    python -m benchmarks heal --data ../shared/data -o out/bench/heal
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Bench:
             "end-to-end": given.tokens[2],
         }
         self.deepest: int = min(given.layers)
-        data: Path = given.data
+        data: Path = given.data / "text"
         self.data = [
             str(data / "wikitext2.valid.txt"),
             f"{data / 'abc_news.txt'}#0:0.9",
@@ -196,7 +196,7 @@ class Bench:
 def main() -> None:
     """Cut, heal, judge, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/text"))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("-o", "--out", type=Path, default=Path("out/bench/heal"))
     parser.add_argument("--plans", type=Path, default=Path("out/bench/quality"), help="run folders of `quality`")
     parser.add_argument("--layers", type=int, nargs="+", default=[27, 25, 23, 21])

@@ -4,7 +4,7 @@ Calibration: equal parts of WikiText-2 (validation), news without its last tenth
 64 windows of 512 tokens of WikiText-2 (test), and 16 windows of that last tenth of the news. Each plan is a run
 folder and each row is kept, so a stopped benchmark goes on where it was.
 
-    python -m benchmarks quality --data ../shared/data/text -o out/bench/quality
+    python -m benchmarks quality --data ../shared/data -o out/bench/quality
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ TABLE = ("shortgpt", "come", "come-p", "come-p --spans 1")
 def main() -> None:
     """Plan, build and judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/text"))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("-o", "--out", type=Path, default=Path("out/bench/quality"))
     parser.add_argument("--methods", nargs="+", default=list(TABLE), choices=list(METHODS))
     parser.add_argument("--layers", type=int, nargs="+", default=[28, 27, 25, 23, 21])
     parser.add_argument("--tokens", type=int, default=65536)
     given = parser.parse_args()
     calibration = [
-        str(given.data / "wikitext2.valid.txt"),
-        f"{given.data / 'abc_news.txt'}#0:0.9",
-        str(given.data / "state_union.txt"),
+        str(given.data / "text" / "wikitext2.valid.txt"),
+        f"{given.data / 'text' / 'abc_news.txt'}#0:0.9",
+        str(given.data / "text" / "state_union.txt"),
     ]
     texts = {
-        "WikiText-2": (str(given.data / "wikitext2.test.raw.txt"), 64),
-        "news": (f"{given.data / 'abc_news.txt'}#0.9:1", 16),
+        "WikiText-2": (str(given.data / "text" / "wikitext2.test.raw.txt"), 64),
+        "news": (f"{given.data / 'text' / 'abc_news.txt'}#0.9:1", 16),
     }
     given.out.mkdir(parents=True, exist_ok=True)
     rows = given.out / "rows.json"
