@@ -9,10 +9,13 @@ from typing import Any
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.errors import UserError
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.told import describe, mlp_pieces, of_experts
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
+from intarsia.reporting.comparison import SETTINGS as COMPARISON
+from intarsia.reporting.tailor_folder import SETTINGS as SEARCH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ def inspect(source: str) -> Inspection:
     """Say what something is.
 
     Args:
-        source: a model (folder, hub id or `demo`), a recipe (`.yaml`), or a run folder.
+        source: a model (folder, hub id or `demo`), a recipe (`.yaml`), or the run folder of a plan.
 
     Raises:
         UserError: it is none of them, or damaged.
@@ -42,6 +45,14 @@ def inspect(source: str) -> Inspection:
         return Inspection(source=source, kind="recipe", facts=_recipe_facts(codec.load(path)))
     if (path / "settings.json").is_file():
         return Inspection(source=source, kind="run", facts=_run_facts(RunFolder.existing(path)))
+    for name, what in ((COMPARISON, "a comparison"), (SEARCH, "a search")):
+        if (path / name).is_file():
+            raise UserError.of(
+                where=source,
+                expected="a model, a recipe, or the run folder of a plan",
+                found=f"{what} (with {name})",
+                remedy=f"Look at it with `intarsia report {source}`.",
+            )
     checkpoint = open_checkpoint(source)
     facts = _model_facts(checkpoint)
     carried = checkpoint.folder / RECIPE_FILE

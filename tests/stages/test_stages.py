@@ -154,6 +154,15 @@ def test_an_unfinished_plan_is_told_as_such(
     assert intarsia.build(run, tmp_path / "out").layers == 3
 
 
+@pytest.mark.parametrize("name", ["compare.json", "tailor.json"])
+def test_inspect_sends_other_folders_to_the_report(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        intarsia.inspect(str(tmp_path))
+    (problem,) = caught.value.problems
+    assert name in problem.found and f"intarsia report {tmp_path}" in problem.remedy
+
+
 def test_inspect(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
     model = str(model_folder("qwen3"))
     found = intarsia.inspect(model)
