@@ -26,6 +26,13 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def own_device(device: torch.device) -> torch.device:
+    """The device of this process: where several were launched on GPUs, each has its own."""
+    if device.type == "cuda" and world_size() > 1:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
 def accelerator(*, device: torch.device, log: str | None = None, folder: Path | None = None) -> Any:
     """An `accelerate.Accelerator` for this process.
 

@@ -6,14 +6,11 @@ Several processes (`accelerate launch -m intarsia heal ...`) share the end-to-en
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-
-import torch
 
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.reader import Checkpoint
@@ -103,7 +100,7 @@ def heal(
     end_to_end = replace(end_to_end or EndToEndSettings(), seed=seed)
     end_to_end = replace(end_to_end, lora=lora or end_to_end.lora, log=log or end_to_end.log)
     placed = placement(device=device, dtype=dtype, stream=stream, memory_bytes=memory_bytes)
-    where = _own_device(placed.device)
+    where = launch.own_device(placed.device)
     barrier: Callable[[], None] = lambda: None  # noqa: E731
     if "end-to-end" in stages or launch.world_size() > 1:
         barrier = launch.accelerator(device=where, log=end_to_end.log, folder=run).wait_for_everyone
@@ -237,13 +234,6 @@ def _check_stages(stages: Stages, *, stream: bool) -> None:
             found=", ".join(stages) or "none",
             remedy="Name them, separated by commas.",
         )
-
-
-def _own_device(device: torch.device) -> torch.device:
-    """Every launched process has a device of its own."""
-    if device.type == "cuda" and launch.world_size() > 1:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return device
 
 
 def _teacher(recipe: Recipe, base: Checkpoint, teacher: str, progress: Progress) -> Checkpoint:

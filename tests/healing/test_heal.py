@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import intarsia
@@ -24,6 +25,7 @@ from intarsia.cli.app import app
 from intarsia.cli.values import token_count
 from intarsia.errors import UserError
 from intarsia.healing.curve import read_curve
+from intarsia.healing.launch import own_device
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
@@ -286,3 +288,11 @@ def test_two_processes_are_as_one(recipe_file: Path, text_file: Path, tmp_path: 
     for ours, theirs in zip(*curves, strict=True):
         assert ours.keys() == theirs.keys()
         assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-3)
+
+
+def test_every_launched_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert own_device(gpu) == gpu
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert own_device(gpu) == torch.device("cuda", 1) and own_device(cpu) == cpu
