@@ -119,7 +119,7 @@ OPERATORS = "task_arithmetic, linear, slerp, ties, dare_linear, dare_ties, bread
 FAMILY = """
 base: {models}/llama
 variants: {{math: {models}/math, code: {models}/code}}
-target: {{layers: 4}}
+target: {{layers: {target}}}
 operations: [{operations}]
 {settings}
 objectives:
@@ -130,7 +130,7 @@ search: {{engine: {engine}, trials: 20, min_budget: 4, max_budget: 12, seed: 0, 
 SEARCHES: dict[str, dict[str, str]] = {
     "evolve": {
         "engine": "evolve",
-        "operations": "remove, select, merge, concat, stack",
+        "operations": "remove, select, merge, concat",
         "settings": f"merge: {{methods: [{OPERATORS}]}}\noutput_scale: [0.5, 1.5]",
         "starts": "random-middle, shortgpt",
     },
@@ -146,6 +146,20 @@ SEARCHES: dict[str, dict[str, str]] = {
         "settings": f"merge: {{methods: [{OPERATORS}], parts: separate}}",
         "starts": "",
     },
+    "random-stack": {
+        "engine": "random",
+        "operations": "remove, select, stack",
+        "settings": "",
+        "starts": "",
+        "target": "8",
+    },
+    "evolve-groups": {
+        "engine": "evolve",
+        "operations": "select, merge",
+        "settings": "merge: {methods: [task_arithmetic, linear]}\nfusion: {groups: 3}",
+        "starts": "",
+        "target": "6",
+    },
     "smac": {
         "engine": "smac",
         "operations": "remove, select, merge",
@@ -153,6 +167,7 @@ SEARCHES: dict[str, dict[str, str]] = {
         "starts": "random-middle",
     },
 }
+TRIALS = (0, 2, 4, 6, 8, 13, 16, 18, 19)  # of these the recipes are looked at
 TOLERANCES = {"merges": 1e-5, "plans": 1e-4}
 FITTED = 1e-3  # where a system is solved or a layer is trained
 
@@ -265,11 +280,6 @@ def weights_in(path: Path) -> Record:
     }
 
 
-def without_choices(found: Record) -> Record:
-    """What is left of a record where decisions follow from fits."""
-    return {"depth": len(found["layers"])}
-
-
 def copies(found: Record) -> Record:
     """A record with the hash of its weights where all of them are copies, else with their sizes."""
     exact = all(line.startswith("select") for line in found["layers"]) and not found["fitted"]
@@ -376,19 +386,24 @@ class Shop:
 # Cases.
 
 
-def plan_case(shop: Shop, model: str, layers: int, flags: list[str], *, in_loop: bool = False) -> Record:
+def planned(shop: Shop, run: Path, model: str, layers: int, flags: list[str]) -> Record:
     """A plan's ladder, its least recipe, and the model built from it."""
-    run, out = shop.new("plan"), shop.new("built")
-    flags = [*flags, *(["--heal-in-loop"] if in_loop else [])]
     found = run_json("plan", shop.model(model), "--run", run, "--layers", str(layers), *shop.calibration, *flags)
     ladder = {str(step["layers"]): step["calibration_loss"] for step in found["ladder"]}
-    head = {"stopped": found["stopped"] is not None, "ladder": ladder}
-    recipe = built(run, out)
-    return {
-        **head,
-        **(without_choices(recipe) if in_loop else copies(recipe)),
-        "perplexity": perplexity(out, shop.eval_text),
-    }
+    out = run.with_name("built")
+    recipe = copies(built(run, out))
+    text = shop.eval_text
+    return {"stopped": found["stopped"] is not None, "ladder": ladder, **recipe, "perplexity": perplexity(out, text)}
+
+
+def plan_case(shop: Shop, model: str, layers: int, flags: list[str]) -> Record:
+    return planned(shop, shop.new("plan"), model, layers, flags)
+
+
+def in_loop_case(shop: Shop, flags: list[str]) -> Record:
+    """A plan that repairs as it goes: what it decides follows from fits, so only what comes of it is compared."""
+    found = planned(shop, shop.new("plan"), "llama", 4, [*flags, "--heal-in-loop"])
+    return {"depth": len(found["layers"]), **{key: found[key] for key in ("stopped", "ladder", "perplexity")}}
 
 
 @cache
@@ -398,9 +413,8 @@ def cut_of(shop: Shop, model: str) -> Path:
     return run
 
 
-def heal_case(shop: Shop, model: str, flags: list[str]) -> Record:
-    """Every stage's perplexities, and those of the model that is written."""
-    out = shop.new("healed")
+def healed(shop: Shop, out: Path, model: str, flags: list[str]) -> Record:
+    """Every stage's perplexities, and that of the model that is written."""
     found = run_json("heal", cut_of(shop, model), "-o", out, *shop.training, *shop.judging, *flags)
     stages = {
         stage["stage"]: [stage["held_out_perplexity"], stage["hidden_error"], stage["taken"]]
@@ -408,6 +422,10 @@ def heal_case(shop: Shop, model: str, flags: list[str]) -> Record:
     }
     recipe = recipe_in(out / "recipe" / "recipe.yaml")
     return {"stages": stages, "depth": len(recipe["layers"]), "perplexity": perplexity(out, shop.eval_text)}
+
+
+def heal_case(shop: Shop, model: str, flags: list[str]) -> Record:
+    return healed(shop, shop.new("healed"), model, flags)
 
 
 def compress_case(shop: Shop, flags: list[str]) -> Record:
@@ -423,16 +441,15 @@ def tasks_case(shop: Shop) -> Record:
     return {"items": scores["n"], **{name: metric["value"] for name, metric in scores["metrics"].items()}}
 
 
-def compare_case(shop: Shop) -> Record:
-    out = shop.new("compared")
-    return compared(shop, out)
-
-
 def compared(shop: Shop, out: Path) -> Record:
     flags = ["--methods", "come,sleb", "--layers", "5,4,3", "--heal", "none,closed-form"]
     judging = ["--eval-text", f"words={shop.eval_text}", "--eval-windows", "16"]
     found = run_json("compare", shop.model("llama"), "-o", out, *flags, *shop.calibration, *judging)
     return {f"{row['method']} {row['layers']} {row['heal']}": row["words"]["value"] for row in found["rows"]}
+
+
+def compare_case(shop: Shop) -> Record:
+    return compared(shop, shop.new("compared"))
 
 
 def merge_case(shop: Shop, layer: str) -> Record:
@@ -450,18 +467,14 @@ def merge_case(shop: Shop, layer: str) -> Record:
 def family_file(shop: Shop, name: str) -> Path:
     path = shop.new("family").with_name("family.yaml")
     models = {shop.model(model).parent for model in ("llama", "math", "code")}.pop()
-    path.write_text(FAMILY.format(models=models, text=shop.words, quiz=shop.quiz, **SEARCHES[name]), encoding="utf-8")
+    entries = {"target": "4", "models": models, "text": shop.words, "quiz": shop.quiz, **SEARCHES[name]}
+    path.write_text(FAMILY.format(**entries), encoding="utf-8")
     return path
 
 
-def searched(family: Path, run: Path) -> Record:
-    return run_json("tailor", family, "-o", run, "--tokens", "512", "--device", "cpu")
-
-
-def search_case(shop: Shop, name: str) -> Record:
+def searched(family: Path, run: Path, name: str) -> Record:
     """A search: its front, what its incumbent is worth, and every trial's recipe."""
-    run = shop.new("search")
-    found = searched(family_file(shop, name), run)
+    found = run_json("tailor", family, "-o", run, "--tokens", "512", "--device", "cpu")
     record: Record = {key: found[key] for key in ("trials", "failed")}
     if name == "smac":  # what its forests propose depends on the last digits
         return {**record, "front": len(found["front"]) > 0}
@@ -472,9 +485,13 @@ def search_case(shop: Shop, name: str) -> Record:
         "judged": {row["model"]: [row["prose"]["value"], row["quiz"]["value"]] for row in rows},
     }
     if name != "evolve-heal":
-        recipes = [built(run, run.with_name("trial"), "--trial", str(trial)) for trial in range(found["trials"])]
-        record["recipes"] = {str(trial): copies(recipe) for trial, recipe in enumerate(recipes)}
+        recipes = [built(run, run.with_name("trial"), "--trial", str(trial)) for trial in TRIALS]
+        record["recipes"] = {str(trial): copies(recipe) for trial, recipe in zip(TRIALS, recipes, strict=True)}
     return record
+
+
+def search_case(shop: Shop, name: str) -> Record:
+    return searched(family_file(shop, name), shop.new("search"), name)
 
 
 CASES: dict[str, dict[str, Callable[[Shop], Record]]] = {
@@ -487,9 +504,7 @@ CASES: dict[str, dict[str, Callable[[Shop], Record]]] = {
             for name in names
         },
     },
-    "in-loop": {
-        name: partial(plan_case, model="llama", layers=4, flags=flags, in_loop=True) for name, flags in IN_LOOP.items()
-    },
+    "in-loop": {name: partial(in_loop_case, flags=flags) for name, flags in IN_LOOP.items()},
     "heals": {name: partial(heal_case, model=model, flags=flags) for name, (model, flags) in HEALS.items()},
     "merges": {name: partial(merge_case, layer=layer) for name, layer in MERGES.items()},
     "verbs": {
@@ -537,6 +552,44 @@ def test_golden(group: str, name: str, shop: Shop) -> None:
     found = json.loads(json.dumps(CASES[group][name](shop)))
     differences = list(agree(found, wanted, TOLERANCES.get(group, FITTED)))
     assert not differences, "\n".join(differences)
+
+
+JOBS: dict[str, Callable[[Shop], Callable[[Path], Record]]] = {
+    "plan": lambda shop: partial(planned, shop, model="llama", layers=3, flags=PLANS["come-p-grid"]),
+    "heal": lambda shop: partial(healed, shop, model="llama", flags=HEALS["all"][1]),
+    "compare": lambda shop: partial(compared, shop),
+    "tailor": lambda shop: partial(searched, family_file(shop, "evolve-heal"), name="evolve-heal"),
+}
+
+
+@contextlib.contextmanager
+def durable_writes(stop_at: int | None) -> Iterator[list[str]]:
+    """Counts what is made durable in a block; with `stop_at`, Ctrl-C comes before the one of that number."""
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "replace"):
+
+            def counted(real: Callable[..., Any], *args: Any, **flags: Any) -> Any:
+                seen.append(str(args[0]))
+                if len(seen) == stop_at:
+                    raise KeyboardInterrupt
+                return real(*args, **flags)
+
+            patch.setattr(os, name, partial(counted, getattr(os, name)))
+        yield seen
+
+
+@pytest.mark.parametrize("verb", JOBS)
+def test_interrupted_and_given_again(verb: str, shop: Shop) -> None:
+    job = JOBS[verb](shop)
+    with durable_writes(None) as seen:
+        wanted = job(shop.new(verb))
+    for share in (0.25, 0.6):
+        out = shop.new(verb)
+        with pytest.raises(SystemExit), durable_writes(int(len(seen) * share)):
+            job(out)
+        differences = list(agree(job(out), wanted, 1e-7))
+        assert not differences, "\n".join(differences)
 
 
 def write(only: str) -> None:
