@@ -82,12 +82,6 @@ Racing = Annotated[
         rich_help_panel=_COME,
     ),
 ]
-Beam = Annotated[
-    int,
-    typer.Option(
-        metavar="N", help="come-p: follow the N best paths at once, at N times the cost.", rich_help_panel=_COME
-    ),
-]
 Reference = Annotated[
     bool,
     typer.Option(

@@ -53,15 +53,10 @@ class Come:
         target: int,
         history: Sequence[Mapping[str, Any]],
         number: int,
-        *,
-        unlike: bool = False,
     ) -> list[Step]:
-        """The `number` best steps, the best first: fewer where there are not so many, and none where none is allowed.
+        """The `number` best steps, each of which removes something else, the best first: none where none is allowed.
 
         CoMe knows one.
-
-        Args:
-            unlike: each of them removes something else; their losses need not be known.
         """
         count = min(self.settings.merge, model.depth - target + 1)
         allowed = [start for start in range(model.depth - count + 1) if self._allowed(model, start, count)]
@@ -93,12 +88,11 @@ class Come:
                 tried,
                 number,
                 racing=self.settings.racing,
-                unlike=unlike,
                 title=title + (" and removals" if drops else ""),
             )
             chosen, grid = found.best, found.shown
         else:
-            chosen = [(prior(ranked[0]), None)]
+            chosen = [prior(ranked[0])]
         whole = {
             "influence": influences,
             "span_choice": self.settings.span_choice,
@@ -113,9 +107,8 @@ class Come:
                 count=each.count,
                 op=each.op,
                 evidence={**whole, **self._about(model, each, influences)},
-                loss=loss,
             )
-            for each, loss in chosen
+            for each in chosen
         ]
 
     def reason(self) -> str:

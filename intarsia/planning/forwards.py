@@ -34,9 +34,7 @@ def plan_forwards(
         count = min(width, current - target + 1)
         after = current - (count - 1)
         if isinstance(settings, ComeSettings):
-            # The first step has one model before it; behind every step each of the beam is measured.
-            forwards += come_step(method, settings, current, count, tokens) * (settings.beam if steps else 1)
-            forwards += (settings.beam - 1) * after
+            forwards += come_step(method, settings, current, count, tokens)
         elif isinstance(settings, LacoSettings):
             # Every layer may be tried, with all layers run, on a few sequences; once more, the original model is.
             tried = current * after + (depth if not steps else 0)
