@@ -9,11 +9,9 @@ import typer
 _COME = "CoMe"
 
 SpanChoice = Annotated[
-    Literal["sbi", "sleb", "reconstruction"],
+    Literal["sbi", "sleb"],
     typer.Option(
-        help="Merge where the block influence is least, where skipping costs least, or where a closed-form fit comes "
-        "closest to the original.",
-        rich_help_panel=_COME,
+        help="Merge where the block influence is least, or where skipping costs least.", rich_help_panel=_COME
     ),
 ]
 MergeCount = Annotated[int, typer.Option("--merge", metavar="M", help="Layers merged at once.", rich_help_panel=_COME)]

@@ -9,10 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from intarsia.errors import Problem, UserError
 from intarsia.recipe.ops import NormMode
 
-SpanChoice: TypeAlias = Literal["sbi", "sleb", "reconstruction"]
-
-RECONSTRUCTION_TOKENS = 16384
-"""Calibration tokens that `reconstruction` judges spans on, at most."""
+SpanChoice: TypeAlias = Literal["sbi", "sleb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +18,7 @@ class ComeSettings:
 
     Attributes:
         span_choice: which adjacent layers to merge: `sbi`, the least span block influence; `sleb`, the least
-            calibration loss when they are skipped; `reconstruction`, the least error towards the original's hidden
-            states after down_proj of the merged layer is refitted in closed form.
+            calibration loss when they are skipped.
         merge: how many adjacent layers become one in a step (m, 2 or more).
         sharpness: ratios are proportional to block influence to this power.
         dominance: if given, the largest share is at least dominance^(1/(n-1)), n original layers in the merge.

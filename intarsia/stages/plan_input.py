@@ -76,7 +76,7 @@ def asked(
     settings = settings_of(method, given)
     check_finalists(method, settings, in_loop)
     if workers is not None:
-        check_workers(workers, method, settings, in_loop, len(source.placement.devices))
+        check_workers(workers, method, in_loop, len(source.placement.devices))
     target = target_depth(source.checkpoint, layers=layers, sparsity=sparsity)
     check_seq_len(source.checkpoint, source.seq_len)
     predicted = predict(
