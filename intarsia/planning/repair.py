@@ -5,9 +5,6 @@ repaired layers before it give towards what the original gives at the end of its
 then what lies behind is run again. If that raises the loss of the sequences that are held out, the layers stay as they
 were. What was fitted on a layer that is merged again is forgotten: ops stay flat over original layers. Where only a
 layer's span has grown, what was fitted is the starting point.
-
-The same fit, of one read-out and on part of the tokens, tells how well a layer could take the place of others
-(`reconstruction_error`).
 """
 
 from __future__ import annotations
@@ -26,12 +23,11 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.correspond import trainable
-from intarsia.healing.layer_fit import LayerFit, fit_layer, fittable, passes
+from intarsia.healing.layer_fit import LayerFit, fit_layer, passes
 from intarsia.healing.original import Original
-from intarsia.healing.part_fit import FitBatch, PartFit
+from intarsia.healing.part_fit import FitBatch
 from intarsia.healing.scratch import Scratch
 from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.settings import RECONSTRUCTION_TOKENS
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import derive_spans
 
@@ -130,36 +126,6 @@ class Repair:
         if tensors:
             model.fit(index, {**(model.fitted[index] or {}), **tensors}, module)
         return fits
-
-
-@torch.inference_mode()
-def reconstruction_error(model: Intermediate, start: int, count: int, op: Op) -> float:
-    """How far a layer in the place of `count` others is from the original at the end of their spans, once it is fitted.
-
-    Down_proj (of a mixture o_proj) is fitted by the closed form's own rule; the mean of |h - H^b|^2 / |H^b|^2 over
-    held-out tokens, as the moments predict it. Costs one
-    layer-forward over `RECONSTRUCTION_TOKENS` tokens at most; two where a norm stands behind down_proj.
-    """
-    layers = [*model.ops[:start], op, *model.ops[start + count :]]
-    end = derive_spans(layers, model.anatomy.n_layers)[start][1]
-    key = (start, end, op)
-    if key not in model.errors:
-        sequences = min(len(model.corpus), max(1, RECONSTRUCTION_TOKENS // model.corpus.seq_len))
-        original = model.original(sequences)
-        rule = ClosedFormSettings().rule
-        with model.resident.awake(model.resident.module(op)) as module:
-            fitter = PartFit(
-                module,
-                fittable(("mlp",), model.anatomy)[0],
-                lambda: _feed(model, start, op, original, end),
-                stream=model.stream,
-                anatomy=model.anatomy,
-                rule=rule,
-                scratch=Scratch(in_files=model.resident.streams, folder=model.room.folder),
-            )
-            _, _, found = fitter.read_out(f"reconstruction at layer {start}")
-        model.errors[key] = found.error_after
-    return model.errors[key]
 
 
 def _feed(model: Intermediate, start: int, op: Op, original: Original, depth: int) -> Iterator[FitBatch]:
