@@ -21,12 +21,11 @@ from intarsia.building.resident import twin
 from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
+from intarsia.healing.closed_form import spool_of
 from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.healing.correspond import trainable
-from intarsia.healing.layer_fit import LayerFit, fit_layer, passes
-from intarsia.healing.original import Original
-from intarsia.healing.part_fit import FitBatch
-from intarsia.healing.scratch import Scratch
+from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer, passes
+from intarsia.healing.layer_map import trainable
+from intarsia.healing.teacher import TeacherStates
 from intarsia.planning.intermediate import Intermediate
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import derive_spans
@@ -78,7 +77,7 @@ class Repair:
         """The sequences that nothing is fitted on."""
         return list(range(0, len(self.model.corpus), self.settings.held_out))
 
-    def fit(self, first: int, due: Mapping[int, int], original: Original) -> tuple[list[LayerFit], int]:
+    def fit(self, first: int, due: Mapping[int, int], original: TeacherStates) -> tuple[list[LayerFit], int]:
         """Fit layers towards their depths, in order, and measure those between them.
 
         Returns:
@@ -109,35 +108,37 @@ class Repair:
         return min([start, *due]), due
 
     @torch.inference_mode()
-    def _fit(self, index: int, original: Original, depth: int) -> list[LayerFit]:
+    def _fit(self, index: int, original: TeacherStates, depth: int) -> list[LayerFit]:
         model = self.model
         with model.resident.awake(model.modules[index]) as awake:
             module = twin(awake)  # fitting must leave the original model alone
             tensors, fits = fit_layer(
                 module,
                 self.settings.changed,
-                partial(_feed, model, index, model.ops[index], original, depth),
+                partial(_feed, model, index, model.ops[index], original, depth, self.settings.held_out),
                 index=index,
                 stream=model.stream,
                 anatomy=model.anatomy,
-                rule=self.settings.rule,
-                scratch=Scratch(in_files=model.resident.streams, folder=model.room.folder),
+                settings=self.settings,
+                spool=spool_of(model.resident, model.room),
             )
         if tensors:
             model.fit(index, {**(model.fitted[index] or {}), **tensors}, module)
         return fits
 
 
-def _feed(model: Intermediate, start: int, op: Op, original: Original, depth: int) -> Iterator[FitBatch]:
+def _feed(
+    model: Intermediate, start: int, op: Op, original: TeacherStates, depth: int, held_out: int
+) -> Iterator[FitBatch]:
     """What a layer in the place of layer `start` is fed, and H^depth of the original, which it should give."""
     for part, ids, mask in model.batches.over(slice(0, original.sequences)):
         model.spend(1, part)
         yield FitBatch(
-            rows=part,
             h_BTD=model.hidden_at(start, part),
             wanted_BTD=original.at(depth, part),
             call=model.stream.calls(ids, mask)[op.sources[0].layer],
             mask=mask,
+            held_B=torch.arange(part.start, part.stop) % held_out == 0,
         )
 
 
