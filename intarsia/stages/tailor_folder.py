@@ -5,7 +5,7 @@
   examples, engine, seed, device and dtype.
 - `family.yaml`: the family file, its paths made absolute.
 - `wanted.json`: how many trials are asked for.
-- `sensitivities.safetensors`, `statistics/MEMBER/`, `warm_start.json`, `plans/METHOD/`: what the search begins with.
+- `sensitivities.safetensors`, `warm_start.json`, `plans/METHOD/`: what the search begins with.
 - `trials.jsonl`: the log (`intarsia.tailoring.history.Trial`).
 - `front.json`: the Pareto front (`intarsia.tailoring.pareto.Front.to_dict`), written anew at every change of it, with
   `judged` once the incumbent is: how it and the uncut base do on what the search never saw.
@@ -99,11 +99,6 @@ class TailorFolder:
     def sensitivities(self) -> Path:
         """Where the scores of pieces are kept."""
         return self._file("sensitivities.safetensors")
-
-    @property
-    def statistics(self) -> Path:
-        """Where statistics of the members are kept, a folder for each."""
-        return self._file("statistics")
 
     @property
     def warm_start(self) -> Path:
