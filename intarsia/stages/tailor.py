@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from intarsia.checkpoint.scan import acting_config
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.healing.cluster import check_scheduler
 from intarsia.progress import Progress, Silent
 from intarsia.reporting.page import write_report
-from intarsia.stages.plan_settings import config_as_begun
 from intarsia.stages.setup import device_of, dtype_of
 from intarsia.stages.tailor_begin import TOKENS, Beginning
 from intarsia.stages.tailor_finish import finish
@@ -129,7 +129,7 @@ def tailor(
         check_scheduler(scheduler)
     variants = family.variants(progress)
     folder = TailorFolder(job.out)
-    config = config_as_begun(family.checkpoints()[BASE].config, folder.settings() if folder.is_one() else {})
+    config = acting_config(family.checkpoints()[BASE].config)
     folder = TailorFolder.offer(job.out, settings_of(job, variants, config, space, budgets))
     progress.say(predicted.words())
     evaluator = evaluator_of(

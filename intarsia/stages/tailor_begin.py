@@ -212,4 +212,4 @@ def _measured(folder: TailorFolder) -> list[object]:
     settings = folder.settings()
     objectives = [[entry[key] for key in ("name", "kind", "metric", "sha256")] for entry in settings["objectives"]]
     hashes = {name: member["sha256"] for name, member in settings["members"].items()}
-    return [objectives, hashes, settings.get("config"), settings["heal"], settings["dtype"]]
+    return [objectives, hashes, settings["config"], settings["heal"], settings["dtype"]]

@@ -176,7 +176,7 @@ def _pinned(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "family": _by_name(facts["family"]),
         "weights": {name: member["sha256"] for name, member in facts["members"].items()},
-        "config": facts.get("config"),
+        "config": facts["config"],
         "examples": {entry["name"]: entry["sha256"] for entry in facts["objectives"]},
         "device": facts["device"],
         "dtype": facts["dtype"],
