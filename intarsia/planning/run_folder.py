@@ -98,10 +98,6 @@ class RunFolder:
         """The settings that the run was begun with."""
         return _read(self._file(_SETTINGS), "the settings of a run, in JSON")
 
-    def begun_with(self) -> dict[str, Any]:
-        """The same; empty where no run was begun."""
-        return self.settings() if self.is_one() else {}
-
     def pin(self, name: str, facts: Mapping[str, Any]) -> None:
         """Record facts that become known when the work begins; a continued run must find the same ones.
 
@@ -147,15 +143,14 @@ class RunFolder:
             write_whole(self._file(_WANTED), json.dumps(asdict(wanted)) + "\n")
 
     def wanted(self) -> Wanted | None:
-        """What was asked for; None in a run of a version that did not record it.
+        """What was asked for; None before anything is.
 
         Raises:
             UserError: the file that tells it is damaged.
         """
         path = self._file(_WANTED)
         if not path.exists():
-            target = self.settings().get("target")  # known of some methods even then
-            return None if target is None else Wanted(layers=int(target))
+            return None
         remedy = "Delete the file; the next `intarsia plan` with the same command writes it again."
         with damage_named(path, expected="the depth that the plan is to come to", remedy=remedy):
             found = json.loads(path.read_text(encoding="utf-8"))

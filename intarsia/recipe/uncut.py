@@ -2,8 +2,8 @@
 
 A mixture of fine-tunes repaired towards the base would be drawn back to it, and lose what it has of the others. So each
 layer of a span is what the span's output layer is, at its own index: the same member's layer, or the same blend of
-members. Of a join each layer is that of the member whose pieces were taken from it; what is blended by statistics
-counts as the plain average. For a cut of the base alone this is the base.
+members. Of a join each layer is that of the member whose pieces were taken from it. For a cut of the base alone
+this is the base.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import scan
+from intarsia.checkpoint.scan import acting_config, scan
 from intarsia.checkpoint.staging import check_out
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
@@ -32,7 +32,6 @@ from intarsia.stages.heal_result import HealResult, layer_errors, provenance
 from intarsia.stages.heal_stages import STAGES, Healing, stage_settings
 from intarsia.stages.heal_texts import Texts, read_texts
 from intarsia.stages.placement import placement
-from intarsia.stages.plan_settings import config_as_begun
 
 Stages = Sequence[str]
 
@@ -113,12 +112,11 @@ def heal(
     own_sha256 = blend_sha256(given, members) if blended else members[given.base]
     closed_form = closed_form or LAST
     layerwise = replace(layerwise or LayerwiseSettings(), seed=seed)
-    begun_with = RunFolder(run).begun_with()
     settings = {
         "recipe": codec.content_hash(given),
-        "config": config_as_begun(base.config, begun_with),
+        "config": acting_config(base.config),
         "teacher": own_sha256 if taught is None else scan(taught, progress),
-        "teacher_config": config_as_begun((taught or base).config, begun_with, "teacher_config"),
+        "teacher_config": acting_config((taught or base).config),
         **({"members": members} if blended else {}),
         "stages": list(stages),
         "data": data if isinstance(data, str) else ",".join(data),

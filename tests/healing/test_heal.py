@@ -183,7 +183,7 @@ def test_another_teacher(recipe_file: Path, text_file: Path, tmp_path: Path) -> 
 
 
 def test_command_line(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
-    words = f"heal {recipe_file} -o {tmp_path / 'out'} --data {text_file} --tokens 1k --seq-len 32 --json --resume"
+    words = f"heal {recipe_file} -o {tmp_path / 'out'} --data {text_file} --tokens 1k --seq-len 32 --json"
     done = CliRunner().invoke(app, [*words.split(), "--stages", "layerwise", "--layer-batch-tokens", "128"])
     assert done.exit_code == 0, done.output
     assert [row["stage"] for row in json.loads(done.stdout)["stages"]] == ["cut", "layerwise"]

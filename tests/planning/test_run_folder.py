@@ -179,7 +179,7 @@ def test_a_full_disk_within_a_step(
 
 def test_how_far_a_plan_is(resident_of: InMemory, tmp_path: Path) -> None:
     run = RunFolder.start(tmp_path / "run", SETTINGS)
-    assert (run.wanted(), run.unfinished()) == (None, None)  # not asked for anything yet, or of an older version
+    assert (run.wanted(), run.unfinished()) == (None, None)  # not asked for anything yet
     run.want(Wanted(layers=4))
     assert run.unfinished() == "no step is done yet on the way down to 4"
     go(tmp_path / "run", resident_of("llama"), "come", 4)

@@ -326,6 +326,7 @@ def test_hashes_of_older_recipes_stay() -> None:
         ("{from: [1], method: dare_linear, params: {seed: 0.5}}", "params.seed: expected a whole number"),
         ("{from: [1], params: {density: 0.5}}", "merge.params: expected none, for linear has no parameters"),
         ("{from: [1], mlp: {from: [2]}}", "merge.mlp: expected only the keys weights, method, params; found 'from'"),
+        ("{from: [1, 2], method: fisher}", "merge.method: expected one of linear, slerp.*; found 'fisher'"),
         ("{from: [1], mlp: {method: [linear]}}", "merge.mlp.method: expected one of linear, slerp"),
         ("{from: [1], scale: big}", "merge.scale: expected a number; found 'big'"),
     ],

@@ -237,35 +237,6 @@ def test_dry_run_reads_config_files_alone(parts: dict[str, Path], tmp_path: Path
     assert "10^" in result.to_dict()["space"]
 
 
-def test_blends_by_statistics(parts: dict[str, Path], tmp_path: Path) -> None:
-    """RegMean and Fisher averages stand in recipes as fitted tensors, and are made again from the folder alone."""
-    path = write_family(
-        parts,
-        tmp_path / "family.yaml",
-        **{
-            "[task_arithmetic, slerp]": "[regmean, fisher]",
-            "merge, concat": "merge",
-            "[random-middle, shortgpt]": "[]",
-        },
-    )
-    run = tmp_path / "run"
-    result = tailor(path, run, trials=8, tokens=512, device="cpu", judge=False)
-    assert (result.trials, result.failed) == (8, 0)
-    methods = {
-        choice["attention"].get("method"): trial["number"]
-        for trial in trials_of(run)
-        for choice in trial["candidate"]["choices"]
-    }
-    assert {"regmean", "fisher"} <= set(methods)
-    for method in ("regmean", "fisher"):
-        number = methods[method]
-        built = intarsia.build(run, tmp_path / method, trial=number)
-        assert built.recipe_sha256 == trials_of(run)[number]["recipe"]
-        recipe = codec.load(tmp_path / method / "recipe" / "recipe.yaml")
-        choices = trials_of(run)[number]["candidate"]["choices"]
-        assert set(recipe.fitted) == {at for at, each in enumerate(choices) if "method" in each["attention"]} != set()
-
-
 LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -328,10 +299,6 @@ def test_a_config_that_changed_under_a_search(parts: dict[str, Path], tmp_path: 
     with pytest.raises(UserError) as caught:
         tailor(tmp_path / "run", more_trials=1, **given)  # type: ignore[arg-type]
     assert [problem.where.rpartition(": ")[2] for problem in caught.value.problems] == ["config.rms_norm_eps"]
-    facts = json.loads((tmp_path / "run" / "tailor.json").read_text())
-    del facts["config"]  # as earlier versions wrote it
-    (tmp_path / "run" / "tailor.json").write_text(json.dumps(facts))
-    assert tailor(tmp_path / "run", more_trials=1, **given).trials == 3  # type: ignore[arg-type]
 
 
 def test_a_search_goes_on_wherever_the_command_runs(
