@@ -173,9 +173,8 @@ def test_repairing_in_the_loop_is_the_same(
     assert resident.shelf is not None and resident.shelf.most <= 2
 
 
-@pytest.mark.parametrize("choice", ["sleb", "reconstruction"])
-def test_spans_are_chosen_the_same(choice: Any, tmp_path: Path, checkpoint_of: Opened, resident_of: InMemory) -> None:
-    settings = ComeSettings(span_choice=choice, racing=False)
+def test_spans_are_chosen_the_same(tmp_path: Path, checkpoint_of: Opened, resident_of: InMemory) -> None:
+    settings = ComeSettings(span_choice="sleb", racing=False)
     wanted = ladder(resident_of("llama"), tmp_path / "whole", "come-p", settings=settings)
     assert ladder(streamed(checkpoint_of("llama")), tmp_path / "streamed", "come-p", settings=settings) == wanted
 

@@ -52,7 +52,6 @@ class Intermediate(Measured):
         self.hidden.restore()
         self.measures, self._measured = list(self._kept.measures), list(self._kept.layers)
         self.losses_N, self._distances = self._kept.losses_N.clone(), dict(self._kept.distances)
-        self.errors.clear()
         self.become([op for op, _ in self._kept.layers])
         for index, (_, fitted) in enumerate(self._kept.layers):
             self.fit(index, fitted)

@@ -5,9 +5,6 @@ repaired layers before it give towards what the original gives at the end of its
 then what lies behind is run again. If that raises the loss of the sequences that are held out, the layers stay as they
 were. What was fitted on a layer that is merged again is forgotten: ops stay flat over original layers. Where only a
 layer's span has grown, what was fitted is the starting point.
-
-The same fit, of one read-out and on part of the tokens, tells how well a layer could take the place of others
-(`reconstruction_error`).
 """
 
 from __future__ import annotations
@@ -26,11 +23,10 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.healing.closed_form import spool_of
 from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.healing.layer_fit import FitBatch, LayerFit, PartFit, fit_layer, fittable, passes
+from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer, passes
 from intarsia.healing.layer_map import trainable
 from intarsia.healing.teacher import TeacherStates
 from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.settings import RECONSTRUCTION_TOKENS
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import derive_spans
 
@@ -129,35 +125,6 @@ class Repair:
         if tensors:
             model.fit(index, {**(model.fitted[index] or {}), **tensors}, module)
         return fits
-
-
-@torch.inference_mode()
-def reconstruction_error(model: Intermediate, start: int, count: int, op: Op) -> float:
-    """How far a layer in the place of `count` others is from the original at the end of their spans, once it is fitted.
-
-    Down_proj (of a mixture o_proj) is fitted by the closed form's own rule; the mean of |h - H^b|^2 / |H^b|^2 over
-    held-out tokens, as the moments predict it. Costs one
-    layer-forward over `RECONSTRUCTION_TOKENS` tokens at most; two where a norm stands behind down_proj.
-    """
-    layers = [*model.ops[:start], op, *model.ops[start + count :]]
-    end = derive_spans(layers, model.anatomy.n_layers)[start][1]
-    key = (start, end, op)
-    if key not in model.errors:
-        sequences = min(len(model.corpus), max(1, RECONSTRUCTION_TOKENS // model.corpus.seq_len))
-        original = model.original(sequences)
-        settings = ClosedFormSettings()
-        with model.resident.awake(model.resident.module(op)) as module:
-            fitter = PartFit(
-                module,
-                fittable(("mlp",), model.anatomy)[0],
-                lambda: _feed(model, start, op, original, end, settings.held_out),
-                stream=model.stream,
-                anatomy=model.anatomy,
-                settings=settings,
-            )
-            _, _, found = fitter.projection(f"reconstruction at layer {start}")
-        model.errors[key] = found.error_after
-    return model.errors[key]
 
 
 def _feed(
