@@ -14,7 +14,7 @@ from typing import Any
 
 from intarsia.disk import append_line, read_json, write_whole
 from intarsia.errors import UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.run_folder import differences
 from intarsia.reporting.comparison import ROWS, SETTINGS
 
