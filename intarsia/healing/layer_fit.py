@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from intarsia.anatomy.spec import Anatomy, Part
 from intarsia.calibration.stream import LayerCall, LayerStream
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.post_norm_fit import Passed, PostNorm, fit_norm, fit_weight
 from intarsia.healing.ridge import Fit, Gram, choose
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.heap import give_back
 from intarsia.recipe.mapped_arrays import spooled
 

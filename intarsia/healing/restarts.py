@@ -22,7 +22,7 @@ from intarsia.disk import full_disk_named
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.healing.closed_form import fit
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.progress import Progress
 from intarsia.recipe import codec

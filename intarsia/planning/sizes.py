@@ -10,8 +10,8 @@ import psutil
 
 from intarsia.anatomy.spec import PARTS, Anatomy
 from intarsia.calibration.writing import Sampling, rows_at_once
-from intarsia.healing.closed_form_settings import RIDGES
 from intarsia.healing.fit_memory import fit_bytes
+from intarsia.healing.settings import RIDGES
 
 if TYPE_CHECKING:
     import torch

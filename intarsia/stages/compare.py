@@ -12,7 +12,7 @@ from intarsia.checkpoint.model_name import lasting
 from intarsia.checkpoint.scan import acting_config
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.task_plan import plan_tasks
-from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
+from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.progress import Progress, Silent
 from intarsia.reporting.comparison import load
 from intarsia.reporting.comparison_table import cells

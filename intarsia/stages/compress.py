@@ -15,7 +15,7 @@ from intarsia.disk import write_whole
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.perplexity import eval_corpus
-from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
+from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.planning.cost import Cost, with_judging
 from intarsia.planning.settings import Settings
 from intarsia.planning.sizes import Sizes

@@ -14,8 +14,8 @@ from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.disk import full_disk_named
 from intarsia.healing.closed_form_cost import closed_form_cost
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.restarts import AS_IT_IS, Start, best_fit, forget, held_out_perplexity, starts
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates, has_room
 from intarsia.planning.cost import Cost, with_closed_form
 from intarsia.planning.run_folder import RunFolder

@@ -20,10 +20,10 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.healing.closed_form_cost import closed_form_cost, closed_form_cost_at_most, read_outs
-from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
 from intarsia.healing.layer_fit import fittable
 from intarsia.healing.layer_map import taught
 from intarsia.healing.quality import Chain, quality
+from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.progress import Silent
 from intarsia.recipe import codec
 from intarsia.recipe.ops import Merge, Op

@@ -24,9 +24,9 @@ from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.cli.app import app
 from intarsia.cli.values import token_count
 from intarsia.errors import UserError
-from intarsia.healing.curve import read_curve
 from intarsia.healing.launch import own_device
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
+from intarsia.healing.training import read_curve
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.heal import heal, read_source
@@ -226,7 +226,7 @@ heal(Path(recipe), Path(out), data=text, stages=("{stage}",), **SIZES)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "module", "function"),
-    [("layerwise", "layer_training", "save_state"), ("end-to-end", "whole_training", "save_snapshot")],
+    [("layerwise", "layer_training", "save_state"), ("end-to-end", "end_to_end", "save_snapshot")],
 )
 def test_killed_and_started_again(
     stage: str, module: str, function: str, recipe_file: Path, text_file: Path, tmp_path: Path

@@ -20,8 +20,7 @@ from intarsia.calibration.loading import load_corpus
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.healing import end_to_end
-from intarsia.healing.closed_form_settings import LAST
-from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
+from intarsia.healing.settings import LAST, EndToEndSettings, LayerwiseSettings
 from intarsia.progress import Silent
 from intarsia.recipe import codec
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op, Select

@@ -19,7 +19,7 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.healing import restarts
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.progress import Silent
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe

@@ -17,8 +17,8 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.evaluation.chain import Chain
 from intarsia.healing.closed_form import fit
 from intarsia.healing.closed_form_cost import closed_form_cost
-from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
 from intarsia.healing.restarts import Start, best_of, starts
+from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from intarsia.healing.curve import read_curve
+from intarsia.healing.training import read_curve
 from intarsia.recipe import codec
 from tests.healing.conftest import Cut
 
@@ -32,7 +32,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from intarsia.cli.app import main
-from intarsia.healing import whole_training
+from intarsia.healing import end_to_end
 
 begin = state.AcceleratorState.__init__
 
@@ -42,7 +42,7 @@ def sharded(self, *args, **kwargs):
     begin(self, *args, **kwargs)
 
 state.AcceleratorState.__init__ = sharded
-save, saved = whole_training.save_snapshot, []
+save, saved = end_to_end.save_snapshot, []
 
 def stops(accelerator, folder, facts):
     (model,) = accelerator._models
@@ -53,7 +53,7 @@ def stops(accelerator, folder, facts):
     if len(saved) == int(os.environ.get("STOP_AT", "0")):
         os._exit(9)
 
-whole_training.save_snapshot = stops
+end_to_end.save_snapshot = stops
 main()
 """
 

@@ -9,7 +9,7 @@ import torch
 
 from intarsia.building.resident import Resident
 from intarsia.errors import UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning import blocks
 from intarsia.planning.finalists import check_finalists, settle
 from intarsia.planning.forwards import plan_forwards

@@ -17,7 +17,7 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.healing.closed_form_cost import closed_form_cost_at_most
-from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
+from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, LacoSettings
 from intarsia.recipe import codec
