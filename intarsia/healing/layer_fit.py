@@ -13,7 +13,7 @@ from intarsia.anatomy.spec import Anatomy, Part
 from intarsia.calibration.stream import LayerStream
 from intarsia.healing.part_fit import Batches, FitRule, PartFit
 from intarsia.healing.scratch import IN_MEMORY, Scratch
-from intarsia.recipe.mapped_arrays import spooled
+from intarsia.recipe.side_file import spooled
 
 _ROWS = 256  # of a fitted tensor, written at a time
 

@@ -24,8 +24,8 @@ from intarsia.planning.planner import Step
 from intarsia.planning.run_folder import RunFolder, Wanted
 from intarsia.planning.settings import ComeSettings, Settings
 from intarsia.planning.told import describe, step_line
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.schema import content_hash
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from intarsia.disk import append_line, damage_named, full_disk_named, read_json, write_whole
 from intarsia.errors import Problem, UserError
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 
 _SETTINGS = "settings.json"
@@ -135,8 +135,8 @@ class RunFolder:
             with full_disk_named(self.path):
                 self._file(_OTHERS).mkdir(exist_ok=True)
         for number, other in enumerate(others):
-            codec.save(other, self._other(len(other.layers), number))
-        codec.save(recipe, self.recipe_path(len(recipe.layers)))
+            schema.save(other, self._other(len(other.layers), number))
+        schema.save(recipe, self.recipe_path(len(recipe.layers)))
         path = self._file(_LOG)
         whole = "".join(json.dumps(line) + "\n" for line in self.log())
         if path.exists() and path.read_text(encoding="utf-8") != whole:
@@ -146,7 +146,7 @@ class RunFolder:
     def others(self, layers: int) -> list[Recipe]:
         """What the run goes on from besides the ladder's recipe of that depth."""
         entry = next((entry for entry in self.log() if entry["layers"] == layers), {})
-        return [codec.load(self._other(layers, number)) for number in range(len(entry.get("beam", ())) - 1)]
+        return [schema.load(self._other(layers, number)) for number in range(len(entry.get("beam", ())) - 1)]
 
     def want(self, wanted: Wanted) -> None:
         """Record what is asked for: another depth may be, each time the run goes on.
@@ -205,7 +205,7 @@ class RunFolder:
                 if unfinished is None
                 else "Let `intarsia plan` or `compress` go on with the same command, or choose one of them.",
             )
-        return codec.load(self.recipe_path(layers))
+        return schema.load(self.recipe_path(layers))
 
     def _other(self, layers: int, number: int) -> Path:
         return self._file(_OTHERS) / f"layers-{layers:03d}-{number + 2}.yaml"

@@ -18,7 +18,7 @@ from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.original import Original, kept_whole
 from intarsia.healing.starts import End, Start, best_end, held_out_perplexity
 from intarsia.progress import Progress
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 
 
@@ -52,9 +52,9 @@ def best_fit(
         original = shared = kept_whole(resident, batches, room=room, progress=progress)
 
     def fitted(start: Recipe) -> tuple[Recipe, list[dict[str, Any]]]:
-        path = folder / f"{codec.content_hash(start)[:16]}.yaml"
+        path = folder / f"{schema.content_hash(start)[:16]}.yaml"
         if several and path.exists():
-            found = codec.load(path)
+            found = schema.load(path)
             return found, found.provenance["read_outs"]
         found, fits = fit(
             start,
@@ -69,7 +69,7 @@ def best_fit(
         if several:
             with full_disk_named(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                codec.save(replace(found, provenance={"read_outs": fits}), path)
+                schema.save(replace(found, provenance={"read_outs": fits}), path)
         return found, fits
 
     def judged(found: Recipe) -> float:

@@ -1,4 +1,4 @@
-"""A recipe of a recipe, composed and built at once, is the model that comes of building twice."""
+"""A merged layer that is merged again, built at once, is the model that comes of building twice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from intarsia.building.materialize import materialize
 from intarsia.building.resident import Resident
 from intarsia.calibration.stream import LayerStream
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.recipe.compose import compose
+from intarsia.recipe.algebra import concat_of
 from tests import families
 from tests.conftest import InMemory, Opened
 from tests.recipes_by_hand import recipe_of, select, shared
@@ -25,7 +25,15 @@ def test_composed_is_built_twice(
     source, original = checkpoint_of(family), resident_of(family)
     inner = recipe_of("m", [shared(source.anatomy, [0, 1], seed=3, norm=norm), select(4), select(5)])
     outer = recipe_of("m", [shared(source.anatomy, [1, 0], seed=4, norm=norm), select(2)], depth=3)
-    flat = compose(outer, inner, variant="base", anatomy=source.anatomy)
+    joined = outer.layers[0]
+    op = concat_of(
+        [inner.layers[cut.source.layer] for cut in joined.cuts],
+        [{"attention": cut.kv_groups, "mlp": cut.channels} for cut in joined.cuts],
+        weights=[cut.weights for cut in joined.cuts],
+        norm=norm,
+        anatomy=source.anatomy,
+    )
+    flat = inner.with_layers([op, inner.layers[2]])
     assert {ref.layer for ref in flat.layers[0].sources} == {0, 1, 4} and flat.spans == ((0, 5), (5, 6))
     materialize(inner, {"base": source}, tmp_path / "inner")
     built = Checkpoint.open(tmp_path / "inner", model="inner")

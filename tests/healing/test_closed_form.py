@@ -26,7 +26,7 @@ from intarsia.healing.correspond import taught
 from intarsia.healing.layer_fit import fittable
 from intarsia.healing.quality import Chain, quality
 from intarsia.progress import Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.ops import Merge, Op
 from intarsia.recipe.recipe import Recipe, identity
 from tests import families
@@ -323,8 +323,8 @@ def test_built_is_as_in_memory(family: str, dtype: torch.dtype, cut: Cut, tokens
     train, fresh = tokens(sequences=96)
     healed, _ = fit(recipe, resident, train, settings=PLAIN)
     assert healed.fitted
-    codec.save(healed, tmp_path / "healed.yaml")
-    healed = codec.load(tmp_path / "healed.yaml")
+    schema.save(healed, tmp_path / "healed.yaml")
+    healed = schema.load(tmp_path / "healed.yaml")
     materialize(healed, {"base": checkpoint}, tmp_path / "out")
     built = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype).eval()
     with torch.no_grad():

@@ -22,7 +22,7 @@ from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import climb, planner_of
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings
-from intarsia.recipe.flatten import concat_of
+from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import Variant, derive_spans, identity
 from tests import families

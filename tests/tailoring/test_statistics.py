@@ -19,9 +19,9 @@ from intarsia.errors import UserError
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.scores import part_scores
 from intarsia.progress import Silent
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.ops import LayerRef, Merge, Select
 from intarsia.recipe.recipe import Variant, identity
+from intarsia.recipe.schema import content_hash
 from intarsia.tailoring import sensitivities
 from intarsia.tailoring.blend_methods import STATISTICS
 from intarsia.tailoring.candidate import Blend, Candidate, Keep, single

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from intarsia.anatomy.spec import Anatomy
+from intarsia.data_file import dump_yaml, parse_yaml
 from intarsia.errors import UserError
-from intarsia.recipe.check import check
-from intarsia.recipe.codec import content_hash, load, save, to_yaml_text
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
 from intarsia.recipe.ranges import format_ranges, parse_ranges
 from intarsia.recipe.recipe import Recipe, Variant, identity
-from intarsia.recipe.strict_yaml import dump_yaml, parse_yaml
+from intarsia.recipe.schema import content_hash, load, save, to_yaml_text
+from intarsia.recipe.validate import check
 
 Recipes = Callable[..., st.SearchStrategy[Recipe]]
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
@@ -84,7 +84,7 @@ def refused(path: Path) -> UserError:
 
 
 def test_round_trip_is_exact(anatomy: Anatomy, recipes_over: Recipes, tmp_path: Path) -> None:
-    @settings(max_examples=100, deadline=None)
+    @settings(deadline=None)
     @given(st.data())
     def run(data: st.DataObject) -> None:
         recipe = data.draw(recipes_over(anatomy))
@@ -103,7 +103,7 @@ def test_round_trip_is_exact(anatomy: Anatomy, recipes_over: Recipes, tmp_path: 
     run()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 @given(PLAIN)
 def test_yaml_round_trip(value: Any) -> None:
     assert parse_yaml(dump_yaml(value)) == value
@@ -344,8 +344,12 @@ def test_hashes_and_files_of_older_versions_stay(name: str, tmp_path: Path) -> N
         ),
         ("{from: [1], method: dare_linear, params: {seed: 0.5}}", "params.seed: expected a whole number"),
         ("{from: [1], params: {density: 0.5}}", "merge.params: expected none, for linear has no parameters"),
-        ("{from: [1], mlp: {from: [2]}}", "merge.mlp: expected only the keys weights, method, params; found 'from'"),
-        ("{from: [1], mlp: {method: [linear]}}", "merge.mlp.method: expected one of linear, slerp"),
+        (
+            "{from: [1], mlp: {from: [2]}}",
+            "merge.mlp.from: expected one of method, weights, params; found the unknown key 'from'",
+        ),
+        ("{from: [1], mlp: {method: [linear]}}", "merge.mlp.method: expected one of 'linear', 'slerp'"),
+        ("{from: [1], method: regmean}", "merge.method: expected one of 'linear', .*; found 'regmean'"),
         ("{from: [1], scale: big}", "merge.scale: expected a number; found 'big'"),
     ],
 )
@@ -380,16 +384,16 @@ provenance: 7
         for problem in refused(written(tmp_path, text)).problems
     }
     assert found >= {
+        "colour",
         "depth",
         "layers[0].select",
         "layers[1].select",
         "layers[2]",
         "layers[3].concat.norm",
-        "layers[3].concat.cuts",
         "layers[3].concat.cuts[0].kv_groups[1]",
         "layers[3].concat.cuts[0].channels",
         "layers[3].concat.cuts[1].channels",
-        "layers[3].concat.cuts[1].weights",
+        "layers[3].concat.cuts[1].weights.mlp",
         "layers[3].concat.cuts[1].weights.attention",
         "layers[4].merge.from",
         "layers[4].merge.method",
@@ -398,7 +402,8 @@ provenance: 7
         "fitted.0[0]",
         "provenance",
     }
-    assert "'colour'" in str(refused(tmp_path / "recipe.yaml"))
+    text = HEAD + "- concat: {cuts: [{from: 3}, {from: 4, weights: {attention: 1, mlp: 1}}]}\n"
+    assert "weights for every cut or for none" in str(refused(written(tmp_path, text)))
 
 
 @pytest.mark.parametrize("version", ["2", "0", "1.0", "true", "'1'", "null", "[1]"])
