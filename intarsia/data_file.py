@@ -22,7 +22,6 @@ MAX_CHARACTERS = 2**20
 MAX_INDEX = 2**31 - 1
 _MAX_NESTING = 32
 _MAX_DIGITS = 600  # Python itself may refuse to read longer numbers.
-_MAX_REPORTED = 50
 
 # Models
 
@@ -83,7 +82,7 @@ def checked(model: type[Model], data: Any, *, where: str, remedy: str, context: 
     try:
         return model.model_validate(data, context=context)
     except ValidationError as error:
-        raise refusal(problems_of(error, model, where=where, remedy=remedy)) from None
+        raise refusal(problems_of(error, model, where=where, remedy=remedy), where=where) from None
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], *, where: str, remedy: str) -> Iterator[Problem]:
@@ -98,17 +97,16 @@ def problems_of(error: ValidationError, model: type[BaseModel], *, where: str, r
         )
 
 
-def refusal(problems: Iterable[Problem]) -> UserError:
-    """The error that names these problems, at most fifty of them."""
-    problems = list(problems)
-    rest = len(problems) - _MAX_REPORTED
+def refusal(problems: Iterable[Problem], *, where: str, most: int = 50) -> UserError:
+    """The error that names these problems, at most `most` of them; `where` is the place of the others."""
+    listed = list(problems)
+    rest = len(listed) - most
     if rest > 0:
-        where = problems[0].where.partition(":")[0]
         more = Problem(
             where=where, expected="no more of these", found=f"{rest} more problems", remedy="Correct the first ones."
         )
-        problems[_MAX_REPORTED:] = [more]
-    return UserError(problems)
+        listed[most:] = [more]
+    return UserError(listed)
 
 
 def place_of(path: Iterable[int | str]) -> str:

@@ -38,7 +38,7 @@ def fittable(parts: Sequence[Part], anatomy: Anatomy) -> tuple[Part, ...]:
 def passes(anatomy: Anatomy, parts: Sequence[Part]) -> int:
     """How often a layer is run to fit read-outs."""
     return sum(
-        (1 if anatomy.norm_behind(part) is None else 3) + _judged_anew(part, anatomy)
+        (1 if anatomy.norm_after(part) is None else 3) + _judged_anew(part, anatomy)
         for part in fittable(parts, anatomy)
     )
 
@@ -90,7 +90,7 @@ def fit_layer(
     fits: list[LayerFit] = []
     for part in fittable(parts, anatomy):
         fitter = PartFit(module, part, batches, stream=stream, anatomy=anatomy, rule=rule, scratch=scratch)
-        steps = (fitter.norm, fitter.read_out) if anatomy.norm_behind(part) else (fitter.read_out,)
+        steps = (fitter.norm, fitter.read_out) if anatomy.norm_after(part) else (fitter.read_out,)
         for step in steps:
             name, weight, found = step(f"closed form, layer {index}")
             if weight is not None and _judged_anew(part, anatomy):

@@ -72,7 +72,7 @@ class PartFit:
         assert isinstance(target, nn.Linear)
         self.target = target
         self.features = target.weight.shape[1]
-        norm = anatomy.norm_behind(part)
+        norm = anatomy.norm_after(part)
         self.norm_name = "" if norm is None else norm.module
         self.behind = (
             None

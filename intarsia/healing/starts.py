@@ -96,6 +96,6 @@ def held_out_perplexity(resident: Resident, corpus: Corpus, recipe: Recipe, *, r
 
 def _closed_form_names(anatomy: Anatomy) -> set[str]:
     """The tensors that a closed form fits."""
-    norms = (anatomy.norm_behind(part) for part in PARTS)
+    norms = (anatomy.norm_after(part) for part in PARTS)
     modules = {anatomy.writer(part).module for part in PARTS} | {norm.module for norm in norms if norm is not None}
     return {f"{module}.weight" for module in modules}

@@ -79,7 +79,7 @@ def load(path: Path) -> Recipe:
     except UserError as error:
         problems += error.problems
     if problems:
-        raise refusal(problems)
+        raise refusal(problems, where=str(path))
     return recipe
 
 
@@ -119,7 +119,7 @@ def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
         for name in sorted(set(tensors or ()) - context.used)
     ]
     if problems:
-        raise refusal(problems)
+        raise refusal(problems, where=where)
     return _recipe(entry)
 
 

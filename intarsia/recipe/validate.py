@@ -41,7 +41,7 @@ def check(recipe: Recipe, anatomies: Mapping[str, Anatomy]) -> None:
     for index, op in enumerate(recipe.layers):
         problems += _check_op(op, f"layers[{index}]", usable, base)
     if problems:
-        raise refusal(problems)
+        raise refusal(problems, where="recipe")
 
 
 def _problem(where: str, expected: str, found: str, remedy: str = "Correct the recipe.") -> Problem:

@@ -74,7 +74,7 @@ def steps(anatomy: Anatomy, parts: Sequence[Part]) -> list[str]:
     """The modules fitted for these parts, in order: a norm behind a read-out before it; of a mixture o_proj alone."""
     found = []
     for part in ("attention",) if anatomy.n_experts else parts:
-        behind = anatomy.norm_behind(part)
+        behind = anatomy.norm_after(part)
         found += [] if behind is None else [behind.module]
         found.append(anatomy.writer(part).module)
     return found

@@ -191,7 +191,7 @@ def test_every_family_and_what_it_costs(family: str, model_folder: Any, text_fil
     dry = intarsia.compress(model, tmp_path / "out", dry_run=True, **given)
     # Down_proj, o_proj, down_proj; with norms behind them three passes each. Of a mixture o_proj, and its judging.
     anatomy = Checkpoint.open(Path(model), model=model).anatomy
-    fits = 2 if anatomy.n_experts else 3 if anatomy.norm_behind("mlp") is None else 9
+    fits = 2 if anatomy.n_experts else 3 if anatomy.norm_after("mlp") is None else 9
     # The teacher: six; the student: three; the fits of each cut layer; to judge, twice a part of three.
     assert dry.predicted.heal_forwards_at_most == 6 + 3 + 3 * fits + 1
     assert intarsia.compress(model, tmp_path / "out", dry_run=True, heal="none", **given).predicted == (
