@@ -43,6 +43,11 @@ class Context:
         return self.tensors[name]
 
 
+def _context(info: ValidationInfo) -> Context:
+    assert isinstance(info.context, Context), "recipe files are validated with a context"
+    return info.context
+
+
 def _text(value: str) -> str:
     if value.strip() and value.isprintable() and len(value) <= 4096:
         return value
@@ -80,16 +85,16 @@ def _layer(value: Any) -> tuple[str | None, int]:
 
 def _from_ranges(text: str, info: ValidationInfo) -> tuple[int, ...]:
     try:
-        return parse_ranges(text, most=info.context.pieces_left)
+        return parse_ranges(text, most=_context(info).pieces_left)
     except ValueError as error:
         raise unexpected("indices such as '0-767, 900'", str(error)) from None
 
 
 def _from_tensor(entry: _TensorEntry, info: ValidationInfo) -> tuple[int, ...]:
-    tensor = info.context.tensor(entry.tensor)
+    tensor = _context(info).tensor(entry.tensor)
     if tensor is None:
         return ()
-    if tensor.dtype != np.int32 or tensor.ndim != 1 or tensor.size > info.context.pieces_left or (tensor < 0).any():
+    if tensor.dtype != np.int32 or tensor.ndim != 1 or tensor.size > _context(info).pieces_left or (tensor < 0).any():
         shape = f"{tensor.dtype} of shape {list(tensor.shape)}"
         raise unexpected(f"a list of int32 indices from 0 in tensor {entry.tensor!r}", shape)
     return tuple(tensor.tolist())
@@ -97,14 +102,15 @@ def _from_tensor(entry: _TensorEntry, info: ValidationInfo) -> tuple[int, ...]:
 
 def _counted(value: Any, info: ValidationInfo) -> tuple[int, ...]:
     indices = (value,) if isinstance(value, int) else tuple(value)
-    info.context.pieces_left -= len(indices)
-    if info.context.pieces_left < 0:
+    _context(info).pieces_left -= len(indices)
+    if _context(info).pieces_left < 0:
         raise unexpected(f"at most {_MAX_PIECES} indices in a recipe", "more", "Use a shorter recipe.")
     return indices
 
 
 def _indices_tag(value: Any) -> str:
-    return {list: ":list", str: ":ranges", dict: ":tensor"}.get(type(value), ":one")
+    tags: dict[type, str] = {list: ":list", str: ":ranges", dict: ":tensor"}
+    return tags.get(type(value), ":one")
 
 
 def _op_tag(value: Any) -> str | None:
@@ -139,7 +145,7 @@ def _fitted(value: Any, info: ValidationInfo) -> Fitted:
         else:
             for index, name in enumerate(names):
                 try:
-                    tensor = info.context.tensor(f"fitted.{layer}.{_text(str(name))}")
+                    tensor = _context(info).tensor(f"fitted.{layer}.{_text(str(name))}")
                     if tensor is not None and tensor.dtype != np.float32:
                         raise unexpected("a float32 tensor", str(tensor.dtype))
                     if tensor is not None:
