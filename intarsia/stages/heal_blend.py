@@ -1,7 +1,7 @@
 """Healing what was made of several models: as a cut of what it would be with no layer removed.
 
 Repaired towards one of its members a mixture would lose what it has of the others, so it learns from its own blend
-uncut (`intarsia.recipe.uncut`). That model is written into the run folder, and takes the base's place: layers that are
+uncut (`reference_layers` of `intarsia.recipe.algebra`). That model is written into the run folder, and takes the base's place: layers that are
 the blend's own become plain selections from it, and healing goes on as with one model. What was fitted then belongs to
 the recipe as it was.
 """
