@@ -14,7 +14,7 @@ from typing import Any
 
 from intarsia.disk import append_line, damage_named, full_disk_named, read_json, write_whole
 from intarsia.errors import Problem, UserError
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 
 _SETTINGS = "settings.json"
@@ -126,7 +126,7 @@ class RunFolder:
         Raises:
             UserError: the disk is full. The step does not count then, and whatever was there before is as it was.
         """
-        codec.save(recipe, self.recipe_path(len(recipe.layers)))
+        schema.save(recipe, self.recipe_path(len(recipe.layers)))
         path = self._file(_LOG)
         whole = "".join(json.dumps(line) + "\n" for line in self.log())
         if path.exists() and path.read_text(encoding="utf-8") != whole:
@@ -189,7 +189,7 @@ class RunFolder:
                 if unfinished is None
                 else "Let `intarsia plan` or `compress` go on with the same command, or choose one of them.",
             )
-        return codec.load(self.recipe_path(layers))
+        return schema.load(self.recipe_path(layers))
 
     def _file(self, name: str) -> Path:
         return self.path / name

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.errors import UserError
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.reporting import comparison, comparison_table
 from intarsia.reporting.blocks import Code, Facts, Figure, Ladder, Section, Subject, Table, Tile
 from intarsia.reporting.commands import compare_command
@@ -212,7 +212,7 @@ def _puzzles(found: Comparison) -> list[Section]:
         if found.path.resolve() not in place.parents or not place.is_file():
             continue
         try:
-            recipe = codec.load(place)
+            recipe = schema.load(place)
         except UserError:
             continue
         figures.append(Figure(svg=picture_svg(recipe, pieces_of(recipe)), caption=row.method))

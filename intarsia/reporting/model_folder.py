@@ -12,7 +12,7 @@ from intarsia.anatomy.spec import Anatomy
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.wrapper import text_config
 from intarsia.disk import damage_named, read_json, write_whole
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Code, Facts, Section, Subject, Tile, Written
 from intarsia.reporting.commands import compress_command
@@ -63,7 +63,7 @@ def read(path: Path, *, generations: Sequence[Written] = ()) -> Subject:
     Raises:
         UserError: its recipe or what was measured is damaged.
     """
-    recipe = codec.load(path / RECIPE_FILE)
+    recipe = schema.load(path / RECIPE_FILE)
     facts = _measures(path / MEASURES_FILE)
     run = _run(path, facts, recipe)
     anatomy = _anatomy(path)
@@ -126,7 +126,7 @@ def _origin(path: Path, recipe: Recipe, facts: Mapping[str, Any], run: PlanRun |
     if run is not None and facts:
         heal = "closed-form" if provenance.get("heal") else "none"
         blocks.append(Code(text=compress_command(run.settings, out=path.name, layers=len(recipe.layers), heal=heal)))
-    pairs = [("recipe, sha256", codec.content_hash(recipe))]
+    pairs = [("recipe, sha256", schema.content_hash(recipe))]
     for variant in recipe.variants:
         revision = f", revision {variant.revision}" if variant.revision else ""
         pairs.append((f"weights of {model_name(variant.model)}{revision}, sha256", variant.sha256 or "not recorded"))

@@ -23,7 +23,7 @@ from intarsia.healing.layer_map import check_teacher
 from intarsia.healing.settings import LAST, ClosedFormSettings, EndToEndSettings, LayerwiseSettings
 from intarsia.planning.run_folder import RunFolder
 from intarsia.progress import Progress, Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.build import build_recipe, open_variants, read_recipe
 from intarsia.stages.heal_blend import BLEND, back, blend_sha256, forget, over_its_blend
@@ -112,7 +112,7 @@ def heal(
     closed_form = closed_form or LAST
     layerwise = replace(layerwise or LayerwiseSettings(), seed=seed)
     settings = {
-        "recipe": codec.content_hash(given),
+        "recipe": schema.content_hash(given),
         "config": acting_config(base.config),
         "teacher": own_sha256 if taught is None else scan(taught, progress),
         "teacher_config": acting_config((taught or base).config),
@@ -191,7 +191,7 @@ def heal(
         stages=tuple(result.row() for result in results),
         layers=layer_errors(given, results),
         details={result.stage: result.details for result in results[1:]},
-        recipe_sha256=codec.content_hash(final),
+        recipe_sha256=schema.content_hash(final),
         seconds=time.perf_counter() - begun,
         peak_memory_bytes=peak_memory_bytes(),
     )
@@ -204,7 +204,7 @@ def read_source(source: Path) -> Recipe:
         UserError: there is none.
     """
     if (source / RECIPE_FILE).is_file():
-        return codec.load(source / RECIPE_FILE)
+        return schema.load(source / RECIPE_FILE)
     if source.is_dir() and (source / "config.json").exists():
         raise UserError.of(
             where=str(source),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from intarsia.anatomy.spec import Anatomy
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, Variant
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_scorer import evaluator_of, is_healed
@@ -123,7 +123,7 @@ def trial_recipe(
     """
     kept = folder.recipe_path(trial.number)
     if kept.exists() and healed:
-        return codec.load(kept)
+        return schema.load(kept)
     progress = progress or Silent()
     settings = folder.settings()
     file = read_family_file(folder.family)
@@ -153,7 +153,7 @@ def keep_front(folder: TailorFolder, front: Front, evaluator: Evaluator, progres
         if not path.exists():
             recipe = trial_recipe(folder, trial, progress, evaluator)
             path.parent.mkdir(exist_ok=True)
-            codec.save(recipe, path)
+            schema.save(recipe, path)
 
 
 def with_provenance(recipe: Recipe, trial: Trial, settings: Mapping[str, Any]) -> Recipe:

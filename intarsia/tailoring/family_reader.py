@@ -6,12 +6,11 @@ import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from intarsia.data_file import read_yaml, shown
 from intarsia.planning.ladder import METHODS as PLANNERS
 from intarsia.recipe.methods import METHODS
 from intarsia.recipe.ops import MergeMethod
 from intarsia.recipe.recipe import VARIANT_NAME
-from intarsia.recipe.strict_yaml import read_yaml
-from intarsia.recipe.values import Values, shown
 from intarsia.tailoring.family_file import (
     BASE,
     RANDOM_MIDDLE,
@@ -25,6 +24,7 @@ from intarsia.tailoring.family_file import (
     Range,
     SearchSpec,
 )
+from intarsia.tailoring.values import Values
 
 _KEYS = (
     "base variants target operations merge concat output_scale fusion objectives search heal".split()

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from intarsia.anatomy.spec import PARTS, Anatomy, Part
 from intarsia.planning import allocate
-from intarsia.recipe.codec import content_hash
-from intarsia.recipe.flatten import concat_of
+from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.methods import METHODS, with_defaults
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Mix, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
 from intarsia.tailoring.space import Space
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from random import Random
 
 from intarsia.disk import damage_named, write_whole
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.ops import MergeMethod
 from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Blend, Choice, Keep, single
 from intarsia.tailoring.engine import Start
 from intarsia.tailoring.history import Trial

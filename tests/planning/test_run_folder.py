@@ -16,8 +16,8 @@ from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import climb, planner_of
 from intarsia.planning.run_folder import RunFolder, Wanted
 from intarsia.planning.settings import ComeSettings
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.schema import content_hash
 from tests import families
 from tests.conftest import InMemory
 from tests.planning.conftest import corpus_of
@@ -156,7 +156,7 @@ def test_a_full_disk_within_a_step(
     """The steps before are kept, nothing half-written is left, and the run goes on when there is room again."""
     resident = resident_of("llama")
     go(tmp_path / "undisturbed", resident, "come", 2)
-    write = {"recipe": "intarsia.recipe.codec.write_whole", "line": "intarsia.planning.run_folder.append_line"}[what]
+    write = {"recipe": "intarsia.recipe.schema.write_whole", "line": "intarsia.planning.run_folder.append_line"}[what]
     go(tmp_path / "full", resident, "come", 4)
     before = contents(tmp_path / "full")
 

@@ -20,7 +20,7 @@ from intarsia.healing.closed_form_cost import closed_form_cost_at_most
 from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, LacoSettings
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.stages import compare_judge
 from intarsia.stages.evaluate_tasks import evaluate_tasks
 from tests import families
@@ -102,7 +102,7 @@ def test_the_numbers_are_those_of_the_stages_one_by_one(
             )
             built = intarsia.build(run, tmp_path / "built", overwrite=True)
             row = rows[name, layers, "none"]
-            assert codec.content_hash(codec.load(out / row["recipe"])) == built.recipe_sha256 == row["recipe_sha256"]
+            assert schema.content_hash(schema.load(out / row["recipe"])) == built.recipe_sha256 == row["recipe_sha256"]
             assert row["perplexity"]["words"]["value"] == perplexity_of(built.out, halves)
             assert row["parameters"] == built.parameters
             assert row["bytes"] == Checkpoint.open(built.out, model="built").nbytes
@@ -208,7 +208,7 @@ def test_methods_share_a_pass(model_folder: Folder, halves: Sizes, tmp_path: Pat
         model, tmp_path / "reference", halves, layers=4, method="come", settings=ComeSettings(reference=True)
     )
     assert reference.layer_forwards == rows["come[reference=true]", 4, "none"]["layer_forwards"] + 6
-    recipe = codec.load(tmp_path / "compare" / rows["come[reference=true]", 4, "none"]["recipe"])
+    recipe = schema.load(tmp_path / "compare" / rows["come[reference=true]", 4, "none"]["recipe"])
     assert recipe.layers == RunFolder(tmp_path / "reference").recipe(4).layers
 
 
@@ -254,7 +254,7 @@ def test_it_fits_as_compress_does_or_as_told(model_folder: Folder, halves: Sizes
     intarsia.compare(model, tmp_path / "compare", **told)
     row = rows_of(tmp_path / "compare")["shortgpt", 5, "closed-form"]
     assert row["recipe_sha256"] == alone.recipe_sha256
-    fitted = codec.load(tmp_path / "compare" / row["recipe"]).provenance["heal"]["settings"]["closed-form"]
+    fitted = schema.load(tmp_path / "compare" / row["recipe"]).provenance["heal"]["settings"]["closed-form"]
     assert fitted["unchanged"] == ["mlp", "attention"]
 
     light = ClosedFormSettings(unchanged=("mlp",))

@@ -23,7 +23,7 @@ from intarsia.planning.ladder import METHODS
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, LacoSettings
 from intarsia.progress import Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages import judge
 from tests import families
@@ -437,7 +437,7 @@ def test_a_config_that_changed_since_a_run_was_begun(sizes: Sizes, tmp_path: Pat
 def test_a_recipe_written_by_hand(model_folder: Folder, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(model_folder("llama"), model="llama")
     recipe = recipe_of(str(checkpoint.folder), [select(0), shared(checkpoint.anatomy, [2, 4]), select(5)])
-    codec.save(recipe, tmp_path / "hand.yaml")
+    schema.save(recipe, tmp_path / "hand.yaml")
     built = intarsia.build(tmp_path / "hand.yaml", tmp_path / "out", max_shard_bytes=20_000)
     assert built.layers == 3
     assert len(list(built.out.glob("model-*.safetensors"))) > 1

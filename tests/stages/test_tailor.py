@@ -17,7 +17,7 @@ import intarsia
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.healing import closed_form
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages import tailor as stages_tailor
 from intarsia.stages.tailor import TailorResult, tailor
@@ -122,8 +122,8 @@ def test_the_incumbent_is_built_and_judged(searched: tuple[Path, TailorResult], 
     knee = result.front.knee
     built = Checkpoint.open(run / "best", model="best")
     assert built.anatomy.n_layers == 4
-    recipe = codec.load(run / "best" / "recipe" / "recipe.yaml")
-    assert codec.content_hash(recipe) == knee.recipe == result.judged["recipe"]
+    recipe = schema.load(run / "best" / "recipe" / "recipe.yaml")
+    assert schema.content_hash(recipe) == knee.recipe == result.judged["recipe"]
     assert recipe.provenance["settings"]["trial"] == knee.number
     rows = {row["model"]: row for row in result.judged["rows"]}
     assert (rows["base"]["layers"], rows["incumbent"]["layers"]) == (6, 4)
@@ -412,18 +412,18 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
     result = tailor(path, run, tokens=512, device="cpu")
     assert len(fits) == made and not (run / "fits").exists()
     assert result.front is not None and result.front.budget == 72
-    recipe = codec.load(run / "best" / "recipe" / "recipe.yaml")
+    recipe = schema.load(run / "best" / "recipe" / "recipe.yaml")
     assert recipe.fitted
     assert recipe.provenance["settings"]["trial"] == result.front.knee.number
     built = intarsia.build(run, tmp_path / "again", knee=True)
-    assert built.recipe_sha256 == codec.content_hash(recipe)
+    assert built.recipe_sha256 == schema.content_hash(recipe)
 
     file = read_family_file(path)
     family = open_family(file.base, file.variants)
     evaluator = open_evaluator(family, file, device=torch.device("cpu"), probe=False)
     for trial in trials:
         cut = trial_recipe(folder, trial, healed=False)
-        assert not cut.fitted and codec.content_hash(cut) == trial.recipe
+        assert not cut.fitted and schema.content_hash(cut) == trial.recipe
         wanted = evaluator.heal(cut) if heal == "every" or trial.budget == 72 else cut
         assert trial.costs == evaluator.evaluate(wanted, trial.budget).costs
         if wanted is not cut:

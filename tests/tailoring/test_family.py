@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from intarsia.checkpoint.scan import scan
 from intarsia.errors import UserError
-from intarsia.recipe.codec import content_hash, load, save
 from intarsia.recipe.ops import LayerRef, Merge, Select
 from intarsia.recipe.recipe import Recipe, derive_spans
+from intarsia.recipe.schema import content_hash, load, save
 from intarsia.stages.build import build
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import MemberSpec
