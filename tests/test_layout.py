@@ -21,7 +21,7 @@ PACKAGE = ROOT / "intarsia"
 # entrances: they stand outside and may reach for anything.
 ORDER = (
     "errors progress disk heap anatomy recipe checkpoint building calibration evaluation healing planning tailoring "
-    "reporting runtimes stages cli"
+    "reporting exporting stages cli"
 ).split()
 WITHOUT_TORCH = ("errors", "progress", "anatomy", "recipe")
 ENTRANCES = ("__init__", "__main__")

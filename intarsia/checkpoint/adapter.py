@@ -1,62 +1,50 @@
-"""A LoRA adapter laid over the tensors of its base as they are read: W + scale * B A, never a second model.
+"""A PEFT adapter as a variant: merged into its base by peft once, and kept as an ordinary checkpoint folder.
 
-Source: LoRA, arXiv 2106.09685. The product and the sum are in float32 (float64 for float64 weights) and rounded once,
-to the base's dtype. In float32 this is bit for bit what peft's `merge_and_unload` gives; in 16 bits peft rounds the
-product before it is added, so that entries may differ by one step of the result's and the product's rounding.
+The base's weights are mapped into an empty model, peft puts the adapter on it, and module by module is widened to
+float32, merged, rounded once to the dtype of the base and written: one module is in memory at a time. Whatever LoRA
+peft can merge is taken: rsLoRA, DoRA, patterns of ranks and scales, LoRA on the embedding or head, trained tokens, and
+modules saved whole, an embedding with more rows among them.
 
-Shape suffixes: `O` rows of a weight (outputs), `I` columns (inputs), `R` the adapter's rank.
+The folder lies in the cache; its key is made of the base's files (path, size, time of change) and the adapter's hash.
 """
 
 from __future__ import annotations
 
-import re
+import hashlib
+import json
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from intarsia.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig, read_adapter_config
-from intarsia.checkpoint.header import TensorHeader, read_headers
-from intarsia.checkpoint.mapped import map_tensor
-from intarsia.errors import Problem, UserError
+from intarsia.checkpoint.hashing import cache_folder, fingerprint, not_finite, sha256_of
+from intarsia.checkpoint.reader import Adapter, Checkpoint
+from intarsia.checkpoint.resolve import open_checkpoint, resolve, split_name
+from intarsia.checkpoint.tensor_file import map_tensor, read_headers
+from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files
+from intarsia.disk import read_json
+from intarsia.errors import Problem, UserError, missing_package
+from intarsia.progress import Progress, Silent
 
+CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_CHANGED_FILE = "adapter_changed.json"
+_VERSION = 1  # of how adapters are merged; part of the key
 _MOST_NAMED = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowRank:
-    """What is added to one weight: `scale` times `b_OR` times `a_RI`."""
-
-    a_RI: TensorHeader
-    b_OR: TensorHeader
-    scale: float
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Adapter:
-    """An adapter that fits its base. `updates` are by the name of the base's tensor; `base_model` is what it names."""
-
-    folder: Path
-    base_model: str | None
-    updates: Mapping[str, LowRank]
-
-    def applied(self, name: str, weight_OI: Tensor) -> Tensor:
-        """The weight with the adapter; the same tensor where the adapter does not touch it."""
-        update = self.updates.get(name)
-        if update is None:
-            return weight_OI
-        dtype = torch.promote_types(weight_OI.dtype, torch.float32)
-        a_RI, b_OR = map_tensor(update.a_RI).to(dtype), map_tensor(update.b_OR).to(dtype)
-        return (weight_OI.to(dtype) + (b_OR @ a_RI) * update.scale).to(weight_OI.dtype)
-
-    def headers(self) -> Iterator[TensorHeader]:
-        """The adapter's own tensors."""
-        for update in self.updates.values():
-            yield from (update.a_RI, update.b_OR)
+_PREFIX = "base_model.model."
+_MERGE = "Merge it with peft first: merge_and_unload(), then save_pretrained(), and pass the folder that this makes."
+_OTHER_BASE = "Use an adapter that was trained on this base, or merge it with peft (merge_and_unload) first."
+# What of an adapter's config says nothing about the weights.
+_IDLE = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version"}
+# Changes more than tensors of the base, depends on the input, or is called otherwise in the base's files.
+_REFUSED = ("layer_replication", "alora_invocation_tokens", "arrow_config", "target_parameters")
+# Start from other base weights than those in the base's files.
+_CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -64,67 +52,346 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").exists()
 
 
-def open_adapter(folder: Path, base: Mapping[str, TensorHeader], *, base_name: str) -> Adapter:
-    """Read an adapter's config and headers, and hold them against its base's tensors; no weight is read.
+def open_variant(
+    model: str,
+    *,
+    revision: str | None = None,
+    dequantize: bool = False,
+    base: Checkpoint | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """A variant, wherever it is: a folder, a hub id, `demo`, or the folder or hub id of a PEFT adapter.
 
     Args:
-        base: the base's tensors, by name.
-        base_name: what the base is called in messages.
+        base: what an adapter is merged into; by default the base that its config names. Where the base is an adapter
+            itself, it is that one's base.
 
     Raises:
-        UserError: the adapter is of a kind that is not applied on reading, damaged, or for another base.
+        UserError: it cannot be found, is no checkpoint that can be used, or is an adapter for another base.
     """
+    folder = resolve(model, revision=revision, progress=progress)
+    if not is_adapter(folder):
+        return Checkpoint.open(folder, model=model, revision=revision, dequantize=dequantize or split_name(model)[1])
     config = read_adapter_config(folder)
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
+    base = base or _named_base(folder, model, config, progress)
+    base = base if base.adapter is None else base.adapter.base
+    sha256 = _sha256(folder, config)
+    merged = _merged_folder(folder, sha256, base, progress or Silent())
+    changed = read_json(merged / _CHANGED_FILE, expected="names of tensors", remedy=f"Remove {merged}.")["changed"]
+    adapter = Adapter(
+        folder=folder,
+        base_model=config.get("base_model_name_or_path") or None,
+        base=base,
+        sha256=sha256,
+        changed=frozenset(changed),
+    )
+    return replace(Checkpoint.open(merged, model=model, revision=revision), adapter=adapter)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """A folder's adapter_config.json, of an adapter that can be merged.
+
+    Raises:
+        UserError: with everything in it that cannot.
+    """
+    file = folder / CONFIG_FILE
+    config = read_json(file, expected="a JSON object", remedy="Get the adapter again.")
+    faults = []
+    if config.get("peft_type") != "LORA":
+        faults.append(("peft_type", "LORA", config.get("peft_type")))
+    faults += [(key, "none, for it cannot be merged here", config[key]) for key in _REFUSED if config.get(key)]
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
+        faults.append(("init_lora_weights", "one that leaves the base's weights as they are", start))
+    if faults:
+        raise UserError(
+            Problem(where=f"{file}: {key}", expected=expected, found=repr(found)[:60], remedy=_MERGE)
+            for key, expected, found in faults
+        )
+    return config
+
+
+def _named_base(folder: Path, model: str, config: Mapping[str, Any], progress: Progress | None) -> Checkpoint:
+    named = config.get("base_model_name_or_path")
+    if not named:
+        raise UserError.of(
+            where=f"{folder / CONFIG_FILE}: base_model_name_or_path",
+            expected="the model that the adapter is for",
+            found="none",
+            remedy="Name its base beside it, as the base of the recipe or family.",
+        )
+    try:
+        return open_checkpoint(str(named), progress=progress)
+    except UserError as error:
+        raise UserError.of(
+            where=f"adapter {model}",
+            expected=f"its base {named!r}, which it names",
+            found=error.problems[0].found,
+            remedy="Name a base that is there, as the base of the recipe or family.",
+        ) from error
+
+
+def _sha256(folder: Path, config: Mapping[str, Any]) -> str:
+    if not (folder / WEIGHTS_FILE).is_file():
         raise UserError.of(
             where=str(folder),
             expected=WEIGHTS_FILE,
             found="pickled weights" if (folder / "adapter_model.bin").exists() else "no weights",
             remedy="If you trust the adapter, load it with peft once and save it with save_pretrained().",
         )
-    pairs: dict[str, dict[str, TensorHeader]] = {}
-    problems: list[Problem] = []
-    for header in read_headers(file):
-        match = _NAME.fullmatch(header.name)
-        if match is None:
-            problems.append(_problem(file, header.name, "lora_A and lora_B of linear layers only", "another tensor"))
-        else:
-            pairs.setdefault(match["module"], {})[match["side"]] = header
-    if not pairs and not problems:
-        problems.append(_problem(file, "tensors", "lora_A and lora_B of linear layers", "none"))
-    updates: dict[str, LowRank] = {}
-    for module, found in pairs.items():
-        name = f"{module}.weight"
-        wrong = list(_misfits(module, found, base.get(name), config, base_name))
-        problems += [_problem(file, module, expected, what) for expected, what in wrong]
-        if not wrong:
-            updates[name] = LowRank(a_RI=found["A"], b_OR=found["B"], scale=config.scale_of(module))
+    deciding = {key: value for key, value in sorted(config.items()) if key not in _IDLE and value is not None}
+    return hashlib.sha256(json.dumps([deciding, sha256_of(folder / WEIGHTS_FILE)]).encode()).hexdigest()
+
+
+def _merged_folder(folder: Path, sha256: str, base: Checkpoint, progress: Progress) -> Path:
+    """The folder of the merged model; made the first time."""
+    files = {header.file for header in [*base.headers.values(), *base.kept.values()]} | {base.folder / "config.json"}
+    key = hashlib.sha256(json.dumps([fingerprint(files, _VERSION), sha256]).encode()).hexdigest()
+    merged = cache_folder() / "merged" / key
+    if not (merged / _CHANGED_FILE).exists():
+        _check_finite(folder / WEIGHTS_FILE)
+        _write(_Merged(folder, base), folder, merged, progress)
+    return merged
+
+
+def _check_finite(file: Path) -> None:
+    problems = [
+        Problem(
+            where=f"{file}: {header.name}",
+            expected="finite numbers",
+            found=f"NaN or infinity in {bad:,} of {header.numel:,} entries",
+            remedy="The adapter is damaged, or comes from a training run that diverged; get it again.",
+        )
+        for header in read_headers(file)
+        if (bad := not_finite(map_tensor(header)))
+    ]
     if problems:
-        rest = len(problems) - _MOST_NAMED
-        if rest > 0:
-            problems[_MOST_NAMED:] = [_problem(file, "adapter", "no more of these", f"{rest} more problems")]
-        raise UserError(problems)
-    return Adapter(folder=folder, base_model=config.base_model, updates=updates)
+        raise UserError(problems[:_MOST_NAMED])
 
 
-def _problem(file: Path, what: str, expected: str, found: str) -> Problem:
-    remedy = "Use an adapter that was trained on this base, or merge it with peft (merge_and_unload) first."
-    return Problem(where=f"{file}: {what}", expected=expected, found=found, remedy=remedy)
+def _write(model: _Merged, adapter: Path, out: Path, progress: Progress) -> None:
+    base, tensors = model.base, model.plan()
+    plans = [TensorPlan(name=base.stored_name(name), dtype=dtype, shape=shape) for name, dtype, shape in tensors]
+    kept = [TensorPlan(name=header.name, dtype=header.dtype, shape=header.shape) for header in base.kept.values()]
+    title = f"Merging {adapter.name}"
+    with (
+        CheckpointWriter(out, [*plans, *kept], overwrite=True) as writer,
+        progress.task(title, sum(plan.nbytes for plan in plans)) as task,
+    ):
+        for plan, (name, _, _) in zip(plans, tensors, strict=True):
+            writer.write(plan.name, model.tensor(name))
+            task.advance(plan.nbytes)
+        for plan in kept:
+            writer.write(plan.name, base.kept_tensor(plan.name))
+        config = model.config()
+        if base.wrapper is not None:
+            config = base.wrapper.wrapped(base.config, config)
+        _write_json(writer.folder / "config.json", config)
+        copy_side_files(base.folder, writer.folder)
+        if model.resized:
+            copy_side_files(adapter, writer.folder)
+        _write_json(writer.folder / _CHANGED_FILE, {"changed": sorted(model.changed)})
 
 
-def _misfits(
-    module: str, found: Mapping[str, TensorHeader], weight: TensorHeader | None, config: AdapterConfig, base_name: str
-) -> Iterator[tuple[str, str]]:
-    if set(found) != {"A", "B"}:
-        yield "both lora_A and lora_B", f"only lora_{next(iter(found))}"
-        return
-    if weight is None or len(weight.shape) != 2:
-        yield f"a linear layer of {base_name}", "no such weight in it"
-        return
-    rank, (rows, columns) = config.rank_of(module), weight.shape
-    for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-        if found[side].shape != shape:
-            yield f"lora_{side} of shape {list(shape)} (rank {rank}, for {base_name})", str(list(found[side].shape))
-        if not found[side].dtype.is_floating_point:
-            yield f"lora_{side} in a floating-point dtype", str(found[side].dtype)
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A parameter that the adapter may change: the module that peft put on it, and the parameter's name inside."""
+
+    module: nn.Module
+    parameter: str
+
+
+class _Merged:
+    """The tensors of a base with an adapter, made one at a time."""
+
+    def __init__(self, folder: Path, base: Checkpoint) -> None:
+        self.base = base
+        self._where = f"{folder / WEIGHTS_FILE} on {base.model}"
+        self._embedding = f"{base.anatomy.family.embedding_module}.weight"
+        self._head = f"{base.anatomy.family.head_module}.weight"
+        stored = {header.name: header.shape for header in read_headers(folder / WEIGHTS_FILE)}
+        self._rows = self._vocabulary(stored)
+        self._model = self._with_adapter(folder)
+        self._places = dict(self._find_places())
+        trained = {name.removeprefix(_PREFIX).replace(".base_layer.", ".") for name in stored}
+        self.changed = {*self._places, *(trained & set(base.headers))}
+        self._check_names()
+        # An embedding that is changed without the head, or otherwise, is no longer the head.
+        self.untied = base.anatomy.tied and not self._still_tied()
+
+    @property
+    def resized(self) -> bool:
+        """Whether the vocabulary has more rows than the base's."""
+        return self._rows != self.base.anatomy.vocabulary
+
+    def plan(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of every tensor."""
+        found = []
+        for name, header in self.base.headers.items():
+            outside = name in (self._embedding, self._head)
+            found.append((name, header.dtype, (self._rows, *header.shape[1:]) if outside else header.shape))
+        if self.untied and self._head not in self.base.headers:
+            found.append((self._head, *next(entry[1:] for entry in found if entry[0] == self._embedding)))
+        return found
+
+    def config(self) -> dict[str, Any]:
+        """The config of the merged text model."""
+        config = dict(self.base.config)
+        if self.resized:
+            config[self.base.anatomy.family.fields["vocabulary"]] = self._rows
+        if self.untied:
+            config[self.base.anatomy.family.fields["tied"]] = False
+        return config
+
+    @torch.no_grad()
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the merged model, in the dtype of the base's."""
+        if name == self._head and self.base.anatomy.tied and not self.untied:
+            name = self._embedding
+        header = self.base.headers.get(name) or self.base.headers[self._embedding]
+        place = self._places.get(name)
+        if place is None:
+            inside = dict(self._model.named_parameters(remove_duplicate=False)).get(name)
+            used = name in self.changed or name in (self._embedding, self._head)
+            found = inside.detach() if used and inside is not None and not inside.is_meta else self.base.tensor(name)
+            return found.to(header.dtype)
+        if hasattr(place.module, "unload_and_optionally_merge_module"):
+            # a module that is saved whole, or an embedding with trained rows
+            unloaded = place.module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            return unloaded.get_parameter(place.parameter).detach().to(header.dtype)
+        layer: Any = place.module
+        narrow = {parameter: parameter.data for parameter in layer.get_base_layer().parameters()}
+        try:
+            for parameter in narrow:
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            layer.merge()
+            return layer.get_base_layer().get_parameter(place.parameter).detach().to(header.dtype)
+        finally:
+            # As it was: the next tensor may be of the same layer, and the memory is wanted back.
+            for parameter, data in narrow.items():
+                parameter.data = data
+            layer.merged_adapters.clear()
+
+    def _vocabulary(self, stored: Mapping[str, tuple[int, ...]]) -> int:
+        """Rows of the embedding: the base's, or more where the adapter holds all of them."""
+        ours, whole, partial = self.base.anatomy.vocabulary, {}, set()
+        for name, shape in stored.items():
+            module, _, kind = name.removeprefix(_PREFIX).rpartition(".")
+            module = module.removesuffix(".default").removesuffix(".modules_to_save").removesuffix(".base_layer")
+            if f"{module}.{kind}" in (self._embedding, self._head):
+                whole[f"{module}.{kind}"] = shape[0]
+            elif kind.startswith("lora_embedding_A") and f"{module}.weight" == self._embedding:
+                partial.add(shape[-1])
+            elif f"{module.removesuffix('.lora_B')}.weight" == self._head and module.endswith(".lora_B"):
+                partial.add(shape[0])
+        rows = {*whole.values(), *partial}
+        if rows <= {ours}:
+            return ours
+        both = self._head in whole or self.base.anatomy.tied
+        if len(rows) > 1 or partial or self._embedding not in whole or not both or min(rows) < ours:
+            raise UserError.of(
+                where=self._where,
+                expected=f"the base's vocabulary of {ours:,} rows, or a larger embedding and head saved whole",
+                found=f"a vocabulary of {', '.join(f'{count:,}' for count in sorted(rows))} rows",
+                remedy="Train it with modules_to_save for both, or merge it with peft (merge_and_unload) first.",
+            )
+        return rows.pop()
+
+    def _with_adapter(self, folder: Path) -> nn.Module:
+        """The base's model, its weights mapped, with the adapter's modules in it."""
+        try:
+            import peft
+        except ImportError as error:
+            missing = error if error.name != "peft" else None
+            raise missing_package("peft", where=f"adapter {folder}", extra="train", error=missing) from error
+        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+        with _quiet():
+            config = CONFIG_MAPPING[self.base.config["model_type"]].from_dict(dict(self.base.config))
+            with torch.device("meta"):
+                model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            names = {name: parameter for name, parameter in model.state_dict().items() if name in self.base.headers}
+            shapes_fit = {name for name in names if names[name].shape == self.base.headers[name].shape}
+            mapped = {name: self.base.tensor(name) for name in shapes_fit}
+            model.load_state_dict(mapped, strict=False, assign=True)
+            model.tie_weights()
+            if self.resized:
+                model.resize_token_embeddings(self._rows, mean_resizing=False)
+            try:
+                settings = peft.PeftConfig.from_pretrained(str(folder))
+                settings.inference_mode = True
+                adapted = peft.get_peft_model(model, settings)
+                loaded = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(str(folder), device="cpu"))
+            except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError) as error:
+                # Which of these peft raises for an adapter that does not fit differs between its versions.
+                said = " ".join(str(error).split())
+                raise self._unfit(f"{type(error).__name__}: {said[:400]}") from error
+        lacking = [name for name in loaded.missing_keys if "lora_" in name or "modules_to_save" in name]
+        if lacking:
+            raise self._unfit(f"no {_some(lacking)} in it")
+        if loaded.unexpected_keys:
+            raise self._unfit(f"{_some(list(loaded.unexpected_keys))}, which belongs to nothing in the base")
+        inner: nn.Module = adapted.base_model.model
+        return inner
+
+    def _find_places(self) -> Iterator[tuple[str, _Place]]:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        inside: tuple[str, ...] = ()
+        for key, module in self._model.named_modules():
+            if key.startswith(inside):
+                continue
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                plain: Any = getattr(module, "original_module", None) or module.token_adapter.get_base_layer()
+            elif isinstance(module, BaseTunerLayer):
+                plain = module.get_base_layer()
+            else:
+                continue
+            inside += (f"{key}.",)
+            for parameter, _ in plain.named_parameters():
+                yield f"{key}.{parameter}", _Place(module, parameter)
+
+    def _check_names(self) -> None:
+        tied = {self._head} if self.base.anatomy.tied else set()
+        unknown = sorted(self.changed - set(self.base.headers) - tied)
+        if not self.changed:
+            raise self._unfit("no tensor that changes one of the base's")
+        if unknown:
+            raise self._unfit(f"changes of {_some(unknown)}, which no file of the base holds by that name")
+
+    def _still_tied(self) -> bool:
+        if not self.changed & {self._embedding, self._head}:
+            return True
+        self.untied = True  # so that each is looked at by itself
+        return torch.equal(self.tensor(self._embedding), self.tensor(self._head))
+
+    def _unfit(self, found: str) -> UserError:
+        return UserError.of(
+            where=self._where, expected="an adapter that peft can put on the base", found=found, remedy=_OTHER_BASE
+        )
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of peft and transformers: what is wrong is an error here."""
+    from transformers.utils import logging as module
+
+    logging: Any = module  # it has no annotations
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)

@@ -12,9 +12,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from intarsia.building.resident import Resident, load_model
-from intarsia.checkpoint.cache import cache_folder
+from intarsia.checkpoint.hashing import cache_folder, scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.healing import closed_form, end_to_end, launch, layerwise
 from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.cluster import connect

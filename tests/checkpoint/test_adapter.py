@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from intarsia.building.resident import load_model
-from intarsia.checkpoint.adapter_open import open_variant
+from intarsia.checkpoint.adapter import open_variant
 from intarsia.checkpoint.demo import demo_folder
+from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.errors import UserError
 from intarsia.progress import Silent
 
