@@ -173,13 +173,17 @@ def _write(model: _Merged, adapter: Path, out: Path, progress: Progress) -> None
     base, tensors = model.base, model.plan()
     plans = [TensorPlan(name=base.stored_name(name), dtype=dtype, shape=shape) for name, dtype, shape in tensors]
     kept = [TensorPlan(name=header.name, dtype=header.dtype, shape=header.shape) for header in base.kept.values()]
+    changed: list[str] = []
     title = f"Merging {adapter.name}"
     with (
         CheckpointWriter(out, [*plans, *kept], overwrite=True) as writer,
         progress.task(title, sum(plan.nbytes for plan in plans)) as task,
     ):
         for plan, (name, _, _) in zip(plans, tensors, strict=True):
-            writer.write(plan.name, model.tensor(name))
+            tensor = model.tensor(name)
+            if name not in base.headers or not torch.equal(tensor, base.tensor(name)):
+                changed.append(name)
+            writer.write(plan.name, tensor)
             task.advance(plan.nbytes)
         for plan in kept:
             writer.write(plan.name, base.kept_tensor(plan.name))
@@ -190,7 +194,7 @@ def _write(model: _Merged, adapter: Path, out: Path, progress: Progress) -> None
         copy_side_files(base.folder, writer.folder)
         if model.resized:
             copy_side_files(adapter, writer.folder)
-        _write_json(writer.folder / _CHANGED_FILE, {"changed": sorted(model.changed)})
+        _write_json(writer.folder / _CHANGED_FILE, {"changed": sorted(changed)})
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
@@ -267,7 +271,8 @@ class _Merged:
         narrow = {parameter: parameter.data for parameter in layer.get_base_layer().parameters()}
         try:
             for parameter in narrow:
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                parameter.data = parameter.data.to(wide, copy=True)
             layer.merge()
             return layer.get_base_layer().get_parameter(place.parameter).detach().to(header.dtype)
         finally:
@@ -333,8 +338,10 @@ class _Merged:
         lacking = [name for name in loaded.missing_keys if "lora_" in name or "modules_to_save" in name]
         if lacking:
             raise self._unfit(f"no {_some(lacking)} in it")
-        if loaded.unexpected_keys:
-            raise self._unfit(f"{_some(list(loaded.unexpected_keys))}, which belongs to nothing in the base")
+        # peft saves resized embeddings a second time, under this name.
+        unexpected = [name for name in loaded.unexpected_keys if not name.endswith(".modules_to_save.weight")]
+        if unexpected:
+            raise self._unfit(f"{_some(unexpected)}, which belongs to nothing in the base")
         inner: nn.Module = adapted.base_model.model
         return inner
 

@@ -77,7 +77,7 @@ def read_headers(file: Path) -> list[TensorHeader]:
     except OSError as error:
         raise _damaged(file, "a file that can be read", error.strerror or str(error)) from error
     except (SafetensorError, ValueError, OverflowError) as error:
-        raise _damaged(file, "a whole safetensors file", f"{size:,} bytes: {error}") from error
+        raise _damaged(file, "a whole safetensors file", f"{size:,} bytes, truncated or damaged ({error})") from error
     unknown = [f"{name} in {kind}" for name, kind, _ in found if kind not in DTYPES]
     if unknown:
         raise UserError.of(
