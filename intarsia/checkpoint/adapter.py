@@ -1,10 +1,5 @@
 """A PEFT adapter as a variant: merged into its base by peft once, and kept as an ordinary checkpoint folder.
 
-The base's weights are mapped into an empty model, peft puts the adapter on it, and module by module is widened to
-float32, merged, rounded once to the dtype of the base and written: one module is in memory at a time. Whatever LoRA
-peft can merge is taken: rsLoRA, DoRA, patterns of ranks and scales, LoRA on the embedding or head, trained tokens, and
-modules saved whole, an embedding with more rows among them.
-
 The folder lies in the cache; its key is made of the base's files (path, size, time of change) and the adapter's hash.
 """
 
@@ -12,23 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from intarsia.checkpoint.adapter_merge import Merged
 from intarsia.checkpoint.hashing import cache_folder, fingerprint, not_finite, sha256_of
 from intarsia.checkpoint.reader import Adapter, Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint, resolve, split_name
 from intarsia.checkpoint.tensor_file import map_tensor, read_headers
 from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files
 from intarsia.disk import read_json
-from intarsia.errors import Problem, UserError, missing_package
+from intarsia.errors import Problem, UserError
 from intarsia.progress import Progress, Silent
 
 CONFIG_FILE = "adapter_config.json"
@@ -36,9 +29,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _CHANGED_FILE = "adapter_changed.json"
 _VERSION = 1  # of how adapters are merged; part of the key
 _MOST_NAMED = 5
-_PREFIX = "base_model.model."
 _MERGE = "Merge it with peft first: merge_and_unload(), then save_pretrained(), and pass the folder that this makes."
-_OTHER_BASE = "Use an adapter that was trained on this base, or merge it with peft (merge_and_unload) first."
 # What of an adapter's config says nothing about the weights.
 _IDLE = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version"}
 # Changes more than tensors of the base, depends on the input, or is called otherwise in the base's files.
@@ -150,7 +141,7 @@ def _merged_folder(folder: Path, sha256: str, base: Checkpoint, progress: Progre
     merged = cache_folder() / "merged" / key
     if not (merged / _CHANGED_FILE).exists():
         _check_finite(folder / WEIGHTS_FILE)
-        _write(_Merged(folder, base), folder, merged, progress)
+        _write(Merged(folder / WEIGHTS_FILE, base), folder, merged, progress)
     return merged
 
 
@@ -169,7 +160,7 @@ def _check_finite(file: Path) -> None:
         raise UserError(problems[:_MOST_NAMED])
 
 
-def _write(model: _Merged, adapter: Path, out: Path, progress: Progress) -> None:
+def _write(model: Merged, adapter: Path, out: Path, progress: Progress) -> None:
     base, tensors = model.base, model.plan()
     plans = [TensorPlan(name=base.stored_name(name), dtype=dtype, shape=shape) for name, dtype, shape in tensors]
     kept = [TensorPlan(name=header.name, dtype=header.dtype, shape=header.shape) for header in base.kept.values()]
@@ -199,206 +190,3 @@ def _write(model: _Merged, adapter: Path, out: Path, progress: Progress) -> None
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A parameter that the adapter may change: the module that peft put on it, and the parameter's name inside."""
-
-    module: nn.Module
-    parameter: str
-
-
-class _Merged:
-    """The tensors of a base with an adapter, made one at a time."""
-
-    def __init__(self, folder: Path, base: Checkpoint) -> None:
-        self.base = base
-        self._where = f"{folder / WEIGHTS_FILE} on {base.model}"
-        self._embedding = f"{base.anatomy.family.embedding_module}.weight"
-        self._head = f"{base.anatomy.family.head_module}.weight"
-        stored = {header.name: header.shape for header in read_headers(folder / WEIGHTS_FILE)}
-        self._rows = self._vocabulary(stored)
-        self._model = self._with_adapter(folder)
-        self._places = dict(self._find_places())
-        trained = {name.removeprefix(_PREFIX).replace(".base_layer.", ".") for name in stored}
-        self.changed = {*self._places, *(trained & set(base.headers))}
-        self._check_names()
-        # An embedding that is changed without the head, or otherwise, is no longer the head.
-        self.untied = base.anatomy.tied and not self._still_tied()
-
-    @property
-    def resized(self) -> bool:
-        """Whether the vocabulary has more rows than the base's."""
-        return self._rows != self.base.anatomy.vocabulary
-
-    def plan(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of every tensor."""
-        found = []
-        for name, header in self.base.headers.items():
-            outside = name in (self._embedding, self._head)
-            found.append((name, header.dtype, (self._rows, *header.shape[1:]) if outside else header.shape))
-        if self.untied and self._head not in self.base.headers:
-            found.append((self._head, *next(entry[1:] for entry in found if entry[0] == self._embedding)))
-        return found
-
-    def config(self) -> dict[str, Any]:
-        """The config of the merged text model."""
-        config = dict(self.base.config)
-        if self.resized:
-            config[self.base.anatomy.family.fields["vocabulary"]] = self._rows
-        if self.untied:
-            config[self.base.anatomy.family.fields["tied"]] = False
-        return config
-
-    @torch.no_grad()
-    def tensor(self, name: str) -> Tensor:
-        """A tensor of the merged model, in the dtype of the base's."""
-        if name == self._head and self.base.anatomy.tied and not self.untied:
-            name = self._embedding
-        header = self.base.headers.get(name) or self.base.headers[self._embedding]
-        place = self._places.get(name)
-        if place is None:
-            inside = dict(self._model.named_parameters(remove_duplicate=False)).get(name)
-            used = name in self.changed or name in (self._embedding, self._head)
-            found = inside.detach() if used and inside is not None and not inside.is_meta else self.base.tensor(name)
-            return found.to(header.dtype)
-        if hasattr(place.module, "unload_and_optionally_merge_module"):
-            # a module that is saved whole, or an embedding with trained rows
-            unloaded = place.module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-            return unloaded.get_parameter(place.parameter).detach().to(header.dtype)
-        layer: Any = place.module
-        narrow = {parameter: parameter.data for parameter in layer.get_base_layer().parameters()}
-        try:
-            for parameter in narrow:
-                wide = torch.promote_types(parameter.dtype, torch.float32)
-                parameter.data = parameter.data.to(wide, copy=True)
-            layer.merge()
-            return layer.get_base_layer().get_parameter(place.parameter).detach().to(header.dtype)
-        finally:
-            # As it was: the next tensor may be of the same layer, and the memory is wanted back.
-            for parameter, data in narrow.items():
-                parameter.data = data
-            layer.merged_adapters.clear()
-
-    def _vocabulary(self, stored: Mapping[str, tuple[int, ...]]) -> int:
-        """Rows of the embedding: the base's, or more where the adapter holds all of them."""
-        ours, whole, partial = self.base.anatomy.vocabulary, {}, set()
-        for name, shape in stored.items():
-            module, _, kind = name.removeprefix(_PREFIX).rpartition(".")
-            module = module.removesuffix(".default").removesuffix(".modules_to_save").removesuffix(".base_layer")
-            if f"{module}.{kind}" in (self._embedding, self._head):
-                whole[f"{module}.{kind}"] = shape[0]
-            elif kind.startswith("lora_embedding_A") and f"{module}.weight" == self._embedding:
-                partial.add(shape[-1])
-            elif f"{module.removesuffix('.lora_B')}.weight" == self._head and module.endswith(".lora_B"):
-                partial.add(shape[0])
-        rows = {*whole.values(), *partial}
-        if rows <= {ours}:
-            return ours
-        both = self._head in whole or self.base.anatomy.tied
-        if len(rows) > 1 or partial or self._embedding not in whole or not both or min(rows) < ours:
-            raise UserError.of(
-                where=self._where,
-                expected=f"the base's vocabulary of {ours:,} rows, or a larger embedding and head saved whole",
-                found=f"a vocabulary of {', '.join(f'{count:,}' for count in sorted(rows))} rows",
-                remedy="Train it with modules_to_save for both, or merge it with peft (merge_and_unload) first.",
-            )
-        return rows.pop()
-
-    def _with_adapter(self, folder: Path) -> nn.Module:
-        """The base's model, its weights mapped, with the adapter's modules in it."""
-        try:
-            import peft
-        except ImportError as error:
-            missing = error if error.name != "peft" else None
-            raise missing_package("peft", where=f"adapter {folder}", extra="train", error=missing) from error
-        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-        with _quiet():
-            config = CONFIG_MAPPING[self.base.config["model_type"]].from_dict(dict(self.base.config))
-            with torch.device("meta"):
-                model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-            names = {name: parameter for name, parameter in model.state_dict().items() if name in self.base.headers}
-            shapes_fit = {name for name in names if names[name].shape == self.base.headers[name].shape}
-            mapped = {name: self.base.tensor(name) for name in shapes_fit}
-            model.load_state_dict(mapped, strict=False, assign=True)
-            model.tie_weights()
-            if self.resized:
-                model.resize_token_embeddings(self._rows, mean_resizing=False)
-            try:
-                settings = peft.PeftConfig.from_pretrained(str(folder))
-                settings.inference_mode = True
-                adapted = peft.get_peft_model(model, settings)
-                loaded = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(str(folder), device="cpu"))
-            except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError) as error:
-                # Which of these peft raises for an adapter that does not fit differs between its versions.
-                said = " ".join(str(error).split())
-                raise self._unfit(f"{type(error).__name__}: {said[:400]}") from error
-        lacking = [name for name in loaded.missing_keys if "lora_" in name or "modules_to_save" in name]
-        if lacking:
-            raise self._unfit(f"no {_some(lacking)} in it")
-        # peft saves resized embeddings a second time, under this name.
-        unexpected = [name for name in loaded.unexpected_keys if not name.endswith(".modules_to_save.weight")]
-        if unexpected:
-            raise self._unfit(f"{_some(unexpected)}, which belongs to nothing in the base")
-        inner: nn.Module = adapted.base_model.model
-        return inner
-
-    def _find_places(self) -> Iterator[tuple[str, _Place]]:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
-
-        inside: tuple[str, ...] = ()
-        for key, module in self._model.named_modules():
-            if key.startswith(inside):
-                continue
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                plain: Any = getattr(module, "original_module", None) or module.token_adapter.get_base_layer()
-            elif isinstance(module, BaseTunerLayer):
-                plain = module.get_base_layer()
-            else:
-                continue
-            inside += (f"{key}.",)
-            for parameter, _ in plain.named_parameters():
-                yield f"{key}.{parameter}", _Place(module, parameter)
-
-    def _check_names(self) -> None:
-        tied = {self._head} if self.base.anatomy.tied else set()
-        unknown = sorted(self.changed - set(self.base.headers) - tied)
-        if not self.changed:
-            raise self._unfit("no tensor that changes one of the base's")
-        if unknown:
-            raise self._unfit(f"changes of {_some(unknown)}, which no file of the base holds by that name")
-
-    def _still_tied(self) -> bool:
-        if not self.changed & {self._embedding, self._head}:
-            return True
-        self.untied = True  # so that each is looked at by itself
-        return torch.equal(self.tensor(self._embedding), self.tensor(self._head))
-
-    def _unfit(self, found: str) -> UserError:
-        return UserError.of(
-            where=self._where, expected="an adapter that peft can put on the base", found=found, remedy=_OTHER_BASE
-        )
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings of peft and transformers: what is wrong is an error here."""
-    from transformers.utils import logging as module
-
-    logging: Any = module  # it has no annotations
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from intarsia.building.resident import Resident, load_model
 from intarsia.calibration.batches import Batches
-from intarsia.checkpoint.hashing import cache_folder
+from intarsia.checkpoint.hashing import cache_folder, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.healing import closed_form, end_to_end, launch, layerwise
 from intarsia.healing.closed_form_settings import ClosedFormSettings

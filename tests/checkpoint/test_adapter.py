@@ -73,6 +73,8 @@ def opened(folder: Path, base: Path) -> Checkpoint:
         {"target_modules": ["embed_tokens", "v_proj"]},
         {"target_modules": ["embed_tokens"], "use_dora": True},
         {"trainable_token_indices": [1, 7, 30]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
         {"modules_to_save": ["embed_tokens", "lm_head"], "rows": 51},
         {"bias": "all"},
     ],

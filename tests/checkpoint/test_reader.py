@@ -325,7 +325,7 @@ def entry(begin: int, end: int, *, dtype: Any = "U8", shape: Any = None) -> dict
 def test_lying_header(tmp_path: Path, header: Any) -> None:
     file = tmp_path / "model.safetensors"
     write_raw(file, header, bytes(8))
-    with pytest.raises(UserError, match="truncated or damaged|dtypes out of"):
+    with pytest.raises(UserError, match=r"truncated or damaged|dtypes out of"):
         read_headers(file)
 
 
