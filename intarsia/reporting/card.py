@@ -31,7 +31,8 @@ from typing import Any
 
 import yaml
 
-from intarsia.reporting.source_card import inherited
+_INHERITED = ("license", "license_name", "license_link", "language")
+_MAX_FRONT_MATTER = 64 * 1024
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -232,3 +233,23 @@ def _cell(text: str) -> str:
 def _code(text: Any) -> str:
     """Text for inside backticks."""
     return " ".join(str(text).replace("`", "'").split())
+
+
+def inherited(card: str | None) -> dict[str, Any]:
+    """Licence and languages from the front matter of another model's card; empty where there is none to read."""
+    found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card or "", flags=re.DOTALL)
+    if found is None or len(found[1]) > _MAX_FRONT_MATTER:
+        return {}
+    try:
+        fields = yaml.safe_load(found[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    if not isinstance(fields, dict):
+        return {}
+    return {key: fields[key] for key in _INHERITED if _is_plain(fields.get(key))}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(part, str) for part in value)
+    return isinstance(value, str) and bool(value.strip())

@@ -12,8 +12,7 @@ from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.task_plan import plan_tasks
 from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
 from intarsia.progress import Progress, Silent
-from intarsia.reporting.comparison import load
-from intarsia.reporting.comparison_table import cells
+from intarsia.reporting.comparison import cells, load
 from intarsia.stages.calibration_text import calibration_as_begun, facts_of
 from intarsia.stages.compare_folder import CompareFolder, begun_before_fits_were_told
 from intarsia.stages.compare_input import check_depths, check_lists, load_texts, predicted_cost, task_facts_of
