@@ -48,12 +48,10 @@ def variables() -> str:
 
 def standalone(svg: Markup) -> str:
     """Return a picture of the page as the text of an SVG file; programs that know no CSS variables can read it."""
-    used = sorted({name for name in re.findall(r"var\(--(\w+)\)", svg) if name in PALETTE})
     text = re.sub(r"var\(--(\w+)\)", lambda found: PALETTE[found[1]][0], str(svg))
     dark = "".join(
         f'[{attribute}="{PALETTE[name][0]}"]{{{attribute}:{PALETTE[name][1]}}}'
-        for name in used
-        for attribute in ("fill", "stroke")
+        for attribute, name in sorted(set(re.findall(r'(fill|stroke)="var\(--(\w+)\)"', svg)))
     )
     head, _, rest = text.partition(">")
     return f"{head}><style>@media (prefers-color-scheme:dark){{{dark}}}</style>{rest}\n"

@@ -178,7 +178,7 @@ def _tasks(found: Comparison) -> list[Section]:
     depths = sorted({row.layers for row in pruned}, reverse=True)
     wanted = [(MEAN, layers) for layers in depths] + [(task, depths[-1]) for task in found.tasks if depths]
     figures = [_task_figure(found, [row for row in pruned if row.layers == at], task) for task, at in wanted]
-    blocks = [*(each for each in figures if each is not None), *_retention(pruned)]
+    blocks: list[Block] = [*(each for each in figures if each is not None), *_retention(pruned)]
     return [Section(title="Tasks", blocks=blocks, intro="Points with 95 % intervals; higher is better.")]
 
 
@@ -189,8 +189,16 @@ def _task_figure(found: Comparison, rows: Sequence[Row], task: str) -> Figure | 
         measured = row.score(task) or {}
         if measured.get("value") is not None:
             value, error = float(measured["value"]), _ERRORS * float(measured.get("stderr") or 0.0)
-            place = {"name": row.name, "value": value, "low": value - error, "high": value + error}
-            scored.append(Interval(**place, hue=methods.index(row.method), hollow=row.heal != "none"))
+            scored.append(
+                Interval(
+                    name=row.name,
+                    value=value,
+                    low=value - error,
+                    high=value + error,
+                    hue=methods.index(row.method),
+                    hollow=row.heal != "none",
+                )
+            )
     if not scored:
         return None
     dense = {} if found.dense is None else found.dense.score(task) or {}
@@ -214,7 +222,12 @@ def _retention(rows: Sequence[Row]) -> list[Table]:
     """The share of the original's accuracy that is kept on the same items, with its interval."""
     found = [(row, ((row.tasks or {}).get("retention") or {}).get("mean")) for row in rows]
     cells = [
-        [row.name, str(row.layers), *map(_share, (kept.get("accuracy"), kept.get("above_chance"))), str(kept.get("n", ""))]
+        [
+            row.name,
+            str(row.layers),
+            *map(_share, (kept.get("accuracy"), kept.get("above_chance"))),
+            str(kept.get("n", "")),
+        ]
         for row, kept in found
         if kept
     ]

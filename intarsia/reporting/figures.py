@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -129,7 +129,7 @@ def chart(
     note: str = "",
 ) -> Markup:
     """Draw lines and points. `rules` are named horizontal lines to compare with; `note` is a line above the legend."""
-    shown = [each for each in series if each.points]
+    shown = [replace(each, points=finite) for each in series if (finite := _finite(each))]
     listed = [each for each in shown if each.listed]
     labels = [each.name for each in listed] + [name for _, name in rules]
     labels = labels if len(labels) > 1 else []
@@ -154,7 +154,7 @@ def chart(
                 alignment="left",
                 fontsize=10.5,
             )
-        titles = {f"series-{n}": [point.title for point in _sorted(each)] for n, each in enumerate(shown) if each.dots}
+        titles = {f"series-{n}": [point.title for point in each.points] for n, each in enumerate(shown) if each.dots}
         return _finished(figure, title, titles)
 
 
@@ -203,7 +203,7 @@ def heat(rows: Sequence[Sequence[float]], *, title: str, across: str, down: str 
 
 def _series(axes: Any, series: Series, y: Axis, gid: str) -> Any:
     """Draw one series, with the arrows of what is beyond the axis."""
-    colour, points = _STAND_IN[f"s{series.hue % HUES}"], _sorted(series)
+    colour, points = _STAND_IN[f"s{series.hue % HUES}"], series.points
     for point in points:
         if point.error and not _beyond(point, y):
             axes.vlines(point.x, *_reach(point, y), color=colour, linewidth=1.2, alpha=0.6)
@@ -226,8 +226,10 @@ def _marker(hue: int, *, hollow: bool, marker: str | None = None) -> dict[str, A
     return {"marker": marker or _MARKERS[hue % len(_MARKERS)], "mec": colour, "mfc": face, "mew": 1.3}
 
 
-def _sorted(series: Series) -> list[Point]:
-    return sorted(series.points, key=lambda point: (point.x, point.y))
+def _finite(series: Series) -> list[Point]:
+    """The points in order, without those that are no numbers."""
+    found = [point for point in series.points if math.isfinite(point.x) and math.isfinite(point.y)]
+    return sorted(found, key=lambda point: (point.x, point.y))
 
 
 def _beyond(point: Point, axis: Axis) -> bool:
@@ -247,7 +249,8 @@ def _lay_out(drawn: Any, axis: Axis, values: Sequence[float]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     set_limits = getattr(drawn.axes, f"set_{drawn.axis_name}lim")
-    low, high = min(values, default=1.0), max(values, default=2.0)
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite, default=1.0), max(finite, default=2.0)
     if axis.log:
         getattr(drawn.axes, f"set_{drawn.axis_name}scale")("log")
         room = 1.05 * max(high / low, 1.1) ** 0.04
@@ -281,10 +284,12 @@ def _shade(value: float, low: float, high: float) -> float:
 @contextmanager
 def _figure(height: float) -> Iterator[tuple[Any, Any]]:
     """An empty figure of the page's width, in its style. Fonts are the reader's, so missing letters do not matter."""
-    from matplotlib import rc_context
+    import matplotlib
     from matplotlib.figure import Figure
 
-    with rc_context(dict(_RC)), warnings.catch_warnings():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_RC)
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72, layout="constrained")
         figure.patch.set_visible(False)
@@ -310,7 +315,9 @@ def _finished(figure: Any, title: str, titles: Mapping[str, Sequence[str]]) -> M
             marks = [use for use in element.iter() if use.tag.removeprefix(_SVG) == "use"]
             for use, text in zip(marks, titles.get(element.attrib.pop("id", ""), ()), strict=False):
                 ElementTree.SubElement(use, "title").text = text
-        element.text, element.tail = (None if not (part or "").strip() else part for part in (element.text, element.tail))
+        element.text, element.tail = (
+            None if not (part or "").strip() else part for part in (element.text, element.tail)
+        )
     root.attrib = {"xmlns": _SVG[1:-1], "viewBox": root.attrib["viewBox"], "class": "chart", "role": "img"}
     root.set("font-family", "system-ui, sans-serif")
     heading = ElementTree.Element("title")
@@ -322,7 +329,9 @@ def _finished(figure: Any, title: str, titles: Mapping[str, Sequence[str]]) -> M
 def _attributes(given: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Attributes with each part of a `style` as an attribute of its own, stand-ins as variables, numbers shorter."""
     for name, value in given.items():
-        parts = [part.split(":", 1) for part in value.split(";") if part.strip()] if name == "style" else [[name, value]]
+        parts = (
+            [part.split(":", 1) for part in value.split(";") if part.strip()] if name == "style" else [[name, value]]
+        )
         for key, text in parts:
             key, text = key.strip().removeprefix(_LINK), text.strip()
             if key in _DROPPED or (key == "transform" and text.startswith("rotate(-0 ")):

@@ -35,7 +35,7 @@ _KINDS: Sequence[tuple[Callable[[Path], bool], Callable[[Path], Subject]]] = (
     (plan_report.is_plan_run, plan_report.read),
     (model_report.is_model_folder, model_report.read),
 )
-"""The kinds of folders: what tells that a folder is of that kind, and what reads it. A further kind is a further line."""
+"""For each kind of folder: what recognises it, and what reads it."""
 
 
 def write_report(paths: Sequence[Path], out: Path, *, generations: Generations | None = None) -> None:
@@ -104,8 +104,8 @@ def together(subjects: Sequence[Subject]) -> dict[str, Any]:
     if len({frozenset(subject.texts) for subject in evaluated}) > 1:
         each = "; ".join(f"{subject.title}: {_named(subject.texts)}" for subject in evaluated)
         notes.append(
-            "These runs were evaluated on different texts, so their perplexities cannot be compared and are shown apart. "
-            f"{each}."
+            "These runs were evaluated on different texts, so their perplexities cannot be compared and are shown "
+            f"apart. {each}."
         )
     groups: dict[tuple[str, str], list[Ladder]] = {}
     for subject in subjects:

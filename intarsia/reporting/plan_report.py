@@ -155,7 +155,9 @@ def score_sections(run: PlanRun) -> list[Section]:
         rows = (evidence.get("sensitivity") or {}).get(key)
         if rows:
             svg = heat(rows, title=f"sensitivity of {name}", across=f"{name}, {order}")
-            figures.append(Figure(svg=svg, caption=f"Sensitivity of {name}; the stronger the colour, the more sensitive."))
+            figures.append(
+                Figure(svg=svg, caption=f"Sensitivity of {name}; the stronger the colour, the more sensitive.")
+            )
     intro = "Of the whole model, before the first step."
     return [Section(title="Scores of the original layers", blocks=figures, intro=intro)] if figures else []
 

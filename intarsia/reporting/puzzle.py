@@ -42,7 +42,7 @@ class Pieces:
 
 @dataclass(frozen=True, kw_only=True)
 class Ribbon:
-    """Pieces of an original layer in an output layer, from where to where on the edges of both, as shares of a layer."""
+    """Pieces of an original layer in an output layer, with the parts of both edges that they take up (0 to 1)."""
 
     source: LayerRef
     output: int
@@ -126,7 +126,11 @@ class _Drawing:
             width, height = height, self.far + _BLOCK + _EDGE
             heads = self._text(4, self.near + 0.62 * _BLOCK, f"{deep} layers", "start", size=10)
             heads += self._text(4, self.far + 0.62 * _BLOCK, f"{shallow} layers", "start", size=10)
-        parts = [*map(self._ribbon, self.ribbons), *map(self._original, range(deep)), *map(self._output, range(shallow))]
+        parts = [
+            *map(self._ribbon, self.ribbons),
+            *map(self._original, range(deep)),
+            *map(self._output, range(shallow)),
+        ]
         title = f"{deep} layers become {shallow}"
         return Markup(
             f'<svg class="puzzle" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
@@ -157,7 +161,8 @@ class _Drawing:
         opacity = ".24" if ribbon.into == (0.0, 1.0) else ".8"
         return (
             f'<path class="ribbon" data-in="{ribbon.source.layer}" data-out="{ribbon.output}" d="{path}" '
-            f'fill="{self._colour(ribbon.source)}" fill-opacity="{opacity}"><title>{escape(ribbon.title)}</title></path>'
+            f'fill="{self._colour(ribbon.source)}" fill-opacity="{opacity}">'
+            f"<title>{escape(ribbon.title)}</title></path>"
         )
 
     def _original(self, layer: int) -> str:
@@ -270,7 +275,7 @@ def sources_in_words(recipe: Recipe) -> str:
         if not isinstance(op, (Merge, Concat)):
             counts[op.source.variant] += 1
     several = len(counts) > 1
-    parts = [f"{count} of {name}" if several else f"{count} original" for name, count in counts.items() if count]
+    parts = [f"{count} of {name}" if several else f"{count} kept whole" for name, count in counts.items() if count]
     parts += [f"{merged} merged"] * (merged > 0) + [f"{joined} joined from pieces"] * (joined > 0)
     dropped = recipe.depth - len({source.layer for op in recipe.layers for source in op.sources})
     return f"{len(recipe.layers)} layers: {', '.join(parts)}. " + (

@@ -1,6 +1,6 @@
-"""The run folder of a search over a family as a part of a report: the Pareto front, final scores, the puzzle, the search.
+"""The run folder of a search over a family as a part of a report: front, final scores, puzzle, trials.
 
-Costs are those of the examples that the search saw; final scores are of others, and stand apart.
+Costs are on the examples that the search has seen; final scores are on others.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def _tiles(run: TailorRun) -> list[Tile]:
     if run.front is None:
         return tiles
     knee = run.front.knee
-    tiles.append(Tile(name="trials of the front", now=str(len(run.front.points)), change=f"trial {knee.number} is the knee"))
+    tiles.append(
+        Tile(name="trials of the front", now=str(len(run.front.points)), change=f"trial {knee.number} is the knee")
+    )
     for at, name in enumerate(run.objectives):
         best, base = _costs(run.front.best(name))[at], run.base.get(name)
         tiles.append(
@@ -173,7 +175,9 @@ def _puzzle(run: TailorRun) -> list[Section]:
     recipe = None if run.front is None else _of_all(run, run.recipe(run.front.knee))
     if run.front is None or recipe is None:
         return []
-    healed = f" The output projections of {len(recipe.fitted)} layers were healed in closed form." if recipe.fitted else ""
+    healed = (
+        f" The output projections of {len(recipe.fitted)} layers were healed in closed form." if recipe.fitted else ""
+    )
     summary = f"Trial {run.front.knee.number}, the knee of the front. {sources_in_words(recipe)}{healed}"
     section = puzzle_section({len(recipe.layers): recipe}, pieces_of(recipe), summary=summary)
     figures = []
@@ -243,7 +247,9 @@ def _origin(run: TailorRun) -> Section:
         *(f"intarsia build {folder} --best {shlex.quote(name)} -o OUT" for name in run.objectives),
     ]
     settings = run.settings
-    pairs = [(name, written(settings[name])) for name in ("space", "budgets", "engine", "seed", "heal", "device", "dtype")]
+    pairs = [
+        (name, written(settings[name])) for name in ("space", "budgets", "engine", "seed", "heal", "device", "dtype")
+    ]
     for name, member in settings["members"].items():
         pairs.append((f"member {name}", f"{member['model']}, sha256 {member.get('sha256') or 'not recorded'}"))
     for entry in settings["objectives"]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 
-
 def written(value: Any) -> str:
     """A setting as text."""
     if isinstance(value, bool):

@@ -1,23 +1,17 @@
-"""What a report tells of a search over a family."""
+"""What a report shows of a search over a family."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.recipe import codec
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 from intarsia.reporting.blocks import Figure, Pictures, Section, Subject, Table
 from intarsia.reporting.page import report_html
-from intarsia.reporting.tailor_puzzle import told
-from intarsia.reporting.tailor_run import read
-from intarsia.tailoring.candidate import Candidate, single
-from intarsia.tailoring.history import History, Trial
+from intarsia.reporting.tailor_report import read
+from tests.reporting.runs import search
+
 
 def section(subject: Subject, title: str) -> Section:
     return next(each for each in subject.sections if each.title == title)
@@ -36,8 +30,8 @@ def test_the_front(tmp_path: Path) -> None:
     assert subject.title == "demo + math, 6 → 4 layers"
     tiles = {tile.name: (tile.before, tile.now, tile.change) for tile in subject.tiles}
     assert tiles["trials"] == ("", "7", "of about 10^12 candidates")
-    assert tiles["front"] == ("", "3", "trial 1 is its knee")
-    assert tiles["science, best cost"] == ("1", "1.2", "+20.0% against the uncut base")
+    assert tiles["trials of the front"] == ("", "3", "trial 1 is the knee")
+    assert tiles["science, least cost"] == ("1", "1.2", "+20.0% against the base model")
     found = section(subject, "The Pareto front")
     (rows,) = tables(found)
     assert [row["trial"] for row in rows] == ["2", "1", "4"]
@@ -48,17 +42,17 @@ def test_the_front(tmp_path: Path) -> None:
         "prose": "5",
         "best in": "science",
         "engine": "evolve",
-        "came from": "crossover",
+        "origin": "crossover",
     }
     (figure,) = [block for block in found.blocks if isinstance(block, Figure)]
-    assert figure.caption == "prose against science, at 12 examples. Far outside and not drawn: 1."
-    # One of the rest is near, two of the front are no knee, and the knee and the base have signs of their own.
-    assert figure.svg.count("<g><title>trial") == 4 and figure.svg.count("the uncut base") == 1
+    assert figure.caption == "prose against science, at 12 examples. Outside the chart: 1 trials."
+    # One of the other trials, two of the front, the knee and the base model.
+    assert figure.svg.count("<title>trial") == 4 and figure.svg.count("<title>the base model") == 1
     assert "trial 6" not in figure.svg
 
 
-def test_what_was_judged(tmp_path: Path) -> None:
-    found = section(read(search(tmp_path / "run")), "On unseen items")
+def test_final_scores(tmp_path: Path) -> None:
+    found = section(read(search(tmp_path / "run")), "Final scores")
     (rows,) = tables(found)
     assert rows[1] == {
         "model": "incumbent",
@@ -68,31 +62,33 @@ def test_what_was_judged(tmp_path: Path) -> None:
         "accuracy kept": "80.0%",
     }
     assert rows[0]["accuracy kept"] == ""
-    assert "40 of science" in found.intro and "all there is of prose" in found.intro
+    assert "40 of science" in found.intro and "No examples of prose are left" in found.intro
 
 
 def test_the_puzzle_of_the_knee(tmp_path: Path) -> None:
     found = section(read(search(tmp_path / "run")), "The puzzle")
     board = found.blocks[0]
     assert isinstance(board, Pictures)
-    assert board.summary == "Trial 1: 1 of base, 1 of math, 1 merged, 1 joined."
+    assert board.summary.startswith(
+        "Trial 1, the knee of the front. 4 layers: 1 of base, 1 of math, 1 merged, 1 joined"
+    )
     assert board.data["depths"]["4"][3]["parts"] == [{"layer": 5, "wood": 1, "variant": "math"}]
     (rows,) = tables(found)
     assert [row["made of"] for row in rows] == [
         "base:0, whole",
         "task_arithmetic of 0.3 × math:1; output times 0.9",
-        "base:3 (1 KV, 3 channels) + math:4 (1 KV, 1 channels)",
+        "base:3 (1 KV groups, 3 channels) + math:4 (1 KV groups, 1 channels)",
         "math:5, whole",
     ]
     captions = [block.caption for block in found.blocks if isinstance(block, Figure)]
-    assert captions == [
-        "The colours of the members.",
-        "Trial 2, the best in science: 4 of base.",
-        "Trial 4, the best in prose: 4 of base.",
+    assert [caption.partition(" 2 of")[0] for caption in captions] == [
+        "Trial 2, the best in science. 4 layers: 4 of base.",
+        "Trial 4, the best in prose. 4 layers: 4 of base.",
     ]
+    assert board.members == ["base", "math"]
 
 
-def test_how_it_went(tmp_path: Path) -> None:
+def test_the_search(tmp_path: Path) -> None:
     subject = read(search(tmp_path / "run", wanted=20))
     found = section(subject, "The search")
     (rows,) = tables(found)
@@ -102,21 +98,9 @@ def test_how_it_went(tmp_path: Path) -> None:
         ("smac", "12", "1", "0"),
     ]
     (figure,) = [block for block in found.blocks if isinstance(block, Figure)]
-    assert "uncut base" in figure.svg
-    assert subject.notes[0] == "This search is not finished: 7 of 20 trials are made."
-    assert subject.notes[1].startswith("Trials that failed: 1 (NaN in <prose>).")
-
-
-def test_a_blend_in_two_parts() -> None:
-    op = Merge(
-        sources=(of(2), of(2, "math")),
-        weights=(0.5, 0.5),
-        method="linear",
-        mlp=Mix(weights=(0.0, 1.0), method="ties", params={"density": 0.2, "lambda": 1.5}),
-        base=of(2),
-    )
-    expected = "attention: linear of 0.5 × base:2, 0.5 × math:2; MLP: ties of 1 × math:2; density 0.2; lambda 1.5"
-    assert told(op, "channels") == expected
+    assert "base model" in figure.svg
+    assert subject.notes[0] == "This search is not finished: 7 of 20 trials are done."
+    assert subject.notes[1].startswith("Failed trials, which have no cost: 1 (NaN in <prose>).")
 
 
 def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:
@@ -125,11 +109,11 @@ def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:
     assert "&lt;the base&gt;" in page and "NaN in &lt;prose&gt;" in page and "<prose>" not in page
 
 
-def test_a_search_that_has_just_begun(tmp_path: Path) -> None:
+def test_a_search_without_trials(tmp_path: Path) -> None:
     subject = read(search(tmp_path / "run", trials=(), judged=False))
-    assert [each.title for each in subject.sections] == ["The search", "Where this comes from"]
+    assert [each.title for each in subject.sections] == ["The search", "How to reproduce it"]
     assert subject.notes == [
-        "This search is not finished: 0 of 7 trials are made.",
+        "This search is not finished: 0 of 7 trials are done.",
         "No trial has succeeded yet, so there is nothing to draw.",
     ]
 
