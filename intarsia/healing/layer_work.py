@@ -18,13 +18,12 @@ from intarsia.calibration.room import PREFIX, Room
 from intarsia.calibration.stream import LayerCall, LayerStream
 from intarsia.disk import require_room
 from intarsia.errors import UserError
-from intarsia.healing.correspond import Correspondence
+from intarsia.healing.layer_map import Correspondence
 from intarsia.healing.layer_task import LayerTask, trained_names
-from intarsia.healing.original import Original
-from intarsia.healing.schedule import schedule_of
 from intarsia.healing.settings import LayerwiseSettings
 from intarsia.healing.states import StatesFile, StatesInMemory, StudentStates, plain_batches
-from intarsia.healing.text import Text
+from intarsia.healing.teacher import TeacherStates
+from intarsia.healing.training import Text, schedule_of
 from intarsia.progress import Task
 from intarsia.recipe.recipe import Recipe
 
@@ -72,7 +71,7 @@ class LayerWork:
             most = 20 * resident.anatomy.layer_parameters
             require_room(folder, most, "the state of one layer's training", option="--run")
         assert not for_workers or folder is not None, "workers read from the run folder"
-        self.original = Original(teacher, plain_batches(teacher, text.ids_NT), room=room)
+        self.original = TeacherStates(teacher, plain_batches(teacher, text.ids_NT), room=room)
         self.store, self.stream = self.original.store, LayerStream(teacher.model, teacher.anatomy)
         self.student: StudentStates | None = None
         if settings.inputs == "student":

@@ -22,7 +22,7 @@ from intarsia.building.parameters import to_tensors
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.healing.cluster import Cluster
-from intarsia.healing.correspond import Correspondence, correspondences, taught
+from intarsia.healing.layer_map import Correspondence, correspondences, taught
 from intarsia.healing.layer_task import Trained, finished
 from intarsia.healing.layer_training import train_layer
 from intarsia.healing.layer_work import LayerWork

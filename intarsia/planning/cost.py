@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass, replace
 
 from intarsia.healing.closed_form_cost import closed_form_cost_at_most
-from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.planning.forwards import first_forwards, plan_forwards, reconstructed_tokens
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.planning.forwards import first_forwards, plan_forwards
 from intarsia.planning.settings import Settings
 from intarsia.planning.sizes import FITTED_LAYERS, JUDGED_TOKENS, STREAMED_LOGIT_BYTES, Held, Sizes
 
@@ -69,7 +69,7 @@ def predict(
     steps, forwards = plan_forwards(method, settings, sizes.anatomy, target, tokens, seq_len, in_loop)
     # Taylor keeps the gradient at one depth besides the hidden states; what measures nothing keeps none of them.
     kept_depths = 0 if not first_forwards(method, depth) else depth + (2 if method.startswith("taylor") else 1)
-    judged = tokens if in_loop is not None else reconstructed_tokens(settings, tokens)
+    judged = tokens if in_loop is not None else 0
     hidden = sizes.hidden(kept_depths * tokens + depth * judged)  # the original's, beside the model's own
     cost = Cost(
         steps=steps,

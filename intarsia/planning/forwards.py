@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 
 from intarsia.anatomy.spec import Anatomy
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.layer_fit import passes
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.blocks import NEAREST
 from intarsia.planning.laco import SEQUENCES
-from intarsia.planning.settings import RECONSTRUCTION_TOKENS, ComeSettings, LacoSettings, Settings, layers_at_once
+from intarsia.planning.settings import ComeSettings, LacoSettings, Settings, layers_at_once
 from intarsia.planning.taylor import LAYERS_A_PASS
 
 
@@ -34,9 +34,7 @@ def plan_forwards(
         count = min(width, current - target + 1)
         after = current - (count - 1)
         if isinstance(settings, ComeSettings):
-            # The first step has one model before it; behind every step each of the beam is measured.
-            forwards += come_step(method, settings, current, count, tokens) * (settings.beam if steps else 1)
-            forwards += (settings.beam - 1) * after
+            forwards += come_step(method, settings, current, count)
         elif isinstance(settings, LacoSettings):
             # Every layer may be tried, with all layers run, on a few sequences; once more, the original model is.
             tried = current * after + (depth if not steps else 0)
@@ -69,20 +67,12 @@ def first_forwards(method: str, depth: int) -> int:
     return depth * (1 + LAYERS_A_PASS) if method in ("taylor", "taylor+") else depth
 
 
-def reconstructed_tokens(settings: Settings | None, tokens: int) -> int:
-    """Tokens on which spans are judged by their reconstruction."""
-    chosen = isinstance(settings, ComeSettings) and settings.span_choice == "reconstruction"
-    return min(tokens, RECONSTRUCTION_TOKENS) if chosen else 0
-
-
-def come_step(method: str, settings: ComeSettings, current: int, count: int, tokens: int) -> int:
+def come_step(method: str, settings: ComeSettings, current: int, count: int) -> int:
     """Layer-forwards of one step that makes `count` of `current` layers one."""
     after = current - (count - 1)
     forwards = after
     if settings.span_choice == "sleb":
         forwards += sum(current - start - count for start in range(current - count + 1))
-    # A layer-forward for each span, on part of the tokens.
-    forwards += math.ceil(after * reconstructed_tokens(settings, tokens) / max(tokens, 1))
     if method == "come-p":
         spans = min(settings.spans, after)
         forwards += spans * math.comb(settings.granularity + count - 1, count - 1) * after

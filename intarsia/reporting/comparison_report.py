@@ -8,7 +8,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from intarsia.errors import UserError
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.reporting import comparison
 from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Table, Tile
 from intarsia.reporting.colours import standalone
@@ -16,7 +16,7 @@ from intarsia.reporting.commands import compare_command
 from intarsia.reporting.comparison import DENSE, MEAN, Comparison, Measure, Row
 from intarsia.reporting.figures import Axis, Interval, Point, Series, chart, intervals, layers_axis
 from intarsia.reporting.puzzle import pieces_of, puzzle_svg
-from intarsia.reporting.wording import short, written
+from intarsia.reporting.wording import model_name, short, written
 
 _ERRORS = 1.96  # standard errors to either side are a 95 % interval
 _BROKEN = 30.0  # times the original's perplexity: by how much more does not matter
@@ -39,10 +39,10 @@ def read(path: Path) -> Subject:
     methods = {row.method for row in found.rows} - {DENSE}
     return Subject(
         path=path,
-        title=f"{found.model}: methods compared",
+        title=f"{model_name(found.model)}: methods compared",
         subtitle=f"{len(methods)} methods, {len(found.rows)} models"
         + (f", evaluated on {', '.join(found.texts)}" if found.texts else ""),
-        base=(found.base_sha256 or "", found.model),
+        base=(found.base_sha256 or "", model_name(found.model)),
         tiles=_tiles(found),
         notes=_notes(found),
         sections=[
@@ -273,7 +273,7 @@ def _puzzles(found: Comparison) -> list[Section]:
         if found.path.resolve() not in place.parents or not place.is_file():
             continue
         try:
-            recipe = codec.load(place)
+            recipe = schema.load(place)
         except UserError:
             continue
         figures.append(Figure(svg=puzzle_svg(recipe, pieces_of(recipe)), caption=row.method))

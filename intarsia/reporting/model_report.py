@@ -11,7 +11,7 @@ from intarsia.anatomy.detect import detect
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.wrapper import text_config
 from intarsia.disk import damage_named, read_json, write_whole
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Block, Code, Facts, Figure, Section, Subject, Tile, Written, table
 from intarsia.reporting.commands import compress_command
@@ -19,7 +19,7 @@ from intarsia.reporting.figures import Axis, Point, Series, chart
 from intarsia.reporting.plan_report import PlanRun, is_plan_run, ladders, load_run, score_sections, steps_section
 from intarsia.reporting.puzzle import Pieces, pieces_of_anatomy
 from intarsia.reporting.puzzle_section import LayerFacts, puzzle_section
-from intarsia.reporting.wording import change, measure, plain_name, plain_value, written
+from intarsia.reporting.wording import change, measure, model_name, plain_value, written
 
 MEASURES_FILE = RECIPE_FILE.with_name("measures.json")
 """What `compress` has measured, beside the recipe."""
@@ -56,7 +56,7 @@ def read(path: Path, *, generations: Sequence[Written] = ()) -> Subject:
     Raises:
         UserError: its recipe or its measures are damaged.
     """
-    recipe = codec.load(path / RECIPE_FILE)
+    recipe = schema.load(path / RECIPE_FILE)
     facts = _measures(path / MEASURES_FILE)
     run = _run(path, facts, recipe)
     variant = recipe.variant(recipe.base)
@@ -72,9 +72,9 @@ def read(path: Path, *, generations: Sequence[Written] = ()) -> Subject:
     ]
     return Subject(
         path=path,
-        title=f"{plain_name(variant.model)}, {recipe.depth} → {len(recipe.layers)} layers",
+        title=f"{model_name(variant.model)}, {recipe.depth} → {len(recipe.layers)} layers",
         subtitle=f"Made with {method}" + (f", evaluated on {evaluation['text']}" if evaluation.get("text") else ""),
-        base=(variant.sha256 or "", plain_name(variant.model)),
+        base=(variant.sha256 or "", model_name(variant.model)),
         tiles=_tiles(facts, recipe),
         notes=_notes(facts),
         sections=sections,
@@ -193,10 +193,10 @@ def _origin(path: Path, recipe: Recipe, facts: Mapping[str, Any], run: PlanRun |
     if run is not None and facts:
         heal = "closed-form" if provenance.get("heal") else "none"
         blocks.append(Code(text=compress_command(run.settings, out=path.name, layers=len(recipe.layers), heal=heal)))
-    pairs = [("recipe, sha256", codec.content_hash(recipe))]
+    pairs = [("recipe, sha256", schema.content_hash(recipe))]
     for variant in recipe.variants:
         revision = f", revision {variant.revision}" if variant.revision else ""
-        pairs.append((f"weights of {plain_name(variant.model)}{revision}, sha256", variant.sha256 or "not recorded"))
+        pairs.append((f"weights of {model_name(variant.model)}{revision}, sha256", variant.sha256 or "not recorded"))
     groups = {name: value for name, value in provenance.items() if name != "heal" and value is not None}
     if facts.get("evaluation"):
         groups["evaluation"] = facts["evaluation"]

@@ -11,14 +11,14 @@ from typing import Any
 from intarsia.disk import read_json
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.told import mlp_pieces, of_experts
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Tile, table
 from intarsia.reporting.commands import plan_command
 from intarsia.reporting.figures import Axis, Point, Series, chart, heat, layers_axis
 from intarsia.reporting.puzzle import pieces_of
 from intarsia.reporting.puzzle_section import LayerFacts, puzzle_section
-from intarsia.reporting.wording import duration, short, written
+from intarsia.reporting.wording import duration, model_name, short, written
 
 _SCORES = {
     "scores": "score of the method",
@@ -82,7 +82,7 @@ def load_run(path: Path) -> PlanRun:
     pinned = path / "calibration.json"
     remedy = "The run folder is damaged; delete it and plan again."
     expected = "what was recorded of the calibration text"
-    recipes = {int(step["layers"]): codec.load(run.recipe_path(int(step["layers"]))) for step in log}
+    recipes = {int(step["layers"]): schema.load(run.recipe_path(int(step["layers"]))) for step in log}
     return PlanRun(
         path=path,
         settings=run.settings(),
@@ -100,7 +100,7 @@ def read(path: Path) -> Subject:
         UserError: it is damaged.
     """
     run = load_run(path)
-    model, method = str(run.settings["model"]), str(run.settings["method"])
+    model, method = model_name(str(run.settings["model"])), str(run.settings["method"])
     notes = []
     if not run.log:
         notes.append("This run is not finished: no step is done yet, so there is nothing to draw.")

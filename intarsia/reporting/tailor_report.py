@@ -18,7 +18,7 @@ from intarsia.reporting.figures import Axis, Point, Series, chart
 from intarsia.reporting.puzzle import pieces_of, puzzle_svg, sources_in_words
 from intarsia.reporting.puzzle_section import puzzle_section
 from intarsia.reporting.tailor_run import FAMILY, TailorRun, load
-from intarsia.reporting.wording import duration, plain_name, short, written
+from intarsia.reporting.wording import duration, model_name, short, written
 from intarsia.tailoring.history import Trial
 from intarsia.tailoring.pareto import Front
 
@@ -34,7 +34,7 @@ def read(path: Path) -> Subject:
     run = load(path)
     members = run.settings["members"]
     base = next(iter(members.values()))
-    space, names = run.settings["space"], [plain_name(base["model"]), *list(members)[1:]]
+    space, names = run.settings["space"], [model_name(base["model"]), *list(members)[1:]]
     return Subject(
         path=path,
         title=f"{' + '.join(names)}, {space['depth']} → {space['target']} layers",

@@ -20,6 +20,11 @@ def written(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
 
 
+def model_name(model: str) -> str:
+    """What a model is called, without the folders of somebody's machine."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
 def duration(seconds: float) -> str:
     """A time in the two largest units that it has."""
     if seconds < 60:
@@ -64,8 +69,3 @@ def short(value: float) -> str:
         if abs(value) >= unit:
             return f"{value / (1e3 if name == 'k' else unit):.4g}{name}"
     return f"{value:.4g}"
-
-
-def plain_name(model: str) -> str:
-    """A model's name without the folders of somebody's machine."""
-    return Path(model).name if Path(model).is_absolute() else model

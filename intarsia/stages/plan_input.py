@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from intarsia.errors import UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.planning.beam import check_beam
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.cost import Cost, predict
 from intarsia.planning.finalists import check_finalists
 from intarsia.planning.ladder import METHODS, progressive_methods, settings_of
@@ -75,10 +74,9 @@ def asked(
         UserError: it cannot be done.
     """
     settings = settings_of(method, given)
-    check_beam(method, settings, in_loop)
     check_finalists(method, settings, in_loop)
     if workers is not None:
-        check_workers(workers, method, settings, in_loop, len(source.placement.devices))
+        check_workers(workers, method, in_loop, len(source.placement.devices))
     target = target_depth(source.checkpoint, layers=layers, sparsity=sparsity)
     check_seq_len(source.checkpoint, source.seq_len)
     predicted = predict(

@@ -11,11 +11,10 @@ import torch
 from intarsia.building.resident import Resident
 from intarsia.checkpoint.model_name import lasting
 from intarsia.errors import Problem, UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.cluster import check_scheduler, connect, own_workers, running
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.ladder import METHODS, planner_of
 from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import ComeSettings, Settings
 from intarsia.planning.share import Share
 from intarsia.planning.team import Team
 from intarsia.stages.source import Source
@@ -31,19 +30,13 @@ class Workers:
     count: int | None = None
 
 
-def check_workers(
-    workers: Workers, method: str, settings: Settings | None, in_loop: ClosedFormSettings | None, devices: int
-) -> None:
+def check_workers(workers: Workers, method: str, in_loop: ClosedFormSettings | None, devices: int) -> None:
     """Refuse what is not spread over workers, all at once, and a scheduler that is not there.
-
-    Args:
-        settings: the method's.
 
     Raises:
         UserError: saying which.
     """
     able = [name for name in METHODS if planner_of(name).measures and not name.startswith("taylor")]
-    chosen = settings.span_choice if isinstance(settings, ComeSettings) else None
     known = (
         (
             workers.count is not None and workers.count < 1,
@@ -65,13 +58,6 @@ def check_workers(
             "no workers: what is fitted needs all hidden states in one place",
             "both",
             "Leave one of them out; `compress` and `heal` repair afterwards.",
-        ),
-        (
-            chosen == "reconstruction",
-            "--span-choice",
-            "sbi or sleb, where workers measure",
-            "reconstruction, which fits layers",
-            "Choose one of the others, or leave --workers and --scheduler out.",
         ),
         (
             devices > 1,

@@ -9,7 +9,7 @@ from typing import Any
 
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.told import describe
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans, identity
 from intarsia.tailoring.candidate import Candidate, single
@@ -81,7 +81,7 @@ def plan_run(path: Path, **changes: Any) -> Path:
             "layer_forwards": 6.0,
             "seconds": 1.5,
             "recipe": f"layers-{len(recipe.layers):03d}.yaml",
-            "hash": codec.content_hash(recipe),
+            "hash": schema.content_hash(recipe),
         }
         run.append(entry, recipe)
     return path
@@ -200,7 +200,7 @@ def search(folder: Path, *, trials: tuple[Trial, ...] = TRIALS, wanted: int = 7,
             {"name": "science", "kind": "task", "source": "arc.jsonl", "metric": "likelihood", "sha256": "c" * 64},
             {"name": "prose", "kind": "loss", "source": "news.txt", "metric": None, "sha256": "d" * 64},
         ],
-        "engine": "both",
+        "engine": "smac",
         "seed": 0,
         "heal": "none",
         "device": None,
@@ -233,5 +233,5 @@ def search(folder: Path, *, trials: tuple[Trial, ...] = TRIALS, wanted: int = 7,
     (folder / "front.json").write_text(json.dumps({"judged": found} if judged else {}), encoding="utf-8")
     whole = [Select(source=of(layer)) for layer in (0, 1, 2, 5)]
     for number, layers in ((1, (whole[0], MERGED, JOINED, Select(source=of(5, "math")))), (2, whole), (4, whole)):
-        codec.save(recipe(*layers), folder / "front" / f"trial-{number:05d}.yaml")
+        schema.save(recipe(*layers), folder / "front" / f"trial-{number:05d}.yaml")
     return folder

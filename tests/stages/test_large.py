@@ -17,8 +17,7 @@ from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.healing.settings import LayerwiseSettings
 from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import ComeSettings
-from intarsia.recipe.codec import content_hash
+from intarsia.recipe.schema import content_hash
 from intarsia.stages.evaluate import evaluate_perplexity
 from intarsia.stages.heal import heal
 from intarsia.stages.placement import placement
@@ -211,5 +210,3 @@ def test_what_workers_do_not_measure(model_folder: Folder, sizes: Sizes, tmp_pat
     assert refused(workers=0, heal_in_loop=True) == ["--workers", "--heal-in-loop"]
     assert refused(workers=2, method="taylor") == ["--workers"]
     assert refused(workers=2, method="reverse", devices=["cpu", "cpu"]) == ["--workers", "--devices"]
-    settings = ComeSettings(span_choice="reconstruction")
-    assert refused(scheduler="nowhere:xyz", settings=settings) == ["--span-choice"]

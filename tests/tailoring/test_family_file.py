@@ -64,7 +64,7 @@ def test_examples_are_valid(path: Path) -> None:
     ("changes", "messages"),
     [
         ({"operations": ["remove", "glue"]}, [r"operations\[1\]: expected one of remove, select.*found 'glue'"]),
-        ({"merge": {"methods": ["fuse"]}}, [r"merge.methods\[0\]: expected one of linear, slerp.*found 'fuse'"]),
+        ({"merge": {"methods": ["regmean"]}}, [r"merge.methods\[0\]: expected one of linear, slerp.*found 'regmean'"]),
         ({"merge": {"methods": ["ties", "ties"]}}, ["each once; found ties a second time"]),
         ({"merge": {"scale": [1.5, 0.0]}}, [r"merge.scale: expected \[lowest, highest\].*found \[1.5, 0.0\]"]),
         ({"merge": {"parts": "both"}}, ["merge.parts: expected together or separate"]),
@@ -82,7 +82,7 @@ def test_examples_are_valid(path: Path) -> None:
         ({"objectives": [{"name": "a", "task": "y", "metric": "luck"}]}, ["accuracy or margin or likelihood"]),
         ({"objectives": [{"name": "a", "kl": "y"}, {"name": "a", "kl": "z"}]}, ["a name of its own; found 'a'"]),
         ({"objectives": [{"name": "a", "kl": "y", "split": "0.5:0.2"}]}, ["a part of the file such as 0:0.33"]),
-        ({"search": {"engine": "grid"}}, ["search.engine: expected smac or evolve or random or both"]),
+        ({"search": {"engine": "both"}}, ["search.engine: expected smac or evolve or random; found 'both'"]),
         ({"search": {"min_budget": 300}}, ["search.min_budget: expected at most max_budget; found 300 and 256"]),
         ({"search": {"trials": 0, "eta": 1}}, ["search.trials", "search.eta"]),
         ({"search": {"warm_start": ["best"]}}, [r"warm_start\[0\]: expected random-middle, come.*found 'best'"]),
