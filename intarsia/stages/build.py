@@ -21,7 +21,7 @@ from intarsia.progress import Progress, Silent
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
-from intarsia.reporting.puzzle import puzzle_svg
+from intarsia.reporting.puzzle import pieces_of_anatomy, puzzle_file
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_recipe import chosen_trial, is_tailored, trial_recipe
 from intarsia.stages.versions import versions
@@ -150,7 +150,7 @@ def build_recipe(
 
     def finish(folder: Path) -> None:
         facts = card_facts(recipe, base, result(folder), title=out.name)
-        (folder / PICTURE).write_text(puzzle_svg(recipe, base.anatomy), encoding="utf-8")
+        (folder / PICTURE).write_text(puzzle_file(recipe, pieces_of_anatomy(base.anatomy)), encoding="utf-8")
         (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
 
     materialize(

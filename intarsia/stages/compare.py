@@ -14,8 +14,7 @@ from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.task_plan import plan_tasks
 from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.progress import Progress, Silent
-from intarsia.reporting.comparison import load
-from intarsia.reporting.comparison_table import cells
+from intarsia.reporting.comparison import cells, load
 from intarsia.stages.calibration_text import calibration_as_begun, facts_of
 from intarsia.stages.compare_folder import CompareFolder
 from intarsia.stages.compare_input import check_depths, check_lists, load_texts, predicted_cost, task_facts_of

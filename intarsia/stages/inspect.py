@@ -15,7 +15,7 @@ from intarsia.planning.told import describe, mlp_pieces, of_experts
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.comparison import SETTINGS as COMPARISON
-from intarsia.reporting.tailor_folder import SETTINGS as SEARCH
+from intarsia.reporting.tailor_run import SETTINGS as SEARCH
 
 
 @dataclass(frozen=True, kw_only=True)
