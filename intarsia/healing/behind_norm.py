@@ -119,11 +119,6 @@ def fit_norm(behind: NormBehind, passes: Passes, ridges: Sequence[float], *, whe
     return kept, best
 
 
-def tried(strengths: int) -> int:
-    """How many of so many strengths are tried."""
-    return -(-strengths // EVERY)
-
-
 def fit_weight(
     behind: NormBehind,
     own_DC: Tensor,

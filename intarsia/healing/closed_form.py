@@ -42,8 +42,8 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.room import Room
 from intarsia.calibration.stream import LayerStream
-from intarsia.healing.closed_form_cost import read_outs
 from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.fit_plan import fitted_parts
 from intarsia.healing.layer_fit import LayerFit, fit_layer
 from intarsia.healing.original import Original
 from intarsia.healing.part_fit import FitBatch
@@ -113,7 +113,7 @@ class _Work:
         self.anatomy: Anatomy = resident.anatomy
         self.progress = progress
         self.stream = LayerStream(resident.model, resident.anatomy)
-        self.parts = read_outs(recipe, settings, self.anatomy)
+        self.parts = fitted_parts(recipe, settings, self.anatomy)
         self.indices = list(self.parts)
         n, t = self.batches.corpus.input_ids.shape
         self.student = HiddenStore((n, t, self.anatomy.width), resident.model.dtype, room=room)

@@ -21,7 +21,7 @@ class ClosedFormSettings:
             layer behind the first of them.
         changed: read-outs to fit on the former, in this order.
         unchanged: read-outs to fit on the latter, in this order. All but the first only on as many layers, from the
-            front, as keep the cost of the fit within `MOST_PASSES` of the model (`closed_form_cost.read_outs`).
+            front, as keep the cost of the fit within `MOST_PASSES` of the model (`fit_plan.fitted_parts`).
         weighting: `relative`: a token counts with 1 / |H^b|^2; `uniform`: all the same.
         held_out: every how-manieth sequence is held out to choose the ridge strength by.
         ridges: relative strengths to choose from.

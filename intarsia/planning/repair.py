@@ -12,6 +12,7 @@ The same fit, of one read-out and on part of the tokens, tells how well a layer 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intarsia.anatomy.spec import Anatomy
 from intarsia.building.resident import twin
 from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
@@ -30,10 +32,28 @@ from intarsia.healing.layer_fit import LayerFit, fit_layer, fittable, passes
 from intarsia.healing.original import Original
 from intarsia.healing.part_fit import FitBatch, PartFit
 from intarsia.healing.scratch import Scratch
+from intarsia.planning.blocks import NEAREST
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.settings import RECONSTRUCTION_TOKENS
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import derive_spans
+
+
+def repair_forwards(
+    anatomy: Anatomy, settings: ClosedFormSettings | None, current: int, *, finalists: int = 1, blocks: int = 0
+) -> int:
+    """Layer-forwards that healing one step of a model of `current` layers takes at most; none without settings.
+
+    For each finalist two layers are fitted, the model is measured anew, and the held-out loss is measured twice. Of
+    blocks the held-out loss of `NEAREST` is measured, and some are fitted; one that is taken is measured as a whole.
+    """
+    if settings is None:
+        return 0
+    fit, held_out = passes(anatomy, settings.changed), math.ceil(current / settings.held_out)
+    forwards = finalists * (2 * fit + current + 2 * held_out)
+    if blocks:
+        forwards += NEAREST * held_out + blocks * (fit + held_out) + current
+    return forwards
 
 
 class Repair:

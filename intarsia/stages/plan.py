@@ -10,7 +10,7 @@ from typing import Any
 
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.planning.cost import Cost
+from intarsia.planning.estimate import Estimate
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, Settings
@@ -33,7 +33,7 @@ class PlanResult:
         losses: calibration loss in nats at each of them (None where the method does not measure it).
         layer_forwards: cost over the whole run; 1 is one layer over the calibration set.
         stopped: why the planner ended before the target, or None.
-        predicted: cost and memory as predicted beforehand.
+        estimate: what it takes, as known before.
     """
 
     model: str
@@ -47,7 +47,7 @@ class PlanResult:
     seconds: float
     peak_memory_bytes: int
     stopped: str | None
-    predicted: Cost
+    estimate: Estimate
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -57,6 +57,8 @@ class PlanResult:
             {"layers": depth, "calibration_loss": loss} for depth, loss in zip(self.depths, self.losses, strict=True)
         ]
         del data["depths"], data["losses"]
+        if self.run is not None:  # the work is done
+            del data["estimate"]
         return data
 
 
@@ -103,7 +105,7 @@ def plan(
         memory_bytes: what hidden states may take in memory; the rest goes to files in the run folder.
         scheduler, workers: give the calibration set to the Dask workers of a scheduler, or to so many processes on
             this machine; each holds a model of its own.
-        dry_run: predict cost and memory, and do nothing.
+        dry_run: estimate what it takes, and do nothing.
 
     Raises:
         UserError: something about the input cannot be used. Nothing has been written then.
@@ -189,12 +191,12 @@ def plan_source(
             seconds=time.perf_counter() - begun,
             peak_memory_bytes=peak_memory_bytes(),
             stopped=stopped,
-            predicted=wanted.predicted,
+            estimate=wanted.estimate,
         )
 
     if dry_run:
         return result(None)
-    progress.say(wanted.predicted.words())
+    progress.say(wanted.estimate.words())
     _ = source.tokenizer  # read now: one that cannot be read must not be found out after the scan
     identifying = identifying_settings(source, run, wanted)
     folder = RunFolder.offer(run, identifying)

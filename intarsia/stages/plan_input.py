@@ -1,4 +1,4 @@
-"""What a plan is asked for, held against what can be, and what it will cost: before any work."""
+"""Validate the options of a plan, and estimate what it takes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from intarsia.errors import UserError
 from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.planning.beam import check_beam
-from intarsia.planning.cost import Cost, predict
+from intarsia.planning.estimate import Estimate, estimate
 from intarsia.planning.finalists import check_finalists
-from intarsia.planning.ladder import METHODS, progressive_methods, settings_of
+from intarsia.planning.ladder import METHODS, planner_of, progressive_methods, settings_of
 from intarsia.planning.settings import Settings
-from intarsia.planning.sizes import Sizes
 from intarsia.stages.setup import check_seq_len
 from intarsia.stages.source import Source
 from intarsia.stages.target import target_depth
@@ -32,7 +31,7 @@ class Asked:
     in_loop: ClosedFormSettings | None
     target: int
     batch_tokens: int | None
-    predicted: Cost
+    estimate: Estimate
 
 
 def check_method(method: str, *, heal_in_loop: bool = False) -> None:
@@ -81,22 +80,19 @@ def asked(
         check_workers(workers, method, settings, in_loop, len(source.placement.devices))
     target = target_depth(source.checkpoint, layers=layers, sparsity=sparsity)
     check_seq_len(source.checkpoint, source.seq_len)
-    predicted = predict(
-        Sizes.of(source.checkpoint, source.dtype),
-        method,
-        settings,
-        target=target,
-        tokens=source.tokens,
-        seq_len=source.seq_len,
-        held=source.placement.held(batch_tokens),
-        in_loop=in_loop,
-        writes=source.writes,
-    )
     return Asked(
         method=method,
         settings=settings,
         in_loop=in_loop,
         target=target,
         batch_tokens=batch_tokens,
-        predicted=predicted,
+        estimate=estimate(
+            source.checkpoint,
+            planner_of(method, settings),
+            target,
+            tokens=source.tokens,
+            seq_len=source.seq_len,
+            dtype=source.dtype,
+            in_loop=in_loop,
+        ),
     )

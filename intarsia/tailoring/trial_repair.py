@@ -17,8 +17,8 @@ from torch import nn
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing.closed_form import fit
-from intarsia.healing.closed_form_cost import closed_form_cost
 from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.fit_plan import fit_forwards
 from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.uncut import uncut
 from intarsia.tailoring.objective import Objective
@@ -70,7 +70,7 @@ def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
 
 def repair_work(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> float:
     """What that fit takes, in layer-forwards times tokens."""
-    return float(closed_form_cost(recipe, _SETTINGS, layers.resident.anatomy) * corpus.tokens)
+    return float(fit_forwards(recipe, _SETTINGS, layers.resident.anatomy) * corpus.tokens)
 
 
 def teacher_of(recipe: Recipe, layers: ResidentFamily) -> list[nn.Module]:

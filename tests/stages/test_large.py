@@ -54,7 +54,6 @@ def test_a_streamed_compression_is_the_same(
     assert found.before.perplexity is not None and whole.before.perplexity is not None
     assert found.before.perplexity.value == pytest.approx(whole.before.perplexity.value, rel=1e-6)
     assert found.before.prefill_per_s is None and (whole.before.prefill_per_s or 0) > 0
-    assert found.predicted.spilled_bytes == found.predicted.hidden_bytes > 0 == whole.predicted.spilled_bytes
     run = tmp_path / "streamed.run"
     assert any(run in path.parents for path in files)
     assert not list(run.glob("intarsia-hidden-*")), "spilled files go when the work is done"
@@ -142,20 +141,9 @@ def test_the_command_line(model_folder: Folder, sizes: Sizes, tmp_path: Path) ->
     told = run("plan", model, "--run", place, "--layers", "5", "--stream", "--memory", "1MB", *words)
     assert told.exit_code == 0, told.output
     result = json.loads(told.stdout)
-    assert result["predicted"]["spilled_bytes"] == 0
-    assert result["predicted"]["peak_memory_bytes"] > 0 and result["peak_memory_bytes"] > 0
+    assert result["peak_memory_bytes"] > 0
     assert run("plan", model, "--run", place, "--layers", "5", "--memory", "much", *words).exit_code == 2
     assert run("plan", "--layers", "5", *words).exit_code == 2
-    paper = run("plan", "--dry-run", "--shape", "llama-3.2-1b", "--layers", "12", "--device-memory", "24GB", "--json")
-    assert paper.exit_code == 0, paper.output
-    (row,) = json.loads(paper.stdout)["rows"]
-    assert (row["shape"], row["layers"], row["target"], row["device_memory_bytes"]) == (
-        "llama-3.2-1b",
-        16,
-        12,
-        24 * 10**9,
-    )
-    assert run("plan", "--shape", "llama-3.2-1b", "--layers", "12").exit_code == 2
 
 
 def test_dropping_a_depth_gives_its_room_back(tmp_path: Path) -> None:
