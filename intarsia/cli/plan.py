@@ -57,22 +57,6 @@ def plan(
     memory: options.Memory = None,
     batch_tokens: options.BatchTokens = None,
     seed: options.Seed = 0,
-    scheduler: Annotated[
-        str | None,
-        options.valued(
-            "ADDRESS",
-            "Give the calibration set to the workers of a Dask scheduler, such as tcp://host:8786.",
-            panel="Models larger than memory",
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        options.valued(
-            "N",
-            "Give it to N processes on this machine, or to N of the scheduler's; each holds the model.",
-            panel="Models larger than memory",
-        ),
-    ] = None,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -105,8 +89,6 @@ def plan(
             memory_bytes=values.memory_bytes(memory),
             batch_tokens=batch_tokens,
             seed=seed,
-            scheduler=scheduler,
-            workers=workers,
             dry_run=dry_run,
             progress=display(quiet=quiet or as_json),
         )

@@ -17,7 +17,6 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.scan import scan
 from intarsia.healing import closed_form, end_to_end, launch, layerwise
 from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.healing.cluster import connect
 from intarsia.healing.quality import quality
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
 from intarsia.healing.starts import starts
@@ -58,7 +57,6 @@ class Healing:
     closed_form: ClosedFormSettings
     layerwise: LayerwiseSettings
     end_to_end: EndToEndSettings
-    scheduler: str | None
     barrier: Callable[[], None]
     progress: Progress
 
@@ -188,24 +186,17 @@ class Healing:
         return end.recipe, end.fits
 
     def _layerwise(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:
-        def train(cluster: Any = None) -> tuple[Recipe, list[dict[str, Any]]]:
-            return layerwise.train(
-                recipe,
-                self.resident,
-                texts.train,
-                texts.held_out,
-                settings=self.layerwise,
-                teacher=self.teaching,
-                folder=folder,
-                cluster=cluster,
-                memory_bytes=self.placement.memory_bytes,
-                progress=self.progress,
-            )
-
-        if self.scheduler is None:
-            return train()
-        with connect(self.scheduler) as cluster:
-            return train(cluster)
+        return layerwise.train(
+            recipe,
+            self.resident,
+            texts.train,
+            texts.held_out,
+            settings=self.layerwise,
+            teacher=self.teaching,
+            folder=folder,
+            memory_bytes=self.placement.memory_bytes,
+            progress=self.progress,
+        )
 
     def _whole_teacher(self, recipe: Recipe) -> Teacher:
         # The first process has the original in memory already.

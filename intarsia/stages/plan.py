@@ -20,7 +20,6 @@ from intarsia.stages.plan_input import asked, check_method
 from intarsia.stages.plan_settings import first_recipe, identifying_settings
 from intarsia.stages.plan_work import climbed
 from intarsia.stages.source import Source
-from intarsia.stages.teaming import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +81,6 @@ def plan(
     memory_bytes: int | None = None,
     batch_tokens: int | None = None,
     seed: int = 0,
-    scheduler: str | None = None,
-    workers: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> PlanResult:
@@ -103,8 +100,6 @@ def plan(
         devices: lay the layers over several devices.
         stream: keep one layer in memory at a time, read from the files when it is needed.
         memory_bytes: what hidden states may take in memory; the rest goes to files in the run folder.
-        scheduler, workers: give the calibration set to the Dask workers of a scheduler, or to so many processes on
-            this machine; each holds a model of its own.
         dry_run: estimate what it takes, and do nothing.
 
     Raises:
@@ -135,7 +130,6 @@ def plan(
         in_loop=ClosedFormSettings() if heal_in_loop else None,
         batch_tokens=batch_tokens,
         dry_run=dry_run,
-        workers=None if scheduler is None and workers is None else Workers(scheduler=scheduler, count=workers),
     )
 
 
@@ -151,20 +145,17 @@ def plan_source(
     dry_run: bool,
     in_loop: ClosedFormSettings | None = None,
     shared: Callable[[], Intermediate] | None = None,
-    workers: Workers | None = None,
 ) -> PlanResult:
     """`plan`, for a model that other stages of the same call work on too.
 
     Args:
         in_loop: how to repair what a step changes before the next, if at all.
         shared: gives the model to plan with, where it is shared with other plans; it is not closed then.
-        workers: who measures the calibration set; this process, if it is not said.
 
     Raises:
         UserError: as `plan`.
     """
     begun = time.perf_counter()
-    assert workers is None or shared is None, "a model that is shared is measured in this process"
     progress = source.progress
     wanted = asked(
         source,
@@ -174,7 +165,6 @@ def plan_source(
         sparsity=sparsity,
         in_loop=in_loop,
         batch_tokens=batch_tokens,
-        workers=workers,
     )
 
     def result(folder: RunFolder | None, layer_forwards: float = 0.0, stopped: str | None = None) -> PlanResult:
@@ -209,9 +199,7 @@ def plan_source(
     pin_text(folder, corpus)
     start = first_recipe(folder, source, identifying)
     behind_norm = measured_behind_norm(wanted.settings)
-    spent, stopped = climbed(
-        source, folder, start, wanted, behind_final_norm=behind_norm, shared=shared, workers=workers
-    )
+    spent, stopped = climbed(source, folder, start, wanted, behind_final_norm=behind_norm, shared=shared)
     return result(folder, spent, stopped)
 
 

@@ -14,7 +14,6 @@ from intarsia.planning.settings import Settings
 from intarsia.stages.setup import check_seq_len
 from intarsia.stages.source import Source
 from intarsia.stages.target import target_depth
-from intarsia.stages.teaming import Workers, check_workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,6 @@ def asked(
     sparsity: float | None,
     in_loop: ClosedFormSettings | None,
     batch_tokens: int | None,
-    workers: Workers | None,
 ) -> Asked:
     """What is asked for, as far as it can be done.
 
@@ -76,8 +74,6 @@ def asked(
     settings = settings_of(method, given)
     check_beam(method, settings, in_loop)
     check_finalists(method, settings, in_loop)
-    if workers is not None:
-        check_workers(workers, method, settings, in_loop, len(source.placement.devices))
     target = target_depth(source.checkpoint, layers=layers, sparsity=sparsity)
     check_seq_len(source.checkpoint, source.seq_len)
     return Asked(

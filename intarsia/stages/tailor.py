@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from intarsia.evaluation.memory import peak_memory_bytes
-from intarsia.healing.cluster import check_scheduler
 from intarsia.progress import Progress, Silent
 from intarsia.reporting.page import write_report
 from intarsia.stages.plan_settings import config_as_begun
@@ -28,7 +27,7 @@ from intarsia.stages.tailor_result import TailorResult
 from intarsia.stages.tailor_scorer import Opener, TrialScorer, evaluator_of
 from intarsia.stages.tailor_settings import settings_of
 from intarsia.tailoring.blend_methods import STATISTICS
-from intarsia.tailoring.dask_workers import dask_workers
+from intarsia.tailoring.dask_workers import check_scheduler, dask_workers
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import BASE
 from intarsia.tailoring.grids import space_of

@@ -17,7 +17,6 @@ from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.healing.settings import LayerwiseSettings
 from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import ComeSettings
 from intarsia.recipe.codec import content_hash
 from intarsia.stages.evaluate import evaluate_perplexity
 from intarsia.stages.heal import heal
@@ -158,46 +157,3 @@ def test_dropping_a_depth_gives_its_room_back(tmp_path: Path) -> None:
     assert store.file(2) is None
     store.close()
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_a_plan_on_workers_is_the_same(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
-    """Two processes of our own, from the command line; and a run that they began may go on without them."""
-    pytest.importorskip("distributed")
-    model, runs = str(model_folder("llama")), [tmp_path / name for name in ("alone", "two")]
-    intarsia.plan(model, runs[0], layers=4, **sizes)
-    given = ["plan", model, "--run", str(runs[1]), "--layers", "5", "--workers", "2", "--stream", "--json"]
-    for name, value in sizes.items():
-        given += [f"--{name.replace('_', '-')}", str(value)]
-    done = CliRunner().invoke(app, given)
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["layer_forwards"] > 0
-    intarsia.plan(model, runs[1], layers=4, **sizes)
-    hashes = [[content_hash(RunFolder(run).recipe(depth)) for depth in (5, 4)] for run in runs]
-    assert hashes[0] == hashes[1]
-    assert not list(runs[1].glob("intarsia-hidden-*"))
-
-
-def test_a_scheduler_that_is_not_there(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
-    pytest.importorskip("distributed")
-    with pytest.raises(UserError, match="dask scheduler") as caught:
-        intarsia.plan(str(model_folder("llama")), tmp_path / "run", layers=5, scheduler="nowhere:xyz", **sizes)
-    assert caught.value.problems[0].where == "--scheduler"
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_workers_do_not_measure(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
-    """All of it at once, before anything is opened or written."""
-    model = str(model_folder("llama"))
-
-    def refused(**given: Any) -> list[str]:
-        with pytest.raises(UserError) as caught:
-            intarsia.plan(model, tmp_path / "run", layers=5, **given, **sizes)
-        assert not (tmp_path / "run").exists()
-        return [problem.where for problem in caught.value.problems]
-
-    assert refused(workers=0, heal_in_loop=True) == ["--workers", "--heal-in-loop"]
-    assert refused(workers=2, method="taylor") == ["--workers"]
-    assert refused(workers=2, method="reverse", devices=["cpu", "cpu"]) == ["--workers", "--devices"]
-    settings = ComeSettings(span_choice="reconstruction")
-    assert refused(scheduler="nowhere:xyz", settings=settings) == ["--span-choice"]
