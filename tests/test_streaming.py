@@ -20,7 +20,7 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import perplexity
-from intarsia.healing import closed_form, layerwise
+from intarsia.healing import layerwise
 from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.quality import quality
 from intarsia.healing.settings import LayerwiseSettings
@@ -32,6 +32,7 @@ from intarsia.progress import Silent
 from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from tests import families
+from tests.closed_form_fits import fit_on
 from tests.conftest import InMemory, Opened
 from tests.planning.conftest import corpus_of
 from tests.recipes_by_hand import select, shared
@@ -172,9 +173,8 @@ def test_repairing_in_the_loop_is_the_same(
     assert resident.shelf is not None and resident.shelf.most <= 2
 
 
-@pytest.mark.parametrize("choice", ["sleb", "reconstruction"])
-def test_spans_are_chosen_the_same(choice: Any, tmp_path: Path, checkpoint_of: Opened, resident_of: InMemory) -> None:
-    settings = ComeSettings(span_choice=choice, racing=False)
+def test_spans_are_chosen_the_same(tmp_path: Path, checkpoint_of: Opened, resident_of: InMemory) -> None:
+    settings = ComeSettings(span_choice="sleb", racing=False)
     wanted = ladder(resident_of("llama"), tmp_path / "whole", "come-p", settings=settings)
     assert ladder(streamed(checkpoint_of("llama")), tmp_path / "streamed", "come-p", settings=settings) == wanted
 
@@ -211,8 +211,8 @@ def test_healed_tensors_are_the_same(family: str, checkpoint_of: Opened, residen
     resident, other, corpus = resident_of(family), streamed(checkpoint_of(family)), corpus_of(padded=True)
     recipe = whole().with_layers([select(0), select(2), select(4), select(5)])
     settings = ClosedFormSettings(held_out=2)
-    wanted, reports = closed_form.fit(recipe, resident, corpus, settings=settings, batch_tokens=26)
-    found, same = closed_form.fit(recipe, other, corpus, settings=settings, batch_tokens=26, room=Room(memory_bytes=0))
+    wanted, reports = fit_on(recipe, resident, corpus, settings=settings, batch_tokens=26)
+    found, same = fit_on(recipe, other, corpus, settings=settings, batch_tokens=26, room=Room(memory_bytes=0))
     assert content_hash(found) == content_hash(wanted)
     assert same == reports and any(report["ridge"] is not None for report in reports)
     assert other.shelf is not None and other.shelf.most <= 2
@@ -307,7 +307,7 @@ def test_a_batch_is_halved_where_memory_runs_out(small_device: OutOfMemory, resi
         assert found.channels["mlp"].tokens == corpus.tokens
     progress.said.clear()
     recipe = whole().with_layers([select(0), select(2), select(4), select(5)])
-    closed_form.fit(recipe, resident, corpus, batch_tokens=1000, progress=progress)
+    fit_on(recipe, resident, corpus, batch_tokens=1000, progress=progress)
     assert progress.said[-1] == "cpu is out of memory: 2 sequences at a time from now on, not 3"
 
 

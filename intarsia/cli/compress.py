@@ -53,7 +53,6 @@ def compress(
     finalists: come_options.Finalists = 1,
     blocks: come_options.Blocks = 0,
     thorough: come_options.Thorough = False,
-    beam: come_options.Beam = 1,
     combine: come_options.Combine = "concat",
     reference: come_options.Reference = False,
     laco_merge: options.LacoMerge = 4,

@@ -17,12 +17,12 @@ from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.room import PREFIX, Room
 from intarsia.calibration.stream import LayerCall, LayerStream
 from intarsia.disk import require_room
-from intarsia.healing.correspond import Correspondence
+from intarsia.healing.layer_map import Correspondence
 from intarsia.healing.layer_task import LayerTask, trained_names
-from intarsia.healing.original import Original
 from intarsia.healing.schedule import schedule_of
 from intarsia.healing.settings import LayerwiseSettings
 from intarsia.healing.states import States, StudentStates, plain_batches
+from intarsia.healing.teacher import TeacherStates
 from intarsia.healing.text import Text
 from intarsia.progress import Task
 from intarsia.recipe.recipe import Recipe
@@ -68,7 +68,7 @@ class LayerWork:
             # A layer's masters, optimiser state and best tensors, as finished and as they are on the way.
             most = 20 * resident.anatomy.layer_parameters
             require_room(folder, most, "the state of one layer's training", option="--run")
-        self.original = Original(teacher, plain_batches(teacher, text.ids_NT), room=room)
+        self.original = TeacherStates(teacher, plain_batches(teacher, text.ids_NT), room=room)
         self.store, self.stream = self.original.store, LayerStream(teacher.model, teacher.anatomy)
         self.student: StudentStates | None = None
         if settings.inputs == "student":

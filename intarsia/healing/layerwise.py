@@ -20,7 +20,7 @@ from intarsia.anatomy.spec import Anatomy
 from intarsia.building.parameters import to_tensors
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
-from intarsia.healing.correspond import Correspondence, correspondences, taught
+from intarsia.healing.layer_map import Correspondence, correspondences, taught
 from intarsia.healing.layer_task import Trained, finished
 from intarsia.healing.layer_training import train_layer
 from intarsia.healing.layer_work import LayerWork

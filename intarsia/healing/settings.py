@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from intarsia.errors import Problem, UserError
-from intarsia.healing.correspond import Layers
+from intarsia.healing.layer_map import Layers
 from intarsia.healing.losses import Weighting
 
 Check = tuple[str, str, object, bool]
@@ -77,7 +77,7 @@ class LayerwiseSettings(Pace):
         weighting: what a token counts in the squared error.
         inputs: a layer is fed the `teacher`'s hidden states, as published, and is independent of the others; or those
             of the `student`: the layers before it, trained already, so that it learns to make good what they left.
-        layers: which layers, see `correspond.Layers`.
+        layers: which layers, see `layer_map.Layers`.
         only: names of tensors or modules inside a layer (`down_proj`, `mlp`, ...) that are trained; empty for all.
     """
 

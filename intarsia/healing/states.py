@@ -1,6 +1,6 @@
 """The hidden states that layers are trained with.
 
-The teacher's are `intarsia.healing.original`'s; the student's are made here, in one pass that goes deeper as training
+The teacher's are `intarsia.healing.teacher`'s; the student's are made here, in one pass that goes deeper as training
 does, behind its trained layers.
 
 Padding is on the right and attention looks back only, so real tokens are the same whether or not the model is told of

@@ -1,9 +1,14 @@
-"""What the teacher says of every sequence: from the teacher itself, or from a cache of its likeliest tokens on disk.
+"""The teacher: hidden states by depth, which layers are fitted and trained toward, and logits for whole models.
 
-The cache is written once for a teacher, a text, a K and a temperature, under a name made of these, and memory-mapped
-from then on. It appears whole or not at all.
+`TeacherStates` depend on the model and the text alone, so several fits may share them, and a student whose first layers
+are the teacher's own starts where it differs. Where the whole model was measured already, they are read and not run
+again.
 
-Shape suffixes: `N` sequences, `T` tokens, `K` kept tokens.
+Logits come from the teacher itself, or from a cache of its likeliest tokens on disk. The cache is written once for a
+teacher, a text, a K and a temperature, under a name made of these, and memory-mapped from then on. It appears whole or
+not at all.
+
+Shape suffixes: `N` sequences, `B` sequences of a batch, `T` tokens, `D` residual width, `K` kept tokens.
 """
 
 from __future__ import annotations
@@ -11,15 +16,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intarsia.anatomy.spec import Anatomy
+from intarsia.building.resident import Resident
+from intarsia.calibration.batches import Batches
+from intarsia.calibration.hidden import HiddenStore
+from intarsia.calibration.room import Room
+from intarsia.calibration.stats import require_finite
+from intarsia.calibration.stream import LayerStream
 from intarsia.checkpoint.staging import staged_folder
 from intarsia.errors import UserError
 from intarsia.healing.distiller import Lesson
@@ -27,10 +39,129 @@ from intarsia.healing.logit_losses import top_k_of
 from intarsia.healing.read_out import ReadOut
 from intarsia.healing.settings import EndToEndSettings
 from intarsia.healing.text import Text
-from intarsia.progress import Progress
+from intarsia.progress import Progress, Silent
 
 _SIGN = "facts.json"
 _ROWS = 256
+
+
+class TeacherStates:
+    """Hidden states by depth: 0 is what the embedding gives, b what layer b - 1 gives. Free them with `close`."""
+
+    def __init__(
+        self,
+        resident: Resident,
+        batches: Batches,
+        *,
+        layers: Sequence[nn.Module] | None = None,
+        sequences: int | None = None,
+        known: HiddenStore | None = None,
+        keep: bool = False,
+        room: Room | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Nothing is run yet; `learn` does that.
+
+        Args:
+            resident: the original model.
+            batches: of the text.
+            layers: of another teacher, between the resident one's embedding and head.
+            sequences: how many of the text, from the first on; default: all.
+            known: hidden states of the teacher that were measured already; they must stay as they are.
+            keep: keep every depth that is passed, for later fits, which may ask for others.
+        """
+        # Those of the teacher.
+        self.layers: Sequence[nn.Module] = resident.layers if layers is None else layers
+        self.resident, self.batches, self.keep = resident, batches, keep
+        # Layers that were run on these sequences so far.
+        self.cost = 0
+        corpus = batches.corpus
+        self.sequences = len(corpus) if sequences is None else sequences
+        self._stream = LayerStream(resident.model, resident.anatomy)
+        self._progress = progress or Silent()
+        shape = (self.sequences, corpus.seq_len, resident.anatomy.width)
+        # What was run here, by depth.
+        self.store = HiddenStore(shape, resident.model.dtype, room=room)
+        self._stores = [self.store, *([] if known is None else [known])]
+
+    @torch.no_grad()
+    def learn(self, depths: Iterable[int]) -> None:
+        """One pass of the teacher for the depths that are not known yet, from the deepest one before them.
+
+        Raises:
+            UserError: hidden states are not finite, or the disk is full.
+        """
+        known = self._depths()
+        missing = set(depths) - known
+        if not missing:
+            return
+        before = [depth for depth in known if depth < min(missing)]
+        first = max(before, default=0)
+        wanted = sorted(missing | set(range(first, max(missing)) if self.keep else ()) - known)
+        with self._progress.task("running the original", max(missing) - first) as task:
+            at = first
+            if not before:
+                at = wanted[0]
+                self.batches.each(partial(self._enter, at), self._all)
+            for layer, module in enumerate(self.resident.walk(self.layers[first : max(missing)]), first):
+                after = next(depth for depth in wanted if depth > layer)
+                self._through(layer, module, at, after)
+                self.cost += 1
+                at = after
+                task.advance()
+
+    def copy(self, hidden: HiddenStore) -> None:
+        """Take over what was measured, which may change from now on."""
+        for depth in hidden.depths():
+            for rows, _, _ in self.batches.over(self._all):
+                self.store.put(depth, rows.start, hidden.get(depth, rows.start, rows.stop, torch.device("cpu")))
+
+    def at(self, depth: int, rows: slice) -> Tensor:
+        """`h_BTD` of some sequences at a depth that is known, on the device."""
+        store = next(store for store in self._stores if depth in store.depths())
+        return store.get(depth, rows.start, rows.stop, self.resident.device)
+
+    @property
+    def states(self) -> HiddenStore:
+        """All depths, of a teacher of which every depth is known; not to be changed."""
+        found = [store for store in self._stores if len(store.depths()) > len(self.layers)]
+        assert found, "it has not learned every depth"
+        return found[0]
+
+    def forget(self, depth: int) -> None:
+        """A depth is not asked for again by this fit."""
+        if not self.keep:
+            self.store.drop(depth)
+
+    def close(self) -> None:
+        """Free what is stored here."""
+        self.store.close()
+
+    @property
+    def _all(self) -> slice:
+        return slice(0, self.sequences)
+
+    def _depths(self) -> set[int]:
+        return {depth for store in self._stores for depth in store.depths()}
+
+    def _enter(self, depth: int, rows: slice, ids: Tensor, mask: Tensor | None) -> None:
+        self.store.put(depth, rows.start, self._stream.enter(ids, mask).h_BTD)
+
+    def _through(self, layer: int, module: nn.Module, before: int, after: int) -> None:
+        """Run one layer from the states at one depth; what it gives is stored at another."""
+
+        def work(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
+            h_BTD = self._stream.run(module, self.at(before, rows), self._stream.calls(ids, mask)[layer])
+            require_finite(h_BTD, f"output of layer {layer} of the original")
+            self.store.put(after, rows.start, h_BTD)
+
+        self.batches.each(work, self._all)
+
+
+def has_room(resident: Resident, batches: Batches, room: Room) -> bool:
+    """Whether memory has room for the teacher's hidden states at every depth, for several fits to share."""
+    state = batches.corpus.input_ids.numel() * resident.anatomy.width * resident.model.dtype.itemsize
+    return (resident.anatomy.n_layers + 1) * state <= room.memory_bytes
 
 
 class Teacher:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.healing.correspond import correspondences
 from intarsia.healing.curve import Clock, Curve
 from intarsia.healing.distiller import PARTS, Distiller, Lesson
+from intarsia.healing.layer_map import correspondences
 from intarsia.healing.schedule import Patience, schedule_of
 from intarsia.healing.settings import EndToEndSettings
 from intarsia.healing.snapshot import load_snapshot, save_snapshot

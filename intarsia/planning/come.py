@@ -13,7 +13,7 @@ piece is a whole KV group, so that query heads keep the key/value head they were
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from intarsia.planning.candidates import Change, losses_of
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step, one_attention_type, strides
 from intarsia.planning.posterior import Candidate, Counts, distinct, raced, removals
-from intarsia.planning.repair import reconstruction_error, repair_forwards
+from intarsia.planning.repair import repair_forwards
 from intarsia.planning.scores import part_scores
 from intarsia.planning.sensitivity import sensitivity_map
 from intarsia.planning.settings import ComeSettings
@@ -55,15 +55,10 @@ class Come:
         target: int,
         history: Sequence[Mapping[str, Any]],
         number: int,
-        *,
-        unlike: bool = False,
     ) -> list[Step]:
-        """The `number` best steps, the best first: fewer where there are not so many, and none where none is allowed.
+        """The `number` best steps, each of which removes something else, the best first: none where none is allowed.
 
         CoMe knows one.
-
-        Args:
-            unlike: each of them removes something else; their losses need not be known.
         """
         count = min(self.settings.merge, model.depth - target + 1)
         allowed = [start for start in range(model.depth - count + 1) if self._allowed(model, start, count)]
@@ -77,13 +72,7 @@ class Come:
         def scores(start: int) -> list[Mapping[Part, Tensor]]:
             return [pieces(index) for index in range(start, start + count)]
 
-        def prior(start: int) -> Candidate:
-            shares = self._shares(model, start, influences[start : start + count])
-            counts = self._counts(model, shares)
-            op = self._op(model, start, scores(start), counts, shares)
-            return Candidate(start=start, count=count, counts=counts, shares=shares, op=op)
-
-        distances = self._span_scores(model, allowed, count, prior)
+        distances = self._span_scores(model, allowed, count)
         ranked = sorted(allowed, key=lambda start: (distances[start], start))
         grid: list[dict[str, Any]] | None = None
         if self.posterior:
@@ -95,12 +84,15 @@ class Come:
                 tried,
                 number,
                 racing=self.settings.racing,
-                unlike=unlike,
                 title=title + (" and removals" if drops else ""),
             )
             chosen, grid = found.best, found.shown
         else:
-            chosen = [(prior(ranked[0]), None)]
+            first = ranked[0]
+            shares = self._shares(model, first, influences[first : first + count])
+            counts = self._counts(model, shares)
+            op = self._op(model, first, scores(first), counts, shares)
+            chosen = [Candidate(start=first, count=count, counts=counts, shares=shares, op=op)]
         whole = {
             "influence": influences,
             "span_choice": self.settings.span_choice,
@@ -115,9 +107,8 @@ class Come:
                 count=each.count,
                 op=each.op,
                 evidence={**whole, **self._about(model, each, influences)},
-                loss=loss,
             )
-            for each, loss in chosen
+            for each in chosen
         ]
 
     def reason(self) -> str:
@@ -136,13 +127,12 @@ class Come:
         finalists, blocks = (given.finalists, given.blocks) if self.posterior else (1, 0)
         for current, count in strides(anatomy.n_layers, target, given.merge):
             after = current - count + 1
-            tried = {"sbi": 0, "sleb": after * (after - 1) // 2, "reconstruction": 2 * after}[given.span_choice]
+            tried = after * (after - 1) // 2 if given.span_choice == "sleb" else 0
             if self.posterior:
                 ratios = math.comb(given.granularity + count - 1, count - 1)
                 tried += min(given.spans, after) * ratios * after
                 tried += after * (after + 1) // 2 if given.removals else 0
-            total += given.beam * (tried + after) + (given.beam - 1) * after
-            total += repair_forwards(anatomy, in_loop, current, finalists=finalists, blocks=blocks)
+            total += tried + after + repair_forwards(anatomy, in_loop, current, finalists=finalists, blocks=blocks)
         return total
 
     def _about(self, model: Intermediate, chosen: Candidate, influences: Sequence[float]) -> dict[str, Any]:
@@ -162,9 +152,7 @@ class Come:
             return False
         return one_attention_type(model, ops)
 
-    def _span_scores(
-        self, model: Intermediate, allowed: Sequence[int], count: int, prior: Callable[[int], Candidate]
-    ) -> dict[int, float]:
+    def _span_scores(self, model: Intermediate, allowed: Sequence[int], count: int) -> dict[int, float]:
         if self.settings.span_choice == "sleb":
             with model.progress.task("skipping spans", len(allowed)) as task:
                 scores: dict[int, float] = {}
@@ -173,15 +161,6 @@ class Come:
                     scores[start] = float(sums_N.sum() / model.counts_N.sum())
                     task.advance()
                 return scores
-        if self.settings.span_choice == "reconstruction":
-            errors: dict[int, float] = {}
-            with model.progress.task("fitting spans", len(allowed)) as task:
-                for start in allowed:
-                    op = prior(start).op
-                    assert op is not None, "a merge puts a layer in"
-                    errors[start] = reconstruction_error(model, start, count, op)
-                    task.advance()
-            return errors
         length = 1 if self.settings.reference else count
         return {start: model.span_distance(start, length, self.settings.distance) for start in allowed}
 

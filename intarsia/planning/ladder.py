@@ -8,7 +8,6 @@ from typing import Any
 
 from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.planning.angular import Angular
-from intarsia.planning.beam import descend
 from intarsia.planning.come import Come
 from intarsia.planning.finalists import settle
 from intarsia.planning.intermediate import Intermediate
@@ -115,8 +114,6 @@ def climb(
         run.want(Wanted(layers=target))
         if history:
             model.progress.say(f"going on at {model.depth} layers, on the way down to {target}")
-    if isinstance(planner, Come) and planner.settings.beam > 1:
-        return descend(planner, model, start, target, run)
     with model.progress.task(f"{first} to {target} layers", first - target) as task:
         task.advance(first - model.depth)
         begun, spent = time.perf_counter(), model.layer_forwards
@@ -172,6 +169,6 @@ def _steps(
 ) -> list[Step]:
     """The next step, or several that are repaired before one of them is chosen; none where nothing is allowed."""
     if repairs and isinstance(planner, Come) and planner.posterior and planner.settings.finalists > 1:
-        return planner.steps(model, target, history, planner.settings.finalists, unlike=True)
+        return planner.steps(model, target, history, planner.settings.finalists)
     step = planner.decide(model, target, history)
     return [] if step is None else [step]

@@ -39,7 +39,6 @@ class Measured(CurrentLayers):
         room: what hidden states may take, for all stores that are needed on the way.
         losses_N: summed next-token loss of each sequence, in nats; `counts_N` the tokens predicted in it.
         layer_forwards: cost so far; a layer run on the whole calibration set once counts 1.
-        errors: what `reconstruction_error` found, by where, towards which depth and of what layer, while it is true.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class Measured(CurrentLayers):
         self.counts_N = torch.zeros(n, dtype=torch.int64)
         self.layer_forwards = 0.0
         self.hidden = HiddenStore((n, t, self.anatomy.width), resident.model.dtype, room=self.room)
-        self.errors: dict[tuple[int, int, Op], float] = {}
         self._distances: dict[tuple[int, int, str], float] = {}
 
     @property
@@ -101,7 +99,6 @@ class Measured(CurrentLayers):
         # What ended at the last layer before may have been taken behind the final norm.
         valid = start - 1 if self.behind_final_norm and start == self.depth else start
         self._distances = {key: value for key, value in self._distances.items() if key[0] + key[1] <= valid}
-        self.errors = {key: value for key, value in self.errors.items() if key[0] <= start}
         n_batches = len(list(self.batches.over()))
         with self.progress.task(f"measuring {self.depth} layers", (stop - start + whole) * n_batches) as task:
             if start == 0:

@@ -17,8 +17,7 @@ class Step:
     """One decision: current layers `start` .. `start + count - 1` become `op` (None: they are dropped).
 
     `evidence` is what it was decided on, as plain data for the run's log. `whole`, where given, is every layer of the
-    model after the step: for a planner whose next model is not the one before with a change at one place. `loss` is the
-    calibration loss behind it, where the decision has measured that.
+    model after the step: for a planner whose next model is not the one before with a change at one place.
     """
 
     start: int
@@ -26,7 +25,6 @@ class Step:
     op: Op | None
     evidence: Mapping[str, Any]
     whole: Sequence[Op] | None = None
-    loss: float | None = None
 
     @property
     def removed(self) -> int:

@@ -7,7 +7,7 @@ at, the log and the ladder agree, and the same command continues behind the last
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from intarsia.recipe.recipe import Recipe
 _SETTINGS = "settings.json"
 _LOG = "log.jsonl"
 _LADDER = "ladder"
-_OTHERS = "beam"
 _WANTED = "wanted.json"
 
 
@@ -125,28 +124,18 @@ class RunFolder:
         whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
         return [json.loads(line) for line in whole.splitlines()]
 
-    def append(self, entry: Mapping[str, Any], recipe: Recipe, *, others: Sequence[Recipe] = ()) -> None:
-        """Record a step: its recipe first, and `others` that the run goes on from besides, then its line.
+    def append(self, entry: Mapping[str, Any], recipe: Recipe) -> None:
+        """Record a step: its recipe first, then its line.
 
         Raises:
             UserError: the disk is full. The step does not count then, and whatever was there before is as it was.
         """
-        if others:
-            with full_disk_named(self.path):
-                self._file(_OTHERS).mkdir(exist_ok=True)
-        for number, other in enumerate(others):
-            codec.save(other, self._other(len(other.layers), number))
         codec.save(recipe, self.recipe_path(len(recipe.layers)))
         path = self._file(_LOG)
         whole = "".join(json.dumps(line) + "\n" for line in self.log())
         if path.exists() and path.read_text(encoding="utf-8") != whole:
             write_whole(path, whole)  # drop the line that a kill cut off
         append_line(path, json.dumps(_as_json(entry)))
-
-    def others(self, layers: int) -> list[Recipe]:
-        """What the run goes on from besides the ladder's recipe of that depth."""
-        entry = next((entry for entry in self.log() if entry["layers"] == layers), {})
-        return [codec.load(self._other(layers, number)) for number in range(len(entry.get("beam", ())) - 1)]
 
     def want(self, wanted: Wanted) -> None:
         """Record what is asked for: another depth may be, each time the run goes on.
@@ -206,9 +195,6 @@ class RunFolder:
                 else "Let `intarsia plan` or `compress` go on with the same command, or choose one of them.",
             )
         return codec.load(self.recipe_path(layers))
-
-    def _other(self, layers: int, number: int) -> Path:
-        return self._file(_OTHERS) / f"layers-{layers:03d}-{number + 2}.yaml"
 
     def _file(self, name: str) -> Path:
         return self.path / name

@@ -14,7 +14,7 @@ from intarsia.anatomy.spec import PARTS, Anatomy, Norm, Part
 from intarsia.errors import UserError
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, NormMode, Op, Select
 
-BUILD_FIRST = "Build the inner recipe first and use the built model as the source."
+_BUILD_FIRST = "Build the inner recipe first and use the built model as the source."
 _WEIGHT_TOLERANCE = 1e-9
 
 
@@ -56,7 +56,7 @@ def concat_of(
     """
     assert len(ops) == len(kept) == len(weights), "one set of kept pieces and weights a layer"
     whole = {part: anatomy.n_pieces(part) for part in PARTS}
-    op = join(ops, kept, weights, norm, whole, anatomy, "concatenation")
+    op = _joined(ops, kept, weights, norm, whole, anatomy)
     return replace(op, fuse=fuse) if isinstance(op, Concat) else op
 
 
@@ -69,26 +69,19 @@ def merge_of(ops: Sequence[Op], weights: Sequence[float]) -> Op:
         UserError: a concatenated layer is among them.
     """
     used = [(op, weight) for op, weight in zip(ops, weights, strict=True) if weight]
-    sources, total = linear([op for op, _ in used], [weight for _, weight in used], "merge")
+    sources, total = _linear([op for op, _ in used], [weight for _, weight in used])
     return Select(source=sources[0]) if total == (1.0,) else Merge(sources=sources, weights=total)
 
 
-def join(
+def _joined(
     ops: Sequence[Op],
     kept: Sequence[Mapping[Part, Sequence[int]]],
     weights: Sequence[Mapping[Part, float]],
     norm: NormMode,
     whole: Mapping[Part, int],
-    anatomy: Anatomy | None,
-    where: str,
-    keep_empty: bool = False,
+    anatomy: Anatomy,
 ) -> Op:
-    """`concat_of` by piece counts. `keep_empty`: layers without pieces still count with their weights."""
-    used = [
-        index
-        for index in range(len(ops))
-        if any(len(kept[index].get(part, ())) for part in PARTS) or (keep_empty and any(weights[index].values()))
-    ]
+    used = [index for index in range(len(ops)) if any(len(kept[index].get(part, ())) for part in PARTS)]
     if len(used) == 1:
         only = used[0]
         if all(tuple(kept[only].get(part, ())) == tuple(range(whole[part])) for part in PARTS):
@@ -96,7 +89,7 @@ def join(
     indices: dict[LayerRef, dict[Part, list[int]]] = {}
     shares: dict[LayerRef, dict[Part, float]] = {}
     for index in used:
-        for cut in _as_cuts(ops[index], norm, whole, where):
+        for cut in _as_cuts(ops[index], norm, whole):
             indices.setdefault(cut.source, {part: [] for part in PARTS})
             share = shares.setdefault(cut.source, dict.fromkeys(PARTS, 0.0))
             for part in PARTS:
@@ -105,13 +98,15 @@ def join(
             owners = _owners(ops[index], part, whole[part])
             for piece in kept[index].get(part, ()):
                 if not 0 <= piece < len(owners):
-                    raise not_representable(where, f"{part} pieces from 0 to {len(owners) - 1}", str(piece))
+                    raise _not_representable("concatenation", f"{part} pieces from 0 to {len(owners) - 1}", str(piece))
                 source, original = owners[piece]
                 indices[source][part].append(original)
     for source, by_part in indices.items():
         for part in PARTS:
             if len(set(by_part[part])) < len(by_part[part]):
-                raise not_representable(where, f"every {part} piece of {source} at most once", "one that is twice")
+                raise _not_representable(
+                    "concatenation", f"every {part} piece of {source} at most once", "one that is twice"
+                )
     cuts = tuple(
         Cut(
             source=source,
@@ -124,29 +119,29 @@ def join(
     return _simplify(Concat(cuts=_with_unit_weights(cuts), norm=norm), whole, anatomy)
 
 
-def linear(ops: Sequence[Op], weights: Sequence[float], where: str) -> tuple[tuple[LayerRef, ...], tuple[float, ...]]:
+def _linear(ops: Sequence[Op], weights: Sequence[float]) -> tuple[tuple[LayerRef, ...], tuple[float, ...]]:
     """A linear combination of linear combinations."""
     total: dict[LayerRef, float] = {}
     for op, weight in zip(ops, weights, strict=True):
         if isinstance(op, Concat):
-            raise not_representable(where, "whole layers to merge", "a concatenated layer")
+            raise _not_representable("merge", "whole layers to merge", "a concatenated layer")
         if isinstance(op, Merge) and not op.plain:
-            raise not_representable(where, "weighted sums of layers", f"a layer merged by {op.method}, or scaled")
+            raise _not_representable("merge", "weighted sums of layers", f"a layer merged by {op.method}, or scaled")
         shares = op.weights if isinstance(op, Merge) else (1.0,)
         for original, share in zip(op.sources, shares, strict=True):
             total[original] = total.get(original, 0.0) + weight * share
     return tuple(total), tuple(total.values())
 
 
-def _as_cuts(op: Op, norm: NormMode, whole: Mapping[Part, int], where: str) -> tuple[Cut, ...]:
+def _as_cuts(op: Op, norm: NormMode, whole: Mapping[Part, int]) -> tuple[Cut, ...]:
     """A current layer as cuts of original layers."""
     if isinstance(op, Merge):
-        raise not_representable(where, "pieces of whole or concatenated layers", "pieces of merged layers")
+        raise _not_representable("concatenation", "pieces of whole or concatenated layers", "pieces of merged layers")
     if isinstance(op, Select):
         groups, channels = tuple(range(whole["attention"])), tuple(range(whole["mlp"]))
         return (Cut(source=op.source, kv_groups=groups, channels=channels, weights=dict.fromkeys(PARTS, 1.0)),)
     if op.norm != norm:
-        raise not_representable(where, f"norm mode {norm!r} throughout", f"an inner layer with {op.norm!r}")
+        raise _not_representable("concatenation", f"norm mode {norm!r} throughout", f"an inner layer with {op.norm!r}")
     return op.cuts
 
 
@@ -157,13 +152,13 @@ def _owners(op: Op, part: Part, whole: int) -> list[tuple[LayerRef, int]]:
     return [(op.sources[0], piece) for piece in range(whole)]
 
 
-def _simplify(op: Op, whole: Mapping[Part, int], anatomy: Anatomy | None) -> Op:
+def _simplify(op: Op, whole: Mapping[Part, int], anatomy: Anatomy) -> Op:
     if isinstance(op, Merge):
         whole_layer = op.plain and op.weights == (1.0,) and len(op.sources) == 1
         return Select(source=op.sources[0]) if whole_layer else op
     if isinstance(op, Select):
         return op
-    deciding = PARTS if anatomy is None else _parts_that_weigh(anatomy, op.norm)
+    deciding = _parts_that_weigh(anatomy, op.norm)
     cuts = tuple(cut for cut in op.cuts if _has_pieces(cut) or any(cut.weights.get(part, 0.0) for part in deciding))
     if len(cuts) == 1 and all(cuts[0].pieces(part) == tuple(range(whole[part])) for part in PARTS):
         return Select(source=cuts[0].source)
@@ -206,6 +201,6 @@ def _with_unit_weights(cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
     return tuple(replace(cut, weights={part: weight(cut, part) for part in PARTS}) for cut in cuts)
 
 
-def not_representable(where: str, expected: str, found: str) -> UserError:
-    """What one flat op cannot say."""
-    return UserError.of(where=where, expected=expected, found=found, remedy=BUILD_FIRST)
+def _not_representable(where: str, expected: str, found: str) -> UserError:
+    """The error for what one flat op cannot say."""
+    return UserError.of(where=where, expected=expected, found=found, remedy=_BUILD_FIRST)

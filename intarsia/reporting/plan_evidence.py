@@ -18,8 +18,6 @@ _SCORES = {
     "losses": "calibration loss without the layer",
 }
 
-_SPANS = {"sleb": "loss when skipped", "reconstruction": "error when joined"}
-
 
 def evidence_sections(run: PlanRun) -> list[Section]:
     """What the layers of the whole model measured, by layer."""
@@ -30,7 +28,7 @@ def evidence_sections(run: PlanRun) -> list[Section]:
         figures.append(_by_layer(influence, "block influence", "How far each layer turns the residual stream.", fate))
     spans = run.evidence.get("span_scores")
     if spans:
-        label = _SPANS.get(str(run.evidence.get("span_choice")), "span influence")
+        label = "loss when skipped" if run.evidence.get("span_choice") == "sleb" else "span influence"
         values = {int(start): value for start, value in spans.items()}
         ordered = [values.get(layer) for layer in range(max(values) + 1)]
         figures.append(_by_layer(ordered, label, "Of each layer and the next together: the least is joined first.", {}))

@@ -49,12 +49,7 @@ def steps_section(run: PlanRun) -> Section:
     ]
     if rows:
         blocks.append(table(rows, text_columns=("what", "recipe"), caption="Step by step", folded=len(rows) > 12))
-    intro = "Every depth can be built from this run at any later time."
-    beam = (run.settings.get("planner") or {}).get("beam", 1)
-    if beam > 1:
-        intro += f" The best {beam} models of every depth went on, and the ladder holds the best of each: a step need"
-        intro += " not begin at the one above it."
-    return Section(title="The ladder", blocks=blocks, intro=intro)
+    return Section(title="The ladder", blocks=blocks, intro="Every depth can be built from this run at any later time.")
 
 
 def _what(step: Mapping[str, Any], mlp: str) -> str:

@@ -20,7 +20,7 @@ from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.healing import launch
 from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
-from intarsia.healing.correspond import check_teacher
+from intarsia.healing.layer_map import check_teacher
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
 from intarsia.planning.run_folder import RunFolder
 from intarsia.progress import Progress, Silent

@@ -12,19 +12,19 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from intarsia.building.resident import Resident, load_model
+from intarsia.calibration.batches import Batches
 from intarsia.checkpoint.cache import cache_folder
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.scan import scan
 from intarsia.healing import closed_form, end_to_end, launch, layerwise
 from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.quality import quality
+from intarsia.healing.restarts import best_fit, forget, starts
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
-from intarsia.healing.starts import starts
-from intarsia.healing.teacher import Teacher
+from intarsia.healing.teacher import Teacher, TeacherStates, has_room
 from intarsia.healing.whole_training import lesson_depths
 from intarsia.progress import Progress
 from intarsia.recipe.recipe import Recipe
-from intarsia.stages.ends import best_fit, forget
 from intarsia.stages.heal_record import StageResult, read_result, write_result
 from intarsia.stages.heal_texts import Texts
 from intarsia.stages.placement import Placement, refuse_self_text
@@ -174,16 +174,20 @@ class Healing:
         )
 
     def _closed_form(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:
-        given: dict[str, Any] = {
-            "settings": self.closed_form,
-            "room": self.placement.room(self.run),
-            "progress": self.progress,
-        }
-        beginnings = starts(recipe, self.base.anatomy)
-        if len(beginnings) == 1:  # whether it is taken is decided behind every stage
-            return closed_form.fit(recipe, self.resident, texts.fit, **given)
-        end = best_fit(beginnings, self.resident, texts.fit, texts.held_out, folder=folder, **given)
-        return end.recipe, end.fits
+        room, settings, resident = self.placement.room(self.run), self.closed_form, self.resident
+        points = starts(recipe, self.base.anatomy)
+        batches = Batches(texts.fit, resident.device, progress=self.progress)
+        keep = len(points) > 1 and has_room(resident, batches, room)
+        teacher = TeacherStates(resident, batches, keep=keep, room=room, progress=self.progress)
+        try:
+            if len(points) == 1:  # whether it is taken is decided after every stage
+                return closed_form.fit(recipe, teacher, settings=settings, room=room, progress=self.progress)
+            best = best_fit(
+                points, teacher, texts.held_out, settings=settings, folder=folder, room=room, progress=self.progress
+            )
+        finally:
+            teacher.close()
+        return best.recipe, best.fits
 
     def _layerwise(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:
         return layerwise.train(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from intarsia.errors import UserError
 from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.planning.beam import check_beam
 from intarsia.planning.estimate import Estimate, estimate
 from intarsia.planning.finalists import check_finalists
 from intarsia.planning.ladder import METHODS, planner_of, progressive_methods, settings_of
@@ -72,7 +71,6 @@ def asked(
         UserError: it cannot be done.
     """
     settings = settings_of(method, given)
-    check_beam(method, settings, in_loop)
     check_finalists(method, settings, in_loop)
     target = target_depth(source.checkpoint, layers=layers, sparsity=sparsity)
     check_seq_len(source.checkpoint, source.seq_len)

@@ -72,7 +72,7 @@ def tailor(
     Args:
         source: a family file, or the folder of a search to go on with.
         out: the folder of the search; not with a folder as source.
-        engine: `smac`, `evolve`, `random` or `both`; what the family file says by default.
+        engine: `smac`, `evolve` or `random`; what the family file says by default.
         trials: how many; what the family file says by default.
         more_trials: so many more than were asked for before, once those are made.
         resume: refuse to begin a new search.

@@ -11,7 +11,7 @@ from typing import Literal
 from intarsia.tailoring.blend_methods import BlendMethod
 
 Operation = Literal["remove", "select", "merge", "concat", "stack"]
-Engine = Literal["smac", "evolve", "random", "both"]
+Engine = Literal["smac", "evolve", "random"]
 Heal = Literal["none", "finalists", "every"]
 Metric = Literal["accuracy", "margin", "likelihood"]
 Range = tuple[float, float]

@@ -14,11 +14,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing.closed_form import fit
 from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.fit_plan import fit_forwards
+from intarsia.healing.teacher import TeacherStates
 from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.uncut import uncut
 from intarsia.tailoring.objective import Objective
@@ -65,7 +67,12 @@ def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
     Raises:
         UserError: activations are not finite.
     """
-    return fit(recipe, layers.resident, corpus, settings=_SETTINGS, teacher=teacher_of(recipe, layers))[0]
+    batches = Batches(corpus, layers.resident.device)
+    teacher = TeacherStates(layers.resident, batches, layers=teacher_of(recipe, layers))
+    try:
+        return fit(recipe, teacher, settings=_SETTINGS)[0]
+    finally:
+        teacher.close()
 
 
 def repair_work(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> float:

@@ -19,17 +19,17 @@ from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.healing.closed_form import fit
 from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
-from intarsia.healing.correspond import taught
 from intarsia.healing.fit_plan import fit_forwards, fitted_parts
 from intarsia.healing.layer_fit import fittable
+from intarsia.healing.layer_map import taught
 from intarsia.healing.quality import Chain, quality
 from intarsia.progress import Silent
 from intarsia.recipe import codec
 from intarsia.recipe.ops import Merge, Op
 from intarsia.recipe.recipe import Recipe, identity
 from tests import families
+from tests.closed_form_fits import fit_on
 from tests.conftest import InMemory, Opened
 from tests.healing.conftest import SEQ_LEN, Cut, Tokens
 from tests.recipes_by_hand import recipe_of, ref, select, shared
@@ -107,7 +107,7 @@ def test_a_layer_fitted_to_its_own_output_stays(
     layers = [whole(0), select(1), select(2), whole(3), select(4), select(5)]
     recipe = recipe_of(str(checkpoint.folder), layers)
     resident = resident_of(family)
-    found, fits = fit(recipe, resident, tokens()[0], settings=replace(PLAIN, layers="behind"))
+    found, fits = fit_on(recipe, resident, tokens()[0], settings=replace(PLAIN, layers="behind"))
     whole_fit, rest = steps(resident.anatomy, PLAIN.changed), steps(resident.anatomy, PLAIN.unchanged)
     assert len(fits) == 2 * len(whole_fit) + 4 * len(rest)
     assert all(row["error_before"] < 1e-10 and row["error_after"] <= row["error_before"] for row in fits)
@@ -115,7 +115,7 @@ def test_a_layer_fitted_to_its_own_output_stays(
         for name, tensor in tensors.items():
             own = resident.layers[index].get_parameter(name).numpy()
             np.testing.assert_allclose(tensor, own, atol=1e-5)
-    again, fits = fit(identity(recipe.variants[0], 6), resident, tokens()[0], settings=PLAIN)
+    again, fits = fit_on(identity(recipe.variants[0], 6), resident, tokens()[0], settings=PLAIN)
     assert (again.fitted, fits) == ({}, [])
 
 
@@ -129,7 +129,7 @@ def test_removals_and_joined_layers_are_repaired(
     resident = resident_of(family)
     before = {name: tensor.clone() for name, tensor in resident.model.state_dict().items()}
     train, fresh = tokens(sequences=96, padded=padded)
-    healed, fits = fit(recipe, resident, train, settings=PLAIN)
+    healed, fits = fit_on(recipe, resident, train, settings=PLAIN)
     modules = steps(resident.anatomy, PLAIN.changed)
     assert [(row["layer"], row["module"]) for row in fits] == [(layer, name) for layer in (2, 3) for name in modules]
     assert all(row["error_after"] <= row["error_before"] for row in fits)
@@ -145,8 +145,8 @@ def test_removals_and_joined_layers_are_repaired(
 def test_a_heal_starts_from_what_is_fitted(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
     _, recipe = cut("llama")
     train, _ = tokens(sequences=96)
-    once, first = fit(recipe, resident_of("llama"), train, settings=PLAIN)
-    twice, second = fit(once, resident_of("llama"), train, settings=PLAIN)
+    once, first = fit_on(recipe, resident_of("llama"), train, settings=PLAIN)
+    twice, second = fit_on(once, resident_of("llama"), train, settings=PLAIN)
     assert second[0]["error_before"] == pytest.approx(first[2]["error_after"], rel=1e-3)
     assert second[0]["error_after"] <= second[0]["error_before"]
     assert sorted(twice.fitted) == sorted(once.fitted)
@@ -175,7 +175,7 @@ def test_the_target_is_that_of_the_plain_model(
             settings = ClosedFormSettings(layers="spans", changed=(part,), weighting=weighting)
             if not steps(resident.anatomy, settings.changed):
                 continue
-            _, (row, *_) = fit(removal(checkpoint_of(family)), resident, train, settings=settings, batch_tokens=64)
+            _, (row, *_) = fit_on(removal(checkpoint_of(family)), resident, train, settings=settings, batch_tokens=64)
             assert row["error_before"] == pytest.approx(float(wanted[weighting]), rel=1e-4)
 
 
@@ -188,7 +188,7 @@ def test_the_fit_is_least_squares(
     resident = resident_of(family)
     train, _ = tokens(sequences=96)
     settings = replace(PLAIN, changed=(part,), ridges=(1e-9,))
-    healed, _ = fit(removal(checkpoint_of(family)), resident, train, settings=settings)
+    healed, _ = fit_on(removal(checkpoint_of(family)), resident, train, settings=settings)
     linear = resident.anatomy.writer(part)
     plain = plain_model(checkpoint_of(family))
     name = resident.anatomy.tensor_name(1, f"{linear.module}.weight").removesuffix(".weight")
@@ -213,8 +213,8 @@ def test_layers_behind_make_good_what_is_left(
 ) -> None:
     train, fresh = tokens(sequences=96)
     resident, recipe = resident_of(family), removal(checkpoint_of(family))
-    near, _ = fit(recipe, resident, train, settings=PLAIN)
-    far, fits = fit(recipe, resident, train, settings=replace(PLAIN, layers="behind"))
+    near, _ = fit_on(recipe, resident, train, settings=PLAIN)
+    far, fits = fit_on(recipe, resident, train, settings=replace(PLAIN, layers="behind"))
     assert sorted(near.fitted) == [1] and sorted(far.fitted) == [1, 2, 3]
     changed, rest = (len(steps(resident.anatomy, parts)) for parts in (PLAIN.changed, PLAIN.unchanged))
     assert [row["layer"] for row in fits] == [1] * changed + [2] * rest + [3] * rest
@@ -234,7 +234,9 @@ def test_padding_never_counts(cut: Cut, resident_of: InMemory, tokens: Tokens) -
         torch.where(train.mask, train.input_ids, 1), mask=train.mask, description="other padding", documents=1
     )
     assert not torch.equal(train.input_ids, other.input_ids)
-    (first, one), (second, two) = (fit(recipe, resident_of("qwen3"), each, settings=PLAIN) for each in (train, other))
+    (first, one), (second, two) = (
+        fit_on(recipe, resident_of("qwen3"), each, settings=PLAIN) for each in (train, other)
+    )
     assert equal(first, second)
     assert one == two
 
@@ -242,8 +244,8 @@ def test_padding_never_counts(cut: Cut, resident_of: InMemory, tokens: Tokens) -
 def test_batches_do_not_matter(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
     _, recipe = cut("mistral")
     train, _ = tokens()
-    first, _ = fit(recipe, resident_of("mistral"), train, settings=PLAIN)
-    second, _ = fit(recipe, resident_of("mistral"), train, settings=PLAIN, batch_tokens=3 * SEQ_LEN)
+    first, _ = fit_on(recipe, resident_of("mistral"), train, settings=PLAIN)
+    second, _ = fit_on(recipe, resident_of("mistral"), train, settings=PLAIN, batch_tokens=3 * SEQ_LEN)
     for index, tensors in first.fitted.items():
         for name, tensor in tensors.items():
             np.testing.assert_allclose(tensor, second.fitted[index][name], rtol=1e-3, atol=1e-4)
@@ -263,8 +265,8 @@ def test_massive_tokens(tmp_path: Path, tokens: Tokens) -> None:
         quality(each, resident, fresh, progress=Silent()).errors[1]
         for each in (
             recipe,
-            fit(recipe, resident, train, settings=DOWN)[0],
-            fit(recipe, resident, train, settings=replace(DOWN, weighting="uniform"))[0],
+            fit_on(recipe, resident, train, settings=DOWN)[0],
+            fit_on(recipe, resident, train, settings=replace(DOWN, weighting="uniform"))[0],
         )
     )
     assert relative < 0.9 * plain
@@ -276,7 +278,7 @@ def test_massive_tokens(tmp_path: Path, tokens: Tokens) -> None:
 
 def test_one_sequence_is_all_held_out(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
     _, recipe = cut("llama")
-    found, fits = fit(recipe, resident_of("llama"), tokens(sequences=1)[0], settings=PLAIN)
+    found, fits = fit_on(recipe, resident_of("llama"), tokens(sequences=1)[0], settings=PLAIN)
     assert found.fitted == {}
     assert len(fits) == 6 and all(row["ridge"] is None for row in fits)
 
@@ -287,7 +289,7 @@ def test_a_fit_that_does_not_carry_over_is_not_taken(cut: Cut, resident_of: InMe
     ids = torch.arange(2, 2 + 9 * SEQ_LEN).view(9, SEQ_LEN)
     ids[1:8] = ids[1:2]  # one sequence seven times over: fewer tokens than channels
     corpus = Corpus.of(ids, description="few tokens", documents=1)
-    found, fits = fit(recipe, resident_of("llama"), corpus, settings=replace(PLAIN, ridges=(1e-12,)))
+    found, fits = fit_on(recipe, resident_of("llama"), corpus, settings=replace(PLAIN, ridges=(1e-12,)))
     assert all(row["error_after"] == row["error_before"] for row in fits)
     assert found.fitted == {}
 
@@ -305,7 +307,7 @@ def test_activations_that_are_not_finite(where: str, cut: Cut, tokens: Tokens) -
         resident.model.get_input_embeddings().weight[300] = float("inf")
         named = "output of layer 0 of the original"
     with pytest.raises(UserError, match=named) as caught:
-        fit(recipe, resident, train, settings=PLAIN)
+        fit_on(recipe, resident, train, settings=PLAIN)
     assert "finite" in str(caught.value)
 
 
@@ -321,7 +323,7 @@ def test_built_is_as_in_memory(family: str, dtype: torch.dtype, cut: Cut, tokens
         checkpoint = Checkpoint.open(families.save(model, tmp_path / "model"), model=family)
     resident = Resident(checkpoint, device=CPU)
     train, fresh = tokens(sequences=96)
-    healed, _ = fit(recipe, resident, train, settings=PLAIN)
+    healed, _ = fit_on(recipe, resident, train, settings=PLAIN)
     assert healed.fitted
     codec.save(healed, tmp_path / "healed.yaml")
     healed = codec.load(tmp_path / "healed.yaml")
@@ -357,7 +359,7 @@ def test_the_cost_is_the_one_foretold(
     settings = ClosedFormSettings(layers=layers, changed=changed, unchanged=unchanged)
     handle = torch.nn.modules.module.register_module_forward_hook(count)
     try:
-        fit(recipe, resident, train, settings=settings, batch_tokens=64)
+        fit_on(recipe, resident, train, settings=settings, batch_tokens=64)
     finally:
         handle.remove()
     assert sum(sequences) == fit_forwards(recipe, settings) * len(train)
@@ -403,7 +405,7 @@ def test_o_proj_of_unchanged_layers_is_fitted_too(family: str, cut: Cut, residen
     errors = []
     default = ClosedFormSettings()
     for settings in (default, replace(LAST, held_out=default.held_out)):
-        _, fits = fit(recipe, resident, train, settings=settings)
+        _, fits = fit_on(recipe, resident, train, settings=settings)
         fitted = [(row["layer"], row["module"]) for row in fits]
         wanted = fitted_parts(recipe, settings, resident.anatomy)
         assert [index for index, _ in fitted if index not in wanted] == []

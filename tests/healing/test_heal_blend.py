@@ -19,7 +19,7 @@ from intarsia.building.resident import Resident
 from intarsia.calibration.loading import load_corpus
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.healing import closed_form, end_to_end
+from intarsia.healing import end_to_end
 from intarsia.healing.closed_form_settings import LAST
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
 from intarsia.progress import Silent
@@ -33,6 +33,7 @@ from intarsia.stages.heal import heal
 from intarsia.stages.heal_blend import BLEND, back, over_its_blend
 from intarsia.stages.setup import load_tokenizer
 from tests import families
+from tests.closed_form_fits import fit_on
 from tests.recipes_by_hand import shared
 
 SIZES: dict[str, Any] = {
@@ -153,8 +154,8 @@ def test_the_closed_form_is_the_one_towards_the_blend(
     teacher = [resident.module(op) for op in uncut(made)]
     simple, checkpoints = over_its_blend(made, variants, tmp_path / "blend", progress=Silent())
     assert [op.sources[0].variant for op in simple.layers] == ["uncut"] * 4
-    expected = closed_form.fit(
-        replace(made, layers=simple.layers), _named(resident, "uncut", teacher), train, settings=LAST, teacher=teacher
+    expected = fit_on(
+        replace(made, layers=simple.layers), _named(resident, "uncut", teacher), train, settings=LAST, layers=teacher
     )[0].fitted
     assert found.keys() == expected.keys() and found
     for index, tensors in expected.items():

@@ -12,8 +12,8 @@ import torch
 from intarsia.building.resident import load_model, twin
 from intarsia.calibration.stream import LayerStream
 from intarsia.healing import end_to_end, layerwise
-from intarsia.healing.layer_fit import fittable, passes
-from intarsia.healing.part_fit import FitBatch, FitRule, PartFit
+from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.layer_fit import FitBatch, PartFit, fittable, passes
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
 from intarsia.healing.student import load_student
 from intarsia.healing.teacher import Teacher
@@ -42,10 +42,11 @@ def test_a_fit_counts_by_the_error_that_it_leaves(resident_of: InMemory) -> None
         module = twin(resident.layers[2])
         own = module.self_attn.o_proj.weight.detach().clone()
         module.self_attn.o_proj.weight = torch.nn.Parameter(0.5 * own, requires_grad=False)
-        batch = FitBatch(rows=slice(0, 8), h_BTD=entry.h_BTD, wanted_BTD=wanted, call=entry.calls[2], mask=None)
-        rule = FitRule(weighting="uniform", held_out=4, ridges=(1e-3,))
-        fitter = PartFit(module, "attention", lambda: [batch], stream=stream, anatomy=anatomy, rule=rule)
-        _, weight, found = fitter.read_out("here")
+        held_B = torch.arange(8) % 4 == 0
+        batch = FitBatch(h_BTD=entry.h_BTD, wanted_BTD=wanted, call=entry.calls[2], mask=None, held_B=held_B)
+        settings = ClosedFormSettings(weighting="uniform", ridges=(1e-3,))
+        fitter = PartFit(module, "attention", lambda: [batch], stream=stream, anatomy=anatomy, settings=settings)
+        _, weight, found = fitter.projection("here")
         assert weight is not None
         before = (stream.run(module, entry.h_BTD, entry.calls[2]) - wanted)[::4].square().sum(-1).mean()
         assert found.error_before == pytest.approx(float(before), rel=1e-4)

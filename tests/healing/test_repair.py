@@ -18,11 +18,12 @@ from intarsia.building import resident
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli.app import app
 from intarsia.errors import UserError
+from intarsia.healing import restarts
 from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.progress import Silent
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Recipe
-from intarsia.stages import ends, judge
+from intarsia.stages import judge
 from tests import families
 
 Compress = Callable[..., Any]
@@ -98,7 +99,7 @@ def test_a_finished_fit_is_only_read(compress: Compress, tmp_path: Path, monkeyp
     first = compress()
     kept = sorted((tmp_path / "run" / "healed").iterdir())
     assert [path.suffix for path in kept] == [".safetensors", ".yaml"]
-    monkeypatch.setattr(ends, "fit", no_fit)
+    monkeypatch.setattr(restarts, "fit", no_fit)
     second = compress("second")
     assert second.recipe_sha256 == first.recipe_sha256
     assert second.healed == first.healed
@@ -116,7 +117,7 @@ def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, m
 
     with monkeypatch.context() as patched:
         if where == "before":
-            patched.setattr(ends, "fit", stop)
+            patched.setattr(restarts, "fit", stop)
         elif where == "while":  # the tensors are there, their recipe is not
             write = codec.to_yaml_text
 
@@ -133,7 +134,7 @@ def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, m
         with pytest.raises(KeyboardInterrupt):
             compress(run=run)
     if where == "behind":
-        monkeypatch.setattr(ends, "fit", no_fit)
+        monkeypatch.setattr(restarts, "fit", no_fit)
     found = compress(run=run)
     assert found.recipe_sha256 == wanted.recipe_sha256
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "undisturbed")]
@@ -148,7 +149,7 @@ def test_a_fit_that_makes_it_worse_is_not_taken(
         row = {"layer": 0, "module": "mlp.down_proj", "ridge": 1.0, "error_before": 1.0, "error_after": 0.5}
         return replace(recipe, fitted={0: {"mlp.down_proj.weight": zeros}}), [row]
 
-    monkeypatch.setattr(ends, "fit", worse)
+    monkeypatch.setattr(restarts, "fit", worse)
     progress = Listening()
     result = compress(progress=progress)
     assert not result.healed["taken"] and result.healed["fitted_read_outs"] == 0

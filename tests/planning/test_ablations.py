@@ -17,7 +17,6 @@ from intarsia.planning.come import Come
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.settings import ComeSettings
 from intarsia.recipe import codec
-from intarsia.recipe.compose import compose
 from intarsia.recipe.ops import Concat, Cut, Merge, Select
 from tests import families
 from tests.conftest import InMemory, Opened
@@ -205,9 +204,6 @@ def test_recipes_keep_what_is_fused(resident_of: InMemory, tmp_path: Path) -> No
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(UserError, match="fuse"):
         codec.load(tmp_path / "recipe.yaml")
-    outer = recipe_of("m", [shared(resident_of("llama").anatomy, [0, 1])], depth=2)
-    with pytest.raises(UserError, match="fused"):
-        compose(outer, fused, variant="base")
 
 
 def test_fused_on_disk_as_in_memory(resident_of: InMemory, checkpoint_of: Opened, tmp_path: Path) -> None:

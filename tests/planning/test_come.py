@@ -430,7 +430,6 @@ def test_a_grid_that_is_finer_than_the_pieces_tries_each_split_once(resident_of:
         ("dominance", 1.5),
         ("granularity", 0),
         ("spans", 0),
-        ("beam", 0),
         ("span_choice", "luck"),
     ],
 )

@@ -21,7 +21,7 @@ from tests.planning.conftest import corpus_of
 RUNS: list[tuple[str, Settings | None]] = [
     *((method, None) for method in METHODS if method != "laco"),
     ("laco", LacoSettings(merge=2)),  # there are no four neighbours of one kind in every family
-    ("come", ComeSettings(span_choice="reconstruction")),
+    ("come", ComeSettings(span_choice="sleb")),
     ("come-p", ComeSettings(granularity=4, spans=2, norm="average")),
 ]
 

@@ -115,17 +115,18 @@ def test_finalists_remove_something_else_each(resident_of: InMemory) -> None:
     """The best of every kind, by the loss that all of them have on the same sequences."""
     model = measured(resident_of("llama"), list(WHOLE))
     planner = Come(ComeSettings(granularity=4, spans=5, removals=True, racing=False), posterior=True)
-    steps = planner.steps(model, 5, [], 99, unlike=True)
+    steps = planner.steps(model, 5, [], 99)
     kinds = [_kind(model, step) for step in steps]
     assert len(kinds) == len(set(kinds))
-    losses = [step.loss for step in steps]
-    assert None not in losses and losses == sorted(losses)  # type: ignore[type-var]
     assert sum(step.op is None for step in steps) == 6
-    every = {_kind(model, step): [] for step in steps}  # type: ignore[var-annotated]
-    for step in planner.steps(model, 5, [], 99):
-        every[_kind(model, step)].append(step.loss)
-    assert [min(every[kind]) for kind in kinds] == losses
-    assert planner.steps(model, 5, [], 3, unlike=True) == steps[:3]
+    every: dict[tuple[int, bool], list[float]] = {kind: [] for kind in kinds}
+    for entry in steps[0].evidence["grid"]:
+        dropped = "dropped" in entry
+        kind = entry["start"] if dropped else entry["start"] + (entry["ratios"][0] >= entry["ratios"][1]), dropped
+        every[kind].append(entry["loss"])
+    losses = [min(every[kind]) for kind in kinds]
+    assert losses == sorted(losses)
+    assert planner.steps(model, 5, [], 3) == steps[:3]
 
 
 def _kind(model: Intermediate, step: Step) -> tuple[int, bool]:
@@ -141,21 +142,16 @@ def test_of_a_group_one_is_kept_and_the_race_ends_with_so_many() -> None:
     """a1 and a2 are of one group and too close to tell; b is worse than both, c than b."""
     close = {"a1": [0.0, 1.0] * 32, "a2": [1.0, 0.0] * 32}
     track = Track({**close, "b": noisy(20.0, 64, 2), "c": noisy(40.0, 64, 3)})
-    for to_end in (True, False):
-        _, seen = race(
-            list(track.sums), track.losses, track.counts, racing=True, keep=2, group=lambda name: name[0],
-            to_end=to_end, progress=Silent(), title="race",
-        )  # fmt: skip
-        assert {name: sums.numel() for name, sums in seen.items()} == {"a1": 64, "a2": 64, "b": 64, "c": 8}
-        assert best_of_groups(seen, 3, lambda name: name[0]) == ["a1", "b"]
-        assert best_of_groups(seen, 2) == ["a1", "a2"]
+    _, seen = race(
+        list(track.sums), track.losses, track.counts, racing=True, keep=2, group=lambda name: name[0],
+        progress=Silent(), title="race",
+    )  # fmt: skip
+    assert {name: sums.numel() for name, sums in seen.items()} == {"a1": 64, "a2": 64, "b": 64, "c": 8}
+    assert best_of_groups(seen, 3, lambda name: name[0]) == ["a1", "b"]
+    assert best_of_groups(seen, 2) == ["a1", "a2"]
     sure = Track({"a": noisy(0.0, 64, 0), "b": noisy(20.0, 64, 2), "c": noisy(40.0, 64, 3)})
-    for to_end, length in ((True, 64), (False, 8)):
-        _, seen = race(
-            list(sure.sums), sure.losses, sure.counts, racing=True, keep=2, to_end=to_end,
-            progress=Silent(), title="race",
-        )  # fmt: skip
-        assert {name: sums.numel() for name, sums in seen.items()} == {"a": length, "b": length, "c": 8}
+    _, seen = race(list(sure.sums), sure.losses, sure.counts, racing=True, keep=2, progress=Silent(), title="race")
+    assert {name: sums.numel() for name, sums in seen.items()} == {"a": 8, "b": 8, "c": 8}
 
 
 # How they are judged

@@ -379,15 +379,13 @@ class Stopped(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("method", ["come", "come-p", "sleb", "laco", "come reconstruction", "come-p removals"])
+@pytest.mark.parametrize("method", ["come", "come-p", "sleb", "laco", "come-p removals"])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_stopped_and_started_again(
     method: str, steps: int, resident_of: InMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resident = resident_of("llama")
     settings: Settings = LacoSettings(merge=2) if method == "laco" else ComeSettings(granularity=3)
-    if method == "come reconstruction":
-        method, settings = "come", ComeSettings(span_choice="reconstruction")
     if method == "come-p removals":
         method, settings = "come-p", ComeSettings(granularity=2, removals=True, finalists=3)
     corpus = written_by(resident, 32)
@@ -442,7 +440,6 @@ def test_planned_with_repair(model_folder: Any, text_file: Path, tmp_path: Path)
     for number, (method, settings) in enumerate(
         (
             ("come", None),
-            ("come", ComeSettings(span_choice="reconstruction")),
             ("come-p", ComeSettings(granularity=2)),
             ("come-p", ComeSettings(granularity=2, racing=False, removals=True, finalists=1)),
             ("come-p", ComeSettings(granularity=2, racing=False, removals=True, finalists=30)),

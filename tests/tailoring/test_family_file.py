@@ -82,7 +82,7 @@ def test_examples_are_valid(path: Path) -> None:
         ({"objectives": [{"name": "a", "task": "y", "metric": "luck"}]}, ["accuracy or margin or likelihood"]),
         ({"objectives": [{"name": "a", "kl": "y"}, {"name": "a", "kl": "z"}]}, ["a name of its own; found 'a'"]),
         ({"objectives": [{"name": "a", "kl": "y", "split": "0.5:0.2"}]}, ["a part of the file such as 0:0.33"]),
-        ({"search": {"engine": "grid"}}, ["search.engine: expected smac or evolve or random or both"]),
+        ({"search": {"engine": "both"}}, ["search.engine: expected smac or evolve or random; found 'both'"]),
         ({"search": {"min_budget": 300}}, ["search.min_budget: expected at most max_budget; found 300 and 256"]),
         ({"search": {"trials": 0, "eta": 1}}, ["search.trials", "search.eta"]),
         ({"search": {"warm_start": ["best"]}}, [r"warm_start\[0\]: expected random-middle, come.*found 'best'"]),

@@ -1,4 +1,4 @@
-"""A recipe of a recipe, composed and built at once, is the model that comes of building twice."""
+"""A merged layer that is merged again, built at once, is the layer that comes of building twice."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from intarsia.anatomy.spec import PARTS
 from intarsia.building.materialize import materialize
 from intarsia.building.resident import Resident
 from intarsia.calibration.stream import LayerStream
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.recipe.compose import compose
+from intarsia.recipe.flatten import concat_of
+from intarsia.recipe.ops import Concat
 from tests import families
 from tests.conftest import InMemory, Opened
 from tests.recipes_by_hand import recipe_of, select, shared
@@ -19,14 +21,23 @@ from tests.recipes_by_hand import recipe_of, select, shared
 
 @pytest.mark.parametrize("norm", ["fold", "average"])
 @pytest.mark.parametrize("family", [*families.FAMILIES, *families.VARIATIONS])
-def test_composed_is_built_twice(
+def test_joined_twice_is_built_twice(
     family: str, norm: str, checkpoint_of: Opened, resident_of: InMemory, tmp_path: Path
 ) -> None:
     source, original = checkpoint_of(family), resident_of(family)
     inner = recipe_of("m", [shared(source.anatomy, [0, 1], seed=3, norm=norm), select(4), select(5)])
     outer = recipe_of("m", [shared(source.anatomy, [1, 0], seed=4, norm=norm), select(2)], depth=3)
-    flat = compose(outer, inner, variant="base", anatomy=source.anatomy)
-    assert {ref.layer for ref in flat.layers[0].sources} == {0, 1, 4} and flat.spans == ((0, 5), (5, 6))
+    again = outer.layers[0]
+    assert isinstance(again, Concat)
+    joined = concat_of(
+        [inner.layers[cut.source.layer] for cut in again.cuts],
+        [{part: cut.pieces(part) for part in PARTS} for cut in again.cuts],
+        weights=[cut.weights for cut in again.cuts],
+        norm=again.norm,
+        anatomy=source.anatomy,
+    )
+    flat = inner.with_layers([joined, select(5)])
+    assert {ref.layer for ref in joined.sources} == {0, 1, 4} and flat.spans == ((0, 5), (5, 6))
     materialize(inner, {"base": source}, tmp_path / "inner")
     built = Checkpoint.open(tmp_path / "inner", model="inner")
     ids = torch.randint(2, families.VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 
@@ -17,8 +16,9 @@ from intarsia.calibration.hidden import HiddenStore
 from intarsia.healing.closed_form import fit
 from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.fit_plan import fit_forwards
-from intarsia.healing.original import Original
+from intarsia.healing.teacher import TeacherStates
 from intarsia.recipe.recipe import Recipe
+from tests.closed_form_fits import fit_on
 from tests.conftest import InMemory, Opened
 from tests.families import WIDTH
 from tests.healing.conftest import SEQ_LEN, Cut, Tokens
@@ -40,8 +40,8 @@ def forwards(resident: Resident, work: Any) -> tuple[Any, int]:
         handle.remove()
 
 
-def original_of(resident: Resident, text: Corpus, **kwargs: Any) -> Original:
-    return Original(resident, Batches(text, resident.device, batch_tokens=2 * SEQ_LEN), **kwargs)
+def original_of(resident: Resident, text: Corpus, **kwargs: Any) -> TeacherStates:
+    return TeacherStates(resident, Batches(text, resident.device, batch_tokens=2 * SEQ_LEN), **kwargs)
 
 
 def test_depths_are_those_of_the_plain_model_and_none_is_computed_twice(resident_of: InMemory, tokens: Tokens) -> None:
@@ -89,14 +89,10 @@ def test_fits_that_share_it_are_the_same_and_pay_for_the_teacher_once(
     settings = ClosedFormSettings()
     shared = original_of(resident, text, keep=True)
 
-    def fitted(original: Original | None) -> tuple[Recipe, int]:
-        found, spent = forwards(
-            resident,
-            lambda: fit(recipe, resident, text, settings=settings, original=original, batch_tokens=2 * SEQ_LEN)[0],
-        )
-        return found, spent
+    def fitted(teacher: TeacherStates) -> tuple[Recipe, int]:
+        return forwards(resident, lambda: fit(recipe, teacher, settings=settings)[0])
 
-    alone, cost = fitted(None)
+    alone, cost = fitted(original_of(resident, text))
     assert cost == fit_forwards(recipe, settings) * len(text)
     teacher = max(recipe.spans[index][1] for index in alone.fitted) * len(text)
     first, second = fitted(shared), fitted(shared)
@@ -114,13 +110,13 @@ def test_the_student_begins_where_it_differs(resident_of: InMemory, checkpoint_o
     text, _ = tokens()
     settings = ClosedFormSettings(layers="spans", changed=("mlp",))
     late = recipe_of(name, [select(0), select(1), select(2), select(4), select(5)])  # layer 2 stands for 3 too
-    healed, spent = forwards(resident, lambda: fit(late, resident, text, settings=settings, batch_tokens=64)[0])
+    healed, spent = forwards(resident, lambda: fit_on(late, resident, text, settings=settings, batch_tokens=64)[0])
     assert spent == (4 + 1 + 1) * len(text)  # the teacher to depth 4, the fit and the student through layer 2
     assert fit_forwards(late, settings) == 6
     # A layer before that is not the original's any more: the student begins there.
     tensors = {key: 0.9 * value for key, value in healed.fitted[2].items()}
     changed = replace(late, fitted={1: tensors})
-    again, spent = forwards(resident, lambda: fit(changed, resident, text, settings=settings, batch_tokens=64)[0])
+    again, spent = forwards(resident, lambda: fit_on(changed, resident, text, settings=settings, batch_tokens=64)[0])
     assert spent == (4 + 2 + 1) * len(text) == fit_forwards(changed, settings) * len(text)
     assert any(not np.array_equal(again.fitted[2][key], healed.fitted[2][key]) for key in healed.fitted[2])
 
@@ -134,14 +130,6 @@ def test_a_stack_that_repeats_layers_begins_at_its_first_repetition(
     recipe = recipe_of(name, [select(n) for n in (0, 1, 2, 1, 2, 5)])
     trained = [index for index, (start, stop) in enumerate(recipe.spans) if stop - start > 1]
     assert trained == [4]
-    healed, spent = forwards(resident, lambda: fit(recipe, resident, text, settings=settings, batch_tokens=64)[0])
+    healed, spent = forwards(resident, lambda: fit_on(recipe, resident, text, settings=settings, batch_tokens=64)[0])
     assert set(healed.fitted) <= {4}
     assert spent == fit_forwards(recipe, settings) * len(text) == (5 + 2 + 1) * len(text)
-
-
-def test_that_of_another_text_is_refused(resident_of: InMemory, checkpoint_of: Opened, tokens: Tokens) -> None:
-    resident, name = resident_of("opt"), str(checkpoint_of("opt").folder)
-    text, other = tokens()
-    recipe = recipe_of(name, [select(0), select(1), select(4), select(5)])
-    with pytest.raises(AssertionError, match="another teacher or text"):
-        fit(recipe, resident, text, original=original_of(resident, other))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.healing.correspond import check_teacher, correspondences
+from intarsia.healing.layer_map import check_teacher, correspondences
 from tests.conftest import Opened
 from tests.healing.conftest import Cut
 from tests.recipes_by_hand import recipe_of, select

@@ -1,4 +1,4 @@
-"""Where a closed form over all layers begins, and which of its ends is taken."""
+"""The closed form over all layers from several starting points, and what decides between them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import intarsia
+from intarsia.calibration.corpus import Corpus
 from intarsia.evaluation.chain import Chain
 from intarsia.healing.closed_form import fit
 from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
 from intarsia.healing.fit_plan import fit_forwards
-from intarsia.healing.starts import Start, best_end, starts
+from intarsia.healing.restarts import Start, best_of, starts
+from intarsia.healing.teacher import TeacherStates
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings
 from intarsia.progress import Silent
 from intarsia.recipe import codec
 from intarsia.recipe.recipe import Fitted, Recipe, identity
 from intarsia.stages.judge import held_out_text
-from intarsia.stages.repair import beginnings, heal_passes_at_most, repaired
+from intarsia.stages.repair import _set_aside, beginnings, heal_passes_at_most, repaired
 from intarsia.stages.source import Source
 from tests import families
+from tests.closed_form_fits import fit_on
 from tests.conftest import Opened
 from tests.recipes_by_hand import recipe_of, select
 
@@ -104,7 +107,7 @@ def test_what_was_fitted_may_be_forgotten_and_what_was_trained_not(
 def test_the_best_end_comes_first_and_of_equal_ones_the_earlier_start() -> None:
     recipes = [recipe_of("llama", LAYERS[:number]) for number in (1, 2, 3, 4)]
     losses = {1: 5.0, 2: 3.0, 3: 3.0, 4: 4.0}
-    found = best_end(
+    found = best_of(
         [Start(name=str(len(recipe.layers)), recipe=recipe) for recipe in recipes],
         lambda recipe: (recipe, [{"layer": len(recipe.layers)}]),
         lambda recipe: losses[len(recipe.layers)],
@@ -114,7 +117,7 @@ def test_the_best_end_comes_first_and_of_equal_ones_the_earlier_start() -> None:
     assert found.fits == [{"layer": 2}]
     assert list(found.perplexities.items()) == [("2", 3.0), ("3", 3.0), ("4", 4.0), ("1", 5.0)]
     assert found.perplexity == 3.0
-    assert found.told() == "held-out perplexity from the recipe 2 3.00, 3 3.00, 4 4.00, 1 5.00"
+    assert found.summary() == "held-out perplexity from the recipe 2 3.00, 3 3.00, 4 4.00, 1 5.00"
 
 
 def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> None:
@@ -151,7 +154,7 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
         by_hand = {}
         corpus = source.corpus
         for start in begin:
-            fitted, _ = fit(start.recipe, source.resident, corpus, settings=settings)
+            fitted, _ = fit_on(start.recipe, source.resident, corpus, settings=settings)
             by_hand[start.name] = loss_of(fitted, source, judges.input_ids)
         heal = found.recipe.provenance["heal"]
         assert list(heal["starts"]) == sorted(by_hand, key=lambda name: by_hand[name])
@@ -178,19 +181,47 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
         assert heal_passes_at_most(source.checkpoint.anatomy, planned, in_loop=in_loop) == 3 * begin
 
 
-def test_where_no_text_is_left_the_held_out_sequences_judge(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And there are then as many of them as without such text."""
+@pytest.mark.parametrize("fitted", [True, False])
+def test_what_chose_the_strength_does_not_judge(plan: Plan, fitted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several starts and with one: where no further text is left, sequences that no fit has seen judge."""
     planned = plan(layers=4)
     run, source, recipe = planned.run, planned.source(), planned.folder.recipe(4)
-    assert recipe.fitted
+    recipe = recipe if fitted else replace(recipe, fitted={})
     monkeypatch.setattr("intarsia.stages.repair.held_out_text", lambda source, place: None)
     heal = repaired(run, recipe, source, settings=LAST, batch_tokens=None).recipe.provenance["heal"]
     assert heal["settings"]["closed-form"]["held_out"] == 8
-    kept = source.corpus.input_ids[::8]
-    assert len(heal["starts"]) == 2
+    unseen = [8]  # of 16 sequences; 0 chooses the strength
+    settings = replace(LAST, held_out=8)
+    found = {}
     for start in beginnings(planned.folder, recipe, source.checkpoint.anatomy):
-        fitted, _ = fit(start.recipe, source.resident, source.corpus, settings=replace(LAST, held_out=8))
-        assert np.log(heal["starts"][start.name]) == pytest.approx(loss_of(fitted, source, kept), rel=1e-6)
+        again, _ = fit_on(start.recipe, source.resident, source.corpus, settings=settings, unseen=unseen)
+        found[start.name] = loss_of(again, source, source.corpus.input_ids[unseen])
+    assert len(found) == 1 + fitted
+    assert np.log(heal["stages"][-1]["held_out_perplexity"]) == pytest.approx(min(found.values()), rel=1e-6)
+    for name, value in heal.get("starts", {}).items():
+        assert np.log(value) == pytest.approx(found[name], rel=1e-6)
+
+
+def test_one_start_is_judged_by_further_text_where_there_is_some(plan: Plan) -> None:
+    planned = plan(layers=4)
+    source = planned.source()
+    recipe = replace(planned.folder.recipe(4), fitted={})
+    heal = repaired(planned.run, recipe, source, settings=LAST, batch_tokens=None).recipe.provenance["heal"]
+    further = held_out_text(source, place=1)
+    assert further is not None and "starts" not in heal
+    before, after = (np.log(row["held_out_perplexity"]) for row in heal["stages"])
+    healed, _ = fit_on(recipe, source.resident, source.corpus, settings=LAST)
+    assert before == pytest.approx(loss_of(recipe, source, further.input_ids), rel=1e-6)
+    assert after == pytest.approx(loss_of(healed, source, further.input_ids), rel=1e-6)
+
+
+@pytest.mark.parametrize(("sequences", "chosen_by", "judged_by"), [(1, [0], []), (2, [0], []), (3, [0], [2])])
+def test_few_sequences_are_shared_out(sequences: int, chosen_by: list[int], judged_by: list[int]) -> None:
+    corpus = Corpus.of(torch.arange(4 * sequences).view(sequences, 4), description="few", documents=1)
+    settings, text, unseen = _set_aside(corpus, LAST)
+    assert unseen == judged_by
+    assert [row for row in range(0, sequences, settings.held_out) if row not in unseen] == chosen_by
+    assert torch.equal(text.input_ids, corpus.input_ids[unseen or chosen_by])
 
 
 def test_killed_in_the_last_of_several_fits_the_others_are_not_made_again(
@@ -199,27 +230,26 @@ def test_killed_in_the_last_of_several_fits_the_others_are_not_made_again(
     """And what comes of it is what comes without being killed, with room for the original's states or without."""
     planned = plan(layers=4)
     run, recipe = planned.run, planned.folder.recipe(4)
-    fits: list[bool] = []  # of each, whether the original's states were shared
+    fits: list[bool] = []  # of each, whether the teacher's states are kept for the next
 
-    def killed(*args: Any, original: Any, **kwargs: Any) -> Any:
+    def killed(recipe: Recipe, teacher: TeacherStates, **kwargs: Any) -> Any:
         if len(fits) == 1:
             raise KeyboardInterrupt
-        fits.append(original is not None)
-        return fit(*args, original=original, **kwargs)
+        return counted(recipe, teacher, **kwargs)
 
-    def counted(*args: Any, original: Any, **kwargs: Any) -> Any:
-        fits.append(original is not None)
-        return fit(*args, original=original, **kwargs)
+    def counted(recipe: Recipe, teacher: TeacherStates, **kwargs: Any) -> Any:
+        fits.append(teacher.keep)
+        return fit(recipe, teacher, **kwargs)
 
     whole = repaired(run, recipe, planned.source(), settings=LAST, batch_tokens=None)
     for path in (run / "healed").iterdir():
         path.unlink()  # files alone: nothing is left of the ends
-    monkeypatch.setattr("intarsia.stages.ends.fit", killed)
+    monkeypatch.setattr("intarsia.healing.restarts.fit", killed)
     with pytest.raises(KeyboardInterrupt):
         repaired(run, recipe, planned.source(), settings=LAST, batch_tokens=None)
     (kept,) = (run / "healed").iterdir()
     assert len(list(kept.glob("*.yaml"))) == 1
-    monkeypatch.setattr("intarsia.stages.ends.fit", counted)
+    monkeypatch.setattr("intarsia.healing.restarts.fit", counted)
     source = planned.source()
     source.placement = replace(source.placement, memory_bytes=1)
     resumed = repaired(run, recipe, source, settings=LAST, batch_tokens=None)
@@ -245,7 +275,7 @@ def test_heal_goes_on_behind_the_fits_that_were_finished(
             raise KeyboardInterrupt
         return fit(*args, **kwargs)
 
-    monkeypatch.setattr("intarsia.stages.ends.fit", killed)
+    monkeypatch.setattr("intarsia.healing.restarts.fit", killed)
     with pytest.raises(KeyboardInterrupt):
         intarsia.heal(recipe, tmp_path / "out", **given)
     intarsia.heal(recipe, tmp_path / "out", **given)

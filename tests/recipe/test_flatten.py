@@ -1,4 +1,4 @@
-"""Composing recipes equals building twice, seen on pieces that carry labels."""
+"""Joining joined layers equals building twice, seen on pieces that carry labels."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from intarsia.anatomy.spec import PARTS, Anatomy, Part
 from intarsia.errors import UserError
 from intarsia.recipe.check import check
-from intarsia.recipe.compose import compose
-from intarsia.recipe.flatten import concat_of, simplify
+from intarsia.recipe.flatten import concat_of, merge_of, simplify
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, NormMode, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.recipe import Recipe
 
 Recipes = Callable[..., st.SearchStrategy[Recipe]]
 # A layer by hand: for each part the labels of its pieces in order, and how much each original layer counts in what
@@ -73,39 +72,30 @@ def grouped(layer: Layer) -> dict[Part, dict[LayerRef, list[int]]]:
     }
 
 
-def assert_same(found: Layer, expected: Layer) -> None:
-    assert grouped(found) == grouped(expected)
-    for part in PARTS:
-        sources = {*found[part][1], *expected[part][1]}
-        for source in sources:
-            assert found[part][1][source] == pytest.approx(expected[part][1][source], abs=1e-9)
-
-
 @pytest.mark.parametrize("norm", ["fold", "average"])
-def test_composing_equals_building_twice(anatomy: Anatomy, recipes_over: Recipes, norm: NormMode) -> None:
+def test_joining_equals_building_twice(anatomy: Anatomy, recipes_over: Recipes, norm: NormMode) -> None:
     @settings(max_examples=150, deadline=None)
     @given(st.data())
     def run(data: st.DataObject) -> None:
         inner = data.draw(recipes_over(anatomy, norm=norm, merges=False))
         outer = data.draw(recipes_over(anatomy, depth=len(inner.layers), norm=norm, merges=False, variants=("cut",)))
         once = [build(op, lambda source: original(source, anatomy)) for op in inner.layers]
-        twice = [build(op, lambda source: once[source.layer]) for op in outer.layers]
-        if any(len(set(pieces)) < len(pieces) for layer in twice for pieces, _ in layer.values()):
-            with pytest.raises(UserError, match="at most once"):
-                compose(outer, inner, variant="cut")
-            return
-        flat = compose(outer, inner, variant="cut")
-        check(flat, {"base": anatomy, "math": anatomy})
-        assert (flat.variants, flat.base, flat.depth) == (inner.variants, inner.base, inner.depth)
-        for op, expected in zip(flat.layers, twice, strict=True):
-            assert_same(build(op, lambda source: original(source, anatomy)), expected)
-        # With an anatomy whose weights mean nothing, only the weights may differ.
-        lean = compose(outer, inner, variant="cut", anatomy=anatomy)
-        check(lean, {"base": anatomy, "math": anatomy})
-        for op, expected in zip(lean.layers, twice, strict=True):
-            assert grouped(build(op, lambda source: original(source, anatomy))) == grouped(expected)
-            if norm == "fold" and isinstance(op, Concat):
-                assert all(found.kv_groups or found.channels for found in op.cuts)
+        for op in outer.layers:
+            if not isinstance(op, Concat):
+                continue
+            # A layer without pieces contributes nothing to a join, whatever its weights.
+            op = replace(op, cuts=tuple(found for found in op.cuts if found.kv_groups or found.channels))
+            layers = [inner.layers[found.source.layer] for found in op.cuts]
+            kept: list[dict[Part, Sequence[int]]] = [{part: found.pieces(part) for part in PARTS} for found in op.cuts]
+            weights = [found.weights for found in op.cuts]
+            expected = build(op, lambda source: once[source.layer])
+            if any(len(set(pieces)) < len(pieces) for pieces, _ in expected.values()):
+                with pytest.raises(UserError, match="at most once"):
+                    concat_of(layers, kept, weights=weights, norm=norm, anatomy=anatomy)
+                continue
+            flat = concat_of(layers, kept, weights=weights, norm=norm, anatomy=anatomy)
+            check(inner.with_layers([flat]), {"base": anatomy, "math": anatomy})
+            assert grouped(build(flat, lambda source: original(source, anatomy))) == grouped(expected)
 
     run()
 
@@ -222,96 +212,22 @@ def test_cut_without_pieces_vanishes_where_its_weights_mean_nothing(
     assert simplify(weightless, anatomy_with(attention_bias=True)) == replace(weightless, cuts=weightless.cuts[:2])
 
 
-# compose
-
-
-def two(outer_layers: Sequence[Op], inner_layers: Sequence[Op]) -> tuple[Recipe, Recipe]:
-    inner = identity(Variant(name="base", model="demo"), 6).with_layers(inner_layers)
-    outer = identity(Variant(name="cut", model="x"), len(inner_layers)).with_layers(outer_layers)
-    return outer, inner
+# merge_of
 
 
 def test_merges_of_merges_are_linear() -> None:
-    inner_merge = Merge(sources=(ref(0), ref(1)), weights=(0.5, 0.5))
-    outer, inner = two(
-        [select(0, "cut"), Merge(sources=(ref(0, "cut"), ref(1, "cut")), weights=(0.5, 2.0))], [inner_merge, select(1)]
-    )
-    flat = compose(outer, inner, variant="cut")
-    assert flat.layers == (inner_merge, Merge(sources=(ref(0), ref(1)), weights=(0.25, 2.25)))
-
-
-def test_merge_over_concat_and_concat_over_merge_are_refused_together() -> None:
+    inner = Merge(sources=(ref(0), ref(1)), weights=(0.5, 0.5))
+    found = merge_of([inner, select(1), select(2)], [0.5, 2.0, 0.0])
+    assert found == Merge(sources=(ref(0), ref(1)), weights=(0.25, 2.25))
+    assert merge_of([select(3)], [1.0]) == select(3)
     concat = Concat(cuts=(cut(0, [0, 1], range(5), 0.5), cut(1, [2], range(5, 8), 0.5)))
-    merge = Merge(sources=(ref(0), ref(1)), weights=(0.5, 0.5))
-    outer, inner = two(
-        [
-            Merge(sources=(ref(0, "cut"), ref(2, "cut")), weights=(0.5, 0.5)),
-            Concat(cuts=(cut(1, [0, 1], range(5), 0.5, "cut"), cut(2, [2], range(5, 8), 0.5, "cut"))),
-        ],
-        [concat, merge, select(2)],
-    )
-    with pytest.raises(UserError) as caught:
-        compose(outer, inner, variant="cut")
-    assert [problem.where for problem in caught.value.problems] == ["layers[0]", "layers[1]"]
-
-
-def test_a_merge_by_differences_keeps_its_form() -> None:
-    """Its sources and base become those of the inner model; what is no whole layer there has to be built first."""
-    ties = Merge(
-        sources=(ref(0, "cut"), ref(1, "cut")),
-        weights=(1.0, 2.0),
-        method="ties",
-        params={"density": 0.5, "lambda": 1.0},
-        base=ref(1, "cut"),
-        scale=0.5,
-        mlp=Mix(weights=(1.0, 0.0)),
-    )
-    outer, inner = two([ties], [select(2), select(5)])
-    assert compose(outer, inner, variant="cut").layers == (replace(ties, sources=(ref(2), ref(5)), base=ref(5)),)
-    outer, inner = two([ties], [select(2), Merge(sources=(ref(0),), weights=(0.5,))])
-    with pytest.raises(UserError, match="whole layers to merge by ties; found inner layer 1"):
-        compose(outer, inner, variant="cut")
-    outer, inner = two([replace(ties, base=ref(7, "cut"))], [select(2), select(5)])
-    with pytest.raises(UserError, match="a layer of 'cut' from 0 to 1; found cut:7"):
-        compose(outer, inner, variant="cut")
+    with pytest.raises(UserError, match="whole layers to merge"):
+        merge_of([concat, select(2)], [0.5, 0.5])
 
 
 @pytest.mark.parametrize("change", [{"scale": 0.5}, {"mlp": Mix(weights=(1.0,))}, {"method": "task_arithmetic"}])
 def test_only_plain_sums_of_layers_add_up(change: dict[str, Any], anatomy: Anatomy) -> None:
     merged = replace(Merge(sources=(ref(0),), weights=(1.0,)), **change)
     assert simplify(merged, anatomy) == merged
-    outer, inner = two([Merge(sources=(ref(0, "cut"), ref(1, "cut")), weights=(0.5, 0.5))], [merged, select(1)])
     with pytest.raises(UserError, match="weighted sums of layers"):
-        compose(outer, inner, variant="cut")
-
-
-def test_fitted_tensors_go_with_a_whole_layer_only() -> None:
-    ours, theirs = np.ones(3, dtype=np.float32), np.zeros(2, dtype=np.float32)
-    outer, inner = two([select(1, "cut"), select(0, "cut")], [select(0), select(3)])
-    inner = replace(inner, fitted={1: {"a": ours, "b": ours}})
-    outer = replace(outer, fitted={0: {"b": theirs}})
-    flat = compose(outer, inner, variant="cut")
-    assert set(flat.fitted) == {0}
-    assert flat.fitted[0]["a"] is ours
-    assert flat.fitted[0]["b"] is theirs
-    joined = Concat(cuts=(cut(0, [0, 1], range(5), 0.5, "cut"), cut(1, [2], range(5, 8), 0.5, "cut")))
-    with pytest.raises(UserError, match="fitted tensors of inner layer 1"):
-        compose(outer.with_layers([joined]), inner, variant="cut")
-
-
-def test_outer_must_talk_about_the_inner_model() -> None:
-    outer, inner = two([select(0, "cut"), select(7, "cut"), select(0, "other")], [select(0), select(3)])
-    with pytest.raises(UserError) as caught:
-        compose(replace(outer, depth=5, base="other"), inner, variant="cut")
-    places = [problem.where for problem in caught.value.problems]
-    assert places[:4] == ["depth", "base", "layers[1]", "layers[2]"]
-
-
-def test_identity_composes_to_the_inner_recipe(anatomy: Anatomy, recipes_over: Recipes) -> None:
-    @settings(max_examples=60, deadline=None)
-    @given(recipes_over(anatomy))
-    def run(inner: Recipe) -> None:
-        outer = identity(Variant(name="cut", model="x"), len(inner.layers))
-        assert replace(compose(outer, inner, variant="cut"), provenance={}) == inner
-
-    run()
+        merge_of([merged, select(1)], [0.5, 0.5])

@@ -1,4 +1,4 @@
-"""A read-out with a norm behind it, fitted on made-up activations whose answer is known."""
+"""An output projection with a norm after it, fitted on made-up activations whose answer is known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.errors import UserError
-from intarsia.healing.behind_norm import NormBehind, Passed, fit_norm, fit_weight
+from intarsia.healing.post_norm_fit import Passed, PostNorm, fit_norm, fit_weight
 
 TOKENS, FEATURES, WIDTH = 600, 10, 8
 RIDGES = (1e-9, 1e-4, 1e-2, 1.0)
@@ -31,12 +31,12 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def behind(seed: int = 1) -> NormBehind:
-    return NormBehind(OffsetNorm(0.3 * normal(WIDTH, seed=seed)), offset=1.0, scale=0.7)
+def post_norm(seed: int = 1) -> PostNorm:
+    return PostNorm(OffsetNorm(0.3 * normal(WIDTH, seed=seed)), offset=1.0, scale=0.7)
 
 
 def passes_over(weight_DC: Tensor, missing: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Iterator[Passed]]:
-    """Two batches of tokens, a quarter of them held out; `missing(x, y)` is what is missing behind the layer."""
+    """Two batches of tokens, a quarter of them held out; `missing(x, y)` is what is missing after the layer."""
     x_NC = normal(TOKENS, FEATURES, seed=3)
     y_ND = x_NC @ weight_DC.T
     missing_ND = missing(x_NC, y_ND)
@@ -54,7 +54,7 @@ def passes_over(weight_DC: Tensor, missing: Callable[[Tensor, Tensor], Tensor]) 
     return passes
 
 
-def true_error(norm: NormBehind, weight_DC: Tensor, other_DC: Tensor, passes: Callable[[], Iterator[Passed]]) -> float:
+def true_error(norm: PostNorm, weight_DC: Tensor, other_DC: Tensor, passes: Callable[[], Iterator[Passed]]) -> float:
     total, tokens = 0.0, 0
     for passed in passes():
         held = passed.held_N
@@ -65,7 +65,7 @@ def true_error(norm: NormBehind, weight_DC: Tensor, other_DC: Tensor, passes: Ca
 
 
 def test_a_norm_is_taken_apart() -> None:
-    norm, y = behind(), normal(5, WIDTH, seed=2)
+    norm, y = post_norm(), normal(5, WIDTH, seed=2)
     own = norm.weight
     unit = norm.unit(y)
     torch.testing.assert_close(unit.square().mean(-1), torch.ones(5), rtol=1e-4, atol=1e-4)
@@ -75,7 +75,7 @@ def test_a_norm_is_taken_apart() -> None:
 
 def test_the_norms_weight_is_least_squares() -> None:
     """With next to no ridge, row by row what numpy finds."""
-    weight, norm = normal(WIDTH, FEATURES, seed=4), behind()
+    weight, norm = normal(WIDTH, FEATURES, seed=4), post_norm()
     passes = passes_over(weight, lambda x, y: normal(TOKENS, WIDTH, seed=5) + 0.5 * norm.unit(y))
     found, fit = fit_norm(norm, passes, (1e-12,), where="here")
     assert found is not None
@@ -95,9 +95,9 @@ def test_the_norms_weight_is_least_squares() -> None:
     assert fit.error_after < fit.error_before
 
 
-def test_a_changed_read_out_is_found_again() -> None:
-    """The target is what a somewhat different weight gives behind the norm: most of the difference is made good."""
-    weight, norm = normal(WIDTH, FEATURES, seed=4), behind()
+def test_a_changed_projection_is_found_again() -> None:
+    """The target is what a somewhat different weight gives after the norm: most of the difference is made good."""
+    weight, norm = normal(WIDTH, FEATURES, seed=4), post_norm()
     other = weight + 0.15 * normal(WIDTH, FEATURES, seed=6)
     passes = passes_over(weight, lambda x, y: norm.added(x @ other.T) - norm.added(y))
     found, fit = fit_weight(norm, weight, passes, RIDGES, where="here")
@@ -109,7 +109,7 @@ def test_a_changed_read_out_is_found_again() -> None:
 
 def test_what_the_norm_takes_back_is_not_taken() -> None:
     """Missing is more of the same: a longer W would give it without the norm. With it, only the norm's weight can."""
-    weight, norm = normal(WIDTH, FEATURES, seed=4), behind()
+    weight, norm = normal(WIDTH, FEATURES, seed=4), post_norm()
     passes = passes_over(weight, lambda x, y: 0.5 * norm.added(y))
     found, fit = fit_weight(norm, weight, passes, RIDGES, where="here")
     assert fit.error_after > 0.9 * fit.error_before
@@ -122,7 +122,7 @@ def test_what_the_norm_takes_back_is_not_taken() -> None:
 
 def test_a_fit_that_does_not_carry_over_is_not_taken() -> None:
     """Held-out tokens miss the opposite of what the others miss."""
-    weight, norm = normal(WIDTH, FEATURES, seed=4), behind()
+    weight, norm = normal(WIDTH, FEATURES, seed=4), post_norm()
     sign = torch.where(torch.arange(TOKENS) % 4 == 0, -1.0, 1.0)[:, None]
     passes = passes_over(weight, lambda x, y: sign * 0.3 * x[:, :WIDTH])
     found, fit = fit_weight(norm, weight, passes, (1e-9,), where="here")
@@ -136,7 +136,7 @@ def test_rows_that_the_norm_switches_off_stay() -> None:
     weight = normal(WIDTH, FEATURES, seed=4)
     scale = torch.zeros(WIDTH)
     scale[2] = -1.0  # 1 + weight = 0
-    norm = NormBehind(OffsetNorm(scale), offset=1.0, scale=1.0)
+    norm = PostNorm(OffsetNorm(scale), offset=1.0, scale=1.0)
     other = weight + 0.1 * normal(WIDTH, FEATURES, seed=6)
     passes = passes_over(weight, lambda x, y: norm.added(x @ other.T) - norm.added(y))
     found, _ = fit_weight(norm, weight, passes, RIDGES, where="here")
@@ -146,7 +146,7 @@ def test_rows_that_the_norm_switches_off_stay() -> None:
 
 @pytest.mark.parametrize("held", [False, True])
 def test_activations_that_are_not_finite(held: bool) -> None:
-    weight, norm = normal(WIDTH, FEATURES, seed=4), behind()
+    weight, norm = normal(WIDTH, FEATURES, seed=4), post_norm()
     bad = (torch.arange(TOKENS) % 4 == 0)[:, None] == held
     passes = passes_over(weight, lambda x, y: torch.where(bad, torch.nan, y))
     with pytest.raises(UserError, match="here: expected finite activations"):
