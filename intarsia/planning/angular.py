@@ -15,7 +15,7 @@ import torch
 
 from intarsia.anatomy.spec import Anatomy
 from intarsia.calibration.stats import last_real
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step
 from intarsia.planning.scores import angular_distance

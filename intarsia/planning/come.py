@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from intarsia.anatomy.spec import PARTS, Anatomy, Part
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning import allocate
 from intarsia.planning.candidates import Change, losses_of
 from intarsia.planning.intermediate import Intermediate
@@ -30,7 +30,7 @@ from intarsia.planning.repair import repair_forwards
 from intarsia.planning.scores import part_scores
 from intarsia.planning.sensitivity import sensitivity_map
 from intarsia.planning.settings import ComeSettings
-from intarsia.recipe.flatten import concat_of, merge_of
+from intarsia.recipe.algebra import concat_of, merge_of
 from intarsia.recipe.ops import Op, Select, sources_of
 
 

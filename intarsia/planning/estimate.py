@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.planner import Planner
 
 

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from intarsia.anatomy.spec import Anatomy
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.candidates import normed_with
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step, one_attention_type, strides
 from intarsia.planning.repair import repair_forwards
 from intarsia.planning.settings import LacoSettings
-from intarsia.recipe.flatten import merge_of
+from intarsia.recipe.algebra import merge_of
 from intarsia.recipe.ops import LayerRef, Op, Select
 
 SEQUENCES = 10

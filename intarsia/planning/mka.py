@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from intarsia.anatomy.spec import Anatomy
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step, one_attention_type
-from intarsia.recipe.flatten import merge_of
+from intarsia.recipe.algebra import merge_of
 
 SAMPLES = 512
 COORDINATES = 2

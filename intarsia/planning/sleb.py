@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from intarsia.anatomy.spec import Anatomy
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.candidates import Change, losses_of
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step, strides

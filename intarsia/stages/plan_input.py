@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from intarsia.errors import UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.estimate import Estimate, estimate
 from intarsia.planning.finalists import check_finalists
 from intarsia.planning.ladder import METHODS, planner_of, progressive_methods, settings_of

@@ -14,8 +14,8 @@ from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.healing.closed_form import fit
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.fit_plan import fit_forwards
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.recipe.recipe import Recipe
 from tests.closed_form_fits import fit_on

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.estimate import estimate
 from intarsia.planning.ladder import planner_of
 from intarsia.planning.settings import ComeSettings
