@@ -24,7 +24,7 @@ from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.healing.layer_task import LayerTask, on_device, trained_names
 from intarsia.healing.layer_training import train_layer
 from intarsia.healing.settings import LayerwiseSettings
-from intarsia.healing.states import StatesInMemory
+from intarsia.healing.states import States
 
 _LAYER = 14
 _WARM_UP = 3
@@ -45,8 +45,8 @@ def task_of(resident: Resident, settings: LayerwiseSettings, *, steps: int, seq_
     return LayerTask(
         index=_LAYER,
         module=resident.fresh(_LAYER, dict(resident.layers[_LAYER].named_parameters())),
-        inputs=StatesInMemory(store=store, depth=0),
-        targets=StatesInMemory(store=store, depth=1),
+        inputs=States(store=store, depth=0),
+        targets=States(store=store, depth=1),
         sequences=store.shape[0],
         held_out=batch,
         seq_len=seq_len,

@@ -12,18 +12,21 @@ piece is a whole KV group, so that query heads keep the key/value head they were
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
 
-from intarsia.anatomy.spec import PARTS, Part
+from intarsia.anatomy.spec import PARTS, Anatomy, Part
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning import allocate
 from intarsia.planning.candidates import Change, losses_of
 from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.planner import Step, one_attention_type
+from intarsia.planning.planner import Step, one_attention_type, strides
 from intarsia.planning.posterior import Candidate, Counts, distinct, raced, removals
+from intarsia.planning.repair import repair_forwards
 from intarsia.planning.scores import part_scores
 from intarsia.planning.sensitivity import sensitivity_map
 from intarsia.planning.settings import ComeSettings
@@ -115,6 +118,22 @@ class Come:
             if self.settings.no_repeat
             else "layers of different attention types are not merged, and no others are adjacent"
         )
+
+    def forwards_at_most(
+        self, anatomy: Anatomy, target: int, sequences: int, in_loop: ClosedFormSettings | None
+    ) -> int:
+        """Each span, ratio and removal that is tried re-runs what is after it; then the model is measured."""
+        given, total = self.settings, anatomy.n_layers
+        finalists, blocks = (given.finalists, given.blocks) if self.posterior else (1, 0)
+        for current, count in strides(anatomy.n_layers, target, given.merge):
+            after = current - count + 1
+            tried = after * (after - 1) // 2 if given.span_choice == "sleb" else 0
+            if self.posterior:
+                ratios = math.comb(given.granularity + count - 1, count - 1)
+                tried += min(given.spans, after) * ratios * after
+                tried += after * (after + 1) // 2 if given.removals else 0
+            total += tried + after + repair_forwards(anatomy, in_loop, current, finalists=finalists, blocks=blocks)
+        return total
 
     def _about(self, model: Intermediate, chosen: Candidate, influences: Sequence[float]) -> dict[str, Any]:
         """What is logged of a step itself."""

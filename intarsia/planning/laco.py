@@ -19,15 +19,19 @@ the notebook does, all but the norms.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from intarsia.anatomy.spec import Anatomy
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.candidates import normed_with
 from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.planner import Step, one_attention_type
+from intarsia.planning.planner import Step, one_attention_type, strides
+from intarsia.planning.repair import repair_forwards
 from intarsia.planning.settings import LacoSettings
 from intarsia.recipe.algebra import merge_of
 from intarsia.recipe.ops import LayerRef, Op, Select
@@ -74,6 +78,21 @@ class Laco:
         return (
             f"no {self.settings.merge} adjacent layers of one attention type are left in the range of layers "
             "that may be merged"
+        )
+
+    def forwards_at_most(
+        self, anatomy: Anatomy, target: int, sequences: int, in_loop: ClosedFormSettings | None
+    ) -> int:
+        """Every merge may be tried on the first sequences, as the original once is; then the model is measured."""
+        depth = anatomy.n_layers
+        share = min(1.0, SEQUENCES / sequences)
+        return (
+            depth
+            + math.ceil(share * depth)
+            + sum(
+                math.ceil(share * current * current) + current + repair_forwards(anatomy, in_loop, current)
+                for current, _ in strides(depth, target, self.settings.merge)
+            )
         )
 
     def _top(self, depth: int) -> int:

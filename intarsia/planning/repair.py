@@ -9,6 +9,7 @@ layer's span has grown, what was fitted is the starting point.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intarsia.anatomy.spec import Anatomy
 from intarsia.building.resident import twin
 from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
@@ -26,9 +28,27 @@ from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer, passes
 from intarsia.healing.layer_map import trainable
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
+from intarsia.planning.blocks import NEAREST
 from intarsia.planning.intermediate import Intermediate
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import derive_spans
+
+
+def repair_forwards(
+    anatomy: Anatomy, settings: ClosedFormSettings | None, current: int, *, finalists: int = 1, blocks: int = 0
+) -> int:
+    """Layer-forwards that healing one step of a model of `current` layers takes at most; none without settings.
+
+    For each finalist two layers are fitted, the model is measured anew, and the held-out loss is measured twice. Of
+    blocks the held-out loss of `NEAREST` is measured, and some are fitted; one that is taken is measured as a whole.
+    """
+    if settings is None:
+        return 0
+    fit, held_out = passes(anatomy, settings.changed), math.ceil(current / settings.held_out)
+    forwards = finalists * (2 * fit + current + 2 * held_out)
+    if blocks:
+        forwards += NEAREST * held_out + blocks * (fit + held_out) + current
+    return forwards
 
 
 class Repair:

@@ -16,7 +16,6 @@ from intarsia.calibration.batches import Batches
 from intarsia.checkpoint.hashing import cache_folder, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.healing import closed_form, end_to_end, launch, layerwise
-from intarsia.healing.cluster import connect
 from intarsia.healing.end_to_end import lesson_depths
 from intarsia.healing.quality import quality
 from intarsia.healing.restarts import best_fit, forget, starts
@@ -57,7 +56,6 @@ class Healing:
     closed_form: ClosedFormSettings
     layerwise: LayerwiseSettings
     end_to_end: EndToEndSettings
-    scheduler: str | None
     barrier: Callable[[], None]
     progress: Progress
 
@@ -192,24 +190,17 @@ class Healing:
         return best.recipe, best.fits
 
     def _layerwise(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:
-        def train(cluster: Any = None) -> tuple[Recipe, list[dict[str, Any]]]:
-            return layerwise.train(
-                recipe,
-                self.resident,
-                texts.train,
-                texts.held_out,
-                settings=self.layerwise,
-                teacher=self.teaching,
-                folder=folder,
-                cluster=cluster,
-                memory_bytes=self.placement.memory_bytes,
-                progress=self.progress,
-            )
-
-        if self.scheduler is None:
-            return train()
-        with connect(self.scheduler) as cluster:
-            return train(cluster)
+        return layerwise.train(
+            recipe,
+            self.resident,
+            texts.train,
+            texts.held_out,
+            settings=self.layerwise,
+            teacher=self.teaching,
+            folder=folder,
+            memory_bytes=self.placement.memory_bytes,
+            progress=self.progress,
+        )
 
     def _whole_teacher(self, recipe: Recipe) -> Teacher:
         # The first process has the original in memory already.

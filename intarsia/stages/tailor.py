@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from intarsia.checkpoint.hashing import acting_config
 from intarsia.evaluation.memory import peak_memory_bytes
-from intarsia.healing.cluster import check_scheduler
 from intarsia.progress import Progress, Silent
 from intarsia.reporting.page import write_report
 from intarsia.stages.setup import device_of, dtype_of
@@ -27,7 +26,7 @@ from intarsia.stages.tailor_recipe import translator_of
 from intarsia.stages.tailor_result import TailorResult
 from intarsia.stages.tailor_scorer import Opener, TrialScorer, evaluator_of
 from intarsia.stages.tailor_settings import settings_of
-from intarsia.tailoring.dask_workers import dask_workers
+from intarsia.tailoring.dask_workers import check_scheduler, dask_workers
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import BASE
 from intarsia.tailoring.grids import space_of

@@ -29,7 +29,6 @@ from intarsia.tailoring.resident_family import ResidentFamily
 from intarsia.tailoring.trial_repair import repair_work, repaired
 from intarsia.tailoring.trial_run import Runner
 from intarsia.tailoring.trial_scores import Scored, Scorer
-from intarsia.tailoring.trial_sizes import lacks_memory
 
 __all__ = ["Evaluator", "Outcome", "TrialFailed"]
 
@@ -200,7 +199,14 @@ class Evaluator:
         except UserError as error:  # the recipe was checked before: something is not finite
             raise TrialFailed(str(error)) from error
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not lacks_memory(error):
+            if isinstance(error, RuntimeError) and not _lacks_memory(error):
                 raise
             self.runner.clear()
             raise TrialFailed(f"out of memory: {(str(error).splitlines() or [''])[0]}") from error
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that memory does not suffice."""
+    words = str(error)
+    wide = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return wide or "out of memory" in words or "can't allocate memory" in words

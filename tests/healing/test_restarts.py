@@ -16,7 +16,7 @@ import intarsia
 from intarsia.calibration.corpus import Corpus
 from intarsia.evaluation.chain import Chain
 from intarsia.healing.closed_form import fit
-from intarsia.healing.closed_form_cost import closed_form_cost
+from intarsia.healing.fit_plan import fit_forwards
 from intarsia.healing.restarts import Start, best_of, starts
 from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
@@ -26,7 +26,7 @@ from intarsia.progress import Silent
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Fitted, Recipe, identity
 from intarsia.stages.judge import held_out_text
-from intarsia.stages.repair import _set_aside, beginnings, repaired, starts_at_most
+from intarsia.stages.repair import _set_aside, beginnings, heal_passes_at_most, repaired
 from intarsia.stages.source import Source
 from tests import families
 from tests.closed_form_fits import fit_on
@@ -145,12 +145,12 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
         bare = 1 + bool(recipe.fitted)
         assert [start.recipe.layers for start in begin[bare:]] == others[:2]
         assert all(not start.recipe.fitted for start in begin[1:])
-        assert len(begin) <= starts_at_most(settings_of_plan, in_loop=True) == 4
+        assert len(begin) <= 4
 
         found = repaired(run, recipe, source, settings=settings, batch_tokens=None)
         assert found.fresh
         anatomy = source.checkpoint.anatomy
-        assert found.forwards == sum(closed_form_cost(start.recipe, settings, anatomy) for start in begin)
+        assert found.forwards == sum(fit_forwards(start.recipe, settings, anatomy) for start in begin)
         by_hand = {}
         corpus = source.corpus
         for start in begin:
@@ -172,9 +172,13 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
         assert schema.content_hash(again.recipe) == schema.content_hash(found.recipe)
         assert again.start == found.start
     assert several
-    assert starts_at_most(ComeSettings(), in_loop=False) == 1
-    assert starts_at_most(None, in_loop=True) == starts_at_most(ComeSettings(), in_loop=True) == 2
-    assert starts_at_most(ComeSettings(blocks=1), in_loop=True) == 3
+    for planned, in_loop, begin in (
+        (ComeSettings(), False, 1),
+        (None, True, 2),
+        (ComeSettings(blocks=1), True, 3),
+        (ComeSettings(blocks=5), True, 4),
+    ):
+        assert heal_passes_at_most(source.checkpoint.anatomy, planned, in_loop=in_loop) == 3 * begin
 
 
 @pytest.mark.parametrize("fitted", [True, False])

@@ -14,7 +14,6 @@ from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning import finalists
 from intarsia.planning.come import Come
 from intarsia.planning.finalists import check_finalists, settle
-from intarsia.planning.forwards import come_step
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import climb, planner_of
 from intarsia.planning.planner import Step
@@ -72,12 +71,14 @@ def test_every_removal_is_tried_once_with_its_loss(resident_of: InMemory) -> Non
 
 
 def test_of_three_at_once_two_adjacent_layers_are_dropped(resident_of: InMemory) -> None:
-    """So that every candidate leads to the same depth; and no more than predicted is run."""
+    """So that every candidate leads to the same depth; and no more than estimated is run."""
     settings = ComeSettings(merge=3, granularity=1, spans=1, removals=True, racing=False)
     model = measured(resident_of("llama"), list(WHOLE))
     before = model.layer_forwards
-    steps = Come(settings, posterior=True).steps(model, 4, [{}], 99)
-    assert model.layer_forwards - before <= come_step("come-p", settings, 6, 3) - 4
+    planner = Come(settings, posterior=True)
+    steps = planner.steps(model, 4, [{}], 99)
+    at_most = planner.forwards_at_most(model.anatomy, 4, len(model.corpus), None)
+    assert model.layer_forwards - before <= at_most - 6 - 4  # what is measured before and after
     removals = [step for step in steps if step.op is None]
     assert sorted(step.start for step in removals) == [0, 1, 2, 3, 4] and {step.count for step in removals} == {2}
     # Of the three ratios of the one span two are removals; the middle layer alone is none of one run of layers.

@@ -433,7 +433,7 @@ def test_methods_that_decide_once_cannot(method: str, tmp_path: Path) -> None:
 
 
 def test_planned_with_repair(model_folder: Any, text_file: Path, tmp_path: Path) -> None:
-    """The stage: predicted cost holds, the recipe says how it came to be, other settings are refused."""
+    """The stage: the estimate holds, the recipe says how it came to be, other settings are refused."""
     model = str(model_folder("llama"))
     given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
     fitted = 0
@@ -450,11 +450,11 @@ def test_planned_with_repair(model_folder: Any, text_file: Path, tmp_path: Path)
         folder = tmp_path / str(number)
         planned = intarsia.plan(model, folder, layers=3, method=method, settings=settings, heal_in_loop=True, **given)
         assert planned.depths[-1] == 3
-        assert planned.layer_forwards <= planned.predicted.layer_forwards_at_most
+        assert planned.layer_forwards <= planned.estimate.passes_at_most * 6 + 1e-9
         alone = replace(settings, finalists=1) if isinstance(settings, ComeSettings) else settings
-        plain = intarsia.plan(model, folder, layers=3, method=method, settings=alone, dry_run=True, **given).predicted
-        assert planned.predicted.layer_forwards_at_most > plain.layer_forwards_at_most
-        assert planned.predicted.hidden_bytes == plain.hidden_bytes + 6 * 512 * families.WIDTH * 4
+        plain = intarsia.plan(model, folder, layers=3, method=method, settings=alone, dry_run=True, **given).estimate
+        assert planned.estimate.passes_at_most > plain.passes_at_most
+        assert planned.estimate.hidden_bytes == 2 * plain.hidden_bytes == 2 * 7 * 512 * families.WIDTH * 4
         recipe = RunFolder(folder).recipe(3)
         fitted += len(recipe.fitted)
         assert recipe.provenance["settings"]["heal_in_loop"]["changed"] == [
