@@ -61,17 +61,19 @@ def generate(folder: Path, config: dict[str, Any]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from intarsia.anatomy.detect import detect
+    from intarsia.architecture.detect import detect
     from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan
 
     config = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", **config}
-    anatomy = detect(config)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (anatomy.vocabulary, anatomy.width)}
-    for layer in range(anatomy.n_layers):
-        shapes |= {anatomy.tensor_name(layer, local): shape for local, shape in anatomy.layer_shapes().items()}
-    shapes["model.norm.weight"] = (anatomy.width,)
-    if not anatomy.tied:
-        shapes["lm_head.weight"] = (anatomy.vocabulary, anatomy.width)
+    architecture = detect(config)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (architecture.vocabulary, architecture.width)}
+    for layer in range(architecture.n_layers):
+        shapes |= {
+            architecture.tensor_name(layer, local): shape for local, shape in architecture.layer_shapes().items()
+        }
+    shapes["model.norm.weight"] = (architecture.width,)
+    if not architecture.tied:
+        shapes["lm_head.weight"] = (architecture.vocabulary, architecture.width)
     plans = [TensorPlan(name=name, dtype=torch.bfloat16, shape=shape) for name, shape in shapes.items()]
     chance = torch.Generator().manual_seed(0)
     with CheckpointWriter(folder, plans, overwrite=True, max_shard_bytes=2 * 10**9) as writer:
@@ -206,9 +208,9 @@ def main() -> None:
     if not (given.keep and (given.out / "source" / "config.json").exists()):
         generate(given.out / "source", config)
     write_text(given.out / "words.txt", given.tokens)
-    from intarsia.anatomy.detect import detect
+    from intarsia.architecture.detect import detect
 
-    anatomy = detect(config)
+    architecture = detect(config)
     options = ["--layers", "--method", "--tokens", "--seq-len", "--batch-tokens", "--memory"]
     values = [given.layers, given.method, given.tokens, given.seq_len, given.batch_tokens, given.memory]
     command = [sys.executable, "-m", "benchmarks.stream", "--child", "-o", str(given.out)]
@@ -221,19 +223,19 @@ def main() -> None:
         for name in ("small", "small.run") if given.keep else ("source", "small", "small.run"):
             shutil.rmtree(given.out / name, ignore_errors=True)
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    report(given, anatomy, found, time.perf_counter() - begun)
+    report(given, architecture, found, time.perf_counter() - begun)
 
 
-def report(given: argparse.Namespace, anatomy: Any, found: dict[str, Any], seconds: float) -> None:
+def report(given: argparse.Namespace, architecture: Any, found: dict[str, Any], seconds: float) -> None:
     """One table row, and the numbers behind it."""
-    layer = 2 * anatomy.layer_parameters
-    outside = 2 * (anatomy.vocabulary * anatomy.width * (1 if anatomy.tied else 2) + anatomy.width)
+    layer = 2 * architecture.layer_parameters
+    outside = 2 * (architecture.vocabulary * architecture.width * (1 if architecture.tied else 2) + architecture.width)
     bound = 2.5 * layer + outside + given.memory * 1e6
     own = found["peak"] - found["base"]
-    print(f"{given.shape}, {anatomy.n_layers} to {given.layers} layers, {given.tokens} tokens, {given.method}")
+    print(f"{given.shape}, {architecture.n_layers} to {given.layers} layers, {given.tokens} tokens, {given.method}")
     print("| weights | a layer | embeddings | hidden budget | bound | peak above the base |")
     print("|---:|---:|---:|---:|---:|---:|")
-    cells = (outside + anatomy.n_layers * layer, layer, outside, given.memory * 1e6, bound, own)
+    cells = (outside + architecture.n_layers * layer, layer, outside, given.memory * 1e6, bound, own)
     print("| " + " | ".join(f"{cell / 1e6:,.0f} MB" for cell in cells) + " |\n")
     print(f"base {found['base'] / 1e6:.0f} MB, peak with it {found['peak'] / 1e6:.0f} MB, {seconds:.0f} s")
     print(f"perplexity {found['before']:.1f} -> {found['after']:.1f}, {found['layer_forwards']:.1f} layer-forwards")

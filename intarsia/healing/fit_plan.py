@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from intarsia.anatomy.spec import PARTS, Anatomy, Part
+from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.healing.layer_fit import passes
 from intarsia.healing.layer_map import correspondences, taught
 from intarsia.healing.settings import ClosedFormSettings
@@ -19,20 +19,20 @@ MOST_PASSES = 3
 
 
 def fitted_parts(
-    recipe: Recipe, settings: ClosedFormSettings, anatomy: Anatomy | None = None
+    recipe: Recipe, settings: ClosedFormSettings, architecture: Architecture | None = None
 ) -> dict[int, tuple[Part, ...]]:
     """The parts that are fitted on each output layer, in order.
 
     Args:
-        anatomy: of the model; without it, every output projection is taken to be one matrix with no norm after it.
+        architecture: of the model; without it, every output projection is taken to be one matrix with no norm after it.
     """
     known = correspondences(recipe)
     found = {
         index: settings.changed if known[index].trainable else settings.unchanged[:1]
         for index in taught(recipe, settings.layers)
     }
-    left = MOST_PASSES * recipe.depth - _forwards(recipe, found, anatomy)
-    more = _passes(settings.unchanged, anatomy) - _passes(settings.unchanged[:1], anatomy)
+    left = MOST_PASSES * recipe.depth - _forwards(recipe, found, architecture)
+    more = _passes(settings.unchanged, architecture) - _passes(settings.unchanged[:1], architecture)
     for index in found:
         if not known[index].trainable and more <= left:
             found[index] = settings.unchanged
@@ -40,30 +40,30 @@ def fitted_parts(
     return found
 
 
-def fit_forwards(recipe: Recipe, settings: ClosedFormSettings, anatomy: Anatomy | None = None) -> int:
+def fit_forwards(recipe: Recipe, settings: ClosedFormSettings, architecture: Architecture | None = None) -> int:
     """Layer-forwards of a fit: the teacher's, the student's from where it differs, and those of each projection."""
-    return _forwards(recipe, fitted_parts(recipe, settings, anatomy), anatomy)
+    return _forwards(recipe, fitted_parts(recipe, settings, architecture), architecture)
 
 
-def fit_passes_at_most(anatomy: Anatomy) -> int:
+def fit_passes_at_most(architecture: Architecture) -> int:
     """Passes of the whole model that a fit with the default parts takes, whatever was pruned: 3 for most families.
 
     The teacher runs once; each layer that is kept once, and for one projection; each changed one for two more, and
     there are no more changed layers than removed ones.
     """
-    return 1 + 2 * max(passes(anatomy, (part,)) for part in PARTS)
+    return 1 + 2 * max(passes(architecture, (part,)) for part in PARTS)
 
 
-def _forwards(recipe: Recipe, parts: dict[int, tuple[Part, ...]], anatomy: Anatomy | None) -> int:
+def _forwards(recipe: Recipe, parts: dict[int, tuple[Part, ...]], architecture: Architecture | None) -> int:
     if not parts:
         return 0
     indices = list(parts)
     own = zip(recipe.layers[: indices[0]], identity(recipe.variant(recipe.base), recipe.depth).layers, strict=False)
     differs = (index for index, (op, theirs) in enumerate(own) if op != theirs or index in recipe.fitted)
     first = next(differs, min(indices[0], recipe.depth))
-    fits = sum(_passes(some, anatomy) for some in parts.values())
+    fits = sum(_passes(some, architecture) for some in parts.values())
     return max(recipe.spans[index][1] for index in indices) + indices[-1] + 1 - first + fits
 
 
-def _passes(parts: Sequence[Part], anatomy: Anatomy | None) -> int:
-    return len(parts) if anatomy is None else passes(anatomy, parts)
+def _passes(parts: Sequence[Part], architecture: Architecture | None) -> int:
+    return len(parts) if architecture is None else passes(architecture, parts)

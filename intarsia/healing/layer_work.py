@@ -57,18 +57,18 @@ class LayerWork:
         self.recipe, self.resident, self.settings, self.folder = recipe, resident, settings, folder
         text = self.text = Text.of(corpus, held_out)
         self.schedule = schedule_of(settings, sequences=len(corpus), seq_len=corpus.seq_len)
-        self.names = trained_names(parameter_names(resident.anatomy), settings.only)
-        shape = (len(self.text.ids_NT), corpus.seq_len, resident.anatomy.width)
+        self.names = trained_names(parameter_names(resident.architecture), settings.only)
+        shape = (len(self.text.ids_NT), corpus.seq_len, resident.architecture.width)
         room = Room(memory_bytes, folder)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for stale in folder.glob(f"{PREFIX}*"):  # a killed run's
                 shutil.rmtree(stale, ignore_errors=True)
             # A layer's masters, optimiser state and best tensors, as finished and as they are on the way.
-            most = 20 * resident.anatomy.layer_parameters
+            most = 20 * resident.architecture.layer_parameters
             require_room(folder, most, "the state of one layer's training", option="--run")
         self.original = TeacherStates(teacher, plain_batches(teacher, text.ids_NT), room=room)
-        self.store, self.stream = self.original.store, LayerStream(teacher.model, teacher.anatomy)
+        self.store, self.stream = self.original.store, LayerStream(teacher.model, teacher.architecture)
         self.student: StudentStates | None = None
         if settings.inputs == "student":
             store = HiddenStore(shape, resident.model.dtype, room=room)

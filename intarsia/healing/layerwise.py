@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.building.parameters import to_tensors
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
@@ -79,17 +79,17 @@ def train(
     finally:
         work.close()
     reports = [asdict(found[index].report) for index in sorted(found)]
-    return replace(recipe, fitted=with_trained(recipe, found, resident.anatomy)), reports
+    return replace(recipe, fitted=with_trained(recipe, found, resident.architecture)), reports
 
 
 def with_trained(
-    recipe: Recipe, found: Mapping[int, Trained], anatomy: Anatomy
+    recipe: Recipe, found: Mapping[int, Trained], architecture: Architecture
 ) -> dict[int, Mapping[str, npt.NDArray[np.float32]]]:
     """What is fitted in a recipe, with what was trained."""
 
     def stored(trained: Trained) -> dict[str, npt.NDArray[np.float32]]:
         parameters = {name: torch.from_numpy(array) for name, array in trained.tensors.items()}
-        return {name: np.asarray(tensor.numpy()) for name, tensor in to_tensors(parameters, anatomy).items()}
+        return {name: np.asarray(tensor.numpy()) for name, tensor in to_tensors(parameters, architecture).items()}
 
     fitted = {index: {**recipe.fitted.get(index, {}), **stored(trained)} for index, trained in found.items()}
     return {**recipe.fitted, **{index: tensors for index, tensors in fitted.items() if tensors}}
@@ -111,7 +111,7 @@ def _one_by_one(
                 work.reach(layer.stop, task)
                 work.drop_before(layer.stop)
                 task.note(f"the trained layers' hidden states before layer {layer.index}")
-                work.student.reach(layer.index, with_trained(work.recipe, found, work.resident.anatomy))
+                work.student.reach(layer.index, with_trained(work.recipe, found, work.resident.architecture))
             meter = _Meter(task, f"layer {layer.index} ({number + 1} of {len(layers)})")
             trained = train_layer(work.task(layer), meter)
             found[layer.index] = trained

@@ -37,7 +37,7 @@ class StudentStates:
         self.resident = resident
         self.ids_NT = ids_NT
         self.store = store
-        self.stream = LayerStream(resident.model, resident.anatomy)
+        self.stream = LayerStream(resident.model, resident.architecture)
         self.batches = plain_batches(resident, ids_NT)
         self.at: int | None = None
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.calibration.stats import last_real
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.intermediate import Intermediate
@@ -53,10 +53,10 @@ class Angular:
         return "no layer is left"
 
     def forwards_at_most(
-        self, anatomy: Anatomy, target: int, sequences: int, in_loop: ClosedFormSettings | None
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
     ) -> int:
         """One pass over the whole model."""
-        return anatomy.n_layers
+        return architecture.n_layers
 
 
 def distances(model: Intermediate) -> list[list[float]]:

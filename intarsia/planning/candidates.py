@@ -103,7 +103,7 @@ class _Together:
     def __init__(self, model: Intermediate, changes: Sequence[Change], sequences: slice) -> None:
         self.model, self.changes, self.sequences = model, changes, sequences
         self.first, stop, _ = sequences.indices(len(model.corpus))
-        shape = (stop - self.first, model.corpus.seq_len, model.anatomy.width)
+        shape = (stop - self.first, model.corpus.seq_len, model.architecture.width)
         self.states = HiddenStore(shape, model.resident.model.dtype, room=model.room)
         self.begun: set[int] = set()
 

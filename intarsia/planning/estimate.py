@@ -58,10 +58,10 @@ def estimate(
         dtype: what the model runs in; None for the checkpoint's own.
         in_loop: how each step is healed before the next, if it is.
     """
-    anatomy = checkpoint.anatomy
-    depth, parameters = anatomy.n_layers, checkpoint.parameters
-    after = parameters - (depth - target) * anatomy.layer_parameters
-    stored = checkpoint.headers[f"{anatomy.family.embedding_module}.weight"].dtype.itemsize
+    architecture = checkpoint.architecture
+    depth, parameters = architecture.n_layers, checkpoint.parameters
+    after = parameters - (depth - target) * architecture.layer_parameters
+    stored = checkpoint.headers[f"{architecture.family.embedding_module}.weight"].dtype.itemsize
     running = stored if dtype is None else dtype.itemsize
     # Healing in the loop keeps the original's hidden states beside those of the model.
     kept = (depth + 1) * (0 if not (planner.measures or planner.progressive) else 1 if in_loop is None else 2)
@@ -69,7 +69,7 @@ def estimate(
         parameters_before=parameters,
         parameters_after=after,
         weight_bytes=parameters * running,
-        hidden_bytes=kept * tokens * anatomy.width * running,
-        passes_at_most=planner.forwards_at_most(anatomy, target, max(tokens // seq_len, 1), in_loop) / depth,
+        hidden_bytes=kept * tokens * architecture.width * running,
+        passes_at_most=planner.forwards_at_most(architecture, target, max(tokens // seq_len, 1), in_loop) / depth,
         disk_bytes=after * stored,
     )

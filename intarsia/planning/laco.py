@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.candidates import normed_with
 from intarsia.planning.intermediate import Intermediate
@@ -81,16 +81,16 @@ class Laco:
         )
 
     def forwards_at_most(
-        self, anatomy: Anatomy, target: int, sequences: int, in_loop: ClosedFormSettings | None
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
     ) -> int:
         """Every merge may be tried on the first sequences, as the original once is; then the model is measured."""
-        depth = anatomy.n_layers
+        depth = architecture.n_layers
         share = min(1.0, SEQUENCES / sequences)
         return (
             depth
             + math.ceil(share * depth)
             + sum(
-                math.ceil(share * current * current) + current + repair_forwards(anatomy, in_loop, current)
+                math.ceil(share * current * current) + current + repair_forwards(architecture, in_loop, current)
                 for current, _ in strides(depth, target, self.settings.merge)
             )
         )
@@ -120,7 +120,9 @@ class Laco:
         few = slice(0, SEQUENCES)
         if self._reference is None:
             variant = model.ops[0].sources[0].variant
-            whole = [Select(source=LayerRef(variant=variant, layer=layer)) for layer in range(model.anatomy.n_layers)]
+            whole = [
+                Select(source=LayerRef(variant=variant, layer=layer)) for layer in range(model.architecture.n_layers)
+            ]
             self._reference = normed_with(model, 0, model.depth, whole, sequences=few).flatten(1).float()
         merged = normed_with(model, start, count, [self._merged(model.ops[start : start + count])], sequences=few)
         found_N = torch.nn.functional.cosine_similarity(merged.flatten(1).float(), self._reference, dim=1)

@@ -157,7 +157,7 @@ def climb(
                 recipe,
             )
             loss = model.loss if planner.progressive else None
-            line = step_line(model.depth, step.start, step.op, loss, mixture=model.anatomy.is_mixture("mlp"))
+            line = step_line(model.depth, step.start, step.op, loss, mixture=model.architecture.is_mixture("mlp"))
             model.progress.say(line + repaired(evidence))
             task.advance(before - model.depth)
             begun, spent = time.perf_counter(), model.layer_forwards

@@ -66,7 +66,7 @@ class Measured(CurrentLayers):
         """
         super().__init__(resident, ops, fitted)
         self.corpus = corpus
-        self.stream = LayerStream(resident.model, resident.anatomy)
+        self.stream = LayerStream(resident.model, resident.architecture)
         self.progress = progress or Silent()
         self.reuse_prefix = reuse_prefix
         self.behind_final_norm = behind_final_norm
@@ -78,7 +78,7 @@ class Measured(CurrentLayers):
         self.losses_N = torch.zeros(n, dtype=torch.float64)
         self.counts_N = torch.zeros(n, dtype=torch.int64)
         self.layer_forwards = 0.0
-        self.hidden = HiddenStore((n, t, self.anatomy.width), resident.model.dtype, room=self.room)
+        self.hidden = HiddenStore((n, t, self.architecture.width), resident.model.dtype, room=self.room)
         self._distances: dict[tuple[int, int, str], float] = {}
 
     @property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
-from intarsia.anatomy.spec import Part
+from intarsia.architecture.spec import Part
 from intarsia.calibration.stats import LayerMeasure, cosines, last_real, require_finite
 from intarsia.calibration.taps import read_outs
 from intarsia.planning.scores import angular_distance
@@ -27,7 +27,7 @@ def measure_layer(model: Measured, index: int, module: nn.Module, advance: Calla
     def work(part: slice, ids: Tensor, mask: Tensor | None) -> None:
         before = model.hidden_at(index, part)
         inputs: list[tuple[Part, Tensor]] = []
-        with read_outs(module, model.anatomy, lambda where, x: inputs.append((where, x))):
+        with read_outs(module, model.architecture, lambda where, x: inputs.append((where, x))):
             behind = model.stream.run(module, before, model.stream.calls(ids, mask)[source])
         require_finite(behind, f"output of layer {index}")
         normed = behind

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step, one_attention_type
@@ -67,10 +67,10 @@ class Mka:
         return "layers of different attention types are not merged, and no others are adjacent"
 
     def forwards_at_most(
-        self, anatomy: Anatomy, target: int, sequences: int, in_loop: ClosedFormSettings | None
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
     ) -> int:
         """One pass over the whole model."""
-        return anatomy.n_layers
+        return architecture.n_layers
 
 
 def adjacent_similarities(model: Intermediate) -> list[float]:

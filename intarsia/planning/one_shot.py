@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step
@@ -54,7 +54,7 @@ class OneShot:
         return f"this method never drops the first {first} and the last {last} layers, and no others are left"
 
     def forwards_at_most(
-        self, anatomy: Anatomy, target: int, sequences: int, in_loop: ClosedFormSettings | None
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
     ) -> int:
         """Those of the score."""
-        return self.passes * anatomy.n_layers
+        return self.passes * architecture.n_layers

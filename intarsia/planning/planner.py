@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.intermediate import Intermediate
 from intarsia.recipe.ops import Op
@@ -54,7 +54,7 @@ class Planner(Protocol):
         """Why nothing more is allowed, for the user."""
 
     def forwards_at_most(
-        self, anatomy: Anatomy, target: int, sequences: int, in_loop: ClosedFormSettings | None
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
     ) -> int:
         """Layer-forwards over the calibration text from the whole model down to `target` layers, at most.
 
@@ -74,5 +74,5 @@ def strides(depth: int, target: int, merge: int) -> Iterator[tuple[int, int]]:
 
 def one_attention_type(model: Intermediate, ops: Sequence[Op]) -> bool:
     """Whether all sources of these layers attend in one way (fully, or over a sliding window): others do not merge."""
-    types = model.anatomy.layer_types
+    types = model.architecture.layer_types
     return types is None or len({types[source.layer] for op in ops for source in op.sources}) == 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step
@@ -35,7 +35,7 @@ class ShortGpt:
         return "no layer is left"
 
     def forwards_at_most(
-        self, anatomy: Anatomy, target: int, sequences: int, in_loop: ClosedFormSettings | None
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
     ) -> int:
         """One pass over the whole model."""
-        return anatomy.n_layers
+        return architecture.n_layers

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.candidates import Change, losses_of
 from intarsia.planning.intermediate import Intermediate
@@ -53,10 +53,10 @@ class Sleb:
         return "no layer is left"
 
     def forwards_at_most(
-        self, anatomy: Anatomy, target: int, sequences: int, in_loop: ClosedFormSettings | None
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
     ) -> int:
         """Every layer is tried, at the cost of those after it; then the model is measured."""
-        return anatomy.n_layers + sum(
-            current * (current - 1) // 2 + current - 1 + repair_forwards(anatomy, in_loop, current)
-            for current, _ in strides(anatomy.n_layers, target, 2)
+        return architecture.n_layers + sum(
+            current * (current - 1) // 2 + current - 1 + repair_forwards(architecture, in_loop, current)
+            for current, _ in strides(architecture.n_layers, target, 2)
         )

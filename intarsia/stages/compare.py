@@ -129,7 +129,7 @@ def compare(
         dtype=dtype,
         progress=progress,
     )
-    check_depths(depths, source.checkpoint.anatomy.n_layers)
+    check_depths(depths, source.checkpoint.architecture.n_layers)
     check_seq_len(source.checkpoint, seq_len)
     if len(windows) == 1:
         windows *= len(texts_given)

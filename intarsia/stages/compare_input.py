@@ -129,17 +129,19 @@ def task_facts_of(plan: TaskPlan, specs: Sequence[str], include_path: Path | Non
 
 def estimated(entrant: Entrant, source: Source, depths: Sequence[int], heals: Sequence[str]) -> dict[str, Any]:
     """Passes over the calibration text that a method takes at most, without the one that all methods share."""
-    anatomy = source.checkpoint.anatomy
+    architecture = source.checkpoint.architecture
     planner = planner_of(entrant.method, entrant.settings)
-    shared = anatomy.n_layers if planner.measures or planner.progressive else 0
+    shared = architecture.n_layers if planner.measures or planner.progressive else 0
     sequences = max(source.tokens // source.seq_len, 1)
     # Where a step may take several layers, every depth may need a ladder of its own.
     ladders = depths if layers_at_once(entrant.settings) > 2 else [min(depths)]
-    forwards = sum(planner.forwards_at_most(anatomy, target, sequences, entrant.in_loop) - shared for target in ladders)
-    heal = heal_passes_at_most(anatomy, entrant.settings, in_loop=entrant.in_loop is not None)
+    forwards = sum(
+        planner.forwards_at_most(architecture, target, sequences, entrant.in_loop) - shared for target in ladders
+    )
+    heal = heal_passes_at_most(architecture, entrant.settings, in_loop=entrant.in_loop is not None)
     return {
         "method": entrant.name,
-        "passes_at_most": forwards / anatomy.n_layers,
+        "passes_at_most": forwards / architecture.n_layers,
         "heal_passes_at_most": len(depths) * heal if "closed-form" in heals else 0,
         "models": len(depths) * len(heals),
     }

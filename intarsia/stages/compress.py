@@ -127,7 +127,7 @@ def compress(
     )
     fits = 0
     if heal == "closed-form":
-        fits = heal_passes_at_most(source.checkpoint.anatomy, settings, in_loop=heal_in_loop)
+        fits = heal_passes_at_most(source.checkpoint.architecture, settings, in_loop=heal_in_loop)
     result = CompressResult(
         model=model,
         method=method,

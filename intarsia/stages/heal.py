@@ -234,5 +234,5 @@ def _teacher(recipe: Recipe, base: Checkpoint, teacher: str, progress: Progress)
     from intarsia.checkpoint.resolve import open_checkpoint
 
     opened = open_checkpoint(teacher, progress=progress)
-    check_teacher(recipe, base.anatomy, opened.anatomy, name=teacher)
+    check_teacher(recipe, base.architecture, opened.architecture, name=teacher)
     return opened

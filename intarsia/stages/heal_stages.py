@@ -175,7 +175,7 @@ class Healing:
 
     def _closed_form(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:
         room, settings, resident = self.placement.room(self.run), self.closed_form, self.resident
-        points = starts(recipe, self.base.anatomy)
+        points = starts(recipe, self.base.architecture)
         batches = Batches(texts.fit, resident.device, progress=self.progress)
         keep = len(points) > 1 and has_room(resident, batches, room)
         teacher = TeacherStates(resident, batches, keep=keep, room=room, progress=self.progress)
@@ -210,4 +210,4 @@ class Healing:
             if launch.rank() == 0
             else load_model(checkpoint, device=self.placement.device, dtype=self.placement.dtype)
         )
-        return Teacher(model, checkpoint.anatomy, lesson_depths(recipe, self.end_to_end))
+        return Teacher(model, checkpoint.architecture, lesson_depths(recipe, self.end_to_end))

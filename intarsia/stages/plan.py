@@ -173,7 +173,7 @@ def plan_source(
             model=source.model,
             method=method,
             run=None if folder is None else folder.path,
-            layers=source.checkpoint.anatomy.n_layers,
+            layers=source.checkpoint.architecture.n_layers,
             target=wanted.target,
             depths=tuple(entry["layers"] for entry in log),
             losses=tuple(entry["loss"] for entry in log),

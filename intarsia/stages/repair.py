@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.disk import full_disk_named
@@ -79,9 +79,9 @@ def repaired(
         UserError: activations are not finite, or the calibration text is not the one of the run.
     """
     folder = RunFolder.existing(run)
-    anatomy = source.checkpoint.anatomy
-    begin = beginnings(folder, recipe, anatomy)
-    forwards = sum(fit_forwards(start.recipe, settings, anatomy) for start in begin)
+    architecture = source.checkpoint.architecture
+    begin = beginnings(folder, recipe, architecture)
+    forwards = sum(fit_forwards(start.recipe, settings, architecture) for start in begin)
     facts: dict[str, Any] = {
         "recipe": schema.content_hash(recipe),
         "settings": asdict(settings),
@@ -142,13 +142,13 @@ def repaired(
     return _result(done, kept, forwards, fresh=True)
 
 
-def beginnings(folder: RunFolder, recipe: Recipe, anatomy: Anatomy) -> list[Start]:
+def beginnings(folder: RunFolder, recipe: Recipe, architecture: Architecture) -> list[Start]:
     """Where the fit of a ladder's recipe may begin (see `intarsia.healing.restarts`), with `LAST_BLOCKS` of the blocks
     of the original that the step to its depth was held against, those of least loss there.
 
     They were compared with one layer of each fitted: the layers behind it may change their order (dev/LOG.md).
     """
-    found = starts(recipe, anatomy)
+    found = starts(recipe, architecture)
     entry = next((entry for entry in folder.log() if entry["layers"] == len(recipe.layers)), {})
     tried = entry.get("evidence", {}).get("repair", {}).get("finalists", ())
     blocks = sorted((each for each in tried if "of" in each), key=lambda each: min(each["held_out_loss"]))
@@ -161,7 +161,7 @@ def beginnings(folder: RunFolder, recipe: Recipe, anatomy: Anatomy) -> list[Star
     return found + others[:LAST_BLOCKS]
 
 
-def heal_passes_at_most(anatomy: Anatomy, planned: Settings | None, *, in_loop: bool) -> int:
+def heal_passes_at_most(architecture: Architecture, planned: Settings | None, *, in_loop: bool) -> int:
     """Passes of the whole model over the calibration text that `repaired` takes: a fit from each starting point.
 
     Args:
@@ -170,7 +170,7 @@ def heal_passes_at_most(anatomy: Anatomy, planned: Settings | None, *, in_loop: 
     """
     blocks = planned.blocks if isinstance(planned, ComeSettings) else 0
     starts = 2 + min(LAST_BLOCKS, blocks) if in_loop else 1
-    return starts * fit_passes_at_most(anatomy)
+    return starts * fit_passes_at_most(architecture)
 
 
 def _set_aside(corpus: Corpus, settings: ClosedFormSettings) -> tuple[ClosedFormSettings, Corpus, list[int]]:

@@ -107,7 +107,7 @@ def tailor(
     family = open_family(file.base, file.variants, weights=not dry_run, configs=configs, progress=progress)
     for note in family.notes:
         progress.say(note)
-    space = space_of(file, family.anatomy)
+    space = space_of(file, family.architecture)
     budgets = budget_ladder(file.search.min_budget, file.search.max_budget, file.search.eta)
     predicted = predict(file, space, budgets, job.trials)
 
@@ -155,7 +155,7 @@ def tailor(
         progress=progress,
     )
     scores = beginning.measured(family.checkpoints()) if space.shares else {}
-    translator = translator_of(file, family.anatomy, settings["members"], scores)
+    translator = translator_of(file, family.architecture, settings["members"], scores)
     warm = beginning.warm_start(translator)
     goal = Goal(trials=job.trials, objectives=evaluator.objectives, max_budget=budgets[-1], seed=file.search.seed)
     history = folder.history()

@@ -138,7 +138,9 @@ class Evaluator:
     def uncut(self) -> Recipe:
         """The base as it is, as a recipe."""
         resident = self._layers.resident
-        return identity(Variant(name=self._layers.base, model=resident.checkpoint.model), resident.anatomy.n_layers)
+        return identity(
+            Variant(name=self._layers.base, model=resident.checkpoint.model), resident.architecture.n_layers
+        )
 
     def close(self) -> None:
         """Let go of all that is cached."""
@@ -153,8 +155,8 @@ class Evaluator:
                 found=str(budget),
                 remedy="Choose another budget, or widen the objectives' splits.",
             )
-        anatomy = self._layers.resident.anatomy
-        check(recipe, dict.fromkeys((self._layers.base, *self._layers.resident.others), anatomy))
+        architecture = self._layers.resident.architecture
+        check(recipe, dict.fromkeys((self._layers.base, *self._layers.resident.others), architecture))
 
     def _repaired(self, recipe: Recipe) -> tuple[Recipe, float]:
         assert self._repair_on is not None, "opened for candidates that are healed"

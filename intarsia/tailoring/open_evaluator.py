@@ -125,4 +125,4 @@ def _batch_tokens(layers: ResidentFamily) -> int:
     usual = default_batch_tokens(resident.device)
     if resident.device.type == "cpu":
         return usual
-    return max(1, min(usual, _GPU_LOGITS // (resident.anatomy.vocabulary * resident.model.dtype.itemsize)))
+    return max(1, min(usual, _GPU_LOGITS // (resident.architecture.vocabulary * resident.model.dtype.itemsize)))

@@ -77,7 +77,7 @@ def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
 
 def repair_work(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> float:
     """What that fit takes, in layer-forwards times tokens."""
-    return float(fit_forwards(recipe, _SETTINGS, layers.resident.anatomy) * corpus.tokens)
+    return float(fit_forwards(recipe, _SETTINGS, layers.resident.architecture) * corpus.tokens)
 
 
 def teacher_of(recipe: Recipe, layers: ResidentFamily) -> list[nn.Module]:

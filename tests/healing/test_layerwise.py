@@ -45,7 +45,7 @@ def test_every_family_learns(family: str, padded: bool, cut: Cut, resident_of: I
     assert sorted(healed.fitted) == [2, 3]
     for row in report:
         assert row["loss_after"] < 0.92 * row["loss_before"]
-        assert set(healed.fitted[row["layer"]]) == set(resident.anatomy.layer_shapes())
+        assert set(healed.fitted[row["layer"]]) == set(resident.architecture.layer_shapes())
     assert all(torch.equal(before[name], tensor) for name, tensor in resident.model.state_dict().items())
 
 
@@ -127,8 +127,8 @@ def as_concat(resident: Resident, layer: int) -> Any:
 
     whole = Cut(
         source=ref(layer),
-        kv_groups=tuple(range(resident.anatomy.n_kv_heads)),
-        channels=tuple(range(resident.anatomy.n_channels)),
+        kv_groups=tuple(range(resident.architecture.n_kv_heads)),
+        channels=tuple(range(resident.architecture.n_channels)),
         weights={"attention": 1.0, "mlp": 1.0},
     )
     return Concat(cuts=(whole,), norm="fold")

@@ -165,7 +165,7 @@ def test_every_model_is_loaded_once(heal: str, compress: Compress, monkeypatch: 
     load = resident.load_model
 
     def counted(checkpoint: Any, **more: Any) -> Any:
-        loaded.append(checkpoint.anatomy.n_layers)
+        loaded.append(checkpoint.architecture.n_layers)
         return load(checkpoint, **more)
 
     monkeypatch.setattr(resident, "load_model", counted)
@@ -191,8 +191,14 @@ def test_every_family_and_what_it_costs(family: str, model_folder: Any, text_fil
     model = str(model_folder(family))
     dry = intarsia.compress(model, tmp_path / "out", dry_run=True, **given)
     # The teacher, and two for each pass over a layer that one output projection takes; a mixture is judged once more.
-    anatomy = Checkpoint.open(Path(model), model=model).anatomy
-    one = 2 if anatomy.n_experts and not anatomy.parallel else 1 if anatomy.norm_after("mlp") is None else 3
+    architecture = Checkpoint.open(Path(model), model=model).architecture
+    one = (
+        2
+        if architecture.n_experts and not architecture.parallel
+        else 1
+        if architecture.norm_after("mlp") is None
+        else 3
+    )
     assert dry.estimate.heal_passes_at_most == 1 + 2 * one
     assert intarsia.compress(model, tmp_path / "out", dry_run=True, heal="none", **given).estimate == (
         intarsia.plan(model, tmp_path / "run", dry_run=True, **given).estimate

@@ -147,7 +147,7 @@ def test_it_costs_no_more_than_estimated(target: int, resident_of: InMemory, tmp
     run, _ = go(tmp_path / "run", resident, "come-p", target, settings=ALL, in_loop=ClosedFormSettings())
     corpus = written_by(resident)
     planner = planner_of("come-p", ALL)
-    at_most = planner.forwards_at_most(resident.anatomy, target, len(corpus), ClosedFormSettings())
+    at_most = planner.forwards_at_most(resident.architecture, target, len(corpus), ClosedFormSettings())
     assert sum(entry["layer_forwards"] for entry in run.log()) <= at_most
 
 

@@ -14,14 +14,14 @@ from tests.conftest import Opened
 
 def test_sizes_follow_from_the_config(checkpoint_of: Opened) -> None:
     checkpoint = checkpoint_of("llama")
-    anatomy = checkpoint.anatomy
+    architecture = checkpoint.architecture
     planner = planner_of("come")
     found = estimate(checkpoint, planner, 4, tokens=512, seq_len=32, dtype=torch.bfloat16)
     assert found.parameters_before == checkpoint.parameters
-    assert found.parameters_after == checkpoint.parameters - 2 * anatomy.layer_parameters
+    assert found.parameters_after == checkpoint.parameters - 2 * architecture.layer_parameters
     assert found.weight_bytes == 2 * checkpoint.parameters
     assert found.disk_bytes == 4 * found.parameters_after  # stored in float32
-    assert found.hidden_bytes == 7 * 512 * anatomy.width * 2
+    assert found.hidden_bytes == 7 * 512 * architecture.width * 2
     healed = estimate(
         checkpoint, planner, 4, tokens=512, seq_len=32, dtype=torch.bfloat16, in_loop=ClosedFormSettings()
     )

@@ -101,9 +101,9 @@ def ridge_by_hand(
     wanted = target[mask].numpy()
     root = 1 / np.linalg.norm(wanted, axis=1, keepdims=True)
     for part in ("mlp", "attention", "mlp"):
-        name = f"{resident.anatomy.writer(part).module}.weight"
+        name = f"{resident.architecture.writer(part).module}.weight"
         model = with_layers(resident, states)
-        layer = model.get_submodule(resident.anatomy.family.layers_module)[index]
+        layer = model.get_submodule(resident.architecture.family.layers_module)[index]
         inputs: list[torch.Tensor] = []
         outputs: list[torch.Tensor] = []
         layer.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
@@ -300,7 +300,7 @@ def test_where_the_second_of_two_stays_the_layer_before_them_is_repaired(residen
 def test_two_layers_in_one_step(resident_of: InMemory) -> None:
     """A joined layer that is what stays of a merge is fitted anew, behind the layer that now covers the hole."""
     resident = resident_of("llama")
-    joined = shared(resident.anatomy, (3, 4))
+    joined = shared(resident.architecture, (3, 4))
     ops = [select(0), select(1), select(2), joined, select(5)]
     model, fitted, evidence = repaired_after(resident, ops, 2, 2, joined)
     assert [fit["layer"] for fit in evidence["read_outs"]] == [1, 1, 1, 2, 2, 2]

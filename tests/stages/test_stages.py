@@ -222,15 +222,15 @@ def test_perplexity_by_hand(model_folder: Folder, text_file: Path) -> None:
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path) -> None:
     source = Checkpoint.open(model_folder(family), model=family)
-    share = 1.5 * source.anatomy.layer_parameters / source.parameters
+    share = 1.5 * source.architecture.layer_parameters / source.parameters
     result = intarsia.compress(
         str(source.folder), tmp_path / "out", sparsity=share, eval_text=str(text_file), eval_windows=4, **sizes
     )
     assert result.target == 4 and result.before is not None and result.after is not None
     assert (result.before.layers, result.after.layers) == (6, 4)
     assert result.before.parameters == source.parameters
-    assert result.after.parameters == source.parameters - 2 * source.anatomy.layer_parameters
-    assert result.before.bytes - result.after.bytes == 2 * 4 * source.anatomy.layer_parameters
+    assert result.after.parameters == source.parameters - 2 * source.architecture.layer_parameters
+    assert result.before.bytes - result.after.bytes == 2 * 4 * source.architecture.layer_parameters
     for measures, folder in ((result.before, source.folder), (result.after, tmp_path / "out")):
         assert measures.perplexity is not None
         alone = intarsia.evaluate_perplexity(str(folder), str(text_file), seq_len=32, windows=4)
@@ -434,7 +434,7 @@ def test_a_config_that_changed_since_a_run_was_begun(sizes: Sizes, tmp_path: Pat
 
 def test_a_recipe_written_by_hand(model_folder: Folder, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(model_folder("llama"), model="llama")
-    recipe = recipe_of(str(checkpoint.folder), [select(0), shared(checkpoint.anatomy, [2, 4]), select(5)])
+    recipe = recipe_of(str(checkpoint.folder), [select(0), shared(checkpoint.architecture, [2, 4]), select(5)])
     schema.save(recipe, tmp_path / "hand.yaml")
     built = intarsia.build(tmp_path / "hand.yaml", tmp_path / "out", max_shard_bytes=20_000)
     assert built.layers == 3

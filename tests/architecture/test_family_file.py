@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from intarsia.anatomy.detect import detect
-from intarsia.anatomy.families import known_families, with_family_file
+from intarsia.architecture.detect import detect
+from intarsia.architecture.families import known_families, with_family_file
 from intarsia.errors import UserError
 
-LLAMA = (files("intarsia.anatomy") / "families" / "llama.toml").read_text(encoding="utf-8")
+LLAMA = (files("intarsia.architecture") / "families" / "llama.toml").read_text(encoding="utf-8")
 
 
 def written(text: str, folder: Path) -> Path:
@@ -21,7 +21,7 @@ def written(text: str, folder: Path) -> Path:
 
 
 def test_every_packaged_file_is_a_good_one(tmp_path: Path) -> None:
-    folder = files("intarsia.anatomy") / "families"
+    folder = files("intarsia.architecture") / "families"
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
     assert [f"{name}.toml" for name in known_families()] == names
     for name in names:

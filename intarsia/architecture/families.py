@@ -87,7 +87,7 @@ class Stacked(Strict):
 
 
 class LinearEntry(Strict):
-    """A linear layer, as `intarsia.anatomy.spec.Linear` before the config is known."""
+    """A linear layer, as `intarsia.architecture.spec.Linear` before the config is known."""
 
     module: str
     part: Part
@@ -99,7 +99,7 @@ class LinearEntry(Strict):
 
 
 class NormEntry(Strict):
-    """A norm, as `intarsia.anatomy.spec.Norm` before the config is known."""
+    """A norm, as `intarsia.architecture.spec.Norm` before the config is known."""
 
     module: str
     part: Part
@@ -263,13 +263,13 @@ def with_family_file(path: Path | None) -> Iterator[None]:
 @cache
 def uncovered() -> dict[str, dict[str, str]]:
     """Model types that cannot be described yet: the feature that is in the way, and what to do instead."""
-    text = (files("intarsia.anatomy") / "uncovered.toml").read_text(encoding="utf-8")
+    text = (files("intarsia.architecture") / "uncovered.toml").read_text(encoding="utf-8")
     return {kind: entry for entry in tomllib.loads(text)["family"] for kind in entry["model_types"]}
 
 
 @cache
 def _packaged() -> dict[str, Family]:
-    folder = files("intarsia.anatomy") / "families"
+    folder = files("intarsia.architecture") / "families"
     entries = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".toml")), key=lambda e: e.name)
     return {
         (name := entry.name.removesuffix(".toml")): _family(
@@ -297,6 +297,6 @@ def _read(path: Path) -> Family:
             where=str(path),
             expected="a family file in TOML (docs/ADD_A_FAMILY.md)",
             found=getattr(error, "strerror", None) or str(error),
-            remedy="Copy one of intarsia/anatomy/families/ and change it.",
+            remedy="Copy one of intarsia/architecture/families/ and change it.",
         ) from error
     return _family(path.stem, data, where=str(path))

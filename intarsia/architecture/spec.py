@@ -17,7 +17,7 @@ head and its value head one after the other (`qkv`).
 Tensors have the names that they have in files. A module in memory may have others (`Family.renamed`), and those of all
 experts in one parameter (`Family.stacked`).
 
-Nothing here imports torch: an anatomy is data about a `config.json`.
+Nothing here imports torch: an architecture is data about a `config.json`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from intarsia.anatomy.families import PARTS, Family, Part
+from intarsia.architecture.families import PARTS, Family, Part
 
-__all__ = ["PARTS", "Anatomy", "Linear", "Norm", "Part"]
+__all__ = ["PARTS", "Architecture", "Linear", "Norm", "Part"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Linear:
     part: Part
     # Whether it reads the residual stream or writes to it.
     side: Literal["reads", "writes"]
-    # Units along its cut axis: `q`, `kv`, `qkv`, `channel` or `expert` (see `Anatomy.unit`).
+    # Units along its cut axis: `q`, `kv`, `qkv`, `channel` or `expert` (see `Architecture.unit`).
     segments: tuple[str, ...]
     bias: bool
     # Whether there is one for each expert, with `{expert}` in its name; the whole matrix belongs to its piece.
@@ -81,7 +81,7 @@ class Norm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Anatomy:
+class Architecture:
     """What the layers of one model are made of: its family, with the numbers of its config."""
 
     family: Family

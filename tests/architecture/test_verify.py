@@ -1,4 +1,4 @@
-"""Anatomies against the tensors that transformers' own models have."""
+"""Architectures against the tensors that transformers' own models have."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
-from intarsia.anatomy.detect import detect
-from intarsia.anatomy.spec import Anatomy
-from intarsia.anatomy.verify import verify
+from intarsia.architecture.detect import detect
+from intarsia.architecture.spec import Architecture
+from intarsia.architecture.verify import verify
 from intarsia.errors import UserError
 
 Configs = dict[str, PretrainedConfig]
@@ -35,13 +35,13 @@ def more(common: dict[str, Any], configs: Configs) -> Configs:
 
 
 @pytest.fixture
-def llama(configs: Configs) -> Anatomy:
+def llama(configs: Configs) -> Architecture:
     return detect(configs["llama"].to_dict())
 
 
-def refused(anatomy: Anatomy, shapes: Shapes) -> UserError:
+def refused(architecture: Architecture, shapes: Shapes) -> UserError:
     with pytest.raises(UserError) as caught:
-        verify(anatomy, shapes, where="model")
+        verify(architecture, shapes, where="model")
     return caught.value
 
 
@@ -65,16 +65,16 @@ def shapes(configs: Configs) -> Shapes:
 )
 def test_agrees_with_transformers(name: str, more: Configs) -> None:
     config = more[name]
-    anatomy, shapes = detect(config.to_dict()), shapes_of(config)
-    verify(anatomy, shapes, where="model")
-    prefix = f"{anatomy.family.layers_module}.1."
+    architecture, shapes = detect(config.to_dict()), shapes_of(config)
+    verify(architecture, shapes, where="model")
+    prefix = f"{architecture.family.layers_module}.1."
     real = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-    assert anatomy.layer_shapes() == real
-    assert f"{anatomy.family.head_module}.weight" in shapes
-    assert anatomy.layer_parameters == sum(torch.Size(shape).numel() for shape in real.values())
+    assert architecture.layer_shapes() == real
+    assert f"{architecture.family.head_module}.weight" in shapes
+    assert architecture.layer_parameters == sum(torch.Size(shape).numel() for shape in real.values())
 
 
-def test_missing_wrong_and_unexpected_tensors_at_once(llama: Anatomy, shapes: Shapes) -> None:
+def test_missing_wrong_and_unexpected_tensors_at_once(llama: Architecture, shapes: Shapes) -> None:
     del shapes["model.layers.0.mlp.up_proj.weight"]
     shapes["model.layers.1.self_attn.k_proj.weight"] = (17, 48)
     shapes["model.layers.2.self_attn.q_proj.lora_A"] = (4, 48)
@@ -86,17 +86,17 @@ def test_missing_wrong_and_unexpected_tensors_at_once(llama: Anatomy, shapes: Sh
     assert len(refused(llama, shapes).problems) == 5
 
 
-def test_many_problems_are_cut_short(llama: Anatomy) -> None:
+def test_many_problems_are_cut_short(llama: Architecture) -> None:
     error = refused(llama, {})
     assert len(error.problems) == 21
     assert "more problems" in str(error)
 
 
-def test_old_rotary_buffers_are_let_pass(llama: Anatomy, shapes: Shapes) -> None:
+def test_old_rotary_buffers_are_let_pass(llama: Architecture, shapes: Shapes) -> None:
     shapes["model.layers.0.self_attn.rotary_emb.inv_freq"] = (4,)
     verify(llama, shapes, where="model")
 
 
-def test_tensors_outside_the_layers_are_nobodys_business_here(llama: Anatomy, shapes: Shapes) -> None:
+def test_tensors_outside_the_layers_are_nobodys_business_here(llama: Architecture, shapes: Shapes) -> None:
     shapes["model.something.weight"] = (1,)
     verify(llama, shapes, where="model")

@@ -7,25 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.data_file import refusal
 from intarsia.errors import Problem
 
 
-def verify(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], *, where: str) -> None:
+def verify(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], *, where: str) -> None:
     """Check every layer tensor and the embedding for presence and shape.
 
     Raises:
         UserError: with every missing tensor, wrong shape and unexpected layer tensor (at most twenty are listed).
     """
     # Some OPT sizes embed at a width of their own and project to the model's.
-    embedding_width = anatomy.config.get(anatomy.family.fields.get("embedding_width", ""), anatomy.width)
+    embedding_width = architecture.config.get(architecture.family.fields.get("embedding_width", ""), architecture.width)
     expected: dict[str, tuple[int, ...]] = {
-        f"{anatomy.family.embedding_module}.weight": (anatomy.vocabulary, embedding_width)
+        f"{architecture.family.embedding_module}.weight": (architecture.vocabulary, embedding_width)
     }
-    for layer in range(anatomy.n_layers):
-        for local, shape in anatomy.layer_shapes().items():
-            expected[anatomy.tensor_name(layer, local)] = shape
+    for layer in range(architecture.n_layers):
+        for local, shape in architecture.layer_shapes().items():
+            expected[architecture.tensor_name(layer, local)] = shape
     problems = [
         Problem(
             where=f"{where}: {name}",
@@ -36,24 +36,24 @@ def verify(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], *, where: st
         for name, shape in expected.items()
         if tuple(shapes.get(name, ())) != tuple(shape)
     ]
-    known = set(anatomy.layer_shapes())
-    prefix = f"{anatomy.family.layers_module}."
+    known = set(architecture.layer_shapes())
+    prefix = f"{architecture.family.layers_module}."
     problems += [
         Problem(
             where=f"{where}: {name}",
-            expected=f"only tensors that the family file of {anatomy.family.title} covers",
+            expected=f"only tensors that the family file of {architecture.family.title} covers",
             found=f"shape {list(shapes[name])}",
             remedy="The model has something in its layers that would be lost; it cannot be cut safely.",
         )
         for name in sorted(shapes)
-        if name.startswith(prefix) and not _covered(name.removeprefix(prefix), known, anatomy)
+        if name.startswith(prefix) and not _covered(name.removeprefix(prefix), known, architecture)
     ]
     if problems:
         raise refusal(problems, where=where, most=20)
 
 
-def _covered(rest: str, known: set[str], anatomy: Anatomy) -> bool:
+def _covered(rest: str, known: set[str], architecture: Architecture) -> bool:
     index, _, local = rest.partition(".")
     # Old Llama checkpoints carry a buffer of rotary frequencies, which is recomputed from the config.
-    computed = local.endswith("rotary_emb.inv_freq") or local in anatomy.family.buffers
-    return index.isdigit() and int(index) < anatomy.n_layers and (local in known or computed)
+    computed = local.endswith("rotary_emb.inv_freq") or local in architecture.family.buffers
+    return index.isdigit() and int(index) < architecture.n_layers and (local in known or computed)

@@ -1,17 +1,17 @@
-"""From a `config.json` to an `Anatomy`."""
+"""From a `config.json` to an `Architecture`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from intarsia.anatomy.families import Family, LinearEntry, NormEntry, PerLayer, known_families, uncovered
-from intarsia.anatomy.spec import Anatomy, Linear, Norm
+from intarsia.architecture.families import Family, LinearEntry, NormEntry, PerLayer, known_families, uncovered
+from intarsia.architecture.spec import Architecture, Linear, Norm
 from intarsia.errors import Problem, UserError
 
 
-def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Anatomy:
-    """The anatomy of the model that a config describes.
+def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Architecture:
+    """The architecture of the model that a config describes.
 
     Raises:
         UserError: the family is unknown, has a feature that its file does not cover, or a number is missing or
@@ -39,7 +39,7 @@ def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Anatomy:
     )
 
 
-def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Anatomy:
+def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Architecture:
     values = _values(family, config)
     problems = list(_refusals(family, values, where))
     numbers: dict[str, int] = {}
@@ -70,7 +70,7 @@ def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Anatomy:
     linears = tuple(_linear(entry, values, where, problems) for entry in family.linears)
     if problems:
         raise UserError(problems)
-    return Anatomy(
+    return Architecture(
         family=family,
         linears=linears,
         norms=tuple(_norm(entry, values) for entry in family.norms),

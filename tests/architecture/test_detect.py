@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import OPTConfig, PretrainedConfig, Qwen2Config
 
-from intarsia.anatomy.detect import detect
-from intarsia.anatomy.families import known_families
+from intarsia.architecture.detect import detect
+from intarsia.architecture.families import known_families
 from intarsia.errors import UserError
 
 Configs = dict[str, PretrainedConfig]
@@ -40,16 +40,16 @@ def refused(config: dict[str, Any]) -> UserError:
 
 @pytest.mark.parametrize("name", HEAD_DIMS)
 def test_numbers_of_every_family(name: str, configs: Configs) -> None:
-    anatomy = detect(configs[name].to_dict())
-    assert anatomy.family.name == name
-    assert (anatomy.n_layers, anatomy.width, anatomy.n_query_heads) == (3, 48, 6)
-    assert anatomy.n_kv_heads == (6 if name == "opt" else 2)
-    assert anatomy.heads_per_group == (1 if name == "opt" else 3)
-    assert (anatomy.n_channels, anatomy.vocabulary) == (20, 50)
-    assert anatomy.head_dim == HEAD_DIMS[name]
-    assert anatomy.tied is (name == "opt")
-    assert anatomy.n_pieces("attention") == anatomy.n_kv_heads
-    assert anatomy.n_pieces("mlp") == 20
+    architecture = detect(configs[name].to_dict())
+    assert architecture.family.name == name
+    assert (architecture.n_layers, architecture.width, architecture.n_query_heads) == (3, 48, 6)
+    assert architecture.n_kv_heads == (6 if name == "opt" else 2)
+    assert architecture.heads_per_group == (1 if name == "opt" else 3)
+    assert (architecture.n_channels, architecture.vocabulary) == (20, 50)
+    assert architecture.head_dim == HEAD_DIMS[name]
+    assert architecture.tied is (name == "opt")
+    assert architecture.n_pieces("attention") == architecture.n_kv_heads
+    assert architecture.n_pieces("mlp") == 20
 
 
 @pytest.mark.parametrize("name", HEAD_DIMS)
@@ -79,22 +79,22 @@ def test_qwen2_has_biases_on_q_k_v_alone(configs: Configs) -> None:
 
 
 def test_qwen3_has_norms_inside_attention(configs: Configs) -> None:
-    anatomy = detect(configs["qwen3"].to_dict())
-    inside = [norm.module for norm in anatomy.norms if norm.place == "inside"]
+    architecture = detect(configs["qwen3"].to_dict())
+    inside = [norm.module for norm in architecture.norms if norm.place == "inside"]
     assert inside == ["self_attn.q_norm", "self_attn.k_norm"]
-    assert anatomy.layer_shapes()["self_attn.q_norm.weight"] == (16,)
-    assert anatomy.family.approximations
-    assert anatomy.norm_before("attention").module == "input_layernorm"
+    assert architecture.layer_shapes()["self_attn.q_norm.weight"] == (16,)
+    assert architecture.family.approximations
+    assert architecture.norm_before("attention").module == "input_layernorm"
 
 
 def test_opt_has_biases_everywhere_and_no_gate(configs: Configs) -> None:
-    anatomy = detect(configs["opt"].to_dict())
-    linears = {linear.module for linear in anatomy.linears}
+    architecture = detect(configs["opt"].to_dict())
+    linears = {linear.module for linear in architecture.linears}
     assert linears == {*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "fc1", "fc2"}
-    assert all(linear.bias for linear in anatomy.linears)
-    assert all(norm.weight and norm.bias for norm in anatomy.norms)
-    assert anatomy.writer("mlp").module == "fc2"
-    assert anatomy.tensor_name(2, "fc2.bias") == "model.decoder.layers.2.fc2.bias"
+    assert all(linear.bias for linear in architecture.linears)
+    assert all(norm.weight and norm.bias for norm in architecture.norms)
+    assert architecture.writer("mlp").module == "fc2"
+    assert architecture.tensor_name(2, "fc2.bias") == "model.decoder.layers.2.fc2.bias"
 
 
 def test_opt_without_affine_norms_has_no_norm_tensors(common: dict[str, Any]) -> None:
@@ -112,9 +112,14 @@ def test_llama_biases_follow_their_flags() -> None:
 
 
 def test_old_llama_config() -> None:
-    anatomy = detect(llama())
-    assert (anatomy.n_kv_heads, anatomy.head_dim, anatomy.tied, anatomy.layer_types) == (6, 8, False, None)
-    assert not any(name.endswith("bias") for name in anatomy.layer_shapes())
+    architecture = detect(llama())
+    assert (architecture.n_kv_heads, architecture.head_dim, architecture.tied, architecture.layer_types) == (
+        6,
+        8,
+        False,
+        None,
+    )
+    assert not any(name.endswith("bias") for name in architecture.layer_shapes())
 
 
 def test_null_is_computed_and_missing_is_a_default() -> None:
@@ -202,9 +207,9 @@ def test_qk_norm_over_all_heads_has_an_entry_a_row() -> None:
 
 
 def test_fused_projections() -> None:
-    anatomy = detect(small("phi3"))
-    assert anatomy.layer_shapes()["self_attn.qkv_proj.weight"] == (48 + 16 + 16, 48)
-    assert anatomy.layer_shapes()["mlp.gate_up_proj.weight"] == (40, 48)
+    architecture = detect(small("phi3"))
+    assert architecture.layer_shapes()["self_attn.qkv_proj.weight"] == (48 + 16 + 16, 48)
+    assert architecture.layer_shapes()["mlp.gate_up_proj.weight"] == (40, 48)
 
 
 FULL, SLIDING, ROPE = "full_attention", "sliding_attention", "rotary embedding"

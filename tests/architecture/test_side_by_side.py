@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from intarsia.anatomy.detect import detect
-from intarsia.anatomy.spec import PARTS
-from intarsia.anatomy.verify import verify
+from intarsia.architecture.detect import detect
+from intarsia.architecture.spec import PARTS
+from intarsia.architecture.verify import verify
 from intarsia.errors import UserError
 from tests import families
 
@@ -58,18 +58,22 @@ QWEN3_30B = {
 def test_falcon_is_told_apart_by_what_its_layers_are() -> None:
     old, new = detect(FALCON_7B), detect(FALCON_40B)
     one = detect({**FALCON_40B, "num_ln_in_parallel_attn": 1})
-    assert [anatomy.family.name for anatomy in (old, new, one)] == ["falcon", "falcon-two-norms", "falcon-one-norm"]
+    assert [architecture.family.name for architecture in (old, new, one)] == [
+        "falcon",
+        "falcon-two-norms",
+        "falcon-one-norm",
+    ]
     # Multi-query attention has one piece, whatever num_kv_heads says; the MLP is four times as wide as the stream.
     assert (old.n_kv_heads, old.heads_per_group, old.head_dim, old.n_channels) == (1, 71, 64, 4 * 4544)
     assert old.layer_shapes()["self_attention.query_key_value.weight"] == ((71 + 2) * 64, 4544)
     assert (new.n_kv_heads, new.heads_per_group, new.unit("qkv")) == (8, 16, 18 * 64)
     assert new.layer_shapes()["self_attention.query_key_value.weight"] == (8 * 18 * 64, 8192)
     assert {norm.module for norm in new.norms} == {"ln_attn", "ln_mlp"}
-    for anatomy in (old, one):
-        assert [norm.module for norm in anatomy.norms] == ["input_layernorm"]
-        assert {anatomy.norm_before(part) for part in PARTS} == set(anatomy.norms)
-    assert all(anatomy.parallel and not anatomy.shift_folds("mlp") for anatomy in (old, new, one))
-    assert all(anatomy.approximations == () for anatomy in (old, new, one))
+    for architecture in (old, one):
+        assert [norm.module for norm in architecture.norms] == ["input_layernorm"]
+        assert {architecture.norm_before(part) for part in PARTS} == set(architecture.norms)
+    assert all(architecture.parallel and not architecture.shift_folds("mlp") for architecture in (old, new, one))
+    assert all(architecture.approximations == () for architecture in (old, new, one))
 
 
 def test_parameters_of_mixtures() -> None:
@@ -88,10 +92,10 @@ def test_parameters_of_mixtures() -> None:
 
 @pytest.mark.parametrize("family", [*families.PARALLEL, *families.MIXTURES, *families.VARIATIONS])
 def test_what_stands_side_by_side(family: str) -> None:
-    anatomy = detect(families.make_model(family).config.to_dict())
-    assert anatomy.parallel == (family in families.PARALLEL or family.startswith("falcon"))
-    assert (anatomy.n_experts > 0) == (family in families.MIXTURES)
-    assert anatomy.is_mixture("mlp") == (anatomy.n_experts > 0) and not anatomy.is_mixture("attention")
+    architecture = detect(families.make_model(family).config.to_dict())
+    assert architecture.parallel == (family in families.PARALLEL or family.startswith("falcon"))
+    assert (architecture.n_experts > 0) == (family in families.MIXTURES)
+    assert architecture.is_mixture("mlp") == (architecture.n_experts > 0) and not architecture.is_mixture("attention")
 
 
 @pytest.mark.parametrize(
@@ -121,13 +125,13 @@ def test_what_is_not_covered_is_refused_by_its_name(config: dict[str, Any], feat
 
 def test_buffers_of_old_checkpoints_are_no_part_of_a_layer() -> None:
     model = families.make_model("gpt-neox")
-    anatomy = detect(model.config.to_dict())
+    architecture = detect(model.config.to_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for layer in range(anatomy.n_layers):
-        shapes[anatomy.tensor_name(layer, "attention.bias")] = (1, 1, 64, 64)
-        shapes[anatomy.tensor_name(layer, "attention.masked_bias")] = ()
-        shapes[anatomy.tensor_name(layer, "attention.rotary_emb.inv_freq")] = (2,)
-    verify(anatomy, shapes, where="old")
-    shapes[anatomy.tensor_name(1, "attention.gate.bias")] = (4,)
+    for layer in range(architecture.n_layers):
+        shapes[architecture.tensor_name(layer, "attention.bias")] = (1, 1, 64, 64)
+        shapes[architecture.tensor_name(layer, "attention.masked_bias")] = ()
+        shapes[architecture.tensor_name(layer, "attention.rotary_emb.inv_freq")] = (2,)
+    verify(architecture, shapes, where="old")
+    shapes[architecture.tensor_name(1, "attention.gate.bias")] = (4,)
     with pytest.raises(UserError, match=r"layers\.1\.attention\.gate\.bias"):
-        verify(anatomy, shapes, where="old")
+        verify(architecture, shapes, where="old")
