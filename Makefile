@@ -1,7 +1,8 @@
 # What a checkout can do. Needs python3 (3.10 to 3.13) with its venv module, and nothing else.
 #
 #   make demo     set up, then compress the demo model (SmolLM2-135M-Instruct, 30 layers) to 25 layers
-#   make test     set up, then every check: style, types, tests
+#   make test     set up, then what to run before a commit: style, types, tests on six representative families
+#   make test-all the same with every family, and with the browser, llama.cpp, mergekit and kill loops
 #   make lint     style and types alone
 #   make bench    the benchmarks by name: each is run by `python -m benchmarks NAME`
 #   make clean    remove what the above made (also the virtual environment)
@@ -25,7 +26,8 @@ PYTEST := PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/python -m pytest -p xdist -p h
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+
+.PHONY: help demo test test-rest test-all lint bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -59,8 +61,13 @@ $(VENV)/.stamp-llama: constraints.txt | $(VENV)/.stamp-dev
 demo: $(VENV)/.stamp-demo
 	$(BIN)/intarsia compress demo --layers 25 -o out/demo-25 --calibration self --tokens 32768 --overwrite
 
-test: lint $(if $(filter yes,$(LLAMA_CPP)),$(VENV)/.stamp-llama)
+test: lint
 	$(TEST_ENV) $(PYTEST) -n 2 -q
+
+test-rest: $(VENV)/.stamp-dev $(if $(filter yes,$(LLAMA_CPP)),$(VENV)/.stamp-llama)
+	$(TEST_ENV) $(PYTEST) -n 2 -q --cases rest
+
+test-all: test test-rest
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

@@ -13,6 +13,39 @@ from intarsia.building.resident import Resident
 from intarsia.checkpoint.reader import Checkpoint
 from tests import families
 
+REPRESENTATIVE = {"llama", "qwen3", "gemma3", "opt", "mixtral", "gpt-neox"}
+"""One family of each kind: plain, QK-norm, sliding with post-norms, biases, experts, parallel residual."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cases",
+        choices=("quick", "rest", "all"),
+        default="quick",
+        help="quick: the representative families; rest: other families and tests marked `exhaustive`; all: both",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Select the cases that --cases names."""
+    cases = config.getoption("--cases")
+    if cases == "all":
+        return
+    others = {*families.FAMILIES, *families.VARIATIONS} - REPRESENTATIVE
+
+    def quick(item: pytest.Item) -> bool:
+        if item.get_closest_marker("exhaustive") is not None:
+            return False
+        params = (
+            item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+        )
+        return not any(isinstance(value, str) and value in others for value in params)
+
+    selected = [item for item in items if quick(item) == (cases == "quick")]
+    config.hook.pytest_deselected(items=[item for item in items if quick(item) != (cases == "quick")])
+    items[:] = selected
+
+
 Folder = Callable[[str], Path]
 Opened = Callable[[str], Checkpoint]
 InMemory = Callable[[str], Resident]

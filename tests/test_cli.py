@@ -173,7 +173,7 @@ def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
         "--layers 25 --method come-p --calibration a.txt --calibration b.txt --tokens 4096 --seq-len 128 "
         "--heal none --eval-text c.txt --eval-windows 8 --revision main --span-choice sleb --merge 3 --sharpness 2 "
         "--dominance 0.5 --no-repeat --norm average --sensitivity l2 --distance last-token --granularity 10 --spans 2 "
-        "--no-racing --beam 2 --reference --heal-in-loop --device cpu --dtype float32 --batch-tokens 512 --seed 7 "
+        "--no-racing --reference --heal-in-loop --device cpu --dtype float32 --batch-tokens 512 --seed 7 "
         "--max-shard-size 2GB --overwrite --dry-run --quiet"
     ).split()
     result = run("compress", "demo", "-o", str(tmp_path / "out"), "--run", str(tmp_path / "run"), *words)
@@ -205,7 +205,6 @@ def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
             granularity=10,
             spans=2,
             racing=False,
-            beam=2,
             reference=True,
         ),
         "heal_in_loop": True,

@@ -20,18 +20,18 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import perplexity
-from intarsia.healing import closed_form, layerwise
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing import layerwise
 from intarsia.healing.quality import quality
-from intarsia.healing.settings import LayerwiseSettings
+from intarsia.healing.settings import ClosedFormSettings, LayerwiseSettings
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import METHODS, climb, planner_of, progressive_methods
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings
 from intarsia.progress import Silent
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.schema import content_hash
 from tests import families
+from tests.closed_form_fits import fit_on
 from tests.conftest import InMemory, Opened
 from tests.planning.conftest import corpus_of
 from tests.recipes_by_hand import select, shared
@@ -54,7 +54,7 @@ def whole(depth: int = families.DEPTH) -> Recipe:
 
 def cut(resident: Resident) -> Recipe:
     """Layers 2 and 3 merged, layer 5 removed."""
-    return whole().with_layers([select(0), select(1), shared(resident.anatomy, [2, 3]), select(4)])
+    return whole().with_layers([select(0), select(1), shared(resident.architecture, [2, 3]), select(4)])
 
 
 def ladder(resident: Resident, place: Path, method: str, *, settings: Any = None, **changes: Any) -> list[str]:
@@ -78,7 +78,7 @@ def test_the_streamed_model_is_the_model(family: str, checkpoint_of: Opened, res
     for name, buffer in resident.model.named_buffers():
         assert torch.equal(other.model.get_buffer(name), buffer), name
     corpus = corpus_of(padded=True)
-    a, b = LayerStream(resident.model, resident.anatomy), LayerStream(other.model, other.anatomy)
+    a, b = LayerStream(resident.model, resident.architecture), LayerStream(other.model, other.architecture)
     with torch.inference_mode():
         entry, again = a.enter(corpus.input_ids, corpus.mask), b.enter(corpus.input_ids, corpus.mask)
         h_BTD, g_BTD = entry.h_BTD, again.h_BTD
@@ -101,8 +101,8 @@ def test_embedding_and_head_leave_memory_behind_every_use(
     monkeypatch.setattr(skeleton, "let_go", gone.append)
     resident = streamed(checkpoint_of(family))
     tables = resident.model.get_input_embeddings().weight, resident.model.get_output_embeddings().weight
-    assert (tables[0] is tables[1]) == resident.anatomy.tied
-    stream, ids_BT = LayerStream(resident.model, resident.anatomy), corpus_of().input_ids
+    assert (tables[0] is tables[1]) == resident.architecture.tied
+    stream, ids_BT = LayerStream(resident.model, resident.architecture), corpus_of().input_ids
     h_BTD = stream.enter(ids_BT, None).h_BTD
     assert any(parameter is tables[0] for parameter in gone)
     gone.clear()
@@ -112,7 +112,7 @@ def test_embedding_and_head_leave_memory_behind_every_use(
 
 def test_a_layer_at_rest_that_is_run_is_read_for_that_run(llama: Resident) -> None:
     assert llama.shelf is not None
-    stream = LayerStream(llama.model, llama.anatomy)
+    stream = LayerStream(llama.model, llama.architecture)
     entry = stream.enter(corpus_of().input_ids, None)
     before = sum(llama.shelf.reads.values())
     once = stream.run(llama.layers[3], entry.h_BTD, entry.calls[3])
@@ -131,7 +131,7 @@ def test_a_walk_that_is_left_early_lets_go_of_what_it_has_read_ahead(llama: Resi
         wait_for(llama, 2)  # the next one is read while this one is worked with
         break
     assert llama.shelf.in_memory == 0
-    made = llama.module(shared(llama.anatomy, [1, 2]))
+    made = llama.module(shared(llama.architecture, [1, 2]))
     assert all(parameter.is_meta for parameter in made.parameters())
     for number, layer in enumerate(llama.walk([llama.layers[0], made, made, llama.layers[5]])):
         assert not any(parameter.is_meta for parameter in layer.parameters()), number
@@ -172,9 +172,8 @@ def test_repairing_in_the_loop_is_the_same(
     assert resident.shelf is not None and resident.shelf.most <= 2
 
 
-@pytest.mark.parametrize("choice", ["sleb", "reconstruction"])
-def test_spans_are_chosen_the_same(choice: Any, tmp_path: Path, checkpoint_of: Opened, resident_of: InMemory) -> None:
-    settings = ComeSettings(span_choice=choice, racing=False)
+def test_spans_are_chosen_the_same(tmp_path: Path, checkpoint_of: Opened, resident_of: InMemory) -> None:
+    settings = ComeSettings(span_choice="sleb", racing=False)
     wanted = ladder(resident_of("llama"), tmp_path / "whole", "come-p", settings=settings)
     assert ladder(streamed(checkpoint_of("llama")), tmp_path / "streamed", "come-p", settings=settings) == wanted
 
@@ -211,8 +210,8 @@ def test_healed_tensors_are_the_same(family: str, checkpoint_of: Opened, residen
     resident, other, corpus = resident_of(family), streamed(checkpoint_of(family)), corpus_of(padded=True)
     recipe = whole().with_layers([select(0), select(2), select(4), select(5)])
     settings = ClosedFormSettings(held_out=2)
-    wanted, reports = closed_form.fit(recipe, resident, corpus, settings=settings, batch_tokens=26)
-    found, same = closed_form.fit(recipe, other, corpus, settings=settings, batch_tokens=26, room=Room(memory_bytes=0))
+    wanted, reports = fit_on(recipe, resident, corpus, settings=settings, batch_tokens=26)
+    found, same = fit_on(recipe, other, corpus, settings=settings, batch_tokens=26, room=Room(memory_bytes=0))
     assert content_hash(found) == content_hash(wanted)
     assert same == reports and any(report["ridge"] is not None for report in reports)
     assert other.shelf is not None and other.shelf.most <= 2
@@ -247,7 +246,8 @@ def test_a_shard_that_disappears_is_told_by_its_name(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(folder, model=str(folder))
     resident = streamed(checkpoint)
     shards = {
-        checkpoint.headers[checkpoint.anatomy.tensor_name(4, name)].file for name in checkpoint.anatomy.layer_shapes()
+        checkpoint.headers[checkpoint.architecture.tensor_name(4, name)].file
+        for name in checkpoint.architecture.layer_shapes()
     }
     model = Intermediate(resident, corpus_of(), whole().layers)
     for shard in shards:
@@ -307,7 +307,7 @@ def test_a_batch_is_halved_where_memory_runs_out(small_device: OutOfMemory, resi
         assert found.channels["mlp"].tokens == corpus.tokens
     progress.said.clear()
     recipe = whole().with_layers([select(0), select(2), select(4), select(5)])
-    closed_form.fit(recipe, resident, corpus, batch_tokens=1000, progress=progress)
+    fit_on(recipe, resident, corpus, batch_tokens=1000, progress=progress)
     assert progress.said[-1] == "cpu is out of memory: 2 sequences at a time from now on, not 3"
 
 

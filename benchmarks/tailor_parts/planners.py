@@ -19,7 +19,7 @@ from intarsia.building.resident import Resident, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.healing.closed_form import fit
 from intarsia.planning.run_folder import RunFolder
-from intarsia.recipe.compose import compose
+from intarsia.recipe.ops import Concat, Merge, Op, Select
 from intarsia.recipe.recipe import Fitted, Recipe
 from intarsia.tailoring.family_file import BASE
 
@@ -77,11 +77,23 @@ def _judge(judge: Judge, setting: Setting, rows: Rows, member: str, method: str,
         print(f"{method} on {member}: no ladder down to {setting.layers} layers")
         return
     cut = found.recipe(setting.layers)
-    flat = compose(cut, setting.whole(member), variant=cut.base, anatomy=setting.family.anatomy)
+    flat = _in_family(cut, setting.whole(member))
     judge.row(f"{method} on {member}, {CUT}", flat)
     key = f"{method} on {member}, {HEALED}"
     if key not in rows:
         judge.row(key, replace(flat, fitted=_fitted(judge, setting, member, cut)))
+
+
+def _in_family(cut: Recipe, member: Recipe) -> Recipe:
+    """The recipe of a plan made on one member alone, with the layers of that member in the family."""
+
+    def of_member(op: Op) -> Op:
+        found = [member.layers[source.layer].sources[0] for source in op.sources]
+        if isinstance(op, Concat):
+            return replace(op, cuts=tuple(replace(cut, source=ref) for cut, ref in zip(op.cuts, found, strict=True)))
+        return replace(op, sources=tuple(found)) if isinstance(op, Merge) else Select(source=found[0])
+
+    return replace(member, layers=tuple(map(of_member, cut.layers)), spans=cut.spans)
 
 
 def _fitted(judge: Judge, setting: Setting, member: str, cut: Recipe) -> Fitted:

@@ -22,7 +22,7 @@ from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_recipe import trial_recipe
 from intarsia.tailoring.family_file import BASE, RANDOM_MIDDLE
 
-ENGINES = ("evolve", "smac", "both", "random")
+ENGINES = ("evolve", "smac", "random")
 STARTS = ("sleb", "come-p")
 HEALS = {"finalists": "", "none": "bare-"}
 """How the searches of the ablation score their trials, and what the names of such searches begin with."""

@@ -9,11 +9,9 @@ import typer
 _COME = "CoMe"
 
 SpanChoice = Annotated[
-    Literal["sbi", "sleb", "reconstruction"],
+    Literal["sbi", "sleb"],
     typer.Option(
-        help="Merge where the block influence is least, where skipping costs least, or where a closed-form fit comes "
-        "closest to the original.",
-        rich_help_panel=_COME,
+        help="Merge where the block influence is least, or where skipping costs least.", rich_help_panel=_COME
     ),
 ]
 MergeCount = Annotated[int, typer.Option("--merge", metavar="M", help="Layers merged at once.", rich_help_panel=_COME)]
@@ -80,12 +78,6 @@ Racing = Annotated[
     typer.Option(
         help="come-p, sleb: give a candidate up as soon as it is clearly worse on part of the text.",
         rich_help_panel=_COME,
-    ),
-]
-Beam = Annotated[
-    int,
-    typer.Option(
-        metavar="N", help="come-p: follow the N best paths at once, at N times the cost.", rich_help_panel=_COME
     ),
 ]
 Reference = Annotated[

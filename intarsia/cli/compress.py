@@ -53,7 +53,6 @@ def compress(
     finalists: come_options.Finalists = 1,
     blocks: come_options.Blocks = 0,
     thorough: come_options.Thorough = False,
-    beam: come_options.Beam = 1,
     combine: come_options.Combine = "concat",
     reference: come_options.Reference = False,
     laco_merge: options.LacoMerge = 4,
@@ -81,7 +80,7 @@ def compress(
     """
     with guard(run=run, resumes=True) as stdout:
         max_shard_bytes = values.byte_count(max_shard_size)
-        from intarsia.checkpoint.model_name import asked_for
+        from intarsia.checkpoint.resolve import asked_for
         from intarsia.stages.compress import compress as stage
         from intarsia.stages.push import push_later
 

@@ -89,14 +89,6 @@ def heal(
     only: Annotated[
         list[str], options.valued("NAME", "Train these alone: down_proj, mlp ...; may be given again.", panel=_LAYERS)
     ] = [],  # noqa: B006
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            help="Train layers on Dask workers: a scheduler's address, or `local`.",
-            show_default=False,
-            rich_help_panel=_LAYERS,
-        ),
-    ] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_WHOLE)] = 1e-4,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.", rich_help_panel=_WHOLE)] = 8192,
     micro_tokens: Annotated[
@@ -135,9 +127,6 @@ def heal(
     run: Annotated[
         Path | None, typer.Option(help="Run folder: state and log (default: beside OUT).", show_default=False)
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue in the run folder. It is always so; may be left out.")
-    ] = True,
     device: options.Device = None,
     dtype: options.Dtype = None,
     stream: options.Stream = False,
@@ -208,7 +197,6 @@ def heal(
                 log=log,
             ),
             run=run,
-            scheduler=scheduler,
             device=device,
             dtype=dtype,
             stream=stream,

@@ -28,7 +28,7 @@ def tailor(
         Path | None, typer.Option("--out", "-o", metavar="RUN", help="Folder of the search.", show_default=False)
     ] = None,
     engine: Annotated[
-        Literal["smac", "evolve", "random", "both"] | None,
+        Literal["smac", "evolve", "random"] | None,
         typer.Option(help="Instead of the family file's.", show_default=False, rich_help_panel=_SEARCH),
     ] = None,
     trials: Annotated[int | None, options.valued("N", "Instead of the family file's.", min=1, panel=_SEARCH)] = None,

@@ -1,13 +1,13 @@
-"""Closed-form repair: least squares instead of training.
+"""Closed-form healing: least squares instead of training.
 
-An output layer with span (a, b], fed by the repaired layers before it, should give the original's H^b. Its read-outs
-(down_proj, o_proj) are fitted by ridge regression on their own inputs toward what is still missing of H^b, and shrink
-towards the weights as they are: down_proj, then o_proj, then down_proj again behind the changed attention. Layers
-behind the first cut that stand for themselves alone have down_proj fitted, and o_proj where that is asked for: they
-make good what those before left. With a plain removal and down_proj alone this is the special case of arXiv 2505.02819
-without its extra matrix.
+An output layer with span (a, b], fed by the healed layers before it, should give the original's H^b. Its output
+projections (down_proj, o_proj) are fitted by ridge regression on their own inputs toward what is still missing of H^b,
+and shrink towards the weights as they are: down_proj, then o_proj, then down_proj again after the changed attention.
+Layers after the first merge that stand for themselves alone have down_proj fitted, and o_proj where that is asked for:
+they correct what those before left. With a plain removal and down_proj alone this is the special case of arXiv
+2505.02819 without its extra matrix.
 
-The student begins where it differs from the teacher. Statistics are Gram matrices, accumulated in a stream: memory is
+The student starts where it differs from the teacher. Statistics are Gram matrices, accumulated in a stream: memory is
 one layer's, whatever the number of tokens. The ridge strength is chosen on held-out sequences, and a fit that does not
 lower the held-out error is not taken.
 
@@ -17,17 +17,19 @@ would serve them alone. A token counts with weight 1 / |H^b|^2, as it does to th
 Fitting o_proj toward the span's summed attention outputs instead was measured and is worse than leaving it alone: what
 the removed layers' attention read is not what this layer's MLP can use (dev/LOG.md, closed form).
 
-A read-out with a norm behind it is fitted otherwise (`intarsia.healing.behind_norm`). The experts of a mixture are not
-fitted; o_proj is, in their place.
+An output projection with a norm after it is fitted otherwise (`intarsia.healing.post_norm_fit`). The experts of a
+mixture are not fitted; o_proj is, in their place.
 
-Shape suffixes: `B` sequences of a batch, `T` tokens, `N` tokens, `C` features, `D` residual width.
+Shape suffixes: `B` sequences of a batch, `T` tokens, `D` residual width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,93 +37,78 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from intarsia.anatomy.spec import Anatomy
 from intarsia.building.resident import Resident, twin
-from intarsia.calibration.batches import Batches
-from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.room import Room
-from intarsia.calibration.stream import LayerStream
-from intarsia.healing.closed_form_cost import read_outs
-from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.healing.layer_fit import LayerFit, fit_layer
-from intarsia.healing.original import Original
-from intarsia.healing.part_fit import FitBatch
-from intarsia.healing.scratch import Scratch
+from intarsia.calibration.stream import LayerCall, LayerStream
+from intarsia.healing.fit_plan import fitted_parts
+from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.teacher import TeacherStates
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Recipe
 
 
 def fit(
     recipe: Recipe,
-    resident: Resident,
-    corpus: Corpus,
+    teacher: TeacherStates,
     *,
     settings: ClosedFormSettings | None = None,
-    teacher: Sequence[nn.Module] | None = None,
-    original: Original | None = None,
-    batch_tokens: int | None = None,
+    unseen: Collection[int] = (),
     room: Room | None = None,
     progress: Progress | None = None,
 ) -> tuple[Recipe, list[dict[str, Any]]]:
-    """A recipe with fitted read-outs, and a report for every one of them.
+    """A recipe with fitted output projections, and a report for every one of them.
 
     Args:
-        recipe: any recipe over the resident model; what is fitted on it already is the starting point.
-        resident: the original model, which is also the teacher unless `teacher` is given.
-        corpus: calibration text.
-        teacher: the layers of another one, as many as the original has, between its embedding and head.
-        original: what the original makes of the text, shared with other fits; left as it is, but for what is added.
+        recipe: any recipe over the teacher's resident model; what is fitted on it already is the starting point.
+        teacher: its hidden states on the calibration text, shared with other fits or not; the fit adds depths.
+        unseen: sequences of the text that the fit must not see: neither fitted on nor used to choose the strength.
         room: what hidden states may take in memory.
 
     Raises:
         UserError: activations are not finite.
     """
-    settings, room, progress = settings or ClosedFormSettings(), room or Room(), progress or Silent()
-    if original is None:
-        batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
-        its = Original(resident, batches, layers=teacher, room=room, progress=progress)
-    else:
-        its = original
-        assert teacher is None and its.batches.corpus is corpus, "another teacher or text"
-    work = _Work(recipe, resident, its, settings, room, progress)
+    work = _Work(recipe, teacher, settings or ClosedFormSettings(), frozenset(unseen), room or Room())
     try:
         with torch.inference_mode():
-            fitted, fits = work.run()
+            fitted, fits = work.run(progress or Silent())
     finally:
         work.close()
-        if original is None:
-            its.close()
     merged = {index: {**recipe.fitted.get(index, {}), **tensors} for index, tensors in fitted.items()}
     return replace(recipe, fitted={**recipe.fitted, **merged}), [asdict(entry) for entry in fits]
 
 
+def spool_of(resident: Resident, room: Room) -> Path | None:
+    """Where fitted tensors are kept in files: what is fitted on all layers of a streamed model takes more memory than
+    one layer does. None: in memory."""
+    return (room.folder or Path(tempfile.gettempdir())) if resident.streams else None
+
+
 class _Work:
-    """One fit under way: the original's hidden states, and the student's stream."""
+    """One fit under way: the teacher's hidden states, and the student's stream."""
 
     def __init__(
         self,
         recipe: Recipe,
-        resident: Resident,
-        original: Original,
+        teacher: TeacherStates,
         settings: ClosedFormSettings,
+        unseen: frozenset[int],
         room: Room,
-        progress: Progress,
     ) -> None:
-        self.recipe, self.resident, self.original, self.settings = recipe, resident, original, settings
-        self.batches = original.batches
-        self.anatomy: Anatomy = resident.anatomy
-        self.progress = progress
-        self.stream = LayerStream(resident.model, resident.anatomy)
-        self.parts = read_outs(recipe, settings, self.anatomy)
+        self.recipe, self.teacher, self.settings, self.unseen, self.room = recipe, teacher, settings, unseen, room
+        self.resident, self.batches = teacher.resident, teacher.batches
+        self.architecture = self.resident.architecture
+        self.stream = LayerStream(self.resident.model, self.architecture)
+        self.parts = fitted_parts(recipe, settings, self.architecture)
         self.indices = list(self.parts)
         n, t = self.batches.corpus.input_ids.shape
-        self.student = HiddenStore((n, t, self.anatomy.width), resident.model.dtype, room=room)
+        self.student = HiddenStore((n, t, self.architecture.width), self.resident.model.dtype, room=room)
 
     def close(self) -> None:
         self.student.close()
 
-    def run(self) -> tuple[dict[int, dict[str, npt.NDArray[np.float32]]], list[LayerFit]]:
+    def run(self, progress: Progress) -> tuple[dict[int, dict[str, npt.NDArray[np.float32]]], list[LayerFit]]:
         fitted: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
         fits: list[LayerFit] = []
         if not self.indices:
@@ -132,12 +119,12 @@ class _Work:
         first = self._first(modules)
         # The spans of layers with a target do not overlap, so each ends where no other does.
         ends = {index: self.recipe.spans[index][1] for index in self.indices}
-        self.original.learn({first, *ends.values()})
-        with self.progress.task("closed form", last + 1 - first) as task:
+        self.teacher.learn({first, *ends.values()})
+        with progress.task("closed form", last + 1 - first) as task:
             for rows, _, _ in self.batches.over():
-                self.student.put(0, rows.start, self.original.at(first, rows))
+                self.student.put(0, rows.start, self.teacher.at(first, rows))
             if first not in ends.values():
-                self.original.forget(first)
+                self.teacher.forget(first)
             for index, module in enumerate(self.resident.walk(modules[first:], ahead=False), first):
                 task.note(f"layer {index + 1} of {len(self.recipe.layers)}")
                 if index in ends:
@@ -147,7 +134,7 @@ class _Work:
                         fitted[index] = tensors
                 self._through(index, module)
                 if index in ends:
-                    self.original.forget(ends[index])
+                    self.teacher.forget(ends[index])
                 task.advance()
         return fitted, fits
 
@@ -161,16 +148,16 @@ class _Work:
             partial(self._feed, index),
             index=index,
             stream=self.stream,
-            anatomy=self.anatomy,
-            rule=self.settings.rule,
-            # What is fitted on all layers takes more than one layer does: of a streamed model it goes into files.
-            scratch=Scratch(in_files=self.resident.streams, folder=self.student.room.folder),
+            architecture=self.architecture,
+            settings=self.settings,
+            spool=spool_of(self.resident, self.room),
         )
         return module, tensors, reports
 
     def _first(self, modules: Sequence[nn.Module]) -> int:
-        """The first layer that is not the teacher's own, or is fitted: the student's hidden states before are his."""
-        start, layers = self.indices[0], self.original.layers
+        """The first layer that is not the teacher's own, or is fitted: before it the student's hidden states are the
+        teacher's."""
+        start, layers = self.indices[0], self.teacher.layers
         own = zip(modules[:start], layers, strict=False)  # of a stack, there are more of ours
         differs = (index for index, (ours, theirs) in enumerate(own) if ours is not theirs)
         return next(differs, min(start, len(layers)))
@@ -179,19 +166,30 @@ class _Work:
         """The student's hidden states go through an output layer."""
 
         def work(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
-            call = self.stream.calls(ids, mask)[self.recipe.layers[index].sources[0].layer]
             h_BTD = self.student.get(0, rows.start, rows.stop, self.resident.device)
-            self.student.put(0, rows.start, self.stream.run(module, h_BTD, call))
+            self.student.put(0, rows.start, self.stream.run(module, h_BTD, self._call(index, ids, mask)))
 
         self.batches.each(work)
 
     def _feed(self, index: int) -> Iterator[FitBatch]:
         """What output layer `index` is fed, and what it should give."""
         for rows, ids, mask in self.batches.over():
+            h_BTD = self.student.get(0, rows.start, rows.stop, self.resident.device)
+            wanted_BTD = self.teacher.at(self.recipe.spans[index][1], rows)
+            number_B = torch.arange(rows.start, rows.stop)
+            if self.unseen:
+                seen = [place for place, number in enumerate(number_B.tolist()) if number not in self.unseen]
+                if not seen:
+                    continue
+                number_B, ids, h_BTD, wanted_BTD = number_B[seen], ids[seen], h_BTD[seen], wanted_BTD[seen]
+                mask = None if mask is None else mask[seen]
             yield FitBatch(
-                rows=rows,
-                h_BTD=self.student.get(0, rows.start, rows.stop, self.resident.device),
-                wanted_BTD=self.original.at(self.recipe.spans[index][1], rows),
-                call=self.stream.calls(ids, mask)[self.recipe.layers[index].sources[0].layer],
+                h_BTD=h_BTD,
+                wanted_BTD=wanted_BTD,
+                call=self._call(index, ids, mask),
                 mask=mask,
+                held_B=number_B % self.settings.held_out == 0,
             )
+
+    def _call(self, index: int, ids: Tensor, mask: Tensor | None) -> LayerCall:
+        return self.stream.calls(ids, mask)[self.recipe.layers[index].sources[0].layer]

@@ -1,26 +1,34 @@
-"""One layer, fitted in closed form from given inputs towards given outputs. Knows nothing of the other layers."""
+"""One layer, fitted in closed form from given inputs towards given outputs. Knows nothing of the other layers.
+
+Shape suffixes: `B` sequences of a batch, `T` tokens, `N` tokens, `C` features, `D` residual width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
-from intarsia.anatomy.spec import Anatomy, Part
-from intarsia.calibration.stream import LayerStream
-from intarsia.healing.part_fit import Batches, FitRule, PartFit
-from intarsia.healing.scratch import IN_MEMORY, Scratch
-from intarsia.recipe.mapped_arrays import spooled
+from intarsia.architecture.spec import Architecture, Part
+from intarsia.calibration.stream import LayerCall, LayerStream
+from intarsia.healing.post_norm_fit import Passed, PostNorm, fit_norm, fit_weight
+from intarsia.healing.ridge import Fit, Gram, choose
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.heap import give_back
+from intarsia.recipe.side_file import spooled
 
 _ROWS = 256  # of a fitted tensor, written at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFit:
-    """What was fitted on one read-out. Errors are on held-out tokens; `ridge` is None where nothing was better."""
+    """What was fitted on one module. Errors are on held-out tokens; `ridge` is None where nothing was better."""
 
     layer: int
     module: str
@@ -29,75 +37,76 @@ class LayerFit:
     error_after: float
 
 
-def fittable(parts: Sequence[Part], anatomy: Anatomy) -> tuple[Part, ...]:
-    """The parts of which the read-out is fitted, in order. A mixture's is no single matrix: o_proj takes its place."""
-    able: list[Part] = ["attention" if anatomy.is_mixture(part) else part for part in parts]
+@dataclass(frozen=True, kw_only=True)
+class FitBatch:
+    """Sequences as they go into a layer, and as they should come out of it."""
+
+    h_BTD: Tensor
+    wanted_BTD: Tensor
+    # The layer's other arguments.
+    call: LayerCall
+    # True at real tokens; None where all are.
+    mask: Tensor | None
+    # True for sequences that choose the ridge strength; the others are fitted on.
+    held_B: Tensor
+
+
+Feed = Callable[[], Iterable[FitBatch]]
+"""Gives all batches, again every time it is called: a layer is run once for every output projection."""
+
+
+def fittable(parts: Sequence[Part], architecture: Architecture) -> tuple[Part, ...]:
+    """The parts whose output projection is fitted, in order. A mixture has no single one: o_proj takes its place."""
+    able: list[Part] = ["attention" if architecture.is_mixture(part) else part for part in parts]
     return tuple(part for place, part in enumerate(able) if place == 0 or part != able[place - 1])
 
 
-def passes(anatomy: Anatomy, parts: Sequence[Part]) -> int:
-    """How often a layer is run to fit read-outs."""
+def passes(architecture: Architecture, parts: Sequence[Part]) -> int:
+    """How often a layer is run to fit output projections."""
     return sum(
-        (1 if anatomy.norm_behind(part) is None else 3) + _judged_anew(part, anatomy)
-        for part in fittable(parts, anatomy)
+        (1 if architecture.norm_after(part) is None else 3) + _judged_again(part, architecture)
+        for part in fittable(parts, architecture)
     )
-
-
-def _judged_anew(part: Part, anatomy: Anatomy) -> bool:
-    """Whether the layer is run once more behind a fit: routing jumps with what it reads, and nothing is fitted then."""
-    return part == "attention" and anatomy.is_mixture("mlp") and not anatomy.parallel
-
-
-def kept(weight: Tensor, scratch: Scratch) -> npt.NDArray[np.float32]:
-    """A fitted tensor as a recipe keeps it: in memory, or mapped from a file without a name (see `mapped_arrays`).
-
-    Raises:
-        UserError: the disk is full.
-    """
-    if not scratch.in_files:
-        return weight.float().cpu().numpy()
-    rows = (part.float().cpu().numpy() for part in weight.split(_ROWS))
-    return spooled(rows, tuple(weight.shape), scratch.folder)
 
 
 def fit_layer(
     module: nn.Module,
     parts: Sequence[Part],
-    batches: Batches,
+    feed: Feed,
     *,
     index: int,
     stream: LayerStream,
-    anatomy: Anatomy,
-    rule: FitRule,
-    scratch: Scratch = IN_MEMORY,
+    architecture: Architecture,
+    settings: ClosedFormSettings,
+    spool: Path | None = None,
 ) -> tuple[dict[str, npt.NDArray[np.float32]], list[LayerFit]]:
-    """Fit a layer's read-outs in place, one after the other, each towards what is then missing.
+    """Fit a layer's output projections in place, one after the other, each towards what is then missing.
 
-    A norm behind a read-out is fitted before it (see `behind_norm`).
+    A norm after an output projection is fitted before it (see `post_norm_fit`).
 
     Args:
-        module: its read-outs get new parameters, so it must be no layer that is to stay as it is (see `twin`).
+        module: its output projections get new parameters, so it must be no layer that is to stay as it is (see `twin`).
         index: what the layer is called in reports and errors.
-        scratch: where new tensors are kept, and moments wait that are not needed for a while.
+        spool: on whose disk new tensors are kept, in files without a name; None: in memory.
 
     Returns:
-        The new tensors by name, in float32 as rounded to the layer's dtype, and a report of every read-out.
+        The new tensors by name, in float32 as rounded to the layer's dtype, and a report of every module.
 
     Raises:
-        UserError: activations are not finite.
+        UserError: activations are not finite, or the disk is full.
     """
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     fits: list[LayerFit] = []
-    for part in fittable(parts, anatomy):
-        fitter = PartFit(module, part, batches, stream=stream, anatomy=anatomy, rule=rule, scratch=scratch)
-        steps = (fitter.norm, fitter.read_out) if anatomy.norm_behind(part) else (fitter.read_out,)
+    for part in fittable(parts, architecture):
+        fitter = PartFit(module, part, feed, stream=stream, architecture=architecture, settings=settings)
+        steps = (fitter.norm, fitter.projection) if architecture.norm_after(part) else (fitter.projection,)
         for step in steps:
             name, weight, found = step(f"closed form, layer {index}")
-            if weight is not None and _judged_anew(part, anatomy):
+            if weight is not None and _judged_again(part, architecture):
                 weight, found = fitter.judged(weight, found)
             if weight is not None:
                 module.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
-                tensors[f"{name}.weight"] = kept(weight, scratch)
+                tensors[f"{name}.weight"] = _kept(weight, spool)
             fits.append(
                 LayerFit(
                     layer=index,
@@ -108,3 +117,127 @@ def fit_layer(
                 )
             )
     return tensors, fits
+
+
+class PartFit:
+    """The output projection of one part. Each step gives a module's name, its new weight if it is better, and the
+    fit."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        part: Part,
+        feed: Feed,
+        *,
+        stream: LayerStream,
+        architecture: Architecture,
+        settings: ClosedFormSettings,
+    ) -> None:
+        self.module, self.feed, self.stream, self.settings = module, feed, stream, settings
+        self.scale = architecture.residual_scale
+        self.name = architecture.writer(part).module
+        target = module.get_submodule(self.name)
+        assert isinstance(target, nn.Linear)
+        self.target = target
+        norm = architecture.norm_after(part)
+        self.norm_name = "" if norm is None else norm.module
+        self.post_norm = (
+            None if norm is None else PostNorm(module.get_submodule(norm.module), offset=norm.offset, scale=self.scale)
+        )
+
+    def norm(self, where: str) -> tuple[str, Tensor | None, Fit]:
+        """The weight of the norm after the output projection.
+
+        Raises:
+            UserError: activations are not finite.
+        """
+        assert self.post_norm is not None
+        where = f"{where}, {self.norm_name}"
+        return self.norm_name, *fit_norm(self.post_norm, self._passes, self.settings.ridges, where=where)
+
+    def projection(self, where: str) -> tuple[str, Tensor | None, Fit]:
+        """The weight of the output projection.
+
+        Raises:
+            UserError: activations are not finite.
+        """
+        own, ridges, where = self.target.weight, self.settings.ridges, f"{where}, {self.name}"
+        if self.post_norm is not None:
+            return self.name, *fit_weight(self.post_norm, own, self._passes, ridges, where=where)
+        found = choose(*self._moments(), ridges, where=where)
+        give_back()
+        return self.name, found.applied(own), replace(found, change_DC=None)  # as large as the weight in float32
+
+    def judged(self, weight: Tensor, found: Fit) -> tuple[Tensor | None, Fit]:
+        """An output projection's new weight with the error that it really leaves; None where that is no less than
+        before."""
+        own = self.target.weight
+        self.target.weight = nn.Parameter(weight, requires_grad=False)
+        total, tokens = 0.0, 0
+        for passed in self._passes():
+            weight_N = passed.weight_N[passed.held_N]
+            total += float((weight_N * passed.missing_ND[passed.held_N].square().sum(-1)).sum())
+            tokens += int((weight_N > 0).sum())
+        self.target.weight = own
+        after = total / max(tokens, 1)
+        if after < found.error_before:
+            return weight, replace(found, error_after=after)
+        return None, replace(found, change_DC=None, ridge=None, error_after=found.error_before)
+
+    def _moments(self) -> tuple[Gram, Gram]:
+        """Moments of the inputs and of what is missing: to fit on, and of held-out sequences."""
+        width, features = self.target.weight.shape
+        fitted, held_out = (Gram(features, width, self.stream.device) for _ in range(2))
+        for passed in self._passes():
+            for gram, chosen_N in ((fitted, ~passed.held_N), (held_out, passed.held_N)):
+                if bool(chosen_N.any()):
+                    weight_N = passed.weight_N[chosen_N] * self.scale**2
+                    gram.add(passed.x_NC[chosen_N], passed.missing_ND[chosen_N] / self.scale, weight_N)
+        return fitted, held_out
+
+    def _passes(self) -> Iterator[Passed]:
+        for batch in self.feed():
+            with _seen(self.target) as seen:
+                out_BTD = self.stream.run(self.module, batch.h_BTD, batch.call)
+            x_BTC, y_BTD = seen[0]
+            missing_BTD = batch.wanted_BTD.float() - out_BTD.float()
+            yield Passed(
+                x_NC=x_BTC.reshape(-1, x_BTC.shape[-1]),
+                y_ND=y_BTD.reshape(-1, y_BTD.shape[-1]),
+                missing_ND=missing_BTD.reshape(-1, missing_BTD.shape[-1]),
+                weight_N=_weights(batch, self.settings.weighting).reshape(-1),
+                held_N=batch.held_B[:, None].expand(out_BTD.shape[:2]).reshape(-1).to(out_BTD.device),
+            )
+
+
+def _judged_again(part: Part, architecture: Architecture) -> bool:
+    """Whether the layer is run once more after a fit: the experts after o_proj are chosen by what they read, which no
+    regression foresees, and are not fitted themselves."""
+    return part == "attention" and architecture.is_mixture("mlp") and not architecture.parallel
+
+
+def _kept(weight: Tensor, spool: Path | None) -> npt.NDArray[np.float32]:
+    """A fitted tensor as a recipe keeps it."""
+    if spool is None:
+        return weight.float().cpu().numpy()
+    rows = (part.float().cpu().numpy() for part in weight.split(_ROWS))
+    return spooled(rows, tuple(weight.shape), spool)
+
+
+def _weights(batch: FitBatch, weighting: str) -> Tensor:
+    if weighting == "relative":
+        weight_BT = batch.wanted_BTD.float().square().sum(dim=-1).clamp_min(1e-12).reciprocal()
+    else:
+        weight_BT = torch.ones(batch.wanted_BTD.shape[:2], device=batch.wanted_BTD.device)
+    return weight_BT if batch.mask is None else weight_BT * batch.mask
+
+
+@contextmanager
+def _seen(target: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """What an output projection is given and gives while the layer runs."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = target.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    try:
+        yield seen
+    finally:
+        handle.remove()

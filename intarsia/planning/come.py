@@ -12,23 +12,25 @@ piece is a whole KV group, so that query heads keep the key/value head they were
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
 
-from intarsia.anatomy.spec import PARTS, Part
+from intarsia.architecture.spec import PARTS, Architecture, Part
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning import allocate
 from intarsia.planning.candidates import Change, losses_of
 from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.planner import Step, one_attention_type
+from intarsia.planning.planner import Step, one_attention_type, strides
 from intarsia.planning.posterior import Candidate, Counts, distinct, raced, removals
-from intarsia.planning.repair import reconstruction_error
+from intarsia.planning.repair import repair_forwards
 from intarsia.planning.scores import part_scores
 from intarsia.planning.sensitivity import sensitivity_map
 from intarsia.planning.settings import ComeSettings
-from intarsia.recipe.flatten import concat_of, merge_of
+from intarsia.recipe.algebra import concat_of, merge_of
 from intarsia.recipe.ops import Op, Select, sources_of
 
 
@@ -53,15 +55,10 @@ class Come:
         target: int,
         history: Sequence[Mapping[str, Any]],
         number: int,
-        *,
-        unlike: bool = False,
     ) -> list[Step]:
-        """The `number` best steps, the best first: fewer where there are not so many, and none where none is allowed.
+        """The `number` best steps, each of which removes something else, the best first: none where none is allowed.
 
         CoMe knows one.
-
-        Args:
-            unlike: each of them removes something else; their losses need not be known.
         """
         count = min(self.settings.merge, model.depth - target + 1)
         allowed = [start for start in range(model.depth - count + 1) if self._allowed(model, start, count)]
@@ -75,13 +72,7 @@ class Come:
         def scores(start: int) -> list[Mapping[Part, Tensor]]:
             return [pieces(index) for index in range(start, start + count)]
 
-        def prior(start: int) -> Candidate:
-            shares = self._shares(model, start, influences[start : start + count])
-            counts = self._counts(model, shares)
-            op = self._op(model, start, scores(start), counts, shares)
-            return Candidate(start=start, count=count, counts=counts, shares=shares, op=op)
-
-        distances = self._span_scores(model, allowed, count, prior)
+        distances = self._span_scores(model, allowed, count)
         ranked = sorted(allowed, key=lambda start: (distances[start], start))
         grid: list[dict[str, Any]] | None = None
         if self.posterior:
@@ -93,12 +84,15 @@ class Come:
                 tried,
                 number,
                 racing=self.settings.racing,
-                unlike=unlike,
                 title=title + (" and removals" if drops else ""),
             )
             chosen, grid = found.best, found.shown
         else:
-            chosen = [(prior(ranked[0]), None)]
+            first = ranked[0]
+            shares = self._shares(model, first, influences[first : first + count])
+            counts = self._counts(model, shares)
+            op = self._op(model, first, scores(first), counts, shares)
+            chosen = [Candidate(start=first, count=count, counts=counts, shares=shares, op=op)]
         whole = {
             "influence": influences,
             "span_choice": self.settings.span_choice,
@@ -113,9 +107,8 @@ class Come:
                 count=each.count,
                 op=each.op,
                 evidence={**whole, **self._about(model, each, influences)},
-                loss=loss,
             )
-            for each, loss in chosen
+            for each in chosen
         ]
 
     def reason(self) -> str:
@@ -125,6 +118,22 @@ class Come:
             if self.settings.no_repeat
             else "layers of different attention types are not merged, and no others are adjacent"
         )
+
+    def forwards_at_most(
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
+    ) -> int:
+        """Each span, ratio and removal that is tried re-runs what is after it; then the model is measured."""
+        given, total = self.settings, architecture.n_layers
+        finalists, blocks = (given.finalists, given.blocks) if self.posterior else (1, 0)
+        for current, count in strides(architecture.n_layers, target, given.merge):
+            after = current - count + 1
+            tried = after * (after - 1) // 2 if given.span_choice == "sleb" else 0
+            if self.posterior:
+                ratios = math.comb(given.granularity + count - 1, count - 1)
+                tried += min(given.spans, after) * ratios * after
+                tried += after * (after + 1) // 2 if given.removals else 0
+            total += tried + after + repair_forwards(architecture, in_loop, current, finalists=finalists, blocks=blocks)
+        return total
 
     def _about(self, model: Intermediate, chosen: Candidate, influences: Sequence[float]) -> dict[str, Any]:
         """What is logged of a step itself."""
@@ -143,9 +152,7 @@ class Come:
             return False
         return one_attention_type(model, ops)
 
-    def _span_scores(
-        self, model: Intermediate, allowed: Sequence[int], count: int, prior: Callable[[int], Candidate]
-    ) -> dict[int, float]:
+    def _span_scores(self, model: Intermediate, allowed: Sequence[int], count: int) -> dict[int, float]:
         if self.settings.span_choice == "sleb":
             with model.progress.task("skipping spans", len(allowed)) as task:
                 scores: dict[int, float] = {}
@@ -154,15 +161,6 @@ class Come:
                     scores[start] = float(sums_N.sum() / model.counts_N.sum())
                     task.advance()
                 return scores
-        if self.settings.span_choice == "reconstruction":
-            errors: dict[int, float] = {}
-            with model.progress.task("fitting spans", len(allowed)) as task:
-                for start in allowed:
-                    op = prior(start).op
-                    assert op is not None, "a merge puts a layer in"
-                    errors[start] = reconstruction_error(model, start, count, op)
-                    task.advance()
-            return errors
         length = 1 if self.settings.reference else count
         return {start: model.span_distance(start, length, self.settings.distance) for start in allowed}
 
@@ -175,14 +173,14 @@ class Come:
         return allocate.dominate(shares, self.settings.dominance ** (1.0 / (originals - 1)))
 
     def _counts(self, model: Intermediate, shares: Sequence[float]) -> Counts:
-        groups = allocate.counts(shares, model.anatomy.n_kv_heads)
-        channels = allocate.counts(shares, model.anatomy.n_pieces("mlp"))
+        groups = allocate.counts(shares, model.architecture.n_kv_heads)
+        channels = allocate.counts(shares, model.architecture.n_pieces("mlp"))
         return tuple(zip(groups, channels, strict=True))
 
     def _piece_scores(self, model: Intermediate, index: int) -> dict[Part, Tensor]:
         channels, l2 = model.measures[index].channels, self.settings.sensitivity == "l2"
         with model.resident.awake(model.modules[index]) as module:
-            return {part: part_scores(channels[part], module, model.anatomy, part, l2=l2) for part in PARTS}
+            return {part: part_scores(channels[part], module, model.architecture, part, l2=l2) for part in PARTS}
 
     def _op(
         self,
@@ -195,14 +193,14 @@ class Come:
         """The layer that keeps each merged layer's most sensitive pieces; with `weight-sum`, their sum by share."""
         if self.settings.combine == "weight-sum":
             return merge_of(model.ops[start : start + len(shares)], shares)
-        totals = {part: model.anatomy.n_pieces(part) for part in PARTS}
+        totals = {part: model.architecture.n_pieces(part) for part in PARTS}
         number = [dict(zip(PARTS, count, strict=True)) for count in chosen]
         return concat_of(
             model.ops[start : start + len(chosen)],
             [{part: allocate.top(scores[i][part], number[i][part]) for part in PARTS} for i in range(len(chosen))],
             weights=[{part: number[i][part] / totals[part] for part in PARTS} for i in range(len(chosen))],
             norm=self.settings.norm,
-            anatomy=model.anatomy,
+            architecture=model.architecture,
             fuse=self.settings.combine == "fuse",
         )
 

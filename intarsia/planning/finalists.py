@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from intarsia.errors import Problem, UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.layer_fit import LayerFit
-from intarsia.healing.original import Original
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.teacher import TeacherStates
 from intarsia.planning.blocks import best_blocks
 from intarsia.planning.current_layers import Tensors
 from intarsia.planning.planner import Step
@@ -128,7 +128,7 @@ def settle(repair: Repair, steps: Sequence[Step], *, blocks: int = 0) -> tuple[S
 
 
 def _blocks_tried(
-    repair: Repair, steps: Sequence[Step], original: Original, number: int, advance: Callable[[], None]
+    repair: Repair, steps: Sequence[Step], original: TeacherStates, number: int, advance: Callable[[], None]
 ) -> list[_Trial]:
     """The original without a block of layers, of the blocks of least loss: each repaired and judged."""
     model, rows = repair.model, repair.held_out
@@ -159,7 +159,7 @@ def _blocks_tried(
 
 
 def _tried(
-    repair: Repair, step: Step, original: Original, rows: Sequence[int], *, before: float | None = None
+    repair: Repair, step: Step, original: TeacherStates, rows: Sequence[int], *, before: float | None = None
 ) -> _Trial:
     """A step, repaired and judged; the model is as before afterwards.
 

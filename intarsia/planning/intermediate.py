@@ -8,7 +8,7 @@ from torch import Tensor
 
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.stats import LayerMeasure
-from intarsia.healing.original import Original
+from intarsia.healing.teacher import TeacherStates
 from intarsia.planning.current_layers import Layer, is_whole, original_ops
 from intarsia.planning.measured import Measured
 
@@ -30,7 +30,7 @@ class Intermediate(Measured):
     """
 
     _kept: _Kept | None = None
-    _original: Original | None = None
+    _original: TeacherStates | None = None
     _held_original = False
 
     def keep(self) -> None:
@@ -52,12 +52,11 @@ class Intermediate(Measured):
         self.hidden.restore()
         self.measures, self._measured = list(self._kept.measures), list(self._kept.layers)
         self.losses_N, self._distances = self._kept.losses_N.clone(), dict(self._kept.distances)
-        self.errors.clear()
         self.become([op for op, _ in self._kept.layers])
         for index, (_, fitted) in enumerate(self._kept.layers):
             self.fit(index, fitted)
 
-    def original(self, sequences: int) -> Original:
+    def original(self, sequences: int) -> TeacherStates:
         """The hidden states of the original on so many sequences, kept from now on.
 
         They are those that were measured, where the whole model is what was kept or measured last, and else cost a
@@ -67,14 +66,14 @@ class Intermediate(Measured):
             if self._original is not None:
                 self._original.close()
             self._original = self._known_original(sequences)
-            self._original.learn(range(self.anatomy.n_layers + 1))
+            self._original.learn(range(self.architecture.n_layers + 1))
             self.spend(self._original.cost, slice(0, sequences))
         return self._original
 
-    def beside(self, original: Original) -> Intermediate:
+    def beside(self, original: TeacherStates) -> Intermediate:
         """Another one, made of the original's layers and with its hidden states on the whole text; nothing is run."""
         other = Intermediate(
-            self.resident, self.corpus, original_ops(self.ops, self.anatomy.n_layers), progress=self.progress
+            self.resident, self.corpus, original_ops(self.ops, self.architecture.n_layers), progress=self.progress
         )
         other.batches, other.room, other.counts_N = self.batches, self.room, self.counts_N
         other.hidden = HiddenStore(self.hidden.shape, self.hidden.dtype, room=self.room, held=original.states)
@@ -86,14 +85,16 @@ class Intermediate(Measured):
             self._original.close()
         super().close()
 
-    def _known_original(self, sequences: int) -> Original:
+    def _known_original(self, sequences: int) -> TeacherStates:
         """The original with what is measured of it."""
         measured = self._is_original()
         if measured and self.hidden.held is None and sequences == len(self.corpus):
             self._hold()
         if self._held_original:
-            return Original(self.resident, self.batches, sequences=sequences, known=self.hidden.held)
-        original = Original(self.resident, self.batches, sequences=sequences, room=self.room, progress=self.progress)
+            return TeacherStates(self.resident, self.batches, sequences=sequences, known=self.hidden.held)
+        original = TeacherStates(
+            self.resident, self.batches, sequences=sequences, room=self.room, progress=self.progress
+        )
         if measured:
             original.copy(self.hidden)
         return original
@@ -105,4 +106,4 @@ class Intermediate(Measured):
 
     def _is_original(self) -> bool:
         """Whether what was measured last is the whole model as it was."""
-        return is_whole(self._measured, self.anatomy.n_layers)
+        return is_whole(self._measured, self.architecture.n_layers)

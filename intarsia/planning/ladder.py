@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.angular import Angular
-from intarsia.planning.beam import descend
 from intarsia.planning.come import Come
 from intarsia.planning.finalists import settle
 from intarsia.planning.intermediate import Intermediate
@@ -23,10 +22,10 @@ from intarsia.planning.run_folder import RunFolder, Wanted
 from intarsia.planning.settings import ComeSettings, LacoSettings, Settings, SlebSettings
 from intarsia.planning.shortgpt import ShortGpt
 from intarsia.planning.sleb import Sleb
-from intarsia.planning.taylor import saliences
+from intarsia.planning.taylor import LAYERS_A_PASS, saliences
 from intarsia.planning.told import describe, repaired, step_line
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.schema import content_hash
 
 METHODS = (
     "come",
@@ -43,11 +42,11 @@ METHODS = (
     "reverse",
 )
 _ONE_SHOT: Mapping[str, Callable[[], OneShot]] = {
-    "taylor": lambda: OneShot(saliences, measures=True),
-    "taylor+": lambda: OneShot(saliences, measures=True, protect=PROTECTED),
-    "magnitude": lambda: OneShot(magnitudes, measures=False),
-    "magnitude+": lambda: OneShot(magnitudes, measures=False, protect=PROTECTED),
-    "reverse": lambda: OneShot(positions, measures=False),
+    "taylor": lambda: OneShot(saliences, passes=1 + LAYERS_A_PASS),
+    "taylor+": lambda: OneShot(saliences, passes=1 + LAYERS_A_PASS, protect=PROTECTED),
+    "magnitude": lambda: OneShot(magnitudes, passes=0),
+    "magnitude+": lambda: OneShot(magnitudes, passes=0, protect=PROTECTED),
+    "reverse": lambda: OneShot(positions, passes=0),
 }
 _OTHERS: Mapping[str, Callable[[], Planner]] = {"shortgpt": ShortGpt, "mka": Mka, "angular": Angular}
 
@@ -115,8 +114,6 @@ def climb(
         run.want(Wanted(layers=target))
         if history:
             model.progress.say(f"going on at {model.depth} layers, on the way down to {target}")
-    if isinstance(planner, Come) and planner.settings.beam > 1:
-        return descend(planner, model, start, target, run)
     with model.progress.task(f"{first} to {target} layers", first - target) as task:
         task.advance(first - model.depth)
         begun, spent = time.perf_counter(), model.layer_forwards
@@ -160,7 +157,7 @@ def climb(
                 recipe,
             )
             loss = model.loss if planner.progressive else None
-            line = step_line(model.depth, step.start, step.op, loss, mixture=model.anatomy.is_mixture("mlp"))
+            line = step_line(model.depth, step.start, step.op, loss, mixture=model.architecture.is_mixture("mlp"))
             model.progress.say(line + repaired(evidence))
             task.advance(before - model.depth)
             begun, spent = time.perf_counter(), model.layer_forwards
@@ -172,6 +169,6 @@ def _steps(
 ) -> list[Step]:
     """The next step, or several that are repaired before one of them is chosen; none where nothing is allowed."""
     if repairs and isinstance(planner, Come) and planner.posterior and planner.settings.finalists > 1:
-        return planner.steps(model, target, history, planner.settings.finalists, unlike=True)
+        return planner.steps(model, target, history, planner.settings.finalists)
     step = planner.decide(model, target, history)
     return [] if step is None else [step]

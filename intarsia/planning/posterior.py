@@ -42,12 +42,9 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Raced:
-    """Candidates that are left, the best first, with their loss on the whole calibration set where they have seen it.
+    """Candidates that are left, the best first, and what every candidate has shown, for the log."""
 
-    `shown` is what every candidate has shown, for the log.
-    """
-
-    best: list[tuple[Candidate, float | None]]
+    best: list[Candidate]
     shown: list[dict[str, Any]]
 
 
@@ -68,16 +65,13 @@ def distinct(model: Intermediate, candidates: Iterable[Candidate]) -> list[Candi
     return list(found.values())
 
 
-def raced(
-    model: Intermediate, tried: Sequence[Candidate], number: int, *, racing: bool, unlike: bool, title: str
-) -> Raced:
-    """The `number` candidates of least calibration loss.
-
-    Args:
-        unlike: each of them removes something else; they need not have seen the whole calibration set.
-    """
+def raced(model: Intermediate, tried: Sequence[Candidate], number: int, *, racing: bool, title: str) -> Raced:
+    """The `number` candidates of least calibration loss, each of which removes something else."""
     changes = [Change(start=each.start, count=each.count, ops=() if each.op is None else (each.op,)) for each in tried]
-    group = (lambda index: tried[index].goes) if unlike else None
+
+    def group(index: int) -> Hashable:
+        return tried[index].goes
+
     best, sums = race(
         range(len(tried)),
         lambda some, part: losses_of(model, [changes[index] for index in some], sequences=part),
@@ -85,7 +79,6 @@ def raced(
         racing=racing,
         keep=number,
         group=group,
-        to_end=not unlike,
         progress=model.progress,
         title=title,
     )
@@ -101,9 +94,5 @@ def raced(
         for index, each in enumerate(tried)
     ]
     if number == 1:
-        return Raced(best=[(tried[best], None)], shown=shown)
-    chosen = best_of_groups(sums, number, group)
-    whole = len(model.counts_N)
-    return Raced(
-        best=[(tried[index], losses[index] if sums[index].numel() == whole else None) for index in chosen], shown=shown
-    )
+        return Raced(best=[tried[best]], shown=shown)
+    return Raced(best=[tried[index] for index in best_of_groups(sums, number, group)], shown=shown)

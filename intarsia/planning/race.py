@@ -27,7 +27,6 @@ def race(
     racing: bool,
     keep: int = 1,
     group: Callable[[Name], Hashable] | None = None,
-    to_end: bool = True,
     progress: Progress,
     title: str,
 ) -> tuple[Name, dict[Name, Tensor]]:
@@ -41,9 +40,8 @@ def race(
         losses: for each of some candidates the summed loss on each of some sequences, float64.
         counts_N: tokens predicted in each sequence.
         racing: False lets all of them run to the end.
-        keep: so many, the best so far, are never given up; if it is more than one they all run to the end.
+        keep: so many, the best so far, are never given up, and the race ends as soon as no more are left.
         group: of candidates of one group only the best is kept so; by default each is a group of its own.
-        to_end: False ends the race as soon as there are no more than `keep` left.
 
     Returns:
         The best, and the summed losses of each candidate on the sequences it ran on.
@@ -61,7 +59,7 @@ def race(
             # A sequence that is nearly all padding predicts nothing, and has no mean.
             means = {name: (torch.cat(found[name]) / number_N)[number_N > 0] for name in alive}
             alive = _survivors(alive, means, keep, group) if part.stop < counts_N.numel() else alive
-            if len(alive) == keep == 1 or (not to_end and len(alive) <= keep):
+            if len(alive) <= keep:
                 break
             task.note(f"{len(alive)} left")
     totals = {name: float(torch.cat(found[name]).sum()) for name in alive}

@@ -5,13 +5,11 @@ repaired layers before it give towards what the original gives at the end of its
 then what lies behind is run again. If that raises the loss of the sequences that are held out, the layers stay as they
 were. What was fitted on a layer that is merged again is forgotten: ops stay flat over original layers. Where only a
 layer's span has grown, what was fitted is the starting point.
-
-The same fit, of one read-out and on part of the tokens, tells how well a layer could take the place of others
-(`reconstruction_error`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -20,20 +18,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intarsia.architecture.spec import Architecture
 from intarsia.building.resident import twin
 from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
-from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.healing.correspond import trainable
-from intarsia.healing.layer_fit import LayerFit, fit_layer, fittable, passes
-from intarsia.healing.original import Original
-from intarsia.healing.part_fit import FitBatch, PartFit
-from intarsia.healing.scratch import Scratch
+from intarsia.healing.closed_form import spool_of
+from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer, passes
+from intarsia.healing.layer_map import trainable
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.teacher import TeacherStates
+from intarsia.planning.blocks import NEAREST
 from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.settings import RECONSTRUCTION_TOKENS
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import derive_spans
+
+
+def repair_forwards(
+    architecture: Architecture,
+    settings: ClosedFormSettings | None,
+    current: int,
+    *,
+    finalists: int = 1,
+    blocks: int = 0,
+) -> int:
+    """Layer-forwards that healing one step of a model of `current` layers takes at most; none without settings.
+
+    For each finalist two layers are fitted, the model is measured anew, and the held-out loss is measured twice. Of
+    blocks the held-out loss of `NEAREST` is measured, and some are fitted; one that is taken is measured as a whole.
+    """
+    if settings is None:
+        return 0
+    fit, held_out = passes(architecture, settings.changed), math.ceil(current / settings.held_out)
+    forwards = finalists * (2 * fit + current + 2 * held_out)
+    if blocks:
+        forwards += NEAREST * held_out + blocks * (fit + held_out) + current
+    return forwards
 
 
 class Repair:
@@ -74,7 +94,7 @@ class Repair:
             "read_outs": [asdict(fit) for fit in fits],
             "taken": bool(changed) and after < before,
             "held_out_loss": [before / tokens, after / tokens],
-            "layer_forwards": len(due) * passes(model.anatomy, self.settings.changed) + spent,
+            "layer_forwards": len(due) * passes(model.architecture, self.settings.changed) + spent,
         }
 
     @property
@@ -82,7 +102,7 @@ class Repair:
         """The sequences that nothing is fitted on."""
         return list(range(0, len(self.model.corpus), self.settings.held_out))
 
-    def fit(self, first: int, due: Mapping[int, int], original: Original) -> tuple[list[LayerFit], int]:
+    def fit(self, first: int, due: Mapping[int, int], original: TeacherStates) -> tuple[list[LayerFit], int]:
         """Fit layers towards their depths, in order, and measure those between them.
 
         Returns:
@@ -102,7 +122,7 @@ class Repair:
 
         These are the layer that is put in, and one that now stands for more than before.
         """
-        model, depth = self.model, self.model.anatomy.n_layers
+        model, depth = self.model, self.model.architecture.n_layers
         known = set(zip(model.ops, derive_spans(model.ops, depth), strict=True))
         model.replace(start, count, op, measure=False)
         due: dict[int, int] = {}
@@ -113,65 +133,37 @@ class Repair:
         return min([start, *due]), due
 
     @torch.inference_mode()
-    def _fit(self, index: int, original: Original, depth: int) -> list[LayerFit]:
+    def _fit(self, index: int, original: TeacherStates, depth: int) -> list[LayerFit]:
         model = self.model
         with model.resident.awake(model.modules[index]) as awake:
             module = twin(awake)  # fitting must leave the original model alone
             tensors, fits = fit_layer(
                 module,
                 self.settings.changed,
-                partial(_feed, model, index, model.ops[index], original, depth),
+                partial(_feed, model, index, model.ops[index], original, depth, self.settings.held_out),
                 index=index,
                 stream=model.stream,
-                anatomy=model.anatomy,
-                rule=self.settings.rule,
-                scratch=Scratch(in_files=model.resident.streams, folder=model.room.folder),
+                architecture=model.architecture,
+                settings=self.settings,
+                spool=spool_of(model.resident, model.room),
             )
         if tensors:
             model.fit(index, {**(model.fitted[index] or {}), **tensors}, module)
         return fits
 
 
-@torch.inference_mode()
-def reconstruction_error(model: Intermediate, start: int, count: int, op: Op) -> float:
-    """How far a layer in the place of `count` others is from the original at the end of their spans, once it is fitted.
-
-    Down_proj (of a mixture o_proj) is fitted by the closed form's own rule; the mean of |h - H^b|^2 / |H^b|^2 over
-    held-out tokens, as the moments predict it. Costs one
-    layer-forward over `RECONSTRUCTION_TOKENS` tokens at most; two where a norm stands behind down_proj.
-    """
-    layers = [*model.ops[:start], op, *model.ops[start + count :]]
-    end = derive_spans(layers, model.anatomy.n_layers)[start][1]
-    key = (start, end, op)
-    if key not in model.errors:
-        sequences = min(len(model.corpus), max(1, RECONSTRUCTION_TOKENS // model.corpus.seq_len))
-        original = model.original(sequences)
-        rule = ClosedFormSettings().rule
-        with model.resident.awake(model.resident.module(op)) as module:
-            fitter = PartFit(
-                module,
-                fittable(("mlp",), model.anatomy)[0],
-                lambda: _feed(model, start, op, original, end),
-                stream=model.stream,
-                anatomy=model.anatomy,
-                rule=rule,
-                scratch=Scratch(in_files=model.resident.streams, folder=model.room.folder),
-            )
-            _, _, found = fitter.read_out(f"reconstruction at layer {start}")
-        model.errors[key] = found.error_after
-    return model.errors[key]
-
-
-def _feed(model: Intermediate, start: int, op: Op, original: Original, depth: int) -> Iterator[FitBatch]:
+def _feed(
+    model: Intermediate, start: int, op: Op, original: TeacherStates, depth: int, held_out: int
+) -> Iterator[FitBatch]:
     """What a layer in the place of layer `start` is fed, and H^depth of the original, which it should give."""
     for part, ids, mask in model.batches.over(slice(0, original.sequences)):
         model.spend(1, part)
         yield FitBatch(
-            rows=part,
             h_BTD=model.hidden_at(start, part),
             wanted_BTD=original.at(depth, part),
             call=model.stream.calls(ids, mask)[op.sources[0].layer],
             mask=mask,
+            held_B=torch.arange(part.start, part.stop) % held_out == 0,
         )
 
 
@@ -186,7 +178,9 @@ def losses_behind(model: Intermediate, start: int, rows: Sequence[int]) -> Tenso
         documents=1,
     )
     batches = Batches(some, device, batch_tokens=model.batches.size * some.seq_len, progress=model.progress)
-    states = HiddenStore((len(rows), some.seq_len, model.anatomy.width), model.resident.model.dtype, room=model.room)
+    states = HiddenStore(
+        (len(rows), some.seq_len, model.architecture.width), model.resident.model.dtype, room=model.room
+    )
     found: list[Tensor] = []
 
     def state(part: slice, index: int) -> Tensor:

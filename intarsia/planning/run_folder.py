@@ -7,20 +7,19 @@ at, the log and the ladder agree, and the same command continues behind the last
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from intarsia.disk import append_line, damage_named, full_disk_named, read_json, write_whole
 from intarsia.errors import Problem, UserError
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 
 _SETTINGS = "settings.json"
 _LOG = "log.jsonl"
 _LADDER = "ladder"
-_OTHERS = "beam"
 _WANTED = "wanted.json"
 
 
@@ -99,10 +98,6 @@ class RunFolder:
         """The settings that the run was begun with."""
         return _read(self._file(_SETTINGS), "the settings of a run, in JSON")
 
-    def begun_with(self) -> dict[str, Any]:
-        """The same; empty where no run was begun."""
-        return self.settings() if self.is_one() else {}
-
     def pin(self, name: str, facts: Mapping[str, Any]) -> None:
         """Record facts that become known when the work begins; a continued run must find the same ones.
 
@@ -125,28 +120,18 @@ class RunFolder:
         whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
         return [json.loads(line) for line in whole.splitlines()]
 
-    def append(self, entry: Mapping[str, Any], recipe: Recipe, *, others: Sequence[Recipe] = ()) -> None:
-        """Record a step: its recipe first, and `others` that the run goes on from besides, then its line.
+    def append(self, entry: Mapping[str, Any], recipe: Recipe) -> None:
+        """Record a step: its recipe first, then its line.
 
         Raises:
             UserError: the disk is full. The step does not count then, and whatever was there before is as it was.
         """
-        if others:
-            with full_disk_named(self.path):
-                self._file(_OTHERS).mkdir(exist_ok=True)
-        for number, other in enumerate(others):
-            codec.save(other, self._other(len(other.layers), number))
-        codec.save(recipe, self.recipe_path(len(recipe.layers)))
+        schema.save(recipe, self.recipe_path(len(recipe.layers)))
         path = self._file(_LOG)
         whole = "".join(json.dumps(line) + "\n" for line in self.log())
         if path.exists() and path.read_text(encoding="utf-8") != whole:
             write_whole(path, whole)  # drop the line that a kill cut off
         append_line(path, json.dumps(_as_json(entry)))
-
-    def others(self, layers: int) -> list[Recipe]:
-        """What the run goes on from besides the ladder's recipe of that depth."""
-        entry = next((entry for entry in self.log() if entry["layers"] == layers), {})
-        return [codec.load(self._other(layers, number)) for number in range(len(entry.get("beam", ())) - 1)]
 
     def want(self, wanted: Wanted) -> None:
         """Record what is asked for: another depth may be, each time the run goes on.
@@ -158,15 +143,14 @@ class RunFolder:
             write_whole(self._file(_WANTED), json.dumps(asdict(wanted)) + "\n")
 
     def wanted(self) -> Wanted | None:
-        """What was asked for; None in a run of a version that did not record it.
+        """What was asked for; None before anything is.
 
         Raises:
             UserError: the file that tells it is damaged.
         """
         path = self._file(_WANTED)
         if not path.exists():
-            target = self.settings().get("target")  # known of some methods even then
-            return None if target is None else Wanted(layers=int(target))
+            return None
         remedy = "Delete the file; the next `intarsia plan` with the same command writes it again."
         with damage_named(path, expected="the depth that the plan is to come to", remedy=remedy):
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -205,10 +189,7 @@ class RunFolder:
                 if unfinished is None
                 else "Let `intarsia plan` or `compress` go on with the same command, or choose one of them.",
             )
-        return codec.load(self.recipe_path(layers))
-
-    def _other(self, layers: int, number: int) -> Path:
-        return self._file(_OTHERS) / f"layers-{layers:03d}-{number + 2}.yaml"
+        return schema.load(self.recipe_path(layers))
 
     def _file(self, name: str) -> Path:
         return self.path / name

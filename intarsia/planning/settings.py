@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from intarsia.errors import Problem, UserError
 from intarsia.recipe.ops import NormMode
 
-SpanChoice: TypeAlias = Literal["sbi", "sleb", "reconstruction"]
-
-RECONSTRUCTION_TOKENS = 16384
-"""Calibration tokens that `reconstruction` judges spans on, at most."""
+SpanChoice: TypeAlias = Literal["sbi", "sleb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +18,7 @@ class ComeSettings:
 
     Attributes:
         span_choice: which adjacent layers to merge: `sbi`, the least span block influence; `sleb`, the least
-            calibration loss when they are skipped; `reconstruction`, the least error towards the original's hidden
-            states after down_proj of the merged layer is refitted in closed form.
+            calibration loss when they are skipped.
         merge: how many adjacent layers become one in a step (m, 2 or more).
         sharpness: ratios are proportional to block influence to this power.
         dominance: if given, the largest share is at least dominance^(1/(n-1)), n original layers in the merge.
@@ -39,7 +35,6 @@ class ComeSettings:
             best before any repair.
         blocks: beside those, so many blocks of adjacent layers of the original are left out of it, repaired and judged
             alike: the path so far is given up where one of them is better.
-        beam: CoMe-P follows so many paths at once, those of least calibration loss at each depth.
         combine: `concat`, the merged layer keeps pieces of each; two ablations of the paper: `weight-sum`, it is the
             sum of whole layers, weighted by share; `fuse`, the pieces that are left out are added, scaled, onto the
             most similar ones that are kept.
@@ -62,7 +57,6 @@ class ComeSettings:
     racing: bool = True
     finalists: int = 1
     blocks: int = 0
-    beam: int = 1
     combine: Literal["concat", "weight-sum", "fuse"] = "concat"
     reference: bool = False
 
@@ -88,7 +82,6 @@ class ComeSettings:
                 ("spans", "a whole number, 1 or more", self.spans, self.spans >= 1),
                 ("finalists", "a whole number, 1 or more", self.finalists, self.finalists >= 1),
                 ("blocks", "a whole number, 0 or more", self.blocks, self.blocks >= 0),
-                ("beam", "a whole number, 1 or more", self.beam, self.beam >= 1),
             )
             if not right
         ]
@@ -100,10 +93,6 @@ class ComeSettings:
         if not self.reference:
             return self
         return replace(self, norm="average", spans=1, removals=False, racing=False, finalists=1, blocks=0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, for the run folder."""
-        return _plain(self, {"beam": 1, "removals": False, "finalists": 1, "blocks": 0})
 
 
 THOROUGH: Mapping[str, Any] = {"spans": 5, "granularity": 5, "removals": True, "finalists": 4, "blocks": 5}
@@ -119,10 +108,6 @@ class SlebSettings:
     """
 
     racing: bool = True
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, for the run folder."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,16 +149,6 @@ class LacoSettings:
         ]
         if problems:
             raise UserError(problems)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, for the run folder."""
-        return _plain(self, {"reference": False})
-
-
-def _plain(settings: ComeSettings | LacoSettings, younger: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as plain data. `younger` than some run folders are options that are left out where they say what was
-    done before there was a choice."""
-    return {name: value for name, value in asdict(settings).items() if name not in younger or value != younger[name]}
 
 
 Settings: TypeAlias = ComeSettings | SlebSettings | LacoSettings

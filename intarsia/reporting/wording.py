@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
-
-from intarsia.reporting.scale import short
 
 
 def written(value: Any) -> str:
@@ -19,6 +18,11 @@ def written(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(written(part) for part in value)
     return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
+
+
+def model_name(model: str) -> str:
+    """What a model is called, without the folders of somebody's machine."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def duration(seconds: float) -> str:
@@ -57,3 +61,11 @@ def change(old: Any, new: Any) -> str:
 def plain_value(measured: Any) -> Any:
     """A measure without what is known about it."""
     return measured.get("value") if isinstance(measured, Mapping) else measured
+
+
+def short(value: float) -> str:
+    """A number in few characters: 134.5M, 25k, 29.5, 0.034."""
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= unit:
+            return f"{value / (1e3 if name == 'k' else unit):.4g}{name}"
+    return f"{value:.4g}"

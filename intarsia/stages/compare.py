@@ -8,20 +8,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from intarsia.checkpoint.hashing import acting_config
+from intarsia.checkpoint.resolve import lasting
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.task_plan import plan_tasks
-from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
+from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.progress import Progress, Silent
-from intarsia.reporting.comparison import load
-from intarsia.reporting.comparison_table import cells
+from intarsia.reporting.comparison import cells, load
 from intarsia.stages.calibration_text import calibration_as_begun, facts_of
-from intarsia.stages.compare_folder import CompareFolder, begun_before_fits_were_told
-from intarsia.stages.compare_input import check_depths, check_lists, load_texts, predicted_cost, task_facts_of
+from intarsia.stages.compare_folder import CompareFolder
+from intarsia.stages.compare_input import check_depths, check_lists, estimated, load_texts, task_facts_of
 from intarsia.stages.compare_judge import Judge
 from intarsia.stages.compare_methods import parse_methods
 from intarsia.stages.compare_outputs import write_outputs
 from intarsia.stages.compare_work import Work
-from intarsia.stages.plan_settings import config_as_begun, model_as_begun, working_settings
+from intarsia.stages.plan_settings import working_settings
 from intarsia.stages.repair import HEALS
 from intarsia.stages.setup import check_seq_len
 from intarsia.stages.source import Source
@@ -34,8 +35,8 @@ class CompareResult:
 
     Attributes:
         rows: the table, a mapping a model; None for a dry run.
-        predicted: for every method, its cost and memory as predicted beforehand (see `planning.cost.Cost`), without
-            the pass over the whole model that they share.
+        estimate: for every method, the passes over the calibration text that it takes at most, without the one that
+            they share.
         shared_layer_forwards, layer_forwards: cost of that pass and of all ladders, in this call.
         passes: how often the whole model was measured in this call.
         files: what was written beside the rows.
@@ -44,7 +45,7 @@ class CompareResult:
     model: str
     out: Path
     rows: tuple[Mapping[str, Any], ...] | None = None
-    predicted: tuple[Mapping[str, Any], ...] = ()
+    estimate: tuple[Mapping[str, Any], ...] = ()
     passes: int = 0
     shared_layer_forwards: float = 0.0
     layer_forwards: float = 0.0
@@ -56,8 +57,8 @@ class CompareResult:
         """As plain data."""
         data = {**asdict(self), "out": str(self.out), "files": [str(file) for file in self.files]}
         if self.rows is None:
-            return {name: data[name] for name in ("model", "out", "predicted", "seconds")}
-        return {name: value for name, value in data.items() if name != "predicted"}
+            return {name: data[name] for name in ("model", "out", "estimate", "seconds")}
+        return {name: value for name, value in data.items() if name != "estimate"}
 
 
 def compare(
@@ -99,14 +100,13 @@ def compare(
         methods: names of methods, with options in brackets where they are not the defaults: `come[norm=average]`.
         layers: the depths.
         heal: `none`, `closed-form`, or both.
-        closed_form: how it fits; by default as `compress` does, or as a comparison did that was begun before this was
-            recorded.
+        closed_form: how it fits; by default as `compress` does.
         eval_text: texts for perplexity, as SOURCE or NAME=SOURCE.
         eval_windows: windows of each of them, or of all.
         tasks: see `evaluate_tasks`; `limit` and `include_path` too.
         task_layers: depths at which models are scored on tasks; all by default.
         speed: measure tokens a second, each model in turns with the original.
-        dry_run: predict cost and memory, and do nothing.
+        dry_run: estimate what it takes, and do nothing.
 
     Raises:
         UserError: something about the input cannot be used. Nothing has been written then.
@@ -129,21 +129,19 @@ def compare(
         dtype=dtype,
         progress=progress,
     )
-    check_depths(depths, source.checkpoint.anatomy.n_layers)
+    check_depths(depths, source.checkpoint.architecture.n_layers)
     check_seq_len(source.checkpoint, seq_len)
     if len(windows) == 1:
         windows *= len(texts_given)
     texts, text_facts = load_texts(texts_given, windows, source.tokenizer, seq_len=seq_len)
     task_plan = plan_tasks(tasks, limit=limit, include_path=include_path) if tasks else None
-    begun_with = CompareFolder(out).facts()
-    if closed_form is None:
-        closed_form = ClosedFormSettings() if begun_before_fits_were_told(begun_with) else LAST
-    predicted = tuple(predicted_cost(entrant, source, depths, heals, closed_form) for entrant in entrants)
+    closed_form = closed_form or LAST
+    estimate = tuple(estimated(entrant, source, depths, heals) for entrant in entrants)
     if dry_run:
         return CompareResult(
             model=model,
             out=out,
-            predicted=predicted,
+            estimate=estimate,
             seconds=time.perf_counter() - begun,
             peak_memory_bytes=peak_memory_bytes(),
         )
@@ -155,7 +153,7 @@ def compare(
         "speed": speed,
     }
     task_facts = [] if task_plan is None else task_facts_of(task_plan, tasks, include_path)
-    facts = _facts(source, batch_tokens, begun_with) | {
+    facts = _facts(source, batch_tokens, CompareFolder(out).facts()) | {
         "closed_form": asdict(closed_form),
         "eval_texts": text_facts,
         "tasks": task_facts,
@@ -177,7 +175,7 @@ def compare(
         model=model,
         out=out,
         rows=tuple(map(_with_errors, cells(load(out)))),
-        predicted=predicted,
+        estimate=estimate,
         passes=work.ladders.passes,
         shared_layer_forwards=work.ladders.shared_forwards,
         layer_forwards=work.ladders.layer_forwards,
@@ -193,10 +191,10 @@ def _facts(source: Source, batch_tokens: int | None, begun: Mapping[str, Any]) -
     calibration = calibration_as_begun(source, begun_with.get("calibration"), begun_text.get("sha256"))
     return {
         "kind": "compare",
-        "model": model_as_begun(source, begun.get("model"), begun.get("base_sha256")),
+        "model": lasting(source.model),
         "revision": source.revision,
         "base_sha256": source.sha256,
-        "config": config_as_begun(source.checkpoint.config, begun),
+        "config": acting_config(source.checkpoint.config),
         "settings": working_settings(source, calibration, batch_tokens),
         "versions": versions(),
     }

@@ -14,8 +14,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from intarsia.errors import Problem, UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.planning.beam import check_beam
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.finalists import check_finalists
 from intarsia.planning.ladder import METHODS, settings_of
 from intarsia.planning.settings import Settings
@@ -95,7 +94,6 @@ def _entrant(text: str) -> Entrant:
             for problem in error.problems
         ) from error
     in_loop = ClosedFormSettings() if heal_in_loop else None
-    check_beam(method, chosen, in_loop)
     check_finalists(method, chosen, in_loop)
     return Entrant(name=f"{method}[{written}]", method=method, settings=chosen, in_loop=in_loop)
 

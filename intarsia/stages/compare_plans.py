@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.healing.original import Original
+from intarsia.healing.teacher import TeacherStates
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import planner_of
 from intarsia.planning.run_folder import RunFolder
@@ -93,7 +93,7 @@ class Ladders:
         self.shared_forwards += current.layer_forwards - before
         return current
 
-    def original(self) -> Original | None:
+    def original(self) -> TeacherStates | None:
         """The hidden states of the whole model, where it was measured and is kept: good until the next ladder."""
         return self._current.original(len(self.source.corpus)) if self._current is not None and self._is_kept else None
 
@@ -154,7 +154,9 @@ def in_order(entrants: Sequence[Entrant]) -> list[Entrant]:
 
 
 def _whole(source: Source) -> list[Op]:
-    return [Select(source=LayerRef(variant=BASE, layer=layer)) for layer in range(source.checkpoint.anatomy.n_layers)]
+    return [
+        Select(source=LayerRef(variant=BASE, layer=layer)) for layer in range(source.checkpoint.architecture.n_layers)
+    ]
 
 
 def _rung(run: Path, depth: int, note: str | None = None) -> Rung:

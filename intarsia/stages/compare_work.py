@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.calibration.batches import Batches
-from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.healing.original import Original, kept_whole
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.teacher import TeacherStates, has_room
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.comparison import DENSE
 from intarsia.stages.compare_folder import CompareFolder, Key
@@ -37,8 +37,8 @@ class Work:
         self.source, self.folder, self.judge = source, folder, judge
         self.depths, self.heals, self.closed_form, self.batch_tokens = depths, heals, closed_form, batch_tokens
         self.ladders = Ladders(source, batch_tokens=batch_tokens)
-        self.dense: Key = (DENSE, source.checkpoint.anatomy.n_layers, "none")
-        self._original: Original | None = None
+        self.dense: Key = (DENSE, source.checkpoint.architecture.n_layers, "none")
+        self._original: TeacherStates | None = None
 
     def close(self) -> None:
         """Free what the rows shared."""
@@ -100,7 +100,7 @@ class Work:
                 self.source,
                 settings=self.closed_form,
                 batch_tokens=self.batch_tokens,
-                original=self._shared_original(),
+                teacher=self._shared_original(),
             )
             recipe, where = repair.recipe, repair.path
             extra["heal_forwards"] = repair.forwards
@@ -113,7 +113,7 @@ class Work:
         relative = self.folder.relative(where)
         return self.judge.row(entrant.name, rung, recipe, heal=heal, where=relative, rows=rows) | extra
 
-    def _shared_original(self) -> Original | None:
+    def _shared_original(self) -> TeacherStates | None:
         """What all fits are held against: as the ladders measured it, or run once where there is room for all of it."""
         source, measured = self.source, self.ladders.original()
         if measured is not None or self._original is not None:
@@ -121,7 +121,8 @@ class Work:
         resident, progress = source.resident, source.progress
         batches = Batches(source.corpus, resident.device, batch_tokens=self.batch_tokens, progress=progress)
         room = source.placement.room(self.folder.path)
-        self._original = kept_whole(resident, batches, room=room, progress=progress)
+        if has_room(resident, batches, room):
+            self._original = TeacherStates(resident, batches, keep=True, room=room, progress=progress)
         return self._original
 
     def _has(self, key: Key) -> bool:

@@ -15,20 +15,18 @@ from intarsia.disk import write_whole
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.perplexity import eval_corpus
-from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
-from intarsia.planning.cost import Cost, with_judging
+from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.planning.settings import Settings
-from intarsia.planning.sizes import Sizes
 from intarsia.progress import Progress, Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
 from intarsia.stages.build import BuildResult, build_recipe, card_facts, read_recipe
 from intarsia.stages.compress_result import CompressResult, bare, healed
-from intarsia.stages.judge import Measures, held_out_text, held_out_tokens, measured
+from intarsia.stages.judge import Measures, held_out_text, measured
 from intarsia.stages.plan import PlanResult, plan_source
 from intarsia.stages.plan_input import check_method
-from intarsia.stages.repair import HEALS, repaired, with_repair
+from intarsia.stages.repair import HEALS, heal_passes_at_most, repaired
 from intarsia.stages.report import REPORT, report_compression
 from intarsia.stages.source import Source
 
@@ -81,7 +79,7 @@ def compress(
         run: the run folder; beside `out` by default.
         devices, stream, memory_bytes: as for `plan`. Of a streamed model speed is not measured.
         max_shard_bytes: how large a weight file may be.
-        dry_run: predict cost and memory, and do nothing.
+        dry_run: estimate what it takes, and do nothing.
 
     Raises:
         UserError: something about the input cannot be used, or the method cannot reach the target.
@@ -127,20 +125,14 @@ def compress(
         batch_tokens=batch_tokens,
         dry_run=dry_run,
     )
-    predicted = _predicted(
-        planned,
-        source,
-        closed_form if heal == "closed-form" else None,
-        batch_tokens,
-        judged=held_out_tokens(source) if corpus is None else corpus.input_ids.numel(),
-        settings=settings,
-        in_loop=heal_in_loop,
-    )
+    fits = 0
+    if heal == "closed-form":
+        fits = heal_passes_at_most(source.checkpoint.architecture, settings, in_loop=heal_in_loop)
     result = CompressResult(
         model=model,
         method=method,
         target=planned.target,
-        predicted=predicted,
+        estimate=replace(planned.estimate, heal_passes_at_most=float(fits)),
         seconds=time.perf_counter() - begun,
         peak_memory_bytes=peak_memory_bytes(),
         out=out,
@@ -155,9 +147,9 @@ def compress(
     if heal == "closed-form":
         repair = repaired(run, cut, source, settings=closed_form, batch_tokens=batch_tokens)
         recipe = repair.recipe
-    overwrite = overwrite or unjudged == codec.content_hash(recipe)
+    overwrite = overwrite or unjudged == schema.content_hash(recipe)
     check_out(out, overwrite=overwrite)  # what this run built for another depth is not replaced
-    write_whole(run / _JUDGING, codec.content_hash(recipe))
+    write_whole(run / _JUDGING, schema.content_hash(recipe))
     if stream:
         source.release()  # what is outside the layers would be mapped twice
     built = build_recipe(recipe, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress)
@@ -209,29 +201,10 @@ def _judged(
     return before, after, evaluation
 
 
-def _predicted(
-    planned: PlanResult,
-    source: Source,
-    closed_form: ClosedFormSettings | None,
-    batch_tokens: int | None,
-    *,
-    judged: int,
-    settings: Settings | None,
-    in_loop: bool,
-) -> Cost:
-    """Cost and memory of the whole job: planning, healing, and judging what came out on so many tokens."""
-    sizes, target = Sizes.of(source.checkpoint, source.dtype), planned.target
-    held = source.placement.held(batch_tokens)
-    cost = planned.predicted
-    if closed_form is not None:
-        cost = with_repair(cost, source, settings, closed_form, target=target, in_loop=in_loop, held=held)
-    return with_judging(cost, sizes, target=target, tokens=judged, held=held, healed=closed_form)
-
-
 def _built_but_not_judged(run: Path, out: Path) -> str | None:
     """The recipe's hash, if `out` is what this run built before it was stopped."""
     marker, carried = run / _JUDGING, out / RECIPE_FILE
     if not (marker.is_file() and carried.is_file()):
         return None
-    carried_hash = codec.content_hash(codec.load(carried))
+    carried_hash = schema.content_hash(schema.load(carried))
     return carried_hash if marker.read_text(encoding="utf-8") == carried_hash else None

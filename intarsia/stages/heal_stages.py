@@ -12,20 +12,18 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from intarsia.building.resident import Resident, load_model
-from intarsia.checkpoint.cache import cache_folder
+from intarsia.calibration.batches import Batches
+from intarsia.checkpoint.hashing import cache_folder, scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.healing import closed_form, end_to_end, launch, layerwise
-from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.healing.cluster import connect
+from intarsia.healing.end_to_end import lesson_depths
 from intarsia.healing.quality import quality
-from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
-from intarsia.healing.starts import starts
-from intarsia.healing.teacher import Teacher
-from intarsia.healing.whole_training import lesson_depths
+from intarsia.healing.restarts import best_fit, forget, starts
+from intarsia.healing.settings import ClosedFormSettings, EndToEndSettings, LayerwiseSettings
+from intarsia.healing.teacher import Teacher, TeacherSource, TeacherStates, has_room
+from intarsia.healing.training import Text
 from intarsia.progress import Progress
 from intarsia.recipe.recipe import Recipe
-from intarsia.stages.ends import best_fit, forget
 from intarsia.stages.heal_record import StageResult, read_result, write_result
 from intarsia.stages.heal_texts import Texts
 from intarsia.stages.placement import Placement, refuse_self_text
@@ -58,7 +56,6 @@ class Healing:
     closed_form: ClosedFormSettings
     layerwise: LayerwiseSettings
     end_to_end: EndToEndSettings
-    scheduler: str | None
     barrier: Callable[[], None]
     progress: Progress
 
@@ -164,48 +161,46 @@ class Healing:
         return end_to_end.train(
             recipe,
             self.variants,
-            texts.train,
-            texts.held_out,
+            Text.of(texts.train, texts.held_out),
+            TeacherSource(
+                load=lambda: self._whole_teacher(recipe),
+                sha256=self.teacher_sha256,
+                cache=cache_folder() / "teachers",
+            ),
+            settings=self.end_to_end,
             folder=folder,
             device=self.placement.device,
-            teacher=lambda: self._whole_teacher(recipe),
-            teacher_sha256=self.teacher_sha256,
-            settings=self.end_to_end,
-            cache=cache_folder() / "teachers",
             progress=self.progress,
         )
 
     def _closed_form(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:
-        given: dict[str, Any] = {
-            "settings": self.closed_form,
-            "room": self.placement.room(self.run),
-            "progress": self.progress,
-        }
-        beginnings = starts(recipe, self.base.anatomy)
-        if len(beginnings) == 1:  # whether it is taken is decided behind every stage
-            return closed_form.fit(recipe, self.resident, texts.fit, **given)
-        end = best_fit(beginnings, self.resident, texts.fit, texts.held_out, folder=folder, **given)
-        return end.recipe, end.fits
+        room, settings, resident = self.placement.room(self.run), self.closed_form, self.resident
+        points = starts(recipe, self.base.architecture)
+        batches = Batches(texts.fit, resident.device, progress=self.progress)
+        keep = len(points) > 1 and has_room(resident, batches, room)
+        teacher = TeacherStates(resident, batches, keep=keep, room=room, progress=self.progress)
+        try:
+            if len(points) == 1:  # whether it is taken is decided after every stage
+                return closed_form.fit(recipe, teacher, settings=settings, room=room, progress=self.progress)
+            best = best_fit(
+                points, teacher, texts.held_out, settings=settings, folder=folder, room=room, progress=self.progress
+            )
+        finally:
+            teacher.close()
+        return best.recipe, best.fits
 
     def _layerwise(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:
-        def train(cluster: Any = None) -> tuple[Recipe, list[dict[str, Any]]]:
-            return layerwise.train(
-                recipe,
-                self.resident,
-                texts.train,
-                texts.held_out,
-                settings=self.layerwise,
-                teacher=self.teaching,
-                folder=folder,
-                cluster=cluster,
-                memory_bytes=self.placement.memory_bytes,
-                progress=self.progress,
-            )
-
-        if self.scheduler is None:
-            return train()
-        with connect(self.scheduler) as cluster:
-            return train(cluster)
+        return layerwise.train(
+            recipe,
+            self.resident,
+            texts.train,
+            texts.held_out,
+            settings=self.layerwise,
+            teacher=self.teaching,
+            folder=folder,
+            memory_bytes=self.placement.memory_bytes,
+            progress=self.progress,
+        )
 
     def _whole_teacher(self, recipe: Recipe) -> Teacher:
         # The first process has the original in memory already.
@@ -215,4 +210,4 @@ class Healing:
             if launch.rank() == 0
             else load_model(checkpoint, device=self.placement.device, dtype=self.placement.dtype)
         )
-        return Teacher(model, checkpoint.anatomy, lesson_depths(recipe, self.end_to_end))
+        return Teacher(model, checkpoint.architecture, lesson_depths(recipe, self.end_to_end))

@@ -9,22 +9,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
+from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.disk import full_disk_named
-from intarsia.healing.closed_form_cost import closed_form_cost
-from intarsia.healing.closed_form_settings import ClosedFormSettings
-from intarsia.healing.original import Original
-from intarsia.healing.starts import AS_IT_IS, Start, held_out_perplexity, starts
-from intarsia.planning.cost import Cost, with_closed_form
+from intarsia.healing.fit_plan import fit_forwards, fit_passes_at_most
+from intarsia.healing.restarts import AS_IT_IS, Start, best_fit, forget, held_out_perplexity, starts
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.teacher import TeacherStates, has_room
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, Settings
-from intarsia.planning.sizes import Held, Sizes
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, identity
 from intarsia.stages.calibration_text import pin_text
-from intarsia.stages.ends import best_fit, forget
-from intarsia.stages.judge import held_out_text, held_out_tokens
+from intarsia.stages.judge import held_out_text
 from intarsia.stages.source import Source
 
 HEALS = ("closed-form", "none")
@@ -65,26 +63,27 @@ def repaired(
     *,
     settings: ClosedFormSettings,
     batch_tokens: int | None,
-    original: Original | None = None,
+    teacher: TeacherStates | None = None,
 ) -> Repaired:
     """A recipe of a run's ladder, healed in closed form on the run's calibration text.
 
-    Of several beginnings (see `beginnings`) the one that ends with the least loss of text that nothing was fitted on or
-    chosen by is taken, or of the held-out sequences where there is no more text.
+    Of several starting points (see `beginnings`) the one is taken that ends with the lowest loss on text that nothing
+    was fitted on or chosen by; and only if that is lower than without a fit. Where there is no more text, some
+    sequences of the calibration text are kept out of the fit for it.
     A fit that is finished is in the run folder, and is only read; so is each of several, until the best is known.
 
     Args:
-        original: its hidden states on the source's text, shared with other fits.
+        teacher: the original's hidden states on the source's text, shared with other fits.
 
     Raises:
         UserError: activations are not finite, or the calibration text is not the one of the run.
     """
     folder = RunFolder.existing(run)
-    anatomy = source.checkpoint.anatomy
-    begin = beginnings(folder, recipe, anatomy)
-    forwards = sum(closed_form_cost(start.recipe, settings, anatomy) for start in begin)
+    architecture = source.checkpoint.architecture
+    begin = beginnings(folder, recipe, architecture)
+    forwards = sum(fit_forwards(start.recipe, settings, architecture) for start in begin)
     facts: dict[str, Any] = {
-        "recipe": codec.content_hash(recipe),
+        "recipe": schema.content_hash(recipe),
         "settings": asdict(settings),
         "batch_tokens": batch_tokens,
         **({"starts": [start.name for start in begin]} if len(begin) > 1 else {}),
@@ -96,29 +95,29 @@ def repaired(
     if kept.exists():
         forget(ends)
         source.progress.say(f"{kept}: healed already")
-        return _result(codec.load(kept), kept, forwards, fresh=False)
+        return _result(schema.load(kept), kept, forwards, fresh=False)
     corpus = source.corpus
     pin_text(folder, corpus)
     room, progress = source.placement.room(run), source.progress
-    # What every step was chosen by flatters what was chosen: text that nothing has seen tells better between several.
-    fresh = held_out_text(source, place=1) if len(begin) > 1 else None
-    if fresh is None:
-        settings = replace(settings, held_out=min(settings.held_out, ClosedFormSettings.held_out))
-    held_out = _held_out(corpus, settings) if fresh is None else fresh
+    # A text that chose something (a step, a ridge strength) flatters what was chosen: another one must judge.
+    held_out, unseen = held_out_text(source, place=1), list[int]()
+    if held_out is None:
+        settings, held_out, unseen = _set_aside(corpus, settings)
 
     before = held_out_perplexity(source.resident, held_out, recipe, room=room, progress=progress)
-    end = best_fit(
-        begin,
-        source.resident,
-        corpus,
-        held_out,
-        settings=settings,
-        folder=ends,
-        original=original,
-        batch_tokens=batch_tokens,
-        room=room,
-        progress=progress,
-    )
+    shared = teacher
+    if teacher is None:
+        batches = Batches(corpus, source.resident.device, batch_tokens=batch_tokens, progress=progress)
+        keep = len(begin) > 1 and has_room(source.resident, batches, room)
+        shared = TeacherStates(source.resident, batches, keep=keep, room=room, progress=progress)
+    assert shared is not None
+    try:
+        end = best_fit(
+            begin, shared, held_out, settings=settings, folder=ends, unseen=unseen, room=room, progress=progress
+        )
+    finally:
+        if teacher is None:
+            shared.close()
     after = end.perplexity
     taken = after < before
     change = f"held-out perplexity {before:.2f} -> {after:.2f}"
@@ -138,18 +137,18 @@ def repaired(
     done = replace(done, provenance={**recipe.provenance, "heal": heal})
     with full_disk_named(run):
         kept.parent.mkdir(exist_ok=True)
-        codec.save(done, kept)
+        schema.save(done, kept)
     forget(ends)
     return _result(done, kept, forwards, fresh=True)
 
 
-def beginnings(folder: RunFolder, recipe: Recipe, anatomy: Anatomy) -> list[Start]:
-    """Where the fit of a ladder's recipe may begin (see `intarsia.healing.starts`), with `LAST_BLOCKS` of the blocks
+def beginnings(folder: RunFolder, recipe: Recipe, architecture: Architecture) -> list[Start]:
+    """Where the fit of a ladder's recipe may begin (see `intarsia.healing.restarts`), with `LAST_BLOCKS` of the blocks
     of the original that the step to its depth was held against, those of least loss there.
 
     They were compared with one layer of each fitted: the layers behind it may change their order (dev/LOG.md).
     """
-    found = starts(recipe, anatomy)
+    found = starts(recipe, architecture)
     entry = next((entry for entry in folder.log() if entry["layers"] == len(recipe.layers)), {})
     tried = entry.get("evidence", {}).get("repair", {}).get("finalists", ())
     blocks = sorted((each for each in tried if "of" in each), key=lambda each: min(each["held_out_loss"]))
@@ -162,46 +161,28 @@ def beginnings(folder: RunFolder, recipe: Recipe, anatomy: Anatomy) -> list[Star
     return found + others[:LAST_BLOCKS]
 
 
-def starts_at_most(settings: Settings | None, *, in_loop: bool) -> int:
-    """How many beginnings there are at most."""
-    blocks = settings.blocks if isinstance(settings, ComeSettings) else 0
-    return 2 + min(LAST_BLOCKS, blocks) if in_loop else 1
-
-
-def with_repair(
-    cost: Cost,
-    source: Source,
-    planned: Settings | None,
-    settings: ClosedFormSettings,
-    *,
-    target: int,
-    in_loop: bool,
-    held: Held,
-) -> Cost:
-    """A plan's predicted cost, with what `repaired` does to the model that it comes to.
+def heal_passes_at_most(architecture: Architecture, planned: Settings | None, *, in_loop: bool) -> int:
+    """Passes of the whole model over the calibration text that `repaired` takes: a fit from each starting point.
 
     Args:
         planned: the planner's settings.
-        in_loop: the ladder is repaired as it goes.
+        in_loop: the ladder is healed as it goes.
     """
-    starts = starts_at_most(planned, in_loop=in_loop)
-    return with_closed_form(
-        cost,
-        Sizes.of(source.checkpoint, source.dtype),
-        settings,
-        target=target,
-        tokens=source.tokens,
-        held=held,
-        starts=starts,
-        judged=held_out_tokens(source) if starts > 1 else None,
-    )
+    blocks = planned.blocks if isinstance(planned, ComeSettings) else 0
+    starts = 2 + min(LAST_BLOCKS, blocks) if in_loop else 1
+    return starts * fit_passes_at_most(architecture)
 
 
-def _held_out(corpus: Corpus, settings: ClosedFormSettings) -> Corpus:
-    """The calibration sequences that nothing was fitted on."""
-    rows = slice(0, None, settings.held_out)
+def _set_aside(corpus: Corpus, settings: ClosedFormSettings) -> tuple[ClosedFormSettings, Corpus, list[int]]:
+    """Half of the held-out sequences, which then choose no ridge strength, to judge a fit by: the settings that hold
+    out as many as it takes, the text, and which sequences a fit must not see."""
+    most = max(2, (len(corpus) + 1) // 2)
+    settings = replace(settings, held_out=min(settings.held_out, ClosedFormSettings.held_out, most))
+    held_out = list(range(0, len(corpus), settings.held_out))
+    unseen = held_out[1::2]
+    rows = unseen or held_out  # of two sequences there is no other
     mask = None if corpus.mask is None else corpus.mask[rows]
-    return Corpus.of(corpus.input_ids[rows], mask=mask, description="held-out calibration text", documents=1)
+    return settings, Corpus.of(corpus.input_ids[rows], mask=mask, description="held-out text", documents=1), unseen
 
 
 def _result(recipe: Recipe, path: Path, forwards: int, *, fresh: bool) -> Repaired:

@@ -7,7 +7,6 @@ as before. With one worker answers come in the order of the questions, and the l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -52,37 +51,3 @@ class Engine(Protocol):
 
     def hear(self, trial: Trial) -> None:
         """A trial that this engine has not asked for: of another engine, or of an earlier search."""
-
-
-class Both:
-    """Several engines that take turns, and hear what comes of the others' questions."""
-
-    name = "both"
-
-    def __init__(self, engines: Sequence[Engine]) -> None:
-        self._engines = {engine.name: engine for engine in engines}
-        self._turn = 0
-
-    def ask(self) -> Ask | None:
-        """The next engine's question; an engine with nothing left is passed over."""
-        engines = list(self._engines.values())
-        for _ in engines:
-            engine = engines[self._turn % len(engines)]
-            self._turn += 1
-            found = engine.ask()
-            if found is not None:
-                return found
-        return None
-
-    def tell(self, ask: Ask, trial: Trial) -> None:
-        """The one who asked is told, the others hear."""
-        for name, engine in self._engines.items():
-            if name == ask.engine:
-                engine.tell(ask, trial)
-            else:
-                engine.hear(trial)
-
-    def hear(self, trial: Trial) -> None:
-        """All hear."""
-        for engine in self._engines.values():
-            engine.hear(trial)

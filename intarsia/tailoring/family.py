@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from intarsia.anatomy.spec import Anatomy
-from intarsia.checkpoint.adapter_open import open_variant
+from intarsia.architecture.spec import Architecture
+from intarsia.checkpoint.adapter import open_variant
+from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.errors import Problem, UserError
 from intarsia.progress import Progress, Silent
-from intarsia.recipe.ops import LayerRef
 from intarsia.recipe.recipe import Variant
 from intarsia.tailoring.config_only import read_config_only
 from intarsia.tailoring.family_file import MemberSpec
@@ -39,21 +36,15 @@ class Family:
         return tuple(member.name for member in self.members)
 
     @property
-    def anatomy(self) -> Anatomy:
+    def architecture(self) -> Architecture:
         """The base's, which is everyone's."""
-        return self.members[0].anatomy
+        return self.members[0].architecture
 
     def checkpoints(self) -> dict[str, Checkpoint]:
         """The opened checkpoints, by name."""
         found = {member.name: member.checkpoint for member in self.members}
         assert all(checkpoint is not None for checkpoint in found.values()), "opened with weights"
         return {name: checkpoint for name, checkpoint in found.items() if checkpoint is not None}
-
-    def read(self, ref: LayerRef, local: str) -> Tensor:
-        """A tensor of a layer of a member, by its name inside the layer (see `intarsia.building.layer.Read`)."""
-        member = self.members[self.names.index(ref.variant)]
-        assert member.checkpoint is not None, "opened with weights"
-        return member.checkpoint.layer_tensor(ref.layer, local)
 
     def variants(self, progress: Progress | None = None) -> tuple[Variant, ...]:
         """The members as a recipe names them, with the hashes of their weights, all of which are finite.
@@ -111,8 +102,10 @@ def open_family(
 
 def _member(spec: MemberSpec, base: Member | None, weights: bool, configs: Path | None, progress: Progress) -> Member:
     if not weights:
-        config, anatomy = read_config_only(spec.model, spec.revision, base, progress, configs=configs)
-        return Member(name=spec.name, model=spec.model, revision=spec.revision, config=config, anatomy=anatomy)
+        config, architecture = read_config_only(spec.model, spec.revision, base, progress, configs=configs)
+        return Member(
+            name=spec.name, model=spec.model, revision=spec.revision, config=config, architecture=architecture
+        )
     over = None if base is None else base.checkpoint
     checkpoint = open_variant(spec.model, revision=spec.revision, base=over, progress=progress)
     return Member(
@@ -120,6 +113,6 @@ def _member(spec: MemberSpec, base: Member | None, weights: bool, configs: Path 
         model=spec.model,
         revision=spec.revision,
         config=checkpoint.config,
-        anatomy=checkpoint.anatomy,
+        architecture=checkpoint.architecture,
         checkpoint=checkpoint,
     )

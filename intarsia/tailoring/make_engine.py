@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from intarsia.tailoring import family_file
-from intarsia.tailoring.engine import Both, Engine, Start
+from intarsia.tailoring.engine import Engine, Start
 from intarsia.tailoring.evolve import evolve
 from intarsia.tailoring.family_file import SearchSpec
 from intarsia.tailoring.random_search import random_search
@@ -19,14 +19,14 @@ def check_engine(name: family_file.Engine) -> None:
     Raises:
         UserError: naming the extra that has them.
     """
-    if name in ("smac", "both"):
+    if name == "smac":
         require_smac()
 
 
 def make_engine(
     spec: SearchSpec, space: Space, budgets: Sequence[int], objectives: Sequence[str], starts: Sequence[Start]
 ) -> Engine:
-    """A new engine. `both` is SMAC and evolution in turns; the first one's starts are heard by the other.
+    """A new engine.
 
     Raises:
         UserError: its packages are not installed.
@@ -35,7 +35,4 @@ def make_engine(
         return random_search(space, budgets, eta=spec.eta, seed=spec.seed, starts=starts)
     if spec.engine == "evolve":
         return evolve(space, budgets, eta=spec.eta, seed=spec.seed, starts=starts)
-    smac = Smac(space, budgets, objectives=objectives, eta=spec.eta, seed=spec.seed, starts=starts)
-    if spec.engine == "smac":
-        return smac
-    return Both([smac, evolve(space, budgets, eta=spec.eta, seed=spec.seed)])
+    return Smac(space, budgets, objectives=objectives, eta=spec.eta, seed=spec.seed, starts=starts)

@@ -14,13 +14,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing.closed_form import fit
-from intarsia.healing.closed_form_cost import closed_form_cost
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.fit_plan import fit_forwards
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.teacher import TeacherStates
+from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.recipe import Recipe
-from intarsia.recipe.uncut import uncut
 from intarsia.tailoring.objective import Objective
 from intarsia.tailoring.resident_family import ResidentFamily
 
@@ -65,17 +67,22 @@ def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
     Raises:
         UserError: activations are not finite.
     """
-    return fit(recipe, layers.resident, corpus, settings=_SETTINGS, teacher=teacher_of(recipe, layers))[0]
+    batches = Batches(corpus, layers.resident.device)
+    teacher = TeacherStates(layers.resident, batches, layers=teacher_of(recipe, layers))
+    try:
+        return fit(recipe, teacher, settings=_SETTINGS)[0]
+    finally:
+        teacher.close()
 
 
 def repair_work(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> float:
     """What that fit takes, in layer-forwards times tokens."""
-    return float(closed_form_cost(recipe, _SETTINGS, layers.resident.anatomy) * corpus.tokens)
+    return float(fit_forwards(recipe, _SETTINGS, layers.resident.architecture) * corpus.tokens)
 
 
 def teacher_of(recipe: Recipe, layers: ResidentFamily) -> list[nn.Module]:
     """The layers of what a recipe would be uncut."""
-    return [layers.module(op) for op in uncut(recipe)]
+    return [layers.module(op) for op in reference_layers(recipe)]
 
 
 def _windows(objective: Objective, seq_len: int, eos: int | None, most: int) -> Iterator[list[int]]:

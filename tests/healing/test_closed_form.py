@@ -13,23 +13,23 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from intarsia.anatomy.spec import PARTS, Anatomy, Part
+from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.building.materialize import materialize
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.healing.closed_form import fit
-from intarsia.healing.closed_form_cost import closed_form_cost, closed_form_cost_at_most, read_outs
-from intarsia.healing.closed_form_settings import LAST, ClosedFormSettings
-from intarsia.healing.correspond import taught
+from intarsia.healing.fit_plan import fit_forwards, fitted_parts
 from intarsia.healing.layer_fit import fittable
+from intarsia.healing.layer_map import taught
 from intarsia.healing.quality import Chain, quality
+from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.progress import Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.ops import Merge, Op
 from intarsia.recipe.recipe import Recipe, identity
 from tests import families
+from tests.closed_form_fits import fit_on
 from tests.conftest import InMemory, Opened
 from tests.healing.conftest import SEQ_LEN, Cut, Tokens
 from tests.recipes_by_hand import recipe_of, ref, select, shared
@@ -70,13 +70,13 @@ def equal(first: Recipe, second: Recipe) -> bool:
     )
 
 
-def steps(anatomy: Anatomy, parts: Sequence[Part]) -> list[str]:
+def steps(architecture: Architecture, parts: Sequence[Part]) -> list[str]:
     """The modules fitted for these parts, in order: a norm behind a read-out before it; of a mixture o_proj alone."""
     found = []
-    for part in ("attention",) if anatomy.n_experts else parts:
-        behind = anatomy.norm_behind(part)
+    for part in ("attention",) if architecture.n_experts else parts:
+        behind = architecture.norm_after(part)
         found += [] if behind is None else [behind.module]
-        found.append(anatomy.writer(part).module)
+        found.append(architecture.writer(part).module)
     return found
 
 
@@ -84,7 +84,7 @@ def steps(anatomy: Anatomy, parts: Sequence[Part]) -> list[str]:
 
 
 def test_layers_taught(checkpoint_of: Opened) -> None:
-    anatomy = checkpoint_of("llama").anatomy
+    architecture = checkpoint_of("llama").architecture
 
     def spans_and_behind(layers: Sequence[Op]) -> tuple[list[int], list[int]]:
         recipe = recipe_of("model", layers)
@@ -92,7 +92,7 @@ def test_layers_taught(checkpoint_of: Opened) -> None:
 
     assert spans_and_behind([select(n) for n in range(6)]) == ([], [])
     assert spans_and_behind([select(0), select(1), select(4), select(5)]) == ([1], [1, 2, 3])
-    assert spans_and_behind([select(2), select(3), shared(anatomy, (4, 5))]) == ([0, 2], [0, 1, 2])
+    assert spans_and_behind([select(2), select(3), shared(architecture, (4, 5))]) == ([0, 2], [0, 1, 2])
     assert spans_and_behind([select(0), select(1), select(2), select(3), select(4)]) == ([4], [4])
     # A layer that is put in stands for nothing: there is no target for it.
     more = [select(0), select(3), whole(1), select(2), select(4), select(5)]
@@ -107,15 +107,15 @@ def test_a_layer_fitted_to_its_own_output_stays(
     layers = [whole(0), select(1), select(2), whole(3), select(4), select(5)]
     recipe = recipe_of(str(checkpoint.folder), layers)
     resident = resident_of(family)
-    found, fits = fit(recipe, resident, tokens()[0], settings=replace(PLAIN, layers="behind"))
-    whole_fit, rest = steps(resident.anatomy, PLAIN.changed), steps(resident.anatomy, PLAIN.unchanged)
+    found, fits = fit_on(recipe, resident, tokens()[0], settings=replace(PLAIN, layers="behind"))
+    whole_fit, rest = steps(resident.architecture, PLAIN.changed), steps(resident.architecture, PLAIN.unchanged)
     assert len(fits) == 2 * len(whole_fit) + 4 * len(rest)
     assert all(row["error_before"] < 1e-10 and row["error_after"] <= row["error_before"] for row in fits)
     for index, tensors in found.fitted.items():
         for name, tensor in tensors.items():
             own = resident.layers[index].get_parameter(name).numpy()
             np.testing.assert_allclose(tensor, own, atol=1e-5)
-    again, fits = fit(identity(recipe.variants[0], 6), resident, tokens()[0], settings=PLAIN)
+    again, fits = fit_on(identity(recipe.variants[0], 6), resident, tokens()[0], settings=PLAIN)
     assert (again.fitted, fits) == ({}, [])
 
 
@@ -129,8 +129,8 @@ def test_removals_and_joined_layers_are_repaired(
     resident = resident_of(family)
     before = {name: tensor.clone() for name, tensor in resident.model.state_dict().items()}
     train, fresh = tokens(sequences=96, padded=padded)
-    healed, fits = fit(recipe, resident, train, settings=PLAIN)
-    modules = steps(resident.anatomy, PLAIN.changed)
+    healed, fits = fit_on(recipe, resident, train, settings=PLAIN)
+    modules = steps(resident.architecture, PLAIN.changed)
     assert [(row["layer"], row["module"]) for row in fits] == [(layer, name) for layer in (2, 3) for name in modules]
     assert all(row["error_after"] <= row["error_before"] for row in fits)
     assert all(name.removesuffix(".weight") in modules for names in healed.fitted.values() for name in names)
@@ -145,8 +145,8 @@ def test_removals_and_joined_layers_are_repaired(
 def test_a_heal_starts_from_what_is_fitted(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
     _, recipe = cut("llama")
     train, _ = tokens(sequences=96)
-    once, first = fit(recipe, resident_of("llama"), train, settings=PLAIN)
-    twice, second = fit(once, resident_of("llama"), train, settings=PLAIN)
+    once, first = fit_on(recipe, resident_of("llama"), train, settings=PLAIN)
+    twice, second = fit_on(once, resident_of("llama"), train, settings=PLAIN)
     assert second[0]["error_before"] == pytest.approx(first[2]["error_after"], rel=1e-3)
     assert second[0]["error_after"] <= second[0]["error_before"]
     assert sorted(twice.fitted) == sorted(once.fitted)
@@ -173,9 +173,9 @@ def test_the_target_is_that_of_the_plain_model(
     for part in PARTS:
         for weighting in ("uniform", "relative"):
             settings = ClosedFormSettings(layers="spans", changed=(part,), weighting=weighting)
-            if not steps(resident.anatomy, settings.changed):
+            if not steps(resident.architecture, settings.changed):
                 continue
-            _, (row, *_) = fit(removal(checkpoint_of(family)), resident, train, settings=settings, batch_tokens=64)
+            _, (row, *_) = fit_on(removal(checkpoint_of(family)), resident, train, settings=settings, batch_tokens=64)
             assert row["error_before"] == pytest.approx(float(wanted[weighting]), rel=1e-4)
 
 
@@ -188,10 +188,10 @@ def test_the_fit_is_least_squares(
     resident = resident_of(family)
     train, _ = tokens(sequences=96)
     settings = replace(PLAIN, changed=(part,), ridges=(1e-9,))
-    healed, _ = fit(removal(checkpoint_of(family)), resident, train, settings=settings)
-    linear = resident.anatomy.writer(part)
+    healed, _ = fit_on(removal(checkpoint_of(family)), resident, train, settings=settings)
+    linear = resident.architecture.writer(part)
     plain = plain_model(checkpoint_of(family))
-    name = resident.anatomy.tensor_name(1, f"{linear.module}.weight").removesuffix(".weight")
+    name = resident.architecture.tensor_name(1, f"{linear.module}.weight").removesuffix(".weight")
     module = plain.get_submodule(name)
     inputs: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
@@ -213,10 +213,10 @@ def test_layers_behind_make_good_what_is_left(
 ) -> None:
     train, fresh = tokens(sequences=96)
     resident, recipe = resident_of(family), removal(checkpoint_of(family))
-    near, _ = fit(recipe, resident, train, settings=PLAIN)
-    far, fits = fit(recipe, resident, train, settings=replace(PLAIN, layers="behind"))
+    near, _ = fit_on(recipe, resident, train, settings=PLAIN)
+    far, fits = fit_on(recipe, resident, train, settings=replace(PLAIN, layers="behind"))
     assert sorted(near.fitted) == [1] and sorted(far.fitted) == [1, 2, 3]
-    changed, rest = (len(steps(resident.anatomy, parts)) for parts in (PLAIN.changed, PLAIN.unchanged))
+    changed, rest = (len(steps(resident.architecture, parts)) for parts in (PLAIN.changed, PLAIN.unchanged))
     assert [row["layer"] for row in fits] == [1] * changed + [2] * rest + [3] * rest
     errors = [quality(each, resident, fresh, progress=Silent()).errors for each in (near, far)]
     assert errors[1][1] == errors[0][1]
@@ -234,7 +234,9 @@ def test_padding_never_counts(cut: Cut, resident_of: InMemory, tokens: Tokens) -
         torch.where(train.mask, train.input_ids, 1), mask=train.mask, description="other padding", documents=1
     )
     assert not torch.equal(train.input_ids, other.input_ids)
-    (first, one), (second, two) = (fit(recipe, resident_of("qwen3"), each, settings=PLAIN) for each in (train, other))
+    (first, one), (second, two) = (
+        fit_on(recipe, resident_of("qwen3"), each, settings=PLAIN) for each in (train, other)
+    )
     assert equal(first, second)
     assert one == two
 
@@ -242,8 +244,8 @@ def test_padding_never_counts(cut: Cut, resident_of: InMemory, tokens: Tokens) -
 def test_batches_do_not_matter(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
     _, recipe = cut("mistral")
     train, _ = tokens()
-    first, _ = fit(recipe, resident_of("mistral"), train, settings=PLAIN)
-    second, _ = fit(recipe, resident_of("mistral"), train, settings=PLAIN, batch_tokens=3 * SEQ_LEN)
+    first, _ = fit_on(recipe, resident_of("mistral"), train, settings=PLAIN)
+    second, _ = fit_on(recipe, resident_of("mistral"), train, settings=PLAIN, batch_tokens=3 * SEQ_LEN)
     for index, tensors in first.fitted.items():
         for name, tensor in tensors.items():
             np.testing.assert_allclose(tensor, second.fitted[index][name], rtol=1e-3, atol=1e-4)
@@ -263,8 +265,8 @@ def test_massive_tokens(tmp_path: Path, tokens: Tokens) -> None:
         quality(each, resident, fresh, progress=Silent()).errors[1]
         for each in (
             recipe,
-            fit(recipe, resident, train, settings=DOWN)[0],
-            fit(recipe, resident, train, settings=replace(DOWN, weighting="uniform"))[0],
+            fit_on(recipe, resident, train, settings=DOWN)[0],
+            fit_on(recipe, resident, train, settings=replace(DOWN, weighting="uniform"))[0],
         )
     )
     assert relative < 0.9 * plain
@@ -276,7 +278,7 @@ def test_massive_tokens(tmp_path: Path, tokens: Tokens) -> None:
 
 def test_one_sequence_is_all_held_out(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
     _, recipe = cut("llama")
-    found, fits = fit(recipe, resident_of("llama"), tokens(sequences=1)[0], settings=PLAIN)
+    found, fits = fit_on(recipe, resident_of("llama"), tokens(sequences=1)[0], settings=PLAIN)
     assert found.fitted == {}
     assert len(fits) == 6 and all(row["ridge"] is None for row in fits)
 
@@ -287,7 +289,7 @@ def test_a_fit_that_does_not_carry_over_is_not_taken(cut: Cut, resident_of: InMe
     ids = torch.arange(2, 2 + 9 * SEQ_LEN).view(9, SEQ_LEN)
     ids[1:8] = ids[1:2]  # one sequence seven times over: fewer tokens than channels
     corpus = Corpus.of(ids, description="few tokens", documents=1)
-    found, fits = fit(recipe, resident_of("llama"), corpus, settings=replace(PLAIN, ridges=(1e-12,)))
+    found, fits = fit_on(recipe, resident_of("llama"), corpus, settings=replace(PLAIN, ridges=(1e-12,)))
     assert all(row["error_after"] == row["error_before"] for row in fits)
     assert found.fitted == {}
 
@@ -305,7 +307,7 @@ def test_activations_that_are_not_finite(where: str, cut: Cut, tokens: Tokens) -
         resident.model.get_input_embeddings().weight[300] = float("inf")
         named = "output of layer 0 of the original"
     with pytest.raises(UserError, match=named) as caught:
-        fit(recipe, resident, train, settings=PLAIN)
+        fit_on(recipe, resident, train, settings=PLAIN)
     assert "finite" in str(caught.value)
 
 
@@ -321,10 +323,10 @@ def test_built_is_as_in_memory(family: str, dtype: torch.dtype, cut: Cut, tokens
         checkpoint = Checkpoint.open(families.save(model, tmp_path / "model"), model=family)
     resident = Resident(checkpoint, device=CPU)
     train, fresh = tokens(sequences=96)
-    healed, _ = fit(recipe, resident, train, settings=PLAIN)
+    healed, _ = fit_on(recipe, resident, train, settings=PLAIN)
     assert healed.fitted
-    codec.save(healed, tmp_path / "healed.yaml")
-    healed = codec.load(tmp_path / "healed.yaml")
+    schema.save(healed, tmp_path / "healed.yaml")
+    healed = schema.load(tmp_path / "healed.yaml")
     materialize(healed, {"base": checkpoint}, tmp_path / "out")
     built = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype).eval()
     with torch.no_grad():
@@ -357,11 +359,10 @@ def test_the_cost_is_the_one_foretold(
     settings = ClosedFormSettings(layers=layers, changed=changed, unchanged=unchanged)
     handle = torch.nn.modules.module.register_module_forward_hook(count)
     try:
-        fit(recipe, resident, train, settings=settings, batch_tokens=64)
+        fit_on(recipe, resident, train, settings=settings, batch_tokens=64)
     finally:
         handle.remove()
-    assert sum(sequences) == closed_form_cost(recipe, settings) * len(train)
-    assert closed_form_cost(recipe, settings) <= closed_form_cost_at_most(6, 4, settings)
+    assert sum(sequences) == fit_forwards(recipe, settings) * len(train)
 
 
 @pytest.mark.parametrize("target", range(1, 30))
@@ -372,8 +373,8 @@ def test_three_passes_are_enough(target: int) -> None:
     recipe = recipe_of("model", [select(layer) for layer in kept], depth=30)
     assert len(recipe.layers) == target
     for settings in (ClosedFormSettings(), LAST):
-        assert closed_form_cost(recipe, settings) <= closed_form_cost_at_most(30, target, settings) <= 3 * 30
-        assert closed_form_cost(identity(recipe.variants[0], 30), settings) == 0
+        assert fit_forwards(recipe, settings) <= 3 * 30
+        assert fit_forwards(identity(recipe.variants[0], 30), settings) == 0
 
 
 @pytest.mark.parametrize(
@@ -387,12 +388,12 @@ def test_three_passes_are_enough(target: int) -> None:
 )
 def test_more_is_fitted_as_long_as_three_passes_pay_for_it(kept: list[int], more: list[int]) -> None:
     recipe = recipe_of("model", [select(layer) for layer in kept], depth=7)
-    found, base = read_outs(recipe, LAST), read_outs(recipe, ClosedFormSettings())
+    found, base = fitted_parts(recipe, LAST), fitted_parts(recipe, ClosedFormSettings())
     assert found.keys() == base.keys()
     assert [index for index in found if found[index] != base[index]] == more
     assert all(found[index] == ("mlp", "attention") for index in more)
     assert set(base.values()) <= {("mlp", "attention", "mlp"), ("mlp",)}
-    assert closed_form_cost(recipe, ClosedFormSettings()) + len(more) == closed_form_cost(recipe, LAST) <= 21
+    assert fit_forwards(recipe, ClosedFormSettings()) + len(more) == fit_forwards(recipe, LAST) <= 21
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
@@ -404,13 +405,13 @@ def test_o_proj_of_unchanged_layers_is_fitted_too(family: str, cut: Cut, residen
     errors = []
     default = ClosedFormSettings()
     for settings in (default, replace(LAST, held_out=default.held_out)):
-        _, fits = fit(recipe, resident, train, settings=settings)
+        _, fits = fit_on(recipe, resident, train, settings=settings)
         fitted = [(row["layer"], row["module"]) for row in fits]
-        wanted = read_outs(recipe, settings, resident.anatomy)
+        wanted = fitted_parts(recipe, settings, resident.architecture)
         assert [index for index, _ in fitted if index not in wanted] == []
-        attention = resident.anatomy.writer("attention").module
+        attention = resident.architecture.writer("attention").module
         assert {index for index, module in fitted if module == attention} == {
-            index for index, parts in wanted.items() if "attention" in fittable(parts, resident.anatomy)
+            index for index, parts in wanted.items() if "attention" in fittable(parts, resident.architecture)
         }
         last = max(wanted)
         errors.append([row["error_after"] for row in fits if row["layer"] == last][-1])

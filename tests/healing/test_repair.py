@@ -18,11 +18,12 @@ from intarsia.building import resident
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli.app import app
 from intarsia.errors import UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing import restarts
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.progress import Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
-from intarsia.stages import ends, judge
+from intarsia.stages import judge
 from tests import families
 
 Compress = Callable[..., Any]
@@ -73,9 +74,9 @@ def test_healed_is_better_and_says_so(compress: Compress, text_file: Path, tmp_p
     assert healed.healed["gap_closed"] == pytest.approx(gap) and 0.2 < gap < 1
     assert cut.healed is None and cut.after.perplexity_without_heal is None
     # The ladder is the same, and stays as it was cut.
-    rung = codec.load(tmp_path / "run" / "ladder" / "layers-004.yaml")
-    assert codec.content_hash(rung) == cut.recipe_sha256 != healed.recipe_sha256
-    carried = codec.load(tmp_path / "out" / "recipe" / "recipe.yaml")
+    rung = schema.load(tmp_path / "run" / "ladder" / "layers-004.yaml")
+    assert schema.content_hash(rung) == cut.recipe_sha256 != healed.recipe_sha256
+    carried = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml")
     assert carried.layers == rung.layers and carried.fitted
     facts = carried.provenance["heal"]
     assert facts["settings"]["closed-form"]["weighting"] == "relative"
@@ -98,7 +99,7 @@ def test_a_finished_fit_is_only_read(compress: Compress, tmp_path: Path, monkeyp
     first = compress()
     kept = sorted((tmp_path / "run" / "healed").iterdir())
     assert [path.suffix for path in kept] == [".safetensors", ".yaml"]
-    monkeypatch.setattr(ends, "fit", no_fit)
+    monkeypatch.setattr(restarts, "fit", no_fit)
     second = compress("second")
     assert second.recipe_sha256 == first.recipe_sha256
     assert second.healed == first.healed
@@ -116,24 +117,24 @@ def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, m
 
     with monkeypatch.context() as patched:
         if where == "before":
-            patched.setattr(ends, "fit", stop)
+            patched.setattr(restarts, "fit", stop)
         elif where == "while":  # the tensors are there, their recipe is not
-            write = codec.to_yaml_text
+            write = schema.to_yaml_text
 
             def half(recipe: Recipe, **more: Any) -> Any:
                 text, tensors = write(recipe, **more)
                 if recipe.fitted:
-                    codec.write_tensors(tensors, run / "healed" / more["side_file"])
+                    schema.write_tensors(tensors, run / "healed" / more["side_file"])
                     stop()
                 return text, tensors
 
-            patched.setattr(codec, "to_yaml_text", half)
+            patched.setattr(schema, "to_yaml_text", half)
         else:
             patched.setattr(judge, "compare_speed", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(run=run)
     if where == "behind":
-        monkeypatch.setattr(ends, "fit", no_fit)
+        monkeypatch.setattr(restarts, "fit", no_fit)
     found = compress(run=run)
     assert found.recipe_sha256 == wanted.recipe_sha256
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "undisturbed")]
@@ -148,12 +149,12 @@ def test_a_fit_that_makes_it_worse_is_not_taken(
         row = {"layer": 0, "module": "mlp.down_proj", "ridge": 1.0, "error_before": 1.0, "error_after": 0.5}
         return replace(recipe, fitted={0: {"mlp.down_proj.weight": zeros}}), [row]
 
-    monkeypatch.setattr(ends, "fit", worse)
+    monkeypatch.setattr(restarts, "fit", worse)
     progress = Listening()
     result = compress(progress=progress)
     assert not result.healed["taken"] and result.healed["fitted_read_outs"] == 0
     assert any("no better" in text for text in progress.said)
-    assert codec.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted == {}
+    assert schema.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted == {}
     assert result.after.perplexity_without_heal is None
     assert "ealing" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
@@ -164,7 +165,7 @@ def test_every_model_is_loaded_once(heal: str, compress: Compress, monkeypatch: 
     load = resident.load_model
 
     def counted(checkpoint: Any, **more: Any) -> Any:
-        loaded.append(checkpoint.anatomy.n_layers)
+        loaded.append(checkpoint.architecture.n_layers)
         return load(checkpoint, **more)
 
     monkeypatch.setattr(resident, "load_model", counted)
@@ -189,13 +190,18 @@ def test_every_family_and_what_it_costs(family: str, model_folder: Any, text_fil
     given: dict[str, Any] = {"calibration": str(text_file), "tokens": 2048, "seq_len": 32, "layers": 3}
     model = str(model_folder(family))
     dry = intarsia.compress(model, tmp_path / "out", dry_run=True, **given)
-    # Down_proj, o_proj, down_proj; with norms behind them three passes each. Of a mixture o_proj, and its judging.
-    anatomy = Checkpoint.open(Path(model), model=model).anatomy
-    fits = 2 if anatomy.n_experts else 3 if anatomy.norm_behind("mlp") is None else 9
-    # The teacher: six; the student: three; the fits of each cut layer; to judge, twice a part of three.
-    assert dry.predicted.heal_forwards_at_most == 6 + 3 + 3 * fits + 1
-    assert intarsia.compress(model, tmp_path / "out", dry_run=True, heal="none", **given).predicted == (
-        intarsia.plan(model, tmp_path / "run", dry_run=True, **given).predicted
+    # The teacher, and two for each pass over a layer that one output projection takes; a mixture is judged once more.
+    architecture = Checkpoint.open(Path(model), model=model).architecture
+    one = (
+        2
+        if architecture.n_experts and not architecture.parallel
+        else 1
+        if architecture.norm_after("mlp") is None
+        else 3
+    )
+    assert dry.estimate.heal_passes_at_most == 1 + 2 * one
+    assert intarsia.compress(model, tmp_path / "out", dry_run=True, heal="none", **given).estimate == (
+        intarsia.plan(model, tmp_path / "run", dry_run=True, **given).estimate
     )
     assert list(tmp_path.iterdir()) == []
     result = intarsia.compress(model, tmp_path / "out", **given)
@@ -215,7 +221,7 @@ def test_on_the_command_line(learned: tuple[Path, Recipe], text_file: Path, tmp_
 
 
 def test_a_full_disk(compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = codec.save
+    save = schema.save
 
     def full(recipe: Recipe, path: Path) -> None:
         if path.parent.name == "healed":
@@ -223,7 +229,7 @@ def test_a_full_disk(compress: Compress, tmp_path: Path, monkeypatch: pytest.Mon
         save(recipe, path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(codec, "save", full)
+        patched.setattr(schema, "save", full)
         with pytest.raises(UserError, match="run"):
             compress()
     assert not (tmp_path / "out").exists()

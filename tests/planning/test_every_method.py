@@ -11,8 +11,8 @@ from intarsia.building.assembled import assembled
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import METHODS
 from intarsia.planning.settings import ComeSettings, LacoSettings, Settings
-from intarsia.recipe.check import check
 from intarsia.recipe.ops import Select
+from intarsia.recipe.validate import check
 from tests import families
 from tests.conftest import InMemory
 from tests.planning.by_hand import ladder_of
@@ -21,7 +21,7 @@ from tests.planning.conftest import corpus_of
 RUNS: list[tuple[str, Settings | None]] = [
     *((method, None) for method in METHODS if method != "laco"),
     ("laco", LacoSettings(merge=2)),  # there are no four neighbours of one kind in every family
-    ("come", ComeSettings(span_choice="reconstruction")),
+    ("come", ComeSettings(span_choice="sleb")),
     ("come-p", ComeSettings(granularity=4, spans=2, norm="average")),
 ]
 
@@ -38,7 +38,7 @@ def test_every_method(family: str, resident_of: InMemory, tmp_path: Path) -> Non
         depth = run.depths()[-1]
         assert depth == 4 or stopped is not None, method
         recipe = run.recipe(depth)
-        check(recipe, {"base": resident.anatomy})
+        check(recipe, {"base": resident.architecture})
         joined += any(not isinstance(op, Select) for op in recipe.layers)
         model = Intermediate(resident, corpus, recipe.layers)
         model.measure()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from intarsia.building.materialize import materialize
 from intarsia.planning.ladder import METHODS, planner_of
 from intarsia.planning.settings import ComeSettings, LacoSettings, Settings
-from intarsia.recipe.check import check
+from intarsia.recipe.validate import check
 from tests import families
 from tests.conftest import InMemory, Opened
 from tests.planning.by_hand import ladder_of
@@ -29,7 +29,7 @@ def test_attention_in_one_piece(method: str, resident_of: InMemory, checkpoint_o
     run, stopped, _ = ladder_of(method, resident_of("falcon-7b"), corpus, tmp_path / "run", 4, OWN.get(method))
     assert stopped is None and run.depths() == [5, 4]
     recipe = run.recipe(4)
-    check(recipe, {"base": checkpoint.anatomy})
+    check(recipe, {"base": checkpoint.architecture})
     materialize(recipe, {"base": checkpoint}, tmp_path / "out")
     built = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():

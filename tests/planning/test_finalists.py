@@ -10,11 +10,10 @@ import torch
 
 from intarsia.building.resident import Resident
 from intarsia.errors import UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning import finalists
 from intarsia.planning.come import Come
 from intarsia.planning.finalists import check_finalists, settle
-from intarsia.planning.forwards import come_step
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import climb, planner_of
 from intarsia.planning.planner import Step
@@ -72,12 +71,14 @@ def test_every_removal_is_tried_once_with_its_loss(resident_of: InMemory) -> Non
 
 
 def test_of_three_at_once_two_adjacent_layers_are_dropped(resident_of: InMemory) -> None:
-    """So that every candidate leads to the same depth; and no more than predicted is run."""
+    """So that every candidate leads to the same depth; and no more than estimated is run."""
     settings = ComeSettings(merge=3, granularity=1, spans=1, removals=True, racing=False)
     model = measured(resident_of("llama"), list(WHOLE))
     before = model.layer_forwards
-    steps = Come(settings, posterior=True).steps(model, 4, [{}], 99)
-    assert model.layer_forwards - before <= come_step("come-p", settings, 6, 3, 512) - 4
+    planner = Come(settings, posterior=True)
+    steps = planner.steps(model, 4, [{}], 99)
+    at_most = planner.forwards_at_most(model.architecture, 4, len(model.corpus), None)
+    assert model.layer_forwards - before <= at_most - 6 - 4  # what is measured before and after
     removals = [step for step in steps if step.op is None]
     assert sorted(step.start for step in removals) == [0, 1, 2, 3, 4] and {step.count for step in removals} == {2}
     # Of the three ratios of the one span two are removals; the middle layer alone is none of one run of layers.
@@ -114,17 +115,18 @@ def test_finalists_remove_something_else_each(resident_of: InMemory) -> None:
     """The best of every kind, by the loss that all of them have on the same sequences."""
     model = measured(resident_of("llama"), list(WHOLE))
     planner = Come(ComeSettings(granularity=4, spans=5, removals=True, racing=False), posterior=True)
-    steps = planner.steps(model, 5, [], 99, unlike=True)
+    steps = planner.steps(model, 5, [], 99)
     kinds = [_kind(model, step) for step in steps]
     assert len(kinds) == len(set(kinds))
-    losses = [step.loss for step in steps]
-    assert None not in losses and losses == sorted(losses)  # type: ignore[type-var]
     assert sum(step.op is None for step in steps) == 6
-    every = {_kind(model, step): [] for step in steps}  # type: ignore[var-annotated]
-    for step in planner.steps(model, 5, [], 99):
-        every[_kind(model, step)].append(step.loss)
-    assert [min(every[kind]) for kind in kinds] == losses
-    assert planner.steps(model, 5, [], 3, unlike=True) == steps[:3]
+    every: dict[tuple[int, bool], list[float]] = {kind: [] for kind in kinds}
+    for entry in steps[0].evidence["grid"]:
+        dropped = "dropped" in entry
+        kind = entry["start"] if dropped else entry["start"] + (entry["ratios"][0] >= entry["ratios"][1]), dropped
+        every[kind].append(entry["loss"])
+    losses = [min(every[kind]) for kind in kinds]
+    assert losses == sorted(losses)
+    assert planner.steps(model, 5, [], 3) == steps[:3]
 
 
 def _kind(model: Intermediate, step: Step) -> tuple[int, bool]:
@@ -140,21 +142,16 @@ def test_of_a_group_one_is_kept_and_the_race_ends_with_so_many() -> None:
     """a1 and a2 are of one group and too close to tell; b is worse than both, c than b."""
     close = {"a1": [0.0, 1.0] * 32, "a2": [1.0, 0.0] * 32}
     track = Track({**close, "b": noisy(20.0, 64, 2), "c": noisy(40.0, 64, 3)})
-    for to_end in (True, False):
-        _, seen = race(
-            list(track.sums), track.losses, track.counts, racing=True, keep=2, group=lambda name: name[0],
-            to_end=to_end, progress=Silent(), title="race",
-        )  # fmt: skip
-        assert {name: sums.numel() for name, sums in seen.items()} == {"a1": 64, "a2": 64, "b": 64, "c": 8}
-        assert best_of_groups(seen, 3, lambda name: name[0]) == ["a1", "b"]
-        assert best_of_groups(seen, 2) == ["a1", "a2"]
+    _, seen = race(
+        list(track.sums), track.losses, track.counts, racing=True, keep=2, group=lambda name: name[0],
+        progress=Silent(), title="race",
+    )  # fmt: skip
+    assert {name: sums.numel() for name, sums in seen.items()} == {"a1": 64, "a2": 64, "b": 64, "c": 8}
+    assert best_of_groups(seen, 3, lambda name: name[0]) == ["a1", "b"]
+    assert best_of_groups(seen, 2) == ["a1", "a2"]
     sure = Track({"a": noisy(0.0, 64, 0), "b": noisy(20.0, 64, 2), "c": noisy(40.0, 64, 3)})
-    for to_end, length in ((True, 64), (False, 8)):
-        _, seen = race(
-            list(sure.sums), sure.losses, sure.counts, racing=True, keep=2, to_end=to_end,
-            progress=Silent(), title="race",
-        )  # fmt: skip
-        assert {name: sums.numel() for name, sums in seen.items()} == {"a": length, "b": length, "c": 8}
+    _, seen = race(list(sure.sums), sure.losses, sure.counts, racing=True, keep=2, progress=Silent(), title="race")
+    assert {name: sums.numel() for name, sums in seen.items()} == {"a": 8, "b": 8, "c": 8}
 
 
 # How they are judged
@@ -164,9 +161,9 @@ def steps_of(resident: Resident) -> list[Step]:
     """Two removals and two merges."""
     ops: list[tuple[int, int, Op | None]] = [
         (3, 1, None),
-        (1, 2, shared(resident.anatomy, (1, 2))),
+        (1, 2, shared(resident.architecture, (1, 2))),
         (0, 1, None),
-        (4, 2, shared(resident.anatomy, (4, 5))),
+        (4, 2, shared(resident.architecture, (4, 5))),
     ]
     return [Step(start=start, count=count, op=op, evidence={"number": n}) for n, (start, count, op) in enumerate(ops)]
 
@@ -200,7 +197,7 @@ def test_a_trial_leaves_the_model_as_it_was(resident_of: InMemory) -> None:
     """The layer before the hole and the joined one behind it are both fitted, the second on what the first then gives;
     the others are judged behind the same layers as before."""
     resident = resident_of("llama")
-    joined = shared(resident.anatomy, (3, 4))
+    joined = shared(resident.architecture, (3, 4))
     ops: list[Op] = [select(0), select(1), select(2), joined, select(5)]
     both = Step(start=2, count=2, op=joined, evidence={})
     other = Step(start=4, count=1, op=None, evidence={})
@@ -241,11 +238,7 @@ def test_candidates_are_judged_on_sequences_that_no_fit_sees(
 # Settings
 
 
-def test_run_folders_of_before_there_were_the_options() -> None:
-    assert "finalists" not in ComeSettings(finalists=1).to_dict()
-    assert ComeSettings(finalists=4).to_dict()["finalists"] == 4
-    assert "removals" not in ComeSettings(removals=False).to_dict()
-    assert ComeSettings(removals=True).to_dict()["removals"] is True
+def test_the_published_behaviour_has_neither() -> None:
     reference = ComeSettings(removals=True, finalists=3, reference=True).effective()
     assert (reference.removals, reference.finalists) == (False, 1)
 

@@ -1,17 +1,13 @@
-"""Spans tile the original depth, whatever the ops are, and compose."""
+"""Spans tile the original depth, whatever the ops are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from intarsia.anatomy.spec import Anatomy
-from intarsia.recipe.compose import compose
 from intarsia.recipe.ops import LayerRef, Op, Select
-from intarsia.recipe.recipe import Recipe, Span, Variant, derive_spans, identity
+from intarsia.recipe.recipe import Span, Variant, derive_spans, identity
 
 BASE = Variant(name="base", model="demo")
 
@@ -54,27 +50,3 @@ def test_with_layers_derives_spans_and_forgets_fitted() -> None:
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 10))
 def test_derived_spans_tile(layers: list[int], depth: int) -> None:
     assert tiles(derive_spans(selects(*layers), depth), depth)
-
-
-def test_composed_spans_cover_what_both_removed() -> None:
-    inner = identity(BASE, 8).with_layers(selects(0, 1, 4, 5, 6))
-    outer = identity(Variant(name="cut", model="x"), 5)
-    outer = outer.with_layers([Select(source=LayerRef(variant="cut", layer=layer)) for layer in (1, 3)])
-    composed = compose(outer, inner, variant="cut")
-    assert composed.layers == tuple(selects(1, 5))
-    assert outer.spans == ((0, 3), (3, 5))
-    assert composed.spans == ((0, 5), (5, 8))
-
-
-def test_composed_spans_tile(anatomy: Anatomy, recipes_over: Callable[..., st.SearchStrategy[Recipe]]) -> None:
-    @settings(max_examples=60, deadline=None)
-    @given(st.data())
-    def run(data: st.DataObject) -> None:
-        inner = data.draw(recipes_over(anatomy))
-        count = len(inner.layers)
-        layers = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=6))
-        outer = identity(Variant(name="cut", model="x"), count)
-        outer = outer.with_layers([Select(source=LayerRef(variant="cut", layer=layer)) for layer in layers])
-        assert tiles(compose(outer, inner, variant="cut").spans, inner.depth)
-
-    run()

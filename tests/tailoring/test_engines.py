@@ -11,10 +11,10 @@ import pytest
 
 from intarsia.errors import UserError
 from intarsia.progress import Silent
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Candidate, single
-from intarsia.tailoring.engine import Ask, Both, Engine, Start
+from intarsia.tailoring.engine import Ask, Engine, Start
 from intarsia.tailoring.evolve import evolve
 from intarsia.tailoring.family_file import SearchSpec
 from intarsia.tailoring.history import History, Trial
@@ -57,7 +57,6 @@ ENGINES = [
     "random",
     "evolve",
     pytest.param("smac", marks=[needs_smac, pytest.mark.slow]),
-    pytest.param("both", marks=[needs_smac, pytest.mark.slow]),
 ]
 
 
@@ -163,10 +162,10 @@ def test_engines_ask_for_what_the_space_has(name: str, tmp_path: Path) -> None:
     assert {trial.budget for trial in history} == set(BUDGETS)
     assert len({trial.key for trial in history}) == 60
     counts = [sum(trial.budget == budget for trial in history) for budget in BUDGETS]
-    assert counts[0] > counts[1] >= counts[2] > 0 or name in ("smac", "both")
+    assert counts[0] > counts[1] >= counts[2] > 0 or name == "smac"
 
 
-@pytest.mark.parametrize("name", ENGINES[:3])
+@pytest.mark.parametrize("name", ENGINES)
 def test_the_same_seed_gives_the_same_log(name: str, tmp_path: Path) -> None:
     translator = make_translator()
     logs = [
@@ -181,7 +180,7 @@ def test_the_same_seed_gives_the_same_log(name: str, tmp_path: Path) -> None:
     ("name", "cut"),
     [
         *((name, cut) for name in ("random", "evolve") for cut in (1, 20, 44)),
-        pytest.param("both", 23, marks=[needs_smac, pytest.mark.slow]),
+        pytest.param("smac", 23, marks=[needs_smac, pytest.mark.slow]),
     ],
 )
 def test_killed_anywhere_and_started_again(name: str, cut: int, tmp_path: Path) -> None:
@@ -267,7 +266,7 @@ def test_a_space_that_is_exhausted(tmp_path: Path) -> None:
         depth=6, target=5, menu=translator.space.menu.__class__(members=("base",), select=True, methods=(), grids={})
     )
     small = Translator(
-        space=space, anatomy=translator.anatomy, variants=translator.variants[:1], scores=translator.scores
+        space=space, architecture=translator.architecture, variants=translator.variants[:1], scores=translator.scores
     )
     history = History(tmp_path / "log")
     goal = Goal(trials=50, objectives=OBJECTIVES, max_budget=36, seed=0)
@@ -283,22 +282,6 @@ def test_a_space_that_is_exhausted(tmp_path: Path) -> None:
     assert stopped is not None
     assert len(history) == 18
     assert len({trial.key for trial in history}) == 18
-
-
-def test_both_share_what_they_learn() -> None:
-    space = make_translator().space
-    first = evolve(space, BUDGETS, eta=3, seed=0)
-    second = random_search(space, BUDGETS, eta=3, seed=0)
-    both = Both([first, second])
-    turns = []
-    for number in range(8):
-        ask = both.ask()
-        assert ask is not None
-        turns.append(ask.engine)
-        both.tell(ask, _trial(number, ask, (float(number), 0.0)))
-    assert turns == ["evolve", "random"] * 4
-    assert isinstance(first, Staged) and isinstance(second, Staged)
-    assert [len(engine._stages[0].costs) + len(engine._stages[1].costs) for engine in (first, second)] == [8, 8]
 
 
 def test_smac_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

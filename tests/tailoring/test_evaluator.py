@@ -21,10 +21,9 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.evaluation.run_rows import default_batch_tokens, score_requests
-from intarsia.healing.closed_form import fit
+from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
-from intarsia.recipe.uncut import uncut
 from intarsia.tailoring.divergence import TOP
 from intarsia.tailoring.evaluator import Evaluator, Outcome, TrialFailed
 from intarsia.tailoring.family import Family
@@ -32,6 +31,7 @@ from intarsia.tailoring.family_file import FamilyFile, Heal, MemberSpec, Objecti
 from intarsia.tailoring.objective import Objective
 from intarsia.tailoring.open_evaluator import open_evaluator
 from tests import families
+from tests.closed_form_fits import fit_on
 
 Pair = Callable[[str], Family]
 WORDS = families.sample_text(600, seed=5).split()
@@ -237,7 +237,7 @@ def test_healed(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
     # The same fit as outside the search.
     checkpoint = members.checkpoints()["base"]
     assert evaluator._repair_on is not None
-    expected, _ = fit(made, Resident(checkpoint, device=torch.device("cpu")), evaluator._repair_on)
+    expected, _ = fit_on(made, Resident(checkpoint, device=torch.device("cpu")), evaluator._repair_on)
     assert expected.fitted.keys() == fitted.fitted.keys()
     for index, tensors in expected.fitted.items():
         assert all(np.array_equal(tensors[name], fitted.fitted[index][name]) for name in tensors)
@@ -253,8 +253,10 @@ def test_healed_towards_the_same_blend_uncut(trio: Family, objectives: Sequence[
     alone = replace(recipe(trio, *(select(layer) for layer in kept)), variants=(Variant(name="base", model="lora"),))
     assert evaluator._repair_on is not None
     member = Resident(trio.checkpoints()["lora"], device=torch.device("cpu"))
-    expected, _ = fit(alone, member, evaluator._repair_on)
-    to_base, _ = fit(recipe(trio, *(select(layer, "lora") for layer in kept)), evaluator.resident, evaluator._repair_on)
+    expected, _ = fit_on(alone, member, evaluator._repair_on)
+    to_base, _ = fit_on(
+        recipe(trio, *(select(layer, "lora") for layer in kept)), evaluator.resident, evaluator._repair_on
+    )
     assert expected.fitted.keys() == fitted.fitted.keys() != set()
     differs = False
     for index, tensors in expected.fitted.items():
@@ -274,9 +276,12 @@ def test_uncut(trio: Family) -> None:
     made = recipe(trio, select(0, "lora"), replace(merged(2), scale=0.9), joined, select(5))
     assert made.spans == ((0, 2), (2, 3), (3, 5), (5, 6))
     expected = (select(0, "lora"), select(1, "lora"), merged(2), select(3), select(4, "lora"), select(5))
-    assert uncut(made) == expected
+    assert reference_layers(made) == expected
     wide = recipe(trio, select(1, "math"), merged(3))
-    assert uncut(wide) == (*(select(layer, "math") for layer in range(3)), *(merged(layer) for layer in (3, 4, 5)))
+    assert reference_layers(wide) == (
+        *(select(layer, "math") for layer in range(3)),
+        *(merged(layer) for layer in (3, 4, 5)),
+    )
 
 
 def test_a_fit_does_not_see_the_windows_that_are_scored(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:

@@ -1,0 +1,351 @@
+"""Recipes as files: YAML for people, and a safetensors file beside it for what is too long to read.
+
+Short index lists are ranges in the YAML; long ones (int32) and fitted tensors (float32) go into `<stem>.safetensors`,
+whose hash the YAML holds, so that a recipe is never read with the tensors of another. Reading runs no code, follows
+no path but the plain name of that file, and is bounded in size.
+
+Whether a recipe fits its models (does layer 31 exist?) is checked in `intarsia.recipe.validate`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+from intarsia.architecture.spec import PARTS
+from intarsia.data_file import (
+    MAX_CHARACTERS,
+    InlineList,
+    InlineMap,
+    dump_yaml,
+    problems_of,
+    read_yaml,
+    refusal,
+    shown,
+)
+from intarsia.disk import replaced, write_whole
+from intarsia.errors import Problem, UserError
+from intarsia.recipe.form import (
+    ConcatEntry,
+    ConcatLayer,
+    Context,
+    LayerEntry,
+    MergeEntry,
+    MergeLayer,
+    RecipeFile,
+    SelectLayer,
+    SideFile,
+    VariantEntry,
+    Weights,
+)
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
+from intarsia.recipe.ranges import format_ranges
+from intarsia.recipe.recipe import SCHEMA_VERSION, Recipe, Variant, derive_spans
+from intarsia.recipe.side_file import Arrays, read_tensors, refuse_foreign, tensors_hash, write_tensors
+
+_LONGEST_INLINE = 100  # Characters of ranges that a person still reads.
+_REMEDY = "Correct the recipe."
+_ONE_MODEL = "base"  # The variant's name in the short form `model: FOLDER_OR_ID`.
+
+# Reading
+
+
+def load(path: Path) -> Recipe:
+    """The recipe in a file. Its form is checked; `check` says whether it fits its models.
+
+    Raises:
+        UserError: with everything that is wrong with it.
+    """
+    data = read_yaml(path, what="a recipe")
+    problems: list[Problem] = []
+    tensors: Arrays | None = {}
+    if isinstance(data, dict) and data.get("tensors") is not None:
+        try:
+            tensors = _side_tensors(path, SideFile.model_validate(data["tensors"]))
+        except ValidationError:
+            tensors = None  # Reported with the rest of the recipe.
+        except UserError as error:
+            tensors = None
+            problems += error.problems
+    try:
+        recipe = parse_recipe(data, tensors, where=str(path))
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise refusal(problems, where=str(path))
+    return recipe
+
+
+def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
+    """The recipe that plain data describes.
+
+    Args:
+        data: the value of the YAML file.
+        tensors: the side file's tensors; None where it could not be read.
+        where: the file's name, for messages.
+
+    Raises:
+        UserError: with every problem.
+    """
+    version = data.get("version", SCHEMA_VERSION) if isinstance(data, dict) else SCHEMA_VERSION
+    if type(version) is not int or version != SCHEMA_VERSION:
+        # Another version may mean anything by its keys; more messages would only mislead.
+        raise UserError.of(
+            where=f"{where}: version",
+            expected=str(SCHEMA_VERSION),
+            found=shown(version),
+            remedy="Use the version of Intarsia that wrote it.",
+        )
+    context = Context(tensors)
+    problems: list[Problem] = []
+    try:
+        entry = RecipeFile.model_validate(data, context=context)
+    except ValidationError as error:
+        problems += problems_of(error, RecipeFile, where=where, remedy=_REMEDY)
+    problems += [
+        Problem(
+            where=f"{where}: tensors",
+            expected="only tensors that the recipe names",
+            found=shown(name),
+            remedy="Use the side file it came with.",
+        )
+        for name in sorted(set(tensors or ()) - context.used)
+    ]
+    if problems:
+        raise refusal(problems, where=where)
+    return _recipe(entry)
+
+
+def _side_tensors(path: Path, entry: SideFile) -> Arrays:
+    def unusable(place: str, expected: str, found: str, remedy: str) -> UserError:
+        return UserError.of(where=f"{path}: tensors.{place}", expected=expected, found=found, remedy=remedy)
+
+    try:
+        tensors = read_tensors(path.parent / entry.file)
+    except ValueError as error:
+        raise unusable("file", "int32 and float32 tensors only", shown(str(error)), _REMEDY) from None
+    except (OSError, SafetensorError) as error:
+        found = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        remedy = "Keep it beside the recipe, as it was written."
+        raise unusable("file", f"the side file {entry.file}", found, remedy) from None
+    if entry.sha256 is not None and entry.sha256 != tensors_hash(tensors):
+        raise unusable("sha256", "the side file that belongs to this recipe", "another", "Copy both files.")
+    return tensors
+
+
+def _recipe(entry: RecipeFile) -> Recipe:
+    entries = entry.variants or {_ONE_MODEL: VariantEntry(model=entry.model or "")}
+    base = entry.base or next(iter(entries))
+
+    def source(ref: LayerEntry) -> LayerRef:
+        return LayerRef(variant=base if ref[0] is None else ref[0], layer=ref[1])
+
+    def ops(layer: SelectLayer | ConcatLayer | MergeLayer) -> Iterator[Op]:
+        if isinstance(layer, SelectLayer):
+            variant, layers = layer.select
+            yield from (Select(source=source((variant, index))) for index in layers)
+        elif isinstance(layer, ConcatLayer):
+            yield _concat(layer.concat, source)
+        else:
+            yield _merge(layer.merge, source)
+
+    layers = tuple(op for layer in entry.layers for op in ops(layer))
+    return Recipe(
+        variants=tuple(Variant(name=name, **found.model_dump()) for name, found in entries.items()),
+        base=base,
+        depth=entry.depth,
+        layers=layers,
+        spans=derive_spans(layers, entry.depth)
+        if entry.spans is None
+        else tuple((first, last) for first, last in entry.spans),
+        fitted=entry.fitted or {},
+        provenance=entry.provenance or {},
+    )
+
+
+def _concat(entry: ConcatEntry, source: Callable[[LayerEntry], LayerRef]) -> Concat:
+    """Pieces of several layers joined; by share of pieces where no weights are given."""
+    cuts = [
+        Cut(source=source(cut.source), kv_groups=cut.kv_groups, channels=cut.channels, weights={}) for cut in entry.cuts
+    ]
+    totals = {part: sum(len(cut.pieces(part)) for cut in cuts) for part in PARTS}
+
+    def weights(cut: Cut, given: Weights | None) -> dict[Any, float]:
+        if given is not None:
+            return given.model_dump()
+        return {part: len(cut.pieces(part)) / totals[part] if totals[part] else 1.0 / len(cuts) for part in PARTS}
+
+    weighted = (
+        Cut(source=cut.source, kv_groups=cut.kv_groups, channels=cut.channels, weights=weights(cut, given.weights))
+        for cut, given in zip(cuts, entry.cuts, strict=True)
+    )
+    return Concat(cuts=tuple(weighted), norm=entry.norm, fuse=entry.fuse)
+
+
+def _merge(entry: MergeEntry, source: Callable[[LayerEntry], LayerRef]) -> Merge:
+    mix = entry.mix(len(entry.sources))
+    base = None
+    if entry.base is not None:
+        base = source(entry.base)
+    elif entry.needs_base:
+        base = source((None, min(layer for _, layer in entry.sources)))
+    return Merge(
+        sources=tuple(source(ref) for ref in entry.sources),
+        weights=mix.weights,
+        method=mix.method,
+        params=mix.params,
+        base=base,
+        scale=entry.scale,
+        mlp=None if entry.mlp is None else entry.mlp.mix(len(entry.sources)),
+    )
+
+
+# Writing
+
+
+def save(recipe: Recipe, path: Path) -> None:
+    """Write a recipe to `path` (and `<stem>.safetensors`); a file that was there is replaced at once or not at all.
+
+    Raises:
+        UserError: the recipe is too long for a file, a file that is no recipe's stands in the side file's place, or
+            the disk is full.
+        OSError: the folder cannot be written to.
+    """
+    side = path.with_suffix(".safetensors")
+    text, tensors = to_yaml_text(recipe, side_file=side.name)
+    if len(text) > MAX_CHARACTERS:
+        raise UserError.of(
+            where=str(path),
+            expected=f"a recipe of at most {MAX_CHARACTERS} characters",
+            found=str(len(text)),
+            remedy="Shorten its provenance.",
+        )
+    if tensors:
+        refuse_foreign(side)
+        with replaced(side) as temporary:
+            write_tensors(tensors, temporary)
+    write_whole(path, text)
+
+
+def to_yaml_text(recipe: Recipe, *, side_file: str = "recipe.safetensors") -> tuple[str, Arrays]:
+    """The text of a recipe, and the tensors that belong into its side file (int32 indices, float32 fitted)."""
+    tensors: Arrays = {}
+    layers = [_layer(op, index, recipe.base, tensors) for index, op in enumerate(recipe.layers)]
+    for layer, fitted in recipe.fitted.items():
+        for name, tensor in fitted.items():
+            tensors[f"fitted.{layer}.{name}"] = np.ascontiguousarray(tensor, dtype=np.float32)
+    data: dict[str, Any] = {"version": SCHEMA_VERSION, "variants": {}, "base": recipe.base, "depth": recipe.depth}
+    for variant in recipe.variants:
+        entry = {"model": variant.model, "revision": variant.revision, "sha256": variant.sha256}
+        data["variants"][variant.name] = {key: value for key, value in entry.items() if value is not None}
+    data["layers"] = layers
+    data["spans"] = InlineList([list(span) for span in recipe.spans])
+    if tensors:
+        data["tensors"] = {"file": side_file, "sha256": tensors_hash(tensors)}
+    if recipe.fitted:
+        data["fitted"] = {layer: list(fitted) for layer, fitted in recipe.fitted.items() if fitted}
+    if recipe.provenance:
+        data["provenance"] = _plain(recipe.provenance)
+    return dump_yaml(data), tensors
+
+
+def content_hash(recipe: Recipe) -> str:
+    """SHA-256 over all that decides the weights. Names of variants, spans and provenance do not.
+
+    A variant counts by the hash of its weights, and only without one by where it is found.
+    """
+    identity = {
+        variant.name: [variant.sha256] if variant.sha256 else [variant.model, variant.revision]
+        for variant in recipe.variants
+    }
+
+    def source(ref: LayerRef) -> list[Any]:
+        return [identity.get(ref.variant, ref.variant), ref.layer]
+
+    def described(op: Op) -> list[Any]:
+        if isinstance(op, Select):
+            return ["select", source(op.source)]
+        if isinstance(op, Merge):
+            merge: list[Any] = ["merge", op.method, [source(ref) for ref in op.sources], list(op.weights)]
+            rest = _merge_rest(op, source)
+            return [*merge, rest] if rest else merge
+        cuts = [
+            [source(cut.source), *([list(cut.pieces(part)), cut.weights.get(part)] for part in PARTS)]
+            for cut in op.cuts
+        ]
+        return ["concat", op.norm, cuts, *(["fuse"] if op.fuse else [])]
+
+    fitted = {f"{layer}.{name}": tensor for layer, found in recipe.fitted.items() for name, tensor in found.items()}
+    base = identity.get(recipe.base, recipe.base)
+    layers = [described(op) for op in recipe.layers]
+    content = [SCHEMA_VERSION, base, recipe.depth, layers, tensors_hash(fitted)]
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+
+def _layer(op: Op, index: int, base: str, tensors: Arrays) -> dict[str, Any]:
+    if isinstance(op, Select):
+        return {"select": _reference(op.source, base)}
+    if isinstance(op, Merge):
+        sources = InlineList([_reference(source, base) for source in op.sources])
+        weights = InlineList([float(weight) for weight in op.weights])
+        rest = _merge_rest(op, lambda source: _reference(source, base))
+        rest = {key: InlineMap(value) if isinstance(value, dict) else value for key, value in rest.items()}
+        return {"merge": {"method": op.method, "from": sources, "weights": weights, **rest}}
+    cuts = [_cut(cut, f"layers.{index}.cuts.{number}", base, tensors) for number, cut in enumerate(op.cuts)]
+    return {"concat": {"norm": op.norm, **({"fuse": True} if op.fuse else {}), "cuts": cuts}}
+
+
+def _merge_rest(op: Merge, source: Callable[[LayerRef], Any]) -> dict[str, Any]:
+    """What a merge has besides sources, method and weights; a plain sum of layers has nothing."""
+    rest: dict[str, Any] = {}
+    if op.params:
+        rest["params"] = _sorted(op.params)
+    if op.base is not None:
+        rest["base"] = source(op.base)
+    if op.scale != 1.0:
+        rest["scale"] = float(op.scale)
+    if op.mlp is not None:
+        mix = {"method": op.mlp.method, "weights": [float(weight) for weight in op.mlp.weights]}
+        rest["mlp"] = {**mix, **({"params": _sorted(op.mlp.params)} if op.mlp.params else {})}
+    return rest
+
+
+def _sorted(params: Mapping[str, float]) -> dict[str, float]:
+    return {name: params[name] for name in sorted(params)}
+
+
+def _cut(cut: Cut, name: str, base: str, tensors: Arrays) -> dict[str, Any]:
+    entry: dict[str, Any] = {"from": _reference(cut.source, base)}
+    for part, key in (("attention", "kv_groups"), ("mlp", "channels")):
+        indices = cut.kv_groups if part == "attention" else cut.channels
+        entry[key] = format_ranges(indices)
+        if len(entry[key]) > _LONGEST_INLINE:
+            tensors[f"{name}.{key}"] = np.asarray(indices, dtype=np.int32)
+            entry[key] = InlineMap(tensor=f"{name}.{key}")
+    entry["weights"] = InlineMap({part: float(cut.weights[part]) for part in PARTS})
+    return entry
+
+
+def _reference(ref: LayerRef, base: str) -> int | str:
+    return ref.layer if ref.variant == base else str(ref)
+
+
+def _plain(value: Any) -> Any:
+    """Provenance as plain values that UTF-8 can hold; anything else in it is a defect of whoever made it."""
+    if isinstance(value, Mapping):
+        return {_plain(str(key)): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    assert value is None or isinstance(value, (bool, int, float)), f"provenance holds a {type(value).__name__}"
+    return value

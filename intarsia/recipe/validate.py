@@ -1,0 +1,259 @@
+"""Check a recipe against the shapes of its models: every error at once, before anything is built."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import get_args
+
+import numpy as np
+
+from intarsia.architecture.spec import Architecture, Part
+from intarsia.data_file import refusal
+from intarsia.errors import Problem
+from intarsia.recipe.methods import METHODS, Method
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, NormMode, Op
+from intarsia.recipe.recipe import VARIANT_NAME, Recipe
+from intarsia.recipe.side_file import let_go
+
+_WEIGHT_TOLERANCE = 1e-6
+_PIECES: dict[Part, str] = {"attention": "kv_groups", "mlp": "channels"}
+
+
+def check(recipe: Recipe, architectures: Mapping[str, Architecture]) -> None:
+    """Check that a recipe can be built.
+
+    Args:
+        recipe: the recipe.
+        architectures: the architecture of every variant that the recipe uses, by the variant's name.
+
+    Raises:
+        UserError: with every problem (at most fifty are listed).
+    """
+    problems = list(_check_variants(recipe, architectures))
+    base = architectures.get(recipe.base)
+    if base is not None:
+        problems += _check_depth(recipe, base)
+        problems += _check_fitted(recipe, base)
+    known = {variant.name for variant in recipe.variants}
+    usable = {name: architecture for name, architecture in architectures.items() if name in known}
+    for index, op in enumerate(recipe.layers):
+        problems += _check_op(op, f"layers[{index}]", usable, base)
+    if problems:
+        raise refusal(problems, where="recipe")
+
+
+def _problem(where: str, expected: str, found: str, remedy: str = "Correct the recipe.") -> Problem:
+    return Problem(where=where, expected=expected, found=found, remedy=remedy)
+
+
+def _check_variants(recipe: Recipe, architectures: Mapping[str, Architecture]) -> Iterator[Problem]:
+    names = [variant.name for variant in recipe.variants]
+    for index, name in enumerate(names):
+        if not VARIANT_NAME.fullmatch(name):
+            yield _problem(f"variants[{index}]", "a name of letters, digits, '_', '-' and '.'", repr(name))
+        if name in names[:index]:
+            yield _problem(f"variants[{index}]", "a name of its own", f"{name!r} a second time")
+    if recipe.base not in names or recipe.base not in architectures:
+        yield _problem("base", f"one of the variants {', '.join(names)}", repr(recipe.base))
+        return
+    base = architectures[recipe.base]
+    for name in names:
+        other = architectures.get(name, base)
+        for what, ours, theirs in _shape(base, other):
+            if ours != theirs:
+                yield _problem(
+                    f"variants.{name}",
+                    f"{what} {ours} as in {recipe.base!r}",
+                    str(theirs),
+                    "Variants must be fine-tunes of one base model.",
+                )
+
+
+def _shape(base: Architecture, other: Architecture) -> Iterator[tuple[str, object, object]]:
+    yield "family", base.family.name, other.family.name
+    if base.family.name != other.family.name:
+        return
+    for what in ("width", "n_query_heads", "n_kv_heads", "head_dim", "n_channels", "n_experts"):
+        yield what, getattr(base, what), getattr(other, what)
+    yield "tensors", sorted(base.layer_shapes()), sorted(other.layer_shapes())
+
+
+def _check_depth(recipe: Recipe, base: Architecture) -> Iterator[Problem]:
+    if recipe.depth != base.n_layers:
+        yield _problem("depth", f"{base.n_layers}, the depth of {recipe.base!r}", str(recipe.depth))
+    if not recipe.layers:
+        yield _problem("layers", "at least one layer", "none")
+    if len(recipe.spans) != len(recipe.layers):
+        yield _problem("spans", f"{len(recipe.layers)} spans, one a layer", str(len(recipe.spans)))
+        return
+    stop = 0
+    for index, (first, last) in enumerate(recipe.spans):
+        if first != stop or last < first:
+            yield _problem(
+                f"spans[{index}]",
+                f"a span that starts at {stop}, where the one before it stops",
+                f"[{first}, {last}]",
+                "Leave the spans out to have them derived.",
+            )
+            return
+        stop = last
+    if recipe.spans and stop != recipe.depth:
+        yield _problem(
+            "spans", f"an end at the depth {recipe.depth}", str(stop), "Leave them out to have them derived."
+        )
+
+
+def _check_fitted(recipe: Recipe, base: Architecture) -> Iterator[Problem]:
+    shapes = base.layer_shapes()
+    for layer, tensors in recipe.fitted.items():
+        if not 0 <= layer < len(recipe.layers):
+            yield _problem(f"fitted.{layer}", f"an output layer from 0 to {len(recipe.layers) - 1}", str(layer))
+        for name, tensor in tensors.items():
+            where = f"fitted.{layer}.{name}"
+            if name not in shapes:
+                yield _problem(where, f"one of {', '.join(shapes)}", repr(name))
+            elif tuple(tensor.shape) != shapes[name]:
+                yield _problem(where, f"shape {list(shapes[name])}", str(list(tensor.shape)))
+            elif tensor.dtype != np.float32:
+                yield _problem(where, "float32", str(tensor.dtype))
+            elif not np.isfinite(tensor).all():
+                yield _problem(where, "finite numbers", "NaN or infinity", "Fit it again.")
+            let_go(tensor)
+
+
+def _check_op(
+    op: Op, where: str, architectures: Mapping[str, Architecture], base: Architecture | None
+) -> Iterator[Problem]:
+    """`base` gives the shape that the output layer must have; None where the recipe's base is unknown."""
+    types: dict[str | None, LayerRef] = {}
+    base_layer = (op.base,) if isinstance(op, Merge) and op.base is not None else ()
+    for source in (*op.sources, *base_layer):
+        architecture = architectures.get(source.variant)
+        if architecture is None:
+            yield _problem(where, f"a variant among {', '.join(architectures) or 'none'}", repr(source.variant))
+        elif not 0 <= source.layer < architecture.n_layers:
+            yield _problem(where, f"a layer from 0 to {architecture.n_layers - 1}", str(source))
+        elif architecture.layer_types is not None:
+            types.setdefault(architecture.layer_types[source.layer], source)
+    if len(types) > 1:
+        found = ", ".join(f"{source} is {kind}" for kind, source in types.items())
+        yield _problem(where, "sources of one layer type", found, "Join layers of one type only.")
+    if isinstance(op, Concat):
+        yield from _check_concat(op, f"{where}.concat", base)
+    elif isinstance(op, Merge):
+        yield from _check_merge(op, f"{where}.merge")
+
+
+def _check_concat(op: Concat, where: str, base: Architecture | None) -> Iterator[Problem]:
+    if op.norm not in get_args(NormMode):
+        yield _problem(f"{where}.norm", " or ".join(get_args(NormMode)), repr(op.norm))
+    if not op.cuts:
+        yield _problem(f"{where}.cuts", "at least one cut", "none")
+        return
+    seen: dict[LayerRef, int] = {}
+    for index, cut in enumerate(op.cuts):
+        earlier = seen.setdefault(cut.source, index)
+        if earlier != index:
+            yield _problem(
+                f"{where}.cuts[{index}]",
+                "a layer that no other cut is from",
+                f"{cut.source}, as in cuts[{earlier}]",
+                "Put all pieces of a layer into one cut.",
+            )
+    for part, key in _PIECES.items():
+        if base is not None:
+            called = f"experts (as {key})" if base.is_mixture(part) else key
+            yield from _check_pieces(op.cuts, part, key, where, base.n_pieces(part), called)
+        yield from _check_weights(op.cuts, part, where)
+
+
+def _check_pieces(cuts: Sequence[Cut], part: Part, key: str, where: str, whole: int, called: str) -> Iterator[Problem]:
+    for index, cut in enumerate(cuts):
+        pieces = cut.pieces(part)
+        outside = [piece for piece in pieces if not 0 <= piece < whole]
+        place = f"{where}.cuts[{index}].{key}"
+        if outside:
+            others = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
+            yield _problem(place, f"indices from 0 to {whole - 1}", f"{outside[0]}{others}")
+        twice = [piece for piece, count in Counter(pieces).items() if count > 1]
+        if twice:
+            others = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+            yield _problem(place, "every index once", f"{twice[0]} a second time{others}")
+    total = sum(len(cut.pieces(part)) for cut in cuts)
+    if total != whole:
+        yield _problem(where, f"{whole} {called} in all cuts together", str(total), "Add or remove some.")
+
+
+def _check_weights(cuts: Sequence[Cut], part: Part, where: str) -> Iterator[Problem]:
+    weights = [cut.weights.get(part, math.nan) for cut in cuts]
+    bad = [index for index, weight in enumerate(weights) if not (math.isfinite(weight) and weight >= 0.0)]
+    for index in bad:
+        found = str(weights[index]) if part in cuts[index].weights else "none"
+        yield _problem(f"{where}.cuts[{index}].weights.{part}", "a number of at least 0", found)
+    if not bad and abs(math.fsum(weights) - 1.0) > _WEIGHT_TOLERANCE:
+        yield _problem(where, f"{part} weights that sum to 1", str(math.fsum(weights)))
+
+
+def _check_merge(op: Merge, where: str) -> Iterator[Problem]:
+    if not op.sources:
+        yield _problem(where, "at least one layer", "none")
+    mixes = [("", op.mix("attention")), *([(".mlp", op.mlp)] if op.mlp is not None else [])]
+    for prefix, mix in mixes:
+        yield from _check_mix(mix, len(op.sources), f"{where}{prefix}")
+    based = [mix.method for _, mix in mixes if mix.method in METHODS and METHODS[mix.method].base]
+    if based and op.base is None:
+        yield _problem(f"{where}.base", f"the layer that {based[0]} takes differences to", "none")
+    if not based and op.base is not None:
+        yield _problem(f"{where}.base", f"no base, for {op.method} takes no differences", str(op.base))
+    if not math.isfinite(op.scale):
+        yield _problem(f"{where}.scale", "a finite number", str(op.scale))
+
+
+def _check_mix(mix: Mix, sources: int, where: str) -> Iterator[Problem]:
+    method = METHODS.get(mix.method)
+    if method is None:
+        yield _problem(f"{where}.method", f"one of {', '.join(METHODS)}", repr(mix.method))
+    if len(mix.weights) != sources:
+        yield _problem(f"{where}.weights", f"{sources} weights, one a layer", str(len(mix.weights)))
+        return
+    bad = [index for index, weight in enumerate(mix.weights) if not math.isfinite(weight)]
+    for index in bad:
+        yield _problem(f"{where}.weights[{index}]", "a finite number", str(mix.weights[index]))
+    if method is None:
+        return
+    if not bad:
+        yield from _check_mix_weights(mix, method, where)
+    for name, value in mix.params.items():
+        if name not in method.parameters:
+            known = ", ".join(method.parameters) or "none"
+            yield _problem(f"{where}.params", f"parameters of {mix.method} ({known})", repr(name))
+        elif not method.parameters[name].holds(value):
+            yield _problem(f"{where}.params.{name}", str(method.parameters[name]), repr(value))
+    for name in method.parameters:
+        if name not in mix.params:
+            yield _problem(f"{where}.params", f"{name} of {mix.method}", "none")
+    if mix.method == "breadcrumbs" and not sum(mix.params.get(name, 0.0) for name in ("bottom", "top")) < 1.0:
+        yield _problem(
+            f"{where}.params", "bottom and top that leave something (below 1 together)", str(dict(mix.params))
+        )
+
+
+def _check_mix_weights(mix: Mix, method: Method, where: str) -> Iterator[Problem]:
+    weights = [weight for weight in mix.weights if weight]
+    if mix.method != "linear" and not method.least <= len(weights) <= (method.most or len(weights)):
+        wanted = f"exactly {method.least}" if method.most == method.least else f"at least {method.least}"
+        yield _problem(
+            f"{where}.weights", f"{wanted} layers with a weight other than 0 for {mix.method}", str(len(weights))
+        )
+    elif method.weights == "sum 1" and (abs(math.fsum(weights) - 1.0) > _WEIGHT_TOLERANCE or min(weights) < 0.0):
+        yield _problem(f"{where}.weights", f"weights from 0 to 1 that sum to 1 for {mix.method}", _shown(mix.weights))
+    elif method.weights == "positive" and min(weights) < 0.0:
+        yield _problem(f"{where}.weights", f"no negative weight for {mix.method}", _shown(mix.weights))
+    elif method.weights == "equal" and max(weights) - min(weights) > _WEIGHT_TOLERANCE:
+        yield _problem(f"{where}.weights", f"equal weights for {mix.method}, which sets its own", _shown(mix.weights))
+
+
+def _shown(weights: Sequence[float]) -> str:
+    return ", ".join(f"{weight:g}" for weight in weights)

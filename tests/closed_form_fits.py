@@ -1,0 +1,35 @@
+"""The closed form in one call, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from intarsia.building.resident import Resident
+from intarsia.calibration.batches import Batches
+from intarsia.calibration.corpus import Corpus
+from intarsia.healing.closed_form import fit
+from intarsia.healing.teacher import TeacherStates
+from intarsia.progress import Progress
+from intarsia.recipe.recipe import Recipe
+
+
+def fit_on(
+    recipe: Recipe,
+    resident: Resident,
+    corpus: Corpus,
+    *,
+    batch_tokens: int | None = None,
+    progress: Progress | None = None,
+    layers: Sequence[nn.Module] | None = None,
+    **kwargs: Any,
+) -> tuple[Recipe, list[dict[str, Any]]]:
+    """The closed form toward the resident model's own hidden states, or those of other layers in it."""
+    batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
+    teacher = TeacherStates(resident, batches, layers=layers)
+    try:
+        return fit(recipe, teacher, progress=progress, **kwargs)
+    finally:
+        teacher.close()

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from intarsia.errors import UserError
+from intarsia.healing.layer_map import check_teacher, correspondences
+from tests.conftest import Opened
+from tests.healing.conftest import Cut
+from tests.recipes_by_hand import recipe_of, select
+
+
+def test_merged_and_gap_covering_layers_are_trained(cut: Cut) -> None:
+    _, recipe = cut("llama")
+    found = [(layer.index, layer.start, layer.stop, layer.trainable) for layer in correspondences(recipe)]
+    assert found == [(0, 0, 1, False), (1, 1, 2, False), (2, 2, 4, True), (3, 4, 6, True)]
+
+
+def test_a_first_layer_stands_for_those_removed_before_it() -> None:
+    found = correspondences(recipe_of("model", [select(2), select(3), select(4), select(5)]))
+    assert [(layer.start, layer.stop, layer.trainable) for layer in found] == [
+        (0, 3, True),
+        (3, 4, False),
+        (4, 5, False),
+        (5, 6, False),
+    ]
+
+
+def test_a_layer_that_stands_for_nothing_is_left_alone() -> None:
+    found = correspondences(recipe_of("model", [select(0), select(3), select(1), select(2), select(4), select(5)]))
+    assert all(not layer.trainable for layer in found if layer.stop == layer.start)
+
+
+def test_teacher_that_does_not_fit(cut: Cut, checkpoint_of: Opened) -> None:
+    checkpoint, recipe = cut("llama")
+    ours = checkpoint.architecture
+    check_teacher(recipe, ours, checkpoint_of("qwen2").architecture, name="another family of the same shape")
+    with pytest.raises(UserError) as caught:
+        check_teacher(recipe, ours, replace(ours, vocabulary=7, width=8, n_layers=9), name="T")
+    told = [(problem.where, problem.found) for problem in caught.value.problems]
+    assert [found for _, found in told] == ["7", "8", "9"]
+    assert "vocabulary" in told[0][0] and "T" in told[0][0]

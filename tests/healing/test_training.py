@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from intarsia.errors import UserError
+from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings, Pace
+from intarsia.healing.training import Patience, Schedule, schedule_of
+
+
+def test_every_sequence_once_an_epoch_in_another_order() -> None:
+    schedule = Schedule(sequences=12, batch=3, pace=Pace(epochs=2, seed=5))
+    assert schedule.steps == 8
+    epochs = [[schedule.rows(step) for step in range(start, start + 4)] for start in (0, 4)]
+    for epoch in epochs:
+        assert sorted(row for rows in epoch for row in rows) == list(range(12))
+    assert epochs[0] != epochs[1]
+    assert Schedule(sequences=12, batch=3, pace=Pace(epochs=2, seed=6)).rows(0) != schedule.rows(0)
+
+
+def test_learning_rate_by_hand() -> None:
+    schedule = Schedule(sequences=100, batch=1, pace=Pace(lr=1.0, least_lr=0.1, warmup=0.1))
+    assert [schedule.lr(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert schedule.lr(55) == pytest.approx(0.55)
+    assert schedule.lr(99) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 89 / 90)))
+
+
+def test_measured_so_often_and_at_the_end() -> None:
+    schedule = Schedule(sequences=10, batch=1, pace=Pace(evaluations=4))
+    assert [step for step in range(10) if schedule.is_measured_after(step)] == [2, 5, 8, 9]
+
+
+def test_batch_is_a_multiple_and_too_little_text_is_refused() -> None:
+    assert schedule_of(Pace(batch_tokens=100), sequences=50, seq_len=16, multiple=4).batch == 4
+    assert schedule_of(Pace(batch_tokens=100), sequences=50, seq_len=16).batch == 6
+    with pytest.raises(UserError, match="at least 6 sequences of 16 tokens"):
+        schedule_of(Pace(batch_tokens=100), sequences=5, seq_len=16)
+
+
+def test_patience() -> None:
+    patience = Patience(2, 1.0)
+    assert [patience.improved(loss) for loss in (0.9, 0.95, 0.8, 0.8)] == [True, False, True, False]
+    assert not patience.over
+    assert not patience.improved(0.81) and patience.over
+    assert patience.best == 0.8
+    assert [patience.diverged(loss) for loss in (9.0, 11.0, math.nan, math.inf)] == [False, True, True, True]
+
+
+def test_bad_settings_are_told_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        LayerwiseSettings(epochs=0, lr=-1.0, kl=0.0, mse=0.0, weighting="loud")  # type: ignore[arg-type]
+    assert [problem.where for problem in caught.value.problems] == ["epochs", "lr", "kl + mse + cosine", "weighting"]
+    with pytest.raises(UserError) as caught:
+        EndToEndSettings(temperature=0.0, top_k=0, logits=-1.0)
+    assert [problem.where for problem in caught.value.problems] == [
+        "logits + hidden + cross_entropy",
+        "temperature",
+        "top_k",
+    ]
