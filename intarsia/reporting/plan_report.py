@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.disk import read_json
-from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.told import mlp_pieces, of_experts
+from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.step import mlp_pieces, of_experts
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Tile, table
