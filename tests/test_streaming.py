@@ -21,16 +21,15 @@ from intarsia.errors import UserError
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.healing import layerwise
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.quality import quality
-from intarsia.healing.settings import LayerwiseSettings
+from intarsia.healing.settings import ClosedFormSettings, LayerwiseSettings
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import METHODS, climb, planner_of, progressive_methods
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings
 from intarsia.progress import Silent
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.schema import content_hash
 from tests import families
 from tests.closed_form_fits import fit_on
 from tests.conftest import InMemory, Opened

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from intarsia.anatomy.layer_lists import regenerates
+from intarsia.anatomy.detect import regenerates
 from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE
 from intarsia.checkpoint.hashing import write_sums
 from intarsia.checkpoint.reader import Checkpoint

@@ -15,7 +15,7 @@ from intarsia.checkpoint.resolve import DEMO, GGUF, hub_id, local_path, split_na
 from intarsia.checkpoint.writer import TOKENIZER_FILES
 from intarsia.errors import Problem, UserError
 from intarsia.exporting.verify import Skipped, fail_if
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _AGAIN = "Copy the tokenizer's files from the model that this one was made from, or build it again."
@@ -84,7 +84,7 @@ def source_folder(folder: Path) -> Path | None:
     """The folder of the base that a built model's recipe names, if it can be had without a network."""
     if not (folder / RECIPE_FILE).is_file():
         return None
-    recipe = codec.load(folder / RECIPE_FILE)
+    recipe = schema.load(folder / RECIPE_FILE)
     variant = recipe.variant(recipe.base)
     if split_name(variant.model)[0] == DEMO:
         found = cache_folder() / "demo"

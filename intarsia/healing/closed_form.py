@@ -42,8 +42,8 @@ from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.room import Room
 from intarsia.calibration.stream import LayerCall, LayerStream
 from intarsia.healing.closed_form_cost import read_outs
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Recipe

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from intarsia.anatomy.spec import Anatomy, Part
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.layer_fit import passes
 from intarsia.healing.layer_map import correspondences, taught
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.recipe.recipe import Recipe, identity
 
 MOST_PASSES = 3

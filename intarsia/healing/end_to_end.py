@@ -1,48 +1,66 @@
 """End-to-end distillation: the whole student against the teacher, through Accelerate.
 
 One command goes from one CPU to many devices. A run is saved at every measurement: killed at any step and started
-again, it goes on from there, and its loss curve is the one of an undisturbed run. The best held-out state is what comes
-out; where none is better than the beginning, the recipe stays as it was.
+again, it continues from there, and its loss curve is the one of an undisturbed run. The best held-out state is what
+comes out; where none is better than the start, the recipe stays as it was.
+
+Shape suffixes: `N` sequences, `B` sequences of a batch, `T` tokens.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.disk import require_room, write_whole
+from intarsia.errors import UserError
 from intarsia.healing.launch import accelerator as make_accelerator
+from intarsia.healing.layer_map import correspondences
 from intarsia.healing.settings import EndToEndSettings
-from intarsia.healing.state_file import load_state
-from intarsia.healing.student import build_student, with_trained
-from intarsia.healing.teacher import Teacher
-from intarsia.healing.text import Text
-from intarsia.healing.whole_training import BEST, WholeTraining
-from intarsia.progress import Progress, Silent
+from intarsia.healing.student import PARTS, Distiller, Lesson, build_student, load_student, with_trained
+from intarsia.healing.teacher import TeacherSource, TopK, top_k_folder, write_top_k
+from intarsia.healing.training import (
+    Clock,
+    Curve,
+    Patience,
+    Text,
+    load_snapshot,
+    load_state,
+    save_snapshot,
+    save_state,
+    schedule_of,
+)
+from intarsia.progress import Progress, Silent, Task
 from intarsia.recipe.recipe import Recipe
 
 _DONE = "done.json"
+BEST = "best.safetensors"
+"""The trained parameters with the lowest held-out loss so far."""
+
+_CPU_MICRO_TOKENS = 2048
+_MICRO_TOKENS = 16384
 
 
 def train(
     recipe: Recipe,
     variants: Mapping[str, Checkpoint],
-    corpus: Corpus,
-    held_out: Corpus,
+    text: Text,
+    teacher: TeacherSource,
     *,
+    settings: EndToEndSettings | None = None,
     folder: Path,
     device: torch.device,
-    teacher: Callable[[], Teacher],
-    teacher_sha256: str,
-    settings: EndToEndSettings | None = None,
-    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """The recipe with trained tensors, if they lowered the held-out loss, and a report (a list of one).
@@ -51,15 +69,13 @@ def train(
 
     Args:
         variants: the opened checkpoints of the recipe.
+        teacher: with the depths of `lesson_depths`.
         folder: where the student and the state are kept. What it holds must be of the same call.
-        teacher: gives the teacher, with the depths of `whole_training.lesson_depths`; only called when it is needed.
-        cache: where the teacher's likeliest tokens are kept; in `folder` by default.
 
     Raises:
         UserError: there is too little text, the disk is full, or the loss is not finite before the first step.
     """
     settings, progress = settings or EndToEndSettings(), progress or Silent()
-    text = Text.of(corpus, held_out)
     student = folder / "student"
     accelerator = make_accelerator(device=device, log=settings.log, folder=folder)
     if accelerator.is_main_process:
@@ -71,10 +87,7 @@ def train(
             require_room(folder, 22 * parameters, "the student and the state of its training", option="--run")
             build_student(recipe, variants, student)
         accelerator.wait_for_everyone()
-        training = WholeTraining(
-            recipe, text, student, folder, teacher, teacher_sha256, settings, cache, accelerator, progress
-        )
-        report = training.run()
+        report = WholeTraining(recipe, text, teacher, settings, folder, accelerator, progress).run()
         if accelerator.is_main_process:
             write_whole(folder / _DONE, json.dumps(report) + "\n")
     accelerator.wait_for_everyone()
@@ -93,3 +106,209 @@ def clear(folder: Path) -> None:
     """Delete what a finished training needs no more."""
     for path in [folder / "student", *folder.glob("state-*")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def lesson_depths(recipe: Recipe, settings: EndToEndSettings) -> tuple[int, ...]:
+    """Depths of the teacher whose hidden states are learnt from."""
+    return tuple(layer.stop for layer in correspondences(recipe) if layer.trainable) if settings.hidden else ()
+
+
+class WholeTraining:
+    """A student, its teacher and the state of its training."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        text: Text,
+        teacher: TeacherSource,
+        settings: EndToEndSettings,
+        folder: Path,
+        accelerator: Any,
+        progress: Progress,
+    ) -> None:
+        """The student is in the folder already."""
+        self.text, self.folder, self.settings = text, folder, settings
+        self.accelerator, self.progress = accelerator, progress
+        self.world, self.rank, self.device = accelerator.num_processes, accelerator.process_index, accelerator.device
+        self.schedule = schedule_of(settings, sequences=text.train, seq_len=text.seq_len, multiple=self.world)
+        self.tokens = self.schedule.batch * text.seq_len  # of a step
+        usual = _CPU_MICRO_TOKENS if self.device.type == "cpu" else _MICRO_TOKENS
+        self.micro = max(1, (settings.micro_tokens or usual) // text.seq_len)
+        depths = lesson_depths(recipe, settings)
+        student = folder / "student"
+        model, anatomy = load_student(student, settings, self.device)
+        self.top_k = (
+            self._top_k(teacher, anatomy.vocabulary) if settings.top_k is not None and settings.logits else None
+        )
+        needed = depths or (settings.logits and self.top_k is None)
+        self.teacher = teacher.load() if needed else None
+        stored = Checkpoint.open(student, model=str(student)).headers[f"{anatomy.family.embedding_module}.weight"].dtype
+        distiller = Distiller(
+            model,
+            anatomy,
+            settings,
+            layers=[layer.index for layer in correspondences(recipe) if layer.trainable] if depths else [],
+            teacher_head=None if self.teacher is None else self.teacher.split.head,
+            autocast=settings.precision == "bf16" or (settings.precision == "auto" and stored != torch.float32),
+        )
+        self.names = [name for name, parameter in distiller.named_parameters() if parameter.requires_grad]
+        optimiser = torch.optim.AdamW(
+            [parameter for parameter in distiller.parameters() if parameter.requires_grad],
+            lr=settings.lr,
+            betas=(0.9, 0.95),
+            weight_decay=settings.weight_decay,
+        )
+        self.model, self.optimiser = accelerator.prepare(distiller, optimiser)
+        self.curve = Curve(folder / "curve.jsonl", accelerator, settings)
+
+    def _top_k(self, teacher: TeacherSource, vocabulary: int) -> TopK:
+        place = top_k_folder(teacher.cache or self.folder, teacher, self.text, self.settings)
+        if self.accelerator.is_main_process:
+            write_top_k(
+                place,
+                self.text,
+                teacher,
+                self.settings,
+                vocabulary=vocabulary,
+                batch=self.micro,
+                progress=self.progress,
+            )
+        self.accelerator.wait_for_everyone()
+        return TopK(place)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; the report."""
+        facts = load_snapshot(self.accelerator, self.folder) or self._start()
+        patience = Patience(self.settings.patience, facts["first"], bad=facts["bad"], best=facts["best"])
+        step, stopped = facts["next"], facts["stopped"]
+        clock = Clock(done=step, seconds=facts["seconds"], started=time.perf_counter())
+        self.curve.start(step)
+        if step == 0:
+            self.curve.held_out(0, patience.first)
+        with self.progress.task("end-to-end training", self.schedule.steps * self.tokens) as task:
+            task.advance(step * self.tokens)
+            while step < self.schedule.steps and stopped is None:
+                parts = self._step(step)
+                if not math.isfinite(parts["loss"]):
+                    stopped = f"the loss was {parts['loss']:.4g} at step {step + 1}"
+                    break
+                step += 1
+                self._report(task, step, parts, clock)
+                if self.schedule.is_measured_after(step - 1):
+                    stopped = self._measure(step, patience)
+                    save_snapshot(self.accelerator, self.folder, _facts(step, stopped, patience, clock.all_seconds))
+        self.curve.end()
+        if stopped is not None:
+            self.progress.say(f"end-to-end training stopped: {stopped}; its best state is kept")
+        return {
+            "loss_before": patience.first,
+            "loss_after": patience.best,
+            "steps": step,
+            "tokens": step * self.tokens,
+            "seconds": clock.all_seconds,
+            "stopped": stopped,
+        }
+
+    def _start(self) -> dict[str, Any]:
+        first = self._held_out_loss()
+        if not math.isfinite(first):
+            raise UserError.of(
+                where="end-to-end training, before the first step",
+                expected="a finite loss",
+                found=str(first),
+                remedy="The student or the teacher is damaged, or overflows in its dtype; check both.",
+            )
+        return _facts(0, None, Patience(self.settings.patience, first), 0.0)
+
+    def _measure(self, step: int, patience: Patience) -> str | None:
+        """Measure the held-out loss and keep the best state; why to stop, if that is so."""
+        found = self._held_out_loss()
+        self.curve.held_out(step, found)
+        if patience.diverged(found):
+            return f"the held-out loss was {found:.4g} at step {step}"
+        if patience.improved(found):
+            self._keep_best(step, found)
+        elif patience.over:
+            return f"no better held-out loss in {patience.bad} measurements, one every {self.schedule.every} steps"
+        return None
+
+    def _step(self, step: int) -> dict[str, float]:
+        """One step of the optimiser; its losses. Where they or the gradient are not finite nothing is changed."""
+        self.curve.lr = self.schedule.lr(step)
+        share = self.schedule.rows(step)[self.rank :: self.world]
+        total = torch.zeros(len(PARTS), device=self.device)
+        for start in range(0, len(share), self.micro):
+            rows = share[start : start + self.micro]
+            last = start + self.micro >= len(share)
+            with _sync(self.accelerator, self.model, last):
+                parts = self._forward(rows)
+                self.accelerator.backward(parts[0] * (len(rows) / len(share)))
+            total += parts.detach() * (len(rows) / len(share))
+        total = self.accelerator.reduce(total, reduction="mean")
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        found = dict(zip(PARTS, total.tolist(), strict=True))
+        if not torch.isfinite(torch.as_tensor(float(norm))):
+            found["loss"] = found["loss"] if found["loss"] != found["loss"] else float("inf")
+        elif torch.isfinite(total[0]):
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.curve.lr
+            self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return found
+
+    def _forward(self, rows: list[int]) -> Tensor:
+        ids_BT = self.text.ids_NT[rows].to(self.device)
+        mask_BT = None if self.text.mask_NT is None else self.text.mask_NT[rows].to(self.device)
+        lesson = Lesson()
+        if self.teacher is not None:
+            logits = bool(self.settings.logits) and self.top_k is None
+            lesson = self.teacher.lesson(ids_BT, mask_BT, logits=logits)
+        if self.top_k is not None:
+            lesson = replace(lesson, top_k=self.top_k.rows(rows, self.device))
+        losses: Tensor = self.model(ids_BT, mask_BT, lesson)
+        return losses
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> float:
+        """Mean over the held-out sequences; every process takes batches in turn, and equally many of them."""
+        n = len(self.text.ids_NT)
+        batches = [list(range(start, min(start + self.micro, n))) for start in range(self.text.train, n, self.micro)]
+        sums = torch.zeros(2, device=self.device)
+        for start in range(0, len(batches), self.world):
+            mine = start + self.rank
+            rows = batches[min(mine, len(batches) - 1)]
+            weight = len(rows) if mine < len(batches) else 0
+            sums += torch.stack(
+                [self._forward(rows)[0].detach() * weight, torch.tensor(float(weight), device=self.device)]
+            )
+        sums = self.accelerator.reduce(sums, reduction="sum")
+        return float(sums[0] / sums[1])
+
+    def _keep_best(self, step: int, loss: float) -> None:
+        state = self.accelerator.get_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            tensors = {name.removeprefix("student."): state[name].detach().cpu() for name in self.names}
+            save_state(self.folder / BEST, tensors, {"step": step, "loss": loss})
+
+    def _report(self, task: Task, step: int, parts: dict[str, float], clock: Clock) -> None:
+        task.advance(self.tokens)
+        speed = (step - clock.done) * self.tokens / max(clock.seconds_now, 1e-9)
+        task.note(f"step {step} of {self.schedule.steps}: loss {parts['loss']:.4f}, {speed:,.0f} tokens/s")
+        self.curve.step(step, parts, step * self.tokens)
+
+
+def _facts(step: int, stopped: str | None, patience: Patience, seconds: float) -> dict[str, Any]:
+    """What a snapshot says beside the tensors."""
+    return {
+        "next": step,
+        "stopped": stopped,
+        "first": patience.first,
+        "best": patience.best,
+        "bad": patience.bad,
+        "seconds": seconds,
+    }
+
+
+def _sync(accelerator: Any, model: torch.nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Gradients travel between processes with the last part of a step alone."""
+    return nullcontext() if last else accelerator.no_sync(model)

@@ -7,29 +7,23 @@ H^stop, so a teacher needs the base's depth, width and vocabulary; by default it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from intarsia.anatomy.spec import Anatomy
 from intarsia.errors import Problem, UserError
+from intarsia.healing.settings import Layers
 from intarsia.recipe.ops import Op, Select
 from intarsia.recipe.recipe import Recipe, Span
-
-Layers: TypeAlias = Literal["spans", "behind"]
-"""`spans`: output layers that stand for more than themselves or were merged; `behind`: these and every layer behind
-the first of them, which can make good what those before left."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Correspondence:
-    """Output layer `index` stands for the original layers `start` .. `stop - 1`.
-
-    `trainable`: there is something to learn, because it stands for more than one layer, or because it is not an
-    original layer as it was. (A layer that stands for none has nothing to learn from.)
-    """
+    """Output layer `index` stands for the original layers `start` .. `stop - 1`."""
 
     index: int
     start: int
     stop: int
+    # There is something to learn: it stands for more than one layer, or is not an original layer as it was. (A layer
+    # that stands for none has nothing to learn from.)
     trainable: bool
 
 
@@ -53,7 +47,7 @@ def trainable(op: Op, span: Span) -> bool:
 
 
 def taught(recipe: Recipe, layers: Layers) -> list[int]:
-    """Output layers that a repair changes. One that stands for none of the original has no target."""
+    """Output layers that a heal stage changes. One that stands for none of the original has no target."""
     known = correspondences(recipe)
     changed = [layer.index for layer in known if layer.trainable]
     if layers == "behind" and changed:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from intarsia.calibration.stream import LayerCall
 from intarsia.errors import UserError
 from intarsia.healing.settings import LayerwiseSettings
-from intarsia.healing.state_file import load_state
 from intarsia.healing.states import StatesFile, StatesInMemory
+from intarsia.healing.training import load_state
 
 Tell = Callable[[int, float], None]
 """Told after every step: the tokens of the step, and its loss."""

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from intarsia.errors import UserError
 from intarsia.healing.layer_task import LayerReport, LayerTask, Tell, Trained, finished, on_device, state_path
 from intarsia.healing.losses import hidden_loss
-from intarsia.healing.schedule import Patience, schedule_of
-from intarsia.healing.state_file import load_state, save_state
+from intarsia.healing.training import Patience, load_state, save_state, schedule_of
 
 
 def train_layer(task: LayerTask, tell: Tell | None = None) -> Trained:
@@ -89,7 +88,7 @@ class _Training:
         tokens = self.schedule.batch * self.task.seq_len
         while self.next < self.schedule.steps and self.stopped is None:
             loss = self._step(self.next)
-            if self.patience.diverged(loss):
+            if not math.isfinite(loss):
                 self.stopped = f"the loss was {loss:.4g} at step {self.next + 1}"
                 break
             if tell is not None:

@@ -20,11 +20,10 @@ from intarsia.disk import require_room
 from intarsia.errors import UserError
 from intarsia.healing.layer_map import Correspondence
 from intarsia.healing.layer_task import LayerTask, trained_names
-from intarsia.healing.schedule import schedule_of
 from intarsia.healing.settings import LayerwiseSettings
 from intarsia.healing.states import StatesFile, StatesInMemory, StudentStates, plain_batches
 from intarsia.healing.teacher import TeacherStates
-from intarsia.healing.text import Text
+from intarsia.healing.training import Text, schedule_of
 from intarsia.progress import Task
 from intarsia.recipe.recipe import Recipe
 

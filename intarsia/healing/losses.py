@@ -1,7 +1,8 @@
-"""Losses between a student's and a teacher's hidden states. Pure functions.
+"""Losses between a student and a teacher: of hidden states, and of next-token distributions. Pure functions.
 
 `hidden_kl` is the loss of CoMe's distillation (arXiv 2510.15304): hidden states are read as unnormalised
-log-probabilities. The other two are additions. All are means over real tokens, in float32, teacher first.
+log-probabilities. The other two of hidden states are additions. All are means over real tokens, in float32, teacher
+first.
 
 A few tokens carry massive activations (attention sinks): their norms are a hundred times the others', and a plain
 squared error serves them alone. `weighting` of the squared error decides what such a token counts:
@@ -10,17 +11,23 @@ squared error serves them alone. `weighting` of the squared error decides what s
 - `clip`: a token longer than `CLIP` times the batch's median norm counts as if it were that long;
 - `uniform`: every token's error counts as it is.
 
-Shape suffixes: `D` residual width, `N` tokens; `...` is any arrangement of tokens.
+The losses of logits are functions of a block of rows. `over_rows` applies them to all tokens without ever holding the
+logits of all tokens: block by block it goes from hidden state through the head to the loss and straight back to the
+gradient of the hidden state. The head is frozen, so that gradient is all that is needed.
+
+Shape suffixes: `N` tokens, `D` residual width, `V` vocabulary, `K` tokens kept of a teacher's distribution; `...` is
+any arrangement of tokens.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Weighting = Literal["relative", "clip", "uniform"]
+from intarsia.healing.settings import Weighting
 
 CLIP = 4.0
 _TINY = 1e-12
@@ -97,3 +104,91 @@ def _token_weights(size: Tensor, mask: Tensor | None, weighting: Weighting) -> T
     else:
         weight = torch.ones_like(size)
     return weight if mask is None else weight * mask
+
+
+LossOfRows = Callable[[Tensor, slice], Tensor]
+"""From float32 logits `[N, V]` of some rows, and which rows these are, to each row's loss `[N]`."""
+
+_CPU_ROWS = 128
+_CUDA_ROWS = 2048
+_LEAST_REST = 1e-6
+
+
+def logit_kl(teacher_NV: Tensor, student_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 * KL(softmax(z_T / T) || softmax(z_S / T)) of each row, in nats: float32 `[N]`.
+
+    T^2 keeps the gradient's size independent of the temperature (arXiv 1503.02531).
+    """
+    log_t = torch.log_softmax(teacher_NV.float() / temperature, dim=-1)
+    log_s = torch.log_softmax(student_NV.float() / temperature, dim=-1)
+    return temperature**2 * (log_t.exp() * (log_t - log_s)).sum(dim=-1)
+
+
+def top_k_kl(log_p_NK: Tensor, index_NK: Tensor, student_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """The same against a teacher of whom only the K likeliest tokens are known; the rest is one bucket.
+
+    Args:
+        log_p_NK: the teacher's log-probabilities at this temperature.
+        index_NK: which tokens they belong to.
+
+    Returns:
+        float32 `[N]`: T^2 * KL of the distributions over K + 1 outcomes, a lower bound of the full KL.
+    """
+    log_s = torch.log_softmax(student_NV.float() / temperature, dim=-1).gather(1, index_NK.long())
+    log_t = log_p_NK.float()
+    kept = (log_t.exp() * (log_t - log_s)).sum(dim=-1)
+    rest_t = (1.0 - log_t.exp().sum(dim=-1)).clamp_min(_LEAST_REST)
+    rest_s = (1.0 - log_s.exp().sum(dim=-1)).clamp_min(_LEAST_REST)
+    return temperature**2 * (kept + rest_t * (rest_t.log() - rest_s.log()))
+
+
+def top_k_of(teacher_NV: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The K likeliest tokens of each row: their log-probabilities at this temperature, and which they are."""
+    log_p_NV = torch.log_softmax(teacher_NV.float() / temperature, dim=-1)
+    found = log_p_NV.topk(k, dim=-1)
+    return found.values, found.indices
+
+
+def cross_entropy(student_NV: Tensor, target_N: Tensor) -> Tensor:
+    """-log softmax(z_S)[target] of each row, in nats: float32 `[N]`."""
+    return torch.nn.functional.cross_entropy(student_NV.float(), target_N, reduction="none")
+
+
+def over_rows(hidden_ND: Tensor, head: Callable[[Tensor], Tensor], losses: LossOfRows, weight_N: Tensor) -> Tensor:
+    """sum_n weight_n * loss_n, differentiable in `hidden_ND`; logits exist for one block of rows at a time.
+
+    Args:
+        hidden_ND: what the student's head reads.
+        head: `[N, D] -> [N, V]`, row by row. Its parameters get no gradient.
+        losses: each row's loss.
+        weight_N: what each row counts; rows with 0 may hold anything finite.
+    """
+    total: Tensor = _OverRows.apply(hidden_ND, head, losses, weight_N)
+    return total
+
+
+class _OverRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head: Callable[[Tensor], Tensor], losses: LossOfRows, weight_N: Tensor
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        gradient_ND = torch.empty_like(hidden_ND) if wanted else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        step = _CPU_ROWS if hidden_ND.device.type == "cpu" else _CUDA_ROWS
+        for start in range(0, hidden_ND.shape[0], step):
+            rows = slice(start, min(start + step, hidden_ND.shape[0]))
+            with torch.set_grad_enabled(wanted):
+                block = hidden_ND[rows].detach().requires_grad_(wanted)
+                loss = (losses(head(block), rows) * weight_N[rows]).sum()
+            if gradient_ND is not None:
+                (gradient_ND[rows],) = torch.autograd.grad(loss, block)
+            total += loss.detach()
+        if gradient_ND is not None:
+            ctx.save_for_backward(gradient_ND)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * gradient.to(gradient_ND.dtype), None, None, None

@@ -1,41 +1,69 @@
-"""Settings of the two kinds of training, checked when they are made."""
+"""Settings of every heal stage; those of trainings are checked when they are made."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
+from intarsia.anatomy.spec import Part
 from intarsia.errors import Problem, UserError
-from intarsia.healing.layer_map import Layers
-from intarsia.healing.losses import Weighting
 
-Check = tuple[str, str, object, bool]
+Layers: TypeAlias = Literal["spans", "behind"]
+"""Which output layers a stage changes. `spans`: those that stand for more than one original layer, or were merged;
+`behind`: these, and every layer after the first of them, which can correct what those before left."""
+
+Weighting: TypeAlias = Literal["relative", "clip", "uniform"]
+"""What a token counts in a squared error, see `intarsia.healing.losses`."""
+
+Check: TypeAlias = tuple[str, str, object, bool]
 """A setting's name, what is expected, what was found, and whether it is right."""
+
+RIDGES = tuple(10.0**exponent for exponent in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClosedFormSettings:
+    """How the closed form fits."""
+
+    layers: Layers = "behind"
+    # Output projections to fit on layers that stand for more than themselves, in this order.
+    changed: tuple[Part, ...] = ("mlp", "attention", "mlp")
+    # Output projections to fit on the layers after them, in this order. All but the first only on as many layers, from
+    # the front, as keep the cost of the fit within `closed_form.MOST_PASSES` of the model.
+    unchanged: tuple[Part, ...] = ("mlp",)
+    # `relative`: a token counts with 1 / |H^b|^2; `uniform`: all the same.
+    weighting: Literal["relative", "uniform"] = "relative"
+    # Every n-th sequence is held out, to choose the ridge strength by.
+    held_out: int = 8
+    # Strengths to choose from, relative to the feature scale, ascending.
+    ridges: tuple[float, ...] = RIDGES
+
+
+LAST = ClosedFormSettings(unchanged=("mlp", "attention"), held_out=32)
+"""How the final model is fitted, where other text judges it: held-out sequences only choose the strength then, and few
+are enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """What both kinds of training share.
+    """What both kinds of training share."""
 
-    Attributes:
-        epochs: how often every training sequence is seen.
-        batch_tokens: tokens of an optimiser step.
-        lr: the learning rate's peak; it warms up linearly and then falls along a cosine to `least_lr` of it.
-        warmup: share of all steps.
-        clip: the gradient's norm is cut to this.
-        evaluations: how often the held-out loss is measured, and state saved, on the way.
-        patience: stop after so many measurements without a new best.
-    """
-
+    # How often every training sequence is seen.
     epochs: int = 1
+    # Tokens of an optimiser step.
     batch_tokens: int = 2048
+    # Peak of the learning rate; it warms up linearly and then falls along a cosine to `least_lr` of it.
     lr: float = 3e-4
     least_lr: float = 0.05
+    # Share of all steps.
     warmup: float = 0.05
     weight_decay: float = 0.0
+    # The gradient's norm is clipped to this.
     clip: float = 1.0
+    # How often the held-out loss is measured, and state saved, on the way.
     evaluations: int = 10
+    # Stop after this many measurements without a new best.
     patience: int = 3
     seed: int = 0
 
@@ -70,66 +98,59 @@ class Pace:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerwiseSettings(Pace):
-    """How single layers are trained.
+    """How single layers are trained."""
 
-    Attributes:
-        kl, mse, cosine: weights of the hidden-state losses (`intarsia.healing.losses`); KL alone is as published.
-        weighting: what a token counts in the squared error.
-        inputs: a layer is fed the `teacher`'s hidden states, as published, and is independent of the others; or those
-            of the `student`: the layers before it, trained already, so that it learns to make good what they left.
-        layers: which layers, see `layer_map.Layers`.
-        only: names of tensors or modules inside a layer (`down_proj`, `mlp`, ...) that are trained; empty for all.
-    """
-
+    # Weights of the hidden-state losses; KL alone is as published.
     kl: float = 1.0
     mse: float = 1.0
     cosine: float = 0.0
+    # What a token counts in the squared error.
     weighting: Weighting = "relative"
+    # A layer is fed the `teacher`'s hidden states, as published, and is independent of the others; or those of the
+    # `student`: of the layers before it, trained already, so that it learns to correct what they left.
     inputs: Literal["teacher", "student"] = "teacher"
     layers: Layers = "spans"
+    # Names of tensors or modules inside a layer (`down_proj`, `mlp`, ...) that are trained; empty for all.
     only: tuple[str, ...] = ()
 
     def checks(self) -> Iterable[Check]:
         """What must hold."""
         yield from Pace.checks(self)
         yield from _weights(self, ("kl", "mse", "cosine"))
-        yield "weighting", f"one of {', '.join(get_args(Weighting))}", self.weighting, _is_weighting(self.weighting)
+        known = get_args(Weighting)
+        yield "weighting", f"one of {', '.join(known)}", self.weighting, self.weighting in known
         yield "inputs", "teacher or student", self.inputs, self.inputs in ("teacher", "student")
         yield "layers", "spans or behind", self.layers, self.layers in get_args(Layers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEndSettings(Pace):
-    """How the whole model is trained.
-
-    Attributes:
-        logits, hidden, cross_entropy: weights of the losses: next-token distributions against the teacher's; hidden
-            states behind the trainable layers against the teacher's at the ends of their spans (relative squared
-            error); and the text itself.
-        temperature: of the logits loss.
-        top_k: learn from a cache of the teacher's so many likeliest tokens, written once and reused; None runs the
-            teacher beside the student.
-        lora: rank of low-rank changes to every linear layer (of a mixture, of its attention); None trains all
-            parameters of the layers.
-        micro_tokens: tokens of one forward and backward pass on one device; gradients are accumulated up to
-            `batch_tokens`. None: as many as a step has, at most 2048 on CPU and 16384 elsewhere.
-        checkpointing: recompute activations in the backward pass: slower, and much less memory.
-        precision: `bf16` runs products in bfloat16 with parameters in float32; `no` runs all in float32; `auto` is
-            bf16 for a model stored in 16 bits.
-        log: a tracker that Accelerate knows, such as `tensorboard`.
-    """
+    """How the whole model is trained."""
 
     lr: float = 1e-4
     batch_tokens: int = 8192
+    # Weights of the losses: next-token distributions against the teacher's; hidden states after the trainable layers
+    # against the teacher's at the ends of their spans (relative squared error); and the text itself.
     logits: float = 1.0
     hidden: float = 0.0
     cross_entropy: float = 0.0
+    # Of the logits loss.
     temperature: float = 1.0
+    # Learn from a cache of the teacher's K likeliest tokens, written once and reused; None runs the teacher beside the
+    # student.
     top_k: int | None = None
+    # Rank of low-rank changes to every linear layer (of a mixture, of its attention); None trains all parameters of the
+    # layers.
     lora: int | None = None
+    # Tokens of one forward and backward pass on one device; gradients are accumulated up to `batch_tokens`. None: as
+    # many as a step has, at most 2048 on CPU and 16384 elsewhere.
     micro_tokens: int | None = None
+    # Recompute activations in the backward pass: slower, and much less memory.
     checkpointing: bool = False
+    # `bf16` runs products in bfloat16 with parameters in float32; `no` runs all in float32; `auto` is bf16 for a model
+    # stored in 16 bits.
     precision: Literal["auto", "bf16", "no"] = "auto"
+    # A tracker that Accelerate knows, such as `tensorboard`.
     log: str | None = None
 
     def checks(self) -> Iterable[Check]:
@@ -141,10 +162,6 @@ class EndToEndSettings(Pace):
             value = getattr(self, name)
             yield name, "a whole number, 1 or more", value, value is None or value >= 1
         yield "precision", "one of auto, bf16, no", self.precision, self.precision in ("auto", "bf16", "no")
-
-
-def _is_weighting(name: str) -> bool:
-    return name in get_args(Weighting)
 
 
 def _weights(settings: object, names: tuple[str, ...]) -> Iterable[Check]:

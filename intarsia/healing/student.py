@@ -1,13 +1,21 @@
-"""The student of end-to-end distillation: a recipe's model, what of it is trained, and the way back to a recipe.
+"""The student of end-to-end distillation: a recipe's model, what of it is trained, its losses, and the way back to a
+recipe.
 
 Only layers are trained. Embedding, final norm and head stay the base's, so that a recipe with fitted tensors still is
 the whole model.
+
+`Distiller` is the student with its losses as one module: a batch and what the teacher says of it in, losses out. So
+every wrapper that Accelerate may put around it sees a single forward and no large outputs. Logits exist for a few rows
+at a time, the teacher's as well as the student's.
+
+Shape suffixes: `B` sequences, `T` tokens, `N` = B * T, `D` residual width, `V` vocabulary, `K` kept tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +31,7 @@ from intarsia.building.parameters import to_tensors
 from intarsia.building.resident import load_model
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import missing_package
+from intarsia.healing.losses import cross_entropy, hidden_mse, logit_kl, over_rows, top_k_kl
 from intarsia.healing.settings import EndToEndSettings
 from intarsia.recipe.recipe import Recipe
 
@@ -102,7 +111,7 @@ def _add_lora(model: PreTrainedModel, anatomy: Anatomy, rank: int) -> None:
         if linear.segments != ("expert",)  # experts and their router are no linear modules in memory
     ]
     config = LoraConfig(r=rank, lora_alpha=int(_SCALE * rank), lora_dropout=0.0, bias="none", target_modules=targets)
-    torch.manual_seed(0)  # A begins random, B as zeros
+    torch.manual_seed(0)  # A starts random, B as zeros
     inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
@@ -118,3 +127,160 @@ def _without_dropout(model: nn.Module) -> None:
             value: Any = getattr(module, name, None)
             if isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+class SplitModel:
+    """A causal language model as what makes the last hidden state, and the head that reads it: so that losses can go
+    through the head a few rows at a time.
+
+    Where a model does more to its logits than its head does (a scale, a soft cap), its trunk gives the whole logits and
+    its head nothing: slower, and right. Holds the model without owning it, so that no wrapper sees its parameters
+    twice.
+    """
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+        self.model = model
+        self._head: nn.Module | None = model.get_submodule(anatomy.family.head_in_memory)
+        self._check()
+
+    def trunk(
+        self, ids_BT: Tensor, mask_BT: Tensor | None, *, hidden: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What `head` reads, `[B, T, ...]`, and, if asked for, the hidden states after the embedding and every layer.
+
+        The last hidden state is after the final norm.
+        """
+        given: dict[str, Any] = {
+            "input_ids": ids_BT,
+            "attention_mask": None if mask_BT is None else mask_BT.long(),
+            "use_cache": False,
+            "output_hidden_states": hidden,
+        }
+        if self._head is None:
+            out = self.model(**given)
+            return out.logits, tuple(out.hidden_states) if hidden else ()
+        out = self.model.base_model(**given)
+        return out.last_hidden_state, tuple(out.hidden_states) if hidden else ()
+
+    def head(self, rows: Tensor) -> Tensor:
+        """Logits `[N, V]` of rows of what `trunk` gave."""
+        return rows if self._head is None else self._head(rows)
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        ids_BT = torch.arange(4, device=next(self.model.parameters()).device)[None]
+        rows, _ = self.trunk(ids_BT, None)
+        whole = self.model(input_ids=ids_BT, use_cache=False).logits
+        if not torch.allclose(self.head(rows).float(), whole.float(), rtol=1e-2, atol=1e-2):
+            self._head = None
+
+
+PARTS = ("loss", "logits", "hidden", "text")
+"""What a forward gives: the total, and its parts before they are weighted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What the teacher says of a batch. Neither `rows` nor `top_k` where logits are not learnt from."""
+
+    # What its head reads, `[N, D]`.
+    rows: Tensor | None = None
+    # Log-probabilities and tokens, `[N, K]` each.
+    top_k: tuple[Tensor, Tensor] | None = None
+    # Its hidden states at the ends of the spans, `[B, T, D]` each.
+    hidden: tuple[Tensor, ...] = ()
+
+
+class Distiller(nn.Module):
+    """The student and what it is to learn."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        anatomy: Anatomy,
+        settings: EndToEndSettings,
+        *,
+        layers: Sequence[int],
+        teacher_head: Callable[[Tensor], Tensor] | None,
+        autocast: bool,
+    ) -> None:
+        """`layers`: the output layers after which hidden states are compared."""
+        super().__init__()
+        self.student = student
+        # Which layers FSDP may wrap by themselves.
+        self._no_split_modules = getattr(student, "_no_split_modules", None)
+        self.settings = settings
+        self.layers = tuple(layers)
+        self.autocast = autocast
+        self.split = SplitModel(student, anatomy)
+        self.teacher_head = teacher_head
+
+    def forward(self, ids_BT: Tensor, mask_BT: Tensor | None, lesson: Lesson) -> Tensor:
+        """The losses of `PARTS`, `[4]`, means over real tokens."""
+        with self._precision(ids_BT.device):
+            rows, hidden = self.split.trunk(ids_BT, mask_BT, hidden=bool(lesson.hidden))
+        logits, text = self._through_head(rows, ids_BT, mask_BT, lesson)
+        between = torch.zeros((), device=ids_BT.device)
+        if lesson.hidden:
+            pairs = zip(self.layers, lesson.hidden, strict=True)
+            found = [hidden_mse(theirs, hidden[index + 1], mask_BT) for index, theirs in pairs]
+            between = torch.stack(found).mean()
+        total = logits.total + self.settings.hidden * between
+        return torch.stack([total, logits.part, between.detach(), text])
+
+    def _through_head(
+        self, rows: Tensor, ids_BT: Tensor, mask_BT: Tensor | None, lesson: Lesson
+    ) -> tuple[_Logits, Tensor]:
+        settings, temperature = self.settings, self.settings.temperature
+        real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT
+        # Position t predicts token t + 1; both must be real.
+        next_BT = torch.cat([real_BT[:, :-1] & real_BT[:, 1:], torch.zeros_like(real_BT[:, :1])], dim=1)
+        target_N = torch.cat([ids_BT[:, 1:], ids_BT[:, :1]], dim=1).reshape(-1)
+        real_N = real_BT.reshape(-1).float() / real_BT.sum().clamp_min(1)
+        next_N = next_BT.reshape(-1).float() / next_BT.sum().clamp_min(1)
+        sums = torch.zeros(2, device=rows.device)
+        taught = lesson.rows is not None or lesson.top_k is not None
+
+        def losses(logits_NV: Tensor, part: slice) -> Tensor:
+            total = torch.zeros(logits_NV.shape[0], device=logits_NV.device)
+            if taught:
+                if lesson.top_k is not None:
+                    log_p, index = (kept[part] for kept in lesson.top_k)
+                    kl_N = top_k_kl(log_p, index, logits_NV, temperature)
+                else:
+                    assert lesson.rows is not None and self.teacher_head is not None
+                    with torch.no_grad():
+                        theirs = self.teacher_head(lesson.rows[part])
+                    kl_N = logit_kl(theirs, logits_NV, temperature)
+                kl_N = torch.where(real_N[part] > 0, kl_N, 0.0) * real_N[part]
+                sums[0] += kl_N.detach().sum()
+                total = total + settings.logits * kl_N
+            if settings.cross_entropy:
+                text_N = cross_entropy(logits_NV, target_N[part])
+                text_N = torch.where(next_N[part] > 0, text_N, 0.0) * next_N[part]
+                sums[1] += text_N.detach().sum()
+                total = total + settings.cross_entropy * text_N
+            return total
+
+        def head(block: Tensor) -> Tensor:
+            with self._precision(block.device):
+                logits_NV: Tensor = self.split.head(block)
+            return logits_NV
+
+        rows_ND = rows.reshape(-1, rows.shape[-1])
+        if not taught and not settings.cross_entropy:
+            total = torch.zeros((), device=rows.device)
+        else:
+            total = over_rows(rows_ND, head, losses, torch.ones(len(rows_ND), device=rows.device))
+        return _Logits(total=total, part=sums[0]), sums[1]
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[object]:
+        return torch.autocast(device.type, dtype=torch.bfloat16) if self.autocast else nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Logits:
+    """Weighted total of what goes through the head, and the distillation's part of it."""
+
+    total: Tensor
+    part: Tensor

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,11 +35,10 @@ from intarsia.calibration.stats import require_finite
 from intarsia.calibration.stream import LayerStream
 from intarsia.checkpoint.staging import staged_folder
 from intarsia.errors import UserError
-from intarsia.healing.distiller import Lesson
-from intarsia.healing.logit_losses import top_k_of
-from intarsia.healing.read_out import ReadOut
+from intarsia.healing.losses import top_k_of
 from intarsia.healing.settings import EndToEndSettings
-from intarsia.healing.text import Text
+from intarsia.healing.student import Lesson, SplitModel
+from intarsia.healing.training import Text
 from intarsia.progress import Progress, Silent
 
 _SIGN = "facts.json"
@@ -169,17 +169,27 @@ class Teacher:
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy, depths: Sequence[int]) -> None:
         """`depths`: those at which hidden states are learnt from."""
-        self.read_out = ReadOut(model.eval(), anatomy)
+        self.split = SplitModel(model.eval(), anatomy)
         self.depths = tuple(depths)
 
     @torch.no_grad()
     def lesson(self, ids_BT: Tensor, mask_BT: Tensor | None, *, logits: bool) -> Lesson:
         """What it says of a batch."""
-        rows, hidden = self.read_out.trunk(ids_BT, mask_BT, hidden=bool(self.depths))
+        rows, hidden = self.split.trunk(ids_BT, mask_BT, hidden=bool(self.depths))
         return Lesson(
             rows=rows.reshape(-1, rows.shape[-1]) if logits else None,
             hidden=tuple(hidden[depth] for depth in self.depths),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSource:
+    """A teacher that is only loaded when it is needed, and which one it is."""
+
+    load: Callable[[], Teacher]
+    sha256: str
+    # Where its likeliest tokens are kept; None: in the run folder.
+    cache: Path | None = None
 
 
 class TopK:
@@ -198,16 +208,16 @@ class TopK:
         return found[0], found[1]
 
 
-def top_k_folder(root: Path, *, teacher_sha256: str, text_sha256: str, k: int, temperature: float) -> Path:
+def top_k_folder(root: Path, teacher: TeacherSource, text: Text, settings: EndToEndSettings) -> Path:
     """Where the cache for these is."""
-    facts = json.dumps([1, teacher_sha256, text_sha256, k, temperature])
-    return root / f"top-{k}-{hashlib.sha256(facts.encode()).hexdigest()[:24]}"
+    facts = json.dumps([1, teacher.sha256, text.sha256, settings.top_k, settings.temperature])
+    return root / f"top-{settings.top_k}-{hashlib.sha256(facts.encode()).hexdigest()[:24]}"
 
 
 def write_top_k(
     folder: Path,
     text: Text,
-    teacher: Callable[[], Teacher],
+    teacher: TeacherSource,
     settings: EndToEndSettings,
     *,
     vocabulary: int,
@@ -239,8 +249,8 @@ def write_top_k(
             if hasattr(os, "posix_fallocate"):  # a disk that runs full under a memory map kills the process
                 with (staging / name).open("rb+") as file:
                     os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        model = teacher()
-        device = next(model.read_out.model.parameters()).device
+        model = teacher.load()
+        device = next(model.split.model.parameters()).device
         with progress.task(f"the teacher's {k} likeliest tokens", len(ids_NT)) as task:
             for start in range(0, len(ids_NT), batch):
                 part = slice(start, min(start + batch, len(ids_NT)))
@@ -263,7 +273,7 @@ def _likeliest(
     assert lesson.rows is not None
     values, tokens = [], []
     for start in range(0, len(lesson.rows), _ROWS):
-        log_p, index = top_k_of(teacher.read_out.head(lesson.rows[start : start + _ROWS]), k, temperature)
+        log_p, index = top_k_of(teacher.split.head(lesson.rows[start : start + _ROWS]), k, temperature)
         values.append(log_p.cpu())
         tokens.append(index.to(torch.int32).cpu())
     log_p = torch.cat(values)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 from intarsia.healing.closed_form_cost import closed_form_cost_at_most
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.forwards import first_forwards, plan_forwards
 from intarsia.planning.settings import Settings
 from intarsia.planning.sizes import FITTED_LAYERS, JUDGED_TOKENS, STREAMED_LOGIT_BYTES, Held, Sizes

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from intarsia.errors import Problem, UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.layer_fit import LayerFit
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.planning.blocks import best_blocks
 from intarsia.planning.current_layers import Tensors

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 from intarsia.anatomy.spec import Anatomy
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.layer_fit import passes
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.blocks import NEAREST
 from intarsia.planning.laco import SEQUENCES
 from intarsia.planning.settings import ComeSettings, LacoSettings, Settings, layers_at_once

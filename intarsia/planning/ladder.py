@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.angular import Angular
 from intarsia.planning.come import Come
 from intarsia.planning.finalists import settle
@@ -24,8 +24,8 @@ from intarsia.planning.shortgpt import ShortGpt
 from intarsia.planning.sleb import Sleb
 from intarsia.planning.taylor import saliences
 from intarsia.planning.told import describe, repaired, step_line
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.schema import content_hash
 
 METHODS = (
     "come",

@@ -22,9 +22,9 @@ from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.healing.closed_form import spool_of
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer, passes
 from intarsia.healing.layer_map import trainable
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.planning.intermediate import Intermediate
 from intarsia.recipe.ops import Op

@@ -11,7 +11,7 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.perplexity import eval_corpus
 from intarsia.evaluation.task_plan import LocalTask, TaskPlan
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.cost import predict
 from intarsia.planning.ladder import planner_of
 from intarsia.planning.settings import layers_at_once

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from intarsia.errors import Problem, UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.finalists import check_finalists
 from intarsia.planning.ladder import METHODS, settings_of
 from intarsia.planning.settings import Settings

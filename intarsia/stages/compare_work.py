@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.calibration.batches import Batches
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates, has_room
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.comparison import DENSE

@@ -16,13 +16,13 @@ from intarsia.calibration.batches import Batches
 from intarsia.checkpoint.hashing import cache_folder, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.healing import closed_form, end_to_end, launch, layerwise
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.cluster import connect
+from intarsia.healing.end_to_end import lesson_depths
 from intarsia.healing.quality import quality
 from intarsia.healing.restarts import best_fit, forget, starts
-from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
-from intarsia.healing.teacher import Teacher, TeacherStates, has_room
-from intarsia.healing.whole_training import lesson_depths
+from intarsia.healing.settings import ClosedFormSettings, EndToEndSettings, LayerwiseSettings
+from intarsia.healing.teacher import Teacher, TeacherSource, TeacherStates, has_room
+from intarsia.healing.training import Text
 from intarsia.progress import Progress
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.heal_record import StageResult, read_result, write_result
@@ -163,14 +163,15 @@ class Healing:
         return end_to_end.train(
             recipe,
             self.variants,
-            texts.train,
-            texts.held_out,
+            Text.of(texts.train, texts.held_out),
+            TeacherSource(
+                load=lambda: self._whole_teacher(recipe),
+                sha256=self.teacher_sha256,
+                cache=cache_folder() / "teachers",
+            ),
+            settings=self.end_to_end,
             folder=folder,
             device=self.placement.device,
-            teacher=lambda: self._whole_teacher(recipe),
-            teacher_sha256=self.teacher_sha256,
-            settings=self.end_to_end,
-            cache=cache_folder() / "teachers",
             progress=self.progress,
         )
 

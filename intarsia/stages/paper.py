@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from intarsia.errors import UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.cost import Cost, predict, with_closed_form
 from intarsia.planning.ladder import settings_of
 from intarsia.planning.settings import Settings

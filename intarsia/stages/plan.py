@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.evaluation.memory import peak_memory_bytes
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.cost import Cost
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.run_folder import RunFolder

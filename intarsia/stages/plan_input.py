@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from intarsia.errors import UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.cost import Cost, predict
 from intarsia.planning.finalists import check_finalists
 from intarsia.planning.ladder import METHODS, progressive_methods, settings_of

@@ -14,14 +14,14 @@ from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.disk import full_disk_named
 from intarsia.healing.closed_form_cost import closed_form_cost
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.restarts import AS_IT_IS, Start, best_fit, forget, held_out_perplexity, starts
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates, has_room
 from intarsia.planning.cost import Cost, with_closed_form
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, Settings
 from intarsia.planning.sizes import Held, Sizes
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, identity
 from intarsia.stages.calibration_text import pin_text
 from intarsia.stages.judge import held_out_text, held_out_tokens
@@ -85,7 +85,7 @@ def repaired(
     begin = beginnings(folder, recipe, anatomy)
     forwards = sum(closed_form_cost(start.recipe, settings, anatomy) for start in begin)
     facts: dict[str, Any] = {
-        "recipe": codec.content_hash(recipe),
+        "recipe": schema.content_hash(recipe),
         "settings": asdict(settings),
         "batch_tokens": batch_tokens,
         **({"starts": [start.name for start in begin]} if len(begin) > 1 else {}),
@@ -97,7 +97,7 @@ def repaired(
     if kept.exists():
         forget(ends)
         source.progress.say(f"{kept}: healed already")
-        return _result(codec.load(kept), kept, forwards, fresh=False)
+        return _result(schema.load(kept), kept, forwards, fresh=False)
     corpus = source.corpus
     pin_text(folder, corpus)
     room, progress = source.placement.room(run), source.progress
@@ -139,7 +139,7 @@ def repaired(
     done = replace(done, provenance={**recipe.provenance, "heal": heal})
     with full_disk_named(run):
         kept.parent.mkdir(exist_ok=True)
-        codec.save(done, kept)
+        schema.save(done, kept)
     forget(ends)
     return _result(done, kept, forwards, fresh=True)
 

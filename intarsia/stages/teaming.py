@@ -11,8 +11,8 @@ import torch
 from intarsia.building.resident import Resident
 from intarsia.checkpoint.resolve import lasting
 from intarsia.errors import Problem, UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.cluster import check_scheduler, connect, own_workers, running
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.ladder import METHODS, planner_of
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.share import Share

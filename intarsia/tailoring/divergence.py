@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intarsia.healing.logit_losses import top_k_kl, top_k_of
+from intarsia.healing.losses import top_k_kl, top_k_of
 
 TOP = 64
 _CPU_ROWS = 32

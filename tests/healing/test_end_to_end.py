@@ -15,13 +15,12 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.healing import end_to_end
-from intarsia.healing.curve import read_curve
-from intarsia.healing.distiller import Distiller, Lesson
+from intarsia.healing.end_to_end import WholeTraining, lesson_depths
 from intarsia.healing.quality import Chain, quality
 from intarsia.healing.settings import EndToEndSettings
-from intarsia.healing.student import build_student, load_student, with_trained
-from intarsia.healing.teacher import Teacher, TopK
-from intarsia.healing.whole_training import WholeTraining, lesson_depths
+from intarsia.healing.student import Distiller, Lesson, build_student, load_student, with_trained
+from intarsia.healing.teacher import Teacher, TeacherSource, TopK
+from intarsia.healing.training import Text, read_curve
 from intarsia.progress import Silent
 from intarsia.recipe.recipe import Recipe
 from tests import families
@@ -36,21 +35,21 @@ def heal(
     corpora: tuple[Corpus, Corpus],
     folder: Path,
     settings: EndToEndSettings = QUICK,
-    **more: Any,
+    **source: Any,
 ) -> tuple[Recipe, dict[str, Any]]:
     checkpoint, recipe = given
 
-    def teacher() -> Teacher:
+    def load() -> Teacher:
         return Teacher(load_model(checkpoint, device=CPU), checkpoint.anatomy, lesson_depths(recipe, settings))
 
     healed, report = end_to_end.train(
         recipe,
         {"base": checkpoint},
-        *corpora,
+        Text.of(*corpora),
+        TeacherSource(**{"load": load, "sha256": "T", **source}),
         folder=folder,
         device=CPU,
         settings=settings,
-        **{"teacher": teacher, "teacher_sha256": "T", **more},
     )
     return healed, report[0]
 
@@ -96,11 +95,11 @@ def test_losses_by_hand(cut: Cut, tokens: Tokens, tmp_path: Path) -> None:
     build_student(recipe, {"base": checkpoint}, tmp_path / "student")
     student, anatomy = load_student(tmp_path / "student", settings, CPU)
     teacher = Teacher(load_model(checkpoint, device=CPU), checkpoint.anatomy, lesson_depths(recipe, settings))
-    distiller = Distiller(student, anatomy, settings, layers=[2, 3], teacher_head=teacher.read_out.head, autocast=False)
+    distiller = Distiller(student, anatomy, settings, layers=[2, 3], teacher_head=teacher.split.head, autocast=False)
     with torch.no_grad():
         found = distiller(ids, mask, teacher.lesson(ids, mask, logits=True))
         ours = student(ids, attention_mask=mask, output_hidden_states=True)
-        theirs = teacher.read_out.model(ids, attention_mask=mask, output_hidden_states=True)
+        theirs = teacher.split.model(ids, attention_mask=mask, output_hidden_states=True)
     t, s = ((out.logits / 1.5).log_softmax(-1) for out in (theirs, ours))
     kl = float((t.exp() * (t - s)).sum(-1)[mask].mean()) * 1.5**2
     predicted = mask[:, 1:] & mask[:, :-1]
@@ -222,7 +221,7 @@ def test_top_k_is_written_once_and_reused(
     def no_teacher() -> Teacher:
         raise AssertionError("the teacher is not needed")
 
-    second, _ = heal(cut("llama"), tokens(), tmp_path / "second", settings, cache=cache, teacher=no_teacher)
+    second, _ = heal(cut("llama"), tokens(), tmp_path / "second", settings, cache=cache, load=no_teacher)
     assert same(first, second)
     assert before == {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
     # Another text, K, temperature or teacher is another cache.
@@ -233,7 +232,7 @@ def test_top_k_is_written_once_and_reused(
         (tokens(), settings, "U"),
     ]
     for number, (text, other, sha256) in enumerate(others):
-        heal(cut("llama"), text, tmp_path / f"other-{number}", other, cache=cache, teacher_sha256=sha256)
+        heal(cut("llama"), text, tmp_path / f"other-{number}", other, cache=cache, sha256=sha256)
         assert len(list(cache.iterdir())) == 2 + number
 
 
@@ -290,6 +289,20 @@ def test_not_a_number_stops_with_the_best(
     assert report["loss_after"] < report["loss_before"]
     assert wanted.fitted.keys() == healed.fitted.keys()
     assert all(np.isfinite(tensor).all() for tensors in healed.fitted.values() for tensor in tensors.values())
+
+
+def test_training_text_harder_than_held_out_text_is_no_divergence(
+    cut: Cut, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Distiller.forward
+
+    def harder(self: Distiller, ids: torch.Tensor, mask: torch.Tensor | None, lesson: Lesson) -> torch.Tensor:
+        found = forward(self, ids, mask, lesson)
+        return found * 100.0 if found.requires_grad else found
+
+    monkeypatch.setattr(Distiller, "forward", harder)
+    _, report = heal(cut("llama"), tokens(), tmp_path)
+    assert report["stopped"] is None and report["loss_after"] < report["loss_before"]
 
 
 def test_early_stop_keeps_the_best(cut: Cut, tokens: Tokens, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from intarsia.building.resident import Resident
 from intarsia.errors import UserError
-from intarsia.healing import layer_training, layerwise
+from intarsia.healing import layer_training, layerwise, training
 from intarsia.healing.cluster import Cluster, connect
 from intarsia.healing.settings import LayerwiseSettings
 from intarsia.recipe.recipe import Recipe
@@ -232,14 +232,13 @@ def test_damaged_weights_are_named(cut: Cut, tokens: Tokens) -> None:
 def test_full_disk(
     cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from intarsia.healing import state_file
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     _, recipe = cut("llama")
     with monkeypatch.context() as patched:
-        patched.setattr(state_file, "save_file", full)
+        patched.setattr(training, "save_file", full)
         with pytest.raises(UserError, match="a full disk"):
             layerwise.train(recipe, resident_of("llama"), *tokens(), settings=QUICK, folder=tmp_path / "run")
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]

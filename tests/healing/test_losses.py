@@ -6,8 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from intarsia.healing.logit_losses import cross_entropy, logit_kl, over_rows, top_k_kl, top_k_of
-from intarsia.healing.losses import CLIP, hidden_cosine, hidden_kl, hidden_loss, hidden_mse
+from intarsia.healing.losses import (
+    CLIP,
+    cross_entropy,
+    hidden_cosine,
+    hidden_kl,
+    hidden_loss,
+    hidden_mse,
+    logit_kl,
+    over_rows,
+    top_k_kl,
+    top_k_of,
+)
 
 MASK = torch.tensor([True, False])
 LOG3 = math.log(3.0)

@@ -12,11 +12,11 @@ import torch
 from intarsia.building.resident import load_model, twin
 from intarsia.calibration.stream import LayerStream
 from intarsia.healing import end_to_end, layerwise
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.layer_fit import FitBatch, PartFit, fittable, passes
-from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
+from intarsia.healing.settings import ClosedFormSettings, EndToEndSettings, LayerwiseSettings
 from intarsia.healing.student import load_student
-from intarsia.healing.teacher import Teacher
+from intarsia.healing.teacher import Teacher, TeacherSource
+from intarsia.healing.training import Text
 from tests import families
 from tests.conftest import InMemory, Opened
 from tests.healing.conftest import Cut, Tokens
@@ -75,7 +75,6 @@ def test_low_rank_changes_are_of_the_attention(cut: Cut, tokens: Tokens, tmp_pat
     pytest.importorskip("peft")
     checkpoint, recipe = cut("mixtral")
     settings = EndToEndSettings(epochs=1, batch_tokens=64, lr=2e-3, lora=2)
-    train, held_out = tokens()
 
     def teacher() -> Teacher:
         return Teacher(load_model(checkpoint, device=CPU), checkpoint.anatomy, ())
@@ -83,13 +82,11 @@ def test_low_rank_changes_are_of_the_attention(cut: Cut, tokens: Tokens, tmp_pat
     healed, (report,) = end_to_end.train(
         recipe,
         {"base": checkpoint},
-        train,
-        held_out,
+        Text.of(*tokens()),
+        TeacherSource(load=teacher, sha256="T"),
         folder=tmp_path,
         device=CPU,
         settings=replace(settings, hidden=0.0),
-        teacher=teacher,
-        teacher_sha256="T",
     )
     assert report["loss_after"] < report["loss_before"]
     changed = {name for names in healed.fitted.values() for name in names}

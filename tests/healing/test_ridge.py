@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from intarsia.errors import UserError
-from intarsia.healing.closed_form_settings import RIDGES
 from intarsia.healing.ridge import Gram, choose
+from intarsia.healing.settings import RIDGES
 
 CPU = torch.device("cpu")
 FEATURES, WIDTH = 7, 5

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from intarsia.healing.curve import read_curve
-from intarsia.recipe import codec
+from intarsia.healing.training import read_curve
+from intarsia.recipe import schema
 from tests.healing.conftest import Cut
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from intarsia.cli.app import main
-from intarsia.healing import whole_training
+from intarsia.healing import end_to_end
 
 begin = state.AcceleratorState.__init__
 
@@ -42,7 +42,7 @@ def sharded(self, *args, **kwargs):
     begin(self, *args, **kwargs)
 
 state.AcceleratorState.__init__ = sharded
-save, saved = whole_training.save_snapshot, []
+save, saved = end_to_end.save_snapshot, []
 
 def stops(accelerator, folder, facts):
     (model,) = accelerator._models
@@ -53,7 +53,7 @@ def stops(accelerator, folder, facts):
     if len(saved) == int(os.environ.get("STOP_AT", "0")):
         os._exit(9)
 
-whole_training.save_snapshot = stops
+end_to_end.save_snapshot = stops
 main()
 """
 
@@ -77,7 +77,7 @@ def heal(words: list[str], *, processes: int, stop_at: int = 0, kept: str = "FUL
 def words(cut: Cut, family: str, text_file: Path, folder: Path, *options: str) -> list[str]:
     """What a heal of a cut model is called with, up to where it is written to."""
     _, recipe = cut(family)
-    codec.save(recipe, folder / "cut.yaml")
+    schema.save(recipe, folder / "cut.yaml")
     given = [str(folder / "cut.yaml"), "--data", str(text_file), "--tokens", "1024", "--seq-len", "32", *options]
     given += ["--stages", "end-to-end", "--batch-tokens", "128", "--lr", "1e-3", "--micro-tokens", "32"]
     return [*given, "--evaluations", "3", "--device", "cpu", "-o"]

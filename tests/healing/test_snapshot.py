@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.healing.curve import Curve, read_curve
 from intarsia.healing.settings import EndToEndSettings
-from intarsia.healing.snapshot import load_snapshot, save_snapshot
+from intarsia.healing.training import Curve, load_snapshot, read_curve, save_snapshot
 
 
 def full(*_: Any, **__: Any) -> None:

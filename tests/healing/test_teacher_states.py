@@ -15,7 +15,7 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.healing.closed_form import fit
 from intarsia.healing.closed_form_cost import closed_form_cost
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.recipe.recipe import Recipe
 from tests.closed_form_fits import fit_on

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.cost import predict, with_closed_form, with_judging
 from intarsia.planning.settings import ComeSettings
 from intarsia.planning.shapes import shape_of

@@ -19,8 +19,8 @@ from intarsia.building.materialize import materialize
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
 from intarsia.healing.quality import Chain
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.come import Come
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import METHODS, climb, planner_of, progressive_methods

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.healing.closed_form_settings import ClosedFormSettings
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.ladder import METHODS, progressive_methods
 from intarsia.planning.settings import ComeSettings, LacoSettings, SlebSettings
 from intarsia.stages.compare_methods import parse_methods

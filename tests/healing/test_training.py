@@ -5,8 +5,8 @@ import math
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.healing.schedule import Patience, Schedule, schedule_of
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings, Pace
+from intarsia.healing.training import Patience, Schedule, schedule_of
 
 
 def test_every_sequence_once_an_epoch_in_another_order() -> None:

@@ -1,0 +1,309 @@
+"""What both kinds of training share: text, schedule, early stopping, state on disk and the loss curve.
+
+The schedule says what happens at which step (order of the data, learning rate, measurements). It is pure, so that a
+restart needs no state. A *step* is one of the optimiser, counted from 0 over all epochs.
+
+State is replaced at once or not at all. Nothing is pickled: a state file is data like a checkpoint.
+
+Shape suffixes: `N` sequences, `T` tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from intarsia.calibration.corpus import Corpus
+from intarsia.disk import damage_named, full_disk_named, replaced, write_whole
+from intarsia.errors import UserError
+from intarsia.healing.settings import EndToEndSettings, Pace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Sequences to learn from, and sequences that are only measured on: all of them, the held-out ones last."""
+
+    ids_NT: Tensor
+    # True at real tokens; None where all are.
+    mask_NT: Tensor | None
+    # How many are trained on.
+    train: int
+    # Names all of them.
+    sha256: str
+
+    @classmethod
+    def of(cls, corpus: Corpus, held_out: Corpus) -> Text:
+        """Two corpora as one text."""
+        assert corpus.seq_len == held_out.seq_len
+        masks = [
+            part.mask if part.mask is not None else torch.ones_like(part.input_ids, dtype=torch.bool)
+            for part in (corpus, held_out)
+        ]
+        return cls(
+            ids_NT=torch.cat([corpus.input_ids, held_out.input_ids]),
+            mask_NT=None if corpus.mask is None and held_out.mask is None else torch.cat(masks),
+            train=len(corpus),
+            sha256=f"{corpus.sha256}-{held_out.sha256}",
+        )
+
+    @property
+    def held_out(self) -> int:
+        """Sequences that are not trained on."""
+        return len(self.ids_NT) - self.train
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens a sequence, with padding."""
+        return int(self.ids_NT.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The plan of a training.
+
+    The sequences that are left over at the end of an epoch, fewer than a batch, are not seen in that epoch.
+    """
+
+    # That are trained on.
+    sequences: int
+    # Sequences of a step.
+    batch: int
+    pace: Pace
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """Steps in which every sequence is seen once."""
+        return self.sequences // self.batch
+
+    @property
+    def steps(self) -> int:
+        """All steps."""
+        return self.steps_an_epoch * self.pace.epochs
+
+    @property
+    def every(self) -> int:
+        """Steps between two measurements of the held-out loss."""
+        return max(1, math.ceil(self.steps / self.pace.evaluations))
+
+    def is_measured_after(self, step: int) -> bool:
+        """Whether the held-out loss is measured once this step is done."""
+        return (step + 1) % self.every == 0 or step + 1 == self.steps
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step: linear warm-up, then a cosine down to `least_lr` of the peak."""
+        warm = math.ceil(self.pace.warmup * self.steps)
+        if step < warm:
+            return self.pace.lr * (step + 1) / warm
+        done = (step - warm) / max(1, self.steps - warm)
+        least = self.pace.least_lr
+        return self.pace.lr * (least + (1.0 - least) * 0.5 * (1.0 + math.cos(math.pi * done)))
+
+    def rows(self, step: int) -> list[int]:
+        """The sequences of a step: every epoch has an order of its own, drawn from the seed."""
+        epoch, place = divmod(step, self.steps_an_epoch)
+        order = torch.randperm(
+            self.sequences, generator=torch.Generator().manual_seed(self.pace.seed * 100_003 + epoch)
+        )
+        return sorted(order[place * self.batch : (place + 1) * self.batch].tolist())
+
+
+def schedule_of(pace: Pace, *, sequences: int, seq_len: int, multiple: int = 1) -> Schedule:
+    """The schedule for so many training sequences.
+
+    Args:
+        multiple: the sequences of a step are a multiple of this.
+
+    Raises:
+        UserError: there are fewer sequences than one step needs.
+    """
+    batch = max(1, pace.batch_tokens // (seq_len * multiple)) * multiple
+    if sequences < batch:
+        raise UserError.of(
+            where="training text",
+            expected=f"at least {batch} sequences of {seq_len} tokens besides the held-out ones: those of one step",
+            found=str(sequences),
+            remedy="Give more --tokens, or fewer tokens a step (--batch-tokens).",
+        )
+    return Schedule(sequences=sequences, batch=batch, pace=pace)
+
+
+class Patience:
+    """Notices when the held-out loss has not improved for too long."""
+
+    def __init__(self, patience: int, first: float, *, bad: int = 0, best: float | None = None) -> None:
+        self.patience = patience
+        self.first = first
+        self.best = first if best is None else best
+        self.bad = bad
+
+    def improved(self, loss: float) -> bool:
+        """Count a measurement; whether it is a new best."""
+        if loss < self.best:
+            self.best, self.bad = loss, 0
+            return True
+        self.bad += 1
+        return False
+
+    @property
+    def over(self) -> bool:
+        """Whether to stop."""
+        return self.bad >= self.patience
+
+    def diverged(self, loss: float) -> bool:
+        """Whether a held-out loss is not a number, or far above the first one."""
+        return not math.isfinite(loss) or loss > 10.0 * self.first + 1e-6
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write a state file.
+
+    Raises:
+        UserError: the disk is full. The file that was there before is as it was.
+    """
+    with full_disk_named(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with replaced(path) as temporary:
+        save_file(whole, temporary, metadata={"facts": json.dumps(facts)})
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and facts of a state file; None if there is none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not path.exists():
+        return None
+    remedy = "Delete it; that part of the training is then done again."
+    with (
+        damage_named(path, expected="a state file of a training", remedy=remedy),
+        safe_open(path, framework="pt") as file,
+    ):
+        facts: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
+        return {name: file.get_tensor(name) for name in sorted(file.keys())}, facts
+
+
+_FACTS = "facts.json"
+
+
+def save_snapshot(accelerator: Any, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write parameters, optimiser and random state of all processes, and drop the snapshot before.
+
+    Raises:
+        UserError: the disk is full. The snapshot before stays.
+    """
+    staging = folder / ".state.staging"
+    if accelerator.is_main_process:
+        shutil.rmtree(staging, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    with full_disk_named(folder):
+        try:
+            accelerator.save_state(str(staging))
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_whole(staging / _FACTS, json.dumps(dict(facts)) + "\n")
+        before = _snapshots(folder)
+        with full_disk_named(folder):
+            staging.rename(folder / f"state-{facts['next']:09d}")
+        for path in before:
+            shutil.rmtree(path, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def load_snapshot(accelerator: Any, folder: Path) -> dict[str, Any] | None:
+    """Put the newest snapshot's state back; its facts, or None where there is no snapshot."""
+    found = _snapshots(folder)
+    if not found:
+        return None
+    accelerator.load_state(str(found[-1]))
+    facts: dict[str, Any] = json.loads((found[-1] / _FACTS).read_text(encoding="utf-8"))
+    return facts
+
+
+def _snapshots(folder: Path) -> list[Path]:
+    """Complete snapshots, oldest first."""
+    return sorted(path for path in folder.glob("state-*") if (path / _FACTS).exists())
+
+
+class Curve:
+    """Written by the first process. After a restart the lines of steps that are done again are dropped."""
+
+    def __init__(self, path: Path, accelerator: Any, settings: EndToEndSettings) -> None:
+        self.path = path
+        self.accelerator = accelerator
+        self.settings = settings
+        self.lr = 0.0
+
+    def start(self, step: int) -> None:
+        """Continue after `step` finished steps."""
+        if self.settings.log is not None:
+            config = {key: value for key, value in self.settings.to_dict().items() if value is not None}
+            self.accelerator.init_trackers("intarsia", config=config)
+        if not self.accelerator.is_main_process:
+            return
+        kept = [line for line in read_curve(self.path) if 0 < step >= line["step"]]
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def step(self, step: int, losses: Mapping[str, float], tokens: int) -> None:
+        """A step is done."""
+        self._write({"step": step, **losses, "lr": self.lr, "tokens": tokens}, step)
+
+    def held_out(self, step: int, loss: float) -> None:
+        """The held-out loss was measured."""
+        self._write({"step": step, "held_out": loss if math.isfinite(loss) else None}, step)
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        if self.settings.log is not None:
+            self.accelerator.end_training()
+
+    def _write(self, line: dict[str, Any], step: int) -> None:
+        if self.settings.log is not None:
+            self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=step)
+        if self.accelerator.is_main_process:
+            with full_disk_named(self.path.parent), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """The lines of a curve; one that a kill cut off does not count."""
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """The time that a training takes, over several processes one after the other."""
+
+    # Steps of earlier processes, and the seconds that they took.
+    done: int
+    seconds: float
+    # When this process started.
+    started: float
+
+    @property
+    def seconds_now(self) -> float:
+        """Seconds of this process."""
+        return time.perf_counter() - self.started
+
+    @property
+    def all_seconds(self) -> float:
+        """Seconds of all of them."""
+        return self.seconds + self.seconds_now
