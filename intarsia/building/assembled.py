@@ -20,8 +20,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from intarsia.building.resident import Resident, twin
-from intarsia.checkpoint.folder import cut_config
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.writer import shallower_config
 from intarsia.recipe.recipe import Recipe
 
 
@@ -44,7 +44,7 @@ def assembled(recipe: Recipe, resident: Resident) -> PreTrainedModel:
             if isinstance(getattr(part, "layer_idx", None), int):
                 part.layer_idx = index
         layers.append(layer)
-    owner, _, name = resident.anatomy.family.layers_module.rpartition(".")
+    owner, _, name = resident.architecture.family.layers_module.rpartition(".")
     setattr(model.get_submodule(owner), name, layers)
     _configure(model, _config(recipe, resident))
     return model.eval()
@@ -55,7 +55,7 @@ def _as_built(index: int, recipe: Recipe, checkpoint: Checkpoint) -> Mapping[str
     layer = recipe.layers[index].sources[0].layer
     found = {}
     for name, array in recipe.fitted.get(index, {}).items():
-        stored = checkpoint.headers[checkpoint.anatomy.tensor_name(layer, name)].dtype
+        stored = checkpoint.headers[checkpoint.architecture.tensor_name(layer, name)].dtype
         found[name] = torch.from_numpy(array).to(stored).float().numpy()
     return found
 
@@ -63,7 +63,7 @@ def _as_built(index: int, recipe: Recipe, checkpoint: Checkpoint) -> Mapping[str
 def _config(recipe: Recipe, resident: Resident) -> PreTrainedConfig:
     """The config of the built folder, and of the resident model what is decided when a model is loaded."""
     with tempfile.TemporaryDirectory(prefix="intarsia-config-") as folder:
-        values = cut_config(resident.checkpoint, [op.sources[0].layer for op in recipe.layers])
+        values = shallower_config(resident.checkpoint, [op.sources[0].layer for op in recipe.layers])
         (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     assert isinstance(config, PreTrainedConfig)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intarsia.anatomy.detect import detect
+from intarsia.architecture.detect import detect
 from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.wrapper import text_config
+from intarsia.checkpoint.multimodal import text_config
 from intarsia.disk import damage_named, read_json, write_whole
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
@@ -17,7 +17,7 @@ from intarsia.reporting.blocks import Block, Code, Facts, Figure, Section, Subje
 from intarsia.reporting.commands import compress_command
 from intarsia.reporting.figures import Axis, Point, Series, chart
 from intarsia.reporting.plan_report import PlanRun, is_plan_run, ladders, load_run, score_sections, steps_section
-from intarsia.reporting.puzzle import Pieces, pieces_of_anatomy
+from intarsia.reporting.puzzle import Pieces, pieces_of_architecture
 from intarsia.reporting.puzzle_section import LayerFacts, puzzle_section
 from intarsia.reporting.wording import change, measure, model_name, plain_value, written
 
@@ -97,7 +97,7 @@ def _puzzle(path: Path, recipe: Recipe, run: PlanRun | None) -> Section:
 
 def _pieces(config: Path) -> Pieces:
     found = read_json(config, expected="the config of a model", remedy="Build the model again.")
-    return pieces_of_anatomy(detect(text_config(found, where=str(config)), where=str(config)))
+    return pieces_of_architecture(detect(text_config(found, where=str(config)), where=str(config)))
 
 
 def _before_and_after(facts: Mapping[str, Any]) -> list[Section]:

@@ -13,7 +13,7 @@ from html import escape
 
 from markupsafe import Markup
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.planning.told import mlp_pieces, of_experts
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op
 from intarsia.recipe.recipe import Recipe
@@ -51,13 +51,13 @@ class Ribbon:
     title: str
 
 
-def pieces_of_anatomy(anatomy: Anatomy) -> Pieces:
+def pieces_of_architecture(architecture: Architecture) -> Pieces:
     """Return how many pieces the layers of a model have."""
     return Pieces(
-        n_kv_heads=anatomy.n_kv_heads,
-        n_mlp_pieces=anatomy.n_mlp_pieces,
-        experts=anatomy.is_mixture("mlp"),
-        heads_per_group=anatomy.heads_per_group,
+        n_kv_heads=architecture.n_kv_heads,
+        n_mlp_pieces=architecture.n_mlp_pieces,
+        experts=architecture.is_mixture("mlp"),
+        heads_per_group=architecture.heads_per_group,
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from intarsia.building.resident import load_model
+from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import eval_corpus, perplexity
 from intarsia.evaluation.result import Perplexity
@@ -47,5 +47,5 @@ def evaluate_perplexity(
     scan(checkpoint, progress)
     if not stream:
         return perplexity(load_model(checkpoint, device=where.device, dtype=where.dtype), corpus, progress=progress)
-    whole = identity(Variant(name="base", model=model), checkpoint.anatomy.n_layers)
+    whole = identity(Variant(name="base", model=model), checkpoint.architecture.n_layers)
     return perplexity(Chain(whole, where.resident(checkpoint), room=where.room()), corpus, progress=progress)

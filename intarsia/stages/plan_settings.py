@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from intarsia.checkpoint.model_name import lasting
+from intarsia.checkpoint.hashing import acting_config
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import acting_config
+from intarsia.checkpoint.resolve import lasting
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import layers_at_once
 from intarsia.planning.told import mlp_pieces
@@ -62,7 +62,7 @@ def first_recipe(folder: RunFolder, source: Source, settings: dict[str, Any]) ->
         return folder.recipe(folder.depths()[-1])
     checkpoint, corpus = source.checkpoint, source.corpus
     variant = Variant(name=BASE, model=lasting(source.model), revision=source.revision, sha256=source.sha256)
-    whole = identity(variant, checkpoint.anatomy.n_layers)
+    whole = identity(variant, checkpoint.architecture.n_layers)
     provenance = {
         "method": settings["method"],
         "settings": _decided_by(settings),
@@ -77,7 +77,7 @@ def first_recipe(folder: RunFolder, source: Source, settings: dict[str, Any]) ->
         "device": settings["device"],
         "versions": versions(),
     }
-    if checkpoint.anatomy.is_mixture("mlp"):
+    if checkpoint.architecture.is_mixture("mlp"):
         provenance["mlp_pieces"] = mlp_pieces(True)  # the recipe itself tells their numbers alone
     return whole.with_layers(whole.layers, provenance=provenance)
 
@@ -91,4 +91,4 @@ def _decided_by(settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _dtype_of(checkpoint: Checkpoint) -> Any:
     """The dtype of the embedding, which stands for the model's."""
-    return checkpoint.headers[f"{checkpoint.anatomy.family.embedding_module}.weight"].dtype
+    return checkpoint.headers[f"{checkpoint.architecture.family.embedding_module}.weight"].dtype

@@ -11,11 +11,10 @@ import torch
 from transformers import AutoTokenizer
 
 from intarsia.checkpoint import gguf_source
-from intarsia.checkpoint.model_name import asked_for, bare, hub_id, lasting
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.checkpoint.resolve import asked_for, hub_id, lasting, open_checkpoint, split_name
 from intarsia.errors import UserError
-from intarsia.runtimes.gguf_file import plan_gguf, write_gguf
+from intarsia.exporting.gguf import plan_gguf, write_gguf
 from tests import families
 
 gguf = pytest.importorskip("gguf")
@@ -67,7 +66,7 @@ def test_folder_with_several(file: Path) -> None:
         open_checkpoint(str(file.parent))
     name = asked_for(f"{file.parent}/", gguf_file="a.gguf")
     assert Path(name) == other
-    assert open_checkpoint(name).anatomy.n_layers == families.DEPTH
+    assert open_checkpoint(name).architecture.n_layers == families.DEPTH
 
 
 def test_file_of_a_hub_model(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +77,7 @@ def test_file_of_a_hub_model(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return str(file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert open_checkpoint("owner/name/tiny.Q8_0.gguf", revision="main").anatomy.n_layers == families.DEPTH
+    assert open_checkpoint("owner/name/tiny.Q8_0.gguf", revision="main").architecture.n_layers == families.DEPTH
     assert asked == [("owner/name", "tiny.Q8_0.gguf", "main")]
 
 
@@ -131,7 +130,7 @@ def test_transformers_that_reads_tokenizers_wrong(
 ) -> None:
     monkeypatch.setattr(gguf_source, "version", lambda name: version)
     if taken:
-        assert open_checkpoint(str(file)).anatomy.n_layers == families.DEPTH
+        assert open_checkpoint(str(file)).architecture.n_layers == families.DEPTH
     else:
         refused(file, cache, rf"transformers 5\.18 or later.*found {version}.*pip install .intarsia\[gguf\]")
 
@@ -144,7 +143,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lasting("owner/name") == "owner/name"
     assert lasting("demo") == "demo"
     assert asked_for("m", dequantize=True) == asked_for("dequantize:m", dequantize=True) == "dequantize:m"
-    assert bare("dequantize:m") == "m"
+    assert split_name("dequantize:m") == ("m", True)
     assert [hub_id(name) for name in ("m", "demo", "owner/name", "dequantize:o/n", "o/n/f.gguf", "a/b/c")] == [
         None,
         None,

@@ -8,14 +8,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from intarsia.anatomy.detect import detect
+from intarsia.architecture.detect import detect
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 from intarsia.reporting.puzzle import (
     Pieces,
     made_of,
     pieces_of,
-    pieces_of_anatomy,
+    pieces_of_architecture,
     puzzle_file,
     puzzle_svg,
     ribbons,
@@ -30,7 +30,9 @@ SVG = "{http://www.w3.org/2000/svg}"
 @pytest.fixture
 def pieces() -> Pieces:
     config = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 8}
-    return pieces_of_anatomy(detect({**config, "num_key_value_heads": 4, "intermediate_size": 40, "vocab_size": 64}))
+    return pieces_of_architecture(
+        detect({**config, "num_key_value_heads": 4, "intermediate_size": 40, "vocab_size": 64})
+    )
 
 
 @pytest.fixture

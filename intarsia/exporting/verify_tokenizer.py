@@ -1,0 +1,155 @@
+"""A built model's vocabulary and special tokens are those of the model that it was made from."""
+
+from __future__ import annotations
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from intarsia.building.materialize import RECIPE_FILE
+from intarsia.checkpoint.files import read_config
+from intarsia.checkpoint.gguf_source import kept_folder
+from intarsia.checkpoint.hashing import cache_folder
+from intarsia.checkpoint.resolve import DEMO, GGUF, hub_id, local_path, split_name
+from intarsia.checkpoint.writer import TOKENIZER_FILES
+from intarsia.errors import Problem, UserError
+from intarsia.exporting.verify import Skipped, fail_if
+from intarsia.recipe import schema
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_AGAIN = "Copy the tokenizer's files from the model that this one was made from, or build it again."
+
+
+def tokenizer_kept(folder: Path, vocabulary: int) -> str:
+    """The tokenizer loads, has no more tokens than the embedding has rows, and is the source's where that is at hand.
+
+    Raises:
+        UserError: one of these does not hold.
+        Skipped: there is no tokenizer, and there should be none.
+    """
+    source = source_folder(folder)
+    theirs = set() if source is None else _names(source)
+    ours = _names(folder)
+    if not ours and not theirs:
+        raise Skipped("there is no tokenizer" + ("" if source is None else ", nor has the model that it was made from"))
+    fail_if(
+        [
+            _problem(
+                str(folder / name), "the file of the source", "no such file" if name not in ours else "another one"
+            )
+            for name in sorted(theirs)
+            if source is not None and (name not in ours or (folder / name).read_bytes() != (source / name).read_bytes())
+        ]
+    )
+    tokenizer = _loaded(folder)
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if source is not None:
+        _compare_ids(folder, source)
+        return f"{highest + 1:,} tokens, the same as those of {source.name}"
+    # A source may have more tokens than rows (some classes add one that was never trained); its cut model has them too.
+    if highest >= vocabulary:
+        raise UserError([_problem(str(folder), f"ids below {vocabulary:,}, the embedding's rows", f"{highest:,}")])
+    return f"{highest + 1:,} tokens; the model that it was made from is not at hand"
+
+
+def generation_config_valid(folder: Path, vocabulary: int) -> str:
+    """The generation config can be used, and its tokens exist.
+
+    Raises:
+        UserError: it cannot.
+        Skipped: there is none.
+    """
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        raise Skipped("there is none: transformers takes its defaults")
+    try:
+        config: Any = GenerationConfig.from_pretrained(folder)
+        config.validate()
+    except (ValueError, OSError, TypeError) as error:
+        found = " ".join(str(error).split())[:300]
+        raise UserError([_problem(str(file), "values that transformers accepts", found, "Mend the file.")]) from error
+    beyond = []
+    for name in _IDS:
+        value = getattr(config, name, None)
+        ids = value if isinstance(value, list) else [value]
+        beyond += [f"{name} {index}" for index in ids if index is not None and not 0 <= index < vocabulary]
+    fail_if([_problem(str(file), f"tokens below {vocabulary:,}", found, "Mend the file.") for found in beyond])
+    return "valid"
+
+
+def source_folder(folder: Path) -> Path | None:
+    """The folder of the base that a built model's recipe names, if it can be had without a network."""
+    if not (folder / RECIPE_FILE).is_file():
+        return None
+    recipe = schema.load(folder / RECIPE_FILE)
+    variant = recipe.variant(recipe.base)
+    if split_name(variant.model)[0] == DEMO:
+        found = cache_folder() / "demo"
+        return found if found.is_dir() else None
+    path = local_path(variant.model)
+    if path is not None and path.suffix == GGUF:
+        return kept_folder(path)
+    if path is not None:
+        return path if path.is_dir() and (path / "config.json").is_file() else None
+    name = hub_id(variant.model)
+    if name is None:
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=variant.revision, local_files_only=True))
+    except Exception:  # not in the cache, in whichever words this version of the client has for it
+        return None
+
+
+def _names(folder: Path) -> set[str]:
+    return {
+        file.name
+        for file in folder.iterdir()
+        if file.is_file()
+        and any(fnmatch(file.name, pattern) for pattern in TOKENIZER_FILES)
+        and file.suffix in (".json", ".txt", ".model", ".jinja")
+    }
+
+
+def _loaded(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers fail in many ways on files that are damaged
+        found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError([_problem(str(folder), "a tokenizer that transformers reads", found)]) from error
+
+
+def _compare_ids(folder: Path, source: Path) -> None:
+    ours, theirs = read_config(folder), _json(source / "config.json")
+    pairs = [("config.json", ours, theirs)]
+    if (source / "generation_config.json").is_file():
+        pairs.append(
+            (
+                "generation_config.json",
+                _json(folder / "generation_config.json"),
+                _json(source / "generation_config.json"),
+            )
+        )
+    fail_if(
+        [
+            _problem(f"{folder / name}: {key}", f"{there.get(key)!r}, as in the source", repr(here.get(key)))
+            for name, here, there in pairs
+            for key in (*_IDS, "vocab_size")
+            if here.get(key) != there.get(key)
+        ]
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def _problem(where: str, expected: str, found: str, remedy: str = _AGAIN) -> Problem:
+    return Problem(where=where, expected=expected, found=found, remedy=remedy)
