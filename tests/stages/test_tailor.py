@@ -107,7 +107,7 @@ def test_a_search(searched: tuple[Path, TailorResult]) -> None:
     front = json.loads((run / "front.json").read_text(encoding="utf-8"))
     assert front["objectives"] == ["prose", "quiz"]
     assert result.report == run / "report.html"
-    assert f"trial {front['knee']} is its knee" in result.report.read_text(encoding="utf-8")
+    assert f"trial {front['knee']} is the knee" in result.report.read_text(encoding="utf-8")
     assert result.front is not None
     costs = [tuple(trial["costs"]) for trial in trials if trial["budget"] == 12]
     for point in front["points"]:
