@@ -102,7 +102,8 @@ def test_hash_is_that_of_the_ordinary_weights(folder: Path, tmp_path: Path) -> N
 
 
 def test_dequantize_changes_nothing_else(folder: Path) -> None:
-    one, other = open_checkpoint(str(folder)), open_checkpoint(f"dequantize:{folder}")
+    one, other = open_checkpoint(str(folder)), open_checkpoint(str(folder), dequantize=True)
+    assert other.model == open_checkpoint(f"dequantize:{folder}").model == f"dequantize:{folder}"
     assert one.headers == other.headers
     assert not other.scaled
 
