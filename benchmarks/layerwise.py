@@ -17,9 +17,9 @@ from collections.abc import Callable
 
 import torch
 
-from intarsia.building.resident import Resident, default_device
-from intarsia.calibration.hidden import HiddenStore
-from intarsia.calibration.stream import LayerStream
+from intarsia.activations.hidden_store import HiddenStore
+from intarsia.activations.stream import LayerStream
+from intarsia.building.loaded_model import Resident, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.healing.layer_task import LayerTask, on_device, trained_names
 from intarsia.healing.layer_training import train_layer

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from intarsia.building.parameters import parameter_names
-from intarsia.building.resident import Resident
-from intarsia.calibration.corpus import Corpus
-from intarsia.calibration.hidden import HiddenStore
-from intarsia.calibration.room import PREFIX, Room
-from intarsia.calibration.stream import LayerCall, LayerStream
+from intarsia.activations.hidden_store import PREFIX, HiddenStore, Room
+from intarsia.activations.stream import LayerCall, LayerStream
+from intarsia.building.layer import parameter_names
+from intarsia.building.loaded_model import Resident
+from intarsia.data.corpus import Corpus
 from intarsia.disk import require_room
 from intarsia.healing.layer_map import Correspondence
 from intarsia.healing.layer_task import LayerTask, trained_names

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 
 from intarsia.architecture.spec import Architecture
-from intarsia.building.parameters import to_tensors
-from intarsia.building.resident import Resident
-from intarsia.calibration.corpus import Corpus
+from intarsia.building.layer import to_tensors
+from intarsia.building.loaded_model import Resident
+from intarsia.data.corpus import Corpus
 from intarsia.healing.layer_map import Correspondence, correspondences, taught
 from intarsia.healing.layer_task import Trained, finished
 from intarsia.healing.layer_training import train_layer

@@ -20,12 +20,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from intarsia.building.resident import Resident
-from intarsia.calibration.batches import Batches
-from intarsia.calibration.corpus import Corpus
-from intarsia.calibration.hidden import HiddenStore
-from intarsia.calibration.stats import require_finite
-from intarsia.calibration.stream import LayerStream
+from intarsia.activations.hidden_store import HiddenStore
+from intarsia.activations.loop import Batches
+from intarsia.activations.statistics import require_finite
+from intarsia.activations.stream import LayerStream
+from intarsia.building.loaded_model import Resident
+from intarsia.data.corpus import Corpus
 from intarsia.recipe.recipe import Recipe
 
 
