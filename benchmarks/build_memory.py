@@ -57,7 +57,7 @@ def build(folder: Path, out: Path, depth: int) -> None:
     from intarsia.anatomy.spec import Part
     from intarsia.evaluation.memory import peak_memory_bytes
     from intarsia.progress import Silent
-    from intarsia.recipe.flatten import concat_of
+    from intarsia.recipe.algebra import concat_of
     from intarsia.recipe.recipe import Variant, identity
     from intarsia.stages.build import build_recipe
 

@@ -20,10 +20,10 @@ PACKAGE = ROOT / "intarsia"
 # A package (or a module of the top) imports only itself and those before it. `__main__` and `__init__` of the top are
 # entrances: they stand outside and may reach for anything.
 ORDER = (
-    "errors progress disk heap anatomy recipe checkpoint building calibration evaluation healing planning tailoring "
-    "reporting runtimes stages cli"
+    "errors progress disk heap data_file anatomy recipe checkpoint building calibration evaluation healing planning "
+    "tailoring reporting runtimes stages cli"
 ).split()
-WITHOUT_TORCH = ("errors", "progress", "anatomy", "recipe")
+WITHOUT_TORCH = ("errors", "progress", "data_file", "anatomy", "recipe")
 ENTRANCES = ("__init__", "__main__")
 FORBIDDEN_NAMES = ("utils", "util", "helpers", "helper", "common", "misc")
 

@@ -28,8 +28,8 @@ from intarsia.planning.ladder import METHODS, climb, planner_of, progressive_met
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings
 from intarsia.progress import Silent
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.schema import content_hash
 from tests import families
 from tests.closed_form_fits import fit_on
 from tests.conftest import InMemory, Opened

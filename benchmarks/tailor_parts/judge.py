@@ -23,8 +23,8 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import eval_corpus, perplexity
 from intarsia.healing.closed_form import fit
+from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.recipe import Recipe
-from intarsia.recipe.uncut import uncut
 from intarsia.stages.setup import load_tokenizer
 from intarsia.stages.source import Source
 from intarsia.tailoring.evaluator import Evaluator
@@ -68,7 +68,7 @@ class Judge:
     def healed(self, recipe: Recipe) -> Recipe:
         """The recipe with its read-outs fitted on the text that the objectives show, towards the same blend uncut."""
         resident = self._evaluator.resident
-        teacher = [resident.module(op) for op in uncut(recipe)]
+        teacher = [resident.module(op) for op in reference_layers(recipe)]
         return fit(recipe, resident, self.corpus, teacher=teacher, progress=self._setting.progress)[0]
 
     @cached_property

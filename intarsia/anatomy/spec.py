@@ -26,27 +26,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from intarsia.anatomy.family import Family
+from intarsia.anatomy.families import PARTS, Family, Part
 
-Part = Literal["attention", "mlp"]
-PARTS: tuple[Part, ...] = ("attention", "mlp")
+__all__ = ["PARTS", "Anatomy", "Linear", "Norm", "Part"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A linear layer of one part. `segments` name units: `q`, `kv`, `qkv`, `channel` or `expert` (see `Anatomy.unit`).
-
-    `per_expert`: there is one for each expert, with `{expert}` in its name; the whole matrix goes with its piece.
-    `whole`: it belongs to no piece (a shared expert), and a joined layer has the weighted average of all of it;
-    `whole` is its size on the side that is not the residual stream.
-    """
+    """A linear layer of one part."""
 
     module: str
     part: Part
+    # Whether it reads the residual stream or writes to it.
     side: Literal["reads", "writes"]
+    # Units along its cut axis: `q`, `kv`, `qkv`, `channel` or `expert` (see `Anatomy.unit`).
     segments: tuple[str, ...]
     bias: bool
+    # Whether there is one for each expert, with `{expert}` in its name; the whole matrix belongs to its piece.
     per_expert: bool = False
+    # For a layer that belongs to no piece (a shared expert), of which a joined layer has the weighted average: its size
+    # on the side that is not the residual stream.
     whole: int | None = None
 
     @property
@@ -57,24 +56,22 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """A norm of one part.
-
-    `before`: it makes the input of the part's reading layers, so its scale can be folded into them exactly.
-    `inside`: it acts after a projection (QK-norm); it cannot be folded. Its weight is one head's, and serves all of
-    them; or, with `rows`, it has an entry for every row of a segment of that kind, which goes with its piece.
-    `behind`: it acts on what the part writes, before the residual sum; it cannot be folded.
-    With rows of the kind `head` or `kv_head` an entry is a head's whole weight.
-    `offset`: the norm multiplies by `weight + offset`.
-    `serves`: the parts whose input it makes, where they are not `part` alone; its averages then count by `part`.
-    """
+    """A norm of one part."""
 
     module: str
     part: Part
-    place: Literal["before", "inside", "behind"]
+    # `before`: it makes the input of the part's reading layers, so its scale can be folded into them exactly.
+    # `inside`: it acts after a projection (QK-norm); it cannot be folded.
+    # `after`: it acts on what the part writes, before the residual sum; it cannot be folded.
+    place: Literal["before", "inside", "after"]
+    # The norm multiplies by `weight + offset`.
     offset: float
     weight: bool
     bias: bool
+    # None: an inner norm's weight is one head's, and serves all heads. A kind of segment: it has an entry for every row
+    # of such a segment, which belongs to its piece. `head` or `kv_head`: an entry is a head's whole weight.
     rows: str | None = None
+    # The parts whose input it makes, where they are not `part` alone; its averages then count by `part`.
     serves: tuple[Part, ...] = ()
 
     @property
@@ -85,15 +82,7 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """A family's anatomy with the numbers of one model's config.
-
-    `layer_types`: how each layer attends, where the config tells layers apart; only layers of one type are joined.
-    `n_channels`: channels of the MLP; of one expert, where `n_experts` is not 0.
-    `per_layer`: what the config says layer by layer, also where it says so by a rule.
-    `approximations`: what is not exact when layers of this model are joined.
-    `parallel`: attention and MLP read the same residual stream, and both are added to it.
-    `residual_scale`: what a part writes is multiplied by this before the residual sum.
-    """
+    """What the layers of one model are made of: its family, with the numbers of its config."""
 
     family: Family
     linears: tuple[Linear, ...]
@@ -103,15 +92,21 @@ class Anatomy:
     n_query_heads: int
     n_kv_heads: int
     head_dim: int
+    # Channels of the MLP; of one expert, where `n_experts` is not 0.
     n_channels: int
     vocabulary: int
     tied: bool
+    # How each layer attends, where the config tells layers apart; only layers of one type are joined.
     layer_types: tuple[str, ...] | None
     config: Mapping[str, Any]
+    # What the config says layer by layer, also where it says so by a rule.
     per_layer: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     n_experts: int = 0
+    # Whether attention and MLP read the same residual stream, and both are added to it.
     parallel: bool = False
+    # What a part writes is multiplied by this before the residual sum.
     residual_scale: float = 1.0
+    # What is not exact when layers of this model are joined.
     approximations: tuple[str, ...] = ()
 
     @property
@@ -157,9 +152,9 @@ class Anatomy:
         """The norm that makes a part's input; None where the part reads the residual stream as it is."""
         return next((norm for norm in self.norms if part in norm.parts and norm.place == "before"), None)
 
-    def norm_behind(self, part: Part) -> Norm | None:
+    def norm_after(self, part: Part) -> Norm | None:
         """The norm that acts on what a part writes, if there is one."""
-        return next((norm for norm in self.norms if norm.part == part and norm.place == "behind"), None)
+        return next((norm for norm in self.norms if norm.part == part and norm.place == "after"), None)
 
     def shift_folds(self, part: Part) -> bool:
         """Whether the layers that read a norm have biases, which can take the norm's bias."""
@@ -175,7 +170,7 @@ class Anatomy:
         return sum(self.unit(segment) for segment in linear.segments) * self.n_pieces(linear.part)
 
     def modules(self, linear: Linear) -> tuple[str, ...]:
-        """The module of a linear layer; one for each expert, where there are so many."""
+        """The module of a linear layer; one for each expert, where there are several."""
         if not linear.per_expert:
             return (linear.module,)
         return tuple(linear.module.format(expert=expert) for expert in range(self.n_experts))

@@ -1,4 +1,4 @@
-"""An anatomy held against the tensors that a checkpoint really has.
+"""Check an architecture against the tensors that a checkpoint really has.
 
 Called with names and shapes from the file headers, before any weight is read.
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from intarsia.anatomy.spec import Anatomy
-from intarsia.errors import Problem, UserError
-
-_MOST_REPORTED = 20
+from intarsia.data_file import refusal
+from intarsia.errors import Problem
 
 
 def verify(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], *, where: str) -> None:
@@ -42,7 +41,7 @@ def verify(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], *, where: st
     problems += [
         Problem(
             where=f"{where}: {name}",
-            expected=f"only tensors that the anatomy of {anatomy.family.title} covers",
+            expected=f"only tensors that the family file of {anatomy.family.title} covers",
             found=f"shape {list(shapes[name])}",
             remedy="The model has something in its layers that would be lost; it cannot be cut safely.",
         )
@@ -50,13 +49,7 @@ def verify(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], *, where: st
         if name.startswith(prefix) and not _covered(name.removeprefix(prefix), known, anatomy)
     ]
     if problems:
-        rest = len(problems) - _MOST_REPORTED
-        if rest > 0:
-            more = Problem(
-                where=where, expected="no more of these", found=f"{rest} more problems", remedy="Mend the first ones."
-            )
-            problems = [*problems[:_MOST_REPORTED], more]
-        raise UserError(problems)
+        raise refusal(problems, where=where, most=20)
 
 
 def _covered(rest: str, known: set[str], anatomy: Anatomy) -> bool:

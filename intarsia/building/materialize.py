@@ -18,11 +18,11 @@ from intarsia.checkpoint.reader import Checkpoint, TensorHeader
 from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent
-from intarsia.recipe import codec
-from intarsia.recipe.check import check
-from intarsia.recipe.mapped_arrays import let_go
+from intarsia.recipe import schema
 from intarsia.recipe.ops import LayerRef
 from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.side_file import let_go
+from intarsia.recipe.validate import check
 
 RECIPE_FILE = Path("recipe") / "recipe.yaml"
 """Where a built model carries its recipe: in a folder of its own, because some runtimes load every safetensors file
@@ -94,7 +94,7 @@ def materialize(
         write_config(base, [op.sources[0].layer for op in recipe.layers], writer.folder)
         copy_side_files(base, writer.folder)
         (writer.folder / RECIPE_FILE).parent.mkdir()
-        codec.save(recipe, writer.folder / RECIPE_FILE)
+        schema.save(recipe, writer.folder / RECIPE_FILE)
         if finish is not None:
             finish(writer.folder)
 

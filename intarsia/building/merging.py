@@ -2,7 +2,7 @@
 
 Everything is computed in float32 (float64 for float64 tensors) and rounded once, to the first tensor's dtype.
 Methods on differences take them to `base`, the tensor of the base model at the same layer index. Those that leave
-entries out are in `merging_sparse`, those that need statistics in `merging_statistics`.
+entries out are in `merging_sparse`.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def merge_tensors(op: Merge, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
 
 def scale_output(tensors: dict[str, Tensor], part: Part, scale: float, anatomy: Anatomy) -> None:
     """Scale what a part adds to the residual stream, where that is done last: a norm takes back what stands before."""
-    behind = anatomy.norm_behind(part)
+    behind = anatomy.norm_after(part)
     writers = [linear for linear in anatomy.linears if linear.part == part and linear.side == "writes"]
     modules = [module for linear in writers for module in anatomy.modules(linear)]
     modules = modules if behind is None else [behind.module]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from intarsia.anatomy.family import Stacked
+from intarsia.anatomy.families import Stacked
 from intarsia.anatomy.spec import Anatomy
 
 

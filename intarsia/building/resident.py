@@ -31,8 +31,8 @@ from intarsia.building.skeleton import skeleton
 from intarsia.building.spread import spread
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.heap import give_back
-from intarsia.recipe.mapped_arrays import let_go
 from intarsia.recipe.ops import LayerRef, Op, Select
+from intarsia.recipe.side_file import let_go
 
 _ALIGNED = 64  # bytes
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from intarsia.anatomy.layer_lists import regenerates
+from intarsia.anatomy.detect import regenerates
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 

@@ -135,9 +135,6 @@ def heal(
     run: Annotated[
         Path | None, typer.Option(help="Run folder: state and log (default: beside OUT).", show_default=False)
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue in the run folder. It is always so; may be left out.")
-    ] = True,
     device: options.Device = None,
     dtype: options.Dtype = None,
     stream: options.Stream = False,

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intarsia.anatomy.detect import known_families
-from intarsia.anatomy.family import Family
+from intarsia.anatomy.families import Family, known_families
 from intarsia.evaluation.likelihood import Forward, Likelihoods, Rows, log_likelihoods
 from intarsia.evaluation.requests import Request
 from intarsia.progress import Progress

@@ -21,7 +21,7 @@ from intarsia.healing.post_norm_fit import Passed, PostNorm, fit_norm, fit_weigh
 from intarsia.healing.ridge import Fit, Gram, choose
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.heap import give_back
-from intarsia.recipe.mapped_arrays import spooled
+from intarsia.recipe.side_file import spooled
 
 _ROWS = 256  # of a fitted tensor, written at a time
 
@@ -64,7 +64,7 @@ def fittable(parts: Sequence[Part], anatomy: Anatomy) -> tuple[Part, ...]:
 def passes(anatomy: Anatomy, parts: Sequence[Part]) -> int:
     """How often a layer is run to fit output projections."""
     return sum(
-        (1 if anatomy.norm_behind(part) is None else 3) + _judged_again(part, anatomy)
+        (1 if anatomy.norm_after(part) is None else 3) + _judged_again(part, anatomy)
         for part in fittable(parts, anatomy)
     )
 
@@ -99,7 +99,7 @@ def fit_layer(
     fits: list[LayerFit] = []
     for part in fittable(parts, anatomy):
         fitter = PartFit(module, part, feed, stream=stream, anatomy=anatomy, settings=settings)
-        steps = (fitter.norm, fitter.projection) if anatomy.norm_behind(part) else (fitter.projection,)
+        steps = (fitter.norm, fitter.projection) if anatomy.norm_after(part) else (fitter.projection,)
         for step in steps:
             name, weight, found = step(f"closed form, layer {index}")
             if weight is not None and _judged_again(part, anatomy):
@@ -139,7 +139,7 @@ class PartFit:
         target = module.get_submodule(self.name)
         assert isinstance(target, nn.Linear)
         self.target = target
-        norm = anatomy.norm_behind(part)
+        norm = anatomy.norm_after(part)
         self.norm_name = "" if norm is None else norm.module
         self.post_norm = (
             None if norm is None else PostNorm(module.get_submodule(norm.module), offset=norm.offset, scale=self.scale)

@@ -25,7 +25,7 @@ from intarsia.healing.closed_form import fit
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.progress import Progress
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 
 AS_IT_IS = "as it is"
@@ -96,15 +96,15 @@ def best_fit(
     several = len(points) > 1
 
     def fitted(start: Recipe) -> tuple[Recipe, list[dict[str, Any]]]:
-        path = folder / f"{codec.content_hash(start)[:16]}.yaml"
+        path = folder / f"{schema.content_hash(start)[:16]}.yaml"
         if several and path.exists():
-            found = codec.load(path)
+            found = schema.load(path)
             return found, found.provenance["read_outs"]
         found, fits = fit(start, teacher, settings=settings, unseen=unseen, room=room, progress=progress)
         if several:
             with full_disk_named(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                codec.save(replace(found, provenance={"read_outs": fits}), path)
+                schema.save(replace(found, provenance={"read_outs": fits}), path)
         return found, fits
 
     def judged(found: Recipe) -> float:
@@ -151,6 +151,6 @@ def held_out_perplexity(resident: Resident, corpus: Corpus, recipe: Recipe, *, r
 
 def _closed_form_names(anatomy: Anatomy) -> set[str]:
     """The tensors that a closed form fits."""
-    norms = (anatomy.norm_behind(part) for part in PARTS)
+    norms = (anatomy.norm_after(part) for part in PARTS)
     modules = {anatomy.writer(part).module for part in PARTS} | {norm.module for norm in norms if norm is not None}
     return {f"{module}.weight" for module in modules}

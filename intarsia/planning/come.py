@@ -27,7 +27,7 @@ from intarsia.planning.posterior import Candidate, Counts, distinct, raced, remo
 from intarsia.planning.scores import part_scores
 from intarsia.planning.sensitivity import sensitivity_map
 from intarsia.planning.settings import ComeSettings
-from intarsia.recipe.flatten import concat_of, merge_of
+from intarsia.recipe.algebra import concat_of, merge_of
 from intarsia.recipe.ops import Op, Select, sources_of
 
 

@@ -29,7 +29,7 @@ from intarsia.planning.candidates import normed_with
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step, one_attention_type
 from intarsia.planning.settings import LacoSettings
-from intarsia.recipe.flatten import merge_of
+from intarsia.recipe.algebra import merge_of
 from intarsia.recipe.ops import LayerRef, Op, Select
 
 SEQUENCES = 10

@@ -24,8 +24,8 @@ from intarsia.planning.shortgpt import ShortGpt
 from intarsia.planning.sleb import Sleb
 from intarsia.planning.taylor import saliences
 from intarsia.planning.told import describe, repaired, step_line
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.schema import content_hash
 
 METHODS = (
     "come",

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step, one_attention_type
-from intarsia.recipe.flatten import merge_of
+from intarsia.recipe.algebra import merge_of
 
 SAMPLES = 512
 COORDINATES = 2

@@ -14,7 +14,7 @@ from typing import Any
 
 from intarsia.disk import append_line, damage_named, full_disk_named, read_json, write_whole
 from intarsia.errors import Problem, UserError
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 
 _SETTINGS = "settings.json"
@@ -98,10 +98,6 @@ class RunFolder:
         """The settings that the run was begun with."""
         return _read(self._file(_SETTINGS), "the settings of a run, in JSON")
 
-    def begun_with(self) -> dict[str, Any]:
-        """The same; empty where no run was begun."""
-        return self.settings() if self.is_one() else {}
-
     def pin(self, name: str, facts: Mapping[str, Any]) -> None:
         """Record facts that become known when the work begins; a continued run must find the same ones.
 
@@ -130,7 +126,7 @@ class RunFolder:
         Raises:
             UserError: the disk is full. The step does not count then, and whatever was there before is as it was.
         """
-        codec.save(recipe, self.recipe_path(len(recipe.layers)))
+        schema.save(recipe, self.recipe_path(len(recipe.layers)))
         path = self._file(_LOG)
         whole = "".join(json.dumps(line) + "\n" for line in self.log())
         if path.exists() and path.read_text(encoding="utf-8") != whole:
@@ -147,15 +143,14 @@ class RunFolder:
             write_whole(self._file(_WANTED), json.dumps(asdict(wanted)) + "\n")
 
     def wanted(self) -> Wanted | None:
-        """What was asked for; None in a run of a version that did not record it.
+        """What was asked for; None before anything is.
 
         Raises:
             UserError: the file that tells it is damaged.
         """
         path = self._file(_WANTED)
         if not path.exists():
-            target = self.settings().get("target")  # known of some methods even then
-            return None if target is None else Wanted(layers=int(target))
+            return None
         remedy = "Delete the file; the next `intarsia plan` with the same command writes it again."
         with damage_named(path, expected="the depth that the plan is to come to", remedy=remedy):
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -194,7 +189,7 @@ class RunFolder:
                 if unfinished is None
                 else "Let `intarsia plan` or `compress` go on with the same command, or choose one of them.",
             )
-        return codec.load(self.recipe_path(layers))
+        return schema.load(self.recipe_path(layers))
 
     def _file(self, name: str) -> Path:
         return self.path / name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from intarsia.errors import Problem, UserError
@@ -94,10 +94,6 @@ class ComeSettings:
             return self
         return replace(self, norm="average", spans=1, removals=False, racing=False, finalists=1, blocks=0)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, for the run folder."""
-        return _plain(self, {"removals": False, "finalists": 1, "blocks": 0})
-
 
 THOROUGH: Mapping[str, Any] = {"spans": 5, "granularity": 5, "removals": True, "finalists": 4, "blocks": 5}
 """What goes with `--thorough`, beside the repair of every step: CoMe-P where the repaired model is all that counts."""
@@ -112,10 +108,6 @@ class SlebSettings:
     """
 
     racing: bool = True
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, for the run folder."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,16 +149,6 @@ class LacoSettings:
         ]
         if problems:
             raise UserError(problems)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, for the run folder."""
-        return _plain(self, {"reference": False})
-
-
-def _plain(settings: ComeSettings | LacoSettings, younger: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as plain data. `younger` than some run folders are options that are left out where they say what was
-    done before there was a choice."""
-    return {name: value for name, value in asdict(settings).items() if name not in younger or value != younger[name]}
 
 
 Settings: TypeAlias = ComeSettings | SlebSettings | LacoSettings

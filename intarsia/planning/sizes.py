@@ -124,7 +124,7 @@ class Sizes:
     def fit(self, tokens: int, held_out: int, *, stream: bool) -> int:
         """What the closed form of one read-out needs: moments, or few tokens themselves; of streamed models in files
         what is not needed for a while."""
-        behind = any(self.anatomy.norm_behind(part) for part in PARTS)
+        behind = any(self.anatomy.norm_after(part) for part in PARTS)
         return max(
             fit_bytes(
                 self.anatomy.cut_size(self.anatomy.writer(part)),

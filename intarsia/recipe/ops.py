@@ -43,16 +43,13 @@ class Select:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Pieces taken out of one layer, in the order in which they are laid down.
-
-    `weights` say how much this cut counts, part by part, in the parameters that belong to no piece: the biases of
-    o_proj and down_proj, QK-norm weights and, with norm mode `average`, the norms. Over the cuts of a `Concat`
-    they sum to 1 for each part.
-    """
+    """Pieces taken out of one layer, in the order in which they are laid down."""
 
     source: LayerRef
     kv_groups: tuple[int, ...]
     channels: tuple[int, ...]
+    # How much this cut counts, part by part, in the parameters that belong to no piece: the biases of o_proj and
+    # down_proj, QK-norm weights and, with norm mode `average`, the norms. They sum to 1 over the cuts of a `Concat`.
     weights: Mapping[Part, float] = field(hash=False)
 
     def pieces(self, part: Part) -> tuple[int, ...]:
@@ -62,15 +59,13 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True)
 class Concat:
-    """Pieces of several layers joined into one layer of the family's own shape.
-
-    `norm`: `fold` puts each source's norm parameters into the rows that read them, so that every piece sees the
-    input it was trained on; `average` takes the weighted average of the norms, as in arXiv 2510.15304.
-    `fuse`: the pieces of these layers that are left out are added, scaled, onto the most similar ones that are kept.
-    """
+    """Pieces of several layers joined into one layer of the family's own shape."""
 
     cuts: tuple[Cut, ...]
+    # `fold` puts each source's norm parameters into the rows that read them, so that every piece sees the input it was
+    # trained on; `average` takes the weighted average of the norms, as in arXiv 2510.15304.
     norm: NormMode = "fold"
+    # Whether the pieces that are left out are added, scaled, onto the most similar ones that are kept.
     fuse: bool = False
 
     @property
@@ -80,11 +75,9 @@ class Concat:
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """How the tensors of several layers are combined: a method, a weight for each layer, and the method's parameters.
+    """How the tensors of several layers are combined; `intarsia.recipe.methods` has what each method takes."""
 
-    A weight of 0 leaves a layer out. See `intarsia.recipe.methods` for what each method takes.
-    """
-
+    # One for each layer; 0 leaves the layer out.
     weights: tuple[float, ...]
     method: MergeMethod = "linear"
     params: Mapping[str, float] = field(default_factory=dict, hash=False)
@@ -92,20 +85,18 @@ class Mix:
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Whole layers combined tensor by tensor. `linear`: the sum of `weights[i]` times source i.
-
-    `base`: the layer to which methods on differences (task arithmetic and its kin) take them, and to which they add
-    what they make of them; it stands at the index of the sources. `mlp`: how the tensors of the MLP and of its norm
-    are combined, where that is not like the attention's. `scale` multiplies what both parts write to the residual
-    stream (the weights and biases of o_proj and down_proj).
-    """
+    """Whole layers combined tensor by tensor. `linear`: the sum of `weights[i]` times source i."""
 
     sources: tuple[LayerRef, ...]
     weights: tuple[float, ...]
     method: MergeMethod = "linear"
     params: Mapping[str, float] = field(default_factory=dict, hash=False)
+    # The layer, at the index of the sources, to which methods on differences (task arithmetic and its kin) take them,
+    # and to which they add the result.
     base: LayerRef | None = None
+    # Multiplies what both parts write to the residual stream (the weights and biases of o_proj and down_proj).
     scale: float = 1.0
+    # How the tensors of the MLP and of its norm are combined, where that differs from the attention's.
     mlp: Mix | None = None
 
     def mix(self, part: Part) -> Mix:

@@ -21,34 +21,33 @@ Fitted = Mapping[int, Mapping[str, npt.NDArray[np.float32]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One member of a family of models: where it is, and the hash of its weights (None in a recipe by hand).
-
-    `model` is a local folder, a hub id or `demo`; `revision` belongs to a hub id.
-    """
+    """One member of a family of models: where it is, and the hash of its weights."""
 
     name: str
+    # A local folder, a hub id or `demo`.
     model: str
+    # Of a hub id.
     revision: str | None = None
+    # None in a recipe by hand.
     sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """An output model, layer by layer.
-
-    `base` names the variant that gives everything outside the layers (embeddings, final norm, config, tokenizer).
-    `depth` is the base's number of layers. `spans[i]` = (a, b) says that output layer i stands for the original
-    layers a .. b-1; the spans tile 0 .. depth. `fitted[i][name]` replaces the tensor `name` of output layer i
-    (float32, cast to the checkpoint's dtype on build). `provenance` tells how the recipe came to be and decides
-    nothing.
-    """
+    """An output model, layer by layer."""
 
     variants: tuple[Variant, ...]
+    # The variant that gives everything outside the layers (embeddings, final norm, config, tokenizer).
     base: str
+    # The base's number of layers.
     depth: int
+    # One op for each output layer.
     layers: tuple[Op, ...]
+    # (a, b): the output layer stands for the original layers a .. b-1. The spans tile 0 .. depth.
     spans: tuple[Span, ...]
+    # Tensors of output layers that replace what the op gives (float32, cast to the checkpoint's dtype on build).
     fitted: Fitted = field(default_factory=dict)
+    # How the recipe was made; it decides nothing.
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def variant(self, name: str) -> Variant:
@@ -67,7 +66,7 @@ def identity(variant: Variant, depth: int) -> Recipe:
 
 
 def derive_spans(layers: Sequence[Op], depth: int) -> tuple[Span, ...]:
-    """Spans from the ops alone: an output layer stands for its sources and the removed layers behind them.
+    """Spans from the ops alone: an output layer stands for its sources and the removed layers after them.
 
     Layers removed before the first source belong to the first output layer. Where sources are not in order (a
     stack deeper than the base, say), a span may be empty.

@@ -107,7 +107,7 @@ def _what_it_is(results: Mapping[str, Any]) -> str:
 
 
 def _how_layers_became_one(settings: Any) -> str:
-    """By `combine` of the planner's settings; a card from before there was a choice has none."""
+    """By `combine` of the planner's settings, where the method has it."""
     combine = settings.get("combine") if isinstance(settings, Mapping) else None
     if combine == "weight-sum":
         return "Layers were not only removed: adjacent layers were added up into one, each weighted by its share"

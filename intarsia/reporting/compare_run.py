@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.errors import UserError
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.reporting import comparison, comparison_table
 from intarsia.reporting.blocks import Code, Facts, Figure, Ladder, Section, Subject, Table, Tile
 from intarsia.reporting.commands import compare_command
@@ -16,7 +16,7 @@ from intarsia.reporting.comparison_figure import curves, figure
 from intarsia.reporting.dots import Scored, dots_svg
 from intarsia.reporting.picture import picture_svg, pieces_of
 from intarsia.reporting.scale import Axis, short
-from intarsia.reporting.wording import written
+from intarsia.reporting.wording import model_name, written
 
 _ERRORS = 1.96  # standard errors to either side hold 95 %
 
@@ -35,10 +35,10 @@ def read(path: Path) -> Subject:
     found = comparison.load(path)
     return Subject(
         path=path,
-        title=f"{found.model}: methods compared",
+        title=f"{model_name(found.model)}: methods compared",
         subtitle=f"{len({row.method for row in found.rows} - {DENSE})} methods, {len(found.rows)} models"
         + (f", judged on {', '.join(found.texts)}" if found.texts else ""),
-        base=(found.base_sha256 or "", found.model),
+        base=(found.base_sha256 or "", model_name(found.model)),
         tiles=_tiles(found),
         notes=_notes(found),
         sections=[
@@ -212,7 +212,7 @@ def _puzzles(found: Comparison) -> list[Section]:
         if found.path.resolve() not in place.parents or not place.is_file():
             continue
         try:
-            recipe = codec.load(place)
+            recipe = schema.load(place)
         except UserError:
             continue
         figures.append(Figure(svg=picture_svg(recipe, pieces_of(recipe)), caption=row.method))

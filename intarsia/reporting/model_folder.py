@@ -12,7 +12,7 @@ from intarsia.anatomy.spec import Anatomy
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.wrapper import text_config
 from intarsia.disk import damage_named, read_json, write_whole
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Code, Facts, Section, Subject, Tile, Written
 from intarsia.reporting.commands import compress_command
@@ -23,7 +23,7 @@ from intarsia.reporting.plan_evidence import evidence_sections
 from intarsia.reporting.plan_folder import PlanRun, is_plan_run, load_run
 from intarsia.reporting.plan_ladder import ladders, steps_section
 from intarsia.reporting.puzzle_section import puzzle_section
-from intarsia.reporting.wording import change, measure, plain_value, written
+from intarsia.reporting.wording import change, measure, model_name, plain_value, written
 
 MEASURES_FILE = RECIPE_FILE.with_name("measures.json")
 """What `compress` has measured, beside the recipe."""
@@ -63,7 +63,7 @@ def read(path: Path, *, generations: Sequence[Written] = ()) -> Subject:
     Raises:
         UserError: its recipe or what was measured is damaged.
     """
-    recipe = codec.load(path / RECIPE_FILE)
+    recipe = schema.load(path / RECIPE_FILE)
     facts = _measures(path / MEASURES_FILE)
     run = _run(path, facts, recipe)
     anatomy = _anatomy(path)
@@ -82,9 +82,9 @@ def read(path: Path, *, generations: Sequence[Written] = ()) -> Subject:
     evaluation = facts.get("evaluation") or {}
     return Subject(
         path=path,
-        title=f"{_plain(variant.model)}, {recipe.depth} → {len(recipe.layers)} layers",
+        title=f"{model_name(variant.model)}, {recipe.depth} → {len(recipe.layers)} layers",
         subtitle=f"Made with {method}" + (f", judged on {evaluation['text']}" if evaluation.get("text") else ""),
-        base=(variant.sha256 or "", _plain(variant.model)),
+        base=(variant.sha256 or "", model_name(variant.model)),
         tiles=_tiles(facts, recipe),
         notes=_notes(facts),
         sections=sections,
@@ -126,10 +126,10 @@ def _origin(path: Path, recipe: Recipe, facts: Mapping[str, Any], run: PlanRun |
     if run is not None and facts:
         heal = "closed-form" if provenance.get("heal") else "none"
         blocks.append(Code(text=compress_command(run.settings, out=path.name, layers=len(recipe.layers), heal=heal)))
-    pairs = [("recipe, sha256", codec.content_hash(recipe))]
+    pairs = [("recipe, sha256", schema.content_hash(recipe))]
     for variant in recipe.variants:
         revision = f", revision {variant.revision}" if variant.revision else ""
-        pairs.append((f"weights of {_plain(variant.model)}{revision}, sha256", variant.sha256 or "not recorded"))
+        pairs.append((f"weights of {model_name(variant.model)}{revision}, sha256", variant.sha256 or "not recorded"))
     for name, value in provenance.items():
         if name == "heal" or value is None:
             continue
@@ -192,8 +192,3 @@ def _run(path: Path, facts: Mapping[str, Any], recipe: Recipe) -> PlanRun | None
     run = load_run(beside)
     ours = run.recipes.get(len(recipe.layers))
     return run if ours is not None and ours.layers == recipe.layers else None
-
-
-def _plain(model: str) -> str:
-    """A model's name without the folders of somebody's machine."""
-    return Path(model).name if Path(model).is_absolute() else model

@@ -9,7 +9,7 @@ from typing import Any
 
 from intarsia.disk import read_json
 from intarsia.planning.run_folder import RunFolder
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 
 
@@ -58,7 +58,7 @@ def load_run(path: Path) -> PlanRun:
         settings=run.settings(),
         log=log,
         calibration=_pinned(pinned) if pinned.is_file() else {},
-        recipes={int(step["layers"]): _bare(codec.load(run.recipe_path(int(step["layers"])))) for step in log},
+        recipes={int(step["layers"]): _bare(schema.load(run.recipe_path(int(step["layers"])))) for step in log},
         unfinished=run.unfinished(),
     )
 

@@ -12,13 +12,13 @@ from intarsia.reporting.plan_folder import PlanRun, load_run, provenance_of
 from intarsia.reporting.plan_ladder import ladders, steps_section
 from intarsia.reporting.puzzle_section import picture_sections
 from intarsia.reporting.scale import short
-from intarsia.reporting.wording import duration, written
+from intarsia.reporting.wording import duration, model_name, written
 
 
 def read(path: Path) -> Subject:
     """The run as a subject of its own."""
     run = load_run(path)
-    model, method = str(run.settings["model"]), str(run.settings["method"])
+    model, method = model_name(str(run.settings["model"])), str(run.settings["method"])
     text = str(run.calibration.get("text") or run.settings["calibration"])
     notes = []
     if not run.log:

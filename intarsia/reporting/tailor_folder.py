@@ -9,7 +9,7 @@ from typing import Any
 
 from intarsia.disk import damage_named, read_json
 from intarsia.errors import UserError
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.history import EARLIER, TRIALS, History, Trial
 from intarsia.tailoring.pareto import Front, front_of
@@ -54,7 +54,7 @@ class TailorRun:
         """The recipe of a trial of the front, where it was written."""
         path = recipe_path(self.path, trial.number)
         try:
-            return codec.load(path) if path.is_file() else None
+            return schema.load(path) if path.is_file() else None
         except UserError:
             return None
 

@@ -13,7 +13,7 @@ from intarsia.reporting.scale import short
 from intarsia.reporting.tailor_folder import FAMILY, TailorRun, is_tailor_run, load
 from intarsia.reporting.tailor_puzzle import puzzle_sections
 from intarsia.reporting.tailor_sections import costs_of, front_sections, judged_sections, search_section
-from intarsia.reporting.wording import written
+from intarsia.reporting.wording import model_name, written
 
 __all__ = ["is_tailor_run", "read"]
 
@@ -28,9 +28,10 @@ def read(path: Path) -> Subject:
     members = run.settings["members"]
     base = next(iter(members.values()))
     space, made = run.settings["space"], run.made
+    names = " + ".join([model_name(base["model"]), *list(members)[1:]])
     return Subject(
         path=path,
-        title=f"{' + '.join([_plain(base['model']), *list(members)[1:]])}, {space['depth']} → {space['target']} layers",
+        title=f"{names}, {space['depth']} → {space['target']} layers",
         subtitle=f"A search over a family: {len(made)} trials by {run.settings['engine']}, on up to "
         f"{max(run.settings['budgets'])} examples of each of {', '.join(run.objectives)}",
         base=(str(base.get("sha256") or ""), str(base["model"])),
@@ -110,8 +111,3 @@ def _origin(run: TailorRun) -> Section:
     pairs += [(name, str(value)) for name, value in settings.get("versions", {}).items()]
     code = [Code(text="\n".join(commands)), *([Code(text=run.family.rstrip())] if run.family else [])]
     return Section(title="Where this comes from", blocks=[*code, Facts(pairs=pairs)])
-
-
-def _plain(model: str) -> str:
-    """What a model is called, without the folders before it."""
-    return Path(model).name if Path(model).is_absolute() else model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from intarsia.reporting.scale import short
@@ -19,6 +20,11 @@ def written(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(written(part) for part in value)
     return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
+
+
+def model_name(model: str) -> str:
+    """What a model is called, without the folders of somebody's machine."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def duration(seconds: float) -> str:

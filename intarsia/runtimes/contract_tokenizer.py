@@ -14,7 +14,7 @@ from intarsia.checkpoint.folder import TOKENIZER_FILES
 from intarsia.checkpoint.gguf_source import kept_folder
 from intarsia.checkpoint.model_name import DEMO, GGUF, bare, hub_id, local_path
 from intarsia.errors import Problem, UserError
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.runtimes.checks import Skipped, refuse
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -84,7 +84,7 @@ def source_folder(folder: Path) -> Path | None:
     """The folder of the base that a built model's recipe names, if it can be had without a network."""
     if not (folder / RECIPE_FILE).is_file():
         return None
-    recipe = codec.load(folder / RECIPE_FILE)
+    recipe = schema.load(folder / RECIPE_FILE)
     variant = recipe.variant(recipe.base)
     if bare(variant.model) == DEMO:
         found = cache_folder() / "demo"

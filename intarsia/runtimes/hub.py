@@ -10,7 +10,7 @@ from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.model_name import local_path
 from intarsia.errors import UserError
 from intarsia.progress import Progress
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 
 _OWNER = "A repository is called `name`, or `owner/name`."
 
@@ -59,7 +59,7 @@ def parcel(what: Path, repository: str, *, private: bool, account: str) -> Parce
     shown = [(file.name if what.is_file() else file.relative_to(what).as_posix(), file) for file in files]
     mentions: tuple[str, ...] = ()
     if (what / RECIPE_FILE).is_file():
-        variants = codec.load(what / RECIPE_FILE).variants
+        variants = schema.load(what / RECIPE_FILE).variants
         mentions = tuple(variant.model for variant in variants if local_path(variant.model) is not None)
     return Parcel(
         repository=repository if "/" in repository else f"{account}/{repository}",

@@ -6,9 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.anatomy.detect import known_families
-from intarsia.anatomy.family import Family
-from intarsia.anatomy.family_file import with_family_file
+from intarsia.anatomy.families import Family, known_families, with_family_file
 
 
 @dataclass(frozen=True, kw_only=True)

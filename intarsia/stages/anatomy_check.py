@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from intarsia.anatomy.detect import detect
-from intarsia.anatomy.family_file import with_family_file
+from intarsia.anatomy.families import with_family_file
 from intarsia.anatomy.spec import PARTS, Anatomy
 from intarsia.building.resident import Resident
 from intarsia.building.shrunken import shrunken, small_model

@@ -22,7 +22,7 @@ from intarsia.building.resident import Resident, twin
 from intarsia.building.slicing import positions
 from intarsia.calibration.stream import LayerStream
 from intarsia.calibration.taps import read_outs
-from intarsia.recipe.flatten import concat_of
+from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 

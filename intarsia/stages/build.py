@@ -18,7 +18,7 @@ from intarsia.errors import Problem, UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.planning.run_folder import RunFolder
 from intarsia.progress import Progress, Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
 from intarsia.reporting.puzzle import puzzle_svg
@@ -120,7 +120,7 @@ def read_recipe(source: Path, layers: int | None = None) -> Recipe:
             found=f"the recipe {source}",
             remedy="Leave --layers out: a recipe has one depth.",
         )
-    return codec.load(source)
+    return schema.load(source)
 
 
 def build_recipe(
@@ -143,7 +143,7 @@ def build_recipe(
             layers=len(recipe.layers),
             parameters=base.parameters - removed * base.anatomy.layer_parameters,
             bytes=sum(file.stat().st_size for file in folder.glob("model*.safetensors")),
-            recipe_sha256=codec.content_hash(recipe),
+            recipe_sha256=schema.content_hash(recipe),
             seconds=time.perf_counter() - begun,
             peak_memory_bytes=peak_memory_bytes(),
         )

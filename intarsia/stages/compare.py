@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from intarsia.checkpoint.model_name import lasting
+from intarsia.checkpoint.scan import acting_config
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.task_plan import plan_tasks
 from intarsia.healing.settings import LAST, ClosedFormSettings
@@ -15,13 +17,13 @@ from intarsia.progress import Progress, Silent
 from intarsia.reporting.comparison import load
 from intarsia.reporting.comparison_table import cells
 from intarsia.stages.calibration_text import calibration_as_begun, facts_of
-from intarsia.stages.compare_folder import CompareFolder, begun_before_fits_were_told
+from intarsia.stages.compare_folder import CompareFolder
 from intarsia.stages.compare_input import check_depths, check_lists, load_texts, predicted_cost, task_facts_of
 from intarsia.stages.compare_judge import Judge
 from intarsia.stages.compare_methods import parse_methods
 from intarsia.stages.compare_outputs import write_outputs
 from intarsia.stages.compare_work import Work
-from intarsia.stages.plan_settings import config_as_begun, model_as_begun, working_settings
+from intarsia.stages.plan_settings import working_settings
 from intarsia.stages.repair import HEALS
 from intarsia.stages.setup import check_seq_len
 from intarsia.stages.source import Source
@@ -99,8 +101,7 @@ def compare(
         methods: names of methods, with options in brackets where they are not the defaults: `come[norm=average]`.
         layers: the depths.
         heal: `none`, `closed-form`, or both.
-        closed_form: how it fits; by default as `compress` does, or as a comparison did that was begun before this was
-            recorded.
+        closed_form: how it fits; by default as `compress` does.
         eval_text: texts for perplexity, as SOURCE or NAME=SOURCE.
         eval_windows: windows of each of them, or of all.
         tasks: see `evaluate_tasks`; `limit` and `include_path` too.
@@ -135,9 +136,7 @@ def compare(
         windows *= len(texts_given)
     texts, text_facts = load_texts(texts_given, windows, source.tokenizer, seq_len=seq_len)
     task_plan = plan_tasks(tasks, limit=limit, include_path=include_path) if tasks else None
-    begun_with = CompareFolder(out).facts()
-    if closed_form is None:
-        closed_form = ClosedFormSettings() if begun_before_fits_were_told(begun_with) else LAST
+    closed_form = closed_form or LAST
     predicted = tuple(predicted_cost(entrant, source, depths, heals, closed_form) for entrant in entrants)
     if dry_run:
         return CompareResult(
@@ -155,7 +154,7 @@ def compare(
         "speed": speed,
     }
     task_facts = [] if task_plan is None else task_facts_of(task_plan, tasks, include_path)
-    facts = _facts(source, batch_tokens, begun_with) | {
+    facts = _facts(source, batch_tokens, CompareFolder(out).facts()) | {
         "closed_form": asdict(closed_form),
         "eval_texts": text_facts,
         "tasks": task_facts,
@@ -193,10 +192,10 @@ def _facts(source: Source, batch_tokens: int | None, begun: Mapping[str, Any]) -
     calibration = calibration_as_begun(source, begun_with.get("calibration"), begun_text.get("sha256"))
     return {
         "kind": "compare",
-        "model": model_as_begun(source, begun.get("model"), begun.get("base_sha256")),
+        "model": lasting(source.model),
         "revision": source.revision,
         "base_sha256": source.sha256,
-        "config": config_as_begun(source.checkpoint.config, begun),
+        "config": acting_config(source.checkpoint.config),
         "settings": working_settings(source, calibration, batch_tokens),
         "versions": versions(),
     }

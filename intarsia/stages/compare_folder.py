@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from intarsia.disk import append_line, read_json, write_whole
 from intarsia.errors import UserError
-from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.run_folder import differences
 from intarsia.reporting.comparison import ROWS, SETTINGS
 
@@ -127,18 +125,11 @@ def key_of(row: Mapping[str, Any]) -> Key:
     return row["method"], row["layers"], row["heal"]
 
 
-def begun_before_fits_were_told(facts: Mapping[str, Any]) -> bool:
-    """Whether a comparison is of the time when all fitted alike, by the plain `ClosedFormSettings`."""
-    return bool(facts) and "closed_form" not in facts
-
-
 def _pinned(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What must be the same in both. Tasks may be added where there were none, or left out.
 
     A text or a file of questions is the same where its content is, whatever path it has.
     """
-    if begun_before_fits_were_told(old):
-        old = {**old, "closed_form": asdict(ClosedFormSettings())}
     names = {*old, *new} - {*_NOT_PINNED}
     if not (old.get("tasks") and new.get("tasks")):
         names -= {"tasks"}

@@ -20,7 +20,7 @@ from intarsia.evaluation.retention import retention
 from intarsia.evaluation.speed import compare_speed
 from intarsia.evaluation.task_plan import TaskPlan, score_tasks
 from intarsia.evaluation.task_results import TaskResults
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.comparison import DENSE
 from intarsia.stages.compare_plans import Rung
@@ -103,7 +103,7 @@ class Judge:
             "layer_forwards": rung.layer_forwards,
             "plan_seconds": rung.seconds,
             "recipe": where,
-            "recipe_sha256": codec.content_hash(recipe),
+            "recipe_sha256": schema.content_hash(recipe),
         }
         for other in rows:
             if other.get("recipe_sha256") == row["recipe_sha256"] and self.is_whole(other):

@@ -20,7 +20,7 @@ from intarsia.planning.cost import Cost, with_judging
 from intarsia.planning.settings import Settings
 from intarsia.planning.sizes import Sizes
 from intarsia.progress import Progress, Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
 from intarsia.stages.build import BuildResult, build_recipe, card_facts, read_recipe
@@ -155,9 +155,9 @@ def compress(
     if heal == "closed-form":
         repair = repaired(run, cut, source, settings=closed_form, batch_tokens=batch_tokens)
         recipe = repair.recipe
-    overwrite = overwrite or unjudged == codec.content_hash(recipe)
+    overwrite = overwrite or unjudged == schema.content_hash(recipe)
     check_out(out, overwrite=overwrite)  # what this run built for another depth is not replaced
-    write_whole(run / _JUDGING, codec.content_hash(recipe))
+    write_whole(run / _JUDGING, schema.content_hash(recipe))
     if stream:
         source.release()  # what is outside the layers would be mapped twice
     built = build_recipe(recipe, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress)
@@ -233,5 +233,5 @@ def _built_but_not_judged(run: Path, out: Path) -> str | None:
     marker, carried = run / _JUDGING, out / RECIPE_FILE
     if not (marker.is_file() and carried.is_file()):
         return None
-    carried_hash = codec.content_hash(codec.load(carried))
+    carried_hash = schema.content_hash(schema.load(carried))
     return carried_hash if marker.read_text(encoding="utf-8") == carried_hash else None

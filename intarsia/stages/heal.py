@@ -14,7 +14,7 @@ from pathlib import Path
 
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import scan
+from intarsia.checkpoint.scan import acting_config, scan
 from intarsia.checkpoint.staging import check_out
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
@@ -23,7 +23,7 @@ from intarsia.healing.layer_map import check_teacher
 from intarsia.healing.settings import LAST, ClosedFormSettings, EndToEndSettings, LayerwiseSettings
 from intarsia.planning.run_folder import RunFolder
 from intarsia.progress import Progress, Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.build import build_recipe, open_variants, read_recipe
 from intarsia.stages.heal_blend import BLEND, back, blend_sha256, forget, over_its_blend
@@ -31,7 +31,6 @@ from intarsia.stages.heal_result import HealResult, layer_errors, provenance
 from intarsia.stages.heal_stages import STAGES, Healing, stage_settings
 from intarsia.stages.heal_texts import Texts, read_texts
 from intarsia.stages.placement import placement
-from intarsia.stages.plan_settings import config_as_begun
 
 Stages = Sequence[str]
 
@@ -112,12 +111,11 @@ def heal(
     own_sha256 = blend_sha256(given, members) if blended else members[given.base]
     closed_form = closed_form or LAST
     layerwise = replace(layerwise or LayerwiseSettings(), seed=seed)
-    begun_with = RunFolder(run).begun_with()
     settings = {
-        "recipe": codec.content_hash(given),
-        "config": config_as_begun(base.config, begun_with),
+        "recipe": schema.content_hash(given),
+        "config": acting_config(base.config),
         "teacher": own_sha256 if taught is None else scan(taught, progress),
-        "teacher_config": config_as_begun((taught or base).config, begun_with, "teacher_config"),
+        "teacher_config": acting_config((taught or base).config),
         **({"members": members} if blended else {}),
         "stages": list(stages),
         "data": data if isinstance(data, str) else ",".join(data),
@@ -193,7 +191,7 @@ def heal(
         stages=tuple(result.row() for result in results),
         layers=layer_errors(given, results),
         details={result.stage: result.details for result in results[1:]},
-        recipe_sha256=codec.content_hash(final),
+        recipe_sha256=schema.content_hash(final),
         seconds=time.perf_counter() - begun,
         peak_memory_bytes=peak_memory_bytes(),
     )
@@ -206,7 +204,7 @@ def read_source(source: Path) -> Recipe:
         UserError: there is none.
     """
     if (source / RECIPE_FILE).is_file():
-        return codec.load(source / RECIPE_FILE)
+        return schema.load(source / RECIPE_FILE)
     if source.is_dir() and (source / "config.json").exists():
         raise UserError.of(
             where=str(source),

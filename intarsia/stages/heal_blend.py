@@ -1,9 +1,9 @@
 """Healing what was made of several models: as a cut of what it would be with no layer removed.
 
 Repaired towards one of its members a mixture would lose what it has of the others, so it learns from its own blend
-uncut (`intarsia.recipe.uncut`). That model is written into the run folder, and takes the base's place: layers that are
-the blend's own become plain selections from it, and healing goes on as with one model. What was fitted then belongs to
-the recipe as it was.
+uncut (`reference_layers` of `intarsia.recipe.algebra`). That model is written into the run folder, and takes the
+base's place: layers that are the blend's own become plain selections from it, and healing goes on as with one model.
+What was fitted then belongs to the recipe as it was.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.scan import scan
 from intarsia.disk import require_room
 from intarsia.progress import Progress
-from intarsia.recipe import codec
+from intarsia.recipe import schema
+from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
-from intarsia.recipe.uncut import uncut
 
 BLEND = "the same blend with no layer removed"
 """What that teacher is called."""
@@ -33,14 +33,14 @@ _NAME = "uncut"
 
 def blend_of(recipe: Recipe) -> Recipe:
     """What a recipe would be with no layer removed."""
-    layers = uncut(recipe)
+    layers = reference_layers(recipe)
     return replace(recipe, layers=layers, spans=derive_spans(layers, recipe.depth), fitted={}, provenance={})
 
 
 def blend_sha256(recipe: Recipe, members: Mapping[str, str]) -> str:
     """Which blend that is, before it is made; `members` are the hashes of the weights of all variants."""
     plain = replace(recipe, variants=tuple(Variant(name=v.name, model=v.name) for v in recipe.variants))
-    told = [codec.content_hash(blend_of(plain)), sorted(members.items())]
+    told = [schema.content_hash(blend_of(plain)), sorted(members.items())]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
@@ -57,7 +57,7 @@ def over_its_blend(
     Raises:
         UserError: it cannot be written.
     """
-    folder, layers = run / _NAME, uncut(recipe)
+    folder, layers = run / _NAME, reference_layers(recipe)
     if not folder.exists():
         require_room(run, variants[recipe.base].nbytes, f"the model that it learns from, {BLEND}", option="--run")
         progress.say(f"made of several models: it learns from {BLEND}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.disk import full_disk_named, read_json, write_whole
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 
 
@@ -43,7 +43,7 @@ def write_result(record: Path, result: StageResult) -> None:
     """The recipe first: a stage is done when its facts are there."""
     with full_disk_named(record.parents[1]):
         record.parent.mkdir(parents=True, exist_ok=True)
-        codec.save(result.recipe, record.with_suffix(".yaml"))
+        schema.save(result.recipe, record.with_suffix(".yaml"))
         facts = {
             field: getattr(result, field) for field in ("stage", "quality", "taken", "tokens", "seconds", "details")
         }
@@ -58,4 +58,4 @@ def read_result(record: Path) -> StageResult:
     """
     remedy = "Delete it; that stage of healing is then done again."
     facts = read_json(record.with_suffix(".json"), expected="what a stage of healing gave", remedy=remedy)
-    return StageResult(recipe=codec.load(record.with_suffix(".yaml")), **facts)
+    return StageResult(recipe=schema.load(record.with_suffix(".yaml")), **facts)

@@ -12,7 +12,7 @@ from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import UserError
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.told import describe, mlp_pieces, of_experts
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.comparison import SETTINGS as COMPARISON
 from intarsia.reporting.tailor_folder import SETTINGS as SEARCH
@@ -42,7 +42,7 @@ def inspect(source: str) -> Inspection:
     """
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
-        return Inspection(source=source, kind="recipe", facts=_recipe_facts(codec.load(path)))
+        return Inspection(source=source, kind="recipe", facts=_recipe_facts(schema.load(path)))
     if (path / "settings.json").is_file():
         return Inspection(source=source, kind="run", facts=_run_facts(RunFolder.existing(path)))
     for name, what in ((COMPARISON, "a comparison"), (SEARCH, "a search")):
@@ -57,7 +57,7 @@ def inspect(source: str) -> Inspection:
     facts = _model_facts(checkpoint)
     carried = checkpoint.folder / RECIPE_FILE
     if carried.is_file():
-        facts["recipe"] = _recipe_facts(codec.load(carried), mixture=checkpoint.anatomy.is_mixture("mlp"))
+        facts["recipe"] = _recipe_facts(schema.load(carried), mixture=checkpoint.anatomy.is_mixture("mlp"))
     return Inspection(source=source, kind="model", facts=facts)
 
 
@@ -103,7 +103,7 @@ def _recipe_facts(recipe: Recipe, *, mixture: bool = False) -> dict[str, Any]:
         "variants": [{"name": variant.name, "model": variant.model} for variant in recipe.variants],
         "depth": f"{len(recipe.layers)} of {recipe.depth} layers",
         "method": recipe.provenance.get("method"),
-        "sha256": codec.content_hash(recipe),
+        "sha256": schema.content_hash(recipe),
         "output_layers": rows,
     }
 

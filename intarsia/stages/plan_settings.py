@@ -28,53 +28,19 @@ def identifying_settings(source: Source, run: Path, wanted: Asked) -> dict[str, 
     Raises:
         UserError: the model or the calibration text cannot be used, or the run folder is damaged.
     """
-    begun = RunFolder(run).begun_with()
     return {
-        "model": _model_of(RunFolder(run), source),
+        # Absolute: however the folder is spelled, and wherever the command runs, it is the same model.
+        "model": lasting(source.model),
         "revision": source.revision,
         "sha256": source.sha256,
-        "config": config_as_begun(source.checkpoint.config, begun),
+        "config": acting_config(source.checkpoint.config),
         "method": wanted.method,
         **working_settings(source, calibration_of(run, source), wanted.batch_tokens),
-        "planner": None if wanted.settings is None else wanted.settings.to_dict(),
+        "planner": None if wanted.settings is None else asdict(wanted.settings),
         "heal_in_loop": None if wanted.in_loop is None else asdict(wanted.in_loop),
         # Where more than two layers are merged at once the last step merges fewer, so the ladder depends on its end.
         "target": wanted.target if layers_at_once(wanted.settings) > 2 else None,
     }
-
-
-def model_as_begun(source: Source, begun_with: str | None, sha256: str | None, *, place: str | None = None) -> str:
-    """How settings name the model: as when the work was begun, where it is the same folder, spelled otherwise.
-
-    A folder elsewhere is another model even if it has the same weights: recipes name the one that they were made from.
-
-    Args:
-        begun_with, sha256: what is recorded of the model, if anything is.
-        place: what a recipe that was made from it calls it, which says more: a relative path is so from somewhere.
-    """
-    if begun_with is None or begun_with == source.model or source.sha256 != sha256:
-        return source.model
-    return begun_with if lasting(source.model) == (place or lasting(begun_with)) else source.model
-
-
-def _model_of(run: RunFolder, source: Source) -> str:
-    if not run.is_one():
-        return source.model
-    begun = run.settings()
-    depths = run.depths()
-    ladder = None if not depths or begun.get("model") == source.model else run.recipe(depths[-1])
-    place = None if ladder is None else ladder.variants[0].model
-    return model_as_begun(source, begun.get("model"), begun.get("sha256"), place=place)
-
-
-def config_as_begun(config: Mapping[str, Any], begun: Mapping[str, Any], name: str = "config") -> dict[str, Any] | None:
-    """What of a config changes the numbers; None where the work was begun before that was recorded.
-
-    Args:
-        begun: the settings that it was begun with; nothing, where it was not.
-        name: of the config among them.
-    """
-    return None if begun and begun.get(name) is None else acting_config(config)
 
 
 def working_settings(source: Source, calibration: str, batch_tokens: int | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from intarsia.planning.cost import Cost, with_closed_form
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, Settings
 from intarsia.planning.sizes import Held, Sizes
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, identity
 from intarsia.stages.calibration_text import pin_text
 from intarsia.stages.judge import held_out_text, held_out_tokens
@@ -85,7 +85,7 @@ def repaired(
     begin = beginnings(folder, recipe, anatomy)
     forwards = sum(closed_form_cost(start.recipe, settings, anatomy) for start in begin)
     facts: dict[str, Any] = {
-        "recipe": codec.content_hash(recipe),
+        "recipe": schema.content_hash(recipe),
         "settings": asdict(settings),
         "batch_tokens": batch_tokens,
         **({"starts": [start.name for start in begin]} if len(begin) > 1 else {}),
@@ -97,7 +97,7 @@ def repaired(
     if kept.exists():
         forget(ends)
         source.progress.say(f"{kept}: healed already")
-        return _result(codec.load(kept), kept, forwards, fresh=False)
+        return _result(schema.load(kept), kept, forwards, fresh=False)
     corpus = source.corpus
     pin_text(folder, corpus)
     room, progress = source.placement.room(run), source.progress
@@ -139,7 +139,7 @@ def repaired(
     done = replace(done, provenance={**recipe.provenance, "heal": heal})
     with full_disk_named(run):
         kept.parent.mkdir(exist_ok=True)
-        codec.save(done, kept)
+        schema.save(done, kept)
     forget(ends)
     return _result(done, kept, forwards, fresh=True)
 

@@ -18,7 +18,7 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.reporting.blocks import Written
 from intarsia.reporting.model_folder import is_model_folder, keep_measures
 from intarsia.reporting.page import report_html, write_report
@@ -120,7 +120,7 @@ def _side_by_side(
     progress: Progress,
 ) -> list[Written]:
     """The original's answers and the model's, one model in memory at a time."""
-    recipe = codec.load(folder / RECIPE_FILE)
+    recipe = schema.load(folder / RECIPE_FILE)
     dense = open_variants(recipe, progress)[recipe.base]
     small = open_checkpoint(str(folder), progress=progress)
     columns = []

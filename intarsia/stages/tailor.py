@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from intarsia.checkpoint.scan import acting_config
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.healing.cluster import check_scheduler
 from intarsia.progress import Progress, Silent
 from intarsia.reporting.page import write_report
-from intarsia.stages.plan_settings import config_as_begun
 from intarsia.stages.setup import device_of, dtype_of
 from intarsia.stages.tailor_begin import TOKENS, Beginning
 from intarsia.stages.tailor_finish import finish
@@ -27,7 +27,6 @@ from intarsia.stages.tailor_recipe import translator_of
 from intarsia.stages.tailor_result import TailorResult
 from intarsia.stages.tailor_scorer import Opener, TrialScorer, evaluator_of
 from intarsia.stages.tailor_settings import settings_of
-from intarsia.tailoring.blend_methods import STATISTICS
 from intarsia.tailoring.dask_workers import dask_workers
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import BASE
@@ -35,7 +34,6 @@ from intarsia.tailoring.grids import space_of
 from intarsia.tailoring.hyperband import budget_ladder
 from intarsia.tailoring.kept_fits import KeptFits
 from intarsia.tailoring.make_engine import check_engine, make_engine
-from intarsia.tailoring.measure_statistics import check_anatomy
 from intarsia.tailoring.search import Goal, search
 from intarsia.tailoring.workers import InProcess, Workers
 
@@ -111,8 +109,6 @@ def tailor(
     for note in family.notes:
         progress.say(note)
     space = space_of(file, family.anatomy)
-    kinds = [kind for kind in STATISTICS if kind in space.menu.methods]
-    check_anatomy(family.anatomy, kinds)
     budgets = budget_ladder(file.search.min_budget, file.search.max_budget, file.search.eta)
     predicted = predict(file, space, budgets, job.trials)
 
@@ -133,7 +129,7 @@ def tailor(
         check_scheduler(scheduler)
     variants = family.variants(progress)
     folder = TailorFolder(job.out)
-    config = config_as_begun(family.checkpoints()[BASE].config, folder.settings() if folder.is_one() else {})
+    config = acting_config(family.checkpoints()[BASE].config)
     folder = TailorFolder.offer(job.out, settings_of(job, variants, config, space, budgets))
     progress.say(predicted.words())
     evaluator = evaluator_of(
@@ -159,8 +155,8 @@ def tailor(
         dtype=job.dtype,
         progress=progress,
     )
-    scores = beginning.measured(family.checkpoints(), joined=bool(space.shares), kinds=kinds)
-    translator = translator_of(file, family.anatomy, folder, settings["members"], scores, family.read)
+    scores = beginning.measured(family.checkpoints()) if space.shares else {}
+    translator = translator_of(file, family.anatomy, settings["members"], scores)
     warm = beginning.warm_start(translator)
     goal = Goal(trials=job.trials, objectives=evaluator.objectives, max_budget=budgets[-1], seed=file.search.seed)
     history = folder.history()

@@ -22,12 +22,10 @@ from intarsia.stages.plan import plan_source
 from intarsia.stages.source import Source
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.tailoring import sensitivities
-from intarsia.tailoring.blend_methods import Statistic
 from intarsia.tailoring.engine import Start
 from intarsia.tailoring.example_sources import part_of
 from intarsia.tailoring.family_file import RANDOM_MIDDLE, FamilyFile, ObjectiveSpec
 from intarsia.tailoring.history import Trial
-from intarsia.tailoring.measure_members import measure_members
 from intarsia.tailoring.translate import PieceScores, Translator
 from intarsia.tailoring.warm_start import WarmStart, from_recipe, from_search, random_middles
 
@@ -62,31 +60,22 @@ class Beginning:
         self._device, self._dtype = device, dtype
         self._source: Source | None = None
 
-    def measured(self, members: dict[str, Checkpoint], *, joined: bool, kinds: Sequence[Statistic]) -> PieceScores:
-        """The sensitivities of all members' pieces, empty where no layers are `joined`.
-
-        Statistics of these kinds are in the run folder then.
+    def measured(self, members: dict[str, Checkpoint]) -> PieceScores:
+        """The sensitivities of all members' pieces.
 
         Raises:
             UserError: something measured is not finite, or the disk is full.
         """
         path = self.folder.sensitivities
-        lacking = bool(kinds) and not all((self.folder.statistics / name).exists() for name in members)
-        if lacking or (joined and not path.exists()):
+        if not path.exists():
             source = self.source
             corpus = source.corpus
             source.release()
-            measure_members(
-                members,
-                corpus,
-                scores=path if joined else None,
-                statistics=self.folder.statistics,
-                kinds=kinds,
-                device=source.device,
-                dtype=source.dtype,
-                progress=self.progress,
+            found = sensitivities.measure(
+                members, corpus, device=source.device, dtype=source.dtype, progress=self.progress
             )
-        return sensitivities.load(path) if joined else {}
+            sensitivities.save(found, path)
+        return sensitivities.load(path)
 
     def warm_start(self, translator: Translator) -> WarmStart:
         """The candidates to begin with, and trials of earlier searches.
@@ -223,4 +212,4 @@ def _measured(folder: TailorFolder) -> list[object]:
     settings = folder.settings()
     objectives = [[entry[key] for key in ("name", "kind", "metric", "sha256")] for entry in settings["objectives"]]
     hashes = {name: member["sha256"] for name, member in settings["members"].items()}
-    return [objectives, hashes, settings.get("config"), settings["heal"], settings["dtype"]]
+    return [objectives, hashes, settings["config"], settings["heal"], settings["dtype"]]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.errors import UserError
 from intarsia.progress import Progress
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.stages.build import build_recipe
 from intarsia.stages.tailor_folder import TailorFolder
@@ -64,7 +64,7 @@ def finish(
     keep_front(folder, front, evaluator, progress)
     KeptFits(folder.fits).end()
     recipe = trial_recipe(folder, front.knee, progress, evaluator)
-    sha256 = codec.content_hash(recipe)
+    sha256 = schema.content_hash(recipe)
     judged = folder.judged()
     if judged is not None and (judged["recipe"], judged["asked"]) != (sha256, judge_examples):
         judged = None
@@ -101,7 +101,7 @@ def _is_built(folder: Path, sha256: str) -> bool:
     if not kept.is_file():
         return False
     try:
-        return codec.content_hash(codec.load(kept)) == sha256
+        return schema.content_hash(schema.load(kept)) == sha256
     except UserError:
         return False
 

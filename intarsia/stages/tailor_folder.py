@@ -5,7 +5,7 @@
   examples, engine, seed, device and dtype.
 - `family.yaml`: the family file, its paths made absolute.
 - `wanted.json`: how many trials are asked for.
-- `sensitivities.safetensors`, `statistics/MEMBER/`, `warm_start.json`, `plans/METHOD/`: what the search begins with.
+- `sensitivities.safetensors`, `warm_start.json`, `plans/METHOD/`: what the search begins with.
 - `trials.jsonl`: the log (`intarsia.tailoring.history.Trial`).
 - `front.json`: the Pareto front (`intarsia.tailoring.pareto.Front.to_dict`), written anew at every change of it, with
   `judged` once the incumbent is: how it and the uncut base do on what the search never saw.
@@ -101,11 +101,6 @@ class TailorFolder:
         return self._file("sensitivities.safetensors")
 
     @property
-    def statistics(self) -> Path:
-        """Where statistics of the members are kept, a folder for each."""
-        return self._file("statistics")
-
-    @property
     def warm_start(self) -> Path:
         """Where the warm start is kept."""
         return self._file("warm_start.json")
@@ -181,7 +176,7 @@ def _pinned(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "family": _by_name(facts["family"]),
         "weights": {name: member["sha256"] for name, member in facts["members"].items()},
-        "config": facts.get("config"),
+        "config": facts["config"],
         "examples": {entry["name"]: entry["sha256"] for entry in facts["objectives"]},
         "device": facts["device"],
         "dtype": facts["dtype"],

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from intarsia.data_file import dump_yaml
 from intarsia.errors import Problem, UserError
-from intarsia.recipe.strict_yaml import dump_yaml
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.tailoring.family_file import Engine, FamilyFile
 from intarsia.tailoring.family_paths import absolute, absolute_data

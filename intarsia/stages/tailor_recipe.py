@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from intarsia.anatomy.spec import Anatomy
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent
-from intarsia.recipe import codec
-from intarsia.recipe.ops import LayerRef
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, Variant
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_scorer import evaluator_of, is_healed
 from intarsia.stages.versions import versions
 from intarsia.tailoring import sensitivities
 from intarsia.tailoring.config_only import read_config_only
-from intarsia.tailoring.family import Family, open_family
+from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import FamilyFile
 from intarsia.tailoring.family_reader import read_family_file
 from intarsia.tailoring.grids import space_of
 from intarsia.tailoring.history import Trial
 from intarsia.tailoring.pareto import Front
-from intarsia.tailoring.statistics import Statistics
 from intarsia.tailoring.translate import PieceScores, Translator
 
 if TYPE_CHECKING:
@@ -37,16 +32,10 @@ if TYPE_CHECKING:
 def translator_of(
     file: FamilyFile,
     anatomy: Anatomy,
-    folder: TailorFolder,
     members: Mapping[str, Mapping[str, Any]],
     scores: PieceScores,
-    read: Callable[[LayerRef, str], Tensor],
 ) -> Translator:
-    """Between candidates and recipes, for the members that `tailor.json` names.
-
-    Args:
-        read: gives a tensor of a layer of a member; called for blends by statistics alone.
-    """
+    """Between candidates and recipes, for the members that `tailor.json` names."""
     variants = tuple(
         Variant(name=name, model=entry["model"], revision=entry["revision"], sha256=entry["sha256"])
         for name, entry in members.items()
@@ -56,7 +45,6 @@ def translator_of(
         anatomy=anatomy,
         variants=variants,
         scores=scores,
-        statistics=Statistics(folder=folder.statistics, anatomy=anatomy, read=read),
         seed=file.search.seed,
     )
 
@@ -135,25 +123,18 @@ def trial_recipe(
     """
     kept = folder.recipe_path(trial.number)
     if kept.exists() and healed:
-        return codec.load(kept)
+        return schema.load(kept)
     progress = progress or Silent()
     settings = folder.settings()
     file = read_family_file(folder.family)
     _, anatomy = read_config_only(file.base.model, file.base.revision, None, progress)
     scores = sensitivities.load(folder.sensitivities) if folder.sensitivities.exists() else {}
 
-    @cache
-    def family() -> Family:
-        return open_family(file.base, file.variants, progress=progress)
-
-    translator = translator_of(
-        file, anatomy, folder, settings["members"], scores, lambda ref, local: family().read(ref, local)
-    )
-    recipe = translator.recipe(trial.candidate)
+    recipe = translator_of(file, anatomy, settings["members"], scores).recipe(trial.candidate)
     if healed and is_healed(file, trial.budget):
         if evaluator is None:
             evaluator = evaluator_of(
-                family(),
+                open_family(file.base, file.variants, progress=progress),
                 file,
                 device=settings["device"],
                 dtype=settings["dtype"],
@@ -172,7 +153,7 @@ def keep_front(folder: TailorFolder, front: Front, evaluator: Evaluator, progres
         if not path.exists():
             recipe = trial_recipe(folder, trial, progress, evaluator)
             path.parent.mkdir(exist_ok=True)
-            codec.save(recipe, path)
+            schema.save(recipe, path)
 
 
 def with_provenance(recipe: Recipe, trial: Trial, settings: Mapping[str, Any]) -> Recipe:

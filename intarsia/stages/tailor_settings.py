@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def settings_of(
     job: Job,
     variants: Sequence[Variant],
-    config: Mapping[str, Any] | None,
+    config: Mapping[str, Any],
     space: Space,
     budgets: Sequence[int],
     evaluator: Evaluator | None = None,
@@ -27,7 +27,7 @@ def settings_of(
 
     Args:
         variants: the members of the family, with the hashes of their weights.
-        config: of the base, what changes the numbers (`plan_settings.config_as_begun`).
+        config: of the base, what changes the numbers (`scan.acting_config`).
     """
     file = job.file
     base, data = (None, {}) if evaluator is None else (evaluator.base, evaluator.data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from intarsia.tailoring.blend_methods import BlendMethod
+from intarsia.recipe.ops import MergeMethod
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,18 @@ class Blend:
     """
 
     members: tuple[str, ...]
-    method: BlendMethod | None = None
+    method: MergeMethod | None = None
     values: tuple[tuple[str, float], ...] = ()
 
     def value(self, name: str) -> float:
         """A setting of the method."""
         return dict(self.values)[name]
+
+    @property
+    def shares(self) -> list[float]:
+        """How much each member counts where the method has `lead`: the first as it says, the others alike."""
+        rest = 1.0 - self.value("lead")
+        return [self.value("lead"), *([rest / (len(self.members) - 1)] * (len(self.members) - 1))]
 
     def with_value(self, name: str, value: float) -> Blend:
         """The same blend with another value of a setting."""

@@ -20,8 +20,8 @@ import torch
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.recipe.check import check
 from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.validate import check
 from intarsia.tailoring.kept_fits import KeptFits
 from intarsia.tailoring.objective import Objective, check_varied
 from intarsia.tailoring.outcome import Outcome, TrialFailed

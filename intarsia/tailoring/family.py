@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from intarsia.anatomy.spec import Anatomy
 from intarsia.checkpoint.adapter_open import open_variant
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.scan import scan
 from intarsia.errors import Problem, UserError
 from intarsia.progress import Progress, Silent
-from intarsia.recipe.ops import LayerRef
 from intarsia.recipe.recipe import Variant
 from intarsia.tailoring.config_only import read_config_only
 from intarsia.tailoring.family_file import MemberSpec
@@ -48,12 +45,6 @@ class Family:
         found = {member.name: member.checkpoint for member in self.members}
         assert all(checkpoint is not None for checkpoint in found.values()), "opened with weights"
         return {name: checkpoint for name, checkpoint in found.items() if checkpoint is not None}
-
-    def read(self, ref: LayerRef, local: str) -> Tensor:
-        """A tensor of a layer of a member, by its name inside the layer (see `intarsia.building.layer.Read`)."""
-        member = self.members[self.names.index(ref.variant)]
-        assert member.checkpoint is not None, "opened with weights"
-        return member.checkpoint.layer_tensor(ref.layer, local)
 
     def variants(self, progress: Progress | None = None) -> tuple[Variant, ...]:
         """The members as a recipe names them, with the hashes of their weights, all of which are finite.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from intarsia.tailoring.blend_methods import BlendMethod
+from intarsia.recipe.ops import MergeMethod
 
 Operation = Literal["remove", "select", "merge", "concat", "stack"]
 Engine = Literal["smac", "evolve", "random"]
@@ -71,7 +71,7 @@ class FamilyFile:
     layers: int | None
     sparsity: float | None
     operations: tuple[Operation, ...]
-    methods: tuple[BlendMethod, ...]
+    methods: tuple[MergeMethod, ...]
     lambdas: Range = (0.0, 1.5)
     densities: Range = (0.1, 0.9)
     shares: Range = (0.1, 0.9)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.checkpoint.resolve import DEMO
+from intarsia.data_file import read_yaml
 from intarsia.evaluation.task_file import names_a_file
 from intarsia.planning.ladder import METHODS as PLANNERS
-from intarsia.recipe.strict_yaml import read_yaml
 from intarsia.tailoring.family_file import RANDOM_MIDDLE, FamilyFile, MemberSpec
 
 _SOURCES = ("task", "loss", "kl")

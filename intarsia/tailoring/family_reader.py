@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from intarsia.data_file import read_yaml, shown
 from intarsia.planning.ladder import METHODS as PLANNERS
+from intarsia.recipe.methods import METHODS
+from intarsia.recipe.ops import MergeMethod
 from intarsia.recipe.recipe import VARIANT_NAME
-from intarsia.recipe.strict_yaml import read_yaml
-from intarsia.recipe.values import Values, shown
-from intarsia.tailoring.blend_methods import METHODS, BlendMethod
 from intarsia.tailoring.family_file import (
     BASE,
     RANDOM_MIDDLE,
@@ -24,6 +24,7 @@ from intarsia.tailoring.family_file import (
     Range,
     SearchSpec,
 )
+from intarsia.tailoring.values import Values
 
 _KEYS = (
     "base variants target operations merge concat output_scale fusion objectives search heal".split()
@@ -64,7 +65,7 @@ class _Reader:
         operations = self.words(found.get("operations", ["remove", "select", "merge"]), "operations", Operation)
         merge = self.section(found, "merge", ("methods", "scale", "density", "parts"))
         self.needs(found, "merge", operations)
-        methods = self.words(merge.get("methods", ["task_arithmetic"]), "merge.methods", BlendMethod, METHODS)
+        methods = self.words(merge.get("methods", ["task_arithmetic"]), "merge.methods", MergeMethod, METHODS)
         parts = merge.get("parts", "together")
         if parts not in ("together", "separate"):
             self.values.wrong("merge.parts", "together or separate", shown(parts))

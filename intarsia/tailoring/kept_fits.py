@@ -11,7 +11,7 @@ from collections.abc import Set
 from pathlib import Path
 
 from intarsia.errors import UserError
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 
 
@@ -23,21 +23,21 @@ class KeptFits:
 
     def find(self, recipe: Recipe) -> Recipe | None:
         """A recipe as it was healed before, if it was."""
-        path = self._path(codec.content_hash(recipe))
+        path = self._path(schema.content_hash(recipe))
         if not path.exists():
             return None
         try:
-            return codec.load(path)
+            return schema.load(path)
         except UserError:  # a kill or a full disk left half of it
             return None
 
     def keep(self, recipe: Recipe, healed: Recipe) -> None:
         """Keep what was fitted. A disk that has no room for it costs no more than another fit."""
         if self._folder.is_dir():
-            name = codec.content_hash(recipe)
+            name = schema.content_hash(recipe)
             self._forget(name)  # half of a file would be refused as another's
             try:
-                codec.save(healed, self._path(name))
+                schema.save(healed, self._path(name))
             except (UserError, OSError):
                 self._forget(name)
 

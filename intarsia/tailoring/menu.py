@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from random import Random
 
-from intarsia.tailoring.blend_methods import METHODS, BlendMethod
+from intarsia.recipe.methods import METHODS
+from intarsia.recipe.ops import MergeMethod
 from intarsia.tailoring.candidate import Blend
 
-_SETTINGS: Mapping[BlendMethod, tuple[str, ...]] = {
+_SETTINGS: Mapping[MergeMethod, tuple[str, ...]] = {
     "linear": ("lead",),
     "slerp": ("lead",),
     "task_arithmetic": ("lambda",),
@@ -20,8 +21,6 @@ _SETTINGS: Mapping[BlendMethod, tuple[str, ...]] = {
     "dare_ties": ("density", "lambda"),
     "breadcrumbs": ("density", "lambda"),
     "model_stock": (),
-    "regmean": ("lead",),
-    "fisher": ("lead",),
 }
 _USUAL = {"lead": 0.5, "lambda": 1.0, "density": 0.5}
 
@@ -36,7 +35,7 @@ class Menu:
 
     members: tuple[str, ...]
     select: bool
-    methods: tuple[BlendMethod, ...]
+    methods: tuple[MergeMethod, ...]
     grids: Mapping[str, tuple[float, ...]]
 
     @property
@@ -45,11 +44,11 @@ class Menu:
         return self.members if self.select else self.members[:1]
 
     @property
-    def usable(self) -> tuple[BlendMethod, ...]:
+    def usable(self) -> tuple[MergeMethod, ...]:
         """The methods for which the family has enough members."""
         return tuple(method for method in self.methods if any(True for _ in self._subsets(method)))
 
-    def pool(self, method: BlendMethod) -> tuple[str, ...]:
+    def pool(self, method: MergeMethod) -> tuple[str, ...]:
         """The members that a method takes: all, or all but the base where it works on differences to that."""
         return self._sizes(method)[0]
 
@@ -84,7 +83,7 @@ class Menu:
         values = tuple((name, rng.choice(self._values(method, name, len(members)))) for name in _SETTINGS[method])
         return Blend(members=members, method=method, values=values)
 
-    def nearest(self, members: Sequence[str], method: BlendMethod, values: Mapping[str, float]) -> Blend:
+    def nearest(self, members: Sequence[str], method: MergeMethod, values: Mapping[str, float]) -> Blend:
         """The blend closest to what is asked for; values that are not given are the usual ones.
 
         Members that the method does not take are left out. Where too few are left, or the whole difference of one
@@ -133,23 +132,23 @@ class Menu:
                 found += [blend.with_value(name, grid[i]) for i in (at - 1, at + 1) if 0 <= i < len(grid)]
         return _unlike(blend, found)
 
-    def settings_of(self, method: BlendMethod) -> tuple[str, ...]:
+    def settings_of(self, method: MergeMethod) -> tuple[str, ...]:
         """The names of a method's settings."""
         return _SETTINGS[method]
 
-    def _sizes(self, method: BlendMethod) -> tuple[tuple[str, ...], int, int]:
+    def _sizes(self, method: MergeMethod) -> tuple[tuple[str, ...], int, int]:
         """From which members a method takes, how many at least, and how many at most."""
         kind = METHODS[method]
         pool = self.members[1:] if kind.base else self.members
         least = max(kind.least, 1 if kind.base else 2)
         return pool, least, min(kind.most or len(pool), len(pool))
 
-    def _subsets(self, method: BlendMethod) -> Iterator[tuple[str, ...]]:
+    def _subsets(self, method: MergeMethod) -> Iterator[tuple[str, ...]]:
         pool, least, most = self._sizes(method)
         for size in range(least, most + 1):
             yield from combinations(pool, size)
 
-    def _values(self, method: BlendMethod, name: str, size: int) -> tuple[float, ...]:
+    def _values(self, method: MergeMethod, name: str, size: int) -> tuple[float, ...]:
         grid = self.grids[name]
         if name != "lambda":
             return grid

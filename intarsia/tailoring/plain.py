@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from intarsia.tailoring.blend_methods import BlendMethod
+from intarsia.recipe.ops import MergeMethod
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep
 
 
@@ -54,5 +54,5 @@ def _blend(blend: Blend) -> dict[str, Any]:
 def _blend_of(data: Mapping[str, Any]) -> Blend:
     values = tuple((str(name), float(value)) for name, value in data.get("values", {}).items())
     method = data.get("method")
-    found = None if method is None else cast(BlendMethod, str(method))
+    found = None if method is None else cast(MergeMethod, str(method))
     return Blend(members=tuple(map(str, data["members"])), method=found, values=values)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Task
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Candidate
 from intarsia.tailoring.engine import Ask, Engine
 from intarsia.tailoring.history import EARLIER, History, Key, Trial

@@ -6,29 +6,58 @@ with it any trial of the log becomes a recipe again, without a model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from intarsia.anatomy.spec import PARTS, Part
+from intarsia.building.resident import Resident
+from intarsia.calibration.corpus import Corpus
+from intarsia.checkpoint.reader import Checkpoint
 from intarsia.disk import full_disk_named
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.scores import part_scores
+from intarsia.progress import Progress
 from intarsia.recipe.ops import LayerRef
+from intarsia.recipe.recipe import Variant, identity
 from intarsia.tailoring.translate import PieceScores
 
 Scores = dict[LayerRef, dict[Part, Tensor]]
 
 
-def scores_of(model: Intermediate, name: str) -> Scores:
-    """The scores of every layer of a member. The model is whole, and measured."""
-    return {
-        LayerRef(variant=name, layer=layer): {
-            part: part_scores(measured.channels[part], module, model.anatomy, part).cpu() for part in PARTS
-        }
-        for layer, (measured, module) in enumerate(zip(model.measures, model.modules, strict=True))
-    }
+def measure(
+    members: Mapping[str, Checkpoint],
+    corpus: Corpus,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: Progress,
+) -> Scores:
+    """The scores of every layer of every member; one model is in memory at a time.
+
+    Raises:
+        UserError: activations are not finite.
+    """
+    found: Scores = {}
+    with progress.task("measuring the members", len(members)) as task:
+        for name, checkpoint in members.items():
+            task.note(name)
+            resident = Resident(checkpoint, device=device, dtype=dtype)
+            whole = identity(Variant(name=name, model=checkpoint.model), checkpoint.anatomy.n_layers)
+            model = Intermediate(resident, corpus, whole.layers, progress=progress)
+            try:
+                model.measure()
+                for layer, (measured, module) in enumerate(zip(model.measures, model.modules, strict=True)):
+                    found[LayerRef(variant=name, layer=layer)] = {
+                        part: part_scores(measured.channels[part], module, model.anatomy, part).cpu() for part in PARTS
+                    }
+            finally:
+                model.close()
+            task.advance()
+    return found
 
 
 def save(scores: PieceScores, path: Path) -> None:

@@ -7,22 +7,20 @@ that is the same model is told by the recipes' hashes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
 from intarsia.anatomy.spec import PARTS, Anatomy, Part
 from intarsia.planning import allocate
-from intarsia.recipe.codec import content_hash
-from intarsia.recipe.flatten import concat_of
+from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.methods import METHODS, with_defaults
-from intarsia.recipe.ops import Concat, LayerRef, Merge, MergeMethod, Mix, Op, Select
+from intarsia.recipe.ops import Concat, LayerRef, Merge, Mix, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
-from intarsia.tailoring.blend_methods import STATISTICS
+from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
 from intarsia.tailoring.space import Space
-from intarsia.tailoring.statistics import Arrays, Statistics, shares_of
 
 PieceScores = Mapping[LayerRef, Mapping[Part, Tensor]]
 """How sensitive each piece of a layer is, `[P]` for each part: see `intarsia.planning.scores.piece_scores`."""
@@ -37,7 +35,6 @@ class Translator:
     Attributes:
         variants: the members of the family, by the names that the space has for them.
         scores: of every layer of every member that may be joined; needed for joins only.
-        statistics: of the members, where the space has methods that need them.
         seed: of the methods that drop entries at random.
     """
 
@@ -45,32 +42,16 @@ class Translator:
     anatomy: Anatomy
     variants: Sequence[Variant]
     scores: PieceScores
-    statistics: Statistics | None = None
     seed: int = 0
 
     def recipe(self, candidate: Candidate) -> Recipe:
         """The recipe of a candidate of the space. Variants that it does not use are left out."""
         assert self.space.has(candidate), "a candidate of this space"
-        layers = [(choice, layer) for position, choice in candidate.items() for layer in self.space.layers_of(position)]
-        ops = [self._op(choice, layer) for choice, layer in layers]
-        fitted = {
-            index: tensors
-            for index, ((choice, layer), op) in enumerate(zip(layers, ops, strict=True))
-            if (tensors := self._fitted(choice, op, layer))
-        }
-        return replace(self._assembled(ops), fitted=fitted)
-
-    def _fitted(self, choice: Choice, op: Op, layer: int) -> Arrays:
-        """What statistics make of a layer; nothing where it is not blended by them."""
-        if isinstance(choice, Join):
-            return {}
-        blends = {"attention": choice.attention, "mlp": choice.mlp or choice.attention}
-        if not any(blend.method in STATISTICS for blend in blends.values()):
-            return {}
-        assert self.statistics is not None and isinstance(op, Merge), "a space with these methods has statistics"
-        return self.statistics.fitted(op, {part: blends[part] for part in PARTS}, layer)
-
-    def _assembled(self, ops: Sequence[Op]) -> Recipe:
+        ops = [
+            self._op(choice, layer)
+            for position, choice in candidate.items()
+            for layer in self.space.layers_of(position)
+        ]
         used = {self.space.menu.members[0]}
         for op in ops:
             used |= {source.variant for source in op.sources}
@@ -105,14 +86,12 @@ class Translator:
 
     def _mix(self, blend: Blend, members: Sequence[str]) -> Mix:
         """A blend as weights for these members, of which it may leave some out, and parameters."""
-        # What statistics give is no method of a recipe: it stands there as an average, with fitted tensors.
-        kind = blend.method or "linear"
-        method: MergeMethod = "linear" if kind == "regmean" or kind == "fisher" else kind
+        method = blend.method or "linear"
         values, count = dict(blend.values), len(blend.members)
         own = [1.0] * count
         params: dict[str, float] = {}
         if method in ("linear", "slerp") and count > 1:
-            own = shares_of(blend)
+            own = blend.shares
         elif method in ("task_arithmetic", "dare_linear", "breadcrumbs"):
             own = [values["lambda"]] * count
         elif method in ("ties", "dare_ties"):

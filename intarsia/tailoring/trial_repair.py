@@ -21,8 +21,8 @@ from intarsia.healing.closed_form import fit
 from intarsia.healing.closed_form_cost import closed_form_cost
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
+from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.recipe import Recipe
-from intarsia.recipe.uncut import uncut
 from intarsia.tailoring.objective import Objective
 from intarsia.tailoring.resident_family import ResidentFamily
 
@@ -82,7 +82,7 @@ def repair_work(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> float
 
 def teacher_of(recipe: Recipe, layers: ResidentFamily) -> list[nn.Module]:
     """The layers of what a recipe would be uncut."""
-    return [layers.module(op) for op in uncut(recipe)]
+    return [layers.module(op) for op in reference_layers(recipe)]
 
 
 def _windows(objective: Objective, seq_len: int, eos: int | None, most: int) -> Iterator[list[int]]:

@@ -16,9 +16,9 @@ from pathlib import Path
 from random import Random
 
 from intarsia.disk import damage_named, write_whole
-from intarsia.recipe.codec import content_hash
+from intarsia.recipe.ops import MergeMethod
 from intarsia.recipe.recipe import Recipe
-from intarsia.tailoring.blend_methods import BlendMethod
+from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Blend, Choice, Keep, single
 from intarsia.tailoring.engine import Start
 from intarsia.tailoring.history import Trial
@@ -93,7 +93,7 @@ def _with_members(start: Start, space: Space, name: str) -> Iterator[Start]:
         yield Start(candidate=space.arrange(changed, choices), origin=f"warm start: {name} {how}")
 
 
-def _merged(menu: Menu) -> Iterator[tuple[BlendMethod, Blend]]:
+def _merged(menu: Menu) -> Iterator[tuple[MergeMethod, Blend]]:
     """All variants merged in the usual way of each method; with the base, where a method takes no fewer members."""
     for method in menu.usable:
         variants = menu.nearest(menu.members[1:], method, {})

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from transformers import OPTConfig, PretrainedConfig, Qwen2Config
 
-from intarsia.anatomy.detect import detect, known_families
+from intarsia.anatomy.detect import detect
+from intarsia.anatomy.families import known_families
 from intarsia.errors import UserError
 
 Configs = dict[str, PretrainedConfig]
@@ -184,11 +185,11 @@ def test_norms_behind_and_before() -> None:
     places = {norm.module: (norm.part, norm.place, norm.offset) for norm in gemma.norms}
     assert places == {
         "input_layernorm": ("attention", "before", 1.0),
-        "post_attention_layernorm": ("attention", "behind", 1.0),
+        "post_attention_layernorm": ("attention", "after", 1.0),
         "pre_feedforward_layernorm": ("mlp", "before", 1.0),
-        "post_feedforward_layernorm": ("mlp", "behind", 1.0),
+        "post_feedforward_layernorm": ("mlp", "after", 1.0),
     }
-    behind = gemma.norm_behind("attention")
+    behind = gemma.norm_after("attention")
     assert behind is not None and behind.module == "post_attention_layernorm"
     assert olmo.norm_before("attention") is None and olmo.norm_before("mlp") is None
     assert all(word in " ".join(olmo.approximations) for word in ("norms behind", "QK-norms act on all heads"))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from intarsia.anatomy.detect import detect, known_families
-from intarsia.anatomy.family_file import family_files, with_family_file
+from intarsia.anatomy.detect import detect
+from intarsia.anatomy.families import known_families, with_family_file
 from intarsia.errors import UserError
 
 LLAMA = (files("intarsia.anatomy") / "families" / "llama.toml").read_text(encoding="utf-8")
@@ -23,10 +23,10 @@ def written(text: str, folder: Path) -> Path:
 def test_every_packaged_file_is_a_good_one(tmp_path: Path) -> None:
     folder = files("intarsia.anatomy") / "families"
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
-    assert [f"{name}.toml" for name in family_files()] == names
+    assert [f"{name}.toml" for name in known_families()] == names
     for name in names:
         with with_family_file(written((folder / name).read_text(encoding="utf-8"), tmp_path)):
-            assert "mine" in family_files()
+            assert "mine" in known_families()
 
 
 def test_a_file_is_known_while_it_is_tried(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_file_is_known_while_it_is_tried(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'newcomer'"):
         detect(config)
     with with_family_file(None):
-        assert "mine" not in family_files()
+        assert "mine" not in known_families()
 
 
 def test_everything_wrong_with_a_file_at_once(tmp_path: Path) -> None:
@@ -55,15 +55,22 @@ def test_everything_wrong_with_a_file_at_once(tmp_path: Path) -> None:
         .replace('head = "lm_head"', "head = 3")
         .replace('width = "hidden_size"\n', "")
         .replace('place = "before"', 'place = "above"', 1)
-        .replace('side = "writes"', 'side = "reads"', 1)
         .replace('segments = ["kv"]', 'segments = "kv"', 1)
     )
     with pytest.raises(UserError) as caught, with_family_file(written(text, tmp_path)):
         raise AssertionError("a bad file was taken")
     where = {problem.where.partition(": ")[2] for problem in caught.value.problems}
-    assert where == {"title", "name", "modules.head", "fields.width", "norm[0].place", "linear[1].segments", "linear"}
-    assert all("ADD_A_FAMILY" in problem.remedy for problem in caught.value.problems)
-    assert "one that writes for the part 'attention'" in str(caught.value)
+    assert where == {"title", "name", "modules.head", "fields.width", "norm[0].place", "linear[1].segments"}
+    assert "See docs/ADD_A_FAMILY.md." in {problem.remedy for problem in caught.value.problems}
+
+
+def test_each_part_has_one_linear_layer_that_writes(tmp_path: Path) -> None:
+    text = LLAMA.replace('side = "writes"', 'side = "reads"', 1)
+    with (
+        pytest.raises(UserError, match="linear: expected one that writes for the part 'attention'; found none"),
+        with_family_file(written(text, tmp_path)),
+    ):
+        raise AssertionError("a bad file was taken")
 
 
 @pytest.mark.parametrize(
@@ -75,10 +82,10 @@ def test_everything_wrong_with_a_file_at_once(tmp_path: Path) -> None:
         ("[[refuse]]\nfeature = 'x'", "refuse[0].remedy"),
         ("[[stacked]]\nparameter = 'x'", "stacked[0].tensors"),
         ("[constants]\nkv_heads = '2'", "constants.kv_heads"),
-        ("[aliases]\nx = 3", "aliases"),
+        ("[aliases]\nx = 3", "aliases.x"),
         ("[[norm]]\nmodule = 'x'\npart = 'mlp'\nplace = 'inside'\nrows = 'channel'", "norm[2].rows"),
         ("[[norm]]\nmodule = 'x'\npart = 'mlp'\nplace = 'before'\noffset = '1'", "norm[2].offset"),
-        ("[[linear]]\nmodule = 'x'\npart = 'mlp'\nside = 'reads'\nsegments = ['rows']", "linear[7].segments"),
+        ("[[linear]]\nmodule = 'x'\npart = 'mlp'\nside = 'reads'\nsegments = ['rows']", "linear[7].segments[0]"),
         ("[[linear]]\nmodule = 'x'\npart = 'mlp'\nside = 'reads'\nsegments = []\nwhole = 0", "linear[7].whole"),
     ],
 )

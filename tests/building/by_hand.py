@@ -38,7 +38,7 @@ def concat_output(op: Concat, resident: Resident, h_BTD: Tensor, call: LayerCall
                     added += value[..., None] * layer[f"{writer}.weight"][:, channel]
             if f"{writer}.bias" in layer:
                 added += cut.weights[part] * layer[f"{writer}.bias"]
-        behind = anatomy.norm_behind(part)
+        behind = anatomy.norm_after(part)
         if behind is not None:
             scale = _averaged(op, layers, f"{behind.module}.weight", part) + behind.offset
             added = _rms(added, resident) * scale

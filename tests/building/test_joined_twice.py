@@ -12,7 +12,7 @@ from intarsia.building.materialize import materialize
 from intarsia.building.resident import Resident
 from intarsia.calibration.stream import LayerStream
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.recipe.flatten import concat_of
+from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.ops import Concat
 from tests import families
 from tests.conftest import InMemory, Opened

@@ -12,7 +12,7 @@ from intarsia.anatomy.spec import PARTS
 from intarsia.building.layer import layer_tensors
 from intarsia.building.resident import Resident, twin
 from intarsia.calibration.stream import LayerStream
-from intarsia.recipe.flatten import concat_of
+from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op
 from tests import families
 from tests.building import by_hand, by_parts

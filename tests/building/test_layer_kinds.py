@@ -17,9 +17,9 @@ from intarsia.building.resident import Resident
 from intarsia.calibration.stream import LayerStream
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.recipe.check import check
 from intarsia.recipe.ops import Merge
 from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.validate import check
 from tests import families
 from tests.conftest import Folder, InMemory, Opened
 from tests.families_dense import UNLIKE

@@ -17,8 +17,8 @@ from intarsia.building.resident import Resident
 from intarsia.calibration.stream import LayerStream
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.recipe import codec
-from intarsia.recipe.flatten import concat_of
+from intarsia.recipe import schema
+from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.ops import Merge, Op
 from intarsia.recipe.recipe import Recipe
 from tests import families
@@ -144,7 +144,7 @@ def test_the_folder_is_an_ordinary_model(family: str, checkpoint_of: Opened, tmp
     source = checkpoint_of(family)
     recipe = mixed(source)
     materialize(recipe, {"base": source}, tmp_path / "out")
-    assert codec.content_hash(codec.load(tmp_path / "out" / RECIPE_FILE)) == codec.content_hash(recipe)
+    assert schema.content_hash(schema.load(tmp_path / "out" / RECIPE_FILE)) == schema.content_hash(recipe)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert model.config.num_hidden_layers == len(model.get_submodule(source.anatomy.family.layers_module)) == 4
@@ -217,7 +217,7 @@ def test_two_variants_share_one_model(model_folder: Folder, tmp_path: Path) -> N
         layers: [{select: 0}, {select: "math:3"}]
     """
     (tmp_path / "recipe.yaml").write_text(by_hand, encoding="utf-8")
-    recipe = codec.load(tmp_path / "recipe.yaml")
+    recipe = schema.load(tmp_path / "recipe.yaml")
     materialize(recipe, {"base": base, "math": math}, tmp_path / "out")
     found = tensors_of(tmp_path / "out")
     for name in base.anatomy.layer_shapes():
@@ -240,7 +240,7 @@ def test_building_twice_gives_the_same_bytes(checkpoint_of: Opened, tmp_path: Pa
     written = set()
     for time in range(10):  # what has no order of its own comes out right now and then
         (tmp_path / f"{time}").mkdir()
-        codec.save(mixed(source), tmp_path / f"{time}" / "recipe.yaml")
+        schema.save(mixed(source), tmp_path / f"{time}" / "recipe.yaml")
         written.add((tmp_path / f"{time}" / side.name).read_bytes())
     assert written == {(tmp_path / "one" / side).read_bytes()}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from intarsia.building import merging, merging_sparse, merging_statistics
+from intarsia.building import merging, merging_sparse
 
 
 def random_tensors(count: int, *shape: int, seed: int = 0) -> list[Tensor]:
@@ -186,48 +186,6 @@ def test_model_stock_at_its_edges() -> None:
     same(merging.model_stock(base, [tuned, base - 1.0]), base.numpy())
     with pytest.raises(ValueError):
         merging.model_stock(base, [tuned])
-
-
-def test_regmean() -> None:
-    rng = np.random.default_rng(3)
-    inputs = [rng.normal(size=(30, 4)) * [1.0, 2.0, 0.5, 1.0], rng.normal(size=(30, 4))]
-    weights = [rng.normal(size=(3, 4)) for _ in range(2)]
-    grams = [x.T @ x for x in inputs]
-    shrunk = [0.9 * gram + 0.1 * np.diag(np.diag(gram)) for gram in grams]
-    # The paper's convention is W [in, out], ours its transpose.
-    expected = np.linalg.inv(sum(shrunk)) @ sum(g @ w.T for g, w in zip(shrunk, weights, strict=True))
-    found = merging_statistics.regmean([torch.from_numpy(w) for w in weights], [torch.from_numpy(g) for g in grams])
-    same(found, expected.T)
-
-
-def test_regmean_is_least_squares_on_the_outputs() -> None:
-    rng = np.random.default_rng(5)
-    inputs = [rng.normal(size=(20, 3)) for _ in range(2)]
-    weights = [rng.normal(size=(2, 3)) for _ in range(2)]
-    outputs = np.concatenate([x @ w.T for x, w in zip(inputs, weights, strict=True)])
-    expected = np.linalg.lstsq(np.concatenate(inputs), outputs, rcond=None)[0].T
-    grams = [torch.from_numpy(x.T @ x) for x in inputs]
-    same(merging_statistics.regmean([torch.from_numpy(w) for w in weights], grams, keep=1.0), expected)
-
-
-def test_regmean_at_its_edges() -> None:
-    a, b = random_tensors(2, 3, 4)
-    gram = torch.eye(4)
-    same(merging_statistics.regmean([a, b], [gram, gram]), (a + b).numpy() / 2)
-    same(merging_statistics.regmean([a], [torch.diag(torch.tensor([3.0, 1.0, 2.0, 0.5]))]), a.numpy())
-    unused = torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0]))
-    found = merging_statistics.regmean([a, b], [unused, 3.0 * unused])
-    same(found[:, :3], (a + 3.0 * b).numpy()[:, :3] / 4)
-    same(found[:, 3], (a + b).numpy()[:, 3] / 2)
-
-
-def test_fisher() -> None:
-    a, b = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([3.0, 4.0, 7.0])
-    squares = [torch.tensor([1.0, 0.0, 0.0]), torch.tensor([3.0, 2.0, 0.0])]
-    same(merging_statistics.fisher([a, b], squares), [(1 + 9) / 4, 4.0, 6.0])
-    same(merging_statistics.fisher([a, b], squares, shares=[3.0, 1.0]), [(3 + 9) / 6, 4.0, (15 + 7) / 4])
-    with pytest.raises(ValueError):
-        merging_statistics.fisher([a, b], [squares[0], -squares[1]])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -129,7 +129,7 @@ def test_taps_see_what_the_read_out_matrices_read(family: str, resident_of: InMe
         for part, x in seen.items():
             module = layer.get_submodule(anatomy.writer(part).module)
             torch.testing.assert_close(module(x).reshape(outputs[part].shape), outputs[part])
-            norm = anatomy.norm_behind(part)
+            norm = anatomy.norm_after(part)
             written = module(x).reshape(behind.shape)
             written = written if norm is None else layer.get_submodule(norm.module)(written)
             added += anatomy.residual_scale * written

@@ -25,7 +25,7 @@ from intarsia.healing.layer_map import taught
 from intarsia.healing.quality import Chain, quality
 from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.progress import Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.ops import Merge, Op
 from intarsia.recipe.recipe import Recipe, identity
 from tests import families
@@ -74,7 +74,7 @@ def steps(anatomy: Anatomy, parts: Sequence[Part]) -> list[str]:
     """The modules fitted for these parts, in order: a norm behind a read-out before it; of a mixture o_proj alone."""
     found = []
     for part in ("attention",) if anatomy.n_experts else parts:
-        behind = anatomy.norm_behind(part)
+        behind = anatomy.norm_after(part)
         found += [] if behind is None else [behind.module]
         found.append(anatomy.writer(part).module)
     return found
@@ -325,8 +325,8 @@ def test_built_is_as_in_memory(family: str, dtype: torch.dtype, cut: Cut, tokens
     train, fresh = tokens(sequences=96)
     healed, _ = fit_on(recipe, resident, train, settings=PLAIN)
     assert healed.fitted
-    codec.save(healed, tmp_path / "healed.yaml")
-    healed = codec.load(tmp_path / "healed.yaml")
+    schema.save(healed, tmp_path / "healed.yaml")
+    healed = schema.load(tmp_path / "healed.yaml")
     materialize(healed, {"base": checkpoint}, tmp_path / "out")
     built = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype).eval()
     with torch.no_grad():

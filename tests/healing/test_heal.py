@@ -27,7 +27,7 @@ from intarsia.errors import UserError
 from intarsia.healing.launch import own_device
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
 from intarsia.healing.training import read_curve
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.heal import heal, read_source
 from intarsia.stages.setup import load_tokenizer
@@ -45,7 +45,7 @@ ALL = ("closed-form", "layerwise", "end-to-end")
 @pytest.fixture
 def recipe_file(learned: tuple[Path, Recipe], tmp_path: Path) -> Path:
     _, recipe = learned
-    codec.save(recipe, tmp_path / "cut.yaml")
+    schema.save(recipe, tmp_path / "cut.yaml")
     return tmp_path / "cut.yaml"
 
 
@@ -70,10 +70,10 @@ def test_all_stages(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
     intarsia.build(out / "recipe" / "recipe.yaml", tmp_path / "again")
     weights = [(folder / "model.safetensors").read_bytes() for folder in (out, tmp_path / "again")]
     assert weights[0] == weights[1]
-    recipe = codec.load(out / "recipe" / "recipe.yaml")
+    recipe = schema.load(out / "recipe" / "recipe.yaml")
     assert [row["stage"] for row in recipe.provenance["heal"]["stages"]] == ["cut", *ALL]
     # A healed model can be healed again, and a finished run is only read.
-    assert codec.content_hash(read_source(out)) == found.recipe_sha256
+    assert schema.content_hash(read_source(out)) == found.recipe_sha256
     again = heal(recipe_file, tmp_path / "copy", run=tmp_path / "healed.heal", stages=ALL, **given)
     assert again.stages == found.stages and again.recipe_sha256 == found.recipe_sha256
 
@@ -92,7 +92,7 @@ def test_what_judges_is_behind_what_was_fitted_on(recipe_file: Path, text_file: 
         ("fewer", {**calibration, "tokens": 512}, slice(30, 32)),
         ("other", {**calibration, "seed": 1}, slice(30, 32)),
     ):
-        codec.save(replace(recipe, provenance={"calibration": told}), tmp_path / f"{name}.yaml")
+        schema.save(replace(recipe, provenance={"calibration": told}), tmp_path / f"{name}.yaml")
         heal(tmp_path / f"{name}.yaml", tmp_path / name, run=tmp_path / f"{name}.run", **given)
         facts = json.loads((tmp_path / f"{name}.run" / "text.json").read_text())
         expected = Corpus.of(text.input_ids[rows], mask=None, description="", documents=1)
@@ -102,7 +102,7 @@ def test_what_judges_is_behind_what_was_fitted_on(recipe_file: Path, text_file: 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_family(family: str, cut: Cut, text_file: Path, tmp_path: Path) -> None:
     _, recipe = cut(family)
-    codec.save(recipe, tmp_path / "cut.yaml")
+    schema.save(recipe, tmp_path / "cut.yaml")
     found = heal(tmp_path / "cut.yaml", tmp_path / "out", data=str(text_file), stages=("layerwise",), **SIZES)
     assert found.stages[1]["held_out_perplexity"] <= found.stages[0]["held_out_perplexity"]
 
@@ -120,7 +120,7 @@ def test_a_worse_stage_is_not_taken(recipe_file: Path, text_file: Path, tmp_path
     found = heal(recipe_file, tmp_path / "out", data=str(text_file), stages=("layerwise",), **SIZES)
     assert not found.stages[1]["taken"]
     assert found.stages[1]["held_out_perplexity"] == found.stages[0]["held_out_perplexity"]
-    assert codec.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted == {}
+    assert schema.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted == {}
 
 
 def test_settings_that_differ_are_listed(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
@@ -139,10 +139,10 @@ def test_a_config_that_changed_under_a_run(cut: Cut, text_file: Path, tmp_path: 
     model = Path(shutil.copytree(checkpoint.folder, tmp_path / "model"))
     teacher = families.save(families.make_model("llama", seed=1), tmp_path / "teacher")
     variants = tuple(replace(variant, model=str(model)) for variant in recipe.variants)
-    codec.save(replace(recipe, variants=variants), tmp_path / "cut.yaml")
+    schema.save(replace(recipe, variants=variants), tmp_path / "cut.yaml")
     given = {**SIZES, "data": str(text_file), "stages": ("layerwise",), "run": tmp_path / "run"}
     heal(tmp_path / "cut.yaml", tmp_path / "first", teacher=str(teacher), **given)
-    told = codec.load(tmp_path / "first" / "recipe" / "recipe.yaml").provenance["heal"]["settings"]
+    told = schema.load(tmp_path / "first" / "recipe" / "recipe.yaml").provenance["heal"]["settings"]
     assert "teacher" in told and not {"config", "teacher_config"} & set(told)
     for folder in (model, teacher):
         plain = json.loads((folder / "config.json").read_text())
@@ -183,7 +183,7 @@ def test_another_teacher(recipe_file: Path, text_file: Path, tmp_path: Path) -> 
 
 
 def test_command_line(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
-    words = f"heal {recipe_file} -o {tmp_path / 'out'} --data {text_file} --tokens 1k --seq-len 32 --json --resume"
+    words = f"heal {recipe_file} -o {tmp_path / 'out'} --data {text_file} --tokens 1k --seq-len 32 --json"
     done = CliRunner().invoke(app, [*words.split(), "--stages", "layerwise", "--layer-batch-tokens", "128"])
     assert done.exit_code == 0, done.output
     assert [row["stage"] for row in json.loads(done.stdout)["stages"]] == ["cut", "layerwise"]

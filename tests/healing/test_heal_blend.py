@@ -22,10 +22,10 @@ from intarsia.errors import UserError
 from intarsia.healing import end_to_end
 from intarsia.healing.settings import LAST, EndToEndSettings, LayerwiseSettings
 from intarsia.progress import Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
+from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
-from intarsia.recipe.uncut import uncut
 from intarsia.stages import heal_blend, heal_stages
 from intarsia.stages.build import open_variants
 from intarsia.stages.heal import heal
@@ -94,7 +94,7 @@ def joined(members: Mapping[str, Path]) -> Concat:
 
 
 def saved(recipe: Recipe, folder: Path) -> Path:
-    codec.save(recipe, folder / "recipe.yaml")
+    schema.save(recipe, folder / "recipe.yaml")
     return folder / "recipe.yaml"
 
 
@@ -116,7 +116,7 @@ def test_all_stages(members: Mapping[str, Path], text_file: Path, tmp_path: Path
     assert perplexities == sorted(perplexities, reverse=True) and perplexities[0] > perplexities[-1]
     assert found.teacher == BLEND
     # What comes out is the recipe over its own members; the blend is gone.
-    kept = codec.load(tmp_path / "out" / "recipe" / "recipe.yaml")
+    kept = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml")
     assert (kept.variants[0].name, kept.layers, kept.spans, kept.base) == ("base", made.layers, made.spans, "base")
     assert [variant.name for variant in kept.variants] == ["base", "math", "lora"] and kept.fitted
     assert not (tmp_path / "out.heal" / "uncut").exists()
@@ -143,14 +143,14 @@ def test_the_closed_form_is_the_one_towards_the_blend(
 ) -> None:
     made = recipe_of(members, select(0, "math"), average(1), select(3, "lora"), select(5))
     heal(saved(made, tmp_path), tmp_path / "out", data=str(text_file), tokens=4096, seq_len=32)
-    found = codec.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted
+    found = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted
     variants = open_variants(made, Silent())
     others = {name: checkpoint for name, checkpoint in variants.items() if name != "base"}
     resident = Resident(variants["base"], device=torch.device("cpu"), others=others)
     corpus = load_corpus(str(text_file), load_tokenizer(variants["base"]), tokens=4096, seq_len=32, seed=0)
     train = corpus.split(15 / 16)[0]
     # A merged layer that stands for itself is the teacher's own: it is fitted as others behind the cut are.
-    teacher = [resident.module(op) for op in uncut(made)]
+    teacher = [resident.module(op) for op in reference_layers(made)]
     simple, checkpoints = over_its_blend(made, variants, tmp_path / "blend", progress=Silent())
     assert [op.sources[0].variant for op in simple.layers] == ["uncut"] * 4
     expected = fit_on(
@@ -180,7 +180,7 @@ def test_a_cut_of_one_member_is_healed_as_a_cut_of_that_model(
         (tmp_path / name).mkdir()
         heal(saved(recipe, tmp_path / name), tmp_path / name / "out", data=str(text_file), tokens=4096, seq_len=32)
     first, second = (
-        codec.load(tmp_path / name / "out" / "recipe" / "recipe.yaml").fitted for name in ("family", "alone")
+        schema.load(tmp_path / name / "out" / "recipe" / "recipe.yaml").fitted for name in ("family", "alone")
     )
     assert first.keys() == second.keys() and first
     for index, tensors in second.items():
@@ -194,7 +194,7 @@ def test_with_nothing_removed_there_is_nothing_to_heal(
     made = recipe_of(members, *(average(layer) if layer % 2 else select(layer, "lora") for layer in range(6)))
     found = heal(saved(made, tmp_path), tmp_path / "out", data=str(text_file), tokens=2048, seq_len=32)
     assert [row["error_before"] for row in found.layers] == [0.0] * 6
-    assert not codec.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted
+    assert not schema.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted
 
 
 def test_what_cannot_be_a_layer_of_the_blend_stays(members: Mapping[str, Path], tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_killed_while_the_blend_is_deleted(
         stopped.setattr(heal_blend.shutil, "rmtree", half)
         with pytest.raises(KeyboardInterrupt):
             heal(made, tmp_path / "out", **given)
-    first = codec.content_hash(codec.load(tmp_path / "out" / "recipe" / "recipe.yaml"))
+    first = schema.content_hash(schema.load(tmp_path / "out" / "recipe" / "recipe.yaml"))
     assert heal(made, tmp_path / "out", overwrite=True, **given).recipe_sha256 == first
     assert not [path for path in (tmp_path / "out.heal").iterdir() if "uncut" in path.name]
 

@@ -21,7 +21,7 @@ from intarsia.errors import UserError
 from intarsia.healing import restarts
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.progress import Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages import judge
 from tests import families
@@ -74,9 +74,9 @@ def test_healed_is_better_and_says_so(compress: Compress, text_file: Path, tmp_p
     assert healed.healed["gap_closed"] == pytest.approx(gap) and 0.2 < gap < 1
     assert cut.healed is None and cut.after.perplexity_without_heal is None
     # The ladder is the same, and stays as it was cut.
-    rung = codec.load(tmp_path / "run" / "ladder" / "layers-004.yaml")
-    assert codec.content_hash(rung) == cut.recipe_sha256 != healed.recipe_sha256
-    carried = codec.load(tmp_path / "out" / "recipe" / "recipe.yaml")
+    rung = schema.load(tmp_path / "run" / "ladder" / "layers-004.yaml")
+    assert schema.content_hash(rung) == cut.recipe_sha256 != healed.recipe_sha256
+    carried = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml")
     assert carried.layers == rung.layers and carried.fitted
     facts = carried.provenance["heal"]
     assert facts["settings"]["closed-form"]["weighting"] == "relative"
@@ -119,16 +119,16 @@ def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, m
         if where == "before":
             patched.setattr(restarts, "fit", stop)
         elif where == "while":  # the tensors are there, their recipe is not
-            write = codec.to_yaml_text
+            write = schema.to_yaml_text
 
             def half(recipe: Recipe, **more: Any) -> Any:
                 text, tensors = write(recipe, **more)
                 if recipe.fitted:
-                    codec.write_tensors(tensors, run / "healed" / more["side_file"])
+                    schema.write_tensors(tensors, run / "healed" / more["side_file"])
                     stop()
                 return text, tensors
 
-            patched.setattr(codec, "to_yaml_text", half)
+            patched.setattr(schema, "to_yaml_text", half)
         else:
             patched.setattr(judge, "compare_speed", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -154,7 +154,7 @@ def test_a_fit_that_makes_it_worse_is_not_taken(
     result = compress(progress=progress)
     assert not result.healed["taken"] and result.healed["fitted_read_outs"] == 0
     assert any("no better" in text for text in progress.said)
-    assert codec.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted == {}
+    assert schema.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted == {}
     assert result.after.perplexity_without_heal is None
     assert "ealing" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
@@ -192,7 +192,7 @@ def test_every_family_and_what_it_costs(family: str, model_folder: Any, text_fil
     dry = intarsia.compress(model, tmp_path / "out", dry_run=True, **given)
     # Down_proj, o_proj, down_proj; with norms behind them three passes each. Of a mixture o_proj, and its judging.
     anatomy = Checkpoint.open(Path(model), model=model).anatomy
-    fits = 2 if anatomy.n_experts else 3 if anatomy.norm_behind("mlp") is None else 9
+    fits = 2 if anatomy.n_experts else 3 if anatomy.norm_after("mlp") is None else 9
     # The teacher: six; the student: three; the fits of each cut layer; to judge, twice a part of three.
     assert dry.predicted.heal_forwards_at_most == 6 + 3 + 3 * fits + 1
     assert intarsia.compress(model, tmp_path / "out", dry_run=True, heal="none", **given).predicted == (
@@ -216,7 +216,7 @@ def test_on_the_command_line(learned: tuple[Path, Recipe], text_file: Path, tmp_
 
 
 def test_a_full_disk(compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = codec.save
+    save = schema.save
 
     def full(recipe: Recipe, path: Path) -> None:
         if path.parent.name == "healed":
@@ -224,7 +224,7 @@ def test_a_full_disk(compress: Compress, tmp_path: Path, monkeypatch: pytest.Mon
         save(recipe, path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(codec, "save", full)
+        patched.setattr(schema, "save", full)
         with pytest.raises(UserError, match="run"):
             compress()
     assert not (tmp_path / "out").exists()

@@ -23,7 +23,7 @@ from intarsia.healing.teacher import TeacherStates
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings
 from intarsia.progress import Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Fitted, Recipe, identity
 from intarsia.stages.judge import held_out_text
 from intarsia.stages.repair import _set_aside, beginnings, repaired, starts_at_most
@@ -169,7 +169,7 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
             assert found.goes_on == (chosen is begin[0])
         again = repaired(run, recipe, source, settings=settings, batch_tokens=None)
         assert not again.fresh
-        assert codec.content_hash(again.recipe) == codec.content_hash(found.recipe)
+        assert schema.content_hash(again.recipe) == schema.content_hash(found.recipe)
         assert again.start == found.start
     assert several
     assert starts_at_most(ComeSettings(), in_loop=False) == 1
@@ -252,7 +252,7 @@ def test_killed_in_the_last_of_several_fits_the_others_are_not_made_again(
     assert fits == [True, False]
     assert not kept.exists()
     assert resumed.recipe.provenance == whole.recipe.provenance
-    assert codec.content_hash(resumed.recipe) == codec.content_hash(whole.recipe)
+    assert schema.content_hash(resumed.recipe) == schema.content_hash(whole.recipe)
 
 
 def test_heal_goes_on_behind_the_fits_that_were_finished(
@@ -260,7 +260,7 @@ def test_heal_goes_on_behind_the_fits_that_were_finished(
 ) -> None:
     given: dict[str, Any] = {"data": str(text_file), "tokens": 1024, "seq_len": 32, "stages": ["closed-form"]}
     recipe = tmp_path / "recipe.yaml"
-    codec.save(plan(layers=4).folder.recipe(4), recipe)
+    schema.save(plan(layers=4).folder.recipe(4), recipe)
     intarsia.heal(recipe, tmp_path / "whole", **given)
     fits = 0
 

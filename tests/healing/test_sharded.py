@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from intarsia.healing.training import read_curve
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from tests.healing.conftest import Cut
 
 pytestmark = pytest.mark.slow
@@ -77,7 +77,7 @@ def heal(words: list[str], *, processes: int, stop_at: int = 0, kept: str = "FUL
 def words(cut: Cut, family: str, text_file: Path, folder: Path, *options: str) -> list[str]:
     """What a heal of a cut model is called with, up to where it is written to."""
     _, recipe = cut(family)
-    codec.save(recipe, folder / "cut.yaml")
+    schema.save(recipe, folder / "cut.yaml")
     given = [str(folder / "cut.yaml"), "--data", str(text_file), "--tokens", "1024", "--seq-len", "32", *options]
     given += ["--stages", "end-to-end", "--batch-tokens", "128", "--lr", "1e-3", "--micro-tokens", "32"]
     return [*given, "--evaluations", "3", "--device", "cpu", "-o"]

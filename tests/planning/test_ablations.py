@@ -16,7 +16,7 @@ from intarsia.errors import UserError
 from intarsia.planning.come import Come
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.settings import ComeSettings
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.ops import Concat, Cut, Merge, Select
 from tests import families
 from tests.conftest import InMemory, Opened
@@ -197,13 +197,13 @@ def test_recipes_keep_what_is_fused(resident_of: InMemory, tmp_path: Path) -> No
     plain = recipe_of("m", [shared(resident_of("llama").anatomy, [0, 1]), select(2)])
     fused = replace(plain, layers=(replace(plain.layers[0], fuse=True), plain.layers[1]))
     for recipe in (plain, fused):
-        codec.save(recipe, tmp_path / "recipe.yaml")
-        assert codec.load(tmp_path / "recipe.yaml") == recipe
-    assert codec.content_hash(plain) != codec.content_hash(fused)
+        schema.save(recipe, tmp_path / "recipe.yaml")
+        assert schema.load(tmp_path / "recipe.yaml") == recipe
+    assert schema.content_hash(plain) != schema.content_hash(fused)
     text = (tmp_path / "recipe.yaml").read_text().replace("fuse: true", "fuse: perhaps")
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(UserError, match="fuse"):
-        codec.load(tmp_path / "recipe.yaml")
+        schema.load(tmp_path / "recipe.yaml")
 
 
 def test_fused_on_disk_as_in_memory(resident_of: InMemory, checkpoint_of: Opened, tmp_path: Path) -> None:

@@ -160,7 +160,6 @@ def test_what_they_do_not_go_with() -> None:
     assert [(each.where, each.found) for each in caught.value.problems] == [("--blocks", "come"), ("--blocks", "none")]
     with pytest.raises(UserError, match="0 or more"):
         ComeSettings(blocks=-1)
-    assert "blocks" not in ComeSettings().to_dict() and ComeSettings(blocks=2).to_dict()["blocks"] == 2
     assert ComeSettings(blocks=2, reference=True).effective().blocks == 0
     (entrant,) = parse_methods("come-p[blocks=2,heal_in_loop=true]")
     assert entrant.settings == ComeSettings(blocks=2)

@@ -369,7 +369,7 @@ def test_more_spans_than_there_are(resident_of: InMemory) -> None:
 
 
 def _joined(resident: Resident, layers: Any, numbers: Any, corpus: Corpus) -> Op:
-    from intarsia.recipe.flatten import concat_of
+    from intarsia.recipe.algebra import concat_of
 
     kept = [
         {part: sorted(best_pieces(resident, layer, part, numbers[part][index], corpus)) for part in PARTS}

@@ -11,8 +11,8 @@ from intarsia.building.assembled import assembled
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import METHODS
 from intarsia.planning.settings import ComeSettings, LacoSettings, Settings
-from intarsia.recipe.check import check
 from intarsia.recipe.ops import Select
+from intarsia.recipe.validate import check
 from tests import families
 from tests.conftest import InMemory
 from tests.planning.by_hand import ladder_of

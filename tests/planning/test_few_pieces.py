@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from intarsia.building.materialize import materialize
 from intarsia.planning.ladder import METHODS, planner_of
 from intarsia.planning.settings import ComeSettings, LacoSettings, Settings
-from intarsia.recipe.check import check
+from intarsia.recipe.validate import check
 from tests import families
 from tests.conftest import InMemory, Opened
 from tests.planning.by_hand import ladder_of

@@ -237,11 +237,7 @@ def test_candidates_are_judged_on_sequences_that_no_fit_sees(
 # Settings
 
 
-def test_run_folders_of_before_there_were_the_options() -> None:
-    assert "finalists" not in ComeSettings(finalists=1).to_dict()
-    assert ComeSettings(finalists=4).to_dict()["finalists"] == 4
-    assert "removals" not in ComeSettings(removals=False).to_dict()
-    assert ComeSettings(removals=True).to_dict()["removals"] is True
+def test_the_published_behaviour_has_neither() -> None:
     reference = ComeSettings(removals=True, finalists=3, reference=True).effective()
     assert (reference.removals, reference.finalists) == (False, 1)
 

@@ -139,11 +139,6 @@ def test_what_the_notebook_computes(resident_of: InMemory, tmp_path: Path) -> No
     assert run.log()[0]["evidence"]["similarity"] == pytest.approx(float(similarity), abs=1e-5)
 
 
-def test_run_folders_of_before_there_was_the_option() -> None:
-    assert "reference" not in LacoSettings().to_dict()
-    assert LacoSettings(reference=True).to_dict()["reference"] is True
-
-
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(UserError) as caught:
         LacoSettings(merge=1, threshold=2.0, interval=0, lowest=-1, highest=-2)

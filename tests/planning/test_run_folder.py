@@ -16,8 +16,8 @@ from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import climb, planner_of
 from intarsia.planning.run_folder import RunFolder, Wanted
 from intarsia.planning.settings import ComeSettings
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.schema import content_hash
 from tests import families
 from tests.conftest import InMemory
 from tests.planning.conftest import corpus_of
@@ -156,7 +156,7 @@ def test_a_full_disk_within_a_step(
     """The steps before are kept, nothing half-written is left, and the run goes on when there is room again."""
     resident = resident_of("llama")
     go(tmp_path / "undisturbed", resident, "come", 2)
-    write = {"recipe": "intarsia.recipe.codec.write_whole", "line": "intarsia.planning.run_folder.append_line"}[what]
+    write = {"recipe": "intarsia.recipe.schema.write_whole", "line": "intarsia.planning.run_folder.append_line"}[what]
     go(tmp_path / "full", resident, "come", 4)
     before = contents(tmp_path / "full")
 
@@ -179,7 +179,7 @@ def test_a_full_disk_within_a_step(
 
 def test_how_far_a_plan_is(resident_of: InMemory, tmp_path: Path) -> None:
     run = RunFolder.start(tmp_path / "run", SETTINGS)
-    assert (run.wanted(), run.unfinished()) == (None, None)  # not asked for anything yet, or of an older version
+    assert (run.wanted(), run.unfinished()) == (None, None)  # not asked for anything yet
     run.want(Wanted(layers=4))
     assert run.unfinished() == "no step is done yet on the way down to 4"
     go(tmp_path / "run", resident_of("llama"), "come", 4)

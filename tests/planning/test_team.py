@@ -24,8 +24,8 @@ from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings
 from intarsia.planning.share import Share
 from intarsia.planning.team import Team
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.schema import content_hash
 from tests import families
 from tests.conftest import InMemory, Opened
 from tests.planning.conftest import corpus_of

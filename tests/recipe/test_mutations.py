@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from intarsia.anatomy.spec import Anatomy
+from intarsia.data_file import dump_yaml, parse_yaml
 from intarsia.errors import UserError
-from intarsia.recipe.check import check
-from intarsia.recipe.codec import content_hash, load, save
-from intarsia.recipe.strict_yaml import dump_yaml, parse_yaml
+from intarsia.recipe.schema import content_hash, load, save
+from intarsia.recipe.validate import check
 
 SEED = """\
 version: 1
@@ -174,7 +174,7 @@ def test_seed_is_valid(folder: Path, anatomy: Anatomy) -> None:
 
 
 def test_mutated_structures(folder: Path, anatomy: Anatomy) -> None:
-    @settings(max_examples=500, deadline=None)
+    @settings(deadline=None)
     @given(st.randoms(use_true_random=False), st.integers(1, 3))
     def run(rng: random.Random, times: int) -> None:
         value = parse_yaml(SEED)
@@ -187,7 +187,7 @@ def test_mutated_structures(folder: Path, anatomy: Anatomy) -> None:
 
 
 def test_mutated_text(folder: Path, anatomy: Anatomy) -> None:
-    @settings(max_examples=500, deadline=None)
+    @settings(deadline=None)
     @given(st.randoms(use_true_random=False), st.integers(1, 3))
     def run(rng: random.Random, times: int) -> None:
         text = SEED
@@ -219,7 +219,7 @@ def test_every_key_missing(folder: Path, anatomy: Anatomy) -> None:
     assert not {"version", "variants", "base", "depth", "layers", "from", "cuts", "channels", "tensors"} & set(valid)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(deadline=None)
 @given(text=st.text(max_size=60))
 def test_any_text(text: str, folder: Path, anatomy: Anatomy) -> None:
     assert not outcome(text, folder, anatomy)

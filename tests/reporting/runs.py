@@ -9,9 +9,9 @@ from typing import Any
 
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.told import describe
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Op
 from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.schema import content_hash
 
 INFLUENCE = [0.9, 0.05, 0.02, 0.03, 0.06, 0.3]
 GROUPS, CHANNELS = 4, 40

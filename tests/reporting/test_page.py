@@ -141,7 +141,8 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     _, reader = page(plan_run(tmp_path / "none", steps=0))
     assert "This run is not finished" in reader.text and "some/model" in reader.text
     assert not reader.all("svg")
-    _, reader = page(plan_run(tmp_path / "one", steps=1, target=3))
+    RunFolder(plan_run(tmp_path / "one", steps=1)).want(Wanted(layers=3))
+    _, reader = page(tmp_path / "one")
     assert "it has come to 5 layers on the way down to 3." in reader.text
     assert reader.all("svg")
     RunFolder(plan_run(tmp_path / "stopped")).want(Wanted(layers=2, stopped="nothing is left to merge"))

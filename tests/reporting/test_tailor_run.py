@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 from intarsia.reporting.blocks import Figure, Pictures, Section, Subject, Table
@@ -118,7 +118,7 @@ def search(folder: Path, *, trials: tuple[Trial, ...] = TRIALS, wanted: int = 7,
     (folder / "front.json").write_text(json.dumps({"judged": found} if judged else {}), encoding="utf-8")
     whole = [Select(source=of(layer)) for layer in (0, 1, 2, 5)]
     for number, layers in ((1, (whole[0], MERGED, JOINED, Select(source=of(5, "math")))), (2, whole), (4, whole)):
-        codec.save(recipe(*layers), folder / "front" / f"trial-{number:05d}.yaml")
+        schema.save(recipe(*layers), folder / "front" / f"trial-{number:05d}.yaml")
     return folder
 
 

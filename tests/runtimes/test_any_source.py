@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from intarsia.cli.app import app
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from tests import families, wrappers
 from tests.checkpoint.test_quantised import quantise
 
@@ -38,7 +38,9 @@ def compressed(model: Path, out: Path, text: Path, *options: str) -> dict[str, A
     # Built anew from the recipe alone, which must name its source in a way that works from anywhere.
     again = out.with_name("again")
     run("build", out.with_name(f"{out.name}.run"), "-o", again)
-    assert codec.load(out / "recipe" / "recipe.yaml").variants == codec.load(again / "recipe" / "recipe.yaml").variants
+    assert (
+        schema.load(out / "recipe" / "recipe.yaml").variants == schema.load(again / "recipe" / "recipe.yaml").variants
+    )
     return found
 
 
@@ -57,7 +59,7 @@ def test_8_bits(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
     assert refused.exit_code == 2 and "--dequantize" in refused.stderr
     monkeypatch.chdir(tmp_path)
     compressed(Path("model"), tmp_path / "out", text_file, "--dequantize")
-    recipe = codec.load(tmp_path / "out" / "recipe" / "recipe.yaml")
+    recipe = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml")
     assert recipe.variants[0].model == f"dequantize:{model}"
     more = ("--data", text_file, "--tokens", 1024, "--seq-len", 64, "--max-shard-size", "40KB")
     run("heal", tmp_path / "out", "-o", tmp_path / "healed", *more)
@@ -100,7 +102,7 @@ def test_gguf_file(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPa
     assert run("export", model, "-o", tmp_path / "files" / "m.gguf", "--gguf", "F32")["context"] == families.POSITIONS
     monkeypatch.chdir(tmp_path / "files")
     compressed(Path("."), tmp_path / "out", text_file, "--gguf-file", "m.gguf")
-    recipe = codec.load(tmp_path / "out" / "recipe" / "recipe.yaml")
+    recipe = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml")
     assert recipe.variants[0].model == str(tmp_path / "files" / "m.gguf")
 
 

@@ -57,10 +57,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 @pytest.fixture
 def recipe_file(model_folder: Folder, tmp_path: Path) -> Path:
-    from intarsia.recipe import codec
+    from intarsia.recipe import schema
 
     source = model_folder("llama")
-    codec.save(recipe_of(str(source), [select(0), select(3)]), tmp_path / "recipe.yaml")
+    schema.save(recipe_of(str(source), [select(0), select(3)]), tmp_path / "recipe.yaml")
     return tmp_path / "recipe.yaml"
 
 

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from intarsia.anatomy.detect import known_families
+from intarsia.anatomy.families import known_families
 from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.stages.anatomy import families as listed

@@ -20,7 +20,7 @@ from intarsia.healing.closed_form_cost import closed_form_cost_at_most
 from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, LacoSettings
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.stages import compare_judge
 from intarsia.stages.evaluate_tasks import evaluate_tasks
 from tests import families
@@ -102,7 +102,7 @@ def test_the_numbers_are_those_of_the_stages_one_by_one(
             )
             built = intarsia.build(run, tmp_path / "built", overwrite=True)
             row = rows[name, layers, "none"]
-            assert codec.content_hash(codec.load(out / row["recipe"])) == built.recipe_sha256 == row["recipe_sha256"]
+            assert schema.content_hash(schema.load(out / row["recipe"])) == built.recipe_sha256 == row["recipe_sha256"]
             assert row["perplexity"]["words"]["value"] == perplexity_of(built.out, halves)
             assert row["parameters"] == built.parameters
             assert row["bytes"] == Checkpoint.open(built.out, model="built").nbytes
@@ -208,7 +208,7 @@ def test_methods_share_a_pass(model_folder: Folder, halves: Sizes, tmp_path: Pat
         model, tmp_path / "reference", halves, layers=4, method="come", settings=ComeSettings(reference=True)
     )
     assert reference.layer_forwards == rows["come[reference=true]", 4, "none"]["layer_forwards"] + 6
-    recipe = codec.load(tmp_path / "compare" / rows["come[reference=true]", 4, "none"]["recipe"])
+    recipe = schema.load(tmp_path / "compare" / rows["come[reference=true]", 4, "none"]["recipe"])
     assert recipe.layers == RunFolder(tmp_path / "reference").recipe(4).layers
 
 
@@ -254,7 +254,7 @@ def test_it_fits_as_compress_does_or_as_told(model_folder: Folder, halves: Sizes
     intarsia.compare(model, tmp_path / "compare", **told)
     row = rows_of(tmp_path / "compare")["shortgpt", 5, "closed-form"]
     assert row["recipe_sha256"] == alone.recipe_sha256
-    fitted = codec.load(tmp_path / "compare" / row["recipe"]).provenance["heal"]["settings"]["closed-form"]
+    fitted = schema.load(tmp_path / "compare" / row["recipe"]).provenance["heal"]["settings"]["closed-form"]
     assert fitted["unchanged"] == ["mlp", "attention"]
 
     light = ClosedFormSettings(unchanged=("mlp",))
@@ -265,19 +265,6 @@ def test_it_fits_as_compress_does_or_as_told(model_folder: Folder, halves: Sizes
     other = rows_of(tmp_path / "light")["shortgpt", 5, "closed-form"]
     lighter = intarsia.compress(model, tmp_path / "lighter", closed_form=light, **given)
     assert other["recipe_sha256"] == lighter.recipe_sha256 != row["recipe_sha256"]
-    # One that was begun before that was recorded goes on as it was begun.
-    begun = tmp_path / "light" / "compare.json"
-    facts = json.loads(begun.read_text(encoding="utf-8"))
-    del facts["closed_form"]
-    begun.write_text(json.dumps(facts), encoding="utf-8")
-    told["layers"] = [5, 4]
-    intarsia.compare(model, tmp_path / "light", **told)
-    later = rows_of(tmp_path / "light")["shortgpt", 4, "closed-form"]
-    fitted = codec.load(tmp_path / "light" / later["recipe"]).provenance["heal"]["settings"]["closed-form"]
-    assert fitted["unchanged"] == ["mlp"]
-    begun.write_text(json.dumps(facts), encoding="utf-8")
-    with pytest.raises(UserError, match=r"closed_form\.unchanged"):
-        intarsia.compare(model, tmp_path / "light", closed_form=LAST, **told)
     assert other["heal_forwards"] < row["heal_forwards"]
 
 
@@ -334,7 +321,6 @@ def test_a_calibration_text_that_changed_under_a_comparison(
 
 
 def test_a_config_that_changed_under_a_comparison(halves: Sizes, tmp_path: Path) -> None:
-    """Comparisons of earlier versions did not record it, and go on."""
     model, out = families.save(families.make_model("llama"), tmp_path / "model"), tmp_path / "compare"
     intarsia.compare(str(model), out, methods="reverse", layers=[5], **halves)
     plain = json.loads((model / "config.json").read_text())
@@ -343,13 +329,6 @@ def test_a_config_that_changed_under_a_comparison(halves: Sizes, tmp_path: Path)
         intarsia.compare(str(model), out, methods="reverse", layers=[4], **halves)
     (problem,) = caught.value.problems
     assert problem.where.endswith("compare.json: config.rms_norm_eps") and problem.found == "0.01"
-    (model / "config.json").write_text(json.dumps(plain))
-    facts = json.loads((out / "compare.json").read_text())
-    del facts["config"]
-    (out / "compare.json").write_text(json.dumps(facts))
-    for layers in (4, 3):
-        intarsia.compare(str(model), out, methods="reverse", layers=[layers], **halves)
-        assert ("reverse", layers, "none") in rows_of(out)
 
 
 def test_a_folder_of_something_else(model_folder: Folder, halves: Sizes, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import intarsia
 from intarsia.checkpoint.demo import demo_folder
 from intarsia.progress import Silent
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.ops import Concat
 
 REPOSITORY = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_compress_the_demo_model(tmp_path: Path) -> None:
     # Plain English prose; the cut costs something, and does not destroy the model.
     assert 5 < result.before.perplexity.value < 40
     assert 1.05 < result.after.perplexity.value / result.before.perplexity.value < 2.5
-    recipe = codec.load(tmp_path / "out" / "recipe" / "recipe.yaml")
+    recipe = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml")
     merged = [op for op in recipe.layers if isinstance(op, Concat)]
     assert merged and all(sum(len(cut.channels) for cut in op.cuts) == 1536 for op in merged)
     assert recipe.spans[0][0] == 0 and recipe.spans[-1][1] == 30

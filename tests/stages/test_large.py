@@ -17,7 +17,7 @@ from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.healing.settings import LayerwiseSettings
 from intarsia.planning.run_folder import RunFolder
-from intarsia.recipe.codec import content_hash
+from intarsia.recipe.schema import content_hash
 from intarsia.stages.evaluate import evaluate_perplexity
 from intarsia.stages.heal import heal
 from intarsia.stages.placement import placement

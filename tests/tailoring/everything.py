@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations, product
 
-from intarsia.tailoring.blend_methods import METHODS
+from intarsia.recipe.methods import METHODS
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep
 from intarsia.tailoring.menu import Menu
 from intarsia.tailoring.space import Space

@@ -11,8 +11,8 @@ import pytest
 
 from intarsia.errors import UserError
 from intarsia.progress import Silent
-from intarsia.recipe.codec import content_hash
 from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Candidate, single
 from intarsia.tailoring.engine import Ask, Engine, Start
 from intarsia.tailoring.evolve import evolve

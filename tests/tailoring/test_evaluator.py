@@ -21,9 +21,9 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.evaluation.run_rows import default_batch_tokens, score_requests
+from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
-from intarsia.recipe.uncut import uncut
 from intarsia.tailoring.divergence import TOP
 from intarsia.tailoring.evaluator import Evaluator, Outcome, TrialFailed
 from intarsia.tailoring.family import Family
@@ -276,9 +276,12 @@ def test_uncut(trio: Family) -> None:
     made = recipe(trio, select(0, "lora"), replace(merged(2), scale=0.9), joined, select(5))
     assert made.spans == ((0, 2), (2, 3), (3, 5), (5, 6))
     expected = (select(0, "lora"), select(1, "lora"), merged(2), select(3), select(4, "lora"), select(5))
-    assert uncut(made) == expected
+    assert reference_layers(made) == expected
     wide = recipe(trio, select(1, "math"), merged(3))
-    assert uncut(wide) == (*(select(layer, "math") for layer in range(3)), *(merged(layer) for layer in (3, 4, 5)))
+    assert reference_layers(wide) == (
+        *(select(layer, "math") for layer in range(3)),
+        *(merged(layer) for layer in (3, 4, 5)),
+    )
 
 
 def test_a_fit_does_not_see_the_windows_that_are_scored(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from intarsia.checkpoint.scan import scan
 from intarsia.errors import UserError
-from intarsia.recipe.codec import content_hash, load, save
 from intarsia.recipe.ops import LayerRef, Merge, Select
 from intarsia.recipe.recipe import Recipe, derive_spans
+from intarsia.recipe.schema import content_hash, load, save
 from intarsia.stages.build import build
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import MemberSpec
@@ -73,7 +73,7 @@ def test_a_family_of_folder_and_adapter(llama: Path, adapter: Path, tmp_path: Pa
     assert family.names == ("base", "full", "lora") and family.notes == ()
     name = "mlp.down_proj.weight"
     merged = AutoModelForCausalLM.from_pretrained(adapter / "merged").state_dict()
-    assert torch.equal(family.read(LayerRef(variant="lora", layer=3), name), merged[f"model.layers.3.{name}"])
+    assert torch.equal(family.checkpoints()["lora"].layer_tensor(3, name), merged[f"model.layers.3.{name}"])
     variants = family.variants()
     assert [entry.sha256 for entry in variants] == [scan(checkpoint) for checkpoint in family.checkpoints().values()]
     assert len({entry.sha256 for entry in variants}) == 3

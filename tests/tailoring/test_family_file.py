@@ -64,7 +64,7 @@ def test_examples_are_valid(path: Path) -> None:
     ("changes", "messages"),
     [
         ({"operations": ["remove", "glue"]}, [r"operations\[1\]: expected one of remove, select.*found 'glue'"]),
-        ({"merge": {"methods": ["fuse"]}}, [r"merge.methods\[0\]: expected one of linear, slerp.*found 'fuse'"]),
+        ({"merge": {"methods": ["regmean"]}}, [r"merge.methods\[0\]: expected one of linear, slerp.*found 'regmean'"]),
         ({"merge": {"methods": ["ties", "ties"]}}, ["each once; found ties a second time"]),
         ({"merge": {"scale": [1.5, 0.0]}}, [r"merge.scale: expected \[lowest, highest\].*found \[1.5, 0.0\]"]),
         ({"merge": {"parts": "both"}}, ["merge.parts: expected together or separate"]),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.recipe import codec
+from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.kept_fits import KeptFits
 from tests.recipes_by_hand import recipe_of, select
@@ -35,7 +35,7 @@ def test_kept_and_found(fits: KeptFits) -> None:
     fits.keep(first, healed(first, 0.1))
     found = fits.find(first)
     assert found is not None and fits.find(second) is None
-    assert codec.content_hash(found) == codec.content_hash(healed(first, 0.1))
+    assert schema.content_hash(found) == schema.content_hash(healed(first, 0.1))
     assert np.array_equal(found.fitted[1]["mlp.down_proj.weight"], np.full((4, 6), 0.1, dtype=np.float32))
 
 
@@ -43,9 +43,9 @@ def test_dropped(fits: KeptFits, tmp_path: Path) -> None:
     first, second = cut(0, 2, 3), cut(0, 1, 3)
     for recipe in (first, second):
         fits.keep(recipe, healed(recipe, 1.0))
-    fits.drop({codec.content_hash(first), "of nothing"})
+    fits.drop({schema.content_hash(first), "of nothing"})
     assert fits.find(first) is None and fits.find(second) is not None
-    assert {path.stem for path in (tmp_path / "fits").iterdir()} == {codec.content_hash(second)}
+    assert {path.stem for path in (tmp_path / "fits").iterdir()} == {schema.content_hash(second)}
     fits.end()
     assert not (tmp_path / "fits").exists() and fits.find(second) is None
     fits.end()
@@ -54,14 +54,14 @@ def test_dropped(fits: KeptFits, tmp_path: Path) -> None:
 def test_a_worker_elsewhere_keeps_nothing(tmp_path: Path) -> None:
     fits, recipe = KeptFits(tmp_path / "not" / "there"), cut(0, 2, 3)
     fits.keep(recipe, healed(recipe, 1.0))
-    fits.drop({codec.content_hash(recipe)})
+    fits.drop({schema.content_hash(recipe)})
     assert fits.find(recipe) is None and not (tmp_path / "not").exists()
 
 
 def test_half_of_it_counts_for_nothing(fits: KeptFits, tmp_path: Path) -> None:
     recipe = cut(0, 2, 3)
     fits.keep(recipe, healed(recipe, 1.0))
-    side = tmp_path / "fits" / f"{codec.content_hash(recipe)}.safetensors"
+    side = tmp_path / "fits" / f"{schema.content_hash(recipe)}.safetensors"
     whole = side.read_bytes()
     side.write_bytes(whole[: len(whole) // 2])
     assert fits.find(recipe) is None
@@ -78,7 +78,7 @@ def test_no_room_for_it(error: Exception, fits: KeptFits, tmp_path: Path, monkey
         path.with_suffix(".safetensors").write_bytes(b"")
         raise error
 
-    monkeypatch.setattr(codec, "save", full)
+    monkeypatch.setattr(schema, "save", full)
     recipe = cut(0, 2, 3)
     fits.keep(recipe, healed(recipe, 1.0))
     assert fits.find(recipe) is None and not list((tmp_path / "fits").iterdir())

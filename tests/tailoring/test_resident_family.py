@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from intarsia.building.layer import layer_tensors
+from intarsia.building.layer import Read, layer_tensors
 from intarsia.recipe.ops import LayerRef, Merge, Op, Select
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.outcome import TrialFailed
@@ -28,12 +28,17 @@ def made(family: Family, memory_bytes: int = 2**20, dtype: torch.dtype | None = 
     return ResidentFamily(family, device=torch.device("cpu"), dtype=dtype, memory_bytes=memory_bytes)
 
 
+def reader(family: Family) -> Read:
+    members = family.checkpoints()
+    return lambda ref, local: members[ref.variant].layer_tensor(ref.layer, local)
+
+
 def test_tensors_are_those_that_are_built(trio: Family) -> None:
     layers = made(trio)
     names = list(trio.anatomy.layer_shapes())
     ops: list[Op] = [Select(source=LayerRef(variant=name, layer=2)) for name in trio.names]
     for op in [*ops, MERGED]:
-        expected = layer_tensors(op, trio.anatomy, trio.read)
+        expected = layer_tensors(op, trio.anatomy, reader(trio))
         found = layers.module(op).state_dict()
         assert sorted(found) == sorted(names)
         assert all(torch.equal(found[name], expected[name]) for name in names)
@@ -62,7 +67,7 @@ def test_an_adapter_shares_what_it_leaves_alone(trio: Family) -> None:
 
 def test_another_dtype_rounds_at_the_end(trio: Family) -> None:
     found = made(trio, dtype=torch.bfloat16).module(MERGED)
-    expected = layer_tensors(MERGED, trio.anatomy, trio.read)["mlp.down_proj.weight"]
+    expected = layer_tensors(MERGED, trio.anatomy, reader(trio))["mlp.down_proj.weight"]
     assert torch.equal(found.get_parameter("mlp.down_proj.weight"), expected.to(torch.bfloat16))
 
 

@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from intarsia.recipe import codec
-from intarsia.recipe.check import check
-from intarsia.recipe.codec import content_hash
+from intarsia.data_file import parse_yaml
+from intarsia.recipe import schema
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
-from intarsia.recipe.parse import parse_recipe
 from intarsia.recipe.recipe import Recipe, Variant
-from intarsia.recipe.strict_yaml import parse_yaml
+from intarsia.recipe.schema import content_hash, parse_recipe
+from intarsia.recipe.validate import check
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
 from intarsia.tailoring.config_space import ConfigurationMap
 from intarsia.tailoring.moves import mutate
@@ -134,7 +133,7 @@ def test_recipes_are_valid_and_lead_back(translator: Translator) -> None:
         assert len(recipe.layers) == space.target
         assert translator.exact(recipe) == candidate
         assert seen.setdefault(content_hash(recipe), candidate) == candidate
-        text, tensors = codec.to_yaml_text(recipe)
+        text, tensors = schema.to_yaml_text(recipe)
         back = parse_recipe(parse_yaml(text), tensors, where="recipe")
         assert back == recipe and content_hash(back) == content_hash(recipe)
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from intarsia.anatomy.spec import Anatomy, Part
 from intarsia.errors import UserError
-from intarsia.recipe.check import check
-from intarsia.recipe.codec import load
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.schema import load
+from intarsia.recipe.validate import check
 
 # Files that begin with `tailor-` are families.
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -49,7 +49,7 @@ def refused(recipe: Recipe, anatomy: Anatomy, **others: Anatomy) -> UserError:
 
 
 def test_valid_recipes_pass(anatomy: Anatomy, recipes_over: Callable[..., st.SearchStrategy[Recipe]]) -> None:
-    @settings(max_examples=80, deadline=None)
+    @settings(deadline=None)
     @given(recipes_over(anatomy))
     def run(recipe: Recipe) -> None:
         check(recipe, {"base": anatomy, "math": anatomy})
@@ -187,7 +187,7 @@ def test_depth_and_spans(anatomy: Anatomy) -> None:
     good = recipe_of(select(0), select(3))
     assert "depth: expected 6" in str(refused(identity(Variant(name="base", model="x"), 5), anatomy))
     assert "spans: expected 2 spans" in str(refused(replace(good, spans=((0, 6),)), anatomy))
-    assert "spans[1]: expected a span that begins at 2" in str(refused(replace(good, spans=((0, 2), (3, 6))), anatomy))
+    assert "spans[1]: expected a span that starts at 2" in str(refused(replace(good, spans=((0, 2), (3, 6))), anatomy))
     assert "spans[0]" in str(refused(replace(good, spans=((1, 2), (2, 6))), anatomy))
     assert "spans[1]" in str(refused(replace(good, spans=((0, 7), (7, 6))), anatomy))
     assert "an end at the depth 6; found 5" in str(refused(replace(good, spans=((0, 2), (2, 5))), anatomy))

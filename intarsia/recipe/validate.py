@@ -1,4 +1,4 @@
-"""A recipe held against the shapes of its models: every error at once, before anything is built."""
+"""Check a recipe against the shapes of its models: every error at once, before anything is built."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import get_args
 import numpy as np
 
 from intarsia.anatomy.spec import Anatomy, Part
-from intarsia.errors import Problem, UserError
-from intarsia.recipe.mapped_arrays import let_go
-from intarsia.recipe.methods import merge_faults
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, NormMode, Op
+from intarsia.data_file import refusal
+from intarsia.errors import Problem
+from intarsia.recipe.methods import METHODS, Method
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, NormMode, Op
 from intarsia.recipe.recipe import VARIANT_NAME, Recipe
+from intarsia.recipe.side_file import let_go
 
 _WEIGHT_TOLERANCE = 1e-6
-_MOST_REPORTED = 50
 _PIECES: dict[Part, str] = {"attention": "kv_groups", "mlp": "channels"}
 
 
@@ -41,13 +41,10 @@ def check(recipe: Recipe, anatomies: Mapping[str, Anatomy]) -> None:
     for index, op in enumerate(recipe.layers):
         problems += _check_op(op, f"layers[{index}]", usable, base)
     if problems:
-        rest = len(problems) - _MOST_REPORTED
-        if rest > 0:
-            problems[_MOST_REPORTED:] = [_problem("recipe", "no more of these", f"{rest} more problems")]
-        raise UserError(problems)
+        raise refusal(problems, where="recipe")
 
 
-def _problem(where: str, expected: str, found: str, remedy: str = "Mend the recipe.") -> Problem:
+def _problem(where: str, expected: str, found: str, remedy: str = "Correct the recipe.") -> Problem:
     return Problem(where=where, expected=expected, found=found, remedy=remedy)
 
 
@@ -96,7 +93,7 @@ def _check_depth(recipe: Recipe, base: Anatomy) -> Iterator[Problem]:
         if first != stop or last < first:
             yield _problem(
                 f"spans[{index}]",
-                f"a span that begins at {stop}, where the one before it ends",
+                f"a span that starts at {stop}, where the one before it stops",
                 f"[{first}, {last}]",
                 "Leave the spans out to have them derived.",
             )
@@ -198,5 +195,63 @@ def _check_weights(cuts: Sequence[Cut], part: Part, where: str) -> Iterator[Prob
 
 
 def _check_merge(op: Merge, where: str) -> Iterator[Problem]:
-    for place, expected, found in merge_faults(op):
-        yield _problem(f"{where}.{place}" if place else where, expected, found)
+    if not op.sources:
+        yield _problem(where, "at least one layer", "none")
+    mixes = [("", op.mix("attention")), *([(".mlp", op.mlp)] if op.mlp is not None else [])]
+    for prefix, mix in mixes:
+        yield from _check_mix(mix, len(op.sources), f"{where}{prefix}")
+    based = [mix.method for _, mix in mixes if mix.method in METHODS and METHODS[mix.method].base]
+    if based and op.base is None:
+        yield _problem(f"{where}.base", f"the layer that {based[0]} takes differences to", "none")
+    if not based and op.base is not None:
+        yield _problem(f"{where}.base", f"no base, for {op.method} takes no differences", str(op.base))
+    if not math.isfinite(op.scale):
+        yield _problem(f"{where}.scale", "a finite number", str(op.scale))
+
+
+def _check_mix(mix: Mix, sources: int, where: str) -> Iterator[Problem]:
+    method = METHODS.get(mix.method)
+    if method is None:
+        yield _problem(f"{where}.method", f"one of {', '.join(METHODS)}", repr(mix.method))
+    if len(mix.weights) != sources:
+        yield _problem(f"{where}.weights", f"{sources} weights, one a layer", str(len(mix.weights)))
+        return
+    bad = [index for index, weight in enumerate(mix.weights) if not math.isfinite(weight)]
+    for index in bad:
+        yield _problem(f"{where}.weights[{index}]", "a finite number", str(mix.weights[index]))
+    if method is None:
+        return
+    if not bad:
+        yield from _check_mix_weights(mix, method, where)
+    for name, value in mix.params.items():
+        if name not in method.parameters:
+            known = ", ".join(method.parameters) or "none"
+            yield _problem(f"{where}.params", f"parameters of {mix.method} ({known})", repr(name))
+        elif not method.parameters[name].holds(value):
+            yield _problem(f"{where}.params.{name}", str(method.parameters[name]), repr(value))
+    for name in method.parameters:
+        if name not in mix.params:
+            yield _problem(f"{where}.params", f"{name} of {mix.method}", "none")
+    if mix.method == "breadcrumbs" and not sum(mix.params.get(name, 0.0) for name in ("bottom", "top")) < 1.0:
+        yield _problem(
+            f"{where}.params", "bottom and top that leave something (below 1 together)", str(dict(mix.params))
+        )
+
+
+def _check_mix_weights(mix: Mix, method: Method, where: str) -> Iterator[Problem]:
+    weights = [weight for weight in mix.weights if weight]
+    if mix.method != "linear" and not method.least <= len(weights) <= (method.most or len(weights)):
+        wanted = f"exactly {method.least}" if method.most == method.least else f"at least {method.least}"
+        yield _problem(
+            f"{where}.weights", f"{wanted} layers with a weight other than 0 for {mix.method}", str(len(weights))
+        )
+    elif method.weights == "sum 1" and (abs(math.fsum(weights) - 1.0) > _WEIGHT_TOLERANCE or min(weights) < 0.0):
+        yield _problem(f"{where}.weights", f"weights from 0 to 1 that sum to 1 for {mix.method}", _shown(mix.weights))
+    elif method.weights == "positive" and min(weights) < 0.0:
+        yield _problem(f"{where}.weights", f"no negative weight for {mix.method}", _shown(mix.weights))
+    elif method.weights == "equal" and max(weights) - min(weights) > _WEIGHT_TOLERANCE:
+        yield _problem(f"{where}.weights", f"equal weights for {mix.method}, which sets its own", _shown(mix.weights))
+
+
+def _shown(weights: Sequence[float]) -> str:
+    return ", ".join(f"{weight:g}" for weight in weights)

@@ -3,30 +3,211 @@
 Short index lists are ranges in the YAML; long ones (int32) and fitted tensors (float32) go into `<stem>.safetensors`,
 whose hash the YAML holds, so that a recipe is never read with the tensors of another. Reading runs no code, follows
 no path but the plain name of that file, and is bounded in size.
+
+Whether a recipe fits its models (does layer 31 exist?) is checked in `intarsia.recipe.validate`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
+from safetensors import SafetensorError
 
 from intarsia.anatomy.spec import PARTS
+from intarsia.data_file import (
+    MAX_CHARACTERS,
+    InlineList,
+    InlineMap,
+    dump_yaml,
+    problems_of,
+    read_yaml,
+    refusal,
+    shown,
+)
 from intarsia.disk import replaced, write_whole
-from intarsia.errors import UserError
-from intarsia.recipe.ops import Cut, LayerRef, Merge, Op, Select
-from intarsia.recipe.parse import parse_recipe
+from intarsia.errors import Problem, UserError
+from intarsia.recipe.form import (
+    ConcatEntry,
+    ConcatLayer,
+    Context,
+    LayerEntry,
+    MergeEntry,
+    MergeLayer,
+    RecipeFile,
+    SelectLayer,
+    SideFile,
+    VariantEntry,
+    Weights,
+)
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 from intarsia.recipe.ranges import format_ranges
-from intarsia.recipe.recipe import SCHEMA_VERSION, Recipe
+from intarsia.recipe.recipe import SCHEMA_VERSION, Recipe, Variant, derive_spans
 from intarsia.recipe.side_file import Arrays, read_tensors, refuse_foreign, tensors_hash, write_tensors
-from intarsia.recipe.strict_yaml import MAX_CHARACTERS, InlineList, InlineMap, dump_yaml, read_yaml
-from intarsia.recipe.values import Values
 
 _LONGEST_INLINE = 100  # Characters of ranges that a person still reads.
+_REMEDY = "Correct the recipe."
+_ONE_MODEL = "base"  # The variant's name in the short form `model: FOLDER_OR_ID`.
+
+# Reading
+
+
+def load(path: Path) -> Recipe:
+    """The recipe in a file. Its form is checked; `check` says whether it fits its models.
+
+    Raises:
+        UserError: with everything that is wrong with it.
+    """
+    data = read_yaml(path, what="a recipe")
+    problems: list[Problem] = []
+    tensors: Arrays | None = {}
+    if isinstance(data, dict) and data.get("tensors") is not None:
+        try:
+            tensors = _side_tensors(path, SideFile.model_validate(data["tensors"]))
+        except ValidationError:
+            tensors = None  # Reported with the rest of the recipe.
+        except UserError as error:
+            tensors = None
+            problems += error.problems
+    try:
+        recipe = parse_recipe(data, tensors, where=str(path))
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise refusal(problems, where=str(path))
+    return recipe
+
+
+def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
+    """The recipe that plain data describes.
+
+    Args:
+        data: the value of the YAML file.
+        tensors: the side file's tensors; None where it could not be read.
+        where: the file's name, for messages.
+
+    Raises:
+        UserError: with every problem.
+    """
+    version = data.get("version", SCHEMA_VERSION) if isinstance(data, dict) else SCHEMA_VERSION
+    if type(version) is not int or version != SCHEMA_VERSION:
+        # Another version may mean anything by its keys; more messages would only mislead.
+        raise UserError.of(
+            where=f"{where}: version",
+            expected=str(SCHEMA_VERSION),
+            found=shown(version),
+            remedy="Use the version of Intarsia that wrote it.",
+        )
+    context = Context(tensors)
+    problems: list[Problem] = []
+    try:
+        entry = RecipeFile.model_validate(data, context=context)
+    except ValidationError as error:
+        problems += problems_of(error, RecipeFile, where=where, remedy=_REMEDY)
+    problems += [
+        Problem(
+            where=f"{where}: tensors",
+            expected="only tensors that the recipe names",
+            found=shown(name),
+            remedy="Use the side file it came with.",
+        )
+        for name in sorted(set(tensors or ()) - context.used)
+    ]
+    if problems:
+        raise refusal(problems, where=where)
+    return _recipe(entry)
+
+
+def _side_tensors(path: Path, entry: SideFile) -> Arrays:
+    def unusable(place: str, expected: str, found: str, remedy: str) -> UserError:
+        return UserError.of(where=f"{path}: tensors.{place}", expected=expected, found=found, remedy=remedy)
+
+    try:
+        tensors = read_tensors(path.parent / entry.file)
+    except ValueError as error:
+        raise unusable("file", "int32 and float32 tensors only", shown(str(error)), _REMEDY) from None
+    except (OSError, SafetensorError) as error:
+        found = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        remedy = "Keep it beside the recipe, as it was written."
+        raise unusable("file", f"the side file {entry.file}", found, remedy) from None
+    if entry.sha256 is not None and entry.sha256 != tensors_hash(tensors):
+        raise unusable("sha256", "the side file that belongs to this recipe", "another", "Copy both files.")
+    return tensors
+
+
+def _recipe(entry: RecipeFile) -> Recipe:
+    entries = entry.variants or {_ONE_MODEL: VariantEntry(model=entry.model or "")}
+    base = entry.base or next(iter(entries))
+
+    def source(ref: LayerEntry) -> LayerRef:
+        return LayerRef(variant=base if ref[0] is None else ref[0], layer=ref[1])
+
+    def ops(layer: SelectLayer | ConcatLayer | MergeLayer) -> Iterator[Op]:
+        if isinstance(layer, SelectLayer):
+            variant, layers = layer.select
+            yield from (Select(source=source((variant, index))) for index in layers)
+        elif isinstance(layer, ConcatLayer):
+            yield _concat(layer.concat, source)
+        else:
+            yield _merge(layer.merge, source)
+
+    layers = tuple(op for layer in entry.layers for op in ops(layer))
+    return Recipe(
+        variants=tuple(Variant(name=name, **found.model_dump()) for name, found in entries.items()),
+        base=base,
+        depth=entry.depth,
+        layers=layers,
+        spans=derive_spans(layers, entry.depth)
+        if entry.spans is None
+        else tuple((first, last) for first, last in entry.spans),
+        fitted=entry.fitted or {},
+        provenance=entry.provenance or {},
+    )
+
+
+def _concat(entry: ConcatEntry, source: Callable[[LayerEntry], LayerRef]) -> Concat:
+    """Pieces of several layers joined; by share of pieces where no weights are given."""
+    cuts = [
+        Cut(source=source(cut.source), kv_groups=cut.kv_groups, channels=cut.channels, weights={}) for cut in entry.cuts
+    ]
+    totals = {part: sum(len(cut.pieces(part)) for cut in cuts) for part in PARTS}
+
+    def weights(cut: Cut, given: Weights | None) -> dict[Any, float]:
+        if given is not None:
+            return given.model_dump()
+        return {part: len(cut.pieces(part)) / totals[part] if totals[part] else 1.0 / len(cuts) for part in PARTS}
+
+    weighted = (
+        Cut(source=cut.source, kv_groups=cut.kv_groups, channels=cut.channels, weights=weights(cut, given.weights))
+        for cut, given in zip(cuts, entry.cuts, strict=True)
+    )
+    return Concat(cuts=tuple(weighted), norm=entry.norm, fuse=entry.fuse)
+
+
+def _merge(entry: MergeEntry, source: Callable[[LayerEntry], LayerRef]) -> Merge:
+    mix = entry.mix(len(entry.sources))
+    base = None
+    if entry.base is not None:
+        base = source(entry.base)
+    elif entry.needs_base:
+        base = source((None, min(layer for _, layer in entry.sources)))
+    return Merge(
+        sources=tuple(source(ref) for ref in entry.sources),
+        weights=mix.weights,
+        method=mix.method,
+        params=mix.params,
+        base=base,
+        scale=entry.scale,
+        mlp=None if entry.mlp is None else entry.mlp.mix(len(entry.sources)),
+    )
+
+
+# Writing
 
 
 def save(recipe: Recipe, path: Path) -> None:
@@ -51,23 +232,6 @@ def save(recipe: Recipe, path: Path) -> None:
         with replaced(side) as temporary:
             write_tensors(tensors, temporary)
     write_whole(path, text)
-
-
-def load(path: Path) -> Recipe:
-    """The recipe in a file. Its form is checked; whether it fits its models is the business of `check`.
-
-    Raises:
-        UserError: with everything that is wrong with it.
-    """
-    data = read_yaml(path, what="a recipe")
-    values = Values(str(path))
-    tensors = read_tensors(path, data, values)
-    try:
-        recipe = parse_recipe(data, tensors, where=str(path))
-    except UserError as error:
-        raise UserError([*values.problems, *error.problems]) from None
-    values.raise_problems()
-    return recipe
 
 
 def to_yaml_text(recipe: Recipe, *, side_file: str = "recipe.safetensors") -> tuple[str, Arrays]:

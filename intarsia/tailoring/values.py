@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
+from intarsia.data_file import MAX_INDEX, shown
 from intarsia.errors import Problem, UserError
-from intarsia.recipe.ranges import MAX_INDEX
 
 _MOST_REPORTED = 50
-
-
-def shown(value: Any) -> str:
-    """A value in a message: short, and of one line."""
-    if isinstance(value, (Mapping, list)):
-        return "a mapping" if isinstance(value, Mapping) else f"a list of {len(value)}"
-    if isinstance(value, int) and abs(value) > MAX_INDEX:
-        return "a huge number"
-    text = repr(value)
-    return "nothing" if value is None else text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class Values:
@@ -77,27 +66,3 @@ class Values:
             return value
         self.wrong(path, f"a list of 1 to {most} entries", shown(value))
         return []
-
-    def plain_mapping(self, value: Any, path: str) -> dict[str, Any]:
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            self.wrong(path, "a mapping", shown(value))
-            return {}
-        self._plain(value, path)
-        return value
-
-    def _plain(self, value: Any, path: str) -> None:
-        """Provenance may say anything, in names and values that other tools can read."""
-        if isinstance(value, dict):
-            for key, entry in value.items():
-                if not isinstance(key, str):
-                    self.wrong(path, "names as keys", shown(key), "Put it in quotes.")
-                else:
-                    self._plain(key, path)
-                    self._plain(entry, f"{path}.{shown(key)}")
-        elif isinstance(value, list):
-            for index, entry in enumerate(value):
-                self._plain(entry, f"{path}[{index}]")
-        elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-            self.wrong(path, "text that UTF-8 can hold", "half of a surrogate pair")

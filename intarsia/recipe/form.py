@@ -1,0 +1,358 @@
+"""The form of a recipe file, as pydantic models: every mistake of form is reported at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+import numpy as np
+from pydantic import AfterValidator, Discriminator, Field, PlainValidator, Tag, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
+
+from intarsia.data_file import MAX_INDEX, Misplaced, Strict, raise_misplaced, shown, unexpected
+from intarsia.recipe.methods import METHODS, with_defaults
+from intarsia.recipe.ops import MergeMethod, Mix, NormMode
+from intarsia.recipe.ranges import parse_ranges
+from intarsia.recipe.recipe import VARIANT_NAME, Fitted
+
+MAX_LAYERS = 10_000
+_MAX_PIECES = 2**23  # In one recipe, so that a few ranges cannot fill the memory.
+_REF = re.compile(r"(?:(?P<variant>[^:]*):)?(?P<first>[0-9]{1,10})(?:-(?P<last>[0-9]{1,10}))?", re.ASCII)
+
+
+@dataclass
+class Context:
+    """What the validators of one file share."""
+
+    # The side file's tensors; None where it cannot be read, which is a problem of its own.
+    tensors: Mapping[str, Any] | None
+    # Names of tensors that the recipe uses.
+    used: set[str] = field(default_factory=set)
+    # How many indices may still come.
+    pieces_left: int = _MAX_PIECES
+
+    def tensor(self, name: str) -> Any:
+        """A tensor of the side file, None where there is no side file that could be read."""
+        if self.tensors is None:
+            return None
+        self.used.add(name)
+        if name not in self.tensors:
+            raise unexpected(f"tensor {name!r} in the side file", "none", "Use the side file that belongs to it.")
+        return self.tensors[name]
+
+
+def _context(info: ValidationInfo) -> Context:
+    assert isinstance(info.context, Context), "recipe files are validated with a context"
+    return info.context
+
+
+def _text(value: str) -> str:
+    if value.strip() and value.isprintable() and len(value) <= 4096:
+        return value
+    raise unexpected("a printable text")
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, str) and VARIANT_NAME.fullmatch(value):
+        return value
+    raise unexpected("a name of at most 64 letters, digits, '_', '-' and '.'", remedy="Rename it.")
+
+
+def _layers(value: Any) -> tuple[str | None, range]:
+    """`4`, `math:4`, `0-9` and `math:0-9`: the variant (None: the base) and the layers."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INDEX:
+        return None, range(value, value + 1)
+    match = _REF.fullmatch(value) if isinstance(value, str) else None
+    if match is not None and match["variant"] != "":
+        first = int(match["first"])
+        last = first if match["last"] is None else int(match["last"])
+        if first <= last <= MAX_INDEX and last - first < MAX_LAYERS:
+            return match["variant"], range(first, last + 1)
+    raise unexpected("a layer such as 4 or name:4, or a range such as 0-9", remedy="Count layers from 0.")
+
+
+def _layer(value: Any) -> tuple[str | None, int]:
+    try:
+        variant, layers = _layers(value)
+    except ValueError:
+        layers = range(0)
+    if len(layers) != 1:
+        raise unexpected("a layer such as 4 or name:4", remedy="Count layers from 0.")
+    return variant, layers[0]
+
+
+def _from_ranges(text: str, info: ValidationInfo) -> tuple[int, ...]:
+    try:
+        return parse_ranges(text, most=_context(info).pieces_left)
+    except ValueError as error:
+        raise unexpected("indices such as '0-767, 900'", str(error)) from None
+
+
+def _from_tensor(entry: _TensorEntry, info: ValidationInfo) -> tuple[int, ...]:
+    tensor = _context(info).tensor(entry.tensor)
+    if tensor is None:
+        return ()
+    if tensor.dtype != np.int32 or tensor.ndim != 1 or tensor.size > _context(info).pieces_left or (tensor < 0).any():
+        shape = f"{tensor.dtype} of shape {list(tensor.shape)}"
+        raise unexpected(f"a list of int32 indices from 0 in tensor {entry.tensor!r}", shape)
+    return tuple(tensor.tolist())
+
+
+def _counted(value: Any, info: ValidationInfo) -> tuple[int, ...]:
+    indices = (value,) if isinstance(value, int) else tuple(value)
+    _context(info).pieces_left -= len(indices)
+    if _context(info).pieces_left < 0:
+        raise unexpected(f"at most {_MAX_PIECES} indices in a recipe", "more", "Use a shorter recipe.")
+    return indices
+
+
+def _indices_tag(value: Any) -> str:
+    tags: dict[type, str] = {list: ":list", str: ":ranges", dict: ":tensor"}
+    return tags.get(type(value), ":one")
+
+
+def _op_tag(value: Any) -> str | None:
+    known = ("select", "concat", "merge")
+    return next((f":{key}" for key in known if key in value), None) if isinstance(value, dict) else None
+
+
+def _sha256(value: str) -> str:
+    if re.fullmatch("[0-9a-f]{64}", value):
+        return value
+    raise unexpected("64 hexadecimal digits in lower case", remedy="Leave it out.")
+
+
+def _plain_name(value: str) -> str:
+    if value.endswith(".safetensors") and not set(value) & set("/\\:\0") and value[0] != ".":
+        return value
+    raise unexpected("the plain name of a .safetensors file beside the recipe")
+
+
+def _fitted(value: Any, info: ValidationInfo) -> Fitted:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise unexpected("a mapping from output layers to lists of tensor names")
+    found: dict[int, dict[str, Any]] = {}
+    wrong: list[Misplaced] = []
+    for layer, names in value.items():
+        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer <= MAX_LAYERS:
+            wrong.append(((shown(layer),), unexpected(f"a whole number from 0 to {MAX_LAYERS}"), layer))
+        elif not isinstance(names, list) or not 0 < len(names) <= MAX_LAYERS:
+            wrong.append(((str(layer),), unexpected("a list of tensor names"), names))
+        else:
+            for index, name in enumerate(names):
+                try:
+                    tensor = _context(info).tensor(f"fitted.{layer}.{_text(str(name))}")
+                    if tensor is not None and tensor.dtype != np.float32:
+                        raise unexpected("a float32 tensor", str(tensor.dtype))
+                    if tensor is not None:
+                        found.setdefault(layer, {})[str(name)] = tensor
+                except PydanticCustomError as error:
+                    wrong.append(((str(layer), index), error, name))
+    raise_misplaced(wrong)
+    return found
+
+
+def _named(value: Any) -> Any:
+    """Provenance may say anything, under names that other tools can read."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            if not isinstance(key, str):
+                raise unexpected("names as keys", shown(key), "Put it in quotes.")
+            _named(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            _named(entry)
+    return value
+
+
+_Text: TypeAlias = Annotated[str, AfterValidator(_text)]
+_Index: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INDEX)]
+_Number: TypeAlias = Annotated[float, Field(ge=-MAX_INDEX, le=MAX_INDEX, allow_inf_nan=False)]
+LayerEntry: TypeAlias = Annotated[tuple[str | None, int], PlainValidator(_layer)]
+_Layers: TypeAlias = Annotated[tuple[str | None, range], PlainValidator(_layers)]
+
+
+class _TensorEntry(Strict):
+    tensor: _Text
+
+
+if TYPE_CHECKING:
+    _Indices: TypeAlias = tuple[int, ...]
+else:
+    _Indices = Annotated[
+        Annotated[list[_Index], Tag(":list")]
+        | Annotated[str, AfterValidator(_from_ranges), Tag(":ranges")]
+        | Annotated[_TensorEntry, AfterValidator(_from_tensor), Tag(":tensor")]
+        | Annotated[_Index, Tag(":one")],
+        Discriminator(_indices_tag),
+        AfterValidator(_counted),
+    ]
+
+
+class Weights(Strict):
+    """How much a cut counts in what belongs to no piece."""
+
+    attention: _Number
+    mlp: _Number
+
+
+class CutEntry(Strict):
+    """Pieces of one layer."""
+
+    source: LayerEntry = Field(alias="from")
+    kv_groups: _Indices = ()
+    channels: _Indices = ()
+    weights: Weights | None = None
+
+
+class ConcatEntry(Strict):
+    """Pieces of several layers joined."""
+
+    norm: NormMode = "fold"
+    fuse: bool = False
+    cuts: list[CutEntry] = Field(min_length=1, max_length=MAX_LAYERS)
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> ConcatEntry:
+        given = [cut.weights is not None for cut in self.cuts]
+        if any(given) and not all(given):
+            raise unexpected("weights for every cut or for none", "some", "Complete or remove them.")
+        return self
+
+
+class MixEntry(Strict):
+    """How the tensors of several layers are combined."""
+
+    method: MergeMethod = "linear"
+    weights: list[_Number] | None = Field(default=None, min_length=1, max_length=MAX_LAYERS)
+    params: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _known_params(self) -> MixEntry:
+        known = METHODS[self.method].parameters
+        wrong: list[Misplaced] = []
+        for name, value in self.params.items():
+            if name not in known:
+                expected = f"one of {', '.join(known)}" if known else f"none, for {self.method} has no parameters"
+                error = unexpected(expected, shown(name), "Remove it, or correct its spelling.")
+                wrong.append((("params",), error, value))
+            elif not known[name].holds(value):
+                wrong.append((("params", name), unexpected(str(known[name])), value))
+        raise_misplaced(wrong)
+        return self
+
+    def mix(self, sources: int) -> Mix:
+        """The mix of that many layers; equal weights and the method's defaults where none are given."""
+        known = METHODS[self.method].parameters
+        params = {name: value if known[name].whole else float(value) for name, value in self.params.items()}
+        weights = tuple(self.weights or (1.0 / sources for _ in range(sources)))
+        return Mix(weights=weights, method=self.method, params=with_defaults(self.method, params))
+
+
+class MergeEntry(MixEntry):
+    """Whole layers combined."""
+
+    sources: list[LayerEntry] = Field(alias="from", min_length=1, max_length=MAX_LAYERS)
+    base: LayerEntry | None = None
+    scale: _Number = 1.0
+    mlp: MixEntry | None = None
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a method takes differences to a base layer."""
+        return METHODS[self.method].base or (self.mlp is not None and METHODS[self.mlp.method].base)
+
+    @model_validator(mode="after")
+    def _one_base(self) -> MergeEntry:
+        if self.base is None and self.needs_base and len({layer for _, layer in self.sources}) > 1:
+            expected = "the layer that differences are taken to, for the sources are not at one index"
+            raise_misplaced([(("base",), unexpected(expected, "none", "Add it."), None)])
+        return self
+
+
+class SelectLayer(Strict):
+    """One layer, or a run of them."""
+
+    select: _Layers
+
+
+class ConcatLayer(Strict):
+    """A concatenated layer."""
+
+    concat: ConcatEntry
+
+
+class MergeLayer(Strict):
+    """A merged layer."""
+
+    merge: MergeEntry
+
+
+OpEntry: TypeAlias = Annotated[
+    Annotated[SelectLayer, Tag(":select")]
+    | Annotated[ConcatLayer, Tag(":concat")]
+    | Annotated[MergeLayer, Tag(":merge")],
+    Discriminator(
+        _op_tag,
+        custom_error_type="unexpected",
+        custom_error_message="{expected}",
+        custom_error_context={"expected": "exactly one of select, concat and merge"},
+    ),
+]
+
+
+class VariantEntry(Strict):
+    """Where a variant is."""
+
+    model: _Text
+    revision: _Text | None = None
+    sha256: Annotated[str, AfterValidator(_sha256)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+
+class SideFile(Strict):
+    """The file of tensors beside the recipe."""
+
+    file: Annotated[_Text, AfterValidator(_plain_name)]
+    sha256: str | None = None
+
+
+class RecipeFile(Strict):
+    """A whole recipe."""
+
+    version: Literal[1]
+    model: _Text | None = None
+    variants: dict[Annotated[str, PlainValidator(_name)], VariantEntry] | None = Field(default=None, min_length=1)
+    base: _Text | None = None
+    depth: int = Field(ge=1, le=MAX_LAYERS)
+    layers: list[OpEntry] = Field(min_length=1, max_length=MAX_LAYERS)
+    spans: list[Annotated[list[_Index], Field(min_length=2, max_length=2)]] | None = Field(
+        default=None, min_length=1, max_length=MAX_LAYERS
+    )
+    tensors: SideFile | None = None
+    fitted: Annotated[Any, PlainValidator(_fitted)] = None
+    provenance: Annotated[dict[Any, Any], AfterValidator(_named)] | None = None
+
+    @model_validator(mode="after")
+    def _one_base(self) -> RecipeFile:
+        if (self.model is None) == (self.variants is None):
+            found = "both" if self.model else "neither"
+            raise unexpected("either 'model' or 'variants'", found, "Name a model: `model: FOLDER_OR_ID`.")
+        if self.model is not None and self.base is not None:
+            error = unexpected("no base beside the short form 'model'", remedy="Leave it out.")
+            raise_misplaced([(("base",), error, self.base)])
+        if self.variants is not None and self.base is None and len(self.variants) > 1:
+            error = unexpected("the name of the variant that gives everything outside the layers", "none", "Add it.")
+            raise_misplaced([(("base",), error, None)])
+        count = sum(len(entry.select[1]) if isinstance(entry, SelectLayer) else 1 for entry in self.layers)
+        if count > MAX_LAYERS:
+            raise unexpected(f"at most {MAX_LAYERS} layers", str(count))
+        return self
