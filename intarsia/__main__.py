@@ -1,6 +1,6 @@
 """`python -m intarsia` is the command `intarsia`."""
 
-from intarsia.cli.app import main
+from intarsia.cli.main import main
 
 if __name__ == "__main__":
     main()

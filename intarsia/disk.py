@@ -7,8 +7,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,19 +78,31 @@ def replaced(path: Path) -> Iterator[Path]:
         UserError: the disk is full; what was at `path` is as it was.
     """
     with full_disk_named(path.parent):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        # A plain open honours the umask, which mkstemp does not.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # mkstemp gives the file to its owner alone
             temporary.replace(path)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk: without it a rename may be lost with the power."""
+    if os.name == "nt":
+        return  # a folder cannot be opened there
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -149,6 +161,8 @@ def append_line(path: Path, line: str) -> None:
             while data:
                 data = data[file.write(data) :]
             os.fsync(file.fileno())
+            if before == 0:
+                sync_folder(path.parent)
         except BaseException:
             file.truncate(before)
             raise

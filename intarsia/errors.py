@@ -1,44 +1,89 @@
-"""What is said to a user whose input cannot be used.
+"""What is said to a user whose input cannot be used: one sentence, and one hint.
 
-Every problem names the place, what was expected there, what was found, and what to do about it. Several
-problems of one input travel together, so that nobody mends a file one error at a time. The command line prints
+Several problems of one input travel together, so that nobody mends a file one error at a time. The command line prints
 them without a traceback and exits with code 2; anything that is not a `UserError` is a defect of ours (code 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with an input."""
+    """One thing that is wrong with an input.
 
-    where: str
-    expected: str
-    found: str
-    remedy: str
+    The last four fields are the older way to say it: they make up `message` and `hint` where those are left out.
+    """
+
+    # What is wrong, as one sentence.
+    message: str = ""
+    # What to do about it, as one sentence.
+    hint: str = ""
+
+    where: str = ""
+    expected: str = ""
+    found: str = ""
+    remedy: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.message:
+            message = f"{self.where}: expected {self.expected}; found {self.found}."
+            object.__setattr__(self, "message", message)
+            object.__setattr__(self, "hint", self.remedy)
 
     def __str__(self) -> str:
-        return f"{self.where}: expected {self.expected}; found {self.found}. {self.remedy}"
+        return f"{self.message} {self.hint}".rstrip()
 
 
 class UserError(ValueError):
-    """Input that cannot be used. `problems` holds at least one `Problem`."""
+    """Input that cannot be used: `UserError("--layers is 40, the model has 32.", "Give less than 32.")`."""
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(problems)
+    def __init__(self, problems: str | Iterable[Problem], hint: str = "") -> None:
+        self.problems = (Problem(problems, hint),) if isinstance(problems, str) else tuple(problems)
         assert self.problems, "a UserError states at least one problem"
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     @classmethod
     def of(cls, *, where: str, expected: str, found: str, remedy: str) -> UserError:
-        """An error with a single problem."""
+        """An error with a single problem, said the older way."""
         return cls([Problem(where=where, expected=expected, found=found, remedy=remedy)])
 
     def __reduce__(self) -> tuple[type[UserError], tuple[tuple[Problem, ...]]]:
         return type(self), (self.problems,)
+
+
+def check(*rules: tuple[bool, str, str]) -> None:
+    """Check rules of (holds, message if not, hint), all of them.
+
+    Raises:
+        UserError: with every rule that does not hold.
+    """
+    if problems := [Problem(message, hint) for holds, message, hint in rules if not holds]:
+        raise UserError(problems)
+
+
+class Problems(list[Problem]):
+    """Collects problems of several steps, to raise them together."""
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Take the problems of a UserError that is raised inside; the block ends there."""
+        try:
+            yield
+        except UserError as error:
+            self.extend(error.problems)
+
+    def add(self, message: str, hint: str = "") -> None:
+        """Add one problem."""
+        self.append(Problem(message, hint))
+
+    def raise_any(self) -> None:
+        """Raise them all as one error, if there are any."""
+        if self:
+            raise UserError(dict.fromkeys(self))
 
 
 def missing_package(

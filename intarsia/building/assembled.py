@@ -20,8 +20,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from intarsia.building.resident import Resident, twin
-from intarsia.checkpoint.folder import cut_config
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.writer import shallower_config
 from intarsia.recipe.recipe import Recipe
 
 
@@ -63,7 +63,7 @@ def _as_built(index: int, recipe: Recipe, checkpoint: Checkpoint) -> Mapping[str
 def _config(recipe: Recipe, resident: Resident) -> PreTrainedConfig:
     """The config of the built folder, and of the resident model what is decided when a model is loaded."""
     with tempfile.TemporaryDirectory(prefix="intarsia-config-") as folder:
-        values = cut_config(resident.checkpoint, [op.sources[0].layer for op in recipe.layers])
+        values = shallower_config(resident.checkpoint, [op.sources[0].layer for op in recipe.layers])
         (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     assert isinstance(config, PreTrainedConfig)

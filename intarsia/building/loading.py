@@ -23,7 +23,7 @@ from intarsia.checkpoint.reader import Checkpoint
 
 
 def as_transformers(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The checkpoint's model in this dtype, on the CPU; what an adapter changes is not in it yet."""
+    """The checkpoint's model in this dtype, on the CPU."""
     if checkpoint.as_stored:
         return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, trust_remote_code=False)
     config = stock_config(checkpoint)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from intarsia.building.layer import layer_tensors
-from intarsia.checkpoint.folder import copy_side_files, write_config
-from intarsia.checkpoint.reader import Checkpoint, TensorHeader
-from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.tensor_file import TensorHeader
+from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files, write_config
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent
 from intarsia.recipe import schema
@@ -65,8 +65,10 @@ def materialize(
     def read(ref: LayerRef, local: str) -> Tensor:
         return variants[ref.variant].layer_tensor(ref.layer, local)
 
+    inputs = [checkpoint.folder for checkpoint in variants.values()]
+    inputs += [checkpoint.adapter.folder for checkpoint in variants.values() if checkpoint.adapter is not None]
     with (
-        CheckpointWriter(out, plans, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer,
+        CheckpointWriter(out, plans, overwrite=overwrite, max_shard_bytes=max_shard_bytes, inputs=inputs) as writer,
         (progress or Silent()).task("building", len(recipe.layers)) as task,
     ):
         for name in outside:
@@ -92,7 +94,7 @@ def materialize(
                 writer.write(name, tensor)
             task.advance()
         write_config(base, [op.sources[0].layer for op in recipe.layers], writer.folder)
-        copy_side_files(base, writer.folder)
+        copy_side_files(base.folder, writer.folder)
         (writer.folder / RECIPE_FILE).parent.mkdir()
         schema.save(recipe, writer.folder / RECIPE_FILE)
         if finish is not None:

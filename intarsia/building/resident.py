@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from intarsia.building.layer import layer_tensors
 from intarsia.building.loading import as_transformers
-from intarsia.building.parameters import parameter_name, tensor_names, to_parameters
+from intarsia.building.parameters import to_parameters
 from intarsia.building.shelf import Shelf
 from intarsia.building.skeleton import skeleton
 from intarsia.building.spread import spread
@@ -51,32 +51,9 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     stored = checkpoint.headers[f"{checkpoint.anatomy.family.embedding_module}.weight"].dtype
     with _no_bars():
         model = as_transformers(checkpoint, dtype or stored)
-    if checkpoint.adapter is not None:
-        _apply(model, checkpoint)
     model.requires_grad_(False)
     nn.Module.to(model, device)
     return model.eval()
-
-
-def _apply(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Put what an adapter changes into a model of its base."""
-    anatomy = checkpoint.anatomy
-    prefix = f"{anatomy.family.layers_module}."
-    for name in checkpoint.adapter.updates if checkpoint.adapter is not None else ():
-        if not name.startswith(prefix):
-            model.get_parameter(name).data.copy_(checkpoint.tensor(name))
-            continue
-        layer, _, local = name.removeprefix(prefix).partition(".")
-        parameter = parameter_name(local, anatomy)
-        parts = {part: checkpoint.layer_tensor(int(layer), part) for part in tensor_names(parameter, anatomy)}
-        whole = (
-            parts[local]
-            if len(parts) == 1
-            else to_parameters(
-                {part: checkpoint.layer_tensor(int(layer), part) for part in anatomy.layer_shapes()}, anatomy
-            )[parameter]
-        )
-        model.get_parameter(f"{prefix}{layer}.{parameter}").data.copy_(whole)
 
 
 @contextmanager

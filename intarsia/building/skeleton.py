@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from intarsia.building.loading import stock_config
-from intarsia.checkpoint.mapped import let_go
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.tensor_file import let_go
 from intarsia.errors import Problem, UserError
 
 _MOST_NAMED = 5

@@ -23,7 +23,7 @@ from torch import Tensor
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.turns import Turns, learn_turns
 from intarsia.calibration.writing import Sampling, write_sequences
-from intarsia.checkpoint.cache import cache_folder
+from intarsia.checkpoint.hashing import cache_folder
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent
 

@@ -1,62 +1,41 @@
-"""A LoRA adapter laid over the tensors of its base as they are read: W + scale * B A, never a second model.
+"""A PEFT adapter as a variant: merged into its base by peft once, and kept as an ordinary checkpoint folder.
 
-Source: LoRA, arXiv 2106.09685. The product and the sum are in float32 (float64 for float64 weights) and rounded once,
-to the base's dtype. In float32 this is bit for bit what peft's `merge_and_unload` gives; in 16 bits peft rounds the
-product before it is added, so that entries may differ by one step of the result's and the product's rounding.
-
-Shape suffixes: `O` rows of a weight (outputs), `I` columns (inputs), `R` the adapter's rank.
+The folder lies in the cache; its key is made of the base's files (path, size, time of change) and the adapter's hash.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from intarsia.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig, read_adapter_config
-from intarsia.checkpoint.header import TensorHeader, read_headers
-from intarsia.checkpoint.mapped import map_tensor
+from intarsia.checkpoint.adapter_merge import Merged
+from intarsia.checkpoint.hashing import cache_folder, fingerprint, not_finite, sha256_of
+from intarsia.checkpoint.reader import Adapter, Checkpoint
+from intarsia.checkpoint.resolve import open_checkpoint, resolve, split_name
+from intarsia.checkpoint.tensor_file import map_tensor, read_headers
+from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files
+from intarsia.disk import read_json
 from intarsia.errors import Problem, UserError
+from intarsia.progress import Progress, Silent
 
+CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_CHANGED_FILE = "adapter_changed.json"
+_VERSION = 1  # of how adapters are merged; part of the key
 _MOST_NAMED = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowRank:
-    """What is added to one weight: `scale` times `b_OR` times `a_RI`."""
-
-    a_RI: TensorHeader
-    b_OR: TensorHeader
-    scale: float
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Adapter:
-    """An adapter that fits its base. `updates` are by the name of the base's tensor; `base_model` is what it names."""
-
-    folder: Path
-    base_model: str | None
-    updates: Mapping[str, LowRank]
-
-    def applied(self, name: str, weight_OI: Tensor) -> Tensor:
-        """The weight with the adapter; the same tensor where the adapter does not touch it."""
-        update = self.updates.get(name)
-        if update is None:
-            return weight_OI
-        dtype = torch.promote_types(weight_OI.dtype, torch.float32)
-        a_RI, b_OR = map_tensor(update.a_RI).to(dtype), map_tensor(update.b_OR).to(dtype)
-        return (weight_OI.to(dtype) + (b_OR @ a_RI) * update.scale).to(weight_OI.dtype)
-
-    def headers(self) -> Iterator[TensorHeader]:
-        """The adapter's own tensors."""
-        for update in self.updates.values():
-            yield from (update.a_RI, update.b_OR)
+_MERGE = "Merge it with peft first: merge_and_unload(), then save_pretrained(), and pass the folder that this makes."
+# What of an adapter's config says nothing about the weights.
+_IDLE = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version"}
+# Changes more than tensors of the base, depends on the input, or is called otherwise in the base's files.
+_REFUSED = ("layer_replication", "alora_invocation_tokens", "arrow_config", "target_parameters")
+# Start from other base weights than those in the base's files.
+_CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -64,67 +43,150 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").exists()
 
 
-def open_adapter(folder: Path, base: Mapping[str, TensorHeader], *, base_name: str) -> Adapter:
-    """Read an adapter's config and headers, and hold them against its base's tensors; no weight is read.
+def open_variant(
+    model: str,
+    *,
+    revision: str | None = None,
+    dequantize: bool = False,
+    base: Checkpoint | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """A variant, wherever it is: a folder, a hub id, `demo`, or the folder or hub id of a PEFT adapter.
 
     Args:
-        base: the base's tensors, by name.
-        base_name: what the base is called in messages.
+        base: what an adapter is merged into; by default the base that its config names. Where the base is an adapter
+            itself, it is that one's base.
 
     Raises:
-        UserError: the adapter is of a kind that is not applied on reading, damaged, or for another base.
+        UserError: it cannot be found, is no checkpoint that can be used, or is an adapter for another base.
     """
+    folder = resolve(model, revision=revision, progress=progress)
+    if not is_adapter(folder):
+        return Checkpoint.open(folder, model=model, revision=revision, dequantize=dequantize or split_name(model)[1])
     config = read_adapter_config(folder)
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
+    base = base or _named_base(folder, model, config, progress)
+    base = base if base.adapter is None else base.adapter.base
+    sha256 = _sha256(folder, config)
+    merged = _merged_folder(folder, sha256, base, progress or Silent())
+    changed = read_json(merged / _CHANGED_FILE, expected="names of tensors", remedy=f"Remove {merged}.")["changed"]
+    adapter = Adapter(
+        folder=folder,
+        base_model=config.get("base_model_name_or_path") or None,
+        base=base,
+        sha256=sha256,
+        changed=frozenset(changed),
+    )
+    return replace(Checkpoint.open(merged, model=model, revision=revision), adapter=adapter)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """A folder's adapter_config.json, of an adapter that can be merged.
+
+    Raises:
+        UserError: with everything in it that cannot.
+    """
+    file = folder / CONFIG_FILE
+    config = read_json(file, expected="a JSON object", remedy="Get the adapter again.")
+    faults = []
+    if config.get("peft_type") != "LORA":
+        faults.append(("peft_type", "LORA", config.get("peft_type")))
+    faults += [(key, "none, for it cannot be merged here", config[key]) for key in _REFUSED if config.get(key)]
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
+        faults.append(("init_lora_weights", "one that leaves the base's weights as they are", start))
+    if faults:
+        raise UserError(
+            Problem(where=f"{file}: {key}", expected=expected, found=repr(found)[:60], remedy=_MERGE)
+            for key, expected, found in faults
+        )
+    return config
+
+
+def _named_base(folder: Path, model: str, config: Mapping[str, Any], progress: Progress | None) -> Checkpoint:
+    named = config.get("base_model_name_or_path")
+    if not named:
+        raise UserError.of(
+            where=f"{folder / CONFIG_FILE}: base_model_name_or_path",
+            expected="the model that the adapter is for",
+            found="none",
+            remedy="Name its base beside it, as the base of the recipe or family.",
+        )
+    try:
+        return open_checkpoint(str(named), progress=progress)
+    except UserError as error:
+        raise UserError.of(
+            where=f"adapter {model}",
+            expected=f"its base {named!r}, which it names",
+            found=error.problems[0].found,
+            remedy="Name a base that is there, as the base of the recipe or family.",
+        ) from error
+
+
+def _sha256(folder: Path, config: Mapping[str, Any]) -> str:
+    if not (folder / WEIGHTS_FILE).is_file():
         raise UserError.of(
             where=str(folder),
             expected=WEIGHTS_FILE,
             found="pickled weights" if (folder / "adapter_model.bin").exists() else "no weights",
             remedy="If you trust the adapter, load it with peft once and save it with save_pretrained().",
         )
-    pairs: dict[str, dict[str, TensorHeader]] = {}
-    problems: list[Problem] = []
-    for header in read_headers(file):
-        match = _NAME.fullmatch(header.name)
-        if match is None:
-            problems.append(_problem(file, header.name, "lora_A and lora_B of linear layers only", "another tensor"))
-        else:
-            pairs.setdefault(match["module"], {})[match["side"]] = header
-    if not pairs and not problems:
-        problems.append(_problem(file, "tensors", "lora_A and lora_B of linear layers", "none"))
-    updates: dict[str, LowRank] = {}
-    for module, found in pairs.items():
-        name = f"{module}.weight"
-        wrong = list(_misfits(module, found, base.get(name), config, base_name))
-        problems += [_problem(file, module, expected, what) for expected, what in wrong]
-        if not wrong:
-            updates[name] = LowRank(a_RI=found["A"], b_OR=found["B"], scale=config.scale_of(module))
+    deciding = {key: value for key, value in sorted(config.items()) if key not in _IDLE and value is not None}
+    return hashlib.sha256(json.dumps([deciding, sha256_of(folder / WEIGHTS_FILE)]).encode()).hexdigest()
+
+
+def _merged_folder(folder: Path, sha256: str, base: Checkpoint, progress: Progress) -> Path:
+    """The folder of the merged model; made the first time."""
+    files = {header.file for header in [*base.headers.values(), *base.kept.values()]} | {base.folder / "config.json"}
+    key = hashlib.sha256(json.dumps([fingerprint(files, _VERSION), sha256]).encode()).hexdigest()
+    merged = cache_folder() / "merged" / key
+    if not (merged / _CHANGED_FILE).exists():
+        _check_finite(folder / WEIGHTS_FILE)
+        _write(Merged(folder / WEIGHTS_FILE, base), folder, merged, progress)
+    return merged
+
+
+def _check_finite(file: Path) -> None:
+    problems = [
+        Problem(
+            where=f"{file}: {header.name}",
+            expected="finite numbers",
+            found=f"NaN or infinity in {bad:,} of {header.numel:,} entries",
+            remedy="The adapter is damaged, or comes from a training run that diverged; get it again.",
+        )
+        for header in read_headers(file)
+        if (bad := not_finite(map_tensor(header)))
+    ]
     if problems:
-        rest = len(problems) - _MOST_NAMED
-        if rest > 0:
-            problems[_MOST_NAMED:] = [_problem(file, "adapter", "no more of these", f"{rest} more problems")]
-        raise UserError(problems)
-    return Adapter(folder=folder, base_model=config.base_model, updates=updates)
+        raise UserError(problems[:_MOST_NAMED])
 
 
-def _problem(file: Path, what: str, expected: str, found: str) -> Problem:
-    remedy = "Use an adapter that was trained on this base, or merge it with peft (merge_and_unload) first."
-    return Problem(where=f"{file}: {what}", expected=expected, found=found, remedy=remedy)
+def _write(model: Merged, adapter: Path, out: Path, progress: Progress) -> None:
+    base, tensors = model.base, model.plan()
+    plans = [TensorPlan(name=base.stored_name(name), dtype=dtype, shape=shape) for name, dtype, shape in tensors]
+    kept = [TensorPlan(name=header.name, dtype=header.dtype, shape=header.shape) for header in base.kept.values()]
+    changed: list[str] = []
+    title = f"Merging {adapter.name}"
+    with (
+        CheckpointWriter(out, [*plans, *kept], overwrite=True) as writer,
+        progress.task(title, sum(plan.nbytes for plan in plans)) as task,
+    ):
+        for plan, (name, _, _) in zip(plans, tensors, strict=True):
+            tensor = model.tensor(name)
+            if name not in base.headers or not torch.equal(tensor, base.tensor(name)):
+                changed.append(name)
+            writer.write(plan.name, tensor)
+            task.advance(plan.nbytes)
+        for plan in kept:
+            writer.write(plan.name, base.kept_tensor(plan.name))
+        config = model.config()
+        if base.wrapper is not None:
+            config = base.wrapper.wrapped(base.config, config)
+        _write_json(writer.folder / "config.json", config)
+        copy_side_files(base.folder, writer.folder)
+        if model.resized:
+            copy_side_files(adapter, writer.folder)
+        _write_json(writer.folder / _CHANGED_FILE, {"changed": sorted(changed)})
 
 
-def _misfits(
-    module: str, found: Mapping[str, TensorHeader], weight: TensorHeader | None, config: AdapterConfig, base_name: str
-) -> Iterator[tuple[str, str]]:
-    if set(found) != {"A", "B"}:
-        yield "both lora_A and lora_B", f"only lora_{next(iter(found))}"
-        return
-    if weight is None or len(weight.shape) != 2:
-        yield f"a linear layer of {base_name}", "no such weight in it"
-        return
-    rank, (rows, columns) = config.rank_of(module), weight.shape
-    for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-        if found[side].shape != shape:
-            yield f"lora_{side} of shape {list(shape)} (rank {rank}, for {base_name})", str(list(found[side].shape))
-        if not found[side].dtype.is_floating_point:
-            yield f"lora_{side} in a floating-point dtype", str(found[side].dtype)
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

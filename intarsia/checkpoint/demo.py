@@ -17,10 +17,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from intarsia.checkpoint.cache import cache_folder
 from intarsia.checkpoint.gguf_source import convert, need_gguf_reader
+from intarsia.checkpoint.hashing import cache_folder, sha256_of
 from intarsia.checkpoint.staging import check_out, staged_folder
-from intarsia.checkpoint.sums import sha256_of
 from intarsia.errors import UserError
 from intarsia.progress import Progress
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from intarsia.checkpoint.header import TensorHeader, read_headers
 from intarsia.checkpoint.quantised import quantization_of, refuse
+from intarsia.checkpoint.tensor_file import TensorHeader, read_headers
 from intarsia.disk import read_json
 from intarsia.errors import Problem, UserError
 

@@ -18,13 +18,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from intarsia.checkpoint.cache import cache_folder
-from intarsia.checkpoint.gguf_rope import scaling_of
-from intarsia.checkpoint.remembered import fingerprint, recall, remember
+from intarsia.checkpoint.hashing import cache_folder, fingerprint, recall, remember, sha256_of
+from intarsia.checkpoint.rope import llama_3_parameters
 from intarsia.checkpoint.staging import check_out, staged_folder
-from intarsia.checkpoint.sums import sha256_of
 from intarsia.disk import damage_named
 from intarsia.errors import UserError, missing_package
 from intarsia.heap import give_back
@@ -37,6 +36,7 @@ for its end too, and is put before texts that should have none."""
 _MAGIC = b"GGUF"
 _KEPT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _VERSION = 1  # of what is made of a file; part of the key under which it is kept
+_ROPE_TENSOR = "rope_freqs.weight"
 _ORIGINAL = "Use the checkpoint that it was made from"
 
 
@@ -204,7 +204,52 @@ def _look(file: Path) -> tuple[torch.dtype, int, dict[str, Any] | None]:
     for tensor in reader.tensors:
         sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
     most = max(sizes, key=lambda name: sizes[name], default="")
-    return _KEPT_DTYPES.get(most, torch.bfloat16), sum(sizes.values()), scaling_of(reader, file)
+    return _KEPT_DTYPES.get(most, torch.bfloat16), sum(sizes.values()), _scaling_of(reader, file)
+
+
+def _scaling_of(reader: Any, file: Path) -> dict[str, Any] | None:
+    """The `rope_parameters` for the config, where a file scales its rotary embedding; None where it does not.
+
+    Args:
+        reader: a `gguf.GGUFReader`.
+
+    Raises:
+        UserError: the file scales it in a way that is not known here. Read without it, the model would be another.
+    """
+    fields = reader.fields
+    architecture = str(fields["general.architecture"].contents())
+    kind = fields.get(f"{architecture}.rope.scaling.type")
+    named = "none" if kind is None else str(kind.contents())
+    found = next((np.array(tensor.data) for tensor in reader.tensors if tensor.name == _ROPE_TENSOR), None)
+    if named == "linear":
+        return {
+            "rope_type": "linear",
+            "rope_theta": _number(fields, architecture, "rope.freq_base", 10000.0),
+            "factor": _number(fields, architecture, "rope.scaling.factor", 1.0),
+        }
+    if named != "none":
+        raise _unknown(file, f"scaling of type {named}")
+    if found is None or bool((found == 1).all()):
+        return None
+    theta = _number(fields, architecture, "rope.freq_base", 10000.0)
+    parameters = llama_3_parameters(found.reshape(-1), head_dim=2 * found.size, theta=theta)
+    if parameters is None:
+        raise _unknown(file, f"{_ROPE_TENSOR}, which is not that of Llama 3")
+    return parameters
+
+
+def _number(fields: Any, architecture: str, name: str, default: float) -> float:
+    field = fields.get(f"{architecture}.{name}")
+    return default if field is None else float(field.contents())
+
+
+def _unknown(file: Path, found: str) -> UserError:
+    return UserError.of(
+        where=str(file),
+        expected="a rotary embedding that is not scaled, or scaled linearly or as in Llama 3",
+        found=found,
+        remedy="Use the checkpoint that the file was made from.",
+    )
 
 
 @contextmanager

@@ -16,41 +16,53 @@ import torch
 from intarsia.anatomy.detect import detect
 from intarsia.anatomy.spec import Anatomy
 from intarsia.anatomy.verify import verify
-from intarsia.checkpoint.adapter import Adapter
 from intarsia.checkpoint.files import read_all_headers, read_config, require_folder
-from intarsia.checkpoint.fp8 import Scaled, readable, unscaled
-from intarsia.checkpoint.header import TensorHeader
-from intarsia.checkpoint.mapped import map_tensor
-from intarsia.checkpoint.quantised import KEYS, quantization_of, refuse
-from intarsia.checkpoint.wrapper import NESTED, Wrapper, is_wrapped, unwrap
+from intarsia.checkpoint.multimodal import NESTED, Wrapper, is_wrapped, unwrap
+from intarsia.checkpoint.quantised import KEYS, Scaled, quantization_of, readable, refuse, unscaled
+from intarsia.checkpoint.tensor_file import TensorHeader, map_tensor
 from intarsia.errors import Problem, UserError
-
-__all__ = ["Checkpoint", "TensorHeader"]
 
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter:
+    """The adapter that a checkpoint was merged from."""
+
+    # where the adapter's own files are
+    folder: Path
+    # the base that its config names
+    base_model: str | None
+    # the base that it was merged into
+    base: Checkpoint
+    # of its weights and what of its config decides the result
+    sha256: str
+    # the tensors that it changes, by their names
+    changed: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
     """A model folder whose config, files and tensor shapes are known to fit together.
 
-    `model` and `revision` are what the user asked for; `folder` is where it lies. `headers` are in the order of the
-    files' names, and within a file in the order of the bytes. With an `adapter` everything is the base's, but the
-    tensors that it changes are read with its changes.
-
-    Inside a `wrapper` (a multimodal model) config, headers and names are those of the text model. `scaled` says which
-    tensors, by their names in the files, are stored in 8 bits and read times their scales.
+    Inside a multimodal model, config, headers and names are those of the text model.
     """
 
+    # where it is
     folder: Path
+    # what the user asked for
     model: str
     revision: str | None
     config: dict[str, Any]
     anatomy: Anatomy
+    # in the order of the files' names, and within a file in the order of the bytes
     headers: Mapping[str, TensorHeader]
+    # the adapter that was merged into `folder`
     adapter: Adapter | None = None
+    # the multimodal model around the text model
     wrapper: Wrapper | None = None
+    # tensors stored in 8 bits and read times their scales, by their names in the files
     scaled: Mapping[str, Scaled] = field(default_factory=dict)
 
     @classmethod
@@ -101,11 +113,10 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor, mapped from the file: pages are read when they are touched, and freed with the tensor.
 
-        Writing to it changes memory only, never the file. A tensor that an adapter changes is made anew each time.
+        Writing to it changes memory only, never the file.
         """
         scaled = self.scaled.get(self.stored_name(name)) if self.scaled else None
-        mapped = map_tensor(self.headers[name]) if scaled is None else scaled.tensor()
-        return mapped if self.adapter is None else self.adapter.applied(name, mapped)
+        return map_tensor(self.headers[name]) if scaled is None else scaled.tensor()
 
     def kept_tensor(self, name: str) -> torch.Tensor:
         """A tensor of the wrapper that belongs to no text model, by its name in the files."""
@@ -123,7 +134,7 @@ class Checkpoint:
 
     @property
     def as_stored(self) -> bool:
-        """Whether a stock loader finds in the folder just the model that is read here, but for an adapter."""
+        """Whether a stock loader finds in the folder just the model that is read here."""
         return self.wrapper is None and not self.scaled
 
     def layer_tensor(self, layer: int, local: str) -> torch.Tensor:

@@ -1,17 +1,27 @@
-"""From what a user calls a model to a folder: `demo`, a local folder, a GGUF file, or a hub id."""
+"""From what a user calls a model to a folder: `demo`, a local folder, a GGUF file, or a hub id.
+
+A GGUF file on the hub is `OWNER/NAME/FILE.gguf`. Recipes and family files of the first version write `dequantize:` in
+front of a folder or hub id whose weights of 8 bits are to be read as ordinary ones.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from intarsia.checkpoint.demo import demo_folder
 from intarsia.checkpoint.gguf_source import gguf_folder, only_gguf
-from intarsia.checkpoint.model_name import DEMO, GGUF, bare, hub_gguf, hub_id, local_path, wants_dequantizing
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent
 
+DEMO = "demo"
+GGUF = ".gguf"
+_DEQUANTIZE = "dequantize:"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_GGUF = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/([\w.-]+\.gguf)")
 _WANTED = [
     "*.safetensors",
     "*.json",
@@ -38,7 +48,7 @@ def resolve(model: str, *, revision: str | None = None, progress: Progress | Non
     Raises:
         UserError: there is no such folder, file or hub model, the hub cannot be reached, or a GGUF file cannot be read.
     """
-    progress, name = progress or Silent(), bare(model)
+    progress, name = progress or Silent(), split_name(model)[0]
     if name == DEMO:
         _refuse_revision(model, revision)
         return demo_folder(progress)
@@ -63,14 +73,69 @@ def resolve(model: str, *, revision: str | None = None, progress: Progress | Non
     return _download(name, revision, progress)
 
 
-def open_checkpoint(model: str, *, revision: str | None = None, progress: Progress | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    dequantize: bool = False,
+    progress: Progress | None = None,
+) -> Checkpoint:
     """A model opened for reading, wherever it is.
+
+    Args:
+        gguf_file: the file of that name in a folder or hub model.
+        dequantize: read weights of 8 bits as ordinary ones.
 
     Raises:
         UserError: it cannot be found, or is no checkpoint that can be used.
     """
+    model = asked_for(model, dequantize=dequantize, gguf_file=gguf_file)
     folder = resolve(model, revision=revision, progress=progress)
-    return Checkpoint.open(folder, model=model, revision=revision, dequantize=wants_dequantizing(model))
+    return Checkpoint.open(folder, model=model, revision=revision, dequantize=split_name(model)[1])
+
+
+def split_name(model: str) -> tuple[str, bool]:
+    """A model's name without `dequantize:`, and whether it had it."""
+    return model.removeprefix(_DEQUANTIZE), model.startswith(_DEQUANTIZE)
+
+
+def asked_for(model: str, *, dequantize: bool = False, gguf_file: str | None = None) -> str:
+    """One name for a model and its options, as recipes keep it."""
+    name, dequantized = split_name(model)
+    if gguf_file is not None:
+        name = f"{name.rstrip('/')}/{gguf_file}"
+    return f"{_DEQUANTIZE}{name}" if dequantize or dequantized else name
+
+
+def local_path(model: str) -> Path | None:
+    """The file or folder of that name; None where there is none. `demo` is never one, but `./demo` is."""
+    name, _ = split_name(model)
+    path = Path(os.path.expanduser(name))
+    return path if name and name != DEMO and path.exists() else None
+
+
+def lasting(model: str) -> str:
+    """The name as a recipe keeps it: a local path is made absolute."""
+    path = local_path(model)
+    return model if path is None else asked_for(str(path.resolve()), dequantize=split_name(model)[1])
+
+
+def hub_id(model: str) -> str | None:
+    """The model's id on the hub; None for a local one and for what is no such id."""
+    name, _ = split_name(model)
+    if name == DEMO or local_path(model) is not None:
+        return None
+    found = hub_gguf(name)
+    if found is not None:
+        return found[0]
+    return name if _HUB_ID.fullmatch(name) and not name.endswith((".safetensors", GGUF, ".json")) else None
+
+
+def hub_gguf(model: str) -> tuple[str, str] | None:
+    """Hub id and file name of a GGUF file on the hub."""
+    found = _HUB_GGUF.fullmatch(model)
+    return None if found is None else (found[1], found[2])
 
 
 def _refuse_revision(model: str, revision: str | None) -> None:

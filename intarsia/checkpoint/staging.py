@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
@@ -23,24 +23,33 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def staged_folder(out: Path, *, overwrite: bool = False, nbytes: int = 0, sign: str = "config.json") -> Iterator[Path]:
-    """Gives a staging folder to fill; when the block ends without an error it becomes `out`.
+def staged_folder(
+    out: Path,
+    *,
+    overwrite: bool = False,
+    nbytes: int = 0,
+    sign: str = "config.json",
+    inputs: Collection[Path] = (),
+) -> Iterator[Path]:
+    """Give a staging folder to fill; when the block ends without an error it becomes `out`.
 
     Args:
         out: where the folder shall be. Missing parents are made.
         overwrite: replace a folder that is there. The old one stays until the new one is complete.
         nbytes: how much will be written, to refuse a disk that is too small before any work.
         sign: `overwrite` only replaces folders that are empty or hold a file of this name.
+        inputs: files and folders that are read, and stay.
 
     Raises:
-        UserError: `out` exists, cannot be made, or the disk is full.
+        UserError: `out` exists, is an input, cannot be made, or the disk is full.
     """
     place = Path(os.path.realpath(out))
+    _check_no_input(out, place, inputs)
     try:
-        _mend(place)
+        _recover(place)
     except OSError as error:
         raise _cannot_write(place, error) from error
-    check_out(out, overwrite=overwrite, nbytes=nbytes, sign=sign)
+    check_out(out, overwrite=overwrite, nbytes=nbytes, sign=sign, inputs=inputs)
     parents = [parent for parent in place.parents if not os.path.exists(parent)]
     try:
         try:
@@ -68,13 +77,21 @@ def staged_folder(out: Path, *, overwrite: bool = False, nbytes: int = 0, sign: 
         raise
 
 
-def check_out(out: Path, *, overwrite: bool = False, nbytes: int = 0, sign: str = "config.json") -> Path:
+def check_out(
+    out: Path,
+    *,
+    overwrite: bool = False,
+    nbytes: int = 0,
+    sign: str = "config.json",
+    inputs: Collection[Path] = (),
+) -> Path:
     """Whether `out` can be written, asked before any work. Returns its path with links resolved.
 
     Raises:
         UserError: see `staged_folder`.
     """
     place = Path(os.path.realpath(out))
+    _check_no_input(out, place, inputs)
     if os.path.lexists(place):
         try:
             _check_replaceable(out, place, overwrite, sign)
@@ -83,6 +100,23 @@ def check_out(out: Path, *, overwrite: bool = False, nbytes: int = 0, sign: str 
     if nbytes:
         check_room(out, nbytes)
     return place
+
+
+def _check_no_input(out: Path, place: Path, inputs: Collection[Path]) -> None:
+    """Refuse a place that is an input, holds one or lies in one, by whatever link or name."""
+    for path in inputs:
+        if not path.exists():
+            continue
+        real = Path(os.path.realpath(path))
+        # The same folder may have several names without a link: mounted twice, or in a file system that ignores case.
+        nested = any(os.path.samefile(above, path) for above in (place, *place.parents) if above.exists())
+        if nested or place in real.parents:
+            raise UserError.of(
+                where=str(out),
+                expected="an output that is no input, nor holds one, nor lies in one",
+                found=f"{path}, which is read",
+                remedy="Choose another output folder.",
+            )
 
 
 def check_room(out: Path, nbytes: int) -> None:
@@ -171,8 +205,8 @@ def _make_staging(place: Path) -> tuple[Path, int | None]:
                 os.close(lock)
 
 
-def _mend(place: Path) -> None:
-    """Puts right what killed runs for the same place left behind."""
+def _recover(place: Path) -> None:
+    """Put right what killed runs for the same place left."""
     for old in place.parent.glob(f".{_literal(place.name)}.old-*"):
         if place.exists():
             shutil.rmtree(old, ignore_errors=True)

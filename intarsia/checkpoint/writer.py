@@ -1,4 +1,6 @@
-"""Safetensors files written as a stream: one tensor in memory at a time, published whole or not at all.
+"""A model folder written: weights as a stream of tensors, a shallower model's config, and the files beside them.
+
+One tensor is in memory at a time, and the folder is published whole or not at all.
 
 Names, dtypes and shapes are known before the first tensor is made, so headers and shards are laid out at once.
 Inside a shard tensors of wider dtypes lie first, as safetensors' own writer does it, which keeps every tensor
@@ -9,23 +11,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from io import FileIO
 from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
+from intarsia.anatomy.detect import regenerates
 from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE
-from intarsia.checkpoint.header import DTYPES
-from intarsia.checkpoint.staging import check_out, staged_folder
-from intarsia.checkpoint.sums import write_sums
+from intarsia.checkpoint.hashing import write_sums
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.staging import staged_folder
+from intarsia.checkpoint.tensor_file import DTYPES
+from intarsia.errors import UserError
 
-__all__ = ["CheckpointWriter", "TensorPlan", "check_out", "staged_folder"]
-
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+)
+_SIDE_FILES = (
+    *TOKENIZER_FILES,
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+# A name such as `tokenizer_ablation.safetensors` must not bring weights along.
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
 
@@ -67,11 +93,13 @@ class CheckpointWriter:
         *,
         overwrite: bool = False,
         max_shard_bytes: int = 5 * 10**9,
+        inputs: Collection[Path] = (),
     ) -> None:
         assert tensors, "a model has weights"
         assert len({plan.name for plan in tensors}) == len(tensors), "every tensor has a name of its own"
         self._out = out
         self._overwrite = overwrite
+        self._inputs = inputs
         self._shards = _lay_out(tensors, max_shard_bytes)
         self._nbytes = sum(plan.nbytes for plan in tensors)
         self._parameters = sum(prod(plan.shape) for plan in tensors)
@@ -89,7 +117,7 @@ class CheckpointWriter:
         return self._nbytes + sum(len(shard.header) for shard in self._shards)
 
     def __enter__(self) -> CheckpointWriter:
-        staged = staged_folder(self._out, overwrite=self._overwrite, nbytes=self.nbytes)
+        staged = staged_folder(self._out, overwrite=self._overwrite, nbytes=self.nbytes, inputs=self._inputs)
         self.folder = self._exit.enter_context(staged)
         self._exit.callback(self._close)
         return self
@@ -197,3 +225,59 @@ def _lay_out(tensors: Sequence[TensorPlan], max_shard_bytes: int) -> list[_Shard
         starts = {name: len(header) + offset for name, offset in offsets.items()}
         shards.append(_Shard(file=file, header=header, starts=starts))
     return shards
+
+
+def write_config(source: Checkpoint, layer_sources: Sequence[int], out: Path) -> None:
+    """Write `out`/config.json for a model with one layer per entry of `layer_sources`: see `shallower_config`.
+
+    Raises:
+        UserError: a per-layer list of the config is not as long as the model is deep.
+    """
+    config = shallower_config(source, layer_sources)
+    if source.wrapper is not None:
+        config = source.wrapper.wrapped(source.config, config)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+
+
+def shallower_config(source: Checkpoint, layer_sources: Sequence[int]) -> dict[str, Any]:
+    """The config of a model with one layer per entry of `layer_sources`; that of the text model inside a wrapper.
+
+    `layer_sources[i]` is the layer of `source` from which output layer i takes what the config says layer by layer.
+    All other values stay as they are.
+
+    Raises:
+        UserError: a per-layer list of the config is not as long as the model is deep.
+    """
+    assert layer_sources and all(0 <= layer < source.anatomy.n_layers for layer in layer_sources)
+    config = dict(source.config)
+    family = source.anatomy.family
+    config[family.fields["layers"]] = len(layer_sources)
+    for entry in family.per_layer:
+        values = config.get(entry.field)
+        if values is None:
+            values = source.anatomy.per_layer.get(entry.field)
+        if values is None:
+            continue
+        if not isinstance(values, list | tuple) or len(values) != source.anatomy.n_layers:
+            raise UserError.of(
+                where=f"{source.folder / 'config.json'}: {entry.field}",
+                expected=f"{source.anatomy.n_layers} entries, one a layer",
+                found=f"{len(values)} entries" if isinstance(values, list) else repr(values),
+                remedy=f"Make {entry.field} as long as the model is deep.",
+            )
+        config[entry.field] = [values[layer] for layer in layer_sources]
+        changed = config[entry.field] != list(values)
+        for name in entry.instead_of:
+            if changed and name in config and not regenerates(entry, config, name, config[entry.field]):
+                del config[name]
+    return config
+
+
+def copy_side_files(source: Path, out: Path) -> None:
+    """Copy tokenizer, chat template, generation config and licence; never weights, code or the model card."""
+    for entry in sorted(source.iterdir()):
+        wanted = any(fnmatch(entry.name, pattern) for pattern in _SIDE_FILES)
+        if wanted and entry.is_file() and not any(fnmatch(entry.name, pattern) for pattern in _WEIGHT_FILES):
+            # Contents only: on the hub's cache these are links, and their modes are the cache's business.
+            shutil.copyfile(entry, out / entry.name)

@@ -48,4 +48,4 @@ def check(
         result = check_family(source, family_file=family_file, progress=display(quiet=quiet or as_json))
         show(result, to=stdout, as_json=as_json)
         if not result.passed:
-            raise typer.Exit(1)
+            raise SystemExit(1)

@@ -80,7 +80,7 @@ def compress(
     """
     with guard(run=run, resumes=True) as stdout:
         max_shard_bytes = values.byte_count(max_shard_size)
-        from intarsia.checkpoint.model_name import asked_for
+        from intarsia.checkpoint.resolve import asked_for
         from intarsia.stages.compress import compress as stage
         from intarsia.stages.push import push_later
 

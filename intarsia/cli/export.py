@@ -33,7 +33,7 @@ def export(
 ) -> None:
     """Write a model as a GGUF file, for llama.cpp and Ollama (Llama, Mistral, Qwen2 and Qwen3 families)."""
     with guard() as stdout:
-        from intarsia.checkpoint.model_name import asked_for
+        from intarsia.checkpoint.resolve import asked_for
         from intarsia.stages.export import export as stage
         from intarsia.stages.push import push_later
 

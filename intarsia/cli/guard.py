@@ -16,7 +16,6 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TextIO
 
-import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -50,33 +49,31 @@ def guard(*, run: Path | None = None, resumes: bool = False) -> Iterator[TextIO]
     try:
         with redirect_stdout(sys.stderr):
             yield stdout
-    except (typer.Exit, typer.Abort, BrokenPipeError):
+    except BrokenPipeError:
         raise
     except UserError as error:
         tell(error.problems)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
+        raise SystemExit(2) from None
+    except KeyboardInterrupt as stop:
+        resumes = resumes or bool(getattr(stop, "__notes__", ()))  # a run folder notes itself
         then = "The same command continues where this one was." if resumes else "The same command starts it again."
         _say(f"Interrupted. {then}")
-        raise typer.Exit(130) from None
+        raise SystemExit(130) from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _SURROUNDINGS:
             tell([_surroundings(error)])
-            raise typer.Exit(2) from None
+            raise SystemExit(2) from None
         _defect(error, run)
-        raise typer.Exit(1) from None
+        raise SystemExit(1) from None
 
 
 def tell(problems: tuple[Problem, ...] | list[Problem]) -> None:
-    """All problems of an input, on stderr."""
+    """All problems of an input, on stderr: a sentence and a hint each."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    count = len(problems)
-    heading = "error: this input cannot be used" if count == 1 else f"error: {count} problems with this input"
-    console.print(Text(heading, style="bold red"))
-    for number, problem in enumerate(problems, start=1):
-        console.print(Text(f"  {problem.where}" if count == 1 else f"  {number}. {problem.where}", style="bold"))
-        for word in ("expected", "found", "remedy"):
-            console.print(Text(f"     {word:<9}", style="dim") + Text(getattr(problem, word)))
+    for problem in problems:
+        console.print(Text("error: ", style="bold red") + Text(problem.message))
+        if problem.hint:
+            console.print(Text("  hint: ", style="dim") + Text(problem.hint))
 
 
 def _say(text: str) -> None:

@@ -99,7 +99,7 @@ def plan(
                 found=f"no {' and no '.join(missing)}",
                 remedy="intarsia plan MODEL --run DIR --layers N",
             )
-        from intarsia.checkpoint.model_name import asked_for
+        from intarsia.checkpoint.resolve import asked_for
         from intarsia.stages.plan import plan as stage
 
         result = stage(

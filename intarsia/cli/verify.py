@@ -33,4 +33,4 @@ def verify(
         result = stage(folder, max_shard_bytes=max_shard_bytes, load=load, progress=display(quiet=quiet or as_json))
         show(result, to=stdout, as_json=as_json)
         if not result.kept:
-            raise typer.Exit(1)
+            raise SystemExit(1)

@@ -18,8 +18,8 @@ from torch import Tensor
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.stats import LayerMeasure
+from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.planning import measuring

@@ -10,7 +10,7 @@ from typing import Any
 from intarsia.anatomy.detect import detect
 from intarsia.anatomy.spec import Anatomy
 from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.wrapper import text_config
+from intarsia.checkpoint.multimodal import text_config
 from intarsia.disk import damage_named, read_json, write_whole
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe

@@ -17,9 +17,9 @@ from intarsia.anatomy.spec import PARTS, Anatomy
 from intarsia.building.resident import Resident
 from intarsia.building.shrunken import shrunken, small_model
 from intarsia.checkpoint.files import read_config
+from intarsia.checkpoint.multimodal import NESTED, is_wrapped
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import resolve
-from intarsia.checkpoint.wrapper import NESTED, is_wrapped
 from intarsia.disk import read_json
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.building.materialize import materialize
-from intarsia.checkpoint.adapter_open import open_variant
-from intarsia.checkpoint.model_name import hub_id
+from intarsia.checkpoint.adapter import open_variant
+from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import scan
+from intarsia.checkpoint.resolve import hub_id
 from intarsia.checkpoint.staging import check_out
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.memory import peak_memory_bytes

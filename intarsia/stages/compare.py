@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.checkpoint.model_name import lasting
-from intarsia.checkpoint.scan import acting_config
+from intarsia.checkpoint.hashing import acting_config
+from intarsia.checkpoint.resolve import lasting
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.task_plan import plan_tasks
 from intarsia.healing.settings import LAST, ClosedFormSettings

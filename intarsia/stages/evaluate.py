@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from intarsia.building.resident import load_model
+from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import eval_corpus, perplexity
 from intarsia.evaluation.result import Perplexity

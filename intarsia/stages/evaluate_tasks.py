@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from intarsia.building.resident import load_model
+from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.errors import UserError
 from intarsia.evaluation.retention import retention
 from intarsia.evaluation.task_plan import TaskPlan, plan_tasks, score_tasks

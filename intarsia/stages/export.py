@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.exporting.gguf import check_file, plan_gguf, write_gguf
 from intarsia.progress import Progress, Silent
-from intarsia.runtimes.gguf_file import check_file, plan_gguf, write_gguf
 from intarsia.stages.setup import load_tokenizer
 
 
@@ -60,17 +60,17 @@ def export(
     name = checkpoint.folder.resolve().name
     plan = plan_gguf(checkpoint, load_tokenizer(checkpoint), gguf, name=name, tokenizer_pre=tokenizer_pre)
     check_file(out, overwrite=overwrite, nbytes=plan.nbytes)
-    if plan.shape.shortened is not None:
-        progress.say(f"context length {plan.shape.context:,}: {plan.shape.shortened}")
+    if plan.shortened is not None:
+        progress.say(f"context length {plan.context:,}: {plan.shortened}")
     write_gguf(checkpoint, plan, out, progress)
     return ExportResult(
         model=model,
         out=out,
         gguf=gguf,
-        architecture=plan.shape.architecture,
+        architecture=plan.architecture,
         tokenizer=f"{plan.tokenizer.model}, {plan.tokenizer.pre}",
-        layers=plan.shape.layers,
-        context=plan.shape.context,
+        layers=plan.layers,
+        context=plan.context,
         tensors=len(plan.tensors),
         bytes=out.stat().st_size,
         seconds=time.perf_counter() - begun,

@@ -13,8 +13,8 @@ from functools import cache, partial
 from pathlib import Path
 
 from intarsia.building.materialize import RECIPE_FILE
+from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import acting_config, scan
 from intarsia.checkpoint.staging import check_out
 from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes

@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from intarsia.building.materialize import materialize
+from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.disk import require_room
 from intarsia.progress import Progress
 from intarsia.recipe import schema

@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 
 from intarsia.building.resident import Resident, load_model
 from intarsia.calibration.batches import Batches
-from intarsia.checkpoint.cache import cache_folder
+from intarsia.checkpoint.hashing import cache_folder, scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.healing import closed_form, end_to_end, launch, layerwise
 from intarsia.healing.cluster import connect
 from intarsia.healing.end_to_end import lesson_depths

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from intarsia.checkpoint.model_name import lasting
+from intarsia.checkpoint.hashing import acting_config
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import acting_config
+from intarsia.checkpoint.resolve import lasting
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import layers_at_once
 from intarsia.planning.told import mlp_pieces

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.errors import UserError
+from intarsia.exporting.hub import Parcel, account_for, parcel, send
 from intarsia.progress import Progress, Silent
-from intarsia.runtimes.hub import Parcel, account_for, parcel, send
 
 
 @dataclass(frozen=True, kw_only=True)

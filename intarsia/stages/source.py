@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.loading import load_corpus
+from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.progress import Progress
 from intarsia.stages.placement import placement, refuse_self_text
 from intarsia.stages.setup import load_tokenizer

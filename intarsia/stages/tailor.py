@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intarsia.checkpoint.scan import acting_config
+from intarsia.checkpoint.hashing import acting_config
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.healing.cluster import check_scheduler
 from intarsia.progress import Progress, Silent

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from intarsia.building.resident import Resident
-from intarsia.checkpoint.model_name import lasting
+from intarsia.checkpoint.resolve import lasting
 from intarsia.errors import Problem, UserError
 from intarsia.healing.cluster import check_scheduler, connect, own_workers, running
 from intarsia.healing.settings import ClosedFormSettings

@@ -11,11 +11,12 @@ from typing import Any
 
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.files import read_config, require_folder
+from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import scan
+from intarsia.exporting import verify as contract
+from intarsia.exporting import verify_tokenizer
+from intarsia.exporting.verify import Check, Skipped, checked
 from intarsia.progress import Progress, Silent, Task
-from intarsia.runtimes import contract, contract_run, contract_tokenizer
-from intarsia.runtimes.checks import Check, Skipped, checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,8 @@ def verify(
         ("dtype", lambda: contract.dtype_kept(_first(opened))),
         ("finite", finite),
         ("sha256", partial(contract.sums_right, folder, built_here=built_here, progress=progress)),
-        ("tokenizer", lambda: contract_tokenizer.tokenizer_kept(folder, vocabulary())),
-        ("generation config", lambda: contract_tokenizer.generation_config_valid(folder, vocabulary())),
+        ("tokenizer", lambda: verify_tokenizer.tokenizer_kept(folder, vocabulary())),
+        ("generation config", lambda: verify_tokenizer.generation_config_valid(folder, vocabulary())),
     ]
     with progress.task("verifying", len(looks) + 2 * load) as task:
         checks = []
@@ -100,14 +101,14 @@ def _run(folder: Path, task: Task) -> list[Check]:
     models: list[Any] = []
 
     def load() -> str:
-        found, model = contract_run.loads(folder)
+        found, model = contract.loads(folder)
         models.append(model)
         return found
 
     def generate() -> str:
         if not models:
             raise Skipped("the model does not load")
-        return contract_run.generates(folder, models[0])
+        return contract.generates(folder, models[0])
 
     checks = []
     for name, look in (("loads", load), ("generates", generate)):

@@ -10,11 +10,10 @@ from typing import Any
 
 from intarsia.anatomy.detect import detect
 from intarsia.anatomy.spec import Anatomy
-from intarsia.checkpoint.adapter import is_adapter
-from intarsia.checkpoint.adapter_config import read_adapter_config
+from intarsia.checkpoint.adapter import is_adapter, read_adapter_config
 from intarsia.checkpoint.files import read_config
+from intarsia.checkpoint.multimodal import text_config
 from intarsia.checkpoint.resolve import DEMO, not_downloaded, resolve
-from intarsia.checkpoint.wrapper import text_config
 from intarsia.errors import UserError
 from intarsia.progress import Progress
 from intarsia.tailoring.kinship import Member

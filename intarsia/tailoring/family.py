@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from intarsia.anatomy.spec import Anatomy
-from intarsia.checkpoint.adapter_open import open_variant
+from intarsia.checkpoint.adapter import open_variant
+from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.errors import Problem, UserError
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Variant

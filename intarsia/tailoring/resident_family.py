@@ -94,7 +94,7 @@ class ResidentFamily:
         """Whether a member's tensor is the base's own."""
         adapter = self.resident.others[ref.variant].adapter if ref.variant in self.resident.others else None
         name = self.resident.anatomy.tensor_name(ref.layer, local)
-        return ref.variant == self.base or (adapter is not None and name not in adapter.updates)
+        return ref.variant == self.base or (adapter is not None and name not in adapter.changed)
 
     def _read(self, ref: LayerRef, local: str) -> Tensor:
         return self.resident.others.get(ref.variant, self.resident.checkpoint).layer_tensor(ref.layer, local)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 from intarsia.building.parameters import parameter_name, parameter_names, tensor_names, to_parameters, to_tensors
 from intarsia.building.resident import Resident, load_model
 from intarsia.calibration.stream import LayerStream
-from intarsia.checkpoint.adapter import open_adapter
+from intarsia.checkpoint.adapter import open_variant
 from tests import families
 from tests.conftest import InMemory, Opened
 from tests.recipes_by_hand import shared
@@ -65,18 +64,19 @@ def test_streamed_as_in_memory(family: str, checkpoint_of: Opened, resident_of: 
 
 @pytest.mark.parametrize("module", ["self_attn.q_proj", "block_sparse_moe.experts.4.w3", "block_sparse_moe.gate"])
 def test_an_adapter_reaches_the_parameter_that_holds_its_tensor(
-    module: str, checkpoint_of: Opened, tmp_path: Path
+    module: str, checkpoint_of: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("peft")
     checkpoint = checkpoint_of("mixtral")
     name = checkpoint.anatomy.tensor_name(1, f"{module}.weight")
     rows, columns = checkpoint.headers[name].shape
     a, b = torch.randn(2, columns), torch.randn(rows, 2)
     stem = f"base_model.model.{name.removesuffix('.weight')}"
     save_file({f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}, tmp_path / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [module.rpartition(".")[2]]}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": rf".*layers\.1\.{module}"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    adapter = open_adapter(tmp_path, checkpoint.headers, base_name="base")
-    model = load_model(replace(checkpoint, adapter=adapter), device=CPU)
+    monkeypatch.setenv("INTARSIA_CACHE", str(tmp_path / "cache"))
+    model = load_model(open_variant(str(tmp_path), base=checkpoint), device=CPU)
     stored = to_tensors(dict(model.model.layers[1].named_parameters()), checkpoint.anatomy)
     own = {local: checkpoint.layer_tensor(1, local) for local in checkpoint.anatomy.layer_shapes()}
     torch.testing.assert_close(stored[f"{module}.weight"], own[f"{module}.weight"] + 2.0 * b @ a)

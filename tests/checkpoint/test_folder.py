@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from intarsia.checkpoint.folder import copy_side_files, write_config
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.writer import copy_side_files, write_config
 from intarsia.errors import UserError
 
 Make = Callable[..., Path]
@@ -79,7 +79,7 @@ def test_side_files(model: Make, tmp_path: Path) -> None:
     (folder / "LICENSE").symlink_to(tmp_path / "blob")
     out = tmp_path / "out"
     out.mkdir()
-    copy_side_files(opened(folder), out)
+    copy_side_files(folder, out)
     assert {entry.name for entry in out.iterdir()} == {*wanted, "generation_config.json"}
     assert (out / "tokenizer.model").read_text() == "tokenizer.model"
     assert (out / "LICENSE").read_text() == "linked"

@@ -11,11 +11,10 @@ import torch
 from transformers import AutoTokenizer
 
 from intarsia.checkpoint import gguf_source
-from intarsia.checkpoint.model_name import asked_for, bare, hub_id, lasting
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.checkpoint.resolve import asked_for, hub_id, lasting, open_checkpoint, split_name
 from intarsia.errors import UserError
-from intarsia.runtimes.gguf_file import plan_gguf, write_gguf
+from intarsia.exporting.gguf import plan_gguf, write_gguf
 from tests import families
 
 gguf = pytest.importorskip("gguf")
@@ -144,7 +143,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lasting("owner/name") == "owner/name"
     assert lasting("demo") == "demo"
     assert asked_for("m", dequantize=True) == asked_for("dequantize:m", dequantize=True) == "dequantize:m"
-    assert bare("dequantize:m") == "m"
+    assert split_name("dequantize:m") == ("m", True)
     assert [hub_id(name) for name in ("m", "demo", "owner/name", "dequantize:o/n", "o/n/f.gguf", "a/b/c")] == [
         None,
         None,

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from intarsia.building.materialize import materialize
 from intarsia.building.resident import Resident
+from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.errors import UserError
 from tests import families, wrappers
 from tests.recipes_by_hand import recipe_of, select

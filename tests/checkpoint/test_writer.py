@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from intarsia.checkpoint import staging, writer
-from intarsia.checkpoint.folder import copy_side_files, write_config
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, check_out, staged_folder
+from intarsia.checkpoint.staging import check_out, staged_folder
+from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files, write_config
 from intarsia.errors import UserError
 
 Make = Callable[..., Path]
@@ -96,7 +96,7 @@ def test_a_model_that_is_copied_is_the_same_model(saved: dict[str, Path], tmp_pa
         for entry in plan:
             target.write(entry.name, source.tensor(entry.name))
         write_config(source, range(3), target.folder)
-        copy_side_files(source, target.folder)
+        copy_side_files(source.folder, target.folder)
     out = tmp_path / "new" / "deep" / "out"
     assert len(list(out.glob("*.safetensors"))) == {10**9: 1, 15_000: 7, 1: len(plan)}[most]
     ids = torch.arange(12)[None]

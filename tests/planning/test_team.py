@@ -12,8 +12,8 @@ import torch
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.stats import last_real
+from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.errors import UserError
 from intarsia.healing.cluster import Cluster, own_workers
 from intarsia.planning import share as share_module

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from intarsia.checkpoint.scan import scan
+from intarsia.checkpoint.hashing import scan
 from intarsia.errors import UserError
 from intarsia.recipe.ops import LayerRef, Merge, Select
 from intarsia.recipe.recipe import Recipe, derive_spans

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import UserError
-from intarsia.runtimes.gguf_file import plan_gguf, write_gguf
+from intarsia.exporting.gguf import plan_gguf, write_gguf
 from tests import families
 
 gguf = pytest.importorskip("gguf")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from intarsia.checkpoint.header import TensorHeader
+from intarsia.checkpoint.tensor_file import TensorHeader
 from intarsia.errors import UserError
 
 NESTED = "text_config"

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.cache import cache_folder
 from intarsia.checkpoint.files import read_config
-from intarsia.checkpoint.folder import TOKENIZER_FILES
 from intarsia.checkpoint.gguf_source import kept_folder
-from intarsia.checkpoint.model_name import DEMO, GGUF, bare, hub_id, local_path
+from intarsia.checkpoint.hashing import cache_folder
+from intarsia.checkpoint.resolve import DEMO, GGUF, hub_id, local_path, split_name
+from intarsia.checkpoint.writer import TOKENIZER_FILES
 from intarsia.errors import Problem, UserError
+from intarsia.exporting.verify import Skipped, fail_if
 from intarsia.recipe import schema
-from intarsia.runtimes.checks import Skipped, refuse
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _AGAIN = "Copy the tokenizer's files from the model that this one was made from, or build it again."
@@ -33,7 +33,7 @@ def tokenizer_kept(folder: Path, vocabulary: int) -> str:
     ours = _names(folder)
     if not ours and not theirs:
         raise Skipped("there is no tokenizer" + ("" if source is None else ", nor has the model that it was made from"))
-    refuse(
+    fail_if(
         [
             _problem(
                 str(folder / name), "the file of the source", "no such file" if name not in ours else "another one"
@@ -76,7 +76,7 @@ def generation_config_valid(folder: Path, vocabulary: int) -> str:
         value = getattr(config, name, None)
         ids = value if isinstance(value, list) else [value]
         beyond += [f"{name} {index}" for index in ids if index is not None and not 0 <= index < vocabulary]
-    refuse([_problem(str(file), f"tokens below {vocabulary:,}", found, "Mend the file.") for found in beyond])
+    fail_if([_problem(str(file), f"tokens below {vocabulary:,}", found, "Mend the file.") for found in beyond])
     return "valid"
 
 
@@ -86,7 +86,7 @@ def source_folder(folder: Path) -> Path | None:
         return None
     recipe = schema.load(folder / RECIPE_FILE)
     variant = recipe.variant(recipe.base)
-    if bare(variant.model) == DEMO:
+    if split_name(variant.model)[0] == DEMO:
         found = cache_folder() / "demo"
         return found if found.is_dir() else None
     path = local_path(variant.model)
@@ -136,7 +136,7 @@ def _compare_ids(folder: Path, source: Path) -> None:
                 _json(source / "generation_config.json"),
             )
         )
-    refuse(
+    fail_if(
         [
             _problem(f"{folder / name}: {key}", f"{there.get(key)!r}, as in the source", repr(here.get(key)))
             for name, here, there in pairs

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
 
-from intarsia.checkpoint import scan as module
+from intarsia.checkpoint import hashing as module
+from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import acting_config, scan
 from intarsia.errors import UserError
 from intarsia.progress import Silent, Task
 
@@ -79,7 +79,7 @@ def test_hash_depends_on_name_dtype_shape_and_bytes(model: Make) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("chunk", [7, 2**22])
 def test_not_finite(model: Make, monkeypatch: pytest.MonkeyPatch, value: float, chunk: int, cache: Path) -> None:
-    monkeypatch.setattr(module, "_CHUNK", chunk)
+    monkeypatch.setattr(module, "_BLOCK", chunk)
     folder = model()
     scan(opened(folder), Silent())
     poison(folder, model__layers__1__mlp__up_proj__weight=value, model__norm__weight=value)
@@ -108,9 +108,9 @@ def test_only_the_first_few_are_named(model: Make) -> None:
 def test_large_finite_numbers_are_fine(dtype: torch.dtype) -> None:
     # Their sum is infinite.
     largest = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
-    assert module._not_finite(largest) == 0
+    assert module.not_finite(largest) == 0
     largest[3] = float("nan")
-    assert module._not_finite(largest) == 1
+    assert module.not_finite(largest) == 1
 
 
 def test_integers_are_not_asked(model: Make) -> None:

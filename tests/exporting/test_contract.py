@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from intarsia.building.materialize import RECIPE_FILE, materialize
+from intarsia.checkpoint.hashing import SUMS_FILE, write_sums
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.sums import SUMS_FILE, write_sums
 from intarsia.errors import UserError
 from intarsia.stages.verify import VerifyResult, verify
 from tests import families, wrappers

@@ -16,8 +16,6 @@ from typing import Any
 
 from intarsia.errors import UserError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TEKKEN = (
@@ -38,18 +36,19 @@ _SPLITS: dict[tuple[str, ...], str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTokenizer:
-    """What a GGUF file says about a tokenizer. `scores` only for `llama`, `merges` and `pre` only for `gpt2`."""
+    """What a GGUF file says about a tokenizer."""
 
+    # `gpt2` or `llama`
     model: str
+    # the name of the splitting rule
     pre: str
     tokens: Sequence[str]
     types: Sequence[int]
+    # only for `llama`
     scores: Sequence[float] | None
-    merges: Sequence[str] | None
-    special: Mapping[str, int]
-    adds: Mapping[str, bool]
+    # merges, special tokens and chat template, as a `gguf.SpecialVocab`
+    special: Any
     space_prefix: bool | None
-    chat_template: str | None
 
 
 def gguf_tokenizer(folder: Path, tokenizer: Any, vocabulary: int, *, pre: str | None = None) -> GgufTokenizer:
@@ -63,34 +62,31 @@ def gguf_tokenizer(folder: Path, tokenizer: Any, vocabulary: int, *, pre: str | 
     Raises:
         UserError: there is no `tokenizer.json`, or it is of a kind that is not written.
     """
+    import gguf
+
     data = _read(folder)
     found = data["model"]
     if found.get("type") != "BPE":
         raise _unsupported(folder, f"a tokenizer of type {found.get('type')}")
-    added = {int(entry["id"]): entry for entry in data.get("added_tokens", [])}
-    tokens = _tokens(folder, found["vocab"], added, vocabulary)
     byte_level = any(step["type"] == "ByteLevel" for step in _steps(data.get("pre_tokenizer"), "pretokenizers"))
     if not byte_level and not found.get("byte_fallback"):
         raise _unsupported(folder, "BPE over neither bytes nor SentencePiece's symbols")
-    merges = [entry if isinstance(entry, str) else " ".join(entry) for entry in found["merges"]]
-    types = [_type(index, token, added, byte_level, found.get("unk_token")) for index, token in enumerate(tokens)]
-    types = [UNUSED if token is None else kind for token, kind in zip(tokens, types, strict=True)]
-    template = tokenizer.chat_template
+    added = {int(entry["id"]): entry for entry in data.get("added_tokens", [])}
+    tokens = _tokens(folder, found["vocab"], added, vocabulary)
+    special = gguf.SpecialVocab(folder, load_merges=byte_level, special_token_types=(), n_vocab=vocabulary)
+    # What transformers does counts, not what the files say.
+    ids = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk", "pad")}
+    special.special_token_ids = {name: int(i) for name, i in ids.items() if i is not None and i < vocabulary}
+    special.add_special_token = _adds(tokenizer)
+    special.chat_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     return GgufTokenizer(
         model="gpt2" if byte_level else "llama",
         pre=pre or (_pre(folder, data) if byte_level else "default"),
         tokens=[f"[PAD{index}]" if token is None else token for index, token in enumerate(tokens)],
-        types=types,
-        scores=None if byte_level else _scores(tokens, merges),
-        merges=merges if byte_level else None,
-        special={
-            name: int(index)
-            for name in ("bos", "eos", "unk", "pad")
-            if (index := getattr(tokenizer, f"{name}_token_id", None)) is not None and index < vocabulary
-        },
-        adds=_adds(tokenizer),
+        types=[_type(index, token, added, byte_level, found.get("unk_token")) for index, token in enumerate(tokens)],
+        scores=None if byte_level else _scores(tokens, found["merges"]),
+        special=special,
         space_prefix=None if byte_level else _prefixes_space(data),
-        chat_template=template if isinstance(template, str) else None,
     )
 
 
@@ -127,7 +123,7 @@ def _tokens(folder: Path, vocab: Mapping[str, int], added: Mapping[int, Any], vo
         raise UserError.of(
             where=str(folder / "tokenizer.json"),
             expected=f"at most {vocabulary:,} tokens, one for each row of the embedding",
-            found=f"{beyond[0]!r} and {len(beyond) - 1} more behind them",
+            found=f"{beyond[0]!r} and {len(beyond) - 1} more after them",
             remedy="Tokenizer and weights do not belong together; get the checkpoint again.",
         )
     for index, token in pairs:
@@ -136,21 +132,24 @@ def _tokens(folder: Path, vocab: Mapping[str, int], added: Mapping[int, Any], vo
 
 
 def _type(index: int, token: str | None, added: Mapping[int, Any], byte_level: bool, unknown: str | None) -> int:
-    if not byte_level:
-        if token is not None and token == unknown:
-            return UNKNOWN
-        if token is not None and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return BYTE
+    from gguf import TokenType
+
+    if token is None:
+        return TokenType.UNUSED
+    if not byte_level and token == unknown:
+        return TokenType.UNKNOWN
+    if not byte_level and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return TokenType.BYTE
     if index in added:
-        return CONTROL if added[index].get("special") else USER_DEFINED
-    return NORMAL
+        return TokenType.CONTROL if added[index].get("special") else TokenType.USER_DEFINED
+    return TokenType.NORMAL
 
 
-def _scores(tokens: Sequence[str | None], merges: Sequence[str]) -> list[float]:
+def _scores(tokens: Sequence[str | None], merges: Sequence[str | Sequence[str]]) -> list[float]:
     """SentencePiece joins what has the best score first, BPE what was merged first: the rank with its sign turned."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
-        left, _, right = merge.partition(" ")
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
         ranks.setdefault(left + right, rank)
     return [-float(ranks.get(token, 0)) if token is not None else -1e6 for token in tokens]
 
@@ -216,18 +215,6 @@ def add_tokenizer(writer: Any, found: GgufTokenizer) -> None:
     writer.add_token_types(list(found.types))
     if found.scores is not None:
         writer.add_token_scores(list(found.scores))
-    if found.merges is not None:
-        writer.add_token_merges(list(found.merges))
-    for name, index in found.special.items():
-        {
-            "bos": writer.add_bos_token_id,
-            "eos": writer.add_eos_token_id,
-            "unk": writer.add_unk_token_id,
-            "pad": writer.add_pad_token_id,
-        }[name](index)
-    writer.add_add_bos_token(found.adds["bos"])
-    writer.add_add_eos_token(found.adds["eos"])
+    found.special.add_to_gguf(writer, quiet=True)
     if found.space_prefix is not None:
         writer.add_add_space_prefix(found.space_prefix)
-    if found.chat_template is not None:
-        writer.add_chat_template(found.chat_template)

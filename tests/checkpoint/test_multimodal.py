@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText
 from intarsia.building.assembled import assembled
 from intarsia.building.materialize import materialize
 from intarsia.building.resident import Resident
+from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.scan import scan
 from intarsia.errors import UserError
 from tests.recipes_by_hand import recipe_of, select, shared
 from tests.wrappers import DEPTH, IDS, WRAPPERS, edit_config, in_later_layout, make_wrapper, save

@@ -1,30 +1,73 @@
-"""What every runtime may expect of a model folder, checked on its files.
+"""What every runtime may expect of a model folder, checked on its files and by loading and running it.
 
 A folder that keeps this contract is a stock checkpoint: a class that transformers has, a config that agrees with
-itself and with the weights, and files that are whole. `contract_run` checks what takes loading the model.
+itself and with the weights, and files that are whole. `verify_tokenizer` compares with the model it was made from.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from intarsia.anatomy.detect import detect
 from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_all_headers, read_config
-from intarsia.checkpoint.header import TensorHeader, read_headers
+from intarsia.checkpoint.hashing import SUMS_FILE, differing, read_sums
+from intarsia.checkpoint.multimodal import is_wrapped, unwrap
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.sums import SUMS_FILE, differing, read_sums
-from intarsia.checkpoint.wrapper import is_wrapped, unwrap
+from intarsia.checkpoint.tensor_file import TensorHeader, read_headers
 from intarsia.errors import Problem, UserError
 from intarsia.progress import Progress
-from intarsia.runtimes.checks import Skipped, refuse
 
-_ANEW = "Build the folder again."
+Outcome = Literal["ok", "failed", "skipped"]
 _MOST_NAMED = 5
+_BUILD_AGAIN = "Build the folder again."
+_TEXT = "A model that was made shallower should still say what it said before, word by word"
+_NEW_TOKENS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One check of a model folder, and what came of it."""
+
+    check: str
+    outcome: Outcome
+    # or why nothing was looked at
+    found: str
+    # only after a failure
+    remedy: str | None = None
+
+
+class Skipped(Exception):
+    """Raised inside a check that has nothing to look at; its text says why."""
+
+
+def checked(name: str, look: Callable[[], str]) -> Check:
+    """What `look` finds; the problems of a `UserError` that it raises are the failure."""
+    try:
+        return Check(check=name, outcome="ok", found=look())
+    except Skipped as reason:
+        return Check(check=name, outcome="skipped", found=str(reason))
+    except UserError as error:
+        named = [f"{problem.where}: expected {problem.expected}; found {problem.found}" for problem in error.problems]
+        more = len(named) - _MOST_NAMED
+        text = "; ".join([*named[:_MOST_NAMED], *([f"and {more} more"] if more > 0 else [])])
+        return Check(check=name, outcome="failed", found=text, remedy=error.problems[0].remedy)
+
+
+def fail_if(problems: Sequence[Problem]) -> None:
+    """Fail the check that is under way, if there are problems.
+
+    Raises:
+        UserError: there are.
+    """
+    if problems:
+        raise UserError(problems)
 
 
 def architecture(folder: Path) -> str:
@@ -51,7 +94,7 @@ def architecture(folder: Path) -> str:
         problems.append(
             _problem(f"{where}: architectures", f"{stock}, as model_type is {kind}", classes[0], "Mend the config.")
         )
-    refuse(problems)
+    fail_if(problems)
     assert isinstance(classes, list)
     return str(classes[0])
 
@@ -83,7 +126,7 @@ def config_agrees(folder: Path) -> str:
         raise UserError([_problem(str(folder / "config.json"), "a config that transformers reads", found)]) from error
     lists = {name: len(value) for name, value in (("layer_types", getattr(read, "layer_types", None)),) if value}
     depths = {"num_hidden_layers": read.num_hidden_layers, **lists}
-    refuse(
+    fail_if(
         [
             _problem(f"{folder / 'config.json'}: {name}", f"{anatomy.n_layers}, as in the file", str(depth))
             for name, depth in depths.items()
@@ -101,10 +144,10 @@ def index_right(folder: Path, max_shard_bytes: int) -> str:
         stray = [folder / INDEX_FILE] if (folder / INDEX_FILE).exists() else []
         files = {folder / SINGLE_FILE}
         beside = sorted(set(folder.glob("*.safetensors")) - files)
-        refuse([_stray(file, f"no other weights beside {SINGLE_FILE}") for file in [*stray, *beside]])
+        fail_if([_stray(file, f"no other weights beside {SINGLE_FILE}") for file in [*stray, *beside]])
     else:
         files = {header.file for header in headers.values()}
-        refuse([*_index_problems(folder, headers, files)])
+        fail_if([*_index_problems(folder, headers, files)])
     large = []
     for file in sorted(files):
         size = file.stat().st_size
@@ -113,7 +156,7 @@ def index_right(folder: Path, max_shard_bytes: int) -> str:
             large.append(
                 _problem(str(file), f"at most {max_shard_bytes:,} bytes", f"{size:,}", "Use --max-shard-size.")
             )
-    refuse(large)
+    fail_if(large)
     return f"{len(headers)} tensors in {len(files)} file{'s' if len(files) > 1 else ''}"
 
 
@@ -153,7 +196,7 @@ def dtype_kept(checkpoint: Checkpoint) -> str:
         for header in checkpoint.headers.values()
         if len(header.shape) > 1 and header.dtype.is_floating_point and header.dtype != wanted
     ]
-    refuse(
+    fail_if(
         [
             _problem(f"{header.file}: {header.name}", named, str(header.dtype).removeprefix("torch."))
             for header in others[:_MOST_NAMED]
@@ -171,13 +214,103 @@ def sums_right(folder: Path, *, built_here: bool, progress: Progress) -> str:
         raise UserError([_problem(str(folder), f"a {SUMS_FILE}", "none")])
     total = sum((folder / name).stat().st_size for name in sums if (folder / name).is_file())
     with progress.task(f"checking {SUMS_FILE}", total) as task:
-        refuse(differing(folder, sums, task.advance))
+        fail_if(differing(folder, sums, task.advance))
     return f"{len(sums)} files"
 
 
-def _problem(where: str, expected: str, found: str, remedy: str = _ANEW) -> Problem:
+def _problem(where: str, expected: str, found: str, remedy: str = _BUILD_AGAIN) -> Problem:
     return Problem(where=where, expected=expected, found=found, remedy=remedy)
 
 
 def _stray(file: Path, expected: str) -> Problem:
     return _problem(str(file.parent), expected, file.name, "Remove the file: runtimes that load every one take it in.")
+
+
+def loads(folder: Path) -> tuple[str, Any]:
+    """What the auto class says while it loads the folder, and the model.
+
+    Raises:
+        UserError: it does not load, or tensors are missing, too many or of another shape.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto: Any = AutoModelForImageTextToText if is_wrapped(read_config(folder)) else AutoModelForCausalLM
+    try:
+        with _quiet():
+            model, told = auto.from_pretrained(
+                folder, dtype="auto", trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except Exception as error:  # loading fails in many ways, and each of them is the folder's failure
+        found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError([_problem(str(folder), f"a folder that {auto.__name__} loads", found)]) from error
+    problems = []
+    for key, what in (
+        ("missing_keys", "missing"),
+        ("unexpected_keys", "unexpected"),
+        ("mismatched_keys", "other shape"),
+    ):
+        names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in told.get(key) or ())
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            problems.append(
+                _problem(str(folder), "just the tensors of the model", f"{what}: {', '.join(names[:5])}{more}")
+            )
+    if problems:
+        raise UserError(problems)
+    return f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')}", model.eval()
+
+
+@torch.no_grad()
+def generates(folder: Path, model: Any) -> str:
+    """Greedy tokens with the cache are those without; in float32, where no rounding decides.
+
+    Raises:
+        UserError: they differ, or a logit is not finite.
+    """
+    from transformers import GenerationConfig
+
+    model = model.float()
+    prompt = _prompt(folder, model.config.get_text_config().vocab_size)
+    logits = model(input_ids=prompt).logits
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError([_problem(str(folder), "finite logits", "NaN or infinity")])
+    written = []
+    for cache in (True, False):
+        settings = GenerationConfig(
+            max_new_tokens=_NEW_TOKENS, do_sample=False, use_cache=cache, eos_token_id=None, pad_token_id=0
+        )
+        found = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+        written.append(found[0, prompt.shape[1] :].tolist())
+    if written[0] != written[1]:
+        raise UserError(
+            [_problem(str(folder), f"the tokens written without a cache, {written[1]}", f"{written[0]} with one")]
+        )
+    return f"{len(written[0])} tokens, with and without a cache"
+
+
+def _prompt(folder: Path, vocabulary: int) -> torch.Tensor:
+    from transformers import AutoTokenizer
+
+    try:
+        ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(_TEXT)["input_ids"][:32]
+    except Exception:  # whether the tokenizer loads is a check of its own
+        ids = []
+    ids = [index for index in ids if index < vocabulary]
+    return torch.tensor([ids or [index % vocabulary for index in range(3, 19)]])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What transformers says about keys is in the check's own words."""
+    from transformers.utils import logging as module
+
+    logging: Any = module  # it has no annotations
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.model_name import local_path
+from intarsia.checkpoint.resolve import local_path
 from intarsia.errors import UserError
 from intarsia.progress import Progress
 from intarsia.recipe import schema

@@ -1,0 +1,262 @@
+"""Hashes: of files, of a model folder (`SHA256SUMS`), and of a model's weights, which are checked to be finite.
+
+`SHA256SUMS` has the form that `sha256sum -c` reads. Everything that decides what the model does is listed; the model
+card, the picture and the report are not, for people and later commands edit them.
+
+A model's hash is over name, dtype, shape and bytes of every tensor in the order of names, so it stays the same when
+the model is sharded differently. That of an adapter is over its base's hash and its own files, for what they merge to
+may differ in its last bit from one machine to the next. The result is kept for files of the same path, size and time
+of change; only models that were found finite are remembered. The config is no part of the hash: `acting_config` has
+what of it changes the numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+import torch
+
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.tensor_file import TensorHeader
+from intarsia.errors import Problem, UserError
+from intarsia.progress import Progress, Silent, Task
+
+SUMS_FILE = "SHA256SUMS"
+_DOCUMENTS = ("README.md", "*.html", "*.svg", "*.png", ".*", SUMS_FILE)
+_BLOCK = 2**22  # bytes read, or entries checked, at a time
+_MOST_NAMED = 5
+_VERSION = 1  # of the hash; part of the key under which it is kept
+
+# Of a config: who made it, how text is cut and told apart, and what acts in training or on speed alone. How weights are
+# stored (`quantization_config`, dtypes) shows in the hash of what is read.
+_IDLE = {
+    "architectures",
+    "auto_map",
+    "cache_implementation",
+    "dtype",
+    "gradient_checkpointing",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "pretraining_tp",
+    "problem_type",
+    "quantization_config",
+    "return_dict",
+    "task_specific_params",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_IDLE_ENDINGS = ("_token_id", "_dropout", "name_or_path", "_attn_implementation", "_pdrop")
+
+
+def cache_folder() -> Path:
+    """`$INTARSIA_CACHE`, or `intarsia` in the platform's cache folder. It need not exist yet."""
+    if chosen := os.environ.get("INTARSIA_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "intarsia"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "intarsia" / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "intarsia"
+
+
+def fingerprint(files: Iterable[Path], version: int) -> str:
+    """Stands for the files as they are now (path, size, time of change), without reading them."""
+    facts: list[tuple[str, int, int]] = []
+    for file in files:
+        state = file.stat()
+        # On the hub's cache the files are links to blobs that are named by content.
+        facts.append((os.path.realpath(file), state.st_size, state.st_mtime_ns))
+    return hashlib.sha256(json.dumps([version, sorted(facts)]).encode()).hexdigest()
+
+
+def recall(kept: Path) -> str | None:
+    """The hash that is kept in a file; None where there is none."""
+    try:
+        found = json.loads(kept.read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) and len(found) == 64 else None
+
+
+def remember(kept: Path, sha256: str) -> None:
+    """Keep a hash in a file. A cache that cannot be written costs time, not the work."""
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        fresh = kept.with_suffix(f".{token_hex(4)}")
+        fresh.write_text(json.dumps({"sha256": sha256}) + "\n", encoding="utf-8")
+        os.replace(fresh, kept)
+
+
+def sha256_of(file: Path, advance: Callable[[int], None] | None = None) -> str:
+    """The sha256 (hex) of a file; `advance` is told the bytes as they are read."""
+    total = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            total.update(block)
+            if advance is not None:
+                advance(len(block))
+    return total.hexdigest()
+
+
+def listed_files(folder: Path) -> Iterator[Path]:
+    """The files of a model folder that its sums list, in the order of their names."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and not any(fnmatch(file.name, pattern) for pattern in _DOCUMENTS):
+            yield file
+
+
+def write_sums(folder: Path, known: Mapping[str, str]) -> None:
+    """Write the sums of a folder that is complete but for them; `known` are those of files hashed while written."""
+    lines = []
+    for file in listed_files(folder):
+        name = file.relative_to(folder).as_posix()
+        lines.append(f"{known.get(name) or sha256_of(file)}  {name}\n")
+    (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def read_sums(folder: Path) -> dict[str, str] | None:
+    """The listed hashes by file name; None where a folder has no list.
+
+    Raises:
+        UserError: the list is no such list, or names files outside the folder.
+    """
+    file = folder / SUMS_FILE
+    if not file.is_file():
+        return None
+    found: dict[str, str] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        digest, _, name = line.partition("  ")
+        path = Path(name)
+        hexadecimal = len(digest) == 64 and not digest.strip("0123456789abcdef")
+        if not hexadecimal or not name or path.is_absolute() or ".." in path.parts:
+            raise UserError.of(
+                where=f"{file}: line {number}",
+                expected="a sha256, two spaces and the name of a file in this folder",
+                found=repr(line[:120]),
+                remedy=f"Get {SUMS_FILE} again.",
+            )
+        found[name] = digest
+    return found
+
+
+def differing(folder: Path, sums: Mapping[str, str], advance: Callable[[int], None] | None = None) -> list[Problem]:
+    """What in a folder is not as its sums say: files that are gone, changed, or weights that are not listed."""
+    problems = []
+    for name, digest in sums.items():
+        file = folder / name
+        found = sha256_of(file, advance) if file.is_file() else "no such file"
+        if found != digest:
+            problems.append(
+                Problem(
+                    where=str(file), expected=f"sha256 {digest}", found=found, remedy="Get or build the folder again."
+                )
+            )
+    there = {file.relative_to(folder).as_posix() for file in listed_files(folder)}
+    problems += [
+        Problem(
+            where=str(folder / name),
+            expected=f"only weights that {SUMS_FILE} lists",
+            found="a file that it does not list",
+            remedy="Remove the file, or build the folder again.",
+        )
+        for name in sorted(there - sums.keys())
+        if name.endswith(".safetensors")
+    ]
+    return problems
+
+
+def scan(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
+    """The sha256 (hex) of a model's weights, all of which are finite.
+
+    Raises:
+        UserError: naming the first tensors that hold NaN or infinity.
+    """
+    if checkpoint.adapter is not None:
+        # Whether it is finite was checked when it was merged.
+        pair = [scan(checkpoint.adapter.base, progress), checkpoint.adapter.sha256]
+        return hashlib.sha256(json.dumps(["adapter", *pair]).encode()).hexdigest()
+    kept = cache_folder() / "scan" / f"{_fingerprint(checkpoint)}.json"
+    known = recall(kept)
+    if known is not None:
+        return known
+    total = hashlib.sha256()
+    problems: list[Problem] = []
+    with (progress or Silent()).task("Checking the weights", checkpoint.nbytes) as task:
+        for name in [*sorted(checkpoint.headers), *sorted(checkpoint.kept)]:
+            outside = name not in checkpoint.headers
+            tensor = checkpoint.kept_tensor(name) if outside else checkpoint.tensor(name)
+            label = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            total.update(json.dumps(label).encode() + b"\n")
+            bad = _read_through(tensor, total, task)
+            if bad:
+                problems.append(_not_finite_in((checkpoint.kept if outside else checkpoint.headers)[name], bad))
+            if len(problems) == _MOST_NAMED:
+                break
+    if problems:
+        raise UserError(problems)
+    remember(kept, total.hexdigest())
+    return total.hexdigest()
+
+
+def _not_finite_in(header: TensorHeader, bad: int) -> Problem:
+    return Problem(
+        where=f"{header.file}: {header.name}",
+        expected="finite numbers",
+        found=f"NaN or infinity in {bad:,} of {header.numel:,} entries",
+        remedy="The checkpoint is damaged, or comes from a training run that diverged; get it again.",
+    )
+
+
+def _read_through(tensor: torch.Tensor, total: hashlib._Hash, task: Task) -> int:
+    """Add a tensor's bytes to the hash; how many of its entries are not finite."""
+    bad = 0
+    flat = tensor.reshape(-1)
+    for start in range(0, flat.numel(), _BLOCK):
+        chunk = flat[start : start + _BLOCK]
+        raw = chunk.view(torch.uint8)
+        total.update(raw.numpy().data)
+        bad += not_finite(chunk)
+        task.advance(raw.numel())
+    return bad
+
+
+def not_finite(chunk: torch.Tensor) -> int:
+    """How many entries are NaN or infinite."""
+    if not chunk.is_floating_point():
+        return 0
+    # One NaN or infinity makes the sum NaN or infinite. The converse does not hold, so only a finite sum decides.
+    wide = torch.float64 if chunk.dtype == torch.float64 else torch.float32
+    if chunk.dtype.itemsize == 1:  # torch adds up no floats of 8 bits
+        chunk = chunk.float()
+    if bool(torch.isfinite(chunk.sum(dtype=wide))):
+        return 0
+    return int(chunk.numel() - torch.isfinite(chunk).sum())
+
+
+def acting_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config changes what the model computes from its weights: anything that is not known not to."""
+    return {key: value for key, value in sorted(config.items()) if key not in _IDLE and not key.endswith(_IDLE_ENDINGS)}
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    headers = [*checkpoint.headers.values(), *checkpoint.kept.values()]
+    files = {header.file for header in headers} | set(checkpoint.folder.glob("*.safetensors.index.json"))
+    found = fingerprint(files, _VERSION)
+    if not checkpoint.scaled:
+        return found
+    # Weights of 8 bits are read as the config says: in which dtype, and how many share a scale.
+    read = [(name, scaled.block, str(scaled.dtype)) for name, scaled in sorted(checkpoint.scaled.items())]
+    return hashlib.sha256(json.dumps([found, read]).encode()).hexdigest()

@@ -1,0 +1,166 @@
+"""The command `intarsia`: finds the verb, parses its options, calls it, and shows its result.
+
+A verb is a function in `intarsia/commands/`; its signature is its command line (`intarsia.cli.parse`). It returns a
+result with `to_dict()`; a result whose `passed` is false ends with exit code 1.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from intarsia import progress
+from intarsia.cli.guard import debugging, guard
+from intarsia.cli.parse import HELP_FLAGS, parse
+from intarsia.cli.show import show
+from intarsia.errors import UserError
+
+VERBS = {
+    "compress": "compress:compress",
+    "plan": "plan:plan",
+    "build": "build:build",
+    "heal": "heal:heal",
+    "tailor": "tailor:tailor",
+    "compare": "compare:compare",
+    "eval tasks": "evaluate:evaluate_tasks",
+    "eval perplexity": "evaluate:evaluate_perplexity",
+    "bench": "bench:bench",
+    "inspect": "inspect:inspect",
+    "report": "report:report",
+    "verify": "verify:verify",
+    "export": "export:export",
+    "push": "push:push",
+    "anatomy list": "anatomy:families",
+    "anatomy check": "anatomy:check_family",
+}
+"""Each verb, and its function: module of `intarsia.commands` and name."""
+
+_DEFAULTS = {"eval": "eval tasks"}
+"""Of a group, the verb that may be left out."""
+
+# What other libraries say about themselves, unless the user has set it. They read this when they are imported,
+# which happens inside the verbs.
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+}
+
+
+def main() -> None:
+    """The console script."""
+    if not debugging():
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        if "PYTHONWARNINGS" not in os.environ:
+            warnings.filterwarnings("ignore")
+    # A polite kill clears up like Ctrl-C does: no staging folder is left.
+    signal.signal(signal.SIGTERM, _terminated)
+    run(sys.argv[1:])
+
+
+def run(words: Sequence[str]) -> None:
+    """Do what a command line says.
+
+    Raises:
+        SystemExit: with the exit code, unless all is well.
+    """
+    with guard() as stdout:
+        if words[:1] == ["--version"]:
+            print(_version(), file=stdout)
+            return
+        name, rest = find(words)
+        if not name or (not rest and name not in VERBS):
+            _overview(name, Console(file=stdout))
+            return
+        if not _ported(name):
+            from intarsia.cli.app import app
+
+            app(list(words))
+            return
+        call = parse(function(name), name, rest)
+        with progress.shown(quiet=call.shared.quiet or call.shared.json):
+            result = call()
+        show(result, to=stdout, as_json=call.shared.json)
+        if not getattr(result, "passed", True):
+            raise SystemExit(1)
+
+
+def find(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb that a command line names, or a group of verbs, and the words after it.
+
+    Raises:
+        UserError: there is no such verb.
+    """
+    if not words or words[0] in HELP_FLAGS:
+        return "", []
+    group = [name for name in VERBS if name.split()[0] == words[0]]
+    if words[0] in group:
+        return words[0], list(words[1:])
+    if not group:
+        near = get_close_matches(words[0], [name.split()[0] for name in VERBS], n=1)
+        raise UserError(
+            f"There is no verb {words[0]!r}.", f"Did you mean {near[0]}?" if near else "See intarsia --help."
+        )
+    if len(words) == 1 or words[1] in HELP_FLAGS:
+        return words[0], []
+    if f"{words[0]} {words[1]}" in group:
+        return f"{words[0]} {words[1]}", list(words[2:])
+    if words[0] in _DEFAULTS:
+        return _DEFAULTS[words[0]], list(words[1:])
+    verbs = ", ".join(name.split()[1] for name in group)
+    raise UserError(f"There is no verb {words[0]} {words[1]!r}.", f"Give one of {verbs}.")
+
+
+def function(name: str) -> Callable[..., Any]:
+    """The function of a verb."""
+    module, _, attribute = VERBS[name].partition(":")
+    return getattr(import_module(f"intarsia.commands.{module}"), attribute)
+
+
+def _ported(name: str) -> bool:
+    """Whether the verb is one of `intarsia.commands`; the others are still parsed the older way."""
+    module = VERBS[name].partition(":")[0]
+    found = importlib.util.find_spec("intarsia.commands") is not None
+    return found and importlib.util.find_spec(f"intarsia.commands.{module}") is not None
+
+
+def _overview(group: str, console: Console) -> None:
+    """What there is, a verb a line."""
+    doc = "Make language models shallower, and keep what the removed layers knew."
+    console.print(f"Usage: intarsia {group or 'VERB'} ...\n\n{doc}\n", highlight=False, markup=False)
+    table = Table(show_header=False, show_edge=False, box=None, pad_edge=False)
+    for name in VERBS:
+        if not group or name.startswith(f"{group} "):
+            about = (inspect.getdoc(function(name)) or "").partition("\n")[0] if _ported(name) else ""
+            table.add_row(f"  {name}", about)
+    console.print(table)
+    console.print("\nintarsia VERB --help lists its options.", highlight=False)
+
+
+def _version() -> str:
+    try:
+        return f"intarsia {version('intarsia')}"
+    except PackageNotFoundError:
+        return "intarsia, not installed: run from its source folder"
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

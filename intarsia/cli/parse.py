@@ -1,0 +1,386 @@
+"""The command line of a verb, generated from its signature: value objects, choices of methods, and plain values.
+
+The flags are the fields of the value objects and of the settings of whatever is chosen; a config file (`--config`)
+has the same names as keys. `cyclopts` splits the words and prints the help; conversion is `intarsia.flags`, so that
+every problem of an input is found at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.exceptions import MissingArgumentError
+
+from intarsia import registry
+from intarsia.errors import Problems, UserError
+from intarsia.flags import Flag, Option, Part, options_of, parts_of
+from intarsia.recipe.strict_yaml import read_yaml
+from intarsia.registry import Kind
+
+_ARGUMENTS = Group("Arguments", sort_key=-1)
+HELP_FLAGS = ("--help", "-h")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """Options that every verb has."""
+
+    # The result as one JSON object on stdout; no progress display.
+    json: bool = False
+    # No progress display.
+    quiet: bool = dataclasses.field(default=False, metadata={"flag": Flag(names=("--quiet", "-q"))})
+    # Options from a YAML file, its keys named like the flags; the command line goes before it.
+    config: Path | None = dataclasses.field(default=None, metadata={"flag": Flag(metavar="FILE")})
+    # A Python file that registers methods, stages, operators or engines of your own; may be given again.
+    plugin: tuple[Path, ...] = dataclasses.field(default=(), metadata={"flag": Flag(metavar="FILE.py")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A verb with its arguments, ready to be called."""
+
+    verb: Callable[..., Any]
+    rest: tuple[Any, ...]
+    arguments: Mapping[str, Any]
+    shared: Shared
+
+    def __call__(self) -> Any:
+        """Do it."""
+        return self.verb(*self.rest, **self.arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Options that stand together in the help."""
+
+    title: str
+    options: tuple[Option, ...]
+
+
+def parse(verb: Callable[..., Any], name: str, words: Sequence[str]) -> Call:
+    """What a command line asks of a verb.
+
+    Raises:
+        UserError: with everything that is wrong.
+        SystemExit: the help was asked for, and printed.
+    """
+    problems = Problems()
+    shared = {option.key: option for option in options_of(Shared)}
+    for plugin in shared["plugin"].convert(_found(words, "--plugin")):
+        registry.load_plugin(plugin)
+    config = _config(_found(words, "--config"))
+    parts = parts_of(verb)
+    if any(word in HELP_FLAGS for word in words):
+        app, _ = _app(verb, name, [*_groups(parts), *_settings_groups(parts)], shown=True)
+        app.help_print([])
+        raise SystemExit(0)
+    chosen = {}
+    for part in parts:
+        if part.choices is not None:
+            with problems.collected():
+                chosen[part.name] = _chosen(part, words, config)
+    groups = [*_groups(parts), *_chosen_groups(chosen)]
+    app, options = _app(verb, name, groups)
+    given = {**{key: value for key, value in config.items() if key in options}, **_split(app, words, parts, problems)}
+    for key in config:
+        if key not in options:
+            problems.append(UserError(*_unknown(key, parts, f"{key} in the config file")).problems[0])
+    arguments = {part.name: _argument(part, given, chosen, problems) for part in parts}
+    with problems.collected():
+        result = _build(Shared, options_of(Shared), given, MISSING)
+    problems.raise_any()
+    rest = next((arguments.pop(part.name) for part in parts if part.rest), ())
+    arguments = {key: value for key, value in arguments.items() if value is not MISSING}
+    return Call(verb=verb, rest=rest, arguments=arguments, shared=result)
+
+
+def _found(words: Sequence[str], flag: str) -> list[str]:
+    """The values of a flag, before it is known which flags there are."""
+    values = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == flag]
+    return values + [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
+
+
+def _config(files: Sequence[str]) -> dict[str, Any]:
+    if not files:
+        return {}
+    data = read_yaml(Path(files[-1]), what="a config file")
+    if not isinstance(data, Mapping):
+        raise UserError(f"--config {files[-1]} holds no options.", "Write one `name: value` in a line.")
+    return {str(key).replace("_", "-"): value for key, value in data.items()}
+
+
+def _chosen(part: Part, words: Sequence[str], config: Mapping[str, Any]) -> Any:
+    kind = part.choices
+    assert isinstance(kind, Kind)
+    default = () if part.default is MISSING else part.default
+    choice = (_found(words, f"--{kind.flag}") or [config.get(kind.flag, default)])[-1]
+    preset = (_found(words, "--preset") or [config.get("preset")])[-1]
+    if choice == () and not kind.many:
+        raise UserError(f"--{kind.flag} is not given.", f"Choose one of {', '.join(kind.names)}.")
+    chosen = kind.choose(choice)
+    if preset is None:
+        return chosen
+    return tuple(_preset(each, preset) for each in chosen) if kind.many else _preset(chosen, preset)
+
+
+def _presets(entry: registry.Entry) -> Mapping[str, Mapping[str, Any]]:
+    return getattr(entry.settings, registry.PRESETS, {})
+
+
+def _preset(chosen: registry.Chosen, name: str) -> registry.Chosen:
+    values = _presets(chosen.entry).get(name)
+    return (
+        chosen if not values else dataclasses.replace(chosen, settings=dataclasses.replace(chosen.settings, **values))
+    )
+
+
+def _chosen_groups(chosen: Mapping[str, Any]) -> Iterator[_Group]:
+    every = [each for value in chosen.values() for each in (value if isinstance(value, tuple) else (value,))]
+    for each in every:
+        if each.settings is not None:
+            yield _Group(title=each.name, options=options_of(type(each.settings), each.settings))
+    if names := {name: None for each in every for name in _presets(each.entry)}:
+        yield _Group(title="Preset", options=(_preset_option(names),))
+
+
+def _preset_option(names: Mapping[str, Any]) -> Option:
+    kind = Literal[tuple(names)] | None  # type: ignore[valid-type]
+    comment = "Values of several options together; an option that is given besides wins."
+    return Option(attribute="preset", annotation=kind, default=None, help=comment, flag=Flag(metavar="NAME"))
+
+
+def _settings_groups(parts: Sequence[Part]) -> Iterator[_Group]:
+    """For the help: the options of everything that could be chosen, those of the same owners together."""
+    presets: dict[str, None] = {}
+    for part in parts:
+        if not isinstance(part.choices, Kind):
+            continue
+        owners: dict[str, list[tuple[str, Option]]] = {}
+        for entry in part.choices:
+            presets |= dict.fromkeys(_presets(entry))
+            for option in () if entry.settings is None else options_of(entry.settings):
+                owners.setdefault(option.key, []).append((entry.name, option))
+        groups: dict[str, list[Option]] = {}
+        for having in owners.values():
+            names = ", ".join(name for name, _ in having)
+            groups.setdefault(f"With --{part.choices.flag} {names}", []).append(_together(having))
+        yield from (_Group(title=title, options=tuple(options)) for title, options in groups.items())
+    if presets:
+        yield _Group(title="Preset", options=(_preset_option(presets),))
+
+
+def _together(having: Sequence[tuple[str, Option]]) -> Option:
+    """One line of the help for the same option of several methods, where its help or default differs."""
+    _, first = having[0]
+    lines = [first.help]
+    lines += [f"{name}: {option.help}" for name, option in having[1:] if option.help != first.help]
+    lines += [f"{name}: {_shown(option)}." for name, option in having[1:] if option.default != first.default]
+    return dataclasses.replace(first, help=" ".join(line for line in lines if line))
+
+
+def _groups(parts: Sequence[Part]) -> Iterator[_Group]:
+    plain = [option for part in parts if part.option is not None for option in part.options]
+    for part in parts:
+        if isinstance(part.choices, Kind):
+            plain.append(_choice_option(part, part.choices))
+    yield _Group(title="Options", options=tuple(plain))
+    for part in parts:
+        if part.values is not None:
+            yield _Group(title=_title(part.values), options=part.options)
+    yield _Group(title="Every verb", options=options_of(Shared))
+
+
+def _choice_option(part: Part, kind: Kind) -> Option:
+    several = ", in the order wanted, with commas between; or none" if kind.many else ""
+    default = part.default
+    if default is not MISSING:
+        chosen = kind.choose_all(default)
+        default = ",".join(each.label for each in chosen) or "none"
+    return Option(
+        attribute=part.name,
+        annotation=str,
+        default=default,
+        help=f"{kind.noun.capitalize()}{'s' if kind.many else ''}{several}: {', '.join(kind.names)}.",
+        flag=Flag(names=(f"--{kind.flag}",), metavar="NAMES" if kind.many else "NAME"),
+    )
+
+
+def _title(kind: type) -> str:
+    """What a value object is called: the first words of its docstring."""
+    doc = (inspect.getdoc(kind) or kind.__name__).partition("\n")[0]
+    return doc.partition(":")[0].partition(".")[0]
+
+
+def _app(
+    verb: Callable[..., Any], name: str, groups: Sequence[_Group], *, shown: bool = False
+) -> tuple[App, dict[str, Option]]:
+    """A parser of these options, or what is shown as help. The same option of several owners is one flag."""
+    options: dict[str, Option] = {}
+    order: list[inspect.Parameter] = []
+    for group in groups:
+        panel = Group.create_ordered(group.title)
+        for option in group.options:
+            if option.key not in options:
+                options[option.key] = option
+                order.append(_parameter(option, panel, shown=shown))
+    order.sort(key=lambda each: each.kind)
+
+    def takes(*rest: Any, **given: Any) -> None:
+        raise AssertionError("only its signature is used")
+
+    takes.__signature__ = inspect.Signature(order)  # type: ignore[attr-defined]
+    positional = " ".join(
+        f"[{option.called}...]" if option.many else option.called if option.default is MISSING else f"[{option.called}]"
+        for option in options.values()
+        if option.flag.positional
+    )
+    app = App(
+        name=f"intarsia {name}",
+        default_command=takes,
+        help=inspect.getdoc(verb) or "",
+        usage=f"Usage: intarsia {name} {positional} [OPTIONS]".replace("  ", " "),
+        help_format="plaintext",
+        version_flags=(),
+        help_flags=(),
+        group_arguments=_ARGUMENTS,
+    )
+    return app, options
+
+
+def _parameter(option: Option, panel: Group, *, shown: bool) -> inspect.Parameter:
+    """An option as a parameter of the function that cyclopts reads: all values are text, conversion comes after.
+
+    Where it is for the help, `--no-...` is left out of what is off unless it is asked for.
+    """
+    flag, truth = option.flag, option.kind is bool
+    annotation: Any = bool | None if truth else list[str] | None if option.many else str | None
+    how = Parameter(
+        name=option.called if flag.positional else option.names,
+        help=_help(option),
+        metavar=flag.metavar or _metavar(option),
+        group=_ARGUMENTS if flag.positional else panel,
+        negative=f"--no-{option.key}" if truth and not (shown and option.default is False) else (),
+        show_default=False,
+        required=False,
+    )
+    rest = flag.positional and option.many
+    kinds = inspect.Parameter
+    kind = kinds.VAR_POSITIONAL if rest else kinds.POSITIONAL_ONLY if flag.positional else kinds.KEYWORD_ONLY
+    return inspect.Parameter(
+        option.key.replace("-", "_"),
+        kind,
+        default=kinds.empty if rest else None,
+        annotation=Annotated[str if rest else annotation, how],
+    )
+
+
+def _help(option: Option) -> str:
+    kind = option.kind
+    choices = f"One of {', '.join(map(str, get_args(kind)))}." if get_origin(kind) is Literal else ""
+    again = "Several with commas between." if option.many and option.flag.commas else ""
+    return " ".join(
+        each for each in (option.help, choices, again, f"({_shown(option)})" if _shown(option) else "") if each
+    )
+
+
+def _shown(option: Option) -> str:
+    if option.default is MISSING:
+        return "required"
+    if option.default is None or option.default == () or option.default is False:
+        return ""
+    if option.default is True:
+        return "default: on"
+    return f"default: {','.join(map(str, option.default)) if option.many else option.default}"
+
+
+def _metavar(option: Option) -> str | None:
+    return {int: "N", float: "X", Path: "PATH", bool: None}.get(option.kind, "NAME")
+
+
+def _split(app: App, words: Sequence[str], parts: Sequence[Part], problems: Problems) -> dict[str, Any]:
+    """What was given, by key, as text; and what is wrong with how it was given."""
+    try:
+        _, bound, unused, _ = app.parse_known_args(list(words))
+    except MissingArgumentError as error:
+        name = error.argument.name if error.argument is not None else "an option"
+        problems.add(f"{name} has no value.", "Give one after it.")
+        problems.raise_any()
+        raise AssertionError from error
+    except CycloptsError as error:
+        words_of_it = " ".join((error.msg or type(error).__name__).split())[:200].rstrip(".")
+        problems.add(f"{words_of_it}.", f"See {app.name[0]} --help.")
+        problems.raise_any()
+        raise AssertionError from error
+    # The word after an unknown option is its value.
+    before = ""
+    for word in unused:
+        if word.startswith("-") and word != "-":
+            key = word.partition("=")[0].lstrip("-")
+            problems.append(UserError(*_unknown(key, parts, word.partition("=")[0])).problems[0])
+        elif not before.startswith("-"):
+            problems.add(f"{word!r} is one argument too many.", f"See {app.name[0]} --help.")
+        before = word
+    return {name.replace("_", "-"): value for name, value in bound.arguments.items()}
+
+
+def _unknown(key: str, parts: Sequence[Part], called: str) -> tuple[str, str]:
+    """What is said of an option that this command does not have: which methods do."""
+    name = key.removeprefix("no-")
+    for part in parts:
+        if isinstance(part.choices, Kind):
+            owners = part.choices.with_option(key) or part.choices.with_option(name)
+            if owners:
+                listed = " and ".join([", ".join(owners[:-1]), owners[-1]] if len(owners) > 1 else owners)
+                return (
+                    f"{called} is an option of {listed}.",
+                    f"Leave it out, or choose --{part.choices.flag} {owners[0]}.",
+                )
+    from difflib import get_close_matches
+
+    known = [option.key for part in parts for option in part.options] + [option.key for option in options_of(Shared)]
+    near = get_close_matches(name, known, n=1)
+    return f"There is no option {called}.", f"Did you mean --{near[0]}?" if near else "See --help."
+
+
+def _argument(part: Part, given: Mapping[str, Any], chosen: Mapping[str, Any], problems: Problems) -> Any:
+    """The value of a parameter; MISSING where its default serves."""
+    if isinstance(part.choices, Kind):
+        return _with_settings(chosen.get(part.name, MISSING), given, problems)
+    if part.values is not None:
+        with problems.collected():
+            return _build(part.values, part.options, given, part.default)
+        return MISSING
+    assert part.option is not None
+    with problems.collected():
+        return _build(dict, part.options, given, part.default).get(part.name, () if part.rest else MISSING)
+    return MISSING
+
+
+def _with_settings(chosen: Any, given: Mapping[str, Any], problems: Problems) -> Any:
+    if isinstance(chosen, tuple):
+        return tuple(_with_settings(each, given, problems) for each in chosen)
+    if chosen is MISSING or chosen.settings is None:
+        return chosen
+    with problems.collected():
+        kind = type(chosen.settings)
+        return dataclasses.replace(chosen, settings=_build(kind, options_of(kind), given, chosen.settings))
+    return chosen
+
+
+def _build(kind: type, options: Sequence[Option], given: Mapping[str, Any], default: Any) -> Any:
+    """An object of the given options; the others as in `default`."""
+    problems, values = Problems(), {}
+    for option in options:
+        if option.key in given:
+            with problems.collected():
+                values[option.attribute] = option.convert(given[option.key])
+        elif option.default is MISSING:
+            problems.add(f"{option.called} is missing.", f"Give {option.called}: {option.help or 'it has no default.'}")
+    problems.raise_any()
+    return dataclasses.replace(default, **values) if dataclasses.is_dataclass(default) else kind(**values)

@@ -1,0 +1,338 @@
+"""A checkpoint as one GGUF file, written tensor by tensor; the file appears whole or not at all.
+
+Names come from the maps of the package `gguf`. Vectors (norms, biases) stay in 32 bits, as llama.cpp wants them. In
+the llama architecture the two entries that rotate together lie side by side, where transformers has them half a head
+apart: rows of q and k change places. A feature that the format or llama.cpp's graph has no place for is refused by
+name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from intarsia.building.loading import stock_config
+from intarsia.checkpoint.gguf_source import need_gguf
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.rope import divisors
+from intarsia.checkpoint.staging import check_room
+from intarsia.disk import replaced
+from intarsia.errors import Problem, UserError
+from intarsia.exporting.gguf_tokenizer import GgufTokenizer, add_tokenizer, gguf_tokenizer
+from intarsia.progress import Progress, Silent
+
+KINDS = ("F16", "Q8_0", "F32", "BF16")
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""From a config's `model_type` to what llama.cpp calls the architecture."""
+_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+_PADDING = 32
+_BLOCK = 32  # entries of a row that Q8_0 gives one scale
+_CHUNK = 2**24  # entries that are converted together
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufTensor:
+    """One tensor to write."""
+
+    name: str
+    # its name in the checkpoint; None for the divisors of the rotary embedding
+    source: str | None
+    shape: tuple[int, ...]
+    kind: str
+    # heads whose rows change places
+    heads: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its entries."""
+        entries = prod(self.shape)
+        return entries // _BLOCK * (_BLOCK + 2) if self.kind == "Q8_0" else entries * {"F32": 4}.get(self.kind, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufPlan:
+    """All that a file will hold, but for the weights themselves."""
+
+    kind: str
+    name: str
+    architecture: str
+    layers: int
+    # the config as transformers reads it
+    config: Any
+    # positions that give the same results as in transformers
+    context: int
+    # why the context is shorter than the config's
+    shortened: str | None
+    # of the rotary embedding's frequencies, for Llama 3
+    divisors: npt.NDArray[np.float32] | None
+    tokenizer: GgufTokenizer
+    tensors: tuple[GgufTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(-(-tensor.nbytes // _PADDING) * _PADDING for tensor in self.tensors)
+
+
+def plan_gguf(
+    checkpoint: Checkpoint, tokenizer: Any, kind: str, *, name: str, tokenizer_pre: str | None = None
+) -> GgufPlan:
+    """Everything about a file that can be known, and be wrong, before a weight is read.
+
+    Args:
+        tokenizer: the checkpoint's own, as transformers loads it.
+        kind: one of `KINDS`, for matrices; vectors are always in 32 bits.
+        name: what the file calls the model.
+        tokenizer_pre: what llama.cpp calls the tokenizer's rule for splitting text, where that is not found out.
+
+    Raises:
+        UserError: the package `gguf` is not there, or the model cannot be written as GGUF.
+    """
+    if kind not in KINDS:
+        raise UserError.of(
+            where="--gguf", expected=f"one of {', '.join(KINDS)}", found=repr(kind), remedy="Choose one of them."
+        )
+    need_gguf("export --gguf", extra="gguf")
+    family = str(checkpoint.config["model_type"])
+    if family not in _ARCHITECTURES:
+        raise UserError.of(
+            where=f"{checkpoint.folder}: model_type",
+            expected=f"a family that is exported to GGUF: {', '.join(_ARCHITECTURES)}",
+            found=family,
+            remedy="Use llama.cpp's own converter, convert_hf_to_gguf.py, on the folder: it is a stock checkpoint.",
+        )
+    config: Any = stock_config(checkpoint)
+    _refuse_unsupported(checkpoint, config)
+    anatomy = checkpoint.anatomy
+    context, shortened = _context(anatomy.layer_types, config)
+    scales = _divisors(config.rope_parameters, anatomy.head_dim)
+    architecture = _ARCHITECTURES[family]
+    return GgufPlan(
+        kind=kind,
+        name=name,
+        architecture=architecture,
+        layers=anatomy.n_layers,
+        config=config,
+        context=context,
+        shortened=shortened,
+        divisors=scales,
+        tokenizer=gguf_tokenizer(checkpoint.folder, tokenizer, anatomy.vocabulary, pre=tokenizer_pre),
+        tensors=tuple(_tensors(checkpoint, architecture, scales, kind)),
+    )
+
+
+def _refuse_unsupported(checkpoint: Checkpoint, config: Any) -> None:
+    rope = config.rope_parameters
+    qk_biases = any(name.endswith(("q_proj.bias", "o_proj.bias")) for name in checkpoint.headers)
+    problems = [
+        Problem(
+            where=str(checkpoint.folder),
+            expected="only what GGUF and llama.cpp have a place for",
+            found=found,
+            remedy="Run the folder with transformers or vLLM instead.",
+        )
+        for wrong, found in (
+            (config.hidden_act != "silu", f"the activation {config.hidden_act}"),
+            (rope.get("rope_type", "default") not in _ROPE_TYPES, f"rotary embedding of type {rope.get('rope_type')}"),
+            (rope.get("partial_rotary_factor", 1.0) != 1.0, "a rotary embedding of a part of each head"),
+            (checkpoint.config["model_type"] == "qwen3" and qk_biases, "biases of attention in Qwen3"),
+        )
+        if wrong
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def _context(layer_types: tuple[str, ...] | None, config: Any) -> tuple[int, str | None]:
+    """These architectures of GGUF have no sliding window; up to its size it makes no difference."""
+    most = int(config.max_position_embeddings)
+    window = getattr(config, "sliding_window", None)
+    slides = layer_types is None or any("sliding" in kind for kind in layer_types)
+    if window is None or not getattr(config, "use_sliding_window", True) or not slides or window >= most:
+        return most, None
+    said = f"its sliding window of {window:,} tokens has no place in the file; up to there it makes no difference"
+    return int(window), said
+
+
+def _divisors(rope: Any, head_dim: int) -> npt.NDArray[np.float32] | None:
+    if rope.get("rope_type") != "llama3":
+        return None
+    return divisors(
+        head_dim=head_dim,
+        theta=float(rope["rope_theta"]),
+        factor=float(rope["factor"]),
+        low=float(rope["low_freq_factor"]),
+        high=float(rope["high_freq_factor"]),
+        original=int(rope["original_max_position_embeddings"]),
+    )
+
+
+def _tensors(
+    checkpoint: Checkpoint, architecture: str, scales: npt.NDArray[np.float32] | None, kind: str
+) -> Iterator[GgufTensor]:
+    """Everything to write, in order."""
+    import gguf
+
+    anatomy = checkpoint.anatomy
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], anatomy.n_layers)
+    outside = ["model.embed_tokens.weight", "model.norm.weight", *([] if anatomy.tied else ["lm_head.weight"])]
+    inside = [
+        anatomy.tensor_name(layer, local) for layer in range(anatomy.n_layers) for local in anatomy.layer_shapes()
+    ]
+    for source in (*outside, *inside):
+        shape = checkpoint.headers[source].shape
+        heads = None
+        if architecture == "llama" and ".self_attn.q_proj." in source:
+            heads = anatomy.n_query_heads
+        elif architecture == "llama" and ".self_attn.k_proj." in source:
+            heads = anatomy.n_kv_heads
+        own = "F32" if len(shape) == 1 else "F16" if kind == "Q8_0" and shape[-1] % _BLOCK else kind
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        assert name is not None, f"{source} has no name in GGUF"
+        yield GgufTensor(name=name, source=source, shape=shape, kind=own, heads=heads)
+    if scales is not None:
+        yield GgufTensor(name="rope_freqs.weight", source=None, shape=scales.shape, kind="F32")
+
+
+def check_file(out: Path, *, overwrite: bool, nbytes: int = 0) -> None:
+    """Whether the file can be written, asked before any work.
+
+    Raises:
+        UserError: it is there already, is a folder, or the disk is too small.
+    """
+    remedy = "Choose another name for the file."
+    if out.is_dir():
+        raise UserError.of(where=str(out), expected="a file that can be made", found="a folder", remedy=remedy)
+    if out.exists() and not overwrite:
+        raise UserError.of(
+            where=str(out),
+            expected="an output file that does not exist yet",
+            found="a file",
+            remedy="Choose another one, or pass --overwrite to replace it.",
+        )
+    check_room(out, nbytes)
+
+
+def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, out: Path, progress: Progress | None = None) -> None:
+    """Write the file; a few rows of one tensor are in memory at a time.
+
+    Raises:
+        UserError: a value does not fit, or the disk is full. Nothing stays of the file then.
+    """
+    import gguf
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        replaced(out) as staged,
+        (progress or Silent()).task(f"writing {out.name}", plan.nbytes) as task,
+    ):
+        writer = gguf.GGUFWriter(staged, plan.architecture)
+        try:
+            writer.add_type("model")
+            writer.add_name(plan.name)
+            writer.add_file_type(gguf.LlamaFileType["ALL_F32" if plan.kind == "F32" else f"MOSTLY_{plan.kind}"])
+            if plan.kind == "Q8_0":
+                writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            _add_shape(writer, checkpoint, plan)
+            add_tokenizer(writer, plan.tokenizer)
+            for tensor in plan.tensors:
+                kind = gguf.GGMLQuantizationType[tensor.kind]
+                writer.add_tensor_info(tensor.name, tensor.shape, None, tensor.nbytes, raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            (stream,) = writer.fout
+            writer.write_padding(stream, stream.tell())
+            for tensor in plan.tensors:
+                written = 0
+                for rows in _entries(tensor, checkpoint, plan):
+                    stream.write(rows.data)
+                    written += rows.nbytes
+                    task.advance(rows.nbytes)
+                assert written == tensor.nbytes, f"{tensor.name}: planned {tensor.nbytes} bytes, wrote {written}"
+                writer.write_padding(stream, tensor.nbytes)
+        finally:
+            writer.close()
+
+
+def _add_shape(writer: Any, checkpoint: Checkpoint, plan: GgufPlan) -> None:
+    import gguf
+
+    anatomy, rope = checkpoint.anatomy, plan.config.rope_parameters
+    writer.add_block_count(anatomy.n_layers)
+    writer.add_context_length(plan.context)
+    writer.add_embedding_length(anatomy.width)
+    writer.add_feed_forward_length(anatomy.n_channels)
+    writer.add_head_count(anatomy.n_query_heads)
+    writer.add_head_count_kv(anatomy.n_kv_heads)
+    writer.add_key_length(anatomy.head_dim)
+    writer.add_value_length(anatomy.head_dim)
+    writer.add_layer_norm_rms_eps(float(plan.config.rms_norm_eps))
+    writer.add_vocab_size(anatomy.vocabulary)
+    writer.add_rope_dimension_count(anatomy.head_dim)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType[kind.upper()])
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    if kind == "yarn":
+        if rope.get("original_max_position_embeddings"):
+            writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+        for name, add in (
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        ):
+            if rope.get(name) is not None:
+                add(float(rope[name]))
+
+
+def _entries(tensor: GgufTensor, checkpoint: Checkpoint, plan: GgufPlan) -> Iterator[npt.NDArray[Any]]:
+    """The tensor's bytes in the file, some rows at a time.
+
+    Raises:
+        UserError: a value does not fit into 16 bits, or is no finite number.
+    """
+    if tensor.source is None:
+        assert plan.divisors is not None, "only the divisors have no source"
+        yield plan.divisors
+        return
+    whole = checkpoint.tensor(tensor.source)
+    if tensor.heads is not None:
+        whole = side_by_side(whole, tensor.heads)
+    rows = max(_CHUNK // max(whole.shape[-1], 1), 1) if whole.ndim > 1 else whole.shape[0]
+    for start in range(0, whole.shape[0], rows):
+        yield _converted(whole[start : start + rows], tensor)
+
+
+def side_by_side(weight: Tensor, heads: int) -> Tensor:
+    """Rows (or bias entries) of each head with the two halves interleaved."""
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, 2, half, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def _converted(part: Tensor, tensor: GgufTensor) -> npt.NDArray[Any]:
+    import gguf
+
+    if tensor.kind == "F16":
+        part = part.to(torch.float16)
+    if not bool(torch.isfinite(part).all()):
+        raise UserError.of(
+            where=f"tensor {tensor.source}",
+            expected=f"numbers that {tensor.kind} can hold",
+            found="larger ones, NaN or infinity",
+            remedy="Export as BF16 or F32.",
+        )
+    if tensor.kind == "F16":
+        return part.contiguous().numpy()
+    if tensor.kind == "BF16":
+        return part.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+    wide = part.float().contiguous().numpy()
+    return wide if tensor.kind == "F32" else gguf.quantize(wide, gguf.GGMLQuantizationType.Q8_0)

@@ -1,0 +1,398 @@
+"""Dataclass fields as flags: names, help, conversion, plain data, and the command line that makes a value again.
+
+A field needs nothing but its type, its default and its comment:
+
+    @dataclass(frozen=True, kw_only=True)
+    class ComeSettings:
+        # Adjacent layers that become one in a step.
+        merge: int = 2
+
+is `--merge` on the command line and `merge:` in a config file, with the comment as its help. `flag()` instead of the
+default gives it other names, or says how its text is read. Nothing here knows the library that parses a command line.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import shlex
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+
+from intarsia.errors import Problem, Problems, UserError
+
+_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_TOKENS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """How a field, or a parameter of a verb, is given. In `Annotated[...]` for a parameter, by `flag()` for a field."""
+
+    # Its flags, with dashes, the main one first; () makes one of the field's name.
+    names: tuple[str, ...] = ()
+    # One or two sentences; a field says it in its comment instead.
+    help: str = ""
+    # What stands for the value in the help.
+    metavar: str | None = None
+    # Whether it stands without a flag.
+    positional: bool = False
+    # Reads its text, where the type alone does not say how; raises UserError.
+    parse: Callable[[str], Any] | None = None
+    # Whether commas separate the items of a list.
+    commas: bool = True
+
+
+def flag(default: Any = MISSING, *names: str, metavar: str | None = None, **how: Any) -> Any:
+    """A dataclass field with flags of its own; see `Flag` for what else may be given."""
+    return dataclasses.field(default=default, metadata={"flag": Flag(names=names, metavar=metavar, **how)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One flag of a command: where its value goes, and how it is described."""
+
+    # The field or parameter.
+    attribute: str
+    annotation: Any
+    # MISSING where it must be given.
+    default: Any
+    help: str
+    flag: Flag
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All flags of it, with dashes."""
+        return self.flag.names or (f"--{self.attribute.replace('_', '-')}",)
+
+    @property
+    def key(self) -> str:
+        """Its name in a config file: the flag without dashes; of a positional, the attribute."""
+        long = next((name for name in self.names if name.startswith("--")), self.names[0])
+        return self.attribute if self.flag.positional else long.lstrip("-")
+
+    @property
+    def called(self) -> str:
+        """What an error calls it."""
+        return (self.flag.metavar or self.attribute.upper()) if self.flag.positional else f"--{self.key}"
+
+    @property
+    def kind(self) -> Any:
+        """The type of its value, or of one item of it, without None."""
+        kind = _without_none(self.annotation)
+        return get_args(kind)[0] if get_origin(kind) in (tuple, list) else kind
+
+    @property
+    def many(self) -> bool:
+        """Whether it takes several values."""
+        return get_origin(_without_none(self.annotation)) in (tuple, list)
+
+    def convert(self, given: Any) -> Any:
+        """A value as typed by a user (text) or read from a file (plain data), as the field wants it.
+
+        Raises:
+            UserError: it is something else.
+        """
+        if given is None and _takes_none(self.annotation):
+            return None
+        if not self.many:
+            return self._one(given)
+        items = [given] if isinstance(given, str) or not isinstance(given, Sequence) else given
+        split: list[Any] = []
+        for item in items:
+            words = item.split(",") if self.flag.commas and isinstance(item, str) else [item]
+            split += [word.strip() if isinstance(word, str) else word for word in words]
+        return tuple(self._one(item) for item in split if item != "")
+
+    def _one(self, given: Any) -> Any:
+        if self.flag.parse is not None and isinstance(given, str):
+            try:
+                return self.flag.parse(given)
+            except UserError as error:
+                raise UserError(
+                    Problem(f"{self.called}: {each.message}", each.hint) for each in error.problems
+                ) from None
+        if isinstance(given, str) and given.strip().lower() == "none" and _takes_none(self.annotation):
+            return None
+        from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+        try:
+            config = ConfigDict(coerce_numbers_to_str=not isinstance(given, bool))
+            return TypeAdapter(self.kind, config=config).validate_python(given)
+        except ValidationError:
+            raise UserError(
+                f"{self.called} takes {_noun(self.kind)}, not {given!r}.", "Give it such a value."
+            ) from None
+
+    def words(self, value: Any) -> list[str]:
+        """The words of a command line that give it this value."""
+        if isinstance(value, bool):
+            return [f"--{self.key}" if value else f"--no-{self.key}"]
+        texts = [_text(item) for item in value] if self.many and value is not None else [_text(value)]
+        if self.many and self.flag.commas and not any("," in text for text in texts):
+            texts = [",".join(texts)]
+        return texts if self.flag.positional else [word for text in texts for word in (f"--{self.key}", text)]
+
+
+class Choices(Protocol):
+    """A kind of thing that is chosen by name and brings settings (see `intarsia.registry`)."""
+
+    flag: str
+    many: bool
+
+    def choose(self, choice: Any) -> Any:
+        """What was chosen: objects with `name` and `settings`; a tuple of them where several may be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One parameter of a verb: a value object, a choice of methods, or a plain value."""
+
+    name: str
+    # MISSING where it must be given.
+    default: Any
+    # A dataclass, whose fields are flags.
+    values: type | None = None
+    choices: Choices | None = None
+    # Of a plain value.
+    option: Option | None = None
+    # Whether it is a `*parameter`.
+    rest: bool = False
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """Its flags; those of a choice depend on what is chosen."""
+        if self.option is not None:
+            return (self.option,)
+        return () if self.values is None else options_of(self.values, self.default)
+
+
+def parts_of(verb: Callable[..., Any]) -> tuple[Part, ...]:
+    """The parameters of a verb, as what its command line is made of."""
+    hints = get_type_hints(verb, include_extras=True)
+    return tuple(_part(each, hints[each.name]) for each in inspect.signature(verb).parameters.values())
+
+
+def _part(parameter: inspect.Parameter, hint: Any) -> Part:
+    default = MISSING if parameter.default is inspect.Parameter.empty else parameter.default
+    facts = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    for fact in facts:
+        if hasattr(fact, "choose"):
+            return Part(name=parameter.name, default=default, choices=fact)
+    plain = get_args(hint)[0] if facts else hint
+    members = get_args(plain) if get_origin(plain) in (Union, types.UnionType) else (plain,)
+    for member in members:
+        if dataclasses.is_dataclass(member):
+            assert isinstance(member, type)
+            return Part(name=parameter.name, default=default, values=member)
+    how = next((fact for fact in facts if isinstance(fact, Flag)), Flag())
+    if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+        how, plain, default = dataclasses.replace(how, positional=True), tuple[plain, ...], ()
+    option = Option(attribute=parameter.name, annotation=plain, default=default, help=how.help, flag=how)
+    rest = parameter.kind is inspect.Parameter.VAR_POSITIONAL
+    return Part(name=parameter.name, default=default, option=option, rest=rest)
+
+
+def options_of(kind: type, defaults: Any = MISSING) -> tuple[Option, ...]:
+    """The flags of a dataclass. `defaults`, an instance of it, says what is meant where one is left out."""
+    hints, comments = get_type_hints(kind), field_comments(kind)
+    return tuple(
+        Option(
+            attribute=field.name,
+            annotation=hints[field.name],
+            default=getattr(defaults, field.name, field.default) if isinstance(defaults, kind) else field.default,
+            help=comments.get(field.name, ""),
+            flag=field.metadata.get("flag", Flag()),
+        )
+        for field in dataclasses.fields(kind)
+        if field.init
+    )
+
+
+def from_plain(kind: type, given: Mapping[str, Any], *, where: str = "", defaults: Any = MISSING) -> Any:
+    """An instance of a settings dataclass from plain data; keys are names of fields or flags, with `-` or `_`.
+
+    Raises:
+        UserError: with every key and value that is wrong.
+    """
+    problems, values = Problems(), {}
+    options = {option.attribute: option for option in options_of(kind)}
+    by_flag = {option.key.replace("-", "_"): option.attribute for option in options.values()}
+    prefix = f"{where}: " if where else ""
+    for key, value in given.items():
+        name = str(key).replace("-", "_")
+        name = by_flag.get(name, name)
+        if name not in options:
+            known = ", ".join(options) or "none"
+            problems.add(f"{prefix}there is no option {key}.", f"The options are: {known}.")
+            continue
+        with problems.collected():
+            values[name] = options[name].convert(value)
+    problems.raise_any()
+    return dataclasses.replace(defaults, **values) if isinstance(defaults, kind) else kind(**values)
+
+
+def plain(value: Any) -> Any:
+    """A value as what JSON holds: what a run folder records."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(entry) for entry in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    return str(value) if isinstance(value, Path) else value
+
+
+def command_line(verb: Callable[..., Any], name: str = "", /, **arguments: Any) -> str:
+    """The command that calls a verb with these arguments; what is left at its default is left out."""
+    positional: list[str] = []
+    words: dict[tuple[str, ...], None] = {}
+    for part in parts_of(verb):
+        value = arguments.get(part.name, part.default)
+        if value is MISSING:
+            continue
+        for option, found in _given(part, value):
+            if option.flag.positional:
+                positional += option.words(found)
+            else:
+                words.setdefault(tuple(option.words(found)))
+    return shlex.join(
+        ["intarsia", *(name or verb.__name__).split(), *positional, *(each for one in words for each in one)]
+    )
+
+
+def _given(part: Part, value: Any) -> Iterator[tuple[Option, Any]]:
+    """The options of a part whose value is not the default, with it."""
+    if part.choices is not None:
+        chosen = part.choices.choose(value)
+        chosen = chosen if isinstance(chosen, tuple) else (chosen,)
+        names = ",".join(each.name for each in chosen) or "none"
+        option = Option(attribute=part.choices.flag, annotation=str, default=MISSING, help="", flag=Flag())
+        yield option, names
+        for each in chosen:
+            if each.plugin is not None:
+                yield dataclasses.replace(option, attribute="plugin"), each.plugin
+            if each.settings is not None:
+                yield from _changed(options_of(type(each.settings)), each.settings)
+    elif part.values is not None:
+        if isinstance(value, part.values):
+            yield from _changed(part.options, value)
+        else:  # a plain name where the object has more to say: `"demo"` for a ModelRef
+            main = next(option for option in part.options if option.default is MISSING)
+            yield main, value
+    elif part.option is not None and value != part.default:
+        yield part.option, value
+
+
+def _changed(options: Sequence[Option], value: Any) -> Iterator[tuple[Option, Any]]:
+    for option in options:
+        found = getattr(value, option.attribute)
+        if found != option.default:
+            yield option, found
+
+
+def field_comments(kind: type) -> dict[str, str]:
+    """What is said of each field: the comment above it, or the string below it; also of inherited ones."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(base):
+            try:
+                file = inspect.getsourcefile(base)
+            except (TypeError, OSError):
+                file = None
+            if file is not None and Path(file).is_file():
+                own = _comments(file).get(base.__name__, {})
+                found |= {name: comment for name, comment in own.items() if comment}
+    return found
+
+
+@cache
+def _comments(file: str) -> dict[str, dict[str, str]]:
+    """Comments of the fields of every class in a file."""
+    text = Path(file).read_text(encoding="utf-8")
+    lines, found = text.splitlines(), {}
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.ClassDef):
+            continue
+        comments: dict[str, str] = {}
+        for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                comments[statement.target.id] = _above(lines, statement.lineno - 1) or _string(after)
+        found[node.name] = comments
+    return found
+
+
+def _above(lines: Sequence[str], index: int) -> str:
+    first = index
+    while first > 0 and lines[first - 1].lstrip().startswith("#"):
+        first -= 1
+    return " ".join(line.strip().lstrip("#").strip() for line in lines[first:index])
+
+
+def _string(node: ast.stmt | None) -> str:
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        return " ".join(node.value.value.split())
+    return ""
+
+
+def _without_none(annotation: Any) -> Any:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(member for member in get_args(annotation) if member is not type(None))
+    return annotation
+
+
+def _takes_none(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation)
+
+
+def _noun(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    nouns: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        Path: "a path",
+        str: "text",
+    }
+    return nouns.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else repr(value) if isinstance(value, float) else str(value)
+
+
+def byte_count(text: str) -> int:
+    """`5GB`, `500MB`, `1.5GiB` or plain bytes as a number.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    return _count(text, _BYTES, "a size such as 5GB, 500MB or 1.5GiB")
+
+
+def token_count(text: str) -> int:
+    """`65536`, `500k`, `2M` or `1.5G` as a number.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    return _count(text, _TOKENS, "a number of tokens such as 65536, 500k or 2M")
+
+
+def _count(text: str, units: Mapping[str, int], expected: str) -> int:
+    """A positive number before a unit, in ones."""
+    digits = text.strip().rstrip("BGIKMbgikm ")
+    unit = text.strip()[len(digits) :].strip().upper()
+    try:
+        count = int(float(digits.replace("_", "")) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        count = 0
+    if count < 1:
+        raise UserError(f"{text!r} is not {expected}.", "Give such a number.")
+    return count

@@ -1,0 +1,233 @@
+"""The value objects that options travel in: the flags of the command line are their fields.
+
+They hold what a user asked for, checked as far as it can be without the model. `Runtime` and `Output` never decide a
+result, so no run folder pins them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from intarsia.errors import check
+from intarsia.flags import byte_count, flag, token_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRef:
+    """Model: which one is read, as `ModelRef(model="Qwen/Qwen3-0.6B", revision="main")`."""
+
+    # A local folder, a GGUF file, a hub id, or `demo`.
+    model: str = flag(metavar="MODEL", positional=True)
+    # Branch, tag or commit of a hub model.
+    revision: str | None = None
+    # Which GGUF file of a folder or hub model to read.
+    gguf_file: str | None = flag(None, metavar="NAME")
+    # Read 8-bit weights (FP8 with scales) as ordinary ones. Other quantised models are refused.
+    dequantize: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", str(self.model))
+        check((bool(self.model), "The model has no name.", "Give a folder, a GGUF file, a hub id, or demo."))
+
+    @classmethod
+    def of(cls, model: ModelRef | str | Path) -> ModelRef:
+        """A reference as it is, or one to the model of that name."""
+        return model if isinstance(model, ModelRef) else cls(model=str(model))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSpec:
+    """Text: what a job works on; one draw, in three disjoint parts for calibration, selection and test."""
+
+    # Calibration text: a .txt, .jsonl or .parquet file, hub:DATASET:SPLIT:COLUMN (with a configuration
+    # hub:DATASET/CONFIG:SPLIT:COLUMN), or `self`: the model writes it. `file.txt#0:0.9` is the first nine tenths of a
+    # file. Several take equal parts.
+    sources: tuple[str, ...] = flag(("self",), "--calibration", metavar="SPEC")
+    # Calibration tokens: 65536, 500k, 2M.
+    tokens: int = flag(65_536, metavar="N", parse=token_count)
+    # Tokens in a sequence.
+    seq_len: int = flag(512, metavar="N")
+    # Seed of everything random.
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", _words(self.sources))
+        check(
+            (bool(self.sources), "--calibration names no text.", "Give a file, hub:DATASET:SPLIT:COLUMN, or self."),
+            (
+                self.seq_len >= 2,
+                f"--seq-len is {self.seq_len}; a sequence has at least 2 tokens.",
+                "Give a larger one, such as 512.",
+            ),
+            (
+                self.tokens >= max(self.seq_len, 2),
+                f"--tokens is {self.tokens}, less than one sequence of --seq-len {self.seq_len}.",
+                "Give more --tokens, or a smaller --seq-len.",
+            ),
+            (self.seed >= 0, f"--seed is {self.seed}; it is at least 0.", "Give a whole number from 0 on."),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Target: how small the model becomes, as a depth, or a share of its parameters."""
+
+    # How many layers to keep.
+    layers: int | None = flag(None, metavar="N")
+    # Share of all parameters to remove, between 0 and 1: the greatest depth that removes at least that much.
+    sparsity: float | None = flag(None, metavar="S")
+
+    def __post_init__(self) -> None:
+        both = self.layers is not None and self.sparsity is not None
+        check(
+            (not both, "--layers and --sparsity are both given.", "Give one of them."),
+            (
+                self.layers is None or self.layers >= 1,
+                f"--layers is {self.layers}; a model keeps at least 1 layer.",
+                "Give how many layers to keep.",
+            ),
+            (
+                self.sparsity is None or 0.0 < self.sparsity < 1.0,
+                f"--sparsity is {self.sparsity}; it is a share between 0 and 1.",
+                "Give it like 0.3 for 30 % of the parameters.",
+            ),
+        )
+
+    def require(self) -> Target:
+        """The target of a job that cannot do without one.
+
+        Raises:
+            UserError: neither a depth nor a share is given.
+        """
+        given = self.layers is not None or self.sparsity is not None
+        check((given, "Neither --layers nor --sparsity is given.", "Give one, such as --sparsity 0.3."))
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Runtime: where and how a job runs. It never decides a result, and a resumed job may use another."""
+
+    # cpu, cuda, cuda:1 ... (default: the best there is).
+    device: str | None = None
+    # Lay the layers over several devices, such as cuda:0,cuda:1; the first has embedding and head.
+    devices: tuple[str, ...] = flag((), metavar="LIST")
+    # bfloat16, float16 or float32 (default: the checkpoint's own).
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    # Keep one layer in memory at a time, read from the files when it is needed: same result, less memory.
+    stream: bool = False
+    # What hidden states may take in memory, such as 8GB; the rest goes to files (default: two fifths of what is free).
+    memory: str | None = flag(None, metavar="SIZE")
+    # Tokens in a batch (default: by memory).
+    batch_tokens: int | None = flag(None, metavar="N", parse=token_count)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "devices", _words(self.devices))
+        alone = not (self.devices and (self.device or self.stream))
+        few = self.batch_tokens is not None and self.batch_tokens < 1
+        check(
+            (alone, "--devices is given with --device or --stream.", "Give one of the three."),
+            (not few, f"--batch-tokens is {self.batch_tokens}; it is at least 1.", "Leave it out to fit the memory."),
+            _size("--memory", self.memory),
+        )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` as a number."""
+        return None if self.memory is None else byte_count(str(self.memory))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSpec:
+    """Evaluation: what a model is measured by, before and after."""
+
+    # Evaluation text for perplexity, as FILE or NAME=FILE; `file.txt#0.9:1` is the last tenth of a file.
+    text: tuple[str, ...] = flag((), "--eval-text", "--text", metavar="FILE")
+    # Sequences of each evaluation text to use; 0 for all.
+    windows: int = flag(64, "--eval-windows", "--windows", metavar="N")
+    # Tasks of lm-eval (arc_easy, hellaswag, ...), and .jsonl files of query, choices and gold.
+    tasks: tuple[str, ...] = flag((), metavar="NAMES")
+    # The first N items of each task.
+    limit: int | None = flag(None, metavar="N")
+    # A folder with task definitions of your own.
+    include_path: Path | None = flag(None, metavar="DIR")
+    # Measure tokens a second too.
+    speed: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", _words(self.text))
+        object.__setattr__(self, "tasks", _words(self.tasks))
+        check(
+            (self.windows >= 0, f"--eval-windows is {self.windows}; it is at least 0.", "Give 0 for the whole text."),
+            (
+                self.limit is None or self.limit >= 1,
+                f"--limit is {self.limit}; it is at least 1.",
+                "Leave it out for all items.",
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Output: where a result goes."""
+
+    # Folder for the new model.
+    path: Path = flag(MISSING, "--out", "-o", metavar="DIR")
+    # Run folder: progress, log and ladder (default: beside the output).
+    run: Path | None = flag(None, metavar="DIR")
+    # Replace the output if it exists.
+    overwrite: bool = False
+    # Size of a weight file at most.
+    shard_size: str = flag("5GB", "--max-shard-size", metavar="SIZE")
+    # Send the result to the HuggingFace hub when it is complete: `name` or `owner/name`.
+    push_to: str | None = flag(None, "--push-to-hub", metavar="NAME")
+    # Make a new repository on the hub private.
+    private: bool = False
+    # Print the plan and an estimate of its cost; write nothing.
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        named = str(self.path) not in ("", ".")
+        object.__setattr__(self, "path", Path(self.path))
+        if self.run is not None:
+            object.__setattr__(self, "run", Path(self.run))
+        check(
+            (named, "There is no output folder.", "Give one with -o."),
+            (
+                not self.private or self.push_to is not None,
+                "--private is given without --push-to-hub.",
+                "Leave it out, or give --push-to-hub NAME.",
+            ),
+            _size("--max-shard-size", self.shard_size),
+        )
+
+    @classmethod
+    def of(cls, path: Output | str | Path) -> Output:
+        """An output as it is, or one to that path."""
+        return path if isinstance(path, Output) else cls(path=Path(path))
+
+    @property
+    def shard_bytes(self) -> int:
+        """`shard_size` as a number."""
+        return byte_count(str(self.shard_size))
+
+    @property
+    def run_path(self) -> Path:
+        """The run folder: as given, or beside the output."""
+        return self.path.with_name(f"{self.path.name}.run") if self.run is None else self.run
+
+
+def _words(given: Any) -> tuple[str, ...]:
+    """One text, or several."""
+    return (given,) if isinstance(given, str) else tuple(str(word) for word in given)
+
+
+def _size(name: str, text: str | int | None) -> tuple[bool, str, str]:
+    """A rule: a size that can be read."""
+    try:
+        holds = text is None or byte_count(str(text)) > 0
+    except ValueError:
+        holds = False
+    return holds, f"{name} is {text!r}, which is no size.", "Give a size such as 5GB, 500MB or 1.5GiB."

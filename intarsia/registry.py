@@ -1,0 +1,357 @@
+"""The extension points: planners, heal stages, merge operators and search engines, each in a file of its own.
+
+    @planner("shortgpt", paper="2403.03853")
+    class ShortGPT: ...
+
+    @heal_stage("closed-form", settings=ClosedFormSettings)
+    def closed_form(context, recipe, settings): ...
+
+    @merge_op("ties", needs_base=True, search={"density": (0.2, 0.8)})
+    def ties(tensors, weights, base, *, density=0.2): ...
+
+    @engine("evolve", settings=EvolveSettings)
+    class Evolve: ...
+
+What is built in is found by listing the modules of one package for each kind, when a name is first looked up. Such a
+module imports torch inside its functions, because `--help` reads its settings. What others write comes from
+`load_plugin`, from a package with an entry point in the group `intarsia.plugins`, or by importing it in Python.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from hashlib import sha256
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias, TypeVar
+
+from intarsia.errors import Problems, UserError
+from intarsia.flags import from_plain, options_of, plain
+
+T = TypeVar("T")
+
+GROUP = "intarsia.plugins"
+PRESETS = "presets"
+"""A settings class may have it: a mapping of preset names to values of its fields, for `--preset NAME`."""
+
+_NAME_AND_OPTIONS = re.compile(r"\s*([^\[\]]+?)\s*(?:\[([^\[\]]*)\])?\s*")
+_OUTSIDE_BRACKETS = re.compile(r",(?![^\[\]]*\])")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One registered thing."""
+
+    # What it is called on the command line and in files.
+    name: str
+    # The decorated class or function.
+    object: Any
+    # The dataclass of its options; None if it has none.
+    settings: type | None = None
+    # What else its decorator said: paper, needs_base, search.
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring."""
+        return (inspect.getdoc(self.object) or "").partition("\n")[0]
+
+    @property
+    def plugin(self) -> str | None:
+        """The user's file that registered it."""
+        return next((file for file, module in _LOADED.items() if module == self.object.__module__), None)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Of a function: its keyword-only parameters with their defaults."""
+        signature = inspect.signature(self.object).parameters.values()
+        return {each.name: each.default for each in signature if each.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """Something that was chosen by name, with its settings."""
+
+    entry: Entry
+    settings: Any = None
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.entry.name
+
+    @property
+    def plugin(self) -> str | None:
+        """The user's file that registered it."""
+        return self.entry.plugin
+
+    @property
+    def label(self) -> str:
+        """The name, with the settings that are not the defaults: `come-p[spans=1]`."""
+        options = () if self.settings is None else options_of(type(self.settings))
+        pairs = ((option, getattr(self.settings, option.attribute)) for option in options)
+        words = [f"{option.key}={_written(value)}" for option, value in pairs if value != option.default]
+        return f"{self.name}[{','.join(words)}]" if words else self.name
+
+    def create(self, *arguments: Any) -> Any:
+        """Call the class or function: with `arguments`, and the settings where it has some."""
+        return self.entry.object(*arguments, *([] if self.settings is None else [self.settings]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for a run folder."""
+        return {"name": self.name, **({} if self.settings is None else plain(self.settings))}
+
+
+class Kind:
+    """All registered things of one kind.
+
+    Attributes:
+        noun: what one of them is called.
+        flag: the option that chooses one.
+        many: whether several may be chosen, in an order.
+    """
+
+    def __init__(self, noun: str, flag: str, package: str, *, many: bool = False) -> None:
+        self.noun, self.flag, self.many = noun, flag, many
+        self._package = package
+        self._entries: dict[str, Entry] = {}
+        self._found = False
+
+    def register(self, name: str, settings: type | None = None, **facts: Any) -> Callable[[T], T]:
+        """Decorate a class or function to make it known by `name`."""
+
+        def known(thing: T) -> T:
+            entry = Entry(name=name, object=thing, settings=settings, facts=facts)
+            before = self._entries.get(name)
+            if before is not None and _home(before.object) != _home(thing):
+                raise UserError(
+                    f"The {self.noun} {name} is defined twice: by {_home(before.object)} and by {_home(thing)}.",
+                    "Give one of them another name.",
+                )
+            assert settings is None or dataclasses.is_dataclass(settings), f"the settings of {name} are no dataclass"
+            self._entries[name] = entry
+            return thing
+
+        return known
+
+    def __iter__(self) -> Iterator[Entry]:
+        self._find()
+        return iter(sorted(self._entries.values(), key=lambda entry: entry.name))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every known name."""
+        return tuple(entry.name for entry in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def get(self, name: str) -> Entry:
+        """What has this name.
+
+        Raises:
+            UserError: nothing has.
+        """
+        self._find()
+        if name not in self._entries:
+            near = get_close_matches(name, self.names, n=1)
+            known = f"Known are: {', '.join(self.names) or 'none'}."
+            raise UserError(f"There is no {self.noun} {name!r}.", f"Did you mean {near[0]}? {known}" if near else known)
+        return self._entries[name]
+
+    def with_option(self, key: str) -> tuple[str, ...]:
+        """Names of those that have an option, as its flag is written without the dashes."""
+        return tuple(
+            entry.name
+            for entry in self
+            if entry.settings is not None and any(option.key == key for option in options_of(entry.settings))
+        )
+
+    def choose(self, choice: Any) -> Any:
+        """What is meant by a name, `name[option=value,...]`, a settings object, or a `Chosen`.
+
+        Where several may be chosen: a tuple, of a list of these or of names with commas between; `none` is none.
+
+        Raises:
+            UserError: with everything that cannot be.
+        """
+        return self.choose_all(choice) if self.many else self._one(choice)
+
+    def choose_all(self, choices: Any) -> tuple[Chosen, ...]:
+        """Several, each once; see `choose`."""
+        if isinstance(choices, str):
+            choices = [] if choices.strip() in ("", "none") else _OUTSIDE_BRACKETS.split(choices)
+        elif not isinstance(choices, Sequence):
+            choices = [choices]
+        problems, found = Problems(), list[Chosen]()
+        for choice in choices:
+            with problems.collected():
+                found.append(self._one(choice))
+        labels = [each.label for each in found]
+        for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
+            problems.add(f"The {self.noun} {label} is named more than once.", "Name it once.")
+        problems.raise_any()
+        return tuple(found)
+
+    def _one(self, choice: Any) -> Chosen:
+        if isinstance(choice, Chosen):
+            return choice
+        if not isinstance(choice, str):
+            return self._of_settings(choice)
+        form = _NAME_AND_OPTIONS.fullmatch(choice)
+        if form is None:
+            raise UserError(
+                f"{choice!r} is no {self.noun} with options.", "Write it like NAME or NAME[option=value,...]."
+            )
+        entry = self.get(form[1])
+        words = [word for word in (form[2] or "").split(",") if word.strip()]
+        if entry.settings is None:
+            if words:
+                raise UserError(f"The {self.noun} {entry.name} has no options.", f"Write {entry.name}.")
+            return Chosen(entry=entry)
+        given = {key.strip(): value.strip() for key, _, value in (word.partition("=") for word in words)}
+        return Chosen(entry=entry, settings=from_plain(entry.settings, given, where=entry.name))
+
+    def _of_settings(self, settings: Any) -> Chosen:
+        owners = [entry for entry in self if entry.settings is type(settings)]
+        if len(owners) != 1:
+            names = ", ".join(entry.name for entry in owners)
+            found = f"the settings of {names} alike" if owners else f"no {self.noun} and no settings of one"
+            raise UserError(f"{type(settings).__name__} is {found}.", f"Name the {self.noun}: {', '.join(self.names)}.")
+        return Chosen(entry=owners[0], settings=settings)
+
+    def recorded(self, data: Mapping[str, Any]) -> Chosen:
+        """What `Chosen.to_dict` wrote."""
+        entry = self.get(str(data["name"]))
+        rest = {key: value for key, value in data.items() if key != "name"}
+        return Chosen(entry=entry, settings=None if entry.settings is None else from_plain(entry.settings, rest))
+
+    def _find(self) -> None:
+        """Import what is built in, and the packages that announce themselves, once."""
+        if self._found:
+            return
+        self._found = True
+        try:
+            package = import_module(self._package)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{self._package}.".startswith(f"{error.name}."):
+                raise
+        else:
+            for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda each: each.name):
+                import_module(f"{self._package}.{module.name}")
+        _load_announced()
+
+
+planners = Kind("method", "method", "intarsia.pruning.methods")
+heal_stages = Kind("heal stage", "heal", "intarsia.healing.stages", many=True)
+merge_ops = Kind("merge operator", "merge-op", "intarsia.building.operators")
+engines = Kind("engine", "engine", "intarsia.tailoring.engines")
+
+KINDS = (planners, heal_stages, merge_ops, engines)
+
+Planner: TypeAlias = Annotated[Any, planners]
+"""A parameter that takes a planner: its name, or its settings."""
+HealStages: TypeAlias = Annotated[Any, heal_stages]
+"""A parameter that takes heal stages: their names or settings, in order."""
+Engine: TypeAlias = Annotated[Any, engines]
+"""A parameter that takes a search engine: its name, or its settings."""
+
+
+def planner(name: str, *, settings: type | None = None, paper: str = "") -> Callable[[T], T]:
+    """Register a planner: a class with `steps(model, target)`. `paper` is its number at arXiv."""
+    return planners.register(name, settings, paper=paper)
+
+
+def heal_stage(name: str, *, settings: type | None = None, paper: str = "") -> Callable[[T], T]:
+    """Register a heal stage: a function of context, recipe and settings that gives a recipe."""
+    return heal_stages.register(name, settings, paper=paper)
+
+
+def merge_op(
+    name: str, *, needs_base: bool = False, search: Mapping[str, tuple[float, float]] | None = None, paper: str = ""
+) -> Callable[[T], T]:
+    """Register a merge operator: a function of tensors, weights and base; keyword-only parameters are its options.
+
+    Args:
+        needs_base: whether it works on differences from the base model's layer.
+        search: what a search tries for its parameters: the least and the greatest value of each.
+    """
+    return merge_ops.register(name, needs_base=needs_base, search=dict(search or {}), paper=paper)
+
+
+def engine(name: str, *, settings: type | None = None, paper: str = "") -> Callable[[T], T]:
+    """Register a search engine: a class with `ask(n)` and `tell(candidate, budget, costs)`."""
+    return engines.register(name, settings, paper=paper)
+
+
+_LOADED: dict[str, str] = {}
+
+
+def load_plugin(path: str | Path) -> None:
+    """Run a user's file, which registers what it defines; a second time is nothing.
+
+    Raises:
+        UserError: there is no such file, or it fails.
+    """
+    file = Path(path).resolve()
+    if str(file) in _LOADED:
+        return
+    if not file.is_file():
+        raise UserError(f"--plugin {path} is no file.", "Give a Python file that registers a method, stage or engine.")
+    name = f"intarsia_plugin_{file.stem}_{sha256(str(file).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--plugin {path} is no Python file.", "Give one that ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look it up there
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        del sys.modules[name]
+        raise
+    except Exception as error:
+        del sys.modules[name]
+        raise UserError(
+            f"--plugin {path} fails with {type(error).__name__}: {error}.", "Run it with Python to see where."
+        ) from error
+    _LOADED[str(file)] = name
+
+
+def loaded_plugins() -> tuple[str, ...]:
+    """The files that were loaded, for other processes to load too."""
+    return tuple(_LOADED)
+
+
+_ANNOUNCED: list[str] = []
+
+
+def _load_announced() -> None:
+    """Import what installed packages announce in the group `intarsia.plugins`, once."""
+    if _ANNOUNCED:
+        return
+    _ANNOUNCED.append(GROUP)
+    for point in entry_points(group=GROUP):
+        try:
+            point.load()
+        except Exception as error:
+            raise UserError(
+                f"The plugin {point.name} ({point.value}) fails with {type(error).__name__}: {error}.",
+                "Mend or uninstall its package.",
+            ) from error
+
+
+def _home(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def _written(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

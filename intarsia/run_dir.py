@@ -1,0 +1,262 @@
+"""One resumable folder, whatever the job: pinned settings, append-only logs, artifacts, and a lock.
+
+    run = RunDir(path, option="--run")
+    run.check(settings)                      # before heavy work; writes nothing
+    with run.opened(settings):               # from here on, this process alone
+        run.pin("text", {"sha256": ...})
+        log = run.log()
+        for step in ...: log.append({...})   # after its artifacts
+
+A step counts as done when its line is in the log, and what the line speaks of is written before. So whatever instant
+a job is killed at, the folder is sound, and the same command resumes after the last line. Runtime options (device,
+batch size, memory) are not pinned: they may differ when a job resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from intarsia.disk import append_line, damage_named, full_disk_named, read_json, write_whole
+from intarsia.errors import Problem, UserError
+from intarsia.flags import plain
+
+SETTINGS = "settings"
+_LOCK = ".lock"
+_SCRATCH = "scratch"
+
+
+class Log:
+    """A file with one JSON object a line. A last line that a kill tore does not count."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._whole = False
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Every whole line, in order.
+
+        Raises:
+            UserError: a line is damaged.
+        """
+        if not self.path.exists():
+            return []
+        remedy = "Delete its folder and start again, or delete the damaged lines."
+        with damage_named(self.path, expected="a log, one JSON object a line", remedy=remedy):
+            text, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
+            return [_object(line) for line in text.splitlines()]
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add a line; it is on the disk when this returns.
+
+        Raises:
+            UserError: the disk is full; the log is as it was.
+            ValueError: a number in it is not finite.
+        """
+        line = json.dumps(plain(entry), allow_nan=False)
+        if not self._whole:
+            self._drop_torn()
+            self._whole = True
+        append_line(self.path, line)
+
+    def _drop_torn(self) -> None:
+        if not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            with self.path.open("rb+") as file:
+                file.truncate(whole)
+
+
+class RunDir:
+    """A folder in which a job is done, resumed, and looked up.
+
+    Attributes:
+        path: where it is.
+        option: what names it on the command line, for errors.
+    """
+
+    def __init__(self, path: str | Path, *, option: str = "--run") -> None:
+        self.path = Path(path)
+        self.option = option
+
+    @classmethod
+    def existing(cls, path: str | Path, *, made_by: str = "intarsia plan MODEL --run DIR") -> RunDir:
+        """A run folder to read.
+
+        Raises:
+            UserError: there is none.
+        """
+        run = cls(path)
+        if not run.exists():
+            raise UserError(f"{path} is no run folder.", f"Make one with `{made_by}`.")
+        return run
+
+    def exists(self) -> bool:
+        """Whether a job was started here."""
+        return self._pin_path(SETTINGS).is_file()
+
+    def check(self, settings: Mapping[str, Any], *, name: str = SETTINGS) -> None:
+        """Check that a job with these settings could start or resume here; writes nothing.
+
+        Args:
+            settings: what decides the result. A value of `...` is not known yet, and not compared.
+
+        Raises:
+            UserError: the folder holds a job with other settings (with every difference), or something else.
+        """
+        if self._pin_path(name).is_file():
+            if problems := list(differences(self.pinned(name), plain(settings), self.option)):
+                raise UserError(problems)
+        elif name == SETTINGS and self.path.exists() and not self._is_free():
+            raise UserError(
+                f"{self.path} exists and is no run folder.", f"Give another {self.option}, or delete it if it is yours."
+            )
+
+    @contextmanager
+    def opened(self, settings: Mapping[str, Any] | None = None) -> Iterator[RunDir]:
+        """Start or resume the job: this process alone works in the folder, until the block ends.
+
+        Args:
+            settings: what decides the result; None where the folder is one already.
+
+        Raises:
+            UserError: as `check`; another process works in it; the disk is full.
+        """
+        if settings is not None:
+            self.check(settings)
+        with full_disk_named(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            try:
+                self._clear_scratch()
+                if settings is not None:
+                    self.pin(SETTINGS, settings)
+                yield self
+            except BaseException as error:
+                if not isinstance(error, UserError):
+                    _note(error, f"run folder: {self.path} (the same command resumes)")
+                raise
+            finally:
+                self._clear_scratch()
+
+    def pin(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Record facts, once; a resumed job must find the same.
+
+        Raises:
+            UserError: they are others, with every difference.
+        """
+        self.check(facts, name=name)
+        if not self._pin_path(name).is_file():
+            self.write_json(f"{name}.json", facts)
+
+    def pinned(self, name: str = SETTINGS) -> dict[str, Any]:
+        """What was recorded under a name."""
+        return self.read_json(f"{name}.json")
+
+    def log(self, name: str = "log") -> Log:
+        """A log of the job, `NAME.jsonl`."""
+        return Log(self.path / f"{name}.jsonl")
+
+    def artifact(self, *parts: str) -> Path:
+        """The path of a file of the job; the folder that it is in is made.
+
+        Write it through `intarsia.disk` (`write_whole`, `replaced`), so that it is whole or not there.
+        """
+        path = self.path.joinpath(*parts)
+        with full_disk_named(self.path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write an artifact as JSON; it may be written again.
+
+        Raises:
+            UserError: the disk is full; the file is as it was.
+            ValueError: a number in it is not finite.
+        """
+        write_whole(self.artifact(name), json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON artifact.
+
+        Raises:
+            UserError: it is not there, or damaged.
+        """
+        remedy = "The run folder is damaged; delete it and start again."
+        return read_json(self.path / name, expected="a JSON object that a run wrote", remedy=remedy)
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for files that nobody needs after the job, such as hidden states; of whoever holds the lock."""
+        return self.artifact(_SCRATCH, "-").parent
+
+    def _pin_path(self, name: str) -> Path:
+        return self.path / f"{name}.json"
+
+    def _is_free(self) -> bool:
+        """Whether there is nothing in it, but what a kill at the start leaves."""
+        left = (_LOCK, _SCRATCH)
+        return self.path.is_dir() and all(
+            entry.name in left or entry.name.startswith(f".{SETTINGS}.json.") for entry in self.path.iterdir()
+        )
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        # The system releases it when the process dies, however it dies.
+        lock = FileLock(self.path / _LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"Another process works in the run folder {self.path}.",
+                f"Wait until it ends, or give another {self.option}.",
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _clear_scratch(self) -> None:
+        shutil.rmtree(self.path / _SCRATCH, ignore_errors=True)
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], option: str = "--run", *, prefix: str = ""
+) -> Iterator[Problem]:
+    """Every setting in which a job that is resumed would differ from how it was started."""
+    for key in sorted({*old, *new}):
+        before, now = old.get(key), new.get(key)
+        if now is ...:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from differences(before, now, option, prefix=f"{prefix}{key}.")
+        elif before != now:
+            yield Problem(
+                f"This run was started with {prefix}{key} {_said(before)}, not {_said(now)}.",
+                f"Use the same settings to resume it, or another {option} for a new run.",
+            )
+
+
+def _said(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _object(line: str) -> dict[str, Any]:
+    entry = json.loads(line)
+    if not isinstance(entry, dict):
+        raise ValueError(f"a line holds a {type(entry).__name__}")
+    return entry
+
+
+def _note(error: BaseException, text: str) -> None:
+    """`add_note`, which Python 3.10 does not have."""
+    notes = [*getattr(error, "__notes__", ()), text]
+    error.__notes__ = notes  # type: ignore[attr-defined]

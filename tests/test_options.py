@@ -1,0 +1,153 @@
+"""The value objects, and how fields become flags, plain data and command lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from intarsia.errors import UserError
+from intarsia.flags import byte_count, command_line, field_comments, flag, from_plain, options_of, plain, token_count
+from intarsia.options import EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
+
+
+def said(error: UserError) -> list[str]:
+    return [problem.message for problem in error.problems]
+
+
+def test_defaults() -> None:
+    assert TextSpec() == TextSpec(sources=("self",), tokens=65_536, seq_len=512, seed=0)
+    assert EvalSpec() == EvalSpec(text=(), windows=64, tasks=(), limit=None, speed=True)
+    assert Output(path=Path("out")).shard_bytes == 5 * 10**9
+    assert Runtime(memory="1.5GiB").memory_bytes == 3 * 2**29
+    assert Runtime().memory_bytes is None
+
+
+def test_plain_values_become_objects() -> None:
+    assert ModelRef.of("demo") == ModelRef.of(ModelRef(model="demo")) == ModelRef(model="demo")
+    assert ModelRef.of(Path("a/b")).model == "a/b"
+    assert Output.of("out").path == Path("out")
+    assert TextSpec(sources="a.txt").sources == ("a.txt",)
+    assert Output.of("a/out").run_path == Path("a/out.run")
+    assert Output(path="out", run="r").run_path == Path("r")
+
+
+def test_every_problem_of_a_value_is_found_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        TextSpec(sources=(), tokens=4, seq_len=8, seed=-1)
+    assert said(caught.value) == [
+        "--calibration names no text.",
+        "--tokens is 4, less than one sequence of --seq-len 8.",
+        "--seed is -1; it is at least 0.",
+    ]
+    assert all(problem.hint for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (Target, {"layers": 3, "sparsity": 0.2}, "--layers and --sparsity are both given."),
+        (Target, {"layers": 0}, "--layers is 0; a model keeps at least 1 layer."),
+        (Target, {"sparsity": 1.0}, "--sparsity is 1.0; it is a share between 0 and 1."),
+        (Runtime, {"memory": "8XB"}, "--memory is '8XB', which is no size."),
+        (Runtime, {"batch_tokens": 0}, "--batch-tokens is 0; it is at least 1."),
+        (Runtime, {"devices": "cuda:0", "stream": True}, "--devices is given with --device or --stream."),
+        (EvalSpec, {"limit": 0}, "--limit is 0; it is at least 1."),
+        (Output, {"path": ""}, "There is no output folder."),
+        (Output, {"path": "o", "private": True}, "--private is given without --push-to-hub."),
+        (ModelRef, {"model": ""}, "The model has no name."),
+    ],
+)
+def test_values_that_cannot_be(kind: type, values: dict, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        kind(**values)
+    assert said(caught.value) == [message]
+
+
+def test_a_target_is_required_where_it_must_be() -> None:
+    assert Target(layers=3).require().layers == 3
+    with pytest.raises(UserError, match="Neither --layers nor --sparsity"):
+        Target().require()
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 * 2**19), ("7", 7), ("12kb", 12_000), ("1_000", 1000)]
+)
+def test_sizes(text: str, count: int) -> None:
+    assert byte_count(text) == count
+
+
+def test_token_counts() -> None:
+    assert [token_count(text) for text in ("65536", "500k", "2M", "1.5G")] == [65536, 500_000, 2_000_000, 1_500_000_000]
+    for text in ("", "-3", "many", "0", "3 Q"):
+        with pytest.raises(UserError):
+            token_count(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    # Said above,
+    # in two lines.
+    first: int = 1
+    second: Literal["a", "b"] = "a"
+    """Said below."""
+    third: float = 0.5  # not this
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived(Base):
+    first: int = 7
+    # A list of numbers.
+    depths: tuple[int, ...] = flag((), "--at", "-a")
+
+
+def test_help_is_the_comment_of_a_field() -> None:
+    assert field_comments(Derived) == {
+        "first": "Said above, in two lines.",
+        "second": "Said below.",
+        "depths": "A list of numbers.",
+    }
+    assert [(option.key, option.names, option.default) for option in options_of(Derived)] == [
+        ("first", ("--first",), 7),
+        ("second", ("--second",), "a"),
+        ("third", ("--third",), 0.5),
+        ("at", ("--at", "-a"), ()),
+    ]
+
+
+def test_settings_from_plain_data() -> None:
+    found = from_plain(Derived, {"second": "b", "third": "2", "depths": "3,4"})
+    assert found == Derived(second="b", third=2.0, depths=(3, 4))
+    assert plain(found) == {"first": 7, "second": "b", "third": 2.0, "depths": [3, 4]}
+    assert from_plain(Derived, plain(found)) == found
+    with pytest.raises(UserError) as caught:
+        from_plain(Derived, {"second": "c", "depths": ["x"], "fourth": 1}, where="mine")
+    assert said(caught.value) == [
+        "--second takes one of a, b, not 'c'.",
+        "--at takes a whole number, not 'x'.",
+        "mine: there is no option fourth.",
+    ]
+
+
+def verb(
+    model: ModelRef | str,
+    out: Output | str,
+    target: Target,
+    *,
+    text: TextSpec = TextSpec(tokens=100, seq_len=10),
+    evaluation: EvalSpec = EvalSpec(speed=False),
+    runtime: Runtime = Runtime(),
+) -> None:
+    """Do it."""
+
+
+def test_the_command_that_makes_it_again_names_what_is_not_the_default() -> None:
+    text = TextSpec(tokens=100, seq_len=20, sources=("a b.txt", "self"))
+    line = command_line(
+        verb, model="demo", out=Output(path=Path("x"), run=Path("r")), target=Target(sparsity=0.3), text=text
+    )
+    assert line == "intarsia verb demo --out x --run r --sparsity 0.3 --calibration 'a b.txt,self' --seq-len 20"
+    line = command_line(verb, "eval it", model=ModelRef(model="m", dequantize=True), evaluation=EvalSpec())
+    assert line == "intarsia eval it m --dequantize --speed"
