@@ -33,14 +33,19 @@ CONFIG = {
 
 def generate(folder: Path, depth: int) -> None:
     """Write a model of random weights, tensor by tensor."""
-    from intarsia.anatomy.detect import detect
+    from intarsia.architecture.detect import detect
     from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan
 
     config = {**CONFIG, "num_hidden_layers": depth}
-    anatomy = detect(config)
-    shapes = {"model.embed_tokens.weight": (anatomy.vocabulary, anatomy.width), "model.norm.weight": (anatomy.width,)}
+    architecture = detect(config)
+    shapes = {
+        "model.embed_tokens.weight": (architecture.vocabulary, architecture.width),
+        "model.norm.weight": (architecture.width,),
+    }
     for layer in range(depth):
-        shapes |= {anatomy.tensor_name(layer, local): shape for local, shape in anatomy.layer_shapes().items()}
+        shapes |= {
+            architecture.tensor_name(layer, local): shape for local, shape in architecture.layer_shapes().items()
+        }
     plans = [TensorPlan(name=name, dtype=torch.bfloat16, shape=shape) for name, shape in shapes.items()]
     chance = torch.Generator().manual_seed(0)
     with CheckpointWriter(folder, plans, overwrite=True, max_shard_bytes=10**9) as writer:
@@ -53,21 +58,23 @@ def build(folder: Path, out: Path, depth: int) -> None:
     """In a process of its own: merge every pair of layers, half of each, and print the peak above the start."""
     import psutil
 
-    from intarsia.anatomy.detect import detect
-    from intarsia.anatomy.spec import Part
+    from intarsia.architecture.detect import detect
+    from intarsia.architecture.spec import Part
     from intarsia.evaluation.memory import peak_memory_bytes
     from intarsia.progress import Silent
     from intarsia.recipe.algebra import concat_of
     from intarsia.recipe.recipe import Variant, identity
     from intarsia.stages.build import build_recipe
 
-    anatomy = detect({**CONFIG, "num_hidden_layers": depth})
+    architecture = detect({**CONFIG, "num_hidden_layers": depth})
     whole = identity(Variant(name="base", model=str(folder)), depth)
-    groups, channels = anatomy.n_kv_heads // 2, anatomy.n_channels // 2
+    groups, channels = architecture.n_kv_heads // 2, architecture.n_channels // 2
     kept: dict[Part, Sequence[int]] = {"attention": range(groups), "mlp": range(channels)}
     halves: dict[Part, float] = {"attention": 0.5, "mlp": 0.5}
     layers = [
-        concat_of(whole.layers[index : index + 2], [kept] * 2, weights=[halves] * 2, norm="fold", anatomy=anatomy)
+        concat_of(
+            whole.layers[index : index + 2], [kept] * 2, weights=[halves] * 2, norm="fold", architecture=architecture
+        )
         for index in range(0, depth, 2)
     ]
     before = psutil.Process().memory_info().rss
@@ -85,11 +92,11 @@ def main() -> None:
     if given.child:
         build(Path(given.child[0]), Path(given.child[1]), int(given.child[2]))
         return
-    from intarsia.anatomy.detect import detect
+    from intarsia.architecture.detect import detect
 
-    anatomy = detect({**CONFIG, "num_hidden_layers": 2})
-    layer = anatomy.layer_parameters * 2
-    embedding = anatomy.vocabulary * anatomy.width * 2
+    architecture = detect({**CONFIG, "num_hidden_layers": 2})
+    layer = architecture.layer_parameters * 2
+    embedding = architecture.vocabulary * architecture.width * 2
     print(f"a layer {layer / 1e6:.0f} MB, the embedding {embedding / 1e6:.0f} MB\n")
     print("| depth | checkpoint | peak above start | less the embedding, in layers |")
     print("|---:|---:|---:|---:|")

@@ -28,7 +28,7 @@ from intarsia.stages.setup import load_tokenizer
 
 def climb(resident: Resident, corpus: Any, *, posterior: bool, reuse: bool, target: int) -> dict[str, Any]:
     """Plan down to `target`; cost, time and the layers that came out."""
-    whole = identity(Variant(name="base", model="demo"), resident.anatomy.n_layers)
+    whole = identity(Variant(name="base", model="demo"), resident.architecture.n_layers)
     model = Intermediate(resident, corpus, whole.layers, reuse_prefix=reuse)
     planner = Come(ComeSettings(granularity=20, spans=1, racing=False), posterior=posterior)
     begun = time.perf_counter()

@@ -24,7 +24,7 @@ from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.healing.layer_task import LayerTask, on_device, trained_names
 from intarsia.healing.layer_training import train_layer
 from intarsia.healing.settings import LayerwiseSettings
-from intarsia.healing.states import StatesInMemory
+from intarsia.healing.states import States
 
 _LAYER = 14
 _WARM_UP = 3
@@ -33,26 +33,26 @@ _WARM_UP = 3
 def task_of(resident: Resident, settings: LayerwiseSettings, *, steps: int, seq_len: int) -> LayerTask:
     """Training of a layer from random hidden states towards the output of it and the next; a batch is held out."""
     batch = settings.batch_tokens // seq_len
-    store = HiddenStore((batch * (steps + 1), seq_len, resident.anatomy.width), resident.model.dtype)
-    stream = LayerStream(resident.model, resident.anatomy)
+    store = HiddenStore((batch * (steps + 1), seq_len, resident.architecture.width), resident.model.dtype)
+    stream = LayerStream(resident.model, resident.architecture)
     with torch.no_grad():
         call, following = stream.calls(torch.zeros(batch, seq_len, dtype=torch.int64), None)[_LAYER : _LAYER + 2]
         for start in range(0, store.shape[0], batch):
-            h_BTD = torch.randn(batch, seq_len, resident.anatomy.width, dtype=store.dtype).to(resident.device)
+            h_BTD = torch.randn(batch, seq_len, resident.architecture.width, dtype=store.dtype).to(resident.device)
             store.put(0, start, h_BTD)
             h_BTD = stream.run(resident.layers[_LAYER], h_BTD, call)
             store.put(1, start, stream.run(resident.layers[_LAYER + 1], h_BTD, following))
     return LayerTask(
         index=_LAYER,
         module=resident.fresh(_LAYER, dict(resident.layers[_LAYER].named_parameters())),
-        inputs=StatesInMemory(store=store, depth=0),
-        targets=StatesInMemory(store=store, depth=1),
+        inputs=States(store=store, depth=0),
+        targets=States(store=store, depth=1),
         sequences=store.shape[0],
         held_out=batch,
         seq_len=seq_len,
         mask=None,
         calls={batch: call},
-        names=trained_names(list(resident.anatomy.layer_shapes()), ()),
+        names=trained_names(list(resident.architecture.layer_shapes()), ()),
         settings=settings,
         folder=None,
         device=str(resident.device),

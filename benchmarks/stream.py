@@ -31,6 +31,29 @@ from typing import Any
 import torch
 
 _WORDS = 4096
+_SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    },
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    },
+}
 
 
 def generate(folder: Path, config: dict[str, Any]) -> None:
@@ -38,17 +61,19 @@ def generate(folder: Path, config: dict[str, Any]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from intarsia.anatomy.detect import detect
+    from intarsia.architecture.detect import detect
     from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan
 
     config = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", **config}
-    anatomy = detect(config)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (anatomy.vocabulary, anatomy.width)}
-    for layer in range(anatomy.n_layers):
-        shapes |= {anatomy.tensor_name(layer, local): shape for local, shape in anatomy.layer_shapes().items()}
-    shapes["model.norm.weight"] = (anatomy.width,)
-    if not anatomy.tied:
-        shapes["lm_head.weight"] = (anatomy.vocabulary, anatomy.width)
+    architecture = detect(config)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (architecture.vocabulary, architecture.width)}
+    for layer in range(architecture.n_layers):
+        shapes |= {
+            architecture.tensor_name(layer, local): shape for local, shape in architecture.layer_shapes().items()
+        }
+    shapes["model.norm.weight"] = (architecture.width,)
+    if not architecture.tied:
+        shapes["lm_head.weight"] = (architecture.vocabulary, architecture.width)
     plans = [TensorPlan(name=name, dtype=torch.bfloat16, shape=shape) for name, shape in shapes.items()]
     chance = torch.Generator().manual_seed(0)
     with CheckpointWriter(folder, plans, overwrite=True, max_shard_bytes=2 * 10**9) as writer:
@@ -150,7 +175,6 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
         "base": base,
         "parts": peaks.parts,
         "peak": max(peaks.parts.values()),
-        "predicted": result.predicted.peak_memory_bytes,
         "layer_forwards": result.layer_forwards,
         "healed": result.healed,
         "before": result.before and result.before.perplexity and result.before.perplexity.value,
@@ -162,7 +186,7 @@ def main() -> None:
     """Generate, run, report, delete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, default=Path("out/bench/stream"))
-    parser.add_argument("--shape", default="llama-3.2-1b")
+    parser.add_argument("--shape", choices=_SHAPES, default="llama-3.2-1b")
     parser.add_argument("--depth", type=int, help="layers of the generated model (default: the shape's)")
     parser.add_argument("--layers", type=int, help="layers to keep (default: three quarters)")
     parser.add_argument("--method", default="come")
@@ -177,20 +201,16 @@ def main() -> None:
     if given.child:
         print(json.dumps(work(given)))
         return
-    from intarsia.planning.shapes import known_shapes, shape_of
-    from intarsia.planning.sizes import Sizes
-
-    shape_of(given.shape)  # a name that is not known is told before anything is written
-    config = dict(known_shapes()[given.shape])
+    config = {"model_type": "llama", **_SHAPES[given.shape]}
     config["num_hidden_layers"] = given.depth or config["num_hidden_layers"]
     given.layers = given.layers or config["num_hidden_layers"] * 3 // 4
     given.out.mkdir(parents=True, exist_ok=True)
     if not (given.keep and (given.out / "source" / "config.json").exists()):
         generate(given.out / "source", config)
     write_text(given.out / "words.txt", given.tokens)
-    from intarsia.anatomy.detect import detect
+    from intarsia.architecture.detect import detect
 
-    sizes = Sizes.on_paper(detect(config))
+    architecture = detect(config)
     options = ["--layers", "--method", "--tokens", "--seq-len", "--batch-tokens", "--memory"]
     values = [given.layers, given.method, given.tokens, given.seq_len, given.batch_tokens, given.memory]
     command = [sys.executable, "-m", "benchmarks.stream", "--child", "-o", str(given.out)]
@@ -203,22 +223,20 @@ def main() -> None:
         for name in ("small", "small.run") if given.keep else ("source", "small", "small.run"):
             shutil.rmtree(given.out / name, ignore_errors=True)
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    bound = 2.5 * sizes.layer_bytes + sizes.outside_bytes + given.memory * 1e6
-    report(given, sizes, found, bound, time.perf_counter() - begun)
+    report(given, architecture, found, time.perf_counter() - begun)
 
 
-def report(given: argparse.Namespace, sizes: Any, found: dict[str, Any], bound: float, seconds: float) -> None:
+def report(given: argparse.Namespace, architecture: Any, found: dict[str, Any], seconds: float) -> None:
     """One table row, and the numbers behind it."""
-    from intarsia.healing.fit_memory import gram_bytes
-
+    layer = 2 * architecture.layer_parameters
+    outside = 2 * (architecture.vocabulary * architecture.width * (1 if architecture.tied else 2) + architecture.width)
+    bound = 2.5 * layer + outside + given.memory * 1e6
     own = found["peak"] - found["base"]
-    print(f"{given.shape}, {sizes.anatomy.n_layers} to {given.layers} layers, {given.tokens} tokens, {given.method}")
-    print("| weights | a layer | embeddings | hidden budget | bound | peak above the base | predicted, with base |")
-    print("|---:|---:|---:|---:|---:|---:|---:|")
-    cells = (sizes.weight_bytes, sizes.layer_bytes, sizes.outside_bytes, given.memory * 1e6, bound, own)
-    print("| " + " | ".join(f"{cell / 1e6:,.0f} MB" for cell in (*cells, found["predicted"])) + " |")
-    moments = gram_bytes(sizes.anatomy.cut_size(sizes.anatomy.writer("mlp")), sizes.anatomy.width)
-    print(f"\nmoments of down_proj {moments / 1e6:.0f} MB, where tokens are more than half its features")
+    print(f"{given.shape}, {architecture.n_layers} to {given.layers} layers, {given.tokens} tokens, {given.method}")
+    print("| weights | a layer | embeddings | hidden budget | bound | peak above the base |")
+    print("|---:|---:|---:|---:|---:|---:|")
+    cells = (outside + architecture.n_layers * layer, layer, outside, given.memory * 1e6, bound, own)
+    print("| " + " | ".join(f"{cell / 1e6:,.0f} MB" for cell in cells) + " |\n")
     print(f"base {found['base'] / 1e6:.0f} MB, peak with it {found['peak'] / 1e6:.0f} MB, {seconds:.0f} s")
     print(f"perplexity {found['before']:.1f} -> {found['after']:.1f}, {found['layer_forwards']:.1f} layer-forwards")
     print(f"healed: {found['healed']}\n\n| part | peak above the base |\n|---|---:|")

@@ -68,9 +68,11 @@ class Stopwatch:
 
 def candidates(file: FamilyFile, family: Family, count: int) -> list[Recipe]:
     """The base without middle layers, then each a move away from one before it."""
-    space = space_of(file, family.anatomy)
+    space = space_of(file, family.architecture)
     variants = family.variants()
-    words = Translator(space=space, anatomy=family.anatomy, variants=variants, scores={}, seed=file.search.seed)
+    words = Translator(
+        space=space, architecture=family.architecture, variants=variants, scores={}, seed=file.search.seed
+    )
     rng = Random(file.search.seed)
     found = [space.random_middle(rng)]
     while len(found) < count:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from intarsia.anatomy.spec import PARTS, Anatomy
+from intarsia.architecture.spec import PARTS, Architecture
 from intarsia.recipe.ops import Concat, Cut, LayerRef, NormMode, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 
@@ -20,13 +20,13 @@ def select(layer: int) -> Select:
     return Select(source=ref(layer))
 
 
-def shared(anatomy: Anatomy, layers: Sequence[int], *, seed: int = 0, norm: NormMode = "fold") -> Concat:
+def shared(architecture: Architecture, layers: Sequence[int], *, seed: int = 0, norm: NormMode = "fold") -> Concat:
     """Pieces of these layers, dealt out and laid down at random, with random weights; every layer gives some."""
     rng = random.Random(seed)
     dealt: dict[str, list[list[int]]] = {}
     weights: dict[str, list[float]] = {}
     for part in PARTS:
-        whole = anatomy.n_pieces(part)
+        whole = architecture.n_pieces(part)
         owners = [*range(len(layers)), *(rng.randrange(len(layers)) for _ in range(whole))][:whole]
         rng.shuffle(owners)
         # The same piece number may come from any of the layers: each deals from a pack of its own.

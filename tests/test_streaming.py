@@ -54,7 +54,7 @@ def whole(depth: int = families.DEPTH) -> Recipe:
 
 def cut(resident: Resident) -> Recipe:
     """Layers 2 and 3 merged, layer 5 removed."""
-    return whole().with_layers([select(0), select(1), shared(resident.anatomy, [2, 3]), select(4)])
+    return whole().with_layers([select(0), select(1), shared(resident.architecture, [2, 3]), select(4)])
 
 
 def ladder(resident: Resident, place: Path, method: str, *, settings: Any = None, **changes: Any) -> list[str]:
@@ -78,7 +78,7 @@ def test_the_streamed_model_is_the_model(family: str, checkpoint_of: Opened, res
     for name, buffer in resident.model.named_buffers():
         assert torch.equal(other.model.get_buffer(name), buffer), name
     corpus = corpus_of(padded=True)
-    a, b = LayerStream(resident.model, resident.anatomy), LayerStream(other.model, other.anatomy)
+    a, b = LayerStream(resident.model, resident.architecture), LayerStream(other.model, other.architecture)
     with torch.inference_mode():
         entry, again = a.enter(corpus.input_ids, corpus.mask), b.enter(corpus.input_ids, corpus.mask)
         h_BTD, g_BTD = entry.h_BTD, again.h_BTD
@@ -101,8 +101,8 @@ def test_embedding_and_head_leave_memory_behind_every_use(
     monkeypatch.setattr(skeleton, "let_go", gone.append)
     resident = streamed(checkpoint_of(family))
     tables = resident.model.get_input_embeddings().weight, resident.model.get_output_embeddings().weight
-    assert (tables[0] is tables[1]) == resident.anatomy.tied
-    stream, ids_BT = LayerStream(resident.model, resident.anatomy), corpus_of().input_ids
+    assert (tables[0] is tables[1]) == resident.architecture.tied
+    stream, ids_BT = LayerStream(resident.model, resident.architecture), corpus_of().input_ids
     h_BTD = stream.enter(ids_BT, None).h_BTD
     assert any(parameter is tables[0] for parameter in gone)
     gone.clear()
@@ -112,7 +112,7 @@ def test_embedding_and_head_leave_memory_behind_every_use(
 
 def test_a_layer_at_rest_that_is_run_is_read_for_that_run(llama: Resident) -> None:
     assert llama.shelf is not None
-    stream = LayerStream(llama.model, llama.anatomy)
+    stream = LayerStream(llama.model, llama.architecture)
     entry = stream.enter(corpus_of().input_ids, None)
     before = sum(llama.shelf.reads.values())
     once = stream.run(llama.layers[3], entry.h_BTD, entry.calls[3])
@@ -131,7 +131,7 @@ def test_a_walk_that_is_left_early_lets_go_of_what_it_has_read_ahead(llama: Resi
         wait_for(llama, 2)  # the next one is read while this one is worked with
         break
     assert llama.shelf.in_memory == 0
-    made = llama.module(shared(llama.anatomy, [1, 2]))
+    made = llama.module(shared(llama.architecture, [1, 2]))
     assert all(parameter.is_meta for parameter in made.parameters())
     for number, layer in enumerate(llama.walk([llama.layers[0], made, made, llama.layers[5]])):
         assert not any(parameter.is_meta for parameter in layer.parameters()), number
@@ -246,7 +246,8 @@ def test_a_shard_that_disappears_is_told_by_its_name(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(folder, model=str(folder))
     resident = streamed(checkpoint)
     shards = {
-        checkpoint.headers[checkpoint.anatomy.tensor_name(4, name)].file for name in checkpoint.anatomy.layer_shapes()
+        checkpoint.headers[checkpoint.architecture.tensor_name(4, name)].file
+        for name in checkpoint.architecture.layer_shapes()
     }
     model = Intermediate(resident, corpus_of(), whole().layers)
     for shard in shards:

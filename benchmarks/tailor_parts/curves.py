@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.reporting.chart import Point, Series, chart, standalone
-from intarsia.reporting.scale import Axis
+from intarsia.reporting.colours import standalone
+from intarsia.reporting.figures import Axis, Point, Series, chart
 from intarsia.tailoring.history import Trial
 from intarsia.tailoring.pareto import non_dominated
 from intarsia.tailoring.scalarise import ALPHA

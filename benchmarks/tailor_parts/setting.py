@@ -84,7 +84,7 @@ class Setting:
 
     def whole(self, member: str) -> Recipe:
         """A member as it is."""
-        depth = self.family.anatomy.n_layers
+        depth = self.family.architecture.n_layers
         layers = [Select(source=LayerRef(variant=member, layer=layer)) for layer in range(depth)]
         used = tuple(variant for variant in self.family.variants() if variant.name in (BASE, member))
         return Recipe(variants=used, base=BASE, depth=depth, layers=tuple(layers), spans=derive_spans(layers, depth))

@@ -44,7 +44,7 @@ def assembled(recipe: Recipe, resident: Resident) -> PreTrainedModel:
             if isinstance(getattr(part, "layer_idx", None), int):
                 part.layer_idx = index
         layers.append(layer)
-    owner, _, name = resident.anatomy.family.layers_module.rpartition(".")
+    owner, _, name = resident.architecture.family.layers_module.rpartition(".")
     setattr(model.get_submodule(owner), name, layers)
     _configure(model, _config(recipe, resident))
     return model.eval()
@@ -55,7 +55,7 @@ def _as_built(index: int, recipe: Recipe, checkpoint: Checkpoint) -> Mapping[str
     layer = recipe.layers[index].sources[0].layer
     found = {}
     for name, array in recipe.fitted.get(index, {}).items():
-        stored = checkpoint.headers[checkpoint.anatomy.tensor_name(layer, name)].dtype
+        stored = checkpoint.headers[checkpoint.architecture.tensor_name(layer, name)].dtype
         found[name] = torch.from_numpy(array).to(stored).float().numpy()
     return found
 

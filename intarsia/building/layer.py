@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from intarsia.anatomy.spec import Anatomy, Linear, Norm
+from intarsia.architecture.spec import Architecture, Linear, Norm
 from intarsia.building import merging
 from intarsia.building.fusing import add_discarded
 from intarsia.building.mixing import merge_tensors
@@ -24,24 +24,24 @@ Read = Callable[[LayerRef, str], Tensor]
 _Fold: TypeAlias = "Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]"
 
 
-def layer_tensors(op: Op, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
+def layer_tensors(op: Op, architecture: Architecture, read: Read) -> dict[str, Tensor]:
     """Every tensor of the output layer that `op` describes, by its name inside the layer.
 
     Returns:
-        Tensors in the dtype of their sources and of the shapes in `anatomy.layer_shapes()`. For a `Select` they
+        Tensors in the dtype of their sources and of the shapes in `architecture.layer_shapes()`. For a `Select` they
         are the source's own tensors, not copies.
     """
     if isinstance(op, Select):
-        return {name: read(op.source, name) for name in anatomy.layer_shapes()}
+        return {name: read(op.source, name) for name in architecture.layer_shapes()}
     if isinstance(op, Merge):
-        return merge_tensors(op, anatomy, read)
+        return merge_tensors(op, architecture, read)
     tensors: dict[str, Tensor] = {}
-    for norm in anatomy.norms:
-        tensors.update(_norm_tensors(norm, op, anatomy, read))
-    for linear in anatomy.linears:
-        tensors.update(_linear_tensors(linear, op, anatomy, read))
+    for norm in architecture.norms:
+        tensors.update(_norm_tensors(norm, op, architecture, read))
+    for linear in architecture.linears:
+        tensors.update(_linear_tensors(linear, op, architecture, read))
     if op.fuse:
-        for name, addition in add_discarded(op, anatomy, read).items():
+        for name, addition in add_discarded(op, architecture, read).items():
             tensors[name] = (tensors[name].to(addition.dtype) + addition).to(tensors[name].dtype)
     return tensors
 
@@ -52,39 +52,39 @@ def _average(name: str, part_of: Linear | Norm, op: Concat, read: Read) -> Tenso
     return merging.linear((read(cut.source, name) for cut in op.cuts), weights)
 
 
-def _norm_tensors(norm: Norm, op: Concat, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
+def _norm_tensors(norm: Norm, op: Concat, architecture: Architecture, read: Read) -> dict[str, Tensor]:
     names = {kind: f"{norm.module}.{kind}" for kind in ("weight", "bias") if getattr(norm, kind)}
     if norm.rows is not None:
-        return {name: _rows(norm, norm.rows, name, op, anatomy, read) for name in names.values()}
+        return {name: _rows(norm, norm.rows, name, op, architecture, read) for name in names.values()}
     if norm.place != "before" or op.norm == "average":
         return {name: _average(name, norm, op, read) for name in names.values()}
     # A bias that no linear layer can take goes into their weights, which then read ones (`fold_centred_norm`).
-    neutral = {"weight": 1.0 - norm.offset, "bias": 0.0 if anatomy.shift_folds(norm.part) else 1.0}
+    neutral = {"weight": 1.0 - norm.offset, "bias": 0.0 if architecture.shift_folds(norm.part) else 1.0}
     return {name: torch.full_like(read(op.cuts[0].source, name), neutral[kind]) for kind, name in names.items()}
 
 
-def _rows(norm: Norm, segment: str, name: str, op: Concat, anatomy: Anatomy, read: Read) -> Tensor:
+def _rows(norm: Norm, segment: str, name: str, op: Concat, architecture: Architecture, read: Read) -> Tensor:
     """Entries of a norm that belong to rows of a projection, each with its piece."""
     rows = Linear(module=norm.module, part=norm.part, side="reads", segments=(segment,), bias=False)
     cuts = [(cut.source, cut.pieces(norm.part)) for cut in op.cuts if cut.pieces(norm.part)]
-    return join([take(read(source, name), positions(anatomy, rows, pieces), 0) for source, pieces in cuts], 0)
+    return join([take(read(source, name), positions(architecture, rows, pieces), 0) for source, pieces in cuts], 0)
 
 
-def _linear_tensors(linear: Linear, op: Concat, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
+def _linear_tensors(linear: Linear, op: Concat, architecture: Architecture, read: Read) -> dict[str, Tensor]:
     if linear.whole is not None:
-        return _averaged_linear(linear, op, anatomy, read)
+        return _averaged_linear(linear, op, architecture, read)
     if linear.per_expert:
-        return _expert_tensors(linear, op, anatomy, read)
+        return _expert_tensors(linear, op, architecture, read)
     reads, axis = linear.side == "reads", linear.cut_axis
     cuts = [cut for cut in op.cuts if cut.pieces(linear.part)]
-    wanted = [positions(anatomy, linear, cut.pieces(linear.part)) for cut in cuts]
-    shape = anatomy.layer_shapes()[f"{linear.module}.weight"]
+    wanted = [positions(architecture, linear, cut.pieces(linear.part)) for cut in cuts]
+    shape = architecture.layer_shapes()[f"{linear.module}.weight"]
     weight, bias = Joined(shape, wanted, axis), Joined(shape[:1] if reads else shape[1:], wanted, 0)
     for number, cut in enumerate(cuts):
         source = read(cut.source, f"{linear.module}.weight")
         # The bias of a writing layer belongs to no piece; it is averaged below.
         offsets = read(cut.source, f"{linear.module}.bias") if linear.bias and reads else None
-        fold = _fold(cut, linear, op, anatomy, read)
+        fold = _fold(cut, linear, op, architecture, read)
         for segment, where in enumerate(wanted[number]):
             for rows, taken in blocks(source, where, axis):
                 folded, entries = fold(taken, None if offsets is None else offsets[where[rows]])
@@ -98,22 +98,22 @@ def _linear_tensors(linear: Linear, op: Concat, anatomy: Anatomy, read: Read) ->
     return tensors
 
 
-def _expert_tensors(linear: Linear, op: Concat, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
+def _expert_tensors(linear: Linear, op: Concat, architecture: Architecture, read: Read) -> dict[str, Tensor]:
     """The matrices of every expert that is kept, each under the number of its new place."""
     tensors: dict[str, Tensor] = {}
-    modules = anatomy.modules(linear)
+    modules = architecture.modules(linear)
     kept = [(cut, expert) for cut in op.cuts for expert in cut.pieces(linear.part)]
     for place, (cut, expert) in zip(modules, kept, strict=True):
-        weight, bias = _folded_linear(modules[expert], linear, cut, op, anatomy, read)
+        weight, bias = _folded_linear(modules[expert], linear, cut, op, architecture, read)
         tensors[f"{place}.weight"] = weight
         if bias is not None:
             tensors[f"{place}.bias"] = bias
     return tensors
 
 
-def _averaged_linear(linear: Linear, op: Concat, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
+def _averaged_linear(linear: Linear, op: Concat, architecture: Architecture, read: Read) -> dict[str, Tensor]:
     """The weighted average of a linear layer of which nothing is a piece, each with its own norm folded in."""
-    folded = [_folded_linear(linear.module, linear, cut, op, anatomy, read) for cut in op.cuts]
+    folded = [_folded_linear(linear.module, linear, cut, op, architecture, read) for cut in op.cuts]
     shares = [cut.weights[linear.part] for cut in op.cuts]
     tensors = {f"{linear.module}.weight": merging.linear([weight for weight, _ in folded], shares)}
     if linear.bias:
@@ -122,25 +122,25 @@ def _averaged_linear(linear: Linear, op: Concat, anatomy: Anatomy, read: Read) -
 
 
 def _folded_linear(
-    module: str, linear: Linear, cut: Cut, op: Concat, anatomy: Anatomy, read: Read
+    module: str, linear: Linear, cut: Cut, op: Concat, architecture: Architecture, read: Read
 ) -> tuple[Tensor, Tensor | None]:
     """A whole linear layer of a source, with the norm of its own layer folded in, if it is to be."""
     weight = read(cut.source, f"{module}.weight")
     bias = read(cut.source, f"{module}.bias") if linear.bias else None
-    return _fold(cut, linear, op, anatomy, read)(weight, bias)
+    return _fold(cut, linear, op, architecture, read)(weight, bias)
 
 
-def _fold(cut: Cut, linear: Linear, op: Concat, anatomy: Anatomy, read: Read) -> _Fold:
+def _fold(cut: Cut, linear: Linear, op: Concat, architecture: Architecture, read: Read) -> _Fold:
     """How rows (and entries of their bias) take in the norm of their own layer, where it is to be folded in."""
     folds = linear.side == "reads" and op.norm == "fold"
-    norm = anatomy.norm_before(linear.part) if folds else None
+    norm = architecture.norm_before(linear.part) if folds else None
     if norm is None:
         return lambda weight, bias: (weight, bias)
     scale = read(cut.source, f"{norm.module}.weight").float() + norm.offset if norm.weight else None
     shift = read(cut.source, f"{norm.module}.bias") if norm.bias else None
 
     def fold(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if shift is not None and not anatomy.shift_folds(linear.part):
+        if shift is not None and not architecture.shift_folds(linear.part):
             return fold_centred_norm(weight, scale, shift).to(weight.dtype), bias
         folded, moved = fold_norm(weight, bias, scale, shift)
         return folded.to(weight.dtype), None if moved is None else moved.to(weight.dtype)

@@ -49,7 +49,7 @@ def materialize(
         UserError: the recipe does not fit the variants, a built tensor is not finite, or the folder cannot be
             written.
     """
-    check(recipe, {name: checkpoint.anatomy for name, checkpoint in variants.items()})
+    check(recipe, {name: checkpoint.architecture for name, checkpoint in variants.items()})
     base = variants[recipe.base]
     outside = base.outside_names()
     plans = [_plan(base.stored_name(name), base.headers[name]) for name in outside]
@@ -57,9 +57,9 @@ def materialize(
     for index, op in enumerate(recipe.layers):
         first = op.sources[0]
         source = variants[first.variant]
-        for local, shape in base.anatomy.layer_shapes().items():
-            dtype = source.headers[source.anatomy.tensor_name(first.layer, local)].dtype
-            name = base.stored_name(base.anatomy.tensor_name(index, local))
+        for local, shape in base.architecture.layer_shapes().items():
+            dtype = source.headers[source.architecture.tensor_name(first.layer, local)].dtype
+            name = base.stored_name(base.architecture.tensor_name(index, local))
             plans.append(TensorPlan(name=name, dtype=dtype, shape=shape))
 
     def read(ref: LayerRef, local: str) -> Tensor:
@@ -76,14 +76,14 @@ def materialize(
         for name in base.kept:
             writer.write(name, base.kept_tensor(name))
         for index, op in enumerate(recipe.layers):
-            tensors = layer_tensors(op, base.anatomy, read)
+            tensors = layer_tensors(op, base.architecture, read)
             for local, fitted in recipe.fitted.get(index, {}).items():
                 tensors[local] = torch.from_numpy(fitted).to(tensors[local].dtype)
                 if tensors[local].dtype != torch.float32:
                     let_go(fitted)
-            for local in base.anatomy.layer_shapes():
+            for local in base.architecture.layer_shapes():
                 tensor = tensors.pop(local).contiguous()
-                name = base.stored_name(base.anatomy.tensor_name(index, local))
+                name = base.stored_name(base.architecture.tensor_name(index, local))
                 if not bool(torch.isfinite(tensor).all()):
                     raise UserError.of(
                         where=f"output tensor {name}",

@@ -12,30 +12,30 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from intarsia.anatomy.spec import PARTS, Anatomy, Part
+from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.building import merging, merging_sparse
 from intarsia.recipe.ops import LayerRef, Merge, Mix
 
 Read = Callable[[LayerRef, str], Tensor]
 
 
-def merge_tensors(op: Merge, anatomy: Anatomy, read: Read) -> dict[str, Tensor]:
+def merge_tensors(op: Merge, architecture: Architecture, read: Read) -> dict[str, Tensor]:
     """Every tensor of the layer that a merge describes, by its name inside the layer, in its first source's dtype."""
-    parts = parts_of_tensors(anatomy)
-    tensors = {name: _mixed(op, op.mix(parts[name]), name, read) for name in anatomy.layer_shapes()}
+    parts = parts_of_tensors(architecture)
+    tensors = {name: _mixed(op, op.mix(parts[name]), name, read) for name in architecture.layer_shapes()}
     if op.scale != 1.0:
         for part in PARTS:
-            scale_output(tensors, part, op.scale, anatomy)
+            scale_output(tensors, part, op.scale, architecture)
     return tensors
 
 
-def scale_output(tensors: dict[str, Tensor], part: Part, scale: float, anatomy: Anatomy) -> None:
+def scale_output(tensors: dict[str, Tensor], part: Part, scale: float, architecture: Architecture) -> None:
     """Scale what a part adds to the residual stream, where that is done last: a norm takes back what stands before."""
-    behind = anatomy.norm_after(part)
-    writers = [linear for linear in anatomy.linears if linear.part == part and linear.side == "writes"]
-    modules = [module for linear in writers for module in anatomy.modules(linear)]
+    behind = architecture.norm_after(part)
+    writers = [linear for linear in architecture.linears if linear.part == part and linear.side == "writes"]
+    modules = [module for linear in writers for module in architecture.modules(linear)]
     modules = modules if behind is None else [behind.module]
-    known = anatomy.layer_shapes()
+    known = architecture.layer_shapes()
     for name in (f"{module}.{kind}" for module in modules for kind in ("weight", "bias")):
         if name not in known:
             continue
@@ -43,10 +43,10 @@ def scale_output(tensors: dict[str, Tensor], part: Part, scale: float, anatomy: 
         tensors[name] = ((merging.wide(tensors[name]) + offset) * scale - offset).to(tensors[name].dtype)
 
 
-def parts_of_tensors(anatomy: Anatomy) -> dict[str, Part]:
+def parts_of_tensors(architecture: Architecture) -> dict[str, Part]:
     """Which part a layer's tensor belongs to, by its name inside the layer."""
-    parts = {norm.module: norm.part for norm in anatomy.norms} | {
-        module: linear.part for linear in anatomy.linears for module in anatomy.modules(linear)
+    parts = {norm.module: norm.part for norm in architecture.norms} | {
+        module: linear.part for linear in architecture.linears for module in architecture.modules(linear)
     }
     return {f"{module}.{kind}": part for module, part in parts.items() for kind in ("weight", "bias")}
 

@@ -48,7 +48,7 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     Args:
         dtype: defaults to the dtype of the embedding in the file (nothing is converted).
     """
-    stored = checkpoint.headers[f"{checkpoint.anatomy.family.embedding_module}.weight"].dtype
+    stored = checkpoint.headers[f"{checkpoint.architecture.family.embedding_module}.weight"].dtype
     with _no_bars():
         model = as_transformers(checkpoint, dtype or stored)
     model.requires_grad_(False)
@@ -99,16 +99,16 @@ class Resident:
         assert not (stream and len(devices) > 1), "layers that are streamed run on one device"
         self.checkpoint = checkpoint
         self.others = dict(others or {})
-        self.anatomy = checkpoint.anatomy
+        self.architecture = checkpoint.architecture
         self.device = device
         self.shelf = Shelf(device) if stream else None
         if stream:
-            stored = checkpoint.headers[f"{self.anatomy.family.embedding_module}.weight"].dtype
+            stored = checkpoint.headers[f"{self.architecture.family.embedding_module}.weight"].dtype
             self.model = skeleton(checkpoint, device=device, dtype=dtype or stored)
         else:
             start = torch.device("cpu") if len(devices) > 1 else device
             self.model = load_model(checkpoint, device=start, dtype=dtype)
-        layers = self.model.get_submodule(self.anatomy.family.layers_module)
+        layers = self.model.get_submodule(self.architecture.family.layers_module)
         assert isinstance(layers, nn.ModuleList)
         self.layers: list[nn.Module] = list(layers)
         if len(devices) > 1:
@@ -164,12 +164,12 @@ class Resident:
 
     def _made(self, op: Op, fitted: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
         fit = {name: torch.from_numpy(array) for name, array in fitted.items()}
-        return to_parameters(layer_tensors(op, self.anatomy, self._read) | fit, self.anatomy)
+        return to_parameters(layer_tensors(op, self.architecture, self._read) | fit, self.architecture)
 
     def _original_values(self, layer: int) -> dict[str, Tensor]:
         """An original layer's values: mapped from the files, as `transformers` itself has them."""
-        stored = {name: self.checkpoint.layer_tensor(layer, name) for name in self.anatomy.layer_shapes()}
-        found = to_parameters(stored, self.anatomy)
+        stored = {name: self.checkpoint.layer_tensor(layer, name) for name in self.architecture.layer_shapes()}
+        found = to_parameters(stored, self.architecture)
         return {name: found[name].to(parameter.dtype) for name, parameter in self.layers[layer].named_parameters()}
 
     def _values(

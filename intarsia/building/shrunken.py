@@ -1,7 +1,7 @@
 """A small random model of the same kind as a large one: few layers, narrow, with the features of its config.
 
-For trying an anatomy, not for use. What makes a model of its kind stays: groups of query heads, heads of a width of
-their own, every kind of layer, windows (shorter than what is run through them), flags, multipliers, experts.
+For trying an architecture, not for use. What makes a model of its kind stays: groups of query heads, heads of a width
+of their own, every kind of layer, windows (shorter than what is run through them), flags, multipliers, experts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.errors import UserError
 
 VOCABULARY = 160
@@ -22,23 +22,23 @@ _LAYERS, _KV_HEADS, _GROUP, _HEAD, _CHANNELS, _EXPERTS, _WINDOW = 6, 4, 3, 16, 4
 _LEFT_OUT = ("dtype", "torch_dtype", "quantization_config", "auto_map", "transformers_version", "architectures")
 
 
-def shrunken(anatomy: Anatomy) -> dict[str, Any]:
-    """The config of a small model like the one that an anatomy is of."""
-    fields = anatomy.family.fields
-    small = {key: value for key, value in anatomy.config.items() if key not in _LEFT_OUT}
-    heads = min(anatomy.n_kv_heads, _KV_HEADS)
-    queries = heads * (_KV_HEADS if heads == 1 else min(anatomy.heads_per_group, _GROUP))
+def shrunken(architecture: Architecture) -> dict[str, Any]:
+    """The config of a small model like the one that an architecture is of."""
+    fields = architecture.family.fields
+    small = {key: value for key, value in architecture.config.items() if key not in _LEFT_OUT}
+    heads = min(architecture.n_kv_heads, _KV_HEADS)
+    queries = heads * (_KV_HEADS if heads == 1 else min(architecture.heads_per_group, _GROUP))
     width = queries * _HEAD
-    own_head = anatomy.head_dim * anatomy.n_query_heads != anatomy.width
+    own_head = architecture.head_dim * architecture.n_query_heads != architecture.width
     head = _HEAD + 8 if own_head else _HEAD
     sizes = {
-        "layers": len(some_layers(anatomy)),
+        "layers": len(some_layers(architecture)),
         "width": width,
         "query_heads": queries,
         "kv_heads": heads,
         "head_dim": head,
         "channels": _CHANNELS,
-        "experts": min(anatomy.n_experts, _EXPERTS),
+        "experts": min(architecture.n_experts, _EXPERTS),
         "vocabulary": VOCABULARY,
         "embedding_width": width,
     }
@@ -46,17 +46,17 @@ def shrunken(anatomy: Anatomy) -> dict[str, Any]:
         name = fields.get(what)
         if name is not None and (name in small or (what == "head_dim" and own_head)):
             small[name] = value
-    for name, values in anatomy.per_layer.items():
-        small[name] = [values[layer] for layer in some_layers(anatomy)]
+    for name, values in architecture.per_layer.items():
+        small[name] = [values[layer] for layer in some_layers(architecture)]
     small |= {name: _other(name, value, small, head) for name, value in small.items() if name not in fields.values()}
-    return {**small, **anatomy.family.tiny}
+    return {**small, **architecture.family.tiny}
 
 
-def some_layers(anatomy: Anatomy) -> list[int]:
+def some_layers(architecture: Architecture) -> list[int]:
     """The layers of the large model that the small one's are like: two of each kind, one after the other, and again."""
-    if anatomy.layer_types is None:
-        return list(range(min(anatomy.n_layers, _LAYERS)))
-    firsts = [anatomy.layer_types.index(kind) for kind in dict.fromkeys(anatomy.layer_types)]
+    if architecture.layer_types is None:
+        return list(range(min(architecture.n_layers, _LAYERS)))
+    firsts = [architecture.layer_types.index(kind) for kind in dict.fromkeys(architecture.layer_types)]
     pairs = [layer for layer in firsts for _ in range(2)]
     return pairs * max(1, -(-_LAYERS // len(pairs)) if len(firsts) == 1 else 2)
 
@@ -101,7 +101,7 @@ def small_model(config: Mapping[str, Any], *, seed: int = 0) -> PreTrainedModel:
 
 
 def _other(name: str, value: Any, small: Mapping[str, Any], head: int) -> Any:
-    """A field that is no size of the anatomy, as the small model has it."""
+    """A field that is no size of the architecture, as the small model has it."""
     if name.endswith("_token_id"):
         return [1] if isinstance(value, list) else value if value is None or value < VOCABULARY else 1
     if isinstance(value, Mapping):

@@ -35,7 +35,7 @@ def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
         model = AutoModelForCausalLM.from_config(stock_config(checkpoint), dtype=dtype, trust_remote_code=False)
     assert isinstance(model, PreTrainedModel)
     parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
-    family = checkpoint.anatomy.family
+    family = checkpoint.architecture.family
     for stored in checkpoint.outside_names():
         name = stored
         if name.startswith(f"{family.head_module}."):  # some are called otherwise in memory
@@ -67,7 +67,7 @@ def _let_go(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _check(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    layers = f"{checkpoint.anatomy.family.layers_module}."
+    layers = f"{checkpoint.architecture.family.layers_module}."
     problems = [
         Problem(
             where=f"{checkpoint.folder}: {name}",

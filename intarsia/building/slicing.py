@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from intarsia.anatomy.spec import Anatomy, Linear
+from intarsia.architecture.spec import Architecture, Linear
 
 _ROWS = 512
 
 
-def positions(anatomy: Anatomy, linear: Linear, pieces: Sequence[int]) -> list[Tensor]:
+def positions(architecture: Architecture, linear: Linear, pieces: Sequence[int]) -> list[Tensor]:
     """Where pieces lie along a linear layer's cut axis, segment by segment.
 
     Args:
@@ -24,12 +24,12 @@ def positions(anatomy: Anatomy, linear: Linear, pieces: Sequence[int]) -> list[T
     Returns:
         One int64 tensor for each segment, of `len(pieces) * unit` positions.
     """
-    total = anatomy.n_pieces(linear.part)
+    total = architecture.n_pieces(linear.part)
     wanted = torch.tensor(list(pieces), dtype=torch.int64)
     found = []
     start = 0
     for segment in linear.segments:
-        unit = anatomy.unit(segment)
+        unit = architecture.unit(segment)
         found.append((start + wanted[:, None] * unit + torch.arange(unit)).reshape(-1))
         start += unit * total
     return found

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from intarsia.anatomy.spec import Part
+from intarsia.architecture.spec import Part
 from intarsia.errors import UserError
 
 

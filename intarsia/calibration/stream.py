@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.calibration.loss import next_token_losses
 
 LOGIT_BYTES = 256 * 1024**2
@@ -84,15 +84,15 @@ class LayerStream:
         n_calls: layers of the original model, each with its own arguments.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+    def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
         self.model = model
-        path, _, name = anatomy.family.layers_module.rpartition(".")
+        path, _, name = architecture.family.layers_module.rpartition(".")
         self._owner = model.get_submodule(path)
         self._name = name
         self._layers: nn.ModuleList = getattr(self._owner, name)
         self.n_calls = len(self._layers)
-        self._vocabulary = anatomy.vocabulary
-        embedding: nn.Module = model.get_submodule(anatomy.family.embedding_module)
+        self._vocabulary = architecture.vocabulary
+        embedding: nn.Module = model.get_submodule(architecture.family.embedding_module)
         self.device = next(embedding.parameters()).device
         if model not in _RETURNS_TUPLES:
             _RETURNS_TUPLES[model] = self._probe()
@@ -115,7 +115,7 @@ class LayerStream:
         h_BTD = stand_ins[0].received
         assert h_BTD is not None
         calls = tuple(stand_in.seen for stand_in in stand_ins if stand_in.seen is not None)
-        assert len(calls) == self.n_calls, "the model ran other layers than its anatomy names"
+        assert len(calls) == self.n_calls, "the model ran other layers than its architecture names"
         return Entry(h_BTD=h_BTD, calls=calls)
 
     def calls(self, ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[LayerCall, ...]:

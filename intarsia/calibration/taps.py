@@ -1,4 +1,4 @@
-"""Hooks at anatomy roles: what goes into the layers that write to the residual stream.
+"""Hooks at architecture roles: what goes into the layers that write to the residual stream.
 
 A mixture has no such layer of its own for its MLP. Of it is told how much every expert adds to the residual stream: the
 sum of absolute values of its output, times its router weight. The experts' own code is run for this once more, one
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intarsia.anatomy.spec import PARTS, Anatomy, Part
+from intarsia.architecture.spec import PARTS, Architecture, Part
 
 Receive = Callable[[Part, Tensor], None]
 
 
 @contextmanager
-def read_outs(layer: nn.Module, anatomy: Anatomy, receive: Receive) -> Iterator[None]:
+def read_outs(layer: nn.Module, architecture: Architecture, receive: Receive) -> Iterator[None]:
     """While open, every forward of `layer` hands the inputs of o_proj and down_proj to `receive`.
 
     The inputs are `[..., C]` with C the query-head channels (attention) or the MLP channels. Of a mixture it is
@@ -33,13 +33,13 @@ def read_outs(layer: nn.Module, anatomy: Anatomy, receive: Receive) -> Iterator[
             receive(part, args[0])
 
         def routed(module: nn.Module, args: tuple[Any, ...], part: Part = part) -> None:
-            receive(part, added_by_experts(module, *args, experts=anatomy.n_experts))
+            receive(part, added_by_experts(module, *args, experts=architecture.n_experts))
 
-        if anatomy.is_mixture(part):
-            target = layer.get_submodule(anatomy.family.experts_module)
+        if architecture.is_mixture(part):
+            target = layer.get_submodule(architecture.family.experts_module)
             handles.append(target.register_forward_pre_hook(routed))
         else:
-            target = layer.get_submodule(anatomy.writer(part).module)
+            target = layer.get_submodule(architecture.writer(part).module)
             handles.append(target.register_forward_pre_hook(hook))
     try:
         yield

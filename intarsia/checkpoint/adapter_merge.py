@@ -39,8 +39,8 @@ class Merged:
     def __init__(self, file: Path, base: Checkpoint) -> None:
         self.base = base
         self._where = f"{file} on {base.model}"
-        self._embedding = f"{base.anatomy.family.embedding_module}.weight"
-        self._head = f"{base.anatomy.family.head_module}.weight"
+        self._embedding = f"{base.architecture.family.embedding_module}.weight"
+        self._head = f"{base.architecture.family.head_module}.weight"
         stored = {header.name: header.shape for header in read_headers(file)}
         self._rows = self._vocabulary(stored)
         self._model = self._with_adapter(file.parent)
@@ -48,12 +48,12 @@ class Merged:
         self._places = dict(self._find_places())
         self._check_names()
         # An embedding that is changed without the head, or otherwise, is no longer the head.
-        self.untied = base.anatomy.tied and not self._still_tied()
+        self.untied = base.architecture.tied and not self._still_tied()
 
     @property
     def resized(self) -> bool:
         """Whether the vocabulary has more rows than the base's."""
-        return self._rows != self.base.anatomy.vocabulary
+        return self._rows != self.base.architecture.vocabulary
 
     def plan(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, dtype and shape of every tensor."""
@@ -69,15 +69,15 @@ class Merged:
         """The config of the merged text model."""
         config = dict(self.base.config)
         if self.resized:
-            config[self.base.anatomy.family.fields["vocabulary"]] = self._rows
+            config[self.base.architecture.family.fields["vocabulary"]] = self._rows
         if self.untied:
-            config[self.base.anatomy.family.fields["tied"]] = False
+            config[self.base.architecture.family.fields["tied"]] = False
         return config
 
     @torch.no_grad()
     def tensor(self, name: str) -> Tensor:
         """A tensor of the merged model, in the dtype of the base's."""
-        if name == self._head and self.base.anatomy.tied and not self.untied:
+        if name == self._head and self.base.architecture.tied and not self.untied:
             name = self._embedding
         header = self.base.headers.get(name) or self.base.headers[self._embedding]
         place = self._places.get(name)
@@ -103,7 +103,7 @@ class Merged:
 
     def _vocabulary(self, stored: Mapping[str, tuple[int, ...]]) -> int:
         """Rows of the embedding: the base's, or more where the adapter holds all of them."""
-        ours, whole, partial = self.base.anatomy.vocabulary, {}, set()
+        ours, whole, partial = self.base.architecture.vocabulary, {}, set()
         for name, shape in stored.items():
             module, _, kind = name.removeprefix(_PREFIX).rpartition(".")
             module = module.removesuffix(".default").removesuffix(".modules_to_save").removesuffix(".base_layer")
@@ -116,7 +116,7 @@ class Merged:
         rows = {*whole.values(), *partial}
         if rows <= {ours}:
             return ours
-        both = self._head in whole or self.base.anatomy.tied
+        both = self._head in whole or self.base.architecture.tied
         if len(rows) > 1 or partial or self._embedding not in whole or not both or min(rows) < ours:
             raise UserError.of(
                 where=self._where,
@@ -173,7 +173,7 @@ class Merged:
                 yield f"{key}.{parameter}", _Place(module, parameter)
 
     def _check_names(self) -> None:
-        tied = {self._head} if self.base.anatomy.tied else set()
+        tied = {self._head} if self.base.architecture.tied else set()
         unknown = sorted(self._places.keys() - self.base.headers.keys() - tied)
         if unknown:
             raise self._unfit(f"changes of {_some(unknown)}, which no file of the base holds by that name")
@@ -195,14 +195,14 @@ class _Modules(nn.Module):
 
     def __init__(self, base: Checkpoint, rows: int) -> None:
         super().__init__()
-        family, tied = base.anatomy.family, base.anatomy.tied
+        family, tied = base.architecture.family, base.architecture.tied
         self.config = {"model_type": base.config.get("model_type"), "tie_word_embeddings": tied}
         self._embedding, self._head = family.embedding_module, family.head_module
         # weights first, for they say which kind of module it is
         for name in sorted(base.headers, key=lambda name: not name.endswith(".weight")):
             owner, _, leaf = name.rpartition(".")
             value = base.tensor(name)
-            if owner in (self._embedding, self._head) and rows != base.anatomy.vocabulary:
+            if owner in (self._embedding, self._head) and rows != base.architecture.vocabulary:
                 value = value.new_zeros(rows, *value.shape[1:])
             setattr(self._module(owner, value.shape), leaf, nn.Parameter(value, requires_grad=False))
         if tied:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from intarsia.anatomy.detect import detect
-from intarsia.anatomy.spec import Anatomy
-from intarsia.anatomy.verify import verify
+from intarsia.architecture.detect import detect
+from intarsia.architecture.spec import Architecture
+from intarsia.architecture.verify import verify
 from intarsia.checkpoint.files import read_all_headers, read_config, require_folder
 from intarsia.checkpoint.multimodal import NESTED, Wrapper, is_wrapped, unwrap
 from intarsia.checkpoint.quantised import KEYS, Scaled, quantization_of, readable, refuse, unscaled
@@ -55,7 +55,7 @@ class Checkpoint:
     model: str
     revision: str | None
     config: dict[str, Any]
-    anatomy: Anatomy
+    architecture: Architecture
     # in the order of the files' names, and within a file in the order of the bytes
     headers: Mapping[str, TensorHeader]
     # the adapter that was merged into `folder`
@@ -95,16 +95,16 @@ class Checkpoint:
             config, headers, scaled = _without_quantization(config, headers, folder / "config.json")
         if is_wrapped(config):
             config, headers, wrapper = unwrap(config, headers, where=str(folder))
-        anatomy = detect(config, where=str(folder / "config.json"))
-        verify(anatomy, {name: header.shape for name, header in headers.items()}, where=str(folder))
-        _check_head(anatomy, headers, str(folder))
-        _check_dtypes(anatomy, headers, str(folder))
+        architecture = detect(config, where=str(folder / "config.json"))
+        verify(architecture, {name: header.shape for name, header in headers.items()}, where=str(folder))
+        _check_head(architecture, headers, str(folder))
+        _check_dtypes(architecture, headers, str(folder))
         return cls(
             folder=folder,
             model=model,
             revision=revision,
             config=config,
-            anatomy=anatomy,
+            architecture=architecture,
             headers=headers,
             wrapper=wrapper,
             scaled=scaled,
@@ -139,18 +139,18 @@ class Checkpoint:
 
     def layer_tensor(self, layer: int, local: str) -> torch.Tensor:
         """A layer's tensor by its name inside the layer."""
-        return self.tensor(self.anatomy.tensor_name(layer, local))
+        return self.tensor(self.architecture.tensor_name(layer, local))
 
     def outside_names(self) -> list[str]:
         """Tensors that belong to no layer: embeddings, final norm, head."""
-        prefix = f"{self.anatomy.family.layers_module}."
+        prefix = f"{self.architecture.family.layers_module}."
         return [name for name in self.headers if not name.startswith(prefix)]
 
     @property
     def parameters(self) -> int:
         """Parameters of the whole model; a head that is tied to the embedding counts once, buffers do not count."""
-        buffers = tuple(f".{name}" for name in self.anatomy.family.buffers)
-        tied_head = f"{self.anatomy.family.head_module}.weight" if self.anatomy.tied else None
+        buffers = tuple(f".{name}" for name in self.architecture.family.buffers)
+        tied_head = f"{self.architecture.family.head_module}.weight" if self.architecture.tied else None
         return sum(
             header.numel
             for name, header in [*self.headers.items(), *self.kept.items()]
@@ -184,22 +184,26 @@ def _without_quantization(
     return plain, shown, scaled
 
 
-def _check_head(anatomy: Anatomy, headers: Mapping[str, TensorHeader], where: str) -> None:
+def _check_head(architecture: Architecture, headers: Mapping[str, TensorHeader], where: str) -> None:
     """A head that is not tied must be there; without it a stock loader would make up a random one."""
-    head = headers.get(f"{anatomy.family.head_module}.weight")
-    embedding = headers.get(f"{anatomy.family.embedding_module}.weight")
-    if embedding is None or (head is None and anatomy.tied) or (head and head.shape == embedding.shape):
+    head = headers.get(f"{architecture.family.head_module}.weight")
+    embedding = headers.get(f"{architecture.family.embedding_module}.weight")
+    if embedding is None or (head is None and architecture.tied) or (head and head.shape == embedding.shape):
         return
     raise UserError.of(
-        where=f"{where}: {anatomy.family.head_module}.weight",
+        where=f"{where}: {architecture.family.head_module}.weight",
         expected=f"the shape of the embedding, {list(embedding.shape)}",
         found=f"shape {list(head.shape)}" if head else "no such tensor, though the config does not tie it",
         remedy="The config and the weights do not belong together; get the checkpoint again.",
     )
 
 
-def _check_dtypes(anatomy: Anatomy, headers: Mapping[str, TensorHeader], where: str) -> None:
-    names = [anatomy.tensor_name(layer, local) for layer in range(anatomy.n_layers) for local in anatomy.layer_shapes()]
+def _check_dtypes(architecture: Architecture, headers: Mapping[str, TensorHeader], where: str) -> None:
+    names = [
+        architecture.tensor_name(layer, local)
+        for layer in range(architecture.n_layers)
+        for local in architecture.layer_shapes()
+    ]
     problems = [
         Problem(
             where=f"{where}: {name}",

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from intarsia.anatomy.detect import regenerates
+from intarsia.architecture.detect import regenerates
 from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE
 from intarsia.checkpoint.hashing import write_sums
 from intarsia.checkpoint.reader import Checkpoint
@@ -249,20 +249,20 @@ def shallower_config(source: Checkpoint, layer_sources: Sequence[int]) -> dict[s
     Raises:
         UserError: a per-layer list of the config is not as long as the model is deep.
     """
-    assert layer_sources and all(0 <= layer < source.anatomy.n_layers for layer in layer_sources)
+    assert layer_sources and all(0 <= layer < source.architecture.n_layers for layer in layer_sources)
     config = dict(source.config)
-    family = source.anatomy.family
+    family = source.architecture.family
     config[family.fields["layers"]] = len(layer_sources)
     for entry in family.per_layer:
         values = config.get(entry.field)
         if values is None:
-            values = source.anatomy.per_layer.get(entry.field)
+            values = source.architecture.per_layer.get(entry.field)
         if values is None:
             continue
-        if not isinstance(values, list | tuple) or len(values) != source.anatomy.n_layers:
+        if not isinstance(values, list | tuple) or len(values) != source.architecture.n_layers:
             raise UserError.of(
                 where=f"{source.folder / 'config.json'}: {entry.field}",
-                expected=f"{source.anatomy.n_layers} entries, one a layer",
+                expected=f"{source.architecture.n_layers} entries, one a layer",
                 found=f"{len(values)} entries" if isinstance(values, list) else repr(values),
                 remedy=f"Make {entry.field} as long as the model is deep.",
             )

@@ -89,14 +89,6 @@ def heal(
     only: Annotated[
         list[str], options.valued("NAME", "Train these alone: down_proj, mlp ...; may be given again.", panel=_LAYERS)
     ] = [],  # noqa: B006
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            help="Train layers on Dask workers: a scheduler's address, or `local`.",
-            show_default=False,
-            rich_help_panel=_LAYERS,
-        ),
-    ] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_WHOLE)] = 1e-4,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.", rich_help_panel=_WHOLE)] = 8192,
     micro_tokens: Annotated[
@@ -205,7 +197,6 @@ def heal(
                 log=log,
             ),
             run=run,
-            scheduler=scheduler,
             device=device,
             dtype=dtype,
             stream=stream,

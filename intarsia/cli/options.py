@@ -82,7 +82,9 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.", rich_help_
 DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Print the plan, its cost and the memory it needs; do nothing.", rich_help_panel=_PLANNING
+        "--dry-run",
+        help="Print what it takes (weights, hidden states, passes over the text, disk); do nothing.",
+        rich_help_panel=_PLANNING,
     ),
 ]
 
@@ -121,24 +123,6 @@ Devices = Annotated[
         "LIST",
         "Lay the layers over several devices, such as cuda:0,cuda:1; the first has embedding and head.",
         panel=_LARGE,
-    ),
-]
-
-Shape = Annotated[
-    list[str],
-    valued(
-        "NAME",
-        "With --dry-run and without a model: the cost on paper for a well-known shape (llama-2-7b, llama-3-70b "
-        "...) or a config.json; may be given again.",
-        panel=_LARGE,
-    ),
-]
-DeviceMemory = Annotated[
-    str,
-    typer.Option(
-        metavar="LIST",
-        help="With --shape: the memory of devices, such as 24GB,80GB.",
-        rich_help_panel=_LARGE,
     ),
 ]
 

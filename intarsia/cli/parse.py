@@ -18,9 +18,9 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.exceptions import MissingArgumentError
 
 from intarsia import registry
+from intarsia.data_file import read_yaml
 from intarsia.errors import Problems, UserError
 from intarsia.flags import Flag, Option, Part, options_of, parts_of
-from intarsia.recipe.strict_yaml import read_yaml
 from intarsia.registry import Kind
 
 _ARGUMENTS = Group("Arguments", sort_key=-1)

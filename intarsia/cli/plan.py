@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import typer
 
@@ -11,16 +11,12 @@ from intarsia.cli import come_options, options, values
 from intarsia.cli.display import display
 from intarsia.cli.guard import guard
 from intarsia.cli.show import show
-from intarsia.errors import Problem, UserError
 
 
 def plan(
     context: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="A local folder, a GGUF file, a hub id, or `demo`.", show_default=False),
-    ] = None,
-    run: Annotated[Path | None, typer.Option(help="Run folder: progress, log and ladder.", show_default=False)] = None,
+    model: options.Model,
+    run: Annotated[Path, typer.Option(help="Run folder: progress, log and ladder.", show_default=False)],
     layers: options.Layers = None,
     sparsity: options.Sparsity = None,
     method: options.Method = "come",
@@ -58,26 +54,8 @@ def plan(
     devices: options.Devices = None,
     stream: options.Stream = False,
     memory: options.Memory = None,
-    shape: options.Shape = [],  # noqa: B006
-    device_memory: options.DeviceMemory = "24GB,80GB",
     batch_tokens: options.BatchTokens = None,
     seed: options.Seed = 0,
-    scheduler: Annotated[
-        str | None,
-        options.valued(
-            "ADDRESS",
-            "Give the calibration set to the workers of a Dask scheduler, such as tcp://host:8786.",
-            panel="Models larger than memory",
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        options.valued(
-            "N",
-            "Give it to N processes on this machine, or to N of the scheduler's; each holds the model.",
-            panel="Models larger than memory",
-        ),
-    ] = None,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -88,17 +66,6 @@ def plan(
     any point, the same command continues where it was.
     """
     with guard(run=run, resumes=True) as stdout:
-        if shape:
-            _on_paper(context, to=stdout)
-            return
-        missing = [name for name, value in (("MODEL", model), ("--run", run)) if value is None]
-        if model is None or run is None:
-            raise UserError.of(
-                where="intarsia plan",
-                expected="a model and a run folder (or --dry-run with --shape)",
-                found=f"no {' and no '.join(missing)}",
-                remedy="intarsia plan MODEL --run DIR --layers N",
-            )
         from intarsia.checkpoint.resolve import asked_for
         from intarsia.stages.plan import plan as stage
 
@@ -121,38 +88,7 @@ def plan(
             memory_bytes=values.memory_bytes(memory),
             batch_tokens=batch_tokens,
             seed=seed,
-            scheduler=scheduler,
-            workers=workers,
             dry_run=dry_run,
             progress=display(quiet=quiet or as_json),
         )
         show(result, to=stdout, as_json=as_json)
-
-
-def _on_paper(context: typer.Context, *, to: TextIO) -> None:
-    """The cost for shapes of models that are not here."""
-    given = context.params
-    problems = [
-        Problem(where=where, expected=expected, found=found, remedy=remedy)
-        for wrong, where, expected, found, remedy in (
-            (not given["dry_run"], "--shape", "--dry-run beside it", "none", "A shape on paper can only be costed."),
-            (given["model"] is not None, "MODEL", "none, where --shape is given", given["model"], "Leave one out."),
-        )
-        if wrong
-    ]
-    if problems:
-        raise UserError(problems)
-    from intarsia.stages.paper import plan_on_paper
-
-    result = plan_on_paper(
-        given["shape"],
-        [values.byte_count(size, "--device-memory") for size in given["device_memory"].split(",")],
-        layers=given["layers"],
-        sparsity=given["sparsity"],
-        method=given["method"],
-        settings=options.planner_settings(context),
-        tokens=given["tokens"],
-        seq_len=given["seq_len"],
-        memory_bytes=values.memory_bytes(given["memory"]),
-    )
-    show(result, to=to, as_json=given["as_json"])

@@ -33,7 +33,7 @@ class Chain(nn.Module):
             room: what hidden states of a whole text may take, where the model is streamed.
         """
         super().__init__()
-        self.stream = LayerStream(resident.model, resident.anatomy)
+        self.stream = LayerStream(resident.model, resident.architecture)
         self.sources = [op.sources[0].layer for op in recipe.layers]
         self.chain = nn.ModuleList(
             resident.module(op, recipe.fitted.get(index)) for index, op in enumerate(recipe.layers)
@@ -90,7 +90,7 @@ class Chain(nn.Module):
         """Summed loss (float64, nats) and predicted tokens (int64) of every window, on the CPU, layer by layer."""
         progress = progress or Silent()
         batches = Batches(corpus, self._resident.device, batch_tokens=batch_tokens, progress=progress)
-        shape = (len(corpus), corpus.seq_len, self._resident.anatomy.width)
+        shape = (len(corpus), corpus.seq_len, self._resident.architecture.width)
         states = HiddenStore(shape, self._resident.model.dtype, room=self._room)
         sums_W = torch.zeros(len(corpus), dtype=torch.float64)
         counts_W = torch.zeros(len(corpus), dtype=torch.int64)
@@ -102,7 +102,7 @@ class Chain(nn.Module):
             sums_W[rows], counts_W[rows] = found[0].cpu(), found[1].cpu()
 
         # Fewer where the vocabulary is large: logits of a batch, beside the whole head, may take more than two layers.
-        rows_bytes = corpus.seq_len * self._resident.anatomy.vocabulary * self._resident.model.dtype.itemsize
+        rows_bytes = corpus.seq_len * self._resident.architecture.vocabulary * self._resident.model.dtype.itemsize
         few = min(batch_tokens, max(1, STREAMED_LOGIT_BYTES // rows_bytes) * corpus.seq_len)
         losing = Batches(corpus, self._resident.device, batch_tokens=few, progress=progress)
         try:

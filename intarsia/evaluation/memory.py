@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.heap import give_back
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -69,16 +69,16 @@ def growth(device: torch.device) -> Iterator[Growth]:
     found.bytes = max(0, highest[0] - before)
 
 
-def kv_cache_bytes(anatomy: Anatomy, *, batch: int, tokens: int, itemsize: int) -> int:
+def kv_cache_bytes(architecture: Architecture, *, batch: int, tokens: int, itemsize: int) -> int:
     """What keys and values of `tokens` tokens take, as the config says; a sliding layer holds its window less one."""
-    window = anatomy.config.get("sliding_window")
-    kinds = anatomy.layer_types
+    window = architecture.config.get("sliding_window")
+    kinds = architecture.layer_types
     if kinds is None:  # one kind for all: a window that the config does not switch off
-        slides = window is not None and anatomy.config.get("use_sliding_window", True)
-        kinds = ("sliding_attention" if slides else "full_attention",) * anatomy.n_layers
+        slides = window is not None and architecture.config.get("use_sliding_window", True)
+        kinds = ("sliding_attention" if slides else "full_attention",) * architecture.n_layers
     held = [min(tokens, int(window or 0) - 1) if kind.startswith("sliding_attention") else tokens for kind in kinds]
-    heads = anatomy.n_query_heads if anatomy.family.caches_query_heads else anatomy.n_kv_heads
-    return 2 * batch * heads * anatomy.head_dim * itemsize * sum(held)
+    heads = architecture.n_query_heads if architecture.family.caches_query_heads else architecture.n_kv_heads
+    return 2 * batch * heads * architecture.head_dim * itemsize * sum(held)
 
 
 def cache_bytes(cache: Any) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intarsia.anatomy.families import Family, known_families
+from intarsia.architecture.families import Family, known_families
 from intarsia.evaluation.likelihood import Forward, Likelihoods, Rows, log_likelihoods
 from intarsia.evaluation.requests import Request
 from intarsia.progress import Progress

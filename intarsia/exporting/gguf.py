@@ -111,20 +111,20 @@ def plan_gguf(
         )
     config: Any = stock_config(checkpoint)
     _refuse_unsupported(checkpoint, config)
-    anatomy = checkpoint.anatomy
-    context, shortened = _context(anatomy.layer_types, config)
-    scales = _divisors(config.rope_parameters, anatomy.head_dim)
+    architecture = checkpoint.architecture
+    context, shortened = _context(architecture.layer_types, config)
+    scales = _divisors(config.rope_parameters, architecture.head_dim)
     architecture = _ARCHITECTURES[family]
     return GgufPlan(
         kind=kind,
         name=name,
         architecture=architecture,
-        layers=anatomy.n_layers,
+        layers=architecture.n_layers,
         config=config,
         context=context,
         shortened=shortened,
         divisors=scales,
-        tokenizer=gguf_tokenizer(checkpoint.folder, tokenizer, anatomy.vocabulary, pre=tokenizer_pre),
+        tokenizer=gguf_tokenizer(checkpoint.folder, tokenizer, architecture.vocabulary, pre=tokenizer_pre),
         tensors=tuple(_tensors(checkpoint, architecture, scales, kind)),
     )
 
@@ -181,19 +181,21 @@ def _tensors(
     """Everything to write, in order."""
     import gguf
 
-    anatomy = checkpoint.anatomy
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], anatomy.n_layers)
-    outside = ["model.embed_tokens.weight", "model.norm.weight", *([] if anatomy.tied else ["lm_head.weight"])]
+    architecture = checkpoint.architecture
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], architecture.n_layers)
+    outside = ["model.embed_tokens.weight", "model.norm.weight", *([] if architecture.tied else ["lm_head.weight"])]
     inside = [
-        anatomy.tensor_name(layer, local) for layer in range(anatomy.n_layers) for local in anatomy.layer_shapes()
+        architecture.tensor_name(layer, local)
+        for layer in range(architecture.n_layers)
+        for local in architecture.layer_shapes()
     ]
     for source in (*outside, *inside):
         shape = checkpoint.headers[source].shape
         heads = None
         if architecture == "llama" and ".self_attn.q_proj." in source:
-            heads = anatomy.n_query_heads
+            heads = architecture.n_query_heads
         elif architecture == "llama" and ".self_attn.k_proj." in source:
-            heads = anatomy.n_kv_heads
+            heads = architecture.n_kv_heads
         own = "F32" if len(shape) == 1 else "F16" if kind == "Q8_0" and shape[-1] % _BLOCK else kind
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         assert name is not None, f"{source} has no name in GGUF"
@@ -266,18 +268,18 @@ def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, out: Path, progress: Prog
 def _add_shape(writer: Any, checkpoint: Checkpoint, plan: GgufPlan) -> None:
     import gguf
 
-    anatomy, rope = checkpoint.anatomy, plan.config.rope_parameters
-    writer.add_block_count(anatomy.n_layers)
+    architecture, rope = checkpoint.architecture, plan.config.rope_parameters
+    writer.add_block_count(architecture.n_layers)
     writer.add_context_length(plan.context)
-    writer.add_embedding_length(anatomy.width)
-    writer.add_feed_forward_length(anatomy.n_channels)
-    writer.add_head_count(anatomy.n_query_heads)
-    writer.add_head_count_kv(anatomy.n_kv_heads)
-    writer.add_key_length(anatomy.head_dim)
-    writer.add_value_length(anatomy.head_dim)
+    writer.add_embedding_length(architecture.width)
+    writer.add_feed_forward_length(architecture.n_channels)
+    writer.add_head_count(architecture.n_query_heads)
+    writer.add_head_count_kv(architecture.n_kv_heads)
+    writer.add_key_length(architecture.head_dim)
+    writer.add_value_length(architecture.head_dim)
     writer.add_layer_norm_rms_eps(float(plan.config.rms_norm_eps))
-    writer.add_vocab_size(anatomy.vocabulary)
-    writer.add_rope_dimension_count(anatomy.head_dim)
+    writer.add_vocab_size(architecture.vocabulary)
+    writer.add_rope_dimension_count(architecture.head_dim)
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     kind = rope.get("rope_type", "default")
     if kind in ("linear", "yarn"):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from intarsia.anatomy.detect import detect
+from intarsia.architecture.detect import detect
 from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_all_headers, read_config
 from intarsia.checkpoint.hashing import SUMS_FILE, differing, read_sums
 from intarsia.checkpoint.multimodal import is_wrapped, unwrap
@@ -118,7 +118,7 @@ def config_agrees(folder: Path) -> str:
     config = read_config(folder)
     if is_wrapped(config):
         config = unwrap(config, read_all_headers(folder), where=str(folder))[0]
-    anatomy = detect(config, where=str(folder / "config.json"))
+    architecture = detect(config, where=str(folder / "config.json"))
     try:
         read: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except Exception as error:  # what comes out of a config that a class refuses differs from class to class
@@ -128,13 +128,13 @@ def config_agrees(folder: Path) -> str:
     depths = {"num_hidden_layers": read.num_hidden_layers, **lists}
     fail_if(
         [
-            _problem(f"{folder / 'config.json'}: {name}", f"{anatomy.n_layers}, as in the file", str(depth))
+            _problem(f"{folder / 'config.json'}: {name}", f"{architecture.n_layers}, as in the file", str(depth))
             for name, depth in depths.items()
-            if depth != anatomy.n_layers
+            if depth != architecture.n_layers
         ]
     )
-    per_layer = [name for name in anatomy.per_layer if name in config]
-    return f"{anatomy.n_layers} layers" + (f"; {', '.join(per_layer)} with an entry for each" if per_layer else "")
+    per_layer = [name for name in architecture.per_layer if name in config]
+    return f"{architecture.n_layers} layers" + (f"; {', '.join(per_layer)} with an entry for each" if per_layer else "")
 
 
 def index_right(folder: Path, max_shard_bytes: int) -> str:

@@ -41,7 +41,7 @@ from intarsia.building.resident import Resident, twin
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.room import Room
 from intarsia.calibration.stream import LayerCall, LayerStream
-from intarsia.healing.closed_form_cost import read_outs
+from intarsia.healing.fit_plan import fitted_parts
 from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
@@ -98,12 +98,12 @@ class _Work:
     ) -> None:
         self.recipe, self.teacher, self.settings, self.unseen, self.room = recipe, teacher, settings, unseen, room
         self.resident, self.batches = teacher.resident, teacher.batches
-        self.anatomy = self.resident.anatomy
-        self.stream = LayerStream(self.resident.model, self.anatomy)
-        self.parts = read_outs(recipe, settings, self.anatomy)
+        self.architecture = self.resident.architecture
+        self.stream = LayerStream(self.resident.model, self.architecture)
+        self.parts = fitted_parts(recipe, settings, self.architecture)
         self.indices = list(self.parts)
         n, t = self.batches.corpus.input_ids.shape
-        self.student = HiddenStore((n, t, self.anatomy.width), self.resident.model.dtype, room=room)
+        self.student = HiddenStore((n, t, self.architecture.width), self.resident.model.dtype, room=room)
 
     def close(self) -> None:
         self.student.close()
@@ -148,7 +148,7 @@ class _Work:
             partial(self._feed, index),
             index=index,
             stream=self.stream,
-            anatomy=self.anatomy,
+            architecture=self.architecture,
             settings=self.settings,
             spool=spool_of(self.resident, self.room),
         )

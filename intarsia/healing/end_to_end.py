@@ -99,7 +99,7 @@ def train(
         )
         return recipe, [report]
     opened = Checkpoint.open(student, model=str(student))
-    return with_trained(recipe, opened.anatomy, opened, best[0]), [report]
+    return with_trained(recipe, opened.architecture, opened, best[0]), [report]
 
 
 def clear(folder: Path) -> None:
@@ -136,16 +136,18 @@ class WholeTraining:
         self.micro = max(1, (settings.micro_tokens or usual) // text.seq_len)
         depths = lesson_depths(recipe, settings)
         student = folder / "student"
-        model, anatomy = load_student(student, settings, self.device)
+        model, architecture = load_student(student, settings, self.device)
         self.top_k = (
-            self._top_k(teacher, anatomy.vocabulary) if settings.top_k is not None and settings.logits else None
+            self._top_k(teacher, architecture.vocabulary) if settings.top_k is not None and settings.logits else None
         )
         needed = depths or (settings.logits and self.top_k is None)
         self.teacher = teacher.load() if needed else None
-        stored = Checkpoint.open(student, model=str(student)).headers[f"{anatomy.family.embedding_module}.weight"].dtype
+        stored = (
+            Checkpoint.open(student, model=str(student)).headers[f"{architecture.family.embedding_module}.weight"].dtype
+        )
         distiller = Distiller(
             model,
-            anatomy,
+            architecture,
             settings,
             layers=[layer.index for layer in correspondences(recipe) if layer.trainable] if depths else [],
             teacher_head=None if self.teacher is None else self.teacher.split.head,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from intarsia.anatomy.spec import Anatomy, Part
+from intarsia.architecture.spec import Architecture, Part
 from intarsia.calibration.stream import LayerCall, LayerStream
 from intarsia.healing.post_norm_fit import Passed, PostNorm, fit_norm, fit_weight
 from intarsia.healing.ridge import Fit, Gram, choose
@@ -55,17 +55,17 @@ Feed = Callable[[], Iterable[FitBatch]]
 """Gives all batches, again every time it is called: a layer is run once for every output projection."""
 
 
-def fittable(parts: Sequence[Part], anatomy: Anatomy) -> tuple[Part, ...]:
+def fittable(parts: Sequence[Part], architecture: Architecture) -> tuple[Part, ...]:
     """The parts whose output projection is fitted, in order. A mixture has no single one: o_proj takes its place."""
-    able: list[Part] = ["attention" if anatomy.is_mixture(part) else part for part in parts]
+    able: list[Part] = ["attention" if architecture.is_mixture(part) else part for part in parts]
     return tuple(part for place, part in enumerate(able) if place == 0 or part != able[place - 1])
 
 
-def passes(anatomy: Anatomy, parts: Sequence[Part]) -> int:
+def passes(architecture: Architecture, parts: Sequence[Part]) -> int:
     """How often a layer is run to fit output projections."""
     return sum(
-        (1 if anatomy.norm_after(part) is None else 3) + _judged_again(part, anatomy)
-        for part in fittable(parts, anatomy)
+        (1 if architecture.norm_after(part) is None else 3) + _judged_again(part, architecture)
+        for part in fittable(parts, architecture)
     )
 
 
@@ -76,7 +76,7 @@ def fit_layer(
     *,
     index: int,
     stream: LayerStream,
-    anatomy: Anatomy,
+    architecture: Architecture,
     settings: ClosedFormSettings,
     spool: Path | None = None,
 ) -> tuple[dict[str, npt.NDArray[np.float32]], list[LayerFit]]:
@@ -97,12 +97,12 @@ def fit_layer(
     """
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     fits: list[LayerFit] = []
-    for part in fittable(parts, anatomy):
-        fitter = PartFit(module, part, feed, stream=stream, anatomy=anatomy, settings=settings)
-        steps = (fitter.norm, fitter.projection) if anatomy.norm_after(part) else (fitter.projection,)
+    for part in fittable(parts, architecture):
+        fitter = PartFit(module, part, feed, stream=stream, architecture=architecture, settings=settings)
+        steps = (fitter.norm, fitter.projection) if architecture.norm_after(part) else (fitter.projection,)
         for step in steps:
             name, weight, found = step(f"closed form, layer {index}")
-            if weight is not None and _judged_again(part, anatomy):
+            if weight is not None and _judged_again(part, architecture):
                 weight, found = fitter.judged(weight, found)
             if weight is not None:
                 module.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
@@ -130,16 +130,16 @@ class PartFit:
         feed: Feed,
         *,
         stream: LayerStream,
-        anatomy: Anatomy,
+        architecture: Architecture,
         settings: ClosedFormSettings,
     ) -> None:
         self.module, self.feed, self.stream, self.settings = module, feed, stream, settings
-        self.scale = anatomy.residual_scale
-        self.name = anatomy.writer(part).module
+        self.scale = architecture.residual_scale
+        self.name = architecture.writer(part).module
         target = module.get_submodule(self.name)
         assert isinstance(target, nn.Linear)
         self.target = target
-        norm = anatomy.norm_after(part)
+        norm = architecture.norm_after(part)
         self.norm_name = "" if norm is None else norm.module
         self.post_norm = (
             None if norm is None else PostNorm(module.get_submodule(norm.module), offset=norm.offset, scale=self.scale)
@@ -210,10 +210,10 @@ class PartFit:
             )
 
 
-def _judged_again(part: Part, anatomy: Anatomy) -> bool:
+def _judged_again(part: Part, architecture: Architecture) -> bool:
     """Whether the layer is run once more after a fit: the experts after o_proj are chosen by what they read, which no
     regression foresees, and are not fitted themselves."""
-    return part == "attention" and anatomy.is_mixture("mlp") and not anatomy.parallel
+    return part == "attention" and architecture.is_mixture("mlp") and not architecture.parallel
 
 
 def _kept(weight: Tensor, spool: Path | None) -> npt.NDArray[np.float32]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.errors import Problem, UserError
 from intarsia.healing.settings import Layers
 from intarsia.recipe.ops import Op, Select
@@ -55,11 +55,11 @@ def taught(recipe: Recipe, layers: Layers) -> list[int]:
     return changed
 
 
-def check_teacher(recipe: Recipe, base: Anatomy, teacher: Anatomy, *, name: str) -> None:
+def check_teacher(recipe: Recipe, base: Architecture, teacher: Architecture, *, name: str) -> None:
     """Check that a teacher fits a recipe.
 
     Args:
-        base: the anatomy of the recipe's base.
+        base: the architecture of the recipe's base.
         name: what the user calls the teacher.
 
     Raises:

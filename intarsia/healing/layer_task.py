@@ -1,4 +1,4 @@
-"""What the training of one layer needs, and what it gives: both can be sent to another process."""
+"""What the training of one layer needs, and what it gives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from intarsia.calibration.stream import LayerCall
 from intarsia.errors import UserError
 from intarsia.healing.settings import LayerwiseSettings
-from intarsia.healing.states import StatesFile, StatesInMemory
+from intarsia.healing.states import States
 from intarsia.healing.training import load_state
 
 Tell = Callable[[int, float], None]
@@ -24,7 +24,7 @@ Tell = Callable[[int, float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTask:
-    """Everything that the training of one layer needs; can be sent to another process.
+    """Everything that the training of one layer needs.
 
     Attributes:
         index: which output layer.
@@ -37,8 +37,8 @@ class LayerTask:
 
     index: int
     module: nn.Module
-    inputs: StatesFile | StatesInMemory
-    targets: StatesFile | StatesInMemory
+    inputs: States
+    targets: States
     sequences: int
     held_out: int
     seq_len: int

@@ -2,7 +2,7 @@
 
 The layer computes in the dtype that it will be stored in; its parameters and the optimiser's state are float32. So the
 held-out loss, by which the best state is chosen, is that of the tensors as they will be built. Nothing is random but
-the order of the data: one by one, in parallel, or continued after a kill, the result is the same.
+the order of the data: whole, or continued after a kill, the result is the same.
 
 Shape suffixes: `B` sequences of a batch, `T` tokens, `D` residual width.
 """

@@ -17,11 +17,10 @@ from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.room import PREFIX, Room
 from intarsia.calibration.stream import LayerCall, LayerStream
 from intarsia.disk import require_room
-from intarsia.errors import UserError
 from intarsia.healing.layer_map import Correspondence
 from intarsia.healing.layer_task import LayerTask, trained_names
 from intarsia.healing.settings import LayerwiseSettings
-from intarsia.healing.states import StatesFile, StatesInMemory, StudentStates, plain_batches
+from intarsia.healing.states import States, StudentStates, plain_batches
 from intarsia.healing.teacher import TeacherStates
 from intarsia.healing.training import Text, schedule_of
 from intarsia.progress import Task
@@ -45,14 +44,12 @@ class LayerWork:
         held_out: Corpus,
         settings: LayerwiseSettings,
         folder: Path | None,
-        for_workers: bool,
         memory_bytes: int | None,
     ) -> None:
         """Nothing is run yet.
 
         Args:
             folder: where state and states are kept, if anywhere.
-            for_workers: other processes train the layers, and read the states from files.
 
         Raises:
             UserError: there is too little text, or too little room.
@@ -60,28 +57,20 @@ class LayerWork:
         self.recipe, self.resident, self.settings, self.folder = recipe, resident, settings, folder
         text = self.text = Text.of(corpus, held_out)
         self.schedule = schedule_of(settings, sequences=len(corpus), seq_len=corpus.seq_len)
-        self.names = trained_names(parameter_names(resident.anatomy), settings.only)
-        shape = (len(self.text.ids_NT), corpus.seq_len, resident.anatomy.width)
-        room = Room(0 if for_workers else memory_bytes, folder)
+        self.names = trained_names(parameter_names(resident.architecture), settings.only)
+        shape = (len(self.text.ids_NT), corpus.seq_len, resident.architecture.width)
+        room = Room(memory_bytes, folder)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for stale in folder.glob(f"{PREFIX}*"):  # a killed run's
                 shutil.rmtree(stale, ignore_errors=True)
             # A layer's masters, optimiser state and best tensors, as finished and as they are on the way.
-            most = 20 * resident.anatomy.layer_parameters
+            most = 20 * resident.architecture.layer_parameters
             require_room(folder, most, "the state of one layer's training", option="--run")
-        assert not for_workers or folder is not None, "workers read from the run folder"
         self.original = TeacherStates(teacher, plain_batches(teacher, text.ids_NT), room=room)
-        self.store, self.stream = self.original.store, LayerStream(teacher.model, teacher.anatomy)
+        self.store, self.stream = self.original.store, LayerStream(teacher.model, teacher.architecture)
         self.student: StudentStates | None = None
         if settings.inputs == "student":
-            if for_workers:
-                raise UserError.of(
-                    where="--layer-inputs student",
-                    expected="no --scheduler: a layer is trained on what those before it give",
-                    found="both",
-                    remedy="Leave --scheduler out, or train on the teacher's hidden states.",
-                )
             store = HiddenStore(shape, resident.model.dtype, room=room)
             self.student = StudentStates(recipe, resident, text.ids_NT, store)
 
@@ -108,10 +97,10 @@ class LayerWork:
         return LayerTask(
             index=layer.index,
             module=module,
-            inputs=self._source(layer.start)
+            inputs=States(store=self.store, depth=layer.start)
             if self.student is None
-            else StatesInMemory(store=self.student.store, depth=0),
-            targets=self._source(layer.stop),
+            else States(store=self.student.store, depth=0),
+            targets=States(store=self.store, depth=layer.stop),
             sequences=len(self.text.ids_NT),
             held_out=self.text.held_out,
             seq_len=self.text.seq_len,
@@ -127,12 +116,6 @@ class LayerWork:
     def _call(self, layer: int, sequences: int) -> LayerCall:
         """The arguments of an original layer for a batch of so many sequences."""
         return self.stream.calls(self.text.ids_NT[:sequences], None)[layer]
-
-    def _source(self, depth: int) -> StatesFile | StatesInMemory:
-        path = self.store.file(depth)
-        if path is None:
-            return StatesInMemory(store=self.store, depth=depth)
-        return StatesFile(path=path.resolve(), shape=self.store.shape, dtype=self.store.dtype)
 
     def reach(self, depth: int, task: Task) -> None:
         """Run the teacher as far as that."""

@@ -1,8 +1,7 @@
 """Layerwise distillation: every output layer that needs it, fed the original H^start, is trained towards H^stop.
 
-Layers do not depend on one another, so they are trained one after the other or as tasks on Dask workers, with the same
-result; unless they are fed what the trained layers before them give (`inputs="student"`). The teacher is run once, only
-as deep as the next layer needs.
+Layers are trained one after the other, and do not depend on one another, unless they are fed what the trained layers
+before them give (`inputs="student"`). The teacher is run once, only as deep as the next layer needs.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.building.parameters import to_tensors
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
-from intarsia.healing.cluster import Cluster
 from intarsia.healing.layer_map import Correspondence, correspondences, taught
 from intarsia.healing.layer_task import Trained, finished
 from intarsia.healing.layer_training import train_layer
@@ -40,7 +38,6 @@ def train(
     settings: LayerwiseSettings | None = None,
     teacher: Resident | None = None,
     folder: Path | None = None,
-    cluster: Cluster | None = None,
     memory_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Recipe, list[dict[str, Any]]]:
@@ -52,7 +49,6 @@ def train(
         corpus, held_out: sequences of one length; the second are not trained on.
         teacher: the base itself by default; must fit (see `check_teacher`).
         folder: where state is kept, to continue after a kill. What it holds must be of the same call.
-        cluster: trains the layers as Dask tasks; needs `folder`.
         memory_bytes: what hidden states may take in memory before they go to files.
 
     Raises:
@@ -67,7 +63,6 @@ def train(
         held_out=held_out,
         settings=settings,
         folder=folder,
-        for_workers=cluster is not None,
         memory_bytes=memory_bytes,
     )
     found: dict[int, Trained] = {}
@@ -80,24 +75,21 @@ def train(
         else:
             found[index] = earlier
     try:
-        if cluster is None:
-            _one_by_one(work, todo, found, progress)
-        else:
-            found |= _on_cluster(work, todo, cluster, progress)
+        _one_by_one(work, todo, found, progress)
     finally:
         work.close()
     reports = [asdict(found[index].report) for index in sorted(found)]
-    return replace(recipe, fitted=with_trained(recipe, found, resident.anatomy)), reports
+    return replace(recipe, fitted=with_trained(recipe, found, resident.architecture)), reports
 
 
 def with_trained(
-    recipe: Recipe, found: Mapping[int, Trained], anatomy: Anatomy
+    recipe: Recipe, found: Mapping[int, Trained], architecture: Architecture
 ) -> dict[int, Mapping[str, npt.NDArray[np.float32]]]:
     """What is fitted in a recipe, with what was trained."""
 
     def stored(trained: Trained) -> dict[str, npt.NDArray[np.float32]]:
         parameters = {name: torch.from_numpy(array) for name, array in trained.tensors.items()}
-        return {name: np.asarray(tensor.numpy()) for name, tensor in to_tensors(parameters, anatomy).items()}
+        return {name: np.asarray(tensor.numpy()) for name, tensor in to_tensors(parameters, architecture).items()}
 
     fitted = {index: {**recipe.fitted.get(index, {}), **stored(trained)} for index, trained in found.items()}
     return {**recipe.fitted, **{index: tensors for index, tensors in fitted.items() if tensors}}
@@ -119,42 +111,12 @@ def _one_by_one(
                 work.reach(layer.stop, task)
                 work.drop_before(layer.stop)
                 task.note(f"the trained layers' hidden states before layer {layer.index}")
-                work.student.reach(layer.index, with_trained(work.recipe, found, work.resident.anatomy))
+                work.student.reach(layer.index, with_trained(work.recipe, found, work.resident.architecture))
             meter = _Meter(task, f"layer {layer.index} ({number + 1} of {len(layers)})")
             trained = train_layer(work.task(layer), meter)
             found[layer.index] = trained
             task.advance(work.units() - meter.told)
             _tell(trained, progress)
-
-
-def _on_cluster(
-    work: LayerWork, layers: Sequence[Correspondence], cluster: Cluster, progress: Progress
-) -> dict[int, Trained]:
-    """Train the layers as tasks; each is sent as soon as the teacher has come to its depth."""
-    found: dict[int, Trained] = {}
-    waiting: dict[Any, Correspondence] = {}
-
-    def take(done: Any) -> None:
-        layer = waiting.pop(done)
-        found[layer.index] = cluster.result(done, f"layerwise training of output layer {layer.index}")
-        task.advance(work.units())
-        _tell(found[layer.index], progress)
-        work.drop_before(min((other.start for other in waiting.values()), default=layer.start))
-
-    with progress.task("layerwise training", len(layers) * work.units()) as task:
-        try:
-            for number, layer in enumerate(layers):
-                work.reach(layer.start, task)
-                work.reach(layer.stop, task)
-                waiting[cluster.submit(train_layer, work.task(layer))] = layer
-                task.note(f"{number + 1} of {len(layers)} layers sent to the workers")
-                for done in [future for future in waiting if future.done()]:
-                    take(done)
-            for done in cluster.as_completed(list(waiting)):
-                take(done)
-        finally:
-            cluster.cancel(list(waiting))
-    return found
 
 
 class _Meter:

@@ -84,7 +84,7 @@ def quality(
 def _errors(recipe: Recipe, chain: Chain, resident: Resident, batches: Batches, room: Room) -> list[float]:
     """Both models go through their layers once: the recipe's first, whose states are kept at the ends of its spans."""
     corpus = batches.corpus
-    shape, dtype = (len(corpus), corpus.seq_len, resident.anatomy.width), resident.model.dtype
+    shape, dtype = (len(corpus), corpus.seq_len, resident.architecture.width), resident.model.dtype
     own, original = HiddenStore(shape, dtype, room=room), HiddenStore(shape, dtype, room=room)
     ends = HiddenStore(shape, dtype, room=room)
     sums = [0.0] * len(recipe.layers)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from intarsia.anatomy.spec import PARTS, Anatomy
+from intarsia.architecture.spec import PARTS, Architecture
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.room import Room
@@ -60,14 +60,14 @@ class Best:
         return f"held-out perplexity from the recipe {rows}"
 
 
-def starts(recipe: Recipe, anatomy: Anatomy) -> list[Start]:
+def starts(recipe: Recipe, architecture: Architecture) -> list[Start]:
     """The recipe as it is, and where output projections alone are fitted on it, the same with nothing fitted.
 
     What was trained is not done again by a closed form, so it gives no second start.
     """
     found = [Start(name=AS_IT_IS, recipe=recipe)]
     names = {name for tensors in recipe.fitted.values() for name in tensors}
-    if names and names <= _closed_form_names(anatomy):
+    if names and names <= _closed_form_names(architecture):
         found.append(Start(name="with nothing fitted", recipe=replace(recipe, fitted={})))
     return found
 
@@ -149,8 +149,8 @@ def held_out_perplexity(resident: Resident, corpus: Corpus, recipe: Recipe, *, r
     return perplexity(Chain(recipe, resident, room=room), corpus, progress=progress).value
 
 
-def _closed_form_names(anatomy: Anatomy) -> set[str]:
+def _closed_form_names(architecture: Architecture) -> set[str]:
     """The tensors that a closed form fits."""
-    norms = (anatomy.norm_after(part) for part in PARTS)
-    modules = {anatomy.writer(part).module for part in PARTS} | {norm.module for norm in norms if norm is not None}
+    norms = (architecture.norm_after(part) for part in PARTS)
+    modules = {architecture.writer(part).module for part in PARTS} | {norm.module for norm in norms if norm is not None}
     return {f"{module}.weight" for module in modules}

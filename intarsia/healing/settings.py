@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-from intarsia.anatomy.spec import Part
+from intarsia.architecture.spec import Part
 from intarsia.errors import Problem, UserError
 
 Layers: TypeAlias = Literal["spans", "behind"]

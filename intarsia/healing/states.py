@@ -1,7 +1,7 @@
 """The hidden states that layers are trained with.
 
 The teacher's are `intarsia.healing.teacher`'s; the student's are made here, in one pass that goes deeper as training
-does, behind its trained layers. Either is read from memory, or by another process from a file.
+does, behind its trained layers.
 
 Padding is on the right and attention looks back only, so real tokens are the same whether or not the model is told of
 the padding: it is not, which makes a layer's arguments the same for every batch of a size. What stands at padding is
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,6 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.calibration.stats import require_finite
 from intarsia.calibration.stream import LayerStream
-from intarsia.errors import UserError
 from intarsia.recipe.recipe import Recipe
 
 
@@ -39,7 +37,7 @@ class StudentStates:
         self.resident = resident
         self.ids_NT = ids_NT
         self.store = store
-        self.stream = LayerStream(resident.model, resident.anatomy)
+        self.stream = LayerStream(resident.model, resident.architecture)
         self.batches = plain_batches(resident, ids_NT)
         self.at: int | None = None
 
@@ -72,40 +70,10 @@ class StudentStates:
 
         self.batches.each(work)
 
-    def here(self) -> StatesInMemory:
-        """What was reached last."""
-        return StatesInMemory(store=self.store, depth=0)
-
 
 @dataclass(frozen=True, kw_only=True)
-class StatesFile:
-    """Hidden states in a file, to be read by another process."""
-
-    path: Path
-    shape: tuple[int, int, int]
-    dtype: torch.dtype
-
-    def rows(self, index: Sequence[int]) -> Tensor:
-        """Some sequences' hidden states, `[B, T, D]`: a copy.
-
-        Raises:
-            UserError: the file is not here.
-        """
-        n, t, d = self.shape
-        if not self.path.exists():
-            raise UserError.of(
-                where=str(self.path),
-                expected="the teacher's hidden states, which every worker reads",
-                found="no such file on this worker",
-                remedy="Put the run folder (--run) where all Dask workers see it under the same path.",
-            )
-        flat = torch.from_file(str(self.path), shared=False, size=n * t * d, dtype=self.dtype)
-        return flat.view(n, t, d)[list(index)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StatesInMemory:
-    """Hidden states in this process."""
+class States:
+    """The hidden states at one depth of a store."""
 
     store: HiddenStore
     depth: int

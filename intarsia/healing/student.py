@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.building.materialize import materialize
 from intarsia.building.parameters import to_tensors
 from intarsia.building.resident import load_model
@@ -45,16 +45,18 @@ def build_student(recipe: Recipe, variants: Mapping[str, Checkpoint], folder: Pa
         materialize(recipe, variants, folder)
 
 
-def load_student(folder: Path, settings: EndToEndSettings, device: torch.device) -> tuple[PreTrainedModel, Anatomy]:
+def load_student(
+    folder: Path, settings: EndToEndSettings, device: torch.device
+) -> tuple[PreTrainedModel, Architecture]:
     """The student, with gradients for what is trained: all of the layers in float32, or low-rank changes to them."""
     checkpoint = Checkpoint.open(folder, model=str(folder))
     full = settings.lora is None
     model = load_model(checkpoint, device=device, dtype=torch.float32 if full else None)
     if full:
-        layers = model.get_submodule(checkpoint.anatomy.family.layers_module)
+        layers = model.get_submodule(checkpoint.architecture.family.layers_module)
         layers.requires_grad_(True)
     else:
-        _add_lora(model, checkpoint.anatomy, settings.lora or 1)
+        _add_lora(model, checkpoint.architecture, settings.lora or 1)
     if settings.checkpointing:
         # transformers recomputes activations in training mode only; a student that copies a teacher wants no dropout.
         _without_dropout(model)
@@ -64,10 +66,10 @@ def load_student(folder: Path, settings: EndToEndSettings, device: torch.device)
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settled)
         model.train()
-    return model, checkpoint.anatomy
+    return model, checkpoint.architecture
 
 
-def with_trained(recipe: Recipe, anatomy: Anatomy, base: Checkpoint, trained: Mapping[str, Tensor]) -> Recipe:
+def with_trained(recipe: Recipe, architecture: Architecture, base: Checkpoint, trained: Mapping[str, Tensor]) -> Recipe:
     """The recipe with what was trained.
 
     Args:
@@ -78,11 +80,11 @@ def with_trained(recipe: Recipe, anatomy: Anatomy, base: Checkpoint, trained: Ma
         index: dict(tensors) for index, tensors in recipe.fitted.items()
     }
     for index in range(len(recipe.layers)):
-        prefix = anatomy.tensor_name(index, "")
+        prefix = architecture.tensor_name(index, "")
         own = {name.removeprefix(prefix): tensor for name, tensor in trained.items() if name.startswith(prefix)}
-        own = to_tensors({name: tensor for name, tensor in own.items() if ".lora_" not in name}, anatomy)
-        for local in anatomy.layer_shapes():
-            name = anatomy.tensor_name(index, local)
+        own = to_tensors({name: tensor for name, tensor in own.items() if ".lora_" not in name}, architecture)
+        for local in architecture.layer_shapes():
+            name = architecture.tensor_name(index, local)
             module = name.removesuffix(".weight")
             if local in own:
                 tensor = own[local]
@@ -98,16 +100,16 @@ def with_trained(recipe: Recipe, anatomy: Anatomy, base: Checkpoint, trained: Ma
 _SCALE = 2.0  # lora_alpha / r, whatever the rank
 
 
-def _add_lora(model: PreTrainedModel, anatomy: Anatomy, rank: int) -> None:
+def _add_lora(model: PreTrainedModel, architecture: Architecture, rank: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         instead = "train all parameters (without --lora)"
         raise missing_package("peft", where="--lora", extra="train", instead=instead, error=error) from error
     targets = [
-        f"{anatomy.family.layers_module}.{index}.{linear.module}"
-        for index in range(anatomy.n_layers)
-        for linear in anatomy.linears
+        f"{architecture.family.layers_module}.{index}.{linear.module}"
+        for index in range(architecture.n_layers)
+        for linear in architecture.linears
         if linear.segments != ("expert",)  # experts and their router are no linear modules in memory
     ]
     config = LoraConfig(r=rank, lora_alpha=int(_SCALE * rank), lora_dropout=0.0, bias="none", target_modules=targets)
@@ -138,9 +140,9 @@ class SplitModel:
     twice.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+    def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
         self.model = model
-        self._head: nn.Module | None = model.get_submodule(anatomy.family.head_in_memory)
+        self._head: nn.Module | None = model.get_submodule(architecture.family.head_in_memory)
         self._check()
 
     def trunk(
@@ -197,7 +199,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: PreTrainedModel,
-        anatomy: Anatomy,
+        architecture: Architecture,
         settings: EndToEndSettings,
         *,
         layers: Sequence[int],
@@ -212,7 +214,7 @@ class Distiller(nn.Module):
         self.settings = settings
         self.layers = tuple(layers)
         self.autocast = autocast
-        self.split = SplitModel(student, anatomy)
+        self.split = SplitModel(student, architecture)
         self.teacher_head = teacher_head
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor | None, lesson: Lesson) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.building.resident import Resident
 from intarsia.calibration.batches import Batches
 from intarsia.calibration.hidden import HiddenStore
@@ -77,9 +77,9 @@ class TeacherStates:
         self.cost = 0
         corpus = batches.corpus
         self.sequences = len(corpus) if sequences is None else sequences
-        self._stream = LayerStream(resident.model, resident.anatomy)
+        self._stream = LayerStream(resident.model, resident.architecture)
         self._progress = progress or Silent()
-        shape = (self.sequences, corpus.seq_len, resident.anatomy.width)
+        shape = (self.sequences, corpus.seq_len, resident.architecture.width)
         # What was run here, by depth.
         self.store = HiddenStore(shape, resident.model.dtype, room=room)
         self._stores = [self.store, *([] if known is None else [known])]
@@ -160,16 +160,16 @@ class TeacherStates:
 
 def has_room(resident: Resident, batches: Batches, room: Room) -> bool:
     """Whether memory has room for the teacher's hidden states at every depth, for several fits to share."""
-    state = batches.corpus.input_ids.numel() * resident.anatomy.width * resident.model.dtype.itemsize
-    return (resident.anatomy.n_layers + 1) * state <= room.memory_bytes
+    state = batches.corpus.input_ids.numel() * resident.architecture.width * resident.model.dtype.itemsize
+    return (resident.architecture.n_layers + 1) * state <= room.memory_bytes
 
 
 class Teacher:
     """A teacher in memory, without gradients."""
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, depths: Sequence[int]) -> None:
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, depths: Sequence[int]) -> None:
         """`depths`: those at which hidden states are learnt from."""
-        self.split = SplitModel(model.eval(), anatomy)
+        self.split = SplitModel(model.eval(), architecture)
         self.depths = tuple(depths)
 
     @torch.no_grad()

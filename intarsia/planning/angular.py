@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from intarsia.architecture.spec import Architecture
 from intarsia.calibration.stats import last_real
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step
 from intarsia.planning.scores import angular_distance
@@ -49,6 +51,12 @@ class Angular:
     def reason(self) -> str:
         """Never asked: a block can always be dropped."""
         return "no layer is left"
+
+    def forwards_at_most(
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
+    ) -> int:
+        """One pass over the whole model."""
+        return architecture.n_layers
 
 
 def distances(model: Intermediate) -> list[list[float]]:

@@ -41,10 +41,6 @@ def losses_with(
 
 def losses_of(model: Intermediate, changes: Sequence[Change], *, sequences: slice = slice(None)) -> Iterator[Tensor]:
     """`losses_with` of one change after the other."""
-    if model.team is not None:
-        yield from model.team.losses(model.ops, changes, sequences)
-        model.layer_forwards += model.team.spent()
-        return
     for group in [changes] if model.resident.streams else [[change] for change in changes]:
         found: list[list[Tensor]] = [[] for _ in group]
 
@@ -66,10 +62,6 @@ def normed_with(
         `[N, T, D]` of the slice, in the model's dtype, on the CPU. Padding is zero.
     """
     change = Change(start=start, count=count, ops=tuple(ops))
-    if model.team is not None:
-        normed_NTD = model.team.normed(model.ops, change, sequences)
-        model.layer_forwards += model.team.spent()
-        return normed_NTD
     found: list[Tensor] = []
 
     def receive(number: int, ids: Tensor, mask: Tensor | None, h_BTD: Tensor) -> None:
@@ -111,7 +103,7 @@ class _Together:
     def __init__(self, model: Intermediate, changes: Sequence[Change], sequences: slice) -> None:
         self.model, self.changes, self.sequences = model, changes, sequences
         self.first, stop, _ = sequences.indices(len(model.corpus))
-        shape = (stop - self.first, model.corpus.seq_len, model.anatomy.width)
+        shape = (stop - self.first, model.corpus.seq_len, model.architecture.width)
         self.states = HiddenStore(shape, model.resident.model.dtype, room=model.room)
         self.begun: set[int] = set()
 

@@ -12,18 +12,21 @@ piece is a whole KV group, so that query heads keep the key/value head they were
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
 
-from intarsia.anatomy.spec import PARTS, Part
+from intarsia.architecture.spec import PARTS, Architecture, Part
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning import allocate
 from intarsia.planning.candidates import Change, losses_of
 from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.planner import Step, one_attention_type
+from intarsia.planning.planner import Step, one_attention_type, strides
 from intarsia.planning.posterior import Candidate, Counts, distinct, raced, removals
+from intarsia.planning.repair import repair_forwards
 from intarsia.planning.scores import part_scores
 from intarsia.planning.sensitivity import sensitivity_map
 from intarsia.planning.settings import ComeSettings
@@ -116,6 +119,22 @@ class Come:
             else "layers of different attention types are not merged, and no others are adjacent"
         )
 
+    def forwards_at_most(
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
+    ) -> int:
+        """Each span, ratio and removal that is tried re-runs what is after it; then the model is measured."""
+        given, total = self.settings, architecture.n_layers
+        finalists, blocks = (given.finalists, given.blocks) if self.posterior else (1, 0)
+        for current, count in strides(architecture.n_layers, target, given.merge):
+            after = current - count + 1
+            tried = after * (after - 1) // 2 if given.span_choice == "sleb" else 0
+            if self.posterior:
+                ratios = math.comb(given.granularity + count - 1, count - 1)
+                tried += min(given.spans, after) * ratios * after
+                tried += after * (after + 1) // 2 if given.removals else 0
+            total += tried + after + repair_forwards(architecture, in_loop, current, finalists=finalists, blocks=blocks)
+        return total
+
     def _about(self, model: Intermediate, chosen: Candidate, influences: Sequence[float]) -> dict[str, Any]:
         """What is logged of a step itself."""
         stop = chosen.start + chosen.count
@@ -154,14 +173,14 @@ class Come:
         return allocate.dominate(shares, self.settings.dominance ** (1.0 / (originals - 1)))
 
     def _counts(self, model: Intermediate, shares: Sequence[float]) -> Counts:
-        groups = allocate.counts(shares, model.anatomy.n_kv_heads)
-        channels = allocate.counts(shares, model.anatomy.n_pieces("mlp"))
+        groups = allocate.counts(shares, model.architecture.n_kv_heads)
+        channels = allocate.counts(shares, model.architecture.n_pieces("mlp"))
         return tuple(zip(groups, channels, strict=True))
 
     def _piece_scores(self, model: Intermediate, index: int) -> dict[Part, Tensor]:
         channels, l2 = model.measures[index].channels, self.settings.sensitivity == "l2"
         with model.resident.awake(model.modules[index]) as module:
-            return {part: part_scores(channels[part], module, model.anatomy, part, l2=l2) for part in PARTS}
+            return {part: part_scores(channels[part], module, model.architecture, part, l2=l2) for part in PARTS}
 
     def _op(
         self,
@@ -174,14 +193,14 @@ class Come:
         """The layer that keeps each merged layer's most sensitive pieces; with `weight-sum`, their sum by share."""
         if self.settings.combine == "weight-sum":
             return merge_of(model.ops[start : start + len(shares)], shares)
-        totals = {part: model.anatomy.n_pieces(part) for part in PARTS}
+        totals = {part: model.architecture.n_pieces(part) for part in PARTS}
         number = [dict(zip(PARTS, count, strict=True)) for count in chosen]
         return concat_of(
             model.ops[start : start + len(chosen)],
             [{part: allocate.top(scores[i][part], number[i][part]) for part in PARTS} for i in range(len(chosen))],
             weights=[{part: number[i][part] / totals[part] for part in PARTS} for i in range(len(chosen))],
             norm=self.settings.norm,
-            anatomy=model.anatomy,
+            architecture=model.architecture,
             fuse=self.settings.combine == "fuse",
         )
 

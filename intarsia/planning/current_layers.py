@@ -34,7 +34,7 @@ class CurrentLayers:
             fitted: tensors that replace layers' own, by layer.
         """
         self.resident = resident
-        self.anatomy = resident.anatomy
+        self.architecture = resident.architecture
         self.become(ops, fitted)
 
     @property

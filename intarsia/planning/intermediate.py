@@ -66,14 +66,14 @@ class Intermediate(Measured):
             if self._original is not None:
                 self._original.close()
             self._original = self._known_original(sequences)
-            self._original.learn(range(self.anatomy.n_layers + 1))
+            self._original.learn(range(self.architecture.n_layers + 1))
             self.spend(self._original.cost, slice(0, sequences))
         return self._original
 
     def beside(self, original: TeacherStates) -> Intermediate:
         """Another one, made of the original's layers and with its hidden states on the whole text; nothing is run."""
         other = Intermediate(
-            self.resident, self.corpus, original_ops(self.ops, self.anatomy.n_layers), progress=self.progress
+            self.resident, self.corpus, original_ops(self.ops, self.architecture.n_layers), progress=self.progress
         )
         other.batches, other.room, other.counts_N = self.batches, self.room, self.counts_N
         other.hidden = HiddenStore(self.hidden.shape, self.hidden.dtype, room=self.room, held=original.states)
@@ -106,4 +106,4 @@ class Intermediate(Measured):
 
     def _is_original(self) -> bool:
         """Whether what was measured last is the whole model as it was."""
-        return is_whole(self._measured, self.anatomy.n_layers)
+        return is_whole(self._measured, self.architecture.n_layers)

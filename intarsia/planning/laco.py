@@ -19,15 +19,19 @@ the notebook does, all but the norms.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from intarsia.architecture.spec import Architecture
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.candidates import normed_with
 from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.planner import Step, one_attention_type
+from intarsia.planning.planner import Step, one_attention_type, strides
+from intarsia.planning.repair import repair_forwards
 from intarsia.planning.settings import LacoSettings
 from intarsia.recipe.algebra import merge_of
 from intarsia.recipe.ops import LayerRef, Op, Select
@@ -76,6 +80,21 @@ class Laco:
             "that may be merged"
         )
 
+    def forwards_at_most(
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
+    ) -> int:
+        """Every merge may be tried on the first sequences, as the original once is; then the model is measured."""
+        depth = architecture.n_layers
+        share = min(1.0, SEQUENCES / sequences)
+        return (
+            depth
+            + math.ceil(share * depth)
+            + sum(
+                math.ceil(share * current * current) + current + repair_forwards(architecture, in_loop, current)
+                for current, _ in strides(depth, target, self.settings.merge)
+            )
+        )
+
     def _top(self, depth: int) -> int:
         """Where the pointer starts: the deepest layer with C - 1 others behind it."""
         highest = depth if self.settings.highest is None else min(self.settings.highest, depth)
@@ -101,7 +120,9 @@ class Laco:
         few = slice(0, SEQUENCES)
         if self._reference is None:
             variant = model.ops[0].sources[0].variant
-            whole = [Select(source=LayerRef(variant=variant, layer=layer)) for layer in range(model.anatomy.n_layers)]
+            whole = [
+                Select(source=LayerRef(variant=variant, layer=layer)) for layer in range(model.architecture.n_layers)
+            ]
             self._reference = normed_with(model, 0, model.depth, whole, sequences=few).flatten(1).float()
         merged = normed_with(model, start, count, [self._merged(model.ops[start : start + count])], sequences=few)
         found_N = torch.nn.functional.cosine_similarity(merged.flatten(1).float(), self._reference, dim=1)

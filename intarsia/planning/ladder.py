@@ -22,7 +22,7 @@ from intarsia.planning.run_folder import RunFolder, Wanted
 from intarsia.planning.settings import ComeSettings, LacoSettings, Settings, SlebSettings
 from intarsia.planning.shortgpt import ShortGpt
 from intarsia.planning.sleb import Sleb
-from intarsia.planning.taylor import saliences
+from intarsia.planning.taylor import LAYERS_A_PASS, saliences
 from intarsia.planning.told import describe, repaired, step_line
 from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
@@ -42,11 +42,11 @@ METHODS = (
     "reverse",
 )
 _ONE_SHOT: Mapping[str, Callable[[], OneShot]] = {
-    "taylor": lambda: OneShot(saliences, measures=True),
-    "taylor+": lambda: OneShot(saliences, measures=True, protect=PROTECTED),
-    "magnitude": lambda: OneShot(magnitudes, measures=False),
-    "magnitude+": lambda: OneShot(magnitudes, measures=False, protect=PROTECTED),
-    "reverse": lambda: OneShot(positions, measures=False),
+    "taylor": lambda: OneShot(saliences, passes=1 + LAYERS_A_PASS),
+    "taylor+": lambda: OneShot(saliences, passes=1 + LAYERS_A_PASS, protect=PROTECTED),
+    "magnitude": lambda: OneShot(magnitudes, passes=0),
+    "magnitude+": lambda: OneShot(magnitudes, passes=0, protect=PROTECTED),
+    "reverse": lambda: OneShot(positions, passes=0),
 }
 _OTHERS: Mapping[str, Callable[[], Planner]] = {"shortgpt": ShortGpt, "mka": Mka, "angular": Angular}
 
@@ -157,7 +157,7 @@ def climb(
                 recipe,
             )
             loss = model.loss if planner.progressive else None
-            line = step_line(model.depth, step.start, step.op, loss, mixture=model.anatomy.is_mixture("mlp"))
+            line = step_line(model.depth, step.start, step.op, loss, mixture=model.architecture.is_mixture("mlp"))
             model.progress.say(line + repaired(evidence))
             task.advance(before - model.depth)
             begun, spent = time.perf_counter(), model.layer_forwards

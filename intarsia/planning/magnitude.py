@@ -27,10 +27,10 @@ def magnitudes(model: Intermediate) -> list[float]:
 
 
 def linear_weights(model: Intermediate, index: int) -> list[Tensor]:
-    """The weights of the linear modules of a layer (awake), in the anatomy's order; of experts all together."""
-    anatomy = model.anatomy
-    names = [f"{anatomy.modules(linear)[0]}.weight" for linear in anatomy.linears]
-    parameters = dict.fromkeys(parameter_name(name, anatomy) for name in names)
+    """The weights of the linear modules of a layer (awake), in the architecture's order; of experts all together."""
+    architecture = model.architecture
+    names = [f"{architecture.modules(linear)[0]}.weight" for linear in architecture.linears]
+    parameters = dict.fromkeys(parameter_name(name, architecture) for name in names)
     return [model.modules[index].get_parameter(name) for name in parameters]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,9 +28,6 @@ from intarsia.planning.current_layers import CurrentLayers, Layer
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import Fitted
-
-if TYPE_CHECKING:
-    from intarsia.planning.team import Team
 
 
 class Measured(CurrentLayers):
@@ -56,7 +53,6 @@ class Measured(CurrentLayers):
         folder: Path | None = None,
         reuse_prefix: bool = True,
         behind_final_norm: bool = False,
-        team: Team | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Nothing is run yet; `measure` does that.
@@ -67,12 +63,10 @@ class Measured(CurrentLayers):
             memory_bytes: what hidden states may take in memory before they spill to disk, into `folder`.
             reuse_prefix: False runs the whole model for every change and candidate (for benchmarks).
             behind_final_norm: take the last layer's output behind the final norm, as published.
-            team: workers that run the model, whose hidden states stay with them; here it is only decided.
         """
         super().__init__(resident, ops, fitted)
-        self.team = team
         self.corpus = corpus
-        self.stream = LayerStream(resident.model, resident.anatomy)
+        self.stream = LayerStream(resident.model, resident.architecture)
         self.progress = progress or Silent()
         self.reuse_prefix = reuse_prefix
         self.behind_final_norm = behind_final_norm
@@ -84,7 +78,7 @@ class Measured(CurrentLayers):
         self.losses_N = torch.zeros(n, dtype=torch.float64)
         self.counts_N = torch.zeros(n, dtype=torch.int64)
         self.layer_forwards = 0.0
-        self.hidden = HiddenStore((n, t, self.anatomy.width), resident.model.dtype, room=self.room)
+        self.hidden = HiddenStore((n, t, self.architecture.width), resident.model.dtype, room=self.room)
         self._distances: dict[tuple[int, int, str], float] = {}
 
     @property
@@ -105,10 +99,6 @@ class Measured(CurrentLayers):
         # What ended at the last layer before may have been taken behind the final norm.
         valid = start - 1 if self.behind_final_norm and start == self.depth else start
         self._distances = {key: value for key, value in self._distances.items() if key[0] + key[1] <= valid}
-        if self.team is not None:
-            assert whole, "workers measure whole models"
-            self._measure_by(self.team)
-            return
         n_batches = len(list(self.batches.over()))
         with self.progress.task(f"measuring {self.depth} layers", (stop - start + whole) * n_batches) as task:
             if start == 0:
@@ -122,14 +112,6 @@ class Measured(CurrentLayers):
                 task.note("loss")
                 measuring.measure_loss(self, task.advance)
         self._measured = list(zip(self.ops, self.fitted, strict=True))[:stop]
-
-    def _measure_by(self, team: Team) -> None:
-        assert not any(self.fitted), "nothing is fitted on the models that workers measure"
-        with self.progress.task(f"measuring {self.depth} layers on {team.size} workers", len(self.corpus)) as task:
-            found = team.measured(self.ops, task.advance)
-        self.measures, self.losses_N, self.counts_N = found.measures, found.losses_N, found.counts_N
-        self.layer_forwards += team.spent()
-        self._measured = list(zip(self.ops, self.fitted, strict=True))
 
     def refresh(self) -> None:
         """Measure, from the first layer on that is another one than when it was last measured; nothing if none is.
@@ -158,8 +140,6 @@ class Measured(CurrentLayers):
     @torch.inference_mode()
     def tokens_at(self, depth: int, keep_NT: Tensor) -> Tensor:
         """H^depth of the tokens where `keep_NT` is True: float32 `[K, D]`, on the CPU."""
-        if self.team is not None:
-            return self.team.tokens(self.ops, depth, keep_NT)
         found = [self.hidden_at(depth, part).cpu()[keep_NT[part]].float() for part, _, _ in self.batches.over()]
         return torch.cat(found)
 
@@ -168,11 +148,7 @@ class Measured(CurrentLayers):
         """SBI of the span of `count` layers from `start`: E[arccos(cos(H^start, H^{start+count}))] / pi."""
         key = (start, count, tokens)
         if key not in self._distances:
-            if self.team is None:
-                total, number = measuring.distances(self, start, count, tokens)
-            else:
-                total, number = self.team.distance(self.ops, start, count, tokens)
-            self._distances[key] = total / number
+            self._distances[key] = measuring.distance(self, start, count, tokens)
         return self._distances[key]
 
     def close(self) -> None:

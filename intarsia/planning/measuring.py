@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
-from intarsia.anatomy.spec import Part
+from intarsia.architecture.spec import Part
 from intarsia.calibration.stats import LayerMeasure, cosines, last_real, require_finite
 from intarsia.calibration.taps import read_outs
 from intarsia.planning.scores import angular_distance
@@ -27,7 +27,7 @@ def measure_layer(model: Measured, index: int, module: nn.Module, advance: Calla
     def work(part: slice, ids: Tensor, mask: Tensor | None) -> None:
         before = model.hidden_at(index, part)
         inputs: list[tuple[Part, Tensor]] = []
-        with read_outs(module, model.anatomy, lambda where, x: inputs.append((where, x))):
+        with read_outs(module, model.architecture, lambda where, x: inputs.append((where, x))):
             behind = model.stream.run(module, before, model.stream.calls(ids, mask)[source])
         require_finite(behind, f"output of layer {index}")
         normed = behind
@@ -65,18 +65,16 @@ def measure_loss(model: Measured, advance: Callable[[], None]) -> None:
     model.batches.each(work)
 
 
-def distances(
-    model: Measured, start: int, count: int, tokens: Literal["all-tokens", "last-token"]
-) -> tuple[float, int]:
-    """arccos(cos(H^start, H^{start+count})) / pi, added up over tokens, and how many these are."""
+def distance(model: Measured, start: int, count: int, tokens: Literal["all-tokens", "last-token"]) -> float:
+    """E[arccos(cos(H^start, H^{start+count}))] / pi."""
     total, number = 0.0, 0
     for part, ids, mask in model.batches.over():
         before = model.hidden_at(start, part)
         behind = output(model, start + count, part, ids, mask)
         keep = last_real(ids, mask) if tokens == "last-token" else mask
-        distance = angular_distance(cosines(before, behind, keep))
-        total, number = total + float(distance.sum()), number + distance.numel()
-    return total, number
+        found = angular_distance(cosines(before, behind, keep))
+        total, number = total + float(found.sum()), number + found.numel()
+    return total / number
 
 
 def output(model: Measured, depth: int, part: slice, ids: Tensor, mask: Tensor | None) -> Tensor:

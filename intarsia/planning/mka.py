@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from intarsia.architecture.spec import Architecture
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step, one_attention_type
 from intarsia.recipe.algebra import merge_of
@@ -63,6 +65,12 @@ class Mka:
     def reason(self) -> str:
         """Why nothing more can be merged."""
         return "layers of different attention types are not merged, and no others are adjacent"
+
+    def forwards_at_most(
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
+    ) -> int:
+        """One pass over the whole model."""
+        return architecture.n_layers
 
 
 def adjacent_similarities(model: Intermediate) -> list[float]:

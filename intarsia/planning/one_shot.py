@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
+from intarsia.architecture.spec import Architecture
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step
 
@@ -20,15 +22,16 @@ class OneShot:
     progressive = False
 
     def __init__(
-        self, score: Callable[[Intermediate], list[float]], *, measures: bool, protect: tuple[int, int] = (0, 0)
+        self, score: Callable[[Intermediate], list[float]], *, passes: int, protect: tuple[int, int] = (0, 0)
     ) -> None:
         """
         Args:
             score: one number a layer of the whole model; what is small is dropped first.
-            measures: whether `score` reads what the model does on the calibration set.
+            passes: over the calibration set, those of `score` included; 0 where weights suffice.
         """
         self.score = score
-        self.measures = measures
+        self.passes = passes
+        self.measures = passes > 0
         self.protect = protect
 
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
@@ -49,3 +52,9 @@ class OneShot:
         """Why nothing more can be dropped."""
         first, last = self.protect
         return f"this method never drops the first {first} and the last {last} layers, and no others are left"
+
+    def forwards_at_most(
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
+    ) -> int:
+        """Those of the score."""
+        return self.passes * architecture.n_layers

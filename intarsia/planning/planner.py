@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from intarsia.architecture.spec import Architecture
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.intermediate import Intermediate
 from intarsia.recipe.ops import Op
 
@@ -51,8 +53,26 @@ class Planner(Protocol):
     def reason(self) -> str:
         """Why nothing more is allowed, for the user."""
 
+    def forwards_at_most(
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
+    ) -> int:
+        """Layer-forwards over the calibration text from the whole model down to `target` layers, at most.
+
+        Args:
+            sequences: how many the calibration text has.
+            in_loop: how each step is healed before the next, if it is.
+        """
+
+
+def strides(depth: int, target: int, merge: int) -> Iterator[tuple[int, int]]:
+    """The steps from `depth` down to `target` where `merge` layers become one: current depth, and layers merged."""
+    while depth > target:
+        count = min(merge, depth - target + 1)
+        yield depth, count
+        depth -= count - 1
+
 
 def one_attention_type(model: Intermediate, ops: Sequence[Op]) -> bool:
     """Whether all sources of these layers attend in one way (fully, or over a sliding window): others do not merge."""
-    types = model.anatomy.layer_types
+    types = model.architecture.layer_types
     return types is None or len({types[source.layer] for op in ops for source in op.sources}) == 1

@@ -9,6 +9,7 @@ layer's span has grown, what was fitted is the starting point.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intarsia.architecture.spec import Architecture
 from intarsia.building.resident import twin
 from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
@@ -26,9 +28,32 @@ from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer, passes
 from intarsia.healing.layer_map import trainable
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
+from intarsia.planning.blocks import NEAREST
 from intarsia.planning.intermediate import Intermediate
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import derive_spans
+
+
+def repair_forwards(
+    architecture: Architecture,
+    settings: ClosedFormSettings | None,
+    current: int,
+    *,
+    finalists: int = 1,
+    blocks: int = 0,
+) -> int:
+    """Layer-forwards that healing one step of a model of `current` layers takes at most; none without settings.
+
+    For each finalist two layers are fitted, the model is measured anew, and the held-out loss is measured twice. Of
+    blocks the held-out loss of `NEAREST` is measured, and some are fitted; one that is taken is measured as a whole.
+    """
+    if settings is None:
+        return 0
+    fit, held_out = passes(architecture, settings.changed), math.ceil(current / settings.held_out)
+    forwards = finalists * (2 * fit + current + 2 * held_out)
+    if blocks:
+        forwards += NEAREST * held_out + blocks * (fit + held_out) + current
+    return forwards
 
 
 class Repair:
@@ -69,7 +94,7 @@ class Repair:
             "read_outs": [asdict(fit) for fit in fits],
             "taken": bool(changed) and after < before,
             "held_out_loss": [before / tokens, after / tokens],
-            "layer_forwards": len(due) * passes(model.anatomy, self.settings.changed) + spent,
+            "layer_forwards": len(due) * passes(model.architecture, self.settings.changed) + spent,
         }
 
     @property
@@ -97,7 +122,7 @@ class Repair:
 
         These are the layer that is put in, and one that now stands for more than before.
         """
-        model, depth = self.model, self.model.anatomy.n_layers
+        model, depth = self.model, self.model.architecture.n_layers
         known = set(zip(model.ops, derive_spans(model.ops, depth), strict=True))
         model.replace(start, count, op, measure=False)
         due: dict[int, int] = {}
@@ -118,7 +143,7 @@ class Repair:
                 partial(_feed, model, index, model.ops[index], original, depth, self.settings.held_out),
                 index=index,
                 stream=model.stream,
-                anatomy=model.anatomy,
+                architecture=model.architecture,
                 settings=self.settings,
                 spool=spool_of(model.resident, model.room),
             )
@@ -153,7 +178,9 @@ def losses_behind(model: Intermediate, start: int, rows: Sequence[int]) -> Tenso
         documents=1,
     )
     batches = Batches(some, device, batch_tokens=model.batches.size * some.seq_len, progress=model.progress)
-    states = HiddenStore((len(rows), some.seq_len, model.anatomy.width), model.resident.model.dtype, room=model.room)
+    states = HiddenStore(
+        (len(rows), some.seq_len, model.architecture.width), model.resident.model.dtype, room=model.room
+    )
     found: list[Tensor] = []
 
     def state(part: slice, index: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from intarsia.anatomy.spec import Anatomy, Part
+from intarsia.architecture.spec import Architecture, Part
 from intarsia.calibration.stats import ChannelSums
 
 
@@ -22,16 +22,18 @@ def channel_sensitivity(activation_C: Tensor, weight_DC: Tensor) -> Tensor:
     return activation_C.double() * weight_DC.abs().sum(dim=0, dtype=torch.float32).double().to(activation_C.device)
 
 
-def piece_scores(sensitivity_C: Tensor, anatomy: Anatomy, part: Part) -> Tensor:
+def piece_scores(sensitivity_C: Tensor, architecture: Architecture, part: Part) -> Tensor:
     """A piece's score is the mean over its channels: `[P]`.
 
     Channels of o_proj lie by query head, and the query heads of a KV group are consecutive, so the channels of a
     group are one run.
     """
-    return sensitivity_C.reshape(anatomy.n_pieces(part), -1).mean(dim=1)
+    return sensitivity_C.reshape(architecture.n_pieces(part), -1).mean(dim=1)
 
 
-def part_scores(sums: ChannelSums, module: nn.Module, anatomy: Anatomy, part: Part, *, l2: bool = False) -> Tensor:
+def part_scores(
+    sums: ChannelSums, module: nn.Module, architecture: Architecture, part: Part, *, l2: bool = False
+) -> Tensor:
     """The score of every piece of a layer's part, `[P]`.
 
     S_c is the mean size (sum of absolute values) of what channel c adds to the residual stream. An expert's score is
@@ -43,11 +45,11 @@ def part_scores(sums: ChannelSums, module: nn.Module, anatomy: Anatomy, part: Pa
         l2: root mean squares instead of means.
     """
     activation_C = sums.root_mean_square_C if l2 else sums.mean_absolute_C
-    if anatomy.is_mixture(part):
+    if architecture.is_mixture(part):
         return activation_C
-    weight = module.get_submodule(anatomy.writer(part).module).weight
+    weight = module.get_submodule(architecture.writer(part).module).weight
     assert isinstance(weight, Tensor)
-    return piece_scores(channel_sensitivity(activation_C, weight), anatomy, part)
+    return piece_scores(channel_sensitivity(activation_C, weight), architecture, part)
 
 
 def angular_distance(cosine: Tensor) -> Tensor:

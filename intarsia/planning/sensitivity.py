@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from intarsia.anatomy.spec import Part
+from intarsia.architecture.spec import Part
 
 BINS = 48
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from intarsia.architecture.spec import Architecture
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.planner import Step
 
@@ -31,3 +33,9 @@ class ShortGpt:
     def reason(self) -> str:
         """Never asked: a layer can always be dropped."""
         return "no layer is left"
+
+    def forwards_at_most(
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
+    ) -> int:
+        """One pass over the whole model."""
+        return architecture.n_layers

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from intarsia.architecture.spec import Architecture
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning.candidates import Change, losses_of
 from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.planner import Step
+from intarsia.planning.planner import Step, strides
 from intarsia.planning.race import mean_loss, race
+from intarsia.planning.repair import repair_forwards
 from intarsia.planning.settings import SlebSettings
 from intarsia.recipe.ops import sources_of
 
@@ -48,3 +51,12 @@ class Sleb:
     def reason(self) -> str:
         """Never asked: a layer can always be dropped."""
         return "no layer is left"
+
+    def forwards_at_most(
+        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
+    ) -> int:
+        """Every layer is tried, at the cost of those after it; then the model is measured."""
+        return architecture.n_layers + sum(
+            current * (current - 1) // 2 + current - 1 + repair_forwards(architecture, in_loop, current)
+            for current, _ in strides(architecture.n_layers, target, 2)
+        )

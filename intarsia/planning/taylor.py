@@ -32,10 +32,10 @@ def saliences(model: Intermediate) -> list[float]:
     `model` is the whole model, measured.
     """
     # What the model passes to its layers must not come from inference mode, or autograd refuses it.
-    stream = LayerStream(model.resident.model, model.anatomy)
+    stream = LayerStream(model.resident.model, model.architecture)
     n, t = model.corpus.input_ids.shape
     predictions = int(model.counts_N.sum())
-    grads = HiddenStore((n, t, model.anatomy.width), model.resident.model.dtype, room=model.room)
+    grads = HiddenStore((n, t, model.architecture.width), model.resident.model.dtype, room=model.room)
     scores = [0.0] * model.depth
     try:
         with torch.enable_grad(), model.progress.task("gradients", model.depth + 1) as task:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from intarsia.anatomy.spec import PARTS, Anatomy, Norm, Part
+from intarsia.architecture.spec import PARTS, Architecture, Norm, Part
 from intarsia.errors import UserError
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, NormMode, Op, Select
 from intarsia.recipe.recipe import Recipe
@@ -24,7 +24,7 @@ def concat_of(
     *,
     weights: Sequence[Mapping[Part, float]],
     norm: NormMode,
-    anatomy: Anatomy,
+    architecture: Architecture,
     fuse: bool = False,
 ) -> Op:
     """One flat op that joins pieces of current layers, each given as an op over original layers.
@@ -36,7 +36,7 @@ def concat_of(
         weights: for each of them how much it counts in the parameters that belong to no piece; they need not sum
             to 1 over the contributing layers.
         norm: the norm mode of the result.
-        anatomy: the family's shape.
+        architecture: the family's shape.
         fuse: the result adds what it leaves out onto what it keeps, all over again from the original layers.
 
     Raises:
@@ -45,10 +45,10 @@ def concat_of(
     """
     assert len(ops) == len(kept) == len(weights), "one set of kept pieces and weights a layer"
     used = [index for index in range(len(ops)) if any(len(kept[index].get(part, ())) for part in PARTS)]
-    if len(used) == 1 and all(tuple(kept[used[0]].get(part, ())) == _whole(anatomy, part) for part in PARTS):
-        op = simplify(ops[used[0]], anatomy)
+    if len(used) == 1 and all(tuple(kept[used[0]].get(part, ())) == _whole(architecture, part) for part in PARTS):
+        op = simplify(ops[used[0]], architecture)
     else:
-        op = _joined([(ops[index], kept[index], weights[index]) for index in used], norm, anatomy)
+        op = _joined([(ops[index], kept[index], weights[index]) for index in used], norm, architecture)
     return replace(op, fuse=fuse) if isinstance(op, Concat) else op
 
 
@@ -76,7 +76,7 @@ def merge_of(ops: Sequence[Op], weights: Sequence[float]) -> Op:
     return Merge(sources=tuple(total), weights=tuple(total.values()))
 
 
-def simplify(op: Op, anatomy: Anatomy) -> Op:
+def simplify(op: Op, architecture: Architecture) -> Op:
     """The simplest op that builds the same layer.
 
     A cut vanishes when it has no pieces and its weights decide nothing: they are zero, or the family has no such
@@ -88,11 +88,11 @@ def simplify(op: Op, anatomy: Anatomy) -> Op:
         return Select(source=op.sources[0]) if whole_layer else op
     if isinstance(op, Select):
         return op
-    deciding = _parts_that_weigh(anatomy, op.norm)
+    deciding = _parts_that_weigh(architecture, op.norm)
     cuts = tuple(
         cut for cut in op.cuts if cut.kv_groups or cut.channels or any(cut.weights.get(part, 0.0) for part in deciding)
     )
-    if len(cuts) == 1 and all(cuts[0].pieces(part) == _whole(anatomy, part) for part in PARTS):
+    if len(cuts) == 1 and all(cuts[0].pieces(part) == _whole(architecture, part) for part in PARTS):
         return Select(source=cuts[0].source)
     return op if len(cuts) == len(op.cuts) else replace(op, cuts=_with_unit_weights(cuts))
 
@@ -125,13 +125,15 @@ def _at(op: Op, layer: int) -> Op:
 
 
 def _joined(
-    layers: Sequence[tuple[Op, Mapping[Part, Sequence[int]], Mapping[Part, float]]], norm: NormMode, anatomy: Anatomy
+    layers: Sequence[tuple[Op, Mapping[Part, Sequence[int]], Mapping[Part, float]]],
+    norm: NormMode,
+    architecture: Architecture,
 ) -> Op:
     """Pieces of several layers, each given with its kept pieces and its weights, as one op over original layers."""
     indices: dict[LayerRef, dict[Part, list[int]]] = {}
     shares: dict[LayerRef, dict[Part, float]] = {}
     for op, kept, weights in layers:
-        cuts = _as_cuts(op, norm, anatomy)
+        cuts = _as_cuts(op, norm, architecture)
         for cut in cuts:
             indices.setdefault(cut.source, {part: [] for part in PARTS})
             share = shares.setdefault(cut.source, dict.fromkeys(PARTS, 0.0))
@@ -159,21 +161,21 @@ def _joined(
         )
         for source, by_part in indices.items()
     )
-    return simplify(Concat(cuts=_with_unit_weights(joined), norm=norm), anatomy)
+    return simplify(Concat(cuts=_with_unit_weights(joined), norm=norm), architecture)
 
 
-def _whole(anatomy: Anatomy, part: Part) -> tuple[int, ...]:
+def _whole(architecture: Architecture, part: Part) -> tuple[int, ...]:
     """All pieces of a part, in order."""
-    return tuple(range(anatomy.n_pieces(part)))
+    return tuple(range(architecture.n_pieces(part)))
 
 
-def _as_cuts(op: Op, norm: NormMode, anatomy: Anatomy) -> tuple[Cut, ...]:
+def _as_cuts(op: Op, norm: NormMode, architecture: Architecture) -> tuple[Cut, ...]:
     """A current layer as cuts of original layers."""
     if isinstance(op, Merge):
         expected = "pieces of whole or concatenated layers"
         raise _not_representable("concatenation", expected, "pieces of merged layers")
     if isinstance(op, Select):
-        groups, channels = _whole(anatomy, "attention"), _whole(anatomy, "mlp")
+        groups, channels = _whole(architecture, "attention"), _whole(architecture, "mlp")
         return (Cut(source=op.source, kv_groups=groups, channels=channels, weights=dict.fromkeys(PARTS, 1.0)),)
     if op.norm != norm:
         expected = f"norm mode {norm!r} throughout"
@@ -181,7 +183,7 @@ def _as_cuts(op: Op, norm: NormMode, anatomy: Anatomy) -> tuple[Cut, ...]:
     return op.cuts
 
 
-def _parts_that_weigh(anatomy: Anatomy, norm: NormMode) -> tuple[Part, ...]:
+def _parts_that_weigh(architecture: Architecture, norm: NormMode) -> tuple[Part, ...]:
     """The parts in which a family has parameters that belong to no piece and are averaged by weight."""
 
     def averaged(part: Part, found: Norm) -> bool:
@@ -192,9 +194,9 @@ def _parts_that_weigh(anatomy: Anatomy, norm: NormMode) -> tuple[Part, ...]:
     return tuple(
         part
         for part in PARTS
-        if anatomy.writer(part).bias
-        or any(averaged(part, found) for found in anatomy.norms)
-        or any(linear.part == part and linear.whole is not None for linear in anatomy.linears)
+        if architecture.writer(part).bias
+        or any(averaged(part, found) for found in architecture.norms)
+        or any(linear.part == part and linear.whole is not None for linear in architecture.linears)
     )
 
 

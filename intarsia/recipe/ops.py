@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from intarsia.anatomy.spec import Part
+from intarsia.architecture.spec import Part
 
 NormMode = Literal["fold", "average"]
 MergeMethod = Literal[

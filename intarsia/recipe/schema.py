@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from intarsia.anatomy.spec import PARTS
+from intarsia.architecture.spec import PARTS
 from intarsia.data_file import (
     MAX_CHARACTERS,
     InlineList,

@@ -9,7 +9,7 @@ from typing import get_args
 
 import numpy as np
 
-from intarsia.anatomy.spec import Anatomy, Part
+from intarsia.architecture.spec import Architecture, Part
 from intarsia.data_file import refusal
 from intarsia.errors import Problem
 from intarsia.recipe.methods import METHODS, Method
@@ -21,23 +21,23 @@ _WEIGHT_TOLERANCE = 1e-6
 _PIECES: dict[Part, str] = {"attention": "kv_groups", "mlp": "channels"}
 
 
-def check(recipe: Recipe, anatomies: Mapping[str, Anatomy]) -> None:
+def check(recipe: Recipe, architectures: Mapping[str, Architecture]) -> None:
     """Check that a recipe can be built.
 
     Args:
         recipe: the recipe.
-        anatomies: the anatomy of every variant that the recipe uses, by the variant's name.
+        architectures: the architecture of every variant that the recipe uses, by the variant's name.
 
     Raises:
         UserError: with every problem (at most fifty are listed).
     """
-    problems = list(_check_variants(recipe, anatomies))
-    base = anatomies.get(recipe.base)
+    problems = list(_check_variants(recipe, architectures))
+    base = architectures.get(recipe.base)
     if base is not None:
         problems += _check_depth(recipe, base)
         problems += _check_fitted(recipe, base)
     known = {variant.name for variant in recipe.variants}
-    usable = {name: anatomy for name, anatomy in anatomies.items() if name in known}
+    usable = {name: architecture for name, architecture in architectures.items() if name in known}
     for index, op in enumerate(recipe.layers):
         problems += _check_op(op, f"layers[{index}]", usable, base)
     if problems:
@@ -48,19 +48,19 @@ def _problem(where: str, expected: str, found: str, remedy: str = "Correct the r
     return Problem(where=where, expected=expected, found=found, remedy=remedy)
 
 
-def _check_variants(recipe: Recipe, anatomies: Mapping[str, Anatomy]) -> Iterator[Problem]:
+def _check_variants(recipe: Recipe, architectures: Mapping[str, Architecture]) -> Iterator[Problem]:
     names = [variant.name for variant in recipe.variants]
     for index, name in enumerate(names):
         if not VARIANT_NAME.fullmatch(name):
             yield _problem(f"variants[{index}]", "a name of letters, digits, '_', '-' and '.'", repr(name))
         if name in names[:index]:
             yield _problem(f"variants[{index}]", "a name of its own", f"{name!r} a second time")
-    if recipe.base not in names or recipe.base not in anatomies:
+    if recipe.base not in names or recipe.base not in architectures:
         yield _problem("base", f"one of the variants {', '.join(names)}", repr(recipe.base))
         return
-    base = anatomies[recipe.base]
+    base = architectures[recipe.base]
     for name in names:
-        other = anatomies.get(name, base)
+        other = architectures.get(name, base)
         for what, ours, theirs in _shape(base, other):
             if ours != theirs:
                 yield _problem(
@@ -71,7 +71,7 @@ def _check_variants(recipe: Recipe, anatomies: Mapping[str, Anatomy]) -> Iterato
                 )
 
 
-def _shape(base: Anatomy, other: Anatomy) -> Iterator[tuple[str, object, object]]:
+def _shape(base: Architecture, other: Architecture) -> Iterator[tuple[str, object, object]]:
     yield "family", base.family.name, other.family.name
     if base.family.name != other.family.name:
         return
@@ -80,7 +80,7 @@ def _shape(base: Anatomy, other: Anatomy) -> Iterator[tuple[str, object, object]
     yield "tensors", sorted(base.layer_shapes()), sorted(other.layer_shapes())
 
 
-def _check_depth(recipe: Recipe, base: Anatomy) -> Iterator[Problem]:
+def _check_depth(recipe: Recipe, base: Architecture) -> Iterator[Problem]:
     if recipe.depth != base.n_layers:
         yield _problem("depth", f"{base.n_layers}, the depth of {recipe.base!r}", str(recipe.depth))
     if not recipe.layers:
@@ -105,7 +105,7 @@ def _check_depth(recipe: Recipe, base: Anatomy) -> Iterator[Problem]:
         )
 
 
-def _check_fitted(recipe: Recipe, base: Anatomy) -> Iterator[Problem]:
+def _check_fitted(recipe: Recipe, base: Architecture) -> Iterator[Problem]:
     shapes = base.layer_shapes()
     for layer, tensors in recipe.fitted.items():
         if not 0 <= layer < len(recipe.layers):
@@ -123,18 +123,20 @@ def _check_fitted(recipe: Recipe, base: Anatomy) -> Iterator[Problem]:
             let_go(tensor)
 
 
-def _check_op(op: Op, where: str, anatomies: Mapping[str, Anatomy], base: Anatomy | None) -> Iterator[Problem]:
+def _check_op(
+    op: Op, where: str, architectures: Mapping[str, Architecture], base: Architecture | None
+) -> Iterator[Problem]:
     """`base` gives the shape that the output layer must have; None where the recipe's base is unknown."""
     types: dict[str | None, LayerRef] = {}
     base_layer = (op.base,) if isinstance(op, Merge) and op.base is not None else ()
     for source in (*op.sources, *base_layer):
-        anatomy = anatomies.get(source.variant)
-        if anatomy is None:
-            yield _problem(where, f"a variant among {', '.join(anatomies) or 'none'}", repr(source.variant))
-        elif not 0 <= source.layer < anatomy.n_layers:
-            yield _problem(where, f"a layer from 0 to {anatomy.n_layers - 1}", str(source))
-        elif anatomy.layer_types is not None:
-            types.setdefault(anatomy.layer_types[source.layer], source)
+        architecture = architectures.get(source.variant)
+        if architecture is None:
+            yield _problem(where, f"a variant among {', '.join(architectures) or 'none'}", repr(source.variant))
+        elif not 0 <= source.layer < architecture.n_layers:
+            yield _problem(where, f"a layer from 0 to {architecture.n_layers - 1}", str(source))
+        elif architecture.layer_types is not None:
+            types.setdefault(architecture.layer_types[source.layer], source)
     if len(types) > 1:
         found = ", ".join(f"{source} is {kind}" for kind, source in types.items())
         yield _problem(where, "sources of one layer type", found, "Join layers of one type only.")
@@ -144,7 +146,7 @@ def _check_op(op: Op, where: str, anatomies: Mapping[str, Anatomy], base: Anatom
         yield from _check_merge(op, f"{where}.merge")
 
 
-def _check_concat(op: Concat, where: str, base: Anatomy | None) -> Iterator[Problem]:
+def _check_concat(op: Concat, where: str, base: Architecture | None) -> Iterator[Problem]:
     if op.norm not in get_args(NormMode):
         yield _problem(f"{where}.norm", " or ".join(get_args(NormMode)), repr(op.norm))
     if not op.cuts:

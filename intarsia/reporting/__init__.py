@@ -1,1 +1,1 @@
-"""What is told about a finished model."""
+"""Reports and model cards: the puzzle picture, charts, and the page about one run or several."""

@@ -11,25 +11,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from markupsafe import Markup
+
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A picture with what it shows. `wide` ones take the whole width."""
+    """A picture with what it shows."""
 
-    svg: str
+    svg: Markup
     caption: str
-    wide: bool = False
     kind: Literal["figure"] = "figure"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of written cells. `numbers` are the columns that line up at the right; `folded` ones open on demand."""
+    """Rows of cells as text."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    # The columns that line up at the right.
     numbers: frozenset[int] = frozenset()
+    # Shown on demand.
     folded: bool = False
     kind: Literal["table"] = "table"
 
@@ -63,28 +66,30 @@ class Picture:
     """The puzzle picture at one depth."""
 
     layers: int
-    svg: str
+    svg: Markup
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """The puzzle picture at every depth of a ladder, and what is told of the layer that is pointed at (`data`).
+    """The puzzle picture at every depth of a ladder."""
 
-    `summary` is told while no layer is.
-    """
-
-    name: str
+    # Layers of the original.
     depth: int
+    # The depth that is shown first.
     chosen: int
     pictures: Sequence[Picture]
+    # What the page's script shows of the layer that is pointed at.
     data: Mapping[str, Any]
+    # What is shown while no layer is pointed at.
     summary: str
+    # Names of the variants, in the order of their colours, where there are several.
+    members: Sequence[str] = ()
     kind: Literal["pictures"] = "pictures"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What models write after one prompt."""
+    """What models generate after one prompt."""
 
     prompt: str
     answers: Sequence[tuple[str, str]]
@@ -105,7 +110,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A number that is seen first: what it was, what it is, and the change in words."""
+    """A number at the top of the page: what it was, what it is, and the change in words."""
 
     name: str
     now: str
@@ -115,39 +120,37 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class Ladder:
-    """A measure by depth, on one text: what may stand in one chart has the same `text_key` and `measure`."""
+    """A measure by depth, on one text. One chart shows those with the same measure and text."""
 
     name: str
     measure: str
     text: str
+    # A hash of the exact tokens.
     text_key: str
     points: Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """One run of a report.
-
-    Attributes:
-        base: the hash of the original's weights, where it is known, and what it is called.
-        ladders: what can be laid beside other runs.
-        texts: what it was judged on: a key for the exact tokens, and the text in words.
-        notes: what a reader must know first.
-    """
+    """One run of a report."""
 
     path: Path
     title: str
     subtitle: str
+    # The hash of the original's weights, empty where it is not known, and the original's name.
     base: tuple[str, str]
     tiles: Sequence[Tile] = ()
+    # What a reader must know first.
     notes: Sequence[str] = ()
     sections: Sequence[Section] = ()
+    # What can be compared with other runs.
     ladders: Sequence[Ladder] = ()
+    # The evaluation texts: a hash of the exact tokens, and the text in words.
     texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def table(rows: Sequence[Mapping[str, str]], *, text_columns: Sequence[str] = (), **how: Any) -> Table:
-    """A table from written rows; every column but `text_columns` holds numbers."""
+    """Return a table of rows; every column but `text_columns` holds numbers."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return Table(
         columns=columns,

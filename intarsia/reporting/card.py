@@ -1,12 +1,12 @@
 """The model card: README.md of a built model, as text.
 
-`model_card` is a pure function of what is known about the model; whatever is not known is left out. It reads these
-keys (all but `before` and `after` may be missing; others are ignored):
+`model_card` is a pure function of what is known about the model, and leaves out the rest. It reads these keys (all but
+`before` and `after` may be missing; others are ignored):
 
     title           name of the new model (the output folder's)
-    model           what was compressed: a hub id, a folder, or `demo`
+    model           the original model: a hub id, a folder, or `demo`
     revision        of a hub id
-    base_model      hub id of what was compressed, where it is known (of `demo` it is): for the front matter
+    base_model      hub id of the original, where it is known (of `demo` it is): for the front matter
     family          title of the model family
     picture         file name of a picture beside the card
     method          name of the planner
@@ -16,11 +16,11 @@ keys (all but `before` and `after` may be missing; others are ignored):
     calibration     a description, or a mapping of settings
     evaluation      the same
     settings        mapping of the planner's settings
-    heal            mapping of how the cut model was repaired, `stages` first; None where it was not
+    heal            mapping of how the pruned model was healed, `stages` first; None where it was not
     approximations  sentences about what is not exact in this family
     recipe_sha256   content hash of the recipe
     versions        mapping of package to version
-    source_card     text of the source's own README.md, for its licence and languages
+    source_card     text of the original's own README.md, for its licence and languages
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from typing import Any
 
 import yaml
 
-from intarsia.reporting.source_card import inherited
+_INHERITED = ("license", "license_name", "license_link", "language")
+_MAX_FRONT_MATTER = 64 * 1024
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -47,7 +48,7 @@ CITATION = """\
 
 
 def model_card(results: Mapping[str, Any]) -> str:
-    """The text of README.md for a built model; see the module's head for the keys of `results`."""
+    """Return the text of README.md for a built model; the module's docstring lists the keys of `results`."""
     sections = [
         _front_matter(results),
         f"# {_line(results.get('title', 'A shallower model'))}",
@@ -73,7 +74,7 @@ def _front_matter(results: Mapping[str, Any]) -> str:
 
 
 def _base_model(results: Mapping[str, Any]) -> str | None:
-    """The hub id of what was compressed, where it has one: a folder's path says nothing to anybody else."""
+    """The hub id of the original, where it has one: a folder's path means nothing to anybody else."""
     return results.get("base_model") or (DEMO_MODEL if results.get("model") == "demo" else None)
 
 
@@ -103,19 +104,19 @@ def _what_it_is(results: Mapping[str, Any]) -> str:
         text += _healed(results["heal"])
     text += "It is a stock checkpoint"
     text += f" of its family ({_line(results['family'])})" if results.get("family") else " of its family"
-    return text + ": no code of its own is needed to run it."
+    return text + ": it needs no code of its own."
 
 
 def _how_layers_became_one(settings: Any) -> str:
     """By `combine` of the planner's settings, where the method has it."""
     combine = settings.get("combine") if isinstance(settings, Mapping) else None
     if combine == "weight-sum":
-        return "Layers were not only removed: adjacent layers were added up into one, each weighted by its share"
+        return "Layers were not only dropped: adjacent layers were added up into one, each weighted by its share"
     joined = (
-        "Layers were not only removed: the most sensitive pieces of adjacent layers were joined into one layer of the "
+        "Layers were not only dropped: the most sensitive pieces of adjacent layers were joined into one layer of the "
         "usual shape"
     )
-    return joined + ("; what was left out was added onto the most similar pieces" if combine == "fuse" else "")
+    return joined + ("; the other pieces were added onto the most similar ones" if combine == "fuse" else "")
 
 
 def _healed(heal: Mapping[str, Any]) -> str:
@@ -123,7 +124,9 @@ def _healed(heal: Mapping[str, Any]) -> str:
     trained = [stage for stage in stages if stage != "closed-form"]
     if trained:
         return f"It was then trained to follow the original ({_line(', '.join(stages))}). "
-    return "What was left was then fitted to the original's hidden states by least squares, without training. "
+    return (
+        "Its output projections were then fitted to the original's hidden states by least squares, without training. "
+    )
 
 
 def _picture(results: Mapping[str, Any]) -> str:
@@ -232,3 +235,23 @@ def _cell(text: str) -> str:
 def _code(text: Any) -> str:
     """Text for inside backticks."""
     return " ".join(str(text).replace("`", "'").split())
+
+
+def inherited(card: str | None) -> dict[str, Any]:
+    """Return licence and languages from the front matter of another model's card; empty where there are none."""
+    found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card or "", flags=re.DOTALL)
+    if found is None or len(found[1]) > _MAX_FRONT_MATTER:
+        return {}
+    try:
+        fields = yaml.safe_load(found[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    if not isinstance(fields, dict):
+        return {}
+    return {key: fields[key] for key in _INHERITED if _is_plain(fields.get(key))}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(part, str) for part in value)
+    return isinstance(value, str) and bool(value.strip())

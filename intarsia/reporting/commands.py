@@ -1,4 +1,4 @@
-"""The command lines that make something again, from the settings that were recorded."""
+"""The command that makes a result again, from the recorded settings."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _GENERAL = ("revision", "calibration", "tokens", "seq_len", "dtype", "batch_toke
 
 
 def plan_command(settings: Mapping[str, Any], *, run: str, layers: int | None) -> str:
-    """`intarsia plan ...` with everything that is not its default."""
+    """Return `intarsia plan ...` with every option that is not its default."""
     words = ["intarsia", "plan", str(settings["model"]), "--run", run]
     return shlex.join([*words, *_target(layers), *_options(settings)])
 
 
 def compress_command(settings: Mapping[str, Any], *, out: str, layers: int, heal: str) -> str:
-    """`intarsia compress ...`, likewise."""
+    """Return `intarsia compress ...`, likewise."""
     words = ["intarsia", "compress", str(settings["model"]), "-o", out]
     healed = [] if heal == "closed-form" else ["--heal", heal]
     return shlex.join([*words, *_target(layers), *_options(settings), *healed])
 
 
 def compare_command(facts: Mapping[str, Any], *, out: str) -> str | None:
-    """`intarsia compare ...`, from what a comparison records; None where that is not said."""
+    """Return `intarsia compare ...` from what a comparison has recorded; None where that is not enough."""
     asked = facts.get("asked") or {}
     if not (asked.get("methods") and asked.get("layers") and facts.get("model")):
         return None
@@ -35,14 +35,16 @@ def compare_command(facts: Mapping[str, Any], *, out: str) -> str | None:
     words += ["--layers", _listed(asked["layers"])]
     if asked.get("heal", ["none"]) != ["none"]:
         words += ["--heal", _listed(asked["heal"])]
-    return shlex.join([*words, *_judging(facts, asked), *_general({**facts.get("settings", {}), **_revision(facts)})])
+    return shlex.join(
+        [*words, *_evaluating(facts, asked), *_general({**facts.get("settings", {}), **_revision(facts)})]
+    )
 
 
-def _judging(facts: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+def _evaluating(facts: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
     texts = facts.get("eval_texts") or []
     for text in texts:
-        # A name that was made from a share of a file cannot be given as one.
+        # A name made from a share of a file is not a valid name on the command line.
         plain = not any(mark in text["name"] for mark in "/\\#:")
         words += ["--eval-text", f"{text['name']}={text['spec']}" if plain else str(text["spec"])]
     windows = [str(text["windows"]) for text in texts]

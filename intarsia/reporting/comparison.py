@@ -1,12 +1,14 @@
-"""A comparison of methods on disk.
+"""A comparison of methods on disk, and its table.
 
-A folder with `compare.json` (what was compared, on which texts and tasks) and `rows.jsonl` (one model a line, appended
-as it is measured; the original is the row with method `dense`). A last line that a kill cut off does not count; of two
-lines about the same model the later one does.
+A folder with `compare.json` (the settings, texts and tasks) and `rows.jsonl` (one model a line, appended as it is
+measured; the original is the row with method `dense`). An incomplete last line is ignored; of two lines about the same
+model the later one counts.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
 import math
@@ -17,6 +19,7 @@ from typing import Any
 
 from intarsia.disk import read_json
 from intarsia.errors import UserError
+from intarsia.reporting.wording import short
 
 SETTINGS = "compare.json"
 ROWS = "rows.jsonl"
@@ -24,46 +27,42 @@ DENSE = "dense"
 MEAN = "mean"
 
 Key = tuple[str, int, str]
-"""Method, layers and heal: what makes a row another model than the others."""
+"""Method, layers and heal: what tells one row from another."""
 
 Measure = Mapping[str, Any]
-"""A number with what is known about it: `value`, often `stderr`."""
+"""A number as `value`, often with `stderr`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model of a comparison.
+    """One model of a comparison."""
 
-    Attributes:
-        method: the planner's name, with its changed settings where there are any; `dense` for the original.
-        heal: `none` or `closed-form`.
-        perplexity: by name of the text: `value`, `nll`, `stderr`, `windows`, `sha256`.
-        tasks: `TaskResults.to_dict()`, or None.
-        speed: the fields of `evaluation.result.Speed`, or None.
-        layer_forwards, plan_seconds, heal_forwards, heal_seconds: cost; None where there was none. Of the original it
-            is the cost of what its methods share.
-        recipe: its recipe, relative to the folder.
-        note: what is to be said of it, or why the method did not come to it (it then has no recipe).
-    """
-
+    # The planner's name, with its changed settings where there are any; `dense` for the original.
     method: str
     layers: int
+    # `none` or `closed-form`.
     heal: str = "none"
     parameters: int | None = None
     bytes: int | None = None
+    # By name of the text: `value`, `nll`, `stderr`, `windows`, `sha256`.
     perplexity: Mapping[str, Measure] = field(default_factory=dict)
+    # `TaskResults.to_dict()`.
     tasks: Mapping[str, Any] | None = None
+    # The fields of `evaluation.result.Speed`.
     speed: Mapping[str, Any] | None = None
+    # The cost, None where there was none. Of the original it is what its methods share.
     layer_forwards: float | None = None
     plan_seconds: float | None = None
     heal_forwards: float | None = None
     heal_seconds: float | None = None
+    # Its recipe, relative to the folder; None where the method did not reach this depth.
     recipe: str | None = None
+    # A remark on it, or why the method did not reach this depth.
     note: str | None = None
 
     @property
-    def key(self) -> tuple[str, int, str]:
-        """What makes it another model than the others."""
+    def key(self) -> Key:
+        """What tells it from the others."""
         return self.method, self.layers, self.heal
 
     @property
@@ -73,11 +72,11 @@ class Row:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens a second while writing."""
+        """Tokens a second while decoding."""
         return None if self.speed is None else self.speed.get("decode_tokens_per_s")
 
     def score(self, task: str) -> Measure | None:
-        """The result of a task in its primary metric; of `mean` the mean over the tasks."""
+        """Return the result of a task in its primary metric; for `mean`, the mean over the tasks."""
         if self.tasks is None:
             return None
         if task == MEAN:
@@ -93,20 +92,19 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A comparison as far as it has come.
-
-    `texts` and `tasks` are the names of what models are judged on; `asked` are the models that it is to hold in the
-    end, where the folder says so; `facts` is all that it says.
-    """
+    """A comparison, finished or not."""
 
     path: Path
     model: str
     base_sha256: str | None
     settings: Mapping[str, Any]
     eval_texts: Sequence[Mapping[str, Any]]
+    # Names of the tasks.
     tasks: tuple[str, ...]
     rows: tuple[Row, ...]
+    # The models that it will hold when it is finished, where the folder says so.
     asked: tuple[Key, ...] = ()
+    # All that `compare.json` says.
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -116,7 +114,7 @@ class Comparison:
 
     @property
     def dense(self) -> Row | None:
-        """The original model, once it has been measured."""
+        """The original model, where it has been measured."""
         return next((row for row in self.rows if row.method == DENSE), None)
 
 
@@ -137,7 +135,7 @@ def load(path: Path) -> Comparison:
         base_sha256=facts.get("base_sha256"),
         settings=facts.get("settings") or {},
         eval_texts=texts,
-        # What was scored is called what the results call it; before the first row there is only what was asked for.
+        # Results name the tasks as they were scored; before the first row there are only the names asked for.
         tasks=tuple(dict.fromkeys(scored)) or tuple(dict.fromkeys(named)),
         rows=rows,
         asked=_asked(facts.get("asked") or {}),
@@ -146,10 +144,10 @@ def load(path: Path) -> Comparison:
 
 
 def read_rows(path: Path) -> tuple[Row, ...]:
-    """The rows of a `rows.jsonl`, in order; none where there is no such file yet.
+    """Read the rows of a `rows.jsonl`, in order; none where there is no such file yet.
 
     Raises:
-        UserError: a whole line is no row.
+        UserError: a complete line is no row.
     """
     if not path.exists():
         return ()
@@ -163,13 +161,58 @@ def read_rows(path: Path) -> tuple[Row, ...]:
 
 
 def primary(score: Mapping[str, Any]) -> Measure | None:
-    """A task's main metric out of its `metrics`: the one it names, else acc_norm, else acc, else the first."""
+    """Return a task's main metric: the one that it names, else acc_norm, else acc, else the first."""
     metrics = score.get("metrics") or {}
     for name in (score.get("primary"), "acc_norm", "acc", *metrics):
         if name in metrics:
             found = metrics[name]
             return found if isinstance(found, Mapping) else {"value": found}
     return None
+
+
+def columns(comparison: Comparison) -> list[str]:
+    """Return the columns of the table that are not empty."""
+    return list(dict.fromkeys(key for row in comparison.rows for key in _cells(row, comparison)))
+
+
+def cells(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return a mapping for each row, numbers as numbers. A standard error has a column of its own after its measure."""
+    return [_cells(row, comparison) for row in comparison.rows]
+
+
+def as_csv(comparison: Comparison) -> str:
+    """Return the whole table as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns(comparison), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(cells(comparison))
+    return text.getvalue()
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """Return the table as Markdown, each measure with its standard error."""
+    names = [name for name in columns(comparison) if not name.endswith(" stderr")]
+    lines = [
+        "| " + " | ".join(name.replace("|", "\\|") for name in names) + " |",
+        "|" + "|".join("---" if name in ("method", "heal", "note") else "---:" for name in names) + "|",
+    ]
+    for row in cells(comparison):
+        written = [written_cell(name, row) for name in names]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in written) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def written_cell(name: str, row: Mapping[str, Any]) -> str:
+    """Return a cell as text, with its standard error."""
+    value, error = row.get(name), row.get(f"{name} stderr")
+    if value is None or isinstance(value, str):
+        return value or ""
+    if name == "layers":
+        return str(value)
+    if name in ("parameters", "bytes"):
+        return short(value)
+    digits = ".2g" if abs(value) >= 1e5 and error else ".1f" if abs(value) >= 10 else ".3f"
+    return f"{value:{digits}}" + (f" ± {error:.2g}" if error else "")
 
 
 def _stderr_of_mean(measures: Sequence[Measure | None]) -> float | None:
@@ -184,7 +227,7 @@ def _stderr_of_mean(measures: Sequence[Measure | None]) -> float | None:
 def _settings(path: Path) -> dict[str, Any]:
     return read_json(
         path,
-        expected="a JSON object: what a comparison is about, as `intarsia compare` writes it",
+        expected="a JSON object with the settings of a comparison, as `intarsia compare` writes it",
         remedy="Give the folder of a comparison, or make one with `intarsia compare MODEL -o DIR`.",
     )
 
@@ -208,3 +251,21 @@ def _row(line: str, where: str) -> Row:
             remedy="The file is damaged: delete this line, and the same command measures the model again.",
         ) from error
     return row
+
+
+def _cells(row: Row, comparison: Comparison) -> dict[str, Any]:
+    found: dict[str, Any] = {"method": row.method, "layers": row.layers, "heal": row.heal}
+    found |= {"parameters": row.parameters, "bytes": row.bytes}
+    measures = {text: row.perplexity.get(text) for text in comparison.texts or tuple(row.perplexity)}
+    if row.tasks is not None:
+        measures |= {task: row.score(task) for task in (*comparison.tasks, MEAN)}
+    for name, measure in measures.items():
+        if measure is not None and measure.get("value") is not None:
+            found[name] = measure["value"]
+            found[f"{name} stderr"] = measure.get("stderr")
+    if row.speed is not None:
+        found["decode tokens/s"] = row.decode_tokens_per_s
+        found["prefill tokens/s"] = row.speed.get("prefill_tokens_per_s")
+    for name in ("layer_forwards", "plan_seconds", "heal_forwards", "heal_seconds", "note"):
+        found[name.replace("_", " ")] = getattr(row, name)
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,7 +1,7 @@
-"""One HTML file that tells of one run or several. It opens anywhere, and asks for nothing outside itself.
+"""One HTML file about one run or several. It opens anywhere, and requests nothing outside itself.
 
-Style and script stand in the file; a content security policy allows these two by their hashes and refuses everything
-else, requests included. Everything that comes from a run is escaped by the template.
+Style and script are in the file; a content security policy allows these two by their hashes and refuses everything
+else, requests included. Templates escape everything that comes from a run.
 """
 
 from __future__ import annotations
@@ -9,42 +9,44 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from intarsia.disk import write_whole
 from intarsia.errors import Problem, UserError
-from intarsia.reporting import compare_run, model_folder, plan_folder, plan_run, tailor_run
+from intarsia.reporting import comparison_report, model_report, plan_report, tailor_report, tailor_run
 from intarsia.reporting.blocks import Ladder, Section, Subject, Written
-from intarsia.reporting.chart import style as chart_style
-from intarsia.reporting.plan_ladder import ladder_figure
+from intarsia.reporting.colours import variables
+from intarsia.reporting.plan_report import ladder_figure
 
 Generations = Mapping[Path, Sequence[Written]]
 
 _KINDS: Sequence[tuple[Callable[[Path], bool], Callable[[Path], Subject]]] = (
-    (compare_run.is_comparison, compare_run.read),
-    (tailor_run.is_tailor_run, tailor_run.read),
-    (plan_folder.is_plan_run, plan_run.read),
-    (model_folder.is_model_folder, model_folder.read),
+    (comparison_report.is_comparison, comparison_report.read),
+    (tailor_run.is_tailor_run, tailor_report.read),
+    (plan_report.is_plan_run, plan_report.read),
+    (model_report.is_model_folder, model_report.read),
 )
-"""What can be reported on: how a folder of that kind is known, and what reads it. A further kind is a further line."""
+"""For each kind of folder: what recognises it, and what reads it."""
 
 
 def write_report(paths: Sequence[Path], out: Path, *, generations: Generations | None = None) -> None:
-    """Write the report of some runs; the file is there whole or as it was before.
+    """Write the report of some runs; the file appears whole or stays as it was.
 
     Args:
         paths: run folders of `plan` and `tailor`, comparisons, and model folders that intarsia has built.
-        generations: what models wrote, by the path of their folder.
+        generations: what models generated, by the path of their folder.
 
     Raises:
-        UserError: something is none of these, or damaged; every such problem at once. Nothing has been written then.
+        UserError: a path is none of these, or damaged; all problems at once, and nothing is written.
     """
     text = report_html([*paths], generations=generations)
     if not out.parent.is_dir():
@@ -55,7 +57,7 @@ def write_report(paths: Sequence[Path], out: Path, *, generations: Generations |
 
 
 def report_html(paths: Sequence[Path], *, generations: Generations | None = None) -> str:
-    """The report as text.
+    """Return the report as text.
 
     Raises:
         UserError: as `write_report`.
@@ -64,13 +66,16 @@ def report_html(paths: Sequence[Path], *, generations: Generations | None = None
 
 
 def render(subjects: Sequence[Subject]) -> str:
-    """The page about some subjects."""
-    style, script = _part("page.css") + chart_style(), _part("page.js")
+    """Return the page about some subjects."""
+    style, script = variables() + _part("page.css"), _part("page.js")
     environment = Environment(
-        autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("intarsia.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters["picture"] = Markup
-    text: str = environment.from_string(_part("page.html")).render(
+    return environment.get_template("page.html.j2").render(
         title=subjects[0].title if len(subjects) == 1 else f"{len(subjects)} runs",
         subjects=subjects,
         anchors=[
@@ -83,25 +88,24 @@ def render(subjects: Sequence[Subject]) -> str:
         "form-action 'none'",
         made_with=_version(),
     )
-    return text.lstrip()
 
 
 def together(subjects: Sequence[Subject]) -> dict[str, Any]:
-    """What several runs have to say about each other: notes on what differs, and ladders that may share a chart."""
+    """Return notes on how several runs differ, and the ladders that can share a chart."""
     if len(subjects) < 2:
         return {"notes": [], "section": None}
     notes = []
     bases = {subject.base[0]: subject.base[1] for subject in subjects if subject.base[0]}
     if len(bases) > 1:
         notes.append(
-            f"These runs began with different models: {', '.join(f'{n} ({k[:8]})' for k, n in bases.items())}."
+            f"These runs started from different models: {', '.join(f'{n} ({k[:8]})' for k, n in bases.items())}."
         )
-    judged = [subject for subject in subjects if subject.texts]
-    if len({frozenset(subject.texts) for subject in judged}) > 1:
-        each = "; ".join(f"{subject.title}: {_named(subject.texts)}" for subject in judged)
+    evaluated = [subject for subject in subjects if subject.texts]
+    if len({frozenset(subject.texts) for subject in evaluated}) > 1:
+        each = "; ".join(f"{subject.title}: {_named(subject.texts)}" for subject in evaluated)
         notes.append(
-            "These runs were judged on different texts, so their perplexities cannot be compared and are shown apart. "
-            f"{each}."
+            "These runs were evaluated on different texts, so their perplexities cannot be compared and are shown "
+            f"apart. {each}."
         )
     groups: dict[tuple[str, str], list[Ladder]] = {}
     for subject in subjects:
@@ -109,29 +113,20 @@ def together(subjects: Sequence[Subject]) -> dict[str, Any]:
             groups.setdefault((ladder.measure, ladder.text_key), []).append(ladder)
     measures = [measure for measure, _ in groups]
     if len(measures) > len(set(measures)):
-        notes.append("Ladders that were measured on different texts stand in different charts.")
+        notes.append("Ladders that were measured on different texts are in different charts.")
     figures = [ladder_figure(_distinct(ladders)) for ladders in groups.values() if ladders]
     section = Section(title="All ladders", blocks=figures, intro="Lower is better.") if figures else None
     return {"notes": notes, "section": section}
 
 
 def _distinct(ladders: Sequence[Ladder]) -> list[Ladder]:
-    """Ladders of one chart need names of their own."""
-    seen: dict[str, int] = {}
+    """Ladders of one chart with different names."""
+    seen: Counter[str] = Counter()
     found = []
     for ladder in ladders:
-        seen[ladder.name] = seen.get(ladder.name, 0) + 1
+        seen[ladder.name] += 1
         number = seen[ladder.name]
-        name = ladder.name if number == 1 else f"{ladder.name} ({number})"
-        found.append(
-            Ladder(
-                name=name,
-                measure=ladder.measure,
-                text=ladder.text,
-                text_key=ladder.text_key,
-                points=ladder.points,
-            )
-        )
+        found.append(ladder if number == 1 else replace(ladder, name=f"{ladder.name} ({number})"))
     return found
 
 
@@ -156,7 +151,7 @@ def _subjects(paths: Sequence[Path], generations: Generations) -> list[Subject]:
 
 def _subject(path: Path, generations: Generations) -> Subject:
     if path in generations:
-        return model_folder.read(path, generations=generations[path])
+        return model_report.read(path, generations=generations[path])
     for known, read in _KINDS:
         if known(path):
             return read(path)
@@ -164,7 +159,7 @@ def _subject(path: Path, generations: Generations) -> Subject:
         where=str(path),
         expected="a run folder of `intarsia plan` or `tailor`, a comparison, or a model that intarsia has built",
         found="no such folder" if not path.exists() else "something else",
-        remedy="Give the folder of a run; of a healing, the model that came out of it.",
+        remedy="Give the folder of a run; for a healing, the model that it wrote.",
     )
 
 

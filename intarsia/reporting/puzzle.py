@@ -1,149 +1,226 @@
 """The puzzle picture: which pieces of which original layers an output model is made of.
 
-Original layers stand in one row (or column), output layers in another; a ribbon leads from a layer to where its
-pieces went, and is as wide as their share. One SVG without scripts or outside references.
+Original layers stand in one row and output layers in another. A ribbon leads from a layer to where its pieces are, and
+is as wide as their share. On a page the rows are columns, and the page's script shows what a layer is made of; in a
+file beside a model card they lie one above the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Literal, Protocol
 
-from intarsia.anatomy.spec import Part
-from intarsia.planning.told import mlp_pieces
+from markupsafe import Markup
+
+from intarsia.architecture.spec import Architecture
+from intarsia.planning.told import mlp_pieces, of_experts
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op
 from intarsia.recipe.recipe import Recipe
+from intarsia.reporting.colours import WOODS, standalone
 
-# Woods, from light to dark: neighbours differ enough to tell pieces of adjacent layers apart.
-_WOODS = ("#d9a05b", "#8c5a2b", "#c4713b", "#6b4423", "#e3bd7d", "#a8763e")
-_DROPPED = "#c9c9c9"
-_TEXT = "#6e6e6e"
-_BLOCK = 22.0
-_STEP = 30.0
-_GAP = 110.0
-_MARGIN = 16.0
-_LABEL = 74.0
+_BLOCK, _LABEL, _EDGE, _FILLED = 30.0, 34.0, 24.0, 0.74
+_TALL, _LEAST_STEP, _MOST_STEP = 640.0, 13.0, 26.0
 
 
-class Sizes(Protocol):
-    """How many pieces a layer has; an `Anatomy` knows."""
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """How many pieces a layer has."""
 
-    @property
-    def n_kv_heads(self) -> int:
-        """KV groups of attention."""
+    n_kv_heads: int
+    # Channels of the MLP, or experts where it is a mixture.
+    n_mlp_pieces: int
+    experts: bool = False
+    # Query heads of a KV group, where it is known.
+    heads_per_group: int | None = None
 
     @property
-    def n_mlp_pieces(self) -> int:
-        """Channels of the MLP, or experts of a mixture."""
-
-    def is_mixture(self, part: Part) -> bool:
-        """Whether the pieces of a part are experts."""
+    def mlp(self) -> str:
+        """What the pieces of the MLP are called."""
+        return mlp_pieces(self.experts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ribbon:
-    """Pieces of original layer `source` of a variant that lie in output layer `output`, as shares of a layer.
+    """Pieces of an original layer in an output layer, with the parts of both edges that they take up (0 to 1)."""
 
-    They leave the source's edge between `out_of` and fill the output's edge between `into`.
-    """
-
-    source: int
-    variant: str
+    source: LayerRef
     output: int
     out_of: tuple[float, float]
     into: tuple[float, float]
     title: str
 
 
-def ribbons(recipe: Recipe, anatomy: Sizes) -> list[Ribbon]:
-    """Every ribbon of the picture. A share is the mean of the shares of KV groups and of MLP channels."""
-    left: dict[LayerRef, float] = {}
-    found: list[Ribbon] = []
-    for output, op in enumerate(recipe.layers):
-        filled = 0.0
-        for source, share, title in _shares(op, anatomy):
-            start = left.get(source, 0.0)
-            found.append(
-                Ribbon(
-                    source=source.layer,
-                    variant=source.variant,
-                    output=output,
-                    out_of=(start, min(start + share, 1.0)),
-                    into=(filled, filled + share),
-                    title=title,
-                )
-            )
-            left[source] = start + share
-            filled += share
-    return found
-
-
-def puzzle_svg(recipe: Recipe, anatomy: Sizes, *, direction: Literal["down", "right"] = "down") -> str:
-    """The picture as SVG text: originals above outputs (`down`), or left of them (`right`)."""
-    pieces = ribbons(recipe, anatomy)
-    used = {ribbon.source for ribbon in pieces}
-    long = _LABEL + max(recipe.depth, len(recipe.layers)) * _STEP + _MARGIN
-    across = 2 * _MARGIN + 2 * _BLOCK + _GAP
-    indent = (recipe.depth - len(recipe.layers)) * _STEP / 2
-
-    def first(layer: int) -> float:
-        return _LABEL + layer * _STEP
-
-    def second(layer: int) -> float:
-        return _LABEL + indent + layer * _STEP
-
-    def point(along: float, deep: float) -> str:
-        return f"{along:.1f} {deep:.1f}" if direction == "down" else f"{deep:.1f} {along:.1f}"
-
-    def box(along: float, deep: float, length: float, colour: str, title: str) -> str:
-        x, y = (along, deep) if direction == "down" else (deep, along)
-        w, h = (length, _BLOCK) if direction == "down" else (_BLOCK, length)
-        return (
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="2" fill="{colour}">'
-            f"<title>{escape(title)}</title></rect>"
-        )
-
-    def label(along: float, deep: float, text: str, anchor: str = "middle") -> str:
-        x, y = (along, deep) if direction == "down" else (deep, along)
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-    top, bottom = _MARGIN, _MARGIN + _BLOCK + _GAP
-    parts = []
-    for ribbon in pieces:
-        a, b = (first(ribbon.source) + edge * _BLOCK for edge in ribbon.out_of)
-        c, d = (second(ribbon.output) + edge * _BLOCK for edge in ribbon.into)
-        near, far = top + _BLOCK, bottom
-        middle = (near + far) / 2
-        path = (
-            f"M {point(a, near)} C {point(a, middle)}, {point(c, middle)}, {point(c, far)} "
-            f"L {point(d, far)} C {point(d, middle)}, {point(b, middle)}, {point(b, near)} Z"
-        )
-        parts.append(
-            f'<path d="{path}" fill="{_wood(ribbon.source)}" fill-opacity="0.62">'
-            f"<title>{escape(ribbon.title)}</title></path>"
-        )
-        parts.append(box(c, bottom, d - c, _wood(ribbon.source), ribbon.title))
-    for layer in range(recipe.depth):
-        colour = _wood(layer) if layer in used else _DROPPED
-        parts.append(box(first(layer), top, _BLOCK, colour, f"layer {layer}" + ("" if layer in used else ", dropped")))
-        parts.append(label(first(layer) + _BLOCK / 2, top - 4 if direction == "down" else top - 10, str(layer)))
-    if direction == "down":
-        parts.append(label(_MARGIN, top + _BLOCK * 0.7, f"{recipe.depth} layers", "start"))
-        parts.append(label(_MARGIN, bottom + _BLOCK * 0.7, f"{len(recipe.layers)} layers", "start"))
-    width, height = (long, across) if direction == "down" else (across, long)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
-        f'font-family="system-ui, sans-serif" font-size="10" fill="{_TEXT}">'
-        f"<title>{recipe.depth} layers become {len(recipe.layers)}</title>{''.join(parts)}</svg>\n"
+def pieces_of_architecture(architecture: Architecture) -> Pieces:
+    """Return how many pieces the layers of a model have."""
+    return Pieces(
+        n_kv_heads=architecture.n_kv_heads,
+        n_mlp_pieces=architecture.n_mlp_pieces,
+        experts=architecture.is_mixture("mlp"),
+        heads_per_group=architecture.heads_per_group,
     )
 
 
-def _wood(layer: int) -> str:
-    return _WOODS[layer % len(_WOODS)]
+def pieces_of(*recipes: Recipe) -> Pieces:
+    """Return how many pieces layers have as far as recipes say: a joined layer has as many as an original one."""
+    experts = any(of_experts(recipe.provenance) for recipe in recipes)
+    for op in (op for recipe in recipes for op in recipe.layers if isinstance(op, Concat)):
+        kv_groups, channels = (sum(len(getattr(cut, part)) for cut in op.cuts) for part in ("kv_groups", "channels"))
+        return Pieces(n_kv_heads=kv_groups, n_mlp_pieces=channels, experts=experts)
+    return Pieces(n_kv_heads=1, n_mlp_pieces=1, experts=experts)
 
 
-def _shares(op: Op, anatomy: Sizes) -> list[tuple[LayerRef, float, str]]:
+def ribbons(recipe: Recipe, pieces: Pieces) -> list[Ribbon]:
+    """Return every ribbon of the picture. A share is the mean of the shares of KV groups and of MLP channels."""
+    used: dict[LayerRef, float] = {}
+    found = []
+    for output, op in enumerate(recipe.layers):
+        filled = 0.0
+        for source, share, title in _shares(op, pieces):
+            start = used.get(source, 0.0)
+            out_of, into = (start, min(start + share, 1.0)), (filled, filled + share)
+            found.append(Ribbon(source=source, output=output, out_of=out_of, into=into, title=title))
+            used[source], filled = start + share, filled + share
+    return found
+
+
+def wood(ref: LayerRef, variants: Sequence[str]) -> int:
+    """Return the number of a layer's colour: by variant where there are several, else neighbours differ."""
+    return (variants.index(ref.variant) if len(variants) > 1 else ref.layer) % WOODS
+
+
+def puzzle_svg(recipe: Recipe, pieces: Pieces) -> Markup:
+    """Draw the picture for a page: original layers at the left, each of them a button of the page's script."""
+    return _Drawing(recipe, pieces, upright=True).svg()
+
+
+def puzzle_file(recipe: Recipe, pieces: Pieces) -> str:
+    """Draw the picture as the text of an SVG file: original layers at the top."""
+    return standalone(_Drawing(recipe, pieces, upright=False).svg())
+
+
+class _Drawing:
+    """A picture in coordinates (along, across): along the layers, and across from original to output layers."""
+
+    def __init__(self, recipe: Recipe, pieces: Pieces, *, upright: bool) -> None:
+        self.recipe, self.upright = recipe, upright
+        self.variants = [variant.name for variant in recipe.variants]
+        self.ribbons = ribbons(recipe, pieces)
+        self.step = min(_MOST_STEP, max(_LEAST_STEP, _TALL / recipe.depth))
+        self.length = max(recipe.depth, len(recipe.layers)) * self.step
+        # Output layers spread over the length of the original ones.
+        self.output_step = self.length / len(recipe.layers)
+        self.block = self.step * _FILLED
+        self.start = _EDGE if upright else 96.0
+        self.near = _LABEL if upright else _EDGE
+        self.far = self.near + (262.0 if upright else 128.0)
+
+    def svg(self) -> Markup:
+        """Draw it all."""
+        deep, shallow = self.recipe.depth, len(self.recipe.layers)
+        width, height = 360.0, self.start + self.length + 4
+        if self.upright:
+            heads = self._text(self.near, 12, f"{deep} original layers", "start", size=10)
+            heads += self._text(width - _LABEL, 12, f"{shallow} layers", "end", size=10)
+        else:
+            width, height = height, self.far + _BLOCK + _EDGE
+            heads = self._text(4, self.near + 0.62 * _BLOCK, f"{deep} layers", "start", size=10)
+            heads += self._text(4, self.far + 0.62 * _BLOCK, f"{shallow} layers", "start", size=10)
+        parts = [
+            *map(self._ribbon, self.ribbons),
+            *map(self._original, range(deep)),
+            *map(self._output, range(shallow)),
+        ]
+        title = f"{deep} layers become {shallow}"
+        return Markup(
+            f'<svg class="puzzle" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
+            f'role="group" aria-label="{title}" font-family="system-ui, sans-serif"><title>{title}</title>'
+            f"{heads}{''.join(parts)}</svg>"
+        )
+
+    def _along(self, layer: int, *, output: bool) -> float:
+        step = self.output_step if output else self.step
+        return self.start + layer * step + (step - self.block) / 2
+
+    def _colour(self, ref: LayerRef) -> str:
+        return f"var(--w{wood(ref, self.variants)})"
+
+    def _ribbon(self, ribbon: Ribbon) -> str:
+        a, b = (self._along(ribbon.source.layer, output=False) + edge * self.block for edge in ribbon.out_of)
+        c, d = (self._along(ribbon.output, output=True) + edge * self.block for edge in ribbon.into)
+        near, far = self.near + _BLOCK, self.far
+        middle = (near + far) / 2
+
+        def at(along: float, across: float) -> str:
+            return f"{across:.1f} {along:.1f}" if self.upright else f"{along:.1f} {across:.1f}"
+
+        path = (
+            f"M{at(a, near)}C{at(a, middle)} {at(c, middle)} {at(c, far)}"
+            f"L{at(d, far)}C{at(d, middle)} {at(b, middle)} {at(b, near)}Z"
+        )
+        opacity = ".24" if ribbon.into == (0.0, 1.0) else ".8"
+        return (
+            f'<path class="ribbon" data-in="{ribbon.source.layer}" data-out="{ribbon.output}" d="{path}" '
+            f'fill="{self._colour(ribbon.source)}" fill-opacity="{opacity}">'
+            f"<title>{escape(ribbon.title)}</title></path>"
+        )
+
+    def _original(self, layer: int) -> str:
+        outputs = sorted({ribbon.output for ribbon in self.ribbons if ribbon.source.layer == layer})
+        look = f'fill="{self._colour(LayerRef(variant=self.recipe.base, layer=layer))}"'
+        title = f"layer {layer}: in output layer " + ", ".join(map(str, outputs))
+        if not outputs:
+            look = 'fill="none" stroke="var(--soft)" stroke-dasharray="2 2" stroke-opacity=".7"'
+            title = f"layer {layer}: dropped"
+        along = self._along(layer, output=False)
+        return self._layer("in", layer, title, self._box(along, self.near, self.block, look))
+
+    def _output(self, layer: int) -> str:
+        mine = [ribbon for ribbon in self.ribbons if ribbon.output == layer]
+        title = f"output layer {layer}: " + "; ".join(ribbon.title for ribbon in mine)
+        along = self._along(layer, output=True)
+        boxes = "".join(
+            self._box(
+                along + ribbon.into[0] * self.block,
+                self.far,
+                (ribbon.into[1] - ribbon.into[0]) * self.block,
+                f'fill="{self._colour(ribbon.source)}"',
+            )
+            for ribbon in mine
+        )
+        return self._layer("out", layer, title, boxes)
+
+    def _layer(self, side: str, layer: int, title: str, boxes: str) -> str:
+        """A layer with its number: a button with an area large enough for a finger where it is on a page."""
+        output = side == "out"
+        along, across = self._along(layer, output=output), self.far if output else self.near
+        number = across + _BLOCK + 5 if output else across - 5
+        middle = along + self.block / 2
+        if not self.upright:
+            text = self._text(middle, number + (8 if output else 0), str(layer), "middle")
+            return f"<g><title>{escape(title)}</title>{boxes}{text}</g>"
+        text = self._text(number, middle + 3.5, str(layer), "start" if output else "end")
+        step = self.output_step if output else self.step
+        touch = 'class="touch" fill="none"'
+        area = self._box(middle - step / 2, across - (0 if output else _LABEL), step, touch, across=_LABEL + _BLOCK)
+        frame = self._box(along, across, self.block, 'class="frame" fill="none"')
+        return (
+            f'<g class="layer" data-side="{side}" data-layer="{layer}" tabindex="0" role="button" '
+            f'aria-label="{escape(title)}"><title>{escape(title)}</title>{area}{boxes}{frame}{text}</g>'
+        )
+
+    def _box(self, along: float, start: float, length: float, look: str, *, across: float = _BLOCK) -> str:
+        x, y, width, height = (start, along, across, length) if self.upright else (along, start, length, across)
+        return f'<rect {look} x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="1.5"/>'
+
+    def _text(self, x: float, y: float, text: str, anchor: str, *, size: int = 9) -> str:
+        return (
+            f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
+            f'fill="var(--soft)">{escape(text)}</text>'
+        )
+
+
+def _shares(op: Op, pieces: Pieces) -> list[tuple[LayerRef, float, str]]:
     if isinstance(op, Merge):
         sizes = [abs(weight) for weight in op.weights]
         total = sum(sizes) or 1.0
@@ -154,13 +231,55 @@ def _shares(op: Op, anatomy: Sizes) -> list[tuple[LayerRef, float, str]]:
         ]
     if not isinstance(op, Concat):
         return [(op.source, 1.0, f"layer {op.source.layer}, whole")]
-    name = mlp_pieces(anatomy.is_mixture("mlp"))
     return [
         (
             cut.source,
-            (len(cut.kv_groups) / anatomy.n_kv_heads + len(cut.channels) / anatomy.n_mlp_pieces) / 2,
-            f"layer {cut.source.layer}: {len(cut.kv_groups)} of {anatomy.n_kv_heads} KV groups, "
-            f"{len(cut.channels)} of {anatomy.n_mlp_pieces} {name}",
+            (len(cut.kv_groups) / pieces.n_kv_heads + len(cut.channels) / pieces.n_mlp_pieces) / 2,
+            f"layer {cut.source.layer}: {len(cut.kv_groups)} of {pieces.n_kv_heads} KV groups, "
+            f"{len(cut.channels)} of {pieces.n_mlp_pieces} {pieces.mlp}",
         )
         for cut in op.cuts
     ]
+
+
+def made_of(op: Op, pieces: Pieces, *, named: bool) -> str:
+    """Say in one line what a layer is made of; `named`: sources with the names of their variants."""
+
+    def name(ref: LayerRef) -> str:
+        return str(ref) if named else str(ref.layer)
+
+    if isinstance(op, Concat):
+        return " + ".join(
+            f"{name(cut.source)} ({len(cut.kv_groups)} KV groups, {len(cut.channels)} {pieces.mlp})" for cut in op.cuts
+        )
+    if not isinstance(op, Merge):
+        return f"{name(op.source)}, whole"
+    mixes = [op.mix("attention")] if op.mlp is None else [op.mix("attention"), op.mlp]
+    words = [
+        f"{mix.method} of "
+        + ", ".join(f"{w:.3g} × {name(ref)}" for ref, w in zip(op.sources, mix.weights, strict=True) if w)
+        + "".join(f"; {key} {value:g}" for key, value in mix.params.items() if key != "seed")
+        for mix in mixes
+    ]
+    text = words[0] if len(words) == 1 else f"attention: {words[0]}; MLP: {words[1]}"
+    return text + (f"; output times {op.scale:g}" if op.scale != 1.0 else "")
+
+
+def sources_in_words(recipe: Recipe) -> str:
+    """Say how many layers are original ones, and how many are merged or joined."""
+    counts = {variant.name: 0 for variant in recipe.variants}
+    merged = joined = 0
+    for op in recipe.layers:
+        merged += isinstance(op, Merge)
+        joined += isinstance(op, Concat)
+        if not isinstance(op, (Merge, Concat)):
+            counts[op.source.variant] += 1
+    several = len(counts) > 1
+    parts = [f"{count} of {name}" if several else f"{count} kept whole" for name, count in counts.items() if count]
+    parts += [f"{merged} merged"] * (merged > 0) + [f"{joined} joined from pieces"] * (joined > 0)
+    dropped = recipe.depth - len({source.layer for op in recipe.layers for source in op.sources})
+    return f"{len(recipe.layers)} layers: {', '.join(parts)}. " + (
+        f"{dropped} of the {recipe.depth} original layers {'is' if dropped == 1 else 'are'} dropped."
+        if dropped
+        else f"Each of the {recipe.depth} original layers has a part in it."
+    )

@@ -1,113 +1,96 @@
-"""The run folder of a search over a family as a part of a report.
-
-Costs are of the examples that the search saw; what was judged on others is told apart from them.
-"""
+"""The run folder of a search over a family, as a report reads it. docs/TAILOR.md describes its files."""
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from intarsia.reporting.blocks import Code, Facts, Section, Subject, Tile
-from intarsia.reporting.scale import short
-from intarsia.reporting.tailor_folder import FAMILY, TailorRun, is_tailor_run, load
-from intarsia.reporting.tailor_puzzle import puzzle_sections
-from intarsia.reporting.tailor_sections import costs_of, front_sections, judged_sections, search_section
-from intarsia.reporting.wording import model_name, written
+from intarsia.disk import damage_named, read_json
+from intarsia.errors import UserError
+from intarsia.recipe import schema
+from intarsia.recipe.recipe import Recipe
+from intarsia.tailoring.history import EARLIER, TRIALS, History, Trial
+from intarsia.tailoring.pareto import Front, front_of
 
-__all__ = ["is_tailor_run", "read"]
+SETTINGS, FAMILY, WANTED, FRONT = "tailor.json", "family.yaml", "wanted.json", "front.json"
+_EXPECTED, _REMEDY = "what the search wrote", "Search into another folder."
 
 
-def read(path: Path) -> Subject:
-    """The search as a subject.
+def recipe_path(folder: Path, number: int) -> Path:
+    """Return the path of the recipe of a trial of the front."""
+    return folder / "front" / f"trial-{number:05d}.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TailorRun:
+    """What the folder of a search holds so far."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    # The family file.
+    family: str
+    trials: Sequence[Trial]
+    front: Front | None
+    # The final scores on examples that the search has not seen.
+    final: Mapping[str, Any] | None
+    # The number of trials that the search will have.
+    wanted: int
+
+    @property
+    def objectives(self) -> list[str]:
+        """Names of the objectives, in the order of the costs."""
+        return [str(entry["name"]) for entry in self.settings["objectives"]]
+
+    @property
+    def base(self) -> Mapping[str, float]:
+        """The base model's costs on the examples of the greatest budget; empty where they were not kept."""
+        return self.settings.get("base") or {}
+
+    @property
+    def made(self) -> list[Trial]:
+        """The trials of this search, without those of earlier searches."""
+        return [trial for trial in self.trials if trial.engine != EARLIER]
+
+    def recipe(self, trial: Trial) -> Recipe | None:
+        """Return the recipe of a trial of the front, where it was written."""
+        path = recipe_path(self.path, trial.number)
+        try:
+            return schema.load(path) if path.is_file() else None
+        except UserError:
+            return None
+
+
+def is_tailor_run(path: Path) -> bool:
+    """Whether a folder is that of a search."""
+    return (path / SETTINGS).is_file()
+
+
+def load(path: Path) -> TailorRun:
+    """Read everything that the folder of a search holds so far.
 
     Raises:
-        UserError: it is damaged.
+        UserError: a file of it is damaged.
     """
-    run = load(path)
-    members = run.settings["members"]
-    base = next(iter(members.values()))
-    space, made = run.settings["space"], run.made
-    names = " + ".join([model_name(base["model"]), *list(members)[1:]])
-    return Subject(
+    settings = _json(path / SETTINGS)
+    trials = History(path / TRIALS).trials
+    front = _json(path / FRONT) if (path / FRONT).is_file() else {}
+    wanted = _json(path / WANTED)["trials"] if (path / WANTED).is_file() else 0
+    family = path / FAMILY
+    with damage_named(path / SETTINGS, expected=_EXPECTED, remedy=_REMEDY):
+        names = [str(entry["name"]) for entry in settings["objectives"]]
+        found = front_of(trials, names, max_budget=max(settings["budgets"]))
+    return TailorRun(
         path=path,
-        title=f"{names}, {space['depth']} → {space['target']} layers",
-        subtitle=f"A search over a family: {len(made)} trials by {run.settings['engine']}, on up to "
-        f"{max(run.settings['budgets'])} examples of each of {', '.join(run.objectives)}",
-        base=(str(base.get("sha256") or ""), str(base["model"])),
-        tiles=_tiles(run),
-        notes=_notes(run),
-        sections=[
-            *front_sections(run),
-            *judged_sections(run),
-            *puzzle_sections(run),
-            search_section(run),
-            _origin(run),
-        ],
+        settings=settings,
+        family=family.read_text(encoding="utf-8") if family.is_file() else "",
+        trials=trials,
+        front=found,
+        final=front.get("judged"),
+        wanted=int(wanted),
     )
 
 
-def _notes(run: TailorRun) -> list[str]:
-    made = len(run.made)
-    notes = []
-    if made < run.wanted:
-        notes.append(f"This search is not finished: {made} of {run.wanted} trials are made.")
-    if run.front is None:
-        notes.append("No trial has succeeded yet, so there is nothing to draw.")
-    elif not run.front.top:
-        notes.append(
-            f"No trial at the greatest budget has succeeded yet: the front is of trials on {run.front.budget} examples."
-        )
-    failed = [trial for trial in run.trials if trial.status == "failed"]
-    if failed:
-        reasons = list(dict.fromkeys(str(trial.reason) for trial in failed))
-        more = f" and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
-        notes.append(f"Trials that failed: {len(failed)} ({'; '.join(reasons[:3])}{more}). They count as no score.")
-    return notes
-
-
-def _tiles(run: TailorRun) -> list[Tile]:
-    space = run.settings["space"]
-    tiles = [
-        Tile(name="layers", before=str(space["depth"]), now=str(space["target"])),
-        Tile(name="trials", now=str(len(run.made)), change=f"of about 10^{space['log10_size']:.0f} candidates"),
-    ]
-    if run.front is None:
-        return tiles
-    knee = run.front.knee
-    tiles.append(Tile(name="front", now=str(len(run.front.points)), change=f"trial {knee.number} is its knee"))
-    for at, name in enumerate(run.objectives):
-        best = costs_of(run.front.best(name))[at]
-        base = run.base.get(name)
-        tiles.append(
-            Tile(
-                name=f"{name}, best cost",
-                before="" if base is None else short(base),
-                now=short(best),
-                change="" if not base else f"{best / base - 1.0:+.1%} against the uncut base",
-            )
-        )
-    return tiles
-
-
-def _origin(run: TailorRun) -> Section:
-    """Commands, the family file, settings and hashes."""
-    folder = run.path.resolve().name
-    commands = [
-        f"intarsia tailor {FAMILY} -o {shlex.quote(folder)} --trials {max(run.wanted, 1)}",
-        f"intarsia build {shlex.quote(folder)} --knee -o OUT",
-        *(f"intarsia build {shlex.quote(folder)} --best {shlex.quote(name)} -o OUT" for name in run.objectives),
-    ]
-    settings = run.settings
-    pairs = [("space", f"{written(settings['space'])}"), ("budgets", written(settings["budgets"]))]
-    pairs += [(name, written(settings[name])) for name in ("engine", "seed", "heal", "device", "dtype")]
-    for name, member in settings["members"].items():
-        pairs.append((f"member {name}", f"{member['model']}, sha256 {member.get('sha256') or 'not recorded'}"))
-    for entry in settings["objectives"]:
-        measure = entry.get("metric") or entry["kind"]
-        pairs.append(
-            (f"objective {entry['name']}", f"{measure} on {entry['source']}, examples' sha256 {entry['sha256']}")
-        )
-    pairs += [(name, str(value)) for name, value in settings.get("versions", {}).items()]
-    code = [Code(text="\n".join(commands)), *([Code(text=run.family.rstrip())] if run.family else [])]
-    return Section(title="Where this comes from", blocks=[*code, Facts(pairs=pairs)])
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path, expected=_EXPECTED, remedy=_REMEDY)

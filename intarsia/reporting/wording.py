@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intarsia.reporting.scale import short
-
 
 def written(value: Any) -> str:
     """A setting as text."""
@@ -63,3 +61,11 @@ def change(old: Any, new: Any) -> str:
 def plain_value(measured: Any) -> Any:
     """A measure without what is known about it."""
     return measured.get("value") if isinstance(measured, Mapping) else measured
+
+
+def short(value: float) -> str:
+    """A number in few characters: 134.5M, 25k, 29.5, 0.034."""
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= unit:
+            return f"{value / (1e3 if name == 'k' else unit):.4g}{name}"
+    return f"{value:.4g}"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.anatomy.families import Family, known_families, with_family_file
+from intarsia.architecture.families import Family, known_families, with_family_file
 
 
 @dataclass(frozen=True, kw_only=True)

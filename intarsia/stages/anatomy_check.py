@@ -1,4 +1,4 @@
-"""Check an anatomy against a model's config: a small random model of its kind is built, cut, joined and built again."""
+"""Check an architecture: a small random model with a config of its kind is built, cut, joined and built again."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from intarsia.anatomy.detect import detect
-from intarsia.anatomy.families import with_family_file
-from intarsia.anatomy.spec import PARTS, Anatomy
+from intarsia.architecture.detect import detect
+from intarsia.architecture.families import with_family_file
+from intarsia.architecture.spec import PARTS, Architecture
 from intarsia.building.resident import Resident
 from intarsia.building.shrunken import shrunken, small_model
 from intarsia.checkpoint.files import read_config
@@ -58,7 +58,7 @@ class FamilyCheck:
 
 
 def check_family(source: str, *, family_file: Path | None = None, progress: Progress | None = None) -> FamilyCheck:
-    """Check the anatomy of a model's family on a small random model with the features of its config.
+    """Check the architecture of a model's family on a small random model with the features of its config.
 
     Args:
         source: a config.json, a folder with one, a hub id, or `demo`. Weights are not needed.
@@ -96,7 +96,7 @@ def _config(source: str, progress: Progress) -> dict[str, Any]:
     return dict(config[NESTED]) if is_wrapped(config) else config
 
 
-def _rows(large: Anatomy, folder: Path) -> Iterator[CheckRow]:
+def _rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
     config = shrunken(large)
     small_model(config).save_pretrained(folder / "small")
     try:
@@ -106,19 +106,19 @@ def _rows(large: Anatomy, folder: Path) -> Iterator[CheckRow]:
         note = f"{first}{f' And {len(more)} more like this.' if more else ''}".replace(str(folder), "")
         yield CheckRow(check="tensors", result="failed", error=None, note=note.removeprefix("/small: "))
         return
-    shapes = checkpoint.anatomy.layer_shapes()
+    shapes = checkpoint.architecture.layer_shapes()
     yield CheckRow(check="tensors", result="ok", error=None, note=f"{len(shapes)} in a layer, of the expected shapes")
     resident = Resident(checkpoint, device=torch.device("cpu"))
     trial = trials.Trial.of(resident)
-    same = _same_kind(checkpoint.anatomy)
-    declared = bool(checkpoint.anatomy.approximations)
+    same = _same_kind(checkpoint.architecture)
+    declared = bool(checkpoint.architecture.approximations)
     yield _row("parity", "layer by layer is the model's own forward", partial(trials.parity, trial))
-    for kind, layer in _one_of_each(checkpoint.anatomy).items():
+    for kind, layer in _one_of_each(checkpoint.architecture).items():
         note = f"pieces of a layer ({kind}) in another order, norms folded" if kind else "pieces in another order"
         yield _row("pieces", note, partial(trials.order, trial, layer))
     yield _row("ratio [1, 0]", "is dropping the second layer", partial(trials.everything_and_nothing, trial, same))
     for part in PARTS:
-        if not checkpoint.anatomy.is_mixture(part):
+        if not checkpoint.architecture.is_mixture(part):
             note = "pieces of two layers compute what they did"
             yield _row(f"merge, {part}", note, partial(trials.own_inputs, trial, part, same), declared=declared)
     yield from _round_trip(partial(trials.round_trip, trial, same, folder / "built"))
@@ -157,14 +157,16 @@ def _broken(check: str, error: Exception) -> CheckRow:
     return CheckRow(check=check, result="failed", error=None, note=f"{type(error).__name__}: {words}")
 
 
-def _one_of_each(anatomy: Anatomy) -> dict[str, int]:
-    if anatomy.layer_types is None:
+def _one_of_each(architecture: Architecture) -> dict[str, int]:
+    if architecture.layer_types is None:
         return {"": 0}
-    return {kind: anatomy.layer_types.index(kind) for kind in dict.fromkeys(anatomy.layer_types)}
+    return {kind: architecture.layer_types.index(kind) for kind in dict.fromkeys(architecture.layer_types)}
 
 
-def _same_kind(anatomy: Anatomy) -> tuple[int, int]:
+def _same_kind(architecture: Architecture) -> tuple[int, int]:
     """Two neighbours that may be merged."""
-    types = anatomy.layer_types
-    first = next(index for index in range(anatomy.n_layers - 1) if types is None or types[index] == types[index + 1])
+    types = architecture.layer_types
+    first = next(
+        index for index in range(architecture.n_layers - 1) if types is None or types[index] == types[index + 1]
+    )
     return first, first + 1

@@ -1,4 +1,4 @@
-"""What is tried on a small model to see whether an anatomy is right. Each trial gives a relative error, or a fact.
+"""What is tried on a small model to see whether an architecture is right. Each trial gives a relative error, or a fact.
 
 Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `C` read-out features.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from intarsia.anatomy.spec import PARTS, Anatomy, Part
+from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.building.assembled import assembled
 from intarsia.building.materialize import materialize
 from intarsia.building.resident import Resident, twin
@@ -43,15 +43,17 @@ class Trial:
     def of(cls, resident: Resident) -> Trial:
         """Random tokens for a model."""
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(2, resident.anatomy.vocabulary, (_SEQUENCES, _TOKENS), generator=generator)
+        ids = torch.randint(2, resident.architecture.vocabulary, (_SEQUENCES, _TOKENS), generator=generator)
         lengths = torch.tensor([_TOKENS, _TOKENS // 2, 2])[:, None]
         mask = torch.arange(_TOKENS)[None, :] < lengths
-        return cls(resident=resident, stream=LayerStream(resident.model, resident.anatomy), ids_BT=ids, mask_BT=mask)
+        return cls(
+            resident=resident, stream=LayerStream(resident.model, resident.architecture), ids_BT=ids, mask_BT=mask
+        )
 
     @property
-    def anatomy(self) -> Anatomy:
-        """The small model's anatomy."""
-        return self.resident.anatomy
+    def architecture(self) -> Architecture:
+        """The small model's architecture."""
+        return self.resident.architecture
 
     def through(self, layer: int, module: nn.Module) -> Tensor:
         """What a module in the place of a layer makes of that layer's input in the original model."""
@@ -65,7 +67,7 @@ class Trial:
         """A read-out's inputs `[N, C]` when a module reads the embedding as if it were layer `donor`."""
         entry = self.stream.enter(self.ids_BT, None)
         seen: list[Tensor] = []
-        with read_outs(module, self.anatomy, lambda which, x: seen.append(x) if which == part else None):
+        with read_outs(module, self.architecture, lambda which, x: seen.append(x) if which == part else None):
             self.stream.run(module, entry.h_BTD, entry.calls[donor])
         return seen[0].reshape(-1, seen[0].shape[-1])
 
@@ -92,7 +94,9 @@ def parity(trial: Trial) -> float:
 def order(trial: Trial, layer: int) -> float:
     """A layer with its pieces in another order, norms folded, computes what it did: each is cut where it begins."""
     rng = random.Random(0)
-    pieces = {part: rng.sample(range(trial.anatomy.n_pieces(part)), trial.anatomy.n_pieces(part)) for part in PARTS}
+    pieces = {
+        part: rng.sample(range(trial.architecture.n_pieces(part)), trial.architecture.n_pieces(part)) for part in PARTS
+    }
     op = Concat(cuts=(_cut(layer, pieces["attention"], pieces["mlp"], 1.0),), norm="fold")
     return difference(
         trial.through(layer, trial.resident.module(op)), trial.through(layer, trial.resident.layers[layer])
@@ -101,14 +105,14 @@ def order(trial: Trial, layer: int) -> float:
 
 def everything_and_nothing(trial: Trial, layers: tuple[int, int]) -> float:
     """All pieces of one layer and none of another: the first one, and by way of the planners the very same op."""
-    anatomy, (first, second) = trial.anatomy, layers
-    whole = {part: range(anatomy.n_pieces(part)) for part in PARTS}
+    architecture, (first, second) = trial.architecture, layers
+    whole = {part: range(architecture.n_pieces(part)) for part in PARTS}
     op = concat_of(
         [_select(first), _select(second)],
         [whole, {}],
         weights=[dict.fromkeys(PARTS, 1.0), dict.fromkeys(PARTS, 0.0)],
         norm="fold",
-        anatomy=anatomy,
+        architecture=architecture,
     )
     if op != _select(first):
         return float("inf")
@@ -120,14 +124,14 @@ def everything_and_nothing(trial: Trial, layers: tuple[int, int]) -> float:
 
 def own_inputs(trial: Trial, part: Part, layers: tuple[int, int]) -> float:
     """Pieces of two layers in one: whether each still computes what it computed in its own layer, on equal input."""
-    op = halves(trial.anatomy, layers)
+    op = halves(trial.architecture, layers)
     modules = [_alone(trial, part, trial.resident.module(op))]
     modules += [_alone(trial, part, trial.resident.layers[layer]) for layer in layers]
     joined, *sources = (trial.features(part, module, layers[0]) for module in modules)
     # The writer's columns: one run of features for each piece.
-    writer = trial.anatomy.writer(part)
+    writer = trial.architecture.writer(part)
     expected = [
-        source[:, positions(trial.anatomy, writer, cut.pieces(part))[0]]
+        source[:, positions(trial.architecture, writer, cut.pieces(part))[0]]
         for cut, source in zip(op.cuts, sources, strict=True)
     ]
     return difference(joined, torch.cat(expected, dim=1))
@@ -135,17 +139,17 @@ def own_inputs(trial: Trial, part: Part, layers: tuple[int, int]) -> float:
 
 def round_trip(trial: Trial, layers: tuple[int, int], folder: Path) -> dict[str, float]:
     """A shallower model built to disk and loaded: logits, generation with and without cache, and its config's lists."""
-    anatomy = trial.anatomy
-    merged = halves(anatomy, layers)
-    rest = [_select(layer) for layer in range(anatomy.n_layers) if layer not in layers]
+    architecture = trial.architecture
+    merged = halves(architecture, layers)
+    rest = [_select(layer) for layer in range(architecture.n_layers) if layer not in layers]
     # One layer goes, so that all behind it have new places.
     ops: list[Op] = [*rest[1:2], merged, *rest[2:]]
     recipe = Recipe(
         variants=(Variant(name=NAME, model=trial.resident.checkpoint.model),),
         base=NAME,
-        depth=anatomy.n_layers,
+        depth=architecture.n_layers,
         layers=tuple(ops),
-        spans=derive_spans(ops, anatomy.n_layers),
+        spans=derive_spans(ops, architecture.n_layers),
     )
     materialize(recipe, {NAME: trial.resident.checkpoint}, folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
@@ -154,13 +158,13 @@ def round_trip(trial: Trial, layers: tuple[int, int], folder: Path) -> dict[str,
     return {
         "logits": logits,
         "generation": _generation(loaded, trial.ids_BT[:1, :9]),
-        "config": float(len(list(_wrong_lists(loaded, anatomy, [op.sources[0].layer for op in ops])))),
+        "config": float(len(list(_wrong_lists(loaded, architecture, [op.sources[0].layer for op in ops])))),
     }
 
 
-def halves(anatomy: Anatomy, layers: tuple[int, int]) -> Concat:
+def halves(architecture: Architecture, layers: tuple[int, int]) -> Concat:
     """Every other piece of each of two layers, in equal shares."""
-    kept = [{part: range(index, anatomy.n_pieces(part), 2) for part in PARTS} for index in range(2)]
+    kept = [{part: range(index, architecture.n_pieces(part), 2) for part in PARTS} for index in range(2)]
     return Concat(
         cuts=tuple(
             _cut(layer, pieces["attention"], pieces["mlp"], 0.5) for layer, pieces in zip(layers, kept, strict=True)
@@ -176,9 +180,9 @@ def _generation(model: Any, ids_BT: Tensor) -> float:
     return float((cached != plain).float().mean())
 
 
-def _wrong_lists(model: nn.Module, anatomy: Anatomy, sources: Sequence[int]) -> Iterator[str]:
+def _wrong_lists(model: nn.Module, architecture: Architecture, sources: Sequence[int]) -> Iterator[str]:
     """Per-layer lists of a loaded config that do not say what the layers were."""
-    for name, values in anatomy.per_layer.items():
+    for name, values in architecture.per_layer.items():
         if list(getattr(model.config, name)) != [values[layer] for layer in sources]:
             yield name
 
@@ -188,7 +192,7 @@ def _alone(trial: Trial, part: Part, module: nn.Module) -> nn.Module:
     if part == "attention":
         return module
     module = twin(module)
-    writer = module.get_submodule(trial.anatomy.writer("attention").module)
+    writer = module.get_submodule(trial.architecture.writer("attention").module)
     for name, parameter in list(writer.named_parameters()):
         setattr(writer, name, nn.Parameter(torch.zeros_like(parameter), requires_grad=False))
     return module

@@ -129,7 +129,7 @@ def _rows(
         tokens = length + speed.new_tokens - 1  # the last token is written, but not read again
         yield BenchRow(
             model=name,
-            layers=checkpoint.anatomy.n_layers,
+            layers=checkpoint.architecture.n_layers,
             batch=rows,
             prompt_len=length,
             new_tokens=speed.new_tokens,
@@ -140,7 +140,7 @@ def _rows(
             first_token_seconds=speed.time_to_first_token_s,
             weights_bytes=weights,
             cache_bytes=taken.cache_bytes,
-            cache_predicted_bytes=kv_cache_bytes(checkpoint.anatomy, batch=rows, tokens=tokens, itemsize=itemsize),
+            cache_predicted_bytes=kv_cache_bytes(checkpoint.architecture, batch=rows, tokens=tokens, itemsize=itemsize),
             working_bytes=taken.working_bytes,
             peak_bytes=weights + taken.working_bytes,
         )
@@ -178,7 +178,7 @@ def _check(
     ]
     needed = max((length for _, length in settings), default=0) + new_tokens
     for name, checkpoint in opened.items():
-        most = checkpoint.anatomy.config.get("max_position_embeddings")
+        most = checkpoint.architecture.config.get("max_position_embeddings")
         if isinstance(most, int) and needed > most:
             problems.append(
                 Problem(

@@ -21,7 +21,7 @@ from intarsia.progress import Progress, Silent
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
-from intarsia.reporting.puzzle import puzzle_svg
+from intarsia.reporting.puzzle import pieces_of_architecture, puzzle_file
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_recipe import chosen_trial, is_tailored, trial_recipe
 from intarsia.stages.versions import versions
@@ -141,7 +141,7 @@ def build_recipe(
         return BuildResult(
             out=out,
             layers=len(recipe.layers),
-            parameters=base.parameters - removed * base.anatomy.layer_parameters,
+            parameters=base.parameters - removed * base.architecture.layer_parameters,
             bytes=sum(file.stat().st_size for file in folder.glob("model*.safetensors")),
             recipe_sha256=schema.content_hash(recipe),
             seconds=time.perf_counter() - begun,
@@ -150,7 +150,7 @@ def build_recipe(
 
     def finish(folder: Path) -> None:
         facts = card_facts(recipe, base, result(folder), title=out.name)
-        (folder / PICTURE).write_text(puzzle_svg(recipe, base.anatomy), encoding="utf-8")
+        (folder / PICTURE).write_text(puzzle_file(recipe, pieces_of_architecture(base.architecture)), encoding="utf-8")
         (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
 
     materialize(
@@ -205,12 +205,12 @@ def card_facts(recipe: Recipe, base: Checkpoint, built: BuildResult, *, title: s
         "model": variant.model,
         "revision": variant.revision,
         "base_model": hub_id(variant.model),
-        "family": base.anatomy.family.title,
+        "family": base.architecture.family.title,
         **{key: provenance[key] for key in ("method", "calibration", "settings") if provenance.get(key)},
         "heal": _heal_facts(provenance.get("heal")),
         "before": {"layers": recipe.depth, "parameters": base.parameters, "bytes": base.nbytes},
         "after": {"layers": built.layers, "parameters": built.parameters, "bytes": built.bytes},
-        "approximations": base.anatomy.approximations if merged else (),
+        "approximations": base.architecture.approximations if merged else (),
         "recipe_sha256": built.recipe_sha256,
         "versions": provenance.get("versions") or versions(),
         "source_card": source_card.read_text(encoding="utf-8", errors="replace") if source_card.is_file() else None,

@@ -14,11 +14,10 @@ from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.task_plan import plan_tasks
 from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.progress import Progress, Silent
-from intarsia.reporting.comparison import load
-from intarsia.reporting.comparison_table import cells
+from intarsia.reporting.comparison import cells, load
 from intarsia.stages.calibration_text import calibration_as_begun, facts_of
 from intarsia.stages.compare_folder import CompareFolder
-from intarsia.stages.compare_input import check_depths, check_lists, load_texts, predicted_cost, task_facts_of
+from intarsia.stages.compare_input import check_depths, check_lists, estimated, load_texts, task_facts_of
 from intarsia.stages.compare_judge import Judge
 from intarsia.stages.compare_methods import parse_methods
 from intarsia.stages.compare_outputs import write_outputs
@@ -36,8 +35,8 @@ class CompareResult:
 
     Attributes:
         rows: the table, a mapping a model; None for a dry run.
-        predicted: for every method, its cost and memory as predicted beforehand (see `planning.cost.Cost`), without
-            the pass over the whole model that they share.
+        estimate: for every method, the passes over the calibration text that it takes at most, without the one that
+            they share.
         shared_layer_forwards, layer_forwards: cost of that pass and of all ladders, in this call.
         passes: how often the whole model was measured in this call.
         files: what was written beside the rows.
@@ -46,7 +45,7 @@ class CompareResult:
     model: str
     out: Path
     rows: tuple[Mapping[str, Any], ...] | None = None
-    predicted: tuple[Mapping[str, Any], ...] = ()
+    estimate: tuple[Mapping[str, Any], ...] = ()
     passes: int = 0
     shared_layer_forwards: float = 0.0
     layer_forwards: float = 0.0
@@ -58,8 +57,8 @@ class CompareResult:
         """As plain data."""
         data = {**asdict(self), "out": str(self.out), "files": [str(file) for file in self.files]}
         if self.rows is None:
-            return {name: data[name] for name in ("model", "out", "predicted", "seconds")}
-        return {name: value for name, value in data.items() if name != "predicted"}
+            return {name: data[name] for name in ("model", "out", "estimate", "seconds")}
+        return {name: value for name, value in data.items() if name != "estimate"}
 
 
 def compare(
@@ -107,7 +106,7 @@ def compare(
         tasks: see `evaluate_tasks`; `limit` and `include_path` too.
         task_layers: depths at which models are scored on tasks; all by default.
         speed: measure tokens a second, each model in turns with the original.
-        dry_run: predict cost and memory, and do nothing.
+        dry_run: estimate what it takes, and do nothing.
 
     Raises:
         UserError: something about the input cannot be used. Nothing has been written then.
@@ -130,19 +129,19 @@ def compare(
         dtype=dtype,
         progress=progress,
     )
-    check_depths(depths, source.checkpoint.anatomy.n_layers)
+    check_depths(depths, source.checkpoint.architecture.n_layers)
     check_seq_len(source.checkpoint, seq_len)
     if len(windows) == 1:
         windows *= len(texts_given)
     texts, text_facts = load_texts(texts_given, windows, source.tokenizer, seq_len=seq_len)
     task_plan = plan_tasks(tasks, limit=limit, include_path=include_path) if tasks else None
     closed_form = closed_form or LAST
-    predicted = tuple(predicted_cost(entrant, source, depths, heals, closed_form) for entrant in entrants)
+    estimate = tuple(estimated(entrant, source, depths, heals) for entrant in entrants)
     if dry_run:
         return CompareResult(
             model=model,
             out=out,
-            predicted=predicted,
+            estimate=estimate,
             seconds=time.perf_counter() - begun,
             peak_memory_bytes=peak_memory_bytes(),
         )
@@ -176,7 +175,7 @@ def compare(
         model=model,
         out=out,
         rows=tuple(map(_with_errors, cells(load(out)))),
-        predicted=predicted,
+        estimate=estimate,
         passes=work.ladders.passes,
         shared_layer_forwards=work.ladders.shared_forwards,
         layer_forwards=work.ladders.layer_forwards,

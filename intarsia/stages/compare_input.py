@@ -1,4 +1,4 @@
-"""What a comparison is asked for, held against what can be: before any work."""
+"""Validate the options of a comparison, and estimate what it takes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.perplexity import eval_corpus
 from intarsia.evaluation.task_plan import LocalTask, TaskPlan
-from intarsia.healing.settings import ClosedFormSettings
-from intarsia.planning.cost import predict
 from intarsia.planning.ladder import planner_of
 from intarsia.planning.settings import layers_at_once
-from intarsia.planning.sizes import Held, Sizes
 from intarsia.stages.compare_methods import Entrant
-from intarsia.stages.repair import HEALS, with_repair
+from intarsia.stages.repair import HEALS, heal_passes_at_most
 from intarsia.stages.source import Source
 
 
@@ -130,43 +127,21 @@ def task_facts_of(plan: TaskPlan, specs: Sequence[str], include_path: Path | Non
     return facts
 
 
-def predicted_cost(
-    entrant: Entrant, source: Source, depths: Sequence[int], heals: Sequence[str], closed_form: ClosedFormSettings
-) -> dict[str, Any]:
-    """A method's cost without the shared pass, at most, and its memory with what is kept of that pass."""
-    least = min(depths)
-    # Where a step may take several layers, every other depth may need a ladder of its own.
-    targets = depths if layers_at_once(entrant.settings) > 2 else [least]
+def estimated(entrant: Entrant, source: Source, depths: Sequence[int], heals: Sequence[str]) -> dict[str, Any]:
+    """Passes over the calibration text that a method takes at most, without the one that all methods share."""
+    architecture = source.checkpoint.architecture
     planner = planner_of(entrant.method, entrant.settings)
-    shared = source.checkpoint.anatomy.n_layers if planner.measures or planner.progressive else 0
-    forwards, heal_forwards, peak = 0, 0, 0
-    for target in depths:
-        sizes = Sizes.of(source.checkpoint, source.dtype)
-        cost = predict(
-            sizes,
-            entrant.method,
-            entrant.settings,
-            target=target,
-            tokens=source.tokens,
-            seq_len=source.seq_len,
-            held=Held.on(source.device),
-            in_loop=entrant.in_loop,
-            writes=source.writes,
-        )
-        if target in targets:
-            forwards += cost.layer_forwards_at_most - shared
-        if planner.progressive:
-            peak = max(peak, cost.peak_memory_bytes + cost.hidden_bytes)
-        peak = max(peak, cost.peak_memory_bytes)
-        if "closed-form" in heals:
-            in_loop, held = entrant.in_loop is not None, Held.on(source.device)
-            healed = with_repair(cost, source, entrant.settings, closed_form, target=target, in_loop=in_loop, held=held)
-            heal_forwards += healed.heal_forwards_at_most or 0
-            peak = max(peak, healed.peak_memory_bytes)
+    shared = architecture.n_layers if planner.measures or planner.progressive else 0
+    sequences = max(source.tokens // source.seq_len, 1)
+    # Where a step may take several layers, every depth may need a ladder of its own.
+    ladders = depths if layers_at_once(entrant.settings) > 2 else [min(depths)]
+    forwards = sum(
+        planner.forwards_at_most(architecture, target, sequences, entrant.in_loop) - shared for target in ladders
+    )
+    heal = heal_passes_at_most(architecture, entrant.settings, in_loop=entrant.in_loop is not None)
     return {
         "method": entrant.name,
-        "layer_forwards_at_most": forwards,
-        "heal_forwards_at_most": heal_forwards,
-        "peak_memory_bytes": peak,
+        "passes_at_most": forwards / architecture.n_layers,
+        "heal_passes_at_most": len(depths) * heal if "closed-form" in heals else 0,
         "models": len(depths) * len(heals),
     }

@@ -57,7 +57,7 @@ class Judge:
 
     def wants_tasks(self, layers: int) -> bool:
         """Whether models of this depth are scored on tasks."""
-        whole = self.source.checkpoint.anatomy.n_layers
+        whole = self.source.checkpoint.architecture.n_layers
         return self.tasks is not None and (self.task_layers is None or layers in (*self.task_layers, whole))
 
     def is_whole(self, row: Mapping[str, Any] | None) -> bool:
@@ -72,10 +72,10 @@ class Judge:
     def dense(self) -> dict[str, Any]:
         """The row of the original."""
         checkpoint = self.source.checkpoint
-        row = _row(DENSE, checkpoint.anatomy.n_layers, "none")
+        row = _row(DENSE, checkpoint.architecture.n_layers, "none")
         row |= {"parameters": checkpoint.parameters, "bytes": checkpoint.nbytes}
         model, name = self.source.resident.model, self.source.model
-        return {**row, **self._measures(model, name, checkpoint.anatomy.n_layers, dense=None)}
+        return {**row, **self._measures(model, name, checkpoint.architecture.n_layers, dense=None)}
 
     def row(
         self,
@@ -98,7 +98,7 @@ class Judge:
         layers = len(recipe.layers)
         removed = recipe.depth - layers
         row = _row(method, layers, heal, note=rung.note) | {
-            "parameters": checkpoint.parameters - removed * checkpoint.anatomy.layer_parameters,
+            "parameters": checkpoint.parameters - removed * checkpoint.architecture.layer_parameters,
             "bytes": _built_bytes(recipe, self.source),
             "layer_forwards": rung.layer_forwards,
             "plan_seconds": rung.seconds,
@@ -202,10 +202,12 @@ def _row(method: str, layers: int, heal: str, *, note: str | None = None) -> dic
 
 def _built_bytes(recipe: Recipe, source: Source) -> int:
     """Bytes of the weights that a build writes."""
-    checkpoint, anatomy = source.checkpoint, source.checkpoint.anatomy
+    checkpoint, architecture = source.checkpoint, source.checkpoint.architecture
 
     def layer(index: int) -> int:
-        return sum(checkpoint.headers[anatomy.tensor_name(index, local)].nbytes for local in anatomy.layer_shapes())
+        return sum(
+            checkpoint.headers[architecture.tensor_name(index, local)].nbytes for local in architecture.layer_shapes()
+        )
 
-    outside = checkpoint.nbytes - sum(layer(index) for index in range(anatomy.n_layers))
+    outside = checkpoint.nbytes - sum(layer(index) for index in range(architecture.n_layers))
     return outside + sum(layer(op.sources[0].layer) for op in recipe.layers)

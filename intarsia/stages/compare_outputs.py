@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from intarsia.disk import write_whole
-from intarsia.reporting.comparison import MEAN, Comparison, load
-from intarsia.reporting.comparison_figure import figure_file
-from intarsia.reporting.comparison_table import as_csv, as_markdown
+from intarsia.reporting.comparison import MEAN, Comparison, as_csv, as_markdown, load
+from intarsia.reporting.comparison_report import figure_file
 from intarsia.reporting.page import write_report
 from intarsia.stages.report import REPORT
 

@@ -154,7 +154,9 @@ def in_order(entrants: Sequence[Entrant]) -> list[Entrant]:
 
 
 def _whole(source: Source) -> list[Op]:
-    return [Select(source=LayerRef(variant=BASE, layer=layer)) for layer in range(source.checkpoint.anatomy.n_layers)]
+    return [
+        Select(source=LayerRef(variant=BASE, layer=layer)) for layer in range(source.checkpoint.architecture.n_layers)
+    ]
 
 
 def _rung(run: Path, depth: int, note: str | None = None) -> Rung:

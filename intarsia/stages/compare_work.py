@@ -37,7 +37,7 @@ class Work:
         self.source, self.folder, self.judge = source, folder, judge
         self.depths, self.heals, self.closed_form, self.batch_tokens = depths, heals, closed_form, batch_tokens
         self.ladders = Ladders(source, batch_tokens=batch_tokens)
-        self.dense: Key = (DENSE, source.checkpoint.anatomy.n_layers, "none")
+        self.dense: Key = (DENSE, source.checkpoint.architecture.n_layers, "none")
         self._original: TeacherStates | None = None
 
     def close(self) -> None:

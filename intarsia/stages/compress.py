@@ -16,19 +16,17 @@ from intarsia.errors import UserError
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.perplexity import eval_corpus
 from intarsia.healing.settings import LAST, ClosedFormSettings
-from intarsia.planning.cost import Cost, with_judging
 from intarsia.planning.settings import Settings
-from intarsia.planning.sizes import Sizes
 from intarsia.progress import Progress, Silent
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
 from intarsia.stages.build import BuildResult, build_recipe, card_facts, read_recipe
 from intarsia.stages.compress_result import CompressResult, bare, healed
-from intarsia.stages.judge import Measures, held_out_text, held_out_tokens, measured
+from intarsia.stages.judge import Measures, held_out_text, measured
 from intarsia.stages.plan import PlanResult, plan_source
 from intarsia.stages.plan_input import check_method
-from intarsia.stages.repair import HEALS, repaired, with_repair
+from intarsia.stages.repair import HEALS, heal_passes_at_most, repaired
 from intarsia.stages.report import REPORT, report_compression
 from intarsia.stages.source import Source
 
@@ -81,7 +79,7 @@ def compress(
         run: the run folder; beside `out` by default.
         devices, stream, memory_bytes: as for `plan`. Of a streamed model speed is not measured.
         max_shard_bytes: how large a weight file may be.
-        dry_run: predict cost and memory, and do nothing.
+        dry_run: estimate what it takes, and do nothing.
 
     Raises:
         UserError: something about the input cannot be used, or the method cannot reach the target.
@@ -127,20 +125,14 @@ def compress(
         batch_tokens=batch_tokens,
         dry_run=dry_run,
     )
-    predicted = _predicted(
-        planned,
-        source,
-        closed_form if heal == "closed-form" else None,
-        batch_tokens,
-        judged=held_out_tokens(source) if corpus is None else corpus.input_ids.numel(),
-        settings=settings,
-        in_loop=heal_in_loop,
-    )
+    fits = 0
+    if heal == "closed-form":
+        fits = heal_passes_at_most(source.checkpoint.architecture, settings, in_loop=heal_in_loop)
     result = CompressResult(
         model=model,
         method=method,
         target=planned.target,
-        predicted=predicted,
+        estimate=replace(planned.estimate, heal_passes_at_most=float(fits)),
         seconds=time.perf_counter() - begun,
         peak_memory_bytes=peak_memory_bytes(),
         out=out,
@@ -207,25 +199,6 @@ def _judged(
     facts |= {"before": before.to_dict(), "after": after.to_dict(), "evaluation": evaluation}
     write_whole(built.out / "README.md", model_card(facts))
     return before, after, evaluation
-
-
-def _predicted(
-    planned: PlanResult,
-    source: Source,
-    closed_form: ClosedFormSettings | None,
-    batch_tokens: int | None,
-    *,
-    judged: int,
-    settings: Settings | None,
-    in_loop: bool,
-) -> Cost:
-    """Cost and memory of the whole job: planning, healing, and judging what came out on so many tokens."""
-    sizes, target = Sizes.of(source.checkpoint, source.dtype), planned.target
-    held = source.placement.held(batch_tokens)
-    cost = planned.predicted
-    if closed_form is not None:
-        cost = with_repair(cost, source, settings, closed_form, target=target, in_loop=in_loop, held=held)
-    return with_judging(cost, sizes, target=target, tokens=judged, held=held, healed=closed_form)
 
 
 def _built_but_not_judged(run: Path, out: Path) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from intarsia.planning.cost import Cost
+from intarsia.planning.estimate import Estimate
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.judge import Measures
 from intarsia.stages.repair import Repaired
@@ -14,7 +14,7 @@ from intarsia.stages.repair import Repaired
 
 @dataclass(frozen=True, kw_only=True)
 class CompressResult:
-    """What a compression gave. `before`, `after` and the rest are None for a dry run, which only predicts.
+    """What a compression gave. `before`, `after` and the rest are None for a dry run, which only estimates.
 
     `healed`: how the cut model was repaired, and the share of the gap in log-perplexity that this closed. None where
     nothing was to be healed.
@@ -23,7 +23,7 @@ class CompressResult:
     model: str
     method: str
     target: int
-    predicted: Cost
+    estimate: Estimate
     before: Measures | None = None
     after: Measures | None = None
     healed: dict[str, Any] | None = None
@@ -43,6 +43,8 @@ class CompressResult:
         for key in ("before", "after"):
             measures: Measures | None = getattr(self, key)
             data[key] = None if measures is None else measures.to_dict()
+        if self.before is not None:  # the work is done
+            del data["estimate"]
         return data
 
 

@@ -47,5 +47,5 @@ def evaluate_perplexity(
     scan(checkpoint, progress)
     if not stream:
         return perplexity(load_model(checkpoint, device=where.device, dtype=where.dtype), corpus, progress=progress)
-    whole = identity(Variant(name="base", model=model), checkpoint.anatomy.n_layers)
+    whole = identity(Variant(name="base", model=model), checkpoint.architecture.n_layers)
     return perplexity(Chain(whole, where.resident(checkpoint), room=where.room()), corpus, progress=progress)

@@ -53,7 +53,6 @@ def heal(
     lora: int | None = None,
     log: str | None = None,
     run: Path | None = None,
-    scheduler: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     stream: bool = False,
@@ -78,7 +77,6 @@ def heal(
         fit_tokens: the closed form uses no more of them than this.
         eval_text: texts whose perplexity is told after every stage.
         lora, log: as in `EndToEndSettings`; they win over those.
-        scheduler: trains layers on Dask workers: a scheduler's address, or `local`.
         run: the run folder; beside `out` by default.
         max_shard_bytes: how large a weight file may be.
         stream: keep one layer in memory at a time (not for end-to-end training).
@@ -147,7 +145,6 @@ def heal(
             closed_form=closed_form,
             layerwise=layerwise,
             end_to_end=end_to_end,
-            scheduler=scheduler,
             barrier=barrier,
             progress=progress,
         )
@@ -237,5 +234,5 @@ def _teacher(recipe: Recipe, base: Checkpoint, teacher: str, progress: Progress)
     from intarsia.checkpoint.resolve import open_checkpoint
 
     opened = open_checkpoint(teacher, progress=progress)
-    check_teacher(recipe, base.anatomy, opened.anatomy, name=teacher)
+    check_teacher(recipe, base.architecture, opened.architecture, name=teacher)
     return opened

@@ -16,7 +16,6 @@ from intarsia.calibration.batches import Batches
 from intarsia.checkpoint.hashing import cache_folder, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.healing import closed_form, end_to_end, launch, layerwise
-from intarsia.healing.cluster import connect
 from intarsia.healing.end_to_end import lesson_depths
 from intarsia.healing.quality import quality
 from intarsia.healing.restarts import best_fit, forget, starts
@@ -57,7 +56,6 @@ class Healing:
     closed_form: ClosedFormSettings
     layerwise: LayerwiseSettings
     end_to_end: EndToEndSettings
-    scheduler: str | None
     barrier: Callable[[], None]
     progress: Progress
 
@@ -177,7 +175,7 @@ class Healing:
 
     def _closed_form(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:
         room, settings, resident = self.placement.room(self.run), self.closed_form, self.resident
-        points = starts(recipe, self.base.anatomy)
+        points = starts(recipe, self.base.architecture)
         batches = Batches(texts.fit, resident.device, progress=self.progress)
         keep = len(points) > 1 and has_room(resident, batches, room)
         teacher = TeacherStates(resident, batches, keep=keep, room=room, progress=self.progress)
@@ -192,24 +190,17 @@ class Healing:
         return best.recipe, best.fits
 
     def _layerwise(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:
-        def train(cluster: Any = None) -> tuple[Recipe, list[dict[str, Any]]]:
-            return layerwise.train(
-                recipe,
-                self.resident,
-                texts.train,
-                texts.held_out,
-                settings=self.layerwise,
-                teacher=self.teaching,
-                folder=folder,
-                cluster=cluster,
-                memory_bytes=self.placement.memory_bytes,
-                progress=self.progress,
-            )
-
-        if self.scheduler is None:
-            return train()
-        with connect(self.scheduler) as cluster:
-            return train(cluster)
+        return layerwise.train(
+            recipe,
+            self.resident,
+            texts.train,
+            texts.held_out,
+            settings=self.layerwise,
+            teacher=self.teaching,
+            folder=folder,
+            memory_bytes=self.placement.memory_bytes,
+            progress=self.progress,
+        )
 
     def _whole_teacher(self, recipe: Recipe) -> Teacher:
         # The first process has the original in memory already.
@@ -219,4 +210,4 @@ class Healing:
             if launch.rank() == 0
             else load_model(checkpoint, device=self.placement.device, dtype=self.placement.dtype)
         )
-        return Teacher(model, checkpoint.anatomy, lesson_depths(recipe, self.end_to_end))
+        return Teacher(model, checkpoint.architecture, lesson_depths(recipe, self.end_to_end))

@@ -15,7 +15,7 @@ from intarsia.planning.told import describe, mlp_pieces, of_experts
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.comparison import SETTINGS as COMPARISON
-from intarsia.reporting.tailor_folder import SETTINGS as SEARCH
+from intarsia.reporting.tailor_run import SETTINGS as SEARCH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,33 +57,34 @@ def inspect(source: str) -> Inspection:
     facts = _model_facts(checkpoint)
     carried = checkpoint.folder / RECIPE_FILE
     if carried.is_file():
-        facts["recipe"] = _recipe_facts(schema.load(carried), mixture=checkpoint.anatomy.is_mixture("mlp"))
+        facts["recipe"] = _recipe_facts(schema.load(carried), mixture=checkpoint.architecture.is_mixture("mlp"))
     return Inspection(source=source, kind="model", facts=facts)
 
 
 def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    anatomy = checkpoint.anatomy
+    architecture = checkpoint.architecture
     facts: dict[str, Any] = {
-        "family": anatomy.family.title,
-        "layers": anatomy.n_layers,
-        "width": anatomy.width,
+        "family": architecture.family.title,
+        "layers": architecture.n_layers,
+        "width": architecture.width,
         "parameters": checkpoint.parameters,
-        "layer_parameters": anatomy.layer_parameters,
-        "share_of_a_layer": f"{anatomy.layer_parameters / checkpoint.parameters:.2%} of all parameters",
+        "layer_parameters": architecture.layer_parameters,
+        "share_of_a_layer": f"{architecture.layer_parameters / checkpoint.parameters:.2%} of all parameters",
         "bytes": checkpoint.nbytes,
-        "kv_groups": f"{anatomy.n_kv_heads} a layer, {anatomy.heads_per_group} query heads of {anatomy.head_dim} each",
-        "mlp_channels": f"{anatomy.n_channels} a layer"
-        if not anatomy.n_experts
-        else f"{anatomy.n_experts} experts a layer, {anatomy.n_channels} channels each; pieces are experts",
-        **({"attention_and_mlp": "side by side, on one residual stream"} if anatomy.parallel else {}),
-        "vocabulary": anatomy.vocabulary,
-        "tied_embeddings": anatomy.tied,
+        "kv_groups": f"{architecture.n_kv_heads} a layer, "
+        f"{architecture.heads_per_group} query heads of {architecture.head_dim} each",
+        "mlp_channels": f"{architecture.n_channels} a layer"
+        if not architecture.n_experts
+        else f"{architecture.n_experts} experts a layer, {architecture.n_channels} channels each; pieces are experts",
+        **({"attention_and_mlp": "side by side, on one residual stream"} if architecture.parallel else {}),
+        "vocabulary": architecture.vocabulary,
+        "tied_embeddings": architecture.tied,
     }
-    if anatomy.layer_types is not None:
-        kinds = list(dict.fromkeys(anatomy.layer_types))
-        facts["layer_types"] = ", ".join(f"{kind}: {anatomy.layer_types.count(kind)}" for kind in kinds)
-    if anatomy.approximations:
-        facts["not_exact_when_merged"] = list(anatomy.approximations)
+    if architecture.layer_types is not None:
+        kinds = list(dict.fromkeys(architecture.layer_types))
+        facts["layer_types"] = ", ".join(f"{kind}: {architecture.layer_types.count(kind)}" for kind in kinds)
+    if architecture.approximations:
+        facts["not_exact_when_merged"] = list(architecture.approximations)
     return facts
 
 

@@ -112,12 +112,12 @@ def _streamed(
 
 
 def _whole(checkpoint: Checkpoint) -> Recipe:
-    return identity(Variant(name="base", model=checkpoint.model), checkpoint.anatomy.n_layers)
+    return identity(Variant(name="base", model=checkpoint.model), checkpoint.architecture.n_layers)
 
 
 def _measures(checkpoint: Checkpoint, speed: Speed | None, found: Perplexity | None) -> Measures:
     return Measures(
-        layers=checkpoint.anatomy.n_layers,
+        layers=checkpoint.architecture.n_layers,
         parameters=checkpoint.parameters,
         bytes=checkpoint.nbytes,
         perplexity=found,

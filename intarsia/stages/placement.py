@@ -14,7 +14,6 @@ from intarsia.building.resident import Resident
 from intarsia.calibration.room import PREFIX, Room
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import Problem, UserError
-from intarsia.planning.sizes import Held
 from intarsia.stages.setup import device_of, dtype_of
 
 
@@ -46,16 +45,6 @@ class Placement:
             others=others,
             stream=self.stream,
             devices=self.devices,
-        )
-
-    def held(self, batch_tokens: int | None) -> Held:
-        """How the model is held, for what its memory is predicted by."""
-        return Held.on(
-            self.device,
-            stream=self.stream,
-            memory_bytes=self.memory_bytes,
-            devices=len(self.devices),
-            batch_tokens=batch_tokens,
         )
 
     def room(self, run: Path | None = None) -> Room:

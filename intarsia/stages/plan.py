@@ -10,7 +10,7 @@ from typing import Any
 
 from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.planning.cost import Cost
+from intarsia.planning.estimate import Estimate
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, Settings
@@ -20,7 +20,6 @@ from intarsia.stages.plan_input import asked, check_method
 from intarsia.stages.plan_settings import first_recipe, identifying_settings
 from intarsia.stages.plan_work import climbed
 from intarsia.stages.source import Source
-from intarsia.stages.teaming import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ class PlanResult:
         losses: calibration loss in nats at each of them (None where the method does not measure it).
         layer_forwards: cost over the whole run; 1 is one layer over the calibration set.
         stopped: why the planner ended before the target, or None.
-        predicted: cost and memory as predicted beforehand.
+        estimate: what it takes, as known before.
     """
 
     model: str
@@ -47,7 +46,7 @@ class PlanResult:
     seconds: float
     peak_memory_bytes: int
     stopped: str | None
-    predicted: Cost
+    estimate: Estimate
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -57,6 +56,8 @@ class PlanResult:
             {"layers": depth, "calibration_loss": loss} for depth, loss in zip(self.depths, self.losses, strict=True)
         ]
         del data["depths"], data["losses"]
+        if self.run is not None:  # the work is done
+            del data["estimate"]
         return data
 
 
@@ -80,8 +81,6 @@ def plan(
     memory_bytes: int | None = None,
     batch_tokens: int | None = None,
     seed: int = 0,
-    scheduler: str | None = None,
-    workers: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> PlanResult:
@@ -101,9 +100,7 @@ def plan(
         devices: lay the layers over several devices.
         stream: keep one layer in memory at a time, read from the files when it is needed.
         memory_bytes: what hidden states may take in memory; the rest goes to files in the run folder.
-        scheduler, workers: give the calibration set to the Dask workers of a scheduler, or to so many processes on
-            this machine; each holds a model of its own.
-        dry_run: predict cost and memory, and do nothing.
+        dry_run: estimate what it takes, and do nothing.
 
     Raises:
         UserError: something about the input cannot be used. Nothing has been written then.
@@ -133,7 +130,6 @@ def plan(
         in_loop=ClosedFormSettings() if heal_in_loop else None,
         batch_tokens=batch_tokens,
         dry_run=dry_run,
-        workers=None if scheduler is None and workers is None else Workers(scheduler=scheduler, count=workers),
     )
 
 
@@ -149,20 +145,17 @@ def plan_source(
     dry_run: bool,
     in_loop: ClosedFormSettings | None = None,
     shared: Callable[[], Intermediate] | None = None,
-    workers: Workers | None = None,
 ) -> PlanResult:
     """`plan`, for a model that other stages of the same call work on too.
 
     Args:
         in_loop: how to repair what a step changes before the next, if at all.
         shared: gives the model to plan with, where it is shared with other plans; it is not closed then.
-        workers: who measures the calibration set; this process, if it is not said.
 
     Raises:
         UserError: as `plan`.
     """
     begun = time.perf_counter()
-    assert workers is None or shared is None, "a model that is shared is measured in this process"
     progress = source.progress
     wanted = asked(
         source,
@@ -172,7 +165,6 @@ def plan_source(
         sparsity=sparsity,
         in_loop=in_loop,
         batch_tokens=batch_tokens,
-        workers=workers,
     )
 
     def result(folder: RunFolder | None, layer_forwards: float = 0.0, stopped: str | None = None) -> PlanResult:
@@ -181,7 +173,7 @@ def plan_source(
             model=source.model,
             method=method,
             run=None if folder is None else folder.path,
-            layers=source.checkpoint.anatomy.n_layers,
+            layers=source.checkpoint.architecture.n_layers,
             target=wanted.target,
             depths=tuple(entry["layers"] for entry in log),
             losses=tuple(entry["loss"] for entry in log),
@@ -189,12 +181,12 @@ def plan_source(
             seconds=time.perf_counter() - begun,
             peak_memory_bytes=peak_memory_bytes(),
             stopped=stopped,
-            predicted=wanted.predicted,
+            estimate=wanted.estimate,
         )
 
     if dry_run:
         return result(None)
-    progress.say(wanted.predicted.words())
+    progress.say(wanted.estimate.words())
     _ = source.tokenizer  # read now: one that cannot be read must not be found out after the scan
     identifying = identifying_settings(source, run, wanted)
     folder = RunFolder.offer(run, identifying)
@@ -207,9 +199,7 @@ def plan_source(
     pin_text(folder, corpus)
     start = first_recipe(folder, source, identifying)
     behind_norm = measured_behind_norm(wanted.settings)
-    spent, stopped = climbed(
-        source, folder, start, wanted, behind_final_norm=behind_norm, shared=shared, workers=workers
-    )
+    spent, stopped = climbed(source, folder, start, wanted, behind_final_norm=behind_norm, shared=shared)
     return result(folder, spent, stopped)
 
 

@@ -1,4 +1,4 @@
-"""What a plan is asked for, held against what can be, and what it will cost: before any work."""
+"""Validate the options of a plan, and estimate what it takes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from dataclasses import dataclass
 
 from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.planning.cost import Cost, predict
+from intarsia.planning.estimate import Estimate, estimate
 from intarsia.planning.finalists import check_finalists
-from intarsia.planning.ladder import METHODS, progressive_methods, settings_of
+from intarsia.planning.ladder import METHODS, planner_of, progressive_methods, settings_of
 from intarsia.planning.settings import Settings
-from intarsia.planning.sizes import Sizes
 from intarsia.stages.setup import check_seq_len
 from intarsia.stages.source import Source
 from intarsia.stages.target import target_depth
-from intarsia.stages.teaming import Workers, check_workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,7 @@ class Asked:
     in_loop: ClosedFormSettings | None
     target: int
     batch_tokens: int | None
-    predicted: Cost
+    estimate: Estimate
 
 
 def check_method(method: str, *, heal_in_loop: bool = False) -> None:
@@ -63,7 +61,6 @@ def asked(
     sparsity: float | None,
     in_loop: ClosedFormSettings | None,
     batch_tokens: int | None,
-    workers: Workers | None,
 ) -> Asked:
     """What is asked for, as far as it can be done.
 
@@ -75,26 +72,21 @@ def asked(
     """
     settings = settings_of(method, given)
     check_finalists(method, settings, in_loop)
-    if workers is not None:
-        check_workers(workers, method, in_loop, len(source.placement.devices))
     target = target_depth(source.checkpoint, layers=layers, sparsity=sparsity)
     check_seq_len(source.checkpoint, source.seq_len)
-    predicted = predict(
-        Sizes.of(source.checkpoint, source.dtype),
-        method,
-        settings,
-        target=target,
-        tokens=source.tokens,
-        seq_len=source.seq_len,
-        held=source.placement.held(batch_tokens),
-        in_loop=in_loop,
-        writes=source.writes,
-    )
     return Asked(
         method=method,
         settings=settings,
         in_loop=in_loop,
         target=target,
         batch_tokens=batch_tokens,
-        predicted=predicted,
+        estimate=estimate(
+            source.checkpoint,
+            planner_of(method, settings),
+            target,
+            tokens=source.tokens,
+            seq_len=source.seq_len,
+            dtype=source.dtype,
+            in_loop=in_loop,
+        ),
     )

@@ -62,7 +62,7 @@ def first_recipe(folder: RunFolder, source: Source, settings: dict[str, Any]) ->
         return folder.recipe(folder.depths()[-1])
     checkpoint, corpus = source.checkpoint, source.corpus
     variant = Variant(name=BASE, model=lasting(source.model), revision=source.revision, sha256=source.sha256)
-    whole = identity(variant, checkpoint.anatomy.n_layers)
+    whole = identity(variant, checkpoint.architecture.n_layers)
     provenance = {
         "method": settings["method"],
         "settings": _decided_by(settings),
@@ -77,7 +77,7 @@ def first_recipe(folder: RunFolder, source: Source, settings: dict[str, Any]) ->
         "device": settings["device"],
         "versions": versions(),
     }
-    if checkpoint.anatomy.is_mixture("mlp"):
+    if checkpoint.architecture.is_mixture("mlp"):
         provenance["mlp_pieces"] = mlp_pieces(True)  # the recipe itself tells their numbers alone
     return whole.with_layers(whole.layers, provenance=provenance)
 
@@ -91,4 +91,4 @@ def _decided_by(settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _dtype_of(checkpoint: Checkpoint) -> Any:
     """The dtype of the embedding, which stands for the model's."""
-    return checkpoint.headers[f"{checkpoint.anatomy.family.embedding_module}.weight"].dtype
+    return checkpoint.headers[f"{checkpoint.architecture.family.embedding_module}.weight"].dtype

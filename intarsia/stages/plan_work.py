@@ -10,7 +10,6 @@ from intarsia.planning.run_folder import RunFolder
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.plan_input import Asked
 from intarsia.stages.source import Source
-from intarsia.stages.teaming import Workers, deciding, team_of
 
 
 def climbed(
@@ -21,7 +20,6 @@ def climbed(
     *,
     behind_final_norm: bool,
     shared: Callable[[], Intermediate] | None,
-    workers: Workers | None,
 ) -> tuple[float, str | None]:
     """The steps down, recorded in the run folder: what they cost, and why there are no more, where some are missing.
 
@@ -29,37 +27,32 @@ def climbed(
         start: what the next step begins with.
         behind_final_norm: whether the last layer's output is measured behind that.
         shared: gives the model, where it is shared with other plans; it is not closed then.
-        workers: who measures, if not this process.
 
     Raises:
         UserError: the disk is full, or what is measured is not finite.
     """
     planner = planner_of(wanted.method, wanted.settings)
-    with team_of(
-        workers, source, folder, batch_tokens=wanted.batch_tokens, behind_final_norm=behind_final_norm
-    ) as team:
+    if shared is None:
+        current = Intermediate(
+            source.resident,
+            source.corpus,
+            start.layers,
+            fitted=start.fitted,
+            batch_tokens=wanted.batch_tokens,
+            memory_bytes=source.placement.memory_bytes,
+            folder=source.placement.room(folder.path).folder,
+            behind_final_norm=behind_final_norm,
+            progress=source.progress,
+        )
+    else:
+        current = shared()
+        current.become(start.layers, start.fitted)
+    spent = current.layer_forwards
+    try:
+        stopped = climb(planner, current, start, wanted.target, folder, in_loop=wanted.in_loop)
+    finally:
         if shared is None:
-            current = Intermediate(
-                source.resident if team is None else deciding(source),
-                source.corpus,
-                start.layers,
-                fitted=start.fitted,
-                batch_tokens=wanted.batch_tokens,
-                memory_bytes=source.placement.memory_bytes,
-                folder=source.placement.room(folder.path).folder,
-                behind_final_norm=behind_final_norm,
-                team=team,
-                progress=source.progress,
-            )
-        else:
-            current = shared()
-            current.become(start.layers, start.fitted)
-        spent = current.layer_forwards
-        try:
-            stopped = climb(planner, current, start, wanted.target, folder, in_loop=wanted.in_loop)
-        finally:
-            if shared is None:
-                current.close()
+            current.close()
     if stopped is not None:
         source.progress.say(f"stopped at {current.depth} layers: {stopped}")
     return current.layer_forwards - spent, stopped

@@ -9,22 +9,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.disk import full_disk_named
-from intarsia.healing.closed_form_cost import closed_form_cost
+from intarsia.healing.fit_plan import fit_forwards, fit_passes_at_most
 from intarsia.healing.restarts import AS_IT_IS, Start, best_fit, forget, held_out_perplexity, starts
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates, has_room
-from intarsia.planning.cost import Cost, with_closed_form
 from intarsia.planning.run_folder import RunFolder
 from intarsia.planning.settings import ComeSettings, Settings
-from intarsia.planning.sizes import Held, Sizes
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, identity
 from intarsia.stages.calibration_text import pin_text
-from intarsia.stages.judge import held_out_text, held_out_tokens
+from intarsia.stages.judge import held_out_text
 from intarsia.stages.source import Source
 
 HEALS = ("closed-form", "none")
@@ -81,9 +79,9 @@ def repaired(
         UserError: activations are not finite, or the calibration text is not the one of the run.
     """
     folder = RunFolder.existing(run)
-    anatomy = source.checkpoint.anatomy
-    begin = beginnings(folder, recipe, anatomy)
-    forwards = sum(closed_form_cost(start.recipe, settings, anatomy) for start in begin)
+    architecture = source.checkpoint.architecture
+    begin = beginnings(folder, recipe, architecture)
+    forwards = sum(fit_forwards(start.recipe, settings, architecture) for start in begin)
     facts: dict[str, Any] = {
         "recipe": schema.content_hash(recipe),
         "settings": asdict(settings),
@@ -144,13 +142,13 @@ def repaired(
     return _result(done, kept, forwards, fresh=True)
 
 
-def beginnings(folder: RunFolder, recipe: Recipe, anatomy: Anatomy) -> list[Start]:
+def beginnings(folder: RunFolder, recipe: Recipe, architecture: Architecture) -> list[Start]:
     """Where the fit of a ladder's recipe may begin (see `intarsia.healing.restarts`), with `LAST_BLOCKS` of the blocks
     of the original that the step to its depth was held against, those of least loss there.
 
     They were compared with one layer of each fitted: the layers behind it may change their order (dev/LOG.md).
     """
-    found = starts(recipe, anatomy)
+    found = starts(recipe, architecture)
     entry = next((entry for entry in folder.log() if entry["layers"] == len(recipe.layers)), {})
     tried = entry.get("evidence", {}).get("repair", {}).get("finalists", ())
     blocks = sorted((each for each in tried if "of" in each), key=lambda each: min(each["held_out_loss"]))
@@ -163,39 +161,16 @@ def beginnings(folder: RunFolder, recipe: Recipe, anatomy: Anatomy) -> list[Star
     return found + others[:LAST_BLOCKS]
 
 
-def starts_at_most(settings: Settings | None, *, in_loop: bool) -> int:
-    """How many beginnings there are at most."""
-    blocks = settings.blocks if isinstance(settings, ComeSettings) else 0
-    return 2 + min(LAST_BLOCKS, blocks) if in_loop else 1
-
-
-def with_repair(
-    cost: Cost,
-    source: Source,
-    planned: Settings | None,
-    settings: ClosedFormSettings,
-    *,
-    target: int,
-    in_loop: bool,
-    held: Held,
-) -> Cost:
-    """A plan's predicted cost, with what `repaired` does to the model that it comes to.
+def heal_passes_at_most(architecture: Architecture, planned: Settings | None, *, in_loop: bool) -> int:
+    """Passes of the whole model over the calibration text that `repaired` takes: a fit from each starting point.
 
     Args:
         planned: the planner's settings.
-        in_loop: the ladder is repaired as it goes.
+        in_loop: the ladder is healed as it goes.
     """
-    starts = starts_at_most(planned, in_loop=in_loop)
-    return with_closed_form(
-        cost,
-        Sizes.of(source.checkpoint, source.dtype),
-        settings,
-        target=target,
-        tokens=source.tokens,
-        held=held,
-        starts=starts,
-        judged=held_out_tokens(source) if starts > 1 else None,
-    )
+    blocks = planned.blocks if isinstance(planned, ComeSettings) else 0
+    starts = 2 + min(LAST_BLOCKS, blocks) if in_loop else 1
+    return starts * fit_passes_at_most(architecture)
 
 
 def _set_aside(corpus: Corpus, settings: ClosedFormSettings) -> tuple[ClosedFormSettings, Corpus, list[int]]:

@@ -20,7 +20,7 @@ from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent
 from intarsia.recipe import schema
 from intarsia.reporting.blocks import Written
-from intarsia.reporting.model_folder import is_model_folder, keep_measures
+from intarsia.reporting.model_report import is_model_folder, keep_measures
 from intarsia.reporting.page import report_html, write_report
 from intarsia.stages.build import open_variants
 from intarsia.stages.setup import device_of, dtype_of, load_tokenizer

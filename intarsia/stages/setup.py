@@ -37,7 +37,7 @@ def check_seq_len(checkpoint: Checkpoint, seq_len: int) -> None:
     Raises:
         UserError: they are longer than the config says.
     """
-    most = checkpoint.anatomy.config.get("max_position_embeddings")
+    most = checkpoint.architecture.config.get("max_position_embeddings")
     if isinstance(most, int) and seq_len > most:
         raise UserError.of(
             where="--seq-len",

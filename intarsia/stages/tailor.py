@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from intarsia.checkpoint.hashing import acting_config
 from intarsia.evaluation.memory import peak_memory_bytes
-from intarsia.healing.cluster import check_scheduler
 from intarsia.progress import Progress, Silent
 from intarsia.reporting.page import write_report
 from intarsia.stages.setup import device_of, dtype_of
@@ -27,7 +26,7 @@ from intarsia.stages.tailor_recipe import translator_of
 from intarsia.stages.tailor_result import TailorResult
 from intarsia.stages.tailor_scorer import Opener, TrialScorer, evaluator_of
 from intarsia.stages.tailor_settings import settings_of
-from intarsia.tailoring.dask_workers import dask_workers
+from intarsia.tailoring.dask_workers import check_scheduler, dask_workers
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import BASE
 from intarsia.tailoring.grids import space_of
@@ -108,7 +107,7 @@ def tailor(
     family = open_family(file.base, file.variants, weights=not dry_run, configs=configs, progress=progress)
     for note in family.notes:
         progress.say(note)
-    space = space_of(file, family.anatomy)
+    space = space_of(file, family.architecture)
     budgets = budget_ladder(file.search.min_budget, file.search.max_budget, file.search.eta)
     predicted = predict(file, space, budgets, job.trials)
 
@@ -156,7 +155,7 @@ def tailor(
         progress=progress,
     )
     scores = beginning.measured(family.checkpoints()) if space.shares else {}
-    translator = translator_of(file, family.anatomy, settings["members"], scores)
+    translator = translator_of(file, family.architecture, settings["members"], scores)
     warm = beginning.warm_start(translator)
     goal = Goal(trials=job.trials, objectives=evaluator.objectives, max_budget=budgets[-1], seed=file.search.seed)
     history = folder.history()

@@ -188,7 +188,7 @@ def _with_text(
             dtype=dtype,
             progress=progress,
         )
-        positions = source.checkpoint.anatomy.config.get("max_position_embeddings")
+        positions = source.checkpoint.architecture.config.get("max_position_embeddings")
         source.seq_len = min(seq_len, positions) if isinstance(positions, int) else seq_len
         try:
             _corpus: Corpus = source.corpus

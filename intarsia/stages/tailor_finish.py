@@ -129,7 +129,7 @@ def _judged(
         family, rest, device=device, dtype=dtype, memory_bytes=memory_bytes, probe=False, progress=progress
     )
     try:
-        base = identity(Variant(name=BASE, model=file.base.model), family.anatomy.n_layers)
+        base = identity(Variant(name=BASE, model=file.base.model), family.architecture.n_layers)
         return judge(evaluator, {"base": base, **models}, examples=examples, without=without, progress=progress)
     finally:
         evaluator.close()

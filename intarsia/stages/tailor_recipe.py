@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent
 from intarsia.recipe import schema
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def translator_of(
     file: FamilyFile,
-    anatomy: Anatomy,
+    architecture: Architecture,
     members: Mapping[str, Mapping[str, Any]],
     scores: PieceScores,
 ) -> Translator:
@@ -41,8 +41,8 @@ def translator_of(
         for name, entry in members.items()
     )
     return Translator(
-        space=space_of(file, anatomy),
-        anatomy=anatomy,
+        space=space_of(file, architecture),
+        architecture=architecture,
         variants=variants,
         scores=scores,
         seed=file.search.seed,
@@ -127,10 +127,10 @@ def trial_recipe(
     progress = progress or Silent()
     settings = folder.settings()
     file = read_family_file(folder.family)
-    _, anatomy = read_config_only(file.base.model, file.base.revision, None, progress)
+    _, architecture = read_config_only(file.base.model, file.base.revision, None, progress)
     scores = sensitivities.load(folder.sensitivities) if folder.sensitivities.exists() else {}
 
-    recipe = translator_of(file, anatomy, settings["members"], scores).recipe(trial.candidate)
+    recipe = translator_of(file, architecture, settings["members"], scores).recipe(trial.candidate)
     if healed and is_healed(file, trial.budget):
         if evaluator is None:
             evaluator = evaluator_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 
@@ -18,16 +18,16 @@ def target_depth(checkpoint: Checkpoint, *, layers: int | None, sparsity: float 
     Raises:
         UserError: not exactly one of the two is given, or it cannot be reached by depth.
     """
-    return depth_for(checkpoint.anatomy, checkpoint.parameters, layers=layers, sparsity=sparsity)
+    return depth_for(checkpoint.architecture, checkpoint.parameters, layers=layers, sparsity=sparsity)
 
 
-def depth_for(anatomy: Anatomy, parameters: int, *, layers: int | None, sparsity: float | None) -> int:
+def depth_for(architecture: Architecture, parameters: int, *, layers: int | None, sparsity: float | None) -> int:
     """`target_depth`, of a model with so many parameters.
 
     Raises:
         UserError: as `target_depth`.
     """
-    depth = anatomy.n_layers
+    depth = architecture.n_layers
     if (layers is None) == (sparsity is None):
         raise UserError.of(
             where="target",
@@ -52,7 +52,7 @@ def depth_for(anatomy: Anatomy, parameters: int, *, layers: int | None, sparsity
             found=str(sparsity),
             remedy="Give the share of all parameters to remove, such as 0.3.",
         )
-    per_layer = anatomy.layer_parameters / parameters
+    per_layer = architecture.layer_parameters / parameters
     removed = math.ceil(sparsity / per_layer - 1e-9)
     if removed >= depth:
         raise UserError.of(

@@ -61,7 +61,7 @@ def verify(
         return "no NaN, no infinity"
 
     def vocabulary() -> int:
-        return _first(opened).anatomy.vocabulary
+        return _first(opened).architecture.vocabulary
 
     built_here = (folder / RECIPE_FILE).is_file()
     looks: list[tuple[str, Callable[[], str]]] = [

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from intarsia.anatomy.detect import detect
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.detect import detect
+from intarsia.architecture.spec import Architecture
 from intarsia.checkpoint.adapter import is_adapter, read_adapter_config
 from intarsia.checkpoint.files import read_config
 from intarsia.checkpoint.multimodal import text_config
@@ -21,8 +21,8 @@ from intarsia.tailoring.kinship import Member
 
 def read_config_only(
     model: str, revision: str | None, base: Member | None, progress: Progress, *, configs: Path | None = None
-) -> tuple[Mapping[str, Any], Anatomy]:
-    """The config of a model and the anatomy that it promises; an adapter has those of `base`.
+) -> tuple[Mapping[str, Any], Architecture]:
+    """The config of a model and the architecture that it promises; an adapter has those of `base`.
 
     Args:
         configs: a folder with the config file of a hub id in `ORGANISATION/NAME/config.json`, which is then not asked
@@ -36,7 +36,7 @@ def read_config_only(
         folder = resolve(model, revision=revision, progress=progress)
         if is_adapter(folder) and base is not None:
             read_adapter_config(folder)
-            return base.config, base.anatomy
+            return base.config, base.architecture
         config = text_config(read_config(folder), where=str(folder))
         return config, detect(config, where=str(folder / "config.json"))
     if configs is not None and (configs / model / "config.json").is_file():

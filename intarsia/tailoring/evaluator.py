@@ -29,7 +29,6 @@ from intarsia.tailoring.resident_family import ResidentFamily
 from intarsia.tailoring.trial_repair import repair_work, repaired
 from intarsia.tailoring.trial_run import Runner
 from intarsia.tailoring.trial_scores import Scored, Scorer
-from intarsia.tailoring.trial_sizes import lacks_memory
 
 __all__ = ["Evaluator", "Outcome", "TrialFailed"]
 
@@ -139,7 +138,9 @@ class Evaluator:
     def uncut(self) -> Recipe:
         """The base as it is, as a recipe."""
         resident = self._layers.resident
-        return identity(Variant(name=self._layers.base, model=resident.checkpoint.model), resident.anatomy.n_layers)
+        return identity(
+            Variant(name=self._layers.base, model=resident.checkpoint.model), resident.architecture.n_layers
+        )
 
     def close(self) -> None:
         """Let go of all that is cached."""
@@ -154,8 +155,8 @@ class Evaluator:
                 found=str(budget),
                 remedy="Choose another budget, or widen the objectives' splits.",
             )
-        anatomy = self._layers.resident.anatomy
-        check(recipe, dict.fromkeys((self._layers.base, *self._layers.resident.others), anatomy))
+        architecture = self._layers.resident.architecture
+        check(recipe, dict.fromkeys((self._layers.base, *self._layers.resident.others), architecture))
 
     def _repaired(self, recipe: Recipe) -> tuple[Recipe, float]:
         assert self._repair_on is not None, "opened for candidates that are healed"
@@ -200,7 +201,14 @@ class Evaluator:
         except UserError as error:  # the recipe was checked before: something is not finite
             raise TrialFailed(str(error)) from error
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not lacks_memory(error):
+            if isinstance(error, RuntimeError) and not _lacks_memory(error):
                 raise
             self.runner.clear()
             raise TrialFailed(f"out of memory: {(str(error).splitlines() or [''])[0]}") from error
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that memory does not suffice."""
+    words = str(error)
+    wide = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return wide or "out of memory" in words or "can't allocate memory" in words

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.checkpoint.adapter import open_variant
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
@@ -36,9 +36,9 @@ class Family:
         return tuple(member.name for member in self.members)
 
     @property
-    def anatomy(self) -> Anatomy:
+    def architecture(self) -> Architecture:
         """The base's, which is everyone's."""
-        return self.members[0].anatomy
+        return self.members[0].architecture
 
     def checkpoints(self) -> dict[str, Checkpoint]:
         """The opened checkpoints, by name."""
@@ -102,8 +102,10 @@ def open_family(
 
 def _member(spec: MemberSpec, base: Member | None, weights: bool, configs: Path | None, progress: Progress) -> Member:
     if not weights:
-        config, anatomy = read_config_only(spec.model, spec.revision, base, progress, configs=configs)
-        return Member(name=spec.name, model=spec.model, revision=spec.revision, config=config, anatomy=anatomy)
+        config, architecture = read_config_only(spec.model, spec.revision, base, progress, configs=configs)
+        return Member(
+            name=spec.name, model=spec.model, revision=spec.revision, config=config, architecture=architecture
+        )
     over = None if base is None else base.checkpoint
     checkpoint = open_variant(spec.model, revision=spec.revision, base=over, progress=progress)
     return Member(
@@ -111,6 +113,6 @@ def _member(spec: MemberSpec, base: Member | None, weights: bool, configs: Path 
         model=spec.model,
         revision=spec.revision,
         config=checkpoint.config,
-        anatomy=checkpoint.anatomy,
+        architecture=checkpoint.architecture,
         checkpoint=checkpoint,
     )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.errors import Problem, UserError
 from intarsia.tailoring.family_file import BASE, FamilyFile, Range
 from intarsia.tailoring.menu import Menu
@@ -36,13 +36,13 @@ def target_layers(file: FamilyFile, depth: int) -> int:
     return depth - math.ceil(file.sparsity * depth - 1e-9)
 
 
-def space_of(file: FamilyFile, anatomy: Anatomy) -> Space:
-    """The space that a family.yaml describes, for a base of this anatomy.
+def space_of(file: FamilyFile, architecture: Architecture) -> Space:
+    """The space that a family.yaml describes, for a base of this architecture.
 
     Raises:
         UserError: its target cannot be reached by its operations, or an operation finds nothing to work on.
     """
-    depth = anatomy.n_layers
+    depth = architecture.n_layers
     target = target_layers(file, depth)
     problems = [
         Problem(where=f"family: {where}", expected=expected, found=found, remedy=remedy)
@@ -77,7 +77,7 @@ def space_of(file: FamilyFile, anatomy: Anatomy) -> Space:
         scales=tuple(sorted({1.0, *grid(file.scales, _FINE)})),
         separate=file.separate,
         groups=file.groups,
-        layer_types=anatomy.layer_types,
+        layer_types=architecture.layer_types,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import DEMO
 from intarsia.errors import Problem
@@ -24,7 +24,7 @@ class Member:
     model: str
     revision: str | None
     config: Mapping[str, Any]
-    anatomy: Anatomy
+    architecture: Architecture
     checkpoint: Checkpoint | None = None
 
 
@@ -56,7 +56,7 @@ def compare(base: Member, other: Member) -> tuple[list[Problem], list[str]]:
 
 
 def _differences(base: Member, other: Member) -> Iterator[tuple[str, object, object, str]]:
-    a, b = base.anatomy, other.anatomy
+    a, b = base.architecture, other.architecture
     leave = "Variants must be fine-tunes of one base; leave this one out."
     if a.family.name != b.family.name:
         yield "architecture", a.family.title, b.family.title, leave
@@ -103,13 +103,17 @@ def _activation(config: Mapping[str, Any]) -> str:
 
 def _dtype(checkpoint: Checkpoint) -> str:
     """The dtype of the layers' weights; several, where they differ."""
-    anatomy = checkpoint.anatomy
-    names = [anatomy.tensor_name(layer, local) for layer in range(anatomy.n_layers) for local in anatomy.layer_shapes()]
+    architecture = checkpoint.architecture
+    names = [
+        architecture.tensor_name(layer, local)
+        for layer in range(architecture.n_layers)
+        for local in architecture.layer_shapes()
+    ]
     return " and ".join(sorted({str(checkpoint.headers[name].dtype).removeprefix("torch.") for name in names}))
 
 
 def _remarks(base: Member, other: Member) -> Iterator[str]:
-    more = other.anatomy.vocabulary - base.anatomy.vocabulary
+    more = other.architecture.vocabulary - base.architecture.vocabulary
     if more > 0:
         yield f"the last {more:,} rows of its vocabulary are not used, for the base has none of them"
     for key in ("rms_norm_eps", "max_position_embeddings"):
@@ -131,7 +135,7 @@ def _compare_tokens(base: Checkpoint, other: Checkpoint) -> tuple[list[str], lis
         # Adapters seldom bring one along; then they were trained with the base's.
         alone = other.adapter is not None and theirs is None and ours is not None
         return [], [] if alone else ["no tokenizer to compare with the base's"]
-    rows = base.anatomy.vocabulary
+    rows = base.architecture.vocabulary
     moved = [token for token, row in ours.items() if row < rows and theirs.get(token) != row]
     taken = [token for token, row in theirs.items() if row < rows and token not in ours]
     wrong = [f"other rows for {_some(moved)}"] if moved else []

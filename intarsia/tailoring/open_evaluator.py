@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,20 +10,23 @@ import torch
 from transformers import AutoTokenizer
 
 from intarsia.building.resident import default_device
+from intarsia.building.spread import free_bytes
 from intarsia.evaluation.requests import positions_of
-from intarsia.evaluation.run_rows import takes_packed_rows
+from intarsia.evaluation.run_rows import default_batch_tokens, takes_packed_rows
 from intarsia.progress import Progress, Silent
 from intarsia.tailoring.evaluator import Evaluator
 from intarsia.tailoring.example_sources import read_objectives
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile
 from intarsia.tailoring.kept_fits import KeptFits
-from intarsia.tailoring.objective import check_budgets, cuts_of
+from intarsia.tailoring.objective import QUESTIONS, Objective, check_budgets, cuts_of
 from intarsia.tailoring.resident_family import ResidentFamily
 from intarsia.tailoring.trial_repair import repair_corpus, repair_windows
-from intarsia.tailoring.trial_sizes import batch_tokens_of, cache_bytes_of, longest_row
 
 _SEQ_LEN = 128  # a window of text is then about as much work as a question with its choices
+_SHARE_OF_FREE = 0.3  # of memory, for caches
+_MOST_ON_CPU = 2**30
+_GPU_LOGITS = 2**30
 
 
 def open_evaluator(
@@ -77,16 +81,16 @@ def open_evaluator(
     if spec.heal != "none":
         repair_on = repair_corpus(objectives, seq_len=seq_len, eos=tokenizer.eos_token_id)
     with progress.task("loading the base", total=1) as task:
-        room = cache_bytes_of(device, memory_bytes)
+        room = _cache_bytes(device) if memory_bytes is None else memory_bytes
         layers = ResidentFamily(family, device=device, dtype=dtype, memory_bytes=room // 3)
         task.advance()
     made = Evaluator(
         layers,
         objectives,
         cuts=cuts_of(search.min_budget, search.max_budget, search.eta),
-        pack=takes_packed_rows(layers.resident.model, longest_row(objectives)),
-        batch_tokens=batch_tokens_of(layers),
-        cache_bytes=cache_bytes_of(device, memory_bytes) * 2 // 3,
+        pack=takes_packed_rows(layers.resident.model, _longest_row(objectives)),
+        batch_tokens=_batch_tokens(layers),
+        cache_bytes=room * 2 // 3,
         repair_on=repair_on,
         fits=fits,
     )
@@ -95,3 +99,30 @@ def open_evaluator(
             made.probe(search.max_budget)
             task.advance()
     return made
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """A share of what is free, on the CPU no more than 1 GiB."""
+    room = int(free_bytes(device) * _SHARE_OF_FREE)
+    return room if device.type == "cuda" else min(_MOST_ON_CPU, room)
+
+
+def _longest_row(objectives: Sequence[Objective]) -> int:
+    """The longest row of a question with one of its choices, in tokens."""
+    lengths = (
+        len(request.context) + len(request.continuation)
+        for objective in objectives
+        if objective.measure in QUESTIONS
+        for example in objective.examples
+        for request in example.requests
+    )
+    return max(lengths, default=0)
+
+
+def _batch_tokens(layers: ResidentFamily) -> int:
+    """As for evaluation; on a GPU so few that the logits of a batch stay within 1 GiB."""
+    resident = layers.resident
+    usual = default_batch_tokens(resident.device)
+    if resident.device.type == "cpu":
+        return usual
+    return max(1, min(usual, _GPU_LOGITS // (resident.architecture.vocabulary * resident.model.dtype.itemsize)))

@@ -70,14 +70,14 @@ class ResidentFamily:
 
     def _make(self, op: Op, fitted: Fitted) -> tuple[nn.Module, int]:
         """A new module, and the bytes that it does not share with the base."""
-        tensors = layer_tensors(op, self.resident.anatomy, self._read)
+        tensors = layer_tensors(op, self.resident.architecture, self._read)
         tensors |= {name: torch.from_numpy(array).to(tensors[name].dtype) for name, array in fitted.items()}
-        anatomy = self.resident.anatomy
-        parameters = to_parameters(tensors, anatomy)
+        architecture = self.resident.architecture
+        parameters = to_parameters(tensors, architecture)
         original = self.resident.layers[op.sources[0].layer]
         module, own = twin(original), 0
         for name, parameter in list(original.named_parameters()):
-            tensor, stored = parameters[name], tensor_names(name, anatomy)
+            tensor, stored = parameters[name], tensor_names(name, architecture)
             untouched = not any(part in fitted for part in stored)
             if isinstance(op, Select) and untouched and all(self._is_base(op.source, part) for part in stored):
                 continue
@@ -93,7 +93,7 @@ class ResidentFamily:
     def _is_base(self, ref: LayerRef, local: str) -> bool:
         """Whether a member's tensor is the base's own."""
         adapter = self.resident.others[ref.variant].adapter if ref.variant in self.resident.others else None
-        name = self.resident.anatomy.tensor_name(ref.layer, local)
+        name = self.resident.architecture.tensor_name(ref.layer, local)
         return ref.variant == self.base or (adapter is not None and name not in adapter.changed)
 
     def _read(self, ref: LayerRef, local: str) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from intarsia.anatomy.spec import PARTS, Part
+from intarsia.architecture.spec import PARTS, Part
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
@@ -46,13 +46,14 @@ def measure(
         for name, checkpoint in members.items():
             task.note(name)
             resident = Resident(checkpoint, device=device, dtype=dtype)
-            whole = identity(Variant(name=name, model=checkpoint.model), checkpoint.anatomy.n_layers)
+            whole = identity(Variant(name=name, model=checkpoint.model), checkpoint.architecture.n_layers)
             model = Intermediate(resident, corpus, whole.layers, progress=progress)
             try:
                 model.measure()
                 for layer, (measured, module) in enumerate(zip(model.measures, model.modules, strict=True)):
                     found[LayerRef(variant=name, layer=layer)] = {
-                        part: part_scores(measured.channels[part], module, model.anatomy, part).cpu() for part in PARTS
+                        part: part_scores(measured.channels[part], module, model.architecture, part).cpu()
+                        for part in PARTS
                     }
             finally:
                 model.close()

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from intarsia.anatomy.spec import PARTS, Anatomy, Part
+from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.planning import allocate
 from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.methods import METHODS, with_defaults
@@ -39,7 +39,7 @@ class Translator:
     """
 
     space: Space
-    anatomy: Anatomy
+    architecture: Architecture
     variants: Sequence[Variant]
     scores: PieceScores
     seed: int = 0
@@ -109,7 +109,7 @@ class Translator:
     def _joined(self, choice: Join, layer: int) -> Op:
         """Concatenation as in CoMe: the most sensitive pieces of each, norms folded in."""
         refs = [LayerRef(variant=choice.first, layer=layer), LayerRef(variant=choice.second, layer=layer + 1)]
-        totals = {part: self.anatomy.n_pieces(part) for part in PARTS}
+        totals = {part: self.architecture.n_pieces(part) for part in PARTS}
         shares = [choice.share, 1.0 - choice.share]
         counts = {part: allocate.counts(shares, totals[part]) for part in PARTS}
         kept = [
@@ -121,7 +121,7 @@ class Translator:
             kept,
             weights=[{part: counts[part][index] / totals[part] for part in PARTS} for index in range(2)],
             norm="fold",
-            anatomy=self.anatomy,
+            architecture=self.architecture,
         )
 
     # From recipes to candidates

@@ -18,7 +18,7 @@ from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing.closed_form import fit
-from intarsia.healing.closed_form_cost import closed_form_cost
+from intarsia.healing.fit_plan import fit_forwards
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.recipe.algebra import reference_layers
@@ -77,7 +77,7 @@ def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
 
 def repair_work(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> float:
     """What that fit takes, in layer-forwards times tokens."""
-    return float(closed_form_cost(recipe, _SETTINGS, layers.resident.anatomy) * corpus.tokens)
+    return float(fit_forwards(recipe, _SETTINGS, layers.resident.architecture) * corpus.tokens)
 
 
 def teacher_of(recipe: Recipe, layers: ResidentFamily) -> list[nn.Module]:

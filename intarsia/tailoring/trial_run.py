@@ -36,7 +36,7 @@ class Runner:
         self.layers = layers
         self.model = layers.resident.model
         self.device = layers.resident.device
-        self.stream = LayerStream(self.model, layers.resident.anatomy)
+        self.stream = LayerStream(self.model, layers.resident.architecture)
         self.prefixes = Prefixes(prefix_bytes)
         self.work = 0
         self._entries: ByteCache[Hashable, Entry] = ByteCache(entry_bytes)
@@ -51,7 +51,7 @@ class Runner:
             tokens: of all batches, with padding.
         """
         self._recipe, self._modules, self.work = recipe, {}, 0
-        depth_bytes = tokens * self.layers.resident.anatomy.width * self.model.dtype.itemsize
+        depth_bytes = tokens * self.layers.resident.architecture.width * self.model.dtype.itemsize
         self.prefixes.begin(path or path_of(recipe), depth_bytes)
 
     def end(self) -> None:

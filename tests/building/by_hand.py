@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intarsia.anatomy.spec import PARTS, Anatomy, Part
+from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.building.resident import Resident
 from intarsia.calibration.stream import LayerCall
 from intarsia.recipe.ops import Concat, Cut
@@ -22,10 +22,10 @@ Tensors = Mapping[str, Tensor]
 
 def concat_output(op: Concat, resident: Resident, h_BTD: Tensor, call: LayerCall) -> Tensor:
     """The residual stream behind the layer that a `Concat` with folded norms describes."""
-    anatomy = resident.anatomy
+    architecture = resident.architecture
     layers = [_tensors(resident.layers[cut.source.layer]) for cut in op.cuts]
     for part in PARTS:
-        writer = anatomy.writer(part).module
+        writer = architecture.writer(part).module
         added = torch.zeros_like(h_BTD)
         for cut, layer in zip(op.cuts, layers, strict=True):
             x_BTD = _input(h_BTD, layer, part, resident)
@@ -38,7 +38,7 @@ def concat_output(op: Concat, resident: Resident, h_BTD: Tensor, call: LayerCall
                     added += value[..., None] * layer[f"{writer}.weight"][:, channel]
             if f"{writer}.bias" in layer:
                 added += cut.weights[part] * layer[f"{writer}.bias"]
-        behind = anatomy.norm_after(part)
+        behind = architecture.norm_after(part)
         if behind is not None:
             scale = _averaged(op, layers, f"{behind.module}.weight", part) + behind.offset
             added = _rms(added, resident) * scale
@@ -48,7 +48,7 @@ def concat_output(op: Concat, resident: Resident, h_BTD: Tensor, call: LayerCall
 
 def _input(h_BTD: Tensor, layer: Tensors, part: Part, resident: Resident) -> Tensor:
     """What a source layer's pieces read."""
-    norm = resident.anatomy.norm_before(part)
+    norm = resident.architecture.norm_before(part)
     if norm is None:
         return h_BTD
     name = norm.module
@@ -80,27 +80,29 @@ def _projected(
     kind: str, head: int, x_BTD: Tensor, layer: Tensors, op: Concat, layers: list[dict[str, Tensor]], resident: Resident
 ) -> Tensor:
     """A query, key or value head, behind its norm where it has one."""
-    anatomy, module = resident.anatomy, f"self_attn.{kind}_proj"
-    size, norm = anatomy.head_dim, f"self_attn.{kind}_norm.weight"
+    architecture, module = resident.architecture, f"self_attn.{kind}_proj"
+    size, norm = architecture.head_dim, f"self_attn.{kind}_norm.weight"
     first = head
     if "self_attn.qkv_proj.weight" in layer:
         module = "self_attn.qkv_proj"
-        first += {"q": 0, "k": anatomy.n_query_heads, "v": anatomy.n_query_heads + anatomy.n_kv_heads}[kind]
+        first += {"q": 0, "k": architecture.n_query_heads, "v": architecture.n_query_heads + architecture.n_kv_heads}[
+            kind
+        ]
     found = _head(layer, module, first, size, x_BTD)
     if norm not in layer:
         return found
     if len(layer[norm]) == size:
-        offset = 1.0 if anatomy.family.name == "gemma3" else 0.0
+        offset = 1.0 if architecture.family.name == "gemma3" else 0.0
         return _rms(found, resident) * (_averaged(op, layers, norm, "attention") + offset)
     # Over all heads of the merged layer, each from its own source and with its own input.
     squares = torch.zeros(x_BTD.shape[:2])
-    per_group = 1 if kind == "k" else anatomy.heads_per_group
+    per_group = 1 if kind == "k" else architecture.heads_per_group
     for cut, each in zip(op.cuts, layers, strict=True):
-        assert anatomy.norm_before("attention") is None, "every source reads the same"
+        assert architecture.norm_before("attention") is None, "every source reads the same"
         for group in cut.kv_groups:
             for other in range(group * per_group, (group + 1) * per_group):
                 squares += _head(each, module, other, size, x_BTD).square().sum(-1)
-    mean = squares / (anatomy.n_kv_heads * per_group * size)
+    mean = squares / (architecture.n_kv_heads * per_group * size)
     root = (mean + resident.model.config.rms_norm_eps).sqrt()
     return found / root[..., None] * layer[norm][head * size : (head + 1) * size]
 
@@ -115,22 +117,22 @@ def _group(
     call: Any,
 ) -> Tensor:
     """What one key/value head and the query heads that read it add to the residual stream."""
-    anatomy, config = resident.anatomy, resident.model.config
-    size = anatomy.head_dim
-    out = f"{anatomy.writer('attention').module}.weight"
+    architecture, config = resident.architecture, resident.model.config
+    size = architecture.head_dim
+    out = f"{architecture.writer('attention').module}.weight"
     rotary = call.kwargs.get("position_embeddings")
-    if not getattr(config, "no_rope_layers", [1] * anatomy.n_layers)[op.cuts[0].source.layer]:
+    if not getattr(config, "no_rope_layers", [1] * architecture.n_layers)[op.cuts[0].source.layer]:
         rotary = None
     key = _projected("k", group, x_BTD, layer, op, layers, resident)
     value = _projected("v", group, x_BTD, layer, op, layers, resident)
     key = key if rotary is None else _rotated(key, *rotary)
     tokens = x_BTD.shape[1]
     back = torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
-    seen = (back >= 0) & (back < _window(config, anatomy, op.cuts[0]))
+    seen = (back >= 0) & (back < _window(config, architecture, op.cuts[0]))
     scale = getattr(config, "query_pre_attn_scalar", size) ** -0.5
     cap = getattr(config, "attn_logit_softcapping", None)
     added = torch.zeros_like(x_BTD)
-    for head in range(group * anatomy.heads_per_group, (group + 1) * anatomy.heads_per_group):
+    for head in range(group * architecture.heads_per_group, (group + 1) * architecture.heads_per_group):
         query = _projected("q", head, x_BTD, layer, op, layers, resident)
         query = query if rotary is None else _rotated(query, *rotary)
         scores = query @ key.transpose(1, 2) * getattr(config, "attention_multiplier", scale)
@@ -141,10 +143,10 @@ def _group(
     return added
 
 
-def _window(config: Any, anatomy: Anatomy, cut: Cut) -> int:
+def _window(config: Any, architecture: Architecture, cut: Cut) -> int:
     """How many tokens back a layer looks, itself included."""
     window = getattr(config, "sliding_window", None) or 10**6
-    if anatomy.layer_types is not None and anatomy.layer_types[cut.source.layer] == "full_attention":
+    if architecture.layer_types is not None and architecture.layer_types[cut.source.layer] == "full_attention":
         return 10**6
     return int(window)
 
@@ -164,12 +166,12 @@ def _rotated(x_BTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
 
 
 def _channel(channel: int, x_BTD: Tensor, layer: Tensors, resident: Resident) -> Tensor:
-    anatomy = resident.anatomy
-    if anatomy.family.name == "opt":
+    architecture = resident.architecture
+    if architecture.family.name == "opt":
         return _row_of(layer, "fc1", channel, x_BTD).relu()
     if "mlp.gate_up_proj.weight" in layer:
         gate = _row_of(layer, "mlp.gate_up_proj", channel, x_BTD)
-        up = _row_of(layer, "mlp.gate_up_proj", anatomy.n_channels + channel, x_BTD)
+        up = _row_of(layer, "mlp.gate_up_proj", architecture.n_channels + channel, x_BTD)
     else:
         gate, up = (_row_of(layer, f"mlp.{kind}_proj", channel, x_BTD) for kind in ("gate", "up"))
     if hasattr(resident.model.config, "hidden_activation"):  # Gemma

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intarsia.anatomy.spec import PARTS, Part
+from intarsia.architecture.spec import PARTS, Part
 from intarsia.building.resident import Resident, twin
 from intarsia.calibration.stream import LayerCall
 from intarsia.recipe.ops import Concat, Cut
@@ -35,10 +35,10 @@ FAMILIES = (
 
 def concat_output(op: Concat, resident: Resident, h_BTD: Tensor, call: LayerCall) -> Tensor:
     """The residual stream behind the layer that a `Concat` with folded norms describes."""
-    anatomy = resident.anatomy
-    stages: Sequence[tuple[Part, ...]] = (PARTS,) if anatomy.parallel else (("attention",), ("mlp",))
+    architecture = resident.architecture
+    stages: Sequence[tuple[Part, ...]] = (PARTS,) if architecture.parallel else (("attention",), ("mlp",))
     for parts in stages:
-        if anatomy.is_mixture(parts[0]):
+        if architecture.is_mixture(parts[0]):
             return h_BTD + _routed(op, resident, h_BTD)
         added = torch.zeros_like(h_BTD)
         for cut in op.cuts:
@@ -50,24 +50,24 @@ def concat_output(op: Concat, resident: Resident, h_BTD: Tensor, call: LayerCall
 
 def _silenced(op: Concat, cut: Cut, parts: Sequence[Part], resident: Resident) -> nn.Module:
     """The source's own layer, of which only the cut's pieces of some parts write to the residual stream."""
-    anatomy = resident.anatomy
+    architecture = resident.architecture
     layer = twin(resident.layers[cut.source.layer])
     for part in PARTS:
-        if anatomy.is_mixture(part):
+        if architecture.is_mixture(part):
             _put(layer, "mlp.experts.down_proj", torch.zeros_like)
             if hasattr(layer.mlp, "shared_expert"):
                 _put(layer, "mlp.shared_expert.down_proj.weight", torch.zeros_like)
             continue
-        writer = anatomy.writer(part)
-        kept = torch.zeros(anatomy.n_pieces(part))
+        writer = architecture.writer(part)
+        kept = torch.zeros(architecture.n_pieces(part))
         if part in parts:
             kept[list(cut.pieces(part))] = 1.0
-        columns = kept.repeat_interleave(anatomy.unit(writer.segments[0]))
+        columns = kept.repeat_interleave(architecture.unit(writer.segments[0]))
         _put(layer, f"{writer.module}.weight", lambda weight, mask=columns: weight * mask)
         if writer.bias:
             share = cut.weights[part] if part in parts else 0.0
             _put(layer, f"{writer.module}.bias", lambda bias, share=share: bias * share)
-    for norm in anatomy.norms:
+    for norm in architecture.norms:
         if norm.place == "inside" and norm.rows is None:
             for kind in ("weight", "bias"):
                 if getattr(norm, kind):

@@ -25,12 +25,14 @@ IDS = torch.randint(2, families.VOCABULARY, (2, 17), generator=torch.Generator()
 
 def some_recipe(resident: Resident) -> Recipe:
     """Layers of every kind, out of their old places, and two fitted tensors."""
-    anatomy = resident.anatomy
+    architecture = resident.architecture
     summed = Merge(sources=(ref(4), ref(5)), weights=(0.25, 0.75))
-    recipe = recipe_of(str(resident.checkpoint.folder), (select(1), shared(anatomy, (2, 3)), summed, select(5)))
-    name = f"{anatomy.modules(anatomy.writer('mlp'))[0]}.weight"
+    recipe = recipe_of(str(resident.checkpoint.folder), (select(1), shared(architecture, (2, 3)), summed, select(5)))
+    name = f"{architecture.modules(architecture.writer('mlp'))[0]}.weight"
     chance = np.random.default_rng(0)
-    fitted = {index: {name: chance.normal(0, 0.2, anatomy.layer_shapes()[name]).astype(np.float32)} for index in (0, 1)}
+    fitted = {
+        index: {name: chance.normal(0, 0.2, architecture.layer_shapes()[name]).astype(np.float32)} for index in (0, 1)
+    }
     return replace(recipe, fitted=fitted)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from intarsia.anatomy.spec import PARTS
+from intarsia.architecture.spec import PARTS
 from intarsia.building.materialize import materialize
 from intarsia.building.resident import Resident
 from intarsia.calibration.stream import LayerStream
@@ -25,8 +25,8 @@ def test_joined_twice_is_built_twice(
     family: str, norm: str, checkpoint_of: Opened, resident_of: InMemory, tmp_path: Path
 ) -> None:
     source, original = checkpoint_of(family), resident_of(family)
-    inner = recipe_of("m", [shared(source.anatomy, [0, 1], seed=3, norm=norm), select(4), select(5)])
-    outer = recipe_of("m", [shared(source.anatomy, [1, 0], seed=4, norm=norm), select(2)], depth=3)
+    inner = recipe_of("m", [shared(source.architecture, [0, 1], seed=3, norm=norm), select(4), select(5)])
+    outer = recipe_of("m", [shared(source.architecture, [1, 0], seed=4, norm=norm), select(2)], depth=3)
     again = outer.layers[0]
     assert isinstance(again, Concat)
     joined = concat_of(
@@ -34,7 +34,7 @@ def test_joined_twice_is_built_twice(
         [{part: cut.pieces(part) for part in PARTS} for cut in again.cuts],
         weights=[cut.weights for cut in again.cuts],
         norm=again.norm,
-        anatomy=source.anatomy,
+        architecture=source.architecture,
     )
     flat = inner.with_layers([joined, select(5)])
     assert {ref.layer for ref in joined.sources} == {0, 1, 4} and flat.spans == ((0, 5), (5, 6))
@@ -43,7 +43,7 @@ def test_joined_twice_is_built_twice(
     ids = torch.randint(2, families.VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
     found = []
     for resident, recipe in ((original, flat), (Resident(built, device=torch.device("cpu")), outer)):
-        stream = LayerStream(resident.model, resident.anatomy)
+        stream = LayerStream(resident.model, resident.architecture)
         with torch.no_grad():
             entry = stream.enter(ids, None)
             h = entry.h_BTD

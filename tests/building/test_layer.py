@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from intarsia.anatomy.spec import PARTS
+from intarsia.architecture.spec import PARTS
 from intarsia.building.layer import layer_tensors
 from intarsia.building.resident import Resident, twin
 from intarsia.calibration.stream import LayerStream
@@ -25,13 +25,13 @@ SOURCES = {"two": (0, 1), "other type": (2, 3), "three": (5, 0, 4)}
 
 def run(resident: Resident, op: Op, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """The op's module, and the definition, on the same hidden states."""
-    stream = LayerStream(resident.model, resident.anatomy)
+    stream = LayerStream(resident.model, resident.architecture)
     ids = torch.randint(2, families.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         entry = stream.enter(ids, None)
         call = entry.calls[op.sources[0].layer]
         h = entry.h_BTD
-        define = by_parts if resident.anatomy.family.name in by_parts.FAMILIES else by_hand
+        define = by_parts if resident.architecture.family.name in by_parts.FAMILIES else by_hand
         return stream.run(resident.module(op), h, call), define.concat_output(op, resident, h, call)
 
 
@@ -39,7 +39,7 @@ def run(resident: Resident, op: Op, seed: int = 0) -> tuple[torch.Tensor, torch.
 @pytest.mark.parametrize("family", [*families.FAMILIES, *families.VARIATIONS])
 def test_a_concatenation_is_the_sum_of_its_pieces(family: str, sources: tuple[int, ...], resident_of: InMemory) -> None:
     resident = resident_of(family)
-    found, by_hand = run(resident, shared(resident.anatomy, sources, seed=len(sources)))
+    found, by_hand = run(resident, shared(resident.architecture, sources, seed=len(sources)))
     torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-5)
 
 
@@ -47,9 +47,9 @@ def test_a_concatenation_is_the_sum_of_its_pieces(family: str, sources: tuple[in
 def test_a_whole_layer_as_a_concatenation_is_that_layer(family: str, resident_of: InMemory) -> None:
     """Also checks the definition that the other tests compare with: here it must agree with transformers."""
     resident = resident_of(family)
-    op = shared(resident.anatomy, [2])
+    op = shared(resident.architecture, [2])
     found, by_hand = run(resident, op)
-    stream = LayerStream(resident.model, resident.anatomy)
+    stream = LayerStream(resident.model, resident.architecture)
     ids = torch.randint(2, families.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         entry = stream.enter(ids, None)
@@ -62,20 +62,20 @@ def test_a_whole_layer_as_a_concatenation_is_that_layer(family: str, resident_of
 def test_merging_a_merged_layer_keeps_its_pieces(family: str, resident_of: InMemory) -> None:
     """Pieces of the intermediate layer, by their place in it, become the right pieces of original layers."""
     resident = resident_of(family)
-    anatomy = resident.anatomy
-    inner = shared(anatomy, [0, 1], seed=3)
-    whole = anatomy.n_pieces("mlp")
+    architecture = resident.architecture
+    inner = shared(architecture, [0, 1], seed=3)
+    whole = architecture.n_pieces("mlp")
     first, half = whole // 8, whole // 2
     kept = [
         {"attention": (1,), "mlp": tuple(range(first, first + half))},
-        {"attention": tuple(range(anatomy.n_kv_heads - 1)), "mlp": tuple(range(half))},
+        {"attention": tuple(range(architecture.n_kv_heads - 1)), "mlp": tuple(range(half))},
     ]
     weights = [{"attention": 0.25, "mlp": 0.5}, {"attention": 0.75, "mlp": 0.5}]
-    op = concat_of([inner, select(4)], kept, weights=weights, norm="fold", anatomy=anatomy)
+    op = concat_of([inner, select(4)], kept, weights=weights, norm="fold", architecture=architecture)
     assert isinstance(op, Concat)
     groups = [(cut.source.layer, group) for cut in inner.cuts for group in cut.kv_groups]
     channels = [(cut.source.layer, channel) for cut in inner.cuts for channel in cut.channels]
-    expected_groups = {groups[1], *((4, group) for group in range(anatomy.n_kv_heads - 1))}
+    expected_groups = {groups[1], *((4, group) for group in range(architecture.n_kv_heads - 1))}
     expected_channels = {*channels[first : first + half], *((4, channel) for channel in range(half))}
     assert {(cut.source.layer, group) for cut in op.cuts for group in cut.kv_groups} == expected_groups
     assert {(cut.source.layer, channel) for cut in op.cuts for channel in cut.channels} == expected_channels
@@ -87,12 +87,14 @@ def test_merging_a_merged_layer_keeps_its_pieces(family: str, resident_of: InMem
 def test_everything_of_the_first_layer_and_nothing_of_the_second_is_the_first(
     family: str, resident_of: InMemory
 ) -> None:
-    anatomy = resident_of(family).anatomy
-    whole = {"attention": range(anatomy.n_kv_heads), "mlp": range(anatomy.n_pieces("mlp"))}
+    architecture = resident_of(family).architecture
+    whole = {"attention": range(architecture.n_kv_heads), "mlp": range(architecture.n_pieces("mlp"))}
     nothing = {"attention": (), "mlp": ()}
     ones, zeros = {"attention": 1.0, "mlp": 1.0}, {"attention": 0.0, "mlp": 0.0}
     for norm in ("fold", "average"):
-        op = concat_of([select(1), select(0)], [whole, nothing], weights=[ones, zeros], norm=norm, anatomy=anatomy)
+        op = concat_of(
+            [select(1), select(0)], [whole, nothing], weights=[ones, zeros], norm=norm, architecture=architecture
+        )
         assert op == select(1)
 
 
@@ -100,10 +102,10 @@ def test_everything_of_the_first_layer_and_nothing_of_the_second_is_the_first(
 def test_average_mode(family: str, checkpoint_of: Opened) -> None:
     """As published: rows as they are, and norms, like everything that belongs to no piece, averaged by weight."""
     checkpoint = checkpoint_of(family)
-    anatomy = checkpoint.anatomy
-    op = shared(anatomy, [0, 4, 5], norm="average")
-    found = layer_tensors(op, anatomy, lambda ref, name: checkpoint.layer_tensor(ref.layer, name))
-    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == anatomy.layer_shapes()
+    architecture = checkpoint.architecture
+    op = shared(architecture, [0, 4, 5], norm="average")
+    found = layer_tensors(op, architecture, lambda ref, name: checkpoint.layer_tensor(ref.layer, name))
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == architecture.layer_shapes()
 
     def mean(name: str, part: str) -> torch.Tensor:
         return sum(cut.weights[part] * checkpoint.layer_tensor(cut.source.layer, name) for cut in op.cuts)
@@ -111,29 +113,29 @@ def test_average_mode(family: str, checkpoint_of: Opened) -> None:
     def of_pieces(name: str, part: str, segments: Sequence[str], axis: int) -> torch.Tensor:
         rows, start = [], 0
         for segment in segments:
-            unit = anatomy.unit(segment)
+            unit = architecture.unit(segment)
             rows += [
                 checkpoint.layer_tensor(cut.source.layer, name).movedim(axis, 0)[start + piece * unit + i]
                 for cut in op.cuts
                 for piece in cut.pieces(part)
                 for i in range(unit)
             ]
-            start += unit * anatomy.n_pieces(part)
+            start += unit * architecture.n_pieces(part)
         return torch.stack(rows).movedim(0, axis)
 
-    for norm in anatomy.norms:
+    for norm in architecture.norms:
         names = [f"{norm.module}.{kind}" for kind in ("weight", "bias") if getattr(norm, kind)]
         for name in names:
             if norm.rows is None:
                 torch.testing.assert_close(found[name], mean(name, norm.part), rtol=1e-6, atol=1e-7)
             else:
                 assert torch.equal(found[name], of_pieces(name, norm.part, [norm.rows], 0))
-    for linear in anatomy.linears:
+    for linear in architecture.linears:
         weight = f"{linear.module}.weight"
         if linear.per_expert:
             kept = [(cut.source.layer, expert) for cut in op.cuts for expert in cut.channels]
-            for place, (layer, expert) in zip(anatomy.modules(linear), kept, strict=True):
-                own = checkpoint.layer_tensor(layer, f"{anatomy.modules(linear)[expert]}.weight")
+            for place, (layer, expert) in zip(architecture.modules(linear), kept, strict=True):
+                own = checkpoint.layer_tensor(layer, f"{architecture.modules(linear)[expert]}.weight")
                 assert torch.equal(found[f"{place}.weight"], own)
             continue
         if linear.whole is not None:
@@ -148,23 +150,23 @@ def test_average_mode(family: str, checkpoint_of: Opened) -> None:
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "gemma3", "stablelm"])
 def test_folded_norms_are_neutral(family: str, checkpoint_of: Opened) -> None:
     checkpoint = checkpoint_of(family)
-    anatomy = checkpoint.anatomy
-    op = shared(anatomy, [0, 1])
-    found = layer_tensors(op, anatomy, lambda ref, name: checkpoint.layer_tensor(ref.layer, name))
-    for norm in anatomy.norms:
+    architecture = checkpoint.architecture
+    op = shared(architecture, [0, 1])
+    found = layer_tensors(op, architecture, lambda ref, name: checkpoint.layer_tensor(ref.layer, name))
+    for norm in architecture.norms:
         if norm.place == "before":
-            assert torch.equal(found[f"{norm.module}.weight"] + norm.offset, torch.ones(anatomy.width))
+            assert torch.equal(found[f"{norm.module}.weight"] + norm.offset, torch.ones(architecture.width))
             if norm.bias:
-                shift = 0.0 if anatomy.shift_folds(norm.part) else 1.0
-                assert torch.equal(found[f"{norm.module}.bias"], torch.full((anatomy.width,), shift))
+                shift = 0.0 if architecture.shift_folds(norm.part) else 1.0
+                assert torch.equal(found[f"{norm.module}.bias"], torch.full((architecture.width,), shift))
 
 
 def test_a_merge_is_linear_in_every_tensor(checkpoint_of: Opened) -> None:
     checkpoint = checkpoint_of("opt")
     sources = tuple(LayerRef(variant="base", layer=layer) for layer in (3, 1, 2))
     op = Merge(sources=sources, weights=(0.5, -1.0, 2.0))
-    found = layer_tensors(op, checkpoint.anatomy, lambda ref, name: checkpoint.layer_tensor(ref.layer, name))
-    assert set(found) == set(checkpoint.anatomy.layer_shapes())
+    found = layer_tensors(op, checkpoint.architecture, lambda ref, name: checkpoint.layer_tensor(ref.layer, name))
+    assert set(found) == set(checkpoint.architecture.layer_shapes())
     for name, tensor in found.items():
         first, second, third = (checkpoint.layer_tensor(layer, name) for layer in (3, 1, 2))
         torch.testing.assert_close(tensor, 0.5 * first - second + 2.0 * third, rtol=1e-6, atol=1e-6)
@@ -175,13 +177,13 @@ def test_a_merge_is_linear_in_every_tensor(checkpoint_of: Opened) -> None:
 def test_a_scaled_layer_adds_that_much_more(family: str, part: str, resident_of: InMemory) -> None:
     """Also where a norm stands behind the part, which would take back a scale before it."""
     resident = resident_of(family)
-    stream = LayerStream(resident.model, resident.anatomy)
+    stream = LayerStream(resident.model, resident.architecture)
     ids = torch.randint(2, families.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
     source = LayerRef(variant="base", layer=1)
     added = []
     for scale in (1.0, 0.25):
         module = twin(resident.module(Merge(sources=(source,), weights=(1.0,), scale=scale)))
-        other = module.get_submodule(resident.anatomy.writer("mlp" if part == "attention" else "attention").module)
+        other = module.get_submodule(resident.architecture.writer("mlp" if part == "attention" else "attention").module)
         for name, parameter in list(other.named_parameters()):
             setattr(other, name, torch.nn.Parameter(torch.zeros_like(parameter), requires_grad=False))
         with torch.no_grad():

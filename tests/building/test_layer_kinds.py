@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from intarsia.anatomy.detect import detect
+from intarsia.architecture.detect import detect
 from intarsia.building.assembled import assembled
 from intarsia.building.materialize import materialize
 from intarsia.building.resident import Resident
@@ -31,8 +31,8 @@ IDS = torch.randint(2, families.VOCABULARY, (2, 24), generator=torch.Generator()
 
 def mixed(checkpoint: Checkpoint) -> Recipe:
     """Both kinds of layers, all in new places: 1, 2, pieces of 0 and 4, 3, 5."""
-    anatomy = checkpoint.anatomy
-    return recipe_of(checkpoint.model, [select(1), select(2), shared(anatomy, [0, 4]), select(3), select(5)])
+    architecture = checkpoint.architecture
+    return recipe_of(checkpoint.model, [select(1), select(2), shared(architecture, [0, 4]), select(3), select(5)])
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def test_a_layer_brings_its_kind_along(family: str, resident_of: InMemory, tmp_p
     recipe = mixed(resident.checkpoint)
     materialize(recipe, {"base": resident.checkpoint}, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    stream = LayerStream(resident.model, resident.anatomy)
+    stream = LayerStream(resident.model, resident.architecture)
     entry = stream.enter(IDS, None)
     h = entry.h_BTD
     for index, op in enumerate(recipe.layers):
@@ -101,15 +101,15 @@ def test_a_rule_becomes_a_list(family: str, model_folder: Folder, tmp_path: Path
     """The rule would tell the layers apart by their new places."""
     source = by_rule(family, model_folder(family), tmp_path / "source")
     theirs: Any = AutoConfig.from_pretrained(source.folder)
-    for name, values in source.anatomy.per_layer.items():
+    for name, values in source.architecture.per_layer.items():
         assert list(values) == list(getattr(theirs, name))  # as transformers makes it
-    kinds = source.anatomy.layer_types
+    kinds = source.architecture.layer_types
     assert kinds is not None and len(set(kinds)) == 2
     kept = [0, *range(2, families.DEPTH)]
     recipe = recipe_of("by-rule", [select(layer) for layer in kept])
     materialize(recipe, {"base": source}, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    for name, values in source.anatomy.per_layer.items():
+    for name, values in source.architecture.per_layer.items():
         assert written[name] == [values[layer] for layer in kept]
     assert not any(name in written for name in RULES[family][1])
     assert detect(written).layer_types == tuple(kinds[layer] for layer in kept)
@@ -129,11 +129,11 @@ def test_a_rule_that_still_holds_stays(model_folder: Folder, tmp_path: Path) -> 
 @pytest.mark.parametrize("family", UNLIKE)
 def test_layers_of_different_kinds_are_not_joined(family: str, checkpoint_of: Opened) -> None:
     checkpoint = checkpoint_of(family)
-    anatomy = checkpoint.anatomy
-    kinds = anatomy.layer_types
+    architecture = checkpoint.architecture
+    kinds = architecture.layer_types
     assert kinds is not None
-    for op in (shared(anatomy, [1, 2]), Merge(sources=(ref(1), ref(2)), weights=(0.5, 0.5))):
+    for op in (shared(architecture, [1, 2]), Merge(sources=(ref(1), ref(2)), weights=(0.5, 0.5))):
         with pytest.raises(UserError, match=r"layers\[0\]: expected sources of one layer type") as caught:
-            check(recipe_of(checkpoint.model, [op, *(select(n) for n in (0, 3))]), {"base": anatomy})
+            check(recipe_of(checkpoint.model, [op, *(select(n) for n in (0, 3))]), {"base": architecture})
         assert f"base:1 is {kinds[1]}, base:2 is {kinds[2]}" in str(caught.value)
         assert "Join layers of one type only." in str(caught.value)

@@ -46,19 +46,19 @@ def config_of(folder: Path) -> dict[str, object]:
 
 def mixed(checkpoint: Checkpoint) -> Recipe:
     """Four layers of every kind, two of them with fitted tensors. Attention types are not mixed."""
-    anatomy = checkpoint.anatomy
+    architecture = checkpoint.architecture
     layers: list[Op] = [
         select(0),
-        shared(anatomy, [2, 3], seed=1),
+        shared(architecture, [2, 3], seed=1),
         Merge(sources=(ref(1), ref(4)), weights=(0.25, 0.75)),
-        shared(anatomy, [5, 4], seed=2, norm="average"),
+        shared(architecture, [5, 4], seed=2, norm="average"),
     ]
     recipe = recipe_of(checkpoint.model, layers)
-    down = f"{anatomy.modules(anatomy.writer('mlp'))[0]}.weight"
-    out = f"{anatomy.writer('attention').module}.weight"
+    down = f"{architecture.modules(architecture.writer('mlp'))[0]}.weight"
+    out = f"{architecture.writer('attention').module}.weight"
     rng = np.random.default_rng(0)
     fitted = {
-        index: {name: rng.normal(0, 0.2, anatomy.layer_shapes()[name]).astype(np.float32)}
+        index: {name: rng.normal(0, 0.2, architecture.layer_shapes()[name]).astype(np.float32)}
         for index, name in ((0, down), (1, out))
     }
     return recipe.with_layers(layers, fitted=fitted)
@@ -81,21 +81,23 @@ def test_ratio_one_to_nothing_is_dropping_the_second_layer(
     family: str, norm: str, checkpoint_of: Opened, tmp_path: Path
 ) -> None:
     source = checkpoint_of(family)
-    anatomy = source.anatomy
+    architecture = source.architecture
     merged = concat_of(
         [select(0), select(1)],
-        [{"attention": range(anatomy.n_kv_heads), "mlp": range(anatomy.n_pieces("mlp"))}, {}],
+        [{"attention": range(architecture.n_kv_heads), "mlp": range(architecture.n_pieces("mlp"))}, {}],
         weights=[{"attention": 1.0, "mlp": 1.0}, {"attention": 0.0, "mlp": 0.0}],
         norm=norm,
-        anatomy=anatomy,
+        architecture=architecture,
     )
     rest = [select(layer) for layer in range(2, families.DEPTH)]
     materialize(recipe_of(source.model, [merged, *rest]), {"base": source}, tmp_path / "merged")
     names = {
-        name: name if not name.startswith(anatomy.family.layers_module) else source.anatomy.tensor_name(index, local)
+        name: name
+        if not name.startswith(architecture.family.layers_module)
+        else source.architecture.tensor_name(index, local)
         for index, layer in enumerate([0, 2, 3, 4, 5])
-        for local in anatomy.layer_shapes()
-        for name in [source.anatomy.tensor_name(layer, local)]
+        for local in architecture.layer_shapes()
+        for name in [source.architecture.tensor_name(layer, local)]
     }
     original = tensors_of(source.folder)
     expected = {new: original[old] for old, new in names.items()}
@@ -114,15 +116,15 @@ def test_on_disk_and_in_memory_are_the_same(
     on_disk = tensors_of(tmp_path / "out")
     modules = [resident.module(op, recipe.fitted.get(index)) for index, op in enumerate(recipe.layers)]
     in_memory = {
-        source.anatomy.tensor_name(index, name): parameter.detach()
+        source.architecture.tensor_name(index, name): parameter.detach()
         for index, module in enumerate(modules)
-        for name, parameter in to_tensors(dict(module.named_parameters()), source.anatomy).items()
+        for name, parameter in to_tensors(dict(module.named_parameters()), source.architecture).items()
     }
     in_memory |= {name: source.tensor(name) for name in source.outside_names()}
     assert_same_tensors(on_disk, in_memory)
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    stream = LayerStream(resident.model, resident.anatomy)
+    stream = LayerStream(resident.model, resident.architecture)
     ids = torch.randint(2, families.VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, 9:] = False
@@ -147,21 +149,21 @@ def test_the_folder_is_an_ordinary_model(family: str, checkpoint_of: Opened, tmp
     assert schema.content_hash(schema.load(tmp_path / "out" / RECIPE_FILE)) == schema.content_hash(recipe)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert model.config.num_hidden_layers == len(model.get_submodule(source.anatomy.family.layers_module)) == 4
+    assert model.config.num_hidden_layers == len(model.get_submodule(source.architecture.family.layers_module)) == 4
     ids = tokenizer("roti lane", return_tensors="pt")["input_ids"]
     settings = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
     cached = model.generate(ids, use_cache=True, **settings)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
     assert cached.shape[1] == ids.shape[1] + 24
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    assert (head is embedding) == source.anatomy.tied
-    stored = f"{source.anatomy.family.head_module}.weight"
+    assert (head is embedding) == source.architecture.tied
+    stored = f"{source.architecture.family.head_module}.weight"
     assert (stored in tensors_of(tmp_path / "out")) == (stored in source.headers)
 
 
 def test_lists_of_the_config_follow_the_layers(checkpoint_of: Opened, tmp_path: Path) -> None:
     source = checkpoint_of("qwen3")
-    recipe = recipe_of(source.model, [select(0), shared(source.anatomy, [3, 2]), select(4), select(3)])
+    recipe = recipe_of(source.model, [select(0), shared(source.architecture, [3, 2]), select(4), select(3)])
     materialize(recipe, {"base": source}, tmp_path / "out")
     before, after = config_of(source.folder), config_of(tmp_path / "out")
     assert after["layer_types"] == ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
@@ -201,7 +203,7 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     resident = Resident(source, device=torch.device("cpu"))
     for index, op in enumerate(recipe.layers):
         for name, parameter in resident.module(op, recipe.fitted.get(index)).named_parameters():
-            assert torch.equal(found[source.anatomy.tensor_name(index, name)], parameter)
+            assert torch.equal(found[source.architecture.tensor_name(index, name)], parameter)
 
 
 def test_two_variants_share_one_model(model_folder: Folder, tmp_path: Path) -> None:
@@ -220,7 +222,7 @@ def test_two_variants_share_one_model(model_folder: Folder, tmp_path: Path) -> N
     recipe = schema.load(tmp_path / "recipe.yaml")
     materialize(recipe, {"base": base, "math": math}, tmp_path / "out")
     found = tensors_of(tmp_path / "out")
-    for name in base.anatomy.layer_shapes():
+    for name in base.architecture.layer_shapes():
         assert torch.equal(found[f"model.layers.0.{name}"], base.layer_tensor(0, name))
         assert torch.equal(found[f"model.layers.1.{name}"], math.layer_tensor(3, name))
     assert torch.equal(found["model.embed_tokens.weight"], base.tensor("model.embed_tokens.weight"))
@@ -252,7 +254,7 @@ def test_a_fold_that_overflows_is_refused(tmp_path: Path) -> None:
         model.model.layers[1].self_attn.q_proj.weight.fill_(30.0)
     families.save(model, tmp_path / "model")
     source = Checkpoint.open(tmp_path / "model", model="model")
-    recipe = recipe_of("model", [shared(source.anatomy, [0, 1])])
+    recipe = recipe_of("model", [shared(source.architecture, [0, 1])])
     with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight.*NaN or infinity"):
         materialize(recipe, {"base": source}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -288,7 +290,7 @@ def test_what_finish_adds_is_published_or_fails_with_the_rest(checkpoint_of: Ope
 def test_selected_layers_are_shared_and_new_ones_are_not(resident_of: InMemory) -> None:
     resident = resident_of("llama")
     assert resident.module(select(3)) is resident.layers[3]
-    merged = resident.module(shared(resident.anatomy, [3, 4]))
+    merged = resident.module(shared(resident.architecture, [3, 4]))
     own = {parameter.data_ptr() for parameter in merged.parameters()}
     assert own.isdisjoint(parameter.data_ptr() for parameter in resident.model.parameters())
     assert not any(parameter.requires_grad for parameter in merged.parameters())
@@ -296,8 +298,8 @@ def test_selected_layers_are_shared_and_new_ones_are_not(resident_of: InMemory) 
 
 def test_a_new_layer_is_of_its_first_sources_type(resident_of: InMemory) -> None:
     resident = resident_of("qwen3")
-    assert resident.module(shared(resident.anatomy, [3, 2])).self_attn.sliding_window == 5
-    assert resident.module(shared(resident.anatomy, [4, 1])).self_attn.sliding_window is None
+    assert resident.module(shared(resident.architecture, [3, 2])).self_attn.sliding_window == 5
+    assert resident.module(shared(resident.architecture, [4, 1])).self_attn.sliding_window is None
 
 
 def test_the_output_is_taken_by_lm_eval(checkpoint_of: Opened, tmp_path: Path) -> None:

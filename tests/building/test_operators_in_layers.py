@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.building import merging, merging_sparse
 from intarsia.building.layer import layer_tensors
 from intarsia.building.materialize import materialize
@@ -42,8 +42,8 @@ class Trio:
         self.checkpoints = {name: Checkpoint.open(root / name, model=str(root / name)) for name in NAMES}
 
     @property
-    def anatomy(self) -> Anatomy:
-        return self.checkpoints["base"].anatomy
+    def architecture(self) -> Architecture:
+        return self.checkpoints["base"].architecture
 
     def read(self, ref: LayerRef, local: str) -> Tensor:
         return self.checkpoints[ref.variant].layer_tensor(ref.layer, local)
@@ -79,7 +79,7 @@ MATRIX, BIAS, NORM = "mlp.up_proj.weight", "mlp.up_proj.bias", "input_layernorm.
 
 
 def test_slerp_turns_matrices_and_not_vectors(trio: Trio) -> None:
-    found = layer_tensors(merge("slerp", (0.7, 0.3)), trio.anatomy, trio.read)
+    found = layer_tensors(merge("slerp", (0.7, 0.3)), trio.architecture, trio.read)
     _, math, code = trio.three(MATRIX)
     assert torch.equal(found[MATRIX], merging.slerp(math, code, 0.3))
     for name in (BIAS, NORM):
@@ -93,14 +93,14 @@ def test_ties_trims_matrices_and_not_vectors(name: str, trio: Trio) -> None:
     base, *tuned = trio.three(name)
     density = 0.3 if name == MATRIX else 1.0
     expected = merging_sparse.ties(base, tuned, [1.0, 1.0], density=density, scale=0.8)
-    assert torch.equal(layer_tensors(op, trio.anatomy, trio.read)[name], expected)
+    assert torch.equal(layer_tensors(op, trio.architecture, trio.read)[name], expected)
     kept = (merging_sparse.trim(tuned[0] - base, 0.3) != 0).float().mean()
     assert abs(float(kept) - 0.3) < 0.03
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "breadcrumbs", "task_arithmetic"])
 def test_vectors_are_never_thinned(method: MergeMethod, trio: Trio) -> None:
-    found = layer_tensors(merge(method), trio.anatomy, trio.read)
+    found = layer_tensors(merge(method), trio.architecture, trio.read)
     for name in (BIAS, NORM):
         base, math, code = trio.three(name)
         assert torch.equal(found[name], merging.task_arithmetic(base, [math, code], [0.5, 0.5]))
@@ -108,18 +108,18 @@ def test_vectors_are_never_thinned(method: MergeMethod, trio: Trio) -> None:
 
 def test_dare_is_decided_by_seed_layer_and_name(trio: Trio) -> None:
     op = merge("dare_linear", density=0.5, seed=3)
-    found = layer_tensors(op, trio.anatomy, trio.read)
+    found = layer_tensors(op, trio.architecture, trio.read)
     base, math, code = trio.three(MATRIX)
     generators = [merging_sparse.generator_for(3, 2, MATRIX, index) for index in range(2)]
     expected = merging_sparse.dare_linear(base, [math, code], [0.5, 0.5], density=0.5, generators=generators)
     assert torch.equal(found[MATRIX], expected)
     torch.rand(3)  # what else was drawn decides nothing
-    again = layer_tensors(op, trio.anatomy, trio.read)
+    again = layer_tensors(op, trio.architecture, trio.read)
     assert all(torch.equal(found[name], again[name]) for name in found)
-    other = layer_tensors(replace(op, params={"density": 0.5, "seed": 4}), trio.anatomy, trio.read)
+    other = layer_tensors(replace(op, params={"density": 0.5, "seed": 4}), trio.architecture, trio.read)
     assert not torch.equal(found[MATRIX], other[MATRIX])
-    gate = trio.anatomy.layer_shapes()["mlp.gate_proj.weight"]
-    assert gate == trio.anatomy.layer_shapes()[MATRIX]
+    gate = trio.architecture.layer_shapes()["mlp.gate_proj.weight"]
+    assert gate == trio.architecture.layer_shapes()[MATRIX]
     delta = [found[name] == trio.three(name)[0] for name in (MATRIX, "mlp.gate_proj.weight")]
     assert not torch.equal(delta[0], delta[1])
 
@@ -131,9 +131,9 @@ def test_names_of_variants_decide_nothing(trio: Trio) -> None:
         sources=tuple(replace(ref, variant=f"x{ref.variant}") for ref in op.sources),
         base=replace(BASE, variant="xbase"),
     )
-    found = layer_tensors(op, trio.anatomy, trio.read)
+    found = layer_tensors(op, trio.architecture, trio.read)
     again = layer_tensors(
-        renamed, trio.anatomy, lambda ref, local: trio.read(replace(ref, variant=ref.variant[1:]), local)
+        renamed, trio.architecture, lambda ref, local: trio.read(replace(ref, variant=ref.variant[1:]), local)
     )
     assert all(torch.equal(found[name], again[name]) for name in found)
 
@@ -142,14 +142,14 @@ def test_names_of_variants_decide_nothing(trio: Trio) -> None:
 def test_a_weight_of_zero_leaves_a_layer_out(method: MergeMethod, trio: Trio) -> None:
     alone = merge(method)
     alone = replace(alone, sources=(MATH,), weights=(0.5,))
-    found = layer_tensors(merge(method, (0.5, 0.0)), trio.anatomy, trio.read)
-    expected = layer_tensors(alone, trio.anatomy, trio.read)
+    found = layer_tensors(merge(method, (0.5, 0.0)), trio.architecture, trio.read)
+    expected = layer_tensors(alone, trio.architecture, trio.read)
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_each_part_in_its_own_way(trio: Trio) -> None:
     op = replace(merge("linear", (1.0, 0.0)), mlp=Mix(weights=(0.0, 1.0)))
-    found = layer_tensors(op, trio.anatomy, trio.read)
+    found = layer_tensors(op, trio.architecture, trio.read)
     for name, tensor in found.items():
         _, math, code = trio.three(name)
         attention = name.startswith(("self_attn", "input_layernorm"))
@@ -157,8 +157,8 @@ def test_each_part_in_its_own_way(trio: Trio) -> None:
 
 
 def test_scale_multiplies_what_is_written(trio: Trio) -> None:
-    plain = layer_tensors(Merge(sources=(MATH,), weights=(1.0,)), trio.anatomy, trio.read)
-    scaled = layer_tensors(Merge(sources=(MATH,), weights=(1.0,), scale=1.5), trio.anatomy, trio.read)
+    plain = layer_tensors(Merge(sources=(MATH,), weights=(1.0,)), trio.architecture, trio.read)
+    scaled = layer_tensors(Merge(sources=(MATH,), weights=(1.0,), scale=1.5), trio.architecture, trio.read)
     for name, tensor in scaled.items():
         written = name.startswith(("self_attn.o_proj", "mlp.down_proj"))
         assert torch.equal(tensor, plain[name] * 1.5 if written else plain[name]), name
@@ -167,7 +167,7 @@ def test_scale_multiplies_what_is_written(trio: Trio) -> None:
 def test_the_base_is_the_one_at_the_sources_index(trio: Trio) -> None:
     """The output stands at index 0; differences are taken at index 2, where the sources are."""
     recipe = trio.recipe(merge("task_arithmetic", (1.0, 1.0)))
-    found = layer_tensors(recipe.layers[0], trio.anatomy, trio.read)
+    found = layer_tensors(recipe.layers[0], trio.architecture, trio.read)
     base, math, code = trio.three(MATRIX)
     torch.testing.assert_close(found[MATRIX], math + code - base)
 
@@ -176,7 +176,7 @@ def test_without_differences_every_method_gives_the_base(trio: Trio) -> None:
     for method, kind in METHODS.items():
         weights = (0.5, 0.5) if kind.weights == "sum 1" or method == "linear" else (1.0, 1.0)
         op = replace(merge(method, weights), sources=(BASE, BASE))
-        found = layer_tensors(op, trio.anatomy, trio.read)
+        found = layer_tensors(op, trio.architecture, trio.read)
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, trio.read(BASE, name), rtol=1e-6, atol=1e-7)
 
@@ -192,7 +192,7 @@ def test_built_twice_in_any_order_are_the_same_bytes(dtype: torch.dtype, tmp_pat
     assert model.dtype == dtype
     state = model.state_dict()
     for index in reversed(range(len(recipe.layers))):
-        tensors = layer_tensors(recipe.layers[index], trio.anatomy, trio.read)
+        tensors = layer_tensors(recipe.layers[index], trio.architecture, trio.read)
         for name, tensor in tensors.items():
             assert torch.equal(state[f"model.layers.{index}.{name}"], tensor)
     model(torch.tensor([[3, 4, 5]]))

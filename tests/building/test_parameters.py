@@ -22,36 +22,36 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("family", [*families.FAMILIES, *families.VARIATIONS])
 def test_there_and_back(family: str, checkpoint_of: Opened, resident_of: InMemory) -> None:
-    checkpoint, anatomy = checkpoint_of(family), checkpoint_of(family).anatomy
-    stored = {name: checkpoint.layer_tensor(2, name) for name in anatomy.layer_shapes()}
+    checkpoint, architecture = checkpoint_of(family), checkpoint_of(family).architecture
+    stored = {name: checkpoint.layer_tensor(2, name) for name in architecture.layer_shapes()}
     in_memory = dict(resident_of(family).layers[2].named_parameters())
-    found = to_parameters(stored, anatomy)
-    assert set(found) == set(in_memory) == set(parameter_names(anatomy))
+    found = to_parameters(stored, architecture)
+    assert set(found) == set(in_memory) == set(parameter_names(architecture))
     assert all(torch.equal(found[name], parameter) for name, parameter in in_memory.items())
-    back = to_tensors(in_memory, anatomy)
+    back = to_tensors(in_memory, architecture)
     assert set(back) == set(stored)
     assert all(torch.equal(back[name], tensor) for name, tensor in stored.items())
-    assert {name: parameter_name(name, anatomy) for name in stored} == {
-        stored_name: name for name in in_memory for stored_name in tensor_names(name, anatomy)
+    assert {name: parameter_name(name, architecture) for name in stored} == {
+        stored_name: name for name in in_memory for stored_name in tensor_names(name, architecture)
     }
 
 
 def test_where_an_expert_lies(checkpoint_of: Opened) -> None:
-    anatomy = checkpoint_of("mixtral").anatomy
-    assert parameter_name("block_sparse_moe.experts.3.w3.weight", anatomy) == "mlp.experts.gate_up_proj"
-    assert parameter_name("block_sparse_moe.gate.weight", anatomy) == "mlp.gate.weight"
-    assert tensor_names("mlp.gate.weight", anatomy) == ("block_sparse_moe.gate.weight",)
-    assert len(tensor_names("mlp.experts.gate_up_proj", anatomy)) == 2 * families.EXPERTS
+    architecture = checkpoint_of("mixtral").architecture
+    assert parameter_name("block_sparse_moe.experts.3.w3.weight", architecture) == "mlp.experts.gate_up_proj"
+    assert parameter_name("block_sparse_moe.gate.weight", architecture) == "mlp.gate.weight"
+    assert tensor_names("mlp.gate.weight", architecture) == ("block_sparse_moe.gate.weight",)
+    assert len(tensor_names("mlp.experts.gate_up_proj", architecture)) == 2 * families.EXPERTS
 
 
 @pytest.mark.parametrize("family", ["gpt-neox", "mixtral", "qwen2-moe"])
 def test_streamed_as_in_memory(family: str, checkpoint_of: Opened, resident_of: InMemory) -> None:
     whole, streamed = resident_of(family), Resident(checkpoint_of(family), device=CPU, stream=True)
     ids = torch.randint(2, families.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
-    ops = [shared(whole.anatomy, [2, 3], seed=1)]
+    ops = [shared(whole.architecture, [2, 3], seed=1)]
     found = []
     for resident in (whole, streamed):
-        stream = LayerStream(resident.model, resident.anatomy)
+        stream = LayerStream(resident.model, resident.architecture)
         with torch.no_grad():
             entry = stream.enter(ids, None)
             h = entry.h_BTD
@@ -68,7 +68,7 @@ def test_an_adapter_reaches_the_parameter_that_holds_its_tensor(
 ) -> None:
     pytest.importorskip("peft")
     checkpoint = checkpoint_of("mixtral")
-    name = checkpoint.anatomy.tensor_name(1, f"{module}.weight")
+    name = checkpoint.architecture.tensor_name(1, f"{module}.weight")
     rows, columns = checkpoint.headers[name].shape
     a, b = torch.randn(2, columns), torch.randn(rows, 2)
     stem = f"base_model.model.{name.removesuffix('.weight')}"
@@ -77,7 +77,7 @@ def test_an_adapter_reaches_the_parameter_that_holds_its_tensor(
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     monkeypatch.setenv("INTARSIA_CACHE", str(tmp_path / "cache"))
     model = load_model(open_variant(str(tmp_path), base=checkpoint), device=CPU)
-    stored = to_tensors(dict(model.model.layers[1].named_parameters()), checkpoint.anatomy)
-    own = {local: checkpoint.layer_tensor(1, local) for local in checkpoint.anatomy.layer_shapes()}
+    stored = to_tensors(dict(model.model.layers[1].named_parameters()), checkpoint.architecture)
+    own = {local: checkpoint.layer_tensor(1, local) for local in checkpoint.architecture.layer_shapes()}
     torch.testing.assert_close(stored[f"{module}.weight"], own[f"{module}.weight"] + 2.0 * b @ a)
     assert all(torch.equal(stored[local], own[local]) for local in own if local != f"{module}.weight")

@@ -7,24 +7,24 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from intarsia.anatomy.detect import detect
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.detect import detect
+from intarsia.architecture.spec import Architecture
 from intarsia.building.shrunken import VOCABULARY, shrunken, small_model, some_layers
 from intarsia.errors import UserError
 
 
-def large(model_type: str, **changes: Any) -> Anatomy:
+def large(model_type: str, **changes: Any) -> Architecture:
     return detect(AutoConfig.for_model(model_type, **changes).to_dict())
 
 
 def test_sizes_shrink_and_features_stay() -> None:
-    anatomy = large("llama", num_attention_heads=32, num_key_value_heads=8, attention_bias=True, dtype="bfloat16")
-    config = shrunken(anatomy)
+    architecture = large("llama", num_attention_heads=32, num_key_value_heads=8, attention_bias=True, dtype="bfloat16")
+    config = shrunken(architecture)
     small = detect(config)
     assert (small.n_layers, small.n_kv_heads, small.heads_per_group, small.head_dim) == (6, 4, 3, 16)
     assert (small.width, small.n_channels, small.vocabulary) == (4 * 3 * 16, 48, VOCABULARY)
     assert config["attention_bias"] is True and "dtype" not in config
-    assert config["rms_norm_eps"] == anatomy.config["rms_norm_eps"]
+    assert config["rms_norm_eps"] == architecture.config["rms_norm_eps"]
     model = small_model(config)
     assert model.model.layers[0].self_attn.q_proj.bias is not None
     assert float((model.model.norm.weight.detach() - 1.0).abs().max()) > 0.1
@@ -44,12 +44,12 @@ def test_heads_of_a_width_of_their_own() -> None:
 
 
 def test_every_kind_of_layer_stays() -> None:
-    anatomy = large("gemma3_text")
-    assert some_layers(anatomy) == [0, 0, 5, 5, 0, 0, 5, 5]
-    config = shrunken(anatomy)
+    architecture = large("gemma3_text")
+    assert some_layers(architecture) == [0, 0, 5, 5, 0, 0, 5, 5]
+    config = shrunken(architecture)
     full, sliding = "full_attention", "sliding_attention"
     assert config["layer_types"] == [sliding, sliding, full, full] * 2
-    assert config["sliding_window"] < 20 < anatomy.config["sliding_window"]
+    assert config["sliding_window"] < 20 < architecture.config["sliding_window"]
     smol = shrunken(large("smollm3"))
     assert smol["no_rope_layers"] == [1, 1, 0, 0] * 2 and smol["num_hidden_layers"] == 8
 
@@ -57,15 +57,15 @@ def test_every_kind_of_layer_stays() -> None:
 def test_lists_of_rotary_factors_fit_the_small_heads() -> None:
     factors = [1.0 + index / 48 for index in range(48)]
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": factors, "long_factor": factors}
-    anatomy = large("phi3", rope_parameters={**rope, "original_max_position_embeddings": 4096})
-    config = shrunken(anatomy)
+    architecture = large("phi3", rope_parameters={**rope, "original_max_position_embeddings": 4096})
+    config = shrunken(architecture)
     assert config["rope_parameters"]["short_factor"] == factors[:8]
     assert small_model(config).config.rope_parameters["rope_type"] == "longrope"
 
 
 def test_experts_and_tokens() -> None:
-    anatomy = large("mixtral", eos_token_id=[31999, 2], num_local_experts=64, num_experts_per_tok=6)
-    config = shrunken(anatomy)
+    architecture = large("mixtral", eos_token_id=[31999, 2], num_local_experts=64, num_experts_per_tok=6)
+    config = shrunken(architecture)
     assert (config["num_local_experts"], config["num_experts_per_tok"]) == (6, 2)
     assert config["eos_token_id"] == [1]
 

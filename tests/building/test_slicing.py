@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from intarsia.anatomy.detect import detect
-from intarsia.anatomy.spec import Anatomy, Linear
+from intarsia.architecture.detect import detect
+from intarsia.architecture.spec import Architecture, Linear
 from intarsia.building import slicing
 from intarsia.building.slicing import Joined, blocks, fold_centred_norm, fold_norm, join, positions, take
 
-ANATOMY = detect(
+ARCHITECTURE = detect(
     {
         "model_type": "llama",
         "hidden_size": 10,
@@ -28,16 +28,16 @@ ANATOMY = detect(
     }
 )
 FUSED = replace(
-    ANATOMY,
+    ARCHITECTURE,
     linears=(
-        replace(ANATOMY.linears[0], module="self_attn.qkv_proj", segments=("q", "kv", "kv")),
-        *ANATOMY.linears[3:],
+        replace(ARCHITECTURE.linears[0], module="self_attn.qkv_proj", segments=("q", "kv", "kv")),
+        *ARCHITECTURE.linears[3:],
     ),
 )
 
 
-def linear(anatomy: Anatomy, name: str) -> Linear:
-    return next(found for found in anatomy.linears if found.module.endswith(name))
+def linear(architecture: Architecture, name: str) -> Linear:
+    return next(found for found in architecture.linears if found.module.endswith(name))
 
 
 def numbered(rows: int, columns: int) -> torch.Tensor:
@@ -50,32 +50,32 @@ def test_query_heads_follow_their_key_value_head() -> None:
     by_hand = np.concatenate(
         [weight.numpy()[head * 4 : head * 4 + 4] for group in (2, 0) for head in range(6) if head // 2 == group]
     )
-    q_proj = linear(ANATOMY, "q_proj")
-    (found,) = take(weight, positions(ANATOMY, q_proj, (2, 0)), q_proj.cut_axis)
+    q_proj = linear(ARCHITECTURE, "q_proj")
+    (found,) = take(weight, positions(ARCHITECTURE, q_proj, (2, 0)), q_proj.cut_axis)
     np.testing.assert_array_equal(found.numpy(), by_hand)
 
 
 @pytest.mark.parametrize("name", ["k_proj", "v_proj"])
 def test_key_and_value_rows(name: str) -> None:
     weight = numbered(3 * 4, 10)
-    module = linear(ANATOMY, name)
-    (found,) = take(weight, positions(ANATOMY, module, (2, 0)), module.cut_axis)
+    module = linear(ARCHITECTURE, name)
+    (found,) = take(weight, positions(ARCHITECTURE, module, (2, 0)), module.cut_axis)
     np.testing.assert_array_equal(found.numpy(), np.concatenate([weight.numpy()[8:12], weight.numpy()[0:4]]))
 
 
 def test_columns_of_the_output_projection() -> None:
     weight = numbered(10, 6 * 4)
-    module = linear(ANATOMY, "o_proj")
-    (found,) = take(weight, positions(ANATOMY, module, (1,)), module.cut_axis)
+    module = linear(ARCHITECTURE, "o_proj")
+    (found,) = take(weight, positions(ARCHITECTURE, module, (1,)), module.cut_axis)
     np.testing.assert_array_equal(found.numpy(), weight.numpy()[:, 8:16])
 
 
 def test_channels() -> None:
-    up, down = linear(ANATOMY, "up_proj"), linear(ANATOMY, "down_proj")
+    up, down = linear(ARCHITECTURE, "up_proj"), linear(ARCHITECTURE, "down_proj")
     weight = numbered(7, 10)
-    (rows,) = take(weight, positions(ANATOMY, up, (6, 1)), up.cut_axis)
+    (rows,) = take(weight, positions(ARCHITECTURE, up, (6, 1)), up.cut_axis)
     np.testing.assert_array_equal(rows.numpy(), weight.numpy()[[6, 1]])
-    (columns,) = take(weight.T, positions(ANATOMY, down, (6, 1)), down.cut_axis)
+    (columns,) = take(weight.T, positions(ARCHITECTURE, down, (6, 1)), down.cut_axis)
     np.testing.assert_array_equal(columns.numpy(), weight.numpy().T[:, [6, 1]])
 
 
@@ -90,19 +90,19 @@ def test_a_fused_projection_has_every_piece_in_each_segment() -> None:
     np.testing.assert_array_equal(join([first, second], 0).numpy(), weight.numpy()[rows])
 
 
-@pytest.mark.parametrize("anatomy", [ANATOMY, FUSED], ids=["apart", "fused"])
-def test_joining_all_pieces_is_the_identity(anatomy: Anatomy) -> None:
-    for module in anatomy.linears:
-        weight = torch.randn(anatomy.linear_shape(module))
-        whole = positions(anatomy, module, range(anatomy.n_pieces(module.part)))
+@pytest.mark.parametrize("architecture", [ARCHITECTURE, FUSED], ids=["apart", "fused"])
+def test_joining_all_pieces_is_the_identity(architecture: Architecture) -> None:
+    for module in architecture.linears:
+        weight = torch.randn(architecture.linear_shape(module))
+        whole = positions(architecture, module, range(architecture.n_pieces(module.part)))
         assert torch.equal(join([take(weight, whole, module.cut_axis)], module.cut_axis), weight)
 
 
 @given(st.permutations(range(7)), st.integers(0, 7))
 def test_a_layer_cut_in_two_and_joined_is_that_permutation(order: list[int], middle: int) -> None:
     weight = numbered(10, 7)
-    down = linear(ANATOMY, "down_proj")
-    parts = [take(weight, positions(ANATOMY, down, cut), 1) for cut in (order[:middle], order[middle:])]
+    down = linear(ARCHITECTURE, "down_proj")
+    parts = [take(weight, positions(ARCHITECTURE, down, cut), 1) for cut in (order[:middle], order[middle:])]
     assert torch.equal(join(parts, 1), weight[:, order])
 
 

@@ -102,14 +102,14 @@ def test_what_is_not_finite_is_named(bad: float) -> None:
 @pytest.mark.parametrize("family", [name for name in families.FAMILIES if name not in families.MIXTURES])
 def test_taps_see_what_the_read_out_matrices_read(family: str, resident_of: InMemory) -> None:
     resident = resident_of(family)
-    anatomy = resident.anatomy
-    stream = LayerStream(resident.model, anatomy)
+    architecture = resident.architecture
+    stream = LayerStream(resident.model, architecture)
     ids = torch.randint(2, families.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
     seen: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
     layer = resident.layers[1]
     handles = [
-        layer.get_submodule(anatomy.writer(part).module).register_forward_hook(
+        layer.get_submodule(architecture.writer(part).module).register_forward_hook(
             # A copy: some layers add to it in place.
             lambda module, args, output, part=part: outputs.update({part: output.clone()})
         )
@@ -117,22 +117,22 @@ def test_taps_see_what_the_read_out_matrices_read(family: str, resident_of: InMe
     ]
     with torch.no_grad():
         entry = stream.enter(ids, None)
-        with read_outs(layer, anatomy, lambda part, x: seen.update({part: x})):
+        with read_outs(layer, architecture, lambda part, x: seen.update({part: x})):
             behind = stream.run(layer, entry.h_BTD, entry.calls[1])
         for handle in handles:
             handle.remove()
         assert {part: x.shape[-1] for part, x in seen.items()} == {
-            "attention": anatomy.n_query_heads * anatomy.head_dim,
-            "mlp": anatomy.n_channels,
+            "attention": architecture.n_query_heads * architecture.head_dim,
+            "mlp": architecture.n_channels,
         }
         added = torch.zeros_like(behind)
         for part, x in seen.items():
-            module = layer.get_submodule(anatomy.writer(part).module)
+            module = layer.get_submodule(architecture.writer(part).module)
             torch.testing.assert_close(module(x).reshape(outputs[part].shape), outputs[part])
-            norm = anatomy.norm_after(part)
+            norm = architecture.norm_after(part)
             written = module(x).reshape(behind.shape)
             written = written if norm is None else layer.get_submodule(norm.module)(written)
-            added += anatomy.residual_scale * written
+            added += architecture.residual_scale * written
         torch.testing.assert_close(entry.h_BTD + added, behind, rtol=1e-4, atol=1e-5)
         seen.clear()
         stream.run(layer, entry.h_BTD, entry.calls[1])
@@ -143,7 +143,7 @@ def test_taps_see_what_the_read_out_matrices_read(family: str, resident_of: InMe
 def test_taps_see_what_every_expert_adds(family: str, resident_of: InMemory) -> None:
     """Expert by expert from the definition: its output, times what the router gives it, where it is chosen."""
     resident = resident_of(family)
-    stream, layer = LayerStream(resident.model, resident.anatomy), resident.layers[1]
+    stream, layer = LayerStream(resident.model, resident.architecture), resident.layers[1]
     ids = torch.randint(2, families.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
     seen: dict[str, torch.Tensor] = {}
     inputs: list[torch.Tensor] = []
@@ -151,7 +151,7 @@ def test_taps_see_what_every_expert_adds(family: str, resident_of: InMemory) -> 
     with torch.no_grad():
         entry = stream.enter(ids, None)
         behind = stream.run(layer, entry.h_BTD, entry.calls[1])
-        with read_outs(layer, resident.anatomy, lambda part, x: seen.update({part: x})):
+        with read_outs(layer, resident.architecture, lambda part, x: seen.update({part: x})):
             assert torch.equal(stream.run(layer, entry.h_BTD, entry.calls[1]), behind)
     handle.remove()
     expected = sizes_of_experts(layer, inputs[0].reshape(-1, families.WIDTH), resident.model.config)

@@ -27,7 +27,7 @@ def batch(padded: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
 def test_equal_to_the_models_own_forward(family: str, padded: bool, resident_of: InMemory) -> None:
     resident = resident_of(family)
     ids, mask = batch(padded)
-    stream = LayerStream(resident.model, resident.anatomy)
+    stream = LayerStream(resident.model, resident.architecture)
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     with torch.no_grad():
         attention = None if mask is None else mask.long()
@@ -48,7 +48,7 @@ def test_equal_to_the_models_own_forward(family: str, padded: bool, resident_of:
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_restarts_at_any_depth(family: str, resident_of: InMemory) -> None:
     resident = resident_of(family)
-    stream = LayerStream(resident.model, resident.anatomy)
+    stream = LayerStream(resident.model, resident.architecture)
     ids, mask = batch(True)
     with torch.no_grad():
         own = resident.model(ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False)
@@ -64,7 +64,7 @@ def test_restarts_at_any_depth(family: str, resident_of: InMemory) -> None:
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_padding_has_no_influence_on_real_tokens(family: str, resident_of: InMemory) -> None:
     resident = resident_of(family)
-    stream = LayerStream(resident.model, resident.anatomy)
+    stream = LayerStream(resident.model, resident.architecture)
     ids, mask = batch(True)
     other = torch.where(mask, ids, (ids + 7) % families.VOCABULARY)
     found = []
@@ -80,7 +80,7 @@ def test_padding_has_no_influence_on_real_tokens(family: str, resident_of: InMem
 
 def test_arguments_of_unpadded_batches_are_made_once_a_shape(resident_of: InMemory) -> None:
     resident = resident_of("llama")
-    stream = LayerStream(resident.model, resident.anatomy)
+    stream = LayerStream(resident.model, resident.architecture)
     embedded = []
     handle = resident.model.get_input_embeddings().register_forward_hook(lambda *_: embedded.append(1))
     try:
@@ -101,7 +101,7 @@ def test_arguments_of_unpadded_batches_are_made_once_a_shape(resident_of: InMemo
 def test_every_layer_has_its_own_arguments(resident_of: InMemory) -> None:
     """Sliding and full layers of one model get different masks."""
     resident = resident_of("qwen3")
-    stream = LayerStream(resident.model, resident.anatomy)
+    stream = LayerStream(resident.model, resident.architecture)
     ids, mask = batch(True)
     with torch.no_grad():
         calls = stream.calls(ids, mask)
@@ -112,8 +112,8 @@ def test_every_layer_has_its_own_arguments(resident_of: InMemory) -> None:
 
 def test_the_model_is_left_as_it_was(resident_of: InMemory) -> None:
     resident = resident_of("opt")
-    before = resident.model.get_submodule(resident.anatomy.family.layers_module)
-    stream = LayerStream(resident.model, resident.anatomy)
+    before = resident.model.get_submodule(resident.architecture.family.layers_module)
+    stream = LayerStream(resident.model, resident.architecture)
     ids, _ = batch(False)
     with torch.no_grad():
         stream.enter(ids, None)
@@ -122,12 +122,12 @@ def test_the_model_is_left_as_it_was(resident_of: InMemory) -> None:
         own = resident.model(ids).logits
         stream.enter(ids, None)
         assert torch.equal(resident.model(ids).logits, own)
-    assert resident.model.get_submodule(resident.anatomy.family.layers_module) is before
+    assert resident.model.get_submodule(resident.architecture.family.layers_module) is before
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_whatever_the_attention_implementation(implementation: str) -> None:
-    from intarsia.anatomy.detect import detect
+    from intarsia.architecture.detect import detect
 
     model = families.make_model("mistral")
     model.set_attn_implementation(implementation)

@@ -140,9 +140,9 @@ def test_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoint = open_checkpoint("demo")
     except UserError as error:
         pytest.skip(f"the demo model cannot be had here: {error}")
-    assert checkpoint.anatomy.n_layers == 30
+    assert checkpoint.architecture.n_layers == 30
     assert checkpoint.parameters == 134_515_008
-    assert checkpoint.anatomy.tied
+    assert checkpoint.architecture.tied
     assert "lm_head.weight" not in checkpoint.headers
     assert {header.dtype for header in checkpoint.headers.values()} == {torch.bfloat16}
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)

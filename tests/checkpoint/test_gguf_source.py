@@ -66,7 +66,7 @@ def test_folder_with_several(file: Path) -> None:
         open_checkpoint(str(file.parent))
     name = asked_for(f"{file.parent}/", gguf_file="a.gguf")
     assert Path(name) == other
-    assert open_checkpoint(name).anatomy.n_layers == families.DEPTH
+    assert open_checkpoint(name).architecture.n_layers == families.DEPTH
 
 
 def test_file_of_a_hub_model(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_file_of_a_hub_model(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return str(file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert open_checkpoint("owner/name/tiny.Q8_0.gguf", revision="main").anatomy.n_layers == families.DEPTH
+    assert open_checkpoint("owner/name/tiny.Q8_0.gguf", revision="main").architecture.n_layers == families.DEPTH
     assert asked == [("owner/name", "tiny.Q8_0.gguf", "main")]
 
 
@@ -130,7 +130,7 @@ def test_transformers_that_reads_tokenizers_wrong(
 ) -> None:
     monkeypatch.setattr(gguf_source, "version", lambda name: version)
     if taken:
-        assert open_checkpoint(str(file)).anatomy.n_layers == families.DEPTH
+        assert open_checkpoint(str(file)).architecture.n_layers == families.DEPTH
     else:
         refused(file, cache, rf"transformers 5\.18 or later.*found {version}.*pip install .intarsia\[gguf\]")
 

@@ -36,14 +36,14 @@ def test_cut_inside_a_wrapper(kind: str, layout: str, tmp_path: Path) -> None:
         in_later_layout(folder)
     before = load_file(folder / "model.safetensors")
     checkpoint = opened(folder)
-    assert checkpoint.anatomy.n_layers == DEPTH
+    assert checkpoint.architecture.n_layers == DEPTH
     assert checkpoint.tensor("model.embed_tokens.weight").equal(whole.get_input_embeddings().weight)
     assert checkpoint.parameters == sum(tensor.numel() for tensor in before.values())
     resident = Resident(checkpoint, device=CPU)
     assert torch.equal(resident.model(IDS).logits, whole(input_ids=IDS).logits)
 
     # Gemma's layers 0 and 2 are of one kind.
-    recipe = recipe_of(str(folder), [shared(checkpoint.anatomy, (0, 2)), select(3), select(5)], depth=DEPTH)
+    recipe = recipe_of(str(folder), [shared(checkpoint.architecture, (0, 2)), select(3), select(5)], depth=DEPTH)
     small = assembled(recipe, resident)
     materialize(recipe, {"base": checkpoint}, tmp_path / "out")
     after = load_file(tmp_path / "out" / "model.safetensors")
@@ -56,7 +56,7 @@ def test_cut_inside_a_wrapper(kind: str, layout: str, tmp_path: Path) -> None:
     assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
     assert torch.equal(loaded.eval()(input_ids=IDS).logits, small(IDS).logits)
     assert loaded.config.get_text_config().num_hidden_layers == 3
-    assert opened(tmp_path / "out").anatomy.n_layers == 3
+    assert opened(tmp_path / "out").architecture.n_layers == 3
 
 
 def test_only_what_must_change_in_the_config_changes(tmp_path: Path) -> None:
@@ -78,14 +78,14 @@ def test_only_what_must_change_in_the_config_changes(tmp_path: Path) -> None:
 def test_nested_config_that_leaves_much_to_defaults(tmp_path: Path) -> None:
     """Published wrappers name only what differs from the class's defaults."""
     folder = save(make_wrapper("llava"), tmp_path / "model")
-    anatomy = opened(folder).anatomy
+    architecture = opened(folder).architecture
     edit_config(folder, num_key_value_heads=None, tie_word_embeddings=None, hidden_act=None, rms_norm_eps=None)
     with pytest.raises(UserError, match=r"k_proj.weight: expected shape \[32, 32\]"):
         opened(folder)  # Llama's default: as many key/value heads as query heads
     edit_config(folder, num_key_value_heads=2)
     again = opened(folder)
-    assert again.anatomy.n_kv_heads == anatomy.n_kv_heads == 2
-    assert not again.anatomy.tied
+    assert again.architecture.n_kv_heads == architecture.n_kv_heads == 2
+    assert not again.architecture.tied
     materialize(recipe_of(str(folder), [select(0)], depth=DEPTH), {"base": again}, tmp_path / "out")
     text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
     assert text["num_hidden_layers"] == 1

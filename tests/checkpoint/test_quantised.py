@@ -159,7 +159,7 @@ def test_nested_quantisation_is_seen(tmp_path: Path) -> None:
 def test_8_bits_without_a_config_that_says_so(folder: Path) -> None:
     quantise(folder, "block")
     set_config(folder, quantization_config=None)
-    refused(f"dequantize:{folder}", "expected only tensors that the anatomy|found float8_e4m3fn")
+    refused(f"dequantize:{folder}", "expected only tensors that the architecture|found float8_e4m3fn")
 
 
 def test_scales_that_do_not_fit(folder: Path) -> None:

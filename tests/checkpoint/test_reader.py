@@ -84,7 +84,7 @@ def test_unaligned_tensors_are_read(tmp_path: Path) -> None:
     headers = {entry.name: entry for entry in read_headers(file)}
     assert headers["wide"].start % 4
     # Only `headers` matters to tensor().
-    checkpoint = Checkpoint(folder=tmp_path, model="", revision=None, config={}, anatomy=None, headers=headers)  # type: ignore[arg-type]
+    checkpoint = Checkpoint(folder=tmp_path, model="", revision=None, config={}, architecture=None, headers=headers)  # type: ignore[arg-type]
     assert checkpoint.tensor("wide").tolist() == [1.5, -2.0]
     assert checkpoint.tensor("byte").tolist() == [7]
 
@@ -126,10 +126,10 @@ def test_the_map_goes_with_the_tensor(saved: dict[str, Path], monkeypatch: pytes
 
 def test_counts(saved: dict[str, Path], model: Make) -> None:
     single, tied = opened(saved["single"]), opened(saved["tied"])
-    layer = single.anatomy.layer_parameters
+    layer = single.architecture.layer_parameters
     assert single.parameters == 3 * layer + 2 * 48 * 32 + 32
     assert single.nbytes == 4 * single.parameters
-    assert tied.parameters == 3 * tied.anatomy.layer_parameters + 48 * 32 + 32
+    assert tied.parameters == 3 * tied.architecture.layer_parameters + 48 * 32 + 32
     assert sorted(single.outside_names()) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
 
     folder = model("tied")

@@ -53,7 +53,7 @@ def test_local_folder(saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch, h
     monkeypatch.setenv("HOME", str(saved["single"].parent))
     assert resolve("~/single") == saved["single"]
     opened = open_checkpoint("single")
-    assert (opened.model, opened.revision, opened.anatomy.n_layers) == ("single", None, 3)
+    assert (opened.model, opened.revision, opened.architecture.n_layers) == ("single", None, 3)
     assert not asked
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from intarsia.anatomy.detect import detect
+from intarsia.architecture.detect import detect
 from intarsia.evaluation.memory import kv_cache_bytes
 from intarsia.evaluation.speed import footprint
 from tests import families
@@ -74,14 +74,14 @@ print(grown.bytes)
 def test_the_cache_takes_what_the_config_says(family: str) -> None:
     """Mistral slides in every layer, Qwen3 in two of six, and the prompt is longer than their windows."""
     model = families.make_model(family)
-    anatomy = detect(model.config.to_dict())
+    architecture = detect(model.config.to_dict())
     found = footprint(model, batch=2, prompt_len=11, new_tokens=4)
-    assert found.cache_bytes == kv_cache_bytes(anatomy, batch=2, tokens=14, itemsize=4)
+    assert found.cache_bytes == kv_cache_bytes(architecture, batch=2, tokens=14, itemsize=4)
 
 
 def test_cache_by_hand() -> None:
     """Llama: keys and values, 2 sequences, 4 groups of width 4, 14 tokens, 6 layers, 4 bytes."""
-    anatomy = detect(families.make_model("llama").config.to_dict())
-    assert kv_cache_bytes(anatomy, batch=2, tokens=14, itemsize=4) == 2 * 2 * 4 * 4 * 14 * 6 * 4
+    architecture = detect(families.make_model("llama").config.to_dict())
+    assert kv_cache_bytes(architecture, batch=2, tokens=14, itemsize=4) == 2 * 2 * 4 * 4 * 14 * 6 * 4
     sliding = detect(families.make_model("mistral").config.to_dict())
     assert kv_cache_bytes(sliding, batch=1, tokens=14, itemsize=2) == 2 * 3 * 8 * 6 * 6 * 2

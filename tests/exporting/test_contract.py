@@ -44,9 +44,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def built(source: Path, out: Path, *, most: int = 10**9) -> Path:
     checkpoint = Checkpoint.open(source, model=str(source))
-    depth = checkpoint.anatomy.n_layers
-    layers = [shared(checkpoint.anatomy, (0, 1)), *(select(layer) for layer in range(2, depth))]
-    if checkpoint.anatomy.layer_types is not None:
+    depth = checkpoint.architecture.n_layers
+    layers = [shared(checkpoint.architecture, (0, 1)), *(select(layer) for layer in range(2, depth))]
+    if checkpoint.architecture.layer_types is not None:
         layers = [select(layer) for layer in range(1, depth)]
     materialize(recipe_of(str(source), layers, depth=depth), {"base": checkpoint}, out, max_shard_bytes=most)
     return out

@@ -27,7 +27,7 @@ IDS = torch.randint(2, families.VOCABULARY, (2, 17), generator=torch.Generator()
 def built(model_folder: Folder, tmp_path: Path) -> Path:
     source = model_folder("llama")
     checkpoint = Checkpoint.open(source, model=str(source))
-    recipe = recipe_of(str(source), [select(0), shared(checkpoint.anatomy, (1, 2)), select(4)])
+    recipe = recipe_of(str(source), [select(0), shared(checkpoint.architecture, (1, 2)), select(4)])
     materialize(recipe, {"base": checkpoint}, tmp_path / "out")
     return tmp_path / "out"
 

@@ -34,7 +34,7 @@ def cut(checkpoint_of: Opened) -> Cut:
 
     def made(family: str) -> tuple[Checkpoint, Recipe]:
         checkpoint = checkpoint_of(family)
-        joined = shared(checkpoint.anatomy, (2, 3), seed=3)
+        joined = shared(checkpoint.architecture, (2, 3), seed=3)
         return checkpoint, recipe_of(str(checkpoint.folder), [select(0), select(1), joined, select(4)])
 
     return made
@@ -74,5 +74,5 @@ def learned(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> tuple[
         optimiser.step()
         optimiser.zero_grad()
     folder = families.save(model.eval(), tmp_path_factory.mktemp("learned") / "llama")
-    joined = shared(Checkpoint.open(folder, model=str(folder)).anatomy, (2, 3), seed=3)
+    joined = shared(Checkpoint.open(folder, model=str(folder)).architecture, (2, 3), seed=3)
     return folder, recipe_of(str(folder), [select(0), select(1), joined, select(4)])

@@ -40,7 +40,7 @@ def heal(
     checkpoint, recipe = given
 
     def load() -> Teacher:
-        return Teacher(load_model(checkpoint, device=CPU), checkpoint.anatomy, lesson_depths(recipe, settings))
+        return Teacher(load_model(checkpoint, device=CPU), checkpoint.architecture, lesson_depths(recipe, settings))
 
     healed, report = end_to_end.train(
         recipe,
@@ -79,7 +79,7 @@ def test_every_family_learns(family: str, cut: Cut, tokens: Tokens, tmp_path: Pa
     train, held_out = tokens()
     healed, report = heal((checkpoint, recipe), (train, held_out), tmp_path, replace(QUICK, lr=7.5e-4))
     assert sorted(healed.fitted) == [0, 1, 2, 3]
-    assert set(healed.fitted[0]) == set(checkpoint.anatomy.layer_shapes())
+    assert set(healed.fitted[0]) == set(checkpoint.architecture.layer_shapes())
     assert report["loss_after"] < report["loss_before"]
     assert report["loss_before"] == pytest.approx(kl_by_hand(checkpoint, recipe, held_out), rel=1e-3)
     assert report["loss_after"] == pytest.approx(kl_by_hand(checkpoint, healed, held_out), rel=1e-3)
@@ -93,9 +93,11 @@ def test_losses_by_hand(cut: Cut, tokens: Tokens, tmp_path: Path) -> None:
     assert mask is not None
     settings = replace(QUICK, logits=2.0, hidden=3.0, cross_entropy=5.0, temperature=1.5)
     build_student(recipe, {"base": checkpoint}, tmp_path / "student")
-    student, anatomy = load_student(tmp_path / "student", settings, CPU)
-    teacher = Teacher(load_model(checkpoint, device=CPU), checkpoint.anatomy, lesson_depths(recipe, settings))
-    distiller = Distiller(student, anatomy, settings, layers=[2, 3], teacher_head=teacher.split.head, autocast=False)
+    student, architecture = load_student(tmp_path / "student", settings, CPU)
+    teacher = Teacher(load_model(checkpoint, device=CPU), checkpoint.architecture, lesson_depths(recipe, settings))
+    distiller = Distiller(
+        student, architecture, settings, layers=[2, 3], teacher_head=teacher.split.head, autocast=False
+    )
     with torch.no_grad():
         found = distiller(ids, mask, teacher.lesson(ids, mask, logits=True))
         ours = student(ids, attention_mask=mask, output_hidden_states=True)
@@ -166,7 +168,7 @@ def test_lora_is_merged(family: str, cut: Cut, tokens: Tokens, tmp_path: Path) -
     train, held_out = tokens()
     settings = replace(QUICK, lora=4, lr=2e-2)
     healed, report = heal((checkpoint, recipe), (train, held_out), tmp_path, settings)
-    linears = {f"{linear.module}.weight" for linear in checkpoint.anatomy.linears}
+    linears = {f"{linear.module}.weight" for linear in checkpoint.architecture.linears}
     assert all(set(tensors) == linears for tensors in healed.fitted.values())
     # The merged model has the loss that the one with adapters had.
     assert report["loss_after"] == pytest.approx(kl_by_hand(checkpoint, healed, held_out), rel=1e-3)
@@ -178,14 +180,14 @@ def test_lora_merges_as_peft_does(cut: Cut, tmp_path: Path) -> None:
 
     checkpoint, recipe = cut("llama")
     build_student(recipe, {"base": checkpoint}, tmp_path / "student")
-    model, anatomy = load_student(tmp_path / "student", replace(QUICK, lora=3), CPU)
+    model, architecture = load_student(tmp_path / "student", replace(QUICK, lora=3), CPU)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     with torch.no_grad():
         for parameter in trained.values():
             parameter.normal_()
     opened = Checkpoint.open(tmp_path / "student", model="student")
-    ours = with_trained(recipe, anatomy, opened, {name: tensor.detach() for name, tensor in trained.items()})
+    ours = with_trained(recipe, architecture, opened, {name: tensor.detach() for name, tensor in trained.items()})
     checked = 0
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -199,13 +201,13 @@ def test_lora_merges_as_peft_does(cut: Cut, tmp_path: Path) -> None:
 
 
 def test_embedding_norm_and_head_stay(cut: Cut, tokens: Tokens, tmp_path: Path) -> None:
-    model, anatomy = None, None
+    model, architecture = None, None
     checkpoint, recipe = cut("qwen2")
     build_student(recipe, {"base": checkpoint}, tmp_path / "student")
-    model, anatomy = load_student(tmp_path / "student", QUICK, CPU)
+    model, architecture = load_student(tmp_path / "student", QUICK, CPU)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert frozen == ["model.embed_tokens.weight", "model.norm.weight"]
-    assert anatomy.n_layers == 4
+    assert architecture.n_layers == 4
 
 
 def test_top_k_is_written_once_and_reused(

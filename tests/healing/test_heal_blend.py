@@ -86,7 +86,7 @@ def recipe_of(members: Mapping[str, Path], *layers: Op, names: tuple[str, ...] =
 
 def joined(members: Mapping[str, Path]) -> Concat:
     """Pieces of layer 2 of one member and of layer 3 of another."""
-    made = shared(Checkpoint.open(members["base"], model="base").anatomy, (2, 3), seed=3)
+    made = shared(Checkpoint.open(members["base"], model="base").architecture, (2, 3), seed=3)
     cuts = tuple(
         replace(cut, source=ref(cut.source.layer, "math" if cut.source.layer == 3 else "base")) for cut in made.cuts
     )
@@ -161,7 +161,7 @@ def test_the_closed_form_is_the_one_towards_the_blend(
         assert found[index].keys() == tensors.keys()
         for name, tensor in tensors.items():
             np.testing.assert_allclose(found[index][name], tensor, rtol=1e-4, atol=1e-5)
-    assert checkpoints["uncut"].anatomy.n_layers == 6
+    assert checkpoints["uncut"].architecture.n_layers == 6
 
 
 def _named(resident: Resident, name: str, layers: list[torch.nn.Module]) -> Resident:

@@ -34,8 +34,8 @@ def test_a_layer_that_stands_for_nothing_is_left_alone() -> None:
 
 def test_teacher_that_does_not_fit(cut: Cut, checkpoint_of: Opened) -> None:
     checkpoint, recipe = cut("llama")
-    ours = checkpoint.anatomy
-    check_teacher(recipe, ours, checkpoint_of("qwen2").anatomy, name="another family of the same shape")
+    ours = checkpoint.architecture
+    check_teacher(recipe, ours, checkpoint_of("qwen2").architecture, name="another family of the same shape")
     with pytest.raises(UserError) as caught:
         check_teacher(recipe, ours, replace(ours, vocabulary=7, width=8, n_layers=9), name="T")
     told = [(problem.where, problem.found) for problem in caught.value.problems]

@@ -13,7 +13,6 @@ import torch
 from intarsia.building.resident import Resident
 from intarsia.errors import UserError
 from intarsia.healing import layer_training, layerwise, training
-from intarsia.healing.cluster import Cluster, connect
 from intarsia.healing.settings import LayerwiseSettings
 from intarsia.recipe.recipe import Recipe
 from tests import families
@@ -46,7 +45,7 @@ def test_every_family_learns(family: str, padded: bool, cut: Cut, resident_of: I
     assert sorted(healed.fitted) == [2, 3]
     for row in report:
         assert row["loss_after"] < 0.92 * row["loss_before"]
-        assert set(healed.fitted[row["layer"]]) == set(resident.anatomy.layer_shapes())
+        assert set(healed.fitted[row["layer"]]) == set(resident.architecture.layer_shapes())
     assert all(torch.equal(before[name], tensor) for name, tensor in resident.model.state_dict().items())
 
 
@@ -70,35 +69,6 @@ def test_the_loss_is_of_the_original_states(cut: Cut, resident_of: InMemory, tok
         found = found if torch.is_tensor(found) else found[0]
     relative = (found - wanted).square().sum(-1) / wanted.square().sum(-1)
     assert report[1]["loss_before"] == pytest.approx(float(relative.mean()), rel=1e-4)
-
-
-def test_one_by_one_and_on_dask_are_the_same(cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path) -> None:
-    distributed = pytest.importorskip("distributed")
-    _, recipe = cut("qwen3")
-    resident = resident_of("qwen3")
-    alone, report = layerwise.train(recipe, resident, *tokens(), settings=QUICK)
-    options = {"processes": False, "n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
-    with distributed.LocalCluster(**options) as workers, distributed.Client(workers) as client:
-        together, told = layerwise.train(
-            recipe, resident, *tokens(), settings=QUICK, folder=tmp_path / "dask", cluster=Cluster(client)
-        )
-    assert same(alone, together)
-    assert timeless(report) == timeless(told)
-    assert not list((tmp_path / "dask").glob("intarsia-hidden-*"))
-
-
-@pytest.mark.slow
-def test_dask_workers_in_processes_of_their_own(
-    cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path
-) -> None:
-    pytest.importorskip("distributed")
-    _, recipe = cut("opt")
-    alone, _ = layerwise.train(recipe, resident_of("opt"), *tokens(), settings=QUICK)
-    with connect("local:1") as cluster:
-        together, _ = layerwise.train(
-            recipe, resident_of("opt"), *tokens(), settings=QUICK, folder=tmp_path / "run", cluster=cluster
-        )
-    assert same(alone, together)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -157,8 +127,8 @@ def as_concat(resident: Resident, layer: int) -> Any:
 
     whole = Cut(
         source=ref(layer),
-        kv_groups=tuple(range(resident.anatomy.n_kv_heads)),
-        channels=tuple(range(resident.anatomy.n_channels)),
+        kv_groups=tuple(range(resident.architecture.n_kv_heads)),
+        channels=tuple(range(resident.architecture.n_channels)),
         weights={"attention": 1.0, "mlp": 1.0},
     )
     return Concat(cuts=(whole,), norm="fold")

@@ -15,7 +15,6 @@ from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.stream import LayerStream
 from intarsia.errors import UserError
 from intarsia.healing import layer_training, layerwise
-from intarsia.healing.cluster import Cluster
 from intarsia.healing.losses import hidden_mse
 from intarsia.healing.settings import LayerwiseSettings
 from intarsia.recipe.recipe import Recipe
@@ -29,7 +28,7 @@ QUICK = LayerwiseSettings(batch_tokens=64, evaluations=3, lr=1e-2, kl=0.0, mse=1
 
 def run_to(recipe: Recipe, resident: Resident, corpus: Corpus, depth: int) -> Tensor:
     """Hidden states behind so many output layers."""
-    stream = LayerStream(resident.model, resident.anatomy)
+    stream = LayerStream(resident.model, resident.architecture)
     entry = stream.enter(corpus.input_ids, None)
     h_BTD = entry.h_BTD
     for index in range(depth):
@@ -40,7 +39,7 @@ def run_to(recipe: Recipe, resident: Resident, corpus: Corpus, depth: int) -> Te
 
 
 def original(resident: Resident, corpus: Corpus, depth: int) -> Tensor:
-    stream = LayerStream(resident.model, resident.anatomy)
+    stream = LayerStream(resident.model, resident.architecture)
     entry = stream.enter(corpus.input_ids, None)
     h_BTD = entry.h_BTD
     for layer in range(depth):
@@ -117,19 +116,6 @@ def test_spilled_states_are_the_same(cut: Cut, resident_of: InMemory, tokens: To
     spilled, _ = layerwise.train(recipe, resident, *tokens(), settings=QUICK, folder=tmp_path, memory_bytes=0)
     assert all(np.array_equal(kept.fitted[3][name], spilled.fitted[3][name]) for name in kept.fitted[3])
     assert not list(tmp_path.glob("intarsia-hidden-*"))
-
-
-def test_not_on_a_cluster(cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path) -> None:
-    _, recipe = cut("llama")
-    distributed = pytest.importorskip("distributed")
-    options = {"processes": False, "n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
-    with (
-        distributed.LocalCluster(**options) as local,
-        distributed.Client(local) as client,
-        pytest.raises(UserError, match="layer-inputs student"),
-    ):
-        resident = resident_of("llama")
-        layerwise.train(recipe, resident, *tokens(), settings=QUICK, folder=tmp_path, cluster=Cluster(client))
 
 
 @pytest.mark.parametrize(("name", "value"), [("inputs", "both"), ("layers", "all")])

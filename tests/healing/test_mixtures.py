@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def test_o_proj_takes_the_place_of_the_experts(checkpoint_of: Opened) -> None:
-    mixture, plain = checkpoint_of("mixtral").anatomy, checkpoint_of("cohere").anatomy
+    mixture, plain = checkpoint_of("mixtral").architecture, checkpoint_of("cohere").architecture
     assert fittable(("mlp", "attention", "mlp"), mixture) == ("attention",)
     assert fittable(("mlp", "attention", "mlp"), plain) == ("mlp", "attention", "mlp")
     assert passes(mixture, ("mlp",)) == 2 and passes(plain, ("mlp", "attention", "mlp")) == 3
@@ -34,7 +34,7 @@ def test_o_proj_takes_the_place_of_the_experts(checkpoint_of: Opened) -> None:
 def test_a_fit_counts_by_the_error_that_it_leaves(resident_of: InMemory) -> None:
     """Weights that really help are taken with that error, and others are not, whatever was predicted of them."""
     resident = resident_of("mixtral")
-    stream, anatomy = LayerStream(resident.model, resident.anatomy), resident.anatomy
+    stream, architecture = LayerStream(resident.model, resident.architecture), resident.architecture
     ids = torch.randint(2, families.VOCABULARY, (8, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         entry = stream.enter(ids, None)
@@ -45,7 +45,9 @@ def test_a_fit_counts_by_the_error_that_it_leaves(resident_of: InMemory) -> None
         held_B = torch.arange(8) % 4 == 0
         batch = FitBatch(h_BTD=entry.h_BTD, wanted_BTD=wanted, call=entry.calls[2], mask=None, held_B=held_B)
         settings = ClosedFormSettings(weighting="uniform", ridges=(1e-3,))
-        fitter = PartFit(module, "attention", lambda: [batch], stream=stream, anatomy=anatomy, settings=settings)
+        fitter = PartFit(
+            module, "attention", lambda: [batch], stream=stream, architecture=architecture, settings=settings
+        )
         _, weight, found = fitter.projection("here")
         assert weight is not None
         before = (stream.run(module, entry.h_BTD, entry.calls[2]) - wanted)[::4].square().sum(-1).mean()
@@ -62,7 +64,7 @@ def test_layerwise_training_of_experts_alone(cut: Cut, resident_of: InMemory, to
     resident = resident_of("qwen3-moe")
     settings = LayerwiseSettings(epochs=2, batch_tokens=64, lr=2e-3, only=("experts",))
     healed, report = layerwise.train(recipe, resident, *tokens(), settings=settings)
-    names = {name for name in resident.anatomy.layer_shapes() if ".experts." in name}
+    names = {name for name in resident.architecture.layer_shapes() if ".experts." in name}
     assert len(names) == 3 * families.EXPERTS
     assert set(healed.fitted[2]) == names and report[0]["loss_after"] < report[0]["loss_before"]
     module = resident.module(healed.layers[2], healed.fitted[2])
@@ -77,7 +79,7 @@ def test_low_rank_changes_are_of_the_attention(cut: Cut, tokens: Tokens, tmp_pat
     settings = EndToEndSettings(epochs=1, batch_tokens=64, lr=2e-3, lora=2)
 
     def teacher() -> Teacher:
-        return Teacher(load_model(checkpoint, device=CPU), checkpoint.anatomy, ())
+        return Teacher(load_model(checkpoint, device=CPU), checkpoint.architecture, ())
 
     healed, (report,) = end_to_end.train(
         recipe,

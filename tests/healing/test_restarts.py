@@ -16,7 +16,7 @@ import intarsia
 from intarsia.calibration.corpus import Corpus
 from intarsia.evaluation.chain import Chain
 from intarsia.healing.closed_form import fit
-from intarsia.healing.closed_form_cost import closed_form_cost
+from intarsia.healing.fit_plan import fit_forwards
 from intarsia.healing.restarts import Start, best_of, starts
 from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
@@ -26,7 +26,7 @@ from intarsia.progress import Silent
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Fitted, Recipe, identity
 from intarsia.stages.judge import held_out_text
-from intarsia.stages.repair import _set_aside, beginnings, repaired, starts_at_most
+from intarsia.stages.repair import _set_aside, beginnings, heal_passes_at_most, repaired
 from intarsia.stages.source import Source
 from tests import families
 from tests.closed_form_fits import fit_on
@@ -97,7 +97,7 @@ def test_what_was_fitted_may_be_forgotten_and_what_was_trained_not(
     family: str, fitted: tuple[str, ...], number: int, checkpoint_of: Opened
 ) -> None:
     recipe = with_fitted(*fitted)
-    found = starts(recipe, checkpoint_of(family).anatomy)
+    found = starts(recipe, checkpoint_of(family).architecture)
     assert len(found) == number
     assert found[0].recipe is recipe
     assert [start.recipe.fitted for start in found[1:]] == [{}] * (number - 1)
@@ -135,7 +135,7 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
     assert torch.equal(held_out_text(source).input_ids, behind[-4:-2])
     for entry in folder.log():
         recipe = folder.recipe(entry["layers"])
-        begin = beginnings(folder, recipe, source.checkpoint.anatomy)
+        begin = beginnings(folder, recipe, source.checkpoint.architecture)
         several += len(begin) > 2
         tried = [each for each in entry["evidence"]["repair"]["finalists"] if "of" in each]
         tried.sort(key=lambda each: min(each["held_out_loss"]))
@@ -145,12 +145,12 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
         bare = 1 + bool(recipe.fitted)
         assert [start.recipe.layers for start in begin[bare:]] == others[:2]
         assert all(not start.recipe.fitted for start in begin[1:])
-        assert len(begin) <= starts_at_most(settings_of_plan, in_loop=True) == 4
+        assert len(begin) <= 4
 
         found = repaired(run, recipe, source, settings=settings, batch_tokens=None)
         assert found.fresh
-        anatomy = source.checkpoint.anatomy
-        assert found.forwards == sum(closed_form_cost(start.recipe, settings, anatomy) for start in begin)
+        architecture = source.checkpoint.architecture
+        assert found.forwards == sum(fit_forwards(start.recipe, settings, architecture) for start in begin)
         by_hand = {}
         corpus = source.corpus
         for start in begin:
@@ -172,9 +172,13 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
         assert schema.content_hash(again.recipe) == schema.content_hash(found.recipe)
         assert again.start == found.start
     assert several
-    assert starts_at_most(ComeSettings(), in_loop=False) == 1
-    assert starts_at_most(None, in_loop=True) == starts_at_most(ComeSettings(), in_loop=True) == 2
-    assert starts_at_most(ComeSettings(blocks=1), in_loop=True) == 3
+    for planned, in_loop, begin in (
+        (ComeSettings(), False, 1),
+        (None, True, 2),
+        (ComeSettings(blocks=1), True, 3),
+        (ComeSettings(blocks=5), True, 4),
+    ):
+        assert heal_passes_at_most(source.checkpoint.architecture, planned, in_loop=in_loop) == 3 * begin
 
 
 @pytest.mark.parametrize("fitted", [True, False])
@@ -189,7 +193,7 @@ def test_what_chose_the_strength_does_not_judge(plan: Plan, fitted: bool, monkey
     unseen = [8]  # of 16 sequences; 0 chooses the strength
     settings = replace(LAST, held_out=8)
     found = {}
-    for start in beginnings(planned.folder, recipe, source.checkpoint.anatomy):
+    for start in beginnings(planned.folder, recipe, source.checkpoint.architecture):
         again, _ = fit_on(start.recipe, source.resident, source.corpus, settings=settings, unseen=unseen)
         found[start.name] = loss_of(again, source, source.corpus.input_ids[unseen])
     assert len(found) == 1 + fitted

@@ -14,7 +14,7 @@ from intarsia.calibration.batches import Batches
 from intarsia.calibration.corpus import Corpus
 from intarsia.calibration.hidden import HiddenStore
 from intarsia.healing.closed_form import fit
-from intarsia.healing.closed_form_cost import closed_form_cost
+from intarsia.healing.fit_plan import fit_forwards
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.recipe.recipe import Recipe
@@ -93,7 +93,7 @@ def test_fits_that_share_it_are_the_same_and_pay_for_the_teacher_once(
         return forwards(resident, lambda: fit(recipe, teacher, settings=settings)[0])
 
     alone, cost = fitted(original_of(resident, text))
-    assert cost == closed_form_cost(recipe, settings) * len(text)
+    assert cost == fit_forwards(recipe, settings) * len(text)
     teacher = max(recipe.spans[index][1] for index in alone.fitted) * len(text)
     first, second = fitted(shared), fitted(shared)
     assert (first[1], second[1]) == (cost, cost - teacher)
@@ -112,12 +112,12 @@ def test_the_student_begins_where_it_differs(resident_of: InMemory, checkpoint_o
     late = recipe_of(name, [select(0), select(1), select(2), select(4), select(5)])  # layer 2 stands for 3 too
     healed, spent = forwards(resident, lambda: fit_on(late, resident, text, settings=settings, batch_tokens=64)[0])
     assert spent == (4 + 1 + 1) * len(text)  # the teacher to depth 4, the fit and the student through layer 2
-    assert closed_form_cost(late, settings) == 6
+    assert fit_forwards(late, settings) == 6
     # A layer before that is not the original's any more: the student begins there.
     tensors = {key: 0.9 * value for key, value in healed.fitted[2].items()}
     changed = replace(late, fitted={1: tensors})
     again, spent = forwards(resident, lambda: fit_on(changed, resident, text, settings=settings, batch_tokens=64)[0])
-    assert spent == (4 + 2 + 1) * len(text) == closed_form_cost(changed, settings) * len(text)
+    assert spent == (4 + 2 + 1) * len(text) == fit_forwards(changed, settings) * len(text)
     assert any(not np.array_equal(again.fitted[2][key], healed.fitted[2][key]) for key in healed.fitted[2])
 
 
@@ -132,4 +132,4 @@ def test_a_stack_that_repeats_layers_begins_at_its_first_repetition(
     assert trained == [4]
     healed, spent = forwards(resident, lambda: fit_on(recipe, resident, text, settings=settings, batch_tokens=64)[0])
     assert set(healed.fitted) <= {4}
-    assert spent == closed_form_cost(recipe, settings) * len(text) == (5 + 2 + 1) * len(text)
+    assert spent == fit_forwards(recipe, settings) * len(text) == (5 + 2 + 1) * len(text)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from intarsia.anatomy.spec import PARTS
+from intarsia.architecture.spec import PARTS
 from intarsia.building.layer import layer_tensors
 from intarsia.errors import UserError
 from intarsia.planning.come import Come
@@ -96,32 +96,32 @@ def test_the_posterior_form_takes_the_best_sum_of_the_grid(resident_of: InMemory
 
 def rows_of(resident: Any, layer: int, part: Any, piece: int) -> list[np.ndarray]:
     """What a piece reads with, norm folded in, one array a projection; that of v or up comes last."""
-    anatomy, module = resident.anatomy, resident.layers[layer]
-    scale, norm = 1.0, anatomy.norm_before(part)
+    architecture, module = resident.architecture, resident.layers[layer]
+    scale, norm = 1.0, architecture.norm_before(part)
     if norm is not None and norm.weight:
         scale = module.get_submodule(norm.module).weight.double().numpy() + norm.offset
     found = []
-    for linear in anatomy.linears:
+    for linear in architecture.linears:
         if linear.part == part and linear.side == "reads":
             weight = module.get_submodule(linear.module).weight.double().numpy()
             for segment in linear.segments:
-                unit = anatomy.unit(segment)
-                own, weight = np.split(weight, [unit * anatomy.n_pieces(part)])
+                unit = architecture.unit(segment)
+                own, weight = np.split(weight, [unit * architecture.n_pieces(part)])
                 rows = (own[piece * unit : (piece + 1) * unit] * scale).reshape(-1)
                 # A group's queries, key and value one after the other: the value's rows are the last.
-                value = len(rows) - anatomy.head_dim * anatomy.width
+                value = len(rows) - architecture.head_dim * architecture.width
                 found += np.split(rows, [value]) if segment == "qkv" else [rows]
     return found
 
 
 def fused_by_hand(resident: Any, op: Concat, part: Any) -> np.ndarray:
     """The writing weight, piece by piece."""
-    anatomy = resident.anatomy
+    architecture = resident.architecture
     kept = [(cut.source.layer, piece) for cut in op.cuts for piece in cut.pieces(part)]
 
     def columns(layer: int, piece: int) -> np.ndarray:
-        weight = resident.layers[layer].get_submodule(anatomy.writer(part).module).weight.double().numpy()
-        unit = weight.shape[1] // anatomy.n_pieces(part)
+        weight = resident.layers[layer].get_submodule(architecture.writer(part).module).weight.double().numpy()
+        unit = weight.shape[1] // architecture.n_pieces(part)
         return weight[:, piece * unit : (piece + 1) * unit].copy()
 
     def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -130,7 +130,7 @@ def fused_by_hand(resident: Any, op: Concat, part: Any) -> np.ndarray:
     out = [columns(layer, piece) for layer, piece in kept]
     features = [np.concatenate(rows_of(resident, layer, part, piece)) for layer, piece in kept]
     for cut in op.cuts:
-        for piece in set(range(anatomy.n_pieces(part))) - set(cut.pieces(part)):
+        for piece in set(range(architecture.n_pieces(part))) - set(cut.pieces(part)):
             rows = rows_of(resident, cut.source.layer, part, piece)
             likeness = [cosine(np.concatenate(rows), other) for other in features]
             best = likeness.index(max(likeness))
@@ -143,13 +143,13 @@ def fused_by_hand(resident: Any, op: Concat, part: Any) -> np.ndarray:
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_what_is_left_out_is_added_to_what_is_most_similar(family: str, norm: Any, resident_of: InMemory) -> None:
     resident = resident_of(family)
-    plain = shared(resident.anatomy, [0, 1], norm=norm)
+    plain = shared(resident.architecture, [0, 1], norm=norm)
     fused = replace(plain, fuse=True)
     before, after = resident.module(plain).state_dict(), resident.module(fused).state_dict()
     writers = {
-        part: f"{resident.anatomy.writer(part).module}.weight"
+        part: f"{resident.architecture.writer(part).module}.weight"
         for part in PARTS
-        if not resident.anatomy.is_mixture(part)  # experts are left as they are
+        if not resident.architecture.is_mixture(part)  # experts are left as they are
     }
     for part, name in writers.items():
         expected = fused_by_hand(resident, fused, part)
@@ -165,7 +165,7 @@ def test_where_nothing_is_left_out_nothing_is_added(resident_of: InMemory) -> No
         cuts=(
             Cut(
                 source=ref(0),
-                kv_groups=tuple(range(resident.anatomy.n_kv_heads)),
+                kv_groups=tuple(range(resident.architecture.n_kv_heads)),
                 channels=tuple(range(families.CHANNELS)),
                 weights={"attention": 1.0, "mlp": 1.0},
             ),
@@ -175,7 +175,7 @@ def test_where_nothing_is_left_out_nothing_is_added(resident_of: InMemory) -> No
     whole = resident.layers[0].state_dict()
     found = resident.module(op).state_dict()
     for part in PARTS:
-        name = f"{resident.anatomy.writer(part).module}.weight"
+        name = f"{resident.architecture.writer(part).module}.weight"
         assert torch.equal(found[name], whole[name])
 
 
@@ -188,13 +188,13 @@ def test_fused_ladders_are_made_from_the_original_layers(resident_of: InMemory, 
     for op, module in zip(model.ops, model.modules, strict=True):
         if isinstance(op, Concat):
             for part in PARTS:
-                name = f"{resident_of('llama').anatomy.writer(part).module}.weight"
+                name = f"{resident_of('llama').architecture.writer(part).module}.weight"
                 expected = fused_by_hand(resident_of("llama"), op, part)
                 np.testing.assert_allclose(module.state_dict()[name].numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_recipes_keep_what_is_fused(resident_of: InMemory, tmp_path: Path) -> None:
-    plain = recipe_of("m", [shared(resident_of("llama").anatomy, [0, 1]), select(2)])
+    plain = recipe_of("m", [shared(resident_of("llama").architecture, [0, 1]), select(2)])
     fused = replace(plain, layers=(replace(plain.layers[0], fuse=True), plain.layers[1]))
     for recipe in (plain, fused):
         schema.save(recipe, tmp_path / "recipe.yaml")
@@ -208,7 +208,7 @@ def test_recipes_keep_what_is_fused(resident_of: InMemory, tmp_path: Path) -> No
 
 def test_fused_on_disk_as_in_memory(resident_of: InMemory, checkpoint_of: Opened, tmp_path: Path) -> None:
     resident, checkpoint = resident_of("qwen3"), checkpoint_of("qwen3")
-    op = replace(shared(resident.anatomy, [0, 1]), fuse=True)
-    tensors = layer_tensors(op, resident.anatomy, lambda source, name: checkpoint.layer_tensor(source.layer, name))
+    op = replace(shared(resident.architecture, [0, 1]), fuse=True)
+    tensors = layer_tensors(op, resident.architecture, lambda source, name: checkpoint.layer_tensor(source.layer, name))
     for name, tensor in resident.module(op).state_dict().items():
         assert torch.equal(tensor, tensors[name])

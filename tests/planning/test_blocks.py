@@ -12,8 +12,8 @@ from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning import blocks
 from intarsia.planning.finalists import check_finalists, settle
-from intarsia.planning.forwards import plan_forwards
 from intarsia.planning.intermediate import Intermediate
+from intarsia.planning.ladder import planner_of
 from intarsia.planning.planner import Step
 from intarsia.planning.repair import Repair, losses_behind
 from intarsia.planning.settings import ComeSettings, SlebSettings
@@ -142,13 +142,12 @@ def test_a_ladder_that_is_stopped_goes_on_as_if_it_were_not(resident_of: InMemor
 
 
 @pytest.mark.parametrize("target", [5, 3])
-def test_it_costs_no_more_than_predicted(target: int, resident_of: InMemory, tmp_path: Path) -> None:
+def test_it_costs_no_more_than_estimated(target: int, resident_of: InMemory, tmp_path: Path) -> None:
     resident = resident_of("llama")
     run, _ = go(tmp_path / "run", resident, "come-p", target, settings=ALL, in_loop=ClosedFormSettings())
     corpus = written_by(resident)
-    _, at_most = plan_forwards(
-        "come-p", ALL, resident.anatomy, target, corpus.tokens, corpus.seq_len, ClosedFormSettings()
-    )
+    planner = planner_of("come-p", ALL)
+    at_most = planner.forwards_at_most(resident.architecture, target, len(corpus), ClosedFormSettings())
     assert sum(entry["layer_forwards"] for entry in run.log()) <= at_most
 
 

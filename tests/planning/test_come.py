@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from intarsia.anatomy.spec import PARTS
+from intarsia.architecture.spec import PARTS
 from intarsia.building.resident import Resident
 from intarsia.calibration.corpus import Corpus
 from intarsia.errors import UserError
@@ -44,7 +44,7 @@ def hidden_states(resident: Resident, corpus: Corpus) -> list[np.ndarray]:
 def read_out_inputs(resident: Resident, layer: int, part: Any, corpus: Corpus) -> np.ndarray:
     """What o_proj or down_proj reads at every real token, `[N, C]`."""
     seen: list[torch.Tensor] = []
-    module = resident.layers[layer].get_submodule(resident.anatomy.writer(part).module)
+    module = resident.layers[layer].get_submodule(resident.architecture.writer(part).module)
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     mask = torch.ones_like(corpus.input_ids, dtype=torch.bool) if corpus.mask is None else corpus.mask
     with torch.no_grad():
@@ -66,12 +66,12 @@ def best_experts(resident: Resident, layer: int, count: int, corpus: Corpus, *, 
 
 
 def best_pieces(resident: Resident, layer: int, part: Any, count: int, corpus: Corpus, *, l2: bool = False) -> set[int]:
-    if resident.anatomy.is_mixture(part):
+    if resident.architecture.is_mixture(part):
         return best_experts(resident, layer, count, corpus, l2=l2)
     x = read_out_inputs(resident, layer, part, corpus)
     size = np.sqrt(np.mean(x**2, axis=0)) if l2 else np.mean(np.abs(x), axis=0)
-    weight = resident.layers[layer].get_submodule(resident.anatomy.writer(part).module).weight.double().numpy()
-    scores = [0.0] * resident.anatomy.n_pieces(part)
+    weight = resident.layers[layer].get_submodule(resident.architecture.writer(part).module).weight.double().numpy()
+    scores = [0.0] * resident.architecture.n_pieces(part)
     per_piece = len(size) // len(scores)
     for channel in range(len(size)):
         sensitivity = size[channel] * sum(abs(row[channel]) for row in weight)
@@ -96,7 +96,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def test_a_step_by_hand(family: str, padded: bool, resident_of: InMemory) -> None:
     """Span, ratios, counts and kept pieces of the first step."""
     resident, corpus = resident_of(family), corpus_of(padded=padded)
-    anatomy = resident.anatomy
+    architecture = resident.architecture
     model = measured(resident, corpus)
     step = Come(ComeSettings(), posterior=False).decide(model, 5, [])
     assert step is not None and step.op is not None
@@ -118,7 +118,7 @@ def test_a_step_by_hand(family: str, padded: bool, resident_of: InMemory) -> Non
     pair = influences[step.start : step.start + 2]
     assert step.evidence["prior_ratios"] == pytest.approx([value / sum(pair) for value in pair])
     for part, key in (("attention", "kv_groups"), ("mlp", "channels")):
-        whole = anatomy.n_pieces(part)
+        whole = architecture.n_pieces(part)
         expected = [int(share * whole) for share in step.evidence["prior_ratios"]]
         expected[int(pair[1] > pair[0])] += whole - sum(expected)
         assert step.evidence["counts"][key] == expected
@@ -129,7 +129,7 @@ def test_a_step_by_hand(family: str, padded: bool, resident_of: InMemory) -> Non
         assert step.op.norm == "fold"
         for cut in step.op.cuts:
             for part in PARTS:
-                assert cut.weights[part] == pytest.approx(len(cut.pieces(part)) / anatomy.n_pieces(part))
+                assert cut.weights[part] == pytest.approx(len(cut.pieces(part)) / architecture.n_pieces(part))
 
 
 def test_pieces_by_root_mean_square(resident_of: InMemory) -> None:
@@ -160,7 +160,7 @@ def test_sharpness_and_dominance(resident_of: InMemory) -> None:
 def test_dominance_counts_original_layers(resident_of: InMemory) -> None:
     """A merged layer of two and one more are three originals: the largest share is at least 0.8^(1/2)."""
     resident = resident_of("llama")
-    model = measured(resident, corpus_of(), [shared(resident.anatomy, [0, 1]), select(2)])
+    model = measured(resident, corpus_of(), [shared(resident.architecture, [0, 1]), select(2)])
     step = Come(ComeSettings(dominance=0.8), posterior=False).decide(model, 1, [])
     assert step is not None
     influences = step.evidence["influence"]
@@ -242,7 +242,7 @@ def test_the_reference(resident_of: InMemory) -> None:
 
 def test_a_merged_layer_is_not_merged_again_if_so_asked(resident_of: InMemory) -> None:
     resident = resident_of("llama")
-    ops = [shared(resident.anatomy, [0, 1]), select(2), select(3), shared(resident.anatomy, [4, 5])]
+    ops = [shared(resident.architecture, [0, 1]), select(2), select(3), shared(resident.architecture, [4, 5])]
     model = measured(resident, corpus_of(), ops)
     planner = Come(ComeSettings(no_repeat=True), posterior=False)
     step = planner.decide(model, 3, [])
@@ -264,9 +264,9 @@ def test_merging_the_merged(resident_of: InMemory) -> None:
         for op in model.ops:
             for part in PARTS:
                 total = sum(
-                    len(taken(op, layer, part, resident.anatomy.n_pieces(part))) for layer in range(families.DEPTH)
+                    len(taken(op, layer, part, resident.architecture.n_pieces(part))) for layer in range(families.DEPTH)
                 )
-                assert total == resident.anatomy.n_pieces(part)
+                assert total == resident.architecture.n_pieces(part)
     assert np.isfinite(model.loss)
 
 
@@ -298,7 +298,7 @@ def test_the_posterior_form_takes_the_best_of_the_grid(merge: int, resident_of: 
     assert step is not None
     losses: dict[tuple[Any, ...], float] = {}
     for shares in share_grid(merge, granularity):
-        numbers = {part: counts(shares, resident.anatomy.n_pieces(part)) for part in PARTS}
+        numbers = {part: counts(shares, resident.architecture.n_pieces(part)) for part in PARTS}
         layers = range(step.start, step.start + merge)
         op = _joined(resident, layers, numbers, corpus)
         whole = [*WHOLE[: step.start], op, *WHOLE[step.start + merge :]]
@@ -327,7 +327,7 @@ def test_the_best_ratio_of_several_spans(spans: int, resident_of: InMemory) -> N
     owners: dict[tuple[Op, ...], int] = {}
     for start in tried:
         for shares in share_grid(2, 4):
-            numbers = {part: counts(shares, resident.anatomy.n_pieces(part)) for part in PARTS}
+            numbers = {part: counts(shares, resident.architecture.n_pieces(part)) for part in PARTS}
             layers = (*WHOLE[:start], _joined(resident, range(start, start + 2), numbers, corpus), *WHOLE[start + 2 :])
             if layers not in losses:
                 losses[layers] = measured(resident, corpus, layers).loss
@@ -376,9 +376,12 @@ def _joined(resident: Resident, layers: Any, numbers: Any, corpus: Corpus) -> Op
         for index, layer in enumerate(layers)
     ]
     weights = [
-        {part: numbers[part][index] / resident.anatomy.n_pieces(part) for part in PARTS} for index in range(len(layers))
+        {part: numbers[part][index] / resident.architecture.n_pieces(part) for part in PARTS}
+        for index in range(len(layers))
     ]
-    return concat_of([select(layer) for layer in layers], kept, weights=weights, norm="fold", anatomy=resident.anatomy)
+    return concat_of(
+        [select(layer) for layer in layers], kept, weights=weights, norm="fold", architecture=resident.architecture
+    )
 
 
 def test_racing_gives_the_same_for_less(resident_of: InMemory, predictable: Corpus) -> None:

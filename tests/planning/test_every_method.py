@@ -38,7 +38,7 @@ def test_every_method(family: str, resident_of: InMemory, tmp_path: Path) -> Non
         depth = run.depths()[-1]
         assert depth == 4 or stopped is not None, method
         recipe = run.recipe(depth)
-        check(recipe, {"base": resident.anatomy})
+        check(recipe, {"base": resident.architecture})
         joined += any(not isinstance(op, Select) for op in recipe.layers)
         model = Intermediate(resident, corpus, recipe.layers)
         model.measure()

@@ -29,7 +29,7 @@ def test_attention_in_one_piece(method: str, resident_of: InMemory, checkpoint_o
     run, stopped, _ = ladder_of(method, resident_of("falcon-7b"), corpus, tmp_path / "run", 4, OWN.get(method))
     assert stopped is None and run.depths() == [5, 4]
     recipe = run.recipe(4)
-    check(recipe, {"base": checkpoint.anatomy})
+    check(recipe, {"base": checkpoint.architecture})
     materialize(recipe, {"base": checkpoint}, tmp_path / "out")
     built = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():

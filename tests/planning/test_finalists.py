@@ -14,7 +14,6 @@ from intarsia.healing.settings import ClosedFormSettings
 from intarsia.planning import finalists
 from intarsia.planning.come import Come
 from intarsia.planning.finalists import check_finalists, settle
-from intarsia.planning.forwards import come_step
 from intarsia.planning.intermediate import Intermediate
 from intarsia.planning.ladder import climb, planner_of
 from intarsia.planning.planner import Step
@@ -72,12 +71,14 @@ def test_every_removal_is_tried_once_with_its_loss(resident_of: InMemory) -> Non
 
 
 def test_of_three_at_once_two_adjacent_layers_are_dropped(resident_of: InMemory) -> None:
-    """So that every candidate leads to the same depth; and no more than predicted is run."""
+    """So that every candidate leads to the same depth; and no more than estimated is run."""
     settings = ComeSettings(merge=3, granularity=1, spans=1, removals=True, racing=False)
     model = measured(resident_of("llama"), list(WHOLE))
     before = model.layer_forwards
-    steps = Come(settings, posterior=True).steps(model, 4, [{}], 99)
-    assert model.layer_forwards - before <= come_step("come-p", settings, 6, 3) - 4
+    planner = Come(settings, posterior=True)
+    steps = planner.steps(model, 4, [{}], 99)
+    at_most = planner.forwards_at_most(model.architecture, 4, len(model.corpus), None)
+    assert model.layer_forwards - before <= at_most - 6 - 4  # what is measured before and after
     removals = [step for step in steps if step.op is None]
     assert sorted(step.start for step in removals) == [0, 1, 2, 3, 4] and {step.count for step in removals} == {2}
     # Of the three ratios of the one span two are removals; the middle layer alone is none of one run of layers.
@@ -160,9 +161,9 @@ def steps_of(resident: Resident) -> list[Step]:
     """Two removals and two merges."""
     ops: list[tuple[int, int, Op | None]] = [
         (3, 1, None),
-        (1, 2, shared(resident.anatomy, (1, 2))),
+        (1, 2, shared(resident.architecture, (1, 2))),
         (0, 1, None),
-        (4, 2, shared(resident.anatomy, (4, 5))),
+        (4, 2, shared(resident.architecture, (4, 5))),
     ]
     return [Step(start=start, count=count, op=op, evidence={"number": n}) for n, (start, count, op) in enumerate(ops)]
 
@@ -196,7 +197,7 @@ def test_a_trial_leaves_the_model_as_it_was(resident_of: InMemory) -> None:
     """The layer before the hole and the joined one behind it are both fitted, the second on what the first then gives;
     the others are judged behind the same layers as before."""
     resident = resident_of("llama")
-    joined = shared(resident.anatomy, (3, 4))
+    joined = shared(resident.architecture, (3, 4))
     ops: list[Op] = [select(0), select(1), select(2), joined, select(5)]
     both = Step(start=2, count=2, op=joined, evidence={})
     other = Step(start=4, count=1, op=None, evidence={})

@@ -101,9 +101,9 @@ def ridge_by_hand(
     wanted = target[mask].numpy()
     root = 1 / np.linalg.norm(wanted, axis=1, keepdims=True)
     for part in ("mlp", "attention", "mlp"):
-        name = f"{resident.anatomy.writer(part).module}.weight"
+        name = f"{resident.architecture.writer(part).module}.weight"
         model = with_layers(resident, states)
-        layer = model.get_submodule(resident.anatomy.family.layers_module)[index]
+        layer = model.get_submodule(resident.architecture.family.layers_module)[index]
         inputs: list[torch.Tensor] = []
         outputs: list[torch.Tensor] = []
         layer.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
@@ -300,7 +300,7 @@ def test_where_the_second_of_two_stays_the_layer_before_them_is_repaired(residen
 def test_two_layers_in_one_step(resident_of: InMemory) -> None:
     """A joined layer that is what stays of a merge is fitted anew, behind the layer that now covers the hole."""
     resident = resident_of("llama")
-    joined = shared(resident.anatomy, (3, 4))
+    joined = shared(resident.architecture, (3, 4))
     ops = [select(0), select(1), select(2), joined, select(5)]
     model, fitted, evidence = repaired_after(resident, ops, 2, 2, joined)
     assert [fit["layer"] for fit in evidence["read_outs"]] == [1, 1, 1, 2, 2, 2]
@@ -433,7 +433,7 @@ def test_methods_that_decide_once_cannot(method: str, tmp_path: Path) -> None:
 
 
 def test_planned_with_repair(model_folder: Any, text_file: Path, tmp_path: Path) -> None:
-    """The stage: predicted cost holds, the recipe says how it came to be, other settings are refused."""
+    """The stage: the estimate holds, the recipe says how it came to be, other settings are refused."""
     model = str(model_folder("llama"))
     given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
     fitted = 0
@@ -450,11 +450,11 @@ def test_planned_with_repair(model_folder: Any, text_file: Path, tmp_path: Path)
         folder = tmp_path / str(number)
         planned = intarsia.plan(model, folder, layers=3, method=method, settings=settings, heal_in_loop=True, **given)
         assert planned.depths[-1] == 3
-        assert planned.layer_forwards <= planned.predicted.layer_forwards_at_most
+        assert planned.layer_forwards <= planned.estimate.passes_at_most * 6 + 1e-9
         alone = replace(settings, finalists=1) if isinstance(settings, ComeSettings) else settings
-        plain = intarsia.plan(model, folder, layers=3, method=method, settings=alone, dry_run=True, **given).predicted
-        assert planned.predicted.layer_forwards_at_most > plain.layer_forwards_at_most
-        assert planned.predicted.hidden_bytes == plain.hidden_bytes + 6 * 512 * families.WIDTH * 4
+        plain = intarsia.plan(model, folder, layers=3, method=method, settings=alone, dry_run=True, **given).estimate
+        assert planned.estimate.passes_at_most > plain.passes_at_most
+        assert planned.estimate.hidden_bytes == 2 * plain.hidden_bytes == 2 * 7 * 512 * families.WIDTH * 4
         recipe = RunFolder(folder).recipe(3)
         fitted += len(recipe.fitted)
         assert recipe.provenance["settings"]["heal_in_loop"]["changed"] == [

@@ -122,7 +122,7 @@ def test_a_change_leaves_what_a_fresh_start_would_measure(
 ) -> None:
     resident, corpus = resident_of("qwen3"), corpus_of(padded=padded)
     start, count, sources = change
-    op = None if sources is None else shared(resident.anatomy, sources)
+    op = None if sources is None else shared(resident.architecture, sources)
     model = measured(resident, corpus, behind_final_norm=behind_final_norm)
     for first in range(families.DEPTH):  # fill what is kept between steps
         model.span_distance(first, 1, "all-tokens")
@@ -135,9 +135,9 @@ def test_a_change_leaves_what_a_fresh_start_would_measure(
 def test_changes_add_up(resident_of: InMemory) -> None:
     resident, corpus = resident_of("llama"), corpus_of()
     model = measured(resident, corpus)
-    model.replace(3, 2, shared(resident.anatomy, [3, 4]))
+    model.replace(3, 2, shared(resident.architecture, [3, 4]))
     model.replace(1, 1, None)
-    model.replace(2, 2, shared(resident.anatomy, [3, 5, 4], seed=1))
+    model.replace(2, 2, shared(resident.architecture, [3, 5, 4], seed=1))
     assert_same(model, measured(resident, corpus, model.ops))
 
 
@@ -181,7 +181,7 @@ def test_a_candidates_loss_is_what_replacing_gives(
 
 def test_a_merged_candidate(resident_of: InMemory) -> None:
     resident, corpus = resident_of("opt"), corpus_of()
-    op = shared(resident.anatomy, [2, 3])
+    op = shared(resident.architecture, [2, 3])
     model = measured(resident, corpus)
     found = losses_with(model, 2, 2, [op])
     model.replace(2, 2, op)
@@ -238,7 +238,7 @@ def test_layer_forwards_are_those_that_were_run(reuse_prefix: bool, resident_of:
 
         passed.clear()
         before = model.layer_forwards
-        losses_with(model, 3, 2, [shared(resident.anatomy, [3, 4])])
+        losses_with(model, 3, 2, [shared(resident.architecture, [3, 4])])
         spent(2 if reuse_prefix else 5)
         front = sum(passed[id(layer)] for layer in resident.layers[:3])
         assert front == (0 if reuse_prefix else 3 * len(corpus))
@@ -250,7 +250,7 @@ def test_layer_forwards_are_those_that_were_run(reuse_prefix: bool, resident_of:
 
         passed.clear()
         before = model.layer_forwards
-        model.replace(3, 2, shared(resident.anatomy, [3, 4]))
+        model.replace(3, 2, shared(resident.architecture, [3, 4]))
         spent(2 if reuse_prefix else 5)
         front = sum(passed[id(layer)] for layer in resident.layers[:3])
         assert front == (0 if reuse_prefix else 3 * len(corpus))
@@ -264,7 +264,7 @@ def test_layer_forwards_are_those_that_were_run(reuse_prefix: bool, resident_of:
 
 def test_running_the_whole_model_every_time_gives_the_same(resident_of: InMemory) -> None:
     resident, corpus = resident_of("qwen2"), corpus_of()
-    op = shared(resident.anatomy, [2, 3])
+    op = shared(resident.architecture, [2, 3])
     found = {}
     for reuse_prefix in (True, False):
         model = measured(resident, corpus, reuse_prefix=reuse_prefix)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from intarsia.anatomy.detect import detect
+from intarsia.architecture.detect import detect
 from intarsia.planning.scores import angular_distance, channel_sensitivity, piece_scores
 
 
@@ -25,15 +25,15 @@ def test_sums_of_half_precision_weights_do_not_stall() -> None:
 def test_a_kv_groups_score_is_the_mean_over_the_channels_of_its_query_heads() -> None:
     config = {"model_type": "llama", "hidden_size": 12, "num_hidden_layers": 1, "vocab_size": 3}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 2, "intermediate_size": 5}
-    anatomy = detect({**config, **heads})
+    architecture = detect({**config, **heads})
     sensitivity = np.random.default_rng(0).random(12)
     by_hand = [
         np.mean([sensitivity[head * 2 + i] for head in range(6) if head // 2 == group for i in range(2)])
         for group in range(3)
     ]
-    np.testing.assert_allclose(piece_scores(torch.from_numpy(sensitivity), anatomy, "attention"), by_hand)
+    np.testing.assert_allclose(piece_scores(torch.from_numpy(sensitivity), architecture, "attention"), by_hand)
     channels = torch.rand(5)
-    assert torch.equal(piece_scores(channels, anatomy, "mlp"), channels)
+    assert torch.equal(piece_scores(channels, architecture, "mlp"), channels)
 
 
 def test_angular_distance() -> None:

@@ -24,7 +24,7 @@ def scores_by_hand(resident, corpus) -> list[float]:
     real = real_tokens(corpus)
     labels = corpus.input_ids.masked_fill(~real, -100)
     model(corpus.input_ids, attention_mask=real.long(), labels=labels).loss.backward()
-    layers = model.get_submodule(resident.anatomy.family.layers_module)
+    layers = model.get_submodule(resident.architecture.family.layers_module)
     return [
         sum(
             float((weight.grad * weight.detach()).abs().sum())

@@ -1,4 +1,4 @@
-"""Small anatomies without any model, and hypothesis strategies for recipes over them."""
+"""Small architectures without any model, and hypothesis strategies for recipes over them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from intarsia.anatomy.detect import detect
-from intarsia.anatomy.spec import PARTS, Anatomy, Part
+from intarsia.architecture.detect import detect
+from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, NormMode, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 
-MakeAnatomy = Callable[..., Anatomy]
+MakeArchitecture = Callable[..., Architecture]
 
 
-def make_anatomy(**changes: Any) -> Anatomy:
+def make_architecture(**changes: Any) -> Architecture:
     """Six layers of 3 KV groups and 8 channels."""
     config = {
         "model_type": "llama",
@@ -31,13 +31,13 @@ def make_anatomy(**changes: Any) -> Anatomy:
     return detect({**config, **changes})
 
 
-def random_concat(rng: random.Random, sources: list[LayerRef], anatomy: Anatomy, norm: NormMode) -> Concat:
+def random_concat(rng: random.Random, sources: list[LayerRef], architecture: Architecture, norm: NormMode) -> Concat:
     """A valid concatenation of some of these layers; a cut may have no pieces of a part, or of both."""
     used = rng.sample(sources, rng.randint(1, min(3, len(sources))))
     pieces: dict[Part, list[list[int]]] = {}
     weights: dict[Part, list[float]] = {}
     for part in PARTS:
-        whole = anatomy.n_pieces(part)
+        whole = architecture.n_pieces(part)
         counts = [0] * len(used)
         for _ in range(whole):
             counts[rng.randrange(len(used))] += 1
@@ -62,7 +62,7 @@ def random_concat(rng: random.Random, sources: list[LayerRef], anatomy: Anatomy,
 @st.composite
 def recipes(
     draw: st.DrawFn,
-    anatomy: Anatomy,
+    architecture: Architecture,
     depth: int = 6,
     norm: NormMode | None = None,
     merges: bool = True,
@@ -78,7 +78,7 @@ def recipes(
             layers.append(Select(source=rng.choice(sources)))
         elif kind == "concat":
             mode: NormMode = norm or rng.choice(["fold", "average"])
-            layers.append(random_concat(rng, sources, anatomy, mode))
+            layers.append(random_concat(rng, sources, architecture, mode))
         else:
             used = tuple(rng.sample(sources, rng.randint(1, 3)))
             layers.append(Merge(sources=used, weights=tuple(rng.uniform(-2, 2) for _ in used)))
@@ -92,13 +92,13 @@ def recipes(
 
 
 @pytest.fixture(scope="session")
-def anatomy() -> Anatomy:
-    return make_anatomy()
+def architecture() -> Architecture:
+    return make_architecture()
 
 
 @pytest.fixture(scope="session")
-def anatomy_with() -> MakeAnatomy:
-    return make_anatomy
+def architecture_with() -> MakeArchitecture:
+    return make_architecture
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intarsia.anatomy.spec import PARTS, Anatomy, Part
+from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.errors import UserError
 from intarsia.recipe.algebra import concat_of, merge_of, simplify
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, NormMode, Op, Select
@@ -40,9 +40,10 @@ def cut(layer: int, kv_groups: Sequence[int], channels: Sequence[int], weight: f
     return Cut(source=ref(layer, variant), kv_groups=tuple(kv_groups), channels=tuple(channels), weights=weights)
 
 
-def original(source: LayerRef, anatomy: Anatomy) -> Layer:
+def original(source: LayerRef, architecture: Architecture) -> Layer:
     return {
-        part: ([(source, piece) for piece in range(anatomy.n_pieces(part))], Counter({source: 1.0})) for part in PARTS
+        part: ([(source, piece) for piece in range(architecture.n_pieces(part))], Counter({source: 1.0}))
+        for part in PARTS
     }
 
 
@@ -82,16 +83,18 @@ def assert_same(found: Layer, expected: Layer) -> None:
 
 @pytest.mark.parametrize("norm", ["fold", "average"])
 def test_concatenation_is_closed_under_composition(
-    anatomy: Anatomy, anatomy_with: Callable[..., Anatomy], recipes_over: Recipes, norm: NormMode
+    architecture: Architecture, architecture_with: Callable[..., Architecture], recipes_over: Recipes, norm: NormMode
 ) -> None:
-    weighing = anatomy_with(attention_bias=True, mlp_bias=True)
+    weighing = architecture_with(attention_bias=True, mlp_bias=True)
 
     @settings(deadline=None)
     @given(st.data())
     def run(data: st.DataObject) -> None:
-        inner = data.draw(recipes_over(anatomy, norm=norm, merges=False))
-        outer = data.draw(recipes_over(anatomy, depth=len(inner.layers), norm=norm, merges=False, variants=("cut",)))
-        once = [build(op, lambda source: original(source, anatomy)) for op in inner.layers]
+        inner = data.draw(recipes_over(architecture, norm=norm, merges=False))
+        outer = data.draw(
+            recipes_over(architecture, depth=len(inner.layers), norm=norm, merges=False, variants=("cut",))
+        )
+        once = [build(op, lambda source: original(source, architecture)) for op in inner.layers]
         for op in outer.layers:
             if not isinstance(op, Concat):
                 continue
@@ -101,77 +104,82 @@ def test_concatenation_is_closed_under_composition(
             weights = [found.weights for found in op.cuts]
             if any(len(set(pieces)) < len(pieces) for pieces, _ in expected.values()):
                 with pytest.raises(UserError, match="at most once"):
-                    concat_of(ops, kept, weights=weights, norm=norm, anatomy=anatomy)
+                    concat_of(ops, kept, weights=weights, norm=norm, architecture=architecture)
                 continue
-            flat = concat_of(ops, kept, weights=weights, norm=norm, anatomy=weighing)
+            flat = concat_of(ops, kept, weights=weights, norm=norm, architecture=weighing)
             check(replace(inner, layers=(flat,), spans=((0, 6),)), {"base": weighing, "math": weighing})
-            assert grouped(build(flat, lambda source: original(source, anatomy))) == grouped(expected)
+            assert grouped(build(flat, lambda source: original(source, architecture))) == grouped(expected)
             if all(found.kv_groups or found.channels for found in op.cuts):
-                assert_same(build(flat, lambda source: original(source, anatomy)), expected)
+                assert_same(build(flat, lambda source: original(source, architecture)), expected)
             # With an architecture whose weights mean nothing, only the weights may differ.
-            lean = concat_of(ops, kept, weights=weights, norm=norm, anatomy=anatomy)
-            assert grouped(build(lean, lambda source: original(source, anatomy))) == grouped(expected)
+            lean = concat_of(ops, kept, weights=weights, norm=norm, architecture=architecture)
+            assert grouped(build(lean, lambda source: original(source, architecture))) == grouped(expected)
             if norm == "fold" and isinstance(lean, Concat):
                 assert all(found.kv_groups or found.channels for found in lean.cuts)
 
     run()
 
 
-def test_concat_of_concat_by_hand(anatomy: Anatomy) -> None:
+def test_concat_of_concat_by_hand(architecture: Architecture) -> None:
     first = Concat(cuts=(cut(0, [0, 2], range(5), 0.6), cut(1, [1], range(5, 8), 0.4)))
     flat = concat_of(
         [first, select(2)],
         [{"attention": [0, 2], "mlp": [0, 1, 6]}, {"attention": [1], "mlp": [3, 4, 5, 6, 7]}],
         weights=[EQUAL, EQUAL],
         norm="fold",
-        anatomy=anatomy,
+        architecture=architecture,
     )
     assert flat == Concat(cuts=(cut(0, [0], [0, 1], 0.3), cut(1, [1], [6], 0.2), cut(2, [1], range(3, 8), 0.5)))
 
 
-def test_pieces_of_one_layer_from_two_current_layers_become_one_cut(anatomy: Anatomy) -> None:
+def test_pieces_of_one_layer_from_two_current_layers_become_one_cut(architecture: Architecture) -> None:
     first = Concat(cuts=(cut(0, [0, 1], range(4), 0.5), cut(1, [2], range(4, 8), 0.5)))
     second = Concat(cuts=(cut(0, [2], range(4, 8), 0.5), cut(1, [0, 1], range(4), 0.5)))
     pieces: dict[Part, Sequence[int]] = {"attention": [0, 1], "mlp": range(4)}
     rest: dict[Part, Sequence[int]] = {"attention": [0], "mlp": range(4)}
-    flat = concat_of([first, second], [pieces, rest], weights=[EQUAL, EQUAL], norm="fold", anatomy=anatomy)
+    flat = concat_of([first, second], [pieces, rest], weights=[EQUAL, EQUAL], norm="fold", architecture=architecture)
     # All of layer 0, in order, and layer 1 has nothing left that a Llama without biases would average.
     assert flat == select(0)
 
 
-def test_full_share_is_a_drop(anatomy: Anatomy) -> None:
+def test_full_share_is_a_drop(architecture: Architecture) -> None:
     everything: dict[Part, Sequence[int]] = {"attention": np.arange(3), "mlp": np.arange(8)}  # type: ignore[dict-item]
     weights: list[dict[Part, float]] = [{"attention": 0.9, "mlp": 0.9}, {"attention": 0.1, "mlp": 0.1}]
     ops: list[Op] = [select(3), select(4)]
     for norm in ("fold", "average"):
-        assert concat_of(ops, [everything, NONE], weights=weights, norm=norm, anatomy=anatomy) == select(3)
-        assert concat_of(ops, [NONE, everything], weights=weights, norm=norm, anatomy=anatomy) == select(4)
+        assert concat_of(ops, [everything, NONE], weights=weights, norm=norm, architecture=architecture) == select(3)
+        assert concat_of(ops, [NONE, everything], weights=weights, norm=norm, architecture=architecture) == select(4)
 
 
-def test_whole_merge_alone_stays_a_merge(anatomy: Anatomy) -> None:
+def test_whole_merge_alone_stays_a_merge(architecture: Architecture) -> None:
     merge = Merge(sources=(ref(0), ref(1)), weights=(0.5, 0.5))
     everything: dict[Part, Sequence[int]] = {"attention": range(3), "mlp": range(8)}
     weights = [EQUAL, EQUAL]
-    assert concat_of([merge, select(2)], [everything, NONE], weights=weights, norm="fold", anatomy=anatomy) == merge
-    assert concat_of([merge, select(2)], [NONE, everything], weights=weights, norm="fold", anatomy=anatomy) == select(2)
+    assert (
+        concat_of([merge, select(2)], [everything, NONE], weights=weights, norm="fold", architecture=architecture)
+        == merge
+    )
+    assert concat_of(
+        [merge, select(2)], [NONE, everything], weights=weights, norm="fold", architecture=architecture
+    ) == select(2)
 
 
-def test_unequal_weights_are_kept_by_part(anatomy: Anatomy) -> None:
+def test_unequal_weights_are_kept_by_part(architecture: Architecture) -> None:
     flat = concat_of(
         [select(0), select(1)],
         [{"attention": [0], "mlp": range(6)}, {"attention": [1, 2], "mlp": [6, 7]}],
         weights=[{"attention": 0.2, "mlp": 0.7}, {"attention": 0.8, "mlp": 0.3}],
         norm="fold",
-        anatomy=anatomy,
+        architecture=architecture,
     )
     assert isinstance(flat, Concat)
     assert [found.weights for found in flat.cuts] == [{"attention": 0.2, "mlp": 0.7}, {"attention": 0.8, "mlp": 0.3}]
 
 
-def test_weights_of_all_zero_become_shares_of_pieces(anatomy: Anatomy) -> None:
+def test_weights_of_all_zero_become_shares_of_pieces(architecture: Architecture) -> None:
     nothing: dict[Part, float] = {"attention": 0.0, "mlp": 0.0}
     kept: list[dict[Part, Sequence[int]]] = [{"attention": [0], "mlp": range(6)}, {"attention": [1, 2], "mlp": [6, 7]}]
-    flat = concat_of([select(0), select(1)], kept, weights=[nothing, nothing], norm="fold", anatomy=anatomy)
+    flat = concat_of([select(0), select(1)], kept, weights=[nothing, nothing], norm="fold", architecture=architecture)
     assert isinstance(flat, Concat)
     assert flat.cuts[0].weights == {"attention": pytest.approx(1 / 3), "mlp": 0.75}
 
@@ -188,7 +196,7 @@ def test_weights_of_all_zero_become_shares_of_pieces(anatomy: Anatomy) -> None:
     ],
 )
 def test_what_one_concatenation_cannot_say(
-    anatomy: Anatomy, first: Op, kept: Sequence[int], norm: NormMode, message: str
+    architecture: Architecture, first: Op, kept: Sequence[int], norm: NormMode, message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
         concat_of(
@@ -196,7 +204,7 @@ def test_what_one_concatenation_cannot_say(
             [{"attention": kept, "mlp": range(4)}, {"attention": [2], "mlp": range(4, 8)}],
             weights=[EQUAL, EQUAL],
             norm=norm,
-            anatomy=anatomy,
+            architecture=architecture,
         )
     assert "Build the inner recipe first" in str(caught.value)
 
@@ -204,29 +212,29 @@ def test_what_one_concatenation_cannot_say(
 # simplify
 
 
-def test_whole_layer_in_order_is_a_select(anatomy: Anatomy) -> None:
-    assert simplify(Concat(cuts=(cut(4, range(3), range(8), 1.0),)), anatomy) == select(4)
+def test_whole_layer_in_order_is_a_select(architecture: Architecture) -> None:
+    assert simplify(Concat(cuts=(cut(4, range(3), range(8), 1.0),)), architecture) == select(4)
     permuted = Concat(cuts=(cut(4, [1, 0, 2], range(8), 1.0),))
-    assert simplify(permuted, anatomy) == permuted
-    assert simplify(Merge(sources=(ref(4),), weights=(1.0,)), anatomy) == select(4)
+    assert simplify(permuted, architecture) == permuted
+    assert simplify(Merge(sources=(ref(4),), weights=(1.0,)), architecture) == select(4)
     scaled = Merge(sources=(ref(4),), weights=(0.5,))
-    assert simplify(scaled, anatomy) == scaled
+    assert simplify(scaled, architecture) == scaled
 
 
 def test_cut_without_pieces_vanishes_where_its_weights_mean_nothing(
-    anatomy: Anatomy, anatomy_with: Callable[..., Anatomy]
+    architecture: Architecture, architecture_with: Callable[..., Architecture]
 ) -> None:
     op = Concat(cuts=(cut(0, [0, 1], range(5), 0.5), cut(1, [2], range(5, 8), 0.3), cut(2, [], [], 0.2)))
-    simple = simplify(op, anatomy)
+    simple = simplify(op, architecture)
     assert isinstance(simple, Concat)
     assert [found.source.layer for found in simple.cuts] == [0, 1]
     assert simple.cuts[0].weights == {"attention": pytest.approx(0.625), "mlp": pytest.approx(0.625)}
     # Biases of o_proj and down_proj, QK-norms and averaged norms still hold some of layer 2.
-    assert simplify(op, anatomy_with(attention_bias=True)) == op
-    assert simplify(op, anatomy_with(model_type="qwen3", head_dim=8)) == op
-    assert simplify(replace(op, norm="average"), anatomy) == replace(op, norm="average")
+    assert simplify(op, architecture_with(attention_bias=True)) == op
+    assert simplify(op, architecture_with(model_type="qwen3", head_dim=8)) == op
+    assert simplify(replace(op, norm="average"), architecture) == replace(op, norm="average")
     weightless = Concat(cuts=(cut(0, [0, 1], range(5), 0.5), cut(1, [2], range(5, 8), 0.5), cut(2, [], [], 0.0)))
-    assert simplify(weightless, anatomy_with(attention_bias=True)) == replace(weightless, cuts=weightless.cuts[:2])
+    assert simplify(weightless, architecture_with(attention_bias=True)) == replace(weightless, cuts=weightless.cuts[:2])
 
 
 # merge_of
@@ -239,9 +247,9 @@ def test_merges_of_merges_are_linear() -> None:
 
 
 @pytest.mark.parametrize("change", [{"scale": 0.5}, {"mlp": Mix(weights=(1.0,))}, {"method": "task_arithmetic"}])
-def test_only_plain_sums_of_layers_add_up(change: dict[str, Any], anatomy: Anatomy) -> None:
+def test_only_plain_sums_of_layers_add_up(change: dict[str, Any], architecture: Architecture) -> None:
     merged = replace(Merge(sources=(ref(0),), weights=(1.0,)), **change)
-    assert simplify(merged, anatomy) == merged
+    assert simplify(merged, architecture) == merged
     with pytest.raises(UserError, match="weighted sums of layers"):
         merge_of([merged, select(1)], [0.5, 0.5])
     with pytest.raises(UserError, match="a concatenated layer"):

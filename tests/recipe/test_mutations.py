@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.data_file import dump_yaml, parse_yaml
 from intarsia.errors import UserError
 from intarsia.recipe.schema import content_hash, load, save
@@ -105,14 +105,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def outcome(text: str, folder: Path, anatomy: Anatomy) -> bool:
+def outcome(text: str, folder: Path, architecture: Architecture) -> bool:
     """Whether the text is a valid recipe; one that is also survives being saved."""
     path = folder / "mutated.yaml"
     path.write_text(text, encoding="utf-8", errors="surrogatepass", newline="")
     longest = 0
     try:
         recipe = load(path)
-        check(recipe, {variant.name: anatomy for variant in recipe.variants})
+        check(recipe, {variant.name: architecture for variant in recipe.variants})
     except UserError as error:
         longest = max(len(str(problem)) for problem in error.problems)
     assert longest < 10_000, "nobody reads such a message"
@@ -168,12 +168,12 @@ def mutate_text(text: str, rng: random.Random) -> str:
     return text[:start] + middle + text[stop:]
 
 
-def test_seed_is_valid(folder: Path, anatomy: Anatomy) -> None:
-    assert outcome(SEED, folder, anatomy)
-    assert outcome(dump_yaml(parse_yaml(SEED)), folder, anatomy)
+def test_seed_is_valid(folder: Path, architecture: Architecture) -> None:
+    assert outcome(SEED, folder, architecture)
+    assert outcome(dump_yaml(parse_yaml(SEED)), folder, architecture)
 
 
-def test_mutated_structures(folder: Path, anatomy: Anatomy) -> None:
+def test_mutated_structures(folder: Path, architecture: Architecture) -> None:
     @settings(deadline=None)
     @given(st.randoms(use_true_random=False), st.integers(1, 3))
     def run(rng: random.Random, times: int) -> None:
@@ -181,39 +181,39 @@ def test_mutated_structures(folder: Path, anatomy: Anatomy) -> None:
         for _ in range(times):
             value = mutate(value, rng)
         text = dump_yaml(value) if rng.random() < 0.7 else json.dumps(value, default=str)
-        outcome(text, folder, anatomy)
+        outcome(text, folder, architecture)
 
     run()
 
 
-def test_mutated_text(folder: Path, anatomy: Anatomy) -> None:
+def test_mutated_text(folder: Path, architecture: Architecture) -> None:
     @settings(deadline=None)
     @given(st.randoms(use_true_random=False), st.integers(1, 3))
     def run(rng: random.Random, times: int) -> None:
         text = SEED
         for _ in range(times):
             text = mutate_text(text, rng)
-        outcome(text, folder, anatomy)
+        outcome(text, folder, architecture)
 
     run()
 
 
 @pytest.mark.parametrize("index", range(len(NASTY)))
-def test_every_nasty_value_in_every_fourth_place(folder: Path, anatomy: Anatomy, index: int) -> None:
+def test_every_nasty_value_in_every_fourth_place(folder: Path, architecture: Architecture, index: int) -> None:
     for number in range(index % 4, len(places(parse_yaml(SEED))), 4):
         value = parse_yaml(SEED)
         container, key = places(value)[number]
         container[key] = NASTY[index]
-        outcome(dump_yaml(value), folder, anatomy)
+        outcome(dump_yaml(value), folder, architecture)
 
 
-def test_every_key_missing(folder: Path, anatomy: Anatomy) -> None:
+def test_every_key_missing(folder: Path, architecture: Architecture) -> None:
     valid = []
     for number in range(len(places(parse_yaml(SEED)))):
         value = parse_yaml(SEED)
         container, key = places(value)[number]
         del container[key]
-        if outcome(dump_yaml(value), folder, anatomy):
+        if outcome(dump_yaml(value), folder, architecture):
             valid.append(key)
     assert {"revision", "sha256", "norm", "method", "spans", "provenance"} <= set(valid)
     assert not {"version", "variants", "base", "depth", "layers", "from", "cuts", "channels", "tensors"} & set(valid)
@@ -221,5 +221,5 @@ def test_every_key_missing(folder: Path, anatomy: Anatomy) -> None:
 
 @settings(deadline=None)
 @given(text=st.text(max_size=60))
-def test_any_text(text: str, folder: Path, anatomy: Anatomy) -> None:
-    assert not outcome(text, folder, anatomy)
+def test_any_text(text: str, folder: Path, architecture: Architecture) -> None:
+    assert not outcome(text, folder, architecture)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from intarsia.anatomy.spec import Anatomy
+from intarsia.architecture.spec import Architecture
 from intarsia.data_file import dump_yaml, parse_yaml
 from intarsia.errors import UserError
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
@@ -83,11 +83,11 @@ def refused(path: Path) -> UserError:
 # Round trips
 
 
-def test_round_trip_is_exact(anatomy: Anatomy, recipes_over: Recipes, tmp_path: Path) -> None:
+def test_round_trip_is_exact(architecture: Architecture, recipes_over: Recipes, tmp_path: Path) -> None:
     @settings(deadline=None)
     @given(st.data())
     def run(data: st.DataObject) -> None:
-        recipe = data.draw(recipes_over(anatomy))
+        recipe = data.draw(recipes_over(architecture))
         provenance = data.draw(st.dictionaries(TEXTS, PLAIN, max_size=4))
         sha256 = data.draw(st.none() | st.from_regex("[0-9a-f]{64}", fullmatch=True))
         variant = replace(recipe.variants[0], sha256=sha256, revision=data.draw(st.sampled_from([None, "main", "1e5"])))
@@ -98,7 +98,7 @@ def test_round_trip_is_exact(anatomy: Anatomy, recipes_over: Recipes, tmp_path: 
         assert same(again, recipe)
         assert content_hash(again) == content_hash(recipe)
         assert to_yaml_text(again) == to_yaml_text(recipe)
-        check(again, {"base": anatomy, "math": anatomy})
+        check(again, {"base": architecture, "math": architecture})
 
     run()
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intarsia.anatomy.spec import Anatomy, Part
+from intarsia.architecture.spec import Architecture, Part
 from intarsia.errors import UserError
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, identity
@@ -22,7 +22,7 @@ from intarsia.recipe.validate import check
 # Files that begin with `tailor-` are families.
 FOLDER = Path(__file__).parents[2] / "recipes"
 EXAMPLES = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("tailor-"))
-MakeAnatomy = Callable[..., Anatomy]
+MakeArchitecture = Callable[..., Architecture]
 
 
 def select(layer: int, variant: str = "base") -> Select:
@@ -42,24 +42,24 @@ def recipe_of(*layers: Op) -> Recipe:
     return identity(Variant(name="base", model="demo"), 6).with_layers(layers)
 
 
-def refused(recipe: Recipe, anatomy: Anatomy, **others: Anatomy) -> UserError:
+def refused(recipe: Recipe, architecture: Architecture, **others: Architecture) -> UserError:
     with pytest.raises(UserError) as caught:
-        check(recipe, {"base": anatomy, **others})
+        check(recipe, {"base": architecture, **others})
     return caught.value
 
 
-def test_valid_recipes_pass(anatomy: Anatomy, recipes_over: Callable[..., st.SearchStrategy[Recipe]]) -> None:
+def test_valid_recipes_pass(architecture: Architecture, recipes_over: Callable[..., st.SearchStrategy[Recipe]]) -> None:
     @settings(deadline=None)
-    @given(recipes_over(anatomy))
+    @given(recipes_over(architecture))
     def run(recipe: Recipe) -> None:
-        check(recipe, {"base": anatomy, "math": anatomy})
+        check(recipe, {"base": architecture, "math": architecture})
 
     run()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_examples_fit_the_demo_model(path: Path, anatomy_with: MakeAnatomy) -> None:
-    demo = anatomy_with(
+def test_examples_fit_the_demo_model(path: Path, architecture_with: MakeArchitecture) -> None:
+    demo = architecture_with(
         hidden_size=576,
         num_hidden_layers=30,
         num_attention_heads=9,
@@ -98,21 +98,21 @@ def test_there_are_examples() -> None:
         (Concat(cuts=(replace(GOOD.cuts[0], weights={"mlp": 0.5}), GOOD.cuts[1])), "weights.attention: .* found none"),
     ],
 )
-def test_wrong_concat(anatomy: Anatomy, concat: Concat, message: str) -> None:
+def test_wrong_concat(architecture: Architecture, concat: Concat, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check(replace(recipe_of(GOOD), layers=(concat,)), {"base": anatomy})
+        check(replace(recipe_of(GOOD), layers=(concat,)), {"base": architecture})
 
 
-def test_pieces_of_a_mixture_are_called_experts(anatomy: Anatomy) -> None:
-    mixture = replace(anatomy, n_experts=8)
+def test_pieces_of_a_mixture_are_called_experts(architecture: Architecture) -> None:
+    mixture = replace(architecture, n_experts=8)
     check(recipe_of(GOOD), {"base": mixture})
     wrong = Concat(cuts=(cut(1, [0, 2], range(6), 0.6, 0.5), GOOD.cuts[1]))
     with pytest.raises(UserError, match=r"expected 8 experts \(as channels\) in all cuts together; found 9"):
         check(recipe_of(wrong), {"base": mixture})
 
 
-def test_weights_may_be_off_by_rounding(anatomy: Anatomy) -> None:
-    check(recipe_of(Concat(cuts=(cut(1, [0, 2], range(5), 0.6 + 5e-7, 0.5), GOOD.cuts[1]))), {"base": anatomy})
+def test_weights_may_be_off_by_rounding(architecture: Architecture) -> None:
+    check(recipe_of(Concat(cuts=(cut(1, [0, 2], range(5), 0.6 + 5e-7, 0.5), GOOD.cuts[1]))), {"base": architecture})
 
 
 @pytest.mark.parametrize(
@@ -124,9 +124,9 @@ def test_weights_may_be_off_by_rounding(anatomy: Anatomy) -> None:
         (Merge(sources=(LayerRef(variant="base", layer=1),), weights=(1.0,), method="glue"), "linear, slerp"),  # type: ignore[arg-type]
     ],
 )
-def test_wrong_merge(anatomy: Anatomy, merge: Merge, message: str) -> None:
+def test_wrong_merge(architecture: Architecture, merge: Merge, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check(replace(recipe_of(GOOD), layers=(merge,)), {"base": anatomy})
+        check(replace(recipe_of(GOOD), layers=(merge,)), {"base": architecture})
 
 
 ONE, TWO = LayerRef(variant="base", layer=1), LayerRef(variant="base", layer=2)
@@ -159,77 +159,81 @@ ONE, TWO = LayerRef(variant="base", layer=1), LayerRef(variant="base", layer=2)
         (Merge(sources=(ONE,), weights=(1.0,), mlp=Mix(weights=(1.0, 2.0))), "mlp.weights: expected 1 weights"),
     ],
 )
-def test_wrong_methods_and_parameters(anatomy: Anatomy, merge: Merge, message: str) -> None:
+def test_wrong_methods_and_parameters(architecture: Architecture, merge: Merge, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check(recipe_of(merge), {"base": anatomy})
+        check(recipe_of(merge), {"base": architecture})
 
 
-def test_layers_and_variants_that_are_not_there(anatomy: Anatomy) -> None:
-    text = str(refused(recipe_of(select(5), select(6), select(0, "math")), anatomy))
+def test_layers_and_variants_that_are_not_there(architecture: Architecture) -> None:
+    text = str(refused(recipe_of(select(5), select(6), select(0, "math")), architecture))
     assert "layers[1]: expected a layer from 0 to 5; found base:6" in text
     assert "layers[2]: expected a variant among base; found 'math'" in text
     assert "base: expected one of the variants base; found 'math'" in str(
-        refused(replace(recipe_of(select(0)), base="math"), anatomy)
+        refused(replace(recipe_of(select(0)), base="math"), architecture)
     )
-    # An anatomy alone does not make a variant.
-    assert "'math'" in str(refused(recipe_of(select(0, "math")), anatomy, math=anatomy))
+    # An architecture alone does not make a variant.
+    assert "'math'" in str(refused(recipe_of(select(0, "math")), architecture, math=architecture))
 
 
-def test_names_of_variants(anatomy: Anatomy) -> None:
+def test_names_of_variants(architecture: Architecture) -> None:
     base = Variant(name="base", model="demo")
     recipe = replace(recipe_of(select(0)), variants=(base, base, Variant(name="a:b", model="x")))
-    text = str(refused(recipe, anatomy))
+    text = str(refused(recipe, architecture))
     assert "a second time" in text
     assert "'a:b'" in text
 
 
-def test_depth_and_spans(anatomy: Anatomy) -> None:
+def test_depth_and_spans(architecture: Architecture) -> None:
     good = recipe_of(select(0), select(3))
-    assert "depth: expected 6" in str(refused(identity(Variant(name="base", model="x"), 5), anatomy))
-    assert "spans: expected 2 spans" in str(refused(replace(good, spans=((0, 6),)), anatomy))
-    assert "spans[1]: expected a span that starts at 2" in str(refused(replace(good, spans=((0, 2), (3, 6))), anatomy))
-    assert "spans[0]" in str(refused(replace(good, spans=((1, 2), (2, 6))), anatomy))
-    assert "spans[1]" in str(refused(replace(good, spans=((0, 7), (7, 6))), anatomy))
-    assert "an end at the depth 6; found 5" in str(refused(replace(good, spans=((0, 2), (2, 5))), anatomy))
-    assert "at least one layer" in str(refused(replace(good, layers=(), spans=()), anatomy))
+    assert "depth: expected 6" in str(refused(identity(Variant(name="base", model="x"), 5), architecture))
+    assert "spans: expected 2 spans" in str(refused(replace(good, spans=((0, 6),)), architecture))
+    assert "spans[1]: expected a span that starts at 2" in str(
+        refused(replace(good, spans=((0, 2), (3, 6))), architecture)
+    )
+    assert "spans[0]" in str(refused(replace(good, spans=((1, 2), (2, 6))), architecture))
+    assert "spans[1]" in str(refused(replace(good, spans=((0, 7), (7, 6))), architecture))
+    assert "an end at the depth 6; found 5" in str(refused(replace(good, spans=((0, 2), (2, 5))), architecture))
+    assert "at least one layer" in str(refused(replace(good, layers=(), spans=()), architecture))
 
 
-def test_fitted_tensors(anatomy: Anatomy) -> None:
+def test_fitted_tensors(architecture: Architecture) -> None:
     right = np.zeros((48, 8), dtype=np.float32)
     name = "mlp.down_proj.weight"
     good = recipe_of(select(0))
-    check(replace(good, fitted={0: {name: right}}), {"base": anatomy})
+    check(replace(good, fitted={0: {name: right}}), {"base": architecture})
     bad = right.copy()
     bad[3, 3] = np.inf
-    assert "NaN or infinity" in str(refused(replace(good, fitted={0: {name: bad}}), anatomy))
-    assert "shape [48, 8]" in str(refused(replace(good, fitted={0: {name: right.T}}), anatomy))
-    assert "float32" in str(refused(replace(good, fitted={0: {name: right.astype(np.float64)}}), anatomy))  # type: ignore[dict-item]
-    assert "one of input_layernorm.weight" in str(refused(replace(good, fitted={0: {"mlp.x": right}}), anatomy))
-    assert "an output layer from 0 to 0" in str(refused(replace(good, fitted={1: {name: right}}), anatomy))
+    assert "NaN or infinity" in str(refused(replace(good, fitted={0: {name: bad}}), architecture))
+    assert "shape [48, 8]" in str(refused(replace(good, fitted={0: {name: right.T}}), architecture))
+    assert "float32" in str(refused(replace(good, fitted={0: {name: right.astype(np.float64)}}), architecture))  # type: ignore[dict-item]
+    assert "one of input_layernorm.weight" in str(refused(replace(good, fitted={0: {"mlp.x": right}}), architecture))
+    assert "an output layer from 0 to 0" in str(refused(replace(good, fitted={1: {name: right}}), architecture))
 
 
-def test_layer_types_do_not_mix(anatomy_with: MakeAnatomy) -> None:
+def test_layer_types_do_not_mix(architecture_with: MakeArchitecture) -> None:
     kinds = ["full_attention", "sliding_attention"] * 3
-    mixed = anatomy_with(model_type="mistral", layer_types=kinds)
+    mixed = architecture_with(model_type="mistral", layer_types=kinds)
     check(recipe_of(select(0), select(1)), {"base": mixed})
     assert "base:1 is sliding_attention, base:2 is full_attention" in str(refused(recipe_of(GOOD), mixed))
 
 
-def test_variants_must_have_the_base_shape(anatomy: Anatomy, anatomy_with: MakeAnatomy) -> None:
+def test_variants_must_have_the_base_shape(architecture: Architecture, architecture_with: MakeArchitecture) -> None:
     recipe = replace(
         recipe_of(select(0), select(0, "math")),
         variants=(Variant(name="base", model="a"), Variant(name="math", model="b")),
     )
-    check(recipe, {"base": anatomy, "math": anatomy_with(vocab_size=60)})
-    assert "n_channels 8 as in 'base'; found 9" in str(refused(recipe, anatomy, math=anatomy_with(intermediate_size=9)))
-    assert "family llama" in str(refused(recipe, anatomy, math=anatomy_with(model_type="qwen2")))
-    assert "tensors" in str(refused(recipe, anatomy, math=anatomy_with(attention_bias=True)))
+    check(recipe, {"base": architecture, "math": architecture_with(vocab_size=60)})
+    assert "n_channels 8 as in 'base'; found 9" in str(
+        refused(recipe, architecture, math=architecture_with(intermediate_size=9))
+    )
+    assert "family llama" in str(refused(recipe, architecture, math=architecture_with(model_type="qwen2")))
+    assert "tensors" in str(refused(recipe, architecture, math=architecture_with(attention_bias=True)))
 
 
-def test_all_problems_at_once(anatomy: Anatomy) -> None:
+def test_all_problems_at_once(architecture: Architecture) -> None:
     broken = Concat(cuts=(cut(1, [0, 9], range(4), 0.6, 0.6), cut(1, [1, 1], range(5, 8), 0.4, 0.5)))
     recipe = replace(recipe_of(select(7), broken), depth=9, spans=((0, 1),))
-    found = {problem.where for problem in refused(recipe, anatomy).problems}
+    found = {problem.where for problem in refused(recipe, architecture).problems}
     assert found == {
         "depth",
         "spans",
@@ -241,7 +245,7 @@ def test_all_problems_at_once(anatomy: Anatomy) -> None:
     }
 
 
-def test_many_problems_are_cut_short(anatomy: Anatomy) -> None:
-    error = refused(recipe_of(*[select(99)] * 200), anatomy)
+def test_many_problems_are_cut_short(architecture: Architecture) -> None:
+    error = refused(recipe_of(*[select(99)] * 200), architecture)
     assert len(error.problems) == 51
     assert "more problems" in str(error)

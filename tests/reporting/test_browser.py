@@ -1,4 +1,4 @@
-"""The page in a real browser, without a window: it is quiet, draws, answers to the pointer, and asks for nothing."""
+"""The page in a real browser, without a window: it is quiet, draws, reacts to the pointer, and requests nothing."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 from intarsia.reporting.page import write_report
 from tests.reporting.browsing import Opened
-from tests.reporting.runs import comparison, plan_run, row, scores
+from tests.reporting.runs import comparison, plan_run, row, scores, search
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +39,14 @@ def test_colours_follow_the_scheme(browser: Any, report: Path) -> None:
     found = {}
     for scheme in ("light", "dark"):
         opened = Opened(browser, report, color_scheme=scheme)
-        script = "[...document.querySelectorAll('body, figure .tick')].slice(0, 2).map(e => [getComputedStyle(e)"
+        script = "[...document.querySelectorAll('body, figure text')].slice(0, 2).map(e => [getComputedStyle(e)"
         found[scheme] = opened.page.evaluate(script + ".backgroundColor, getComputedStyle(e).fill])")
         opened.context.close()
     (light, light_text), (dark, dark_text) = found["light"], found["dark"]
     assert light[0] != dark[0] and light_text[1] != dark_text[1]
 
 
-def test_pointing_at_a_layer_tells_what_it_is_made_of(browser: Any, report: Path) -> None:
+def test_pointing_at_a_layer_shows_what_it_is_made_of(browser: Any, report: Path) -> None:
     opened = Opened(browser, report)
     before = opened.panel
     opened.page.locator(".depth input").fill("0")  # 5 layers
@@ -64,7 +64,7 @@ def test_pointing_at_a_layer_tells_what_it_is_made_of(browser: Any, report: Path
     opened.context.close()
 
 
-def test_it_answers_to_keys(browser: Any, report: Path) -> None:
+def test_it_reacts_to_keys(browser: Any, report: Path) -> None:
     opened = Opened(browser, report)
     opened.layer("in", 0).focus()
     opened.page.keyboard.press("ArrowDown")
@@ -74,10 +74,10 @@ def test_it_answers_to_keys(browser: Any, report: Path) -> None:
     opened.context.close()
 
 
-def test_it_answers_to_a_finger(browser: Any, report: Path) -> None:
+def test_it_reacts_to_touch(browser: Any, report: Path) -> None:
     opened = Opened(browser, report, viewport={"width": 390, "height": 800}, has_touch=True)
     opened.layer("in", 4).tap()
-    assert "Original layer 4" in opened.panel and "was dropped" in opened.panel
+    assert "Original layer 4" in opened.panel and "dropped" in opened.panel
     box = opened.page.locator(".panel").bounding_box()
     assert box["y"] + box["height"] <= 800  # in sight while the picture is
     opened.context.close()
@@ -89,4 +89,19 @@ def test_it_is_useful_without_the_script(browser: Any, report: Path) -> None:
     assert "kept whole" in opened.panel
     opened.page.locator("summary", has_text="All 4 layers").click()
     assert "2 (1 KV groups, 30 channels) + 3 (3 KV groups, 10 channels)" in opened.page.locator("details").inner_text()
+    opened.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_member_has_one_colour(browser: Any, tmp_path: Path, scheme: str) -> None:
+    write_report([search(tmp_path / "run")], tmp_path / "report.html")
+    opened = Opened(browser, tmp_path / "report.html", viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    page = opened.page
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    opened.layer("out", 2).hover()
+    assert "Output layer 2" in opened.panel and "math" in opened.panel and "3 of 4 channels" in opened.panel
+    swatches = page.locator(".members .swatch").evaluate_all("all => all.map(e => getComputedStyle(e).backgroundColor)")
+    box = opened.layer("out", 3).locator("rect").nth(1)  # after the area for a finger
+    assert box.evaluate("element => getComputedStyle(element).fill") == swatches[1] != swatches[0]
+    assert opened.said == [] and opened.asked == [(tmp_path / "report.html").as_uri()]
     opened.context.close()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from intarsia.reporting.card import DEMO_MODEL, model_card
+from intarsia.reporting.card import DEMO_MODEL, inherited, model_card
 
 SOURCE_CARD = """---
 license: apache-2.0
@@ -135,7 +135,7 @@ def test_texts_stay_texts(hostile: str) -> None:
     ("combine", "said", "unsaid"),
     [
         ("concat", "most sensitive pieces of adjacent layers were joined", "added"),
-        ("fuse", "what was left out was added onto the most similar pieces", "weighted by its share"),
+        ("fuse", "the other pieces were added onto the most similar ones", "weighted by its share"),
         ("weight-sum", "adjacent layers were added up into one, each weighted by its share", "pieces"),
     ],
 )
@@ -143,3 +143,27 @@ def test_says_how_layers_became_one(combine: str, said: str, unsaid: str) -> Non
     intro = model_card({**RESULTS, "settings": {"combine": combine}}).split("## Measured")[0]
     assert said in intro
     assert unsaid not in intro
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        None,
+        "",
+        "no front matter",
+        "---\nlicense: [unclosed\n---\n",
+        "---\n- a list\n---\n",
+        "---\nlicense: 5\n---\n",
+        "---\nlicense: ''\n---\n",
+        "---\nlicense: !!python/object/apply:os.system ['true']\n---\n",
+        "---\nlicense: mit\n",
+        "# title\n---\nlicense: mit\n---\n",
+    ],
+)
+def test_a_source_card_without_a_licence(card: str | None) -> None:
+    assert inherited(card) == {}
+
+
+def test_named_licences_are_inherited() -> None:
+    card = "\ufeff---\r\nlicense: other\r\nlicense_name: llama3\r\nlicense_link: LICENSE\r\n---\r\ntext"
+    assert inherited(card) == {"license": "other", "license_name": "llama3", "license_link": "LICENSE"}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.reporting.comparison import load
-from intarsia.reporting.comparison_figure import curves, figure, figure_file
-from intarsia.reporting.comparison_table import as_csv, as_markdown
+from intarsia.reporting.comparison import as_csv, as_markdown, load
+from intarsia.reporting.comparison_report import curves, figure, figure_file
 from tests.reporting.runs import comparison, row, scores
 
 SPEED = {"decode_tokens_per_s": 20.0, "prefill_tokens_per_s": 300.0}
@@ -112,13 +112,14 @@ def test_figures(tmp_path: Path, against: str, quality: str) -> None:
     found = load(comparison(tmp_path / "run", ROWS))
     svg = figure(found, against=against, quality=quality)
     assert "dense" in svg and "come, 27 layers" in svg
-    assert "<style>" in figure_file(found, against=against, quality=quality)
+    assert "var(" not in figure_file(found, against=against, quality=quality)
 
 
 def test_healed_points_are_hollow(tmp_path: Path) -> None:
     svg = figure(load(comparison(tmp_path / "run", ROWS)), against="layers", quality="news")
-    assert svg.count('class="dot s0 hollow"') == 1
-    assert "healed in closed form" in svg
+    hollow = re.findall(r'<use (?![^>]*fill="var)[^>]*stroke="var\(--s0\)"[^>]*><title>(.*?)</title>', svg)
+    assert hollow == ["come, healed, 27 layers: 40"]
+    assert "dashed, hollow: healed" in svg
 
 
 def test_a_model_that_is_none_any_more_does_not_stretch_the_figure(tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_a_model_that_is_none_any_more_does_not_stretch_the_figure(tmp_path: Pat
     found = load(comparison(tmp_path / "run", [*ROWS, broken]))
     drawn = figure(found, quality="news")
     assert "laco, 27 layers: 3.2e+07" in drawn and drawn.count("↑") == 1
-    assert "arrow: more than 30 times the original&#x27;s" in drawn
+    assert "arrow: more than 30 times the original's" in drawn
     assert "10M" not in drawn and "1M" not in drawn
     assert "arrow" not in figure(load(comparison(tmp_path / "other", ROWS)), quality="news")
     assert "| 3.2e+07 ± 1.7e+06 |" in as_markdown(found)

@@ -18,12 +18,8 @@ from intarsia.planning.run_folder import RunFolder, Wanted
 from intarsia.reporting.blocks import Pictures, Table
 from intarsia.reporting.commands import compare_command, compress_command, plan_command
 from intarsia.reporting.page import report_html, write_report
-from intarsia.reporting.picture import Pieces, picture_svg, pieces_of
-from intarsia.reporting.plan_evidence import evidence_sections
-from intarsia.reporting.plan_folder import load_run
-from intarsia.reporting.plan_ladder import steps_section
-from intarsia.reporting.puzzle_section import picture_sections
-from tests.reporting.runs import CHANNELS, GROUPS, comparison, ladder, plan_run, row, scores
+from intarsia.reporting.plan_report import load_run, puzzle_sections, score_sections, steps_section
+from tests.reporting.runs import CHANNELS, GROUPS, comparison, plan_run, row, scores
 
 VOID = {"meta", "input", "br", "link", "img"}
 
@@ -72,7 +68,7 @@ def page(*paths: Path) -> tuple[str, Reader]:
 def test_a_plan_in_full(tmp_path: Path) -> None:
     html, reader = page(plan_run(tmp_path / "run"))
     assert html.startswith("<!doctype html>")
-    for heading in ("The puzzle", "What was measured", "The ladder", "Where this comes from"):
+    for heading in ("The puzzle", "Scores of the original layers", "The ladder", "How to reproduce it"):
         assert heading in reader.text
     assert "some/model, come" in reader.text
     assert f"{math.exp(3.0):.4g}" in reader.text  # calibration perplexity of the last step
@@ -81,8 +77,7 @@ def test_a_plan_in_full(tmp_path: Path) -> None:
     assert "cd" * 32 in reader.text
     pictures = [each for each in reader.all("div") if each.get("class") == "picture"]
     assert [(each["data-layers"], "hidden" in each) for each in pictures] == [("5", True), ("4", False)]
-    shades = {each["class"] for each in reader.all("rect") if str(each.get("class")).startswith("h")}
-    assert {"h0", "h9"} <= shades  # the sensitivity that the run has kept
+    assert "Sensitivity of KV groups" in reader.text and 'fill="var(--accent)" fill-opacity="0.04"' in html
 
 
 def test_the_data_of_the_picture(tmp_path: Path) -> None:
@@ -156,7 +151,7 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
 def test_an_unfinished_comparison_says_what_is_to_come(tmp_path: Path) -> None:
     asked = {"methods": ["come", "sleb"], "layers": [27], "heal": ["none"]}
     _, reader = page(comparison(tmp_path / "run", [row("come", 27, "none", 40.0)], asked=asked))
-    assert "1 models are still to come (sleb at 27)" in reader.text
+    assert "models still to be measured: 1 (sleb at 27)" in reader.text
     _, reader = page(comparison(tmp_path / "empty", []))
     assert "no model has been measured yet" in reader.text
 
@@ -184,7 +179,7 @@ def test_a_comparison_shows_its_recipes_and_no_file_outside(tmp_path: Path) -> N
         plan_run(path / "plans" / "come")
         plan_run(tmp_path / "elsewhere") if not (tmp_path / "elsewhere").exists() else None
         _, reader = page(path)
-        assert reader.text.count("How each method cuts to 4 layers") == 2 * count  # in the list of sections too
+        assert reader.text.count("The puzzle of each method at 4 layers") == 2 * count  # in the list of sections too
     assert run.exists()
 
 
@@ -192,25 +187,25 @@ def test_runs_on_one_text_share_a_chart(tmp_path: Path) -> None:
     _, reader = page(plan_run(tmp_path / "a"), plan_run(tmp_path / "b", method="come-p"))
     assert "2 runs" in reader.text and "All ladders" in reader.text
     assert "different" not in reader.text
-    titles = [text for text in reader.texts if text == "perplexity of the calibration text by depth"]
+    titles = [text for text in reader.texts if text == "calibration perplexity by depth"]
     assert len(titles) == 1 + 2  # together, and each on its own
 
 
 def test_runs_on_different_texts_stand_apart(tmp_path: Path) -> None:
     _, reader = page(plan_run(tmp_path / "a"), plan_run(tmp_path / "b", text="99" * 32))
-    assert "Ladders that were measured on different texts stand in different charts." in reader.text
-    assert reader.texts.count("perplexity of the calibration text by depth") == 2 + 2
+    assert "Ladders that were measured on different texts are in different charts." in reader.text
+    assert reader.texts.count("calibration perplexity by depth") == 2 + 2
     other = {"name": "speeches", "spec": "s.txt", "sha256": "77" * 32}
     first = comparison(tmp_path / "c", [row("come", 27, "none", 40.0)])
     second = comparison(tmp_path / "d", [row("come", 27, "none", 40.0)], eval_texts=[other])
     _, reader = page(first, second)
-    assert "These runs were judged on different texts" in reader.text
+    assert "These runs were evaluated on different texts" in reader.text
     assert "news (efefefef)" in reader.text and "speeches (77777777)" in reader.text
 
 
 def test_runs_of_different_models_are_told_apart(tmp_path: Path) -> None:
     _, reader = page(plan_run(tmp_path / "a"), plan_run(tmp_path / "b", model="other/model", sha256="12" * 32))
-    assert "These runs began with different models: some/model (abababab), other/model (12121212)." in reader.text
+    assert "These runs started from different models: some/model (abababab), other/model (12121212)." in reader.text
 
 
 def test_what_is_no_run_is_refused_all_at_once(tmp_path: Path) -> None:
@@ -231,7 +226,7 @@ def test_a_page_is_written_whole(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"run", "r.html"}
 
 
-def test_pieces_of_a_mixture_are_experts(tmp_path: Path) -> None:
+def test_pieces_of_a_mixture_are_called_experts(tmp_path: Path) -> None:
     """A plan's recipes tell it; without that they are channels."""
     run = load_run(plan_run(tmp_path / "run"))
     mixture = replace(
@@ -242,7 +237,7 @@ def test_pieces_of_a_mixture_are_experts(tmp_path: Path) -> None:
         },
     )
     for found, name, other in ((run, "channels", "experts"), (mixture, "experts", "channels")):
-        sections = [*picture_sections(found), *evidence_sections(found), steps_section(found)]
+        sections = [*puzzle_sections(found), *score_sections(found), steps_section(found)]
         told = str(replace(sections[0], blocks=[block for block in sections[0].blocks if isinstance(block, Table)]))
         told += str(sections[1:])
         assert f"30 {name}" in told and other not in told
@@ -251,27 +246,13 @@ def test_pieces_of_a_mixture_are_experts(tmp_path: Path) -> None:
         assert f"30 of 40 {name}" in board.pictures[0].svg
 
 
-def test_a_step_that_began_anew_says_so(tmp_path: Path) -> None:
+def test_a_step_from_the_original_says_so(tmp_path: Path) -> None:
     run = load_run(plan_run(tmp_path / "run"))
     first = run.log[0]
     block = {**first, "op": None, "evidence": {**first["evidence"], "block": [2, 5]}}
     assert "dropped from the original" not in str(steps_section(run))
     told = str(steps_section(replace(run, log=[block, *run.log[1:]])))
-    assert "2 to 4 dropped from the original, instead of what was done so far" in told
-
-
-def test_picture_of_every_layer_and_ribbon() -> None:
-    recipe = ladder()[0][0]
-    pieces = pieces_of(recipe)
-    assert pieces == Pieces(n_kv_heads=GROUPS, n_channels=CHANNELS)
-    svg = picture_svg(recipe, pieces)
-    assert svg.count('data-side="in"') == 6 and svg.count('data-side="out"') == 5
-    assert svg.count('class="ribbon') == 6
-    assert len(re.findall(r'class="ribbon w\d whole"', svg)) == 4
-    assert 'aria-label="layer 3: goes to 2"' in svg
-    assert "output layer 2: layer 2: 1 of 4 KV groups, 30 of 40 channels; layer 3: 3 of 4 KV groups" in svg
-    dropped = picture_svg(ladder()[1][0], pieces)
-    assert 'aria-label="layer 4: dropped"' in dropped and dropped.count('class="dropped"') == 1
+    assert "2 to 4 dropped from the original, instead of the steps so far" in told
 
 
 def test_commands_name_what_is_not_the_default() -> None:

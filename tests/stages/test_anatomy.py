@@ -1,4 +1,4 @@
-"""`anatomy list` and `anatomy check`: right descriptions pass, wrong ones fail where they are wrong."""
+"""`architecture list` and `architecture check`: right descriptions pass, wrong ones fail where they are wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from intarsia.anatomy.families import known_families
+from intarsia.architecture.families import known_families
 from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.stages.anatomy import families as listed
@@ -35,7 +35,7 @@ MORE = (
     "cwm",
     "exaone4",
 )
-FOLDER = files("intarsia.anatomy") / "families"
+FOLDER = files("intarsia.architecture") / "families"
 
 
 def config_file(config: dict[str, Any], folder: Path) -> Path:

@@ -53,7 +53,6 @@ def test_a_streamed_compression_is_the_same(
     assert found.before.perplexity is not None and whole.before.perplexity is not None
     assert found.before.perplexity.value == pytest.approx(whole.before.perplexity.value, rel=1e-6)
     assert found.before.prefill_per_s is None and (whole.before.prefill_per_s or 0) > 0
-    assert found.predicted.spilled_bytes == found.predicted.hidden_bytes > 0 == whole.predicted.spilled_bytes
     run = tmp_path / "streamed.run"
     assert any(run in path.parents for path in files)
     assert not list(run.glob("intarsia-hidden-*")), "spilled files go when the work is done"
@@ -141,20 +140,9 @@ def test_the_command_line(model_folder: Folder, sizes: Sizes, tmp_path: Path) ->
     told = run("plan", model, "--run", place, "--layers", "5", "--stream", "--memory", "1MB", *words)
     assert told.exit_code == 0, told.output
     result = json.loads(told.stdout)
-    assert result["predicted"]["spilled_bytes"] == 0
-    assert result["predicted"]["peak_memory_bytes"] > 0 and result["peak_memory_bytes"] > 0
+    assert result["peak_memory_bytes"] > 0
     assert run("plan", model, "--run", place, "--layers", "5", "--memory", "much", *words).exit_code == 2
     assert run("plan", "--layers", "5", *words).exit_code == 2
-    paper = run("plan", "--dry-run", "--shape", "llama-3.2-1b", "--layers", "12", "--device-memory", "24GB", "--json")
-    assert paper.exit_code == 0, paper.output
-    (row,) = json.loads(paper.stdout)["rows"]
-    assert (row["shape"], row["layers"], row["target"], row["device_memory_bytes"]) == (
-        "llama-3.2-1b",
-        16,
-        12,
-        24 * 10**9,
-    )
-    assert run("plan", "--shape", "llama-3.2-1b", "--layers", "12").exit_code == 2
 
 
 def test_dropping_a_depth_gives_its_room_back(tmp_path: Path) -> None:
@@ -169,44 +157,3 @@ def test_dropping_a_depth_gives_its_room_back(tmp_path: Path) -> None:
     assert store.file(2) is None
     store.close()
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_a_plan_on_workers_is_the_same(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
-    """Two processes of our own, from the command line; and a run that they began may go on without them."""
-    pytest.importorskip("distributed")
-    model, runs = str(model_folder("llama")), [tmp_path / name for name in ("alone", "two")]
-    intarsia.plan(model, runs[0], layers=4, **sizes)
-    given = ["plan", model, "--run", str(runs[1]), "--layers", "5", "--workers", "2", "--stream", "--json"]
-    for name, value in sizes.items():
-        given += [f"--{name.replace('_', '-')}", str(value)]
-    done = CliRunner().invoke(app, given)
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["layer_forwards"] > 0
-    intarsia.plan(model, runs[1], layers=4, **sizes)
-    hashes = [[content_hash(RunFolder(run).recipe(depth)) for depth in (5, 4)] for run in runs]
-    assert hashes[0] == hashes[1]
-    assert not list(runs[1].glob("intarsia-hidden-*"))
-
-
-def test_a_scheduler_that_is_not_there(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
-    pytest.importorskip("distributed")
-    with pytest.raises(UserError, match="dask scheduler") as caught:
-        intarsia.plan(str(model_folder("llama")), tmp_path / "run", layers=5, scheduler="nowhere:xyz", **sizes)
-    assert caught.value.problems[0].where == "--scheduler"
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_workers_do_not_measure(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
-    """All of it at once, before anything is opened or written."""
-    model = str(model_folder("llama"))
-
-    def refused(**given: Any) -> list[str]:
-        with pytest.raises(UserError) as caught:
-            intarsia.plan(model, tmp_path / "run", layers=5, **given, **sizes)
-        assert not (tmp_path / "run").exists()
-        return [problem.where for problem in caught.value.problems]
-
-    assert refused(workers=0, heal_in_loop=True) == ["--workers", "--heal-in-loop"]
-    assert refused(workers=2, method="taylor") == ["--workers"]
-    assert refused(workers=2, method="reverse", devices=["cpu", "cpu"]) == ["--workers", "--devices"]

@@ -54,8 +54,7 @@ def test_plan_then_build_any_depth(method: str, model_folder: Folder, sizes: Siz
         assert all(math.isfinite(loss) for loss in planned.losses)
     else:
         assert planned.losses == (None, None, None)
-    assert planned.layer_forwards <= planned.predicted.layer_forwards_at_most
-    assert planned.predicted.steps == 3
+    assert planned.layer_forwards <= planned.estimate.passes_at_most * 6 + 1e-9
 
     for layers in (4, 3):
         built = intarsia.build(run, tmp_path / f"out-{layers}", layers=layers)
@@ -73,8 +72,8 @@ def test_laco_goes_to_the_target_in_large_steps(model_folder: Folder, sizes: Siz
     model, run = str(model_folder("llama")), tmp_path / "run"
     settings = LacoSettings(merge=3)
     planned = intarsia.plan(model, run, layers=3, method="laco", settings=settings, **sizes)
-    assert planned.depths == (4, 3) and planned.predicted.steps == 2
-    assert planned.layer_forwards <= planned.predicted.layer_forwards_at_most
+    assert planned.depths == (4, 3)
+    assert planned.layer_forwards <= planned.estimate.passes_at_most * 6 + 1e-9
     assert all(math.isfinite(loss) for loss in planned.losses)
     assert intarsia.build(run, tmp_path / "out", layers=3).layers == 3
     with pytest.raises(UserError, match="target"):  # the last merge took fewer, so another end is another run
@@ -223,15 +222,15 @@ def test_perplexity_by_hand(model_folder: Folder, text_file: Path) -> None:
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path) -> None:
     source = Checkpoint.open(model_folder(family), model=family)
-    share = 1.5 * source.anatomy.layer_parameters / source.parameters
+    share = 1.5 * source.architecture.layer_parameters / source.parameters
     result = intarsia.compress(
         str(source.folder), tmp_path / "out", sparsity=share, eval_text=str(text_file), eval_windows=4, **sizes
     )
     assert result.target == 4 and result.before is not None and result.after is not None
     assert (result.before.layers, result.after.layers) == (6, 4)
     assert result.before.parameters == source.parameters
-    assert result.after.parameters == source.parameters - 2 * source.anatomy.layer_parameters
-    assert result.before.bytes - result.after.bytes == 2 * 4 * source.anatomy.layer_parameters
+    assert result.after.parameters == source.parameters - 2 * source.architecture.layer_parameters
+    assert result.before.bytes - result.after.bytes == 2 * 4 * source.architecture.layer_parameters
     for measures, folder in ((result.before, source.folder), (result.after, tmp_path / "out")):
         assert measures.perplexity is not None
         alone = intarsia.evaluate_perplexity(str(folder), str(text_file), seq_len=32, windows=4)
@@ -301,9 +300,8 @@ def test_a_dry_run_writes_nothing(model_folder: Folder, sizes: Sizes, tmp_path: 
     assert planned.run is None and planned.depths == ()
     result = intarsia.compress(model, tmp_path / "out", layers=3, dry_run=True, **sizes)
     assert result.before is None and result.target == 3
-    assert result.predicted.layer_forwards_at_most == 6 + 5 + 4 + 3
-    assert result.predicted.weight_bytes == 4 * 62368
-    assert result.predicted.peak_memory_bytes > result.predicted.weight_bytes
+    assert (result.estimate.passes_at_most, result.estimate.heal_passes_at_most) == ((6 + 5 + 4 + 3) / 6, 3)
+    assert result.estimate.weight_bytes == 4 * result.estimate.parameters_before == 4 * 62368
     assert list(tmp_path.iterdir()) == [] and list(cache_here.iterdir()) == []
 
 
@@ -436,7 +434,7 @@ def test_a_config_that_changed_since_a_run_was_begun(sizes: Sizes, tmp_path: Pat
 
 def test_a_recipe_written_by_hand(model_folder: Folder, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(model_folder("llama"), model="llama")
-    recipe = recipe_of(str(checkpoint.folder), [select(0), shared(checkpoint.anatomy, [2, 4]), select(5)])
+    recipe = recipe_of(str(checkpoint.folder), [select(0), shared(checkpoint.architecture, [2, 4]), select(5)])
     schema.save(recipe, tmp_path / "hand.yaml")
     built = intarsia.build(tmp_path / "hand.yaml", tmp_path / "out", max_shard_bytes=20_000)
     assert built.layers == 3
@@ -479,7 +477,7 @@ def test_compress_on_the_command_line(model_folder: Folder, text_file: Path, tmp
     words += ["--tokens", 256, "--seq-len", 32, "--eval-text", text_file, "--eval-windows", 4, "--json"]
     dry = run(*words, "--dry-run")
     assert dry.exit_code == 0, dry.output
-    assert json.loads(dry.stdout)["predicted"]["steps"] == 2
+    assert json.loads(dry.stdout)["estimate"]["passes_at_most"] == (6 + 5 + 4) / 6
     assert list(tmp_path.iterdir()) == []
     done = run(*words)
     assert done.exit_code == 0, done.output

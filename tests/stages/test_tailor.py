@@ -121,7 +121,7 @@ def test_the_incumbent_is_built_and_judged(searched: tuple[Path, TailorResult], 
     assert result.front is not None and result.judged is not None and result.best == run / "best"
     knee = result.front.knee
     built = Checkpoint.open(run / "best", model="best")
-    assert built.anatomy.n_layers == 4
+    assert built.architecture.n_layers == 4
     recipe = schema.load(run / "best" / "recipe" / "recipe.yaml")
     assert schema.content_hash(recipe) == knee.recipe == result.judged["recipe"]
     assert recipe.provenance["settings"]["trial"] == knee.number

@@ -23,7 +23,7 @@ def test_the_greatest_depth_that_removes_at_least_the_share(
     checkpoint_of: Opened, sparsity: float, family: str
 ) -> None:
     checkpoint = checkpoint_of(family)
-    share = checkpoint.anatomy.layer_parameters / checkpoint.parameters
+    share = checkpoint.architecture.layer_parameters / checkpoint.parameters
     enough = [depth for depth in range(1, families.DEPTH) if (families.DEPTH - depth) * share >= sparsity - 1e-9]
     if enough:
         assert target_depth(checkpoint, layers=None, sparsity=sparsity) == max(enough)
@@ -35,7 +35,7 @@ def test_the_greatest_depth_that_removes_at_least_the_share(
 @pytest.mark.parametrize("removed", range(1, families.DEPTH))
 def test_the_exact_share_of_some_layers_is_reached(removed: int, checkpoint_of: Opened) -> None:
     checkpoint = checkpoint_of("llama")
-    sparsity = removed * checkpoint.anatomy.layer_parameters / checkpoint.parameters
+    sparsity = removed * checkpoint.architecture.layer_parameters / checkpoint.parameters
     assert target_depth(checkpoint, layers=None, sparsity=sparsity) == families.DEPTH - removed
 
 

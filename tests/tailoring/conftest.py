@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from intarsia.anatomy.detect import detect
-from intarsia.anatomy.spec import PARTS, Anatomy
+from intarsia.architecture.detect import detect
+from intarsia.architecture.spec import PARTS, Architecture
 from intarsia.recipe.ops import LayerRef
 from intarsia.recipe.recipe import Variant
 from intarsia.tailoring.family import Family, open_family
@@ -28,7 +28,7 @@ METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ti
 DEPTH = 6
 
 
-def make_anatomy(**changes: object) -> Anatomy:
+def make_architecture(**changes: object) -> Architecture:
     """Six layers of 3 KV groups and 20 channels."""
     config = {
         "model_type": "llama",
@@ -42,14 +42,14 @@ def make_anatomy(**changes: object) -> Anatomy:
     return detect({**config, **changes})
 
 
-def make_scores(anatomy: Anatomy) -> PieceScores:
+def make_scores(architecture: Architecture) -> PieceScores:
     rng = random.Random(0)
     return {
         LayerRef(variant=name, layer=layer): {
-            part: torch.tensor([rng.random() for _ in range(anatomy.n_pieces(part))]) for part in PARTS
+            part: torch.tensor([rng.random() for _ in range(architecture.n_pieces(part))]) for part in PARTS
         }
         for name in MEMBERS
-        for layer in range(anatomy.n_layers)
+        for layer in range(architecture.n_layers)
     }
 
 
@@ -59,13 +59,13 @@ def make_translator(**changes: object) -> Translator:
     settings = {"depth": DEPTH, "target": 4, "menu": menu, "shares": (0.2, 0.5, 0.8), "scales": (0.9, 1.0), **changes}
     if settings["target"] != 4:
         settings["shares"] = ()
-    anatomy = make_anatomy()
+    architecture = make_architecture()
     variants = tuple(Variant(name=name, model=f"models/{name}", sha256=HASHES[name]) for name in MEMBERS)
     return Translator(
         space=Space(**settings),  # type: ignore[arg-type]
-        anatomy=anatomy,
+        architecture=architecture,
         variants=variants,
-        scores=make_scores(anatomy),
+        scores=make_scores(architecture),
         seed=5,
     )
 

@@ -266,7 +266,7 @@ def test_a_space_that_is_exhausted(tmp_path: Path) -> None:
         depth=6, target=5, menu=translator.space.menu.__class__(members=("base",), select=True, methods=(), grids={})
     )
     small = Translator(
-        space=space, anatomy=translator.anatomy, variants=translator.variants[:1], scores=translator.scores
+        space=space, architecture=translator.architecture, variants=translator.variants[:1], scores=translator.scores
     )
     history = History(tmp_path / "log")
     goal = Goal(trials=50, objectives=OBJECTIVES, max_budget=36, seed=0)

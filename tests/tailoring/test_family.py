@@ -197,7 +197,7 @@ def test_config_files_alone(llama: Path, adapter: Path, tmp_path: Path) -> None:
         MemberSpec(name="lora", model=str(adapter / "adapter")),
     ]
     family = open_family(base, others, weights=False)
-    assert family.anatomy.n_layers == 6
+    assert family.architecture.n_layers == 6
     assert len(family.notes) == 2 and "Only config files" in family.notes[0] and "2 rows" in family.notes[1]
     assert [entry.sha256 for entry in family.variants()] == [None, None, None]
     shutil.copy(variant(tmp_path / "deep", num_hidden_layers=8) / "config.json", tmp_path / "configs" / "math")

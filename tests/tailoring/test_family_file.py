@@ -11,7 +11,7 @@ from intarsia.errors import UserError
 from intarsia.tailoring.family_file import FamilyFile, MemberSpec, ObjectiveSpec, SearchSpec
 from intarsia.tailoring.family_reader import parse_family, read_family_file
 from intarsia.tailoring.grids import grid, space_of, target_layers
-from tests.tailoring.conftest import make_anatomy
+from tests.tailoring.conftest import make_architecture
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -56,7 +56,7 @@ def test_the_demo_family() -> None:
 def test_examples_are_valid(path: Path) -> None:
     found = read_family_file(path)
     depth = 40 if "13b" in path.stem else 30
-    space = space_of(found, make_anatomy(num_hidden_layers=depth))
+    space = space_of(found, make_architecture(num_hidden_layers=depth))
     assert space.log10_size > 10
 
 
@@ -141,7 +141,7 @@ def test_space_by_hand() -> None:
         concat={"share": [0.4, 0.6]},
         output_scale=[0.95, 1.0],
     )
-    found = space_of(file, make_anatomy())
+    found = space_of(file, make_architecture())
     assert (found.depth, found.target, found.kind) == (6, 4, "cut")
     assert found.shares == (0.4, 0.5, 0.6) and found.scales == (0.95, 1.0)
     # 3 whole; ties: 3 sets of variants, 1 density, lambda 0.1 and 0.2; slerp: 3 pairs, 9 shares.
@@ -166,4 +166,4 @@ def test_space_by_hand() -> None:
 )
 def test_targets_and_operations_that_do_not_meet(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        space_of(parse(**changes), make_anatomy())
+        space_of(parse(**changes), make_architecture())

@@ -35,10 +35,10 @@ def reader(family: Family) -> Read:
 
 def test_tensors_are_those_that_are_built(trio: Family) -> None:
     layers = made(trio)
-    names = list(trio.anatomy.layer_shapes())
+    names = list(trio.architecture.layer_shapes())
     ops: list[Op] = [Select(source=LayerRef(variant=name, layer=2)) for name in trio.names]
     for op in [*ops, MERGED]:
-        expected = layer_tensors(op, trio.anatomy, reader(trio))
+        expected = layer_tensors(op, trio.architecture, reader(trio))
         found = layers.module(op).state_dict()
         assert sorted(found) == sorted(names)
         assert all(torch.equal(found[name], expected[name]) for name in names)
@@ -67,13 +67,13 @@ def test_an_adapter_shares_what_it_leaves_alone(trio: Family) -> None:
 
 def test_another_dtype_rounds_at_the_end(trio: Family) -> None:
     found = made(trio, dtype=torch.bfloat16).module(MERGED)
-    expected = layer_tensors(MERGED, trio.anatomy, reader(trio))["mlp.down_proj.weight"]
+    expected = layer_tensors(MERGED, trio.architecture, reader(trio))["mlp.down_proj.weight"]
     assert torch.equal(found.get_parameter("mlp.down_proj.weight"), expected.to(torch.bfloat16))
 
 
 def test_fitted_tensors(trio: Family) -> None:
     layers = made(trio)
-    array = np.full(tuple(trio.anatomy.layer_shapes()["mlp.down_proj.weight"]), 0.25, dtype=np.float32)
+    array = np.full(tuple(trio.architecture.layer_shapes()["mlp.down_proj.weight"]), 0.25, dtype=np.float32)
     base = Select(source=LayerRef(variant="base", layer=1))
     found = layers.module(base, {"mlp.down_proj.weight": array})
     assert torch.equal(found.get_parameter("mlp.down_proj.weight"), torch.from_numpy(array))

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.healing.cluster import check_scheduler
 from intarsia.progress import Silent
 from intarsia.recipe.methods import METHODS as KINDS
 from intarsia.recipe.ops import LayerRef, Merge
 from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Blend, Keep
-from intarsia.tailoring.dask_workers import OnDask, dask_workers
+from intarsia.tailoring.dask_workers import OnDask, check_scheduler, dask_workers
 from intarsia.tailoring.engine import Start
 from intarsia.tailoring.history import EARLIER, History
 from intarsia.tailoring.outcome import Outcome

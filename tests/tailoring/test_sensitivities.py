@@ -27,7 +27,7 @@ def test_what_is_measured_is_what_a_plan_measures(pair: Callable[[str], Family],
     whole = identity(Variant(name="base", model="x"), 6)
     model = Intermediate(Resident(members["base"], device=CPU), corpus, whole.layers)
     model.measure()
-    expected = part_scores(model.measures[2].channels["mlp"], model.modules[2], model.anatomy, "mlp")
+    expected = part_scores(model.measures[2].channels["mlp"], model.modules[2], model.architecture, "mlp")
     torch.testing.assert_close(found[LayerRef(variant="base", layer=2)]["mlp"], expected, rtol=1e-5, atol=0.0)
     path = tmp_path / "scores.safetensors"
     sensitivities.save(found, path)

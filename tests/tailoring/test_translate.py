@@ -124,12 +124,12 @@ def test_a_join_takes_the_most_sensitive_pieces() -> None:
 def test_recipes_are_valid_and_lead_back(translator: Translator) -> None:
     space = translator.space
     rng = random.Random(0)
-    anatomies = dict.fromkeys(MEMBERS, translator.anatomy)
+    architectures = dict.fromkeys(MEMBERS, translator.architecture)
     seen: dict[str, Candidate] = {}
     for _ in range(60):
         candidate = space.random(rng)
         recipe = translator.recipe(candidate)
-        check(recipe, {variant.name: anatomies[variant.name] for variant in recipe.variants})
+        check(recipe, {variant.name: architectures[variant.name] for variant in recipe.variants})
         assert len(recipe.layers) == space.target
         assert translator.exact(recipe) == candidate
         assert seen.setdefault(content_hash(recipe), candidate) == candidate

@@ -1,12 +1,12 @@
 "use strict";
-// The puzzle picture answers to the pointer, the keyboard and the finger. Without this script it is a plain picture.
+// The puzzle picture reacts to pointer, keyboard and touch. Without this script it is a plain picture.
 for (const board of document.querySelectorAll(".board")) {
   const data = JSON.parse(board.querySelector(".data").textContent);
   const panel = board.querySelector(".panel");
   const hint = [...panel.childNodes];
   const pictures = [...board.querySelectorAll(".picture")];
   const depth = board.querySelector(".depth");
-  let held = null; // what was tapped or chosen by key stays until another is
+  let held = null; // a layer that was tapped stays selected until another is
 
   const make = (tag, name, text) => {
     const element = document.createElement(tag);
@@ -61,7 +61,7 @@ for (const board of document.querySelectorAll(".board")) {
     if (part.ranges) box.append(make("div", "small", data.mlp + " " + part.ranges));
     return box;
   };
-  const tellOutput = (layers, index) => {
+  const showOutput = (layers, index) => {
     const found = data.depths[layers][index];
     const [first, stop] = found.span;
     const stands = stop - first === 1 ? "original layer " + first : "original layers " + first + " to " + (stop - 1);
@@ -69,12 +69,11 @@ for (const board of document.querySelectorAll(".board")) {
     panel.append(...found.parts.map(pieces));
     panel.append(list([...found.parts.flatMap((part) => influence(part.layer)), ...(found.notes || [])]));
   };
-  const tellOriginal = (layers, layer) => {
-    const outputs = data.depths[layers];
-    const goes = outputs.flatMap((output, index) => output.parts.filter((part) => part.layer === layer).map((part) => [index, part]));
+  const showOriginal = (layers, layer) => {
+    const outputs = data.depths[layers].flatMap((output, index) => output.parts.filter((part) => part.layer === layer).map((part) => [index, part]));
     panel.replaceChildren(make("h4", "", "Original layer " + layer));
-    panel.append(make("p", "stands", goes.length ? "goes to output layer " + goes.map(([index]) => index).join(", ") : "was dropped"));
-    panel.append(...goes.map(([, part]) => pieces(part)));
+    panel.append(make("p", "stands", outputs.length ? "in output layer " + outputs.map(([index]) => index).join(", ") : "dropped"));
+    panel.append(...outputs.map(([, part]) => pieces(part)));
     const span = data.spans[layer] === undefined ? [] : [["span influence of " + layer + " and " + (layer + 1), data.spans[layer]]];
     panel.append(list([...influence(layer), ...span]));
   };
@@ -99,7 +98,7 @@ for (const board of document.querySelectorAll(".board")) {
       ribbon.classList.add("on");
       drawing.querySelector(`.layer[data-side="${other}"][data-layer="${ribbon.dataset[other]}"]`).classList.add("on");
     }
-    (side === "in" ? tellOriginal : tellOutput)(current().dataset.layers, Number(layer));
+    (side === "in" ? showOriginal : showOutput)(current().dataset.layers, Number(layer));
   };
   const handleOf = (event) => {
     const ribbon = event.target.closest(".ribbon");

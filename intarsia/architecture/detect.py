@@ -1,0 +1,263 @@
+"""From a `config.json` to an `Architecture`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from intarsia.architecture.families import Family, LinearEntry, NormEntry, PerLayer, known_families, uncovered
+from intarsia.architecture.spec import Architecture, Linear, Norm
+from intarsia.errors import Problem, UserError
+
+
+def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Architecture:
+    """The architecture of the model that a config describes.
+
+    Raises:
+        UserError: the family is unknown, has a feature that its file does not cover, or a number is missing or
+            impossible. All problems of the config are reported at once.
+    """
+    model_type = config.get("model_type")
+    for family in known_families().values():
+        if model_type in family.model_types and _holds(family.when, _values(family, config)):
+            return _resolve(family, config, where)
+    if isinstance(model_type, str) and model_type in uncovered():
+        entry = uncovered()[model_type]
+        raise UserError.of(
+            where=f"{where}: model_type {model_type!r}",
+            expected="a model whose layers can be described",
+            found=entry["feature"],
+            remedy=entry["remedy"],
+        )
+    known = ", ".join(sorted({kind for family in known_families().values() for kind in family.model_types}))
+    raise UserError.of(
+        where=f"{where}: model_type",
+        expected=f"one of {known}",
+        found=repr(model_type),
+        remedy="Use a model of a known family, or describe this one in a family file: docs/ADD_A_FAMILY.md says how, "
+        "and `intarsia anatomy check --family-file` tries it.",
+    )
+
+
+def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Architecture:
+    values = _values(family, config)
+    problems = list(_refusals(family, values, where))
+    numbers: dict[str, int] = {}
+    for key in ("layers", "width", "query_heads", "vocabulary"):
+        numbers[key] = _number(values, family.fields[key], where, problems)
+    constants = family.constants
+    usual = numbers["width"] * constants.channels_per_width if constants.channels_per_width else None
+    numbers["channels"] = _number(values, family.fields["channels"], where, problems, usual)
+    numbers["kv_heads"] = constants.kv_heads or _number(
+        values, family.fields.get("kv_heads"), where, problems, numbers["query_heads"]
+    )
+    numbers["experts"] = _number(values, family.fields["experts"], where, problems) if "experts" in family.fields else 0
+    heads = max(numbers["query_heads"], 1)
+    numbers["head_dim"] = _number(values, family.fields.get("head_dim"), where, problems, numbers["width"] // heads)
+    if not problems and numbers["query_heads"] % numbers["kv_heads"]:
+        problems.append(
+            Problem(
+                where=f"{where}: {family.fields['query_heads']}",
+                expected=f"a multiple of the {numbers['kv_heads']} key/value heads",
+                found=str(numbers["query_heads"]),
+                remedy="The config does not describe grouped-query attention; correct it.",
+            )
+        )
+    per_layer = _lists(family.per_layer, values, numbers["layers"], where, problems)
+    scale = values.get(family.fields.get("residual_scale", ""), 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        problems.append(_not_expected(f"{where}: {family.fields['residual_scale']}", "a number", scale))
+    linears = tuple(_linear(entry, values, where, problems) for entry in family.linears)
+    if problems:
+        raise UserError(problems)
+    return Architecture(
+        family=family,
+        linears=linears,
+        norms=tuple(_norm(entry, values) for entry in family.norms),
+        n_layers=numbers["layers"],
+        width=numbers["width"],
+        n_query_heads=numbers["query_heads"],
+        n_kv_heads=numbers["kv_heads"],
+        head_dim=numbers["head_dim"],
+        n_channels=numbers["channels"],
+        vocabulary=numbers["vocabulary"],
+        tied=bool(values.get(family.fields["tied"], False)),
+        layer_types=_kinds(family.per_layer, per_layer),
+        config=dict(config),
+        per_layer=per_layer,
+        n_experts=numbers["experts"],
+        parallel=_flag(family.parallel, values),
+        residual_scale=float(scale),
+        approximations=(
+            *family.always,
+            *(entry.text for entry in family.sometimes if _holds(entry.when, values)),
+        ),
+    )
+
+
+def _values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    # A null is not a missing field: transformers computes what is null, and takes its default for what is missing.
+    found = {key: value for key, value in {**family.defaults, **config}.items() if value is not None}
+    for other, name in family.aliases.items():
+        if other in found:
+            found.setdefault(name, found[other])
+    return found
+
+
+def _refusals(family: Family, values: Mapping[str, Any], where: str) -> list[Problem]:
+    return [
+        Problem(
+            where=where,
+            expected=f"a {family.title} model that the family file covers",
+            found=entry.feature,
+            remedy=entry.remedy,
+        )
+        for entry in family.refusals
+        if _holds(entry.when, values)
+        and not (entry.when_not is not None and _holds(entry.when_not, values))
+        and entry.unless not in values
+    ]
+
+
+def _holds(when: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    return all(values.get(key) == value for key, value in when.items())
+
+
+def _number(
+    values: Mapping[str, Any], field: str | None, where: str, problems: list[Problem], default: int | None = None
+) -> int:
+    found = default if field is None else values.get(field, default)
+    if isinstance(found, int) and not isinstance(found, bool) and found > 0:
+        return found
+    problems.append(_not_expected(f"{where}: {field}", "a positive whole number", found))
+    return 1
+
+
+def _not_expected(where: str, expected: str, found: Any) -> Problem:
+    return Problem(
+        where=where,
+        expected=expected,
+        found="nothing" if found is None else repr(found),
+        remedy="Complete the config.",
+    )
+
+
+def _flag(value: Any, values: Mapping[str, Any]) -> bool:
+    """A TOML value that is a truth value, or the name of the config field that holds it."""
+    return bool(values.get(value, False)) if isinstance(value, str) else bool(value)
+
+
+def _linear(entry: LinearEntry, values: Mapping[str, Any], where: str, problems: list[Problem]) -> Linear:
+    whole = entry.whole
+    return Linear(
+        module=entry.module,
+        part=entry.part,
+        side=entry.side,
+        segments=entry.segments,
+        bias=_flag(entry.bias, values),
+        per_expert=entry.per_expert,
+        whole=_number(values, whole, where, problems) if isinstance(whole, str) else whole,
+    )
+
+
+def _norm(entry: NormEntry, values: Mapping[str, Any]) -> Norm:
+    return Norm(
+        module=entry.module,
+        part=entry.part,
+        place=entry.place,
+        offset=entry.offset,
+        weight=_flag(entry.weight, values),
+        bias=_flag(entry.bias, values),
+        rows=entry.rows,
+        serves=entry.serves,
+    )
+
+
+# What a config says layer by layer: attention types, which layers have a rotary embedding, and the like.
+#
+# A list that a config lacks may have a meaning all the same: transformers makes it by a rule, and a shallower model
+# needs the list itself, for the rule would tell its layers apart by their new places.
+
+
+def _lists(
+    entries: Sequence[PerLayer], values: Mapping[str, Any], n_layers: int, where: str, problems: list[Problem]
+) -> dict[str, tuple[Any, ...]]:
+    """Every per-layer list of a config, by its field, as far as there is one; `problems` gets what is wrong.
+
+    Args:
+        values: the config's fields, with the family's defaults, without nulls.
+    """
+    found: dict[str, tuple[Any, ...]] = {}
+    for entry in entries:
+        value = values.get(entry.field)
+        if value is None:
+            if entry.every is None:
+                continue
+            made = _made(entry, values, n_layers, where, problems)
+            if made is not None:
+                found[entry.field] = made
+        elif _fits(entry, value, n_layers):
+            found[entry.field] = tuple(value)
+        else:
+            what = "names" if entry.field == "layer_types" else "entries"
+            problems.append(
+                Problem(
+                    where=f"{where}: {entry.field}",
+                    expected=f"a list of {n_layers} {what}, one a layer",
+                    found=f"a list of {len(value)}" if isinstance(value, list) else repr(value),
+                    remedy=f"Make {entry.field} as long as the model is deep.",
+                )
+            )
+    return found
+
+
+def _kinds(entries: Sequence[PerLayer], found: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...] | None:
+    """How each layer attends, in words that differ where layers must not be joined; None without a list."""
+    told = []
+    for entry in entries:
+        if entry.field not in found:
+            continue
+        if entry.kinds is not None:
+            told.append([entry.kinds.get(str(int(value)), "") for value in found[entry.field]])
+        elif entry.field == "layer_types":
+            told.append(list(found[entry.field]))
+    return tuple(", ".join(word for word in words if word) for words in zip(*told, strict=True)) if told else None
+
+
+def regenerates(entry: PerLayer, config: Mapping[str, Any], name: str, wanted: Sequence[Any]) -> bool:
+    """Whether the rule that a config's field `name` states makes the very list `wanted`."""
+    every = _interval(config.get(name))
+    return entry.every is not None and every is not None and _by_rule(entry, every, len(wanted)) == tuple(wanted)
+
+
+def _made(
+    entry: PerLayer, values: Mapping[str, Any], n_layers: int, where: str, problems: list[Problem]
+) -> tuple[Any, ...] | None:
+    stated = values.get(entry.every) if isinstance(entry.every, str) else entry.every
+    every = _interval(stated)
+    if every is not None:
+        return _by_rule(entry, every, n_layers)
+    problems.append(
+        Problem(
+            where=f"{where}: {entry.every}",
+            expected=f"a positive whole number, for there is no {entry.field}",
+            found=repr(stated),
+            remedy=f"Give the config its {entry.field}: load it with transformers 5 and save it again.",
+        )
+    )
+    return None
+
+
+def _interval(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _by_rule(entry: PerLayer, every: int, n_layers: int) -> tuple[Any, ...]:
+    return tuple(entry.others if (layer + 1) % every else entry.nth for layer in range(n_layers))
+
+
+def _fits(entry: PerLayer, value: Any, n_layers: int) -> bool:
+    if not isinstance(value, list) or len(value) != n_layers:
+        return False
+    kind = str if entry.field == "layer_types" else (str, int)
+    return all(isinstance(item, kind) for item in value)

@@ -1,0 +1,302 @@
+"""Families of models as data: the TOML files of the package, and one that a user tries before it is among them.
+
+docs/ADD_A_FAMILY.md says what the keys mean.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, Field, PlainValidator, PrivateAttr, model_validator
+
+from intarsia.data_file import Misplaced, Strict, checked, raise_misplaced, unexpected
+from intarsia.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Part: TypeAlias = Literal["attention", "mlp"]
+PARTS: tuple[Part, ...] = ("attention", "mlp")
+
+_NEEDED_FIELDS = ("layers", "width", "query_heads", "channels", "vocabulary", "tied")
+_OTHER_FIELDS = ("kv_heads", "head_dim", "experts", "residual_scale", "embedding_width")
+
+
+def _flag(value: Any) -> bool | str:
+    if isinstance(value, (bool, str)):
+        return value
+    raise unexpected("true, false, or the config field that says so")
+
+
+def _size(value: Any) -> int | str:
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise unexpected("a positive whole number, or the config field that has it")
+
+
+def _fields(value: dict[str, str]) -> dict[str, str]:
+    known = (*_NEEDED_FIELDS, *_OTHER_FIELDS)
+    wrong: list[Misplaced] = [
+        ((name,), unexpected("a field of the config", remedy="Add it."), None)
+        for name in _NEEDED_FIELDS
+        if name not in value
+    ]
+    for name in value:
+        if name not in known:
+            wrong.append(((name,), unexpected(f"one of {', '.join(known)}", "an unknown key"), None))
+    raise_misplaced(wrong)
+    return value
+
+
+Flag: TypeAlias = Annotated[bool | str, PlainValidator(_flag)]
+"""A truth value, or the config field that holds it."""
+Size: TypeAlias = Annotated[int | str, PlainValidator(_size)]
+"""A positive whole number, or the config field that holds it."""
+_Texts: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
+_Count: TypeAlias = Annotated[int, Field(gt=0)]
+
+
+class PerLayer(Strict):
+    """A config field with one entry a layer."""
+
+    field: str
+    # What a config that lacks the field means: each `every`-th layer is `nth`, every other one `others`. None: such a
+    # config says nothing layer by layer.
+    every: Size | None = None
+    nth: Any = None
+    others: Any = None
+    # What a layer with that value is; layers of different kinds are not joined.
+    kinds: dict[str, str] | None = None
+    # Fields from which a runtime would make the list anew; they stay only where that gives the same list.
+    instead_of: _Texts = ()
+
+
+class Stacked(Strict):
+    """A parameter in memory that holds a matrix of every expert: `[experts, ...]`, `tensors` of each joined by rows."""
+
+    parameter: str
+    tensors: _Texts
+
+
+class LinearEntry(Strict):
+    """A linear layer, as `intarsia.architecture.spec.Linear` before the config is known."""
+
+    module: str
+    part: Part
+    side: Literal["reads", "writes"]
+    segments: Annotated[tuple[Literal["q", "kv", "qkv", "channel", "expert"], ...], Field(strict=False)]
+    bias: Flag = False
+    per_expert: bool = False
+    whole: Size | None = None
+
+
+class NormEntry(Strict):
+    """A norm, as `intarsia.architecture.spec.Norm` before the config is known."""
+
+    module: str
+    part: Part
+    place: Literal["before", "inside", "after"]
+    serves: Annotated[tuple[Part, ...], Field(strict=False)] = ()
+    rows: Literal["q", "kv", "head", "kv_head"] | None = None
+    offset: float = 0.0
+    weight: Flag = True
+    bias: Flag = False
+
+
+class Refusal(Strict):
+    """A kind of model that the file does not cover: all of `when` hold, not all of `when_not`, `unless` is missing."""
+
+    feature: str
+    remedy: str
+    when: dict[str, Any] = Field(default_factory=dict)
+    when_not: dict[str, Any] | None = None
+    unless: str | None = None
+
+
+class Approximation(Strict):
+    """What is not exact in the models whose config has these values."""
+
+    when: dict[str, Any]
+    text: str
+
+
+class Modules(Strict):
+    """The names of modules, in files."""
+
+    layers: str
+    embedding: str
+    head: str
+    # The head's module in memory, where files call it otherwise.
+    head_in_memory: str | None = None
+    # The module in memory that runs the experts of a mixture.
+    experts: str = ""
+
+
+class Constants(Strict):
+    """Numbers that are the same in every model of the family."""
+
+    kv_heads: _Count | None = None
+    channels_per_width: _Count | None = None
+
+
+class Family(Strict):
+    """One model family, as its TOML file describes it."""
+
+    title: str
+    model_types: _Texts
+    # Config values by which one model type is told from another layout of the same type.
+    when: dict[str, Any] = Field(default_factory=dict)
+    modules: Modules
+    # The config's names for what every model has: `layers`, `width`, `query_heads`, ...
+    fields: Annotated[dict[str, str], AfterValidator(_fields)]
+    constants: Constants = Constants()
+    # What transformers takes where a config lacks a field.
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    # Other names of fields, and the ones that this file uses.
+    aliases: dict[str, str] = Field(default_factory=dict)
+    linears: list[LinearEntry] = Field(alias="linear")
+    norms: list[NormEntry] = Field(alias="norm")
+    # Whether attention and MLP read the same residual stream.
+    parallel: Flag = False
+    # How a name inside a layer starts in files, and how it starts in memory.
+    renamed: dict[str, str] = Field(default_factory=dict)
+    stacked: list[Stacked] = Field(default_factory=list)
+    # Layer tensors of older files that are computed from the config, and left out.
+    buffers: _Texts = ()
+    # Whether `transformers` caches a key and a value of every query head, not of every KV group.
+    caches_query_heads: bool = False
+    # What a small model of the family needs in its config beside smaller sizes (`intarsia.building.shrunken`).
+    tiny: dict[str, Any] = Field(default_factory=dict)
+    refusals: list[Refusal] = Field(default_factory=list, alias="refuse")
+    plain_lists: _Texts = Field(default=(), alias="per_layer_fields")
+    lists: list[PerLayer] = Field(default_factory=list, alias="per_layer")
+    always: _Texts = Field(alias="approximations")
+    sometimes: list[Approximation] = Field(default_factory=list, alias="approximation")
+
+    _name: str = PrivateAttr(default="")
+
+    @model_validator(mode="after")
+    def _one_writer_a_part(self) -> Family:
+        wrong: list[Misplaced] = []
+        for part in PARTS:
+            found = [e.module for e in self.linears if (e.part, e.side, e.whole) == (part, "writes", None)]
+            if len(found) != 1:
+                error = unexpected(f"one that writes for the part {part!r}", ", ".join(found) or "none")
+                wrong.append((("linear",), error, None))
+        raise_misplaced(wrong)
+        return self
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self._name
+
+    @property
+    def layers_module(self) -> str:
+        """The module that holds the layers, in files."""
+        return self.modules.layers
+
+    @property
+    def embedding_module(self) -> str:
+        """The embedding's module, in files."""
+        return self.modules.embedding
+
+    @property
+    def head_module(self) -> str:
+        """The head's module, in files."""
+        return self.modules.head
+
+    @property
+    def head_in_memory(self) -> str:
+        """The head's module, in memory."""
+        return self.modules.head_in_memory or self.modules.head
+
+    @property
+    def experts_module(self) -> str:
+        """The module in memory that runs the experts of a mixture."""
+        return self.modules.experts
+
+    @property
+    def per_layer(self) -> tuple[PerLayer, ...]:
+        """The config fields with one entry a layer."""
+        return (*(PerLayer(field=field) for field in self.plain_lists), *self.lists)
+
+    @property
+    def approximations(self) -> tuple[str, ...]:
+        """What is not exact in any of its models."""
+        return (*self.always, *(f"{entry.text} (where {_condition(entry.when)})" for entry in self.sometimes))
+
+
+_tried: dict[str, Family] = {}
+
+
+def known_families() -> dict[str, Family]:
+    """Every known family, by name; one that is being tried comes before the others."""
+    return {**_tried, **{name: family for name, family in _packaged().items() if name not in _tried}}
+
+
+@contextmanager
+def with_family_file(path: Path | None) -> Iterator[None]:
+    """While open, the family of that file is known too; None: no other.
+
+    Raises:
+        UserError: it is no family file. Everything that is wrong with it is reported at once.
+    """
+    if path is None:
+        yield
+        return
+    _tried[path.stem] = _read(path)
+    try:
+        yield
+    finally:
+        del _tried[path.stem]
+
+
+@cache
+def uncovered() -> dict[str, dict[str, str]]:
+    """Model types that cannot be described yet: the feature that is in the way, and what to do instead."""
+    text = (files("intarsia.architecture") / "uncovered.toml").read_text(encoding="utf-8")
+    return {kind: entry for entry in tomllib.loads(text)["family"] for kind in entry["model_types"]}
+
+
+@cache
+def _packaged() -> dict[str, Family]:
+    folder = files("intarsia.architecture") / "families"
+    entries = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".toml")), key=lambda e: e.name)
+    return {
+        (name := entry.name.removesuffix(".toml")): _family(
+            name, tomllib.loads(entry.read_text(encoding="utf-8")), where=entry.name
+        )
+        for entry in entries
+    }
+
+
+def _family(name: str, data: Mapping[str, Any], *, where: str) -> Family:
+    family = checked(Family, data, where=where, remedy="See docs/ADD_A_FAMILY.md.")
+    family._name = name
+    return family
+
+
+def _condition(when: Mapping[str, Any]) -> str:
+    return " and ".join(f"{key} is {str(value).lower()}" for key, value in when.items())
+
+
+def _read(path: Path) -> Family:
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError.of(
+            where=str(path),
+            expected="a family file in TOML (docs/ADD_A_FAMILY.md)",
+            found=getattr(error, "strerror", None) or str(error),
+            remedy="Copy one of intarsia/architecture/families/ and change it.",
+        ) from error
+    return _family(path.stem, data, where=str(path))

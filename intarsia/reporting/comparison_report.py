@@ -1,0 +1,306 @@
+"""A comparison of methods as a part of a report, and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+
+from intarsia.errors import UserError
+from intarsia.recipe import schema
+from intarsia.reporting import comparison
+from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Table, Tile
+from intarsia.reporting.colours import standalone
+from intarsia.reporting.commands import compare_command
+from intarsia.reporting.comparison import DENSE, MEAN, Comparison, Measure, Row
+from intarsia.reporting.figures import Axis, Interval, Point, Series, chart, intervals, layers_axis
+from intarsia.reporting.puzzle import pieces_of, puzzle_svg
+from intarsia.reporting.wording import model_name, short, written
+
+_ERRORS = 1.96  # standard errors to either side are a 95 % interval
+_BROKEN = 30.0  # times the original's perplexity: by how much more does not matter
+_LONG_TABLE = 12
+_ACROSS = {"parameters": "parameters", "layers": "layers", "decode_tokens_per_s": "tokens/s, decode"}
+
+
+def is_comparison(path: Path) -> bool:
+    """Whether a folder holds a comparison."""
+    return (path / comparison.SETTINGS).is_file()
+
+
+def read(path: Path) -> Subject:
+    """Read a comparison as a subject.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    found = comparison.load(path)
+    methods = {row.method for row in found.rows} - {DENSE}
+    return Subject(
+        path=path,
+        title=f"{model_name(found.model)}: methods compared",
+        subtitle=f"{len(methods)} methods, {len(found.rows)} models"
+        + (f", evaluated on {', '.join(found.texts)}" if found.texts else ""),
+        base=(found.base_sha256 or "", model_name(found.model)),
+        tiles=_tiles(found),
+        notes=_notes(found),
+        sections=[
+            *_quality(found),
+            *_tasks(found),
+            *_speed(found),
+            *_table(found),
+            *_puzzles(found),
+            _origin(found),
+        ],
+        ladders=_ladders(found),
+        texts={str(text.get("sha256") or text["name"]): str(text["name"]) for text in found.eval_texts},
+    )
+
+
+def curves(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Group the rows by method and heal, in the order in which they first appear, without the original."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.method != DENSE:
+            found.setdefault((row.method, row.heal), []).append(row)
+    return found
+
+
+def figure(found: Comparison, *, against: str = "parameters", quality: str) -> Markup:
+    """Draw the quality of every model, a curve for each method, dashed and hollow where it was healed.
+
+    Args:
+        against: `parameters`, `layers` or `decode_tokens_per_s`.
+        quality: the name of an evaluation text (perplexity), of a task, or `mean` (of the tasks).
+    """
+    is_text = any(quality in row.perplexity for row in found.rows)
+
+    def measure(row: Row) -> Measure:
+        measured = row.perplexity.get(quality) if is_text else row.score(quality)
+        return measured or {}
+
+    def points(rows: Sequence[Row]) -> list[Point]:
+        return [
+            Point(
+                x=float(x),
+                y=value,
+                error=measure(row).get("stderr"),
+                title=f"{row.name}, {row.layers} layers: {value:.4g}",
+            )
+            for row in rows
+            if (value := measure(row).get("value")) is not None and (x := getattr(row, against)) is not None
+        ]
+
+    grouped = curves(found.rows)
+    methods = list(dict.fromkeys(method for method, _ in grouped))
+    series = [
+        Series(
+            name=method if (method, "none") in grouped else rows[0].name,
+            points=points(rows),
+            hue=methods.index(method),
+            dashed=heal != "none",
+            listed=heal == "none" or (method, "none") not in grouped,
+        )
+        for (method, heal), rows in grouped.items()
+    ]
+    dense = None if found.dense is None else measure(found.dense).get("value")
+    label = f"perplexity, {quality}" if is_text else f"accuracy, {quality}"
+    most = _BROKEN * dense if is_text and dense is not None else None
+    notes = ["dashed, hollow: healed"] if any(each.dashed for each in series) else []
+    if most is not None and any(point.y > most for each in series for point in each.points):
+        notes.append(f"arrow: more than {_BROKEN:.0f} times the original's")
+    by_depth = against == "layers"
+    return chart(
+        series,
+        x=layers_axis(row.layers for row in found.rows if row.method != DENSE)
+        if by_depth
+        else Axis(label=_ACROSS[against]),
+        y=Axis(label=label, log=is_text, most=most),
+        rules=[] if dense is None else [(dense, DENSE)],
+        note="; ".join(notes),
+        title=f"{label} against {_ACROSS[against]}",
+    )
+
+
+def figure_file(found: Comparison, *, against: str = "parameters", quality: str) -> str:
+    """Draw `figure` as the text of an SVG file."""
+    return standalone(figure(found, against=against, quality=quality))
+
+
+def _notes(found: Comparison) -> list[str]:
+    if not found.rows:
+        return ["This comparison is not finished: no model has been measured yet."]
+    done = {row.key for row in found.rows}
+    missing = [key for key in found.asked if key not in done]
+    if missing:
+        names = ", ".join(f"{method} at {layers}" for method, layers, _ in missing[:4])
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        return [f"This comparison is not finished: models still to be measured: {len(missing)} ({names}{more})."]
+    return [] if found.dense else ["The original model has not been measured."]
+
+
+def _tiles(found: Comparison) -> list[Tile]:
+    """The best model of every depth."""
+    if not found.texts or not found.rows:
+        return []
+    text = found.texts[0]
+    tiles = []
+    if found.dense is not None and text in found.dense.perplexity:
+        tiles.append(Tile(name=f"dense, {text}", now=short(found.dense.perplexity[text]["value"])))
+    for layers in sorted({row.layers for row in found.rows if row.method != DENSE}, reverse=True):
+        rows = [row for row in found.rows if row.layers == layers and row.method != DENSE and text in row.perplexity]
+        if rows:
+            best = min(rows, key=lambda row: float(row.perplexity[text]["value"]))
+            value = short(best.perplexity[text]["value"])
+            tiles.append(Tile(name=f"best at {layers} layers", now=value, change=best.name))
+    return tiles
+
+
+def _quality(found: Comparison) -> list[Section]:
+    figures = [
+        Figure(svg=figure(found, against="layers", quality=text), caption=f"{text}; bars are one standard error.")
+        for text in found.texts
+        if any(text in row.perplexity for row in found.rows)
+    ]
+    if any(row.parameters for row in found.rows) and found.texts and figures:
+        text = found.texts[0]
+        svg = figure(found, against="parameters", quality=text)
+        figures.append(Figure(svg=svg, caption=f"{text}, against the size of the model."))
+    return [Section(title="Perplexity", blocks=figures, intro="Lower is better.")] if figures else []
+
+
+def _tasks(found: Comparison) -> list[Section]:
+    scored = [row for row in found.rows if row.tasks]
+    pruned = [row for row in scored if row.method != DENSE]
+    if not scored:
+        return []
+    depths = sorted({row.layers for row in pruned}, reverse=True)
+    wanted = [(MEAN, layers) for layers in depths] + [(task, depths[-1]) for task in found.tasks if depths]
+    figures = [_task_figure(found, [row for row in pruned if row.layers == at], task) for task, at in wanted]
+    blocks: list[Block] = [*(each for each in figures if each is not None), *_retention(pruned)]
+    return [Section(title="Tasks", blocks=blocks, intro="Points with 95 % intervals; higher is better.")]
+
+
+def _task_figure(found: Comparison, rows: Sequence[Row], task: str) -> Figure | None:
+    methods = list(dict.fromkeys(row.method for row in found.rows if row.method != DENSE))
+    scored = []
+    for row in rows:
+        measured = row.score(task) or {}
+        if measured.get("value") is not None:
+            value, error = float(measured["value"]), _ERRORS * float(measured.get("stderr") or 0.0)
+            scored.append(
+                Interval(
+                    name=row.name,
+                    value=value,
+                    low=value - error,
+                    high=value + error,
+                    hue=methods.index(row.method),
+                    hollow=row.heal != "none",
+                )
+            )
+    if not scored:
+        return None
+    dense = {} if found.dense is None else found.dense.score(task) or {}
+    named = [(dense.get("value"), DENSE), (_chance(rows, task), "chance")]
+    rules = [(float(value), name) for value, name in named if value is not None]
+    title = f"{'Mean accuracy' if task == MEAN else task} at {rows[0].layers} layers"
+    return Figure(svg=intervals(scored, label="accuracy", title=title, rules=rules), caption=f"{title}.")
+
+
+def _chance(rows: Sequence[Row], task: str) -> float | None:
+    """The accuracy of guessing, on a task or as the mean over all of them."""
+    for row in rows:
+        scores = (row.tasks or {}).get("scores") or []
+        chances = [score.get("chance") for score in scores if task in (MEAN, score.get("name"))]
+        if chances and None not in chances:
+            return float(sum(chances) / len(chances))
+    return None
+
+
+def _retention(rows: Sequence[Row]) -> list[Table]:
+    """The share of the original's accuracy that is kept on the same items, with its interval."""
+    found = [(row, ((row.tasks or {}).get("retention") or {}).get("mean")) for row in rows]
+    cells = [
+        [
+            row.name,
+            str(row.layers),
+            *map(_share, (kept.get("accuracy"), kept.get("above_chance"))),
+            str(kept.get("n", "")),
+        ]
+        for row, kept in found
+        if kept
+    ]
+    if not cells:
+        return []
+    columns = ("method", "layers", "accuracy kept", "kept above chance", "items")
+    caption = "Accuracy kept on the same items, with paired bootstrap intervals (95 %)"
+    numbers = frozenset({1, 2, 3, 4})
+    return [Table(columns=columns, rows=cells, caption=caption, numbers=numbers, folded=len(cells) > _LONG_TABLE)]
+
+
+def _share(ratio: Mapping[str, float] | None) -> str:
+    if not ratio:
+        return ""
+    low, high = ratio.get("low"), ratio.get("high")
+    return f"{ratio['value']:.1%}" + ("" if low is None or high is None else f" ({low:.1%} to {high:.1%})")
+
+
+def _speed(found: Comparison) -> list[Section]:
+    if not any(row.decode_tokens_per_s for row in found.rows) or not found.texts:
+        return []
+    quality = MEAN if any(row.score(MEAN) for row in found.rows) else found.texts[0]
+    svg = figure(found, against="decode_tokens_per_s", quality=quality)
+    return [Section(title="Speed", blocks=[Figure(svg=svg, caption="Quality against decoding speed.")])]
+
+
+def _table(found: Comparison) -> list[Section]:
+    if not found.rows:
+        return []
+    names = [name for name in comparison.columns(found) if not name.endswith(" stderr")]
+    rows = [[comparison.written_cell(name, row) for name in names] for row in comparison.cells(found)]
+    numbers = frozenset(index for index, name in enumerate(names) if name not in ("method", "heal", "note"))
+    return [Section(title="All numbers", blocks=[Table(columns=names, rows=rows, numbers=numbers)])]
+
+
+def _puzzles(found: Comparison) -> list[Section]:
+    """The puzzle of each method at the least depth, where its recipe is in the folder."""
+    rows = [row for row in found.rows if row.recipe and row.method != DENSE]
+    least = min((row.layers for row in rows), default=0)
+    figures: list[Block] = []
+    for row in {row.method: row for row in rows if row.layers == least}.values():
+        place = (found.path / str(row.recipe)).resolve()
+        if found.path.resolve() not in place.parents or not place.is_file():
+            continue
+        try:
+            recipe = schema.load(place)
+        except UserError:
+            continue
+        figures.append(Figure(svg=puzzle_svg(recipe, pieces_of(recipe)), caption=row.method))
+    return [Section(title=f"The puzzle of each method at {least} layers", blocks=figures)] if figures else []
+
+
+def _ladders(found: Comparison) -> list[Ladder]:
+    return [
+        Ladder(
+            name=rows[0].name,
+            measure=f"perplexity, {text['name']}",
+            text=str(text.get("spec") or text["name"]),
+            text_key=str(text.get("sha256") or text["name"]),
+            points=[
+                (row.layers, row.perplexity[text["name"]]["value"]) for row in rows if text["name"] in row.perplexity
+            ],
+        )
+        for text in found.eval_texts
+        for rows in curves(found.rows).values()
+    ]
+
+
+def _origin(found: Comparison) -> Section:
+    pairs = [("model", found.model), ("weights, sha256", found.base_sha256 or "not recorded")]
+    pairs += [(name.replace("_", " "), written(value)) for name, value in found.settings.items() if value is not None]
+    for text in found.eval_texts:
+        pairs.append((f"text {text['name']}", written({k: v for k, v in text.items() if k != "name"})))
+    command = compare_command(found.facts, out=found.path.name)
+    code = [] if command is None else [Code(text=command)]
+    return Section(title="How to reproduce it", blocks=[*code, Facts(pairs=pairs)])

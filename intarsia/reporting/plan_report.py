@@ -1,0 +1,297 @@
+"""The run folder of a plan as a part of a report: the puzzle at every depth, the scores of the layers, the ladder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from intarsia.disk import read_json
+from intarsia.planning.run_folder import RunFolder
+from intarsia.planning.told import mlp_pieces, of_experts
+from intarsia.recipe import schema
+from intarsia.recipe.recipe import Recipe
+from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Tile, table
+from intarsia.reporting.commands import plan_command
+from intarsia.reporting.figures import Axis, Point, Series, chart, heat, layers_axis
+from intarsia.reporting.puzzle import pieces_of
+from intarsia.reporting.puzzle_section import LayerFacts, puzzle_section
+from intarsia.reporting.wording import duration, model_name, short, written
+
+_SCORES = {
+    "scores": "score of the method",
+    "similarities": "similarity to the next layer",
+    "losses": "calibration loss without the layer",
+}
+_LONG_TABLE = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRun:
+    """What the run folder of a plan holds."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    log: Sequence[Mapping[str, Any]]
+    calibration: Mapping[str, Any]
+    # By depth, the deepest first, without fitted tensors.
+    recipes: Mapping[int, Recipe]
+    # How far it is, where it is not finished.
+    unfinished: str | None = None
+
+    @property
+    def steps(self) -> dict[int, Mapping[str, Any]]:
+        """The log by depth."""
+        return {int(step["layers"]): step for step in self.log}
+
+    @property
+    def evidence(self) -> Mapping[str, Any]:
+        """Scores of the whole model, which the first step was decided on."""
+        return self.log[0]["evidence"] if self.log else {}
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """How the recipes were made."""
+        return next(iter(self.recipes.values())).provenance if self.recipes else {}
+
+    @property
+    def text(self) -> str:
+        """The calibration text in words."""
+        return str(self.calibration.get("text") or self.settings["calibration"])
+
+
+def is_plan_run(path: Path) -> bool:
+    """Whether a folder is the run of a plan (that of healing has other settings)."""
+    try:
+        settings = RunFolder(path).settings()
+    except (OSError, ValueError):
+        return False
+    return "method" in settings and "calibration" in settings
+
+
+def load_run(path: Path) -> PlanRun:
+    """Read everything that the folder of a plan holds so far.
+
+    Raises:
+        UserError: a file of it is damaged.
+    """
+    run = RunFolder.existing(path)
+    log = run.log()
+    pinned = path / "calibration.json"
+    remedy = "The run folder is damaged; delete it and plan again."
+    expected = "what was recorded of the calibration text"
+    recipes = {int(step["layers"]): schema.load(run.recipe_path(int(step["layers"]))) for step in log}
+    return PlanRun(
+        path=path,
+        settings=run.settings(),
+        log=log,
+        calibration=read_json(pinned, expected=expected, remedy=remedy) if pinned.is_file() else {},
+        recipes={layers: replace(recipe, fitted={}) for layers, recipe in recipes.items()},
+        unfinished=run.unfinished(),
+    )
+
+
+def read(path: Path) -> Subject:
+    """Read a run folder as a subject.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    run = load_run(path)
+    model, method = model_name(str(run.settings["model"])), str(run.settings["method"])
+    notes = []
+    if not run.log:
+        notes.append("This run is not finished: no step is done yet, so there is nothing to draw.")
+    elif run.unfinished is not None:
+        notes.append(f"This run is not finished: {run.unfinished}. What there is so far is shown.")
+    return Subject(
+        path=path,
+        title=f"{model}, {method}",
+        subtitle=f"A plan, calibrated on {_with_tokens(run.text, run.settings['tokens'])}",
+        base=(str(run.settings.get("sha256", "")), model),
+        tiles=_tiles(run),
+        notes=notes,
+        sections=[*puzzle_sections(run), *score_sections(run), steps_section(run), _origin(run)],
+        ladders=ladders(run),
+    )
+
+
+def _with_tokens(text: str, tokens: int) -> str:
+    """A text with its number of tokens, unless it says that itself."""
+    return text if "tokens" in text else f"{tokens:,} tokens of {text}"
+
+
+def puzzle_sections(run: PlanRun) -> list[Section]:
+    """Return the puzzle picture of every depth."""
+    if not run.recipes:
+        return []
+    facts = LayerFacts.of_plan(run.evidence, run.steps)
+    return [puzzle_section(run.recipes, pieces_of(*run.recipes.values()), facts)]
+
+
+def score_sections(run: PlanRun) -> list[Section]:
+    """Return the scores of the original layers and of their pieces."""
+    evidence, fate = run.evidence, _fate(run)
+    figures: list[Block] = []
+    if evidence.get("influence"):
+        caption = "How far each layer turns the residual stream."
+        figures.append(_by_layer(evidence["influence"], "block influence", caption, fate))
+    if evidence.get("span_scores"):
+        label = "loss when skipped" if evidence.get("span_choice") == "sleb" else "span influence"
+        values = {int(start): value for start, value in evidence["span_scores"].items()}
+        caption = "Of each layer and the next together: those with the least are joined first."
+        figures.append(_by_layer([values.get(layer) for layer in range(max(values) + 1)], label, caption, {}))
+    for key, label in _SCORES.items():
+        if evidence.get(key) and run.settings["method"] != "reverse":
+            figures.append(_by_layer(evidence[key], label, "The score that the method decides by.", fate))
+    if evidence.get("distances"):
+        svg = heat(evidence["distances"], title="distance over n layers", across="first layer of the block", down="n")
+        caption = "Angle between input and output of every block of n layers; the paler, the smaller."
+        figures.append(Figure(svg=svg, caption=caption))
+    mlp = "experts" if of_experts(run.provenance) else "MLP channels"
+    for key, name, order in (("kv_groups", "KV groups", "in order"), ("channels", mlp, "from least to most sensitive")):
+        rows = (evidence.get("sensitivity") or {}).get(key)
+        if rows:
+            svg = heat(rows, title=f"sensitivity of {name}", across=f"{name}, {order}")
+            figures.append(
+                Figure(svg=svg, caption=f"Sensitivity of {name}; the stronger the colour, the more sensitive.")
+            )
+    intro = "Of the whole model, before the first step."
+    return [Section(title="Scores of the original layers", blocks=figures, intro=intro)] if figures else []
+
+
+def _by_layer(values: Sequence[float | None], label: str, caption: str, fate: Mapping[int, str]) -> Figure:
+    """Values by layer: a line, and points that show what became of the layer."""
+    known = [(layer, value) for layer, value in enumerate(values) if value is not None]
+    log = all(value > 0 for _, value in known) and max(v for _, v in known) > 8 * min(v for _, v in known)
+    line = Series(name="", points=[Point(x=x, y=y) for x, y in known], hue=7, dots=False, listed=False)
+    kinds = [
+        Series(
+            name=name,
+            hue=hue,
+            line=False,
+            marker="o",
+            points=[
+                Point(x=x, y=y, title=f"layer {x}: {label} {y:.4g}") for x, y in known if fate.get(x, "kept") == name
+            ],
+        )
+        for name, hue in (("kept", 7), ("joined", 0), ("dropped", 1))
+    ]
+    x, y = Axis(label="layer", whole=True), Axis(label=label, log=log)
+    return Figure(svg=chart([line, *kinds], x=x, y=y, title=f"{label} by layer"), caption=caption)
+
+
+def _fate(run: PlanRun) -> dict[int, str]:
+    """What became of every original layer at the last depth."""
+    if not run.recipes:
+        return {}
+    recipe = run.recipes[min(run.recipes)]
+    fate = dict.fromkeys(range(recipe.depth), "dropped")
+    for op in recipe.layers:
+        for source in op.sources:
+            fate[source.layer] = "kept" if len(op.sources) == 1 else "joined"
+    return fate
+
+
+def ladders(run: PlanRun) -> list[Ladder]:
+    """Return the calibration perplexity by depth, where the method measures it."""
+    points = [(int(step["layers"]), math.exp(step["loss"])) for step in run.log if step.get("loss") is not None]
+    if not points:
+        return []
+    return [
+        Ladder(
+            name=str(run.settings["method"]),
+            measure="calibration perplexity",
+            text=run.text,
+            text_key=str(run.calibration.get("sha256")),
+            points=points,
+        )
+    ]
+
+
+def ladder_figure(found: Sequence[Ladder]) -> Figure:
+    """Draw ladders on one text in one chart."""
+    series = [
+        Series(
+            name=ladder.name,
+            points=[Point(x=x, y=y, title=f"{ladder.name}, {x} layers: {y:.4g}") for x, y in ladder.points],
+            hue=number,
+        )
+        for number, ladder in enumerate(found)
+    ]
+    x = layers_axis(x for ladder in found for x, _ in ladder.points)
+    measure = found[0].measure
+    svg = chart(series, x=x, y=Axis(label=measure, log=True), title=f"{measure} by depth")
+    return Figure(svg=svg, caption=f"On {found[0].text}.")
+
+
+def steps_section(run: PlanRun) -> Section:
+    """Return the ladder as a figure and a table."""
+    blocks: list[Block] = [ladder_figure([ladder]) for ladder in ladders(run)]
+    mlp = mlp_pieces(of_experts(run.provenance))
+    rows = [
+        {
+            "layers": str(step["layers"]),
+            "at": str(step["merged"][0]),
+            "step": _step(step, mlp),
+            "loss": "" if step.get("loss") is None else f"{step['loss']:.4f}",
+            "layer-forwards": short(step["layer_forwards"]),
+            "time": duration(step["seconds"]),
+            "recipe": str(step["hash"])[:12],
+        }
+        for step in run.log
+    ]
+    if rows:
+        how = {"caption": f"All {len(rows)} steps", "folded": len(rows) > _LONG_TABLE}
+        blocks.append(table(rows, text_columns=("step", "recipe"), **how))
+    intro = "Every depth can be built from this run at any later time."
+    return Section(title="The ladder", blocks=blocks, intro=intro)
+
+
+def _step(step: Mapping[str, Any], mlp: str) -> str:
+    block = step["evidence"].get("block")
+    if block is not None:
+        return f"{block[0]} to {block[1] - 1} dropped from the original, instead of the steps so far"
+    op = step["op"]
+    if op is None:
+        return "dropped"
+    if list(op.values()) == ["whole"]:
+        return f"only {next(iter(op)).partition(':')[2]} kept, whole"
+    return "joined from " + " + ".join(
+        f"{name.partition(':')[2] or name}"
+        + (f" ({part['kv_groups']} groups, {part['channels']} {mlp})" if isinstance(part, Mapping) else f" ({part})")
+        for name, part in op.items()
+    )
+
+
+def _tiles(run: PlanRun) -> list[Tile]:
+    if not run.log:
+        return []
+    last = run.log[-1]
+    depth = next(iter(run.recipes.values())).depth
+    tiles = [Tile(name="layers", before=str(depth), now=str(last["layers"]))]
+    if last.get("loss") is not None:
+        tiles.append(Tile(name="calibration perplexity", now=short(math.exp(last["loss"]))))
+    forwards = sum(step["layer_forwards"] for step in run.log)
+    tiles.append(Tile(name="layer-forwards", now=short(forwards), change=f"{forwards / depth:.1f} passes of the model"))
+    tiles.append(Tile(name="time", now=duration(sum(step["seconds"] for step in run.log))))
+    return tiles
+
+
+def _origin(run: PlanRun) -> Section:
+    """Settings, hashes, and the command that makes the same again."""
+    # The model's whole config is in the run folder.
+    settings = {name: value for name, value in run.settings.items() if name not in ("planner", "config")}
+    pairs = [(name.replace("_", " "), written(value)) for name, value in settings.items() if value is not None]
+    planner = run.settings.get("planner") or {}
+    pairs += [(f"planner: {name.replace('_', ' ')}", written(value)) for name, value in planner.items()]
+    if run.calibration.get("sha256"):
+        pairs.append(("calibration tokens, sha256", str(run.calibration["sha256"])))
+    if run.log:
+        pairs.append(("last recipe, sha256", str(run.log[-1]["hash"])))
+    pairs += [(name, str(value)) for name, value in run.provenance.get("versions", {}).items()]
+    target = int(run.log[-1]["layers"]) if run.log else None
+    command = Code(text=plan_command(run.settings, run=run.path.name, layers=target))
+    return Section(title="How to reproduce it", blocks=[command, Facts(pairs=pairs)])
