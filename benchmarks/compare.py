@@ -20,7 +20,7 @@ from typing import Any
 import intarsia
 from intarsia.cli.display import display
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.planning.ladder import METHODS
+from intarsia.pruning.ladder import METHODS
 from intarsia.reporting.comparison import DENSE, Comparison, Row, load
 
 HEALS = ("none", "closed-form")

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from intarsia.building.resident import Resident, default_device
-from intarsia.calibration.loading import load_corpus
+from intarsia.building.loaded_model import Resident, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.planning.come import Come
-from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.settings import ComeSettings
+from intarsia.data.text import load_corpus
+from intarsia.pruning.intermediate import Intermediate
+from intarsia.pruning.methods.come import Come
+from intarsia.pruning.settings import ComeSettings
 from intarsia.recipe.recipe import Variant, identity
 from intarsia.stages.setup import load_tokenizer
 

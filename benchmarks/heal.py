@@ -24,7 +24,7 @@ from typing import Any
 import intarsia
 from intarsia.cli.display import display
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
-from intarsia.planning.settings import THOROUGH, ComeSettings
+from intarsia.pruning.settings import THOROUGH, ComeSettings
 
 IN_LOOP = {
     "come-p-in-loop": ComeSettings(spans=5),

@@ -18,9 +18,9 @@ from functools import partial
 
 import torch
 
-from intarsia.building.resident import Resident, default_device
-from intarsia.calibration.hidden import HiddenStore
-from intarsia.calibration.stream import LayerStream
+from intarsia.activations.hidden_store import HiddenStore
+from intarsia.activations.stream import LayerStream
+from intarsia.building.loaded_model import Resident, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.healing.layer_training import LayerTask, on_device, train_layer, trained_names
 from intarsia.healing.settings import LayerwiseSettings

@@ -115,7 +115,7 @@ class Peaks:
 
     def note(self, what: str = "") -> None:
         """A part ends here. It is counted with the task that is under way; the loss apart from the layers."""
-        from intarsia.evaluation.memory import peak_memory_bytes, peak_since_reset, reset_peak
+        from intarsia.evaluation.speed import peak_memory_bytes, peak_since_reset, reset_peak
 
         name = self._under_way[-1]
         resets = sys.platform == "linux"

@@ -28,22 +28,20 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from intarsia.building.loaded_model import default_device
 from intarsia.building.materialize import materialize
-from intarsia.building.resident import default_device
-from intarsia.calibration.corpus import Corpus
+from intarsia.data.corpus import Corpus
 from intarsia.evaluation.likelihood import log_likelihoods
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.evaluation.run_rows import default_batch_tokens, forward_of, score_requests
 from intarsia.recipe.recipe import Recipe
-from intarsia.tailoring.evaluator import Evaluator
+from intarsia.tailoring.engines.evolve import mutate
+from intarsia.tailoring.engines.hyperband import budget_ladder, expected_trials
+from intarsia.tailoring.evaluator import Evaluator, open_evaluator
 from intarsia.tailoring.family import Family, open_family
-from intarsia.tailoring.family_file import FamilyFile
-from intarsia.tailoring.family_reader import read_family_file
-from intarsia.tailoring.grids import space_of
-from intarsia.tailoring.hyperband import budget_ladder, expected_trials
-from intarsia.tailoring.moves import mutate
+from intarsia.tailoring.family_file import FamilyFile, read_family_file
 from intarsia.tailoring.objective import QUESTIONS, Objective
-from intarsia.tailoring.open_evaluator import open_evaluator
+from intarsia.tailoring.space import space_of
 from intarsia.tailoring.translate import Translator
 
 

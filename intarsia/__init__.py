@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from intarsia.errors import UserError
     from intarsia.evaluation.task_results import TaskResults
-    from intarsia.planning.settings import ComeSettings
+    from intarsia.pruning.settings import ComeSettings
     from intarsia.recipe.recipe import Recipe
     from intarsia.stages.bench import BenchResult, bench
     from intarsia.stages.build import BuildResult, build
@@ -42,7 +42,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "BenchResult": "intarsia.stages.bench",
     "BuildResult": "intarsia.stages.build",
-    "ComeSettings": "intarsia.planning.settings",
+    "ComeSettings": "intarsia.pruning.settings",
     "CompareResult": "intarsia.stages.compare",
     "CompressResult": "intarsia.stages.compress_result",
     "ExportResult": "intarsia.stages.export",

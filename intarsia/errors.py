@@ -6,9 +6,9 @@ them without a traceback and exits with code 2; anything that is not a `UserErro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
+from types import TracebackType
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Problem:
     remedy: str = ""
 
     def __post_init__(self) -> None:
-        if not self.message:
+        if self.where or not self.message:
             message = f"{self.where}: expected {self.expected}; found {self.found}."
             object.__setattr__(self, "message", message)
             object.__setattr__(self, "hint", self.remedy)
@@ -66,15 +66,15 @@ def check(*rules: tuple[bool, str, str]) -> None:
 
 
 class Problems(list[Problem]):
-    """Collects problems of several steps, to raise them together."""
+    """Collects problems of several steps, to raise them together: a UserError inside `with problems:` is added."""
 
-    @contextmanager
-    def collected(self) -> Iterator[None]:
-        """Take the problems of a UserError that is raised inside; the block ends there."""
-        try:
-            yield
-        except UserError as error:
+    def __enter__(self) -> Problems:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if isinstance(error, UserError):
             self.extend(error.problems)
+        return isinstance(error, UserError)
 
     def add(self, message: str, hint: str = "") -> None:
         """Add one problem."""

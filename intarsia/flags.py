@@ -184,16 +184,16 @@ def _part(parameter: inspect.Parameter, hint: Any) -> Part:
     for fact in facts:
         if hasattr(fact, "choose"):
             return Part(name=parameter.name, default=default, choices=fact)
-    plain = get_args(hint)[0] if facts else hint
-    members = get_args(plain) if get_origin(plain) in (Union, types.UnionType) else (plain,)
+    annotation: Any = get_args(hint)[0] if facts else hint
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     for member in members:
         if dataclasses.is_dataclass(member):
             assert isinstance(member, type)
             return Part(name=parameter.name, default=default, values=member)
     how = next((fact for fact in facts if isinstance(fact, Flag)), Flag())
     if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-        how, plain, default = dataclasses.replace(how, positional=True), tuple[plain, ...], ()
-    option = Option(attribute=parameter.name, annotation=plain, default=default, help=how.help, flag=how)
+        how, annotation, default = dataclasses.replace(how, positional=True), tuple[annotation, ...], ()
+    option = Option(attribute=parameter.name, annotation=annotation, default=default, help=how.help, flag=how)
     rest = parameter.kind is inspect.Parameter.VAR_POSITIONAL
     return Part(name=parameter.name, default=default, option=option, rest=rest)
 
@@ -231,10 +231,10 @@ def from_plain(kind: type, given: Mapping[str, Any], *, where: str = "", default
             known = ", ".join(options) or "none"
             problems.add(f"{prefix}there is no option {key}.", f"The options are: {known}.")
             continue
-        with problems.collected():
+        with problems:
             values[name] = options[name].convert(value)
     problems.raise_any()
-    return dataclasses.replace(defaults, **values) if isinstance(defaults, kind) else kind(**values)
+    return kind(**values) if defaults is MISSING else dataclasses.replace(defaults, **values)
 
 
 def plain(value: Any) -> Any:

@@ -194,7 +194,7 @@ class Kind:
             choices = [choices]
         problems, found = Problems(), list[Chosen]()
         for choice in choices:
-            with problems.collected():
+            with problems:
                 found.append(self._one(choice))
         labels = [each.label for each in found]
         for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):

@@ -259,4 +259,4 @@ def _object(line: str) -> dict[str, Any]:
 def _note(error: BaseException, text: str) -> None:
     """`add_note`, which Python 3.10 does not have."""
     notes = [*getattr(error, "__notes__", ()), text]
-    error.__notes__ = notes  # type: ignore[attr-defined]
+    error.__notes__ = notes

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from intarsia.building.resident import Resident
-from intarsia.calibration.batches import Batches
-from intarsia.calibration.corpus import Corpus
+from intarsia.activations.loop import Batches
+from intarsia.building.loaded_model import Resident
+from intarsia.data.corpus import Corpus
 from intarsia.healing.closed_form import fit
 from intarsia.healing.teacher import TeacherStates
 from intarsia.progress import Progress

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from intarsia.building.resident import Resident
+from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.reader import Checkpoint
 from tests import families
 

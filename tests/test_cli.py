@@ -167,7 +167,7 @@ def test_wrong_usage_ends_with_2(words: list[str], stage: Stage) -> None:
 
 
 def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
-    from intarsia.planning.settings import ComeSettings
+    from intarsia.pruning.settings import ComeSettings
 
     words = (
         "--layers 25 --method come-p --calibration a.txt --calibration b.txt --tokens 4096 --seq-len 128 "
@@ -223,7 +223,7 @@ def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", [["compress", "demo", "-o", "out"], ["plan", "demo", "--run", "run"]], ids="-".join)
 def test_thorough(verb: list[str], stage: Stage) -> None:
-    from intarsia.planning.settings import ComeSettings
+    from intarsia.pruning.settings import ComeSettings
 
     thorough = ComeSettings(spans=5, granularity=5, removals=True, finalists=4, blocks=5)
     given = [*verb, "--layers", "25", "--thorough"]
@@ -240,7 +240,7 @@ def test_thorough(verb: list[str], stage: Stage) -> None:
 
 
 def test_the_options_of_laco(stage: Stage, tmp_path: Path) -> None:
-    from intarsia.planning.settings import LacoSettings
+    from intarsia.pruning.settings import LacoSettings
 
     words = "--layers 24 --method laco --laco-merge 3 --laco-lowest 2 --reference".split()
     assert run("plan", "demo", "--run", str(tmp_path / "run"), *words).exit_code == 0
@@ -250,7 +250,7 @@ def test_the_options_of_laco(stage: Stage, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", [["compress", "demo", "-o", "out"], ["plan", "demo", "--run", "run"]], ids="-".join)
 def test_defaults_are_the_settings_own(verb: list[str], stage: Stage) -> None:
-    from intarsia.planning.settings import ComeSettings
+    from intarsia.pruning.settings import ComeSettings
 
     assert run(*verb, "--sparsity", "0.3").exit_code == 0
     assert stage.kwargs is not None

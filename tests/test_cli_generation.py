@@ -162,7 +162,7 @@ def test_an_option_of_another_method_names_who_has_it() -> None:
 
 
 def test_every_problem_is_found_at_once() -> None:
-    assert said("--layers x --sparsity 0.2 --join-norm none --memory 8XB --sead 3 --no-epochs-over") == [
+    assert said("--layers x --sparsity 0.2 --join-norm none --memory 8XB --sead=3 --no-epochs-over") == [
         ("There is no option --sead.", "Did you mean --seed?"),
         ("--no-epochs-over is an option of t-second.", "Leave it out, or choose --heal t-second."),
         ("MODEL is missing.", "Give MODEL: A local folder, a GGUF file, a hub id, or `demo`."),
@@ -206,7 +206,7 @@ def test_a_config_file_has_the_flags_as_keys(tmp_path: Path) -> None:
             "steps-of-grid in the config file is an option of t-join-more.",
             "Leave it out, or choose --method t-join-more.",
         ),
-        ("There is no option sequence in the config file.", "See --help."),
+        ("There is no option sequence in the config file.", "Did you mean --seq-len?"),
         ("--layers takes a whole number, not 'many'.", "Give it such a value."),
     ]
 
@@ -287,12 +287,12 @@ class Result:
         (Result(True), 0, ""),
         (Result(False), 1, ""),
         (
-            lambda: (_ for _ in ()).throw(UserError("It is bad.", "Mend it.")),
+            UserError("It is bad.", "Mend it."),
             2,
             "error: It is bad.\n  hint: Mend it.\n",
         ),
-        (lambda: (_ for _ in ()).throw(RuntimeError("broken")), 1, "internal error in intarsia: RuntimeError: broken"),
-        (lambda: (_ for _ in ()).throw(KeyboardInterrupt()), 130, "Interrupted."),
+        (RuntimeError("broken"), 1, "internal error in intarsia: RuntimeError: broken"),
+        (KeyboardInterrupt(), 130, "Interrupted."),
     ],
 )
 def test_exit_codes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -60,7 +60,7 @@ def test_every_problem_of_a_value_is_found_at_once() -> None:
         (ModelRef, {"model": ""}, "The model has no name."),
     ],
 )
-def test_values_that_cannot_be(kind: type, values: dict, message: str) -> None:
+def test_values_that_cannot_be(kind: type, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         kind(**values)
     assert said(caught.value) == [message]

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from intarsia.building import skeleton
-from intarsia.building.resident import Resident
-from intarsia.calibration.room import Room
-from intarsia.calibration.stream import LayerStream
+from intarsia.activations.hidden_store import Room
+from intarsia.activations.stream import LayerStream
+from intarsia.building import loading
+from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.evaluation.chain import Chain
@@ -23,17 +23,17 @@ from intarsia.evaluation.perplexity import perplexity
 from intarsia.healing import layerwise
 from intarsia.healing.quality import quality
 from intarsia.healing.settings import ClosedFormSettings, LayerwiseSettings
-from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.ladder import METHODS, climb, planner_of, progressive_methods
-from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import ComeSettings
 from intarsia.progress import Silent
+from intarsia.pruning.intermediate import Intermediate
+from intarsia.pruning.ladder import METHODS, climb, planner_of, progressive_methods
+from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.settings import ComeSettings
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.schema import content_hash
 from tests import families
 from tests.closed_form_fits import fit_on
 from tests.conftest import InMemory, Opened
-from tests.planning.conftest import corpus_of
+from tests.pruning.conftest import corpus_of
 from tests.recipes_by_hand import select, shared
 
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def test_embedding_and_head_leave_memory_behind_every_use(
     family: str, checkpoint_of: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone: list[Any] = []
-    monkeypatch.setattr(skeleton, "let_go", gone.append)
+    monkeypatch.setattr(loading, "let_go", gone.append)
     resident = streamed(checkpoint_of(family))
     tables = resident.model.get_input_embeddings().weight, resident.model.get_output_embeddings().weight
     assert (tables[0] is tables[1]) == resident.architecture.tied

@@ -22,8 +22,7 @@ from typing import Any
 from intarsia.reporting.colours import standalone
 from intarsia.reporting.figures import Axis, Point, Series, chart
 from intarsia.tailoring.history import Trial
-from intarsia.tailoring.pareto import non_dominated
-from intarsia.tailoring.scalarise import ALPHA
+from intarsia.tailoring.pareto import ALPHA, non_dominated
 
 Excess = tuple[float, ...]
 

@@ -19,8 +19,8 @@ from dataclasses import replace
 from functools import cached_property
 
 from benchmarks.tailor_parts.setting import Rows, Setting
-from intarsia.calibration.batches import Batches
-from intarsia.calibration.corpus import Corpus
+from intarsia.activations.loop import Batches
+from intarsia.data.corpus import Corpus
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import eval_corpus, perplexity
 from intarsia.healing.closed_form import fit
@@ -29,10 +29,8 @@ from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.setup import load_tokenizer
 from intarsia.stages.source import Source
-from intarsia.tailoring.evaluator import Evaluator
-from intarsia.tailoring.family_file import BASE, ObjectiveSpec
-from intarsia.tailoring.family_reader import read_family_file
-from intarsia.tailoring.open_evaluator import open_evaluator
+from intarsia.tailoring.evaluator import Evaluator, open_evaluator
+from intarsia.tailoring.family_file import BASE, ObjectiveSpec, read_family_file
 
 TASKS = ("arc_easy", "piqa", "math_mc")
 COUNTED = ("arc_easy", "piqa")

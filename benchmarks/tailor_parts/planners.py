@@ -13,12 +13,12 @@ from pathlib import Path
 import intarsia
 from benchmarks.tailor_parts.judge import Judge, mean
 from benchmarks.tailor_parts.setting import VARIANTS, Rows, Setting
-from intarsia.building.resident import Resident, default_device
-from intarsia.calibration.batches import Batches
+from intarsia.activations.loop import Batches
+from intarsia.building.loaded_model import Resident, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.healing.closed_form import fit
 from intarsia.healing.teacher import TeacherStates
-from intarsia.planning.run_folder import RunFolder
+from intarsia.pruning.run_folder import RunFolder
 from intarsia.recipe.ops import Concat, Merge, Op, Select
 from intarsia.recipe.recipe import Fitted, Recipe
 from intarsia.tailoring.family_file import BASE

@@ -13,10 +13,8 @@ from benchmarks.tailor_parts.setting import ABLATION, Setting
 from benchmarks.tailor_trial import candidates
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.tailor_scorer import Opener
-from intarsia.tailoring.dask_workers import OnDask, dask_workers
-from intarsia.tailoring.family_file import FamilyFile
-from intarsia.tailoring.family_paths import absolute
-from intarsia.tailoring.family_reader import read_family_file
+from intarsia.tailoring.family_file import FamilyFile, absolute, read_family_file
+from intarsia.tailoring.workers import OnDask, dask_workers
 
 
 def run(setting: Setting, *, trials: int) -> dict[str, float]:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from intarsia.building.resident import Resident, twin
+from intarsia.building.loaded_model import Resident, twin
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.writer import shallower_config
 from intarsia.recipe.recipe import Recipe

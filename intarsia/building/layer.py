@@ -1,21 +1,18 @@
-"""One output layer's tensors from an op: the one place where ops become weights.
-
-Used for building to disk and for building in memory, so that both give the same bytes.
-"""
+"""One output layer's tensors from an op: the one place where ops become weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from intarsia.architecture.families import Stacked
 from intarsia.architecture.spec import Architecture, Linear, Norm
-from intarsia.building import merging
-from intarsia.building.fusing import add_discarded
-from intarsia.building.mixing import merge_tensors
-from intarsia.building.slicing import Joined, blocks, fold_centred_norm, fold_norm, join, positions, take
+from intarsia.building import merge_operators
+from intarsia.building.merge_operators import merge_tensors
+from intarsia.building.slicing import Joined, add_discarded, blocks, fold_centred_norm, fold_norm, join, positions, take
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 
 Read = Callable[[LayerRef, str], Tensor]
@@ -49,7 +46,7 @@ def layer_tensors(op: Op, architecture: Architecture, read: Read) -> dict[str, T
 def _average(name: str, part_of: Linear | Norm, op: Concat, read: Read) -> Tensor:
     """The weighted average over cuts of a parameter that belongs to no piece."""
     weights = [cut.weights[part_of.part] for cut in op.cuts]
-    return merging.linear((read(cut.source, name) for cut in op.cuts), weights)
+    return merge_operators.linear((read(cut.source, name) for cut in op.cuts), weights)
 
 
 def _norm_tensors(norm: Norm, op: Concat, architecture: Architecture, read: Read) -> dict[str, Tensor]:
@@ -115,9 +112,11 @@ def _averaged_linear(linear: Linear, op: Concat, architecture: Architecture, rea
     """The weighted average of a linear layer of which nothing is a piece, each with its own norm folded in."""
     folded = [_folded_linear(linear.module, linear, cut, op, architecture, read) for cut in op.cuts]
     shares = [cut.weights[linear.part] for cut in op.cuts]
-    tensors = {f"{linear.module}.weight": merging.linear([weight for weight, _ in folded], shares)}
+    tensors = {f"{linear.module}.weight": merge_operators.linear([weight for weight, _ in folded], shares)}
     if linear.bias:
-        tensors[f"{linear.module}.bias"] = merging.linear([bias for _, bias in folded if bias is not None], shares)
+        tensors[f"{linear.module}.bias"] = merge_operators.linear(
+            [bias for _, bias in folded if bias is not None], shares
+        )
     return tensors
 
 
@@ -146,3 +145,69 @@ def _fold(cut: Cut, linear: Linear, op: Concat, architecture: Architecture, read
         return folded.to(weight.dtype), None if moved is None else moved.to(weight.dtype)
 
     return fold
+
+
+def parameter_name(local: str, architecture: Architecture) -> str:
+    """The parameter in which a tensor of the files is in memory, both by names inside the layer."""
+    for stacked in architecture.family.stacked:
+        if local in _members(stacked, architecture):
+            return stacked.parameter
+    return _exchanged(local, architecture.family.renamed.items())
+
+
+def tensor_names(parameter: str, architecture: Architecture) -> tuple[str, ...]:
+    """The tensors of the files that a parameter holds."""
+    for stacked in architecture.family.stacked:
+        if stacked.parameter == parameter:
+            return tuple(_members(stacked, architecture))
+    return (_exchanged(parameter, ((memory, file) for file, memory in architecture.family.renamed.items())),)
+
+
+def parameter_names(architecture: Architecture) -> tuple[str, ...]:
+    """Every parameter of a layer in memory, in the order of the files' tensors."""
+    return tuple(dict.fromkeys(parameter_name(local, architecture) for local in _stems(architecture)))
+
+
+def to_parameters(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """A layer's parameters in memory from its tensors in files; what is not stacked is the same tensor."""
+    found = dict(tensors)
+    for stacked in architecture.family.stacked if architecture.n_experts else ():
+        experts = [
+            torch.cat([found.pop(name.format(expert=expert)) for name in stacked.tensors])
+            for expert in range(architecture.n_experts)
+        ]
+        found[stacked.parameter] = torch.stack(experts)
+    return {_exchanged(name, architecture.family.renamed.items()): tensor for name, tensor in found.items()}
+
+
+def to_tensors(parameters: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """The way back: a layer's tensors as in files, from all of its parameters or some."""
+    shapes = architecture.layer_shapes()
+    found: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        stacked = next((entry for entry in architecture.family.stacked if entry.parameter == name), None)
+        if stacked is None:
+            found[tensor_names(name, architecture)[0]] = parameter
+            continue
+        for expert in range(architecture.n_experts):
+            names = [part.format(expert=expert) for part in stacked.tensors]
+            sizes = [shapes[part][0] for part in names]
+            found |= zip(names, parameter[expert].split(sizes), strict=True)
+    return found
+
+
+def _members(stacked: Stacked, architecture: Architecture) -> list[str]:
+    return [name.format(expert=expert) for expert in range(architecture.n_experts) for name in stacked.tensors]
+
+
+def _stems(architecture: Architecture) -> Iterable[str]:
+    """Names of tensors, of the experts only the first one's: all of them are in the same parameters."""
+    others = {module for linear in architecture.linears for module in architecture.modules(linear)[1:]}
+    return (name for name in architecture.layer_shapes() if name.rpartition(".")[0] not in others)
+
+
+def _exchanged(name: str, beginnings: Iterable[tuple[str, str]]) -> str:
+    for begin, other in beginnings:
+        if name == begin or name.startswith(f"{begin}."):
+            return other + name[len(begin) :]
+    return name

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -20,6 +21,8 @@ from transformers import (
 )
 
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.tensor_file import let_go
+from intarsia.errors import Problem, UserError
 
 
 def as_transformers(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
@@ -47,3 +50,65 @@ def stock_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
     assert isinstance(config, PreTrainedConfig)
     return config
+
+
+_MOST_NAMED = 5
+
+
+def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in evaluation mode, all but its layers on `device`; parameters of layers are on the meta device.
+
+    Raises:
+        UserError: something outside the layers is in no file.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(stock_config(checkpoint), dtype=dtype, trust_remote_code=False)
+    assert isinstance(model, PreTrainedModel)
+    parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
+    family = checkpoint.architecture.family
+    for stored in checkpoint.outside_names():
+        name = stored
+        if name.startswith(f"{family.head_module}."):  # some are called otherwise in memory
+            name = family.head_in_memory + name.removeprefix(family.head_module)
+        if name in parameters:
+            value = checkpoint.tensor(stored).to(device=device, dtype=dtype)
+            _place(model, name, nn.Parameter(value, requires_grad=False))
+        elif name in buffers:
+            buffers[name].copy_(checkpoint.tensor(stored))
+    for name, buffer in model.named_buffers():
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = buffer.to(device)
+    model.tie_weights()
+    _check(model, checkpoint)
+    for name in (family.embedding_module, family.head_in_memory):
+        model.get_submodule(name).register_forward_hook(_let_go)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, parameter)
+
+
+def _let_go(module: nn.Module, args: Any, output: Any) -> None:
+    for parameter in module.parameters(recurse=False):
+        let_go(parameter)
+
+
+def _check(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    layers = f"{checkpoint.architecture.family.layers_module}."
+    problems = [
+        Problem(
+            where=f"{checkpoint.folder}: {name}",
+            expected="a tensor, as the model has such a parameter outside its layers",
+            found="none of that name",
+            remedy="Get the checkpoint again, or leave --stream out.",
+        )
+        for name, parameter in model.named_parameters()
+        if parameter.is_meta and not name.startswith(layers)
+    ]
+    if problems:
+        raise UserError(problems[:_MOST_NAMED])

@@ -5,12 +5,13 @@ Shape suffixes: `O` rows of a weight (outputs), `I` columns (inputs).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from intarsia.architecture.spec import Architecture, Linear
+from intarsia.architecture.spec import PARTS, Architecture, Linear, Part
+from intarsia.recipe.ops import Concat, LayerRef
 
 _ROWS = 512
 
@@ -136,3 +137,67 @@ def fold_centred_norm(weight_OI: Tensor, scale_I: Tensor | None, shift_I: Tensor
     if scale_I is not None:
         weight_OI = weight_OI * scale_I.to(dtype)
     return weight_OI - weight_OI.mean(dim=1, keepdim=True) + constant_O1
+
+
+_BLOCK = 1024  # discarded pieces that are compared at once
+
+
+def add_discarded(op: Concat, architecture: Architecture, read: Callable[[LayerRef, str], Tensor]) -> dict[str, Tensor]:
+    """For each writing weight, by name, what the discarded pieces add to it: float32 or better."""
+    # What an expert reads is gated by what it reads: one expert is no multiple of another, and none is added to one.
+    parts = [part for part in PARTS if not architecture.is_mixture(part)]
+    return {f"{architecture.writer(part).module}.weight": _addition(op, part, architecture, read) for part in parts}
+
+
+def _addition(op: Concat, part: Part, architecture: Architecture, read: Callable[[LayerRef, str], Tensor]) -> Tensor:
+    writer = architecture.writer(part)
+    whole = architecture.n_pieces(part)
+    unit = architecture.unit(writer.segments[0])
+    kept = [_features(cut.source, cut.pieces(part), part, architecture, read) for cut in op.cuts if cut.pieces(part)]
+    all_PF = torch.cat([features for features, _ in kept])
+    linear_PF = torch.cat([features for _, features in kept])
+    unit_PF = torch.nn.functional.normalize(all_PF, dim=1)
+    total: Tensor | None = None
+    for cut in op.cuts:
+        weight = read(cut.source, f"{writer.module}.weight").to(all_PF.dtype)
+        total = torch.zeros_like(weight) if total is None else total
+        taken = set(cut.pieces(part))
+        left = [piece for piece in range(whole) if piece not in taken]
+        if not (cut.kv_groups or cut.channels):
+            continue
+        for first in range(0, len(left), _BLOCK):
+            pieces = left[first : first + _BLOCK]
+            features, linear = _features(cut.source, pieces, part, architecture, read)
+            best_P = (torch.nn.functional.normalize(features, dim=1) @ unit_PF.T).argmax(dim=1)
+            size_P = linear_PF[best_P].square().sum(dim=1)
+            scale_P = (linear * linear_PF[best_P]).sum(dim=1) / torch.where(size_P > 0, size_P, torch.inf)
+            columns = torch.cat(take(weight, positions(architecture, writer, pieces), 1), dim=1)
+            columns = columns * scale_P.repeat_interleave(unit)
+            (where,) = positions(architecture, writer, best_P.tolist())
+            total.index_add_(1, where, columns)
+    assert total is not None, "a concatenation has cuts"
+    return total
+
+
+def _features(
+    source: LayerRef,
+    pieces: Sequence[int],
+    part: Part,
+    architecture: Architecture,
+    read: Callable[[LayerRef, str], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The rows with which pieces read, `[P, F]`: all of them, and those of v or up, in which the output is linear."""
+    norm = architecture.norm_before(part)
+    scale = read(source, f"{norm.module}.weight").float() + norm.offset if norm and norm.weight else None
+
+    def rows(linear: Linear) -> list[Tensor]:
+        segments = take(read(source, f"{linear.module}.weight"), positions(architecture, linear, pieces), 0)
+        folded = [fold_norm(segment, None, scale, None)[0] for segment in segments]
+        return [segment.reshape(len(pieces), -1) for segment in folded]
+
+    readers = architecture.readers(part)
+    found = [segment for linear in readers for segment in rows(linear)]
+    linear_PF = found[-1]
+    if readers[-1].segments[-1] == "qkv":  # each group's values stand behind its queries and keys
+        linear_PF = linear_PF[:, -architecture.head_dim * architecture.width :]
+    return torch.cat(found, dim=1), linear_PF

@@ -83,11 +83,13 @@ class Merged:
         place = self._places.get(name)
         if place is None:
             return self._parameters[name].detach().to(header.dtype)
-        if hasattr(place.module, "unload_and_optionally_merge_module"):
-            # a module that is saved whole, or an embedding with trained rows
-            unloaded = place.module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-            return unloaded.get_parameter(place.parameter).detach().to(header.dtype)
         layer: Any = place.module
+        if hasattr(layer, "unload_and_optionally_merge_module"):
+            # a module that is saved whole, or an embedding with trained rows
+            unloaded: nn.Module = layer.unload_and_optionally_merge_module(
+                merge=True, safe_merge=False, adapter_names=None
+            )
+            return unloaded.get_parameter(place.parameter).detach().to(header.dtype)
         narrow = {parameter: parameter.data for parameter in layer.get_base_layer().parameters()}
         try:
             for parameter in narrow:
@@ -229,7 +231,11 @@ class _Modules(nn.Module):
             module = nn.Module()
             if len(shape) == 2:
                 with torch.device("meta"):
-                    module = nn.Embedding(*shape) if path == self._embedding else nn.Linear(shape[1], shape[0], False)
+                    module = (
+                        nn.Embedding(shape[0], shape[1])
+                        if path == self._embedding
+                        else nn.Linear(shape[1], shape[0], False)
+                    )
             parent.add_module(last, module)
         return parent.get_submodule(last)
 

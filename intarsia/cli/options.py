@@ -11,7 +11,7 @@ import typer
 from intarsia.errors import UserError
 
 if TYPE_CHECKING:
-    from intarsia.planning.settings import Settings
+    from intarsia.pruning.settings import Settings
 
 
 def valued(metavar: str, help: str, *, panel: str | None = None, min: int | None = None) -> Any:
@@ -147,7 +147,7 @@ def planner_settings(context: typer.Context) -> Settings:
     Raises:
         UserError: one of them cannot be, or does not go with the method.
     """
-    from intarsia.planning.settings import THOROUGH, ComeSettings, LacoSettings, SlebSettings
+    from intarsia.pruning.settings import THOROUGH, ComeSettings, LacoSettings, SlebSettings
 
     given = context.params
     if given["thorough"]:

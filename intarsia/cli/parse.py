@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from intarsia.registry import Kind
 
 _ARGUMENTS = Group("Arguments", sort_key=-1)
 HELP_FLAGS = ("--help", "-h")
+_OPTION = re.compile(r"--?[A-Za-z]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +85,22 @@ def parse(verb: Callable[..., Any], name: str, words: Sequence[str]) -> Call:
     chosen = {}
     for part in parts:
         if part.choices is not None:
-            with problems.collected():
+            with problems:
                 chosen[part.name] = _chosen(part, words, config)
     groups = [*_groups(parts), *_chosen_groups(chosen)]
     app, options = _app(verb, name, groups)
-    given = {**{key: value for key, value in config.items() if key in options}, **_split(app, words, parts, problems)}
+    given = {
+        **{key: value for key, value in config.items() if key in options},
+        **_split(app, options, words, parts, problems),
+    }
     for key in config:
         if key not in options:
             problems.append(UserError(*_unknown(key, parts, f"{key} in the config file")).problems[0])
+    if "preset" in given:
+        with problems:
+            options["preset"].convert(given["preset"])
     arguments = {part.name: _argument(part, given, chosen, problems) for part in parts}
-    with problems.collected():
+    with problems:
         result = _build(Shared, options_of(Shared), given, MISSING)
     problems.raise_any()
     rest = next((arguments.pop(part.name) for part in parts if part.rest), ())
@@ -102,7 +110,7 @@ def parse(verb: Callable[..., Any], name: str, words: Sequence[str]) -> Call:
 
 def _found(words: Sequence[str], flag: str) -> list[str]:
     """The values of a flag, before it is known which flags there are."""
-    values = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == flag]
+    values = [after for word, after in zip(words, [*words[1:], ""], strict=False) if word == flag]
     return values + [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
 
 
@@ -119,8 +127,8 @@ def _chosen(part: Part, words: Sequence[str], config: Mapping[str, Any]) -> Any:
     kind = part.choices
     assert isinstance(kind, Kind)
     default = () if part.default is MISSING else part.default
-    choice = (_found(words, f"--{kind.flag}") or [config.get(kind.flag, default)])[-1]
-    preset = (_found(words, "--preset") or [config.get("preset")])[-1]
+    choice: Any = [config.get(kind.flag, default), *_found(words, f"--{kind.flag}")][-1]
+    preset: Any = [config.get("preset"), *_found(words, "--preset")][-1]
     if choice == () and not kind.many:
         raise UserError(f"--{kind.flag} is not given.", f"Choose one of {', '.join(kind.names)}.")
     chosen = kind.choose(choice)
@@ -303,29 +311,31 @@ def _metavar(option: Option) -> str | None:
     return {int: "N", float: "X", Path: "PATH", bool: None}.get(option.kind, "NAME")
 
 
-def _split(app: App, words: Sequence[str], parts: Sequence[Part], problems: Problems) -> dict[str, Any]:
+def _split(
+    app: App, options: Mapping[str, Option], words: Sequence[str], parts: Sequence[Part], problems: Problems
+) -> dict[str, Any]:
     """What was given, by key, as text; and what is wrong with how it was given."""
+    known = {name for option in options.values() if not option.flag.positional for name in option.names}
+    known |= {f"--no-{option.key}" for option in options.values() if option.kind is bool}
+    unknown = [word for word in words if _OPTION.match(word) and word.partition("=")[0] not in known]
+    for word in unknown:
+        name = word.partition("=")[0]
+        problems.append(UserError(*_unknown(name.lstrip("-"), parts, name)).problems[0])
     try:
-        _, bound, unused, _ = app.parse_known_args(list(words))
+        _, bound, unused, _ = app.parse_known_args([word for word in words if word not in unknown])
     except MissingArgumentError as error:
         name = error.argument.name if error.argument is not None else "an option"
         problems.add(f"{name} has no value.", "Give one after it.")
         problems.raise_any()
         raise AssertionError from error
     except CycloptsError as error:
-        words_of_it = " ".join((error.msg or type(error).__name__).split())[:200].rstrip(".")
-        problems.add(f"{words_of_it}.", f"See {app.name[0]} --help.")
+        message = " ".join(str(error.msg or type(error).__name__).split())[:200].rstrip(".")
+        problems.add(f"{message}.", f"See {app.name[0]} --help.")
         problems.raise_any()
         raise AssertionError from error
-    # The word after an unknown option is its value.
-    before = ""
-    for word in unused:
-        if word.startswith("-") and word != "-":
-            key = word.partition("=")[0].lstrip("-")
-            problems.append(UserError(*_unknown(key, parts, word.partition("=")[0])).problems[0])
-        elif not before.startswith("-"):
+    if not unknown:  # else a word may be the value of an option that is not there
+        for word in unused:
             problems.add(f"{word!r} is one argument too many.", f"See {app.name[0]} --help.")
-        before = word
     return {name.replace("_", "-"): value for name, value in bound.arguments.items()}
 
 
@@ -353,11 +363,11 @@ def _argument(part: Part, given: Mapping[str, Any], chosen: Mapping[str, Any], p
     if isinstance(part.choices, Kind):
         return _with_settings(chosen.get(part.name, MISSING), given, problems)
     if part.values is not None:
-        with problems.collected():
+        with problems:
             return _build(part.values, part.options, given, part.default)
         return MISSING
     assert part.option is not None
-    with problems.collected():
+    with problems:
         return _build(dict, part.options, given, part.default).get(part.name, () if part.rest else MISSING)
     return MISSING
 
@@ -367,20 +377,20 @@ def _with_settings(chosen: Any, given: Mapping[str, Any], problems: Problems) ->
         return tuple(_with_settings(each, given, problems) for each in chosen)
     if chosen is MISSING or chosen.settings is None:
         return chosen
-    with problems.collected():
+    with problems:
         kind = type(chosen.settings)
         return dataclasses.replace(chosen, settings=_build(kind, options_of(kind), given, chosen.settings))
     return chosen
 
 
-def _build(kind: type, options: Sequence[Option], given: Mapping[str, Any], default: Any) -> Any:
+def _build(kind: Any, options: Sequence[Option], given: Mapping[str, Any], default: Any) -> Any:
     """An object of the given options; the others as in `default`."""
     problems, values = Problems(), {}
     for option in options:
         if option.key in given:
-            with problems.collected():
+            with problems:
                 values[option.attribute] = option.convert(given[option.key])
         elif option.default is MISSING:
             problems.add(f"{option.called} is missing.", f"Give {option.called}: {option.help or 'it has no default.'}")
     problems.raise_any()
-    return dataclasses.replace(default, **values) if dataclasses.is_dataclass(default) else kind(**values)
+    return dataclasses.replace(default, **values) if isinstance(default, kind) else kind(**values)

@@ -11,13 +11,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from intarsia.building.resident import Resident
-from intarsia.calibration.batches import Batches
-from intarsia.calibration.corpus import Corpus
-from intarsia.calibration.hidden import HiddenStore
-from intarsia.calibration.loss import next_token_losses
-from intarsia.calibration.room import Room
-from intarsia.calibration.stream import LayerStream
+from intarsia.activations.hidden_store import HiddenStore, Room
+from intarsia.activations.loop import Batches
+from intarsia.activations.loss import next_token_losses
+from intarsia.activations.stream import LayerStream
+from intarsia.building.loaded_model import Resident
+from intarsia.data.corpus import Corpus
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Recipe
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intarsia.evaluation.requests import Request, encode_pairs
+from intarsia.evaluation.likelihood import Request, encode_pairs
 from intarsia.evaluation.run_rows import score_requests
 from intarsia.evaluation.score import Metric, TaskScore
 from intarsia.progress import Progress

@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intarsia.architecture.families import Family, known_families
-from intarsia.evaluation.likelihood import Forward, Likelihoods, Rows, log_likelihoods
-from intarsia.evaluation.requests import Request
+from intarsia.evaluation.likelihood import Forward, Likelihoods, Request, Rows, log_likelihoods
 from intarsia.progress import Progress
 
 _CPU_BATCH = 512  # tokens; more is no faster for one core, and padded more

@@ -1,6 +1,6 @@
 """Tasks in local files: JSON lines of `query`, `choices`, `gold`, or of `query`, `target`.
 
-A spec is a path with an optional part, as of text sources (`intarsia.calibration.source_spec`): `piqa.jsonl#0.33:1` is
+A spec is a path with an optional part, as of text sources (`intarsia.data.sources`): `piqa.jsonl#0.33:1` is
 the last two thirds. Shares are of the file's items here, so that the parts on the two sides of a cut share no item and
 together have all of them: item i of n (from 0) is in START:END if START * n <= i < END * n.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from intarsia.calibration.source_spec import parse_share
+from intarsia.data.sources import parse_share
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.choices import Question, Target
 

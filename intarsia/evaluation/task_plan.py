@@ -11,7 +11,7 @@ import torch
 
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.choices import Question, choice_set, score_items
-from intarsia.evaluation.requests import positions_of
+from intarsia.evaluation.likelihood import positions_of
 from intarsia.evaluation.score import TaskScore
 from intarsia.evaluation.task_file import names_a_file, read_questions
 from intarsia.evaluation.task_results import TaskResults

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from intarsia.errors import Problem, UserError, missing_package
-from intarsia.evaluation.requests import Request, fit
+from intarsia.evaluation.likelihood import Request, fit
 from intarsia.evaluation.run_rows import evaluating, score_requests
 from intarsia.evaluation.score import TaskScore
 from intarsia.evaluation.task_answer import scores_of

@@ -37,10 +37,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from intarsia.building.resident import Resident, twin
-from intarsia.calibration.hidden import HiddenStore
-from intarsia.calibration.room import Room
-from intarsia.calibration.stream import LayerCall, LayerStream
+from intarsia.activations.hidden_store import HiddenStore, Room
+from intarsia.activations.stream import LayerCall, LayerStream
+from intarsia.building.loaded_model import Resident, twin
 from intarsia.healing.fit_plan import fitted_parts
 from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer
 from intarsia.healing.settings import ClosedFormSettings

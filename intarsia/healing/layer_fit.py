@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from intarsia.activations.stream import LayerCall, LayerStream
 from intarsia.architecture.spec import Architecture, Part
-from intarsia.calibration.stream import LayerCall, LayerStream
 from intarsia.healing.post_norm_fit import Passed, PostNorm, fit_norm, fit_weight
 from intarsia.healing.ridge import Fit, Gram, choose
 from intarsia.healing.settings import ClosedFormSettings

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from intarsia.calibration.stream import LayerCall
+from intarsia.activations.stream import LayerCall
 from intarsia.errors import UserError
 from intarsia.healing.losses import hidden_loss
 from intarsia.healing.settings import LayerwiseSettings

@@ -26,15 +26,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from intarsia.activations.hidden_store import PREFIX, HiddenStore, Room
+from intarsia.activations.loop import Batches
+from intarsia.activations.statistics import require_finite
+from intarsia.activations.stream import LayerStream
 from intarsia.architecture.spec import Architecture
-from intarsia.building.parameters import parameter_names, to_tensors
-from intarsia.building.resident import Resident
-from intarsia.calibration.batches import Batches
-from intarsia.calibration.corpus import Corpus
-from intarsia.calibration.hidden import HiddenStore
-from intarsia.calibration.room import PREFIX, Room
-from intarsia.calibration.stats import require_finite
-from intarsia.calibration.stream import LayerStream
+from intarsia.building.layer import parameter_names, to_tensors
+from intarsia.building.loaded_model import Resident
+from intarsia.data.corpus import Corpus
 from intarsia.disk import require_room
 from intarsia.healing.layer_map import Correspondence, correspondences, taught
 from intarsia.healing.layer_training import LayerTask, Trained, finished, train_layer, trained_names

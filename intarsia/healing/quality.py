@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 
-from intarsia.building.resident import Resident
-from intarsia.calibration.batches import Batches
-from intarsia.calibration.corpus import Corpus
-from intarsia.calibration.hidden import HiddenStore
-from intarsia.calibration.room import Room
+from intarsia.activations.hidden_store import HiddenStore, Room
+from intarsia.activations.loop import Batches
+from intarsia.building.loaded_model import Resident
+from intarsia.data.corpus import Corpus
 from intarsia.evaluation.chain import Chain
-from intarsia.evaluation.perplexity import perplexity
-from intarsia.evaluation.result import Perplexity
+from intarsia.evaluation.perplexity import Perplexity, perplexity
 from intarsia.healing.losses import hidden_mse
 from intarsia.progress import Progress
 from intarsia.recipe.recipe import Recipe, identity

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from intarsia.activations.hidden_store import Room
 from intarsia.architecture.spec import PARTS, Architecture
-from intarsia.building.resident import Resident
-from intarsia.calibration.corpus import Corpus
-from intarsia.calibration.room import Room
+from intarsia.building.loaded_model import Resident
+from intarsia.data.corpus import Corpus
 from intarsia.disk import full_disk_named
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import perplexity

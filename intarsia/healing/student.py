@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intarsia.architecture.spec import Architecture
+from intarsia.building.layer import to_tensors
+from intarsia.building.loaded_model import load_model
 from intarsia.building.materialize import materialize
-from intarsia.building.parameters import to_tensors
-from intarsia.building.resident import load_model
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import missing_package
 from intarsia.healing.losses import cross_entropy, hidden_mse, logit_kl, over_rows, top_k_kl

@@ -26,13 +26,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from intarsia.activations.hidden_store import HiddenStore, Room
+from intarsia.activations.loop import Batches
+from intarsia.activations.statistics import require_finite
+from intarsia.activations.stream import LayerStream
 from intarsia.architecture.spec import Architecture
-from intarsia.building.resident import Resident
-from intarsia.calibration.batches import Batches
-from intarsia.calibration.hidden import HiddenStore
-from intarsia.calibration.room import Room
-from intarsia.calibration.stats import require_finite
-from intarsia.calibration.stream import LayerStream
+from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.staging import staged_folder
 from intarsia.errors import UserError
 from intarsia.healing.losses import top_k_of

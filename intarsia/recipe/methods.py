@@ -1,6 +1,6 @@
 """The methods of merging whole layers: what each needs, and which parameters it has.
 
-What they compute stands in `intarsia.building.merging` and its neighbours.
+What they compute stands in `intarsia.building.merge_operators` and its neighbours.
 """
 
 from __future__ import annotations

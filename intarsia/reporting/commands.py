@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from intarsia.planning.ladder import settings_of
+from intarsia.pruning.ladder import settings_of
 
 _DEFAULTS: Mapping[str, Any] = {"tokens": 65536, "seq_len": 512, "seed": 0, "calibration": "self"}
 _GENERAL = ("revision", "calibration", "tokens", "seq_len", "dtype", "batch_tokens", "seed")

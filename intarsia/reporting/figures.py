@@ -131,7 +131,7 @@ def chart(
     """Draw lines and points. `rules` are named horizontal lines to compare with; `note` is a line above the legend."""
     shown = [replace(each, points=finite) for each in series if (finite := _finite(each))]
     listed = [each for each in shown if each.listed]
-    labels = [each.name for each in listed] + [name for _, name in rules]
+    labels = [_clipped(name, 54) for name in (*(each.name for each in listed), *(name for _, name in rules))]
     labels = labels if len(labels) > 1 else []
     columns = max(1, int((_WIDTH - 10) // (44 + _LETTER * max(map(len, labels), default=1))))
     rows = math.ceil(len(labels) / columns) + bool(note)
@@ -171,7 +171,7 @@ def intervals(rows: Sequence[Interval], *, label: str, title: str, rules: Sequen
         for value, name in rules:
             axes.axvline(value, color=_STAND_IN["rule"], linestyle=(0, (2, 3)), lw=1.2)
             axes.annotate(name, (value, 1), (0, 4), ("data", "axes fraction"), "offset points", ha="center")
-        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        axes.set_yticks(range(len(rows)), [_clipped(row.name, 36) for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         ends = [end for row in rows for end in (row.low, row.high)]
         _lay_out(axes.xaxis, Axis(label=label), [*ends, *(value for value, _ in rules)])
@@ -181,7 +181,7 @@ def intervals(rows: Sequence[Interval], *, label: str, title: str, rules: Sequen
 
 
 def heat(rows: Sequence[Sequence[float]], *, title: str, across: str, down: str = "layer") -> Markup:
-    """Draw rows of values, the first one at the top, darker where they are larger.
+    """Draw rows of values, the first one at the top, with stronger colour where they are larger.
 
     Shades are ten steps of the logarithm, from the 2nd to the 98th percentile of all values.
     """
@@ -224,6 +224,11 @@ def _marker(hue: int, *, hollow: bool, marker: str | None = None) -> dict[str, A
     colour = _STAND_IN[f"s{hue % HUES}"]
     face = "none" if hollow else colour
     return {"marker": marker or _MARKERS[hue % len(_MARKERS)], "mec": colour, "mfc": face, "mew": 1.3}
+
+
+def _clipped(name: str, most: int) -> str:
+    """A name that leaves room for the chart."""
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _finite(series: Series) -> list[Point]:
@@ -314,7 +319,8 @@ def _finished(figure: Any, title: str, titles: Mapping[str, Sequence[str]]) -> M
         if element.tag == "g":
             marks = [use for use in element.iter() if use.tag.removeprefix(_SVG) == "use"]
             for use, text in zip(marks, titles.get(element.attrib.pop("id", ""), ()), strict=False):
-                ElementTree.SubElement(use, "title").text = text
+                if text:
+                    ElementTree.SubElement(use, "title").text = text
         element.text, element.tail = (
             None if not (part or "").strip() else part for part in (element.text, element.tail)
         )

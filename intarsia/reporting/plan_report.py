@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.disk import read_json
-from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.told import mlp_pieces, of_experts
+from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.step import mlp_pieces, of_experts
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Tile, table
@@ -26,6 +26,7 @@ _SCORES = {
     "losses": "calibration loss without the layer",
 }
 _LONG_TABLE = 12
+_BROKEN = 100.0  # times the least perplexity of a chart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +223,11 @@ def ladder_figure(found: Sequence[Ladder]) -> Figure:
         for number, ladder in enumerate(found)
     ]
     x = layers_axis(x for ladder in found for x, _ in ladder.points)
-    measure = found[0].measure
-    svg = chart(series, x=x, y=Axis(label=measure, log=True), title=f"{measure} by depth")
+    measure, values = found[0].measure, [y for ladder in found for _, y in ladder.points]
+    # A model that is broken would press the others together.
+    most = _BROKEN * min(values, default=1.0)
+    note = "arrow: outside the chart" if any(value > most for value in values) else ""
+    svg = chart(series, x=x, y=Axis(label=measure, log=True, most=most), title=f"{measure} by depth", note=note)
     return Figure(svg=svg, caption=f"On {found[0].text}.")
 
 

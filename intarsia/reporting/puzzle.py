@@ -14,7 +14,7 @@ from html import escape
 from markupsafe import Markup
 
 from intarsia.architecture.spec import Architecture
-from intarsia.planning.told import mlp_pieces, of_experts
+from intarsia.pruning.step import mlp_pieces, of_experts
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.colours import WOODS, standalone

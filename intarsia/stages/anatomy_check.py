@@ -14,8 +14,8 @@ import torch
 from intarsia.architecture.detect import detect
 from intarsia.architecture.families import with_family_file
 from intarsia.architecture.spec import PARTS, Architecture
-from intarsia.building.resident import Resident
-from intarsia.building.shrunken import shrunken, small_model
+from intarsia.building.loaded_model import Resident
+from intarsia.building.tiny_model import shrunken, small_model
 from intarsia.checkpoint.files import read_config
 from intarsia.checkpoint.multimodal import NESTED, is_wrapped
 from intarsia.checkpoint.reader import Checkpoint

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from intarsia.activations.hooks import read_outs
+from intarsia.activations.stream import LayerStream
 from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.building.assembled import assembled
+from intarsia.building.loaded_model import Resident, twin
 from intarsia.building.materialize import materialize
-from intarsia.building.resident import Resident, twin
 from intarsia.building.slicing import positions
-from intarsia.calibration.stream import LayerStream
-from intarsia.calibration.taps import read_outs
 from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from intarsia.building.resident import load_model
-from intarsia.building.spread import free_bytes
+from intarsia.building.loaded_model import load_model
+from intarsia.building.offload import free_bytes
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import Problem, UserError
-from intarsia.evaluation.memory import kv_cache_bytes
-from intarsia.evaluation.result import Speed
-from intarsia.evaluation.speed import Footprint, compare_speed, footprint
+from intarsia.evaluation.perplexity import Speed
+from intarsia.evaluation.speed import Footprint, compare_speed, footprint, kv_cache_bytes
 from intarsia.progress import Progress, Silent
 from intarsia.stages.setup import device_of, dtype_of
 

@@ -15,9 +15,9 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import hub_id
 from intarsia.checkpoint.staging import check_out
 from intarsia.errors import Problem, UserError
-from intarsia.evaluation.memory import peak_memory_bytes
-from intarsia.planning.run_folder import RunFolder
+from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.progress import Progress, Silent
+from intarsia.pruning.run_folder import RunFolder
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from intarsia.calibration.corpus import Corpus
+from intarsia.data.corpus import Corpus
 from intarsia.disk import damage_named
-from intarsia.planning.run_folder import RunFolder
+from intarsia.pruning.run_folder import RunFolder
 from intarsia.stages.source import Source
 
 _PINNED = "calibration"

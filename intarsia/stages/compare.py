@@ -10,7 +10,7 @@ from typing import Any
 
 from intarsia.checkpoint.hashing import acting_config
 from intarsia.checkpoint.resolve import lasting
-from intarsia.evaluation.memory import peak_memory_bytes
+from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.evaluation.task_plan import plan_tasks
 from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.progress import Progress, Silent

@@ -13,7 +13,7 @@ from typing import Any
 
 from intarsia.disk import append_line, read_json, write_whole
 from intarsia.errors import UserError
-from intarsia.planning.run_folder import differences
+from intarsia.pruning.run_folder import differences
 from intarsia.reporting.comparison import ROWS, SETTINGS
 
 PLANS = "plans"

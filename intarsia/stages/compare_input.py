@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from intarsia.calibration.corpus import Corpus
+from intarsia.data.corpus import Corpus
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.perplexity import eval_corpus
 from intarsia.evaluation.task_plan import LocalTask, TaskPlan
-from intarsia.planning.ladder import planner_of
-from intarsia.planning.settings import layers_at_once
+from intarsia.pruning.ladder import planner_of
+from intarsia.pruning.settings import layers_at_once
 from intarsia.stages.compare_methods import Entrant
 from intarsia.stages.repair import HEALS, heal_passes_at_most
 from intarsia.stages.source import Source

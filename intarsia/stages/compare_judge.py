@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from intarsia.building.assembled import assembled
-from intarsia.calibration.corpus import Corpus
+from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.evaluation.retention import retention

@@ -1,6 +1,6 @@
 """The methods of a comparison as a user writes them: `come,come-p[spans=1],come[norm=average,sharpness=2]`.
 
-What stands in brackets are fields of the method's settings (`intarsia.planning.settings`), so that a new field needs
+What stands in brackets are fields of the method's settings (`intarsia.pruning.settings`), so that a new field needs
 nothing here; besides, for progressive methods, `heal_in_loop=true` repairs what each step changes before the next.
 """
 
@@ -15,9 +15,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from intarsia.errors import Problem, UserError
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.planning.finalists import check_finalists
-from intarsia.planning.ladder import METHODS, settings_of
-from intarsia.planning.settings import Settings
+from intarsia.pruning.finalists import check_finalists
+from intarsia.pruning.ladder import METHODS, settings_of
+from intarsia.pruning.settings import Settings
 
 _IN_LOOP = "heal_in_loop"
 _FORM = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.healing.teacher import TeacherStates
-from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.ladder import planner_of
-from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import layers_at_once
+from intarsia.pruning.intermediate import Intermediate
+from intarsia.pruning.ladder import planner_of
+from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.settings import layers_at_once
 from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.compare_methods import Entrant

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intarsia.calibration.batches import Batches
+from intarsia.activations.loop import Batches
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates, has_room
 from intarsia.recipe.recipe import Recipe

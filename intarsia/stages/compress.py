@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from intarsia.building.materialize import RECIPE_FILE
-from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.checkpoint.staging import check_out
+from intarsia.data.corpus import Corpus
 from intarsia.disk import write_whole
 from intarsia.errors import UserError
-from intarsia.evaluation.memory import peak_memory_bytes
 from intarsia.evaluation.perplexity import eval_corpus
+from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.healing.settings import LAST, ClosedFormSettings
-from intarsia.planning.settings import Settings
 from intarsia.progress import Progress, Silent
+from intarsia.pruning.settings import Settings
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from intarsia.planning.estimate import Estimate
+from intarsia.pruning.estimate import Estimate
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.judge import Measures
 from intarsia.stages.repair import Repaired

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from intarsia.building.resident import load_model
+from intarsia.building.loaded_model import load_model
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.evaluation.chain import Chain
-from intarsia.evaluation.perplexity import eval_corpus, perplexity
-from intarsia.evaluation.result import Perplexity
+from intarsia.evaluation.perplexity import Perplexity, eval_corpus, perplexity
 from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Variant, identity
 from intarsia.stages.placement import placement

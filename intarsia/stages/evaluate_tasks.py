@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from intarsia.building.resident import load_model
+from intarsia.building.loaded_model import load_model
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint

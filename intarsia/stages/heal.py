@@ -17,12 +17,12 @@ from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.staging import check_out
 from intarsia.errors import UserError
-from intarsia.evaluation.memory import peak_memory_bytes
+from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.healing import launch
 from intarsia.healing.layer_map import check_teacher
 from intarsia.healing.settings import LAST, ClosedFormSettings, EndToEndSettings, LayerwiseSettings
-from intarsia.planning.run_folder import RunFolder
 from intarsia.progress import Progress, Silent
+from intarsia.pruning.run_folder import RunFolder
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.build import build_recipe, open_variants, read_recipe

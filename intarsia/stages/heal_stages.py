@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from intarsia.building.resident import Resident, load_model
-from intarsia.calibration.batches import Batches
+from intarsia.activations.loop import Batches
+from intarsia.building.loaded_model import Resident, load_model
 from intarsia.checkpoint.hashing import cache_folder, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.healing import closed_form, end_to_end, launch, layerwise

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from intarsia.calibration.corpus import Corpus
-from intarsia.calibration.loading import load_corpus
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.data.corpus import Corpus
+from intarsia.data.text import load_corpus
 from intarsia.evaluation.perplexity import eval_corpus
 from intarsia.progress import Progress
 from intarsia.recipe.recipe import Recipe

@@ -10,8 +10,8 @@ from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import UserError
-from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.told import describe, mlp_pieces, of_experts
+from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.step import describe, mlp_pieces, of_experts
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.comparison import SETTINGS as COMPARISON

@@ -10,14 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from intarsia.building.resident import Resident, load_model
-from intarsia.building.spread import free_bytes
-from intarsia.calibration.corpus import Corpus
+from intarsia.building.loaded_model import Resident, load_model
+from intarsia.building.offload import free_bytes
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.evaluation.chain import Chain
-from intarsia.evaluation.perplexity import perplexity
-from intarsia.evaluation.result import Perplexity, Speed
+from intarsia.evaluation.perplexity import Perplexity, Speed, perplexity
 from intarsia.evaluation.speed import compare_speed
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.stages.source import Source

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from intarsia.building.resident import Resident
-from intarsia.calibration.room import PREFIX, Room
+from intarsia.activations.hidden_store import PREFIX, Room
+from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import Problem, UserError
 from intarsia.stages.setup import device_of, dtype_of

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.evaluation.memory import peak_memory_bytes
+from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.planning.estimate import Estimate
-from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import ComeSettings, Settings
 from intarsia.progress import Progress, Silent
+from intarsia.pruning.estimate import Estimate
+from intarsia.pruning.intermediate import Intermediate
+from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.settings import ComeSettings, Settings
 from intarsia.stages.calibration_text import pin_text
 from intarsia.stages.plan_input import asked, check_method
 from intarsia.stages.plan_settings import first_recipe, identifying_settings
@@ -93,10 +93,10 @@ def plan(
         model: a local folder, a hub id, or `demo`.
         run: the run folder, new or begun with the same settings.
         layers, sparsity: the target, one of the two (see `target_depth`).
-        method: one of `intarsia.planning.ladder.METHODS`.
+        method: one of `intarsia.pruning.ladder.METHODS`.
         settings: of the method; its defaults where they are not given, or are another method's.
         heal_in_loop: repair what each step changes in closed form, before the next; for progressive methods.
-        calibration: see `intarsia.calibration.loading.load_corpus`.
+        calibration: see `intarsia.data.text.load_corpus`.
         devices: lay the layers over several devices.
         stream: keep one layer in memory at a time, read from the files when it is needed.
         memory_bytes: what hidden states may take in memory; the rest goes to files in the run folder.

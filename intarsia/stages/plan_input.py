@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.planning.estimate import Estimate, estimate
-from intarsia.planning.finalists import check_finalists
-from intarsia.planning.ladder import METHODS, planner_of, progressive_methods, settings_of
-from intarsia.planning.settings import Settings
+from intarsia.pruning.estimate import Estimate, estimate
+from intarsia.pruning.finalists import check_finalists
+from intarsia.pruning.ladder import METHODS, planner_of, progressive_methods, settings_of
+from intarsia.pruning.settings import Settings
 from intarsia.stages.setup import check_seq_len
 from intarsia.stages.source import Source
 from intarsia.stages.target import target_depth

@@ -10,9 +10,9 @@ from typing import Any
 from intarsia.checkpoint.hashing import acting_config
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import lasting
-from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import layers_at_once
-from intarsia.planning.told import mlp_pieces
+from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.settings import layers_at_once
+from intarsia.pruning.step import mlp_pieces
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.stages.calibration_text import calibration_of
 from intarsia.stages.plan_input import Asked

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from intarsia.planning.intermediate import Intermediate
-from intarsia.planning.ladder import climb, planner_of
-from intarsia.planning.run_folder import RunFolder
+from intarsia.pruning.intermediate import Intermediate
+from intarsia.pruning.ladder import climb, planner_of
+from intarsia.pruning.run_folder import RunFolder
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.plan_input import Asked
 from intarsia.stages.source import Source

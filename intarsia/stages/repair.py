@@ -9,16 +9,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from intarsia.activations.loop import Batches
 from intarsia.architecture.spec import Architecture
-from intarsia.calibration.batches import Batches
-from intarsia.calibration.corpus import Corpus
+from intarsia.data.corpus import Corpus
 from intarsia.disk import full_disk_named
 from intarsia.healing.fit_plan import fit_forwards, fit_passes_at_most
 from intarsia.healing.restarts import AS_IT_IS, Start, best_fit, forget, held_out_perplexity, starts
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates, has_room
-from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import ComeSettings, Settings
+from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.settings import ComeSettings, Settings
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, identity
 from intarsia.stages.calibration_text import pin_text

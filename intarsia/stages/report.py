@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from intarsia.building.loaded_model import load_model
 from intarsia.building.materialize import RECIPE_FILE
-from intarsia.building.resident import load_model
-from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.progress import Progress, Silent
 from intarsia.recipe import schema

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from intarsia.building.resident import default_device
+from intarsia.building.loaded_model import default_device
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from intarsia.building.resident import Resident
-from intarsia.calibration.corpus import Corpus
-from intarsia.calibration.loading import load_corpus
+from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.data.corpus import Corpus
+from intarsia.data.text import load_corpus
 from intarsia.progress import Progress
 from intarsia.stages.placement import placement, refuse_self_text
 from intarsia.stages.setup import load_tokenizer

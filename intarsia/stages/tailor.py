@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from intarsia.checkpoint.hashing import acting_config
-from intarsia.evaluation.memory import peak_memory_bytes
+from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.progress import Progress, Silent
 from intarsia.reporting.page import write_report
 from intarsia.stages.setup import device_of, dtype_of
@@ -26,15 +26,14 @@ from intarsia.stages.tailor_recipe import translator_of
 from intarsia.stages.tailor_result import TailorResult
 from intarsia.stages.tailor_scorer import Opener, TrialScorer, evaluator_of
 from intarsia.stages.tailor_settings import settings_of
-from intarsia.tailoring.dask_workers import check_scheduler, dask_workers
+from intarsia.tailoring.engines.hyperband import budget_ladder
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import BASE
-from intarsia.tailoring.grids import space_of
-from intarsia.tailoring.hyperband import budget_ladder
-from intarsia.tailoring.kept_fits import KeptFits
 from intarsia.tailoring.make_engine import check_engine, make_engine
 from intarsia.tailoring.search import Goal, search
-from intarsia.tailoring.workers import InProcess, Workers
+from intarsia.tailoring.space import space_of
+from intarsia.tailoring.trial_heal import KeptFits
+from intarsia.tailoring.workers import InProcess, Workers, check_scheduler, dask_workers
 
 if TYPE_CHECKING:
     from intarsia.tailoring.evaluator import Evaluator

@@ -10,22 +10,22 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.data.corpus import Corpus
 from intarsia.disk import write_whole
 from intarsia.errors import UserError
 from intarsia.evaluation.task_file import names_a_file, read_questions, read_targets
-from intarsia.planning.ladder import METHODS as PLANNERS
-from intarsia.planning.run_folder import RunFolder
 from intarsia.progress import Progress
+from intarsia.pruning.ladder import METHODS as PLANNERS
+from intarsia.pruning.run_folder import RunFolder
 from intarsia.stages.plan import plan_source
 from intarsia.stages.source import Source
 from intarsia.stages.tailor_folder import TailorFolder
-from intarsia.tailoring import sensitivities
+from intarsia.tailoring import warm_start
 from intarsia.tailoring.engine import Start
-from intarsia.tailoring.example_sources import part_of
 from intarsia.tailoring.family_file import RANDOM_MIDDLE, FamilyFile, ObjectiveSpec
 from intarsia.tailoring.history import Trial
+from intarsia.tailoring.objective_sources import part_of
 from intarsia.tailoring.translate import PieceScores, Translator
 from intarsia.tailoring.warm_start import WarmStart, from_recipe, from_search, random_middles
 
@@ -71,11 +71,11 @@ class Beginning:
             source = self.source
             corpus = source.corpus
             source.release()
-            found = sensitivities.measure(
+            found = warm_start.measure(
                 members, corpus, device=source.device, dtype=source.dtype, progress=self.progress
             )
-            sensitivities.save(found, path)
-        return sensitivities.load(path)
+            warm_start.save(found, path)
+        return warm_start.load(path)
 
     def warm_start(self, translator: Translator) -> WarmStart:
         """The candidates to begin with, and trials of earlier searches.

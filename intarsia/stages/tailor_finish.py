@@ -19,8 +19,8 @@ from intarsia.stages.tailor_recipe import keep_front, trial_recipe
 from intarsia.stages.tailor_scorer import evaluator_of, is_healed
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import BASE, FamilyFile
-from intarsia.tailoring.kept_fits import KeptFits
 from intarsia.tailoring.pareto import Front
+from intarsia.tailoring.trial_heal import KeptFits
 
 if TYPE_CHECKING:
     from intarsia.tailoring.evaluator import Evaluator

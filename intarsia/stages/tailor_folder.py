@@ -22,7 +22,7 @@ from typing import Any
 
 from intarsia.disk import read_json, write_whole
 from intarsia.errors import Problem, UserError
-from intarsia.planning.run_folder import differences
+from intarsia.pruning.run_folder import differences
 from intarsia.reporting.tailor_run import FAMILY, FRONT, SETTINGS, WANTED, recipe_path
 from intarsia.tailoring.history import TRIALS, History
 from intarsia.tailoring.pareto import Front, front_of

@@ -10,10 +10,8 @@ from typing import Any, get_args
 from intarsia.data_file import dump_yaml
 from intarsia.errors import Problem, UserError
 from intarsia.stages.tailor_folder import TailorFolder
-from intarsia.tailoring.family_file import Engine, FamilyFile
-from intarsia.tailoring.family_paths import absolute, absolute_data
-from intarsia.tailoring.family_reader import read_family_file
-from intarsia.tailoring.hyperband import expected_trials
+from intarsia.tailoring.engines.hyperband import expected_trials
+from intarsia.tailoring.family_file import Engine, FamilyFile, absolute, absolute_data, read_family_file
 from intarsia.tailoring.space import Space
 
 

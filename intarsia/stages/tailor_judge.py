@@ -7,13 +7,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from intarsia.evaluation.requests import positions_of
+from intarsia.evaluation.likelihood import positions_of
 from intarsia.progress import Progress
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.setup import load_tokenizer
-from intarsia.tailoring.example_sources import read_objectives
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile, ObjectiveSpec, Range
+from intarsia.tailoring.objective_sources import read_objectives
 
 EXAMPLES = 1000
 _WINDOW = 128  # as of the windows that the evaluator draws

@@ -15,14 +15,12 @@ from intarsia.recipe.recipe import Recipe, Variant
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_scorer import evaluator_of, is_healed
 from intarsia.stages.versions import versions
-from intarsia.tailoring import sensitivities
-from intarsia.tailoring.config_only import read_config_only
-from intarsia.tailoring.family import open_family
-from intarsia.tailoring.family_file import FamilyFile
-from intarsia.tailoring.family_reader import read_family_file
-from intarsia.tailoring.grids import space_of
+from intarsia.tailoring import warm_start
+from intarsia.tailoring.family import open_family, read_config_only
+from intarsia.tailoring.family_file import FamilyFile, read_family_file
 from intarsia.tailoring.history import Trial
 from intarsia.tailoring.pareto import Front
+from intarsia.tailoring.space import space_of
 from intarsia.tailoring.translate import PieceScores, Translator
 
 if TYPE_CHECKING:
@@ -128,7 +126,7 @@ def trial_recipe(
     settings = folder.settings()
     file = read_family_file(folder.family)
     _, architecture = read_config_only(file.base.model, file.base.revision, None, progress)
-    scores = sensitivities.load(folder.sensitivities) if folder.sensitivities.exists() else {}
+    scores = warm_start.load(folder.sensitivities) if folder.sensitivities.exists() else {}
 
     recipe = translator_of(file, architecture, settings["members"], scores).recipe(trial.candidate)
     if healed and is_healed(file, trial.budget):

@@ -13,8 +13,8 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.stages.setup import device_of, dtype_of
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import FamilyFile
-from intarsia.tailoring.kept_fits import KeptFits
-from intarsia.tailoring.outcome import Outcome
+from intarsia.tailoring.history import Outcome
+from intarsia.tailoring.trial_heal import KeptFits
 from intarsia.tailoring.workers import Place
 
 if TYPE_CHECKING:
@@ -61,12 +61,12 @@ def evaluator_of(
 
     Args:
         probe: measure the base, and refuse objectives that tell nothing.
-        fits: the folder of what is fitted for trials (`intarsia.tailoring.kept_fits`).
+        fits: the folder of what is fitted for trials (`intarsia.tailoring.trial_heal`).
 
     Raises:
         UserError: an objective cannot be used.
     """
-    from intarsia.tailoring.open_evaluator import open_evaluator
+    from intarsia.tailoring.evaluator import open_evaluator
 
     return open_evaluator(
         family,

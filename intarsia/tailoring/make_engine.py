@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from intarsia.tailoring import family_file
 from intarsia.tailoring.engine import Engine, Start
-from intarsia.tailoring.evolve import evolve
+from intarsia.tailoring.engines.evolve import evolve
+from intarsia.tailoring.engines.random_search import random_search
+from intarsia.tailoring.engines.smac import Smac, require_smac
 from intarsia.tailoring.family_file import SearchSpec
-from intarsia.tailoring.random_search import random_search
-from intarsia.tailoring.smac import Smac, require_smac
 from intarsia.tailoring.space import Space
 
 

@@ -1,23 +1,16 @@
-"""What a candidate is measured by: examples, how their likelihoods become a cost, and the batches of every budget.
+"""Examples that candidates are measured on, and the one order in which budgets take them.
 
-A question is scored by l_c, the log-likelihood of choice c divided by its characters, as `acc_norm` is:
-
-- `accuracy`: 1 - the share of questions whose right choice has the largest l_c;
-- `margin`: the mean of max over the wrong choices of l_c, minus l of the right one;
-- `likelihood`: the mean of -l of the right one.
-
-The last two are smooth, and tell candidates apart on fewer questions. `loss` is the mean negative log-likelihood of a
-token (of targets given their queries, or of windows of text), `kl` the mean divergence from the base of a token's
-distribution, both over all tokens, so that an example counts by its length.
-
-Examples are batched by length within segments of the order: between two neighbouring budgets of the search, the cuts.
-So a candidate that is tried again on a larger budget is run on the examples that are new, and what the cuts are is
-all that decides which examples share a batch.
+The first so many examples of the order are the budget, so that a larger budget contains the smaller. Examples are in
+strata (where they come from, which of the choices is right, how long they are), each stratum in random order, and
+strata take turns by their sizes: among the first b of n examples are b/n of each stratum, within one.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
@@ -26,8 +19,62 @@ import numpy as np
 import numpy.typing as npt
 
 from intarsia.errors import Problem, UserError
-from intarsia.evaluation.likelihood import Batch, batches_of
-from intarsia.tailoring.examples import Example, examples_hash
+from intarsia.evaluation.likelihood import Batch, Request, batches_of
+
+_LENGTHS = 3  # classes of length, of equal size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A question, a text with its beginning, or a window of text, as tokens.
+
+    `requests`: of a question one for each choice, else one. A window is its first token as context, and the others.
+    `gold`: the right choice. `characters` of each choice, by which its log-likelihood is divided. `source`: where it
+    comes from, if there are several places.
+    """
+
+    requests: tuple[Request, ...]
+    gold: int | None = None
+    characters: tuple[int, ...] = ()
+    source: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are scored."""
+        return sum(len(request.continuation) for request in self.requests)
+
+    @property
+    def length(self) -> int:
+        """Tokens that are read, if what requests share is read once."""
+        return len(self.requests[0].context) + self.tokens
+
+
+def in_order(examples: Sequence[Example], seed: int) -> tuple[Example, ...]:
+    """The examples in the order of the budgets."""
+    rng = random.Random(seed)
+    by_length = sorted(range(len(examples)), key=lambda index: (examples[index].length, index))
+    length = {index: rank * _LENGTHS // len(examples) for rank, index in enumerate(by_length)}
+    strata: dict[tuple[str, int, int], list[int]] = {}
+    for index, example in enumerate(examples):
+        gold = -1 if example.gold is None else example.gold
+        strata.setdefault((example.source, gold, length[index]), []).append(index)
+    places: list[tuple[float, int]] = []
+    for stratum in sorted(strata):
+        members = strata[stratum]
+        rng.shuffle(members)
+        offset = rng.random()
+        places += [((step + offset) / len(members), index) for step, index in enumerate(members)]
+    return tuple(examples[index] for _, index in sorted(places))
+
+
+def examples_hash(examples: Sequence[Example]) -> str:
+    """SHA-256 over the examples' tokens and right answers, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        requests = [[request.context, request.continuation] for request in example.requests]
+        digest.update(json.dumps([requests, example.gold, example.characters]).encode() + b"\n")
+    return digest.hexdigest()
+
 
 Measure: TypeAlias = Literal["accuracy", "margin", "likelihood", "loss", "kl"]
 QUESTIONS: tuple[Measure, ...] = ("accuracy", "margin", "likelihood")

@@ -13,7 +13,7 @@ from functools import cached_property
 from torch import Tensor
 
 from intarsia.architecture.spec import PARTS, Architecture, Part
-from intarsia.planning import allocate
+from intarsia.pruning import scores as allocate
 from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.methods import METHODS, with_defaults
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Mix, Op, Select
@@ -23,7 +23,7 @@ from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, s
 from intarsia.tailoring.space import Space
 
 PieceScores = Mapping[LayerRef, Mapping[Part, Tensor]]
-"""How sensitive each piece of a layer is, `[P]` for each part: see `intarsia.planning.scores.piece_scores`."""
+"""How sensitive each piece of a layer is, `[P]` for each part: see `intarsia.pruning.scores.piece_scores`."""
 
 _OUTLIERS = 0.01  # The share of largest entries that breadcrumbs leave out.
 

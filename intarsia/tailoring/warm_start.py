@@ -10,23 +10,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from intarsia.disk import damage_named, write_whole
-from intarsia.recipe.ops import MergeMethod
-from intarsia.recipe.recipe import Recipe
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from intarsia.architecture.spec import PARTS, Part
+from intarsia.building.loaded_model import Resident
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.data.corpus import Corpus
+from intarsia.disk import damage_named, full_disk_named, write_whole
+from intarsia.progress import Progress
+from intarsia.pruning.intermediate import Intermediate
+from intarsia.pruning.scores import part_scores
+from intarsia.recipe.ops import LayerRef, MergeMethod
+from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.schema import content_hash
-from intarsia.tailoring.candidate import Blend, Choice, Keep, single
+from intarsia.tailoring.blends import Menu
+from intarsia.tailoring.candidate import Blend, Choice, Keep, from_plain, single, to_plain
 from intarsia.tailoring.engine import Start
 from intarsia.tailoring.history import Trial
-from intarsia.tailoring.menu import Menu
 from intarsia.tailoring.pareto import Front
-from intarsia.tailoring.plain import from_plain, to_plain
 from intarsia.tailoring.space import Space
-from intarsia.tailoring.translate import Translator
+from intarsia.tailoring.translate import PieceScores, Translator
 
 _MIDDLES = 8
 
@@ -128,3 +138,64 @@ def from_search(
         starts=tuple(Start(candidate=candidate, origin=f"warm start: {name}") for candidate in starts),
         earlier=tuple(heard),
     )
+
+
+Scores = dict[LayerRef, dict[Part, Tensor]]
+
+
+def measure(
+    members: Mapping[str, Checkpoint],
+    corpus: Corpus,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: Progress,
+) -> Scores:
+    """The scores of every layer of every member; one model is in memory at a time.
+
+    Raises:
+        UserError: activations are not finite.
+    """
+    found: Scores = {}
+    with progress.task("measuring the members", len(members)) as task:
+        for name, checkpoint in members.items():
+            task.note(name)
+            resident = Resident(checkpoint, device=device, dtype=dtype)
+            whole = identity(Variant(name=name, model=checkpoint.model), checkpoint.architecture.n_layers)
+            model = Intermediate(resident, corpus, whole.layers, progress=progress)
+            try:
+                model.measure()
+                for layer, (measured, module) in enumerate(zip(model.measures, model.modules, strict=True)):
+                    found[LayerRef(variant=name, layer=layer)] = {
+                        part: part_scores(measured.channels[part], module, model.architecture, part).cpu()
+                        for part in PARTS
+                    }
+            finally:
+                model.close()
+            task.advance()
+    return found
+
+
+def save(scores: PieceScores, path: Path) -> None:
+    """Write scores to a file that is there whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{ref.variant}:{ref.layer}:{part}": tensor.contiguous()
+        for ref, parts in scores.items()
+        for part, tensor in parts.items()
+    }
+    staging = path.with_name(f".{path.name}")
+    with full_disk_named(path.parent):
+        save_file(tensors, staging)
+        staging.replace(path)
+
+
+def load(path: Path) -> Scores:
+    """The scores in a file of `save`."""
+    found: Scores = {}
+    for name, tensor in load_file(path).items():
+        variant, layer, part = name.rsplit(":", 2)
+        scores = found.setdefault(LayerRef(variant=variant, layer=int(layer)), {})
+        scores[next(known for known in PARTS if known == part)] = tensor
+    return found

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intarsia.activations.stream import LayerCall
 from intarsia.architecture.spec import PARTS, Architecture, Part
-from intarsia.building.resident import Resident
-from intarsia.calibration.stream import LayerCall
+from intarsia.building.loaded_model import Resident
 from intarsia.recipe.ops import Concat, Cut
 
 Tensors = Mapping[str, Tensor]

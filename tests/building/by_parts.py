@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intarsia.activations.stream import LayerCall
 from intarsia.architecture.spec import PARTS, Part
-from intarsia.building.resident import Resident, twin
-from intarsia.calibration.stream import LayerCall
+from intarsia.building.loaded_model import Resident, twin
 from intarsia.recipe.ops import Concat, Cut
 
 FAMILIES = (

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from intarsia.building.assembled import assembled
+from intarsia.building.loaded_model import Resident
 from intarsia.building.materialize import materialize
-from intarsia.building.resident import Resident
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.recipe.ops import Merge
 from intarsia.recipe.recipe import Recipe

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from intarsia.activations.stream import LayerStream
 from intarsia.architecture.spec import PARTS
+from intarsia.building.loaded_model import Resident
 from intarsia.building.materialize import materialize
-from intarsia.building.resident import Resident
-from intarsia.calibration.stream import LayerStream
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.ops import Concat

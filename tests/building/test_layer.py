@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from intarsia.activations.stream import LayerStream
 from intarsia.architecture.spec import PARTS
 from intarsia.building.layer import layer_tensors
-from intarsia.building.resident import Resident, twin
-from intarsia.calibration.stream import LayerStream
+from intarsia.building.loaded_model import Resident, twin
 from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op
 from tests import families

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from intarsia.activations.stream import LayerStream
 from intarsia.architecture.detect import detect
 from intarsia.building.assembled import assembled
+from intarsia.building.loaded_model import Resident
 from intarsia.building.materialize import materialize
-from intarsia.building.resident import Resident
-from intarsia.calibration.stream import LayerStream
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.recipe.ops import Merge

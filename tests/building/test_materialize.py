@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from intarsia.activations.stream import LayerStream
+from intarsia.building.layer import to_tensors
+from intarsia.building.loaded_model import Resident
 from intarsia.building.materialize import RECIPE_FILE, materialize
-from intarsia.building.parameters import to_tensors
-from intarsia.building.resident import Resident
-from intarsia.calibration.stream import LayerStream
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.recipe import schema

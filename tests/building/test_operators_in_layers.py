@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from intarsia.architecture.spec import Architecture
-from intarsia.building import merging, merging_sparse
+from intarsia.building import merge_operators
 from intarsia.building.layer import layer_tensors
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
@@ -81,7 +81,7 @@ MATRIX, BIAS, NORM = "mlp.up_proj.weight", "mlp.up_proj.bias", "input_layernorm.
 def test_slerp_turns_matrices_and_not_vectors(trio: Trio) -> None:
     found = layer_tensors(merge("slerp", (0.7, 0.3)), trio.architecture, trio.read)
     _, math, code = trio.three(MATRIX)
-    assert torch.equal(found[MATRIX], merging.slerp(math, code, 0.3))
+    assert torch.equal(found[MATRIX], merge_operators.slerp(math, code, 0.3))
     for name in (BIAS, NORM):
         _, math, code = trio.three(name)
         torch.testing.assert_close(found[name], 0.7 * math + 0.3 * code)
@@ -92,9 +92,9 @@ def test_ties_trims_matrices_and_not_vectors(name: str, trio: Trio) -> None:
     op = merge("ties", (1.0, 1.0), density=0.3, **{"lambda": 0.8})
     base, *tuned = trio.three(name)
     density = 0.3 if name == MATRIX else 1.0
-    expected = merging_sparse.ties(base, tuned, [1.0, 1.0], density=density, scale=0.8)
+    expected = merge_operators.ties(base, tuned, [1.0, 1.0], density=density, scale=0.8)
     assert torch.equal(layer_tensors(op, trio.architecture, trio.read)[name], expected)
-    kept = (merging_sparse.trim(tuned[0] - base, 0.3) != 0).float().mean()
+    kept = (merge_operators.trim(tuned[0] - base, 0.3) != 0).float().mean()
     assert abs(float(kept) - 0.3) < 0.03
 
 
@@ -103,15 +103,15 @@ def test_vectors_are_never_thinned(method: MergeMethod, trio: Trio) -> None:
     found = layer_tensors(merge(method), trio.architecture, trio.read)
     for name in (BIAS, NORM):
         base, math, code = trio.three(name)
-        assert torch.equal(found[name], merging.task_arithmetic(base, [math, code], [0.5, 0.5]))
+        assert torch.equal(found[name], merge_operators.task_arithmetic(base, [math, code], [0.5, 0.5]))
 
 
 def test_dare_is_decided_by_seed_layer_and_name(trio: Trio) -> None:
     op = merge("dare_linear", density=0.5, seed=3)
     found = layer_tensors(op, trio.architecture, trio.read)
     base, math, code = trio.three(MATRIX)
-    generators = [merging_sparse.generator_for(3, 2, MATRIX, index) for index in range(2)]
-    expected = merging_sparse.dare_linear(base, [math, code], [0.5, 0.5], density=0.5, generators=generators)
+    generators = [merge_operators.generator_for(3, 2, MATRIX, index) for index in range(2)]
+    expected = merge_operators.dare_linear(base, [math, code], [0.5, 0.5], density=0.5, generators=generators)
     assert torch.equal(found[MATRIX], expected)
     torch.rand(3)  # what else was drawn decides nothing
     again = layer_tensors(op, trio.architecture, trio.read)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from intarsia.building.parameters import parameter_name, parameter_names, tensor_names, to_parameters, to_tensors
-from intarsia.building.resident import Resident, load_model
-from intarsia.calibration.stream import LayerStream
+from intarsia.activations.stream import LayerStream
+from intarsia.building.layer import parameter_name, parameter_names, tensor_names, to_parameters, to_tensors
+from intarsia.building.loaded_model import Resident, load_model
 from intarsia.checkpoint.adapter import open_variant
 from tests import families
 from tests.conftest import InMemory, Opened

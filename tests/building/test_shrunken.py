@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from intarsia.architecture.detect import detect
 from intarsia.architecture.spec import Architecture
-from intarsia.building.shrunken import VOCABULARY, shrunken, small_model, some_layers
+from intarsia.building.tiny_model import VOCABULARY, shrunken, small_model, some_layers
 from intarsia.errors import UserError
 
 

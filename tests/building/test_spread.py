@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from intarsia.building.spread import blocks
+from intarsia.building.offload import blocks
 
 
 @pytest.mark.parametrize(

@@ -337,3 +337,22 @@ def test_locks_that_a_file_system_does_not_have(tmp_path: Path, monkeypatch: pyt
     write(tmp_path / "out", some_tensors())
     # Nobody can tell whether that run is alive.
     assert nothing_left(tmp_path, but=("out", ".out.staging-1234"))
+
+
+@pytest.mark.parametrize("name", ["model", "link", "model/inside", ".", "deep/../model"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_input_is_never_an_output(name: str, overwrite: bool, tmp_path: Path) -> None:
+    """Neither by its name, nor through a link or a detour, nor by a folder in it or around it."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "model", target_is_directory=True)
+    with pytest.raises(UserError, match=r"an output that is no input.*model, which is read"):
+        check_out(tmp_path / name, overwrite=overwrite, inputs=[tmp_path / "model"])
+    with (
+        pytest.raises(UserError, match="an output that is no input"),
+        staged_folder(tmp_path / name, overwrite=overwrite, inputs=[tmp_path / "link"]),
+    ):
+        pytest.fail("no work is done")
+    check_out(tmp_path / "other", inputs=[tmp_path / "model", tmp_path / "gone"])

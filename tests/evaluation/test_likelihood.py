@@ -10,8 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from intarsia.errors import UserError
-from intarsia.evaluation.likelihood import log_likelihoods
-from intarsia.evaluation.requests import Request, encode_pairs, fit, positions_of
+from intarsia.evaluation.likelihood import Request, encode_pairs, fit, log_likelihoods, positions_of
 from intarsia.evaluation.run_rows import forward_of, score_requests, takes_packed_rows
 from tests import families
 

@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from intarsia.architecture.detect import detect
-from intarsia.evaluation.memory import kv_cache_bytes
-from intarsia.evaluation.speed import footprint
+from intarsia.evaluation.speed import footprint, kv_cache_bytes
 from tests import families
 
 MB = 1024**2

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from intarsia.calibration.corpus import Corpus
+from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.evaluation.perplexity import eval_corpus, perplexity, window_losses
 from tests import families

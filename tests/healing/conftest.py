@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.data.corpus import Corpus
 from intarsia.recipe.recipe import Recipe
 from tests import families
 from tests.conftest import Opened

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from intarsia.architecture.spec import PARTS, Architecture, Part
+from intarsia.building.loaded_model import Resident
 from intarsia.building.materialize import materialize
-from intarsia.building.resident import Resident
-from intarsia.calibration.corpus import Corpus
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing.fit_plan import fit_forwards, fitted_parts
 from intarsia.healing.layer_fit import fittable

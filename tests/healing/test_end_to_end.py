@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("accelerate")
 
-from intarsia.building.resident import Resident, load_model
-from intarsia.calibration.corpus import Corpus
+from intarsia.building.loaded_model import Resident, load_model
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing import end_to_end
 from intarsia.healing.end_to_end import WholeTraining, lesson_depths

@@ -18,11 +18,11 @@ import torch
 from typer.testing import CliRunner
 
 import intarsia
-from intarsia.calibration.corpus import Corpus
-from intarsia.calibration.loading import load_corpus
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.cli.app import app
 from intarsia.cli.values import token_count
+from intarsia.data.corpus import Corpus
+from intarsia.data.text import load_corpus
 from intarsia.errors import UserError
 from intarsia.healing.launch import own_device
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings

@@ -15,9 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import intarsia
-from intarsia.building.resident import Resident
-from intarsia.calibration.loading import load_corpus
+from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.data.text import load_corpus
 from intarsia.errors import UserError
 from intarsia.healing import end_to_end
 from intarsia.healing.settings import LAST, EndToEndSettings, LayerwiseSettings

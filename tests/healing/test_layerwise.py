@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from intarsia.building.resident import Resident
+from intarsia.building.loaded_model import Resident
 from intarsia.errors import UserError
 from intarsia.healing import layer_training, layerwise, training
 from intarsia.healing.settings import LayerwiseSettings

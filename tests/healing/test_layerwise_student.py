@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from intarsia.building.resident import Resident
-from intarsia.calibration.corpus import Corpus
-from intarsia.calibration.stream import LayerStream
+from intarsia.activations.stream import LayerStream
+from intarsia.building.loaded_model import Resident
+from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing import layer_training, layerwise
 from intarsia.healing.losses import hidden_mse

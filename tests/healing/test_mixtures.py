@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from intarsia.building.resident import load_model, twin
-from intarsia.calibration.stream import LayerStream
+from intarsia.activations.stream import LayerStream
+from intarsia.building.loaded_model import load_model, twin
 from intarsia.healing import end_to_end, layerwise
 from intarsia.healing.layer_fit import FitBatch, PartFit, fittable, passes
 from intarsia.healing.settings import ClosedFormSettings, EndToEndSettings, LayerwiseSettings

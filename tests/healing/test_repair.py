@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import intarsia
-from intarsia.building import resident
+from intarsia.building import loaded_model
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli.app import app
 from intarsia.errors import UserError
@@ -162,13 +162,13 @@ def test_a_fit_that_makes_it_worse_is_not_taken(
 @pytest.mark.parametrize("heal", ["closed-form", "none"])
 def test_every_model_is_loaded_once(heal: str, compress: Compress, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
-    load = resident.load_model
+    load = loaded_model.load_model
 
     def counted(checkpoint: Any, **more: Any) -> Any:
         loaded.append(checkpoint.architecture.n_layers)
         return load(checkpoint, **more)
 
-    monkeypatch.setattr(resident, "load_model", counted)
+    monkeypatch.setattr(loaded_model, "load_model", counted)
     monkeypatch.setattr(judge, "load_model", counted)
     compress(heal=heal)
     assert loaded == [6, 4]

@@ -13,16 +13,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import intarsia
-from intarsia.calibration.corpus import Corpus
+from intarsia.data.corpus import Corpus
 from intarsia.evaluation.chain import Chain
 from intarsia.healing.closed_form import fit
 from intarsia.healing.fit_plan import fit_forwards
 from intarsia.healing.restarts import Start, best_of, starts
 from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
-from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import ComeSettings
 from intarsia.progress import Silent
+from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.settings import ComeSettings
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Fitted, Recipe, identity
 from intarsia.stages.judge import held_out_text

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from intarsia.building.resident import Resident
-from intarsia.calibration.batches import Batches
-from intarsia.calibration.corpus import Corpus
-from intarsia.calibration.hidden import HiddenStore
+from intarsia.activations.hidden_store import HiddenStore
+from intarsia.activations.loop import Batches
+from intarsia.building.loaded_model import Resident
+from intarsia.data.corpus import Corpus
 from intarsia.healing.closed_form import fit
 from intarsia.healing.fit_plan import fit_forwards
 from intarsia.healing.settings import ClosedFormSettings

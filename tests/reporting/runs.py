@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.told import describe
+from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.step import describe
 from intarsia.recipe import schema
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans, identity

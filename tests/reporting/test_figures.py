@@ -99,6 +99,16 @@ def test_the_legend_names_what_differs() -> None:
     assert {"a", "dense", "a note"} <= set(texts(tree)) and "b" not in texts(tree)
 
 
+def test_long_names_leave_room_for_the_chart() -> None:
+    name = "come[" + "x" * 200 + "]"
+    tree = drawn(line(name, 1.0, 2.0), line("b", 2.0), note="n")
+    assert name[:53] + "…" in texts(tree)
+    row = Interval(name=name, value=0.5, low=0.4, high=0.6, hue=0)
+    tree = ElementTree.fromstring(intervals([row], label="acc", title="t"))
+    assert name[:35] + "…" in texts(tree) and f"{name}: 0.5, 95 % interval 0.4 to 0.6" in places(tree)
+    assert "n" in texts(drawn(line("only", 1.0), note="n"))
+
+
 def test_an_error_bar_may_reach_below_zero_on_a_logarithmic_axis() -> None:
     series = Series(name="a", points=[Point(x=0, y=1.0, error=3.0), Point(x=1, y=2.0)], hue=0)
     assert len(errors(drawn(series, y=Axis(label="", log=True)))) == 1

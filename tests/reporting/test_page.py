@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.planning.run_folder import RunFolder, Wanted
+from intarsia.pruning.run_folder import RunFolder, Wanted
 from intarsia.reporting.blocks import Pictures, Table
 from intarsia.reporting.commands import compare_command, compress_command, plan_command
 from intarsia.reporting.page import report_html, write_report

@@ -17,8 +17,8 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import ComeSettings, LacoSettings
+from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.settings import ComeSettings, LacoSettings
 from intarsia.recipe import schema
 from intarsia.stages import compare_judge
 from intarsia.stages.evaluate_tasks import evaluate_tasks

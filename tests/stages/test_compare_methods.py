@@ -6,8 +6,8 @@ import pytest
 
 from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.planning.ladder import METHODS, progressive_methods
-from intarsia.planning.settings import ComeSettings, LacoSettings, SlebSettings
+from intarsia.pruning.ladder import METHODS, progressive_methods
+from intarsia.pruning.settings import ComeSettings, LacoSettings, SlebSettings
 from intarsia.stages.compare_methods import parse_methods
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import intarsia
-from intarsia.planning.run_folder import RunFolder
+from intarsia.pruning.run_folder import RunFolder
 from tests.conftest import Folder
 from tests.killing import kill_within, needs_proc
 

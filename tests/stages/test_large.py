@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import intarsia
-from intarsia.calibration import spill
-from intarsia.calibration.hidden import HiddenStore
+from intarsia.activations import hidden_store
+from intarsia.activations.hidden_store import HiddenStore
 from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.healing.settings import LayerwiseSettings
-from intarsia.planning.run_folder import RunFolder
+from intarsia.pruning.run_folder import RunFolder
 from intarsia.recipe.schema import content_hash
 from intarsia.stages.evaluate import evaluate_perplexity
 from intarsia.stages.heal import heal
@@ -29,13 +29,13 @@ Sizes = dict[str, Any]
 def spills(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every file that hidden states are spilled to, from now on."""
     found: list[Path] = []
-    reserve = spill.reserve
+    reserve = hidden_store.reserve
 
     def seen(path: Path, nbytes: int) -> None:
         found.append(path)
         reserve(path, nbytes)
 
-    monkeypatch.setattr(spill, "reserve", seen)
+    monkeypatch.setattr(hidden_store, "reserve", seen)
     return found
 
 
@@ -78,7 +78,7 @@ def test_a_full_disk_is_told(
     def full(fd: int, start: int, length: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(spill.os, "posix_fallocate", full)
+    monkeypatch.setattr(hidden_store.os, "posix_fallocate", full)
     with pytest.raises(UserError, match="--memory") as caught:
         intarsia.plan(str(model_folder("llama")), tmp_path / "run", layers=5, memory_bytes=0, **sizes)
     assert "full disk" in caught.value.problems[0].found

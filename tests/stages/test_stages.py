@@ -19,10 +19,10 @@ import intarsia
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli.app import app
 from intarsia.errors import UserError
-from intarsia.planning.ladder import METHODS
-from intarsia.planning.run_folder import RunFolder
-from intarsia.planning.settings import ComeSettings, LacoSettings
 from intarsia.progress import Silent
+from intarsia.pruning.ladder import METHODS
+from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.settings import ComeSettings, LacoSettings
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages import judge
@@ -93,7 +93,7 @@ def test_the_calibration_loss_is_that_of_the_built_model(model_folder: Folder, s
     again = intarsia.plan(str(built.out), tmp_path / "again", layers=3, method="shortgpt", **sizes)
     assert again.layers == 4
     model = AutoModelForCausalLM.from_pretrained(built.out).eval()
-    from intarsia.calibration.loading import load_corpus
+    from intarsia.data.text import load_corpus
 
     corpus = load_corpus(sizes["calibration"], AutoTokenizer.from_pretrained(built.out), tokens=256, seq_len=32, seed=0)
     with torch.no_grad():

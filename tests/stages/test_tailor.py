@@ -24,10 +24,10 @@ from intarsia.stages.tailor import TailorResult, tailor
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_judge import rest_of, unseen
 from intarsia.stages.tailor_recipe import trial_recipe
-from intarsia.tailoring import trial_repair
+from intarsia.tailoring import trial_heal
+from intarsia.tailoring.evaluator import open_evaluator
 from intarsia.tailoring.family import open_family
-from intarsia.tailoring.family_reader import read_family_file
-from intarsia.tailoring.open_evaluator import open_evaluator
+from intarsia.tailoring.family_file import read_family_file
 from intarsia.tailoring.pareto import leading
 from tests import families
 from tests.conftest import Folder
@@ -107,7 +107,7 @@ def test_a_search(searched: tuple[Path, TailorResult]) -> None:
     front = json.loads((run / "front.json").read_text(encoding="utf-8"))
     assert front["objectives"] == ["prose", "quiz"]
     assert result.report == run / "report.html"
-    assert f"trial {front['knee']} is its knee" in result.report.read_text(encoding="utf-8")
+    assert f"trial {front['knee']} is the knee" in result.report.read_text(encoding="utf-8")
     assert result.front is not None
     costs = [tuple(trial["costs"]) for trial in trials if trial["budget"] == 12]
     for point in front["points"]:
@@ -392,7 +392,7 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
         fits.append(recipe)
         return closed_form.fit(recipe, *args, **kwargs)
 
-    monkeypatch.setattr(trial_repair, "fit", counted)
+    monkeypatch.setattr(trial_heal, "fit", counted)
     with monkeypatch.context() as killed:
         killed.setattr(stages_tailor, "finish", stop)
         with pytest.raises(KeyboardInterrupt):

@@ -15,9 +15,9 @@ from intarsia.architecture.detect import detect
 from intarsia.architecture.spec import PARTS, Architecture
 from intarsia.recipe.ops import LayerRef
 from intarsia.recipe.recipe import Variant
+from intarsia.tailoring.blends import Menu
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import MemberSpec
-from intarsia.tailoring.menu import Menu
 from intarsia.tailoring.space import Space
 from intarsia.tailoring.translate import PieceScores, Translator
 from tests import families

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
-from intarsia.tailoring.outcome import Outcome, TrialFailed
+from intarsia.tailoring.history import Outcome, TrialFailed
 from intarsia.tailoring.workers import Place
 
 OBJECTIVES = ("early", "late")

@@ -15,12 +15,12 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Candidate, single
 from intarsia.tailoring.engine import Ask, Engine, Start
-from intarsia.tailoring.evolve import evolve
+from intarsia.tailoring.engines.evolve import evolve
+from intarsia.tailoring.engines.hyperband import Stage, Staged, budget_ladder, expected_trials
+from intarsia.tailoring.engines.random_search import random_search
 from intarsia.tailoring.family_file import SearchSpec
 from intarsia.tailoring.history import History, Trial
-from intarsia.tailoring.hyperband import Stage, Staged, budget_ladder, expected_trials
 from intarsia.tailoring.make_engine import make_engine
-from intarsia.tailoring.random_search import random_search
 from intarsia.tailoring.search import Goal, search
 from intarsia.tailoring.space import Space
 from intarsia.tailoring.translate import Translator

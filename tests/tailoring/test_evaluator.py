@@ -15,21 +15,20 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from benchmarks.tailor_trial import Meter
+from intarsia.building.loaded_model import Resident
 from intarsia.building.materialize import materialize
-from intarsia.building.resident import Resident
-from intarsia.calibration.corpus import Corpus
+from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.evaluation.run_rows import default_batch_tokens, score_requests
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
-from intarsia.tailoring.divergence import TOP
-from intarsia.tailoring.evaluator import Evaluator, Outcome, TrialFailed
+from intarsia.tailoring.evaluator import Evaluator, Outcome, TrialFailed, open_evaluator
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile, Heal, MemberSpec, ObjectiveSpec, SearchSpec
 from intarsia.tailoring.objective import Objective
-from intarsia.tailoring.open_evaluator import open_evaluator
+from intarsia.tailoring.trial_scores import TOP
 from tests import families
 from tests.closed_form_fits import fit_on
 
@@ -386,7 +385,7 @@ def test_an_objective_whose_every_answer_is_the_same(
 
 
 def _requests(line: str) -> tuple[Any, ...]:
-    from intarsia.evaluation.requests import encode_pairs
+    from intarsia.evaluation.likelihood import encode_pairs
 
     record = json.loads(line)
     pairs = [(record["query"], " " + choice) for choice in record["choices"]]

@@ -10,13 +10,12 @@ import pytest
 
 from intarsia.errors import UserError
 from intarsia.evaluation.choices import Question, choice_set
-from intarsia.evaluation.requests import Request
+from intarsia.evaluation.likelihood import Request
 from intarsia.evaluation.tasks import load_harness
 from intarsia.progress import Silent
-from intarsia.tailoring.example_sources import read_objectives
 from intarsia.tailoring.family_file import ObjectiveSpec
-from intarsia.tailoring.harness_examples import questions_of
 from intarsia.tailoring.objective import Objective
+from intarsia.tailoring.objective_sources import questions_of, read_objectives
 from tests import families
 
 WORDS = families.sample_text(400, seed=3).split()

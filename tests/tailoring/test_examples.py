@@ -8,8 +8,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from intarsia.evaluation.requests import Request
-from intarsia.tailoring.examples import Example, examples_hash, in_order
+from intarsia.evaluation.likelihood import Request
+from intarsia.tailoring.objective import Example, examples_hash, in_order
 
 
 def question(gold: int, length: int, source: str = "") -> Example:

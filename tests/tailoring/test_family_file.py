@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.tailoring.family_file import FamilyFile, MemberSpec, ObjectiveSpec, SearchSpec
-from intarsia.tailoring.family_reader import parse_family, read_family_file
-from intarsia.tailoring.grids import grid, space_of, target_layers
+from intarsia.tailoring.family_file import (
+    FamilyFile,
+    MemberSpec,
+    ObjectiveSpec,
+    SearchSpec,
+    parse_family,
+    read_family_file,
+)
+from intarsia.tailoring.space import grid, space_of, target_layers
 from tests.tailoring.conftest import make_architecture
 
 RECIPES = Path(__file__).parents[2] / "recipes"

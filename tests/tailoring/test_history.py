@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.tailoring.candidate import Candidate
+from intarsia.tailoring.candidate import Candidate, from_plain, to_plain
 from intarsia.tailoring.history import EARLIER, History, Trial
-from intarsia.tailoring.plain import from_plain, to_plain
 from intarsia.tailoring.translate import Translator
 
 

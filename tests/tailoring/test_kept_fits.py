@@ -11,7 +11,7 @@ import pytest
 from intarsia.errors import UserError
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
-from intarsia.tailoring.kept_fits import KeptFits
+from intarsia.tailoring.trial_heal import KeptFits
 from tests.recipes_by_hand import recipe_of, select
 
 

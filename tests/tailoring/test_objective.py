@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from intarsia.errors import UserError
-from intarsia.evaluation.requests import Request
-from intarsia.tailoring.examples import Example
-from intarsia.tailoring.objective import Measure, Objective, check_budgets, check_varied, cuts_of, segments
+from intarsia.evaluation.likelihood import Request
+from intarsia.tailoring.objective import Example, Measure, Objective, check_budgets, check_varied, cuts_of, segments
 
 
 def request(*tokens: int) -> Request:

@@ -11,8 +11,17 @@ import pytest
 
 from intarsia.tailoring.candidate import Candidate, single
 from intarsia.tailoring.history import Trial
-from intarsia.tailoring.pareto import dominates, front_of, leading, non_dominated
-from intarsia.tailoring.scalarise import chebyshev, draw_weights, equal_weights, order, scaled
+from intarsia.tailoring.pareto import (
+    chebyshev,
+    dominates,
+    draw_weights,
+    equal_weights,
+    front_of,
+    leading,
+    non_dominated,
+    order,
+    scaled,
+)
 
 ONE = Candidate(positions=(0,), choices=(single("base"),))
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from intarsia.recipe.ops import LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
-from intarsia.tailoring.byte_cache import ByteCache
-from intarsia.tailoring.prefixes import Prefixes, layer_key, path_of
+from intarsia.tailoring.prefix_cache import ByteCache, Prefixes, layer_key, path_of
 
 
 def select(layer: int, variant: str = "base") -> Select:

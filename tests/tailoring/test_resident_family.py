@@ -12,8 +12,8 @@ import torch
 from intarsia.building.layer import Read, layer_tensors
 from intarsia.recipe.ops import LayerRef, Merge, Op, Select
 from intarsia.tailoring.family import Family
-from intarsia.tailoring.outcome import TrialFailed
-from intarsia.tailoring.resident_family import ResidentFamily
+from intarsia.tailoring.history import TrialFailed
+from intarsia.tailoring.trial_run import ResidentFamily
 
 MATH = Select(source=LayerRef(variant="math", layer=2))
 MERGED = Merge(

@@ -15,15 +15,13 @@ from intarsia.recipe.ops import LayerRef, Merge
 from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Blend, Keep
-from intarsia.tailoring.dask_workers import OnDask, check_scheduler, dask_workers
 from intarsia.tailoring.engine import Start
-from intarsia.tailoring.history import EARLIER, History
-from intarsia.tailoring.outcome import Outcome
+from intarsia.tailoring.engines.random_search import random_search
+from intarsia.tailoring.history import EARLIER, History, Outcome
 from intarsia.tailoring.pareto import Front, leading
-from intarsia.tailoring.random_search import random_search
 from intarsia.tailoring.search import Goal, search, words
 from intarsia.tailoring.warm_start import WarmStart, from_recipe, from_search, random_middles
-from intarsia.tailoring.workers import Done, InProcess, Opener, Workers
+from intarsia.tailoring.workers import Done, InProcess, OnDask, Opener, Workers, check_scheduler, dask_workers
 from tests.tailoring.conftest import METHODS, make_translator
 from tests.tailoring.known_costs import OBJECTIVES, Known, OpenDeadly, OpenKnown
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from intarsia.tailoring.blends import Menu
 from intarsia.tailoring.candidate import Blend, Candidate, Join, Keep, single
-from intarsia.tailoring.menu import Menu
-from intarsia.tailoring.moves import crossover, layer_steps, mutate
+from intarsia.tailoring.engines.evolve import crossover, layer_steps, mutate
 from intarsia.tailoring.space import Space
 from tests.tailoring.everything import all_blends, all_candidates
 

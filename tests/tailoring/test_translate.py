@@ -15,8 +15,8 @@ from intarsia.recipe.recipe import Recipe, Variant
 from intarsia.recipe.schema import content_hash, parse_recipe
 from intarsia.recipe.validate import check
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
-from intarsia.tailoring.config_space import ConfigurationMap
-from intarsia.tailoring.moves import mutate
+from intarsia.tailoring.engines.evolve import mutate
+from intarsia.tailoring.engines.smac import ConfigurationMap
 from intarsia.tailoring.translate import Translator
 from tests.tailoring.conftest import MEMBERS, make_translator
 

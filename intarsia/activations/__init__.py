@@ -1,0 +1,1 @@
+"""Running layers over text: the loop, hidden states, hooks, statistics."""

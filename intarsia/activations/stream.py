@@ -1,0 +1,223 @@
+"""Runs a model layer by layer, from any depth.
+
+No modeling code is copied. The model's own forward is called with stand-ins in place of its layers: the first
+stand-in gives back the hidden state that it is told to, and every stand-in records the arguments that the model
+passed to its layer (masks, rotary embeddings, ...). Embedding, per-layer arguments, final norm and head are thus the
+model's own, whatever its family, and any layer can be run between them.
+
+Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from intarsia.activations.loss import next_token_losses
+from intarsia.architecture.spec import Architecture
+
+LOGIT_BYTES = 256 * 1024**2
+_RETURNS_TUPLES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+"""Whether a model's layers return tuples: looked at once, as a streamed model reads a layer for it."""
+
+
+class _Seen(Exception):
+    """The first layer has run, and the rest of the model need not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCall:
+    """The arguments, beside the hidden state, that the model passes to one layer."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def on(self, device: torch.device) -> LayerCall:
+        """The same on a device."""
+        return LayerCall(args=_moved(self.args, device), kwargs=_moved(dict(self.kwargs), device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What the model makes of a batch before its first layer: H^0 and every original layer's arguments."""
+
+    h_BTD: Tensor
+    calls: tuple[LayerCall, ...]
+
+
+class _StandIn(nn.Module):
+    """Takes a layer's place in a model's forward. Attributes of the layer itself remain readable."""
+
+    def __init__(self, layer: nn.Module, *, returns_tuple: bool, inject: Tensor | None = None) -> None:
+        super().__init__()
+        object.__setattr__(self, "_layer", layer)
+        self.returns_tuple = returns_tuple
+        self.inject = inject
+        self.seen: LayerCall | None = None
+        self.received: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_layer"), name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.seen = LayerCall(args=args, kwargs=kwargs)
+        self.received = hidden_states
+        out = hidden_states if self.inject is None else self.inject
+        return (out,) if self.returns_tuple else out
+
+
+class LayerStream:
+    """A model opened between its layers.
+
+    Attributes:
+        model: the transformers model; its layers may be run in any order, and others in their place.
+        n_calls: layers of the original model, each with its own arguments.
+    """
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
+        self.model = model
+        path, _, name = architecture.family.layers_module.rpartition(".")
+        self._owner = model.get_submodule(path)
+        self._name = name
+        self._layers: nn.ModuleList = getattr(self._owner, name)
+        self.n_calls = len(self._layers)
+        self._vocabulary = architecture.vocabulary
+        embedding: nn.Module = model.get_submodule(architecture.family.embedding_module)
+        self.device = next(embedding.parameters()).device
+        if model not in _RETURNS_TUPLES:
+            _RETURNS_TUPLES[model] = self._probe()
+        self._returns_tuple = _RETURNS_TUPLES[model]
+        self._unpadded: dict[tuple[int, int], tuple[LayerCall, ...]] = {}
+
+    def enter(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Entry:
+        """Embed a batch.
+
+        Args:
+            mask_BT: True where a token is real; None where nothing is padded.
+        """
+        ids_BT, mask_BT = self._moved(ids_BT), self._moved(mask_BT)
+        return self.enter_with({"input_ids": ids_BT, "attention_mask": _as_attention(mask_BT), "use_cache": False})
+
+    def enter_with(self, inputs: Mapping[str, Any]) -> Entry:
+        """Embed a batch given as the model's own keyword arguments, on its device."""
+        with self._stand_ins() as stand_ins:
+            self._base()(**inputs)
+        h_BTD = stand_ins[0].received
+        assert h_BTD is not None
+        calls = tuple(stand_in.seen for stand_in in stand_ins if stand_in.seen is not None)
+        assert len(calls) == self.n_calls, "the model ran other layers than its architecture names"
+        return Entry(h_BTD=h_BTD, calls=calls)
+
+    def calls(self, ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[LayerCall, ...]:
+        """Every original layer's arguments for a batch, without keeping its embedding.
+
+        Arguments of unpadded batches depend on nothing but the shape, and are kept for the next batch of that shape.
+        """
+        if mask_BT is not None:
+            return self.enter(ids_BT, mask_BT).calls
+        shape = (ids_BT.shape[0], ids_BT.shape[1])
+        if shape not in self._unpadded:
+            self._unpadded[shape] = self.enter(ids_BT, None).calls
+        return self._unpadded[shape]
+
+    def run(self, layer: nn.Module, h_BTD: Tensor, call: LayerCall) -> Tensor:
+        """The residual stream behind one layer, on the layer's device."""
+        device = next((parameter.device for parameter in layer.parameters()), self.device)
+        if device != h_BTD.device and device.type != "meta":
+            h_BTD, call = h_BTD.to(device), call.on(device)
+        out = layer(h_BTD, *call.args, **call.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def logits(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """`[B, T, V]` logits from H^L, through the model's own final norm and head."""
+        ids_BT, mask_BT = self._moved(ids_BT), self._moved(mask_BT)
+        with self._stand_ins(inject=h_BTD.to(self.device)):
+            out = self.model(input_ids=ids_BT, attention_mask=_as_attention(mask_BT), use_cache=False)
+        logits: Tensor = out.logits
+        return logits
+
+    def losses(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Summed next-token loss of each sequence from H^L, and the tokens predicted in it, on the CPU.
+
+        No more logits than `LOGIT_BYTES` are held at a time.
+        """
+        rows, width = ids_BT.shape
+        step = max(1, LOGIT_BYTES // (width * self._vocabulary * h_BTD.element_size()))
+        sums, counts = [], []
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            keep = None if mask_BT is None else mask_BT[part]
+            logits = self.logits(h_BTD[part], ids_BT[part], keep)
+            total, number = next_token_losses(logits, ids_BT[part].to(logits.device), keep)
+            sums.append(total.cpu())
+            counts.append(number.cpu())
+        return torch.cat(sums), torch.cat(counts)
+
+    def final_norm(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """H^L behind the final norm, `[B, T, D]` (what transformers reports as the last hidden state)."""
+        ids_BT, mask_BT = self._moved(ids_BT), self._moved(mask_BT)
+        with self._stand_ins(inject=h_BTD.to(self.device)):
+            out = self._base()(input_ids=ids_BT, attention_mask=_as_attention(mask_BT), use_cache=False)
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def _base(self) -> nn.Module:
+        base = self.model.base_model
+        assert isinstance(base, nn.Module)
+        return base
+
+    def _moved(self, tensor: Any) -> Any:
+        return None if tensor is None else tensor.to(self.device)
+
+    @contextmanager
+    def _stand_ins(self, inject: Tensor | None = None) -> Iterator[list[_StandIn]]:
+        stand_ins = [
+            _StandIn(layer, returns_tuple=self._returns_tuple, inject=inject if index == 0 else None)
+            for index, layer in enumerate(self._layers)
+        ]
+        setattr(self._owner, self._name, nn.ModuleList(stand_ins))
+        try:
+            yield stand_ins
+        finally:
+            setattr(self._owner, self._name, self._layers)
+
+    def _probe(self) -> bool:
+        """Whether this model's layers return tuples, found by running the model on two tokens up to its first layer."""
+        seen: list[bool] = []
+
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(isinstance(output, tuple))
+            raise _Seen
+
+        handle = self._layers[0].register_forward_hook(look)
+        try:
+            with torch.no_grad(), suppress(_Seen):
+                self._base()(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
+        finally:
+            handle.remove()
+        return seen[0]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Arguments of a layer, with every tensor in them on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(entry, device) for entry in value)
+    if isinstance(value, dict):
+        return {key: _moved(entry, device) for key, entry in value.items()}
+    return value
+
+
+def _as_attention(mask_BT: Tensor | None) -> Tensor | None:
+    return None if mask_BT is None else mask_BT.long()

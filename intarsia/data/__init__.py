@@ -1,0 +1,1 @@
+"""From what names a text to pinned token sequences."""

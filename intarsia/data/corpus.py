@@ -1,0 +1,184 @@
+"""Text as token sequences of one length: packed without padding, pinned by hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from intarsia.errors import UserError
+from intarsia.heap import give_back
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """N sequences of T tokens.
+
+    `input_ids` [N, T] int64; `mask` [N, T] bool, True at real tokens, None when all are real (padding is on the
+    right); `sha256` is over ids and mask; `documents` counts the documents that the text was taken from.
+    """
+
+    input_ids: Tensor
+    mask: Tensor | None
+    description: str
+    sha256: str
+    documents: int
+
+    @classmethod
+    def of(cls, input_ids: Tensor, *, mask: Tensor | None = None, description: str, documents: int) -> Corpus:
+        """A corpus with its hash worked out."""
+        input_ids = input_ids.to(torch.int64).contiguous()
+        digest = hashlib.sha256(repr(tuple(input_ids.shape)).encode())
+        digest.update(input_ids.numpy().astype("<i8").tobytes())
+        if mask is not None:
+            mask = mask.to(torch.bool).contiguous()
+            assert mask.shape == input_ids.shape, "one mask entry a token"
+            assert not bool((mask[:, 1:] & ~mask[:, :-1]).any()), "padding is on the right"
+            digest.update(mask.numpy().tobytes())
+        return cls(
+            input_ids=input_ids, mask=mask, description=description, sha256=digest.hexdigest(), documents=documents
+        )
+
+    def __len__(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens a sequence, with padding."""
+        return int(self.input_ids.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens."""
+        return self.input_ids.numel() if self.mask is None else int(self.mask.sum())
+
+    def batches(self, n_sequences: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The sequences in order, at most `n_sequences` at a time, as (ids, mask or None)."""
+        assert n_sequences > 0
+        for start in range(0, len(self), n_sequences):
+            part = slice(start, start + n_sequences)
+            yield self.input_ids[part], None if self.mask is None else self.mask[part]
+
+    def take(self, n: int) -> Corpus:
+        """The first n sequences.
+
+        Raises:
+            UserError: there are fewer.
+        """
+        if not 1 <= n <= len(self):
+            raise UserError.of(
+                where=f"corpus {self.description}",
+                expected=f"at least {n} sequences of {self.seq_len} tokens (and at least 1)",
+                found=str(len(self)),
+                remedy="Ask for fewer sequences, or give more tokens.",
+            )
+        return self._part(slice(0, n), f"the first {n} sequences of {self.description}")
+
+    def split(self, fraction: float) -> tuple[Corpus, Corpus]:
+        """The first `fraction` of the sequences, and the rest; at least one each.
+
+        Raises:
+            UserError: there is only one sequence.
+        """
+        assert 0.0 < fraction < 1.0
+        if len(self) < 2:
+            raise UserError.of(
+                where=f"corpus {self.description}",
+                expected="at least 2 sequences, so that some can be held out",
+                found=str(len(self)),
+                remedy="Give more tokens, or a smaller sequence length.",
+            )
+        n = min(max(round(len(self) * fraction), 1), len(self) - 1)
+        rest = len(self) - n
+        return self.take(n), self._part(slice(n, None), f"the last {rest} sequences of {self.description}")
+
+    def _part(self, part: slice, description: str) -> Corpus:
+        mask = None if self.mask is None else self.mask[part]
+        return Corpus.of(self.input_ids[part], mask=mask, description=description, documents=self.documents)
+
+
+def tokenize(
+    documents: Iterable[str],
+    tokenizer: Any,
+    *,
+    tokens: int,
+    seq_len: int,
+    seed: int = 0,
+    shuffle: bool,
+    description: str = "text",
+    short_is_fine: bool = False,
+) -> Corpus:
+    """Documents packed into exactly `tokens // seq_len` sequences.
+
+    Each document is tokenised whole and without special tokens; documents are joined by the EOS token. A sequence
+    begins with BOS only where the tokenizer puts one by itself.
+
+    Args:
+        documents: the texts.
+        tokenizer: a `transformers` tokenizer.
+        tokens: how many are wanted, BOS included.
+        seq_len: tokens a sequence.
+        seed: decides which sequences are taken with `shuffle`.
+        shuffle: take sequences from everywhere in the text, in random order; otherwise its head, in order.
+        description: names the text in the corpus and in messages.
+        short_is_fine: give as many sequences as there are, if there is one.
+
+    Raises:
+        UserError: the text is too short; the message says how many tokens it has.
+    """
+    if seq_len < 2 or tokens < seq_len:
+        raise UserError.of(
+            where=f"sizes of {description}",
+            expected="a sequence length of at least 2, and at least as many tokens as one sequence has",
+            found=f"a sequence length of {seq_len} and {tokens} tokens",
+            remedy="Ask for more tokens or shorter sequences.",
+        )
+    bos = _own_bos(tokenizer)
+    body = seq_len - len(bos)
+    wanted = tokens // seq_len
+    stream, count = _token_stream(documents, tokenizer, None if shuffle else wanted * body)
+    give_back()  # cutting a text leaves many times its size behind in freed pieces
+    there = stream.size // body
+    if there < wanted and (there == 0 or not short_is_fine):
+        most = f" Pass at most {there * seq_len} tokens," if there else " Use shorter sequences,"
+        raise UserError.of(
+            where=description,
+            expected=f"at least {wanted * body} tokens ({wanted} sequences of {seq_len})",
+            found=f"{stream.size} tokens",
+            remedy=f"Pass a longer text.{most} or several sources.",
+        )
+    chosen = torch.arange(min(wanted, there))
+    if shuffle:
+        chosen = torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:wanted]
+    windows = torch.from_numpy(stream[: there * body].reshape(there, body))[chosen].to(torch.int64)
+    first = torch.tensor(bos, dtype=torch.int64).expand(len(windows), len(bos))
+    return Corpus.of(torch.cat([first, windows], dim=1), description=description, documents=count)
+
+
+def _own_bos(tokenizer: Any) -> list[int]:
+    """BOS as a list of one, if the tokenizer puts it before a text without being asked; else empty."""
+    ids = tokenizer("a")["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and ids and ids[0] == bos else []
+
+
+def _token_stream(documents: Iterable[str], tokenizer: Any, enough: int | None) -> tuple[np.ndarray, int]:
+    """All tokens in a row (at least `enough` of them, if there are), and the number of documents read."""
+    pieces: list[np.ndarray] = []
+    count = size = 0
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    texts = iter(documents)
+    # A text file is one large document; then a batch should not read on. Small documents are quicker together.
+    while (batch := list(islice(texts, 1 if count == 0 else 256))) and (enough is None or size < enough):
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            piece = np.asarray((eos if count else []) + ids, dtype=np.int32)
+            pieces.append(piece)
+            size += piece.size
+            count += 1
+    return (np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)), count

@@ -1,0 +1,327 @@
+"""Calibration text that the model writes itself: batched sampling with a cache, conversation turns included."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from intarsia.checkpoint.hashing import cache_folder
+from intarsia.data.chat import Turns, learn_turns
+from intarsia.data.corpus import Corpus
+from intarsia.errors import UserError
+from intarsia.progress import Progress, Silent, Task
+
+
+class _RoomyLayer(DynamicLayer):
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.filled = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Put the new positions into the room, and give all that are filled."""
+        if self.filled == 0:
+            self.lazy_initialization(key_states, value_states)
+            rows, heads, _, width = key_states.shape
+            self.all_keys = key_states.new_empty(rows, heads, self.room, width)
+            self.all_values = value_states.new_empty(rows, heads, self.room, value_states.shape[-1])
+        start, self.filled = self.filled, self.filled + key_states.shape[-2]
+        assert self.filled <= self.room, "more positions than there is room for"
+        self.all_keys[:, :, start : self.filled] = key_states
+        self.all_values[:, :, start : self.filled] = value_states
+        self.keys = self.all_keys[:, :, : self.filled]
+        self.values = self.all_values[:, :, : self.filled]
+        return self.keys, self.values
+
+
+def roomy_cache(config: Any, room: int) -> DynamicCache:
+    """An empty cache with room for `room` positions; layers with a sliding window keep the cache of `transformers`."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How text is drawn. Turn lengths are in tokens; a turn that reaches its greatest length is cut there.
+
+    Questions and documents are drawn at full temperature, for variety; answers cooler, because small models lose
+    the thread otherwise.
+    """
+
+    temperature: float = 1.0
+    answer_temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int = 100
+    shortest_turn: int = 4
+    longest_question: int = 96
+    longest_answer: int = 384
+    cache_bytes: int = 2 * 1024**3  # of keys and values at once; decides the rows of a batch, hence the bytes written
+    most_rows: int = 64
+
+
+class _Row:
+    """What one row is doing: whose turn it is, how long it has lasted, and tokens that must come next."""
+
+    def __init__(self, turns: Turns | None, after_eos: tuple[int, ...], eos: int | None) -> None:
+        self.turns = turns
+        self.after_eos = after_eos
+        self.eos = eos
+        self.user = True
+        self.length = 0
+        self.forced: list[int] = []
+        self.documents = 1
+
+    def may_end(self, sampling: Sampling) -> bool:
+        return self.length >= sampling.shortest_turn
+
+    def next(self, sampled: int, sampling: Sampling) -> int:
+        """The token that is written, given the one that was drawn."""
+        if self.forced:
+            return self.forced.pop(0)
+        self.length += 1
+        if self.turns is None:
+            if sampled == self.eos:
+                self.length, self.forced = 0, list(self.after_eos)
+                self.documents += 1
+            return sampled
+        longest = sampling.longest_question if self.user else sampling.longest_answer
+        if sampled not in self.turns.enders and self.length < longest:
+            return sampled
+        form = self.turns.to_assistant if self.user else self.turns.to_user
+        self.user, self.length, self.forced = not self.user, 0, list(form[1:])
+        return form[0]
+
+
+def write_sequences(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    turns: Turns | None,
+    n: int,
+    seq_len: int,
+    seed: int,
+    sampling: Sampling,
+    progress: Progress,
+) -> tuple[Tensor, int]:
+    """n sequences of seq_len tokens [N, T], and the number of documents begun in them."""
+    was_training = model.training
+    model.eval()
+    rows = min(n, rows_at_once(_row_bytes(model, seq_len), sampling))
+    parts, documents = [], 0
+    # For rows that are cut out of a longer tensor PyTorch copies the head's matrix, once for each of them.
+    hook = cast(Any, model).get_output_embeddings().register_forward_pre_hook(_contiguous)
+    try:
+        with torch.inference_mode(), progress.task("writing calibration text", total=n * seq_len) as task:
+            for start in range(0, n, rows):
+                ids_BT, begun = _write_batch(
+                    model, tokenizer, turns, min(rows, n - start), seq_len, seed * 1_000_003 + start, sampling, task
+                )
+                parts.append(ids_BT)
+                documents += begun
+    finally:
+        hook.remove()
+        model.train(was_training)
+    return torch.cat(parts), documents
+
+
+def _contiguous(_: torch.nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+    return (given[0].contiguous(),)
+
+
+def _write_batch(
+    model: Any,
+    tokenizer: Any,
+    turns: Turns | None,
+    n_rows: int,
+    seq_len: int,
+    seed: int,
+    sampling: Sampling,
+    task: Task,
+) -> tuple[Tensor, int]:
+    """One batch of rows, and the number of documents begun in them."""
+    device = next(model.parameters()).device
+    chance = torch.Generator().manual_seed(seed % 2**63)
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    enders = sorted(turns.enders) if turns else [] if eos is None else [eos]
+    banned = torch.tensor(sorted(set(tokenizer.all_special_ids) - set(enders)), dtype=torch.long, device=device)
+    enders_E = torch.tensor(enders, dtype=torch.long, device=device)
+    if turns is not None:
+        start_BS = torch.tensor([turns.opening[:seq_len]]).expand(n_rows, -1)
+    elif bos is not None or eos is not None:
+        start_BS = torch.full((n_rows, 1), eos if bos is None else bos)
+    else:
+        start_BS = torch.randint(len(tokenizer), (n_rows, 1), generator=chance)
+    rows = [_Row(turns, () if bos in (None, eos) else (bos,), eos) for _ in range(n_rows)]
+    ids_BT = torch.empty(n_rows, seq_len, dtype=torch.int64)
+    done = start_BS.shape[1]
+    ids_BT[:, :done] = start_BS
+    task.advance(n_rows * done)
+    cache, fed = roomy_cache(model.config, seq_len), 0
+    while done < seq_len:
+        logits_BV = model(
+            input_ids=ids_BT[:, fed:done].to(device),
+            attention_mask=_mask(model, device, fed, done),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1, : len(tokenizer)]
+        logits_BV.index_fill_(1, banned, -torch.inf)
+        early = [b for b, row in enumerate(rows) if not row.may_end(sampling)]
+        if early and enders:
+            logits_BV[torch.tensor(early, device=device)[:, None], enders_E] = -torch.inf
+        answering = [turns is not None and not row.user for row in rows]
+        drawn = _draw(logits_BV, torch.tensor(answering, device=device), chance, sampling)
+        ids_BT[:, done] = torch.tensor([row.next(token, sampling) for row, token in zip(rows, drawn, strict=True)])
+        fed, done = done, done + 1
+        task.advance(n_rows)
+    return ids_BT, sum(row.documents for row in rows)
+
+
+def _mask(model: Any, device: torch.device, fed: int, done: int) -> Tensor | None:
+    """None, or one that masks nothing: on the CPU it makes `transformers` choose a faster kernel.
+
+    Without a mask, grouped-query attention of a single query goes to a kernel that is several times as slow in
+    bfloat16 as the one for equal heads.
+    """
+    heads, window = model.config.num_attention_heads, getattr(model.config, "sliding_window", None)
+    grouped = getattr(model.config, "num_key_value_heads", heads) != heads
+    if device.type != "cpu" or not grouped or done - fed != 1 or (window is not None and window <= done):
+        return None
+    return torch.ones(1, 1, 1, done, dtype=torch.bool)
+
+
+def _draw(logits_BV: Tensor, answering_B: Tensor, chance: torch.Generator, sampling: Sampling) -> list[int]:
+    """One token a row: top-k, then top-p of what that leaves, by inversion of the summed probabilities."""
+    top_BK, ids_BK = logits_BV.topk(min(sampling.top_k, logits_BV.shape[1]), dim=-1)  # a NaN counts as the greatest
+    if not bool(top_BK[:, 0].isfinite().all()):
+        raise UserError.of(
+            where="calibration text self: the logits of the model that writes",
+            expected="finite numbers",
+            found="NaN or infinity",
+            remedy="Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
+        )
+    heat_B = torch.where(answering_B, sampling.answer_temperature, sampling.temperature)
+    p_BK = (top_BK.float() / heat_B[:, None]).softmax(-1)
+    before_BK = p_BK.cumsum(-1) - p_BK
+    p_BK = p_BK.masked_fill(before_BK >= sampling.top_p, 0.0)
+    summed_BK = p_BK.cumsum(-1)
+    # Drawn on the CPU, so that the draws do not depend on the device.
+    at_B1 = torch.rand(len(p_BK), 1, generator=chance).to(p_BK.device) * summed_BK[:, -1:]
+    chosen_B1 = torch.searchsorted(summed_BK, at_B1, right=True)
+    last_B1 = (p_BK > 0).sum(-1, keepdim=True) - 1
+    drawn: list[int] = ids_BK.gather(1, torch.minimum(chosen_B1, last_B1))[:, 0].tolist()
+    return drawn
+
+
+def rows_at_once(row_bytes: int, sampling: Sampling) -> int:
+    """Rows that are written side by side, each with so many bytes of keys and values."""
+    return max(1, min(sampling.most_rows, sampling.cache_bytes // row_bytes))
+
+
+def _row_bytes(model: Any, seq_len: int) -> int:
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = next(model.parameters()).element_size()
+    return int(2 * config.num_hidden_layers * heads * head_dim * size * seq_len)
+
+
+_FORMAT = 1  # of the cached text; raise it whenever the same settings would write something else
+
+
+def self_corpus(
+    model: torch.nn.Module | Callable[[], torch.nn.Module],
+    tokenizer: Any,
+    *,
+    tokens: int,
+    seq_len: int,
+    seed: int,
+    cache_key: str | None,
+    sampling: Sampling | None = None,
+    progress: Progress | None = None,
+) -> Corpus:
+    """`tokens // seq_len` sequences of `seq_len` tokens that the model wrote.
+
+    Args:
+        model: a causal language model of `transformers`, or what gives it; it is only asked for when the text is not
+            cached.
+        tokenizer: the model's.
+        tokens: how many are wanted.
+        seq_len: tokens a sequence.
+        seed: of the sampling.
+        cache_key: identifies the model's weights (their hash); None: nothing is cached.
+        sampling: how text is drawn.
+        progress: advances by tokens.
+
+    Raises:
+        UserError: fewer tokens than one sequence, or the model's logits are not finite.
+    """
+    sampling = sampling or Sampling()
+    if seq_len < 2 or tokens < seq_len:
+        raise UserError.of(
+            where="calibration text self",
+            expected="a sequence length of at least 2, and at least as many tokens as one sequence has",
+            found=f"a sequence length of {seq_len} and {tokens} tokens",
+            remedy="Ask for more tokens or shorter sequences.",
+        )
+    turns = learn_turns(tokenizer)
+    path = None if cache_key is None else _cache_path(cache_key, tokens, seq_len, seed, sampling, turns)
+    written = None if path is None else _read(path, (tokens // seq_len, seq_len))
+    if written is None:
+        if not isinstance(model, torch.nn.Module):
+            model = model()
+        written = write_sequences(
+            model, tokenizer, turns, tokens // seq_len, seq_len, seed, sampling, progress or Silent()
+        )
+        if path is not None:
+            _keep(path, *written)
+    ids_NT, documents = written
+    return Corpus.of(ids_NT, description=f"self (seed {seed})", documents=documents)
+
+
+def _cache_path(key: str, tokens: int, seq_len: int, seed: int, sampling: Sampling, turns: Turns | None) -> Path:
+    form = None if turns is None else [turns.opening, turns.to_assistant, turns.to_user, sorted(turns.enders)]
+    what = [_FORMAT, key, tokens // seq_len, seq_len, seed, asdict(sampling), form]
+    return cache_folder() / "selftext" / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:40]}.safetensors"
+
+
+def _read(path: Path, shape: tuple[int, int]) -> tuple[Tensor, int] | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            ids_NT = file.get_tensor("input_ids").to(torch.int64)
+            documents = int(file.metadata()["documents"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None  # not there, or not whole: it is written again
+    return (ids_NT, documents) if tuple(ids_NT.shape) == shape else None
+
+
+def _keep(path: Path, ids_NT: Tensor, documents: int) -> None:
+    from safetensors.torch import save
+
+    data = save({"input_ids": ids_NT.to(torch.int32)}, metadata={"documents": str(documents)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, staged = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    except OSError:
+        return  # a cache that cannot be written is no reason to lose the text
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(staged, path)
+    except BaseException as error:
+        Path(staged).unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise

@@ -1,0 +1,306 @@
+"""Text sources: what names a text, and the readers of each kind (`.txt`, `.jsonl`, `.parquet`, data sets)."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from intarsia.errors import UserError
+
+_SUFFIXES: dict[str, Literal["text", "jsonl", "parquet"]] = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+_KINDS = "a .txt, .jsonl or .parquet file, hub:DATASET[/CONFIG]:SPLIT:COLUMN, or self"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A parsed spec. `share` is the part of a file that is read; a hub source has `dataset`, `config` and `split`."""
+
+    spec: str
+    kind: Literal["text", "jsonl", "parquet", "hub"]
+    path: Path = Path()
+    share: tuple[float, float] = (0.0, 1.0)
+    column: str | None = None
+    dataset: str = ""
+    config: str | None = None
+    split: str = ""
+
+
+def parse(spec: str) -> Source:
+    """A spec taken apart.
+
+    Raises:
+        UserError: the spec has no known form, or the file does not exist.
+    """
+    if spec.startswith("hub:"):
+        return _parse_hub(spec)
+    name, _, options = (spec, "", "") if Path(spec).is_file() else spec.partition("#")
+    path = Path(name)
+    kind = _SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        raise source_error(
+            spec, _KINDS, f"the suffix {path.suffix!r}" if path.suffix else repr(spec), f"Pass {_KINDS}."
+        )
+    if not path.is_file():
+        raise source_error(
+            spec, "an existing file", "a folder" if path.is_dir() else "nothing there", "Check the path."
+        )
+    share, column = (0.0, 1.0), None
+    for option in filter(None, options.split("&")):
+        if option.startswith("column="):
+            column = option.removeprefix("column=")
+        else:
+            share = parse_share(option, where=spec)
+    if column is not None and kind == "text":
+        raise source_error(spec, "no column for a text file", f"column {column!r}", "Leave `column=` out.")
+    return Source(spec=spec, kind=kind, path=path, share=share, column=column)
+
+
+def parse_share(text: str, *, where: str) -> tuple[float, float]:
+    """`0:0.9` as two numbers.
+
+    Raises:
+        UserError: not two rising numbers in 0..1.
+    """
+    try:
+        start, end = (float(number) for number in text.split(":"))
+    except ValueError:
+        start, end = 1.0, 0.0
+    if not 0.0 <= start < end <= 1.0:
+        raise source_error(where, "a share START:END with 0 <= START < END <= 1", repr(text), "Write it like 0:0.9.")
+    return start, end
+
+
+def _parse_hub(spec: str) -> Source:
+    body = spec.removeprefix("hub:").rsplit(":", 2)
+    if len(body) != 3 or not all(body):
+        form = "hub:DATASET[/CONFIG]:SPLIT:COLUMN"
+        raise source_error(spec, form, repr(spec), "For example hub:Salesforce/wikitext/wikitext-2-raw-v1:train:text")
+    dataset, split, column = body
+    config = None
+    if not Path(dataset).is_dir() and dataset.count("/") >= 2:
+        org, name, config = dataset.split("/", 2)
+        dataset = f"{org}/{name}"
+    return Source(spec=spec, kind="hub", dataset=dataset, config=config, split=split, column=column)
+
+
+def source_error(where: str, expected: str, found: str, remedy: str) -> UserError:
+    """An error in a source."""
+    return UserError.of(where=f"text source {where}", expected=expected, found=found, remedy=remedy)
+
+
+Reader: TypeAlias = Callable[[Source, int | None, int | None], Iterator[str]]
+
+_BLOCK = 256 * 1024  # bytes of one sampled stretch of a large file
+_LONGEST_LINE = 64 * 1024  # bytes of running text that are searched for a line end
+_HUB_REMEDY = "Check the name and the connection (HF_HUB_OFFLINE, HF_TOKEN), or pass a local text file, or `self`."
+
+
+def _stretches(source: Source, limit: int | None, seed: int | None) -> Iterator[tuple[int, bytes]]:
+    """Stretches of a file from line start to line end, each with its byte offset."""
+    size = source.path.stat().st_size
+    with source.path.open("rb") as file:
+
+        def line_start(at: int) -> int:
+            if at <= 0 or at >= size:
+                return min(max(at, 0), size)
+            file.seek(at)
+            # A record must be whole; running text without line ends may be cut at any character.
+            line = file.readline(_LONGEST_LINE if source.kind == "text" else -1)
+            if not line.endswith(b"\n"):
+                head = file.read(3)  # at most so many bytes continue a character in UTF-8
+                rest = head.lstrip(bytes(range(0x80, 0xC0)))
+                file.seek(-len(rest), 1)
+            return file.tell()
+
+        start, end = (line_start(int(size * share)) for share in source.share)
+        if limit is None or end - start <= limit:
+            wanted = [(start, end)]
+        elif seed is None:
+            wanted = [(start, min(line_start(start + limit), end))]
+        else:
+            # One stretch at a random place of each of many equal strata: spread over the whole file, no overlaps.
+            count = max(1, limit // _BLOCK)
+            stratum = (end - start) // count
+            chance = random.Random(seed)
+            places = [start + i * stratum + chance.randrange(max(1, stratum - _BLOCK)) for i in range(count)]
+            wanted = [(line_start(at), min(line_start(at + _BLOCK), end)) for at in places]
+        done = start
+        for first, last in wanted:
+            first = max(first, done)
+            if first < last:
+                file.seek(first)
+                yield first, file.read(last - first)
+                done = last
+
+
+def _decode(source: Source, offset: int, data: bytes) -> str:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = offset + error.start
+        raise source_error(
+            source.spec,
+            "UTF-8 text",
+            f"byte 0x{data[error.start]:02x} at offset {at}, which is not UTF-8",
+            f"Convert the file: iconv -f LATIN1 -t UTF-8 {source.path.name} (put its real encoding for LATIN1).",
+        ) from None
+    # Line ends as Python's text mode gives them; carriage returns are not what a model was trained on.
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.removeprefix("\ufeff") if offset == 0 else text
+
+
+def _read_text(source: Source, limit: int | None, seed: int | None) -> Iterator[str]:
+    for offset, data in _stretches(source, limit, seed):
+        yield _decode(source, offset, data)
+
+
+def _read_jsonl(source: Source, limit: int | None, seed: int | None) -> Iterator[str]:
+    column = source.column
+    for offset, data in _stretches(source, limit, seed):
+        for number, line in enumerate(_decode(source, offset, data).split("\n"), start=1):
+            if not line.strip():
+                continue
+            where = f"{source.spec}:{number}" if offset == 0 else f"{source.spec}, line {number} from byte {offset}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise source_error(where, "a JSON object", f"{line[:60]!r} ({error})", "Mend this line.") from None
+            if not isinstance(record, dict):
+                raise source_error(where, "a JSON object", f"{line[:60]!r}", "Mend this line.")
+            if column is None:
+                column = _pick_column(where, [key for key, value in record.items() if isinstance(value, str)])
+            yield _text_of(where, record, column)
+
+
+def _read_parquet(source: Source, limit: int | None, seed: int | None) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(source.path) as file:
+            fields = [field.name for field in file.schema_arrow if field.type in (pa.string(), pa.large_string())]
+            column = source.column or _pick_column(source.spec, fields)
+            if column not in file.schema_arrow.names:
+                raise _missing(source.spec, column, file.schema_arrow.names)
+            rows = file.metadata.num_rows
+            first, last = (int(rows * share) for share in source.share)
+            kept = _kept_share(file, source, limit) if limit is not None else 1.0
+            chance = None if seed is None else random.Random(seed)
+            row = given = 0
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                for record in batch.to_pylist():
+                    row += 1
+                    if not first < row <= last or (chance is not None and chance.random() >= kept):
+                        continue
+                    text = _text_of(f"{source.spec}, row {row}", record, column)
+                    given += len(text)
+                    yield text
+                    if chance is None and limit is not None and given >= limit:
+                        return
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise source_error(source.spec, "a Parquet file", str(error).splitlines()[0], "Write the file again.") from None
+
+
+def _kept_share(file: Any, source: Source, limit: int) -> float:
+    """The share of the rows to keep so that about `limit` bytes of the text are read."""
+    meta = file.metadata
+    size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+    return min(1.0, limit / max(1.0, size * (source.share[1] - source.share[0])))
+
+
+def _read_hub(source: Source, limit: int | None, seed: int | None) -> Iterator[str]:
+    given = 0
+    for row, record in enumerate(_hub_records(source, seed)):
+        text = _text_of(f"{source.spec}, row {row}", record, str(source.column))
+        given += len(text)
+        yield text
+        if limit is not None and given >= limit:
+            return
+
+
+def _hub_records(source: Source, seed: int | None) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(source.dataset, source.config, split=source.split, streaming=True)
+        if seed is not None:
+            data = data.shuffle(seed=seed, buffer_size=1000)
+        records = iter(data)
+    except Exception as error:
+        raise _unreadable(source, error) from error
+    while True:
+        try:
+            record = next(records)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise _unreadable(source, error) from error
+        yield record
+
+
+def _unreadable(source: Source, error: Exception) -> UserError:
+    """An unknown name, a gated one and a network that is down come in errors of `datasets`, of the hub's library and
+    of whatever HTTP client that one uses in its present version; so all of them are taken."""
+    found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return source_error(source.spec, "a data set that can be read", found, _HUB_REMEDY)
+
+
+def _pick_column(where: str, strings: Sequence[str]) -> str:
+    if "text" in strings:
+        return "text"
+    if len(strings) == 1:
+        return strings[0]
+    found = f"the string columns {', '.join(strings)}" if strings else "no string column"
+    raise source_error(where, "a column `text`, or one string column", found, "Name the column: FILE#column=NAME")
+
+
+def _text_of(where: str, record: dict[str, Any], column: str) -> str:
+    if column not in record:
+        raise _missing(where, column, list(record))
+    text = record[column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise source_error(
+            where, f"text in column {column!r}", f"a {type(text).__name__}", "Name a column that holds text."
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        raise source_error(where, "text", "a lone surrogate (\\ud800 to \\udfff)", "Mend this record.") from None
+    return text
+
+
+def _missing(where: str, column: str, columns: Sequence[str]) -> UserError:
+    return source_error(
+        where, f"a column {column!r}", f"the columns {', '.join(columns) or '(none)'}", "Name one of these."
+    )
+
+
+READERS: Mapping[str, Reader] = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet, "hub": _read_hub}
+
+
+def documents(spec: str, *, limit_bytes: int | None = None, seed: int | None = None) -> Iterator[str]:
+    """The documents of a source, in its order; those without any text are left out.
+
+    Args:
+        spec: see `intarsia.data.sources`.
+        limit_bytes: about how much is read of a source that is larger; None reads everything.
+        seed: where there is a limit, sample across the source instead of reading its head. A hub data set is then
+            read in an order shuffled by shards and through a buffer.
+
+    Raises:
+        UserError: whatever is wrong with the source, when it is reached.
+    """
+    source = parse(spec)
+    found = False
+    for text in READERS[source.kind](source, limit_bytes, seed):
+        if text.strip():
+            found = True
+            yield text
+    if not found:
+        raise source_error(spec, "text", "none (empty, or nothing but white space)", "Pass a source that holds text.")

@@ -1,1 +1,0 @@
-"""Methods: from evidence to a ladder of recipes."""

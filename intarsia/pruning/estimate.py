@@ -1,0 +1,75 @@
+"""What a plan takes, before it starts: parameters, weights, hidden states, passes over the text, and disk.
+
+Sizes follow from the config. Passes are an upper bound: a change re-runs only the layers after it, and which one is
+changed is not known before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.pruning.step import Planner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What is printed by `--dry-run`."""
+
+    # Parameters of the model, and of the one that is made.
+    parameters_before: int
+    parameters_after: int
+    # Bytes of all weights, in the dtype that the model runs in.
+    weight_bytes: int
+    # Bytes of the hidden states of the calibration text, at every depth that is kept.
+    hidden_bytes: int
+    # Passes of the whole model over the calibration text: of planning, and of the closed form after it.
+    passes_at_most: float
+    heal_passes_at_most: float = 0.0
+    # Bytes of the weights that are made, on disk.
+    disk_bytes: int
+
+    def words(self) -> str:
+        """One line, for the log."""
+        heal = f" and {self.heal_passes_at_most:.1f} to heal" if self.heal_passes_at_most else ""
+        return (
+            f"estimate: at most {self.passes_at_most:.1f} passes over the calibration text{heal}; "
+            f"weights {self.weight_bytes / 1e9:.2f} GB, hidden states {self.hidden_bytes / 1e9:.2f} GB, "
+            f"on disk {self.disk_bytes / 1e9:.2f} GB"
+        )
+
+
+def estimate(
+    checkpoint: Checkpoint,
+    planner: Planner,
+    target: int,
+    *,
+    tokens: int,
+    seq_len: int,
+    dtype: torch.dtype | None,
+    in_loop: ClosedFormSettings | None = None,
+) -> Estimate:
+    """What planning down to `target` layers takes.
+
+    Args:
+        dtype: what the model runs in; None for the checkpoint's own.
+        in_loop: how each step is healed before the next, if it is.
+    """
+    architecture = checkpoint.architecture
+    depth, parameters = architecture.n_layers, checkpoint.parameters
+    after = parameters - (depth - target) * architecture.layer_parameters
+    stored = checkpoint.headers[f"{architecture.family.embedding_module}.weight"].dtype.itemsize
+    running = stored if dtype is None else dtype.itemsize
+    # Healing in the loop keeps the original's hidden states beside those of the model.
+    kept = (depth + 1) * (0 if not (planner.measures or planner.progressive) else 1 if in_loop is None else 2)
+    return Estimate(
+        parameters_before=parameters,
+        parameters_after=after,
+        weight_bytes=parameters * running,
+        hidden_bytes=kept * tokens * architecture.width * running,
+        passes_at_most=planner.forwards_at_most(architecture, target, max(tokens // seq_len, 1), in_loop) / depth,
+        disk_bytes=after * stored,
+    )

@@ -1,0 +1,210 @@
+"""The closed form inside the progressive loop: a layer is repaired before the next decision looks at the model.
+
+After a step, every layer that stands for more original layers than before, or is another one, is fitted from what the
+repaired layers before it give towards what the original gives at the end of its span (`intarsia.healing.closed_form`);
+then what lies behind is run again. If that raises the loss of the sequences that are held out, the layers stay as they
+were. What was fitted on a layer that is merged again is forgotten: ops stay flat over original layers. Where only a
+layer's span has grown, what was fitted is the starting point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intarsia.activations.hidden_store import HiddenStore
+from intarsia.activations.loop import Batches
+from intarsia.architecture.spec import Architecture
+from intarsia.building.loaded_model import twin
+from intarsia.data.corpus import Corpus
+from intarsia.healing.closed_form import spool_of
+from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer, passes
+from intarsia.healing.layer_map import trainable
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.teacher import TeacherStates
+from intarsia.pruning.intermediate import Intermediate
+from intarsia.recipe.ops import Op
+from intarsia.recipe.recipe import derive_spans
+
+NEAREST = 8
+"""Blocks between whose ends the residual stream turns least, of which the loss is looked at."""
+
+
+def repair_forwards(
+    architecture: Architecture,
+    settings: ClosedFormSettings | None,
+    current: int,
+    *,
+    finalists: int = 1,
+    blocks: int = 0,
+) -> int:
+    """Layer-forwards that healing one step of a model of `current` layers takes at most; none without settings.
+
+    For each finalist two layers are fitted, the model is measured anew, and the held-out loss is measured twice. Of
+    blocks the held-out loss of `NEAREST` is measured, and some are fitted; one that is taken is measured as a whole.
+    """
+    if settings is None:
+        return 0
+    fit, held_out = passes(architecture, settings.changed), math.ceil(current / settings.held_out)
+    forwards = finalists * (2 * fit + current + 2 * held_out)
+    if blocks:
+        forwards += NEAREST * held_out + blocks * (fit + held_out) + current
+    return forwards
+
+
+class Repair:
+    """Repairs a model on its way down."""
+
+    def __init__(self, model: Intermediate, settings: ClosedFormSettings) -> None:
+        self.model = model
+        self.settings = settings
+
+    def replace(self, start: int, count: int, op: Op | None) -> dict[str, Any]:
+        """`Intermediate.replace`, with every layer repaired that this changes.
+
+        Returns:
+            As plain data: the read-outs that were fitted, whether they are taken, the loss of the held-out sequences
+            without and with them, and how many layer-forwards this cost beside measuring the model.
+        """
+        model = self.model
+        original = model.original(len(model.corpus))  # held while the whole model is what was measured
+        first, due = self.exchange(start, count, op)
+        if not due:
+            model.measure(first)
+            return {"read_outs": [], "taken": False, "held_out_loss": None, "layer_forwards": 0}
+        held_out = self.held_out
+        before = float(losses_behind(model, first, held_out).sum())
+        spent = (model.depth - first) * len(held_out) / len(model.corpus)
+        unrepaired = {index: model.fitted[index] for index in due}
+        fits, reached = self.fit(first, due, original)
+        model.measure(reached)
+        after = float(model.losses_N[held_out].sum())
+        changed = [index for index in due if model.fitted[index] is not unrepaired[index]]
+        if changed and after >= before:
+            for index in changed:
+                model.fit(index, unrepaired[index])
+            model.measure(first)
+            spent += model.depth - first
+        tokens = max(int(model.counts_N[held_out].sum()), 1)
+        return {
+            "read_outs": [asdict(fit) for fit in fits],
+            "taken": bool(changed) and after < before,
+            "held_out_loss": [before / tokens, after / tokens],
+            "layer_forwards": len(due) * passes(model.architecture, self.settings.changed) + spent,
+        }
+
+    @property
+    def held_out(self) -> list[int]:
+        """The sequences that nothing is fitted on."""
+        return list(range(0, len(self.model.corpus), self.settings.held_out))
+
+    def fit(self, first: int, due: Mapping[int, int], original: TeacherStates) -> tuple[list[LayerFit], int]:
+        """Fit layers towards their depths, in order, and measure those between them.
+
+        Returns:
+            What was fitted, and the layer from which on the model is to be measured: `first`, or a later one.
+        """
+        fits: list[LayerFit] = []
+        reached = first
+        for index, depth in due.items():
+            if index > reached:
+                self.model.measure(reached, index)
+                reached = index
+            fits += self._fit(index, original, depth)
+        return fits, reached
+
+    def exchange(self, start: int, count: int, op: Op | None) -> tuple[int, dict[int, int]]:
+        """Make the change. The first layer that may now give something else, and those to repair: towards which depth.
+
+        These are the layer that is put in, and one that now stands for more than before.
+        """
+        model, depth = self.model, self.model.architecture.n_layers
+        known = set(zip(model.ops, derive_spans(model.ops, depth), strict=True))
+        model.replace(start, count, op, measure=False)
+        due: dict[int, int] = {}
+        for index, layer in enumerate(zip(model.ops, derive_spans(model.ops, depth), strict=True)):
+            put_in = op is not None and index == start
+            if trainable(*layer) and (put_in or layer not in known):
+                due[index] = layer[1][1]
+        return min([start, *due]), due
+
+    @torch.inference_mode()
+    def _fit(self, index: int, original: TeacherStates, depth: int) -> list[LayerFit]:
+        model = self.model
+        with model.resident.awake(model.modules[index]) as awake:
+            module = twin(awake)  # fitting must leave the original model alone
+            tensors, fits = fit_layer(
+                module,
+                self.settings.changed,
+                partial(_feed, model, index, model.ops[index], original, depth, self.settings.held_out),
+                index=index,
+                stream=model.stream,
+                architecture=model.architecture,
+                settings=self.settings,
+                spool=spool_of(model.resident, model.room),
+            )
+        if tensors:
+            model.fit(index, {**(model.fitted[index] or {}), **tensors}, module)
+        return fits
+
+
+def _feed(
+    model: Intermediate, start: int, op: Op, original: TeacherStates, depth: int, held_out: int
+) -> Iterator[FitBatch]:
+    """What a layer in the place of layer `start` is fed, and H^depth of the original, which it should give."""
+    for part, ids, mask in model.batches.over(slice(0, original.sequences)):
+        model.spend(1, part)
+        yield FitBatch(
+            h_BTD=model.hidden_at(start, part),
+            wanted_BTD=original.at(depth, part),
+            call=model.stream.calls(ids, mask)[op.sources[0].layer],
+            mask=mask,
+            held_B=torch.arange(part.start, part.stop) % held_out == 0,
+        )
+
+
+@torch.inference_mode()
+def losses_behind(model: Intermediate, start: int, rows: Sequence[int]) -> Tensor:
+    """Summed loss of some sequences as the layers are now, from H^start as it was measured: float64, `[rows]`."""
+    device, mask = model.resident.device, model.corpus.mask
+    some = Corpus.of(
+        model.corpus.input_ids[list(rows)],
+        mask=None if mask is None else mask[list(rows)],
+        description=model.corpus.description,
+        documents=1,
+    )
+    batches = Batches(some, device, batch_tokens=model.batches.size * some.seq_len, progress=model.progress)
+    states = HiddenStore(
+        (len(rows), some.seq_len, model.architecture.width), model.resident.model.dtype, room=model.room
+    )
+    found: list[Tensor] = []
+
+    def state(part: slice, index: int) -> Tensor:
+        if index > start:
+            return states.get(0, part.start, part.stop, device)
+        return model.hidden.rows(start, rows[part], device)
+
+    def through(index: int, module: nn.Module) -> None:
+        def work(part: slice, ids: Tensor, keep: Tensor | None) -> None:
+            call = model.stream.calls(ids, keep)[model.ops[index].sources[0].layer]
+            states.put(0, part.start, model.stream.run(module, state(part, index), call))
+
+        batches.each(work)
+        model.spend(1, slice(0, len(rows)))
+
+    def last(part: slice, ids: Tensor, keep: Tensor | None) -> None:
+        found.append(model.stream.losses(state(part, model.depth), ids, keep)[0])
+
+    try:
+        for index, module in enumerate(model.resident.walk(model.modules[start:]), start):
+            through(index, module)
+        batches.each(last)
+    finally:
+        states.close()
+    return torch.cat(found)

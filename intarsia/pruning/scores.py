@@ -1,0 +1,125 @@
+"""Scores of layers and pieces, and the counts and indices that follow from ratios. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from intarsia.activations.statistics import ChannelSums
+from intarsia.architecture.spec import Architecture, Part
+
+
+def channel_sensitivity(activation_C: Tensor, weight_DC: Tensor) -> Tensor:
+    """S_c = E[|x_c|] * sum_r |W_{r,c}| (arXiv 2510.15304), float64 `[C]`.
+
+    Args:
+        activation_C: the size of channel c of the input of the read-out matrix (mean absolute value as published).
+        weight_DC: the read-out matrix (o_proj or down_proj).
+    """
+    return activation_C.double() * weight_DC.abs().sum(dim=0, dtype=torch.float32).double().to(activation_C.device)
+
+
+def piece_scores(sensitivity_C: Tensor, architecture: Architecture, part: Part) -> Tensor:
+    """A piece's score is the mean over its channels: `[P]`.
+
+    Channels of o_proj lie by query head, and the query heads of a KV group are consecutive, so the channels of a
+    group are one run.
+    """
+    return sensitivity_C.reshape(architecture.n_pieces(part), -1).mean(dim=1)
+
+
+def part_scores(
+    sums: ChannelSums, module: nn.Module, architecture: Architecture, part: Part, *, l2: bool = False
+) -> Tensor:
+    """The score of every piece of a layer's part, `[P]`.
+
+    S_c is the mean size (sum of absolute values) of what channel c adds to the residual stream. An expert's score is
+    the same of what the expert adds, router weight included, and 0 at tokens that are not routed to it; that is what
+    the taps measure of it (`intarsia.activations.hooks`).
+
+    Args:
+        sums: of the read-out's inputs, as the taps see them.
+        l2: root mean squares instead of means.
+    """
+    activation_C = sums.root_mean_square_C if l2 else sums.mean_absolute_C
+    if architecture.is_mixture(part):
+        return activation_C
+    weight = module.get_submodule(architecture.writer(part).module).weight
+    assert isinstance(weight, Tensor)
+    return piece_scores(channel_sensitivity(activation_C, weight), architecture, part)
+
+
+def angular_distance(cosine: Tensor) -> Tensor:
+    """arccos(cos) / pi, between 0 and 1 (arXiv 2403.17887)."""
+    return torch.arccos(cosine.double()) / torch.pi
+
+
+BINS = 48
+
+
+def sensitivity_map(layers: Iterable[Mapping[Part, Tensor]]) -> dict[str, list[list[float]]]:
+    """By layer: the score of every KV group, and the means of `BINS` equal parts of the channels from the least
+    sensitive to the most (of every channel, where a layer has no more than that)."""
+    groups, channels = [], []
+    for scores in layers:
+        groups.append([_digits(value) for value in scores["attention"].tolist()])
+        sorted_C = scores["mlp"].double().sort().values
+        parts = torch.tensor_split(sorted_C, min(BINS, len(sorted_C)))
+        channels.append([_digits(float(part.mean())) for part in parts])
+    return {"kv_groups": groups, "channels": channels}
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def ratios(influences: Sequence[float], sharpness: float = 1.0) -> list[float]:
+    """Shares proportional to influence^sharpness; equal shares where no layer has any influence."""
+    largest = max(influences)
+    if largest <= 0.0:
+        return [1.0 / len(influences)] * len(influences)
+    # Relative to the largest, so that a great sharpness does not make zeros of them all.
+    powers = [(max(influence, 0.0) / largest) ** sharpness for influence in influences]
+    total = sum(powers)
+    return [power / total for power in powers]
+
+
+def dominate(shares: Sequence[float], floor: float) -> list[float]:
+    """Raise the largest share to at least `floor`; the others shrink in proportion."""
+    largest = max(range(len(shares)), key=lambda index: shares[index])
+    if shares[largest] >= floor:
+        return list(shares)
+    rest = 1.0 - shares[largest]
+    return [floor if index == largest else share * (1.0 - floor) / rest for index, share in enumerate(shares)]
+
+
+def counts(shares: Sequence[float], total: int) -> list[int]:
+    """Floor of each share of `total`, with the remainder to the largest share (the first, where several are)."""
+    # A share like 0.3 * 10 must not lose a piece to rounding.
+    whole = [int(share * total + 1e-9) for share in shares]
+    largest = max(range(len(shares)), key=lambda index: shares[index])
+    whole[largest] += total - sum(whole)
+    return whole
+
+
+def top(scores_P: Tensor, count: int) -> tuple[int, ...]:
+    """Indices of the `count` highest scores, ascending; of equal scores the lower index is kept."""
+    order = torch.sort(scores_P.double(), descending=True, stable=True).indices
+    return tuple(sorted(int(index) for index in order[:count]))
+
+
+def share_grid(layers: int, granularity: int) -> Iterator[list[float]]:
+    """Every way to split 1 into `layers` shares that are multiples of 1/granularity."""
+    for whole in _compositions(layers, granularity):
+        yield [part / granularity for part in whole]
+
+
+def _compositions(parts: int, total: int) -> Iterator[list[int]]:
+    if parts == 1:
+        yield [total]
+        return
+    for first in range(total, -1, -1):
+        for rest in _compositions(parts - 1, total - first):
+            yield [first, *rest]

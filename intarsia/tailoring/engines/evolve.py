@@ -1,0 +1,194 @@
+"""Moves in the search space, for an engine that changes candidates: mutation and crossover."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+
+from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
+from intarsia.tailoring.engine import Engine, Start
+from intarsia.tailoring.engines.hyperband import Stage, Staged, ranked
+from intarsia.tailoring.pareto import draw_weights
+from intarsia.tailoring.space import Space
+
+_EVERYWHERE = 0.2
+
+
+def mutate(space: Space, candidate: Candidate, rng: Random) -> Candidate:
+    """A candidate one random step away: a swap, or a source, merge, join or scale changed, each kind as likely.
+
+    A step from or to a merge is one layer's, or one time in five that of all layers which are as it is: what is good
+    for one is often good for all, and one alone is hard to see in the cost. A space of a single candidate gives that
+    one back.
+    """
+    changed = space.changed(candidate.positions)
+    kept = [layer for layer in range(space.depth) if layer not in changed]
+    indices = list(range(len(candidate.positions)))
+    rng.shuffle(indices)
+    kinds = ["swap", "source", "merge", "concat", "scale"]
+    rng.shuffle(kinds)
+    for kind in kinds:
+        if kind == "swap":
+            if changed and kept:
+                new = rng.choice(kept)
+                # The new layer begins as the base's, or takes over what was chosen for the one it replaces.
+                moved = dict(_by_occurrence(candidate)).get((new, 0)) if rng.random() < 0.5 else None
+                return _swapped(space, candidate, rng.choice(changed), new, moved)
+            continue
+        for index in indices:
+            options = layer_steps(space, candidate, index).get(kind, [])
+            if options:
+                old, choice = candidate.choices[index], rng.choice(options)
+                if (_is_merged(old) or _is_merged(choice)) and rng.random() < _EVERYWHERE:
+                    return _everywhere(space, candidate, old, choice)
+                return _with_choice(space, candidate, index, choice)
+    return candidate
+
+
+def crossover(space: Space, first: Candidate, second: Candidate, rng: Random) -> Candidate:
+    """A child of two: what both remove is removed, and each layer is as in a parent that has it."""
+    ours, theirs = set(space.changed(first.positions)), set(space.changed(second.positions))
+    common = sorted(ours & theirs)
+    changed = [*common, *rng.sample(sorted(ours ^ theirs), space.changes - len(common))]
+    parents = [_by_occurrence(first), _by_occurrence(second)]
+    choices: dict[tuple[int, int], Choice] = {}
+    for key in sorted({*parents[0], *parents[1]}):
+        having = [parent[key] for parent in parents if key in parent]
+        choices[key] = rng.choice(having)
+    return space.arrange(changed, choices)
+
+
+def layer_steps(space: Space, candidate: Candidate, index: int) -> Mapping[str, list[Choice]]:
+    """What one output layer could be instead, a step away, by kind: source, merge, concat, scale."""
+    position, choice = candidate.items()[index]
+    joined = space.joined(position, candidate.positions)
+    if isinstance(choice, Join):
+        return _join_steps(space, choice)
+    steps: dict[str, list[Choice]] = {
+        "source": _keep_steps(space, choice, "source"),
+        "merge": _keep_steps(space, choice, "merge"),
+        "scale": [
+            Keep(attention=choice.attention, mlp=choice.mlp, scale=s) for s in _beside(space.scales, choice.scale)
+        ],
+    }
+    if joined:
+        plain = choice.mlp is None and choice.attention.method is None and choice.scale == 1.0
+        first = choice.attention.members[0] if plain else space.menu.members[0]
+        middle = space.shares[len(space.shares) // 2]
+        steps["concat"] = [Join(first=first, second=second, share=middle) for second in space.menu.singles]
+    return steps
+
+
+def _keep_steps(space: Space, choice: Keep, kind: str) -> list[Choice]:
+    step = space.menu.source_steps if kind == "source" else space.menu.merge_steps
+    mlp = choice.mlp or choice.attention
+    pairs: list[tuple[Blend, Blend]] = []
+    if choice.mlp is None:
+        pairs += [(blend, blend) for blend in step(choice.attention)]
+    if space.separate:
+        pairs += [(blend, mlp) for blend in step(choice.attention)]
+        pairs += [(choice.attention, blend) for blend in step(mlp)]
+    return [
+        Keep(attention=attention, mlp=None if other == attention else other, scale=choice.scale)
+        for attention, other in pairs
+    ]
+
+
+def _join_steps(space: Space, choice: Join) -> Mapping[str, list[Choice]]:
+    members = space.menu.singles
+    sources: list[Choice] = [
+        Join(first=first, second=second, share=choice.share)
+        for first in members
+        for second in members
+        if (first != choice.first) != (second != choice.second)
+    ]
+    shares: list[Choice] = [
+        Join(first=choice.first, second=choice.second, share=share) for share in _beside(space.shares, choice.share)
+    ]
+    return {"source": sources, "concat": [*shares, single(choice.first)]}
+
+
+def _beside(grid: tuple[float, ...], value: float) -> list[float]:
+    at = grid.index(value)
+    return [grid[index] for index in (at - 1, at + 1) if 0 <= index < len(grid)]
+
+
+def _by_occurrence(candidate: Candidate) -> dict[tuple[int, int], Choice]:
+    return {
+        (position, candidate.positions[:index].count(position)): choice
+        for index, (position, choice) in enumerate(candidate.items())
+    }
+
+
+def _with_choice(space: Space, candidate: Candidate, index: int, choice: Choice) -> Candidate:
+    choices = _by_occurrence(candidate)
+    position = candidate.positions[index]
+    choices[position, candidate.positions[:index].count(position)] = choice
+    return space.arrange(space.changed(candidate.positions), choices)
+
+
+def _is_merged(choice: Choice) -> bool:
+    return isinstance(choice, Keep) and any(blend and blend.method for blend in (choice.attention, choice.mlp))
+
+
+def _everywhere(space: Space, candidate: Candidate, old: Choice, new: Choice) -> Candidate:
+    """With another choice for every layer that has this one."""
+    choices = {key: new if choice == old else choice for key, choice in _by_occurrence(candidate).items()}
+    return space.arrange(space.changed(candidate.positions), choices)
+
+
+def _swapped(space: Space, candidate: Candidate, gone: int, new: int, moved: Choice | None) -> Candidate:
+    """`new` is removed (or stands twice) in place of `gone`; `moved` is then what `gone` becomes."""
+    changed = [layer for layer in space.changed(candidate.positions) if layer != gone] + [new]
+    choices = _by_occurrence(candidate)
+    if moved is not None and space.kind == "cut":
+        choices[gone, 0] = moved
+    return space.arrange(changed, choices)
+
+
+NAME = "evolve"
+_PARENTS = 5
+_FRESH, _CROSSED, _AGAIN = 0.02, 0.35, 0.6
+_FIRST = 8
+"""So many candidates must have been scored before there are children."""
+
+
+def evolve(space: Space, budgets: Sequence[int], *, eta: int, seed: int, starts: Sequence[Start] = ()) -> Engine:
+    """The engine."""
+
+    def propose(stages: Sequence[Stage], rng: Random) -> tuple[Candidate, str]:
+        known = {candidate for stage in stages for candidate in stage.costs}
+        if len(known) < _FIRST:
+            # The base without some layers of its middle is far better than what is drawn from the whole space.
+            plain = rng.random() < 0.5
+            return (space.random_middle(rng), "random middle") if plain else (space.random(rng), "random")
+        if rng.random() < _FRESH:
+            return space.random(rng), "random"
+        objectives = len(next(iter(next(stage for stage in stages if stage.costs).costs.values())))
+        best = _best(stages, draw_weights(objectives, rng))
+        child, origin = _drawn(best, rng), "mutation"
+        if len(best) > 1 and rng.random() < _CROSSED:
+            child, origin = crossover(space, child, _drawn(best, rng), rng), "crossover"
+        child = mutate(space, child, rng)
+        while rng.random() < _AGAIN:
+            child = mutate(space, child, rng)
+        return child, origin
+
+    return Staged(NAME, propose, budgets, eta=eta, seed=seed, starts=starts)
+
+
+def _best(stages: Sequence[Stage], weights: Sequence[float]) -> list[Candidate]:
+    """The parents for these weights: the best at the greatest budget, then those below, each once."""
+    found: dict[Candidate, None] = {}
+    for stage in reversed(stages):
+        # What is known at few examples only says little beside what was scored on many.
+        room = _PARENTS - len(found)
+        found.update(dict.fromkeys(ranked(stage, list(stage.costs), weights)[:room]))
+        if len(found) >= _PARENTS:
+            break
+    return list(found)
+
+
+def _drawn(best: Sequence[Candidate], rng: Random) -> Candidate:
+    """The better of two."""
+    return best[min(rng.randrange(len(best)), rng.randrange(len(best)))]

@@ -1,0 +1,395 @@
+"""The search space in the words of ConfigSpace, which SMAC searches.
+
+Each layer of the base has a flag, `kept` or `removed`, so that the surrogate model sees the subset as such; what is
+chosen for a layer is active only where the layer is kept, a method's settings only where the method is chosen, and so
+on. Flags that remove too many or too few layers are mended, as are merges of too few members: `candidate` is defined
+for every configuration, and `configuration` gives the one that says exactly what a candidate is.
+
+Names: `012.op` is the op of layer 12, `012.mlp.method` the method for its MLP, `012b.op` that of its second copy in a
+stack.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from intarsia.errors import missing_package
+from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, from_plain, to_plain
+from intarsia.tailoring.engine import Ask, Start
+from intarsia.tailoring.history import Trial
+from intarsia.tailoring.space import Space
+
+if TYPE_CHECKING:
+    from ConfigSpace import Configuration, ConfigurationSpace
+
+
+_KEPT = {"cut": ("kept", "removed"), "stack": ("once", "twice")}
+_YES, _NO = "yes", "no"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigurationMap:
+    """Between configurations and the candidates of a space."""
+
+    space: Space
+
+    def configuration_space(self, seed: int = 0) -> ConfigurationSpace:
+        """The space for ConfigSpace.
+
+        Raises:
+            UserError: ConfigSpace is not installed.
+        """
+        try:
+            import ConfigSpace
+        except ImportError as error:
+            raise missing_package("ConfigSpace", where="search", extra="search", error=error) from error
+        found = ConfigSpace.ConfigurationSpace(seed=seed)
+        writer = _Writer(self.space, ConfigSpace)
+        for position in self.space.starts:
+            writer.position(position)
+        # All at once: ConfigSpace sorts everything anew whenever something is added.
+        found.add(*writer.parameters, *writer.conditions)
+        return found
+
+    def candidate(self, configuration: Mapping[str, Any]) -> Candidate:
+        """The candidate that a configuration means."""
+        values = dict(configuration)
+        changed = self._changed(values)
+        choices: dict[tuple[int, int], Choice] = {}
+        for position in self.space.starts:
+            choices[position, 0] = self._choice(_name(position), values)
+            if position in changed and self.space.kind == "stack":
+                choices[position, 1] = self._choice(_name(position, 1), values)
+        return self.space.arrange(changed, choices)
+
+    def configuration(self, candidate: Candidate, space: ConfigurationSpace) -> Configuration:
+        """A candidate in the words of `space`, which `configuration_space` has made."""
+        from ConfigSpace import Configuration
+
+        values: dict[str, Any] = {}
+        if self.space.changes:
+            usual, other = _KEPT[self.space.kind]
+            changed = self.space.changed(candidate.positions)
+            values |= {
+                f"{_name(layer)}.layer": other if layer in changed else usual for layer in range(self.space.depth)
+            }
+        for index, (position, choice) in enumerate(candidate.items()):
+            values |= self._values(_name(position, candidate.positions[:index].count(position)), choice)
+        return Configuration(space, values={name: value for name, value in values.items() if name in space})
+
+    # Reading
+
+    def _changed(self, values: Mapping[str, Any]) -> list[int]:
+        """The flagged layers; if they are too many or too few, some are drawn, the same for the same flags."""
+        if not self.space.changes:
+            return []
+        other = _KEPT[self.space.kind][1]
+        flagged = [layer for layer in range(self.space.depth) if values.get(f"{_name(layer)}.layer") == other]
+        rng = Random(int.from_bytes(hashlib.sha256(repr(flagged).encode()).digest()[:8], "little"))
+        if len(flagged) > self.space.changes:
+            return sorted(rng.sample(flagged, self.space.changes))
+        rest = [layer for layer in range(self.space.depth) if layer not in flagged]
+        return sorted([*flagged, *rng.sample(rest, self.space.changes - len(flagged))])
+
+    def _choice(self, name: str, values: Mapping[str, Any]) -> Choice:
+        base = self.space.menu.members[0]
+        op = values.get(f"{name}.op", "select")
+        if op == "concat":
+            first = values.get(f"{name}.variant", base)
+            return Join(first=first, second=values[f"{name}.second"], share=float(values[f"{name}.share"]))
+        attention = self._blend(name, op, values)
+        behind = values.get(f"{name}.mlp.op", "same")
+        mlp = None if behind == "same" else self._blend(f"{name}.mlp", behind, values)
+        scale = float(values.get(f"{name}.scale", 1.0))
+        return Keep(attention=attention, mlp=None if mlp == attention else mlp, scale=scale)
+
+    def _blend(self, name: str, op: str, values: Mapping[str, Any]) -> Blend:
+        menu = self.space.menu
+        if op == "select":
+            return Blend(members=(values.get(f"{name}.variant", menu.members[0]),))
+        method = values[f"{name}.method"]
+        members = [member for member in menu.members if values.get(f"{name}.with.{member}", _NO) == _YES]
+        given = {key: float(values[f"{name}.{key}"]) for key in menu.settings_of(method) if f"{name}.{key}" in values}
+        return menu.nearest(members, method, given)
+
+    # Writing
+
+    def _values(self, name: str, choice: Choice) -> dict[str, Any]:
+        if isinstance(choice, Join):
+            return {
+                f"{name}.op": "concat",
+                f"{name}.variant": choice.first,
+                f"{name}.second": choice.second,
+                f"{name}.share": choice.share,
+            }
+        values = {**self._blend_values(name, choice.attention), f"{name}.scale": choice.scale}
+        if choice.mlp is None:
+            return {**values, f"{name}.mlp.op": "same"}
+        return {**values, **self._blend_values(f"{name}.mlp", choice.mlp)}
+
+    def _blend_values(self, name: str, blend: Blend) -> dict[str, Any]:
+        if blend.method is None:
+            return {f"{name}.op": "select", f"{name}.variant": blend.members[0]}
+        members = self.space.menu.pool(blend.method)
+        return {
+            f"{name}.op": "merge",
+            f"{name}.method": blend.method,
+            **{f"{name}.with.{member}": _YES if member in blend.members else _NO for member in members},
+            **{f"{name}.{key}": value for key, value in blend.values},
+        }
+
+
+def _name(position: int, occurrence: int = 0) -> str:
+    return f"{position:03d}{'b' if occurrence else ''}"
+
+
+class _Writer:
+    """Collects the hyperparameters of a space, and the conditions under which each means something."""
+
+    def __init__(self, space: Space, module: Any) -> None:
+        self.space, self.module = space, module
+        self.parameters: list[Any] = []
+        self.conditions: list[Any] = []
+
+    def position(self, position: int) -> None:
+        """Everything about one layer (or group)."""
+        name = _name(position)
+        if not self.space.changes:
+            self.layer(name, position, None)
+            return
+        usual, other = _KEPT[self.space.kind]
+        share = self.space.changes / self.space.depth
+        flag = self.module.CategoricalHyperparameter(
+            f"{name}.layer", [usual, other], weights=[1.0 - share, share], default_value=usual
+        )
+        self.parameters.append(flag)
+        if self.space.kind == "cut":
+            self.layer(name, position, (flag, [usual]))
+        else:
+            self.layer(name, position, None)
+            self.layer(_name(position, 1), position, (flag, [other]))
+
+    def layer(self, name: str, position: int, condition: tuple[Any, list[Any]] | None) -> None:
+        """What a layer is."""
+        joinable = self.space.joinable(position)
+        ops = ["select", *(["merge"] if self.space.menu.usable else []), *(["concat"] if joinable else [])]
+        op = self.category(f"{name}.op", ops, condition)
+        self.blend(name, op, ["select", *(["concat"] if joinable else [])])
+        if joinable:
+            self.category(f"{name}.second", self.space.menu.singles, (op, ["concat"]))
+            self.ordinal(f"{name}.share", self.space.shares, (op, ["concat"]))
+        kept = (op, ["select", *(["merge"] if self.space.menu.usable else [])])
+        if self.space.separate:
+            mlp = self.category(f"{name}.mlp.op", ["same", *(o for o in ops if o != "concat")], kept)
+            self.blend(f"{name}.mlp", mlp, ["select"])
+        if len(self.space.scales) > 1:
+            self.ordinal(f"{name}.scale", self.space.scales, kept, default=1.0)
+
+    def blend(self, name: str, op: Any, whole: list[str]) -> None:
+        """Which members, and how they are merged."""
+        menu = self.space.menu
+        self.category(f"{name}.variant", menu.singles, (op, whole))
+        if not menu.usable:
+            return
+        method = self.category(f"{name}.method", menu.usable, (op, ["merge"]))
+        for member in menu.members:
+            taking = [other for other in menu.usable if member in menu.pool(other)]
+            if taking:
+                self.category(f"{name}.with.{member}", [_YES, _NO], (method, taking))
+        for key, grid in menu.grids.items():
+            having = [other for other in menu.usable if key in menu.settings_of(other)]
+            values = tuple(value for value in grid if not (key == "lambda" and value == 0.0))
+            if having:
+                self.ordinal(f"{name}.{key}", values, (method, having))
+
+    def category(self, name: str, choices: Any, condition: tuple[Any, list[Any]] | None) -> Any:
+        """A choice between words; the first one is the default."""
+        words = list(choices)
+        return self.add(self.module.CategoricalHyperparameter(name, words, default_value=words[0]), condition)
+
+    def ordinal(self, name: str, grid: Any, condition: tuple[Any, list[Any]], default: float | None = None) -> Any:
+        """A choice between numbers that have an order; the middle one is the default."""
+        values = list(grid)
+        middle = values[len(values) // 2] if default is None else default
+        return self.add(self.module.OrdinalHyperparameter(name, values, default_value=middle), condition)
+
+    def add(self, parameter: Any, condition: tuple[Any, list[Any]] | None) -> Any:
+        """Add a hyperparameter that is active where its parent has one of these values."""
+        self.parameters.append(parameter)
+        if condition is not None:
+            parent, values = condition
+            self.conditions.append(self.module.InCondition(parameter, parent, values))
+        return parameter
+
+
+NAME = "smac"
+_FIRST = 10
+_CHALLENGERS, _LOCAL_SEARCHES = 1000, 5
+_NO_END = 10**9
+
+
+def require_smac() -> None:
+    """Refuse where SMAC is not installed.
+
+    Raises:
+        UserError: naming the extra that has it.
+    """
+    try:
+        import smac  # noqa: F401
+    except ImportError as error:
+        instead = "choose --engine evolve"
+        raise missing_package("smac", where="engine smac", extra="search", instead=instead, error=error) from error
+
+
+class Smac:
+    """The engine."""
+
+    name = NAME
+
+    def __init__(
+        self,
+        space: Space,
+        budgets: Sequence[int],
+        *,
+        objectives: Sequence[str],
+        eta: int,
+        seed: int,
+        starts: Sequence[Start] = (),
+    ) -> None:
+        """Set SMAC up.
+
+        Raises:
+            UserError: it is not installed.
+        """
+        require_smac()
+        self._map = ConfigurationMap(space=space)
+        self._configurations = self._map.configuration_space(seed)
+        self._budgets = tuple(budgets)
+        # A candidate has one configuration here, so that starts and heard trials are recognised.
+        self._origins: dict[Candidate, str] = {}
+        for start in starts:
+            self._origins.setdefault(start.candidate, start.origin)
+        # SMAC wants a folder for its own files; nothing in it is needed.
+        self._folder = Path(tempfile.mkdtemp(prefix="intarsia-smac-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._facade = self._made(list(objectives), eta, seed)
+        self._seed: int | None = None
+        self._unheard: list[Trial] = []
+        self._worst: list[float] = [1.0] * len(objectives)
+
+    def _made(self, objectives: list[str], eta: int, seed: int) -> Any:
+        from smac import MultiFidelityFacade, Scenario
+        from smac.multi_objective.parego import ParEGO
+        from smac.runhistory import StatusType
+        from smac.runhistory.encoder import RunHistoryLogScaledEncoder
+
+        logging.getLogger("smac").setLevel(logging.CRITICAL)
+        levels, most = len(self._budgets), float(self._budgets[-1])
+        scenario = Scenario(
+            self._configurations,
+            objectives=objectives if len(objectives) > 1 else objectives[0],
+            deterministic=True,
+            n_trials=_NO_END,  # what SMAC does next must not depend on how long the search goes on
+            min_budget=most / eta ** (levels - 1) * 0.999 if levels > 1 else most,
+            max_budget=most,
+            seed=seed,
+            output_directory=self._folder,
+        )
+        starts = [self._map.configuration(candidate, self._configurations) for candidate in self._first(seed)]
+        facade = MultiFidelityFacade
+        return facade(
+            scenario,
+            None,
+            acquisition_maximizer=facade.get_acquisition_maximizer(
+                scenario, challengers=_CHALLENGERS, local_search_iterations=_LOCAL_SEARCHES
+            ),
+            initial_design=facade.get_initial_design(scenario, n_configs=0, additional_configs=starts),
+            intensifier=facade.get_intensifier(scenario, eta=eta, incumbent_selection="highest_budget"),
+            multi_objective_algorithm=ParEGO(scenario) if len(objectives) > 1 else None,
+            runhistory_encoder=RunHistoryLogScaledEncoder(scenario, considered_states=[StatusType.SUCCESS]),
+            logging_level=False,
+            overwrite=True,
+        )
+
+    def _first(self, seed: int) -> list[Candidate]:
+        """The initial design. A small space may not have ten candidates."""
+        found, rng = dict.fromkeys(self._origins), Random(seed)
+        for _ in range(100 * _FIRST):
+            if len(found) >= _FIRST:
+                break
+            found.setdefault(self._map.space.random(rng))
+        return list(found)
+
+    def ask(self) -> Ask | None:
+        """SMAC's next trial; None where it finds no new configuration."""
+        from smac.main.exceptions import ConfigurationSpaceExhaustedException
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's, of means of nothing
+            try:
+                info = self._facade.ask()
+            except (StopIteration, ConfigurationSpaceExhaustedException):
+                return None
+        self._seed = info.seed
+        for trial in self._unheard:
+            self.hear(trial)
+        self._unheard = []
+        # ConfigSpace's words are numpy's, which print otherwise; a candidate from the log has plain ones.
+        candidate = from_plain(to_plain(self._map.candidate(info.config)))
+        budget = min(self._budgets, key=lambda budget: abs(budget - info.budget))
+        known = self._origins.get(candidate)
+        origin = "promotion" if budget > self._budgets[0] and self._seen(info) else known or str(info.config.origin)
+        return Ask(engine=NAME, candidate=candidate, budget=budget, origin=origin, token=info)
+
+    def _seen(self, info: Any) -> bool:
+        return any(trial.budget < info.budget for trial in self._facade.runhistory.get_trials(info.config, False))
+
+    def tell(self, ask: Ask, trial: Trial) -> None:
+        """Into SMAC's run history."""
+        self._enter(ask.token, trial)
+
+    def hear(self, trial: Trial) -> None:
+        """Into SMAC's run history too, at the budget that the trial had; failed ones say nothing to it.
+
+        Before the first question SMAC would put what it hears into its first stage, so it waits until then.
+        """
+        from smac.runhistory import TrialInfo
+
+        if trial.costs is None or trial.budget not in self._budgets:
+            return
+        if self._seed is None:
+            self._unheard.append(trial)
+            return
+        config = self._map.configuration(trial.candidate, self._configurations)
+        self._enter(TrialInfo(config=config, seed=self._seed, budget=self._own(trial.budget)), trial)
+
+    def _own(self, budget: int) -> float:
+        """A budget in SMAC's own numbers, which are not whole."""
+        stages: list[float] = self._facade.intensifier._budgets_in_stage[0]
+        return min(stages, key=lambda own: abs(own - budget))
+
+    def _enter(self, info: Any, trial: Trial) -> None:
+        from smac.runhistory import StatusType, TrialValue
+
+        fine = trial.costs is not None
+        if trial.costs is not None:
+            self._worst = [max(pair) for pair in zip(self._worst, trial.costs, strict=True)]
+        costs = list(trial.costs) if trial.costs is not None else [2.0 * abs(worst) + 1.0 for worst in self._worst]
+        value = TrialValue(
+            cost=costs if len(costs) > 1 else costs[0],
+            time=0.0,  # no clock decides anything
+            status=StatusType.SUCCESS if fine else StatusType.CRASHED,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._facade.tell(info, value, save=False)

@@ -1,0 +1,151 @@
+"""The closed form inside the search, on tokens of the search's own examples, towards the same blend uncut.
+
+A fit makes a candidate look better on what it was fitted to than elsewhere. So it takes examples from the end of the
+order, and of texts windows are drawn for it that no budget of the search reaches. Where an objective's examples are
+few, those of the largest budgets serve for both; items outside the splits are seen by neither. Each objective gives
+the same number of windows, as far as it has them: a question with its right answer, a query with its target, one
+behind the other, or windows of text.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence, Set
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from intarsia.activations.loop import Batches
+from intarsia.data.corpus import Corpus
+from intarsia.errors import UserError
+from intarsia.healing.closed_form import fit
+from intarsia.healing.fit_plan import fit_forwards
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.teacher import TeacherStates
+from intarsia.recipe import schema
+from intarsia.recipe.algebra import reference_layers
+from intarsia.recipe.recipe import Recipe
+from intarsia.tailoring.objective import Objective
+from intarsia.tailoring.trial_run import ResidentFamily
+
+TOKENS = 16384
+_SETTINGS = ClosedFormSettings()
+_LEAST_WINDOWS = 2 * _SETTINGS.held_out  # so that something is held out, and more is not
+
+
+def repair_windows(seq_len: int) -> int:
+    """How many windows of one text a fit takes at most."""
+    return TOKENS // seq_len
+
+
+def repair_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | None, tokens: int = TOKENS) -> Corpus:
+    """Windows of the examples' tokens, objectives taking turns.
+
+    Args:
+        eos: stands between two examples, where there is one.
+        tokens: about how many.
+
+    Raises:
+        UserError: the examples are too few for a fit.
+    """
+    wanted = max(tokens // seq_len // len(objectives), 1)
+    parts = [list(_windows(objective, seq_len, eos, wanted)) for objective in objectives]
+    order = sorted((place, number) for number, part in enumerate(parts) for place in range(len(part)))
+    if len(order) < _LEAST_WINDOWS:
+        raise UserError.of(
+            where="heal",
+            expected=f"at least {_LEAST_WINDOWS * seq_len} tokens of examples for the closed form",
+            found=f"{len(order)} windows of {seq_len} tokens",
+            remedy="Widen the splits, add an objective on a text, or leave heal out.",
+        )
+    ids = torch.tensor([parts[number][place] for place, number in order])
+    names = ", ".join(objective.name for objective in objectives)
+    return Corpus.of(ids, description=f"examples of {names}", documents=len(order))
+
+
+def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
+    """A recipe with its read-outs fitted towards what it would be uncut.
+
+    Raises:
+        UserError: activations are not finite.
+    """
+    batches = Batches(corpus, layers.resident.device)
+    with TeacherStates(layers.resident, batches, layers=teacher_of(recipe, layers)) as teacher:
+        return fit(recipe, teacher, settings=_SETTINGS)[0]
+
+
+def repair_work(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> float:
+    """What that fit takes, in layer-forwards times tokens."""
+    return float(fit_forwards(recipe, _SETTINGS, layers.resident.architecture) * corpus.tokens)
+
+
+def teacher_of(recipe: Recipe, layers: ResidentFamily) -> list[nn.Module]:
+    """The layers of what a recipe would be uncut."""
+    return [layers.module(op) for op in reference_layers(recipe)]
+
+
+def _windows(objective: Objective, seq_len: int, eos: int | None, most: int) -> Iterator[list[int]]:
+    """Full windows alone: what is left over at the end is not used."""
+    waiting: list[int] = []
+    for example in reversed(objective.examples):
+        request = example.requests[example.gold or 0]
+        tokens = [*request.context, *request.continuation]
+        if len(tokens) == seq_len and not waiting:
+            yield tokens
+            most -= 1
+        else:
+            waiting += tokens if eos is None else [*tokens, eos]
+        while len(waiting) >= seq_len and most > 0:
+            yield waiting[:seq_len]
+            waiting = waiting[seq_len:]
+            most -= 1
+        if most <= 0:
+            return
+
+
+class KeptFits:
+    """The healed recipes in a folder; nothing is kept where there is no such folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find(self, recipe: Recipe) -> Recipe | None:
+        """A recipe as it was healed before, if it was."""
+        path = self._path(schema.content_hash(recipe))
+        if not path.exists():
+            return None
+        try:
+            return schema.load(path)
+        except UserError:  # a kill or a full disk left half of it
+            return None
+
+    def keep(self, recipe: Recipe, healed: Recipe) -> None:
+        """Keep what was fitted. A disk that has no room for it costs no more than another fit."""
+        if self._folder.is_dir():
+            name = schema.content_hash(recipe)
+            self._forget(name)  # half of a file would be refused as another's
+            try:
+                schema.save(healed, self._path(name))
+            except (UserError, OSError):
+                self._forget(name)
+
+    def drop(self, hashes: Set[str]) -> None:
+        """Let go of some of them."""
+        for name in {path.stem for path in self._folder.glob("*")} & hashes:
+            self._forget(name)
+
+    def begin(self) -> None:
+        """From now on keep what is fitted."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def end(self) -> None:
+        """Let go of all of them."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _forget(self, name: str) -> None:
+        for suffix in (".yaml", ".safetensors"):
+            self._path(name).with_suffix(suffix).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.yaml"

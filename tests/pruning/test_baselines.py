@@ -1,0 +1,92 @@
+"""ShortGPT and SLEB against brute force."""
+
+from __future__ import annotations
+
+import pytest
+
+from intarsia.pruning.intermediate import Intermediate
+from intarsia.pruning.ladder import METHODS, climb, planner_of
+from intarsia.pruning.methods.shortgpt import ShortGpt
+from intarsia.pruning.methods.sleb import Sleb
+from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.settings import ComeSettings, SlebSettings
+from intarsia.recipe.recipe import Variant, identity
+from tests import families
+from tests.conftest import InMemory
+from tests.pruning.conftest import corpus_of
+from tests.recipes_by_hand import select
+
+WHOLE = [select(layer) for layer in range(families.DEPTH)]
+
+
+def layers_of(run: RunFolder, depth: int) -> list[int]:
+    return [op.sources[0].layer for op in run.recipe(depth).layers]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
+def test_shortgpt_drops_by_influence_measured_once(family: str, resident_of: InMemory, tmp_path) -> None:
+    resident, corpus = resident_of(family), corpus_of()
+    model = Intermediate(resident, corpus, WHOLE)
+    model.measure()
+    influence = [measure.influence for measure in model.measures]
+    order = sorted(range(families.DEPTH), key=lambda layer: influence[layer])
+    model = Intermediate(resident, corpus, WHOLE)
+    run = RunFolder.start(tmp_path / "run", {})
+    assert climb(ShortGpt(), model, identity(Variant(name="base", model="m"), families.DEPTH), 1, run) is None
+    assert run.depths() == [5, 4, 3, 2, 1]
+    for depth in run.depths():
+        assert layers_of(run, depth) == sorted(order[families.DEPTH - depth :])
+    assert model.layer_forwards == pytest.approx(families.DEPTH)
+    assert [entry["loss"] for entry in run.log()] == [None] * 5
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_sleb_drops_what_costs_least(family: str, resident_of: InMemory, tmp_path) -> None:
+    resident, corpus = resident_of(family), corpus_of()
+
+    def loss(layers: list[int]) -> float:
+        model = Intermediate(resident, corpus, [select(layer) for layer in layers])
+        model.measure()
+        return model.loss
+
+    run = RunFolder.start(tmp_path / "run", {})
+    model = Intermediate(resident, corpus, WHOLE)
+    assert climb(Sleb(), model, identity(Variant(name="base", model="m"), families.DEPTH), 3, run) is None
+    left = list(range(families.DEPTH))
+    for entry in run.log():
+        losses = {layer: loss([other for other in left if other != layer]) for layer in left}
+        dropped = min(losses, key=lambda layer: losses[layer])
+        left.remove(dropped)
+        assert entry["evidence"]["dropped"] == f"base:{dropped}"
+        assert entry["evidence"]["losses"] == pytest.approx(list(losses.values()), rel=1e-6)
+        assert layers_of(run, entry["layers"]) == left
+        assert entry["loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+
+
+def test_sleb_races_for_less(resident_of: InMemory) -> None:
+    """What leaves early is worse than what is chosen; the chosen one has seen all of the set."""
+    resident, corpus = resident_of("llama"), corpus_of(sequences=48)
+    steps, spent = {}, {}
+    for racing in (False, True):
+        model = Intermediate(resident, corpus, WHOLE)
+        model.measure()
+        before = model.layer_forwards
+        steps[racing] = Sleb(SlebSettings(racing=racing)).decide(model, 5, [])
+        spent[racing] = model.layer_forwards - before
+    exhausted, raced = steps[False], steps[True]
+    assert exhausted is not None and raced is not None
+    assert exhausted.evidence["sequences"] == [48] * families.DEPTH
+    assert spent[False] == sum(families.DEPTH - 1 - start for start in range(families.DEPTH))
+    seen, losses = raced.evidence["sequences"], exhausted.evidence["losses"]
+    assert seen[raced.start] == 48 and min(seen) < 48
+    assert spent[True] == pytest.approx(
+        sum((families.DEPTH - 1 - start) * seen[start] / 48 for start in range(families.DEPTH))
+    )
+    assert losses[seen.index(min(seen))] > losses[raced.start]
+    finalists = [start for start in range(families.DEPTH) if seen[start] == 48]
+    assert raced.start == min(finalists, key=lambda start: losses[start])
+
+
+def test_every_method_has_a_planner() -> None:
+    for method in METHODS:
+        assert planner_of(method, ComeSettings()).reason()

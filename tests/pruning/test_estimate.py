@@ -1,0 +1,56 @@
+"""What a plan takes, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.pruning.estimate import estimate
+from intarsia.pruning.ladder import planner_of
+from intarsia.pruning.settings import ComeSettings
+from tests.conftest import Opened
+
+
+def test_sizes_follow_from_the_config(checkpoint_of: Opened) -> None:
+    checkpoint = checkpoint_of("llama")
+    architecture = checkpoint.architecture
+    planner = planner_of("come")
+    found = estimate(checkpoint, planner, 4, tokens=512, seq_len=32, dtype=torch.bfloat16)
+    assert found.parameters_before == checkpoint.parameters
+    assert found.parameters_after == checkpoint.parameters - 2 * architecture.layer_parameters
+    assert found.weight_bytes == 2 * checkpoint.parameters
+    assert found.disk_bytes == 4 * found.parameters_after  # stored in float32
+    assert found.hidden_bytes == 7 * 512 * architecture.width * 2
+    healed = estimate(
+        checkpoint, planner, 4, tokens=512, seq_len=32, dtype=torch.bfloat16, in_loop=ClosedFormSettings()
+    )
+    assert healed.hidden_bytes == 2 * found.hidden_bytes
+    assert "at most 2.5 passes" in found.words() and "to heal" not in found.words()
+
+
+@pytest.mark.parametrize(
+    ("method", "forwards"),
+    [
+        ("reverse", 0),
+        ("magnitude+", 0),
+        ("shortgpt", 6),
+        ("mka", 6),
+        ("angular", 6),
+        ("taylor", 6 * 4),
+        ("come", 6 + 5 + 4),
+        ("sleb", 6 + (15 + 5) + (10 + 4)),
+    ],
+)
+def test_passes_of_a_method(method: str, forwards: int, checkpoint_of: Opened) -> None:
+    checkpoint = checkpoint_of("llama")
+    found = estimate(checkpoint, planner_of(method), 4, tokens=512, seq_len=32, dtype=None)
+    assert found.passes_at_most == pytest.approx(forwards / 6)
+    assert (found.hidden_bytes == 0) == (forwards == 0)
+
+
+def test_passes_of_what_come_p_tries(checkpoint_of: Opened) -> None:
+    """Each ratio of each span re-runs all that may be after it; each removal what is after it."""
+    settings = ComeSettings(granularity=4, spans=2, removals=True)
+    found = estimate(checkpoint_of("llama"), planner_of("come-p", settings), 5, tokens=512, seq_len=32, dtype=None)
+    assert found.passes_at_most == pytest.approx((6 + 2 * 5 * 5 + 15 + 5) / 6)

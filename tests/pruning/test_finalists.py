@@ -1,0 +1,273 @@
+"""Removals beside merges, and candidates that are repaired before one of them is chosen, against the same by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from intarsia.building.loaded_model import Resident
+from intarsia.errors import UserError
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.progress import Silent
+from intarsia.pruning import finalists
+from intarsia.pruning.finalists import check_finalists, settle
+from intarsia.pruning.heal_in_loop import Repair
+from intarsia.pruning.intermediate import Intermediate
+from intarsia.pruning.ladder import climb, planner_of
+from intarsia.pruning.methods.come import Come
+from intarsia.pruning.race import best_of_groups, race
+from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.settings import ComeSettings, Settings, SlebSettings
+from intarsia.pruning.step import Step
+from intarsia.recipe.ops import Op
+from intarsia.recipe.recipe import Variant, identity
+from intarsia.stages.compare_methods import parse_methods
+from tests import families
+from tests.conftest import InMemory, Opened
+from tests.pruning.test_in_loop import SETTINGS, written_by
+from tests.pruning.test_race import Track, noisy
+from tests.recipes_by_hand import select, shared
+from tests.test_streaming import ladder as ladder_hashes
+from tests.test_streaming import streamed
+
+WHOLE: list[Op] = [select(layer) for layer in range(families.DEPTH)]
+EVERY = ComeSettings(granularity=2, spans=2, removals=True, racing=False)
+
+
+def measured(resident: Resident, ops: list[Op], **changes: object) -> Intermediate:
+    model = Intermediate(resident, written_by(resident, 32), ops, **changes)  # type: ignore[arg-type]
+    model.measure()
+    return model
+
+
+def ladder(resident: Resident, folder: Path, method: str, settings: Settings, in_loop: bool) -> RunFolder:
+    run = RunFolder.start(folder, {})
+    start = identity(Variant(name="base", model="m"), families.DEPTH)
+    model = Intermediate(resident, written_by(resident), start.layers)
+    climb(planner_of(method, settings), model, start, 2, run, in_loop=SETTINGS if in_loop else None)
+    return run
+
+
+# Removals
+
+
+def test_every_removal_is_tried_once_with_its_loss(resident_of: InMemory) -> None:
+    """Beside them only those ratios that are no removal: of the two spans, one half each."""
+    resident = resident_of("qwen2")
+    model = measured(resident, list(WHOLE))
+    step = Come(EVERY, posterior=True).decide(model, 5, [])
+    assert step is not None
+    grid = step.evidence["grid"]
+    dropped = [entry["start"] for entry in grid if "dropped" in entry]
+    assert dropped == list(range(6)) and [entry["ratios"] for entry in grid[6:]] == [[0.5, 0.5]] * 2
+    for entry in grid[:6]:
+        bare = measured(resident, [*WHOLE[: entry["start"]], *WHOLE[entry["start"] + 1 :]])
+        assert entry["dropped"] == 1 and entry["loss"] == pytest.approx(bare.loss, rel=1e-6)
+    best = min(grid, key=lambda entry: entry["loss"])
+    assert step.start == best["start"] and (step.op is None) == ("dropped" in best)
+
+
+def test_of_three_at_once_two_adjacent_layers_are_dropped(resident_of: InMemory) -> None:
+    """So that every candidate leads to the same depth; and no more than estimated is run."""
+    settings = ComeSettings(merge=3, granularity=1, spans=1, removals=True, racing=False)
+    model = measured(resident_of("llama"), list(WHOLE))
+    before = model.layer_forwards
+    planner = Come(settings, posterior=True)
+    steps = planner.steps(model, 4, [{}], 99)
+    at_most = planner.forwards_at_most(model.architecture, 4, len(model.corpus), None)
+    assert model.layer_forwards - before <= at_most - 6 - 4  # what is measured before and after
+    removals = [step for step in steps if step.op is None]
+    assert sorted(step.start for step in removals) == [0, 1, 2, 3, 4] and {step.count for step in removals} == {2}
+    # Of the three ratios of the one span two are removals; the middle layer alone is none of one run of layers.
+    assert len(steps) == 6 and {step.removed for step in steps} == {2}
+
+
+@pytest.mark.parametrize("in_loop", [False, True], ids=["", "in-loop"])
+def test_with_removals_alone_it_is_sleb(in_loop: bool, resident_of: InMemory, tmp_path: Path) -> None:
+    """A grid of one step has no ratios but those that drop a layer: the same recipes, with what is fitted on them."""
+    resident = resident_of("llama")
+    settings = ComeSettings(granularity=1, removals=True, racing=False, finalists=1)
+    ours = ladder(resident, tmp_path / "ours", "come-p", settings, in_loop)
+    sleb = ladder(resident, tmp_path / "sleb", "sleb", SlebSettings(racing=False), in_loop)
+    assert ours.depths() == sleb.depths() == [5, 4, 3, 2]
+    assert [entry["hash"] for entry in ours.log()] == [entry["hash"] for entry in sleb.log()]
+    for mine, its in zip(ours.log(), sleb.log(), strict=True):
+        assert mine["op"] is None and mine["evidence"]["dropped"] == its["evidence"]["dropped"]
+        losses = [entry["loss"] for entry in mine["evidence"]["grid"]]
+        assert losses == pytest.approx(its["evidence"]["losses"])
+    assert bool(ours.recipe(2).fitted) == in_loop
+
+
+def test_where_nothing_may_be_merged_layers_are_dropped(resident_of: InMemory, tmp_path: Path) -> None:
+    """The prior form has no removals, and stops."""
+    settings = ComeSettings(no_repeat=True, removals=True, granularity=2, spans=1)
+    assert ladder(resident_of("llama"), tmp_path / "p", "come-p", settings, False).depths()[-1] == 2
+    assert ladder(resident_of("llama"), tmp_path / "c", "come", settings, False).depths()[-1] > 2
+
+
+# Which ones are repaired
+
+
+def test_finalists_remove_something_else_each(resident_of: InMemory) -> None:
+    """The best of every kind, by the loss that all of them have on the same sequences."""
+    model = measured(resident_of("llama"), list(WHOLE))
+    planner = Come(ComeSettings(granularity=4, spans=5, removals=True, racing=False), posterior=True)
+    steps = planner.steps(model, 5, [], 99)
+    kinds = [_kind(model, step) for step in steps]
+    assert len(kinds) == len(set(kinds))
+    assert sum(step.op is None for step in steps) == 6
+    every: dict[tuple[int, bool], list[float]] = {kind: [] for kind in kinds}
+    for entry in steps[0].evidence["grid"]:
+        dropped = "dropped" in entry
+        kind = entry["start"] if dropped else entry["start"] + (entry["ratios"][0] >= entry["ratios"][1]), dropped
+        every[kind].append(entry["loss"])
+    losses = [min(every[kind]) for kind in kinds]
+    assert losses == sorted(losses)
+    assert planner.steps(model, 5, [], 3) == steps[:3]
+
+
+def _kind(model: Intermediate, step: Step) -> tuple[int, bool]:
+    """Which layer goes, by which of two gives less (of equal ones the second); and whether it goes as a whole."""
+    if step.op is None:
+        return step.start, True
+    groups, channels = step.evidence["counts"]["kv_groups"], step.evidence["counts"]["channels"]
+    total = [groups[index] / sum(groups) + channels[index] / sum(channels) for index in range(2)]
+    return step.start + (total[0] >= total[1]), False
+
+
+def test_of_a_group_one_is_kept_and_the_race_ends_with_so_many() -> None:
+    """a1 and a2 are of one group and too close to tell; b is worse than both, c than b."""
+    close = {"a1": [0.0, 1.0] * 32, "a2": [1.0, 0.0] * 32}
+    track = Track({**close, "b": noisy(20.0, 64, 2), "c": noisy(40.0, 64, 3)})
+    _, seen = race(
+        list(track.sums), track.losses, track.counts, racing=True, keep=2, group=lambda name: name[0],
+        progress=Silent(), title="race",
+    )  # fmt: skip
+    assert {name: sums.numel() for name, sums in seen.items()} == {"a1": 64, "a2": 64, "b": 64, "c": 8}
+    assert best_of_groups(seen, 3, lambda name: name[0]) == ["a1", "b"]
+    assert best_of_groups(seen, 2) == ["a1", "a2"]
+    sure = Track({"a": noisy(0.0, 64, 0), "b": noisy(20.0, 64, 2), "c": noisy(40.0, 64, 3)})
+    _, seen = race(list(sure.sums), sure.losses, sure.counts, racing=True, keep=2, progress=Silent(), title="race")
+    assert {name: sums.numel() for name, sums in seen.items()} == {"a": 8, "b": 8, "c": 8}
+
+
+# How they are judged
+
+
+def steps_of(resident: Resident) -> list[Step]:
+    """Two removals and two merges."""
+    ops: list[tuple[int, int, Op | None]] = [
+        (3, 1, None),
+        (1, 2, shared(resident.architecture, (1, 2))),
+        (0, 1, None),
+        (4, 2, shared(resident.architecture, (4, 5))),
+    ]
+    return [Step(start=start, count=count, op=op, evidence={"number": n}) for n, (start, count, op) in enumerate(ops)]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_best_repaired_model_is_taken(family: str, resident_of: InMemory) -> None:
+    resident, found = resident_of(family), []
+    steps = steps_of(resident)
+    for step in steps:
+        model = measured(resident, list(WHOLE))
+        repair = Repair(model, SETTINGS).replace(step.start, step.count, step.op)
+        found.append((min(repair["held_out_loss"]), repair, model))
+    model = measured(resident, list(WHOLE))
+    chosen, told = settle(Repair(model, SETTINGS), steps)
+    number = min(range(4), key=lambda index: found[index][0])
+    assert chosen is steps[number]
+    _, repair, wanted = found[number]
+    assert told["taken"] == repair["taken"] and told["read_outs"] == repair["read_outs"]
+    for entry, step, (_, alone, _) in zip(told["finalists"], steps, found, strict=True):
+        assert entry["replaced"] == [step.start, step.start + step.count]
+        assert (entry["op"] is None) == (step.op is None)
+        assert entry["held_out_loss"] == pytest.approx(alone["held_out_loss"], rel=1e-6)
+    assert told["held_out_loss"] == pytest.approx(repair["held_out_loss"], rel=1e-6)
+    assert model.ops == wanted.ops
+    torch.testing.assert_close(model.losses_N, wanted.losses_N, rtol=1e-6, atol=0)
+    assert [fitted is None for fitted in model.fitted] == [fitted is None for fitted in wanted.fitted]
+    assert len({entry["held_out_loss"][1] for entry in told["finalists"]}) == 4
+
+
+def test_a_trial_leaves_the_model_as_it_was(resident_of: InMemory) -> None:
+    """The layer before the hole and the joined one behind it are both fitted, the second on what the first then gives;
+    the others are judged behind the same layers as before."""
+    resident = resident_of("llama")
+    joined = shared(resident.architecture, (3, 4))
+    ops: list[Op] = [select(0), select(1), select(2), joined, select(5)]
+    both = Step(start=2, count=2, op=joined, evidence={})
+    other = Step(start=4, count=1, op=None, evidence={})
+    alone = settle(Repair(measured(resident, list(ops)), SETTINGS), [other])[1]["finalists"][0]["held_out_loss"]
+    model = measured(resident, list(ops))
+    spent = model.layer_forwards
+    _, told = settle(Repair(model, SETTINGS), [both, other])
+    assert told["finalists"][1]["held_out_loss"] == alone
+    by_itself = Repair(measured(resident, list(ops)), SETTINGS).replace(2, 2, joined)
+    assert told["finalists"][0]["held_out_loss"] == pytest.approx(by_itself["held_out_loss"], rel=1e-6)
+    # The original, which was not what was measured; `both`: 3 + 1 + 3 fits and between, twice what lies behind, and
+    # what was measured again; `other`: 3 fits, and nothing behind it (its layer stands before the last one).
+    assert model.layer_forwards - spent == pytest.approx(told["layer_forwards"] + 6 + behind(told, model))
+
+
+def behind(told: dict[str, object], model: Intermediate) -> int:
+    """Layers that are run to measure the model with the step that is taken."""
+    return model.depth - min(fit["layer"] for fit in told["read_outs"])  # type: ignore[attr-defined]
+
+
+def test_candidates_are_judged_on_sequences_that_no_fit_sees(
+    resident_of: InMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident = resident_of("llama")
+    model = measured(resident, list(WHOLE))
+    rows: list[list[int]] = []
+    judge = finalists.losses_behind
+
+    def looks(of: Intermediate, start: int, some: Sequence[int]) -> torch.Tensor:
+        rows.append(list(some))
+        return judge(of, start, some)
+
+    monkeypatch.setattr(finalists, "losses_behind", looks)
+    settle(Repair(model, ClosedFormSettings(ridges=(0.1,), held_out=4)), steps_of(resident)[:2])
+    assert rows == [list(range(0, 32, 4))] * 4
+
+
+# Settings
+
+
+def test_the_published_behaviour_has_neither() -> None:
+    reference = ComeSettings(removals=True, finalists=3, reference=True).effective()
+    assert (reference.removals, reference.finalists) == (False, 1)
+
+
+def test_what_they_do_not_go_with(tmp_path: Path) -> None:
+    both = ComeSettings(removals=True, finalists=3)
+    check_finalists("come-p", both, SETTINGS)
+    check_finalists("come-p", ComeSettings(removals=True), None)
+    check_finalists("come", ComeSettings(), None)
+    check_finalists("sleb", SlebSettings(), SETTINGS)
+    with pytest.raises(UserError) as caught:
+        check_finalists("come", both, None)
+    assert [(each.where, each.found) for each in caught.value.problems] == [
+        ("--removals", "come"),
+        ("--finalists", "come"),
+        ("--finalists", "none"),
+    ]
+    with pytest.raises(UserError, match="--heal-in-loop beside it"):
+        parse_methods("sleb,come-p[finalists=2]")
+    (entrant,) = parse_methods("come-p[finalists=2,removals=yes,heal_in_loop=true]")
+    assert entrant.settings == ComeSettings(finalists=2, removals=True)
+
+
+def test_streamed_it_is_the_same(tmp_path: Path, checkpoint_of: Opened, resident_of: InMemory) -> None:
+    settings, rule = ComeSettings(granularity=3, removals=True, finalists=3), ClosedFormSettings(held_out=2)
+    resident = streamed(checkpoint_of("llama"))
+    found = [
+        ladder_hashes(model, tmp_path / str(number), "come-p", settings=settings, in_loop=rule)
+        for number, model in enumerate((resident_of("llama"), resident))
+    ]
+    assert found[0] == found[1] and len(found[0]) == 3
+    assert resident.shelf is not None and resident.shelf.most <= 2
