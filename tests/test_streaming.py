@@ -24,7 +24,7 @@ from intarsia.healing import layerwise
 from intarsia.healing.quality import quality
 from intarsia.healing.settings import ClosedFormSettings, LayerwiseSettings
 from intarsia.healing.training import Text
-from intarsia.progress import Silent
+from intarsia.progress import Silent, reporting_to
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import METHODS, climb, planner_of, progressive_methods
 from intarsia.pruning.run_folder import RunFolder
@@ -157,7 +157,7 @@ def test_every_method_plans_the_same(method: str, tmp_path: Path, checkpoint_of:
     resident = streamed(checkpoint_of("qwen2"))
     assert ladder(resident, tmp_path / "streamed", method) == wanted
     assert resident.shelf is not None and resident.shelf.in_memory == 0 and resident.shelf.most <= 2
-    spilled = ladder(streamed(checkpoint_of("qwen2")), tmp_path / "spilled", method, memory_bytes=0, folder=tmp_path)
+    spilled = ladder(streamed(checkpoint_of("qwen2")), tmp_path / "spilled", method, room=Room(0, tmp_path))
     assert spilled == wanted
     assert sorted(path.name for path in tmp_path.iterdir()) == ["spilled", "streamed", "whole"]
 
@@ -283,6 +283,7 @@ class Saying(Silent):
 
 @pytest.fixture
 def small_device(monkeypatch: pytest.MonkeyPatch) -> OutOfMemory:
+    monkeypatch.setattr("intarsia.activations.batches.workers_for", lambda device, at_most: 1)  # as on a GPU
     device = OutOfMemory(1)
     monkeypatch.setattr(LayerStream, "run", lambda self, layer, h_BTD, call: device.run(layer, h_BTD, call))
     return device
@@ -294,8 +295,9 @@ def test_a_batch_is_halved_where_memory_runs_out(small_device: OutOfMemory, resi
     wanted = Intermediate(resident, corpus, whole().layers, batch_tokens=13)
     wanted.measure()
     small_device.most = 2
-    model = Intermediate(resident, corpus, whole().layers, batch_tokens=1000, progress=progress)
-    model.measure()
+    model = Intermediate(resident, corpus, whole().layers, batch_tokens=1000)
+    with reporting_to(progress):
+        model.measure()
     assert model.batches.size == 2
     assert progress.said == [
         "cpu is out of memory: 3 sequences at a time from now on, not 6",

@@ -19,7 +19,8 @@ from dataclasses import replace
 from functools import cached_property
 
 from benchmarks.tailor_parts.setting import Rows, Setting
-from intarsia.activations.loop import Batches
+from intarsia.activations.batches import Batches
+from intarsia.activations.loop import Loop
 from intarsia.data.corpus import Corpus
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import eval_corpus, perplexity
@@ -69,7 +70,7 @@ class Judge:
         """The recipe with its output projections fitted on the objectives' text, toward the same blend unpruned."""
         resident = self._evaluator.resident
         layers = [resident.module(op) for op in reference_layers(recipe)]
-        with TeacherStates(resident, Batches(self.corpus, resident.device), layers=layers) as teacher:
+        with TeacherStates(Loop(resident, Batches(self.corpus, resident.device)), layers=layers) as teacher:
             return fit(recipe, teacher, progress=self._setting.progress)[0]
 
     @cached_property

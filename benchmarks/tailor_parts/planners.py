@@ -13,7 +13,8 @@ from pathlib import Path
 import intarsia
 from benchmarks.tailor_parts.judge import Judge, mean
 from benchmarks.tailor_parts.setting import VARIANTS, Rows, Setting
-from intarsia.activations.loop import Batches
+from intarsia.activations.batches import Batches
+from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import Resident, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.healing.closed_form import fit
@@ -99,5 +100,5 @@ def _in_family(cut: Recipe, member: Recipe) -> Recipe:
 def _fitted(judge: Judge, setting: Setting, member: str, cut: Recipe) -> Fitted:
     checkpoint = open_checkpoint(setting.folder(member), progress=setting.progress)
     resident = Resident(checkpoint, device=default_device())
-    with TeacherStates(resident, Batches(judge.corpus, resident.device)) as teacher:
+    with TeacherStates(Loop(resident, Batches(judge.corpus, resident.device))) as teacher:
         return fit(cut, teacher, progress=setting.progress)[0].fitted

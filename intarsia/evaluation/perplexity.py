@@ -115,7 +115,7 @@ def perplexity(
     Raises:
         UserError: a loss is NaN or infinite, or no token is predicted.
     """
-    if isinstance(model, Chain) and model.streams:
+    if isinstance(model, Chain):
         sums_W, counts_W = model.window_losses(corpus, batch_tokens=batch_tokens, progress=progress)
     else:
         sums_W, counts_W = window_losses(model, corpus, batch_tokens=batch_tokens, progress=progress)

@@ -95,7 +95,7 @@ class Ladders:
 
     def original(self) -> TeacherStates | None:
         """The hidden states of the whole model, where it was measured and is kept: good until the next ladder."""
-        return self._current.original(len(self.source.corpus)) if self._current is not None and self._is_kept else None
+        return self._current.original() if self._current is not None and self._is_kept else None
 
     def close(self) -> None:
         """Free the hidden states."""
@@ -143,7 +143,6 @@ class Ladders:
                 _whole(self.source),
                 batch_tokens=self.batch_tokens,
                 behind_final_norm=behind_final_norm,
-                progress=self.source.progress,
             )
         return self._current
 

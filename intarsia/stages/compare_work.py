@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intarsia.activations.loop import Batches
+from intarsia.activations.batches import Batches
+from intarsia.activations.loop import Loop
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates, has_room
 from intarsia.recipe.recipe import Recipe
@@ -122,7 +123,7 @@ class Work:
         batches = Batches(source.corpus, resident.device, batch_tokens=self.batch_tokens, progress=progress)
         room = source.placement.room(self.folder.path)
         if has_room(resident, batches, room):
-            self._original = TeacherStates(resident, batches, keep=True, room=room, progress=progress)
+            self._original = TeacherStates(Loop(resident, batches, room=room), keep=True)
         return self._original
 
     def _has(self, key: Key) -> bool:

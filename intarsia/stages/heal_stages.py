@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from intarsia.activations.loop import Batches
+from intarsia.activations.batches import Batches
+from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import Resident, load_model
 from intarsia.checkpoint.hashing import cache_folder, scan
 from intarsia.checkpoint.reader import Checkpoint
@@ -178,7 +179,7 @@ class Healing:
         points = starts(recipe, self.base.architecture)
         batches = Batches(texts.fit, resident.device, progress=self.progress)
         keep = len(points) > 1 and has_room(resident, batches, room)
-        with TeacherStates(resident, batches, keep=keep, room=room, progress=self.progress) as teacher:
+        with TeacherStates(Loop(resident, batches, room=room), keep=keep) as teacher:
             if len(points) == 1:  # whether it is taken is decided after every stage
                 return closed_form.fit(recipe, teacher, settings=settings, room=room, progress=self.progress)
             best = best_fit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from intarsia.progress import reporting_to
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import climb, planner_of
 from intarsia.pruning.run_folder import RunFolder
@@ -39,17 +40,16 @@ def climbed(
             start.layers,
             fitted=start.fitted,
             batch_tokens=wanted.batch_tokens,
-            memory_bytes=source.placement.memory_bytes,
-            folder=source.placement.room(folder.path).folder,
             behind_final_norm=behind_final_norm,
-            progress=source.progress,
+            room=source.placement.room(folder.path),
         )
     else:
         current = shared()
         current.become(start.layers, start.fitted)
     spent = current.layer_forwards
     try:
-        stopped = climb(planner, current, start, wanted.target, folder, in_loop=wanted.in_loop)
+        with reporting_to(source.progress):
+            stopped = climb(planner, current, start, wanted.target, folder, in_loop=wanted.in_loop)
     finally:
         if shared is None:
             current.close()

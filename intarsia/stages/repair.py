@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from intarsia.activations.loop import Batches
+from intarsia.activations.batches import Batches
+from intarsia.activations.loop import Loop
 from intarsia.architecture.spec import Architecture
 from intarsia.data.corpus import Corpus
 from intarsia.disk import full_disk_named
@@ -108,7 +109,7 @@ def repaired(
     if teacher is None:
         batches = Batches(corpus, source.resident.device, batch_tokens=batch_tokens, progress=progress)
         keep = len(begin) > 1 and has_room(source.resident, batches, room)
-        shared = TeacherStates(source.resident, batches, keep=keep, room=room, progress=progress)
+        shared = TeacherStates(Loop(source.resident, batches, room=room), keep=keep)
     assert shared is not None
     try:
         end = best_fit(

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from intarsia.activations.loop import Batches
+from intarsia.activations.batches import Batches
+from intarsia.activations.loop import Loop
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing.closed_form import fit
@@ -71,7 +72,7 @@ def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
         UserError: activations are not finite.
     """
     batches = Batches(corpus, layers.resident.device)
-    with TeacherStates(layers.resident, batches, layers=teacher_of(recipe, layers)) as teacher:
+    with TeacherStates(Loop(layers.resident, batches), layers=teacher_of(recipe, layers)) as teacher:
         return fit(recipe, teacher, settings=_SETTINGS)[0]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from intarsia.activations.hidden_store import Room
 from intarsia.building.loaded_model import Resident
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
@@ -145,7 +146,7 @@ def test_changes_add_up(resident_of: InMemory) -> None:
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_spilled_hidden_states_change_nothing(family: str, padded: bool, resident_of: InMemory) -> None:
     resident, corpus = resident_of(family), corpus_of(padded=padded)
-    spilled = measured(resident, corpus, memory_bytes=0)
+    spilled = measured(resident, corpus, room=Room(0))
     assert_same(spilled, measured(resident, corpus))
     spilled.close()
 
