@@ -265,9 +265,10 @@ class Loop:
     def _together(self, paths: Sequence[Path], end: End, sequences: slice, advance: Callable[[float], None]) -> None:
         start, stop, _ = sequences.indices(len(self.corpus))
         states = self.store(stop - start)
+        started: set[int] = set()  # paths of which a whole state is stored
 
         def read(number: int, rows: slice) -> Tensor:
-            if number in states.depths():
+            if number in started:
                 return states.get(number, rows.start - start, rows.stop - start, self.resident.device)
             first = paths[number].read
             assert first is not None
@@ -286,11 +287,13 @@ class Loop:
                         ),
                         sequences,
                     )
+                    started.add(number)
             steps = _meetings(paths)
             modules = self.resident.walk(layer.module for layer, _ in steps)
             for (layer, numbers), _ in zip(steps, modules, strict=True):
                 for number in numbers:
                     self.layer(layer, partial(read, number), partial(put, number), sequences=sequences)
+                    started.add(number)
             for number in range(len(paths)):
                 self.batches.each(
                     lambda rows, ids, mask, number=number: end(  # type: ignore[misc]
