@@ -22,9 +22,9 @@ from intarsia.healing import launch
 from intarsia.healing.layer_map import check_teacher
 from intarsia.healing.settings import LAST, ClosedFormSettings, EndToEndSettings, LayerwiseSettings
 from intarsia.progress import Progress, Silent
-from intarsia.pruning.run_folder import RunFolder
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
+from intarsia.run_dir import RunDir
 from intarsia.stages.build import build_recipe, open_variants, read_recipe
 from intarsia.stages.heal_blend import BLEND, back, blend_sha256, forget, over_its_blend
 from intarsia.stages.heal_result import HealResult, layer_errors, provenance
@@ -134,7 +134,7 @@ def heal(
         recipe, variants = given, opened
         if blended:
             if main:
-                RunFolder.start(run, settings)
+                RunDir(run).pin("settings", settings)
             recipe, variants = over_its_blend(given, opened, run, progress=progress)
         return Healing(
             recipe=recipe,
@@ -166,9 +166,10 @@ def heal(
     texts: Texts | None = None
     if main:
         # A run folder is begun when all of the input is known to be good: another call may then use the same one.
-        RunFolder.offer(run, settings)
+        RunDir(run).check(settings)
         texts = read(eval_text=eval_text)
-        RunFolder.start(run, settings).pin("text", texts.facts())
+        RunDir(run).pin("settings", settings)
+        RunDir(run).pin("text", texts.facts())
         healing()
     barrier()  # the first process has written what the others find in caches
     texts = texts or read(eval_text=())
