@@ -271,9 +271,21 @@ def planner(name: str, *, settings: type | None = None, paper: str = "") -> Call
     return planners.register(name, settings, paper=paper)
 
 
-def heal_stage(name: str, *, settings: type | None = None, paper: str = "") -> Callable[[T], T]:
-    """Register a heal stage: a function of context, recipe and settings that gives a recipe."""
-    return heal_stages.register(name, settings, paper=paper)
+def heal_stage(
+    name: str,
+    *,
+    settings: type | None = None,
+    whole_model: bool = False,
+    check: Callable[[Any], None] | None = None,
+    paper: str = "",
+) -> Callable[[T], T]:
+    """Register a heal stage: a function of context, recipe and settings that gives a recipe.
+
+    Args:
+        whole_model: whether it trains all layers at once: in every launched process, and not streamed.
+        check: called with the settings before any work; raises UserError where something that it needs is missing.
+    """
+    return heal_stages.register(name, settings, whole_model=whole_model, check=check, paper=paper)
 
 
 def merge_op(
