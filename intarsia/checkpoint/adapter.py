@@ -17,7 +17,7 @@ import torch
 from intarsia.checkpoint.adapter_merge import Merged
 from intarsia.checkpoint.hashing import cache_folder, fingerprint, not_finite, sha256_of
 from intarsia.checkpoint.reader import Adapter, Checkpoint
-from intarsia.checkpoint.resolve import open_checkpoint, resolve, split_name
+from intarsia.checkpoint.resolve import asked_for, open_checkpoint, resolve, split_name
 from intarsia.checkpoint.tensor_file import map_tensor, read_headers
 from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files
 from intarsia.disk import read_json
@@ -47,6 +47,7 @@ def open_variant(
     model: str,
     *,
     revision: str | None = None,
+    gguf_file: str | None = None,
     dequantize: bool = False,
     base: Checkpoint | None = None,
     progress: Progress | None = None,
@@ -54,15 +55,17 @@ def open_variant(
     """A variant, wherever it is: a folder, a hub id, `demo`, or the folder or hub id of a PEFT adapter.
 
     Args:
+        gguf_file, dequantize: see `open_checkpoint`.
         base: what an adapter is merged into; by default the base that its config names. Where the base is an adapter
             itself, it is that one's base.
 
     Raises:
         UserError: it cannot be found, is no checkpoint that can be used, or is an adapter for another base.
     """
+    model = asked_for(model, dequantize=dequantize, gguf_file=gguf_file)
     folder = resolve(model, revision=revision, progress=progress)
     if not is_adapter(folder):
-        return Checkpoint.open(folder, model=model, revision=revision, dequantize=dequantize or split_name(model)[1])
+        return Checkpoint.open(folder, model=model, revision=revision, dequantize=split_name(model)[1])
     config = read_adapter_config(folder)
     base = base or _named_base(folder, model, config, progress)
     base = base if base.adapter is None else base.adapter.base

@@ -30,7 +30,7 @@ from intarsia.exporting.gguf_tokenizer import GgufTokenizer, add_tokenizer, gguf
 from intarsia.progress import Progress, Silent
 
 KINDS = ("F16", "Q8_0", "F32", "BF16")
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_GRAPHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """From a config's `model_type` to what llama.cpp calls the architecture."""
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 _PADDING = 32
@@ -63,7 +63,8 @@ class GgufPlan:
 
     kind: str
     name: str
-    architecture: str
+    # what llama.cpp calls the architecture
+    graph: str
     layers: int
     # the config as transformers reads it
     config: Any
@@ -102,10 +103,10 @@ def plan_gguf(
         )
     need_gguf("export --gguf", extra="gguf")
     family = str(checkpoint.config["model_type"])
-    if family not in _ARCHITECTURES:
+    if family not in _GRAPHS:
         raise UserError.of(
             where=f"{checkpoint.folder}: model_type",
-            expected=f"a family that is exported to GGUF: {', '.join(_ARCHITECTURES)}",
+            expected=f"a family that is exported to GGUF: {', '.join(_GRAPHS)}",
             found=family,
             remedy="Use llama.cpp's own converter, convert_hf_to_gguf.py, on the folder: it is a stock checkpoint.",
         )
@@ -114,18 +115,18 @@ def plan_gguf(
     architecture = checkpoint.architecture
     context, shortened = _context(architecture.layer_types, config)
     scales = _divisors(config.rope_parameters, architecture.head_dim)
-    architecture = _ARCHITECTURES[family]
+    graph = _GRAPHS[family]
     return GgufPlan(
         kind=kind,
         name=name,
-        architecture=architecture,
+        graph=graph,
         layers=architecture.n_layers,
         config=config,
         context=context,
         shortened=shortened,
         divisors=scales,
         tokenizer=gguf_tokenizer(checkpoint.folder, tokenizer, architecture.vocabulary, pre=tokenizer_pre),
-        tensors=tuple(_tensors(checkpoint, architecture, scales, kind)),
+        tensors=tuple(_tensors(checkpoint, graph, scales, kind)),
     )
 
 
@@ -176,13 +177,13 @@ def _divisors(rope: Any, head_dim: int) -> npt.NDArray[np.float32] | None:
 
 
 def _tensors(
-    checkpoint: Checkpoint, architecture: str, scales: npt.NDArray[np.float32] | None, kind: str
+    checkpoint: Checkpoint, graph: str, scales: npt.NDArray[np.float32] | None, kind: str
 ) -> Iterator[GgufTensor]:
     """Everything to write, in order."""
     import gguf
 
     architecture = checkpoint.architecture
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], architecture.n_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[graph.upper()], architecture.n_layers)
     outside = ["model.embed_tokens.weight", "model.norm.weight", *([] if architecture.tied else ["lm_head.weight"])]
     inside = [
         architecture.tensor_name(layer, local)
@@ -192,9 +193,9 @@ def _tensors(
     for source in (*outside, *inside):
         shape = checkpoint.headers[source].shape
         heads = None
-        if architecture == "llama" and ".self_attn.q_proj." in source:
+        if graph == "llama" and ".self_attn.q_proj." in source:
             heads = architecture.n_query_heads
-        elif architecture == "llama" and ".self_attn.k_proj." in source:
+        elif graph == "llama" and ".self_attn.k_proj." in source:
             heads = architecture.n_kv_heads
         own = "F32" if len(shape) == 1 else "F16" if kind == "Q8_0" and shape[-1] % _BLOCK else kind
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
@@ -236,7 +237,7 @@ def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, out: Path, progress: Prog
         replaced(out) as staged,
         (progress or Silent()).task(f"writing {out.name}", plan.nbytes) as task,
     ):
-        writer = gguf.GGUFWriter(staged, plan.architecture)
+        writer = gguf.GGUFWriter(staged, plan.graph)
         try:
             writer.add_type("model")
             writer.add_name(plan.name)

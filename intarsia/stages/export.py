@@ -67,7 +67,7 @@ def export(
         model=model,
         out=out,
         gguf=gguf,
-        architecture=plan.architecture,
+        architecture=plan.graph,
         tokenizer=f"{plan.tokenizer.model}, {plan.tokenizer.pre}",
         layers=plan.layers,
         context=plan.context,
