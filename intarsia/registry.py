@@ -126,6 +126,10 @@ class Kind:
         self._entries: dict[str, Entry] = {}
         self._found = False
 
+    def by(self, flag: str) -> Kind:
+        """The same things, chosen by another option."""
+        return _By(self, flag)
+
     def register(self, name: str, settings: type | None = None, **facts: Any) -> Callable[[T], T]:
         """Decorate a class or function to make it known by `name`."""
 
@@ -249,6 +253,20 @@ class Kind:
             for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda each: each.name):
                 import_module(f"{self._package}.{module.name}")
         _load_announced()
+
+
+class _By(Kind):
+    """A kind under another flag."""
+
+    def __init__(self, kind: Kind, flag: str) -> None:
+        self.noun, self.flag, self.many, self._kind = kind.noun, flag, kind.many, kind
+
+    @property
+    def _entries(self) -> dict[str, Entry]:  # type: ignore[override]
+        return self._kind._entries
+
+    def _find(self) -> None:
+        self._kind._find()
 
 
 planners = Kind("method", "method", "intarsia.pruning.methods")

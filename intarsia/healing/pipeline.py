@@ -42,6 +42,7 @@ from intarsia.healing.restarts import Start
 from intarsia.healing.teacher import TeacherStates, has_room
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
+from intarsia.options import Runtime
 from intarsia.registry import Chosen
 from intarsia.run_dir import RunDir
 
@@ -207,18 +208,20 @@ class Healed:
         return any(result.taken for result in self.stages[1:])
 
 
-def check_stages(stages: Sequence[Chosen], *, stream: bool) -> None:
+def check_stages(stages: Sequence[Chosen], runtime: Runtime) -> None:
     """Check what can be checked of stages before any work.
 
     Raises:
-        UserError: one trains the whole model, which is streamed; or needs something that is not there.
+        UserError: one trains the whole model, which is streamed or laid over devices; or needs something that is not
+            there.
     """
     problems = Problems()
-    whole = [chosen.name for chosen in stages if chosen.entry.facts.get("whole_model")]
-    if stream and whole:
-        problems.add(
-            f"--stream is given, and {whole[0]} trains all layers at once.", f"Leave --stream out, or {whole[0]}."
-        )
+    for chosen in stages if runtime.stream or len(runtime.devices) > 1 else ():
+        if chosen.entry.facts.get("whole_model"):
+            flag = "--stream" if runtime.stream else "--devices"
+            problems.add(
+                f"{flag} is given, and {chosen.name} trains all layers at once.", f"Leave {flag} out, or {chosen.name}."
+            )
     for chosen in stages:
         if (check := chosen.entry.facts.get("check")) is not None:
             with problems:

@@ -17,12 +17,12 @@ def layerwise(context: HealContext, recipe: Recipe, settings: LayerwiseSettings)
     """Train each changed layer toward the original's hidden states."""
     from intarsia import progress
     from intarsia.healing.layerwise import train
+    from intarsia.healing.training import Text
 
     found, reports = train(
         recipe,
         context.resident,
-        context.training,
-        context.held_out,
+        Text.of(context.training, context.held_out),
         settings=settings,
         teacher=context.teaching,
         folder=context.folder,
