@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from intarsia.commands.heal import HealResult, heal
     from intarsia.errors import UserError
     from intarsia.evaluation.task_results import TaskResults
     from intarsia.pruning.settings import ComeSettings
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from intarsia.stages.evaluate import evaluate_perplexity
     from intarsia.stages.evaluate_tasks import evaluate_tasks
     from intarsia.stages.export import ExportResult, export
-    from intarsia.stages.heal import heal
-    from intarsia.stages.heal_result import HealResult
     from intarsia.stages.inspect import inspect
     from intarsia.stages.plan import PlanResult, plan
     from intarsia.stages.push import PushResult, push
@@ -46,7 +45,7 @@ _PLACES = {
     "CompareResult": "intarsia.stages.compare",
     "CompressResult": "intarsia.stages.compress_result",
     "ExportResult": "intarsia.stages.export",
-    "HealResult": "intarsia.stages.heal_result",
+    "HealResult": "intarsia.commands.heal",
     "PlanResult": "intarsia.stages.plan",
     "PushResult": "intarsia.stages.push",
     "Recipe": "intarsia.recipe.recipe",
@@ -62,7 +61,7 @@ _PLACES = {
     "evaluate_perplexity": "intarsia.stages.evaluate",
     "evaluate_tasks": "intarsia.stages.evaluate_tasks",
     "export": "intarsia.stages.export",
-    "heal": "intarsia.stages.heal",
+    "heal": "intarsia.commands.heal",
     "inspect": "intarsia.stages.inspect",
     "plan": "intarsia.stages.plan",
     "push": "intarsia.stages.push",

@@ -40,9 +40,9 @@ from intarsia.healing import launch
 from intarsia.healing.quality import quality
 from intarsia.healing.restarts import Start
 from intarsia.healing.teacher import TeacherStates, has_room
+from intarsia.options import Runtime
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
-from intarsia.options import Runtime
 from intarsia.registry import Chosen
 from intarsia.run_dir import RunDir
 
@@ -241,7 +241,7 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
     Raises:
         UserError: a stage cannot work with this text or model, the disk is full, or numbers are not finite.
     """
-    main, barrier = launch.rank() == 0, _barrier(context)
+    main, wait = launch.rank() == 0, launch.barrier(context.device)
     results: list[StageResult] = []
     for number, chosen in enumerate((None, *stages)):
         name = CUT if chosen is None else chosen.name
@@ -256,7 +256,7 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
                 seconds = time.perf_counter() - started if results else 0.0
                 result = _judged(context, name, path, found, results, seconds)
                 _write(context, result, results, stages, key)
-        barrier()
+        wait()
         results.append(_read(path, fresh=not done))
         if main:
             _clear(path.with_suffix(""))
@@ -380,14 +380,6 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         elif path.is_file() and holds_tensors(path):
             path.unlink()
-
-
-def _barrier(context: HealContext) -> Callable[[], None]:
-    """Waits for the other launched processes."""
-    if launch.world_size() == 1:
-        return lambda: None
-    wait: Callable[[], None] = launch.accelerator(device=context.device).wait_for_everyone
-    return wait
 
 
 def _rows(corpus: Corpus, rows: Sequence[int], description: str) -> Corpus:
