@@ -15,6 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from intarsia.commands.heal import HealResult
+    from intarsia.commands.plan import PlanResult, plan
     from intarsia.errors import UserError
     from intarsia.evaluation.task_results import TaskResults
     from intarsia.pruning.methods.come import ComeSettings
@@ -28,9 +30,7 @@ if TYPE_CHECKING:
     from intarsia.stages.evaluate_tasks import evaluate_tasks
     from intarsia.stages.export import ExportResult, export
     from intarsia.stages.heal import heal
-    from intarsia.stages.heal_result import HealResult
     from intarsia.stages.inspect import inspect
-    from intarsia.commands.plan import PlanResult, plan
     from intarsia.stages.push import PushResult, push
     from intarsia.stages.report import ReportResult, report
     from intarsia.stages.tailor import tailor
@@ -46,7 +46,7 @@ _PLACES = {
     "CompareResult": "intarsia.stages.compare",
     "CompressResult": "intarsia.stages.compress_result",
     "ExportResult": "intarsia.stages.export",
-    "HealResult": "intarsia.stages.heal_result",
+    "HealResult": "intarsia.commands.heal",
     "PlanResult": "intarsia.commands.plan",
     "PushResult": "intarsia.stages.push",
     "Recipe": "intarsia.recipe.recipe",
@@ -62,7 +62,7 @@ _PLACES = {
     "evaluate_perplexity": "intarsia.stages.evaluate",
     "evaluate_tasks": "intarsia.stages.evaluate_tasks",
     "export": "intarsia.stages.export",
-    "heal": "intarsia.stages.heal",
+    "heal": "intarsia.commands.heal",
     "inspect": "intarsia.stages.inspect",
     "plan": "intarsia.commands.plan",
     "push": "intarsia.stages.push",

@@ -27,7 +27,7 @@ from intarsia.building.loaded_model import Resident, default_device
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import asked_for, open_checkpoint
-from intarsia.data.parts import SELF, TextParts
+from intarsia.data.text import TextParts, draw
 from intarsia.errors import Problems, UserError, check
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.run_dir import RunDir
@@ -180,7 +180,7 @@ class Job:
         Raises:
             UserError: there are more sources than sequences, or a streamed model would have to write it.
         """
-        writes = SELF in self.spec.sources
+        writes = _writes(",".join(self.spec.sources))
         streamed = "--calibration self lets the model write, and with --stream it is read anew for every token."
         check(
             (
@@ -190,7 +190,7 @@ class Job:
             )
         )
         key = self.sha256 if writes else None
-        return TextParts(self.spec, self.tokenizer, writer=lambda: self.resident.model, cache_key=key)
+        return draw(self.spec, self.tokenizer, writer=lambda: self.resident.model, writer_key=key)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -275,9 +275,14 @@ def calibration_of(run: RunDir, job: Job) -> str:
     if not (run.path / f"{_TEXT}.json").is_file():
         return given
     started = str(run.pinned()["calibration"])
-    if started == given or any(SELF in names.split(",") for names in (started, given)):
+    if started == given or _writes(started) or _writes(given):
         return given
     return started if job.text.calibration.sha256 == run.pinned(_TEXT)["sha256"] else given
+
+
+def _writes(calibration: str) -> bool:
+    """Whether the model writes some of a text, as settings name it."""
+    return "self" in [name.strip() for name in calibration.split(",")]
 
 
 def pin_text(run: RunDir, job: Job) -> None:

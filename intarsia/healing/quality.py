@@ -29,14 +29,12 @@ _CUDA_BATCH_TOKENS = 16384
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What is told of a model.
+    """Perplexities and hidden-state errors of a model."""
 
-    `texts`: perplexities, the held-out sequences' first, then those of the evaluation texts. `errors`: for every output
-    layer, the mean over tokens of |h - H^stop|^2 / |H^stop|^2 with the original's hidden state H^stop, on held-out
-    sequences; the layer reads what the layers before it gave.
-    """
-
+    # Of the held-out sequences first, then of the evaluation texts.
     texts: tuple[Perplexity, ...]
+    # For every output layer, the mean over tokens of |h - H^stop|^2 / |H^stop|^2 with the original's hidden state
+    # H^stop, on held-out sequences; the layer reads what the layers before it gave.
     errors: tuple[float, ...]
 
     @property
@@ -58,6 +56,7 @@ def quality(
     held_out: Corpus,
     texts: Sequence[Corpus] = (),
     *,
+    errors: bool = True,
     room: Room | None = None,
     progress: Progress,
 ) -> Quality:
@@ -67,6 +66,7 @@ def quality(
         resident: the recipe's base.
         held_out: sequences that nothing is trained on.
         texts: further texts for perplexities.
+        errors: measure the layers' hidden states too.
         room: what hidden states may take in memory.
 
     Raises:
@@ -76,6 +76,8 @@ def quality(
     chain = Chain(recipe, resident, room=room)
     batch_tokens = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
     found = [perplexity(chain, text, batch_tokens=batch_tokens, progress=progress) for text in (held_out, *texts)]
+    if not errors:
+        return Quality(texts=tuple(found), errors=())
     batches = Batches(held_out, resident.device, batch_tokens=batch_tokens, progress=progress)
     return Quality(texts=tuple(found), errors=tuple(_errors(recipe, chain, resident, batches, room)))
 
