@@ -30,6 +30,7 @@ from intarsia.stages.source import Source
 from tests import families
 from tests.closed_form_fits import fit_on
 from tests.conftest import Opened
+from tests.healing.conftest import heal
 from tests.recipes_by_hand import recipe_of, select
 
 LAYERS = tuple(select(layer) for layer in (0, 1, 4, 5))
@@ -258,10 +259,10 @@ def test_killed_in_the_last_of_several_fits_the_others_are_not_made_again(
 def test_heal_goes_on_behind_the_fits_that_were_finished(
     plan: Plan, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {"data": str(text_file), "tokens": 1024, "seq_len": 32, "stages": ["closed-form"]}
+    data = str(text_file)
     recipe = tmp_path / "recipe.yaml"
     schema.save(plan(layers=4).folder.recipe(4), recipe)
-    intarsia.heal(recipe, tmp_path / "whole", **given)
+    heal(recipe, tmp_path / "whole", data)
     fits = 0
 
     def killed(*args: Any, **kwargs: Any) -> Any:
@@ -273,10 +274,10 @@ def test_heal_goes_on_behind_the_fits_that_were_finished(
 
     monkeypatch.setattr("intarsia.healing.restarts.fit", killed)
     with pytest.raises(KeyboardInterrupt):
-        intarsia.heal(recipe, tmp_path / "out", **given)
-    intarsia.heal(recipe, tmp_path / "out", **given)
+        heal(recipe, tmp_path / "out", data)
+    heal(recipe, tmp_path / "out", data)
     assert fits == 3
-    assert not (tmp_path / "out.heal" / "1-closed-form").exists()
+    assert [path.name for path in (tmp_path / "out.heal" / "stages" / "1-closed-form").iterdir()] == ["key.json"]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert weights[0] == weights[1]
 
