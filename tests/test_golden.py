@@ -181,7 +181,11 @@ def run_cli(argv: list[str | Path]) -> str:
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        run([str(word) for word in argv])
+        try:
+            run([str(word) for word in argv])
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                raise
     return out.getvalue()
 
 
