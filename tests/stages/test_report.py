@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import intarsia
 from intarsia.cli.app import app
 from intarsia.errors import UserError
-from intarsia.pruning.settings import ComeSettings
+from intarsia.pruning.methods.come import ComeSettings
 from tests import families
 from tests.conftest import Folder
 
