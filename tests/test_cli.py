@@ -26,7 +26,6 @@ VERBS = [
     ["compress"],
     ["plan"],
     ["build"],
-    ["heal"],
     ["inspect"],
     ["eval"],
     ["eval", "perplexity"],
