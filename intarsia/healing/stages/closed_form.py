@@ -32,6 +32,12 @@ class FinalFitSettings(ClosedFormSettings):
     # Tokens of the calibration text that it uses at most.
     tokens: int = flag(131_072, "--fit-tokens", metavar="N", parse=token_count)
 
+    def passes_at_most(self, architecture: Architecture) -> int:
+        """Passes of the whole model over the text that one fit takes."""
+        from intarsia.healing.fit_plan import fit_passes_at_most
+
+        return fit_passes_at_most(architecture)
+
 
 def passes(architecture: Architecture) -> float:
     """Passes of the whole model over the text that a fit takes at most."""
