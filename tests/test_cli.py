@@ -29,7 +29,6 @@ VERBS = [
     ["compress"],
     ["plan"],
     ["build"],
-    ["heal"],
     ["inspect"],
     ["eval"],
     ["eval", "perplexity"],

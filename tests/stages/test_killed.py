@@ -12,8 +12,9 @@ from tests.killing import kill_within, needs_proc
 
 PLAN = """
 import intarsia
+from intarsia.options import Target, TextSpec
 model, run, text = sys.argv[1:]
-verbs.plan(model, run, layers=3, calibration=text, tokens=256, seq_len=32)
+intarsia.plan(model, run, Target(layers=3), text=TextSpec(sources=(text,), tokens=256, seq_len=32))
 """
 
 

@@ -431,7 +431,7 @@ def test_the_same_model_folder_spelled_otherwise(
     # The ladder's recipes name the folder that they are made from: the same weights elsewhere are not that one.
     shutil.copytree(whole, tmp_path / "llama")
     for other in (tmp_path / "llama", model_folder("opt")):
-        with pytest.raises(UserError, match='started with model "/.*llama", not "/'):
+        with pytest.raises(UserError, match=r'started with model "/.*llama", not "/'):
             verbs.plan(str(other), run, layers=1, **sizes)
 
 
