@@ -13,7 +13,7 @@ from intarsia.checkpoint.resolve import lasting
 from intarsia.commands.job import check_seq_len, versions
 from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.evaluation.task_plan import plan_tasks
-from intarsia.progress import Progress, Silent
+from intarsia.progress import Progress, Silent, reporting_to
 from intarsia.registry import planners
 from intarsia.reporting.comparison import cells, load
 from intarsia.stages.compare_folder import CompareFolder
@@ -163,7 +163,8 @@ def compare(
                 "tokens": corpus.tokens,
             }
             folder.start(facts)
-            work.run(entrants)
+            with reporting_to(progress):
+                work.run(entrants)
     finally:
         work.close()
     files = write_outputs(out)

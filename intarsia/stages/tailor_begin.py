@@ -17,7 +17,7 @@ from intarsia.disk import write_whole
 from intarsia.errors import UserError
 from intarsia.evaluation.task_file import names_a_file, read_questions, read_targets
 from intarsia.options import Target
-from intarsia.progress import Progress
+from intarsia.progress import Progress, reporting_to
 from intarsia.pruning.ladder import Ladder
 from intarsia.registry import planners
 from intarsia.run_dir import RunDir
@@ -109,7 +109,7 @@ class Beginning:
                 return WarmStart()
             run = self.folder.plan_path(name)
             planning = Planning(self.source, Target(layers=space.target), planners.choose(name))
-            with planning.opened(RunDir(run)) as ladder:
+            with reporting_to(self.progress), planning.opened(RunDir(run)) as ladder:
                 planning.work(ladder)
             return _of_ladder(Ladder.existing(run), translator, name)
         earlier = TailorFolder(Path(name))

@@ -37,7 +37,7 @@ def halves(text_file: Path) -> Sizes:
     return {
         "calibration": f"{text_file}#0:0.5",
         "eval_text": f"words={text_file}#0.5:1",
-        "windows": 4,
+        "eval_windows": 4,
         "tokens": 256,
         "seq_len": 32,
     }
@@ -67,7 +67,7 @@ def separately(model: str, run: Path, halves: Sizes, **given: Any) -> intarsia.P
 
 def perplexity_of(folder: Path | str, halves: Sizes) -> float:
     text = halves["eval_text"].partition("=")[2]
-    return intarsia.evaluate_perplexity(str(folder), text, seq_len=32, windows=4).value
+    return intarsia.evaluate_perplexity(str(folder), text, seq_len=32, eval_windows=4).value
 
 
 def test_the_numbers_are_those_of_the_stages_one_by_one(
@@ -351,7 +351,7 @@ def test_input_that_cannot_be_used(model_folder: Folder, halves: Sizes, quiz: Pa
         return [problem.where for problem in caught.value.problems]
 
     assert refused(methods="come,nothing,mka[x=1]") == ["--methods nothing", "--methods mka[x=1]"]
-    assert refused(layers=[], heal=["none", "magic"], windows=[1, 2, 0], task_layers=[9]) == [
+    assert refused(layers=[], heal=["none", "magic"], eval_windows=[1, 2, 0], task_layers=[9]) == [
         "--layers",
         "--heal",
         "--eval-windows",
@@ -398,7 +398,7 @@ import intarsia
 model, out, text = sys.argv[1:]
 intarsia.compare(
     model, out, methods="come,sleb,laco[merge=3]", layers=[5, 3], heal=["none", "closed-form"],
-    calibration=f"{text}#0:0.5", eval_text=f"words={text}#0.5:1", windows=4, tokens=256, seq_len=32,
+    calibration=f"{text}#0:0.5", eval_text=f"words={text}#0.5:1", eval_windows=4, tokens=256, seq_len=32,
 )
 """
 
