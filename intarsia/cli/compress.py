@@ -81,8 +81,8 @@ def compress(
     with guard(run=run, resumes=True) as stdout:
         max_shard_bytes = values.byte_count(max_shard_size)
         from intarsia.checkpoint.resolve import asked_for
+        from intarsia.commands.push import push_later
         from intarsia.stages.compress import compress as stage
-        from intarsia.stages.push import push_later
 
         progress = display(quiet=quiet or as_json)
         send_off = push_later(push_to_hub, private=private, dry_run=dry_run, progress=progress)

@@ -147,10 +147,10 @@ def heal(
     with guard(run=run, resumes=True) as stdout:
         most, most_fitted = values.token_count(tokens, "--tokens"), values.token_count(fit_tokens, "--fit-tokens")
         max_shard_bytes = values.byte_count(max_shard_size)
+        from intarsia.commands.push import push_later
         from intarsia.healing.launch import rank
         from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
         from intarsia.stages.heal import heal as stage
-        from intarsia.stages.push import push_later
 
         progress = display(quiet=quiet or as_json or rank() > 0)
         send_off = push_later(push_to_hub, private=private, progress=progress)

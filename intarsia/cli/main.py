@@ -43,8 +43,8 @@ VERBS = {
     "verify": "verify:verify",
     "export": "export:export",
     "push": "push:push",
-    "architecture list": "architecture:families",
-    "architecture check": "architecture:check_family",
+    "anatomy list": "architecture:families",
+    "anatomy check": "architecture:check_family",
 }
 """Each verb, and its function: module of `intarsia.commands` and name."""
 

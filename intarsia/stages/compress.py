@@ -10,6 +10,8 @@ from pathlib import Path
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.checkpoint.staging import check_out
+from intarsia.commands.build import BuildResult, build_recipe, card_facts, read_recipe
+from intarsia.commands.report import REPORT, report_compression
 from intarsia.data.corpus import Corpus
 from intarsia.disk import write_whole
 from intarsia.errors import UserError
@@ -21,13 +23,11 @@ from intarsia.pruning.settings import Settings
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
-from intarsia.stages.build import BuildResult, build_recipe, card_facts, read_recipe
 from intarsia.stages.compress_result import CompressResult, bare, healed
 from intarsia.stages.judge import Measures, held_out_text, measured
 from intarsia.stages.plan import PlanResult, plan_source
 from intarsia.stages.plan_input import check_method
 from intarsia.stages.repair import HEALS, heal_passes_at_most, repaired
-from intarsia.stages.report import REPORT, report_compression
 from intarsia.stages.source import Source
 
 _JUDGING = "judging"  # in the run folder from before the build until the result has been judged

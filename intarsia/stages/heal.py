@@ -16,6 +16,7 @@ from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.staging import check_out
+from intarsia.commands.build import build_recipe, open_variants, read_recipe
 from intarsia.errors import UserError
 from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.healing import launch
@@ -25,7 +26,6 @@ from intarsia.progress import Progress, Silent
 from intarsia.pruning.run_folder import RunFolder
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
-from intarsia.stages.build import build_recipe, open_variants, read_recipe
 from intarsia.stages.heal_blend import BLEND, back, blend_sha256, forget, over_its_blend
 from intarsia.stages.heal_result import HealResult, layer_errors, provenance
 from intarsia.stages.heal_stages import STAGES, Healing, stage_settings

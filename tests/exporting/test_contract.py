@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from intarsia.building.materialize import RECIPE_FILE, materialize
 from intarsia.checkpoint.hashing import SUMS_FILE, write_sums
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.commands.verify import VerifyResult, verify
 from intarsia.errors import UserError
-from intarsia.stages.verify import VerifyResult, verify
 from tests import families, wrappers
 from tests.conftest import Folder
 from tests.recipes_by_hand import recipe_of, select, shared

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import intarsia
 from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.commands.build import open_variants
 from intarsia.data.text import load_corpus
 from intarsia.errors import UserError
 from intarsia.healing import end_to_end
@@ -27,7 +28,6 @@ from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 from intarsia.stages import heal_blend, heal_stages
-from intarsia.stages.build import open_variants
 from intarsia.stages.heal import heal
 from intarsia.stages.heal_blend import BLEND, back, over_its_blend
 from intarsia.stages.setup import load_tokenizer

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import intarsia
-from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.pruning.settings import ComeSettings
 from tests import families
+from tests.command import invoke
 from tests.conftest import Folder
 
 Sizes = dict[str, Any]
@@ -125,9 +124,9 @@ def test_wrong_input_is_refused_before_any_work(compressed: Path, tmp_path: Path
 
 def test_command_line(compressed: Path, tmp_path: Path) -> None:
     words = ["report", str(tmp_path / "out.run"), str(compressed), "-o", str(tmp_path / "r.html")]
-    done = CliRunner().invoke(app, [*words, "--json"])
+    done = invoke(*words, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["bytes"] == (tmp_path / "r.html").stat().st_size
-    again = CliRunner().invoke(app, words)
+    again = invoke(*words)
     assert again.exit_code == 2 and "--overwrite" in again.output
-    assert CliRunner().invoke(app, [*words, "--overwrite"]).exit_code == 0
+    assert invoke(*words, "--overwrite").exit_code == 0

@@ -13,11 +13,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 import intarsia
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.progress import Silent
 from intarsia.pruning.ladder import METHODS
@@ -27,6 +25,7 @@ from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages import judge
 from tests import families
+from tests.command import invoke
 from tests.conftest import Folder
 from tests.recipes_by_hand import recipe_of, select, shared
 
@@ -469,7 +468,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 
 
 def run(*words: Any) -> Any:
-    return CliRunner().invoke(app, [str(word) for word in words])
+    return invoke(*words)
 
 
 def test_compress_on_the_command_line(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:

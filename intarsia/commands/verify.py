@@ -1,4 +1,4 @@
-"""Verify: does a model folder keep what every runtime expects of one?"""
+"""`intarsia verify`: does a model folder keep what every runtime expects of one?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.files import read_config, require_folder
@@ -16,17 +16,25 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.exporting import verify as contract
 from intarsia.exporting import verify_tokenizer
 from intarsia.exporting.verify import Check, Skipped, checked
-from intarsia.progress import Progress, Silent, Task
+from intarsia.flags import Flag
+from intarsia.options import NewModel
+from intarsia.progress import Task, current
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyResult:
-    """What came of every check; `kept` is whether none failed."""
+    """What came of every check."""
 
     folder: Path
+    # whether none failed
     kept: bool
     checks: tuple[Check, ...]
     seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the command ends with exit code 0."""
+        return self.kept
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -34,19 +42,24 @@ class VerifyResult:
 
 
 def verify(
-    folder: Path, *, max_shard_bytes: int = 5 * 10**9, load: bool = True, progress: Progress | None = None
+    folder: Annotated[Path, Flag(positional=True, metavar="FOLDER", help="A local model folder.")],
+    *,
+    shard_size: Annotated[
+        str, Flag(names=("--max-shard-size",), metavar="SIZE", help="Size of a weight file at most, such as 5GB.")
+    ] = "5GB",
+    load: Annotated[bool, Flag(help="Also load the model, and compare generation with and without cache.")] = True,
 ) -> VerifyResult:
-    """Check a model folder against the contract; a check that fails does not keep the others from being made.
+    """Check that a model folder is a stock checkpoint: whole, consistent, and loading everywhere.
 
-    Args:
-        max_shard_bytes: how large a weight file may be; one with a single tensor may be larger.
-        load: also load the model and let it write a few tokens, which takes memory for its weights in float32.
+    Exit code 0: it is. 1: a check failed. 2: there is nothing to check. A weight file with a single tensor may be
+    larger than the size given. Loading takes memory for the weights in float32.
 
     Raises:
         UserError: there is no such folder, or it has no config that can be read.
     """
-    begun = time.perf_counter()
-    folder, progress = Path(folder), progress or Silent()
+    started = time.perf_counter()
+    folder, progress = Path(folder), current()
+    max_shard_bytes = NewModel(path=folder, shard_size=shard_size).shard_bytes
     require_folder(folder)
     read_config(folder, quantised=True)
     opened: list[Checkpoint] = []
@@ -87,7 +100,7 @@ def verify(
         folder=folder,
         kept=all(check.outcome != "failed" for check in checks),
         checks=tuple(checks),
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - started,
     )
 
 

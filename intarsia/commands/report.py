@@ -1,4 +1,4 @@
-"""Report: one page about one run or several, with text by the models themselves if asked for."""
+"""`intarsia report`: one page about one run or several, with text by the models themselves if asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -15,14 +15,18 @@ from intarsia.building.loaded_model import load_model
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.checkpoint.staging import check_no_input
+from intarsia.commands.build import open_variants
+from intarsia.commands.inputs import inputs_of
 from intarsia.data.corpus import Corpus
-from intarsia.errors import UserError
-from intarsia.progress import Progress, Silent
+from intarsia.errors import UserError, check
+from intarsia.flags import Flag
+from intarsia.progress import current
 from intarsia.recipe import schema
+from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Written
 from intarsia.reporting.model_report import is_model_folder, keep_measures
 from intarsia.reporting.page import report_html, write_report
-from intarsia.stages.build import open_variants
 from intarsia.stages.setup import device_of, dtype_of, load_tokenizer
 
 REPORT = "report.html"
@@ -35,11 +39,12 @@ PROMPTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ReportResult:
-    """A written report. `written` is the number of prompts that models answered for it."""
+    """A written report."""
 
     out: Path
     runs: tuple[str, ...]
     bytes: int
+    # prompts that models answered for it
     written: int
     seconds: float
 
@@ -49,47 +54,50 @@ class ReportResult:
 
 
 def report(
-    *runs: str | Path,
-    out: str | Path,
-    generate: bool = False,
-    prompts: Sequence[str] = PROMPTS,
-    new_tokens: int = 96,
-    device: str | None = None,
-    dtype: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
+    *runs: Annotated[
+        Path, Flag(metavar="RUN", commas=False, help="Run folders, comparisons, and models that intarsia has made.")
+    ],
+    out: Annotated[Path, Flag(names=("--out", "-o"), metavar="FILE", help="The HTML file.")] = Path("report.html"),
+    generate: Annotated[bool, Flag(help="Let each model and its original answer prompts, side by side.")] = False,
+    prompt: Annotated[
+        tuple[str, ...], Flag(metavar="TEXT", commas=False, help="What they answer; may be given several times.")
+    ] = PROMPTS,
+    new_tokens: Annotated[int, Flag(metavar="N", help="The most tokens of an answer.")] = 96,
+    device: Annotated[str | None, Flag(help="cpu, cuda, cuda:1 ... (default: the best there is).")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, Flag(help="Of the models (default: the checkpoint's own).")
+    ] = None,
+    overwrite: Annotated[bool, Flag(help="Replace the file if it exists.")] = False,
 ) -> ReportResult:
-    """Write one HTML file about some runs.
-
-    Args:
-        runs: run folders of `plan`, comparisons, and models that `compress`, `build` or `heal` have made.
-        out: the file.
-        generate: let every such model and its original answer the prompts, side by side.
-        prompts: what they answer; through the chat template where the model has one.
-        new_tokens: the most that an answer takes.
+    """Write one HTML file that shows what runs did. It opens anywhere and needs no network.
 
     Raises:
         UserError: a run or the file cannot be used; nothing has been written then.
     """
-    begun = time.perf_counter()
-    progress = progress or Silent()
+    started = time.perf_counter()
     out, paths = Path(out), [Path(run) for run in runs]
+    if not paths:
+        raise UserError("There is no run to report on.", "Name a run folder, or a model that intarsia has made.")
+    check_no_input(out, inputs_of(files=paths))
     _check_out(out, overwrite=overwrite)
     report_html(paths)  # everything that is wrong with the runs is found out before any model is loaded
     found: dict[Path, list[Written]] = {}
     if generate:
         where, kind = device_of(device), dtype_of(dtype)
         folders = [path for path in paths if is_model_folder(path)]
-        _check_generation(folders, prompts, new_tokens)
-        for folder in folders:
-            found[folder] = _side_by_side(folder, prompts, new_tokens, where, kind, progress)
+        _check_generation(folders, prompt, new_tokens)
+        recipes = {folder: schema.load(folder / RECIPE_FILE) for folder in folders}
+        for recipe in recipes.values():
+            check_no_input(out, inputs_of(recipe=recipe))
+        for folder, recipe in recipes.items():
+            found[folder] = _side_by_side(folder, recipe, prompt, new_tokens, where, kind)
     write_report(paths, out, generations=found)
     return ReportResult(
         out=out,
         runs=tuple(map(str, paths)),
         bytes=out.stat().st_size,
         written=sum(map(len, found.values())),
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -113,19 +121,17 @@ def report_compression(out: Path, facts: Mapping[str, Any], corpus: Corpus | Non
 
 def _side_by_side(
     folder: Path,
+    recipe: Recipe,
     prompts: Sequence[str],
     new_tokens: int,
     device: torch.device,
     dtype: torch.dtype | None,
-    progress: Progress,
 ) -> list[Written]:
     """The original's answers and the model's, one model in memory at a time."""
-    recipe = schema.load(folder / RECIPE_FILE)
-    dense = open_variants(recipe, progress)[recipe.base]
-    small = open_checkpoint(str(folder), progress=progress)
+    dense, small = open_variants(recipe)[recipe.base], open_checkpoint(str(folder))
     columns = []
     for name, checkpoint in (("original", dense), (f"{len(recipe.layers)} layers", small)):
-        with progress.task(f"answers of {name}", len(prompts)) as task:
+        with current().task(f"answers of {name}", len(prompts)) as task:
             model, answers = load_model(checkpoint, device=device, dtype=dtype), []
             for prompt in prompts:
                 answers.append(_answer(model, checkpoint, prompt, new_tokens))
@@ -162,28 +168,24 @@ def _answer(model: PreTrainedModel, checkpoint: Checkpoint, prompt: str, new_tok
 
 
 def _check_generation(folders: Sequence[Path], prompts: Sequence[str], new_tokens: int) -> None:
-    if not folders:
-        raise UserError.of(
-            where="--generate",
-            expected="at least one model folder that intarsia has built",
-            found="none among the runs",
-            remedy="Name the output folder of `compress`, `build` or `heal` too.",
-        )
-    if new_tokens < 1 or not all(prompt.strip() for prompt in prompts) or not prompts:
-        raise UserError.of(
-            where="--generate",
-            expected="prompts that are not empty, and at least 1 new token",
-            found=f"{len(prompts)} prompts, {new_tokens} new tokens",
-            remedy="Give others.",
-        )
+    check(
+        (
+            bool(folders),
+            "--generate is given, and none of the runs is a model folder that intarsia has built.",
+            "Name the output folder of `compress`, `build` or `heal` too.",
+        ),
+        (new_tokens >= 1, f"--new-tokens is {new_tokens}; it is at least 1.", "Give another."),
+        (bool(prompts) and all(text.strip() for text in prompts), "A prompt is empty.", "Give it a text."),
+    )
 
 
 def _check_out(out: Path, *, overwrite: bool) -> None:
-    if out.is_dir() or (out.exists() and not overwrite) or not out.parent.is_dir():
-        found = "a folder" if out.is_dir() else "a file that is there already" if out.exists() else "no such folder"
-        raise UserError.of(
-            where=str(out),
-            expected="the name of a new file in a folder that exists",
-            found=found,
-            remedy="Name another, or pass --overwrite to replace a file.",
-        )
+    check(
+        (not out.is_dir(), f"The output {out} is a folder.", "Name a file."),
+        (
+            overwrite or out.is_dir() or not out.exists(),
+            f"The output {out} is there already.",
+            "Name another file, or pass --overwrite to replace it.",
+        ),
+        (out.parent.is_dir(), f"There is no such folder as {out.parent}.", "Name a file in a folder that exists."),
+    )

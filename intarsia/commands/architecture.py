@@ -1,4 +1,7 @@
-"""Check an architecture: a small random model with a config of its kind is built, cut, joined and built again."""
+"""`intarsia anatomy list` and `anatomy check`: which model families are known, and whether one is described rightly.
+
+The check builds a small random model with a config of its kind, prunes and joins its layers, and loads what is built.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
 
+from intarsia.activations import architecture_trials as trials
 from intarsia.architecture.detect import detect
-from intarsia.architecture.families import with_family_file
+from intarsia.architecture.families import Family, known_families, with_family_file
 from intarsia.architecture.spec import PARTS, Architecture
 from intarsia.building.loaded_model import Resident
 from intarsia.building.tiny_model import shrunken, small_model
@@ -22,31 +26,63 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import resolve
 from intarsia.disk import read_json
 from intarsia.errors import UserError
-from intarsia.progress import Progress, Silent
-from intarsia.stages import anatomy_trials as trials
+from intarsia.flags import Flag
+from intarsia.progress import current
 
 _EXACT = 1e-4
 """Relative error of float32 arithmetic in another order, through a few layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class FamilyRow:
+    """One family."""
+
+    title: str
+    model_types: tuple[str, ...]
+    # whether all pieces of a merged layer compute what they computed in their own layers
+    exact: bool
+    # what does not
+    approximated: tuple[str, ...]
+    # what cannot be merged at all
+    never_merged: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "approximated": "; ".join(self.approximated)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Families:
+    """Every known family."""
+
+    families: tuple[FamilyRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"families": [row.to_dict() for row in self.families]}
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckRow:
-    """One check: `ok`, `approximated` (as the family declares) or `failed`. `error` is relative, None if unmeasured."""
+    """One check of a family."""
 
     check: str
+    # `ok`, `approximated` (as the family declares) or `failed`
     result: str
+    # relative; None if it was not measured
     error: float | None
     note: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyCheck:
-    """What came out. `passed`: no check failed."""
+    """What came of every check."""
 
     source: str
     family: str
     model_type: str
     kinds_of_layers: str
+    # whether no check failed
     passed: bool
     checks: tuple[CheckRow, ...]
     approximations: tuple[str, ...]
@@ -57,20 +93,53 @@ class FamilyCheck:
         return {**asdict(self), "checks": [asdict(row) for row in self.checks], "approximations": declared}
 
 
-def check_family(source: str, *, family_file: Path | None = None, progress: Progress | None = None) -> FamilyCheck:
-    """Check the architecture of a model's family on a small random model with the features of its config.
+FamilyFile: TypeAlias = Annotated[
+    Path | None, Flag(metavar="FILE.toml", help="A family that is not in the package yet; it goes before the others.")
+]
 
-    Args:
-        source: a config.json, a folder with one, a hub id, or `demo`. Weights are not needed.
-        family_file: a family file to use before those of the package.
+
+def families(*, family_file: FamilyFile = None) -> Families:
+    """List every known family: its model types, what is exact when layers are merged, and what is approximated.
+
+    Raises:
+        UserError: the file is no family file.
+    """
+    with with_family_file(family_file):
+        return Families(families=tuple(_family_row(family) for _, family in sorted(known_families().items())))
+
+
+def _family_row(family: Family) -> FamilyRow:
+    mixed = any((entry.field == "layer_types" and entry.every) or entry.kinds for entry in family.per_layer)
+    return FamilyRow(
+        title=family.title,
+        model_types=family.model_types,
+        exact=not family.approximations,
+        approximated=family.approximations,
+        never_merged="layers that attend in different ways" if mixed else None,
+    )
+
+
+def check_family(
+    source: Annotated[
+        str,
+        Flag(
+            positional=True,
+            metavar="CONFIG_OR_FOLDER",
+            help="A config.json or a folder with one (a hub id or `demo` will do). Weights are not needed.",
+        ),
+    ],
+    *,
+    family_file: FamilyFile = None,
+) -> FamilyCheck:
+    """Check a family on a small random model with the features of a config; exit code 1 if a check fails.
 
     Raises:
         UserError: there is no config, no family for it, or it has a feature that the family does not cover.
     """
     with with_family_file(family_file), tempfile.TemporaryDirectory(prefix="intarsia-anatomy-") as folder:
-        config = _config(source, progress or Silent())
+        config = _config(source)
         large = detect(config, where=source)
-        with (progress or Silent()).task("checking", 8) as task, torch.no_grad():
+        with current().task("checking", 8) as task, torch.no_grad():
             rows = []
             for row in _rows(large, Path(folder)):
                 rows.append(row)
@@ -86,13 +155,13 @@ def check_family(source: str, *, family_file: Path | None = None, progress: Prog
         )
 
 
-def _config(source: str, progress: Progress) -> dict[str, Any]:
+def _config(source: str) -> dict[str, Any]:
     path = Path(source)
     if path.is_file() and path.suffix == ".json":
         remedy = "Get the model's config again."
         config = read_json(path, expected="a config.json: one JSON object", remedy=remedy)
     else:
-        config = read_config(path if path.is_dir() else resolve(source, progress=progress), quantised=True)
+        config = read_config(path if path.is_dir() else resolve(source), quantised=True)
     return dict(config[NESTED]) if is_wrapped(config) else config
 
 

@@ -1,15 +1,16 @@
-"""Inspect: what a model, a recipe or a run folder holds, without loading a weight."""
+"""`intarsia inspect`: what a model, a recipe or a run folder holds, without loading a weight."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import UserError
+from intarsia.flags import Flag
 from intarsia.pruning.run_folder import RunFolder
 from intarsia.pruning.step import describe, mlp_pieces, of_experts
 from intarsia.recipe import schema
@@ -20,10 +21,12 @@ from intarsia.reporting.tailor_run import SETTINGS as SEARCH
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What was found: `kind` is `model`, `recipe` or `run`; `facts` are plain data, in reading order."""
+    """What was found."""
 
     source: str
+    # `model`, `recipe` or `run`
     kind: str
+    # plain data, in reading order
     facts: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -31,28 +34,29 @@ class Inspection:
         return {"source": self.source, "kind": self.kind, **self.facts}
 
 
-def inspect(source: str) -> Inspection:
-    """Say what something is.
-
-    Args:
-        source: a model (folder, hub id or `demo`), a recipe (`.yaml`), or the run folder of a plan.
+def inspect(
+    source: Annotated[
+        str,
+        Flag(
+            positional=True,
+            metavar="SOURCE",
+            help="A model (folder, hub id or `demo`), a recipe (.yaml), or the run folder of a plan.",
+        ),
+    ],
+) -> Inspection:
+    """Show what a model, a recipe or a run folder holds, without loading weights.
 
     Raises:
         UserError: it is none of them, or damaged.
     """
-    path = Path(source)
+    path, source = Path(source), str(source)
     if path.suffix in (".yaml", ".yml"):
         return Inspection(source=source, kind="recipe", facts=_recipe_facts(schema.load(path)))
-    if (path / "settings.json").is_file():
-        return Inspection(source=source, kind="run", facts=_run_facts(RunFolder.existing(path)))
     for name, what in ((COMPARISON, "a comparison"), (SEARCH, "a search")):
         if (path / name).is_file():
-            raise UserError.of(
-                where=source,
-                expected="a model, a recipe, or the run folder of a plan",
-                found=f"{what} (with {name})",
-                remedy=f"Look at it with `intarsia report {source}`.",
-            )
+            raise UserError(f"{source} is {what} (with {name}).", f"Look at it with `intarsia report {source}`.")
+    if (path / "settings.json").is_file():
+        return Inspection(source=source, kind="run", facts=_run_facts(RunFolder.existing(path)))
     checkpoint = open_checkpoint(source)
     facts = _model_facts(checkpoint)
     carried = checkpoint.folder / RECIPE_FILE

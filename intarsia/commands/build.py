@@ -1,4 +1,4 @@
-"""Build: a recipe becomes a model folder."""
+"""`intarsia build`: a recipe becomes a model folder."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from intarsia import progress
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.adapter import open_variant
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import hub_id
 from intarsia.checkpoint.staging import check_out
+from intarsia.commands.inputs import inputs_of
+from intarsia.commands.push import push_later, without_push
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.speed import peak_memory_bytes
-from intarsia.progress import Progress, Silent
+from intarsia.flags import Flag
+from intarsia.options import NewModel
+from intarsia.progress import Progress
 from intarsia.pruning.run_folder import RunFolder
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
@@ -31,60 +36,61 @@ PICTURE = "puzzle.svg"
 
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
-    """A built model. `bytes` are those of the weight files."""
+    """A built model."""
 
     out: Path
     layers: int
     parameters: int
+    # of the weight files
     bytes: int
     recipe_sha256: str
     seconds: float
     peak_memory_bytes: int
+    # what was sent to the hub
+    push: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        return {**asdict(self), "out": str(self.out)}
+        return {**without_push(asdict(self)), "out": str(self.out)}
 
 
 def build(
-    source: Path,
-    out: Path,
+    source: Annotated[
+        Path, Flag(positional=True, metavar="RUN|RECIPE", help="A run folder of plan or tailor, or a recipe.")
+    ],
+    out: NewModel | str | Path,
     *,
-    layers: int | None = None,
-    best: str | None = None,
-    knee: bool = False,
-    trial: int | None = None,
-    overwrite: bool = False,
-    max_shard_bytes: int = 5 * 10**9,
-    progress: Progress | None = None,
+    layers: Annotated[int | None, Flag(metavar="N", help="Depth to build of a plan (default: the least).")] = None,
+    best: Annotated[str | None, Flag(metavar="NAME", help="Of a search: the best trial in an objective.")] = None,
+    knee: Annotated[bool, Flag(help="Of a search: the knee of its Pareto front, which is the default.")] = False,
+    trial: Annotated[int | None, Flag(metavar="N", help="Of a search: any trial, by its number.")] = None,
 ) -> BuildResult:
-    """Build one depth of a run's ladder, a trial of a search, or a recipe file.
+    """Build the model that a recipe describes: of a file, a depth of a plan, or a trial of a search.
 
-    Args:
-        source: a run folder of `plan` or `tailor`, or a recipe (`.yaml`).
-        layers: which depth of a ladder; its least by default.
-        best, knee, trial: which trial of a search: the best in an objective, the knee of the Pareto front (the
-            default), or the one of that number.
+    Nothing is calibrated. Building a recipe twice gives the same bytes.
 
     Raises:
         UserError: the recipe cannot be read or does not fit its models, a model has changed since the recipe was
-            made, or `out` cannot be written.
+            made, or the output cannot be written.
     """
-    source, out, progress = Path(source), Path(out), progress or Silent()
-    check_out(out, overwrite=overwrite)
+    source, out = Path(source), NewModel.of(out)
+    read = [source, source.with_suffix(".safetensors")]  # a recipe has a side file
+    check_out(out.path, overwrite=out.overwrite, inputs=inputs_of(files=read))
+    send_off = push_later(out.push_to, private=out.private)
     if is_tailored(source) and layers is None:
         folder = TailorFolder.existing(source)
-        recipe = trial_recipe(folder, chosen_trial(folder, best=best, knee=knee, trial=trial), progress)
+        recipe = trial_recipe(folder, chosen_trial(folder, best=best, knee=knee, trial=trial), progress.current())
     elif best is not None or knee or trial is not None:
-        raise UserError.of(
-            where="--best, --knee, --trial",
-            expected="the folder of a search, and no --layers",
-            found=str(source) if layers is None else f"--layers {layers}",
-            remedy="They choose a trial of `intarsia tailor`.",
+        found = str(source) if layers is None else f"--layers {layers}"
+        raise UserError(
+            f"--best, --knee and --trial choose a trial of a search, which {found} is not.",
+            "Name the run folder of `intarsia tailor`, and leave --layers out.",
         )
     else:
         recipe = read_recipe(source, layers)
-    return build_recipe(recipe, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress)
+    check_out(out.path, overwrite=out.overwrite, inputs=inputs_of(recipe=recipe, files=read))
+    result = build_recipe(recipe, out.path, overwrite=out.overwrite, max_shard_bytes=out.shard_bytes)
+    return send_off(result, out.path)
 
 
 def read_recipe(source: Path, layers: int | None = None) -> Recipe:
@@ -97,29 +103,17 @@ def read_recipe(source: Path, layers: int | None = None) -> Recipe:
         run = RunFolder.existing(source)
         depths = run.depths()
         if not depths:
-            raise UserError.of(
-                where=str(source),
-                expected="a run with at least one finished step",
-                found="none yet",
-                remedy="Let `intarsia plan` go on with the same command.",
-            )
+            raise UserError(f"The plan in {source} has finished no step yet.", "Resume it with the same command.")
         wanted, unfinished = run.wanted(), run.unfinished()
         if layers is None and unfinished is not None and wanted is not None and wanted.stopped is None:
-            raise UserError.of(
-                where=str(source),
-                expected="a finished plan, or --layers to choose a depth by",
-                found=f"a plan that is not finished: {unfinished}",
-                remedy="Let it go on with the same command, or name one of its depths with --layers: "
+            raise UserError(
+                f"The plan in {source} is not finished: {unfinished}.",
+                "Resume it with the same command, or name one of its depths with --layers: "
                 f"{', '.join(map(str, depths))}.",
             )
         return run.recipe(depths[-1] if layers is None else layers)
     if layers is not None:
-        raise UserError.of(
-            where="--layers",
-            expected="a run folder to choose a depth from",
-            found=f"the recipe {source}",
-            remedy="Leave --layers out: a recipe has one depth.",
-        )
+        raise UserError(f"--layers chooses a depth of a run folder, and {source} is a recipe.", "Leave --layers out.")
     return schema.load(source)
 
 
@@ -129,10 +123,10 @@ def build_recipe(
     *,
     overwrite: bool,
     max_shard_bytes: int = 5 * 10**9,
-    progress: Progress,
+    progress: Progress | None = None,
 ) -> BuildResult:
     """Build a recipe into a model folder with its card."""
-    begun = time.perf_counter()
+    started = time.perf_counter()
     variants = open_variants(recipe, progress)
     base = variants[recipe.base]
     removed = recipe.depth - len(recipe.layers)
@@ -144,7 +138,7 @@ def build_recipe(
             parameters=base.parameters - removed * base.architecture.layer_parameters,
             bytes=sum(file.stat().st_size for file in folder.glob("model*.safetensors")),
             recipe_sha256=schema.content_hash(recipe),
-            seconds=time.perf_counter() - begun,
+            seconds=time.perf_counter() - started,
             peak_memory_bytes=peak_memory_bytes(),
         )
 
@@ -165,7 +159,7 @@ def build_recipe(
     return result(out)
 
 
-def open_variants(recipe: Recipe, progress: Progress) -> dict[str, Checkpoint]:
+def open_variants(recipe: Recipe, progress: Progress | None = None) -> dict[str, Checkpoint]:
     """Every variant of a recipe, opened, and the same as when the recipe was made.
 
     Raises:
@@ -182,10 +176,9 @@ def open_variants(recipe: Recipe, progress: Progress) -> dict[str, Checkpoint]:
         if variant.sha256 not in (None, found):
             problems.append(
                 Problem(
-                    where=f"variant {variant.name} ({variant.model})",
-                    expected=f"weights with sha256 {variant.sha256}, as the recipe says",
-                    found=found,
-                    remedy="Get the weights that the recipe was made for, or plan again.",
+                    f"The weights of variant {variant.name} ({variant.model}) have the sha256 {found}, "
+                    f"and the recipe was made for {variant.sha256}.",
+                    "Get the weights that the recipe was made for, or plan again.",
                 )
             )
     if problems:
@@ -194,7 +187,7 @@ def open_variants(recipe: Recipe, progress: Progress) -> dict[str, Checkpoint]:
 
 
 def card_facts(recipe: Recipe, base: Checkpoint, built: BuildResult, *, title: str) -> dict[str, Any]:
-    """What the model card tells about a built recipe."""
+    """What the model card says of a built recipe."""
     variant = recipe.variant(recipe.base)
     source_card = base.folder / "README.md"
     provenance = dict(recipe.provenance)
