@@ -16,6 +16,7 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import hub_id
 from intarsia.checkpoint.staging import check_out
 from intarsia.commands.inputs import inputs_of
+from intarsia.commands.job import versions
 from intarsia.commands.push import push_later, without_push
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.speed import peak_memory_bytes
@@ -29,7 +30,6 @@ from intarsia.reporting.card import model_card
 from intarsia.reporting.puzzle import pieces_of_architecture, puzzle_file
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_recipe import chosen_trial, is_tailored, trial_recipe
-from intarsia.stages.versions import versions
 
 PICTURE = "puzzle.svg"
 

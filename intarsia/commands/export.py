@@ -12,11 +12,11 @@ from intarsia import progress
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.checkpoint.staging import check_no_input
 from intarsia.commands.inputs import inputs_of
+from intarsia.commands.job import load_tokenizer
 from intarsia.commands.push import push_later, without_push
 from intarsia.exporting.gguf import check_file, plan_gguf, write_gguf
 from intarsia.flags import Flag
 from intarsia.options import ModelRef
-from intarsia.stages.setup import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,16 +18,17 @@ from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.checkpoint.staging import check_no_input
 from intarsia.commands.build import open_variants
 from intarsia.commands.inputs import inputs_of
+from intarsia.commands.job import Placement, load_tokenizer
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError, check
 from intarsia.flags import Flag
+from intarsia.options import Runtime
 from intarsia.progress import current
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Written
 from intarsia.reporting.model_report import is_model_folder, keep_measures
 from intarsia.reporting.page import report_html, write_report
-from intarsia.stages.setup import device_of, dtype_of, load_tokenizer
 
 REPORT = "report.html"
 PROMPTS = (
@@ -83,14 +84,14 @@ def report(
     report_html(paths)  # everything that is wrong with the runs is found out before any model is loaded
     found: dict[Path, list[Written]] = {}
     if generate:
-        where, kind = device_of(device), dtype_of(dtype)
+        place = Placement.of(Runtime(device=device, dtype=dtype))
         folders = [path for path in paths if is_model_folder(path)]
         _check_generation(folders, prompt, new_tokens)
         recipes = {folder: schema.load(folder / RECIPE_FILE) for folder in folders}
         for recipe in recipes.values():
             check_no_input(out, inputs_of(recipe=recipe))
         for folder, recipe in recipes.items():
-            found[folder] = _side_by_side(folder, recipe, prompt, new_tokens, where, kind)
+            found[folder] = _side_by_side(folder, recipe, prompt, new_tokens, place)
     write_report(paths, out, generations=found)
     return ReportResult(
         out=out,
@@ -124,15 +125,14 @@ def _side_by_side(
     recipe: Recipe,
     prompts: Sequence[str],
     new_tokens: int,
-    device: torch.device,
-    dtype: torch.dtype | None,
+    place: Placement,
 ) -> list[Written]:
     """The original's answers and the model's, one model in memory at a time."""
     dense, small = open_variants(recipe)[recipe.base], open_checkpoint(str(folder))
     columns = []
     for name, checkpoint in (("original", dense), (f"{len(recipe.layers)} layers", small)):
         with current().task(f"answers of {name}", len(prompts)) as task:
-            model, answers = load_model(checkpoint, device=device, dtype=dtype), []
+            model, answers = load_model(checkpoint, device=place.device, dtype=place.dtype), []
             for prompt in prompts:
                 answers.append(_answer(model, checkpoint, prompt, new_tokens))
                 task.advance()

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from intarsia.recipe import schema
 from tests import families, wrappers
 from tests.checkpoint.test_quantised import quantise
+from tests.command import invoke
 
 
 @pytest.fixture(autouse=True)
@@ -87,8 +88,8 @@ def test_streamed_plans_are_the_same(source: str, tmp_path: Path, text_file: Pat
     )
     for place, how in ((tmp_path / "one", ()), (tmp_path / "other", ("--stream",))):
         run("plan", model, "--run", place, *common, *how)
-        run("build", place, "-o", place / "model")
-    one, other = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("one", "other"))
+        run("build", place, "-o", tmp_path / f"{place.name}-model")
+    one, other = ((tmp_path / f"{name}-model" / "model.safetensors").read_bytes() for name in ("one", "other"))
     assert one == other
 
 

@@ -55,7 +55,7 @@ def built(source: Path, out: Path, *, most: int = 10**9) -> Path:
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_family_keeps_it(family: str, model_folder: Folder, tmp_path: Path) -> None:
     out = built(model_folder(family), tmp_path / "out", most=SHARD)
-    result = verify(out, max_shard_bytes=SHARD)
+    result = verify(out, shard_size=str(SHARD))
     assert [(check.check, check.outcome, check.found) for check in result.checks if check.outcome != "ok"] == []
     assert [check.check for check in result.checks] == CHECKS
     assert result.kept
@@ -107,7 +107,7 @@ def edit_tensor(folder: Path, name: str, change: Callable[[torch.Tensor], torch.
 
 
 def failed(folder: Path, *, load: bool = False, most: int = SHARD) -> dict[str, str]:
-    result: VerifyResult = verify(folder, max_shard_bytes=most, load=load)
+    result: VerifyResult = verify(folder, shard_size=str(most), load=load)
     found = {check.check: check.found for check in result.checks if check.outcome == "failed"}
     assert result.kept == (not found)
     assert all(check.remedy for check in result.checks if check.outcome == "failed")

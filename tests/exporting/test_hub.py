@@ -180,6 +180,6 @@ def test_refusals(hub: Hub, built: Path, call: str, refusal: Exception, match: s
 def test_names_and_folders_that_cannot_be_sent(hub: Hub, built: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found a name that the hub does not take"):
         push(built, "a b")
-    with pytest.raises(UserError, match="expected a model folder, or an exported file; found a folder without"):
+    with pytest.raises(UserError, match=r"is a folder without a config\.json"):
         push(tmp_path, "small")
     assert hub.calls == []

@@ -113,21 +113,21 @@ def test_wrong_descriptions_fail_where_they_are_wrong(case: str, tmp_path: Path)
 def test_on_the_command_line(tmp_path: Path) -> None:
     config = families.make_model("llama").config.to_dict()
     source = str(config_file(config, tmp_path))
-    found = invoke(*["anatomy", "check", source, "--json"])
+    found = invoke("anatomy", "check", source, "--json")
     data = json.loads(found.stdout)
     assert found.exit_code == 0 and data["passed"] is True
     assert [row["check"] for row in data["checks"]][:3] == ["tensors", "parity", "pieces"]
     assert all(row["result"] == "ok" for row in data["checks"])
     wrong = tmp_path / "mine.toml"
     wrong.write_text((FOLDER / "llama.toml").read_text(encoding="utf-8").replace('["kv"]', '["q"]'), encoding="utf-8")
-    found = invoke(*["anatomy", "check", source, "--family-file", str(wrong)])
+    found = invoke("anatomy", "check", source, "--family-file", str(wrong))
     assert found.exit_code == 1 and "failed" in found.stdout and "k_proj" in found.stdout
     source = str(config_file({**config, "model_type": "unheard-of"}, tmp_path))
-    found = invoke(*["anatomy", "check", source])
+    found = invoke("anatomy", "check", source)
     assert found.exit_code == 2 and "llama" in found.stderr and "gemma3_text" in found.stderr
-    found = invoke(*["anatomy", "check", source, "--family-file", str(tmp_path / "none.toml")])
+    found = invoke("anatomy", "check", source, "--family-file", str(tmp_path / "none.toml"))
     assert found.exit_code == 2 and "a family file in TOML" in found.stderr
-    found = invoke(*["anatomy", "check", str(tmp_path / "nothing-here")])
+    found = invoke("anatomy", "check", str(tmp_path / "nothing-here"))
     assert found.exit_code == 2 and "Traceback" not in found.stderr
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import intarsia
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
+from intarsia.options import NewModel
 from intarsia.progress import Silent
 from intarsia.pruning.ladder import METHODS
 from intarsia.pruning.run_folder import RunFolder
@@ -92,9 +93,11 @@ def test_the_calibration_loss_is_that_of_the_built_model(model_folder: Folder, s
     again = intarsia.plan(str(built.out), tmp_path / "again", layers=3, method="shortgpt", **sizes)
     assert again.layers == 4
     model = AutoModelForCausalLM.from_pretrained(built.out).eval()
-    from intarsia.data.text import load_corpus
+    from intarsia.data.text import draw
+    from intarsia.options import TextSpec
 
-    corpus = load_corpus(sizes["calibration"], AutoTokenizer.from_pretrained(built.out), tokens=256, seq_len=32, seed=0)
+    text = TextSpec(sources=(sizes["calibration"],), tokens=256, seq_len=32)
+    corpus = draw(text, AutoTokenizer.from_pretrained(built.out)).calibration
     with torch.no_grad():
         loss = model(corpus.input_ids, labels=corpus.input_ids).loss
     assert planned.losses[-1] == pytest.approx(float(loss), rel=1e-5)
@@ -141,7 +144,7 @@ def test_an_unfinished_plan_is_told_as_such(
     assert (facts["target"], facts["not_finished"]) == (3, "it has come to 5 layers on the way down to 3")
     with pytest.raises(UserError, match="--layers") as caught:
         intarsia.build(run, tmp_path / "out")
-    assert caught.value.problems[0].remedy.endswith("with --layers: 5.")
+    assert caught.value.problems[0].hint.endswith("with --layers: 5.")
     with pytest.raises(UserError, match="not finished"):
         intarsia.build(run, tmp_path / "out", layers=3)
     assert not (tmp_path / "out").exists()
@@ -158,7 +161,7 @@ def test_inspect_sends_other_folders_to_the_report(name: str, tmp_path: Path) ->
     with pytest.raises(UserError) as caught:
         intarsia.inspect(str(tmp_path))
     (problem,) = caught.value.problems
-    assert name in problem.found and f"intarsia report {tmp_path}" in problem.remedy
+    assert name in problem.message and f"intarsia report {tmp_path}" in problem.hint
 
 
 def test_inspect(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
@@ -253,7 +256,10 @@ def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Pa
     assert again.recipe_sha256 == result.recipe_sha256
 
 
-def test_text_is_held_out_to_judge_by(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_text_is_held_out_to_judge_by(model_folder: Folder, sizes: Sizes, tmp_path: Path, mixed: bool) -> None:
+    """Also beside text that the model writes."""
+    sizes = {**sizes, "calibration": [sizes["calibration"], *["self"] * mixed]}
     result = intarsia.compress(str(model_folder("llama")), tmp_path / "out", layers=5, **sizes)
     assert result.before is not None and result.before.perplexity is not None
     assert result.before.perplexity.windows == 1
@@ -435,7 +441,7 @@ def test_a_recipe_written_by_hand(model_folder: Folder, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(model_folder("llama"), model="llama")
     recipe = recipe_of(str(checkpoint.folder), [select(0), shared(checkpoint.architecture, [2, 4]), select(5)])
     schema.save(recipe, tmp_path / "hand.yaml")
-    built = intarsia.build(tmp_path / "hand.yaml", tmp_path / "out", max_shard_bytes=20_000)
+    built = intarsia.build(tmp_path / "hand.yaml", NewModel(path=tmp_path / "out", shard_size="20KB"))
     assert built.layers == 3
     assert len(list(built.out.glob("model-*.safetensors"))) > 1
     assert sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(built.out).parameters()) == (
@@ -445,7 +451,7 @@ def test_a_recipe_written_by_hand(model_folder: Folder, tmp_path: Path) -> None:
         intarsia.build(tmp_path / "hand.yaml", tmp_path / "other", layers=3)
     with pytest.raises(UserError, match="out"):
         intarsia.build(tmp_path / "hand.yaml", tmp_path / "out")
-    assert intarsia.build(tmp_path / "hand.yaml", tmp_path / "out", overwrite=True).layers == 3
+    assert intarsia.build(tmp_path / "hand.yaml", NewModel(path=tmp_path / "out", overwrite=True)).layers == 3
 
 
 @pytest.mark.parametrize("depth", [0, 3, 6])
