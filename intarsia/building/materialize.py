@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from intarsia.building.layer import layer_tensors
+from intarsia.building.loading import check_config
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import TensorHeader
 from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files, write_config
@@ -51,6 +52,7 @@ def materialize(
     """
     check(recipe, {name: checkpoint.architecture for name, checkpoint in variants.items()})
     base = variants[recipe.base]
+    check_config(base)
     outside = base.outside_names()
     plans = [_plan(base.stored_name(name), base.headers[name]) for name in outside]
     plans += [_plan(name, header) for name, header in base.kept.items()]

@@ -14,6 +14,7 @@ from pathlib import Path
 from intarsia.checkpoint.demo import demo_folder
 from intarsia.checkpoint.gguf_source import gguf_folder, only_gguf
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.writer import TEMPLATES
 from intarsia.errors import UserError
 from intarsia.progress import Progress, current
 
@@ -154,6 +155,7 @@ def _download(model: str, revision: str | None, progress: Progress) -> Path:
 
     def fetch() -> str:
         # Shows bars of its own on a terminal.
+        snapshot_download(model, revision=revision, allow_patterns=[f"{TEMPLATES}/*.jinja"])
         return snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
 
     folder = _fetched(fetch, model, revision, progress)

@@ -80,7 +80,7 @@ def push_later(
 
     def send_off(result: R, out: Path) -> R:
         wanted = {"repository": repository, "private": private, "account": account, "sent": False}
-        sent = wanted if dry_run else push(out, repository, private=private).to_dict()
+        sent: dict[str, Any] = wanted if dry_run else push(out, repository, private=private).to_dict()
         facts = sent if dry_run else {**sent, "files": len(sent["files"])}
         if not hasattr(result, "push"):  # of a verb that is still in `stages`
             return Pushed(result=result, push=facts)  # type: ignore[return-value]

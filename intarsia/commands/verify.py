@@ -13,9 +13,10 @@ from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.files import read_config, require_folder
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.errors import check
 from intarsia.exporting import verify as contract
 from intarsia.exporting import verify_tokenizer
-from intarsia.exporting.verify import Check, Skipped, checked
+from intarsia.exporting.verify import UNTIED, Check, Skipped, checked
 from intarsia.flags import Flag
 from intarsia.options import NewModel
 from intarsia.progress import Task, current
@@ -38,7 +39,7 @@ class VerifyResult:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        return {**asdict(self), "folder": str(self.folder), "checks": [asdict(check) for check in self.checks]}
+        return {**asdict(self), "folder": str(self.folder), "checks": [asdict(each) for each in self.checks]}
 
 
 def verify(
@@ -67,6 +68,7 @@ def verify(
     def tensors() -> str:
         checkpoint = Checkpoint.open(folder, model=str(folder))
         opened.append(checkpoint)
+        check((not checkpoint.untied, *UNTIED))
         return f"{len(checkpoint.headers) + len(checkpoint.kept)} tensors, {checkpoint.parameters:,} parameters"
 
     def finite() -> str:
@@ -98,7 +100,7 @@ def verify(
             checks += _run(folder, task)
     return VerifyResult(
         folder=folder,
-        kept=all(check.outcome != "failed" for check in checks),
+        kept=all(each.outcome != "failed" for each in checks),
         checks=tuple(checks),
         seconds=time.perf_counter() - started,
     )

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from intarsia.building.loaded_model import Resident
+from intarsia.building.loading import check_config
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.data.corpus import Corpus
@@ -62,6 +63,7 @@ class Source:
         self.dtype, self.dtype_name = self.placement.dtype, dtype
         self.progress = progress
         self.checkpoint = open_checkpoint(model, revision=revision, progress=progress)
+        check_config(self.checkpoint)
 
     @cached_property
     def tokenizer(self) -> Any:
