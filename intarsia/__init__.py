@@ -16,24 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from intarsia.commands.build import BuildResult, build
+    from intarsia.commands.compress import CompressResult, compress
     from intarsia.commands.export import ExportResult, export
+    from intarsia.commands.heal import HealResult
     from intarsia.commands.inspect import inspect
+    from intarsia.commands.plan import PlanResult, plan
     from intarsia.commands.push import PushResult, push
     from intarsia.commands.report import ReportResult, report
     from intarsia.commands.verify import VerifyResult, verify
     from intarsia.errors import UserError
     from intarsia.evaluation.task_results import TaskResults
-    from intarsia.pruning.settings import ComeSettings
+    from intarsia.pruning.methods.come import ComeSettings
     from intarsia.recipe.recipe import Recipe
     from intarsia.stages.bench import BenchResult, bench
     from intarsia.stages.compare import CompareResult, compare
-    from intarsia.stages.compress import compress
-    from intarsia.stages.compress_result import CompressResult
     from intarsia.stages.evaluate import evaluate_perplexity
     from intarsia.stages.evaluate_tasks import evaluate_tasks
     from intarsia.stages.heal import heal
-    from intarsia.stages.heal_result import HealResult
-    from intarsia.stages.plan import PlanResult, plan
     from intarsia.stages.tailor import tailor
     from intarsia.stages.tailor_result import TailorResult
 
@@ -42,12 +41,12 @@ __version__ = "0.1.0"
 _PLACES = {
     "BenchResult": "intarsia.stages.bench",
     "BuildResult": "intarsia.commands.build",
-    "ComeSettings": "intarsia.pruning.settings",
+    "ComeSettings": "intarsia.pruning.methods.come",
     "CompareResult": "intarsia.stages.compare",
-    "CompressResult": "intarsia.stages.compress_result",
+    "CompressResult": "intarsia.commands.compress",
     "ExportResult": "intarsia.commands.export",
-    "HealResult": "intarsia.stages.heal_result",
-    "PlanResult": "intarsia.stages.plan",
+    "HealResult": "intarsia.commands.heal",
+    "PlanResult": "intarsia.commands.plan",
     "PushResult": "intarsia.commands.push",
     "Recipe": "intarsia.recipe.recipe",
     "ReportResult": "intarsia.commands.report",
@@ -58,13 +57,13 @@ _PLACES = {
     "bench": "intarsia.stages.bench",
     "build": "intarsia.commands.build",
     "compare": "intarsia.stages.compare",
-    "compress": "intarsia.stages.compress",
+    "compress": "intarsia.commands.compress",
     "evaluate_perplexity": "intarsia.stages.evaluate",
     "evaluate_tasks": "intarsia.stages.evaluate_tasks",
     "export": "intarsia.commands.export",
-    "heal": "intarsia.stages.heal",
+    "heal": "intarsia.commands.heal",
     "inspect": "intarsia.commands.inspect",
-    "plan": "intarsia.stages.plan",
+    "plan": "intarsia.commands.plan",
     "push": "intarsia.commands.push",
     "report": "intarsia.commands.report",
     "tailor": "intarsia.stages.tailor",

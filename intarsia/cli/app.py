@@ -13,12 +13,9 @@ import typer
 
 from intarsia.cli.bench import bench
 from intarsia.cli.compare import compare
-from intarsia.cli.compress import compress
 from intarsia.cli.default_verb import DefaultVerb
 from intarsia.cli.evaluate import perplexity, tasks
 from intarsia.cli.guard import debugging
-from intarsia.cli.heal import heal
-from intarsia.cli.plan import plan
 from intarsia.cli.tailor import tailor
 
 # What other libraries say about themselves, unless the user has set it. They read this when they are imported,
@@ -41,9 +38,6 @@ evaluation = typer.Typer(
     help="Judge a model. Without a command, `eval MODEL --tasks NAMES` is `eval tasks`.",
 )
 
-app.command()(compress)
-app.command()(plan)
-app.command()(heal)
 app.command()(tailor)
 app.command()(compare)
 app.command()(bench)

@@ -6,8 +6,8 @@ result with `to_dict()`; a result whose `passed` is false ends with exit code 1.
 
 from __future__ import annotations
 
-import ast
 import importlib.util
+import inspect
 import os
 import signal
 import sys
@@ -17,7 +17,6 @@ from contextlib import redirect_stdout
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -101,9 +100,12 @@ def run(words: Sequence[str]) -> None:
         verb = function(name)
         with redirect_stdout(stdout if any(word in HELP_FLAGS for word in rest) else sys.stderr):
             call = parse(verb, name, rest)
-        with progress.shown(quiet=call.shared.quiet or call.shared.json):
+        # Of several launched processes (`accelerate launch`) the first one speaks.
+        first = os.environ.get("RANK", "0") == "0"
+        with progress.shown(quiet=call.shared.quiet or call.shared.json or not first):
             result = call()
-        show(result, to=stdout, as_json=call.shared.json)
+        if first:
+            show(result, to=stdout, as_json=call.shared.json)
         if not getattr(result, "passed", True):
             raise SystemExit(1)
 
@@ -154,19 +156,10 @@ def _overview(group: str, console: Console) -> None:
     table = Table(show_header=False, show_edge=False, box=None, pad_edge=False)
     for name in VERBS:
         if not group or name.startswith(f"{group} "):
-            table.add_row(f"  {name}", _about(name) if ported(name) else "")
+            about = (inspect.getdoc(function(name)) or "").partition("\n")[0] if ported(name) else ""
+            table.add_row(f"  {name}", about)
     console.print(table)
     console.print("\nintarsia VERB --help lists its options.", highlight=False)
-
-
-def _about(name: str) -> str:
-    """The first line of a verb's docstring, read from the source: importing every verb takes seconds."""
-    module, _, attribute = VERBS[name].partition(":")
-    spec = importlib.util.find_spec(f"intarsia.commands.{module}")
-    assert spec is not None and spec.origin is not None
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    found = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == attribute)
-    return (ast.get_docstring(found) or "").partition("\n")[0]
 
 
 def _version() -> str:

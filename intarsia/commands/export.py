@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from intarsia import progress
-from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.checkpoint.staging import check_no_input
-from intarsia.commands.inputs import inputs_of
-from intarsia.commands.job import load_tokenizer
 from intarsia.commands.push import push_later, without_push
-from intarsia.exporting.gguf import check_file, plan_gguf, write_gguf
 from intarsia.flags import Flag
 from intarsia.options import ModelRef
 
@@ -64,6 +59,12 @@ def export(
     Raises:
         UserError: the model cannot be written as GGUF, or the file cannot be written.
     """
+    from intarsia.checkpoint.resolve import open_checkpoint
+    from intarsia.checkpoint.staging import check_no_input
+    from intarsia.commands.inputs import inputs_of
+    from intarsia.commands.job import load_tokenizer
+    from intarsia.exporting.gguf import check_file, plan_gguf, write_gguf
+
     started = time.perf_counter()
     ref, out = ModelRef.of(model), Path(out)
     check_no_input(out, inputs_of(models=[ref]))

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import UserError
 from intarsia.flags import Flag
-from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.step import describe, mlp_pieces, of_experts
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.comparison import SETTINGS as COMPARISON
 from intarsia.reporting.tailor_run import SETTINGS as SEARCH
+
+if TYPE_CHECKING:
+    from intarsia.checkpoint.reader import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,10 @@ def inspect(
         if (path / name).is_file():
             raise UserError(f"{source} is {what} (with {name}).", f"Look at it with `intarsia report {source}`.")
     if (path / "settings.json").is_file():
-        return Inspection(source=source, kind="run", facts=_run_facts(RunFolder.existing(path)))
+        return Inspection(source=source, kind="run", facts=_run_facts(Ladder.existing(path)))
+    from intarsia.building.materialize import RECIPE_FILE
+    from intarsia.checkpoint.resolve import open_checkpoint
+
     checkpoint = open_checkpoint(source)
     facts = _model_facts(checkpoint)
     carried = checkpoint.folder / RECIPE_FILE
@@ -119,7 +122,7 @@ def _made_of(name: str, pieces: Any, mlp: str) -> str:
     return name
 
 
-def _run_facts(run: RunFolder) -> dict[str, Any]:
+def _run_facts(run: Ladder) -> dict[str, Any]:
     settings, depths = run.settings(), run.depths()
     mlp = mlp_pieces(bool(depths) and of_experts(run.recipe(depths[0]).provenance))
     steps = [

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from intarsia import progress
 from intarsia.errors import UserError
-from intarsia.exporting.hub import Parcel, account_for, parcel, send
 from intarsia.flags import Flag
+
+if TYPE_CHECKING:
+    from intarsia.exporting.hub import Parcel
 
 R = TypeVar("R")
 
@@ -51,6 +53,8 @@ def push(
     Raises:
         UserError: there is nothing to send, nobody is logged in, or the hub cannot be reached.
     """
+    from intarsia.exporting.hub import account_for, parcel, send
+
     source = Path(source)
     if not source.is_file() and not (source / "config.json").is_file():
         found = "a folder without a config.json" if source.is_dir() else "no file or folder"
@@ -61,9 +65,7 @@ def push(
     return PushResult(source=source, parcel=wanted, address=None if dry_run else send(source, wanted))
 
 
-def push_later(
-    repository: str | None, *, private: bool, dry_run: bool = False, progress: Any = None
-) -> Callable[[R, Path], R]:
+def push_later(repository: str | None, *, private: bool, dry_run: bool = False) -> Callable[[R, Path], R]:
     """What a verb calls with its result and what it has written: sends that, and gives the result with `push` set.
 
     Whether it can be sent is asked now, before the work. Without a repository nothing is sent.
@@ -76,29 +78,17 @@ def push_later(
     """
     if repository is None:
         return lambda result, out: result
+    from intarsia.exporting.hub import account_for
+
     account = account_for(repository)
 
     def send_off(result: R, out: Path) -> R:
         wanted = {"repository": repository, "private": private, "account": account, "sent": False}
         sent: dict[str, Any] = wanted if dry_run else push(out, repository, private=private).to_dict()
         facts = sent if dry_run else {**sent, "files": len(sent["files"])}
-        if not hasattr(result, "push"):  # of a verb that is still in `stages`
-            return Pushed(result=result, push=facts)  # type: ignore[return-value]
         return dataclasses.replace(result, push=facts)  # type: ignore[type-var]
 
     return send_off
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pushed:
-    """A verb's result, and what was sent of it."""
-
-    result: Any
-    push: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data: the result's own, and the push beside it."""
-        return {**self.result.to_dict(), "push": dict(self.push)}
 
 
 def without_push(data: dict[str, Any]) -> dict[str, Any]:

@@ -6,20 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-from transformers import PreTrainedModel
-
-from intarsia.building.loaded_model import load_model
-from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.checkpoint.staging import check_no_input
-from intarsia.commands.build import open_variants
-from intarsia.commands.inputs import inputs_of
-from intarsia.commands.job import Placement, load_tokenizer
-from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError, check
 from intarsia.flags import Flag
 from intarsia.options import Runtime
@@ -27,8 +15,12 @@ from intarsia.progress import current
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Written
-from intarsia.reporting.model_report import is_model_folder, keep_measures
-from intarsia.reporting.page import report_html, write_report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from intarsia.commands.job import Placement
+    from intarsia.data.corpus import Corpus
 
 REPORT = "report.html"
 PROMPTS = (
@@ -75,6 +67,13 @@ def report(
     Raises:
         UserError: a run or the file cannot be used; nothing has been written then.
     """
+    from intarsia.building.materialize import RECIPE_FILE
+    from intarsia.checkpoint.staging import check_no_input
+    from intarsia.commands.inputs import inputs_of
+    from intarsia.commands.job import Placement
+    from intarsia.reporting.model_report import is_model_folder
+    from intarsia.reporting.page import report_html, write_report
+
     started = time.perf_counter()
     out, paths = Path(out), [Path(run) for run in runs]
     if not paths:
@@ -109,6 +108,9 @@ def report_compression(out: Path, facts: Mapping[str, Any], corpus: Corpus | Non
         facts: `CompressResult.to_dict()`.
         corpus: what perplexity was measured on.
     """
+    from intarsia.reporting.model_report import keep_measures
+    from intarsia.reporting.page import write_report
+
     told = ("model", "method", "before", "after", "healed", "layer_forwards", "seconds", "peak_memory_bytes")
     kept = {name: facts[name] for name in told} | {"run": Path(str(facts["run"])).name}
     evaluation: dict[str, Any] | None = None
@@ -128,13 +130,18 @@ def _side_by_side(
     place: Placement,
 ) -> list[Written]:
     """The original's answers and the model's, one model in memory at a time."""
+    from intarsia.building.loaded_model import load_model
+    from intarsia.checkpoint.resolve import open_checkpoint
+    from intarsia.commands.job import load_tokenizer
+    from intarsia.commands.recipes import open_variants
+
     dense, small = open_variants(recipe)[recipe.base], open_checkpoint(str(folder))
-    columns = []
+    columns, tokenizer = [], load_tokenizer(dense)
     for name, checkpoint in (("original", dense), (f"{len(recipe.layers)} layers", small)):
         with current().task(f"answers of {name}", len(prompts)) as task:
             model, answers = load_model(checkpoint, device=place.device, dtype=place.dtype), []
             for prompt in prompts:
-                answers.append(_answer(model, checkpoint, prompt, new_tokens))
+                answers.append(answer(model, tokenizer, prompt, new_tokens))
                 task.advance()
             del model
         columns.append((name, answers))
@@ -144,9 +151,10 @@ def _side_by_side(
     ]
 
 
-def _answer(model: PreTrainedModel, checkpoint: Checkpoint, prompt: str, new_tokens: int) -> str:
+def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, new_tokens: int) -> str:
     """The likeliest continuation of a prompt, or answer to it where the model has a chat template."""
-    tokenizer = load_tokenizer(checkpoint)
+    import torch
+
     text = prompt
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt}]
@@ -163,8 +171,8 @@ def _answer(model: PreTrainedModel, checkpoint: Checkpoint, prompt: str, new_tok
             top_p=None,
             top_k=None,
         )
-    answer: str = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answer.strip() or "(nothing)"
+    written: str = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    return written.strip() or "(nothing)"
 
 
 def _check_generation(folders: Sequence[Path], prompts: Sequence[str], new_tokens: int) -> None:

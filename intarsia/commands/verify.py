@@ -7,19 +7,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.files import read_config, require_folder
-from intarsia.checkpoint.hashing import scan
-from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import check
-from intarsia.exporting import verify as contract
-from intarsia.exporting import verify_tokenizer
-from intarsia.exporting.verify import UNTIED, Check, Skipped, checked
 from intarsia.flags import Flag
 from intarsia.options import NewModel
 from intarsia.progress import Task, current
+
+if TYPE_CHECKING:
+    from intarsia.checkpoint.reader import Checkpoint
+    from intarsia.exporting.verify import Check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +55,13 @@ def verify(
     Raises:
         UserError: there is no such folder, or it has no config that can be read.
     """
+    from intarsia.building.materialize import RECIPE_FILE
+    from intarsia.checkpoint.files import read_config, require_folder
+    from intarsia.checkpoint.hashing import scan
+    from intarsia.checkpoint.reader import Checkpoint
+    from intarsia.exporting import verify as contract
+    from intarsia.exporting import verify_tokenizer
+
     started = time.perf_counter()
     folder, progress = Path(folder), current()
     max_shard_bytes = NewModel(path=folder, shard_size=shard_size).shard_bytes
@@ -68,7 +72,7 @@ def verify(
     def tensors() -> str:
         checkpoint = Checkpoint.open(folder, model=str(folder))
         opened.append(checkpoint)
-        check((not checkpoint.untied, *UNTIED))
+        check((not checkpoint.untied, *contract.UNTIED))
         return f"{len(checkpoint.headers) + len(checkpoint.kept)} tensors, {checkpoint.parameters:,} parameters"
 
     def finite() -> str:
@@ -94,7 +98,7 @@ def verify(
         checks = []
         for name, look in looks:
             task.note(name)
-            checks.append(checked(name, look))
+            checks.append(contract.checked(name, look))
             task.advance()
         if load:
             checks += _run(folder, task)
@@ -108,11 +112,15 @@ def verify(
 
 def _first(opened: list[Checkpoint]) -> Checkpoint:
     if not opened:
+        from intarsia.exporting.verify import Skipped
+
         raise Skipped("the tensors are not those of the config")
     return opened[0]
 
 
 def _run(folder: Path, task: Task) -> list[Check]:
+    from intarsia.exporting import verify as contract
+
     models: list[Any] = []
 
     def load() -> str:
@@ -122,12 +130,12 @@ def _run(folder: Path, task: Task) -> list[Check]:
 
     def generate() -> str:
         if not models:
-            raise Skipped("the model does not load")
+            raise contract.Skipped("the model does not load")
         return contract.generates(folder, models[0])
 
     checks = []
     for name, look in (("loads", load), ("generates", generate)):
         task.note(name)
-        checks.append(checked(name, look))
+        checks.append(contract.checked(name, look))
         task.advance()
     return checks

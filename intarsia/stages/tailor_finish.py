@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from intarsia.building.materialize import RECIPE_FILE
-from intarsia.commands.build import build_recipe
+from intarsia.commands.recipes import build_recipe
 from intarsia.errors import UserError
 from intarsia.progress import Progress
 from intarsia.recipe import schema

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import intarsia
 from intarsia.errors import UserError
-from intarsia.pruning.settings import ComeSettings
+from intarsia.pruning.methods.come import ComeSettings
 from tests import families
 from tests.command import invoke
 from tests.conftest import Folder
@@ -97,12 +97,13 @@ def test_answers_are_the_likeliest_tokens(sizes: Sizes, tmp_path: Path) -> None:
     families.save(model, tmp_path / "dense")
     intarsia.plan(str(tmp_path / "dense"), tmp_path / "run", layers=5, method="reverse", **sizes)
     intarsia.build(tmp_path / "run", tmp_path / "small")
-    from intarsia.commands import report as stage
+    from intarsia.building.loaded_model import load_model
+    from intarsia.checkpoint.resolve import open_checkpoint
+    from intarsia.commands.report import answer
 
-    opened = stage.open_checkpoint(str(tmp_path / "dense"))
-    loaded = stage.load_model(opened, device=torch.device("cpu"))
-    answer = stage._answer(loaded, opened, "roti sa", 5)
-    assert answer == (tokenizer.decode(wanted, skip_special_tokens=True).strip() or "(nothing)")
+    loaded = load_model(open_checkpoint(str(tmp_path / "dense")), device=torch.device("cpu"))
+    found = answer(loaded, tokenizer, "roti sa", 5)
+    assert found == (tokenizer.decode(wanted, skip_special_tokens=True).strip() or "(nothing)")
 
 
 def test_wrong_input_is_refused_before_any_work(compressed: Path, tmp_path: Path) -> None:
