@@ -83,7 +83,7 @@ IN_LOOP: dict[str, list[str]] = {
     "sleb": ["--method", "sleb"],
     "laco": ["--method", "laco", "--laco-merge", "2"],
 }
-STEPS = ["--layer-batch-tokens", "256", "--batch-tokens", "256", "--evaluations", "4"]
+STEPS = ["--layer-batch-tokens", "256", "--step-tokens", "256", "--evaluations", "4"]
 HEALS: dict[str, tuple[str, list[str]]] = {
     "closed-form": ("llama", ["--stages", "closed-form"]),
     "layerwise": ("llama", ["--stages", "layerwise"]),
@@ -181,7 +181,11 @@ def run_cli(argv: list[str | Path]) -> str:
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        run([str(word) for word in argv])
+        try:
+            run([str(word) for word in argv])
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                raise
     return out.getvalue()
 
 

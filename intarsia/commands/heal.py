@@ -91,7 +91,7 @@ def heal(
         ),
     ],
     out: HealedModel | str | Path,
-    text: TrainingText,
+    text: TrainingText | str | Path,
     *,
     stages: Stages = "closed-form",
     teacher: Annotated[
@@ -125,6 +125,7 @@ def heal(
     from intarsia.recipe import schema
 
     started, source, out = time.perf_counter(), Path(source), HealedModel.of(out)
+    text = text if isinstance(text, TrainingText) else TrainingText(sources=(str(text),))
     main, run = launch.rank() == 0, RunDir(out.run_path)
     chosen = heal_stages.choose_all(stages)
     check((bool(chosen), "--stages names no heal stage.", f"Name some of {', '.join(heal_stages.names)}."))
