@@ -25,7 +25,7 @@ from intarsia.pruning.methods.laco import LacoSettings
 from intarsia.recipe import schema
 from intarsia.stages import compare_judge
 from intarsia.stages.evaluate_tasks import evaluate_tasks
-from tests import families
+from tests import families, verbs
 from tests.conftest import Folder
 from tests.killing import kill_within, needs_proc
 
@@ -38,7 +38,7 @@ def halves(text_file: Path) -> Sizes:
     return {
         "calibration": f"{text_file}#0:0.5",
         "eval_text": f"words={text_file}#0.5:1",
-        "eval_windows": 4,
+        "windows": 4,
         "tokens": 256,
         "seq_len": 32,
     }
@@ -63,7 +63,7 @@ def rows_of(out: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
 
 
 def separately(model: str, run: Path, halves: Sizes, **given: Any) -> intarsia.PlanResult:
-    return intarsia.plan(model, run, **{name: halves[name] for name in ("calibration", "tokens", "seq_len")}, **given)
+    return verbs.plan(model, run, **{name: halves[name] for name in ("calibration", "tokens", "seq_len")}, **given)
 
 
 def perplexity_of(folder: Path | str, halves: Sizes) -> float:
@@ -252,7 +252,7 @@ def test_it_fits_as_compress_does_or_as_told(model_folder: Folder, halves: Sizes
     model = str(model_folder("llama"))
     given: Sizes = {**halves, "eval_text": halves["eval_text"].partition("=")[2], "method": "shortgpt", "layers": 5}
     told: Sizes = {"methods": "shortgpt", "layers": [5], "heal": ["closed-form"], **halves}
-    alone = intarsia.compress(model, tmp_path / "alone", **given)
+    alone = verbs.compress(model, tmp_path / "alone", **given)
     intarsia.compare(model, tmp_path / "compare", **told)
     row = rows_of(tmp_path / "compare")["shortgpt", 5, "closed-form"]
     assert row["recipe_sha256"] == alone.recipe_sha256
@@ -265,7 +265,7 @@ def test_it_fits_as_compress_does_or_as_told(model_folder: Folder, halves: Sizes
     assert [problem.found for problem in caught.value.problems if "unchanged" in problem.where] == ["['mlp']"]
     intarsia.compare(model, tmp_path / "light", closed_form=light, **told)
     other = rows_of(tmp_path / "light")["shortgpt", 5, "closed-form"]
-    lighter = intarsia.compress(model, tmp_path / "lighter", closed_form=light, **given)
+    lighter = verbs.compress(model, tmp_path / "lighter", closed_form=light, **given)
     assert other["recipe_sha256"] == lighter.recipe_sha256 != row["recipe_sha256"]
     assert other["heal_forwards"] < row["heal_forwards"]
 
@@ -352,7 +352,7 @@ def test_input_that_cannot_be_used(model_folder: Folder, halves: Sizes, quiz: Pa
         return [problem.where for problem in caught.value.problems]
 
     assert refused(methods="come,nothing,mka[x=1]") == ["--methods nothing", "--methods mka[x=1]"]
-    assert refused(layers=[], heal=["none", "magic"], eval_windows=[1, 2, 0], task_layers=[9]) == [
+    assert refused(layers=[], heal=["none", "magic"], windows=[1, 2, 0], task_layers=[9]) == [
         "--layers",
         "--heal",
         "--eval-windows",
@@ -399,7 +399,7 @@ import intarsia
 model, out, text = sys.argv[1:]
 intarsia.compare(
     model, out, methods="come,sleb,laco[merge=3]", layers=[5, 3], heal=["none", "closed-form"],
-    calibration=f"{text}#0:0.5", eval_text=f"words={text}#0.5:1", eval_windows=4, tokens=256, seq_len=32,
+    calibration=f"{text}#0:0.5", eval_text=f"words={text}#0.5:1", windows=4, tokens=256, seq_len=32,
 )
 """
 
