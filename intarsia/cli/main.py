@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -43,8 +44,8 @@ VERBS = {
     "verify": "verify:verify",
     "export": "export:export",
     "push": "push:push",
-    "anatomy list": "anatomy:families",
-    "anatomy check": "anatomy:check_family",
+    "anatomy list": "architecture:families",
+    "anatomy check": "architecture:check_family",
 }
 """Each verb, and its function: module of `intarsia.commands` and name."""
 
@@ -82,11 +83,6 @@ def run(words: Sequence[str]) -> None:
     Raises:
         SystemExit: with the exit code, unless all is well.
     """
-    if _is_older(words):
-        from intarsia.cli.app import app
-
-        app(list(words))
-        return
     with guard() as stdout:
         if words[:1] == ["--version"]:
             print(_version(), file=stdout)
@@ -95,7 +91,15 @@ def run(words: Sequence[str]) -> None:
         if not name or (not rest and name not in VERBS):
             _overview(name, Console(file=stdout))
             return
-        call = parse(function(name), name, rest)
+        if not ported(name):
+            from intarsia.cli.app import app
+
+            with redirect_stdout(stdout):
+                app(list(words))
+            return
+        verb = function(name)
+        with redirect_stdout(stdout if any(word in HELP_FLAGS for word in rest) else sys.stderr):
+            call = parse(verb, name, rest)
         # Of several launched processes (`accelerate launch`) the first one speaks.
         first = os.environ.get("RANK", "0") == "0"
         with progress.shown(quiet=call.shared.quiet or call.shared.json or not first):
@@ -143,15 +147,6 @@ def ported(name: str) -> bool:
     module = VERBS[name].partition(":")[0]
     found = importlib.util.find_spec("intarsia.commands") is not None
     return found and importlib.util.find_spec(f"intarsia.commands.{module}") is not None
-
-
-def _is_older(words: Sequence[str]) -> bool:
-    """Whether the older command line, which guards itself, has the verb."""
-    try:
-        name, rest = find(words)
-    except UserError:
-        return False
-    return name in VERBS and not ported(name) and (bool(rest) or words[:1] != [name])
 
 
 def _overview(group: str, console: Console) -> None:

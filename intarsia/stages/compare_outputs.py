@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from intarsia.commands.report import REPORT
 from intarsia.disk import write_whole
 from intarsia.reporting.comparison import MEAN, Comparison, as_csv, as_markdown, load
 from intarsia.reporting.comparison_report import figure_file
 from intarsia.reporting.page import write_report
-from intarsia.stages.report import REPORT
 
 _TABLE = "table"
 _FIGURE = "figure"

@@ -17,6 +17,7 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
+from intarsia.options import NewModel
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComePSettings
@@ -101,7 +102,7 @@ def test_the_numbers_are_those_of_the_stages_one_by_one(
             planned = separately(
                 model, run, halves, layers=layers, method=method, settings=settings, heal_in_loop=in_loop
             )
-            built = intarsia.build(run, tmp_path / "built", overwrite=True)
+            built = intarsia.build(run, NewModel(path=tmp_path / "built", overwrite=True))
             row = rows[name, layers, "none"]
             assert schema.content_hash(schema.load(out / row["recipe"])) == built.recipe_sha256 == row["recipe_sha256"]
             assert row["perplexity"]["words"]["value"] == perplexity_of(built.out, halves)
@@ -111,7 +112,7 @@ def test_the_numbers_are_those_of_the_stages_one_by_one(
             assert row["heal"] == "none" and row["heal_seconds"] is None
 
             healed = rows[name, layers, "closed-form"]
-            rebuilt = intarsia.build(out / healed["recipe"], tmp_path / "rebuilt", overwrite=True)
+            rebuilt = intarsia.build(out / healed["recipe"], NewModel(path=tmp_path / "rebuilt", overwrite=True))
             assert healed["perplexity"]["words"]["value"] == perplexity_of(rebuilt.out, halves)
             assert healed["heal_seconds"] > 0 and healed["heal_forwards"] > 0
 
