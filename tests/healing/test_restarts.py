@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,24 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch.nn.functional import cross_entropy
 
-from intarsia.data.corpus import Corpus
+from intarsia.commands.job import Job
+from intarsia.commands.planning import Planning, heal_recipe
 from intarsia.evaluation.chain import Chain
 from intarsia.healing.closed_form import fit
 from intarsia.healing.fit_plan import fit_forwards
+from intarsia.healing.pipeline import StageResult
 from intarsia.healing.restarts import Start, best_of, starts
-from intarsia.healing.settings import LAST, ClosedFormSettings
-from intarsia.healing.teacher import TeacherStates
-from intarsia.progress import Silent
+from intarsia.options import Runtime, Target, TextSpec
+from intarsia.pruning.finalists import block_starts
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Fitted, Recipe, identity
-from intarsia.stages.repair import _set_aside, beginnings, heal_passes_at_most, repaired
-from intarsia.stages.source import Source
+from intarsia.registry import heal_stages, planners
 from tests import families, verbs
 from tests.closed_form_fits import fit_on
 from tests.conftest import Opened
@@ -42,25 +42,15 @@ class Planned:
 
     model: str
     run: Path
-    given: dict[str, Any]
+    text: TextSpec
 
     @property
     def folder(self) -> Ladder:
         return Ladder(self.run)
 
-    def source(self) -> Source:
+    def source(self) -> Job:
         """The model and its calibration text, read anew."""
-        return Source(
-            self.model,
-            revision=None,
-            seed=0,
-            device=None,
-            dtype=None,
-            stream=False,
-            memory=None,
-            progress=Silent(),
-            **self.given,
-        )
+        return Job(self.model, self.text, Runtime())
 
 
 Plan = Callable[..., Planned]
@@ -70,9 +60,8 @@ Plan = Callable[..., Planned]
 def plan(model_folder: Any, text_file: Path, tmp_path: Path) -> Plan:
     def planned(**options: Any) -> Planned:
         model, run = str(model_folder("llama")), tmp_path / "run"
-        given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
-        verbs.plan(model, run, **options, **given)
-        return Planned(model=model, run=run, given=given)
+        verbs.plan(model, run, calibration=str(text_file), tokens=512, seq_len=32, **options)
+        return Planned(model=model, run=run, text=TextSpec(sources=(str(text_file),), tokens=512, seq_len=32))
 
     return planned
 
@@ -120,140 +109,96 @@ def test_the_best_end_comes_first_and_of_equal_ones_the_earlier_start() -> None:
     assert found.summary() == "held-out perplexity from the recipe 2 3.00, 3 3.00, 4 4.00, 1 5.00"
 
 
-def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> None:
-    """Each end is what the fit from that start gives, the best is taken, and a second call only reads it."""
-    settings_of_plan = ComePSettings(granularity=2, racing=False, removals=True, finalists=2, blocks=4)
-    planned = plan(layers=3, method="come-p", settings=settings_of_plan)
-    run, folder, source = planned.run, planned.folder, planned.source()
-    settings = ClosedFormSettings()
-    several = 0
-    judges = source.parts.selection
-    assert judges is not None
-    assert len(judges) == 2
+def healed_in(planned: Planned, recipe: Recipe, source: Job | None = None) -> StageResult:
+    """The closed form of `compress` on a recipe of the ladder."""
+    with planned.folder.run.opened():
+        done = heal_recipe(source or planned.source(), planned.folder, recipe, heal_stages.choose_all("closed-form"))
+    assert done is not None
+    return done.stages[-1]
+
+
+def test_a_ladder_s_recipe_starts_as_it_is_bare_and_as_blocks(plan: Plan) -> None:
+    """Each fit is what it is from that start, the best is taken, and a second call only reads it."""
+    settings_of_plan = ComePSettings(
+        granularity=2, racing=False, removals=True, finalists=2, blocks=4, heal_in_loop=True
+    )
+    planned = plan(layers=3, settings=settings_of_plan)
+    folder, source = planned.folder, planned.source()
+    (chosen,) = heal_stages.choose_all("closed-form")
+    several, judges = 0, source.text.selection
+    assert judges is not None and len(judges) == 2
     for entry in folder.log():
         recipe = folder.recipe(entry["layers"])
-        begin = beginnings(folder, recipe, source.checkpoint.architecture)
-        several += len(begin) > 2
         tried = [each for each in entry["evidence"]["repair"]["finalists"] if "of" in each]
         tried.sort(key=lambda each: min(each["held_out_loss"]))
         whole = identity(recipe.variants[0], families.DEPTH).layers
         blocks = [(*whole[: each["replaced"][0]], *whole[each["replaced"][1] :]) for each in tried]
-        others = [layers for layers in blocks if layers != recipe.layers]
-        bare = 1 + bool(recipe.fitted)
-        assert [start.recipe.layers for start in begin[bare:]] == others[:2]
-        assert all(not start.recipe.fitted for start in begin[1:])
-        assert len(begin) <= 4
+        found_blocks = block_starts(folder, recipe)
+        assert [start.recipe.layers for start in found_blocks] == [each for each in blocks if each != recipe.layers][:2]
+        points = [*starts(recipe, source.checkpoint.architecture), *found_blocks]
+        several += len(points) > 2
+        assert all(not start.recipe.fitted for start in points[1:])
 
-        found = repaired(run, recipe, source, settings=settings, batch_tokens=None)
+        found = healed_in(planned, recipe, source)
         assert found.fresh
         architecture = source.checkpoint.architecture
-        assert found.forwards == sum(fit_forwards(start.recipe, settings, architecture) for start in begin)
-        by_hand = {}
-        corpus = source.corpus
-        for start in begin:
-            fitted, _ = fit_on(start.recipe, source.resident, corpus, settings=settings)
-            by_hand[start.name] = loss_of(fitted, source, judges.input_ids)
-        heal = found.recipe.provenance["heal"]
-        assert list(heal["starts"]) == sorted(by_hand, key=lambda name: by_hand[name])
-        for name, value in heal["starts"].items():
-            assert np.log(value) == pytest.approx(by_hand[name], rel=1e-6)
-        first = next(iter(heal["starts"]))
-        assert found.taken == (heal["starts"][first] < heal["stages"][0]["held_out_perplexity"])
-        chosen = next(start for start in begin if start.name == first)
-        if found.taken:
-            assert found.start == chosen.name
-            assert found.recipe.layers == chosen.recipe.layers
-            assert found.goes_on == (chosen is begin[0])
-        again = repaired(run, recipe, source, settings=settings, batch_tokens=None)
+        forwards = sum(fit_forwards(start.recipe, chosen.settings, architecture) for start in points)
+        assert found.facts["forwards"] == forwards
+        if len(points) > 1:
+            for start in points:
+                fitted, _ = fit_on(start.recipe, source.resident, source.text.calibration, settings=chosen.settings)
+                by_hand = loss_of(fitted, source, judges.input_ids)
+                assert np.log(found.facts["starts"][start.name]) == pytest.approx(by_hand, rel=1e-6)
+            best = next(start for start in points if start.name == found.facts["start"])
+            assert found.facts["start"] == min(found.facts["starts"], key=found.facts["starts"].get)
+            assert not found.taken or found.recipe.layers == best.recipe.layers
+            assert found.facts["from_scratch"] == (best is not points[0])
+        again = healed_in(planned, recipe, source)
         assert not again.fresh
         assert schema.content_hash(again.recipe) == schema.content_hash(found.recipe)
-        assert again.start == found.start
     assert several
-    for planned, in_loop, begin in (
-        (ComeSettings(), False, 1),
-        (None, True, 2),
-        (ComePSettings(blocks=1), True, 3),
-        (ComePSettings(blocks=5), True, 4),
-    ):
-        assert heal_passes_at_most(source.checkpoint.architecture, planned, in_loop=in_loop) == 3 * begin
 
 
-@pytest.mark.parametrize("fitted", [True, False])
-def test_what_chose_the_strength_does_not_judge(plan: Plan, fitted: bool) -> None:
-    """With several starts and with one: where no further text is left, sequences that no fit has seen judge."""
-    planned = plan(layers=4)
-    run, source, recipe = planned.run, planned.source(), planned.folder.recipe(4)
-    recipe = recipe if fitted else replace(recipe, fitted={})
-    source.parts.__dict__["selection"] = None
-    heal = repaired(run, recipe, source, settings=LAST, batch_tokens=None).recipe.provenance["heal"]
-    assert heal["settings"]["closed-form"]["held_out"] == 8
-    unseen = [8]  # of 16 sequences; 0 chooses the strength
-    settings = replace(LAST, held_out=8)
-    found = {}
-    for start in beginnings(planned.folder, recipe, source.checkpoint.architecture):
-        again, _ = fit_on(start.recipe, source.resident, source.corpus, settings=settings, unseen=unseen)
-        found[start.name] = loss_of(again, source, source.corpus.input_ids[unseen])
-    assert len(found) == 1 + fitted
-    assert np.log(heal["stages"][-1]["held_out_perplexity"]) == pytest.approx(min(found.values()), rel=1e-6)
-    for name, value in heal.get("starts", {}).items():
-        assert np.log(value) == pytest.approx(found[name], rel=1e-6)
-
-
-def test_one_start_is_judged_by_further_text_where_there_is_some(plan: Plan) -> None:
-    planned = plan(layers=4)
-    source = planned.source()
-    recipe = replace(planned.folder.recipe(4), fitted={})
-    heal = repaired(planned.run, recipe, source, settings=LAST, batch_tokens=None).recipe.provenance["heal"]
-    further = source.parts.selection
-    assert further is not None and "starts" not in heal
-    before, after = (np.log(row["held_out_perplexity"]) for row in heal["stages"])
-    healed, _ = fit_on(recipe, source.resident, source.corpus, settings=LAST)
-    assert before == pytest.approx(loss_of(recipe, source, further.input_ids), rel=1e-6)
-    assert after == pytest.approx(loss_of(healed, source, further.input_ids), rel=1e-6)
-
-
-@pytest.mark.parametrize(("sequences", "chosen_by", "judged_by"), [(1, [0], []), (2, [0], []), (3, [0], [2])])
-def test_few_sequences_are_shared_out(sequences: int, chosen_by: list[int], judged_by: list[int]) -> None:
-    corpus = Corpus.of(torch.arange(4 * sequences).view(sequences, 4), description="few", documents=1)
-    settings, text, unseen = _set_aside(corpus, LAST)
-    assert unseen == judged_by
-    assert [row for row in range(0, sequences, settings.held_out) if row not in unseen] == chosen_by
-    assert torch.equal(text.input_ids, corpus.input_ids[unseen or chosen_by])
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [
+        ("come", 1),
+        ("come[heal_in_loop=true]", 2),
+        ("come-p[heal_in_loop=true,blocks=1]", 3),
+        ("come-p[heal_in_loop=true,blocks=5]", 4),
+    ],
+)
+def test_passes_of_the_fits(method: str, number: int, plan: Plan) -> None:
+    source = plan(layers=5).source()
+    planning = Planning(source, Target(layers=4), planners.choose(method))
+    assert planning.heal_passes_at_most(heal_stages.choose_all("closed-form")) == 3 * number
+    assert planning.heal_passes_at_most(()) == 0
 
 
 def test_killed_in_the_last_of_several_fits_the_others_are_not_made_again(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what comes of it is what comes without being killed, with room for the original's states or without."""
-    planned = plan(layers=4)
+    planned = plan(layers=4, settings=ComeSettings(heal_in_loop=True))
     run, recipe = planned.run, planned.folder.recipe(4)
-    fits: list[bool] = []  # of each, whether the teacher's states are kept for the next
+    assert recipe.fitted
+    whole = healed_in(planned, recipe)
+    shutil.rmtree(run / "healed-004")
+    fits = 0
 
-    def killed(recipe: Recipe, teacher: TeacherStates, **kwargs: Any) -> Any:
-        if len(fits) == 1:
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal fits
+        fits += 1
+        if fits == 2:
             raise KeyboardInterrupt
-        return counted(recipe, teacher, **kwargs)
+        return fit(*args, **kwargs)
 
-    def counted(recipe: Recipe, teacher: TeacherStates, **kwargs: Any) -> Any:
-        fits.append(teacher.keep)
-        return fit(recipe, teacher, **kwargs)
-
-    whole = repaired(run, recipe, planned.source(), settings=LAST, batch_tokens=None)
-    for path in (run / "healed").iterdir():
-        path.unlink()  # files alone: nothing is left of the ends
     monkeypatch.setattr("intarsia.healing.restarts.fit", killed)
     with pytest.raises(KeyboardInterrupt):
-        repaired(run, recipe, planned.source(), settings=LAST, batch_tokens=None)
-    (kept,) = (run / "healed").iterdir()
-    assert len(list(kept.glob("*.yaml"))) == 1
-    monkeypatch.setattr("intarsia.healing.restarts.fit", counted)
-    source = planned.source()
-    source.placement = replace(source.placement, memory=1)
-    resumed = repaired(run, recipe, source, settings=LAST, batch_tokens=None)
-    assert fits == [True, False]
-    assert not kept.exists()
-    assert resumed.recipe.provenance == whole.recipe.provenance
+        healed_in(planned, recipe)
+    resumed = healed_in(planned, recipe)
+    assert fits == 3
     assert schema.content_hash(resumed.recipe) == schema.content_hash(whole.recipe)
+    assert resumed.facts["starts"] == whole.facts["starts"]
 
 
 def test_heal_goes_on_behind_the_fits_that_were_finished(
@@ -261,7 +206,7 @@ def test_heal_goes_on_behind_the_fits_that_were_finished(
 ) -> None:
     data = str(text_file)
     recipe = tmp_path / "recipe.yaml"
-    schema.save(plan(layers=4).folder.recipe(4), recipe)
+    schema.save(plan(layers=4, settings=ComeSettings(heal_in_loop=True)).folder.recipe(4), recipe)
     heal(recipe, tmp_path / "whole", data)
     fits = 0
 
@@ -282,7 +227,7 @@ def test_heal_goes_on_behind_the_fits_that_were_finished(
     assert weights[0] == weights[1]
 
 
-def loss_of(recipe: Recipe, source: Source, ids_BT: Any) -> float:
+def loss_of(recipe: Recipe, source: Job, ids_BT: Any) -> float:
     """Mean next-token loss, by the definition."""
     logits = Chain(recipe, source.resident)(ids_BT).logits.float()
     return float(cross_entropy(logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()))
