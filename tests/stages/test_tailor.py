@@ -161,7 +161,7 @@ def test_what_cannot_be_built(
 ) -> None:
     with pytest.raises(UserError) as caught:
         intarsia.build(searched[0], tmp_path / "out", **choice)
-    assert caught.value.problems[0].where == where
+    assert where in str(caught.value.problems[0])
     assert not (tmp_path / "out").exists()
 
 
@@ -199,7 +199,7 @@ def test_a_changed_family_is_refused(
     before = (searched[0] / "trials.jsonl").read_bytes()
     with pytest.raises(UserError) as caught:
         tailor(changed, searched[0], tokens=512, device="cpu")
-    places = {problem.where.rpartition(": ")[2] for problem in caught.value.problems}
+    places = {problem.message.split()[5] for problem in caught.value.problems}
     assert places == {"family.layers", "family.search.eta"}
     assert (searched[0] / "trials.jsonl").read_bytes() == before
 
@@ -285,7 +285,7 @@ def test_a_changed_family_is_refused_before_a_model_is_loaded(
     changed = write_family(parts, tmp_path / "family.yaml", **{"layers: 4": "layers: 3", "slerp": "linear"})
     with pytest.raises(UserError) as caught:
         tailor(changed, searched[0], tokens=512, device="cpu")
-    places = [problem.where.rpartition(": ")[2] for problem in caught.value.problems]
+    places = [problem.message.split()[5] for problem in caught.value.problems]
     assert places == ["family.layers", "family.methods"]
 
 
@@ -298,7 +298,7 @@ def test_a_config_that_changed_under_a_search(parts: dict[str, Path], tmp_path: 
     (base / "config.json").write_text(json.dumps({**plain, "rms_norm_eps": 0.01}))
     with pytest.raises(UserError) as caught:
         tailor(tmp_path / "run", more_trials=1, **given)  # type: ignore[arg-type]
-    assert [problem.where.rpartition(": ")[2] for problem in caught.value.problems] == ["config.rms_norm_eps"]
+    assert [problem.message.split()[5] for problem in caught.value.problems] == ["config.rms_norm_eps"]
 
 
 def test_a_search_goes_on_wherever_the_command_runs(
