@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from intarsia.commands.compare import CompareResult, compare
     from intarsia.commands.compress import CompressResult, compress
     from intarsia.commands.heal import HealResult
     from intarsia.commands.plan import PlanResult, plan
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from intarsia.recipe.recipe import Recipe
     from intarsia.stages.bench import BenchResult, bench
     from intarsia.stages.build import BuildResult, build
-    from intarsia.stages.compare import CompareResult, compare
     from intarsia.stages.evaluate import evaluate_perplexity
     from intarsia.stages.evaluate_tasks import evaluate_tasks
     from intarsia.stages.export import ExportResult, export
@@ -42,7 +42,7 @@ _PLACES = {
     "BenchResult": "intarsia.stages.bench",
     "BuildResult": "intarsia.stages.build",
     "ComeSettings": "intarsia.pruning.methods.come",
-    "CompareResult": "intarsia.stages.compare",
+    "CompareResult": "intarsia.commands.compare",
     "CompressResult": "intarsia.commands.compress",
     "ExportResult": "intarsia.stages.export",
     "HealResult": "intarsia.commands.heal",
@@ -56,7 +56,7 @@ _PLACES = {
     "VerifyResult": "intarsia.stages.verify",
     "bench": "intarsia.stages.bench",
     "build": "intarsia.stages.build",
-    "compare": "intarsia.stages.compare",
+    "compare": "intarsia.commands.compare",
     "compress": "intarsia.commands.compress",
     "evaluate_perplexity": "intarsia.stages.evaluate",
     "evaluate_tasks": "intarsia.stages.evaluate_tasks",

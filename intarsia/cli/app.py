@@ -15,7 +15,6 @@ from intarsia.cli.anatomy import check as check_anatomy
 from intarsia.cli.anatomy import list_families
 from intarsia.cli.bench import bench
 from intarsia.cli.build import build
-from intarsia.cli.compare import compare
 from intarsia.cli.default_verb import DefaultVerb
 from intarsia.cli.evaluate import perplexity, tasks
 from intarsia.cli.export import export
@@ -49,7 +48,6 @@ anatomy = typer.Typer(no_args_is_help=True, help="Which model families are known
 
 app.command()(build)
 app.command()(tailor)
-app.command()(compare)
 app.command()(inspect)
 app.command()(bench)
 app.command()(report)
