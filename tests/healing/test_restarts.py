@@ -21,8 +21,9 @@ from intarsia.healing.restarts import Start, best_of, starts
 from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.progress import Silent
-from intarsia.pruning.run_folder import RunFolder
-from intarsia.pruning.settings import ComeSettings
+from intarsia.pruning.ladder import Ladder
+from intarsia.pruning.methods.come import ComeSettings
+from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Fitted, Recipe, identity
 from intarsia.stages.repair import _set_aside, beginnings, heal_passes_at_most, repaired
@@ -45,8 +46,8 @@ class Planned:
     given: dict[str, Any]
 
     @property
-    def folder(self) -> RunFolder:
-        return RunFolder(self.run)
+    def folder(self) -> Ladder:
+        return Ladder(self.run)
 
     def source(self) -> Source:
         """The model and its calibration text, read anew."""
@@ -122,7 +123,7 @@ def test_the_best_end_comes_first_and_of_equal_ones_the_earlier_start() -> None:
 
 def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> None:
     """Each end is what the fit from that start gives, the best is taken, and a second call only reads it."""
-    settings_of_plan = ComeSettings(granularity=2, racing=False, removals=True, finalists=2, blocks=4)
+    settings_of_plan = ComePSettings(granularity=2, racing=False, removals=True, finalists=2, blocks=4)
     planned = plan(layers=3, method="come-p", settings=settings_of_plan)
     run, folder, source = planned.run, planned.folder, planned.source()
     settings = ClosedFormSettings()
@@ -172,8 +173,8 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
     for planned, in_loop, begin in (
         (ComeSettings(), False, 1),
         (None, True, 2),
-        (ComeSettings(blocks=1), True, 3),
-        (ComeSettings(blocks=5), True, 4),
+        (ComePSettings(blocks=1), True, 3),
+        (ComePSettings(blocks=5), True, 4),
     ):
         assert heal_passes_at_most(source.checkpoint.architecture, planned, in_loop=in_loop) == 3 * begin
 

@@ -17,8 +17,12 @@ from intarsia.cli.app import app
 from intarsia.commands.heal import TrainingText, heal
 from intarsia.errors import UserError
 from intarsia.healing.settings import LayerwiseSettings
+<<<<<<< HEAD
 from intarsia.options import Runtime
 from intarsia.pruning.run_folder import RunFolder
+=======
+from intarsia.pruning.ladder import Ladder
+>>>>>>> pruning
 from intarsia.recipe.schema import content_hash
 from intarsia.stages.evaluate import evaluate_perplexity
 from intarsia.stages.placement import placement
@@ -69,7 +73,7 @@ def test_a_plan_that_was_killed_leaves_no_spilled_files(model_folder: Folder, si
     intarsia.plan(model, run, layers=4, **sizes)
     assert not list(run.glob("intarsia-hidden-*"))
     intarsia.plan(model, tmp_path / "other", layers=4, **sizes)
-    hashes = [content_hash(RunFolder(folder).recipe(4)) for folder in (run, tmp_path / "other")]
+    hashes = [content_hash(Ladder(folder).recipe(4)) for folder in (run, tmp_path / "other")]
     assert hashes[0] == hashes[1]
 
 
@@ -106,7 +110,7 @@ def test_layers_over_two_devices_are_the_same(model_folder: Folder, sizes: Sizes
     model = str(model_folder("qwen2"))
     intarsia.plan(model, tmp_path / "one", layers=4, **sizes)
     intarsia.plan(model, tmp_path / "two", layers=4, devices=("cpu", "cpu"), **sizes)
-    hashes = [content_hash(RunFolder(tmp_path / name).recipe(4)) for name in ("one", "two")]
+    hashes = [content_hash(Ladder(tmp_path / name).recipe(4)) for name in ("one", "two")]
     assert hashes[0] == hashes[1]
 
 

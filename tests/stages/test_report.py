@@ -15,7 +15,7 @@ import intarsia
 from intarsia.cli.app import app
 from intarsia.commands.heal import TrainingText
 from intarsia.errors import UserError
-from intarsia.pruning.settings import ComeSettings
+from intarsia.pruning.methods.come import ComeSettings
 from tests import families
 from tests.conftest import Folder
 
