@@ -17,12 +17,8 @@ from intarsia.cli.app import app
 from intarsia.commands.heal import TrainingText, heal
 from intarsia.errors import UserError
 from intarsia.healing.settings import LayerwiseSettings
-<<<<<<< HEAD
 from intarsia.options import Runtime
-from intarsia.pruning.run_folder import RunFolder
-=======
 from intarsia.pruning.ladder import Ladder
->>>>>>> pruning
 from intarsia.recipe.schema import content_hash
 from intarsia.stages.evaluate import evaluate_perplexity
 from intarsia.stages.placement import placement
