@@ -92,7 +92,7 @@ HEALS: dict[str, tuple[str, list[str]]] = {
     "end-to-end": ("llama", ["--stages", "end-to-end", "--hidden", "1", *WHOLE]),
     "end-to-end-top-k": ("llama", ["--stages", "end-to-end", "--top-k", "16", "--cross-entropy", "0.5", *WHOLE]),
     "lora": ("llama", ["--stages", "end-to-end", "--lora", "4", "--lr", "1e-3", *WHOLE]),
-    "all": ("llama", ["--stages", "closed-form,layerwise,end-to-end", *LAYERS, *WHOLE]),
+    "all": ("llama", ["--stages", "closed-form,layerwise,end-to-end", *LAYERS, *WHOLE[:2]]),
     "closed-form-opt": ("opt", ["--stages", "closed-form"]),
     "closed-form-mixtral": ("mixtral", ["--stages", "closed-form"]),
     "closed-form-gemma3": ("gemma3", ["--stages", "closed-form,layerwise", *LAYERS]),
