@@ -25,7 +25,8 @@ import intarsia
 from intarsia import progress
 from intarsia.cli.display import display
 from intarsia.commands.heal import TrainingText
-from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
+from intarsia.healing.stages.end_to_end import EndToEndSettings
+from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.pruning.settings import THOROUGH, ComeSettings
 
 IN_LOOP = {

@@ -16,7 +16,7 @@ from intarsia.activations.hidden_store import HiddenStore
 from intarsia.cli.app import app
 from intarsia.commands.heal import TrainingText, heal
 from intarsia.errors import UserError
-from intarsia.healing.settings import LayerwiseSettings
+from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.options import Runtime
 from intarsia.pruning.ladder import Ladder
 from intarsia.recipe.schema import content_hash
