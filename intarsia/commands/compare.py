@@ -83,7 +83,8 @@ class CompareEval:
         for name in ("text", "tasks"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
-        windows = (self.windows,) if isinstance(self.windows, int) else tuple(self.windows)
+        given: Any = self.windows
+        windows: tuple[int, ...] = (given,) if isinstance(given, int) else tuple(given)
         object.__setattr__(self, "windows", windows)
         alone = self.task_layers is not None and not self.tasks
         check(
@@ -201,7 +202,11 @@ def compare(
             pin_text(run, job)
             if tasks is not None:
                 run.pin("tasks", task_facts)
-            asked = {"methods": [method.label for method in methods], "layers": depths, "heal": list(heals)}
+            asked: dict[str, Any] = {
+                "methods": [method.label for method in methods],
+                "layers": depths,
+                "heal": list(heals),
+            }
             asked |= {"task_layers": evaluation.task_layers, "speed": evaluation.speed}
             run.write_json(SETTINGS, _report_facts(job, run, texts, evaluation, asked))
             task.advance(1 + len(wanted) - len(missing))
