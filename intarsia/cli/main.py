@@ -13,7 +13,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -83,6 +82,11 @@ def run(words: Sequence[str]) -> None:
     Raises:
         SystemExit: with the exit code, unless all is well.
     """
+    if _is_older(words):
+        from intarsia.cli.app import app
+
+        app(list(words))
+        return
     with guard() as stdout:
         if words[:1] == ["--version"]:
             print(_version(), file=stdout)
@@ -90,12 +94,6 @@ def run(words: Sequence[str]) -> None:
         name, rest = find(words)
         if not name or (not rest and name not in VERBS):
             _overview(name, Console(file=stdout))
-            return
-        if not ported(name):
-            from intarsia.cli.app import app
-
-            with redirect_stdout(stdout):
-                app(list(words))
             return
         call = parse(function(name), name, rest)
         # Of several launched processes (`accelerate launch`) the first one speaks.
@@ -145,6 +143,15 @@ def ported(name: str) -> bool:
     module = VERBS[name].partition(":")[0]
     found = importlib.util.find_spec("intarsia.commands") is not None
     return found and importlib.util.find_spec(f"intarsia.commands.{module}") is not None
+
+
+def _is_older(words: Sequence[str]) -> bool:
+    """Whether the older command line, which guards itself, has the verb."""
+    try:
+        name, rest = find(words)
+    except UserError:
+        return False
+    return name in VERBS and not ported(name) and (bool(rest) or words[:1] != [name])
 
 
 def _overview(group: str, console: Console) -> None:

@@ -24,7 +24,7 @@ from intarsia.progress import Silent
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages import judge
-from tests import families
+from tests import families, verbs
 
 Compress = Callable[..., Any]
 
@@ -34,9 +34,9 @@ def compress(learned: tuple[Path, Recipe], text_file: Path, tmp_path: Path) -> C
     """Compresses a model that has learnt a little to four layers; everything happens in `tmp_path`."""
 
     def run(out: str = "out", **changes: Any) -> Any:
-        given = {"layers": 4, "calibration": f"{text_file}#0:0.8", "tokens": 8192, "seq_len": 32, "eval_windows": 8}
+        given = {"layers": 4, "calibration": f"{text_file}#0:0.8", "tokens": 8192, "seq_len": 32, "windows": 8}
         given |= {"eval_text": f"{text_file}#0.8:1", "run": tmp_path / "run", **changes}
-        return intarsia.compress(str(learned[0]), tmp_path / out, **given)
+        return verbs.compress(str(learned[0]), tmp_path / out, **given)
 
     return run
 
@@ -180,7 +180,7 @@ def test_every_model_is_loaded_once(heal: str, compress: Compress, monkeypatch: 
 
 
 def test_text_of_the_models_own(learned: tuple[Path, Recipe], tmp_path: Path) -> None:
-    result = intarsia.compress(str(learned[0]), tmp_path / "out", layers=4, tokens=2048, seq_len=32)
+    result = verbs.compress(str(learned[0]), tmp_path / "out", layers=4, tokens=2048, seq_len=32)
     assert result.healed is not None and result.healed["tokens"] == 2048
     assert result.after.perplexity is not None
 
@@ -189,7 +189,7 @@ def test_text_of_the_models_own(learned: tuple[Path, Recipe], tmp_path: Path) ->
 def test_every_family_and_what_it_costs(family: str, model_folder: Any, text_file: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"calibration": str(text_file), "tokens": 2048, "seq_len": 32, "layers": 3}
     model = str(model_folder(family))
-    dry = intarsia.compress(model, tmp_path / "out", dry_run=True, **given)
+    dry = verbs.compress(model, tmp_path / "out", dry_run=True, **given)
     # The teacher, and two for each pass over a layer that one output projection takes; a mixture is judged once more.
     architecture = Checkpoint.open(Path(model), model=model).architecture
     one = (
@@ -200,11 +200,11 @@ def test_every_family_and_what_it_costs(family: str, model_folder: Any, text_fil
         else 3
     )
     assert dry.estimate.heal_passes_at_most == 1 + 2 * one
-    assert intarsia.compress(model, tmp_path / "out", dry_run=True, heal="none", **given).estimate == (
-        intarsia.plan(model, tmp_path / "run", dry_run=True, **given).estimate
+    assert verbs.compress(model, tmp_path / "out", dry_run=True, heal="none", **given).estimate == (
+        verbs.plan(model, tmp_path / "run", dry_run=True, **given).estimate
     )
     assert list(tmp_path.iterdir()) == []
-    result = intarsia.compress(model, tmp_path / "out", **given)
+    result = verbs.compress(model, tmp_path / "out", **given)
     assert result.healed is not None
     assert result.after is not None and result.after.layers == 3
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-import intarsia
 from intarsia.data.corpus import Corpus
 from intarsia.evaluation.chain import Chain
 from intarsia.healing.closed_form import fit
@@ -28,7 +27,7 @@ from intarsia.recipe import schema
 from intarsia.recipe.recipe import Fitted, Recipe, identity
 from intarsia.stages.repair import _set_aside, beginnings, heal_passes_at_most, repaired
 from intarsia.stages.source import Source
-from tests import families
+from tests import families, verbs
 from tests.closed_form_fits import fit_on
 from tests.conftest import Opened
 from tests.healing.conftest import heal
@@ -58,7 +57,7 @@ class Planned:
             device=None,
             dtype=None,
             stream=False,
-            memory_bytes=None,
+            memory=None,
             progress=Silent(),
             **self.given,
         )
@@ -72,7 +71,7 @@ def plan(model_folder: Any, text_file: Path, tmp_path: Path) -> Plan:
     def planned(**options: Any) -> Planned:
         model, run = str(model_folder("llama")), tmp_path / "run"
         given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
-        intarsia.plan(model, run, heal_in_loop=True, **options, **given)
+        verbs.plan(model, run, **options, **given)
         return Planned(model=model, run=run, given=given)
 
     return planned
@@ -249,7 +248,7 @@ def test_killed_in_the_last_of_several_fits_the_others_are_not_made_again(
     assert len(list(kept.glob("*.yaml"))) == 1
     monkeypatch.setattr("intarsia.healing.restarts.fit", counted)
     source = planned.source()
-    source.placement = replace(source.placement, memory_bytes=1)
+    source.placement = replace(source.placement, memory=1)
     resumed = repaired(run, recipe, source, settings=LAST, batch_tokens=None)
     assert fits == [True, False]
     assert not kept.exists()

@@ -13,6 +13,7 @@ from intarsia.checkpoint.demo import demo_folder
 from intarsia.progress import Silent
 from intarsia.recipe import schema
 from intarsia.recipe.ops import Concat
+from tests import verbs
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -45,7 +46,7 @@ def test_compress_the_demo_model(tmp_path: Path) -> None:
     judged = tmp_path / "prose.txt"
     judged.write_text(PROSE, encoding="utf-8")
 
-    result = intarsia.compress(
+    result = verbs.compress(
         "demo",
         tmp_path / "out",
         layers=28,
@@ -54,7 +55,7 @@ def test_compress_the_demo_model(tmp_path: Path) -> None:
         seq_len=128,
         heal="none",  # so little of such a text repairs nothing
         eval_text=str(judged),
-        eval_windows=2,
+        windows=2,
     )
 
     assert result.before is not None and result.after is not None

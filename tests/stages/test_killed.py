@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import intarsia
 from intarsia.pruning.ladder import Ladder
+from tests import verbs
 from tests.conftest import Folder
 from tests.killing import kill_within, needs_proc
 
 PLAN = """
 import intarsia
+from intarsia.options import Target, TextSpec
 model, run, text = sys.argv[1:]
-intarsia.plan(model, run, layers=3, calibration=text, tokens=256, seq_len=32)
+intarsia.plan(model, run, Target(layers=3), text=TextSpec(sources=(text,), tokens=256, seq_len=32))
 """
 
 
@@ -27,8 +28,8 @@ def test_killed_and_started_again(
     assert Ladder.existing(tmp_path / "killed").depths() == [5]
     assert (tmp_path / "killed" / "log.jsonl").read_bytes()[-1:] != b"\n"
 
-    continued = intarsia.plan(model, tmp_path / "killed", layers=3, **sizes)
-    undisturbed = intarsia.plan(model, tmp_path / "undisturbed", layers=3, **sizes)
+    continued = verbs.plan(model, tmp_path / "killed", layers=3, **sizes)
+    undisturbed = verbs.plan(model, tmp_path / "undisturbed", layers=3, **sizes)
     assert continued.depths == undisturbed.depths == (5, 4, 3)
     assert continued.losses == undisturbed.losses
     one, other = tmp_path / "killed", tmp_path / "undisturbed"

@@ -10,7 +10,6 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import intarsia
 from intarsia.activations import hidden_store
 from intarsia.activations.hidden_store import HiddenStore
 from intarsia.cli.app import app
@@ -22,6 +21,7 @@ from intarsia.pruning.ladder import Ladder
 from intarsia.recipe.schema import content_hash
 from intarsia.stages.evaluate import evaluate_perplexity
 from intarsia.stages.placement import placement
+from tests import verbs
 from tests.conftest import Folder
 
 Sizes = dict[str, Any]
@@ -43,10 +43,10 @@ def spills(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def test_a_streamed_compression_is_the_same(
     model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, common = str(model_folder("llama")), {**sizes, "eval_text": str(text_file), "eval_windows": 2, "layers": 4}
-    whole = intarsia.compress(model, tmp_path / "whole", **common)
+    model, common = str(model_folder("llama")), {**sizes, "eval_text": str(text_file), "windows": 2, "layers": 4}
+    whole = verbs.compress(model, tmp_path / "whole", **common)
     files = spills(monkeypatch)
-    found = intarsia.compress(model, tmp_path / "streamed", stream=True, memory_bytes=0, **common)
+    found = verbs.compress(model, tmp_path / "streamed", stream=True, memory="1", **common)
     assert found.recipe_sha256 == whole.recipe_sha256
     tensors, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("streamed", "whole"))
     assert tensors.keys() == wanted.keys() and all(tensors[name].equal(wanted[name]) for name in wanted)
@@ -63,12 +63,12 @@ def test_a_streamed_compression_is_the_same(
 def test_a_plan_that_was_killed_leaves_no_spilled_files(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
     """And may go on without --stream, with the same recipes."""
     model, run = str(model_folder("llama")), tmp_path / "run"
-    intarsia.plan(model, run, layers=5, stream=True, memory_bytes=0, **sizes)
+    verbs.plan(model, run, layers=5, stream=True, memory="1", **sizes)
     (run / "intarsia-hidden-killed").mkdir()
     (run / "intarsia-hidden-killed" / "depth-0.bin").write_bytes(b"0" * 100)
-    intarsia.plan(model, run, layers=4, **sizes)
+    verbs.plan(model, run, layers=4, **sizes)
     assert not list(run.glob("intarsia-hidden-*"))
-    intarsia.plan(model, tmp_path / "other", layers=4, **sizes)
+    verbs.plan(model, tmp_path / "other", layers=4, **sizes)
     hashes = [content_hash(Ladder(folder).recipe(4)) for folder in (run, tmp_path / "other")]
     assert hashes[0] == hashes[1]
 
@@ -81,14 +81,14 @@ def test_a_full_disk_is_told(
 
     monkeypatch.setattr(hidden_store.os, "posix_fallocate", full)
     with pytest.raises(UserError, match="--memory") as caught:
-        intarsia.plan(str(model_folder("llama")), tmp_path / "run", layers=5, memory_bytes=0, **sizes)
+        verbs.plan(str(model_folder("llama")), tmp_path / "run", layers=5, memory="1", **sizes)
     assert "full disk" in caught.value.problems[0].found
     assert str(tmp_path / "run") in caught.value.problems[0].where
 
 
 def test_healing_streamed_is_the_same(model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    intarsia.plan(str(model_folder("llama")), run, layers=4, **sizes)
+    verbs.plan(str(model_folder("llama")), run, layers=4, **sizes)
     text = TrainingText(sources=(str(text_file),), tokens=1024, seq_len=32)
     stages = ["closed-form", LayerwiseSettings(batch_tokens=256)]
     whole = heal(run, tmp_path / "whole", text, stages=stages)
@@ -104,8 +104,8 @@ def test_healing_streamed_is_the_same(model_folder: Folder, sizes: Sizes, text_f
 
 def test_layers_over_two_devices_are_the_same(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
     model = str(model_folder("qwen2"))
-    intarsia.plan(model, tmp_path / "one", layers=4, **sizes)
-    intarsia.plan(model, tmp_path / "two", layers=4, devices=("cpu", "cpu"), **sizes)
+    verbs.plan(model, tmp_path / "one", layers=4, **sizes)
+    verbs.plan(model, tmp_path / "two", layers=4, devices=("cpu", "cpu"), **sizes)
     hashes = [content_hash(Ladder(tmp_path / name).recipe(4)) for name in ("one", "two")]
     assert hashes[0] == hashes[1]
 
@@ -113,7 +113,7 @@ def test_layers_over_two_devices_are_the_same(model_folder: Folder, sizes: Sizes
 def test_perplexity_streamed_is_the_same(model_folder: Folder, text_file: Path) -> None:
     model = str(model_folder("mistral"))
     whole = evaluate_perplexity(model, str(text_file), seq_len=32, windows=3)
-    found = evaluate_perplexity(model, str(text_file), seq_len=32, windows=3, stream=True, memory_bytes=0)
+    found = evaluate_perplexity(model, str(text_file), seq_len=32, windows=3, stream=True, memory="1")
     assert found.value == pytest.approx(whole.value, rel=1e-6) and found.tokens == whole.tokens
 
 
@@ -127,7 +127,7 @@ def test_what_does_not_go_together_is_refused(model_folder: Folder, tmp_path: Pa
         with pytest.raises(UserError):
             placement(**wrong)
     with pytest.raises(UserError, match="that it writes"):
-        intarsia.plan(str(model_folder("llama")), tmp_path / "run", layers=5, stream=True, tokens=64, seq_len=32)
+        verbs.plan(str(model_folder("llama")), tmp_path / "run", layers=5, stream=True, tokens=64, seq_len=32)
     assert not (tmp_path / "run").exists()
 
 

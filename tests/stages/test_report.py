@@ -16,7 +16,7 @@ from intarsia.cli.app import app
 from intarsia.commands.heal import TrainingText
 from intarsia.errors import UserError
 from intarsia.pruning.methods.come import ComeSettings
-from tests import families
+from tests import families, verbs
 from tests.conftest import Folder
 
 Sizes = dict[str, Any]
@@ -25,7 +25,7 @@ Sizes = dict[str, Any]
 @pytest.fixture
 def compressed(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> Path:
     """The folder of a model that was compressed, its run beside it."""
-    result = intarsia.compress(str(model_folder("llama")), tmp_path / "out", layers=4, **sizes)
+    result = verbs.compress(str(model_folder("llama")), tmp_path / "out", layers=4, **sizes)
     assert result.report == tmp_path / "out" / "report.html"
     assert result.to_dict()["report"] == str(result.report)
     return tmp_path / "out"
@@ -57,7 +57,7 @@ def test_a_run_of_another_model_is_not_taken_for_its_own(
     compressed: Path, model_folder: Folder, sizes: Sizes, tmp_path: Path
 ) -> None:
     shutil.rmtree(tmp_path / "out.run")
-    intarsia.plan(str(model_folder("llama")), tmp_path / "out.run", layers=4, method="reverse", **sizes)
+    verbs.plan(str(model_folder("llama")), tmp_path / "out.run", layers=4, method="reverse", **sizes)
     intarsia.report(compressed, out=tmp_path / "r.html")
     assert "<h3>The ladder</h3>" not in (tmp_path / "r.html").read_text(encoding="utf-8")
 
@@ -66,7 +66,7 @@ def test_built_and_healed_models_have_reports_too(
     model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    intarsia.plan(str(model_folder("llama")), run, layers=4, settings=ComeSettings(merge=3), **sizes)
+    verbs.plan(str(model_folder("llama")), run, layers=4, settings=ComeSettings(merge=3), **sizes)
     intarsia.build(run, tmp_path / "built")
     text = TrainingText(sources=(str(text_file),), tokens=256, seq_len=32)
     intarsia.heal(tmp_path / "built", tmp_path / "healed", text)
@@ -81,7 +81,7 @@ def test_built_and_healed_models_have_reports_too(
 def test_both_models_write(chat: bool, sizes: Sizes, tmp_path: Path) -> None:
     model = families.save(families.make_model("llama"), tmp_path / "dense", chat=chat)
     run = tmp_path / "run"
-    intarsia.plan(str(model), run, layers=5, method="reverse", **sizes)
+    verbs.plan(str(model), run, layers=5, method="reverse", **sizes)
     intarsia.build(run, tmp_path / "small")
     prompts = ("roti sa", "a <b> & c")
     found = intarsia.report(tmp_path / "small", out=tmp_path / "r.html", generate=True, prompts=prompts, new_tokens=5)
@@ -97,7 +97,7 @@ def test_answers_are_the_likeliest_tokens(sizes: Sizes, tmp_path: Path) -> None:
     ids = tokenizer("roti sa", return_tensors="pt")["input_ids"]
     wanted = model.generate(input_ids=ids, do_sample=False, max_new_tokens=5)[0, ids.shape[1] :]
     families.save(model, tmp_path / "dense")
-    intarsia.plan(str(tmp_path / "dense"), tmp_path / "run", layers=5, method="reverse", **sizes)
+    verbs.plan(str(tmp_path / "dense"), tmp_path / "run", layers=5, method="reverse", **sizes)
     intarsia.build(tmp_path / "run", tmp_path / "small")
     from intarsia.stages import report as stage
 
