@@ -17,6 +17,7 @@ from typing import Any
 
 import intarsia
 from intarsia.cli.display import display
+from intarsia.options import NewModel
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "shortgpt": ("shortgpt", {}),
@@ -81,7 +82,7 @@ def main() -> None:
         for layers in given.layers:
             if f"{name} {layers}" not in found:
                 folder = given.out / "model"
-                intarsia.build(run, folder, layers=layers, overwrite=True)
+                intarsia.build(run, NewModel(path=folder, overwrite=True), layers=layers)
                 judge(f"{name} {layers}", str(folder))
                 shutil.rmtree(folder)
     for text in texts:

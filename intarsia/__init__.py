@@ -15,59 +15,58 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from intarsia.commands.build import BuildResult, build
     from intarsia.commands.compare import CompareResult, compare
     from intarsia.commands.compress import CompressResult, compress
-    from intarsia.commands.heal import HealResult
+    from intarsia.commands.export import ExportResult, export
+    from intarsia.commands.heal import HealResult, heal
+    from intarsia.commands.inspect import inspect
     from intarsia.commands.plan import PlanResult, plan
+    from intarsia.commands.push import PushResult, push
+    from intarsia.commands.report import ReportResult, report
+    from intarsia.commands.verify import VerifyResult, verify
     from intarsia.errors import UserError
     from intarsia.evaluation.task_results import TaskResults
     from intarsia.pruning.methods.come import ComeSettings
     from intarsia.recipe.recipe import Recipe
     from intarsia.stages.bench import BenchResult, bench
-    from intarsia.stages.build import BuildResult, build
     from intarsia.stages.evaluate import evaluate_perplexity
     from intarsia.stages.evaluate_tasks import evaluate_tasks
-    from intarsia.stages.export import ExportResult, export
-    from intarsia.stages.heal import heal
-    from intarsia.stages.inspect import inspect
-    from intarsia.stages.push import PushResult, push
-    from intarsia.stages.report import ReportResult, report
     from intarsia.stages.tailor import tailor
     from intarsia.stages.tailor_result import TailorResult
-    from intarsia.stages.verify import VerifyResult, verify
 
 __version__ = "0.1.0"
 
 _PLACES = {
     "BenchResult": "intarsia.stages.bench",
-    "BuildResult": "intarsia.stages.build",
+    "BuildResult": "intarsia.commands.build",
     "ComeSettings": "intarsia.pruning.methods.come",
     "CompareResult": "intarsia.commands.compare",
     "CompressResult": "intarsia.commands.compress",
-    "ExportResult": "intarsia.stages.export",
+    "ExportResult": "intarsia.commands.export",
     "HealResult": "intarsia.commands.heal",
     "PlanResult": "intarsia.commands.plan",
-    "PushResult": "intarsia.stages.push",
+    "PushResult": "intarsia.commands.push",
     "Recipe": "intarsia.recipe.recipe",
-    "ReportResult": "intarsia.stages.report",
+    "ReportResult": "intarsia.commands.report",
     "TailorResult": "intarsia.stages.tailor_result",
     "TaskResults": "intarsia.evaluation.task_results",
     "UserError": "intarsia.errors",
-    "VerifyResult": "intarsia.stages.verify",
+    "VerifyResult": "intarsia.commands.verify",
     "bench": "intarsia.stages.bench",
-    "build": "intarsia.stages.build",
+    "build": "intarsia.commands.build",
     "compare": "intarsia.commands.compare",
     "compress": "intarsia.commands.compress",
     "evaluate_perplexity": "intarsia.stages.evaluate",
     "evaluate_tasks": "intarsia.stages.evaluate_tasks",
-    "export": "intarsia.stages.export",
+    "export": "intarsia.commands.export",
     "heal": "intarsia.commands.heal",
-    "inspect": "intarsia.stages.inspect",
+    "inspect": "intarsia.commands.inspect",
     "plan": "intarsia.commands.plan",
-    "push": "intarsia.stages.push",
-    "report": "intarsia.stages.report",
+    "push": "intarsia.commands.push",
+    "report": "intarsia.commands.report",
     "tailor": "intarsia.stages.tailor",
-    "verify": "intarsia.stages.verify",
+    "verify": "intarsia.commands.verify",
 }
 
 __all__ = [

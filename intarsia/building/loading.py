@@ -6,6 +6,9 @@ or weights of 8 bits that are read as ordinary ones, are handed over tensor by t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -25,8 +28,48 @@ from intarsia.checkpoint.tensor_file import let_go
 from intarsia.errors import Problem, UserError
 
 
+@contextmanager
+def refusals_named(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what transformers raises for a config or weights that it does not take into a user's error.
+
+    Raises:
+        UserError: with its reason.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # which one differs from class to class
+        if type(error).__name__ == "OutOfMemoryError" or getattr(error, "errno", None) is not None:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
+        raise UserError(
+            f"transformers {version('transformers')} does not load {checkpoint.folder}: {reason}.",
+            "Correct its config.json, or use the version of transformers that it was made for.",
+        ) from error
+
+
+def check_config(checkpoint: Checkpoint) -> None:
+    """Check that transformers takes the config, without loading a weight.
+
+    Raises:
+        UserError: it does not; see `refusals_named`.
+    """
+    with refusals_named(checkpoint), torch.device("meta"):
+        AutoModelForCausalLM.from_config(stock_config(checkpoint), trust_remote_code=False)
+
+
 def as_transformers(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The checkpoint's model in this dtype, on the CPU."""
+    """The checkpoint's model in this dtype, on the CPU.
+
+    Raises:
+        UserError: transformers does not load it.
+    """
+    with refusals_named(checkpoint):
+        return _as_transformers(checkpoint, dtype)
+
+
+def _as_transformers(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     if checkpoint.as_stored:
         return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, trust_remote_code=False)
     config = stock_config(checkpoint)
@@ -44,10 +87,11 @@ def as_transformers(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedMod
 
 def stock_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The config object of the checkpoint's model."""
-    if checkpoint.as_stored:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    else:
-        config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
+    with refusals_named(checkpoint):
+        if checkpoint.as_stored:
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        else:
+            config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
     assert isinstance(config, PreTrainedConfig)
     return config
 
@@ -63,7 +107,7 @@ def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
     """
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    with refusals_named(checkpoint), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(stock_config(checkpoint), dtype=dtype, trust_remote_code=False)
     assert isinstance(model, PreTrainedModel)
     parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())

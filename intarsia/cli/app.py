@@ -11,19 +11,11 @@ from typing import Annotated
 
 import typer
 
-from intarsia.cli.anatomy import check as check_anatomy
-from intarsia.cli.anatomy import list_families
 from intarsia.cli.bench import bench
-from intarsia.cli.build import build
 from intarsia.cli.default_verb import DefaultVerb
 from intarsia.cli.evaluate import perplexity, tasks
-from intarsia.cli.export import export
 from intarsia.cli.guard import debugging
-from intarsia.cli.inspect import inspect
-from intarsia.cli.push import push
-from intarsia.cli.report import report
 from intarsia.cli.tailor import tailor
-from intarsia.cli.verify import verify
 
 # What other libraries say about themselves, unless the user has set it. They read this when they are imported,
 # which happens inside the verbs.
@@ -44,20 +36,10 @@ evaluation = typer.Typer(
     subcommand_metavar="MODEL --tasks NAMES | COMMAND",
     help="Judge a model. Without a command, `eval MODEL --tasks NAMES` is `eval tasks`.",
 )
-anatomy = typer.Typer(no_args_is_help=True, help="Which model families are known, and what is exact in each.")
 
-app.command()(build)
 app.command()(tailor)
-app.command()(inspect)
 app.command()(bench)
-app.command()(report)
-app.command()(verify)
-app.command()(export)
-app.command()(push)
 app.add_typer(evaluation, name="eval")
-app.add_typer(anatomy, name="anatomy")
-anatomy.command("list")(list_families)
-anatomy.command("check")(check_anatomy)
 evaluation.command()(tasks)
 evaluation.command()(perplexity)
 

@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -43,8 +44,8 @@ VERBS = {
     "verify": "verify:verify",
     "export": "export:export",
     "push": "push:push",
-    "anatomy list": "anatomy:families",
-    "anatomy check": "anatomy:check_family",
+    "anatomy list": "architecture:families",
+    "anatomy check": "architecture:check_family",
 }
 """Each verb, and its function: module of `intarsia.commands` and name."""
 
@@ -95,7 +96,9 @@ def run(words: Sequence[str]) -> None:
         if not name or (not rest and name not in VERBS):
             _overview(name, Console(file=stdout))
             return
-        call = parse(function(name), name, rest)
+        verb = function(name)
+        with redirect_stdout(stdout if any(word in HELP_FLAGS for word in rest) else sys.stderr):
+            call = parse(verb, name, rest)
         # Of several launched processes (`accelerate launch`) the first one speaks.
         first = os.environ.get("RANK", "0") == "0"
         with progress.shown(quiet=call.shared.quiet or call.shared.json or not first):

@@ -146,8 +146,10 @@ def compare(
     Raises:
         UserError: something about the input cannot be used. Nothing has been written then.
     """
+    from intarsia.checkpoint.staging import check_no_input
     from intarsia.commands.compare_ladders import Ladders, in_order
     from intarsia.commands.compare_rows import Rows, missed
+    from intarsia.commands.inputs import inputs_of
     from intarsia.commands.job import Job, pin_text
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.evaluation.task_plan import plan_tasks
@@ -161,6 +163,7 @@ def compare(
     methods, heals = planners.choose_all(",".join(entrants.methods)), entrants.heals()
     for stages in heals.values():
         check_stages(stages, runtime)
+    check_no_input(out, inputs_of(models=[model], texts=[*text.sources, *evaluation.text, *evaluation.tasks]))
     job = Job(model, text, runtime)
     whole, depths = job.checkpoint.architecture.n_layers, entrants.layers
     strangers = sorted({*(evaluation.task_layers or ())} - {*depths})
@@ -349,11 +352,11 @@ def _estimate(
 
 def _write_outputs(out: Path) -> tuple[Path, ...]:
     """Write what stands beside the rows: the table as CSV and Markdown, figures, and the report page."""
+    from intarsia.commands.report import REPORT
     from intarsia.disk import write_whole
     from intarsia.reporting.comparison import MEAN, as_csv, as_markdown, load
     from intarsia.reporting.comparison_report import figure_file
     from intarsia.reporting.page import write_report
-    from intarsia.stages.report import REPORT
 
     comparison = load(out)
     files = {"table.csv": as_csv(comparison), "table.md": as_markdown(comparison)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from intarsia.checkpoint.files import read_config
 from intarsia.checkpoint.gguf_source import kept_folder
 from intarsia.checkpoint.hashing import cache_folder
 from intarsia.checkpoint.resolve import DEMO, GGUF, hub_id, local_path, split_name
-from intarsia.checkpoint.writer import TOKENIZER_FILES
+from intarsia.checkpoint.writer import TOKENIZER_FILES, side_files, without_code
 from intarsia.errors import Problem, UserError
 from intarsia.exporting.verify import Skipped, fail_if
 from intarsia.recipe import schema
@@ -39,7 +38,7 @@ def tokenizer_kept(folder: Path, vocabulary: int) -> str:
                 str(folder / name), "the file of the source", "no such file" if name not in ours else "another one"
             )
             for name in sorted(theirs)
-            if source is not None and (name not in ours or (folder / name).read_bytes() != (source / name).read_bytes())
+            if source is not None and (name not in ours or (folder / name).read_bytes() != without_code(source / name))
         ]
     )
     tokenizer = _loaded(folder)
@@ -107,11 +106,7 @@ def source_folder(folder: Path) -> Path | None:
 
 def _names(folder: Path) -> set[str]:
     return {
-        file.name
-        for file in folder.iterdir()
-        if file.is_file()
-        and any(fnmatch(file.name, pattern) for pattern in TOKENIZER_FILES)
-        and file.suffix in (".json", ".txt", ".model", ".jinja")
+        name for name in side_files(folder, TOKENIZER_FILES) if name.endswith((".json", ".txt", ".model", ".jinja"))
     }
 
 

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from intarsia.building.loaded_model import default_device
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.data.corpus import limited
 from intarsia.errors import UserError
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -21,8 +22,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         UserError: the folder has none that transformers can read.
     """
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        return limited(tokenizer, checkpoint.architecture.vocabulary)
+    except Exception as error:
         raise UserError.of(
             where=str(checkpoint.folder),
             expected="a tokenizer that transformers can read (tokenizer.json and tokenizer_config.json)",

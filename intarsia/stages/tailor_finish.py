@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from intarsia.building.materialize import RECIPE_FILE
+from intarsia.commands.recipes import build_recipe
 from intarsia.errors import UserError
 from intarsia.progress import Progress
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, Variant, identity
-from intarsia.stages.build import build_recipe
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.stages.tailor_judge import examples_there, judge, unseen
 from intarsia.stages.tailor_recipe import keep_front, trial_recipe

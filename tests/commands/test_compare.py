@@ -18,7 +18,7 @@ from intarsia.commands import compare as verb
 from intarsia.commands import compare_rows
 from intarsia.commands.compare import CompareEval, CompareResult, Entrants
 from intarsia.errors import Problem, UserError
-from intarsia.options import EvalSpec, Output, Target, TextSpec
+from intarsia.options import EvalSpec, NewModel, Output, Target, TextSpec
 from intarsia.pruning.ladder import Ladder
 from intarsia.recipe import schema
 from intarsia.registry import planners
@@ -113,7 +113,7 @@ def test_the_numbers_are_those_of_the_stages_one_by_one(
         for layers in (5, 4, 3):
             run = tmp_path / f"{name}-{layers}"
             planned = separately(model, run, halves, layers=layers, method=name)
-            built = intarsia.build(run, tmp_path / "built", overwrite=True)
+            built = intarsia.build(run, NewModel(path=tmp_path / "built", overwrite=True))
             row = rows[name, layers, "none"]
             assert schema.content_hash(schema.load(out / row["recipe"])) == built.recipe_sha256 == row["recipe_sha256"]
             assert row["perplexity"]["words"]["value"] == perplexity_of(built.out, halves)
@@ -123,7 +123,7 @@ def test_the_numbers_are_those_of_the_stages_one_by_one(
             assert row["heal"] == "none" and row["heal_seconds"] is None
 
             healed = rows[name, layers, "closed-form"]
-            rebuilt = intarsia.build(out / healed["recipe"], tmp_path / "rebuilt", overwrite=True)
+            rebuilt = intarsia.build(out / healed["recipe"], NewModel(path=tmp_path / "rebuilt", overwrite=True))
             assert healed["perplexity"]["words"]["value"] == perplexity_of(rebuilt.out, halves)
             assert healed["heal_seconds"] > 0 and healed["heal_forwards"] > 0
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 from transformers import AutoConfig
-from typer.testing import CliRunner
 
 from intarsia.architecture.families import known_families
-from intarsia.cli.app import app
+from intarsia.commands.architecture import FamilyCheck, check_family
+from intarsia.commands.architecture import families as listed
 from intarsia.errors import UserError
-from intarsia.stages.anatomy import families as listed
-from intarsia.stages.anatomy_check import FamilyCheck, check_family
 from tests import families
+from tests.command import invoke
 
 # Families that have no tiny model in `tests.families`: their class's own config.
 MORE = (
@@ -114,22 +113,21 @@ def test_wrong_descriptions_fail_where_they_are_wrong(case: str, tmp_path: Path)
 def test_on_the_command_line(tmp_path: Path) -> None:
     config = families.make_model("llama").config.to_dict()
     source = str(config_file(config, tmp_path))
-    run = CliRunner().invoke
-    found = run(app, ["anatomy", "check", source, "--json"])
+    found = invoke("anatomy", "check", source, "--json")
     data = json.loads(found.stdout)
     assert found.exit_code == 0 and data["passed"] is True
     assert [row["check"] for row in data["checks"]][:3] == ["tensors", "parity", "pieces"]
     assert all(row["result"] == "ok" for row in data["checks"])
     wrong = tmp_path / "mine.toml"
     wrong.write_text((FOLDER / "llama.toml").read_text(encoding="utf-8").replace('["kv"]', '["q"]'), encoding="utf-8")
-    found = run(app, ["anatomy", "check", source, "--family-file", str(wrong)])
+    found = invoke("anatomy", "check", source, "--family-file", str(wrong))
     assert found.exit_code == 1 and "failed" in found.stdout and "k_proj" in found.stdout
     source = str(config_file({**config, "model_type": "unheard-of"}, tmp_path))
-    found = run(app, ["anatomy", "check", source])
+    found = invoke("anatomy", "check", source)
     assert found.exit_code == 2 and "llama" in found.stderr and "gemma3_text" in found.stderr
-    found = run(app, ["anatomy", "check", source, "--family-file", str(tmp_path / "none.toml")])
+    found = invoke("anatomy", "check", source, "--family-file", str(tmp_path / "none.toml"))
     assert found.exit_code == 2 and "a family file in TOML" in found.stderr
-    found = run(app, ["anatomy", "check", str(tmp_path / "nothing-here")])
+    found = invoke("anatomy", "check", str(tmp_path / "nothing-here"))
     assert found.exit_code == 2 and "Traceback" not in found.stderr
 
 
@@ -177,5 +175,5 @@ def test_every_family_is_listed(tmp_path: Path) -> None:
     assert rows["llama"]["exact"] is True and rows["llama"]["approximated"] == ""
     assert rows["gemma3_text"]["exact"] is False and "norms behind" in rows["gemma3_text"]["approximated"]
     assert {kind for kind, row in rows.items() if row["never_merged"]} >= {"gemma2", "olmo3", "smollm3", "cohere2"}
-    found = CliRunner().invoke(app, ["anatomy", "list"])
+    found = invoke("anatomy", "list")
     assert found.exit_code == 0 and "Gemma 3 (text)" in found.stdout

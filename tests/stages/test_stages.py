@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import intarsia
 from intarsia import registry
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.cli import main
 from intarsia.commands import before_after
 from intarsia.errors import UserError
+from intarsia.options import NewModel
 from intarsia.progress import Silent, reporting_to
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come import ComeSettings
@@ -31,6 +28,7 @@ from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.run_dir import RunDir
 from tests import families, verbs
+from tests.command import invoke
 from tests.conftest import Folder
 from tests.pruning.by_hand import METHODS
 from tests.recipes_by_hand import recipe_of, select, shared
@@ -188,7 +186,7 @@ def test_inspect_sends_other_folders_to_the_report(name: str, tmp_path: Path) ->
     with pytest.raises(UserError) as caught:
         intarsia.inspect(str(tmp_path))
     (problem,) = caught.value.problems
-    assert name in problem.found and f"intarsia report {tmp_path}" in problem.remedy
+    assert name in problem.message and f"intarsia report {tmp_path}" in problem.hint
 
 
 def test_inspect(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
@@ -468,7 +466,7 @@ def test_a_recipe_written_by_hand(model_folder: Folder, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(model_folder("llama"), model="llama")
     recipe = recipe_of(str(checkpoint.folder), [select(0), shared(checkpoint.architecture, [2, 4]), select(5)])
     schema.save(recipe, tmp_path / "hand.yaml")
-    built = intarsia.build(tmp_path / "hand.yaml", tmp_path / "out", max_shard_bytes=20_000)
+    built = intarsia.build(tmp_path / "hand.yaml", NewModel(path=tmp_path / "out", shard_size="20KB"))
     assert built.layers == 3
     assert len(list(built.out.glob("model-*.safetensors"))) > 1
     assert sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(built.out).parameters()) == (
@@ -478,7 +476,7 @@ def test_a_recipe_written_by_hand(model_folder: Folder, tmp_path: Path) -> None:
         intarsia.build(tmp_path / "hand.yaml", tmp_path / "other", layers=3)
     with pytest.raises(UserError, match="out"):
         intarsia.build(tmp_path / "hand.yaml", tmp_path / "out")
-    assert intarsia.build(tmp_path / "hand.yaml", tmp_path / "out", overwrite=True).layers == 3
+    assert intarsia.build(tmp_path / "hand.yaml", NewModel(path=tmp_path / "out", overwrite=True)).layers == 3
 
 
 @pytest.mark.parametrize("depth", [0, 3, 6])
@@ -500,22 +498,8 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 # Through the command line
 
 
-@dataclass
-class Done:
-    exit_code: int
-    output: str
-    stdout: str
-
-
-def run(*words: Any) -> Done:
-    out, error = io.StringIO(), io.StringIO()
-    code = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-        try:
-            main.run([str(word) for word in words])
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return Done(exit_code=code, output=out.getvalue() + error.getvalue(), stdout=out.getvalue())
+def run(*words: Any) -> Any:
+    return invoke(*words)
 
 
 def test_compress_on_the_command_line(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:

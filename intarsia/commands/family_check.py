@@ -1,102 +1,28 @@
-"""Check an architecture: a small random model with a config of its kind is built, cut, joined and built again."""
+"""The checks of a family on a small random model, whose layers are pruned, joined, built and loaded."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from intarsia.architecture.detect import detect
-from intarsia.architecture.families import with_family_file
+from intarsia.activations import architecture_trials as trials
 from intarsia.architecture.spec import PARTS, Architecture
 from intarsia.building.loaded_model import Resident
 from intarsia.building.tiny_model import shrunken, small_model
-from intarsia.checkpoint.files import read_config
-from intarsia.checkpoint.multimodal import NESTED, is_wrapped
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.resolve import resolve
-from intarsia.disk import read_json
+from intarsia.commands.architecture import CheckRow
 from intarsia.errors import UserError
-from intarsia.progress import Progress, Silent
-from intarsia.stages import anatomy_trials as trials
 
 _EXACT = 1e-4
 """Relative error of float32 arithmetic in another order, through a few layers."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckRow:
-    """One check: `ok`, `approximated` (as the family declares) or `failed`. `error` is relative, None if unmeasured."""
-
-    check: str
-    result: str
-    error: float | None
-    note: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class FamilyCheck:
-    """What came out. `passed`: no check failed."""
-
-    source: str
-    family: str
-    model_type: str
-    kinds_of_layers: str
-    passed: bool
-    checks: tuple[CheckRow, ...]
-    approximations: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        declared = "; ".join(self.approximations) or None
-        return {**asdict(self), "checks": [asdict(row) for row in self.checks], "approximations": declared}
-
-
-def check_family(source: str, *, family_file: Path | None = None, progress: Progress | None = None) -> FamilyCheck:
-    """Check the architecture of a model's family on a small random model with the features of its config.
-
-    Args:
-        source: a config.json, a folder with one, a hub id, or `demo`. Weights are not needed.
-        family_file: a family file to use before those of the package.
-
-    Raises:
-        UserError: there is no config, no family for it, or it has a feature that the family does not cover.
-    """
-    with with_family_file(family_file), tempfile.TemporaryDirectory(prefix="intarsia-anatomy-") as folder:
-        config = _config(source, progress or Silent())
-        large = detect(config, where=source)
-        with (progress or Silent()).task("checking", 8) as task, torch.no_grad():
-            rows = []
-            for row in _rows(large, Path(folder)):
-                rows.append(row)
-                task.advance()
-        return FamilyCheck(
-            source=source,
-            family=large.family.title,
-            model_type=str(config.get("model_type")),
-            kinds_of_layers=", ".join(dict.fromkeys(large.layer_types or ("one",))),
-            passed=all(row.result != "failed" for row in rows),
-            checks=tuple(rows),
-            approximations=large.approximations,
-        )
-
-
-def _config(source: str, progress: Progress) -> dict[str, Any]:
-    path = Path(source)
-    if path.is_file() and path.suffix == ".json":
-        remedy = "Get the model's config again."
-        config = read_json(path, expected="a config.json: one JSON object", remedy=remedy)
-    else:
-        config = read_config(path if path.is_dir() else resolve(source, progress=progress), quantised=True)
-    return dict(config[NESTED]) if is_wrapped(config) else config
-
-
-def _rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
+@torch.no_grad()
+def check_rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
+    """Every check of a family, on a small model like `large`; files go into `folder`."""
     config = shrunken(large)
     small_model(config).save_pretrained(folder / "small")
     try:

@@ -1,10 +1,9 @@
-"""Build: a recipe becomes a model folder."""
+"""What verbs do with a recipe: read it, open its variants, build it with its card."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,78 +12,18 @@ from intarsia.checkpoint.adapter import open_variant
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import hub_id
-from intarsia.checkpoint.staging import check_out
+from intarsia.commands.build import BuildResult
+from intarsia.commands.job import versions
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.speed import peak_memory_bytes
-from intarsia.progress import Progress, Silent
+from intarsia.progress import Progress
 from intarsia.pruning.ladder import Ladder
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
 from intarsia.reporting.puzzle import pieces_of_architecture, puzzle_file
-from intarsia.stages.tailor_folder import TailorFolder
-from intarsia.stages.tailor_recipe import chosen_trial, is_tailored, trial_recipe
-from intarsia.stages.versions import versions
 
 PICTURE = "puzzle.svg"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildResult:
-    """A built model. `bytes` are those of the weight files."""
-
-    out: Path
-    layers: int
-    parameters: int
-    bytes: int
-    recipe_sha256: str
-    seconds: float
-    peak_memory_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**asdict(self), "out": str(self.out)}
-
-
-def build(
-    source: Path,
-    out: Path,
-    *,
-    layers: int | None = None,
-    best: str | None = None,
-    knee: bool = False,
-    trial: int | None = None,
-    overwrite: bool = False,
-    max_shard_bytes: int = 5 * 10**9,
-    progress: Progress | None = None,
-) -> BuildResult:
-    """Build one depth of a run's ladder, a trial of a search, or a recipe file.
-
-    Args:
-        source: a run folder of `plan` or `tailor`, or a recipe (`.yaml`).
-        layers: which depth of a ladder; its least by default.
-        best, knee, trial: which trial of a search: the best in an objective, the knee of the Pareto front (the
-            default), or the one of that number.
-
-    Raises:
-        UserError: the recipe cannot be read or does not fit its models, a model has changed since the recipe was
-            made, or `out` cannot be written.
-    """
-    source, out, progress = Path(source), Path(out), progress or Silent()
-    check_out(out, overwrite=overwrite)
-    if is_tailored(source) and layers is None:
-        folder = TailorFolder.existing(source)
-        recipe = trial_recipe(folder, chosen_trial(folder, best=best, knee=knee, trial=trial), progress)
-    elif best is not None or knee or trial is not None:
-        raise UserError.of(
-            where="--best, --knee, --trial",
-            expected="the folder of a search, and no --layers",
-            found=str(source) if layers is None else f"--layers {layers}",
-            remedy="They choose a trial of `intarsia tailor`.",
-        )
-    else:
-        recipe = read_recipe(source, layers)
-    return build_recipe(recipe, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress)
 
 
 def read_recipe(source: Path, layers: int | None = None) -> Recipe:
@@ -97,29 +36,17 @@ def read_recipe(source: Path, layers: int | None = None) -> Recipe:
         run = Ladder.existing(source)
         depths = run.depths()
         if not depths:
-            raise UserError.of(
-                where=str(source),
-                expected="a run with at least one finished step",
-                found="none yet",
-                remedy="Let `intarsia plan` go on with the same command.",
-            )
+            raise UserError(f"The plan in {source} has finished no step yet.", "Resume it with the same command.")
         wanted, unfinished = run.wanted(), run.unfinished()
         if layers is None and unfinished is not None and wanted is not None and wanted.stopped is None:
-            raise UserError.of(
-                where=str(source),
-                expected="a finished plan, or --layers to choose a depth by",
-                found=f"a plan that is not finished: {unfinished}",
-                remedy="Let it go on with the same command, or name one of its depths with --layers: "
+            raise UserError(
+                f"The plan in {source} is not finished: {unfinished}.",
+                "Resume it with the same command, or name one of its depths with --layers: "
                 f"{', '.join(map(str, depths))}.",
             )
         return run.recipe(depths[-1] if layers is None else layers)
     if layers is not None:
-        raise UserError.of(
-            where="--layers",
-            expected="a run folder to choose a depth from",
-            found=f"the recipe {source}",
-            remedy="Leave --layers out: a recipe has one depth.",
-        )
+        raise UserError(f"--layers chooses a depth of a run folder, and {source} is a recipe.", "Leave --layers out.")
     return schema.load(source)
 
 
@@ -129,10 +56,10 @@ def build_recipe(
     *,
     overwrite: bool,
     max_shard_bytes: int = 5 * 10**9,
-    progress: Progress,
+    progress: Progress | None = None,
 ) -> BuildResult:
     """Build a recipe into a model folder with its card."""
-    begun = time.perf_counter()
+    started = time.perf_counter()
     variants = open_variants(recipe, progress)
     base = variants[recipe.base]
     removed = recipe.depth - len(recipe.layers)
@@ -144,7 +71,7 @@ def build_recipe(
             parameters=base.parameters - removed * base.architecture.layer_parameters,
             bytes=sum(file.stat().st_size for file in folder.glob("model*.safetensors")),
             recipe_sha256=schema.content_hash(recipe),
-            seconds=time.perf_counter() - begun,
+            seconds=time.perf_counter() - started,
             peak_memory_bytes=peak_memory_bytes(),
         )
 
@@ -165,7 +92,7 @@ def build_recipe(
     return result(out)
 
 
-def open_variants(recipe: Recipe, progress: Progress) -> dict[str, Checkpoint]:
+def open_variants(recipe: Recipe, progress: Progress | None = None) -> dict[str, Checkpoint]:
     """Every variant of a recipe, opened, and the same as when the recipe was made.
 
     Raises:
@@ -182,10 +109,9 @@ def open_variants(recipe: Recipe, progress: Progress) -> dict[str, Checkpoint]:
         if variant.sha256 not in (None, found):
             problems.append(
                 Problem(
-                    where=f"variant {variant.name} ({variant.model})",
-                    expected=f"weights with sha256 {variant.sha256}, as the recipe says",
-                    found=found,
-                    remedy="Get the weights that the recipe was made for, or plan again.",
+                    f"The weights of variant {variant.name} ({variant.model}) have the sha256 {found}, "
+                    f"and the recipe was made for {variant.sha256}.",
+                    "Get the weights that the recipe was made for, or plan again.",
                 )
             )
     if problems:
@@ -194,7 +120,7 @@ def open_variants(recipe: Recipe, progress: Progress) -> dict[str, Checkpoint]:
 
 
 def card_facts(recipe: Recipe, base: Checkpoint, built: BuildResult, *, title: str) -> dict[str, Any]:
-    """What the model card tells about a built recipe."""
+    """What the model card says of a built recipe."""
     variant = recipe.variant(recipe.base)
     source_card = base.folder / "README.md"
     provenance = dict(recipe.provenance)

@@ -1,6 +1,6 @@
 """What is tried on a small model to see whether an architecture is right. Each trial gives a relative error, or a fact.
 
-Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `C` read-out features.
+Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `C` inputs of an output projection.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Trial:
         return self.stream.run(module, h_BTD, entry.calls[layer])
 
     def features(self, part: Part, module: nn.Module, donor: int) -> Tensor:
-        """A read-out's inputs `[N, C]` when a module reads the embedding as if it were layer `donor`."""
+        """An output projection's inputs `[N, C]` when a module reads the embedding as if it were layer `donor`."""
         entry = self.stream.enter(self.ids_BT, None)
         seen: list[Tensor] = []
         with read_outs(module, self.architecture, lambda which, x: seen.append(x) if which == part else None):
@@ -92,7 +92,7 @@ def parity(trial: Trial) -> float:
 
 
 def order(trial: Trial, layer: int) -> float:
-    """A layer with its pieces in another order, norms folded, computes what it did: each is cut where it begins."""
+    """A layer with its pieces in another order, norms folded, computes what it did: each keeps where it starts."""
     rng = random.Random(0)
     pieces = {
         part: rng.sample(range(trial.architecture.n_pieces(part)), trial.architecture.n_pieces(part)) for part in PARTS
@@ -142,7 +142,7 @@ def round_trip(trial: Trial, layers: tuple[int, int], folder: Path) -> dict[str,
     architecture = trial.architecture
     merged = halves(architecture, layers)
     rest = [_select(layer) for layer in range(architecture.n_layers) if layer not in layers]
-    # One layer goes, so that all behind it have new places.
+    # One layer is dropped, so that all after it have new places.
     ops: list[Op] = [*rest[1:2], merged, *rest[2:]]
     recipe = Recipe(
         variants=(Variant(name=NAME, model=trial.resident.checkpoint.model),),

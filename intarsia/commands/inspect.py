@@ -1,15 +1,13 @@
-"""Inspect: what a model, a recipe or a run folder holds, without loading a weight."""
+"""`intarsia inspect`: what a model, a recipe or a run folder holds, without loading a weight."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import UserError
+from intarsia.flags import Flag
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.step import describe, mlp_pieces, of_experts
 from intarsia.recipe import schema
@@ -17,13 +15,18 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.comparison import SETTINGS as COMPARISON
 from intarsia.reporting.tailor_run import SETTINGS as SEARCH
 
+if TYPE_CHECKING:
+    from intarsia.checkpoint.reader import Checkpoint
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What was found: `kind` is `model`, `recipe` or `run`; `facts` are plain data, in reading order."""
+    """What was found."""
 
     source: str
+    # `model`, `recipe` or `run`
     kind: str
+    # plain data, in reading order
     facts: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -31,28 +34,32 @@ class Inspection:
         return {"source": self.source, "kind": self.kind, **self.facts}
 
 
-def inspect(source: str) -> Inspection:
-    """Say what something is.
-
-    Args:
-        source: a model (folder, hub id or `demo`), a recipe (`.yaml`), or the run folder of a plan.
+def inspect(
+    source: Annotated[
+        str,
+        Flag(
+            positional=True,
+            metavar="SOURCE",
+            help="A model (folder, hub id or `demo`), a recipe (.yaml), or the run folder of a plan.",
+        ),
+    ],
+) -> Inspection:
+    """Show what a model, a recipe or a run folder holds, without loading weights.
 
     Raises:
         UserError: it is none of them, or damaged.
     """
-    path = Path(source)
+    path, source = Path(source), str(source)
     if path.suffix in (".yaml", ".yml"):
         return Inspection(source=source, kind="recipe", facts=_recipe_facts(schema.load(path)))
-    if (path / "settings.json").is_file():
-        return Inspection(source=source, kind="run", facts=_run_facts(Ladder.existing(path)))
     for name, what in ((COMPARISON, "a comparison"), (SEARCH, "a search")):
         if (path / name).is_file():
-            raise UserError.of(
-                where=source,
-                expected="a model, a recipe, or the run folder of a plan",
-                found=f"{what} (with {name})",
-                remedy=f"Look at it with `intarsia report {source}`.",
-            )
+            raise UserError(f"{source} is {what} (with {name}).", f"Look at it with `intarsia report {source}`.")
+    if (path / "settings.json").is_file():
+        return Inspection(source=source, kind="run", facts=_run_facts(Ladder.existing(path)))
+    from intarsia.building.materialize import RECIPE_FILE
+    from intarsia.checkpoint.resolve import open_checkpoint
+
     checkpoint = open_checkpoint(source)
     facts = _model_facts(checkpoint)
     carried = checkpoint.folder / RECIPE_FILE

@@ -1,4 +1,4 @@
-"""Verify: does a model folder keep what every runtime expects of one?"""
+"""`intarsia verify`: does a model folder keep what every runtime expects of one?"""
 
 from __future__ import annotations
 
@@ -7,46 +7,64 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.files import read_config, require_folder
-from intarsia.checkpoint.hashing import scan
-from intarsia.checkpoint.reader import Checkpoint
-from intarsia.exporting import verify as contract
-from intarsia.exporting import verify_tokenizer
-from intarsia.exporting.verify import Check, Skipped, checked
-from intarsia.progress import Progress, Silent, Task
+from intarsia.errors import check
+from intarsia.flags import Flag
+from intarsia.options import NewModel
+from intarsia.progress import Task, current
+
+if TYPE_CHECKING:
+    from intarsia.checkpoint.reader import Checkpoint
+    from intarsia.exporting.verify import Check
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyResult:
-    """What came of every check; `kept` is whether none failed."""
+    """What came of every check."""
 
     folder: Path
+    # whether none failed
     kept: bool
     checks: tuple[Check, ...]
     seconds: float
 
+    @property
+    def passed(self) -> bool:
+        """Whether the command ends with exit code 0."""
+        return self.kept
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        return {**asdict(self), "folder": str(self.folder), "checks": [asdict(check) for check in self.checks]}
+        return {**asdict(self), "folder": str(self.folder), "checks": [asdict(each) for each in self.checks]}
 
 
 def verify(
-    folder: Path, *, max_shard_bytes: int = 5 * 10**9, load: bool = True, progress: Progress | None = None
+    folder: Annotated[Path, Flag(positional=True, metavar="FOLDER", help="A local model folder.")],
+    *,
+    shard_size: Annotated[
+        str, Flag(names=("--max-shard-size",), metavar="SIZE", help="Size of a weight file at most, such as 5GB.")
+    ] = "5GB",
+    load: Annotated[bool, Flag(help="Also load the model, and compare generation with and without cache.")] = True,
 ) -> VerifyResult:
-    """Check a model folder against the contract; a check that fails does not keep the others from being made.
+    """Check that a model folder is a stock checkpoint: whole, consistent, and loading everywhere.
 
-    Args:
-        max_shard_bytes: how large a weight file may be; one with a single tensor may be larger.
-        load: also load the model and let it write a few tokens, which takes memory for its weights in float32.
+    Exit code 0: it is. 1: a check failed. 2: there is nothing to check. A weight file with a single tensor may be
+    larger than the size given. Loading takes memory for the weights in float32.
 
     Raises:
         UserError: there is no such folder, or it has no config that can be read.
     """
-    begun = time.perf_counter()
-    folder, progress = Path(folder), progress or Silent()
+    from intarsia.building.materialize import RECIPE_FILE
+    from intarsia.checkpoint.files import read_config, require_folder
+    from intarsia.checkpoint.hashing import scan
+    from intarsia.checkpoint.reader import Checkpoint
+    from intarsia.exporting import verify as contract
+    from intarsia.exporting import verify_tokenizer
+
+    started = time.perf_counter()
+    folder, progress = Path(folder), current()
+    max_shard_bytes = NewModel(path=folder, shard_size=shard_size).shard_bytes
     require_folder(folder)
     read_config(folder, quantised=True)
     opened: list[Checkpoint] = []
@@ -54,6 +72,7 @@ def verify(
     def tensors() -> str:
         checkpoint = Checkpoint.open(folder, model=str(folder))
         opened.append(checkpoint)
+        check((not checkpoint.untied, *contract.UNTIED))
         return f"{len(checkpoint.headers) + len(checkpoint.kept)} tensors, {checkpoint.parameters:,} parameters"
 
     def finite() -> str:
@@ -79,25 +98,29 @@ def verify(
         checks = []
         for name, look in looks:
             task.note(name)
-            checks.append(checked(name, look))
+            checks.append(contract.checked(name, look))
             task.advance()
         if load:
             checks += _run(folder, task)
     return VerifyResult(
         folder=folder,
-        kept=all(check.outcome != "failed" for check in checks),
+        kept=all(each.outcome != "failed" for each in checks),
         checks=tuple(checks),
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - started,
     )
 
 
 def _first(opened: list[Checkpoint]) -> Checkpoint:
     if not opened:
+        from intarsia.exporting.verify import Skipped
+
         raise Skipped("the tensors are not those of the config")
     return opened[0]
 
 
 def _run(folder: Path, task: Task) -> list[Check]:
+    from intarsia.exporting import verify as contract
+
     models: list[Any] = []
 
     def load() -> str:
@@ -107,12 +130,12 @@ def _run(folder: Path, task: Task) -> list[Check]:
 
     def generate() -> str:
         if not models:
-            raise Skipped("the model does not load")
+            raise contract.Skipped("the model does not load")
         return contract.generates(folder, models[0])
 
     checks = []
     for name, look in (("loads", load), ("generates", generate)):
         task.note(name)
-        checks.append(checked(name, look))
+        checks.append(contract.checked(name, look))
         task.advance()
     return checks
