@@ -83,8 +83,8 @@ class CompareEval:
         for name in ("text", "tasks"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
-        given: Any = self.windows
-        windows: tuple[int, ...] = (given,) if isinstance(given, int) else tuple(given)
+        numbers: Any = self.windows
+        windows: tuple[int, ...] = (numbers,) if isinstance(numbers, int) else tuple(numbers)
         object.__setattr__(self, "windows", windows)
         alone = self.task_layers is not None and not self.tasks
         check(

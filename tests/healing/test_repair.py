@@ -149,7 +149,8 @@ def test_a_fit_that_makes_it_worse_is_not_taken(
         return replace(recipe, fitted={0: {"mlp.down_proj.weight": zeros}}), [row]
 
     monkeypatch.setattr(closed_form, "fit", worse)
-    with reporting_to(Listening()) as progress:
+    progress = Listening()
+    with reporting_to(progress):
         result = compress()
     assert not result.healed["taken"] and result.healed["fitted_read_outs"] == 0
     assert any("no better" in text for text in progress.said)
