@@ -25,12 +25,14 @@ import intarsia
 from intarsia import progress
 from intarsia.cli.display import display
 from intarsia.commands.heal import TrainingText
-from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
-from intarsia.pruning.settings import THOROUGH, ComeSettings
+from intarsia.healing.stages.end_to_end import EndToEndSettings
+from intarsia.healing.stages.layerwise import LayerwiseSettings
+from intarsia.options import EvalSpec, Output, Target, TextSpec
+from intarsia.pruning.methods.come_p import ComePSettings
 
 IN_LOOP = {
-    "come-p-in-loop": ComeSettings(spans=5),
-    "come-p-thorough": ComeSettings(**THOROUGH),
+    "come-p-in-loop": ComePSettings(spans=5, heal_in_loop=True),
+    "come-p-thorough": ComePSettings(**ComePSettings.presets["thorough"]),
 }
 CUTS = ("come-p", "sleb")
 METHODS = (*CUTS, "angular", *IN_LOOP)
@@ -83,7 +85,8 @@ class Bench:
     def cut(self, method: str, layers: int) -> Path:
         """The model as it is cut."""
         run = self.plans / method
-        intarsia.plan("demo", run, layers=self.deepest, **self.planning(method))
+        with progress.shown():
+            intarsia.plan("demo", run, Target(layers=self.deepest), **self.planning(method))
         folder = self.out / f"{method}-{layers}"
         if not folder.exists():
             intarsia.build(run, folder, layers=layers)
@@ -93,23 +96,17 @@ class Bench:
 
     def planning(self, method: str) -> dict[str, Any]:
         """What a method is planned with."""
-        in_loop = method in IN_LOOP
-        return {
-            "method": "come-p" if in_loop else method,
-            "settings": IN_LOOP.get(method),
-            "heal_in_loop": in_loop,
-            "calibration": self.data,
-            "tokens": 65536,
-            "progress": display(),
-        }
+        return {"method": IN_LOOP.get(method, method), "text": TextSpec(sources=tuple(self.data))}
 
     def compressed(self, method: str, layers: int) -> Path:
         """What `compress` makes of a model that is repaired as it goes: the last fit may begin at several recipes."""
         folder, key = self.out / f"{method}-{layers}-cf", f"{method} {layers} closed form"
         begun = time.perf_counter()
         if not folder.exists():
-            given = self.planning(method)
-            intarsia.compress("demo", folder, layers=layers, run=self.plans / method, eval_windows=8, **given)
+            out = Output(path=folder, run=self.plans / method)
+            evaluation = EvalSpec(windows=8, speed=False)
+            with progress.shown():
+                intarsia.compress("demo", out, Target(layers=layers), evaluation=evaluation, **self.planning(method))
         if key not in self.found:
             self.judge(key, str(folder), time.perf_counter() - begun)
         return folder

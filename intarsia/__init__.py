@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from intarsia.commands.build import BuildResult, build
+    from intarsia.commands.compare import CompareResult, compare
     from intarsia.commands.compress import CompressResult, compress
     from intarsia.commands.export import ExportResult, export
-    from intarsia.commands.heal import HealResult
+    from intarsia.commands.heal import HealResult, heal
     from intarsia.commands.inspect import inspect
     from intarsia.commands.plan import PlanResult, plan
     from intarsia.commands.push import PushResult, push
@@ -29,10 +30,8 @@ if TYPE_CHECKING:
     from intarsia.pruning.methods.come import ComeSettings
     from intarsia.recipe.recipe import Recipe
     from intarsia.stages.bench import BenchResult, bench
-    from intarsia.stages.compare import CompareResult, compare
     from intarsia.stages.evaluate import evaluate_perplexity
     from intarsia.stages.evaluate_tasks import evaluate_tasks
-    from intarsia.stages.heal import heal
     from intarsia.stages.tailor import tailor
     from intarsia.stages.tailor_result import TailorResult
 
@@ -42,7 +41,7 @@ _PLACES = {
     "BenchResult": "intarsia.stages.bench",
     "BuildResult": "intarsia.commands.build",
     "ComeSettings": "intarsia.pruning.methods.come",
-    "CompareResult": "intarsia.stages.compare",
+    "CompareResult": "intarsia.commands.compare",
     "CompressResult": "intarsia.commands.compress",
     "ExportResult": "intarsia.commands.export",
     "HealResult": "intarsia.commands.heal",
@@ -56,7 +55,7 @@ _PLACES = {
     "VerifyResult": "intarsia.commands.verify",
     "bench": "intarsia.stages.bench",
     "build": "intarsia.commands.build",
-    "compare": "intarsia.stages.compare",
+    "compare": "intarsia.commands.compare",
     "compress": "intarsia.commands.compress",
     "evaluate_perplexity": "intarsia.stages.evaluate",
     "evaluate_tasks": "intarsia.stages.evaluate_tasks",

@@ -22,7 +22,8 @@ from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.healing import layerwise
 from intarsia.healing.quality import quality
-from intarsia.healing.settings import ClosedFormSettings, LayerwiseSettings
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.training import Text
 from intarsia.progress import Silent
 from intarsia.pruning.intermediate import Intermediate

@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 
 from intarsia.cli.bench import bench
-from intarsia.cli.compare import compare
 from intarsia.cli.default_verb import DefaultVerb
 from intarsia.cli.evaluate import perplexity, tasks
 from intarsia.cli.guard import debugging
@@ -39,7 +38,6 @@ evaluation = typer.Typer(
 )
 
 app.command()(tailor)
-app.command()(compare)
 app.command()(bench)
 app.add_typer(evaluation, name="eval")
 evaluation.command()(tasks)

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 import intarsia
+from intarsia import registry
 from intarsia.building import loaded_model
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.cli import main
 from intarsia.commands import before_after
 from intarsia.errors import UserError
 from intarsia.healing import closed_form
-from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.progress import Silent, reporting_to
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
@@ -95,14 +96,14 @@ def test_healed_is_better_and_says_so(compress: Compress, text_file: Path, tmp_p
 
 def test_a_finished_fit_is_only_read(compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compress()
-    kept = sorted(path.name for path in (tmp_path / "run" / "healed-004").iterdir() if path.is_file())
-    assert "1-closed-form.yaml" in kept and "1-closed-form.safetensors" in kept
+    kept = {path.name for path in (tmp_path / "run" / "healed-004").iterdir()}
+    assert {"1-closed-form.json", "1-closed-form.safetensors", "1-closed-form.yaml"} <= kept
     monkeypatch.setattr(closed_form, "fit", no_fit)
     second = compress("second")
     assert second.recipe_sha256 == first.recipe_sha256
     assert second.healed == first.healed
     with pytest.raises(AssertionError, match="fitted again"):  # other settings are another fit
-        compress("third", heal=FinalFitSettings(changed=("mlp",)))
+        compress("third", heal="closed-form[fit_changed=mlp]")
 
 
 @pytest.mark.parametrize("where", ["before", "while", "behind"])
@@ -208,15 +209,41 @@ def test_every_family_and_what_it_costs(family: str, model_folder: Any, text_fil
     assert result.after is not None and result.after.layers == 3
 
 
-def test_on_the_command_line(learned: tuple[Path, Recipe], text_file: Path, tmp_path: Path) -> None:
-    words = ["compress", learned[0], "-o", tmp_path / "out", "--layers", 4, "--calibration", text_file]
-    words += ["--tokens", 2048, "--seq-len", 32, "--eval-text", text_file, "--eval-windows", 4]
-    done = verbs.run(*words)
-    assert done.exit_code == 0, done.output
-    assert "perplexity without heal" in done.stdout
-    assert "gap closed" in done.stdout
-    refused = verbs.run(*words, "--heal", "magic")
-    assert refused.exit_code == 2
+MINE = """
+from dataclasses import replace
+
+import numpy as np
+
+from intarsia.registry import heal_stage
+
+
+@heal_stage("mine")
+def mine(context, recipe):
+    weight = context.resident.layers[0].mlp.down_proj.weight.detach().float().numpy()
+    return replace(recipe, fitted={**recipe.fitted, 0: {"mlp.down_proj.weight": weight * np.float32(0.01)}})
+"""
+
+
+def test_on_the_command_line_with_a_stage_of_ones_own(
+    learned: tuple[Path, Recipe],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = {entry.name: entry for entry in registry.heal_stages}
+    monkeypatch.setattr(registry.heal_stages, "_entries", known)  # what the file registers goes with the test
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
+    words = f"compress {learned[0]} -o {tmp_path / 'out'} --layers 4 --calibration {text_file} --tokens 2048 "
+    words += f"--seq-len 32 --eval-text {text_file} --eval-windows 4 --plugin {tmp_path / 'mine.py'}"
+    main.run([*words.split(), "--heal", "closed-form,mine"])
+    said = capsys.readouterr().out
+    assert "perplexity without heal" in said and "gap closed" in said and "closed-form, mine" in said
+    stages = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml").provenance["heal"]["stages"]
+    assert [(row["stage"], row["taken"]) for row in stages] == [("cut", True), ("closed-form", True), ("mine", False)]
+    with pytest.raises(SystemExit) as caught:
+        main.run([*words.split(), "--heal", "magic"])
+    assert caught.value.code == 2
 
 
 def test_a_full_disk(compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from intarsia.commands.planning import Planning, heal_recipe
 from intarsia.evaluation.chain import Chain
 from intarsia.healing.closed_form import fit
 from intarsia.healing.fit_plan import fit_forwards
-from intarsia.healing.pipeline import StageResult
+from intarsia.healing.pipeline import Healed
 from intarsia.healing.restarts import Start, best_of, starts
-from intarsia.options import Runtime, Target, TextSpec
+from intarsia.healing.stages.closed_form import FinalFitSettings
+from intarsia.options import Target, TextSpec
 from intarsia.pruning.finalists import block_starts
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come import ComeSettings
@@ -33,24 +34,34 @@ from tests.conftest import Opened
 from tests.healing.conftest import heal
 from tests.recipes_by_hand import recipe_of, select
 
+FINAL = FinalFitSettings()
 LAYERS = tuple(select(layer) for layer in (0, 1, 4, 5))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Planned:
     """A model's ladder that was repaired as it went."""
 
     model: str
     run: Path
-    text: TextSpec
+    given: dict[str, Any]
 
     @property
     def folder(self) -> Ladder:
         return Ladder(self.run)
 
-    def source(self) -> Job:
+    @cached_property
+    def job(self) -> Job:
         """The model and its calibration text, read anew."""
-        return Job(self.model, self.text, Runtime())
+        names = {name: self.given[name] for name in ("tokens", "seq_len")}
+        return Job(self.model, TextSpec(sources=(self.given["calibration"],), **names))
+
+    def healed(self, recipe: Recipe) -> Healed:
+        """A recipe of the ladder, healed in closed form."""
+        with self.folder.run.opened():
+            found = heal_recipe(self.job, self.folder, recipe, heal_stages.choose_all("closed-form"))
+        assert found is not None
+        return found
 
 
 Plan = Callable[..., Planned]
@@ -60,8 +71,9 @@ Plan = Callable[..., Planned]
 def plan(model_folder: Any, text_file: Path, tmp_path: Path) -> Plan:
     def planned(**options: Any) -> Planned:
         model, run = str(model_folder("llama")), tmp_path / "run"
-        verbs.plan(model, run, calibration=str(text_file), tokens=512, seq_len=32, **options)
-        return Planned(model=model, run=run, text=TextSpec(sources=(str(text_file),), tokens=512, seq_len=32))
+        given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
+        verbs.plan(model, run, **options, **given)
+        return Planned(model=model, run=run, given=given)
 
     return planned
 
@@ -109,96 +121,62 @@ def test_the_best_end_comes_first_and_of_equal_ones_the_earlier_start() -> None:
     assert found.summary() == "held-out perplexity from the recipe 2 3.00, 3 3.00, 4 4.00, 1 5.00"
 
 
-def healed_in(planned: Planned, recipe: Recipe, source: Job | None = None) -> StageResult:
-    """The closed form of `compress` on a recipe of the ladder."""
-    with planned.folder.run.opened():
-        done = heal_recipe(source or planned.source(), planned.folder, recipe, heal_stages.choose_all("closed-form"))
-    assert done is not None
-    return done.stages[-1]
-
-
 def test_a_ladder_s_recipe_starts_as_it_is_bare_and_as_blocks(plan: Plan) -> None:
-    """Each fit is what it is from that start, the best is taken, and a second call only reads it."""
-    settings_of_plan = ComePSettings(
-        granularity=2, racing=False, removals=True, finalists=2, blocks=4, heal_in_loop=True
-    )
-    planned = plan(layers=3, settings=settings_of_plan)
-    folder, source = planned.folder, planned.source()
-    (chosen,) = heal_stages.choose_all("closed-form")
-    several, judges = 0, source.text.selection
+    """Each fit is the one from that start, and the best on the selection text is taken."""
+    settings = ComePSettings(granularity=2, racing=False, removals=True, finalists=2, blocks=4, heal_in_loop=True)
+    planned = plan(layers=3, settings=settings)
+    job, ladder = planned.job, planned.folder
+    architecture, judges = job.checkpoint.architecture, job.text.selection
     assert judges is not None and len(judges) == 2
-    for entry in folder.log():
-        recipe = folder.recipe(entry["layers"])
+    several = 0
+    for entry in ladder.log():
+        recipe = ladder.recipe(entry["layers"])
+        points = [*starts(recipe, architecture), *block_starts(ladder, recipe)]
+        several += len(points) > 2
         tried = [each for each in entry["evidence"]["repair"]["finalists"] if "of" in each]
         tried.sort(key=lambda each: min(each["held_out_loss"]))
         whole = identity(recipe.variants[0], families.DEPTH).layers
         blocks = [(*whole[: each["replaced"][0]], *whole[each["replaced"][1] :]) for each in tried]
-        found_blocks = block_starts(folder, recipe)
-        assert [start.recipe.layers for start in found_blocks] == [each for each in blocks if each != recipe.layers][:2]
-        points = [*starts(recipe, source.checkpoint.architecture), *found_blocks]
-        several += len(points) > 2
+        others = [layers for layers in blocks if layers != recipe.layers]
+        bare = 1 + bool(recipe.fitted)
+        assert [start.recipe.layers for start in points[bare:]] == others[:2]
         assert all(not start.recipe.fitted for start in points[1:])
+        assert len(points) <= 4
 
-        found = healed_in(planned, recipe, source)
-        assert found.fresh
-        architecture = source.checkpoint.architecture
-        forwards = sum(fit_forwards(start.recipe, chosen.settings, architecture) for start in points)
-        assert found.facts["forwards"] == forwards
-        if len(points) > 1:
-            for start in points:
-                fitted, _ = fit_on(start.recipe, source.resident, source.text.calibration, settings=chosen.settings)
-                by_hand = loss_of(fitted, source, judges.input_ids)
-                assert np.log(found.facts["starts"][start.name]) == pytest.approx(by_hand, rel=1e-6)
-            best = next(start for start in points if start.name == found.facts["start"])
-            assert found.facts["start"] == min(found.facts["starts"], key=found.facts["starts"].get)
-            assert not found.taken or found.recipe.layers == best.recipe.layers
-            assert found.facts["from_scratch"] == (best is not points[0])
-        again = healed_in(planned, recipe, source)
-        assert not again.fresh
+        found = planned.healed(recipe)
+        cut, result = found.stages
+        assert result.facts["forwards"] == sum(fit_forwards(start.recipe, FINAL, architecture) for start in points)
+        by_hand = {}
+        for start in points:
+            fitted, _ = fit_on(start.recipe, job.resident, job.text.calibration, settings=FINAL)
+            by_hand[start.name] = loss_of(fitted, job, judges.input_ids)
+        heal = found.recipe.provenance["heal"]
+        if len(points) == 1:
+            assert "starts" not in heal
+            continue
+        assert list(heal["starts"]) == sorted(by_hand, key=lambda name: by_hand[name])
+        for name, value in heal["starts"].items():
+            assert np.log(value) == pytest.approx(by_hand[name], rel=1e-6)
+        first = next(iter(heal["starts"]))
+        assert np.log(cut.perplexity) == pytest.approx(loss_of(recipe, job, judges.input_ids), rel=1e-6)
+        assert result.taken == (heal["starts"][first] < cut.perplexity)
+        chosen = next(start for start in points if start.name == first)
+        assert result.facts["start"] == chosen.name
+        assert result.facts["from_scratch"] == (chosen is not points[0])
+        if result.taken:
+            assert found.recipe.layers == chosen.recipe.layers
+        again = planned.healed(recipe)
+        assert not again.stages[-1].fresh
         assert schema.content_hash(again.recipe) == schema.content_hash(found.recipe)
     assert several
-
-
-@pytest.mark.parametrize(
-    ("method", "number"),
-    [
-        ("come", 1),
-        ("come[heal_in_loop=true]", 2),
-        ("come-p[heal_in_loop=true,blocks=1]", 3),
-        ("come-p[heal_in_loop=true,blocks=5]", 4),
-    ],
-)
-def test_passes_of_the_fits(method: str, number: int, plan: Plan) -> None:
-    source = plan(layers=5).source()
-    planning = Planning(source, Target(layers=4), planners.choose(method))
-    assert planning.heal_passes_at_most(heal_stages.choose_all("closed-form")) == 3 * number
-    assert planning.heal_passes_at_most(()) == 0
-
-
-def test_killed_in_the_last_of_several_fits_the_others_are_not_made_again(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    planned = plan(layers=4, settings=ComeSettings(heal_in_loop=True))
-    run, recipe = planned.run, planned.folder.recipe(4)
-    assert recipe.fitted
-    whole = healed_in(planned, recipe)
-    shutil.rmtree(run / "healed-004")
-    fits = 0
-
-    def killed(*args: Any, **kwargs: Any) -> Any:
-        nonlocal fits
-        fits += 1
-        if fits == 2:
-            raise KeyboardInterrupt
-        return fit(*args, **kwargs)
-
-    monkeypatch.setattr("intarsia.healing.restarts.fit", killed)
-    with pytest.raises(KeyboardInterrupt):
-        healed_in(planned, recipe)
-    resumed = healed_in(planned, recipe)
-    assert fits == 3
-    assert schema.content_hash(resumed.recipe) == schema.content_hash(whole.recipe)
-    assert resumed.facts["starts"] == whole.facts["starts"]
+    for method, number in (
+        (ComeSettings(), 1),
+        (ComeSettings(heal_in_loop=True), 2),
+        (ComePSettings(blocks=1, heal_in_loop=True), 3),
+        (ComePSettings(blocks=5, heal_in_loop=True), 4),
+    ):
+        planning = Planning(job, Target(layers=3), planners.choose(method))
+        assert planning.heal_passes_at_most(heal_stages.choose_all("closed-form")) == 3 * number
 
 
 def test_heal_goes_on_behind_the_fits_that_were_finished(
@@ -227,7 +205,7 @@ def test_heal_goes_on_behind_the_fits_that_were_finished(
     assert weights[0] == weights[1]
 
 
-def loss_of(recipe: Recipe, source: Job, ids_BT: Any) -> float:
+def loss_of(recipe: Recipe, job: Job, ids_BT: Any) -> float:
     """Mean next-token loss, by the definition."""
-    logits = Chain(recipe, source.resident)(ids_BT).logits.float()
+    logits = Chain(recipe, job.resident)(ids_BT).logits.float()
     return float(cross_entropy(logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()))
