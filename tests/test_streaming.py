@@ -189,7 +189,7 @@ def test_a_step_reads_a_layer_once_a_pass(checkpoint_of: Opened, tmp_path: Path)
     assert len(corpus) == 6 and set(resident.shelf.reads.values()) == {1} and len(resident.shelf.reads) == 6
     planner = planner_of("come-p", ComePSettings(racing=False, spans=3))
     resident.shelf.reads.clear()
-    step = planner.decide(model, 5, [{}])  # not the first step, whose map of pieces looks at every layer
+    (step,) = planner.decide(model, 5, [{}])  # not the first step, whose map of pieces looks at every layer
     assert step is not None and step.op is not None
     assert len(step.evidence["grid"]) > 20
     originals = [resident.shelf.reads[op] for op in resident.shelf.reads if op in ORIGINALS]
@@ -216,8 +216,8 @@ def test_healed_tensors_are_the_same(family: str, checkpoint_of: Opened, residen
     assert content_hash(found) == content_hash(wanted)
     assert same == reports and any(report["ridge"] is not None for report in reports)
     assert other.shelf is not None and other.shelf.most <= 2
-    judged = quality(wanted, resident, corpus, [corpus_of()])
-    assert quality(found, other, corpus, [corpus_of()]) == judged
+    judged = quality(wanted, resident, corpus, [corpus_of()], progress=Silent())
+    assert quality(found, other, corpus, [corpus_of()], progress=Silent()) == judged
 
 
 @pytest.mark.parametrize("inputs", ["teacher", "student"])

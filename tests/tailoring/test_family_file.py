@@ -91,7 +91,10 @@ def test_examples_are_valid(path: Path) -> None:
         ({"search": {"engine": "both"}}, ["search.engine: expected smac or evolve or random; found 'both'"]),
         ({"search": {"min_budget": 300}}, ["search.min_budget: expected at most max_budget; found 300 and 256"]),
         ({"search": {"trials": 0, "eta": 1}}, ["search.trials", "search.eta"]),
-        ({"search": {"warm_start": ["best"]}}, [r"warm_start\[0\]: expected random-middle, come.*found 'best'"]),
+        (
+            {"search": {"warm_start": ["best"]}},
+            [r"warm_start\[0\]: expected random-middle, angular, come.*found 'best'"],
+        ),
         (
             {"search": {"budget": 3}, "heal": "yes"},
             ["search: expected only the keys", "heal: expected none or finalists"],
