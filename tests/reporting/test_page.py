@@ -267,7 +267,7 @@ def test_commands_name_what_is_not_the_default() -> None:
     }
     assert plan_command(settings, run="run", layers=25) == (
         "intarsia plan 'a model' --run run --layers 25 --method come-p --calibration x.txt,y.txt --seq-len 256 "
-        "--merge 3 --no-repeat --no-racing"
+        "--merge 3 --no-racing --no-repeat"
     )
     laco = {"model": "m", "method": "laco", "planner": {"merge": 2, "threshold": 0.65}}
     assert compress_command(laco, out="o", layers=24, heal="none") == (
