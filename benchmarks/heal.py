@@ -1,7 +1,7 @@
 """What each stage of healing gives the demo model, at several depths.
 
 Cut by each of `--methods` (removal by calibration loss, of one block, CoMe-P, and CoMe-P repaired as it goes: plainly
-and `--thorough`), then the closed form over all layers on 64k tokens, as `compress` does it; of `--train` also
+and `--preset thorough`), then the closed form over all layers on 64k tokens, as `compress` does it; of `--train` also
 layerwise distillation on 500k on top, and end-to-end distillation on 200k on top of that. `--against 25` adds, at that
 depth, end-to-end distillation alone for as long as both took together, and the same training of the plainly cut model.
 `--text 21` adds, at that depth, end-to-end distillation that learns from the text too (cross-entropy), on top of

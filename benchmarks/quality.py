@@ -17,19 +17,21 @@ from typing import Any
 
 import intarsia
 from intarsia.cli.display import display
-from intarsia.options import NewModel
+from intarsia.options import NewModel, Target, TextSpec
+from intarsia.progress import shown
+from intarsia.pruning.methods.come import ComeSettings
 
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "shortgpt": ("shortgpt", {}),
-    "come": ("come", {}),
-    "come-p": ("come-p", {}),
-    "come-p --spans 1": ("come-p", {"spans": 1}),
-    "come-p --removals": ("come-p", {"removals": True}),
-    "come --norm average": ("come", {"norm": "average"}),
-    "come --reference": ("come", {"reference": True}),
-    "come --span-choice sleb": ("come", {"span_choice": "sleb"}),
-    "come-p --span-choice sleb": ("come-p", {"span_choice": "sleb"}),
-    "sleb": ("sleb", {}),
+METHODS: dict[str, Any] = {
+    "shortgpt": "shortgpt",
+    "come": "come",
+    "come-p": "come-p",
+    "come-p --spans 1": "come-p[spans=1]",
+    "come-p --removals": "come-p[removals=true]",
+    "come --norm average": "come[norm=average]",
+    "come --preset paper": ComeSettings(**ComeSettings.presets["paper"]),
+    "come --span-choice sleb": "come[span-choice=sleb]",
+    "come-p --span-choice sleb": "come-p[span-choice=sleb]",
+    "sleb": "sleb",
 }
 TABLE = ("shortgpt", "come", "come-p", "come-p --spans 1")
 
@@ -67,18 +69,10 @@ def main() -> None:
     if "dense" not in found:
         judge("dense", "demo")
     for name in given.methods:
-        method, options = METHODS[name]
         run = given.out / name.replace(" --", "-").replace(" ", "-")
-        intarsia.plan(
-            "demo",
-            run,
-            layers=min(given.layers),
-            method=method,
-            calibration=calibration,
-            tokens=given.tokens,
-            settings=intarsia.ComeSettings(**options),
-            progress=display(),
-        )
+        text = TextSpec(sources=tuple(calibration), tokens=given.tokens)
+        with shown():
+            intarsia.plan("demo", run, Target(layers=min(given.layers)), method=METHODS[name], text=text)
         for layers in given.layers:
             if f"{name} {layers}" not in found:
                 folder = given.out / "model"

@@ -1,10 +1,11 @@
 """Intarsia: make a large language model shallower, and keep what the removed layers knew.
 
     import intarsia
+    from intarsia.options import Target
 
-    result = intarsia.compress("demo", "out/demo-25", layers=25)
+    result = intarsia.compress("demo", "out/demo-25", Target(layers=25))
 
-Every stage of the command line is a function of the same name: `plan`, `build`, `heal`, `inspect`, `verify`, `export`,
+Every verb of the command line is a function of the same name: `plan`, `build`, `heal`, `inspect`, `verify`, `export`,
 `evaluate_perplexity`, `evaluate_tasks`, and `compress`, which is the main job. Input that cannot be used raises
 `UserError`.
 """
