@@ -48,7 +48,9 @@ class Measures:
 
         def plain(found: Perplexity | None) -> dict[str, Any] | None:
             # One window has no scatter.
-            return None if found is None else {"value": found.value, "stderr": found.stderr if found.windows > 1 else None}
+            return (
+                None if found is None else {"value": found.value, "stderr": found.stderr if found.windows > 1 else None}
+            )
 
         data = asdict(self)
         data["perplexity"] = plain(self.perplexity)
