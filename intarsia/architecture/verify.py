@@ -78,11 +78,12 @@ def _check_names(architecture: Architecture, shapes: Mapping[str, tuple[int, ...
 def _check_depth(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Refuse a config with another number of layers than the files hold."""
     prefix = f"{architecture.family.layers_module}."
-    indices = {name.removeprefix(prefix).partition(".")[0] for name in shapes if name.startswith(prefix)}
-    numbers = {int(index) for index in indices if index.isdigit()}
     local = architecture.layer_shapes()
-    found = {layer for layer in numbers if all(architecture.tensor_name(layer, name) in shapes for name in local)}
-    if found and len(found) != architecture.n_layers and found == set(range(len(found))):
+    split = (name.removeprefix(prefix).partition(".") for name in shapes if name.startswith(prefix))
+    found = {int(index) for index, _, name in split if index.isdigit() and name in local}
+    # A layer of which some tensors are missing is another fault.
+    whole = all(architecture.tensor_name(layer, name) in shapes for layer in found for name in local)
+    if found and whole and len(found) != architecture.n_layers and found == set(range(len(found))):
         field = architecture.family.fields["layers"]
         raise UserError(
             f"{where}: {field} is {architecture.n_layers} in the config, and the files hold {len(found)} layers.",

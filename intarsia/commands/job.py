@@ -206,6 +206,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        tokenizer("a")  # some settings are only refused when they are used
     except Exception as error:  # tokenizers fail in many ways on files that are damaged
         said = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(

@@ -74,7 +74,11 @@ def generation_config_valid(folder: Path, vocabulary: int) -> str:
     for name in _IDS:
         value = getattr(config, name, None)
         ids = value if isinstance(value, list) else [value]
-        beyond += [f"{name} {index}" for index in ids if index is not None and not 0 <= index < vocabulary]
+        exists = [index is None or (isinstance(index, int) and 0 <= index < vocabulary) for index in ids]
+        beyond += [f"{name} {index}" for index, there in zip(ids, exists, strict=True) if not there]
+    source = source_folder(folder)
+    if beyond and source is not None and _json(source / file.name) == _json(file):
+        return f"as in the source, which has {', '.join(beyond)}"
     fail_if([_problem(str(file), f"tokens below {vocabulary:,}", found, "Mend the file.") for found in beyond])
     return "valid"
 
