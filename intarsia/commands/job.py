@@ -28,7 +28,7 @@ from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import asked_for, open_checkpoint
 from intarsia.data.corpus import Corpus
-from intarsia.data.parts import SELF, TextParts
+from intarsia.data.text import SELF, TextParts, draw
 from intarsia.errors import Problems, UserError, check
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.run_dir import RunDir
@@ -176,10 +176,10 @@ class Job:
 
     @cached_property
     def text(self) -> TextParts:
-        """The calibration text, with what is held out of it.
+        """The text in three disjoint parts.
 
         Raises:
-            UserError: there are more sources than sequences, or a streamed model would have to write it.
+            UserError: a source cannot be read or is too short, or a streamed model would have to write it.
         """
         writes = SELF in self.spec.sources
         streamed = "--calibration self lets the model write, and with --stream it is read anew for every token."
@@ -191,7 +191,7 @@ class Job:
             )
         )
         key = self.sha256 if writes else None
-        return TextParts(self.spec, self.tokenizer, writer=lambda: self.resident.model, cache_key=key)
+        return draw(self.spec, self.tokenizer, writer=lambda: self.resident.model, writer_key=key)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
