@@ -70,7 +70,7 @@ class Bench:
     def judge(self, key: str, model: str, seconds: float) -> None:
         """Keep a row: perplexities, and what the last stage took."""
         values = {
-            name: intarsia.evaluate_perplexity(model, text, windows=windows, progress=display()).value
+            name: intarsia.evaluate_perplexity(model, text, windows=windows).value
             for name, (text, windows) in self.texts.items()
         }
         self.found = json.loads(self.rows.read_text()) if self.rows.exists() else {}  # others write here too

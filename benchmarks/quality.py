@@ -57,7 +57,7 @@ def main() -> None:
 
     def judge(key: str, model: str) -> None:
         found[key] = {
-            name: intarsia.evaluate_perplexity(model, text, windows=windows, progress=display()).value
+            name: intarsia.evaluate_perplexity(model, text, windows=windows).value
             for name, (text, windows) in texts.items()
         }
         rows.write_text(json.dumps(found, indent=2))

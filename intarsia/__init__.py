@@ -15,17 +15,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from intarsia.commands.bench import BenchResult, bench
+    from intarsia.commands.evaluate import TaskSpec, evaluate_perplexity, evaluate_tasks
     from intarsia.errors import UserError
-    from intarsia.evaluation.task_results import TaskResults
+    from intarsia.evaluation.results import TaskResults
     from intarsia.pruning.settings import ComeSettings
     from intarsia.recipe.recipe import Recipe
-    from intarsia.stages.bench import BenchResult, bench
     from intarsia.stages.build import BuildResult, build
     from intarsia.stages.compare import CompareResult, compare
     from intarsia.stages.compress import compress
     from intarsia.stages.compress_result import CompressResult
-    from intarsia.stages.evaluate import evaluate_perplexity
-    from intarsia.stages.evaluate_tasks import evaluate_tasks
     from intarsia.stages.export import ExportResult, export
     from intarsia.stages.heal import heal
     from intarsia.stages.heal_result import HealResult
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
-    "BenchResult": "intarsia.stages.bench",
+    "BenchResult": "intarsia.commands.bench",
     "BuildResult": "intarsia.stages.build",
     "ComeSettings": "intarsia.pruning.settings",
     "CompareResult": "intarsia.stages.compare",
@@ -52,15 +51,16 @@ _PLACES = {
     "Recipe": "intarsia.recipe.recipe",
     "ReportResult": "intarsia.stages.report",
     "TailorResult": "intarsia.stages.tailor_result",
-    "TaskResults": "intarsia.evaluation.task_results",
+    "TaskSpec": "intarsia.commands.evaluate",
+    "TaskResults": "intarsia.evaluation.results",
     "UserError": "intarsia.errors",
     "VerifyResult": "intarsia.stages.verify",
-    "bench": "intarsia.stages.bench",
+    "bench": "intarsia.commands.bench",
     "build": "intarsia.stages.build",
     "compare": "intarsia.stages.compare",
     "compress": "intarsia.stages.compress",
-    "evaluate_perplexity": "intarsia.stages.evaluate",
-    "evaluate_tasks": "intarsia.stages.evaluate_tasks",
+    "evaluate_perplexity": "intarsia.commands.evaluate",
+    "evaluate_tasks": "intarsia.commands.evaluate",
     "export": "intarsia.stages.export",
     "heal": "intarsia.stages.heal",
     "inspect": "intarsia.stages.inspect",
@@ -85,6 +85,7 @@ __all__ = [
     "ReportResult",
     "TailorResult",
     "TaskResults",
+    "TaskSpec",
     "UserError",
     "VerifyResult",
     "bench",

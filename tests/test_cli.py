@@ -28,10 +28,6 @@ VERBS = [
     ["build"],
     ["heal"],
     ["inspect"],
-    ["eval"],
-    ["eval", "perplexity"],
-    ["eval", "tasks"],
-    ["bench"],
     ["compare"],
     ["report"],
     ["tailor"],
@@ -82,7 +78,6 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
         ("plan", "plan"),
         ("build", "build"),
         ("inspect", "inspect"),
-        ("evaluate", "evaluate_perplexity"),
     ):
         module = types.ModuleType(f"intarsia.stages.{name}")
         setattr(module, function, stage)
@@ -152,7 +147,6 @@ def test_version() -> None:
         ["plan", "demo"],
         ["build", "run"],
         ["inspect"],
-        ["eval", "perplexity", "demo"],
         ["no-such-verb"],
         ["inspect", "demo", "--no-such-flag"],
     ],
@@ -259,16 +253,12 @@ def test_defaults_are_the_settings_own(verb: list[str], stage: Stage) -> None:
     assert (stage.kwargs["sparsity"], stage.kwargs["layers"]) == (0.3, None)
 
 
-def test_build_and_evaluate_pass_their_flags_on(stage: Stage) -> None:
+def test_build_passes_its_flags_on(stage: Stage) -> None:
     assert run("build", "run", "-o", "out", "--layers", "5", "--max-shard-size", "500MB").exit_code == 0
     assert stage.args == (Path("run"), Path("out"))
     assert stage.kwargs is not None
     assert stage.kwargs["max_shard_bytes"] == 500_000_000
     assert (stage.kwargs["layers"], stage.kwargs["overwrite"]) == (5, False)
-
-    assert run("eval", "perplexity", "demo", "--text", "a.txt#0.9:1", "--windows", "0").exit_code == 0
-    assert stage.args == ("demo", "a.txt#0.9:1")
-    assert stage.kwargs["windows"] is None
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1", "5 parsecs", "nan", "inf", "1e400"])
@@ -379,7 +369,7 @@ def test_a_plain_dataclass_is_a_result_too(stage: Stage) -> None:
         windows: int
 
     stage.action = lambda: Score(28.2, 64)
-    result = run("eval", "perplexity", "demo", "--text", "a.txt", "--json")
+    result = run("inspect", "demo", "--json")
     assert json.loads(result.stdout) == {"value": 28.2, "windows": 64}
 
 

@@ -177,12 +177,12 @@ FITTED = 1e-3  # where a system is solved or a layer is trained
 
 def run_cli(argv: list[str | Path]) -> str:
     """Run the command line within this process and return what it prints; SystemExit if it fails."""
-    from intarsia.cli.app import app
+    from intarsia.cli.main import run
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         try:
-            app(args=[str(word) for word in argv])
+            run([str(word) for word in argv])
         except SystemExit as end:
             if end.code not in (None, 0):
                 raise

@@ -13,12 +13,9 @@ import typer
 
 from intarsia.cli.anatomy import check as check_anatomy
 from intarsia.cli.anatomy import list_families
-from intarsia.cli.bench import bench
 from intarsia.cli.build import build
 from intarsia.cli.compare import compare
 from intarsia.cli.compress import compress
-from intarsia.cli.default_verb import DefaultVerb
-from intarsia.cli.evaluate import perplexity, tasks
 from intarsia.cli.export import export
 from intarsia.cli.guard import debugging
 from intarsia.cli.heal import heal
@@ -42,12 +39,6 @@ _QUIET = {
 }
 
 app = typer.Typer(name="intarsia", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-evaluation = typer.Typer(
-    cls=DefaultVerb,
-    no_args_is_help=True,
-    subcommand_metavar="MODEL --tasks NAMES | COMMAND",
-    help="Judge a model. Without a command, `eval MODEL --tasks NAMES` is `eval tasks`.",
-)
 anatomy = typer.Typer(no_args_is_help=True, help="Which model families are known, and what is exact in each.")
 
 app.command()(compress)
@@ -57,17 +48,13 @@ app.command()(heal)
 app.command()(tailor)
 app.command()(compare)
 app.command()(inspect)
-app.command()(bench)
 app.command()(report)
 app.command()(verify)
 app.command()(export)
 app.command()(push)
-app.add_typer(evaluation, name="eval")
 app.add_typer(anatomy, name="anatomy")
 anatomy.command("list")(list_families)
 anatomy.command("check")(check_anatomy)
-evaluation.command()(tasks)
-evaluation.command()(perplexity)
 
 
 def _print_version(asked: bool) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from intarsia.errors import UserError
-from intarsia.progress import Progress, Silent
+from intarsia.progress import current
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,6 @@ def log_likelihoods(
     batch_tokens: int,
     greedy: bool = False,
     where: str = "log-likelihoods",
-    progress: Progress | None = None,
 ) -> Likelihoods:
     """Score every request.
 
@@ -175,7 +174,7 @@ def log_likelihoods(
     """
     sums_R = torch.zeros(len(requests), dtype=torch.float64)
     misses_R = torch.zeros(len(requests), dtype=torch.int64)
-    with torch.inference_mode(), (progress or Silent()).task(where, total=len(requests)) as task:
+    with torch.inference_mode(), current().task(where, total=len(requests)) as task:
         for batch in batches_of(requests, pack=pack, batch_tokens=batch_tokens):
             log_p_M, missed_M = score_batch(forward(batch.rows), batch, greedy=greedy)
             if not bool(log_p_M.isfinite().all()):

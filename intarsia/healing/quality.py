@@ -73,7 +73,7 @@ def quality(
     room = room or Room()
     chain = Chain(recipe, resident, room=room)
     batch_tokens = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
-    found = [perplexity(chain, text, batch_tokens=batch_tokens, progress=progress) for text in (held_out, *texts)]
+    found = [perplexity(chain, text, batch_tokens=batch_tokens) for text in (held_out, *texts)]
     batches = Batches(held_out, resident.device, batch_tokens=batch_tokens, progress=progress)
     return Quality(texts=tuple(found), errors=tuple(_errors(recipe, chain, resident, batches, room)))
 

@@ -11,7 +11,7 @@ from typing import Any
 from intarsia.checkpoint.hashing import acting_config
 from intarsia.checkpoint.resolve import lasting
 from intarsia.evaluation.speed import peak_memory_bytes
-from intarsia.evaluation.task_plan import plan_tasks
+from intarsia.evaluation.tasks import plan_tasks
 from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.progress import Progress, Silent
 from intarsia.reporting.comparison import cells, load

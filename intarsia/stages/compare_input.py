@@ -10,7 +10,7 @@ from typing import Any
 from intarsia.data.corpus import Corpus
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.perplexity import eval_corpus
-from intarsia.evaluation.task_plan import LocalTask, TaskPlan
+from intarsia.evaluation.tasks import TaskPlan
 from intarsia.pruning.ladder import planner_of
 from intarsia.pruning.settings import layers_at_once
 from intarsia.stages.compare_methods import Entrant
@@ -119,7 +119,7 @@ def task_facts_of(plan: TaskPlan, specs: Sequence[str], include_path: Path | Non
     facts = []
     for spec, task in zip(specs, plan.tasks, strict=True):
         fact: dict[str, Any] = {"name": task.name, "spec": spec, "limit": plan.limit}
-        if isinstance(task, LocalTask):
+        if task.questions:
             fact["sha256"] = hashlib.sha256(repr(task.questions).encode()).hexdigest()
         elif include_path is not None:
             fact["include_path"] = str(include_path)

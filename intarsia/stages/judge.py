@@ -70,16 +70,16 @@ def measured(
         return load_model(small, device=source.device, dtype=source.dtype)
 
     def judged(model: nn.Module) -> Perplexity | None:
-        return None if corpus is None else perplexity(model, corpus, progress=progress)
+        return None if corpus is None else perplexity(model, corpus)
 
     models = {"before": source.resident.model, **({"after": load_small()} if together else {})}
-    speeds = compare_speed(models, progress=progress)
+    speeds = compare_speed(models)
     before = judged(models.pop("before"))
     without = None if unhealed is None else judged(Chain(unhealed, source.resident))
     source.release()
     after = models.pop("after") if together else load_small()
     if not together:
-        speeds |= compare_speed({"after": after}, progress=progress)
+        speeds |= compare_speed({"after": after})
     return (
         _measures(dense, speeds["before"], before),
         replace(_measures(small, speeds["after"], judged(after)), perplexity_without_heal=without),
@@ -94,7 +94,7 @@ def _streamed(
 
     def judged(recipe: Recipe, resident: Resident) -> Perplexity | None:
         chain = Chain(recipe, resident, room=source.placement.room())
-        return None if corpus is None else perplexity(chain, corpus, progress=source.progress)
+        return None if corpus is None else perplexity(chain, corpus)
 
     before = judged(_whole(source.checkpoint), source.resident)
     without = None if unhealed is None else judged(unhealed, source.resident)

@@ -103,7 +103,7 @@ def repaired(
     if held_out is None:
         settings, held_out, unseen = _set_aside(corpus, settings)
 
-    before = held_out_perplexity(source.resident, held_out, recipe, room=room, progress=progress)
+    before = held_out_perplexity(source.resident, held_out, recipe, room=room)
     shared = teacher
     if teacher is None:
         batches = Batches(corpus, source.resident.device, batch_tokens=batch_tokens, progress=progress)

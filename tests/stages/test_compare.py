@@ -21,7 +21,6 @@ from intarsia.pruning.run_folder import RunFolder
 from intarsia.pruning.settings import ComeSettings, LacoSettings
 from intarsia.recipe import schema
 from intarsia.stages import compare_judge
-from intarsia.stages.evaluate_tasks import evaluate_tasks
 from tests import families
 from tests.conftest import Folder
 from tests.killing import kill_within, needs_proc
@@ -115,7 +114,7 @@ def test_the_numbers_are_those_of_the_stages_one_by_one(
 
             assert (row["tasks"] is not None) == (layers == 4)
             if layers == 4:
-                alone = evaluate_tasks(str(built.out), [str(quiz)], against=model)
+                alone = intarsia.evaluate_tasks(str(built.out), [str(quiz)], against=model)
                 for key in ("metrics", "outcomes", "items_sha256"):
                     assert row["tasks"]["scores"][0][key] == alone.to_dict()["scores"][0][key]
                 assert alone.retention is not None

@@ -507,6 +507,4 @@ def test_the_stages_on_the_command_line(model_folder: Folder, text_file: Path, t
     for thing in ("run", "out", "run/ladder/layers-004.yaml"):
         looked = run("inspect", tmp_path / thing, "--json")
         assert looked.exit_code == 0, looked.output
-    judged = run("eval", "perplexity", tmp_path / "out", "--text", text_file, "--seq-len", 32, "--windows", 3, "--json")
-    assert judged.exit_code == 0, judged.output
-    assert json.loads(judged.stdout)["windows"] == 3
+    assert intarsia.evaluate_perplexity(str(tmp_path / "out"), str(text_file), seq_len=32, windows=3).windows == 3
