@@ -39,7 +39,7 @@ GOLDEN = Path(__file__).with_name("golden")
 Record = dict[str, Any]
 
 # Flags of every method. Names of cases are those of the recorded values; flags may change, values may not.
-PAPER = ["--reference"]
+PAPER = ["--preset", "paper"]
 PLANS: dict[str, list[str]] = {
     "come": [],
     "come-sleb": ["--span-choice", "sleb"],
@@ -83,7 +83,7 @@ IN_LOOP: dict[str, list[str]] = {
     "sleb": ["--method", "sleb"],
     "laco": ["--method", "laco", "--laco-merge", "2"],
 }
-STEPS = ["--layer-batch-tokens", "256", "--batch-tokens", "256", "--evaluations", "4"]
+STEPS = ["--layer-batch-tokens", "256", "--step-tokens", "256", "--evaluations", "4"]
 HEALS: dict[str, tuple[str, list[str]]] = {
     "closed-form": ("llama", ["--stages", "closed-form"]),
     "layerwise": ("llama", ["--stages", "layerwise"]),

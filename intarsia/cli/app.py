@@ -15,12 +15,9 @@ from intarsia.cli.anatomy import check as check_anatomy
 from intarsia.cli.anatomy import list_families
 from intarsia.cli.build import build
 from intarsia.cli.compare import compare
-from intarsia.cli.compress import compress
 from intarsia.cli.export import export
 from intarsia.cli.guard import debugging
-from intarsia.cli.heal import heal
 from intarsia.cli.inspect import inspect
-from intarsia.cli.plan import plan
 from intarsia.cli.push import push
 from intarsia.cli.report import report
 from intarsia.cli.tailor import tailor
@@ -41,10 +38,7 @@ _QUIET = {
 app = typer.Typer(name="intarsia", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 anatomy = typer.Typer(no_args_is_help=True, help="Which model families are known, and what is exact in each.")
 
-app.command()(compress)
-app.command()(plan)
 app.command()(build)
-app.command()(heal)
 app.command()(tailor)
 app.command()(compare)
 app.command()(inspect)
