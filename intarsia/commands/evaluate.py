@@ -34,8 +34,12 @@ class TaskSpec:
     num_fewshot: int | None = flag(None, metavar="K")
 
     def __post_init__(self) -> None:
-        given = self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
-        object.__setattr__(self, "tasks", tuple(name.strip() for name in given))
+        object.__setattr__(self, "tasks", _names(self.tasks))
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    """Several names, also in one text with commas."""
+    return tuple(name.strip() for name in (given.split(",") if isinstance(given, str) else given))
 
 
 def evaluate_tasks(
@@ -61,7 +65,7 @@ def evaluate_tasks(
     Raises:
         UserError: a model or a task cannot be used, or the items of the two results differ.
     """
-    spec = tasks if isinstance(tasks, TaskSpec) else TaskSpec(tasks=tasks if isinstance(tasks, str) else tuple(tasks))
+    spec = tasks if isinstance(tasks, TaskSpec) else TaskSpec(tasks=_names(tasks))
     check_one_device(runtime)
     plan = plan_tasks(spec.tasks, limit=spec.limit, include_path=spec.include_path, num_fewshot=spec.num_fewshot)
     entrant = _Entrant(model, runtime)

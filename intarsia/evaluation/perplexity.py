@@ -1,4 +1,4 @@
-"""A score with what is needed to judge and to repeat it."""
+"""Perplexity of a text, with its standard error and what is needed to repeat it; and the speed of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory this process has needed, and how much a piece of work needs while it runs."""
+"""Speed of models, the memory that they take while they write, and the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def peak_device_bytes() -> int | None:
 
 
 class Growth:
-    """What `growth` found: `bytes` are valid behind its block."""
+    """What `growth` found: `bytes` are valid after its block."""
 
     bytes: int = 0
 
@@ -224,7 +224,7 @@ def footprint(model: torch.nn.Module, *, batch: int, prompt_len: int, new_tokens
 
 
 def _round(model: Any, batch: int, prompt_len: int, new_tokens: int) -> tuple[float, float]:
-    """Seconds of one prefill, and of the decoding behind it."""
+    """Seconds of one prefill, and of the decoding after it."""
     clock = _Clock(_weight(model).device)
     _write(model, batch, prompt_len, new_tokens, clock.mark)
     prefill, decode = clock.spans()
