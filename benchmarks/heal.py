@@ -23,7 +23,6 @@ from typing import Any
 
 import intarsia
 from intarsia import progress
-from intarsia.cli.display import display
 from intarsia.commands.heal import TrainingText
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.stages.layerwise import LayerwiseSettings
@@ -74,7 +73,7 @@ class Bench:
     def judge(self, key: str, model: str, seconds: float) -> None:
         """Keep a row: perplexities, and what the last stage took."""
         values = {
-            name: intarsia.evaluate_perplexity(model, text, windows=windows, progress=display()).value
+            name: intarsia.evaluate_perplexity(model, text, windows=windows).value
             for name, (text, windows) in self.texts.items()
         }
         self.found = json.loads(self.rows.read_text()) if self.rows.exists() else {}  # others write here too

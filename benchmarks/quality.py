@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import intarsia
-from intarsia.cli.display import display
 from intarsia.options import NewModel, Target, TextSpec
 from intarsia.progress import shown
 from intarsia.pruning.methods.come import ComeSettings
@@ -60,7 +59,7 @@ def main() -> None:
 
     def judge(key: str, model: str) -> None:
         found[key] = {
-            name: intarsia.evaluate_perplexity(model, text, windows=windows, progress=display()).value
+            name: intarsia.evaluate_perplexity(model, text, windows=windows).value
             for name, (text, windows) in texts.items()
         }
         rows.write_text(json.dumps(found, indent=2))

@@ -110,7 +110,6 @@ def test_version() -> None:
         ["build", "run", "-o", "out", "--layers", "many"],
         ["export", "demo", "-o", "out", "--gguf", "Q1"],
         ["inspect"],
-        ["eval", "perplexity", "demo"],
         ["no-such-verb"],
         ["inspect", "demo", "--no-such-flag"],
     ],

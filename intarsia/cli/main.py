@@ -6,8 +6,8 @@ result with `to_dict()`; a result whose `passed` is false ends with exit code 1.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
-import inspect
 import os
 import signal
 import sys
@@ -17,6 +17,7 @@ from contextlib import redirect_stdout
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -96,6 +97,12 @@ def run(words: Sequence[str]) -> None:
         if not name or (not rest and name not in VERBS):
             _overview(name, Console(file=stdout))
             return
+        if not ported(name):
+            from intarsia.cli.app import app
+
+            with redirect_stdout(stdout):
+                app(list(words))
+            return
         verb = function(name)
         with redirect_stdout(stdout if any(word in HELP_FLAGS for word in rest) else sys.stderr):
             call = parse(verb, name, rest)
@@ -164,10 +171,20 @@ def _overview(group: str, console: Console) -> None:
     table = Table(show_header=False, show_edge=False, box=None, pad_edge=False)
     for name in VERBS:
         if not group or name.startswith(f"{group} "):
-            about = (inspect.getdoc(function(name)) or "").partition("\n")[0] if ported(name) else ""
+            about = _about(name) if ported(name) else ""
             table.add_row(f"  {name}", about)
     console.print(table)
     console.print("\nintarsia VERB --help lists its options.", highlight=False)
+
+
+def _about(name: str) -> str:
+    """The first line of a verb's docstring, from its source: to import it takes seconds where it imports torch."""
+    module, _, attribute = VERBS[name].partition(":")
+    spec = importlib.util.find_spec(f"intarsia.commands.{module}")
+    assert spec is not None and spec.origin is not None
+    body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    verb = next(each for each in body if isinstance(each, ast.FunctionDef) and each.name == attribute)
+    return (ast.get_docstring(verb) or "").partition("\n")[0]
 
 
 def _version() -> str:

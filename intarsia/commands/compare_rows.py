@@ -20,10 +20,9 @@ from intarsia.commands.job import Job
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.evaluation.perplexity import perplexity
-from intarsia.evaluation.retention import retention
+from intarsia.evaluation.results import TaskResults, retention
 from intarsia.evaluation.speed import compare_speed
-from intarsia.evaluation.task_plan import TaskPlan, score_tasks
-from intarsia.evaluation.task_results import TaskResults
+from intarsia.evaluation.tasks import TaskPlan, score_tasks
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.comparison import DENSE, Key
@@ -114,9 +113,7 @@ class Rows:
     def _measures(
         self, model: PreTrainedModel, name: str, layers: int, dense: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        perplexities = {
-            name: perplexity(model, corpus, progress=progress.current()) for name, corpus in self.texts.items()
-        }
+        perplexities = {name: perplexity(model, corpus) for name, corpus in self.texts.items()}
         return {
             "perplexity": {
                 name: {
@@ -134,7 +131,7 @@ class Rows:
 
     def _tasks(self, model: PreTrainedModel, name: str, dense: Mapping[str, Any] | None) -> TaskResults:
         assert self.tasks is not None
-        found = score_tasks(self.tasks, model, self.job.tokenizer, name=name, progress=progress.current())
+        found = score_tasks(self.tasks, model, self.job.tokenizer, name=name)
         if dense is None or dense["tasks"] is None:
             return found
         kept = TaskResults.from_dict(dense["tasks"])
@@ -147,7 +144,7 @@ class Rows:
     def _speed(self, model: PreTrainedModel, dense: Mapping[str, Any] | None) -> dict[str, Any]:
         """Beside the original's, measured in turns with it: whatever else the machine does meets both."""
         models = {"this": model, **({} if dense is None else {DENSE: self.job.resident.model})}
-        speeds = compare_speed(models, progress=progress.current())
+        speeds = compare_speed(models)
         found = asdict(speeds["this"])
         if DENSE in speeds:
             found["dense"] = asdict(speeds[DENSE])

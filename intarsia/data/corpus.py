@@ -144,7 +144,7 @@ def tokenize(
     body = seq_len - len(bos)
     wanted = tokens // seq_len
     stream, count = _token_stream(documents, tokenizer, None if shuffle else wanted * body)
-    give_back()  # cutting a text leaves many times its size behind in freed pieces
+    give_back()  # tokenising frees many times the size of the text in small pieces
     there, least = stream.size // body, wanted if least is None else least
     if there < least:
         most = f" Pass at most {there * seq_len} tokens," if there else " Use shorter sequences,"

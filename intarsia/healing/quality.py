@@ -75,7 +75,7 @@ def quality(
     room = room or Room()
     chain = Chain(recipe, resident, room=room)
     batch_tokens = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
-    found = [perplexity(chain, text, batch_tokens=batch_tokens, progress=progress) for text in (held_out, *texts)]
+    found = [perplexity(chain, text, batch_tokens=batch_tokens) for text in (held_out, *texts)]
     if not errors:
         return Quality(texts=tuple(found), errors=())
     batches = Batches(held_out, resident.device, batch_tokens=batch_tokens, progress=progress)

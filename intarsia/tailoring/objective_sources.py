@@ -15,10 +15,9 @@ from typing import Any
 from intarsia.data.corpus import tokenize
 from intarsia.data.sources import documents
 from intarsia.errors import Problem, UserError
-from intarsia.evaluation.choices import Question
 from intarsia.evaluation.likelihood import Request, encode_pairs
-from intarsia.evaluation.task_file import names_a_file, read_questions, read_targets
-from intarsia.evaluation.tasks import HarnessTask, load_harness
+from intarsia.evaluation.task_file import Question, names_a_file, read_questions, read_targets
+from intarsia.evaluation.tasks import Task, load_tasks
 from intarsia.progress import Progress
 from intarsia.tailoring.family_file import ObjectiveSpec, Range
 from intarsia.tailoring.objective import Example, Objective, in_order
@@ -45,11 +44,11 @@ def harness_questions(name: str, part: Range) -> list[HarnessQuestion]:
     Raises:
         UserError: lm-eval is not installed, there is no such task, or it is none of choices with one right answer.
     """
-    (task,) = load_harness([name])
+    (task,) = load_tasks([name])
     return questions_of(task, part)
 
 
-def questions_of(task: HarnessTask, part: Range) -> list[HarnessQuestion]:
+def questions_of(task: Task, part: Range) -> list[HarnessQuestion]:
     """The questions of a task that is loaded; see `harness_questions`."""
     found = [question for leaf in task.leaves for question in _of_leaf(leaf, part)]
     if not found:
@@ -164,7 +163,7 @@ def _examples(
 
 
 def _as_asked(question: Question) -> HarnessQuestion:
-    """As in `intarsia.evaluation.choices`: a choice stands behind the query and a space."""
+    """As in `intarsia.evaluation.tasks`: a choice stands behind the query and a space."""
     return HarnessQuestion(
         pairs=tuple((question.query, " " + choice) for choice in question.choices),
         characters=tuple(len(choice) for choice in question.choices),

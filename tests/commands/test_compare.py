@@ -22,7 +22,6 @@ from intarsia.options import EvalSpec, NewModel, Output, Target, TextSpec
 from intarsia.pruning.ladder import Ladder
 from intarsia.recipe import schema
 from intarsia.registry import planners
-from intarsia.stages.evaluate_tasks import evaluate_tasks
 from tests import families
 from tests.conftest import Folder
 from tests.killing import kill_within, needs_proc
@@ -129,7 +128,7 @@ def test_the_numbers_are_those_of_the_stages_one_by_one(
 
             assert (row["tasks"] is not None) == (layers == 4)
             if layers == 4:
-                alone = evaluate_tasks(str(built.out), [str(quiz)], against=model)
+                alone = intarsia.evaluate_tasks(str(built.out), [str(quiz)], against=model)
                 for key in ("metrics", "outcomes", "items_sha256"):
                     assert row["tasks"]["scores"][0][key] == alone.to_dict()["scores"][0][key]
                 assert alone.retention is not None

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 from intarsia.activations import hidden_store
 from intarsia.activations.hidden_store import HiddenStore
+from intarsia.commands.evaluate import evaluate_perplexity
 from intarsia.commands.heal import TrainingText, heal
 from intarsia.errors import UserError
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.options import Runtime
 from intarsia.pruning.ladder import Ladder
 from intarsia.recipe.schema import content_hash
-from intarsia.stages.evaluate import evaluate_perplexity
 from intarsia.stages.placement import placement
 from tests import verbs
 from tests.command import invoke
@@ -113,7 +113,7 @@ def test_layers_over_two_devices_are_the_same(model_folder: Folder, sizes: Sizes
 def test_perplexity_streamed_is_the_same(model_folder: Folder, text_file: Path) -> None:
     model = str(model_folder("mistral"))
     whole = evaluate_perplexity(model, str(text_file), seq_len=32, windows=3)
-    found = evaluate_perplexity(model, str(text_file), seq_len=32, windows=3, stream=True, memory_bytes=0)
+    found = evaluate_perplexity(model, str(text_file), seq_len=32, windows=3, runtime=Runtime(stream=True, memory="1"))
     assert found.value == pytest.approx(whole.value, rel=1e-6) and found.tokens == whole.tokens
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import intarsia
-from intarsia.cli.app import app
+from intarsia.commands import bench as stage
 from intarsia.errors import UserError
 from intarsia.evaluation import speed
-from intarsia.stages import bench as stage
 from tests import families
+from tests.commands.conftest import Command
 from tests.conftest import Folder
 
 
@@ -71,19 +70,20 @@ def test_the_same_model_twice_has_two_names(shallow: str) -> None:
 def test_everything_wrong_is_told_at_once(shallow: str) -> None:
     with pytest.raises(UserError) as raised:
         intarsia.bench(shallow, batch=(1, 0), prompt_len=families.POSITIONS, new_tokens=1, repeats=0)
-    places = [problem.where for problem in raised.value.problems]
-    assert places == ["--batch", "--new-tokens", "--repeats", shallow]
+    said = [problem.message for problem in raised.value.problems]
+    assert [words.split()[0] for words in said] == ["--batch", "--new-tokens", "--repeats", "Prompt"]
+    assert shallow in said[-1]
     with pytest.raises(UserError) as raised:
         intarsia.bench("./no-model", "./none-here")
     assert len(raised.value.problems) == 2
 
 
-def test_command_line(shallow: str) -> None:
+def test_command_line(shallow: str, command: Command) -> None:
     arguments = ["bench", shallow, "--batch", "1,2", "--prompt-len", "8", "--new-tokens", "3", "--repeats", "1"]
-    done = CliRunner().invoke(app, [*arguments, "--json"])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
+    done = command(*arguments, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
     assert [row["batch"] for row in found["rows"]] == [1, 2]
     assert all(row["decode_per_s"] > 0 and row["working_bytes"] >= 0 for row in found["rows"])
-    wrong = CliRunner().invoke(app, ["bench", shallow, "--batch", "two"])
-    assert wrong.exit_code == 2 and "--batch" in wrong.output
+    wrong = command("bench", shallow, "--batch", "two")
+    assert wrong.code == 2 and "--batch" in wrong.err
