@@ -18,7 +18,8 @@ import torch
 
 from intarsia.building.loaded_model import Resident, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.data.text import load_corpus
+from intarsia.data.text import draw
+from intarsia.options import TextSpec
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.methods.come import Come
 from intarsia.pruning.settings import ComeSettings
@@ -61,13 +62,8 @@ def main() -> None:
     print("| planner | tokens | layers | | layer-forwards behind the first pass | seconds |")
     print("|---|---:|---:|---|---:|---:|")
     for posterior, tokens, target in zip((False, True), given.tokens, given.layers, strict=True):
-        corpus = load_corpus(
-            str(given.data / "text" / "wikitext2.valid.txt"),
-            load_tokenizer(checkpoint),
-            tokens=tokens,
-            seq_len=512,
-            seed=0,
-        )
+        text = TextSpec(sources=(str(given.data / "text" / "wikitext2.valid.txt"),), tokens=tokens)
+        corpus = draw(text, load_tokenizer(checkpoint)).calibration
         name = "CoMe-P, granularity 20" if posterior else "CoMe"
         runs = {
             reuse: climb(resident, corpus, posterior=posterior, reuse=reuse, target=target) for reuse in (True, False)

@@ -14,6 +14,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -21,10 +22,9 @@ from intarsia.activations.hidden_store import HiddenStore
 from intarsia.activations.stream import LayerStream
 from intarsia.building.loaded_model import Resident, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.healing.layer_task import LayerTask, on_device, trained_names
-from intarsia.healing.layer_training import train_layer
+from intarsia.healing.layer_training import LayerTask, on_device, train_layer, trained_names
 from intarsia.healing.settings import LayerwiseSettings
-from intarsia.healing.states import States
+from intarsia.healing.training import Text
 
 _LAYER = 14
 _WARM_UP = 3
@@ -42,31 +42,34 @@ def task_of(resident: Resident, settings: LayerwiseSettings, *, steps: int, seq_
             store.put(0, start, h_BTD)
             h_BTD = stream.run(resident.layers[_LAYER], h_BTD, call)
             store.put(1, start, stream.run(resident.layers[_LAYER + 1], h_BTD, following))
+    cpu = torch.device("cpu")
     return LayerTask(
         index=_LAYER,
         module=resident.fresh(_LAYER, dict(resident.layers[_LAYER].named_parameters())),
-        inputs=States(store=store, depth=0),
-        targets=States(store=store, depth=1),
-        sequences=store.shape[0],
-        held_out=batch,
-        seq_len=seq_len,
-        mask=None,
+        inputs=partial(store.rows, 0, device=cpu),
+        targets=partial(store.rows, 1, device=cpu),
+        text=Text(
+            ids_NT=torch.zeros(store.shape[:2], dtype=torch.int64),
+            mask_NT=None,
+            train=store.shape[0] - batch,
+            sha256="",
+        ),
         calls={batch: call},
         names=trained_names(list(resident.architecture.layer_shapes()), ()),
         settings=settings,
         folder=None,
-        device=str(resident.device),
+        device=resident.device,
     )
 
 
 def bare_pass(task: LayerTask) -> Callable[[], None]:
     """A forward and backward pass of the layer alone, on one batch that is where it is needed."""
-    device = torch.device(task.device)
+    device = task.device
     module = copy.deepcopy(task.module).to(device).requires_grad_(True)
     dtype = next(module.parameters()).dtype
     (size,) = task.calls
     call = on_device(task.calls[size], device, dtype)
-    h_BTD = task.inputs.rows(range(size)).to(device)
+    h_BTD = task.inputs(range(size)).to(device)
     gradient_BTD = torch.randn_like(h_BTD)
 
     def run() -> None:
@@ -82,7 +85,7 @@ def measure(task: LayerTask) -> tuple[list[float], list[float]]:
     steps: list[float] = []
     bare: list[float] = []
     run = bare_pass(task)
-    synchronise = torch.cuda.synchronize if task.device.startswith("cuda") else lambda: None
+    synchronise = torch.cuda.synchronize if task.device.type == "cuda" else lambda: None
     begun = 0.0
 
     def tell(tokens: int, loss: float) -> None:

@@ -28,8 +28,5 @@ def fit_on(
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """The closed form toward the resident model's own hidden states, or those of other layers in it."""
     batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
-    teacher = TeacherStates(resident, batches, layers=layers)
-    try:
+    with TeacherStates(resident, batches, layers=layers) as teacher:
         return fit(recipe, teacher, progress=progress, **kwargs)
-    finally:
-        teacher.close()

@@ -259,7 +259,7 @@ def test_help_shows_every_method_and_its_options(capsys: pytest.CaptureFixture[s
         ("eval m --tasks x", ("eval tasks", ["m", "--tasks", "x"])),
         ("eval perplexity m", ("eval perplexity", ["m"])),
         ("eval", ("eval", [])),
-        ("architecture --help", ("architecture", [])),
+        ("anatomy --help", ("anatomy", [])),
     ],
 )
 def test_verbs(words: str, found: tuple[str, list[str]]) -> None:
@@ -269,7 +269,7 @@ def test_verbs(words: str, found: tuple[str, list[str]]) -> None:
 def test_verbs_that_are_not_there() -> None:
     with pytest.raises(UserError, match="Did you mean compress"):
         main.find(["compres"])
-    with pytest.raises(UserError, match="There is no verb architecture 'look'"):
+    with pytest.raises(UserError, match="There is no verb anatomy 'look'"):
         main.find(["anatomy", "look"])
 
 
@@ -304,7 +304,7 @@ def test_exit_codes(
             raise action
         return action
 
-    monkeypatch.setattr(main, "_ported", lambda name: True)
+    monkeypatch.setattr(main, "ported", lambda name: True)
     monkeypatch.setattr(main, "function", lambda name: inspect)
     try:
         main.run(["inspect", "x", "--json"])
@@ -320,4 +320,4 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     code = "import sys\nfrom intarsia.cli.main import run\nrun(['--help'])\nassert 'torch' not in sys.modules\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "compress" in done.stdout and "architecture check" in done.stdout
+    assert "compress" in done.stdout and "anatomy check" in done.stdout

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import shutil
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,25 @@ def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_rename_is_on_the_disk_and_no_other_thread_sees_another_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[bool] = []
+    fsync = os.fsync
+
+    def watched(handle: int) -> None:
+        synced.append(stat.S_ISDIR(os.fstat(handle).st_mode))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "umask", full)
+    monkeypatch.setattr(os, "fsync", watched)
+    write_whole(tmp_path / "facts.json", "one\n")
+    append_line(tmp_path / "log.jsonl", "first")
+    append_line(tmp_path / "log.jsonl", "second")
+    # The file, then its folder; of a log the folder only when the log is new.
+    assert synced == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -23,6 +23,7 @@ from intarsia.evaluation.perplexity import perplexity
 from intarsia.healing import layerwise
 from intarsia.healing.quality import quality
 from intarsia.healing.settings import ClosedFormSettings, LayerwiseSettings
+from intarsia.healing.training import Text
 from intarsia.progress import Silent
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import METHODS, climb, planner_of, progressive_methods
@@ -222,10 +223,10 @@ def test_healed_tensors_are_the_same(family: str, checkpoint_of: Opened, residen
 @pytest.mark.parametrize("inputs", ["teacher", "student"])
 def test_layers_are_trained_the_same(inputs: Any, checkpoint_of: Opened, resident_of: InMemory) -> None:
     resident, other = resident_of("llama"), streamed(checkpoint_of("llama"))
-    text, held_out = corpus_of(sequences=12), corpus_of(sequences=4)
+    text = Text.of(corpus_of(sequences=12), corpus_of(sequences=4))
     settings = LayerwiseSettings(batch_tokens=26, inputs=inputs)
-    wanted, _ = layerwise.train(cut(resident), resident, text, held_out, settings=settings)
-    found, _ = layerwise.train(cut(other), other, text, held_out, settings=settings, memory_bytes=0)
+    wanted, _ = layerwise.train(cut(resident), resident, text, settings=settings)
+    found, _ = layerwise.train(cut(other), other, text, settings=settings, memory_bytes=0)
     assert wanted.fitted and content_hash(found) == content_hash(wanted)
     assert other.shelf is not None and other.shelf.most <= 2
 

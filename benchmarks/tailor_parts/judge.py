@@ -19,10 +19,12 @@ from dataclasses import replace
 from functools import cached_property
 
 from benchmarks.tailor_parts.setting import Rows, Setting
+from intarsia.activations.loop import Batches
 from intarsia.data.corpus import Corpus
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import eval_corpus, perplexity
 from intarsia.healing.closed_form import fit
+from intarsia.healing.teacher import TeacherStates
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.setup import load_tokenizer
@@ -64,10 +66,11 @@ class Judge:
         print(key, {name: round(value, 4) for name, value in measures.items()}, flush=True)
 
     def healed(self, recipe: Recipe) -> Recipe:
-        """The recipe with its read-outs fitted on the text that the objectives show, towards the same blend uncut."""
+        """The recipe with its output projections fitted on the objectives' text, toward the same blend unpruned."""
         resident = self._evaluator.resident
-        teacher = [resident.module(op) for op in reference_layers(recipe)]
-        return fit(recipe, resident, self.corpus, teacher=teacher, progress=self._setting.progress)[0]
+        layers = [resident.module(op) for op in reference_layers(recipe)]
+        with TeacherStates(resident, Batches(self.corpus, resident.device), layers=layers) as teacher:
+            return fit(recipe, teacher, progress=self._setting.progress)[0]
 
     @cached_property
     def corpus(self) -> Corpus:

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 import intarsia
 from benchmarks.tailor_parts.judge import Judge, mean
 from benchmarks.tailor_parts.setting import VARIANTS, Rows, Setting
+from intarsia.activations.loop import Batches
 from intarsia.building.loaded_model import Resident, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.healing.closed_form import fit
+from intarsia.healing.teacher import TeacherStates
 from intarsia.pruning.run_folder import RunFolder
 from intarsia.recipe.ops import Concat, Merge, Op, Select
 from intarsia.recipe.recipe import Fitted, Recipe
@@ -99,5 +99,5 @@ def _in_family(cut: Recipe, member: Recipe) -> Recipe:
 def _fitted(judge: Judge, setting: Setting, member: str, cut: Recipe) -> Fitted:
     checkpoint = open_checkpoint(setting.folder(member), progress=setting.progress)
     resident = Resident(checkpoint, device=default_device())
-    with torch.inference_mode():
-        return fit(cut, resident, judge.corpus, progress=setting.progress)[0].fitted
+    with TeacherStates(resident, Batches(judge.corpus, resident.device)) as teacher:
+        return fit(cut, teacher, progress=setting.progress)[0].fitted

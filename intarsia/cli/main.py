@@ -43,8 +43,8 @@ VERBS = {
     "verify": "verify:verify",
     "export": "export:export",
     "push": "push:push",
-    "architecture list": "architecture:families",
-    "architecture check": "architecture:check_family",
+    "anatomy list": "anatomy:families",
+    "anatomy check": "anatomy:check_family",
 }
 """Each verb, and its function: module of `intarsia.commands` and name."""
 
@@ -90,7 +90,7 @@ def run(words: Sequence[str]) -> None:
         if not name or (not rest and name not in VERBS):
             _overview(name, Console(file=stdout))
             return
-        if not _ported(name):
+        if not ported(name):
             from intarsia.cli.app import app
 
             app(list(words))
@@ -135,7 +135,7 @@ def function(name: str) -> Callable[..., Any]:
     return getattr(import_module(f"intarsia.commands.{module}"), attribute)
 
 
-def _ported(name: str) -> bool:
+def ported(name: str) -> bool:
     """Whether the verb is one of `intarsia.commands`; the others are still parsed the older way."""
     module = VERBS[name].partition(":")[0]
     found = importlib.util.find_spec("intarsia.commands") is not None
@@ -149,7 +149,7 @@ def _overview(group: str, console: Console) -> None:
     table = Table(show_header=False, show_edge=False, box=None, pad_edge=False)
     for name in VERBS:
         if not group or name.startswith(f"{group} "):
-            about = (inspect.getdoc(function(name)) or "").partition("\n")[0] if _ported(name) else ""
+            about = (inspect.getdoc(function(name)) or "").partition("\n")[0] if ported(name) else ""
             table.add_row(f"  {name}", about)
     console.print(table)
     console.print("\nintarsia VERB --help lists its options.", highlight=False)

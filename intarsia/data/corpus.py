@@ -112,9 +112,9 @@ def tokenize(
     seed: int = 0,
     shuffle: bool,
     description: str = "text",
-    short_is_fine: bool = False,
+    least: int | None = None,
 ) -> Corpus:
-    """Documents packed into exactly `tokens // seq_len` sequences.
+    """Pack documents into `tokens // seq_len` sequences.
 
     Each document is tokenised whole and without special tokens; documents are joined by the EOS token. A sequence
     begins with BOS only where the tokenizer puts one by itself.
@@ -127,7 +127,7 @@ def tokenize(
         seed: decides which sequences are taken with `shuffle`.
         shuffle: take sequences from everywhere in the text, in random order; otherwise its head, in order.
         description: names the text in the corpus and in messages.
-        short_is_fine: give as many sequences as there are, if there is one.
+        least: how many sequences there must be, where fewer than wanted will do.
 
     Raises:
         UserError: the text is too short; the message says how many tokens it has.
@@ -144,12 +144,12 @@ def tokenize(
     wanted = tokens // seq_len
     stream, count = _token_stream(documents, tokenizer, None if shuffle else wanted * body)
     give_back()  # cutting a text leaves many times its size behind in freed pieces
-    there = stream.size // body
-    if there < wanted and (there == 0 or not short_is_fine):
+    there, least = stream.size // body, wanted if least is None else least
+    if there < least:
         most = f" Pass at most {there * seq_len} tokens," if there else " Use shorter sequences,"
         raise UserError.of(
             where=description,
-            expected=f"at least {wanted * body} tokens ({wanted} sequences of {seq_len})",
+            expected=f"at least {least * body} tokens ({least} sequences of {seq_len})",
             found=f"{stream.size} tokens",
             remedy=f"Pass a longer text.{most} or several sources.",
         )

@@ -20,7 +20,7 @@ from intarsia.checkpoint.hashing import cache_folder
 from intarsia.data.chat import Turns, learn_turns
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.progress import Progress, Silent, Task
+from intarsia.progress import Task, current
 
 
 class _RoomyLayer(DynamicLayer):
@@ -108,13 +108,12 @@ def write_sequences(
     model: torch.nn.Module,
     tokenizer: Any,
     turns: Turns | None,
-    n: int,
-    seq_len: int,
+    shape: tuple[int, int, int],
     seed: int,
     sampling: Sampling,
-    progress: Progress,
 ) -> tuple[Tensor, int]:
     """n sequences of seq_len tokens [N, T], and the number of documents begun in them."""
+    first, n, seq_len = shape
     was_training = model.training
     model.eval()
     rows = min(n, rows_at_once(_row_bytes(model, seq_len), sampling))
@@ -122,10 +121,17 @@ def write_sequences(
     # For rows that are cut out of a longer tensor PyTorch copies the head's matrix, once for each of them.
     hook = cast(Any, model).get_output_embeddings().register_forward_pre_hook(_contiguous)
     try:
-        with torch.inference_mode(), progress.task("writing calibration text", total=n * seq_len) as task:
+        with torch.inference_mode(), current().task("writing calibration text", total=n * seq_len) as task:
             for start in range(0, n, rows):
                 ids_BT, begun = _write_batch(
-                    model, tokenizer, turns, min(rows, n - start), seq_len, seed * 1_000_003 + start, sampling, task
+                    model,
+                    tokenizer,
+                    turns,
+                    min(rows, n - start),
+                    seq_len,
+                    seed * 1_000_003 + first + start,
+                    sampling,
+                    task,
                 )
                 parts.append(ids_BT)
                 documents += begun
@@ -237,62 +243,51 @@ def _row_bytes(model: Any, seq_len: int) -> int:
     return int(2 * config.num_hidden_layers * heads * head_dim * size * seq_len)
 
 
-_FORMAT = 1  # of the cached text; raise it whenever the same settings would write something else
+_FORMAT = 2  # of the cached text; raise it whenever the same settings would write something else
 
 
 def self_corpus(
     model: torch.nn.Module | Callable[[], torch.nn.Module],
     tokenizer: Any,
     *,
-    tokens: int,
+    n: int,
     seq_len: int,
     seed: int,
-    cache_key: str | None,
+    first: int = 0,
+    cache_key: str | None = None,
     sampling: Sampling | None = None,
-    progress: Progress | None = None,
 ) -> Corpus:
-    """`tokens // seq_len` sequences of `seq_len` tokens that the model wrote.
+    """Write sequences with a model.
 
     Args:
         model: a causal language model of `transformers`, or what gives it; it is only asked for when the text is not
             cached.
         tokenizer: the model's.
-        tokens: how many are wanted.
-        seq_len: tokens a sequence.
-        seed: of the sampling.
+        n: how many sequences; `seq_len` tokens each.
+        seed, first: of the sampling; parts of one text have one seed, and `first` counts the sequences before.
         cache_key: identifies the model's weights (their hash); None: nothing is cached.
         sampling: how text is drawn.
-        progress: advances by tokens.
 
     Raises:
-        UserError: fewer tokens than one sequence, or the model's logits are not finite.
+        UserError: the model's logits are not finite.
     """
     sampling = sampling or Sampling()
-    if seq_len < 2 or tokens < seq_len:
-        raise UserError.of(
-            where="calibration text self",
-            expected="a sequence length of at least 2, and at least as many tokens as one sequence has",
-            found=f"a sequence length of {seq_len} and {tokens} tokens",
-            remedy="Ask for more tokens or shorter sequences.",
-        )
     turns = learn_turns(tokenizer)
-    path = None if cache_key is None else _cache_path(cache_key, tokens, seq_len, seed, sampling, turns)
-    written = None if path is None else _read(path, (tokens // seq_len, seq_len))
+    path = None if cache_key is None else _cache_path(cache_key, [n, seq_len, seed, first], sampling, turns)
+    written = None if path is None else _read(path, (n, seq_len))
     if written is None:
         if not isinstance(model, torch.nn.Module):
             model = model()
-        written = write_sequences(
-            model, tokenizer, turns, tokens // seq_len, seq_len, seed, sampling, progress or Silent()
-        )
+        written = write_sequences(model, tokenizer, turns, (first, n, seq_len), seed, sampling)
         if path is not None:
             _keep(path, *written)
     ids_NT, documents = written
     return Corpus.of(ids_NT, description=f"self (seed {seed})", documents=documents)
 
 
-def _cache_path(key: str, tokens: int, seq_len: int, seed: int, sampling: Sampling, turns: Turns | None) -> Path:
+def _cache_path(key: str, place: list[int], sampling: Sampling, turns: Turns | None) -> Path:
     form = None if turns is None else [turns.opening, turns.to_assistant, turns.to_user, sorted(turns.enders)]
-    what = [_FORMAT, key, tokens // seq_len, seq_len, seed, asdict(sampling), form]
+    what = [_FORMAT, key, place, asdict(sampling), form]
     return cache_folder() / "selftext" / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:40]}.safetensors"
 
 

@@ -1,112 +1,192 @@
-"""A calibration corpus from what a user calls it: files, datasets on the hub, or text that the model writes itself."""
+"""The text of a job, in three disjoint parts of one draw: from files, data sets on the hub, or written by the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
+from intarsia import progress
 from intarsia.data.corpus import Corpus, tokenize
 from intarsia.data.self_text import self_corpus
 from intarsia.data.sources import documents
-from intarsia.errors import UserError
-from intarsia.progress import Progress, Silent
+from intarsia.errors import check
+from intarsia.options import TextSpec
 
 _MOST_READ = 16 * 1024 * 1024  # bytes of one source that are tokenised at most (a few seconds), unless more is needed
 _BYTES_A_TOKEN = 32  # generous: enough text for the tokens wanted, also where tokens are long
+_SHARE = 8  # selection and test have 1/8 of the calibration's size each
 
 
-def load_corpus(
-    spec: str | Sequence[str],
-    tokenizer: Any,
-    *,
-    tokens: int,
-    seq_len: int,
-    seed: int,
-    model_for_self: Callable[[], Any] | None = None,
-    self_cache_key: str | None = None,
-    progress: Progress | None = None,
-) -> Corpus:
-    """A calibration corpus from one spec or several, equal parts of each, mixed evenly.
+class TextParts:
+    """One draw of text. No sequence is in two parts; what the model writes is written when its part is asked for.
 
-    With files, asking for more tokens gives the same sequences first and then others, up to half a million tokens a
-    source (behind that, another part of a large file may be read). Text that a model writes has no such order.
+    The sequences of several sources alternate, so that every stretch holds equal parts of each.
+    """
+
+    def __init__(self, names: Sequence[str], sources: Sequence[_Sequences], n: int) -> None:
+        self._names, self._sources = names, sources
+        sizes = (len(source) * len(sources) + i for i, source in enumerate(sources))
+        rest = min(sizes) - n
+        self._calibration = n
+        self._test = n + min(max(1, n // _SHARE), (rest + 1) // 2)
+        self._selection = min(self._test + max(1, n // _SHARE), n + rest)
+
+    @cached_property
+    def calibration(self) -> Corpus:
+        """What is measured and fitted on: the tokens asked for."""
+        corpus = self._part(0, self._calibration, ", ".join(self._names))
+        assert corpus is not None
+        return corpus
+
+    @cached_property
+    def test(self) -> Corpus | None:
+        """What the result is evaluated on, an eighth of the calibration's size; None where the text has no more."""
+        itself = list(self._names) == ["self"]
+        name = "further text that the model wrote itself" if itself else f"held-out part of {', '.join(self._names)}"
+        return self._part(self._calibration, self._test, name)
+
+    @cached_property
+    def selection(self) -> Corpus | None:
+        """What candidates and fits are accepted by, as large as the test part; None where the text has no more."""
+        return self._part(self._test, self._selection, f"selection part of {', '.join(self._names)}")
+
+    def _part(self, start: int, end: int, description: str) -> Corpus | None:
+        """The sequences from `start` to `end` of the draw."""
+        if start >= end:
+            return None
+        n = len(self._sources)
+        parts = [
+            iter(source.sequences(len(range(i, start, n)), len(range(i, end, n))))
+            for i, source in enumerate(self._sources)
+        ]
+        ids_NT = torch.stack([next(parts[row % n]) for row in range(start, end)])
+        return Corpus.of(ids_NT, description=description, documents=sum(source.documents for source in self._sources))
+
+
+class _Sequences(Protocol):
+    """Token sequences of one source; `documents` counts what they were taken from."""
+
+    documents: int
+
+    def __len__(self) -> int: ...
+
+    def sequences(self, start: int, end: int) -> Tensor:
+        """Some of them."""
+
+
+class _Read:
+    """Sequences of a file or data set."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+        self.documents = corpus.documents
+
+    def __len__(self) -> int:
+        return len(self._corpus)
+
+    def sequences(self, start: int, end: int) -> Tensor:
+        return self._corpus.input_ids[start:end]
+
+
+class _Written:
+    """Sequences that the model writes: as many as are asked for."""
+
+    documents = 0
+
+    def __init__(self, write: Callable[[int, int], Corpus], n: int) -> None:
+        self._write, self._n = write, n
+
+    def __len__(self) -> int:
+        return self._n
+
+    def sequences(self, start: int, end: int) -> Tensor:
+        if start >= end:
+            return torch.empty(0, 0, dtype=torch.int64)
+        corpus = self._write(start, end)
+        self.documents += corpus.documents
+        return corpus.input_ids
+
+
+def draw(
+    text: TextSpec, tokenizer: Any, *, writer: Callable[[], Any] | None = None, writer_key: str | None = None
+) -> TextParts:
+    """Draw the text of a job.
+
+    Of files, a draw of more tokens has the same sequences first, up to half a million tokens a source (after that,
+    another part of a large file may be read). Text that a model writes has no such order.
 
     Args:
-        spec: see `intarsia.data.sources`; `self` is text that the model writes itself. Several are a list,
-            or separated by commas.
+        text: which sources, how many tokens of calibration, and the seed.
         tokenizer: the model's.
-        tokens: how many, over all sources.
-        seq_len: tokens a sequence.
-        seed: decides which parts of the sources are taken, and what the model writes.
-        model_for_self: gives the model that writes, for `self`; only called when the text is not cached.
-        self_cache_key: identifies that model's weights (their hash); without it nothing is cached.
-        progress: shown while text is read and written.
+        writer: gives the model that writes, for `self`; only called when the text is not cached.
+        writer_key: identifies that model's weights (their hash); without it nothing is cached.
 
     Raises:
         UserError: something is wrong with a source, or the sources are too short.
     """
-    progress = progress or Silent()
-    specs = _specs(spec)
-    total = tokens // max(seq_len, 1)
-    if total < len(specs):
-        raise UserError.of(
-            where=f"calibration text {', '.join(specs)}",
-            expected=f"at least one sequence of {seq_len} tokens for each of {len(specs)} sources",
-            found=f"{tokens} tokens, which is {total} sequences",
-            remedy="Ask for more tokens, shorter sequences, or fewer sources.",
+    names, n = _names(text.sources), text.tokens // text.seq_len
+    check(
+        (
+            n >= len(names),
+            f"The calibration text has {n} sequences of {text.seq_len} tokens, fewer than its {len(names)} sources.",
+            "Ask for more tokens, shorter sequences, or fewer sources.",
+        ),
+        (
+            writer is not None or "self" not in names,
+            "The calibration text is `self`, and there is no model that writes it.",
+            "Give a text file.",
+        ),
+    )
+
+    def write(start: int, end: int) -> Corpus:
+        assert writer is not None
+        return self_corpus(
+            writer, tokenizer, first=start, n=end - start, seq_len=text.seq_len, seed=text.seed, cache_key=writer_key
         )
-    parts = []
-    with progress.task("calibration text", total=len(specs)) as task:
-        for i, one in enumerate(specs):
-            task.note(one)
-            share = (total // len(specs) + (i < total % len(specs))) * seq_len
-            if one == "self":
-                parts.append(_self(model_for_self, self_cache_key, tokenizer, share, seq_len, seed, progress))
-            else:
-                limit = max(_MOST_READ, _BYTES_A_TOKEN * share)
-                texts = documents(one, limit_bytes=limit, seed=seed)
-                parts.append(
-                    tokenize(texts, tokenizer, tokens=share, seq_len=seq_len, seed=seed, shuffle=True, description=one)
-                )
+
+    def read(name: str, least: int, most: int) -> _Sequences:
+        if name == "self":
+            return _Written(write, most)
+        tokens = most * text.seq_len
+        corpus = tokenize(
+            documents(name, limit_bytes=max(_MOST_READ, _BYTES_A_TOKEN * tokens), seed=text.seed),
+            tokenizer,
+            tokens=tokens,
+            seq_len=text.seq_len,
+            seed=text.seed,
+            shuffle=True,
+            description=name,
+            least=least,
+        )
+        return _Read(corpus)
+
+    total, sources = n + 2 * max(1, n // _SHARE), []
+    with progress.current().task("calibration text", total=len(names)) as task:
+        for i, name in enumerate(names):
+            task.note(name)
+            sources.append(read(name, *(len(range(i, size, len(names))) for size in (n, total))))
             task.advance()
-    # Sources take turns, so that every stretch of the corpus holds equal parts of each.
-    order = sorted((i, p) for p, part in enumerate(parts) for i in range(len(part)))
-    ids = torch.stack([parts[p].input_ids[i] for i, p in order])
-    return Corpus.of(ids, description=", ".join(specs), documents=sum(part.documents for part in parts))
+    return TextParts(names, sources, n)
 
 
-def _specs(spec: str | Sequence[str]) -> list[str]:
-    if not isinstance(spec, str):
-        specs = list(spec)
-    else:
-        specs = [spec] if Path(spec).is_file() else [one.strip() for one in spec.split(",")]
-    if not specs or not all(specs):
-        raise UserError.of(
-            where="calibration text",
-            expected="one source, or several separated by commas",
-            found=repr(spec),
-            remedy="Pass a text file, hub:DATASET[/CONFIG]:SPLIT:COLUMN, or self.",
-        )
-    return specs
-
-
-def _self(
-    model: Callable[[], Any] | None,
-    key: str | None,
-    tokenizer: Any,
-    tokens: int,
-    seq_len: int,
-    seed: int,
-    progress: Progress,
-) -> Corpus:
-    if model is None:
-        raise UserError.of(
-            where="calibration text self",
-            expected="a model that writes the text",
-            found="none",
-            remedy="Pass a text file, or the model (model_for_self).",
-        )
-    return self_corpus(model, tokenizer, tokens=tokens, seq_len=seq_len, seed=seed, cache_key=key, progress=progress)
+def _names(sources: Sequence[str]) -> list[str]:
+    """The sources one by one: each entry is a file, or names with commas between."""
+    names = [name.strip() for entry in sources for name in ([entry] if Path(entry).is_file() else entry.split(","))]
+    check(
+        (
+            bool(names) and all(names),
+            f"The calibration text {', '.join(sources)!r} names a source that is empty.",
+            "Give a text file, hub:DATASET[/CONFIG]:SPLIT:COLUMN, or self.",
+        ),
+        (
+            len(set(names)) == len(names),
+            f"The calibration text {', '.join(names)} names a source twice.",
+            "Name each once.",
+        ),
+    )
+    return names

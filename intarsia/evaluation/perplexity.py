@@ -96,7 +96,7 @@ def eval_corpus(
         seq_len=seq_len,
         shuffle=False,
         description=spec,
-        short_is_fine=True,
+        least=1,
     )
 
 

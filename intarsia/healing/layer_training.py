@@ -9,24 +9,75 @@ Shape suffixes: `B` sequences of a batch, `T` tokens, `D` residual width.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from intarsia.activations.stream import LayerCall
 from intarsia.errors import UserError
-from intarsia.healing.layer_task import LayerReport, LayerTask, Tell, Trained, finished, on_device, state_path
 from intarsia.healing.losses import hidden_loss
-from intarsia.healing.training import Patience, load_state, save_state, schedule_of
+from intarsia.healing.settings import LayerwiseSettings
+from intarsia.healing.training import Patience, Text, load_state, save_state, schedule_of
+
+Rows: TypeAlias = Callable[[Sequence[int]], Tensor]
+"""Gives the hidden states of some sequences, `[B, T, D]`: a copy."""
+
+AfterStep: TypeAlias = Callable[[int, float], None]
+"""Called after every step with the tokens of the step, and its loss."""
 
 
-def train_layer(task: LayerTask, tell: Tell | None = None) -> Trained:
+@dataclass(frozen=True, kw_only=True)
+class LayerTask:
+    """Everything that the training of one layer needs."""
+
+    # Which output layer.
+    index: int
+    # Is trained in place.
+    module: nn.Module
+    # H^start and H^stop.
+    inputs: Rows
+    targets: Rows
+    text: Text
+    # The layer's arguments, by the number of sequences in a batch.
+    calls: Mapping[int, LayerCall]
+    # The layer's tensors that are trained.
+    names: tuple[str, ...]
+    settings: LayerwiseSettings
+    # Where state is kept; None keeps none.
+    folder: Path | None
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What the training of one layer gave. Losses are held-out ones; `stopped` says why it ended early, if it did."""
+
+    layer: int
+    loss_before: float
+    loss_after: float
+    steps: int
+    tokens: int
+    seconds: float
+    stopped: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A trained layer: its new tensors, or none where nothing was better than what it had."""
+
+    report: LayerReport
+    tensors: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+
+
+def train_layer(task: LayerTask, after_step: AfterStep | None = None) -> Trained:
     """Train one layer, or continue where a killed run saved its state.
 
     Raises:
@@ -36,21 +87,53 @@ def train_layer(task: LayerTask, tell: Tell | None = None) -> Trained:
     if done is not None:
         return done
     training = _Training(task)
-    training.run(tell)
+    training.run(after_step)
     found = training.result()
     if task.folder is not None:
         tensors = {name: torch.from_numpy(array) for name, array in found.tensors.items()}
-        save_state(state_path(task.folder, task.index, "done"), tensors, asdict(found.report))
-        state_path(task.folder, task.index, "state").unlink(missing_ok=True)
+        save_state(_state_path(task.folder, task.index, "done"), tensors, asdict(found.report))
+        _state_path(task.folder, task.index, "state").unlink(missing_ok=True)
     return found
+
+
+def finished(folder: Path | None, index: int) -> Trained | None:
+    """What an earlier run has finished of a layer."""
+    found = None if folder is None else load_state(_state_path(folder, index, "done"))
+    if found is None:
+        return None
+    tensors, facts = found
+    return Trained(
+        report=LayerReport(**facts), tensors={name: np.asarray(tensor.numpy()) for name, tensor in tensors.items()}
+    )
+
+
+def trained_names(parameters: Sequence[str], only: Sequence[str]) -> tuple[str, ...]:
+    """The parameters of a layer that `only` names (all if it is empty): by tensor, by module, or by part of a name.
+
+    Raises:
+        UserError: a name fits none.
+    """
+
+    def fits(name: str, word: str) -> bool:
+        return f".{word}." in f".{name}."
+
+    for word in only:
+        if not any(fits(name, word) for name in parameters):
+            raise UserError.of(
+                where="--only",
+                expected=f"tensors or modules of a layer: {', '.join(parameters)}",
+                found=repr(word),
+                remedy="Name one of them, or a part of a name, such as down_proj or mlp.",
+            )
+    return tuple(name for name in parameters if not only or any(fits(name, word) for word in only))
 
 
 class _Training:
     def __init__(self, task: LayerTask) -> None:
         self.task = task
         self.settings = task.settings
-        self.device = torch.device(task.device)
-        self.module = copy.deepcopy(task.module).to(self.device).eval()
+        self.device = task.device
+        self.module = task.module.to(self.device).eval()
         self.module.requires_grad_(False)
         parameters = dict(self.module.named_parameters())
         self.used = {name: parameters[name].requires_grad_(True) for name in task.names}
@@ -64,12 +147,12 @@ class _Training:
         self.optimiser = torch.optim.AdamW(
             self.master.values(), lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=self.settings.weight_decay
         )
-        self.schedule = schedule_of(self.settings, sequences=task.sequences - task.held_out, seq_len=task.seq_len)
+        self.schedule = schedule_of(self.settings, sequences=task.text.train, seq_len=task.text.seq_len)
         self.next = 0
         self.seconds = 0.0
         self.stopped: str | None = None
         self.best: dict[str, Tensor] = {}
-        found = None if task.folder is None else load_state(state_path(task.folder, task.index, "state"))
+        found = None if task.folder is None else load_state(_state_path(task.folder, task.index, "state"))
         if found is None:
             first = self.held_out_loss()
             self.patience = Patience(self.settings.patience, first)
@@ -83,22 +166,22 @@ class _Training:
         else:
             self._restore(*found)
 
-    def run(self, tell: Tell | None) -> None:
-        begun, before = time.perf_counter(), self.seconds
-        tokens = self.schedule.batch * self.task.seq_len
+    def run(self, after_step: AfterStep | None) -> None:
+        started, before = time.perf_counter(), self.seconds
+        tokens = self.schedule.batch * self.task.text.seq_len
         while self.next < self.schedule.steps and self.stopped is None:
             loss = self._step(self.next)
             if not math.isfinite(loss):
                 self.stopped = f"the loss was {loss:.4g} at step {self.next + 1}"
                 break
-            if tell is not None:
-                tell(tokens, loss)
+            if after_step is not None:
+                after_step(tokens, loss)
             self.next += 1
             if self.schedule.is_measured_after(self.next - 1):
                 self._measure()
-                self.seconds = before + time.perf_counter() - begun
+                self.seconds = before + time.perf_counter() - started
                 self._save()
-        self.seconds = before + time.perf_counter() - begun
+        self.seconds = before + time.perf_counter() - started
 
     def result(self) -> Trained:
         report = LayerReport(
@@ -106,7 +189,7 @@ class _Training:
             loss_before=self.patience.first,
             loss_after=self.patience.best,
             steps=self.next,
-            tokens=self.next * self.schedule.batch * self.task.seq_len,
+            tokens=self.next * self.schedule.batch * self.task.text.seq_len,
             seconds=self.seconds,
             stopped=self.stopped,
         )
@@ -114,12 +197,12 @@ class _Training:
 
     def held_out_loss(self) -> float:
         """Mean loss of the held-out sequences, each counting the same."""
-        sums, count = [], self.task.held_out
+        text, sums = self.task.text, []
         with torch.no_grad():
-            for start in range(self.task.sequences - count, self.task.sequences, self.schedule.batch):
-                rows = list(range(start, min(start + self.schedule.batch, self.task.sequences)))
+            for start in range(text.train, len(text.ids_NT), self.schedule.batch):
+                rows = list(range(start, min(start + self.schedule.batch, len(text.ids_NT))))
                 sums.append(float(self._loss(rows)) * len(rows))
-        return math.fsum(sums) / count
+        return math.fsum(sums) / text.held_out
 
     def _measure(self) -> None:
         loss = self.held_out_loss()
@@ -134,9 +217,10 @@ class _Training:
             )
 
     def _loss(self, rows: Sequence[int]) -> Tensor:
-        h_BTD = self.task.inputs.rows(rows).to(self.device, self.dtype)
-        wanted_BTD = self.task.targets.rows(rows).to(self.device)
-        mask_BT = None if self.task.mask is None else self.task.mask[list(rows)].to(self.device)
+        h_BTD = self.task.inputs(rows).to(self.device, self.dtype)
+        wanted_BTD = self.task.targets(rows).to(self.device)
+        mask_NT = self.task.text.mask_NT
+        mask_BT = None if mask_NT is None else mask_NT[list(rows)].to(self.device)
         call = self.calls[len(rows)]
         out = self.module(h_BTD, *call.args, **call.kwargs)
         settings = self.settings
@@ -192,7 +276,7 @@ class _Training:
             "best": self.patience.best,
             "bad": self.patience.bad,
         }
-        save_state(state_path(self.task.folder, self.task.index, "state"), tensors, facts)
+        save_state(_state_path(self.task.folder, self.task.index, "state"), tensors, facts)
 
     def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         self.next, self.seconds, self.stopped = facts["next"], facts["seconds"], facts["stopped"]
@@ -209,3 +293,24 @@ class _Training:
                 }
         self.best = {key.removeprefix("best."): tensor for key, tensor in tensors.items() if key.startswith("best.")}
         self._publish()
+
+
+def on_device(call: LayerCall, device: torch.device, dtype: torch.dtype) -> LayerCall:
+    """A layer's arguments on a device, floating ones in a dtype."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, dtype if value.is_floating_point() else value.dtype)
+        if isinstance(value, (tuple, list)):
+            return type(value)(moved(entry) for entry in value)
+        return value
+
+    return LayerCall(
+        args=tuple(moved(value) for value in call.args),
+        kwargs={key: moved(value) for key, value in call.kwargs.items()},
+    )
+
+
+def _state_path(folder: Path, index: int, kind: str) -> Path:
+    """Where a layer's state (kind `state`), or what came of it (`done`), is kept."""
+    return folder / f"layer-{index:03d}.{kind}.safetensors"

@@ -1,30 +1,45 @@
 """Layerwise distillation: every output layer that needs it, fed the original H^start, is trained towards H^stop.
 
 Layers are trained one after the other, and do not depend on one another, unless they are fed what the trained layers
-before them give (`inputs="student"`). The teacher is run once, only as deep as the next layer needs.
+before them give (`inputs="student"`). The teacher is run once, only as deep as the next layer needs; a depth is dropped
+when no layer needs it any more, so that two depths are stored at a time.
+
+Padding is on the right and attention looks back only, so real tokens are the same whether or not the model is told of
+the padding: it is not, which makes a layer's arguments the same for every batch of a size. What stands at padding is
+left out by the losses.
+
+Shape suffixes: `N` sequences, `T` tokens, `D` residual width.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor, nn
 
+from intarsia.activations.hidden_store import PREFIX, HiddenStore, Room
+from intarsia.activations.loop import Batches
+from intarsia.activations.statistics import require_finite
+from intarsia.activations.stream import LayerStream
 from intarsia.architecture.spec import Architecture
-from intarsia.building.layer import to_tensors
+from intarsia.building.layer import parameter_names, to_tensors
 from intarsia.building.loaded_model import Resident
 from intarsia.data.corpus import Corpus
+from intarsia.disk import require_room
 from intarsia.healing.layer_map import Correspondence, correspondences, taught
-from intarsia.healing.layer_task import Trained, finished
-from intarsia.healing.layer_training import train_layer
-from intarsia.healing.layer_work import LayerWork
+from intarsia.healing.layer_training import LayerTask, Trained, finished, train_layer, trained_names
 from intarsia.healing.settings import LayerwiseSettings
+from intarsia.healing.teacher import TeacherStates
+from intarsia.healing.training import Text, schedule_of
 from intarsia.progress import Progress, Silent, Task
 from intarsia.recipe.recipe import Recipe
 
@@ -32,8 +47,7 @@ from intarsia.recipe.recipe import Recipe
 def train(
     recipe: Recipe,
     resident: Resident,
-    corpus: Corpus,
-    held_out: Corpus,
+    text: Text,
     *,
     settings: LayerwiseSettings | None = None,
     teacher: Resident | None = None,
@@ -46,7 +60,6 @@ def train(
     Args:
         recipe: what is fitted in it is the starting point.
         resident: the recipe's base.
-        corpus, held_out: sequences of one length; the second are not trained on.
         teacher: the base itself by default; must fit (see `check_teacher`).
         folder: where state is kept, to continue after a kill. What it holds must be of the same call.
         memory_bytes: what hidden states may take in memory before they go to files.
@@ -54,35 +67,39 @@ def train(
     Raises:
         UserError: there is too little text, the disk is full, or numbers are not finite.
     """
-    settings, progress, teacher = settings or LayerwiseSettings(), progress or Silent(), teacher or resident
-    work = LayerWork(
-        recipe=recipe,
-        resident=resident,
-        teacher=teacher,
-        corpus=corpus,
-        held_out=held_out,
-        settings=settings,
-        folder=folder,
-        memory_bytes=memory_bytes,
-    )
+    settings, progress = settings or LayerwiseSettings(), progress or Silent()
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(f"{PREFIX}*"):  # a killed run's
+            shutil.rmtree(stale, ignore_errors=True)
+        # A layer's masters, optimiser state and best tensors, as finished and as they are on the way.
+        most = 20 * resident.architecture.layer_parameters
+        require_room(folder, most, "the state of one layer's training", option="--run")
+    known = correspondences(recipe)
     found: dict[int, Trained] = {}
     todo: list[Correspondence] = []
-    known = correspondences(recipe)
     for index in taught(recipe, settings.layers):
         earlier = finished(folder, index)
         if earlier is None:
             todo.append(known[index])
         else:
             found[index] = earlier
+    work = _Work(recipe, resident, teacher or resident, text, settings, folder, Room(memory_bytes, folder))
     try:
-        _one_by_one(work, todo, found, progress)
+        with progress.task("layerwise training", len(todo) * work.tokens) as task:
+            for number, layer in enumerate(todo):
+                work.reach(layer, found, task)
+                meter = _Meter(task, f"layer {layer.index} ({number + 1} of {len(todo)})")
+                trained = found[layer.index] = train_layer(work.task(layer), meter)
+                task.advance(work.tokens - meter.tokens)
+                _report(trained, progress)
     finally:
         work.close()
     reports = [asdict(found[index].report) for index in sorted(found)]
-    return replace(recipe, fitted=with_trained(recipe, found, resident.architecture)), reports
+    return replace(recipe, fitted=_fitted(recipe, found, resident.architecture)), reports
 
 
-def with_trained(
+def _fitted(
     recipe: Recipe, found: Mapping[int, Trained], architecture: Architecture
 ) -> dict[int, Mapping[str, npt.NDArray[np.float32]]]:
     """What is fitted in a recipe, with what was trained."""
@@ -95,48 +112,157 @@ def with_trained(
     return {**recipe.fitted, **{index: tensors for index, tensors in fitted.items() if tensors}}
 
 
-def _one_by_one(
-    work: LayerWork, layers: Sequence[Correspondence], found: dict[int, Trained], progress: Progress
-) -> None:
-    """Train the layers in order; what comes of them is added to `found`."""
-    if not layers:
-        return
-    with progress.task("layerwise training", len(layers) * work.units()) as task:
-        for number, layer in enumerate(layers):
-            if work.student is None:
-                work.reach(layer.start, task)
-                work.drop_before(layer.start)
-                work.reach(layer.stop, task)
-            else:
-                work.reach(layer.stop, task)
-                work.drop_before(layer.stop)
-                task.note(f"the trained layers' hidden states before layer {layer.index}")
-                work.student.reach(layer.index, with_trained(work.recipe, found, work.resident.architecture))
-            meter = _Meter(task, f"layer {layer.index} ({number + 1} of {len(layers)})")
-            trained = train_layer(work.task(layer), meter)
-            found[layer.index] = trained
-            task.advance(work.units() - meter.told)
-            _tell(trained, progress)
+class _Work:
+    """The hidden states that layers are trained with, and the training of each as a task."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        resident: Resident,
+        teacher: Resident,
+        text: Text,
+        settings: LayerwiseSettings,
+        folder: Path | None,
+        room: Room,
+    ) -> None:
+        """Nothing is run yet.
+
+        Raises:
+            UserError: there is too little text.
+        """
+        self.recipe, self.resident, self.text, self.settings, self.folder = recipe, resident, text, settings, folder
+        self.schedule = schedule_of(settings, sequences=text.train, seq_len=text.seq_len)
+        # Tokens that one layer is trained on, if it is not stopped early.
+        self.tokens = self.schedule.steps * self.schedule.batch * text.seq_len
+        self.names = trained_names(parameter_names(resident.architecture), settings.only)
+        self.teacher = TeacherStates(teacher, _without_mask(teacher, text), room=room)
+        self.stream = LayerStream(teacher.model, teacher.architecture)
+        self.student: _StudentStates | None = None
+        if settings.inputs == "student":
+            store = HiddenStore(self.teacher.store.shape, resident.model.dtype, room=room)
+            self.student = _StudentStates(recipe, resident, text, store)
+
+    def close(self) -> None:
+        """Free the hidden states."""
+        self.teacher.close()
+        if self.student is not None:
+            self.student.store.close()
+
+    def reach(self, layer: Correspondence, found: Mapping[int, Trained], task: Task) -> None:
+        """Have what a layer is fed, and what it should give."""
+        if self.student is None:
+            self._reach(layer.start, task)
+            self._drop_before(layer.start)
+            self._reach(layer.stop, task)
+            return
+        self._reach(layer.stop, task)
+        self._drop_before(layer.stop)
+        task.note(f"the trained layers' hidden states before layer {layer.index}")
+        self.student.reach(layer.index, _fitted(self.recipe, found, self.resident.architecture))
+
+    def task(self, layer: Correspondence) -> LayerTask:
+        """The training of a layer that was reached."""
+        op = self.recipe.layers[layer.index]
+        donor = op.sources[0].layer
+        # Always a module of its own: a plain `Select` is the original's module itself.
+        with self.resident.awake(self.resident.module(op, self.recipe.fitted.get(layer.index))) as whole:
+            module = self.resident.fresh(donor, dict(whole.named_parameters()))
+        if next(module.parameters()).dtype == torch.float16:
+            module = module.to(torch.bfloat16)  # gradients overflow in float16
+        batch, held_out = self.schedule.batch, self.text.held_out
+        sizes = {batch, held_out % batch, min(batch, held_out)} - {0}
+        states, cpu = self.teacher.store, torch.device("cpu")
+        inputs = partial(states.rows, layer.start, device=cpu)
+        if self.student is not None:
+            inputs = partial(self.student.store.rows, 0, device=cpu)
+        with torch.no_grad():
+            calls = {size: self.stream.calls(self.text.ids_NT[:size], None)[donor] for size in sizes}
+        return LayerTask(
+            index=layer.index,
+            module=module,
+            inputs=inputs,
+            targets=partial(states.rows, layer.stop, device=cpu),
+            text=self.text,
+            calls=calls,
+            names=self.names,
+            settings=self.settings,
+            folder=self.folder,
+            device=self.resident.device,
+        )
+
+    def _reach(self, depth: int, task: Task) -> None:
+        task.note(f"the original's hidden states after layer {depth}")
+        self.teacher.learn([depth])
+
+    def _drop_before(self, depth: int) -> None:
+        for stored in self.teacher.store.depths():
+            if stored < depth:
+                self.teacher.store.drop(stored)
+
+
+class _StudentStates:
+    """What the output layers before the next one give, on all sequences: one depth, overwritten as it gets deeper."""
+
+    def __init__(self, recipe: Recipe, resident: Resident, text: Text, store: HiddenStore) -> None:
+        self.recipe = recipe
+        self.resident = resident
+        self.store = store
+        self.stream = LayerStream(resident.model, resident.architecture)
+        self.batches = _without_mask(resident, text)
+        self.at: int | None = None
+
+    @torch.no_grad()
+    def reach(self, index: int, fitted: Mapping[int, Mapping[str, npt.NDArray[np.float32]]]) -> None:
+        """Have what output layer `index` is fed, with `fitted` in the layers before it.
+
+        Raises:
+            UserError: the hidden states are not finite, or the disk is full.
+        """
+        first = self.at or 0
+        modules = [self.resident.module(self.recipe.layers[i], fitted.get(i)) for i in range(first, index)]
+        if self.at is None:
+            self.batches.each(self._enter)
+        for layer, module in enumerate(self.resident.walk(modules), first):
+            self._through(layer, module)
+        self.at = index
+
+    def _enter(self, rows: slice, ids: Tensor, _: Tensor | None) -> None:
+        self.store.put(0, rows.start, self.stream.enter(ids, None).h_BTD)
+
+    def _through(self, layer: int, module: nn.Module) -> None:
+        donor = self.recipe.layers[layer].sources[0].layer
+
+        def work(rows: slice, ids: Tensor, _: Tensor | None) -> None:
+            h_BTD = self.store.get(0, rows.start, rows.stop, self.resident.device)
+            h_BTD = self.stream.run(module, h_BTD, self.stream.calls(ids, None)[donor])
+            require_finite(h_BTD, f"the student's hidden states after layer {layer}")
+            self.store.put(0, rows.start, h_BTD)
+
+        self.batches.each(work)
+
+
+def _without_mask(resident: Resident, text: Text) -> Batches:
+    return Batches(Corpus.of(text.ids_NT, description="training text", documents=1), resident.device)
 
 
 class _Meter:
-    """Turns steps into progress: the last losses' mean, and tokens a second."""
+    """Turns steps into progress: a running mean of the losses, and tokens a second."""
 
     def __init__(self, task: Task, title: str) -> None:
         self.task, self.title = task, title
-        self.told = 0
-        self.begun = time.perf_counter()
+        self.tokens = 0
+        self.started = time.perf_counter()
         self.loss: float | None = None
 
     def __call__(self, tokens: int, loss: float) -> None:
-        self.told += tokens
+        self.tokens += tokens
         self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
-        speed = self.told / max(time.perf_counter() - self.begun, 1e-9)
+        speed = self.tokens / max(time.perf_counter() - self.started, 1e-9)
         self.task.advance(tokens)
         self.task.note(f"{self.title}: loss {self.loss:.4g}, {speed:,.0f} tokens/s")
 
 
-def _tell(trained: Trained, progress: Progress) -> None:
+def _report(trained: Trained, progress: Progress) -> None:
     report = trained.report
     if not trained.tensors:
         progress.say(f"layer {report.layer}: no training lowered the held-out loss; it stays as it was")

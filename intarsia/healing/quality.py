@@ -29,14 +29,12 @@ _CUDA_BATCH_TOKENS = 16384
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What is told of a model.
+    """Perplexities and hidden-state errors of a model."""
 
-    `texts`: perplexities, the held-out sequences' first, then those of the evaluation texts. `errors`: for every output
-    layer, the mean over tokens of |h - H^stop|^2 / |H^stop|^2 with the original's hidden state H^stop, on held-out
-    sequences; the layer reads what the layers before it gave.
-    """
-
+    # Of the held-out sequences first, then of the evaluation texts.
     texts: tuple[Perplexity, ...]
+    # For every output layer, the mean over tokens of |h - H^stop|^2 / |H^stop|^2 with the original's hidden state
+    # H^stop, on held-out sequences; the layer reads what the layers before it gave.
     errors: tuple[float, ...]
 
     @property

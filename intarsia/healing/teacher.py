@@ -45,7 +45,10 @@ _ROWS = 256
 
 
 class TeacherStates:
-    """Hidden states by depth: 0 is what the embedding gives, b what layer b - 1 gives. Free them with `close`."""
+    """Hidden states by depth: 0 is what the embedding gives, b what layer b - 1 gives.
+
+    Freed by `close`, or at the end of a `with` block.
+    """
 
     def __init__(
         self,
@@ -135,6 +138,12 @@ class TeacherStates:
     def close(self) -> None:
         """Free what is stored here."""
         self.store.close()
+
+    def __enter__(self) -> TeacherStates:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def _all(self) -> slice:

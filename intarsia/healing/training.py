@@ -119,7 +119,7 @@ class Schedule:
 
 
 def schedule_of(pace: Pace, *, sequences: int, seq_len: int, multiple: int = 1) -> Schedule:
-    """The schedule for so many training sequences.
+    """The schedule of a training.
 
     Args:
         multiple: the sequences of a step are a multiple of this.

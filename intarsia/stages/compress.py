@@ -23,7 +23,7 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
 from intarsia.stages.build import BuildResult, build_recipe, card_facts, read_recipe
 from intarsia.stages.compress_result import CompressResult, bare, healed
-from intarsia.stages.judge import Measures, held_out_text, measured
+from intarsia.stages.judge import Measures, measured
 from intarsia.stages.plan import PlanResult, plan_source
 from intarsia.stages.plan_input import check_method
 from intarsia.stages.repair import HEALS, heal_passes_at_most, repaired
@@ -155,7 +155,7 @@ def compress(
     built = build_recipe(recipe, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress)
 
     if eval_text is None:
-        corpus = held_out_text(source)
+        corpus = source.parts.test
         if corpus is None:
             progress.say("no perplexity: the calibration text has nothing left to judge by; pass --eval-text")
     before, after, evaluation = _judged(source, recipe, built, corpus)

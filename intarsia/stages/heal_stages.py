@@ -178,23 +178,19 @@ class Healing:
         points = starts(recipe, self.base.architecture)
         batches = Batches(texts.fit, resident.device, progress=self.progress)
         keep = len(points) > 1 and has_room(resident, batches, room)
-        teacher = TeacherStates(resident, batches, keep=keep, room=room, progress=self.progress)
-        try:
+        with TeacherStates(resident, batches, keep=keep, room=room, progress=self.progress) as teacher:
             if len(points) == 1:  # whether it is taken is decided after every stage
                 return closed_form.fit(recipe, teacher, settings=settings, room=room, progress=self.progress)
             best = best_fit(
                 points, teacher, texts.held_out, settings=settings, folder=folder, room=room, progress=self.progress
             )
-        finally:
-            teacher.close()
         return best.recipe, best.fits
 
     def _layerwise(self, recipe: Recipe, texts: Texts, folder: Path) -> tuple[Recipe, list[dict[str, Any]]]:
         return layerwise.train(
             recipe,
             self.resident,
-            texts.train,
-            texts.held_out,
+            Text.of(texts.train, texts.held_out),
             settings=self.layerwise,
             teacher=self.teaching,
             folder=folder,

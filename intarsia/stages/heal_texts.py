@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
-from intarsia.data.text import load_corpus
+from intarsia.data.text import draw
 from intarsia.evaluation.perplexity import eval_corpus
+from intarsia.options import TextSpec
 from intarsia.progress import Progress
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.setup import load_tokenizer
@@ -65,16 +65,12 @@ def read_texts(
         UserError: one cannot be read or is too short.
     """
     tokenizer = load_tokenizer(base)
-    load = partial(
-        load_corpus,
-        data,
-        tokenizer,
-        seq_len=seq_len,
-        seed=seed,
-        model_for_self=writer,
-        self_cache_key=writer_sha256,
-        progress=progress,
-    )
+    sources = (data,) if isinstance(data, str) else tuple(data)
+
+    def load(tokens: int) -> Corpus:
+        text = TextSpec(sources=sources, tokens=tokens, seq_len=seq_len, seed=seed)
+        return draw(text, tokenizer, writer=writer, writer_key=writer_sha256).calibration
+
     corpus = load(tokens=tokens)
     number = max(1, min(round(len(corpus) / _HELD_OUT), _MOST_HELD_OUT // seq_len))
     train, held_out = corpus.split(1.0 - number / len(corpus) if len(corpus) > 1 else 0.5)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -14,7 +12,6 @@ from intarsia.building.loaded_model import Resident, load_model
 from intarsia.building.offload import free_bytes
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
-from intarsia.errors import UserError
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import Perplexity, Speed, perplexity
 from intarsia.evaluation.speed import compare_speed
@@ -22,7 +19,6 @@ from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.stages.source import Source
 
 _SHARE_OF_FREE = 0.8
-_HELD_OUT = 8  # without an evaluation text, this fraction of the calibration's size is held out to judge by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,31 +119,3 @@ def _measures(checkpoint: Checkpoint, speed: Speed | None, found: Perplexity | N
         prefill_per_s=None if speed is None else speed.prefill_tokens_per_s,
         decode_per_s=None if speed is None else speed.decode_tokens_per_s,
     )
-
-
-def held_out_tokens(source: Source) -> int:
-    """Tokens of a held-out text."""
-    return max(source.tokens // source.seq_len // _HELD_OUT, 1) * source.seq_len
-
-
-def held_out_text(source: Source, *, place: int = 0) -> Corpus | None:
-    """Text of the calibration's kind that was not calibrated on; None where there is no more.
-
-    Args:
-        place: which of several such texts, each behind the one before: what one is chosen by is not judged by it too.
-    """
-    held_out = held_out_tokens(source)
-    if source.writes:
-        written = source.text(tokens=held_out, seed=source.seed + 1 + place)
-        return replace(written, description="further text that the model wrote itself")
-    corpus: Corpus | None = None
-    used = source.corpus.input_ids
-    begin = len(used) + place * held_out // source.seq_len
-    with suppress(UserError):  # the sequences behind those of the calibration: the same sources, seed and order
-        corpus = source.text(tokens=source.tokens + (1 + place) * held_out)
-    # A source that is so large that it is only sampled may be sampled otherwise for more tokens.
-    if corpus is None or len(corpus) <= begin or not torch.equal(corpus.input_ids[: len(used)], used):
-        return None
-    rest = corpus.input_ids[begin:]
-    mask = None if corpus.mask is None else corpus.mask[begin:]
-    return Corpus.of(rest, mask=mask, description=f"held-out part of {corpus.description}", documents=corpus.documents)

@@ -96,7 +96,7 @@ def plan(
         method: one of `intarsia.pruning.ladder.METHODS`.
         settings: of the method; its defaults where they are not given, or are another method's.
         heal_in_loop: repair what each step changes in closed form, before the next; for progressive methods.
-        calibration: see `intarsia.data.text.load_corpus`.
+        calibration: see `intarsia.options.TextSpec`.
         devices: lay the layers over several devices.
         stream: keep one layer in memory at a time, read from the files when it is needed.
         memory_bytes: what hidden states may take in memory; the rest goes to files in the run folder.

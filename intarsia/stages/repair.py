@@ -22,7 +22,6 @@ from intarsia.pruning.settings import ComeSettings, Settings
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, identity
 from intarsia.stages.calibration_text import pin_text
-from intarsia.stages.judge import held_out_text
 from intarsia.stages.source import Source
 
 HEALS = ("closed-form", "none")
@@ -100,7 +99,7 @@ def repaired(
     pin_text(folder, corpus)
     room, progress = source.placement.room(run), source.progress
     # A text that chose something (a step, a ridge strength) flatters what was chosen: another one must judge.
-    held_out, unseen = held_out_text(source, place=1), list[int]()
+    held_out, unseen = source.parts.selection, list[int]()
     if held_out is None:
         settings, held_out, unseen = _set_aside(corpus, settings)
 

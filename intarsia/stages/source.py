@@ -14,7 +14,8 @@ from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.data.corpus import Corpus
-from intarsia.data.text import load_corpus
+from intarsia.data.text import TextParts, draw
+from intarsia.options import TextSpec
 from intarsia.progress import Progress
 from intarsia.stages.placement import placement, refuse_self_text
 from intarsia.stages.setup import load_tokenizer
@@ -62,11 +63,6 @@ class Source:
         self.progress = progress
         self.checkpoint = open_checkpoint(model, revision=revision, progress=progress)
 
-    @property
-    def writes(self) -> bool:
-        """Whether the model writes its calibration text itself, all of it."""
-        return self.calibration == "self"
-
     @cached_property
     def tokenizer(self) -> Any:
         """The model's own tokenizer."""
@@ -83,30 +79,24 @@ class Source:
         return self.placement.resident(self.checkpoint)
 
     @cached_property
+    def parts(self) -> TextParts:
+        """The text, in three disjoint parts.
+
+        Raises:
+            UserError: it cannot be read or is too short.
+        """
+        sources = (self.calibration,) if isinstance(self.calibration, str) else tuple(self.calibration)
+        text = TextSpec(sources=sources, tokens=self.tokens, seq_len=self.seq_len, seed=self.seed)
+        return draw(text, self.tokenizer, writer=self._writer, writer_key=self.sha256)
+
+    @property
     def corpus(self) -> Corpus:
         """The calibration text.
 
         Raises:
             UserError: it cannot be read or is too short.
         """
-        return self.text(tokens=self.tokens)
-
-    def text(self, *, tokens: int, seed: int | None = None) -> Corpus:
-        """Text of the calibration's kind: another amount of it, or drawn with another seed.
-
-        Raises:
-            UserError: it cannot be read or is too short.
-        """
-        return load_corpus(
-            self.calibration,
-            self.tokenizer,
-            tokens=tokens,
-            seq_len=self.seq_len,
-            seed=self.seed if seed is None else seed,
-            model_for_self=self._writer,
-            self_cache_key=self.sha256,
-            progress=self.progress,
-        )
+        return self.parts.calibration
 
     def _writer(self) -> PreTrainedModel:
         if self.placement.stream:

@@ -75,7 +75,7 @@ def tailor(
         resume: refuse to begin a new search.
         scheduler: the address of a Dask scheduler.
         workers: how many trials at once; with several, each is a process of its own.
-        calibration: text for planners and sensitivities (see `load_corpus`); what the objectives show by default.
+        calibration: text for planners and sensitivities (see `TextSpec`); what the objectives show by default.
         tokens: of that text, at most.
         judge: judge the incumbent on up to `judge_examples` unseen items of each objective; for that it is built too.
         build: build the incumbent into the folder's `best/`.

@@ -196,7 +196,7 @@ def _windows(spec: str, tokenizer: Any, windows: int, seq_len: int, seed: int) -
         seed=seed,
         shuffle=True,
         description=spec,
-        short_is_fine=True,
+        least=1,
     )
     rows = corpus.input_ids.tolist()
     return [Example(requests=(Request(context=(row[0],), continuation=tuple(row[1:])),)) for row in rows]

@@ -71,11 +71,8 @@ def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
         UserError: activations are not finite.
     """
     batches = Batches(corpus, layers.resident.device)
-    teacher = TeacherStates(layers.resident, batches, layers=teacher_of(recipe, layers))
-    try:
+    with TeacherStates(layers.resident, batches, layers=teacher_of(recipe, layers)) as teacher:
         return fit(recipe, teacher, settings=_SETTINGS)[0]
-    finally:
-        teacher.close()
 
 
 def repair_work(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> float:

@@ -57,8 +57,8 @@ def test_too_short_says_how_many_there_are() -> None:
     with pytest.raises(UserError, match=r"found 3 tokens.*shorter sequences"):
         tokenize(["abc"], Letters(), tokens=4, seq_len=4, shuffle=False)
     with pytest.raises(UserError, match="found 3 tokens"):
-        tokenize(["abc"], Letters(), tokens=4, seq_len=4, shuffle=False, short_is_fine=True)
-    assert len(tokenize(["abcdefghi"], Letters(), tokens=99, seq_len=4, shuffle=False, short_is_fine=True)) == 2
+        tokenize(["abc"], Letters(), tokens=4, seq_len=4, shuffle=False, least=1)
+    assert len(tokenize(["abcdefghi"], Letters(), tokens=99, seq_len=4, shuffle=False, least=1)) == 2
 
 
 @pytest.mark.parametrize(("tokens", "seq_len"), [(3, 4), (10, 1), (10, 0)])

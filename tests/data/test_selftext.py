@@ -10,7 +10,7 @@ import torch
 from intarsia.data.chat import Turns, learn_turns
 from intarsia.data.self_text import Sampling, self_corpus
 from intarsia.errors import UserError
-from intarsia.progress import Silent
+from intarsia.progress import Silent, reporting_to
 from tests import families
 
 
@@ -21,7 +21,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _write(model: Any, tokenizer: Any, **changes: Any) -> Any:
-    settings: dict[str, Any] = {"tokens": 96, "seq_len": 32, "seed": 0, "cache_key": None}
+    settings: dict[str, Any] = {"n": 3, "seq_len": 32, "seed": 0}
     return self_corpus(model, tokenizer, **{**settings, **changes})
 
 
@@ -33,7 +33,7 @@ def _fails() -> Any:
 def test_writes_what_the_model_would_write(family: str) -> None:
     """With one candidate the text is the model's own greedy continuation, worked out without a cache."""
     model, tokenizer = families.make_model(family), families.make_tokenizer()
-    corpus = _write(model, tokenizer, tokens=40, seq_len=20, sampling=Sampling(top_k=1, shortest_turn=0))
+    corpus = _write(model, tokenizer, n=2, seq_len=20, sampling=Sampling(top_k=1, shortest_turn=0))
     assert corpus.input_ids.shape == (2, 20) and corpus.mask is None
     ids = corpus.input_ids[:1, :1]
     with torch.inference_mode():
@@ -56,7 +56,7 @@ def test_same_seed_same_bytes(chat: bool) -> None:
 
 def test_batches_do_not_repeat_each_other() -> None:
     model, tokenizer = families.make_model("llama"), families.make_tokenizer()
-    corpus = _write(model, tokenizer, tokens=160, sampling=Sampling(most_rows=2))
+    corpus = _write(model, tokenizer, n=5, sampling=Sampling(most_rows=2))
     assert corpus.input_ids.shape == (5, 32)
     assert len({tuple(row) for row in corpus.input_ids.tolist()}) == 5
 
@@ -64,7 +64,7 @@ def test_batches_do_not_repeat_each_other() -> None:
 def test_conversations_follow_the_template() -> None:
     model, tokenizer = families.make_model("llama"), families.make_tokenizer(chat=True)
     sampling = Sampling(shortest_turn=2, longest_question=5, longest_answer=9)
-    corpus = _write(model, tokenizer, tokens=400, seq_len=200, sampling=sampling)
+    corpus = _write(model, tokenizer, n=2, seq_len=200, sampling=sampling)
     user, assistant = (tokenizer(f"<|{role}|>")["input_ids"] for role in ("user", "assistant"))
     row = corpus.input_ids[0].tolist()
     lengths: dict[str, list[int]] = {"user": [], "assistant": []}
@@ -90,7 +90,7 @@ def test_sampling_follows_the_models_distribution(top_k: int) -> None:
     """The first free token of many rows is spread as the model has it: its top-k, and of those top-p."""
     model, tokenizer = families.make_model("llama"), families.make_tokenizer()
     sampling = Sampling(top_k=top_k, top_p=0.6, most_rows=2000)
-    corpus = _write(model, tokenizer, tokens=4000, seq_len=2, sampling=sampling)
+    corpus = _write(model, tokenizer, n=2000, seq_len=2, sampling=sampling)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[0]])).logits[0, -1].double()
     logits[0] = -torch.inf  # a document does not end at once
@@ -111,7 +111,7 @@ def test_cached(cache: Path) -> None:
     assert len(list(cache.iterdir())) == 1
     again = _write(_fails, tokenizer, cache_key="abc")
     assert (again.sha256, again.documents) == (first.sha256, first.documents)
-    for changes in ({"cache_key": "abd"}, {"seed": 1}, {"tokens": 64}, {"sampling": Sampling(top_k=5)}):
+    for changes in ({"cache_key": "abd"}, {"seed": 1}, {"n": 2}, {"first": 1}, {"sampling": Sampling(top_k=5)}):
         with pytest.raises(AssertionError, match="was asked for"):
             _write(_fails, tokenizer, **{"cache_key": "abc", **changes})
     next(cache.iterdir()).write_bytes(b"broken")
@@ -150,7 +150,8 @@ def test_progress_reaches_its_total() -> None:
     watching = Watching()
     counting = Counting(watching)
     watching.task = lambda title, total: setattr(watching, "total", total) or counting  # type: ignore[method-assign]
-    _write(families.make_model("llama"), families.make_tokenizer(), progress=watching)
+    with reporting_to(watching):
+        _write(families.make_model("llama"), families.make_tokenizer())
     assert watching.done == watching.total == 96
     assert counting.calls == 32  # it moves at every token
 
@@ -160,7 +161,7 @@ def test_the_head_reads_rows_that_lie_together() -> None:
     model, tokenizer = families.make_model("llama"), families.make_tokenizer(chat=True)
     read: list[tuple[bool, tuple[int, ...]]] = []
     model.lm_head.register_forward_hook(lambda _, given, __: read.append((given[0].is_contiguous(), given[0].shape)))
-    _write(model, tokenizer, tokens=400, seq_len=200)
+    _write(model, tokenizer, n=2, seq_len=200)
     assert all(together for together, _ in read)
     assert {tuple(shape) for _, shape in read} == {(2, 1, families.WIDTH)}
     assert not model.lm_head._forward_pre_hooks
@@ -178,11 +179,6 @@ def test_logits_that_are_not_finite() -> None:
         model.lm_head.weight[3, 3] = torch.nan
     with pytest.raises(UserError, match="logits of the model that writes: expected finite"):
         _write(model, families.make_tokenizer())
-
-
-def test_fewer_tokens_than_a_sequence() -> None:
-    with pytest.raises(UserError, match="as many tokens as one sequence"):
-        _write(_fails, families.make_tokenizer(), tokens=8)
 
 
 def test_learns_the_form_of_a_template() -> None:

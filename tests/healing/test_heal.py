@@ -22,11 +22,12 @@ from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.cli.app import app
 from intarsia.cli.values import token_count
 from intarsia.data.corpus import Corpus
-from intarsia.data.text import load_corpus
+from intarsia.data.text import draw
 from intarsia.errors import UserError
 from intarsia.healing.launch import own_device
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
 from intarsia.healing.training import read_curve
+from intarsia.options import TextSpec
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.heal import heal, read_source
@@ -86,7 +87,7 @@ def test_what_judges_is_behind_what_was_fitted_on(recipe_file: Path, text_file: 
     assert recipe.fitted
     calibration = {"text": str(text_file), "tokens": 1024, "seq_len": 32, "seed": 0}
     tokenizer = load_tokenizer(open_checkpoint(recipe.variants[0].model))
-    text = load_corpus(str(text_file), tokenizer, tokens=2048, seq_len=32, seed=0)
+    text = draw(TextSpec(sources=(str(text_file),), tokens=2048, seq_len=32), tokenizer).calibration
     for name, told, rows in (
         ("same", calibration, slice(32, 34)),
         ("fewer", {**calibration, "tokens": 512}, slice(30, 32)),

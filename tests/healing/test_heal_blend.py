@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 import intarsia
 from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.data.text import load_corpus
+from intarsia.data.text import draw
 from intarsia.errors import UserError
 from intarsia.healing import end_to_end
 from intarsia.healing.settings import LAST, EndToEndSettings, LayerwiseSettings
+from intarsia.options import TextSpec
 from intarsia.progress import Silent
 from intarsia.recipe import schema
 from intarsia.recipe.algebra import reference_layers
@@ -147,7 +148,9 @@ def test_the_closed_form_is_the_one_towards_the_blend(
     variants = open_variants(made, Silent())
     others = {name: checkpoint for name, checkpoint in variants.items() if name != "base"}
     resident = Resident(variants["base"], device=torch.device("cpu"), others=others)
-    corpus = load_corpus(str(text_file), load_tokenizer(variants["base"]), tokens=4096, seq_len=32, seed=0)
+    corpus = draw(
+        TextSpec(sources=(str(text_file),), tokens=4096, seq_len=32), load_tokenizer(variants["base"])
+    ).calibration
     train = corpus.split(15 / 16)[0]
     # A merged layer that stands for itself is the teacher's own: it is fitted as others behind the cut are.
     teacher = [resident.module(op) for op in reference_layers(made)]

@@ -14,6 +14,7 @@ from intarsia.building.loaded_model import Resident
 from intarsia.errors import UserError
 from intarsia.healing import layer_training, layerwise, training
 from intarsia.healing.settings import LayerwiseSettings
+from intarsia.healing.training import Text
 from intarsia.recipe.recipe import Recipe
 from tests import families
 from tests.conftest import InMemory
@@ -40,7 +41,7 @@ def test_every_family_learns(family: str, padded: bool, cut: Cut, resident_of: I
     _, recipe = cut(family)
     resident = resident_of(family)
     before = {name: tensor.clone() for name, tensor in resident.model.state_dict().items()}
-    healed, report = layerwise.train(recipe, resident, *tokens(padded=padded), settings=QUICK)
+    healed, report = layerwise.train(recipe, resident, Text.of(*tokens(padded=padded)), settings=QUICK)
     assert [row["layer"] for row in report] == [2, 3]
     assert sorted(healed.fitted) == [2, 3]
     for row in report:
@@ -53,7 +54,7 @@ def test_the_loss_is_of_the_original_states(cut: Cut, resident_of: InMemory, tok
     _, recipe = cut("llama")
     resident = resident_of("llama")
     train, held_out = tokens()
-    _, report = layerwise.train(recipe, resident, train, held_out, settings=QUICK)
+    _, report = layerwise.train(recipe, resident, Text.of(train, held_out), settings=QUICK)
     with torch.no_grad():
         out = resident.model(held_out.input_ids, output_hidden_states=True).hidden_states
         handle: list[torch.Tensor] = []
@@ -84,7 +85,7 @@ def test_killed_and_continued_is_as_undisturbed(
     checkpoint, recipe = cut("llama")
     resident = Resident(checkpoint, device=torch.device("cpu"), dtype=dtype)
     settings = replace(QUICK, epochs=2, evaluations=4, weight_decay=0.1)
-    wanted, report = layerwise.train(recipe, resident, *tokens(), settings=settings)
+    wanted, report = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings)
     steps = []
     step = layer_training._Training._step
 
@@ -96,12 +97,12 @@ def test_killed_and_continued_is_as_undisturbed(
 
     monkeypatch.setattr(layer_training._Training, "_step", dies)
     with pytest.raises(KeyboardInterrupt):
-        layerwise.train(recipe, resident, *tokens(), settings=settings, folder=tmp_path / "run")
+        layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
     monkeypatch.setattr(layer_training._Training, "_step", step)
-    found, told = layerwise.train(recipe, resident, *tokens(), settings=settings, folder=tmp_path / "run")
+    found, told = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
     assert same(found, wanted)
     assert timeless(told) == timeless(report)
-    again, _ = layerwise.train(recipe, resident, *tokens(), settings=settings, folder=tmp_path / "run")
+    again, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
     assert same(again, wanted)
 
 
@@ -111,11 +112,11 @@ def test_a_layer_fitted_to_its_own_output_does_not_change(resident_of: InMemory,
     recipe = replace(
         recipe_of("model", [select(layer) for layer in range(6)]), spans=tuple((i, i + 1) for i in range(6))
     )
-    healed, report = layerwise.train(recipe, resident, *tokens(), settings=QUICK)
+    healed, report = layerwise.train(recipe, resident, Text.of(*tokens()), settings=QUICK)
     assert (healed.fitted, report) == ({}, [])
     # The same as a training: a "merge" of one layer alone.
     joined = replace(recipe, layers=(*recipe.layers[:3], as_concat(resident, 3), *recipe.layers[4:]))
-    healed, report = layerwise.train(joined, resident, *tokens(), settings=QUICK)
+    healed, report = layerwise.train(joined, resident, Text.of(*tokens()), settings=QUICK)
     assert report[0]["loss_before"] < 1e-10
     assert report[0]["loss_after"] == report[0]["loss_before"]
     assert healed.fitted == {}
@@ -139,7 +140,7 @@ def test_a_worse_heal_returns_the_input(cut: Cut, resident_of: InMemory, tokens:
     given = {3: {"mlp.down_proj.weight": np.zeros((families.WIDTH, families.CHANNELS), dtype=np.float32)}}
     recipe = replace(recipe, fitted=given)
     healed, report = layerwise.train(
-        recipe, resident_of("llama"), *tokens(), settings=replace(QUICK, lr=30.0, clip=1e9, warmup=0.0)
+        recipe, resident_of("llama"), Text.of(*tokens()), settings=replace(QUICK, lr=30.0, clip=1e9, warmup=0.0)
     )
     assert all(row["stopped"] is not None and row["loss_after"] == row["loss_before"] for row in report)
     assert all("step" in row["stopped"] for row in report)
@@ -148,18 +149,18 @@ def test_a_worse_heal_returns_the_input(cut: Cut, resident_of: InMemory, tokens:
 
 def test_what_is_fitted_is_the_beginning(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
     _, recipe = cut("llama")
-    once, first = layerwise.train(recipe, resident_of("llama"), *tokens(), settings=QUICK)
-    _, second = layerwise.train(once, resident_of("llama"), *tokens(), settings=QUICK)
+    once, first = layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=QUICK)
+    _, second = layerwise.train(once, resident_of("llama"), Text.of(*tokens()), settings=QUICK)
     assert [row["loss_before"] for row in second] == pytest.approx([row["loss_after"] for row in first], rel=1e-5)
 
 
 def test_only_what_is_named_is_trained(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
     _, recipe = cut("llama")
     settings = replace(QUICK, only=("down_proj", "input_layernorm.weight"))
-    healed, _ = layerwise.train(recipe, resident_of("llama"), *tokens(), settings=settings)
+    healed, _ = layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=settings)
     assert set(healed.fitted[2]) == {"mlp.down_proj.weight", "input_layernorm.weight"}
     with pytest.raises(UserError, match=r"down_proj.*'sideways'"):
-        layerwise.train(recipe, resident_of("llama"), *tokens(), settings=replace(QUICK, only=("sideways",)))
+        layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=replace(QUICK, only=("sideways",)))
 
 
 def test_held_out_tokens_are_not_trained_on(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
@@ -167,16 +168,16 @@ def test_held_out_tokens_are_not_trained_on(cut: Cut, resident_of: InMemory, tok
     _, recipe = cut("llama")
     train, held_out = tokens()
     settings = replace(QUICK, evaluations=1)
-    first, _ = layerwise.train(recipe, resident_of("llama"), train, held_out, settings=settings)
-    second, _ = layerwise.train(recipe, resident_of("llama"), train, tokens(seed=9)[1], settings=settings)
+    first, _ = layerwise.train(recipe, resident_of("llama"), Text.of(train, held_out), settings=settings)
+    second, _ = layerwise.train(recipe, resident_of("llama"), Text.of(train, tokens(seed=9)[1]), settings=settings)
     assert same(first, second)
 
 
 def test_spilled_states_are_the_same(cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path) -> None:
     _, recipe = cut("opt")
-    kept, _ = layerwise.train(recipe, resident_of("opt"), *tokens(), settings=QUICK)
+    kept, _ = layerwise.train(recipe, resident_of("opt"), Text.of(*tokens()), settings=QUICK)
     spilled, _ = layerwise.train(
-        recipe, resident_of("opt"), *tokens(), settings=QUICK, folder=tmp_path / "run", memory_bytes=0
+        recipe, resident_of("opt"), Text.of(*tokens()), settings=QUICK, folder=tmp_path / "run", memory_bytes=0
     )
     assert same(kept, spilled)
 
@@ -184,7 +185,21 @@ def test_spilled_states_are_the_same(cut: Cut, resident_of: InMemory, tokens: To
 def test_too_little_text(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
     _, recipe = cut("llama")
     with pytest.raises(UserError, match="at least 40 sequences of 16 tokens"):
-        layerwise.train(recipe, resident_of("llama"), *tokens(), settings=replace(QUICK, batch_tokens=640))
+        layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=replace(QUICK, batch_tokens=640))
+
+
+def test_training_text_harder_than_held_out_text_is_no_divergence(
+    cut: Cut, resident_of: InMemory, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = layer_training.hidden_loss
+
+    def harder(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return loss(*args, **kwargs) * (100.0 if torch.is_grad_enabled() else 1.0)
+
+    monkeypatch.setattr(layer_training, "hidden_loss", harder)
+    _, recipe = cut("llama")
+    _, reports = layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=QUICK)
+    assert all(row["stopped"] is None and row["loss_after"] < row["loss_before"] for row in reports)
 
 
 def test_damaged_weights_are_named(cut: Cut, tokens: Tokens) -> None:
@@ -192,11 +207,11 @@ def test_damaged_weights_are_named(cut: Cut, tokens: Tokens) -> None:
     broken = replace(recipe, fitted={3: {"mlp.up_proj.weight": np.full((40, 32), np.nan, dtype=np.float32)}})
     resident = Resident(checkpoint, device=torch.device("cpu"))
     with pytest.raises(UserError, match="output layer 3, before the first step"):
-        layerwise.train(broken, resident, *tokens(), settings=QUICK)
+        layerwise.train(broken, resident, Text.of(*tokens()), settings=QUICK)
     with torch.no_grad():
         next(resident.layers[2].parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match=r"output of layer \d of the original"):
-        layerwise.train(recipe, resident, *tokens(), settings=QUICK)
+        layerwise.train(recipe, resident, Text.of(*tokens()), settings=QUICK)
 
 
 def test_full_disk(
@@ -210,9 +225,11 @@ def test_full_disk(
     with monkeypatch.context() as patched:
         patched.setattr(training, "save_file", full)
         with pytest.raises(UserError, match="a full disk"):
-            layerwise.train(recipe, resident_of("llama"), *tokens(), settings=QUICK, folder=tmp_path / "run")
+            layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=QUICK, folder=tmp_path / "run")
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
-    healed, _ = layerwise.train(recipe, resident_of("llama"), *tokens(), settings=QUICK, folder=tmp_path / "run")
+    healed, _ = layerwise.train(
+        recipe, resident_of("llama"), Text.of(*tokens()), settings=QUICK, folder=tmp_path / "run"
+    )
     assert sorted(healed.fitted) == [2, 3]
 
 
@@ -220,14 +237,14 @@ def test_state_that_is_no_state(cut: Cut, resident_of: InMemory, tokens: Tokens,
     _, recipe = cut("llama")
     (tmp_path / "layer-002.state.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="Delete it"):
-        layerwise.train(recipe, resident_of("llama"), *tokens(), settings=QUICK, folder=tmp_path)
+        layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=QUICK, folder=tmp_path)
 
 
 def test_fitted_tensors_are_the_whole_story(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
     """The recipe's layer, rebuilt from its tensors, has the loss that was reported."""
     _, recipe = cut("llama")
-    healed, report = layerwise.train(recipe, resident_of("llama"), *tokens(), settings=QUICK)
-    _, told = layerwise.train(healed, resident_of("llama"), *tokens(), settings=replace(QUICK, lr=1e-12))
+    healed, report = layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=QUICK)
+    _, told = layerwise.train(healed, resident_of("llama"), Text.of(*tokens()), settings=replace(QUICK, lr=1e-12))
     assert [row["loss_before"] for row in told] == pytest.approx([row["loss_after"] for row in report], rel=1e-5)
     fitted: Mapping[int, Mapping[str, Any]] = healed.fitted
     assert all(tensor.dtype == np.float32 for tensors in fitted.values() for tensor in tensors.values())

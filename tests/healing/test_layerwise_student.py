@@ -17,6 +17,7 @@ from intarsia.errors import UserError
 from intarsia.healing import layer_training, layerwise
 from intarsia.healing.losses import hidden_mse
 from intarsia.healing.settings import LayerwiseSettings
+from intarsia.healing.training import Text
 from intarsia.recipe.recipe import Recipe
 from tests import families
 from tests.conftest import InMemory
@@ -58,7 +59,7 @@ def test_the_losses_are_those_behind_the_trained_layers(
     _, recipe = cut(family)
     resident = resident_of(family)
     train, held_out = tokens()
-    healed, report = layerwise.train(recipe, resident, train, held_out, settings=QUICK)
+    healed, report = layerwise.train(recipe, resident, Text.of(train, held_out), settings=QUICK)
     assert [row["layer"] for row in report] == [2, 3]
     with torch.inference_mode():
         for row, stop in zip(report, (4, 6), strict=True):
@@ -73,8 +74,8 @@ def test_layers_behind_are_trained_too(cut: Cut, resident_of: InMemory, tokens: 
     _, recipe = cut("llama")
     resident = resident_of("llama")
     longer = identity_behind(recipe)
-    _, alone = layerwise.train(longer, resident, *tokens(), settings=LayerwiseSettings(batch_tokens=64))
-    _, behind = layerwise.train(longer, resident, *tokens(), settings=QUICK)
+    _, alone = layerwise.train(longer, resident, Text.of(*tokens()), settings=LayerwiseSettings(batch_tokens=64))
+    _, behind = layerwise.train(longer, resident, Text.of(*tokens()), settings=QUICK)
     assert [row["layer"] for row in alone] == [2]
     assert [row["layer"] for row in behind] == [2, 3, 4]
 
@@ -90,7 +91,7 @@ def test_killed_and_continued_is_as_undisturbed(
 ) -> None:
     _, recipe = cut("qwen2")
     resident = resident_of("qwen2")
-    undisturbed, _ = layerwise.train(recipe, resident, *tokens(), settings=QUICK)
+    undisturbed, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=QUICK)
     step, steps = layer_training._Training._step, []
 
     def dying(self: layer_training._Training, number: int) -> float:
@@ -101,8 +102,8 @@ def test_killed_and_continued_is_as_undisturbed(
 
     monkeypatch.setattr(layer_training._Training, "_step", dying)
     with pytest.raises(KeyboardInterrupt):
-        layerwise.train(recipe, resident, *tokens(), settings=QUICK, folder=tmp_path)
-    continued, _ = layerwise.train(recipe, resident, *tokens(), settings=QUICK, folder=tmp_path)
+        layerwise.train(recipe, resident, Text.of(*tokens()), settings=QUICK, folder=tmp_path)
+    continued, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=QUICK, folder=tmp_path)
     assert len(steps) < 9 + 6  # the first layer was not trained again
     for index in (2, 3):
         for name, array in undisturbed.fitted[index].items():
@@ -112,8 +113,8 @@ def test_killed_and_continued_is_as_undisturbed(
 def test_spilled_states_are_the_same(cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path) -> None:
     _, recipe = cut("llama")
     resident = resident_of("llama")
-    kept, _ = layerwise.train(recipe, resident, *tokens(), settings=QUICK)
-    spilled, _ = layerwise.train(recipe, resident, *tokens(), settings=QUICK, folder=tmp_path, memory_bytes=0)
+    kept, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=QUICK)
+    spilled, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=QUICK, folder=tmp_path, memory_bytes=0)
     assert all(np.array_equal(kept.fitted[3][name], spilled.fitted[3][name]) for name in kept.fitted[3])
     assert not list(tmp_path.glob("intarsia-hidden-*"))
 

@@ -63,7 +63,7 @@ def test_layerwise_training_of_experts_alone(cut: Cut, resident_of: InMemory, to
     _, recipe = cut("qwen3-moe")
     resident = resident_of("qwen3-moe")
     settings = LayerwiseSettings(epochs=2, batch_tokens=64, lr=2e-3, only=("experts",))
-    healed, report = layerwise.train(recipe, resident, *tokens(), settings=settings)
+    healed, report = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings)
     names = {name for name in resident.architecture.layer_shapes() if ".experts." in name}
     assert len(names) == 3 * families.EXPERTS
     assert set(healed.fitted[2]) == names and report[0]["loss_after"] < report[0]["loss_before"]

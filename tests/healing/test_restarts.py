@@ -25,7 +25,6 @@ from intarsia.pruning.run_folder import RunFolder
 from intarsia.pruning.settings import ComeSettings
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Fitted, Recipe, identity
-from intarsia.stages.judge import held_out_text
 from intarsia.stages.repair import _set_aside, beginnings, heal_passes_at_most, repaired
 from intarsia.stages.source import Source
 from tests import families
@@ -127,12 +126,9 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
     run, folder, source = planned.run, planned.folder, planned.source()
     settings = ClosedFormSettings()
     several = 0
-    judges = held_out_text(source, place=1)
+    judges = source.parts.selection
     assert judges is not None
     assert len(judges) == 2
-    behind = source.text(tokens=512 + 4 * 32).input_ids
-    assert torch.equal(judges.input_ids, behind[-2:])  # the two before are what the result is judged by
-    assert torch.equal(held_out_text(source).input_ids, behind[-4:-2])
     for entry in folder.log():
         recipe = folder.recipe(entry["layers"])
         begin = beginnings(folder, recipe, source.checkpoint.architecture)
@@ -182,12 +178,12 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
 
 
 @pytest.mark.parametrize("fitted", [True, False])
-def test_what_chose_the_strength_does_not_judge(plan: Plan, fitted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_chose_the_strength_does_not_judge(plan: Plan, fitted: bool) -> None:
     """With several starts and with one: where no further text is left, sequences that no fit has seen judge."""
     planned = plan(layers=4)
     run, source, recipe = planned.run, planned.source(), planned.folder.recipe(4)
     recipe = recipe if fitted else replace(recipe, fitted={})
-    monkeypatch.setattr("intarsia.stages.repair.held_out_text", lambda source, place: None)
+    source.parts.__dict__["selection"] = None
     heal = repaired(run, recipe, source, settings=LAST, batch_tokens=None).recipe.provenance["heal"]
     assert heal["settings"]["closed-form"]["held_out"] == 8
     unseen = [8]  # of 16 sequences; 0 chooses the strength
@@ -207,7 +203,7 @@ def test_one_start_is_judged_by_further_text_where_there_is_some(plan: Plan) -> 
     source = planned.source()
     recipe = replace(planned.folder.recipe(4), fitted={})
     heal = repaired(planned.run, recipe, source, settings=LAST, batch_tokens=None).recipe.provenance["heal"]
-    further = held_out_text(source, place=1)
+    further = source.parts.selection
     assert further is not None and "starts" not in heal
     before, after = (np.log(row["held_out_perplexity"]) for row in heal["stages"])
     healed, _ = fit_on(recipe, source.resident, source.corpus, settings=LAST)

@@ -93,9 +93,11 @@ def test_the_calibration_loss_is_that_of_the_built_model(model_folder: Folder, s
     again = intarsia.plan(str(built.out), tmp_path / "again", layers=3, method="shortgpt", **sizes)
     assert again.layers == 4
     model = AutoModelForCausalLM.from_pretrained(built.out).eval()
-    from intarsia.data.text import load_corpus
+    from intarsia.data.text import draw
+    from intarsia.options import TextSpec
 
-    corpus = load_corpus(sizes["calibration"], AutoTokenizer.from_pretrained(built.out), tokens=256, seq_len=32, seed=0)
+    text = TextSpec(sources=(sizes["calibration"],), tokens=256, seq_len=32)
+    corpus = draw(text, AutoTokenizer.from_pretrained(built.out)).calibration
     with torch.no_grad():
         loss = model(corpus.input_ids, labels=corpus.input_ids).loss
     assert planned.losses[-1] == pytest.approx(float(loss), rel=1e-5)
@@ -254,7 +256,10 @@ def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Pa
     assert again.recipe_sha256 == result.recipe_sha256
 
 
-def test_text_is_held_out_to_judge_by(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_text_is_held_out_to_judge_by(model_folder: Folder, sizes: Sizes, tmp_path: Path, mixed: bool) -> None:
+    """Also beside text that the model writes."""
+    sizes = {**sizes, "calibration": [sizes["calibration"], *["self"] * mixed]}
     result = intarsia.compress(str(model_folder("llama")), tmp_path / "out", layers=5, **sizes)
     assert result.before is not None and result.before.perplexity is not None
     assert result.before.perplexity.windows == 1

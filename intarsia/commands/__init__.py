@@ -1,0 +1,1 @@
+"""The verbs, one file each: what `intarsia VERB` does, from top to bottom."""

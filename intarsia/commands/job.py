@@ -1,0 +1,306 @@
+"""What the parts of one command share: an open checkpoint and, once they are needed, its model in memory and its text.
+
+job = Job("demo", TextSpec(), Runtime(device="cpu"))
+job.checkpoint, job.tokenizer, job.sha256
+job.resident                                    # the model, loaded once
+job.text.calibration, job.text.selection, job.text.test
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intarsia import progress
+from intarsia.activations.hidden_store import Room
+from intarsia.architecture.spec import Architecture
+from intarsia.building.loaded_model import Resident, default_device
+from intarsia.checkpoint.hashing import scan
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.resolve import asked_for, open_checkpoint
+from intarsia.data.corpus import Corpus
+from intarsia.data.parts import SELF, TextParts
+from intarsia.errors import Problems, UserError, check
+from intarsia.options import ModelRef, Runtime, Target, TextSpec
+from intarsia.run_dir import RunDir
+
+_TEXT = "text"
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a model and its hidden states are while it is worked on: `Runtime`, looked up on this machine."""
+
+    # The first has embedding and head; layers are laid over all of them.
+    devices: tuple[torch.device, ...]
+    # None for the checkpoint's own.
+    dtype: torch.dtype | None = None
+    # One layer in memory at a time.
+    stream: bool = False
+    # What hidden states may take; None for two fifths of what is free.
+    memory_bytes: int | None = None
+    # Tokens in a batch; None by memory.
+    batch_tokens: int | None = None
+
+    @classmethod
+    def of(cls, runtime: Runtime) -> Placement:
+        """What is asked for, checked.
+
+        Raises:
+            UserError: there is no such device.
+        """
+        problems, found = Problems(), list[torch.device]()
+        for name in runtime.devices or (runtime.device,):
+            with problems:
+                found.append(device_of(name))
+        problems.raise_any()
+        return cls(
+            devices=tuple(found),
+            dtype=None if runtime.dtype is None else _DTYPES[runtime.dtype],
+            stream=runtime.stream,
+            memory_bytes=runtime.memory_bytes,
+            batch_tokens=runtime.batch_tokens,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """The device that data goes to."""
+        return self.devices[0]
+
+    def resident(self, checkpoint: Checkpoint, others: Mapping[str, Checkpoint] | None = None) -> Resident:
+        """A model, ready to be worked with; recipes may take layers of `others` too, by the variants' names."""
+        return Resident(
+            checkpoint,
+            device=self.device,
+            dtype=self.dtype,
+            others=others,
+            stream=self.stream,
+            devices=self.devices,
+        )
+
+    def room(self, run: RunDir | None = None) -> Room:
+        """Memory for hidden states; what does not fit goes to files in the run folder, which must be open."""
+        return Room(self.memory_bytes, None if run is None else run.scratch)
+
+
+class Job:
+    """A model to work on. Nothing heavy is read before it is needed, and nothing twice.
+
+    Attributes:
+        model: its name with its options, as recipes keep it; `revision` of a hub id.
+        checkpoint: its files.
+        runtime: as asked for; `placement` is that on this machine.
+        others: further checkpoints that recipes may take layers of, by the variants' names.
+    """
+
+    def __init__(
+        self,
+        model: ModelRef | str | Path | Checkpoint,
+        text: TextSpec | None = None,
+        runtime: Runtime | None = None,
+        *,
+        others: Mapping[str, Checkpoint] | None = None,
+    ) -> None:
+        """Open the checkpoint.
+
+        Args:
+            text: None for a job without calibration text.
+
+        Raises:
+            UserError: there is no such model or device, or its sequences are too long for it.
+        """
+        self.runtime = runtime or Runtime()
+        self.placement = Placement.of(self.runtime)
+        self.others = dict(others or {})
+        if isinstance(model, Checkpoint):
+            self.checkpoint, self.model, self.revision = model, model.model, model.revision
+        else:
+            ref = ModelRef.of(model)
+            self.model = asked_for(ref.model, dequantize=ref.dequantize, gguf_file=ref.gguf_file)
+            self.revision = ref.revision
+            self.checkpoint = open_checkpoint(self.model, revision=ref.revision, progress=progress.current())
+        self._text = text
+        if text is not None:
+            check_seq_len(self.checkpoint, text.seq_len)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that data goes to."""
+        return self.placement.device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the model runs in; None for the checkpoint's own."""
+        return self.placement.dtype
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's own tokenizer."""
+        return load_tokenizer(self.checkpoint)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of its weights, all of them finite."""
+        return scan(self.checkpoint, progress.current())
+
+    @cached_property
+    def resident(self) -> Resident:
+        """The model in memory; of a streamed one all but its layers."""
+        return self.placement.resident(self.checkpoint, self.others or None)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the model is loaded."""
+        return "resident" in self.__dict__
+
+    def release(self) -> None:
+        """Let go of the model; it is loaded anew when it is needed again."""
+        if self.__dict__.pop("resident", None) is not None:
+            gc.collect()  # streamed layers and the model refer to one another
+
+    @property
+    def spec(self) -> TextSpec:
+        """What text is asked for."""
+        assert self._text is not None, "this job has no text"
+        return self._text
+
+    @cached_property
+    def text(self) -> TextParts:
+        """The calibration text, with what is held out of it.
+
+        Raises:
+            UserError: there are more sources than sequences, or a streamed model would have to write it.
+        """
+        writes = SELF in self.spec.sources
+        streamed = "--calibration self lets the model write, and with --stream it is read anew for every token."
+        check(
+            (
+                not (writes and self.runtime.stream),
+                streamed,
+                "Give a file or data set, or let it write once without --stream: what it writes is kept.",
+            )
+        )
+        key = self.sha256 if writes else None
+        return TextParts(self.spec, self.tokenizer, writer=lambda: self.resident.model, cache_key=key)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The model's own tokenizer.
+
+    Raises:
+        UserError: the folder has none that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{checkpoint.folder} has no tokenizer that transformers can read: {said}.",
+            "Put tokenizer.json and tokenizer_config.json beside the weights; one with code of its own is not run.",
+        ) from error
+
+
+def check_seq_len(checkpoint: Checkpoint, seq_len: int) -> None:
+    """Refuse sequences that the model has no positions for.
+
+    Raises:
+        UserError: they are longer than the config says.
+    """
+    most = checkpoint.architecture.config.get("max_position_embeddings")
+    fits = not isinstance(most, int) or seq_len <= most
+    check((fits, f"--seq-len is {seq_len}; the model has {most} positions.", "Use shorter sequences."))
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name, or the best there is.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(f"There is no device {name!r} here: {said}.", "Give one such as cpu or cuda:0.") from error
+    return device
+
+
+def target_depth(target: Target, architecture: Architecture, parameters: int) -> int:
+    """The number of layers to keep; for a sparsity the greatest depth that removes at least that share.
+
+    Raises:
+        UserError: depth alone cannot reach it.
+    """
+    depth, layers = architecture.n_layers, target.require().layers
+    if layers is not None:
+        check((layers < depth, f"--layers is {layers}; the model has {depth} layers.", "Keep fewer layers."))
+        return layers
+    assert target.sparsity is not None
+    share = architecture.layer_parameters / parameters
+    removed = math.ceil(target.sparsity / share - 1e-9)
+    most = math.floor((depth - 1) * share * 10_000) / 10_000
+    check(
+        (
+            removed < depth,
+            f"--sparsity is {target.sparsity}; all layers but one hold {most:.2%} of the parameters.",
+            f"Give at most {most}; embeddings are not pruned.",
+        )
+    )
+    return depth - removed
+
+
+def text_facts(corpus: Corpus) -> dict[str, Any]:
+    """What is recorded of a calibration text; `sha256` is that of its tokens."""
+    return {"text": corpus.description, "sha256": corpus.sha256, "tokens": corpus.tokens}
+
+
+def check_text(run: RunDir, job: Job) -> None:
+    """Check that a run was started with the text of this job, under whatever name; one not started takes any.
+
+    Only text with another name is read here. What a model wrote has no other name.
+
+    Raises:
+        UserError: it is another text.
+    """
+    if not (run.path / f"{_TEXT}.json").is_file():
+        return
+    pinned, sources = run.pinned(_TEXT), list(job.spec.sources)
+    if pinned["sources"] == sources:
+        return
+    alike = not any(SELF in names for names in (pinned["sources"], sources))
+    if not alike or job.text.calibration.sha256 != pinned["sha256"]:
+        run.check({**pinned, "sources": sources}, name=_TEXT)
+
+
+def pin_text(run: RunDir, job: Job) -> None:
+    """Record the text that a run works on; a resumed run must find the same tokens.
+
+    Raises:
+        UserError: they are others.
+    """
+    check_text(run, job)
+    path = run.path / f"{_TEXT}.json"
+    sources = run.pinned(_TEXT)["sources"] if path.is_file() else list(job.spec.sources)
+    corpus = job.text.calibration
+    run.pin(_TEXT, {"sources": sources, "sha256": corpus.sha256, "tokens": corpus.tokens})
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a result is made with."""
+    found = {name: version(name) for name in ("intarsia", "torch", "transformers", "safetensors")}
+    return {**found, "python": platform.python_version()}
