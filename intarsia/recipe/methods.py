@@ -77,7 +77,8 @@ class Method:
         """The parameters that a search's choices mean; those that are the weights' are left out."""
         if self._settle is not None:
             return dict(self._settle(searched))
-        return {name: value for name, value in searched.items() if name in self.parameters}
+        known = self.parameters
+        return {name: int(x) if known[name].whole else x for name, x in searched.items() if name in known}
 
 
 class _Methods(Mapping[MergeMethod, Method]):

@@ -12,31 +12,24 @@ from intarsia.recipe.methods import METHODS
 from intarsia.recipe.ops import MergeMethod
 from intarsia.tailoring.candidate import Blend
 
-_SETTINGS: Mapping[MergeMethod, tuple[str, ...]] = {
-    "linear": ("lead",),
-    "slerp": ("lead",),
-    "task_arithmetic": ("lambda",),
-    "ties": ("density", "lambda"),
-    "dare_linear": ("density", "lambda"),
-    "dare_ties": ("density", "lambda"),
-    "breadcrumbs": ("density", "lambda"),
-    "model_stock": (),
-}
 _USUAL = {"lead": 0.5, "lambda": 1.0, "density": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Menu:
-    """The blends of a family. `members[0]` is the base; `grids` are the values of each setting, ascending.
+    """The blends of a family.
 
-    Without `select` only the base is taken whole. A blend that is a whole layer in disguise is left out: nothing is
-    added (`lambda` 0), or the whole difference of one member (task arithmetic with `lambda` 1).
+    A blend that is a whole layer in disguise is left out: nothing is added (`lambda` 0), or the whole difference of one
+    member (task arithmetic with `lambda` 1).
     """
 
+    # The base is the first.
     members: tuple[str, ...]
+    # Without it only the base is taken whole.
     select: bool
     methods: tuple[MergeMethod, ...]
-    grids: Mapping[str, tuple[float, ...]]
+    # The values of each setting of each method, ascending.
+    grids: Mapping[MergeMethod, Mapping[str, tuple[float, ...]]]
 
     @property
     def singles(self) -> tuple[str, ...]:
@@ -58,7 +51,7 @@ class Menu:
         for method in self.methods:
             pool, least, most = self._sizes(method)
             for size in range(least, most + 1):
-                values = math.prod(len(self._values(method, name, size)) for name in _SETTINGS[method])
+                values = math.prod(len(self._values(method, name, size)) for name in self.grids[method])
                 total += math.comb(len(pool), size) * values
         return total
 
@@ -68,8 +61,8 @@ class Menu:
             return len(blend.members) == 1 and blend.members[0] in self.singles and not blend.values
         if blend.method not in self.methods or blend.members not in self._subsets(blend.method):
             return False
-        names = _SETTINGS[blend.method]
-        return tuple(name for name, _ in blend.values) == names and all(
+        names = list(self.grids[blend.method])
+        return [name for name, _ in blend.values] == names and all(
             value in self._values(blend.method, name, len(blend.members)) for name, value in blend.values
         )
 
@@ -80,7 +73,7 @@ class Menu:
             return Blend(members=(rng.choice(self.singles),))
         method = rng.choice(methods)
         members = rng.choice(list(self._subsets(method)))
-        values = tuple((name, rng.choice(self._values(method, name, len(members)))) for name in _SETTINGS[method])
+        values = tuple((name, rng.choice(self._values(method, name, len(members)))) for name in self.grids[method])
         return Blend(members=members, method=method, values=values)
 
     def nearest(self, members: Sequence[str], method: MergeMethod, values: Mapping[str, float]) -> Blend:
@@ -95,11 +88,10 @@ class Menu:
             taken = [member for member in self.members if member in members and member in self.singles]
             return Blend(members=(next((m for m in taken if m != self.members[0]), self.members[0]),))
         settled = []
-        for name in _SETTINGS[method]:
+        for name in self.grids[method]:
             grid = self._values(method, name, len(wanted))
-            target = values.get(name, _USUAL[name])
-            whole = method == "task_arithmetic" and len(wanted) == 1 and values.get("lambda") == 1.0
-            if whole and name == "lambda" and self.select:
+            target = values.get(name, usual(method, name))
+            if self.select and len(wanted) == 1 and _adds_up(method) and values.get("lambda") == 1.0:
                 return Blend(members=wanted)
             settled.append((name, min(grid, key=lambda value: (abs(value - target), value))))
         return Blend(members=wanted, method=method, values=tuple(settled))
@@ -134,7 +126,7 @@ class Menu:
 
     def settings_of(self, method: MergeMethod) -> tuple[str, ...]:
         """The names of a method's settings."""
-        return _SETTINGS[method]
+        return tuple(self.grids[method])
 
     def _sizes(self, method: MergeMethod) -> tuple[tuple[str, ...], int, int]:
         """From which members a method takes, how many at least, and how many at most."""
@@ -149,11 +141,22 @@ class Menu:
             yield from combinations(pool, size)
 
     def _values(self, method: MergeMethod, name: str, size: int) -> tuple[float, ...]:
-        grid = self.grids[name]
+        grid = self.grids[method][name]
         if name != "lambda":
             return grid
-        whole = method == "task_arithmetic" and size == 1
+        whole = _adds_up(method) and size == 1
         return tuple(value for value in grid if value != 0.0 and not (whole and value == 1.0))
+
+
+def usual(method: MergeMethod, name: str) -> float:
+    """The value of a setting where nothing else is said."""
+    return _USUAL[name] if name in _USUAL else METHODS[method].parameters[name].default
+
+
+def _adds_up(method: MergeMethod) -> bool:
+    """Whether it adds differences as they are, so that all of one is that member."""
+    kind = METHODS[method]
+    return kind.base and not kind.parameters and tuple(kind.search) == ("lambda",)
 
 
 def _unlike(blend: Blend, found: Sequence[Blend]) -> list[Blend]:
