@@ -21,7 +21,6 @@ from intarsia.cli.default_verb import DefaultVerb
 from intarsia.cli.evaluate import perplexity, tasks
 from intarsia.cli.export import export
 from intarsia.cli.guard import debugging
-from intarsia.cli.heal import heal
 from intarsia.cli.inspect import inspect
 from intarsia.cli.plan import plan
 from intarsia.cli.push import push
@@ -53,7 +52,6 @@ anatomy = typer.Typer(no_args_is_help=True, help="Which model families are known
 app.command()(compress)
 app.command()(plan)
 app.command()(build)
-app.command()(heal)
 app.command()(tailor)
 app.command()(compare)
 app.command()(inspect)

@@ -12,13 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from intarsia.errors import Problem, UserError
 from intarsia.healing.layer_fit import LayerFit
-from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.pruning.heal_in_loop import NEAREST, Repair, losses_behind
 from intarsia.pruning.intermediate import Intermediate, Tensors
-from intarsia.pruning.settings import ComeSettings, Settings
 from intarsia.pruning.step import Step, describe
 from intarsia.recipe.ops import Op, sources_of
 
@@ -34,7 +31,7 @@ def best_blocks(
     removed: int,
     known: Iterable[Sequence[Op]],
 ) -> list[tuple[Step, float]]:
-    """Steps that leave so many layers out of the original, each with its loss: the one of least loss first.
+    """Steps that leave `removed` layers out of the original, each with its loss: the one of least loss first.
 
     Args:
         whole: the original, with its hidden states.
@@ -81,43 +78,11 @@ class _Trial:
         return min(self.before, self.after)
 
 
-def check_finalists(method: str, settings: Settings | None, in_loop: ClosedFormSettings | None) -> None:
-    """Refuse finalists where nothing is repaired on the way, and both them and removals where no layers are tried.
-
-    Raises:
-        UserError: with both, where both are so.
-    """
-    if not isinstance(settings, ComeSettings):
-        return
-    problems = [
-        Problem(
-            where=f"--{name}",
-            expected="come-p, which tries layers",
-            found=method,
-            remedy=f"Leave --{name} out, or choose --method come-p.",
-        )
-        for name, given in (
-            ("removals", settings.removals),
-            ("finalists", settings.finalists > 1),
-            ("blocks", settings.blocks > 0),
-        )
-        if given and method != "come-p"
-    ]
-    for name, given in (("finalists", settings.finalists > 1), ("blocks", settings.blocks > 0)):
-        if given and in_loop is None:
-            remedy = f"Give both, or leave --{name} out."
-            problems.append(
-                Problem(where=f"--{name}", expected="--heal-in-loop beside it", found="none", remedy=remedy)
-            )
-    if problems:
-        raise UserError(problems)
-
-
 def settle(repair: Repair, steps: Sequence[Step], *, blocks: int = 0) -> tuple[Step, dict[str, Any]]:
     """Take the step whose repaired model has the least loss on held-out sequences; of equal ones the first.
 
     Args:
-        blocks: so many blocks of the original are tried beside the steps.
+        blocks: how many blocks of the original are tried beside the steps.
 
     Returns:
         The step, and as plain data what `Repair.replace` tells of it, with what each of the others has shown.

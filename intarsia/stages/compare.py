@@ -10,23 +10,20 @@ from typing import Any
 
 from intarsia.checkpoint.hashing import acting_config
 from intarsia.checkpoint.resolve import lasting
+from intarsia.commands.job import check_seq_len, versions
 from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.evaluation.task_plan import plan_tasks
 from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.progress import Progress, Silent
+from intarsia.registry import planners
 from intarsia.reporting.comparison import cells, load
-from intarsia.stages.calibration_text import calibration_as_begun, facts_of
 from intarsia.stages.compare_folder import CompareFolder
 from intarsia.stages.compare_input import check_depths, check_lists, estimated, load_texts, task_facts_of
 from intarsia.stages.compare_judge import Judge
-from intarsia.stages.compare_methods import parse_methods
 from intarsia.stages.compare_outputs import write_outputs
 from intarsia.stages.compare_work import Work
-from intarsia.stages.plan_settings import working_settings
 from intarsia.stages.repair import HEALS
-from intarsia.stages.setup import check_seq_len
 from intarsia.stages.source import Source
-from intarsia.stages.versions import versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +110,7 @@ def compare(
     """
     begun = time.perf_counter()
     progress, out = progress or Silent(), Path(out)
-    entrants = parse_methods(methods)
+    entrants = planners.choose_all(methods)
     texts_given = [eval_text] if isinstance(eval_text, str) else list(eval_text)
     windows = [eval_windows] if isinstance(eval_windows, int) else list(eval_windows)
     check_lists(layers, heal, texts_given, windows, tasks, task_layers)
@@ -146,14 +143,14 @@ def compare(
             peak_memory_bytes=peak_memory_bytes(),
         )
     asked = {
-        "methods": [entrant.name for entrant in entrants],
+        "methods": [entrant.label for entrant in entrants],
         "layers": depths,
         "heal": heals,
         "task_layers": None if task_layers is None else sorted(task_layers, reverse=True),
         "speed": speed,
     }
     task_facts = [] if task_plan is None else task_facts_of(task_plan, tasks, include_path)
-    facts = _facts(source, batch_tokens, CompareFolder(out).facts()) | {
+    facts = _facts(source, CompareFolder(out).facts()) | {
         "closed_form": asdict(closed_form),
         "eval_texts": text_facts,
         "tasks": task_facts,
@@ -165,7 +162,11 @@ def compare(
     try:
         if work.missing(entrants):
             corpus = source.corpus  # a mistyped text must not leave a folder behind
-            facts["calibration"] = facts_of(corpus)
+            facts["calibration"] = {
+                "text": corpus.description,
+                "sha256": corpus.sha256,
+                "tokens": corpus.tokens,
+            }
             folder.start(facts)
             work.run(entrants)
     finally:
@@ -185,17 +186,26 @@ def compare(
     )
 
 
-def _facts(source: Source, batch_tokens: int | None, begun: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides every number of the comparison, whatever it is judged by. `begun`: what it was begun with, if so."""
-    begun_with, begun_text = (begun.get(name) or {} for name in ("settings", "calibration"))
-    calibration = calibration_as_begun(source, begun_with.get("calibration"), begun_text.get("sha256"))
+def _facts(source: Source, started: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides every number of the comparison. `started`: what it was started with, if it was."""
+    given = ",".join(source.spec.sources)
+    name = (started.get("settings") or {}).get("calibration", given)
+    text = (started.get("calibration") or {}).get("sha256")
+    # The same text by another name; what a model wrote has no other name.
+    if name != given and text is not None and not any("self" in each.split(",") for each in (name, given)):
+        given = name if source.corpus.sha256 == text else given
     return {
         "kind": "compare",
         "model": lasting(source.model),
         "revision": source.revision,
         "base_sha256": source.sha256,
         "config": acting_config(source.checkpoint.config),
-        "settings": working_settings(source, calibration, batch_tokens),
+        "settings": {
+            "calibration": given,
+            "tokens": source.tokens,
+            "seq_len": source.seq_len,
+            "seed": source.spec.seed,
+        },
         "versions": versions(),
     }
 

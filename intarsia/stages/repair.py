@@ -11,17 +11,17 @@ from typing import Any
 
 from intarsia.activations.loop import Batches
 from intarsia.architecture.spec import Architecture
+from intarsia.commands.job import pin_text
 from intarsia.data.corpus import Corpus
 from intarsia.disk import full_disk_named
 from intarsia.healing.fit_plan import fit_forwards, fit_passes_at_most
 from intarsia.healing.restarts import AS_IT_IS, Start, best_fit, forget, held_out_perplexity, starts
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates, has_room
-from intarsia.pruning.run_folder import RunFolder
-from intarsia.pruning.settings import ComeSettings, Settings
+from intarsia.pruning.ladder import Ladder
+from intarsia.pruning.step import Planner
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, identity
-from intarsia.stages.calibration_text import pin_text
 from intarsia.stages.source import Source
 
 HEALS = ("closed-form", "none")
@@ -61,7 +61,6 @@ def repaired(
     source: Source,
     *,
     settings: ClosedFormSettings,
-    batch_tokens: int | None,
     teacher: TeacherStates | None = None,
 ) -> Repaired:
     """A recipe of a run's ladder, healed in closed form on the run's calibration text.
@@ -77,14 +76,13 @@ def repaired(
     Raises:
         UserError: activations are not finite, or the calibration text is not the one of the run.
     """
-    folder = RunFolder.existing(run)
+    folder = Ladder.existing(run)
     architecture = source.checkpoint.architecture
     begin = beginnings(folder, recipe, architecture)
     forwards = sum(fit_forwards(start.recipe, settings, architecture) for start in begin)
     facts: dict[str, Any] = {
         "recipe": schema.content_hash(recipe),
         "settings": asdict(settings),
-        "batch_tokens": batch_tokens,
         **({"starts": [start.name for start in begin]} if len(begin) > 1 else {}),
     }
     # Text, dtype and device are the run's own: it refuses others.
@@ -96,17 +94,17 @@ def repaired(
         source.progress.say(f"{kept}: healed already")
         return _result(schema.load(kept), kept, forwards, fresh=False)
     corpus = source.corpus
-    pin_text(folder, corpus)
+    pin_text(folder.run, source)
     room, progress = source.placement.room(run), source.progress
     # A text that chose something (a step, a ridge strength) flatters what was chosen: another one must judge.
-    held_out, unseen = source.parts.selection, list[int]()
+    held_out, unseen = source.text.selection, list[int]()
     if held_out is None:
         settings, held_out, unseen = _set_aside(corpus, settings)
 
     before = held_out_perplexity(source.resident, held_out, recipe, room=room, progress=progress)
     shared = teacher
     if teacher is None:
-        batches = Batches(corpus, source.resident.device, batch_tokens=batch_tokens, progress=progress)
+        batches = Batches(corpus, source.resident.device, batch_tokens=source.placement.batch_tokens, progress=progress)
         keep = len(begin) > 1 and has_room(source.resident, batches, room)
         shared = TeacherStates(source.resident, batches, keep=keep, room=room, progress=progress)
     assert shared is not None
@@ -141,7 +139,7 @@ def repaired(
     return _result(done, kept, forwards, fresh=True)
 
 
-def beginnings(folder: RunFolder, recipe: Recipe, architecture: Architecture) -> list[Start]:
+def beginnings(folder: Ladder, recipe: Recipe, architecture: Architecture) -> list[Start]:
     """Where the fit of a ladder's recipe may begin (see `intarsia.healing.restarts`), with `LAST_BLOCKS` of the blocks
     of the original that the step to its depth was held against, those of least loss there.
 
@@ -160,15 +158,9 @@ def beginnings(folder: RunFolder, recipe: Recipe, architecture: Architecture) ->
     return found + others[:LAST_BLOCKS]
 
 
-def heal_passes_at_most(architecture: Architecture, planned: Settings | None, *, in_loop: bool) -> int:
-    """Passes of the whole model over the calibration text that `repaired` takes: a fit from each starting point.
-
-    Args:
-        planned: the planner's settings.
-        in_loop: the ladder is healed as it goes.
-    """
-    blocks = planned.blocks if isinstance(planned, ComeSettings) else 0
-    starts = 2 + min(LAST_BLOCKS, blocks) if in_loop else 1
+def heal_passes_at_most(architecture: Architecture, planner: Planner) -> int:
+    """Passes of the whole model over the calibration text that `repaired` takes: a fit from each starting point."""
+    starts = 1 if planner.in_loop is None else 2 + min(LAST_BLOCKS, planner.blocks)
     return starts * fit_passes_at_most(architecture)
 
 
