@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from intarsia.commands.heal import HealResult
     from intarsia.commands.plan import PlanResult, plan
+    from intarsia.commands.tailor import TailorResult, tailor
     from intarsia.errors import UserError
     from intarsia.evaluation.task_results import TaskResults
     from intarsia.pruning.methods.come import ComeSettings
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from intarsia.stages.inspect import inspect
     from intarsia.stages.push import PushResult, push
     from intarsia.stages.report import ReportResult, report
-    from intarsia.stages.tailor import tailor
-    from intarsia.stages.tailor_result import TailorResult
     from intarsia.stages.verify import VerifyResult, verify
 
 __version__ = "0.1.0"
@@ -51,7 +50,7 @@ _PLACES = {
     "PushResult": "intarsia.stages.push",
     "Recipe": "intarsia.recipe.recipe",
     "ReportResult": "intarsia.stages.report",
-    "TailorResult": "intarsia.stages.tailor_result",
+    "TailorResult": "intarsia.commands.tailor",
     "TaskResults": "intarsia.evaluation.task_results",
     "UserError": "intarsia.errors",
     "VerifyResult": "intarsia.stages.verify",
@@ -67,7 +66,7 @@ _PLACES = {
     "plan": "intarsia.commands.plan",
     "push": "intarsia.stages.push",
     "report": "intarsia.stages.report",
-    "tailor": "intarsia.stages.tailor",
+    "tailor": "intarsia.commands.tailor",
     "verify": "intarsia.stages.verify",
 }
 

@@ -25,7 +25,6 @@ from intarsia.cli.inspect import inspect
 from intarsia.cli.plan import plan
 from intarsia.cli.push import push
 from intarsia.cli.report import report
-from intarsia.cli.tailor import tailor
 from intarsia.cli.verify import verify
 
 # What other libraries say about themselves, unless the user has set it. They read this when they are imported,
@@ -52,7 +51,6 @@ anatomy = typer.Typer(no_args_is_help=True, help="Which model families are known
 app.command()(compress)
 app.command()(plan)
 app.command()(build)
-app.command()(tailor)
 app.command()(compare)
 app.command()(inspect)
 app.command()(bench)

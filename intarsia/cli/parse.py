@@ -210,7 +210,7 @@ def _groups(parts: Sequence[Part]) -> Iterator[_Group]:
 def _choice_option(part: Part, kind: Kind) -> Option:
     several = ", in the order wanted, with commas between; or none" if kind.many else ""
     default = part.default
-    if default is not MISSING:
+    if default is not MISSING and default is not None:
         chosen = kind.choose_all(default)
         default = ",".join(each.label for each in chosen) or "none"
     return Option(

@@ -99,7 +99,7 @@ def tailor(
     ],
     out: Annotated[Path | None, Flag(names=("--out", "-o"), metavar="RUN", help="Folder of the search.")] = None,
     *,
-    engine: Engine | None = None,
+    engine: Engine = None,
     search: SearchOptions = SearchOptions(),
     runtime: Runtime = Runtime(),
     final: FinalOptions = FinalOptions(),
@@ -318,7 +318,7 @@ def _facts(plan: _Plan, family: Family, space: Space, budgets: Sequence[int]) ->
 
 def _pinned(file: FamilyFile, facts: Mapping[str, Any], *, examples: Any) -> dict[str, Any]:
     """What must be the same when a search is resumed; how many trials it makes may differ."""
-    family = file.model_dump(mode="json", exclude={"search": {"trials"}})
+    family = file.model_dump(exclude={"search": {"trials"}})
     family["objectives"] = {entry["name"]: entry for entry in family["objectives"]}
     return {
         "family": family,

@@ -20,10 +20,9 @@ from pydantic import (
 )
 
 from intarsia import registry
-from intarsia.checkpoint.resolve import DEMO
 from intarsia.data_file import Strict, checked, dump_yaml, raise_misplaced, read_yaml, unexpected
 from intarsia.errors import UserError
-from intarsia.evaluation.task_file import names_a_file
+from intarsia.flags import plain
 from intarsia.recipe.methods import METHODS
 from intarsia.recipe.recipe import VARIANT_NAME
 
@@ -60,6 +59,8 @@ def _range(least: float, most: float) -> PlainValidator:
 
 def _split(value: Any) -> Range:
     """`0:0.33`, the first third."""
+    if isinstance(value, tuple):  # made in Python, not read from a file
+        value = f"{value[0]}:{value[1]}"
     first, colon, last = value.partition(":") if isinstance(value, str) else ("", "", "")
     try:
         found = (float(first or 0.0), float(last or 1.0))
@@ -244,7 +245,7 @@ class FamilyFile(Strict):
 
     base: _Member
     variants: Annotated[
-        dict[Annotated[str, PlainValidator(_variant_name)], _Member], BeforeValidator(lambda value: value or {})
+        dict[Annotated[str, PlainValidator(_variant_name)], _Member], BeforeValidator(lambda value: {} if value is None else value)
     ] = {}  # noqa: RUF012  (pydantic copies it)
     target: TargetSpec
     operations: Annotated[_Words, _known(lambda: ("remove", "select", "merge", "concat", "stack"))] = (
@@ -282,7 +283,11 @@ class FamilyFile(Strict):
     def _used(self) -> FamilyFile:
         raise_misplaced(
             [
-                ((key,), unexpected(f"{key!r} among the operations", "it is not", "Add it, or remove its settings."), "")
+                (
+                    (key,),
+                    unexpected(f"{key!r} among the operations", "it is not", "Add it, or remove its settings."),
+                    "",
+                )
                 for key in ("merge", "concat")
                 if key in self.model_fields_set and key not in self.operations
             ]
@@ -311,6 +316,7 @@ class FamilyFile(Strict):
 
     def absolute(self) -> FamilyFile:
         """The same with absolute paths; names that are no path there is stay as they are."""
+        from intarsia.evaluation.task_file import names_a_file
 
         def member(spec: MemberSpec) -> MemberSpec:
             return spec.model_copy(update={"model": absolute_path(spec.model)})
@@ -333,11 +339,13 @@ class FamilyFile(Strict):
 
     def to_yaml(self) -> str:
         """The text of a family file that says the same."""
-        return dump_yaml(self.model_dump(mode="json", exclude_unset=True))
+        return dump_yaml(plain(self.model_dump(exclude_unset=True)))
 
 
 def absolute_path(name: str) -> str:
     """A file or folder that is there by its absolute path, with the part of a file that is asked for."""
+    from intarsia.checkpoint.resolve import DEMO
+
     if name == DEMO:
         return name
     whole = Path(name).expanduser()

@@ -6,8 +6,8 @@
 - `wanted.json`: how many trials are asked for.
 - `sensitivities.safetensors`, `warm_start.json`, `plans/METHOD/`: what the search starts with.
 - `trials.jsonl`: the log (`intarsia.tailoring.history.Trial`).
-- `front.json`: the Pareto front (`Front.to_dict`), written anew whenever it changes, with `judged` once the incumbent is
-  scored on what the search never saw.
+- `front.json`: the Pareto front (`Front.to_dict`), written anew whenever it changes, with `judged` once the incumbent
+  is scored on what the search never saw.
 - `fits/`: while it searches, what was fitted for trials that are under way or lead at their budget.
 - `front/trial-N.yaml`: the recipes of the front; `best/`: the incumbent, built; `report.html`: the page about all that.
 """

@@ -42,7 +42,7 @@ def search(
     goal: Goal,
     *,
     recipe_of: Callable[[Candidate], Recipe],
-    earlier: Sequence[Trial],
+    earlier: Sequence[Trial] = (),
     on_front: Callable[[Front], None] = lambda front: None,
     on_trial: Callable[[Set[str]], None] = lambda wanted: None,
 ) -> str | None:

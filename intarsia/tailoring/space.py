@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from random import Random
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from intarsia.architecture.spec import Architecture
 from intarsia.errors import Problem, UserError
@@ -21,7 +21,9 @@ from intarsia.recipe.methods import METHODS
 from intarsia.recipe.ops import MergeMethod
 from intarsia.tailoring.blends import Menu
 from intarsia.tailoring.candidate import Candidate, Choice, Join, Keep, single
-from intarsia.tailoring.family_file import FamilyFile, Range
+
+if TYPE_CHECKING:
+    from intarsia.tailoring.family_file import FamilyFile, Range
 
 Kind = Literal["cut", "fusion", "stack"]
 

@@ -204,7 +204,7 @@ class Translator:
                 found[name] = mix.params[name]
             elif name not in ("lead", "lambda"):
                 rest = {other: usual(mix.method, other) for other in kind.search if other != name}
-                found[name] = min(grid, key=lambda value: _distance(kind.settle({**rest, name: value}), mix.params))  # noqa: B023
+                found[name] = min(grid, key=lambda value: _distance(kind.settle({**rest, name: value}), mix.params))
         return found
 
 

@@ -43,9 +43,7 @@ def translator_of(
     )
 
 
-def trial_recipe(
-    run: TailorRun, trial: Trial, evaluator: Evaluator | None = None, *, healed: bool = True
-) -> Recipe:
+def trial_recipe(run: TailorRun, trial: Trial, evaluator: Evaluator | None = None, *, healed: bool = True) -> Recipe:
     """The recipe of a trial, healed if the trial was.
 
     Args:

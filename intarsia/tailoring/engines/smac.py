@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -251,7 +251,9 @@ class SmacSettings:
 
     def __post_init__(self) -> None:
         numbers = {"initial": self.initial, "challengers": self.challengers, "local-searches": self.local_searches}
-        rules = ((n >= 1, f"--{name} is {n}; it is at least 1.", "Give a larger number.") for name, n in numbers.items())
+        rules = (
+            (n >= 1, f"--{name} is {n}; it is at least 1.", "Give a larger number.") for name, n in numbers.items()
+        )
         check(*rules)
 
 
