@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from intarsia.commands.compress import CompressResult, compress
     from intarsia.commands.heal import HealResult
     from intarsia.commands.plan import PlanResult, plan
     from intarsia.commands.tailor import TailorResult, tailor
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from intarsia.stages.bench import BenchResult, bench
     from intarsia.stages.build import BuildResult, build
     from intarsia.stages.compare import CompareResult, compare
-    from intarsia.stages.compress import compress
-    from intarsia.stages.compress_result import CompressResult
     from intarsia.stages.evaluate import evaluate_perplexity
     from intarsia.stages.evaluate_tasks import evaluate_tasks
     from intarsia.stages.export import ExportResult, export
@@ -43,7 +42,7 @@ _PLACES = {
     "BuildResult": "intarsia.stages.build",
     "ComeSettings": "intarsia.pruning.methods.come",
     "CompareResult": "intarsia.stages.compare",
-    "CompressResult": "intarsia.stages.compress_result",
+    "CompressResult": "intarsia.commands.compress",
     "ExportResult": "intarsia.stages.export",
     "HealResult": "intarsia.commands.heal",
     "PlanResult": "intarsia.commands.plan",
@@ -57,7 +56,7 @@ _PLACES = {
     "bench": "intarsia.stages.bench",
     "build": "intarsia.stages.build",
     "compare": "intarsia.stages.compare",
-    "compress": "intarsia.stages.compress",
+    "compress": "intarsia.commands.compress",
     "evaluate_perplexity": "intarsia.stages.evaluate",
     "evaluate_tasks": "intarsia.stages.evaluate_tasks",
     "export": "intarsia.stages.export",

@@ -296,6 +296,7 @@ def heal_stage(
     settings: type | None = None,
     whole_model: bool = False,
     check: Callable[[Any], None] | None = None,
+    passes: Callable[[Any], float] | None = None,
     paper: str = "",
 ) -> Callable[[T], T]:
     """Register a heal stage: a function of context, recipe and settings that gives a recipe.
@@ -303,8 +304,10 @@ def heal_stage(
     Args:
         whole_model: whether it trains all layers at once: in every launched process, and not streamed.
         check: called with the settings before any work; raises UserError where something that it needs is missing.
+        passes: of an architecture, the passes of the whole model over the text that it takes at most, for an estimate.
     """
-    return heal_stages.register(name, settings, whole_model=whole_model, check=check, paper=paper)
+    facts = {"whole_model": whole_model, "check": check, "passes": passes, "paper": paper}
+    return heal_stages.register(name, settings, **facts)
 
 
 def merge_op(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,11 @@ from intarsia.commands.job import Job, calibration_of, pin_text, target_depth, v
 from intarsia.commands.plan import PlanResult
 from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.flags import plain
+from intarsia.healing.pipeline import HealContext, Healed, run_stages
+from intarsia.healing.teacher import TeacherStates
 from intarsia.options import Target
 from intarsia.pruning.estimate import estimate
+from intarsia.pruning.finalists import LAST_BLOCKS, block_starts
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.prune import prune
@@ -51,6 +54,12 @@ class Planning:
             seq_len=job.spec.seq_len,
             dtype=job.dtype,
         )
+
+    def heal_passes_at_most(self, stages: Sequence[Chosen]) -> float:
+        """Passes over the calibration text of those heal stages that say how many they take."""
+        starts = 1 if self.planner.in_loop is None else 2 + min(LAST_BLOCKS, self.planner.blocks)
+        known = [each.settings.passes_at_most for each in stages if hasattr(each.settings, "passes_at_most")]
+        return float(sum(starts * passes(self.job.checkpoint.architecture) for passes in known))
 
     @contextmanager
     def opened(self, run: RunDir) -> Iterator[Ladder]:
@@ -172,3 +181,33 @@ class Planning:
         if job.checkpoint.architecture.is_mixture("mlp"):
             provenance["mlp_pieces"] = mlp_pieces(True)  # the recipe itself has their numbers alone
         return whole.with_layers(whole.layers, provenance=provenance)
+
+
+def heal_recipe(
+    job: Job, ladder: Ladder, recipe: Recipe, stages: Sequence[Chosen], *, states: TeacherStates | None = None
+) -> Healed | None:
+    """A recipe of a ladder, healed on the calibration text of its run, which is open; None without stages.
+
+    Args:
+        states: the original's hidden states on that text, where they are known.
+
+    Raises:
+        UserError: activations are not finite, or the calibration text is not the one of the run.
+    """
+    if not stages:
+        return None
+    pin_text(ladder.run, job)
+    context = HealContext(
+        run=ladder.run,
+        variants={recipe.base: job.checkpoint},
+        load=lambda: job.resident,
+        device=job.device,
+        calibration=job.text.calibration,
+        selection=job.text.selection,
+        starts=block_starts(ladder, recipe),
+        states=states,
+        memory_bytes=job.placement.memory_bytes,
+        batch_tokens=job.placement.batch_tokens,
+        name=f"healed-{len(recipe.layers):03d}",
+    )
+    return run_stages(context, recipe, stages)

@@ -30,6 +30,7 @@ import torch
 from intarsia import progress
 from intarsia.activations.hidden_store import Room
 from intarsia.activations.loop import Batches
+from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
@@ -233,6 +234,16 @@ def pinned(chosen: Chosen) -> dict[str, Any]:
     """What decides the work of a stage: its name and settings, without those that its `not_pinned` names."""
     free = getattr(chosen.settings, "not_pinned", ())
     return {name: value for name, value in chosen.to_dict().items() if name not in free}
+
+
+def passes_at_most(stages: Sequence[Chosen], architecture: Architecture, *, starts: int = 1) -> float:
+    """Passes of the whole model over the text that stages take, as far as they say so.
+
+    Args:
+        starts: starting points of a fit.
+    """
+    known = [chosen.entry.facts.get("passes") for chosen in stages]
+    return sum(float(passes(architecture)) * starts for passes in known if passes is not None)
 
 
 def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -> Healed:

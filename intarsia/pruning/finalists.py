@@ -13,11 +13,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from intarsia.healing.layer_fit import LayerFit
+from intarsia.healing.restarts import Start
 from intarsia.healing.teacher import TeacherStates
 from intarsia.pruning.heal_in_loop import NEAREST, Repair, losses_behind
 from intarsia.pruning.intermediate import Intermediate, Tensors
+from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.step import Step, describe
 from intarsia.recipe.ops import Op, sources_of
+from intarsia.recipe.recipe import Recipe, identity
+
+LAST_BLOCKS = 2
+"""Blocks of the original that the final fit starts from too, where blocks were tried."""
 
 _OF_A_STEP = ("dropped", "prior_ratios", "counts")
 
@@ -181,3 +187,21 @@ def _tried(
     if model.measures:
         model.refresh()  # where a second layer was fitted, those before it were measured anew
     return _Trial(step=step, read_outs=fits, fitted=fitted, before=before, after=after)
+
+
+def block_starts(ladder: Ladder, recipe: Recipe) -> tuple[Start, ...]:
+    """Blocks of the original that the step to a recipe's depth was compared with: other starts for its final fit.
+
+    Of those, `LAST_BLOCKS` of least loss there. They were compared with one layer of each fitted: the layers after it
+    may change their order (dev/LOG.md).
+    """
+    entry = next((entry for entry in ladder.log() if entry["layers"] == len(recipe.layers)), {})
+    tried = entry.get("evidence", {}).get("repair", {}).get("finalists", ())
+    blocks = sorted((each for each in tried if "of" in each), key=lambda each: min(each["held_out_loss"]))
+    whole = identity(recipe.variant(recipe.base), recipe.depth).layers
+    found: list[Start] = []
+    for first, end in (each["replaced"] for each in blocks):
+        block = recipe.with_layers([*whole[:first], *whole[end:]])
+        if block.layers != recipe.layers:
+            found.append(Start(name=f"that leaves {first} to {end - 1} out of the original", recipe=block))
+    return tuple(found[:LAST_BLOCKS])

@@ -51,8 +51,7 @@ def part_scores(
     activation_C = sums.root_mean_square_C if l2 else sums.mean_absolute_C
     if architecture.is_mixture(part):
         return activation_C
-    weight = module.get_submodule(architecture.writer(part).module).weight
-    assert isinstance(weight, Tensor)
+    weight = module.get_parameter(f"{architecture.writer(part).module}.weight")
     return piece_scores(channel_sensitivity(activation_C, weight), architecture, part)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_origin
 
 from intarsia.architecture.spec import Architecture
+from intarsia.errors import Problems
+from intarsia.flags import options_of
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.recipe.ops import Concat, Op
 
@@ -39,6 +41,14 @@ class ProgressiveSettings:
 
     # Heal what each step changes in closed form, before the next step is chosen.
     heal_in_loop: bool = False
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        for option in options_of(type(self)):
+            if get_origin(option.kind) is Literal:  # the type of other values says enough
+                with problems:
+                    option.convert(getattr(self, option.attribute))
+        problems.raise_any()
 
 
 class Planner:

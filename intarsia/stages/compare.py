@@ -13,16 +13,14 @@ from intarsia.checkpoint.resolve import lasting
 from intarsia.commands.job import check_seq_len, versions
 from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.evaluation.task_plan import plan_tasks
-from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.progress import Progress, Silent
 from intarsia.registry import planners
 from intarsia.reporting.comparison import cells, load
 from intarsia.stages.compare_folder import CompareFolder
-from intarsia.stages.compare_input import check_depths, check_lists, estimated, load_texts, task_facts_of
+from intarsia.stages.compare_input import HEALS, check_depths, check_lists, estimated, load_texts, task_facts_of
 from intarsia.stages.compare_judge import Judge
 from intarsia.stages.compare_outputs import write_outputs
 from intarsia.stages.compare_work import Work
-from intarsia.stages.repair import HEALS
 from intarsia.stages.source import Source
 
 
@@ -65,7 +63,6 @@ def compare(
     methods: str | Sequence[str],
     layers: Sequence[int],
     heal: Sequence[str] = ("none",),
-    closed_form: ClosedFormSettings | None = None,
     eval_text: str | Sequence[str] = (),
     eval_windows: int | Sequence[int] = 64,
     tasks: Sequence[str] = (),
@@ -97,7 +94,6 @@ def compare(
         methods: names of methods, with options in brackets where they are not the defaults: `come[norm=average]`.
         layers: the depths.
         heal: `none`, `closed-form`, or both.
-        closed_form: how it fits; by default as `compress` does.
         eval_text: texts for perplexity, as SOURCE or NAME=SOURCE.
         eval_windows: windows of each of them, or of all.
         tasks: see `evaluate_tasks`; `limit` and `include_path` too.
@@ -114,7 +110,7 @@ def compare(
     texts_given = [eval_text] if isinstance(eval_text, str) else list(eval_text)
     windows = [eval_windows] if isinstance(eval_windows, int) else list(eval_windows)
     check_lists(layers, heal, texts_given, windows, tasks, task_layers)
-    depths, heals = sorted(set(layers), reverse=True), [each for each in HEALS[::-1] if each in heal]
+    depths, heals = sorted(set(layers), reverse=True), [each for each in HEALS if each in heal]
     source = Source(
         model,
         revision=revision,
@@ -124,6 +120,7 @@ def compare(
         seed=seed,
         device=device,
         dtype=dtype,
+        batch_tokens=batch_tokens,
         progress=progress,
     )
     check_depths(depths, source.checkpoint.architecture.n_layers)
@@ -132,7 +129,6 @@ def compare(
         windows *= len(texts_given)
     texts, text_facts = load_texts(texts_given, windows, source.tokenizer, seq_len=seq_len)
     task_plan = plan_tasks(tasks, limit=limit, include_path=include_path) if tasks else None
-    closed_form = closed_form or LAST
     estimate = tuple(estimated(entrant, source, depths, heals) for entrant in entrants)
     if dry_run:
         return CompareResult(
@@ -151,14 +147,13 @@ def compare(
     }
     task_facts = [] if task_plan is None else task_facts_of(task_plan, tasks, include_path)
     facts = _facts(source, CompareFolder(out).facts()) | {
-        "closed_form": asdict(closed_form),
         "eval_texts": text_facts,
         "tasks": task_facts,
         "asked": asked,
     }
     folder = CompareFolder.offer(out, facts)
     judge = Judge(source, texts, tasks=task_plan, task_layers=task_layers, speed=speed)
-    work = Work(source, folder, judge, depths, heals, closed_form, batch_tokens)
+    work = Work(source, folder, judge, depths, heals, batch_tokens)
     try:
         if work.missing(entrants):
             corpus = source.corpus  # a mistyped text must not leave a folder behind

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from intarsia.commands.planning import Planning
 from intarsia.data.corpus import Corpus
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.perplexity import eval_corpus
 from intarsia.evaluation.task_plan import LocalTask, TaskPlan
-from intarsia.registry import Chosen
-from intarsia.stages.repair import HEALS, heal_passes_at_most
+from intarsia.options import Target
+from intarsia.registry import Chosen, heal_stages
 from intarsia.stages.source import Source
+
+HEALS = ("none", "closed-form")
 
 
 def check_lists(
@@ -134,10 +137,11 @@ def estimated(entrant: Chosen, source: Source, depths: Sequence[int], heals: Seq
     # Where a step may take several layers, every depth may need a ladder of its own.
     ladders = depths if planner.layers_at_once > 2 else [min(depths)]
     forwards = sum(planner.forwards_at_most(architecture, target, sequences) - shared for target in ladders)
-    heal = heal_passes_at_most(architecture, planner)
+    stages = heal_stages.choose_all("closed-form" if "closed-form" in heals else "none")
+    heal = Planning(source, Target(layers=min(depths)), entrant).heal_passes_at_most(stages)
     return {
         "method": entrant.label,
         "passes_at_most": forwards / architecture.n_layers,
-        "heal_passes_at_most": len(depths) * heal if "closed-form" in heals else 0,
+        "heal_passes_at_most": len(depths) * heal,
         "models": len(depths) * len(heals),
     }

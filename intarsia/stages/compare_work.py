@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.activations.loop import Batches
-from intarsia.healing.settings import ClosedFormSettings
+from intarsia.commands.planning import heal_recipe
 from intarsia.healing.teacher import TeacherStates, has_room
+from intarsia.pruning.ladder import Ladder
 from intarsia.recipe.recipe import Recipe
-from intarsia.registry import Chosen
+from intarsia.registry import Chosen, heal_stages
 from intarsia.reporting.comparison import DENSE
 from intarsia.stages.compare_folder import CompareFolder, Key
 from intarsia.stages.compare_judge import Judge, missed, text_of
 from intarsia.stages.compare_plans import Ladders, Rung, in_order
-from intarsia.stages.repair import repaired
 from intarsia.stages.source import Source
 
 
@@ -30,11 +30,10 @@ class Work:
         judge: Judge,
         depths: Sequence[int],
         heals: Sequence[str],
-        closed_form: ClosedFormSettings,
         batch_tokens: int | None,
     ) -> None:
         self.source, self.folder, self.judge = source, folder, judge
-        self.depths, self.heals, self.closed_form, self.batch_tokens = depths, heals, closed_form, batch_tokens
+        self.depths, self.heals, self.batch_tokens = depths, heals, batch_tokens
         self.ladders = Ladders(source, batch_tokens=batch_tokens)
         self.dense: Key = (DENSE, source.checkpoint.architecture.n_layers, "none")
         self._original: TeacherStates | None = None
@@ -93,18 +92,16 @@ class Work:
         extra: dict[str, Any] = {}
         if heal == "closed-form":
             begun = time.perf_counter()
-            repair = repaired(
-                run,
-                cut,
-                self.source,
-                settings=self.closed_form,
-                teacher=self._shared_original(),
-            )
-            recipe, where = repair.recipe, repair.path
-            extra["heal_forwards"] = repair.forwards
-            if repair.fresh:  # else what it took is not known
+            ladder, stages = Ladder.existing(run), heal_stages.choose_all("closed-form")
+            with ladder.run.opened():
+                healed = heal_recipe(self.source, ladder, cut, stages, states=self._shared_original())
+            assert healed is not None
+            result = healed.stages[-1]
+            recipe, where = healed.recipe, healed.path
+            extra["heal_forwards"] = result.facts["forwards"]
+            if result.fresh:  # else what it took is not known
                 extra["heal_seconds"] = time.perf_counter() - begun
-            if not repair.taken:
+            if not result.taken:
                 extra["note"] = "; ".join(filter(None, [rung.note, "the fit is no better, so it stays as it was cut"]))
         assert where is not None
         rows = list(self.folder.rows.values())

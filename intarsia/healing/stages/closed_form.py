@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from intarsia.architecture.spec import Part
+from intarsia.architecture.spec import Architecture, Part
 from intarsia.flags import flag, token_count
 from intarsia.healing.settings import LAST, ClosedFormSettings, Layers
 from intarsia.registry import heal_stage
@@ -32,8 +32,21 @@ class FinalFitSettings(ClosedFormSettings):
     # Tokens of the calibration text that it uses at most.
     tokens: int = flag(131_072, "--fit-tokens", metavar="N", parse=token_count)
 
+    def passes_at_most(self, architecture: Architecture) -> int:
+        """Passes of the whole model over the text that one fit takes."""
+        from intarsia.healing.fit_plan import fit_passes_at_most
 
-@heal_stage("closed-form", settings=FinalFitSettings, paper="2505.02819")
+        return fit_passes_at_most(architecture)
+
+
+def passes(architecture: Architecture) -> float:
+    """Passes of the whole model over the text that a fit takes at most."""
+    from intarsia.healing.fit_plan import fit_passes_at_most
+
+    return fit_passes_at_most(architecture)
+
+
+@heal_stage("closed-form", settings=FinalFitSettings, passes=passes, paper="2505.02819")
 def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings) -> Recipe:
     """Fit output projections by least squares toward the original's hidden states.
 

@@ -68,6 +68,7 @@ class ComeSettings(ProgressiveSettings):
     }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         dominant = self.dominance is None or 0.0 < self.dominance <= 1.0
         check(
             (self.merge >= 2, f"--merge is {self.merge}; at least 2 layers are merged.", "Give 2 or more."),

@@ -64,6 +64,7 @@ class LacoSettings(ProgressiveSettings):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"formula": "notebook"}}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         low = self.highest is not None and self.highest <= self.lowest
         check(
             (self.merge >= 2, f"--laco-merge is {self.merge}; at least 2 layers are merged.", "Give 2 or more."),
