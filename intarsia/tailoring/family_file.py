@@ -245,7 +245,8 @@ class FamilyFile(Strict):
 
     base: _Member
     variants: Annotated[
-        dict[Annotated[str, PlainValidator(_variant_name)], _Member], BeforeValidator(lambda value: {} if value is None else value)
+        dict[Annotated[str, PlainValidator(_variant_name)], _Member],
+        BeforeValidator(lambda value: {} if value is None else value),
     ] = {}  # noqa: RUF012  (pydantic copies it)
     target: TargetSpec
     operations: Annotated[_Words, _known(lambda: ("remove", "select", "merge", "concat", "stack"))] = (

@@ -274,8 +274,11 @@ def _grids(method: MergeMethod, file: FamilyFile) -> dict[str, tuple[float, ...]
     kind, found = METHODS[method], dict[str, tuple[float, ...]]()
     for name, own in kind.search.items():
         asked = {"lambda": file.merge.scale, "density": file.merge.density}.get(name)
-        step = _STEP if name in ("lead", "lambda", "density") else (own[1] - own[0]) / _POINTS or _STEP
-        values = grid(asked or own, step)
+        if name in ("lead", "lambda", "density"):
+            values = grid(asked or own, _STEP)
+        else:
+            step = (own[1] - own[0]) / _POINTS
+            values = tuple(dict.fromkeys(round(own[0] + index * step, 6) for index in range(_POINTS + 1)))
         whole = name in kind.parameters and kind.parameters[name].whole
         found[name] = tuple(sorted({float(round(value)) for value in values})) if whole else values
     return found
