@@ -111,6 +111,10 @@ class MemberSpec(Strict):
     revision: Text | None = None
 
 
+def _mapping(value: Any) -> Any:
+    return {} if value is None else value
+
+
 def _member(value: Any) -> Any:
     return {"model": value} if isinstance(value, str) else value
 
