@@ -335,7 +335,12 @@ def merge_op(
         settle: makes options of what a search tries, where they are not the same.
         rule: says what is expected of options together, where that does not hold.
     """
-    facts = {"needs_base": needs_base, "sources": sources, "weights": weights, "search": dict(search or {})}
+    facts: dict[str, Any] = {
+        "needs_base": needs_base,
+        "sources": sources,
+        "weights": weights,
+        "search": dict(search or {}),
+    }
     return merge_ops.register(name, **facts, settle=settle, rule=rule, paper=paper)
 
 

@@ -353,7 +353,7 @@ class OpenScorer:
             torch.set_num_threads(place.threads)
         runtime = self.runtime
         device = default_device() if runtime.device is None else torch.device(runtime.device)
-        if place.count > 1 and device.type == "cuda" and device.index is None:
+        if place.count > 1 and device.type == "cuda" and ":" not in str(device):
             runtime = replace(runtime, device=f"cuda:{place.index % torch.cuda.device_count()}")
         if runtime.memory_bytes is not None:
             runtime = replace(runtime, memory=str(runtime.memory_bytes // place.count))

@@ -291,7 +291,8 @@ def open_family(specs: Mapping[str, MemberSpec], *, weights: bool = True, config
 
 
 def _member(name: str, spec: MemberSpec, base: Member | None, weights: bool, configs: Path | None) -> Member:
-    checkpoint = None
+    checkpoint: Checkpoint | None = None
+    config: Mapping[str, Any]
     if weights:
         over = None if base is None else base.checkpoint
         checkpoint = open_variant(spec.model, revision=spec.revision, base=over, progress=current())

@@ -19,8 +19,7 @@ from intarsia.architecture.spec import Architecture
 from intarsia.errors import Problem, UserError
 from intarsia.recipe.methods import METHODS
 from intarsia.recipe.ops import MergeMethod
-from intarsia.tailoring.blends import Menu
-from intarsia.tailoring.candidate import Candidate, Choice, Join, Keep, single
+from intarsia.tailoring.candidate import Candidate, Choice, Join, Keep, Menu, single
 
 if TYPE_CHECKING:
     from intarsia.tailoring.family_file import FamilyFile, Range

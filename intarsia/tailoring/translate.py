@@ -19,8 +19,7 @@ from intarsia.recipe.methods import METHODS, with_defaults
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Mix, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 from intarsia.recipe.schema import content_hash
-from intarsia.tailoring.blends import usual
-from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
+from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single, usual
 from intarsia.tailoring.space import Space
 
 PieceScores = Mapping[LayerRef, Mapping[Part, Tensor]]

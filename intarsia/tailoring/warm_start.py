@@ -30,8 +30,7 @@ from intarsia.pruning.scores import part_scores
 from intarsia.recipe.ops import LayerRef, MergeMethod
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.schema import content_hash
-from intarsia.tailoring.blends import Menu
-from intarsia.tailoring.candidate import Blend, Choice, Keep, from_plain, single, to_plain
+from intarsia.tailoring.candidate import Blend, Choice, Keep, Menu, from_plain, single, to_plain
 from intarsia.tailoring.engine import Start
 from intarsia.tailoring.history import Trial
 from intarsia.tailoring.pareto import Front

@@ -16,7 +16,7 @@ from intarsia.architecture.spec import PARTS, Architecture
 from intarsia.recipe.methods import METHODS as KINDS
 from intarsia.recipe.ops import LayerRef
 from intarsia.recipe.recipe import Variant
-from intarsia.tailoring.blends import Menu
+from intarsia.tailoring.candidate import Menu
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import MemberSpec
 from intarsia.tailoring.space import Space

@@ -5,8 +5,7 @@ from __future__ import annotations
 from itertools import combinations, product
 
 from intarsia.recipe.methods import METHODS
-from intarsia.tailoring.blends import Menu
-from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep
+from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, Menu
 from intarsia.tailoring.space import Space
 
 

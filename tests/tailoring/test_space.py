@@ -10,8 +10,7 @@ from dataclasses import replace
 import pytest
 
 from intarsia.recipe.methods import METHODS
-from intarsia.tailoring.blends import Menu
-from intarsia.tailoring.candidate import Blend, Candidate, Join, Keep, single
+from intarsia.tailoring.candidate import Blend, Candidate, Join, Keep, Menu, single
 from intarsia.tailoring.engines.evolve import crossover, layer_steps, mutate
 from intarsia.tailoring.space import Space
 from tests.tailoring.everything import all_blends, all_candidates
