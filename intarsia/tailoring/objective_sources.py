@@ -80,7 +80,7 @@ def _question(leaf: Any, name: str, instances: list[Any]) -> HarnessQuestion:
         gold = choices.index(gold)
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
         raise _refused(name, f"a question whose answer is {gold!r}")
-    # Behind the choices may stand others, without context, for mutual information.
+    # After the choices there may be others, without context, for mutual information.
     pairs = tuple((str(instance.args[0]), str(instance.args[1])) for instance in instances[: len(choices)])
     if not all(context.strip() and continuation.strip() for context, continuation in pairs):
         raise _refused(name, "a question that is blank")
@@ -163,7 +163,7 @@ def _examples(
 
 
 def _as_asked(question: Question) -> HarnessQuestion:
-    """As in `intarsia.evaluation.choices`: a choice stands behind the query and a space."""
+    """As in `intarsia.evaluation.choices`: a choice stands after the query and a space."""
     return HarnessQuestion(
         pairs=tuple((question.query, " " + choice) for choice in question.choices),
         characters=tuple(len(choice) for choice in question.choices),
@@ -221,7 +221,7 @@ def part_of(spec: ObjectiveSpec) -> str:
 
 
 def _holds_targets(source: str) -> bool:
-    """Whether the first line is a query with a target; what is wrong with a file is told by whoever reads it."""
+    """Whether the first line is a query with a target; what is wrong with a file is reported by whoever reads it."""
     path = Path(source) if Path(source).is_file() else Path(source.partition("#")[0])
     try:
         with path.open(encoding="utf-8-sig") as file:
