@@ -5,8 +5,8 @@
 
     result = intarsia.compress("demo", "out/demo-25", Target(layers=25))
 
-Every verb of the command line is a function of the same name (`eval` is `evaluate_perplexity` and `evaluate_tasks`); its
-options are value objects. Input that cannot be used raises `UserError`. `intarsia.registry` has the decorators for
+Every verb of the command line is a function of the same name (`eval` is `evaluate_perplexity` and `evaluate_tasks`);
+its options are value objects. Input that cannot be used raises `UserError`. `intarsia.registry` has the decorators for
 planners, heal stages, merge operators and search engines of your own.
 """
 
@@ -57,7 +57,46 @@ _EXPORTS = {
 }
 _MODULES = {name: f"intarsia.{module}" for module, names in _EXPORTS.items() for name in names.split()}
 
-__all__ = sorted(_MODULES)
+__all__ = [
+    "BenchResult",
+    "BuildResult",
+    "CompareEval",
+    "CompareResult",
+    "CompressResult",
+    "Entrants",
+    "EvalSpec",
+    "ExportResult",
+    "HealResult",
+    "ModelRef",
+    "Output",
+    "PlanResult",
+    "PushResult",
+    "Recipe",
+    "ReportResult",
+    "Runtime",
+    "TailorResult",
+    "Target",
+    "TaskResults",
+    "TaskSpec",
+    "TextSpec",
+    "TrainingText",
+    "UserError",
+    "VerifyResult",
+    "bench",
+    "build",
+    "compare",
+    "compress",
+    "evaluate_perplexity",
+    "evaluate_tasks",
+    "export",
+    "heal",
+    "inspect",
+    "plan",
+    "push",
+    "report",
+    "tailor",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

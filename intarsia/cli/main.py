@@ -84,11 +84,6 @@ def run(words: Sequence[str]) -> None:
     Raises:
         SystemExit: with the exit code, unless all is well.
     """
-    if _is_older(words):
-        from intarsia.cli.app import app
-
-        app(list(words))
-        return
     with guard() as stdout:
         if words[:1] == ["--version"]:
             print(_version(), file=stdout)
@@ -96,12 +91,6 @@ def run(words: Sequence[str]) -> None:
         name, rest = find(words)
         if not name or (not rest and name not in VERBS):
             _overview(name, Console(file=stdout))
-            return
-        if not ported(name):
-            from intarsia.cli.app import app
-
-            with redirect_stdout(stdout):
-                app(list(words))
             return
         verb = function(name)
         with redirect_stdout(stdout if any(word in HELP_FLAGS for word in rest) else sys.stderr):
@@ -148,22 +137,6 @@ def function(name: str) -> Callable[..., Any]:
     return getattr(import_module(f"intarsia.commands.{module}"), attribute)
 
 
-def ported(name: str) -> bool:
-    """Whether the verb is one of `intarsia.commands`; the others are still parsed the older way."""
-    module = VERBS[name].partition(":")[0]
-    found = importlib.util.find_spec("intarsia.commands") is not None
-    return found and importlib.util.find_spec(f"intarsia.commands.{module}") is not None
-
-
-def _is_older(words: Sequence[str]) -> bool:
-    """Whether the older command line, which guards itself, has the verb."""
-    try:
-        name, rest = find(words)
-    except UserError:
-        return False
-    return name in VERBS and not ported(name) and (bool(rest) or words[:1] != [name])
-
-
 def _overview(group: str, console: Console) -> None:
     """What there is, a verb a line."""
     doc = "Make language models shallower, and keep what the removed layers knew."
@@ -171,8 +144,7 @@ def _overview(group: str, console: Console) -> None:
     table = Table(show_header=False, show_edge=False, box=None, pad_edge=False)
     for name in VERBS:
         if not group or name.startswith(f"{group} "):
-            about = _about(name) if ported(name) else ""
-            table.add_row(f"  {name}", about)
+            table.add_row(f"  {name}", _about(name))
     console.print(table)
     console.print("\nintarsia VERB --help lists its options.", highlight=False)
 

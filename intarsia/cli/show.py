@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from intarsia.cli.display import duration
+from intarsia.progress import duration
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from intarsia import progress
 from intarsia.commands.push import push_later, without_push
 from intarsia.errors import UserError
 from intarsia.flags import Flag
@@ -56,16 +55,16 @@ def build(
     from intarsia.checkpoint.staging import check_out
     from intarsia.commands.inputs import inputs_of
     from intarsia.commands.recipes import build_recipe, read_recipe
-    from intarsia.stages.tailor_folder import TailorFolder
-    from intarsia.stages.tailor_recipe import chosen_trial, is_tailored, trial_recipe
+    from intarsia.tailoring.run import TailorRun, is_tailor_run
+    from intarsia.tailoring.trials import trial_recipe
 
     source, out = Path(source), NewModel.of(out)
     read = [source, source.with_suffix(".safetensors")]  # a recipe has a side file
     check_out(out.path, overwrite=out.overwrite, inputs=inputs_of(files=read))
     send_off = push_later(out.push_to, private=out.private)
-    if is_tailored(source) and layers is None:
-        folder = TailorFolder.existing(source)
-        recipe = trial_recipe(folder, chosen_trial(folder, best=best, knee=knee, trial=trial), progress.current())
+    if is_tailor_run(source) and layers is None:
+        search = TailorRun(source)
+        recipe = trial_recipe(search, search.chosen(best=best, knee=knee, trial=trial))
     elif best is not None or knee or trial is not None:
         found = str(source) if layers is None else f"--layers {layers}"
         raise UserError(

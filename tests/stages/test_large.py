@@ -13,12 +13,12 @@ from intarsia.activations import hidden_store
 from intarsia.activations.hidden_store import HiddenStore
 from intarsia.commands.evaluate import evaluate_perplexity
 from intarsia.commands.heal import TrainingText, heal
+from intarsia.commands.job import Placement
 from intarsia.errors import UserError
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.options import Runtime
 from intarsia.pruning.ladder import Ladder
 from intarsia.recipe.schema import content_hash
-from intarsia.stages.placement import placement
 from tests import verbs
 from tests.command import invoke
 from tests.conftest import Folder
@@ -125,7 +125,7 @@ def test_what_does_not_go_together_is_refused(model_folder: Folder, tmp_path: Pa
     ]
     for wrong in refused:
         with pytest.raises(UserError):
-            placement(**wrong)
+            Placement.of(Runtime(**wrong))
     with pytest.raises(UserError, match="lets the model write"):
         verbs.plan(str(model_folder("llama")), tmp_path / "run", layers=5, stream=True, tokens=64, seq_len=32)
     assert not (tmp_path / "run").exists()
