@@ -111,6 +111,11 @@ class Chosen:
         return {"name": self.name, **({} if self.settings is None else plain(self.settings))}
 
 
+def words_of(text: str) -> list[str]:
+    """What stands between commas; those in brackets separate options."""
+    return [word.strip() for word in _OUTSIDE_BRACKETS.split(text) if word.strip()]
+
+
 class Kind:
     """All registered things of one kind.
 
@@ -125,6 +130,10 @@ class Kind:
         self._package = package
         self._entries: dict[str, Entry] = {}
         self._found = False
+
+    def by(self, flag: str) -> Kind:
+        """The same things, chosen by another option."""
+        return _By(self, flag)
 
     def register(self, name: str, settings: type | None = None, **facts: Any) -> Callable[[T], T]:
         """Decorate a class or function to make it known by `name`."""
@@ -153,7 +162,8 @@ class Kind:
         return tuple(entry.name for entry in self)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        self._find()
+        return name in self._entries
 
     def get(self, name: str) -> Entry:
         """What has this name.
@@ -189,7 +199,7 @@ class Kind:
     def choose_all(self, choices: Any) -> tuple[Chosen, ...]:
         """Several, each once; see `choose`."""
         if isinstance(choices, str):
-            choices = [] if choices.strip() in ("", "none") else _OUTSIDE_BRACKETS.split(choices)
+            choices = [] if choices.strip() in ("", "none") else words_of(choices)
         elif not isinstance(choices, Sequence):
             choices = [choices]
         problems, found = Problems(), list[Chosen]()
@@ -251,6 +261,20 @@ class Kind:
         _load_announced()
 
 
+class _By(Kind):
+    """A kind under another flag."""
+
+    def __init__(self, kind: Kind, flag: str) -> None:
+        self.noun, self.flag, self.many, self._kind = kind.noun, flag, kind.many, kind
+
+    @property
+    def _entries(self) -> dict[str, Entry]:  # type: ignore[override]
+        return self._kind._entries
+
+    def _find(self) -> None:
+        self._kind._find()
+
+
 planners = Kind("method", "method", "intarsia.pruning.methods")
 heal_stages = Kind("heal stage", "heal", "intarsia.healing.stages", many=True)
 merge_ops = Kind("merge operator", "merge-op", "intarsia.building.operators")
@@ -271,21 +295,55 @@ def planner(name: str, *, settings: type | None = None, paper: str = "") -> Call
     return planners.register(name, settings, paper=paper)
 
 
-def heal_stage(name: str, *, settings: type | None = None, paper: str = "") -> Callable[[T], T]:
-    """Register a heal stage: a function of context, recipe and settings that gives a recipe."""
-    return heal_stages.register(name, settings, paper=paper)
+def heal_stage(
+    name: str,
+    *,
+    settings: type | None = None,
+    whole_model: bool = False,
+    check: Callable[[Any], None] | None = None,
+    paper: str = "",
+) -> Callable[[T], T]:
+    """Register a heal stage: a function of context, recipe and settings that gives a recipe.
+
+    Args:
+        whole_model: whether it trains all layers at once: in every launched process, and not streamed.
+        check: called with the settings before any work; raises UserError where something that it needs is missing.
+    """
+    return heal_stages.register(name, settings, whole_model=whole_model, check=check, paper=paper)
 
 
 def merge_op(
-    name: str, *, needs_base: bool = False, search: Mapping[str, tuple[float, float]] | None = None, paper: str = ""
+    name: str,
+    *,
+    needs_base: bool = False,
+    sources: tuple[int, int | None] = (1, None),
+    weights: str = "finite",
+    search: Mapping[str, tuple[float, float]] | None = None,
+    settle: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None,
+    rule: Callable[[Mapping[str, float]], str | None] | None = None,
+    paper: str = "",
 ) -> Callable[[T], T]:
     """Register a merge operator: a function of tensors, weights and base; keyword-only parameters are its options.
 
+    A parameter `generators` gets a `torch.Generator` for each tensor, and gives the operator the option `seed`. An
+    underscore at the end of a parameter's name is not part of the option's: `lambda_`.
+
     Args:
         needs_base: whether it works on differences from the base model's layer.
-        search: what a search tries for its parameters: the least and the greatest value of each.
+        sources: how many layers at least and at most may have a weight other than 0.
+        weights: what they must be: `finite`, `positive`, `equal`, or `sum 1`.
+        search: what a search tries: the least and the greatest value of each option. What is no option of the operator
+            decides its weights: `lead` is the first one (they sum to 1, the others are equal), `lambda` all of them.
+        settle: makes options of what a search tries, where they are not the same.
+        rule: says what is expected of options together, where that does not hold.
     """
-    return merge_ops.register(name, needs_base=needs_base, search=dict(search or {}), paper=paper)
+    facts: dict[str, Any] = {
+        "needs_base": needs_base,
+        "sources": sources,
+        "weights": weights,
+        "search": dict(search or {}),
+    }
+    return merge_ops.register(name, **facts, settle=settle, rule=rule, paper=paper)
 
 
 def engine(name: str, *, settings: type | None = None, paper: str = "") -> Callable[[T], T]:

@@ -19,7 +19,9 @@ from intarsia.building.loaded_model import Resident, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.healing.closed_form import fit
 from intarsia.healing.teacher import TeacherStates
-from intarsia.pruning.run_folder import RunFolder
+from intarsia.options import Target, TextSpec
+from intarsia.progress import reporting_to
+from intarsia.pruning.ladder import Ladder
 from intarsia.recipe.ops import Concat, Merge, Op, Select
 from intarsia.recipe.recipe import Fitted, Recipe
 from intarsia.tailoring.family_file import BASE
@@ -53,15 +55,10 @@ def best_variant(rows: Rows) -> str:
 def plan(setting: Setting, member: str, method: str) -> Path:
     """The run folder of a planner on a member of the family."""
     folder = setting.out / "plans" / member / method
-    intarsia.plan(
-        setting.folder(member),
-        folder,
-        layers=setting.layers,
-        method=method,
-        calibration=setting.calibration,
-        tokens=setting.tokens[0],
-        progress=setting.progress,
-    )
+    source = setting.calibration
+    text = TextSpec(sources=(source,) if isinstance(source, str) else tuple(source), tokens=setting.tokens[0])
+    with reporting_to(setting.progress):
+        intarsia.plan(setting.folder(member), folder, Target(layers=setting.layers), method=method, text=text)
     return folder
 
 
@@ -73,7 +70,7 @@ def _ladders(given: Path | None) -> Iterator[tuple[str, Path]]:
 
 
 def _judge(judge: Judge, setting: Setting, rows: Rows, member: str, method: str, folder: Path) -> None:
-    found = RunFolder.existing(folder)
+    found = Ladder.existing(folder)
     if setting.layers not in found.depths():
         print(f"{method} on {member}: no ladder down to {setting.layers} layers")
         return

@@ -36,7 +36,7 @@ from intarsia.data.corpus import Corpus
 from intarsia.disk import require_room
 from intarsia.healing.layer_map import Correspondence, correspondences, taught
 from intarsia.healing.layer_training import LayerTask, Trained, finished, train_layer, trained_names
-from intarsia.healing.settings import LayerwiseSettings
+from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.healing.training import Text, schedule_of
 from intarsia.progress import Progress, Silent, Task

@@ -108,7 +108,7 @@ def best_fit(
         return found, fits
 
     def judged(found: Recipe) -> float:
-        return held_out_perplexity(teacher.resident, held_out, found, room=room, progress=progress)
+        return held_out_perplexity(teacher.resident, held_out, found, room=room)
 
     best = best_of(points, fitted, judged)
     if several:
@@ -140,13 +140,13 @@ def forget(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def held_out_perplexity(resident: Resident, corpus: Corpus, recipe: Recipe, *, room: Room, progress: Progress) -> float:
+def held_out_perplexity(resident: Resident, corpus: Corpus, recipe: Recipe, *, room: Room) -> float:
     """What a recipe is judged by.
 
     Raises:
         UserError: it is not finite.
     """
-    return perplexity(Chain(recipe, resident, room=room), corpus, progress=progress).value
+    return perplexity(Chain(recipe, resident, room=room), corpus).value
 
 
 def _closed_form_names(architecture: Architecture) -> set[str]:

@@ -1,10 +1,10 @@
-"""Settings of every heal stage; those of trainings are checked when they are made."""
+"""What the settings of heal stages share; those of trainings are checked when they are made."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from intarsia.architecture.spec import Part
 from intarsia.errors import Problem, UserError
@@ -53,11 +53,13 @@ class Pace:
     epochs: int = 1
     # Tokens of an optimiser step.
     batch_tokens: int = 2048
-    # Peak of the learning rate; it warms up linearly and then falls along a cosine to `least_lr` of it.
+    # Peak of the learning rate; it warms up linearly and then falls along a cosine.
     lr: float = 3e-4
+    # The last learning rate, as a share of the peak.
     least_lr: float = 0.05
-    # Share of all steps.
+    # Share of all steps in which the learning rate rises.
     warmup: float = 0.05
+    # AdamW's decay of weights.
     weight_decay: float = 0.0
     # The gradient's norm is clipped to this.
     clip: float = 1.0
@@ -65,6 +67,7 @@ class Pace:
     evaluations: int = 10
     # Stop after this many measurements without a new best.
     patience: int = 3
+    # Seed of everything random.
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,75 +99,8 @@ class Pace:
         return asdict(self)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerwiseSettings(Pace):
-    """How single layers are trained."""
-
-    # Weights of the hidden-state losses; KL alone is as published.
-    kl: float = 1.0
-    mse: float = 1.0
-    cosine: float = 0.0
-    # What a token counts in the squared error.
-    weighting: Weighting = "relative"
-    # A layer is fed the `teacher`'s hidden states, as published, and is independent of the others; or those of the
-    # `student`: of the layers before it, trained already, so that it learns to correct what they left.
-    inputs: Literal["teacher", "student"] = "teacher"
-    layers: Layers = "spans"
-    # Names of tensors or modules inside a layer (`down_proj`, `mlp`, ...) that are trained; empty for all.
-    only: tuple[str, ...] = ()
-
-    def checks(self) -> Iterable[Check]:
-        """What must hold."""
-        yield from Pace.checks(self)
-        yield from _weights(self, ("kl", "mse", "cosine"))
-        known = get_args(Weighting)
-        yield "weighting", f"one of {', '.join(known)}", self.weighting, self.weighting in known
-        yield "inputs", "teacher or student", self.inputs, self.inputs in ("teacher", "student")
-        yield "layers", "spans or behind", self.layers, self.layers in get_args(Layers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EndToEndSettings(Pace):
-    """How the whole model is trained."""
-
-    lr: float = 1e-4
-    batch_tokens: int = 8192
-    # Weights of the losses: next-token distributions against the teacher's; hidden states after the trainable layers
-    # against the teacher's at the ends of their spans (relative squared error); and the text itself.
-    logits: float = 1.0
-    hidden: float = 0.0
-    cross_entropy: float = 0.0
-    # Of the logits loss.
-    temperature: float = 1.0
-    # Learn from a cache of the teacher's K likeliest tokens, written once and reused; None runs the teacher beside the
-    # student.
-    top_k: int | None = None
-    # Rank of low-rank changes to every linear layer (of a mixture, of its attention); None trains all parameters of the
-    # layers.
-    lora: int | None = None
-    # Tokens of one forward and backward pass on one device; gradients are accumulated up to `batch_tokens`. None: as
-    # many as a step has, at most 2048 on CPU and 16384 elsewhere.
-    micro_tokens: int | None = None
-    # Recompute activations in the backward pass: slower, and much less memory.
-    checkpointing: bool = False
-    # `bf16` runs products in bfloat16 with parameters in float32; `no` runs all in float32; `auto` is bf16 for a model
-    # stored in 16 bits.
-    precision: Literal["auto", "bf16", "no"] = "auto"
-    # A tracker that Accelerate knows, such as `tensorboard`.
-    log: str | None = None
-
-    def checks(self) -> Iterable[Check]:
-        """What must hold."""
-        yield from Pace.checks(self)
-        yield from _weights(self, ("logits", "hidden", "cross_entropy"))
-        yield "temperature", "a number above 0", self.temperature, 0.0 < self.temperature < float("inf")
-        for name in ("top_k", "lora", "micro_tokens"):
-            value = getattr(self, name)
-            yield name, "a whole number, 1 or more", value, value is None or value >= 1
-        yield "precision", "one of auto, bf16, no", self.precision, self.precision in ("auto", "bf16", "no")
-
-
-def _weights(settings: object, names: tuple[str, ...]) -> Iterable[Check]:
+def weight_checks(settings: object, names: tuple[str, ...]) -> Iterable[Check]:
+    """That weights of losses are none below 0, and one above."""
     found = {name: getattr(settings, name) for name in names}
     right = all(0.0 <= weight < float("inf") for weight in found.values()) and any(found.values())
     yield " + ".join(names), "weights of 0 or more, at least one of them above 0", found, right

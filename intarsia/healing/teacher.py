@@ -35,7 +35,7 @@ from intarsia.building.recipe_layers import Placed
 from intarsia.checkpoint.staging import staged_folder
 from intarsia.errors import UserError
 from intarsia.healing.losses import top_k_of
-from intarsia.healing.settings import EndToEndSettings
+from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import Lesson, SplitModel
 from intarsia.healing.training import Text
 from intarsia.progress import Progress, current

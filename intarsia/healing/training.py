@@ -27,7 +27,8 @@ from torch import Tensor
 from intarsia.data.corpus import Corpus
 from intarsia.disk import damage_named, full_disk_named, replaced, write_whole
 from intarsia.errors import UserError
-from intarsia.healing.settings import EndToEndSettings, Pace
+from intarsia.healing.settings import Pace
+from intarsia.healing.stages.end_to_end import EndToEndSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,7 @@ def schedule_of(pace: Pace, *, sequences: int, seq_len: int, multiple: int = 1) 
             where="training text",
             expected=f"at least {batch} sequences of {seq_len} tokens besides the held-out ones: those of one step",
             found=str(sequences),
-            remedy="Give more --tokens, or fewer tokens a step (--batch-tokens).",
+            remedy="Give more --tokens, or fewer tokens a step (--step-tokens, --layer-batch-tokens).",
         )
     return Schedule(sequences=sequences, batch=batch, pace=pace)
 

@@ -58,7 +58,7 @@ class Intermediate(RecipeLayers):
         batch_tokens: int | None = None,
         room: Room | None = None,
         reuse_prefix: bool = True,
-        behind_final_norm: bool = False,
+        after_final_norm: bool = False,
     ) -> None:
         """Nothing is run yet; `measure` does that.
 
@@ -67,11 +67,11 @@ class Intermediate(RecipeLayers):
             batch_tokens: tokens of a forward pass; sensible for the device by default.
             room: what hidden states may take in memory before they spill to disk.
             reuse_prefix: False runs the whole model for every change and candidate (for benchmarks).
-            behind_final_norm: take the last layer's output after the final norm, as published.
+            after_final_norm: take the last layer's output after the final norm, as published.
         """
         super().__init__(resident, ops, fitted)
         self.reuse_prefix = reuse_prefix
-        self.behind_final_norm = behind_final_norm
+        self.after_final_norm = after_final_norm
         self.loop = Loop(resident, Batches(corpus, resident.device, batch_tokens=batch_tokens), room=room)
         self.hidden = self.loop.store()
         self.measures: list[LayerMeasure] = []
@@ -119,12 +119,12 @@ class Intermediate(RecipeLayers):
             start = 0
         del self.measures[start:], self._measured[start:]
         # What ended at the last layer before may have been taken after the final norm.
-        valid = start - 1 if self.behind_final_norm and start == self.depth else start
+        valid = start - 1 if self.after_final_norm and start == self.depth else start
         self._distances = {key: value for key, value in self._distances.items() if key[0] + key[1] <= valid}
         with self.progress.task(f"measuring {self.depth} layers", stop - start + whole) as task:
             if start == 0:
                 self.loop.embed(self.hidden)
-            if self.behind_final_norm and whole and 0 < start == self.depth:
+            if self.after_final_norm and whole and 0 < start == self.depth:
                 self.measures[-1] = self._new_last()
             found = [LayerMeasure() for _ in range(start, stop)]
 
@@ -161,7 +161,7 @@ class Intermediate(RecipeLayers):
         if same == len(self._measured) == self.depth:
             return
         # A last layer that was measured after the final norm may be no last layer any more.
-        self.measure(0 if self.behind_final_norm else same)
+        self.measure(0 if self.after_final_norm else same)
 
     def replace(self, start: int, count: int, op: Op | None, *, measure: bool = True) -> None:
         """Put one layer (or none) in the place of `count` layers, and re-run what comes after."""
@@ -247,7 +247,7 @@ class Intermediate(RecipeLayers):
     def _measure_of(self, index: int, passed: Passed) -> LayerMeasure:
         """What a layer does on the sequences of one batch."""
         found, mask, normed = LayerMeasure(), passed.mask, passed.after
-        if self.behind_final_norm and index + 1 == self.depth:
+        if self.after_final_norm and index + 1 == self.depth:
             normed = self.loop.stream.final_norm(passed.after, passed.ids, mask)
         found.add_stream(passed.before, normed.to(passed.before.device), mask)
         for part, x in passed.inputs.items():
@@ -270,7 +270,7 @@ class Intermediate(RecipeLayers):
     def _output(self, depth: int, rows: slice, ids: Tensor, mask: Tensor | None) -> Tensor:
         """H^depth of some sequences; of the last layer after the final norm, where that is wanted."""
         h_BTD = self.hidden_at(depth, rows)
-        if self.behind_final_norm and depth == self.depth:
+        if self.after_final_norm and depth == self.depth:
             return self.loop.stream.final_norm(h_BTD, ids, mask)
         return h_BTD
 

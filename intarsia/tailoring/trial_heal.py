@@ -4,7 +4,7 @@ A fit makes a candidate look better on what it was fitted to than elsewhere. So 
 order, and of texts windows are drawn for it that no budget of the search reaches. Where an objective's examples are
 few, those of the largest budgets serve for both; items outside the splits are seen by neither. Each objective gives
 the same number of windows, as far as it has them: a question with its right answer, a query with its target, one
-behind the other, or windows of text.
+after the other, or windows of text.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def repair_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | N
 
 
 def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
-    """A recipe with its read-outs fitted towards what it would be uncut.
+    """A recipe with its output projections fitted towards what it would be uncut.
 
     Raises:
         UserError: activations are not finite.
@@ -136,7 +136,7 @@ class KeptFits:
         for name in {path.stem for path in self._folder.glob("*")} & hashes:
             self._forget(name)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """From now on keep what is fitted."""
         self._folder.mkdir(parents=True, exist_ok=True)
 

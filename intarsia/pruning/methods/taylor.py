@@ -13,24 +13,45 @@ Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `P` predictions, 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from intarsia.activations.hidden_store import HiddenStore
-from intarsia.activations.loop import Passed
-from intarsia.activations.statistics import require_finite
-from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.methods.magnitude import linear_weights
+from intarsia.pruning.methods.magnitude import PROTECTED, linear_weights
+from intarsia.pruning.one_shot import OneShot
+from intarsia.registry import planner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from intarsia.activations.hidden_store import HiddenStore
+    from intarsia.activations.loop import Passed
+    from intarsia.pruning.intermediate import Intermediate
 
 LAYERS_A_PASS = 3
 """Layer-forwards that running a layer with gradients costs: forward once, and backward about twice that."""
 
 
-def saliences(model: Intermediate) -> list[float]:
-    """The first-order change of the loss with each layer's weights, added up without regard to sign.
+@planner("taylor", paper="2402.02834")
+class Taylor(OneShot):
+    """Drop the layers whose removal changes the loss least, to first order."""
 
-    `model` is the whole model, measured.
-    """
+    passes = 1 + LAYERS_A_PASS
+
+    def score(self, model: Intermediate) -> list[float]:
+        """The first-order change of the loss with each layer's weights, added up without regard to sign."""
+        return saliences(model)
+
+
+@planner("taylor+", paper="2402.02834")
+class TaylorPlus(Taylor):
+    """Drop the layers whose removal changes the loss least, of those between the first four and the last two."""
+
+    protect = PROTECTED
+
+
+def saliences(model: Intermediate) -> list[float]:
+    """The scores of `Taylor`. `model` is the whole model, measured."""
+    import torch
+
     predictions = int(model.counts_N.sum())
     grads = model.loop.store()
     scores = [0.0] * model.depth
@@ -50,6 +71,10 @@ def saliences(model: Intermediate) -> list[float]:
 
 def gradients_after_the_last(model: Intermediate, grads: HiddenStore) -> None:
     """Put the gradient of the summed loss by H^L into `grads`, one sequence at a time: logits are large."""
+    import torch
+
+    from intarsia.activations.statistics import require_finite
+
     for part, ids_BT, mask_BT in model.batches.over():
         h_BTD = model.hidden_at(model.depth, part)
         for row in range(ids_BT.shape[0]):
@@ -66,8 +91,10 @@ def gradients_after_the_last(model: Intermediate, grads: HiddenStore) -> None:
 
 def _summed_loss(logits_TV: Tensor, ids_T: Tensor, mask_T: Tensor | None) -> Tensor:
     """Summed next-token loss of one sequence over the predictions of which both tokens are real."""
+    from torch.nn.functional import cross_entropy
+
     targets_T = ids_T[1:] if mask_T is None else ids_T[1:].masked_fill(~(mask_T[:-1] & mask_T[1:]), -100)
-    return torch.nn.functional.cross_entropy(logits_TV[:-1].float(), targets_T, reduction="sum", ignore_index=-100)
+    return cross_entropy(logits_TV[:-1].float(), targets_T, reduction="sum", ignore_index=-100)
 
 
 def _through(model: Intermediate, grads: HiddenStore, index: int) -> float:
@@ -76,6 +103,10 @@ def _through(model: Intermediate, grads: HiddenStore, index: int) -> float:
     Returns:
         Sum of |gradient * weight| over the layer's linear weights, for the summed loss.
     """
+    import torch
+
+    from intarsia.activations.statistics import require_finite
+
     weights = linear_weights(model, index)
     totals = [torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
 
