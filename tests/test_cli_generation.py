@@ -304,7 +304,6 @@ def test_exit_codes(
             raise action
         return action
 
-    monkeypatch.setattr(main, "ported", lambda name: True)
     monkeypatch.setattr(main, "function", lambda name: inspect)
     try:
         main.run(["inspect", "x", "--json"])

@@ -18,8 +18,8 @@ from intarsia.commands.job import Job
 from intarsia.data.corpus import Corpus
 from intarsia.errors import check
 from intarsia.evaluation.chain import Chain
-from intarsia.evaluation.perplexity import Perplexity, Speed, eval_corpus, perplexity
-from intarsia.evaluation.results import TaskResults, retention
+from intarsia.evaluation.perplexity import eval_corpus, perplexity
+from intarsia.evaluation.results import Perplexity, Speed, TaskResults, retention
 from intarsia.evaluation.speed import compare_speed
 from intarsia.evaluation.tasks import TaskPlan, plan_tasks, score_tasks
 from intarsia.options import EvalSpec

@@ -6,20 +6,18 @@ import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-
-from intarsia.building.loaded_model import load_model
-from intarsia.building.offload import free_bytes
 from intarsia.commands.evaluate import check_one_device
-from intarsia.commands.job import Job
 from intarsia.errors import Problems, check
-from intarsia.evaluation.perplexity import Speed
-from intarsia.evaluation.speed import Footprint, compare_speed, footprint, kv_cache_bytes
 from intarsia.flags import Flag
 from intarsia.options import Runtime
 from intarsia.progress import current
+
+if TYPE_CHECKING:
+    from intarsia.commands.job import Job
+    from intarsia.evaluation.results import Speed
+    from intarsia.evaluation.speed import Footprint
 
 _SHARE_OF_FREE = 0.8
 
@@ -87,6 +85,10 @@ def bench(
     Raises:
         UserError: a model, a size or a device cannot be used.
     """
+    from intarsia.building.loaded_model import load_model
+    from intarsia.building.offload import free_bytes
+    from intarsia.evaluation.speed import compare_speed, footprint
+
     started = time.perf_counter()
     check_one_device(runtime)
     jobs = _opened(models, runtime)
@@ -124,6 +126,10 @@ def _rows(
     settings: Sequence[tuple[int, int]],
     measured: Mapping[tuple[str, int, int], tuple[Speed, Footprint, int]],
 ) -> Iterable[BenchRow]:
+    import torch
+
+    from intarsia.evaluation.speed import kv_cache_bytes
+
     first = next(iter(jobs))
     for (rows, length), (name, job) in itertools.product(settings, jobs.items()):
         architecture = job.checkpoint.architecture
@@ -152,6 +158,8 @@ def _rows(
 
 def _opened(models: Sequence[str], runtime: Runtime) -> dict[str, Job]:
     """Every model by a name of its own."""
+    from intarsia.commands.job import Job
+
     check((bool(models), "bench names no model.", "Name one."))
     jobs, problems = dict[str, Job](), Problems()
     for model in models:

@@ -18,7 +18,7 @@ from intarsia.run_dir import RunDir
 if TYPE_CHECKING:
     from intarsia.commands.job import Job
     from intarsia.data.corpus import Corpus
-    from intarsia.evaluation.task_plan import TaskPlan
+    from intarsia.evaluation.tasks import Task, TaskPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ def compare(
     from intarsia.commands.inputs import inputs_of
     from intarsia.commands.job import Job, pin_text
     from intarsia.evaluation.speed import peak_memory_bytes
-    from intarsia.evaluation.task_plan import plan_tasks
+    from intarsia.evaluation.tasks import plan_tasks
     from intarsia.healing.pipeline import check_stages
     from intarsia.reporting.comparison import ROWS, SETTINGS, cells, load
 
@@ -291,10 +291,8 @@ def _task_facts(tasks: TaskPlan, evaluation: CompareEval) -> dict[str, Any]:
     """What is pinned of the tasks: of a local file the questions that are asked. They may be added later."""
     from hashlib import sha256
 
-    from intarsia.evaluation.task_plan import LocalTask
-
-    def fact(task: Any) -> dict[str, Any]:
-        if isinstance(task, LocalTask):
+    def fact(task: Task) -> dict[str, Any]:
+        if task.questions:
             return {"limit": tasks.limit, "sha256": sha256(repr(task.questions).encode()).hexdigest()}
         return {"limit": tasks.limit, "include_path": plain(evaluation.include_path)}
 

@@ -17,7 +17,7 @@ from intarsia.registry import HealStages, Planner, heal_stages, planners
 from intarsia.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from intarsia.evaluation.perplexity import Perplexity
+    from intarsia.evaluation.results import Perplexity
     from intarsia.healing.pipeline import Healed
     from intarsia.recipe.recipe import Recipe
 

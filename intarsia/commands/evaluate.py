@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from intarsia.building.loaded_model import load_model
-from intarsia.commands.job import Job, check_seq_len
 from intarsia.errors import check
-from intarsia.evaluation.chain import Chain
-from intarsia.evaluation.perplexity import Perplexity, eval_corpus, perplexity
-from intarsia.evaluation.results import TaskResults, retention
-from intarsia.evaluation.tasks import TaskPlan, plan_tasks, score_tasks
+from intarsia.evaluation.results import Perplexity, TaskResults, retention
 from intarsia.flags import Flag, flag
 from intarsia.options import ModelRef, Runtime
 from intarsia.recipe.recipe import Variant, identity
+
+if TYPE_CHECKING:
+    from intarsia.commands.job import Job
+    from intarsia.evaluation.tasks import TaskPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +64,8 @@ def evaluate_tasks(
     Raises:
         UserError: a model or a task cannot be used, or the items of the two results differ.
     """
+    from intarsia.evaluation.tasks import plan_tasks
+
     spec = tasks if isinstance(tasks, TaskSpec) else TaskSpec(tasks=_names(tasks))
     check_one_device(runtime)
     plan = plan_tasks(spec.tasks, limit=spec.limit, include_path=spec.include_path, num_fewshot=spec.num_fewshot)
@@ -81,6 +82,8 @@ class _Entrant:
     """A model to be scored: checked now, loaded when its turn comes, and let go of after it."""
 
     def __init__(self, model: Any, runtime: Runtime) -> None:
+        from intarsia.commands.job import Job
+
         self._runtime = runtime
         self._job: Job | None = None
         self._loaded: Any = None
@@ -94,6 +97,8 @@ class _Entrant:
             self._name, self._tokenizer = self._job.model, self._job.tokenizer
 
     def score(self, plan: TaskPlan) -> TaskResults:
+        from intarsia.evaluation.tasks import score_tasks
+
         loaded = self._loaded if self._job is None else load_whole(self._job)
         batch_tokens = self._runtime.batch_tokens
         return score_tasks(plan, loaded, self._tokenizer, name=self._name, batch_tokens=batch_tokens)
@@ -101,6 +106,8 @@ class _Entrant:
 
 def load_whole(job: Job) -> Any:
     """A job's model as transformers loads it, its weights checked."""
+    from intarsia.building.loaded_model import load_model
+
     assert job.sha256, "it is worked out of finite weights alone"
     return load_model(job.checkpoint, device=job.device, dtype=job.dtype)
 
@@ -132,6 +139,10 @@ def evaluate_perplexity(
     Raises:
         UserError: the model or the text cannot be used.
     """
+    from intarsia.commands.job import Job, check_seq_len
+    from intarsia.evaluation.chain import Chain
+    from intarsia.evaluation.perplexity import eval_corpus, perplexity
+
     job = Job(model, runtime=runtime)
     check_seq_len(job.checkpoint, seq_len)
     corpus = eval_corpus(text, job.tokenizer, seq_len=seq_len, windows=windows or None)

@@ -1,9 +1,8 @@
-"""Perplexity of a text, with its standard error and what is needed to repeat it; and the speed of a model."""
+"""Perplexity of a text, with its standard error."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,59 +13,8 @@ from intarsia.data.corpus import Corpus, tokenize
 from intarsia.data.sources import documents
 from intarsia.errors import UserError
 from intarsia.evaluation.chain import Chain
+from intarsia.evaluation.results import Perplexity
 from intarsia.progress import current
-
-
-@dataclass(frozen=True, kw_only=True)
-class Perplexity:
-    """Perplexity of a text.
-
-    `value` = exp(`nll`); `nll` is the mean loss in nats over the predicted tokens; `nll_stderr` its standard error,
-    from the scatter between windows (0 with one window); `stderr` the same for `value` (to first order); `tokens` are
-    the predicted ones; `text` and `text_sha256` say which tokens these were.
-    """
-
-    value: float
-    nll: float
-    nll_stderr: float
-    stderr: float
-    tokens: int
-    windows: int
-    seq_len: int
-    text: str
-    text_sha256: str
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} ± {self.stderr:.2f} ({self.windows} windows of {self.seq_len}, {self.text})"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Tokens a second of a model, medians over `repeats`.
-
-    `prefill_tokens_per_s`: prompt tokens of the whole batch read in one forward. `decode_tokens_per_s`: new tokens of
-    the whole batch, written one after the other with the cache. `time_to_first_token_s`: seconds from the prompt to
-    the first new token.
-    """
-
-    prefill_tokens_per_s: float
-    time_to_first_token_s: float
-    decode_tokens_per_s: float
-    batch: int
-    prompt_len: int
-    new_tokens: int
-    device: str
-    dtype: str
-    threads: int
-    repeats: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.decode_tokens_per_s:.1f} tokens/s decode, {self.prefill_tokens_per_s:.0f} tokens/s prefill "
-            f"({self.device}, {self.dtype}, batch {self.batch})"
-        )
-
 
 _MOST_READ = 16 * 1024 * 1024
 _BYTES_A_TOKEN = 32

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from intarsia.architecture.spec import Architecture
 from intarsia.errors import UserError
-from intarsia.evaluation.perplexity import Speed
+from intarsia.evaluation.results import Speed
 from intarsia.heap import give_back
 from intarsia.progress import current
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import intarsia
-from intarsia.commands import bench as stage
 from intarsia.errors import UserError
 from intarsia.evaluation import speed
 from tests import families
@@ -56,7 +55,7 @@ def _layer_parameters(config: Any) -> int:
 def test_one_after_the_other_gives_the_same_rows(
     model_folder: Folder, shallow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "free_bytes", lambda device: 0)
+    monkeypatch.setattr("intarsia.building.offload.free_bytes", lambda device: 0)
     found = intarsia.bench(str(model_folder("llama")), shallow, prompt_len=8, new_tokens=3, repeats=1)
     assert [(row.layers, row.batch) for row in found.rows] == [(6, 1), (3, 1)]
     assert found.rows[0].decode_ratio == 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def test_the_numbers_are_those_of_the_stages_one_by_one(
                 for key in ("metrics", "outcomes", "items_sha256"):
                     assert row["tasks"]["scores"][0][key] == alone.to_dict()["scores"][0][key]
                 assert alone.retention is not None
-                assert row["tasks"]["retention"]["mean"] == alone.retention.to_dict()["mean"]
+                assert row["tasks"]["retention"]["mean"] == asdict(alone.retention)["mean"]
     assert rows["laco[laco-merge=3]", 5, "none"]["note"] == "a ladder of its own"
     assert rows["laco[laco-merge=3]", 4, "none"]["note"] is None
     assert Ladder(out / "plans" / "laco-laco-merge-3-to-003").depths() == [4, 3]
