@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import intarsia
+from intarsia import progress
 from intarsia.cli.display import display
+from intarsia.commands.heal import TrainingText
 from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
 from intarsia.pruning.settings import THOROUGH, ComeSettings
 
@@ -116,18 +118,12 @@ class Bench:
         """One stage on top of a model."""
         folder = self.out / name
         tokens = options.pop("tokens", self.tokens.get(stage, 0)) // 512 * 512
-        options.setdefault("end_to_end", replace(END_TO_END, lr=SMALLER_STEPS.get(layers, END_TO_END.lr)))
+        steps = replace(END_TO_END, lr=SMALLER_STEPS.get(layers, END_TO_END.lr))
+        settings = {"layerwise": LAYERWISE, "end-to-end": options.pop("end_to_end", steps)}
         if not folder.exists():
-            result = intarsia.heal(
-                source,
-                folder,
-                data=self.data,
-                stages=(stage,),
-                tokens=tokens,
-                layerwise=LAYERWISE,
-                progress=display(),
-                **options,
-            )
+            text = TrainingText(sources=tuple(self.data), tokens=tokens)
+            with progress.shown():
+                result = intarsia.heal(source, folder, text, stages=settings.get(stage, stage))
             (self.out / f"{name}.json").write_text(json.dumps(result.to_dict(), indent=2, default=str))
         if key not in self.found:
             seconds = sum(row["seconds"] for row in json.loads((self.out / f"{name}.json").read_text())["stages"])

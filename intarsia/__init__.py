@@ -15,22 +15,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from intarsia.commands.compress import CompressResult, compress
+    from intarsia.commands.heal import HealResult
+    from intarsia.commands.plan import PlanResult, plan
     from intarsia.errors import UserError
     from intarsia.evaluation.task_results import TaskResults
-    from intarsia.pruning.settings import ComeSettings
+    from intarsia.pruning.methods.come import ComeSettings
     from intarsia.recipe.recipe import Recipe
     from intarsia.stages.bench import BenchResult, bench
     from intarsia.stages.build import BuildResult, build
     from intarsia.stages.compare import CompareResult, compare
-    from intarsia.stages.compress import compress
-    from intarsia.stages.compress_result import CompressResult
     from intarsia.stages.evaluate import evaluate_perplexity
     from intarsia.stages.evaluate_tasks import evaluate_tasks
     from intarsia.stages.export import ExportResult, export
     from intarsia.stages.heal import heal
-    from intarsia.stages.heal_result import HealResult
     from intarsia.stages.inspect import inspect
-    from intarsia.stages.plan import PlanResult, plan
     from intarsia.stages.push import PushResult, push
     from intarsia.stages.report import ReportResult, report
     from intarsia.stages.tailor import tailor
@@ -42,12 +41,12 @@ __version__ = "0.1.0"
 _PLACES = {
     "BenchResult": "intarsia.stages.bench",
     "BuildResult": "intarsia.stages.build",
-    "ComeSettings": "intarsia.pruning.settings",
+    "ComeSettings": "intarsia.pruning.methods.come",
     "CompareResult": "intarsia.stages.compare",
-    "CompressResult": "intarsia.stages.compress_result",
+    "CompressResult": "intarsia.commands.compress",
     "ExportResult": "intarsia.stages.export",
-    "HealResult": "intarsia.stages.heal_result",
-    "PlanResult": "intarsia.stages.plan",
+    "HealResult": "intarsia.commands.heal",
+    "PlanResult": "intarsia.commands.plan",
     "PushResult": "intarsia.stages.push",
     "Recipe": "intarsia.recipe.recipe",
     "ReportResult": "intarsia.stages.report",
@@ -58,13 +57,13 @@ _PLACES = {
     "bench": "intarsia.stages.bench",
     "build": "intarsia.stages.build",
     "compare": "intarsia.stages.compare",
-    "compress": "intarsia.stages.compress",
+    "compress": "intarsia.commands.compress",
     "evaluate_perplexity": "intarsia.stages.evaluate",
     "evaluate_tasks": "intarsia.stages.evaluate_tasks",
     "export": "intarsia.stages.export",
-    "heal": "intarsia.stages.heal",
+    "heal": "intarsia.commands.heal",
     "inspect": "intarsia.stages.inspect",
-    "plan": "intarsia.stages.plan",
+    "plan": "intarsia.commands.plan",
     "push": "intarsia.stages.push",
     "report": "intarsia.stages.report",
     "tailor": "intarsia.stages.tailor",

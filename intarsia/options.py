@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from intarsia.errors import check
 from intarsia.flags import byte_count, flag, token_count
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,13 +173,11 @@ class EvalSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output:
-    """Output: where a result goes."""
+class NewModel:
+    """Output: the folder of a new model, which appears whole or not at all."""
 
     # Folder for the new model.
     path: Path = flag(MISSING, "--out", "-o", metavar="DIR")
-    # Run folder: progress, log and ladder (default: beside the output).
-    run: Path | None = flag(None, metavar="DIR")
     # Replace the output if it exists.
     overwrite: bool = False
     # Size of a weight file at most.
@@ -185,14 +186,10 @@ class Output:
     push_to: str | None = flag(None, "--push-to-hub", metavar="NAME")
     # Make a new repository on the hub private.
     private: bool = False
-    # Print the plan and an estimate of its cost; write nothing.
-    dry_run: bool = False
 
     def __post_init__(self) -> None:
         named = str(self.path) not in ("", ".")
         object.__setattr__(self, "path", Path(self.path))
-        if self.run is not None:
-            object.__setattr__(self, "run", Path(self.run))
         check(
             (named, "There is no output folder.", "Give one with -o."),
             (
@@ -204,14 +201,29 @@ class Output:
         )
 
     @classmethod
-    def of(cls, path: Output | str | Path) -> Output:
+    def of(cls, path: Self | str | Path) -> Self:
         """An output as it is, or one to that path."""
-        return path if isinstance(path, Output) else cls(path=Path(path))
+        return path if isinstance(path, cls) else cls(path=Path(str(path)))
 
     @property
     def shard_bytes(self) -> int:
         """`shard_size` as a number."""
         return byte_count(str(self.shard_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(NewModel):
+    """Output: where the model of a long job goes, and what is kept of the job."""
+
+    # Run folder: progress, log and ladder (default: beside the output).
+    run: Path | None = flag(None, metavar="DIR")
+    # Print the plan and an estimate of its cost; write nothing.
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.run is not None:
+            object.__setattr__(self, "run", Path(self.run))
 
     @property
     def run_path(self) -> Path:

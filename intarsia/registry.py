@@ -126,6 +126,10 @@ class Kind:
         self._entries: dict[str, Entry] = {}
         self._found = False
 
+    def by(self, flag: str) -> Kind:
+        """The same things, chosen by another option."""
+        return _By(self, flag)
+
     def register(self, name: str, settings: type | None = None, **facts: Any) -> Callable[[T], T]:
         """Decorate a class or function to make it known by `name`."""
 
@@ -251,6 +255,20 @@ class Kind:
         _load_announced()
 
 
+class _By(Kind):
+    """A kind under another flag."""
+
+    def __init__(self, kind: Kind, flag: str) -> None:
+        self.noun, self.flag, self.many, self._kind = kind.noun, flag, kind.many, kind
+
+    @property
+    def _entries(self) -> dict[str, Entry]:  # type: ignore[override]
+        return self._kind._entries
+
+    def _find(self) -> None:
+        self._kind._find()
+
+
 planners = Kind("method", "method", "intarsia.pruning.methods")
 heal_stages = Kind("heal stage", "heal", "intarsia.healing.stages", many=True)
 merge_ops = Kind("merge operator", "merge-op", "intarsia.building.operators")
@@ -271,9 +289,24 @@ def planner(name: str, *, settings: type | None = None, paper: str = "") -> Call
     return planners.register(name, settings, paper=paper)
 
 
-def heal_stage(name: str, *, settings: type | None = None, paper: str = "") -> Callable[[T], T]:
-    """Register a heal stage: a function of context, recipe and settings that gives a recipe."""
-    return heal_stages.register(name, settings, paper=paper)
+def heal_stage(
+    name: str,
+    *,
+    settings: type | None = None,
+    whole_model: bool = False,
+    check: Callable[[Any], None] | None = None,
+    passes: Callable[[Any], float] | None = None,
+    paper: str = "",
+) -> Callable[[T], T]:
+    """Register a heal stage: a function of context, recipe and settings that gives a recipe.
+
+    Args:
+        whole_model: whether it trains all layers at once: in every launched process, and not streamed.
+        check: called with the settings before any work; raises UserError where something that it needs is missing.
+        passes: of an architecture, the passes of the whole model over the text that it takes at most, for an estimate.
+    """
+    facts = {"whole_model": whole_model, "check": check, "passes": passes, "paper": paper}
+    return heal_stages.register(name, settings, **facts)
 
 
 def merge_op(

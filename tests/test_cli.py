@@ -20,13 +20,15 @@ from typer.testing import CliRunner
 
 from intarsia.cli.app import app
 from intarsia.errors import Problem, UserError
+from intarsia.pruning.methods.come import ComeSettings
+from intarsia.pruning.methods.come_p import ComePSettings
+from intarsia.pruning.methods.laco import LacoSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = [
     ["compress"],
     ["plan"],
     ["build"],
-    ["heal"],
     ["inspect"],
     ["eval"],
     ["eval", "perplexity"],
@@ -167,7 +169,6 @@ def test_wrong_usage_ends_with_2(words: list[str], stage: Stage) -> None:
 
 
 def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
-    from intarsia.pruning.settings import ComeSettings
 
     words = (
         "--layers 25 --method come-p --calibration a.txt --calibration b.txt --tokens 4096 --seq-len 128 "
@@ -193,7 +194,7 @@ def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
         "eval_windows": 8,
         "run": tmp_path / "run",
         "revision": "main",
-        "settings": ComeSettings(
+        "settings": ComePSettings(
             span_choice="sleb",
             merge=3,
             sharpness=2.0,
@@ -223,9 +224,8 @@ def test_compress_passes_every_flag_on(stage: Stage, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", [["compress", "demo", "-o", "out"], ["plan", "demo", "--run", "run"]], ids="-".join)
 def test_thorough(verb: list[str], stage: Stage) -> None:
-    from intarsia.pruning.settings import ComeSettings
 
-    thorough = ComeSettings(spans=5, granularity=5, removals=True, finalists=4, blocks=5)
+    thorough = ComePSettings(spans=5, granularity=5, removals=True, finalists=4, blocks=5)
     given = [*verb, "--layers", "25", "--thorough"]
     assert run(*given, "--method", "come-p").exit_code == 0
     assert stage.kwargs is not None
@@ -240,7 +240,6 @@ def test_thorough(verb: list[str], stage: Stage) -> None:
 
 
 def test_the_options_of_laco(stage: Stage, tmp_path: Path) -> None:
-    from intarsia.pruning.settings import LacoSettings
 
     words = "--layers 24 --method laco --laco-merge 3 --laco-lowest 2 --reference".split()
     assert run("plan", "demo", "--run", str(tmp_path / "run"), *words).exit_code == 0
@@ -250,7 +249,6 @@ def test_the_options_of_laco(stage: Stage, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", [["compress", "demo", "-o", "out"], ["plan", "demo", "--run", "run"]], ids="-".join)
 def test_defaults_are_the_settings_own(verb: list[str], stage: Stage) -> None:
-    from intarsia.pruning.settings import ComeSettings
 
     assert run(*verb, "--sparsity", "0.3").exit_code == 0
     assert stage.kwargs is not None

@@ -39,7 +39,7 @@ GOLDEN = Path(__file__).with_name("golden")
 Record = dict[str, Any]
 
 # Flags of every method. Names of cases are those of the recorded values; flags may change, values may not.
-PAPER = ["--reference"]
+PAPER = ["--preset", "paper"]
 PLANS: dict[str, list[str]] = {
     "come": [],
     "come-sleb": ["--span-choice", "sleb"],
@@ -83,7 +83,7 @@ IN_LOOP: dict[str, list[str]] = {
     "sleb": ["--method", "sleb"],
     "laco": ["--method", "laco", "--laco-merge", "2"],
 }
-STEPS = ["--layer-batch-tokens", "256", "--batch-tokens", "256", "--evaluations", "4"]
+STEPS = ["--layer-batch-tokens", "256", "--step-tokens", "256", "--evaluations", "4"]
 HEALS: dict[str, tuple[str, list[str]]] = {
     "closed-form": ("llama", ["--stages", "closed-form"]),
     "layerwise": ("llama", ["--stages", "layerwise"]),
@@ -177,12 +177,12 @@ FITTED = 1e-3  # where a system is solved or a layer is trained
 
 def run_cli(argv: list[str | Path]) -> str:
     """Run the command line within this process and return what it prints; SystemExit if it fails."""
-    from intarsia.cli.app import app
+    from intarsia.cli.main import run
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         try:
-            app(args=[str(word) for word in argv])
+            run([str(word) for word in argv])
         except SystemExit as end:
             if end.code not in (None, 0):
                 raise

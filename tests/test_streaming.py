@@ -26,14 +26,13 @@ from intarsia.healing.settings import ClosedFormSettings, LayerwiseSettings
 from intarsia.healing.training import Text
 from intarsia.progress import Silent
 from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.ladder import METHODS, climb, planner_of, progressive_methods
-from intarsia.pruning.run_folder import RunFolder
-from intarsia.pruning.settings import ComeSettings
+from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.schema import content_hash
 from tests import families
 from tests.closed_form_fits import fit_on
 from tests.conftest import InMemory, Opened
+from tests.pruning.by_hand import METHODS, climb, ladder_in, planner_of, progressive_methods
 from tests.pruning.conftest import corpus_of
 from tests.recipes_by_hand import select, shared
 
@@ -63,7 +62,7 @@ def ladder(resident: Resident, place: Path, method: str, *, settings: Any = None
     in_loop = changes.pop("in_loop", None)
     corpus = corpus_of(padded=True)
     model = Intermediate(resident, corpus, whole().layers, batch_tokens=2 * corpus.seq_len, **changes)
-    run = RunFolder.start(place, {})
+    run = ladder_in(place, {})
     assert climb(planner_of(method, settings), model, whole(), 3, run, in_loop=in_loop) is None
     model.close()
     return [content_hash(run.recipe(depth)) for depth in run.depths()]
@@ -174,7 +173,7 @@ def test_repairing_in_the_loop_is_the_same(
 
 
 def test_spans_are_chosen_the_same(tmp_path: Path, checkpoint_of: Opened, resident_of: InMemory) -> None:
-    settings = ComeSettings(span_choice="sleb", racing=False)
+    settings = ComePSettings(span_choice="sleb", racing=False)
     wanted = ladder(resident_of("llama"), tmp_path / "whole", "come-p", settings=settings)
     assert ladder(streamed(checkpoint_of("llama")), tmp_path / "streamed", "come-p", settings=settings) == wanted
 
@@ -187,7 +186,7 @@ def test_a_step_reads_a_layer_once_a_pass(checkpoint_of: Opened, tmp_path: Path)
     resident.shelf.reads.clear()
     model.measure()
     assert len(corpus) == 6 and set(resident.shelf.reads.values()) == {1} and len(resident.shelf.reads) == 6
-    planner = planner_of("come-p", ComeSettings(racing=False, spans=3))
+    planner = planner_of("come-p", ComePSettings(racing=False, spans=3))
     resident.shelf.reads.clear()
     step = planner.decide(model, 5, [{}])  # not the first step, whose map of pieces looks at every layer
     assert step is not None and step.op is not None
@@ -216,8 +215,8 @@ def test_healed_tensors_are_the_same(family: str, checkpoint_of: Opened, residen
     assert content_hash(found) == content_hash(wanted)
     assert same == reports and any(report["ridge"] is not None for report in reports)
     assert other.shelf is not None and other.shelf.most <= 2
-    judged = quality(wanted, resident, corpus, [corpus_of()], progress=Silent())
-    assert quality(found, other, corpus, [corpus_of()], progress=Silent()) == judged
+    judged = quality(wanted, resident, corpus, [corpus_of()])
+    assert quality(found, other, corpus, [corpus_of()]) == judged
 
 
 @pytest.mark.parametrize("inputs", ["teacher", "student"])

@@ -16,14 +16,11 @@ from intarsia.cli.anatomy import list_families
 from intarsia.cli.bench import bench
 from intarsia.cli.build import build
 from intarsia.cli.compare import compare
-from intarsia.cli.compress import compress
 from intarsia.cli.default_verb import DefaultVerb
 from intarsia.cli.evaluate import perplexity, tasks
 from intarsia.cli.export import export
 from intarsia.cli.guard import debugging
-from intarsia.cli.heal import heal
 from intarsia.cli.inspect import inspect
-from intarsia.cli.plan import plan
 from intarsia.cli.push import push
 from intarsia.cli.report import report
 from intarsia.cli.tailor import tailor
@@ -50,10 +47,7 @@ evaluation = typer.Typer(
 )
 anatomy = typer.Typer(no_args_is_help=True, help="Which model families are known, and what is exact in each.")
 
-app.command()(compress)
-app.command()(plan)
 app.command()(build)
-app.command()(heal)
 app.command()(tailor)
 app.command()(compare)
 app.command()(inspect)

@@ -96,9 +96,12 @@ def run(words: Sequence[str]) -> None:
             app(list(words))
             return
         call = parse(function(name), name, rest)
-        with progress.shown(quiet=call.shared.quiet or call.shared.json):
+        # Of several launched processes (`accelerate launch`) the first one speaks.
+        first = os.environ.get("RANK", "0") == "0"
+        with progress.shown(quiet=call.shared.quiet or call.shared.json or not first):
             result = call()
-        show(result, to=stdout, as_json=call.shared.json)
+        if first:
+            show(result, to=stdout, as_json=call.shared.json)
         if not getattr(result, "passed", True):
             raise SystemExit(1)
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-from intarsia.errors import UserError
-
-if TYPE_CHECKING:
-    from intarsia.pruning.settings import Settings
 
 
 def valued(metavar: str, help: str, *, panel: str | None = None, min: int | None = None) -> Any:
@@ -25,13 +19,6 @@ Model = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the new model.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
-Layers = Annotated[int | None, valued("N", "How many layers to keep.")]
-Sparsity = Annotated[
-    float | None,
-    valued(
-        "S", "Share of all parameters to remove, between 0 and 1: the greatest depth that removes at least that much."
-    ),
-]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: the best there is)")]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32 (default: the checkpoint's own)")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
@@ -55,14 +42,7 @@ PushToHub = Annotated[
 Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.", rich_help_panel=_HUB)]
 
 # Planning
-_PLANNING, _LACO = "Calibration and cost", "LaCo"
-Method = Annotated[
-    str,
-    typer.Option(
-        help="How to choose: come, come-p, or a baseline: shortgpt, sleb, taylor, taylor+, magnitude, magnitude+, mka, "
-        "laco, angular, reverse."
-    ),
-]
+_PLANNING = "Calibration and cost"
 Calibration = Annotated[
     list[str],
     typer.Option(
@@ -88,15 +68,6 @@ DryRun = Annotated[
     ),
 ]
 
-HealInLoop = Annotated[
-    bool,
-    typer.Option(
-        "--heal-in-loop",
-        help="Repair what each step changes in closed form, so that the next one sees the repaired model "
-        "(come, come-p, sleb, laco).",
-        rich_help_panel=_PLANNING,
-    ),
-]
 
 # Larger than memory
 _LARGE = "Models larger than memory"
@@ -117,53 +88,3 @@ Memory = Annotated[
         panel=_LARGE,
     ),
 ]
-Devices = Annotated[
-    str | None,
-    valued(
-        "LIST",
-        "Lay the layers over several devices, such as cuda:0,cuda:1; the first has embedding and head.",
-        panel=_LARGE,
-    ),
-]
-
-LacoMerge = Annotated[int, typer.Option(metavar="C", help="Layers that become one.", rich_help_panel=_LACO)]
-LacoThreshold = Annotated[
-    float,
-    typer.Option(help="Least similarity of final hidden states; lowered where it must be.", rich_help_panel=_LACO),
-]
-LacoInterval = Annotated[int, typer.Option(help="Layers to go on after a merge.", rich_help_panel=_LACO)]
-LacoLowest = Annotated[int, typer.Option(help="First layer that others may collapse into.", rich_help_panel=_LACO)]
-LacoHighest = Annotated[
-    int | None,
-    typer.Option(help="Merge within the first so many layers.", show_default=False, rich_help_panel=_LACO),
-]
-
-
-def planner_settings(context: typer.Context) -> Settings:
-    """The settings of the chosen method, from the options of the same names.
-
-    Imported here, because `--help` must not wait for what a planner needs.
-
-    Raises:
-        UserError: one of them cannot be, or does not go with the method.
-    """
-    from intarsia.pruning.settings import THOROUGH, ComeSettings, LacoSettings, SlebSettings
-
-    given = context.params
-    if given["thorough"]:
-        if given["method"] != "come-p":
-            raise UserError.of(
-                where="--thorough",
-                expected="come-p, which tries layers",
-                found=given["method"],
-                remedy="Leave --thorough out, or choose --method come-p.",
-            )
-        sources = {name: context.get_parameter_source(name) for name in THOROUGH}
-        left = [name for name, source in sources.items() if source is None or source.name == "DEFAULT"]
-        given = {**given, **{name: THOROUGH[name] for name in left}}
-    if given["method"] == "laco":
-        names = [field.name for field in fields(LacoSettings) if field.name != "reference"]
-        return LacoSettings(reference=given["reference"], **{name: given[f"laco_{name}"] for name in names})
-    if given["method"] == "sleb":
-        return SlebSettings(racing=given["racing"])
-    return ComeSettings(**{field.name: given[field.name] for field in fields(ComeSettings)})

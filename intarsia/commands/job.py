@@ -27,13 +27,12 @@ from intarsia.building.loaded_model import Resident, default_device
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import asked_for, open_checkpoint
-from intarsia.data.corpus import Corpus
-from intarsia.data.parts import SELF, TextParts
+from intarsia.data.text import TextParts, draw
 from intarsia.errors import Problems, UserError, check
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.run_dir import RunDir
 
-_TEXT = "text"
+_TEXT = "calibration"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -88,9 +87,9 @@ class Placement:
             devices=self.devices,
         )
 
-    def room(self, run: RunDir | None = None) -> Room:
-        """Memory for hidden states; what does not fit goes to files in the run folder, which must be open."""
-        return Room(self.memory_bytes, None if run is None else run.scratch)
+    def room(self, folder: Path | None = None) -> Room:
+        """Memory for hidden states; what does not fit goes to files in a folder (default: of the system)."""
+        return Room(self.memory_bytes, folder)
 
 
 class Job:
@@ -181,7 +180,7 @@ class Job:
         Raises:
             UserError: there are more sources than sequences, or a streamed model would have to write it.
         """
-        writes = SELF in self.spec.sources
+        writes = _writes(",".join(self.spec.sources))
         streamed = "--calibration self lets the model write, and with --stream it is read anew for every token."
         check(
             (
@@ -191,7 +190,7 @@ class Job:
             )
         )
         key = self.sha256 if writes else None
-        return TextParts(self.spec, self.tokenizer, writer=lambda: self.resident.model, cache_key=key)
+        return draw(self.spec, self.tokenizer, writer=lambda: self.resident.model, writer_key=key)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -264,27 +263,26 @@ def target_depth(target: Target, architecture: Architecture, parameters: int) ->
     return depth - removed
 
 
-def text_facts(corpus: Corpus) -> dict[str, Any]:
-    """What is recorded of a calibration text; `sha256` is that of its tokens."""
-    return {"text": corpus.description, "sha256": corpus.sha256, "tokens": corpus.tokens}
-
-
-def check_text(run: RunDir, job: Job) -> None:
-    """Check that a run was started with the text of this job, under whatever name; one not started takes any.
+def calibration_of(run: RunDir, job: Job) -> str:
+    """How the settings of a run name the text: as when it was started, where it is the same text by another name.
 
     Only text with another name is read here. What a model wrote has no other name.
 
     Raises:
-        UserError: it is another text.
+        UserError: the text cannot be read.
     """
+    given = ",".join(job.spec.sources)
     if not (run.path / f"{_TEXT}.json").is_file():
-        return
-    pinned, sources = run.pinned(_TEXT), list(job.spec.sources)
-    if pinned["sources"] == sources:
-        return
-    alike = not any(SELF in names for names in (pinned["sources"], sources))
-    if not alike or job.text.calibration.sha256 != pinned["sha256"]:
-        run.check({**pinned, "sources": sources}, name=_TEXT)
+        return given
+    started = str(run.pinned()["calibration"])
+    if started == given or _writes(started) or _writes(given):
+        return given
+    return started if job.text.calibration.sha256 == run.pinned(_TEXT)["sha256"] else given
+
+
+def _writes(calibration: str) -> bool:
+    """Whether the model writes some of a text, as settings name it."""
+    return "self" in [name.strip() for name in calibration.split(",")]
 
 
 def pin_text(run: RunDir, job: Job) -> None:
@@ -293,11 +291,8 @@ def pin_text(run: RunDir, job: Job) -> None:
     Raises:
         UserError: they are others.
     """
-    check_text(run, job)
-    path = run.path / f"{_TEXT}.json"
-    sources = run.pinned(_TEXT)["sources"] if path.is_file() else list(job.spec.sources)
     corpus = job.text.calibration
-    run.pin(_TEXT, {"sources": sources, "sha256": corpus.sha256, "tokens": corpus.tokens})
+    run.pin(_TEXT, {"sha256": corpus.sha256, "tokens": corpus.tokens})
 
 
 def versions() -> dict[str, str]:

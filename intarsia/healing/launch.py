@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ def own_device(device: torch.device) -> torch.device:
     if device.type == "cuda" and world_size() > 1:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
+
+
+def barrier(device: torch.device) -> Callable[[], None]:
+    """Waits for all launched processes; nothing where there is one only."""
+    if world_size() == 1:
+        return lambda: None
+    wait: Callable[[], None] = accelerator(device=device).wait_for_everyone
+    return wait
 
 
 def accelerator(*, device: torch.device, log: str | None = None, folder: Path | None = None) -> Any:

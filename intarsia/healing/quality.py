@@ -56,6 +56,7 @@ def quality(
     held_out: Corpus,
     texts: Sequence[Corpus] = (),
     *,
+    errors: bool = True,
     room: Room | None = None,
     progress: Progress,
 ) -> Quality:
@@ -65,6 +66,7 @@ def quality(
         resident: the recipe's base.
         held_out: sequences that nothing is trained on.
         texts: further texts for perplexities.
+        errors: measure the layers' hidden states too.
         room: what hidden states may take in memory.
 
     Raises:
@@ -74,6 +76,8 @@ def quality(
     chain = Chain(recipe, resident, room=room)
     batch_tokens = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
     found = [perplexity(chain, text, batch_tokens=batch_tokens, progress=progress) for text in (held_out, *texts)]
+    if not errors:
+        return Quality(texts=tuple(found), errors=())
     batches = Batches(held_out, resident.device, batch_tokens=batch_tokens, progress=progress)
     return Quality(texts=tuple(found), errors=tuple(_errors(recipe, chain, resident, batches, room)))
 

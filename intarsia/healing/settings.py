@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from intarsia.architecture.spec import Part
 from intarsia.errors import Problem, UserError
+from intarsia.flags import flag, token_count
 
 Layers: TypeAlias = Literal["spans", "behind"]
 """Which output layers a stage changes. `spans`: those that stand for more than one original layer, or were merged;
@@ -53,11 +54,13 @@ class Pace:
     epochs: int = 1
     # Tokens of an optimiser step.
     batch_tokens: int = 2048
-    # Peak of the learning rate; it warms up linearly and then falls along a cosine to `least_lr` of it.
+    # Peak of the learning rate; it warms up linearly and then falls along a cosine.
     lr: float = 3e-4
+    # The last learning rate, as a share of the peak.
     least_lr: float = 0.05
-    # Share of all steps.
+    # Share of all steps in which the learning rate rises.
     warmup: float = 0.05
+    # AdamW's decay of weights.
     weight_decay: float = 0.0
     # The gradient's norm is clipped to this.
     clip: float = 1.0
@@ -65,6 +68,7 @@ class Pace:
     evaluations: int = 10
     # Stop after this many measurements without a new best.
     patience: int = 3
+    # Seed of everything random.
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -100,16 +104,23 @@ class Pace:
 class LayerwiseSettings(Pace):
     """How single layers are trained."""
 
-    # Weights of the hidden-state losses; KL alone is as published.
-    kl: float = 1.0
-    mse: float = 1.0
-    cosine: float = 0.0
+    # Peak of the learning rate.
+    lr: float = flag(3e-4, "--layer-lr")
+    # Tokens of an optimiser step.
+    batch_tokens: int = flag(2048, "--layer-batch-tokens", metavar="N", parse=token_count)
+    # Weight of the KL between softmaxed hidden states; alone it is as published.
+    kl: float = flag(1.0, "--layer-kl")
+    # Weight of the squared error of hidden states.
+    mse: float = flag(1.0, "--layer-mse")
+    # Weight of 1 - cosine of hidden states.
+    cosine: float = flag(0.0, "--layer-cosine")
     # What a token counts in the squared error.
     weighting: Weighting = "relative"
     # A layer is fed the `teacher`'s hidden states, as published, and is independent of the others; or those of the
     # `student`: of the layers before it, trained already, so that it learns to correct what they left.
-    inputs: Literal["teacher", "student"] = "teacher"
-    layers: Layers = "spans"
+    inputs: Literal["teacher", "student"] = flag("teacher", "--layer-inputs")
+    # Layers that are trained: those that were changed, or also every layer after the first of them.
+    layers: Layers = flag("spans", "--train-layers")
     # Names of tensors or modules inside a layer (`down_proj`, `mlp`, ...) that are trained; empty for all.
     only: tuple[str, ...] = ()
 
@@ -127,14 +138,20 @@ class LayerwiseSettings(Pace):
 class EndToEndSettings(Pace):
     """How the whole model is trained."""
 
+    # May differ when a training is resumed: what is pinned decides the result.
+    not_pinned: ClassVar = ("log", "micro_tokens", "checkpointing")
+
+    # Peak of the learning rate.
     lr: float = 1e-4
-    batch_tokens: int = 8192
-    # Weights of the losses: next-token distributions against the teacher's; hidden states after the trainable layers
-    # against the teacher's at the ends of their spans (relative squared error); and the text itself.
+    # Tokens of an optimiser step.
+    batch_tokens: int = flag(8192, "--step-tokens", metavar="N", parse=token_count)
+    # Weight of the KL of next tokens, against the teacher's.
     logits: float = 1.0
+    # Weight of the relative squared error of hidden states at the ends of the changed layers' spans.
     hidden: float = 0.0
+    # Weight of the text itself.
     cross_entropy: float = 0.0
-    # Of the logits loss.
+    # Temperature of the KL of next tokens.
     temperature: float = 1.0
     # Learn from a cache of the teacher's K likeliest tokens, written once and reused; None runs the teacher beside the
     # student.

@@ -133,7 +133,7 @@ def schedule_of(pace: Pace, *, sequences: int, seq_len: int, multiple: int = 1) 
             where="training text",
             expected=f"at least {batch} sequences of {seq_len} tokens besides the held-out ones: those of one step",
             found=str(sequences),
-            remedy="Give more --tokens, or fewer tokens a step (--batch-tokens).",
+            remedy="Give more --tokens, or fewer tokens a step (--step-tokens, --layer-batch-tokens).",
         )
     return Schedule(sequences=sequences, batch=batch, pace=pace)
 

@@ -7,12 +7,14 @@ changed is not known before.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from intarsia.checkpoint.reader import Checkpoint
-from intarsia.healing.settings import ClosedFormSettings
 from intarsia.pruning.step import Planner
+
+if TYPE_CHECKING:
+    import torch
+
+    from intarsia.checkpoint.reader import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +52,11 @@ def estimate(
     tokens: int,
     seq_len: int,
     dtype: torch.dtype | None,
-    in_loop: ClosedFormSettings | None = None,
 ) -> Estimate:
     """What planning down to `target` layers takes.
 
     Args:
         dtype: what the model runs in; None for the checkpoint's own.
-        in_loop: how each step is healed before the next, if it is.
     """
     architecture = checkpoint.architecture
     depth, parameters = architecture.n_layers, checkpoint.parameters
@@ -64,12 +64,12 @@ def estimate(
     stored = checkpoint.headers[f"{architecture.family.embedding_module}.weight"].dtype.itemsize
     running = stored if dtype is None else dtype.itemsize
     # Healing in the loop keeps the original's hidden states beside those of the model.
-    kept = (depth + 1) * (0 if not (planner.measures or planner.progressive) else 1 if in_loop is None else 2)
+    kept = (depth + 1) * (0 if not (planner.measures or planner.progressive) else 1 if planner.in_loop is None else 2)
     return Estimate(
         parameters_before=parameters,
         parameters_after=after,
         weight_bytes=parameters * running,
         hidden_bytes=kept * tokens * architecture.width * running,
-        passes_at_most=planner.forwards_at_most(architecture, target, max(tokens // seq_len, 1), in_loop) / depth,
+        passes_at_most=planner.forwards_at_most(architecture, target, max(tokens // seq_len, 1)) / depth,
         disk_bytes=after * stored,
     )

@@ -12,15 +12,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from intarsia.errors import Problem, UserError
 from intarsia.healing.layer_fit import LayerFit
-from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.restarts import Start
 from intarsia.healing.teacher import TeacherStates
 from intarsia.pruning.heal_in_loop import NEAREST, Repair, losses_behind
 from intarsia.pruning.intermediate import Intermediate, Tensors
-from intarsia.pruning.settings import ComeSettings, Settings
+from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.step import Step, describe
 from intarsia.recipe.ops import Op, sources_of
+from intarsia.recipe.recipe import Recipe, identity
+
+LAST_BLOCKS = 2
+"""Blocks of the original that the final fit starts from too, where blocks were tried."""
 
 _OF_A_STEP = ("dropped", "prior_ratios", "counts")
 
@@ -34,7 +37,7 @@ def best_blocks(
     removed: int,
     known: Iterable[Sequence[Op]],
 ) -> list[tuple[Step, float]]:
-    """Steps that leave so many layers out of the original, each with its loss: the one of least loss first.
+    """Steps that leave `removed` layers out of the original, each with its loss: the one of least loss first.
 
     Args:
         whole: the original, with its hidden states.
@@ -81,43 +84,11 @@ class _Trial:
         return min(self.before, self.after)
 
 
-def check_finalists(method: str, settings: Settings | None, in_loop: ClosedFormSettings | None) -> None:
-    """Refuse finalists where nothing is repaired on the way, and both them and removals where no layers are tried.
-
-    Raises:
-        UserError: with both, where both are so.
-    """
-    if not isinstance(settings, ComeSettings):
-        return
-    problems = [
-        Problem(
-            where=f"--{name}",
-            expected="come-p, which tries layers",
-            found=method,
-            remedy=f"Leave --{name} out, or choose --method come-p.",
-        )
-        for name, given in (
-            ("removals", settings.removals),
-            ("finalists", settings.finalists > 1),
-            ("blocks", settings.blocks > 0),
-        )
-        if given and method != "come-p"
-    ]
-    for name, given in (("finalists", settings.finalists > 1), ("blocks", settings.blocks > 0)):
-        if given and in_loop is None:
-            remedy = f"Give both, or leave --{name} out."
-            problems.append(
-                Problem(where=f"--{name}", expected="--heal-in-loop beside it", found="none", remedy=remedy)
-            )
-    if problems:
-        raise UserError(problems)
-
-
 def settle(repair: Repair, steps: Sequence[Step], *, blocks: int = 0) -> tuple[Step, dict[str, Any]]:
     """Take the step whose repaired model has the least loss on held-out sequences; of equal ones the first.
 
     Args:
-        blocks: so many blocks of the original are tried beside the steps.
+        blocks: how many blocks of the original are tried beside the steps.
 
     Returns:
         The step, and as plain data what `Repair.replace` tells of it, with what each of the others has shown.
@@ -216,3 +187,21 @@ def _tried(
     if model.measures:
         model.refresh()  # where a second layer was fitted, those before it were measured anew
     return _Trial(step=step, read_outs=fits, fitted=fitted, before=before, after=after)
+
+
+def block_starts(ladder: Ladder, recipe: Recipe) -> tuple[Start, ...]:
+    """Blocks of the original that the step to a recipe's depth was compared with: other starts for its final fit.
+
+    Of those, `LAST_BLOCKS` of least loss there. They were compared with one layer of each fitted: the layers after it
+    may change their order (dev/LOG.md).
+    """
+    entry = next((entry for entry in ladder.log() if entry["layers"] == len(recipe.layers)), {})
+    tried = entry.get("evidence", {}).get("repair", {}).get("finalists", ())
+    blocks = sorted((each for each in tried if "of" in each), key=lambda each: min(each["held_out_loss"]))
+    whole = identity(recipe.variant(recipe.base), recipe.depth).layers
+    found: list[Start] = []
+    for first, end in (each["replaced"] for each in blocks):
+        block = recipe.with_layers([*whole[:first], *whole[end:]])
+        if block.layers != recipe.layers:
+            found.append(Start(name=f"that leaves {first} to {end - 1} out of the original", recipe=block))
+    return tuple(found[:LAST_BLOCKS])

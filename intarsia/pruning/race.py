@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
+from intarsia import progress
 
-from intarsia.progress import Progress
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -27,7 +27,6 @@ def race(
     racing: bool,
     keep: int = 1,
     group: Callable[[Name], Hashable] | None = None,
-    progress: Progress,
     title: str,
 ) -> tuple[Name, dict[Name, Tensor]]:
     """The candidate with the least loss on the calibration set, and what every candidate has shown.
@@ -40,17 +39,19 @@ def race(
         losses: for each of some candidates the summed loss on each of some sequences, float64.
         counts_N: tokens predicted in each sequence.
         racing: False lets all of them run to the end.
-        keep: so many, the best so far, are never given up, and the race ends as soon as no more are left.
+        keep: how many of the best so far are never given up; the race ends as soon as no more are left.
         group: of candidates of one group only the best is kept so; by default each is a group of its own.
 
     Returns:
         The best, and the summed losses of each candidate on the sequences it ran on.
     """
+    import torch
+
     found: dict[Name, list[Tensor]] = {name: [] for name in candidates}
     alive = list(candidates)
     stages = _parts(counts_N.numel(), racing=racing)
     sizes = [part.stop - part.start for part in stages]
-    with progress.task(title, _length(len(alive), sizes, keep)) as task:
+    with progress.current().task(title, _length(len(alive), sizes, keep)) as task:
         for part, size in zip(stages, sizes, strict=True):
             for name, sums in zip(alive, losses(alive, part), strict=True):
                 found[name].append(sums)
@@ -88,7 +89,7 @@ def _parts(total: int, *, racing: bool) -> list[slice]:
 
 
 def _leaders(ranked: Sequence[Name], number: int, group: Callable[[Name], Hashable] | None) -> list[Name]:
-    """The first of each group, of so many groups at most."""
+    """The first of each group, of at most `number` groups."""
     first: dict[Hashable, Name] = {}
     for name in ranked:
         first.setdefault(name if group is None else group(name), name)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
-from intarsia.activations.statistics import ChannelSums
 from intarsia.architecture.spec import Architecture, Part
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from intarsia.activations.statistics import ChannelSums
 
 
 def channel_sensitivity(activation_C: Tensor, weight_DC: Tensor) -> Tensor:
     """S_c = E[|x_c|] * sum_r |W_{r,c}| (arXiv 2510.15304), float64 `[C]`.
 
     Args:
-        activation_C: the size of channel c of the input of the read-out matrix (mean absolute value as published).
-        weight_DC: the read-out matrix (o_proj or down_proj).
+        activation_C: the size of channel c of the output projection's input (mean absolute value as published).
+        weight_DC: the output projection (o_proj or down_proj).
     """
+    import torch
+
     return activation_C.double() * weight_DC.abs().sum(dim=0, dtype=torch.float32).double().to(activation_C.device)
 
 
@@ -37,23 +42,22 @@ def part_scores(
 
     S_c is the mean size (sum of absolute values) of what channel c adds to the residual stream. An expert's score is
     the same of what the expert adds, router weight included, and 0 at tokens that are not routed to it; that is what
-    the taps measure of it (`intarsia.activations.hooks`).
+    the hooks measure of it (`intarsia.activations.hooks`).
 
     Args:
-        sums: of the read-out's inputs, as the taps see them.
+        sums: of the output projection's inputs, as the hooks see them.
         l2: root mean squares instead of means.
     """
     activation_C = sums.root_mean_square_C if l2 else sums.mean_absolute_C
     if architecture.is_mixture(part):
         return activation_C
-    weight = module.get_submodule(architecture.writer(part).module).weight
-    assert isinstance(weight, Tensor)
+    weight = module.get_parameter(f"{architecture.writer(part).module}.weight")
     return piece_scores(channel_sensitivity(activation_C, weight), architecture, part)
 
 
 def angular_distance(cosine: Tensor) -> Tensor:
     """arccos(cos) / pi, between 0 and 1 (arXiv 2403.17887)."""
-    return torch.arccos(cosine.double()) / torch.pi
+    return cosine.double().arccos() / math.pi
 
 
 BINS = 48
@@ -66,7 +70,7 @@ def sensitivity_map(layers: Iterable[Mapping[Part, Tensor]]) -> dict[str, list[l
     for scores in layers:
         groups.append([_digits(value) for value in scores["attention"].tolist()])
         sorted_C = scores["mlp"].double().sort().values
-        parts = torch.tensor_split(sorted_C, min(BINS, len(sorted_C)))
+        parts = sorted_C.tensor_split(min(BINS, len(sorted_C)))
         channels.append([_digits(float(part.mean())) for part in parts])
     return {"kv_groups": groups, "channels": channels}
 
@@ -106,7 +110,7 @@ def counts(shares: Sequence[float], total: int) -> list[int]:
 
 def top(scores_P: Tensor, count: int) -> tuple[int, ...]:
     """Indices of the `count` highest scores, ascending; of equal scores the lower index is kept."""
-    order = torch.sort(scores_P.double(), descending=True, stable=True).indices
+    order = scores_P.double().sort(descending=True, stable=True).indices
     return tuple(sorted(int(index) for index in order[:count]))
 
 

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, get_origin
 
 from intarsia.architecture.spec import Architecture
+from intarsia.errors import Problems
+from intarsia.flags import options_of
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.pruning.intermediate import Intermediate
 from intarsia.recipe.ops import Concat, Op
+
+if TYPE_CHECKING:
+    from intarsia.pruning.intermediate import Intermediate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One decision: current layers `start` .. `start + count - 1` become `op` (None: they are dropped).
-
-    `evidence` is what it was decided on, as plain data for the run's log. `whole`, where given, is every layer of the
-    model after the step: for a planner whose next model is not the one before with a change at one place.
-    """
+    """One decision: current layers `start` .. `start + count - 1` become `op`."""
 
     start: int
     count: int
+    # None: the layers are dropped.
     op: Op | None
+    # What it was decided on, as plain data for the log.
     evidence: Mapping[str, Any]
+    # Every layer of the model after the step, where that is not the model before with a change at one place.
     whole: Sequence[Op] | None = None
 
     @property
@@ -32,36 +35,71 @@ class Step:
         return self.count - (0 if self.op is None else 1)
 
 
-class Planner(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class ProgressiveSettings:
+    """Settings that every method has which measures the model after each step."""
+
+    # Heal what each step changes in closed form, before the next step is chosen.
+    heal_in_loop: bool = False
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        for option in options_of(type(self)):
+            if get_origin(option.kind) is Literal:  # the type of other values says enough
+                with problems:
+                    option.convert(getattr(self, option.attribute))
+        problems.raise_any()
+
+
+class Planner:
     """A method. It decides one step at a time and changes nothing itself.
 
-    Attributes:
-        progressive: whether a decision needs the current model to be measured anew.
-        measures: whether the first decision needs the whole model to be measured.
+    It is registered with `@planner(NAME)`, in a file of its own; its settings, if it has some, come to `__init__`.
     """
 
-    progressive: bool
-    measures: bool
+    # Whether a decision needs the current model to be measured anew.
+    progressive = False
+    # Whether the first decision needs the whole model to be measured.
+    measures = True
+    # Whether the last layer's influence is measured after the final norm.
+    after_final_norm = False
+    # Layers that become one in a step, at most. With more than two, the last step depends on the target.
+    layers_at_once = 2
+    # Where steps are healed: how many blocks of the original are tried beside each of them.
+    blocks = 0
+    # How the layers that a step changes are healed before the next one; for progressive methods.
+    in_loop: ClosedFormSettings | None = None
 
-    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
-        """The next step towards `target` layers, or None where nothing more is allowed.
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Sequence[Step]:
+        """The next step towards `target` layers; none where nothing more is allowed.
+
+        Several, the best first, are finalists: each is healed, and the one of least loss is taken.
 
         Args:
             history: the evidence of the steps before, in order (also of those done before a restart).
         """
+        raise NotImplementedError
 
     def reason(self) -> str:
         """Why nothing more is allowed, for the user."""
+        return "no layer is left"
 
-    def forwards_at_most(
-        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
-    ) -> int:
+    def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> int:
         """Layer-forwards over the calibration text from the whole model down to `target` layers, at most.
 
         Args:
             sequences: how many the calibration text has.
-            in_loop: how each step is healed before the next, if it is.
         """
+        return architecture.n_layers if self.measures else 0
+
+
+class Progressive(Planner):
+    """A method that measures the model anew after every step, and can have each step healed."""
+
+    progressive = True
+
+    def __init__(self, settings: ProgressiveSettings) -> None:
+        self.in_loop = ClosedFormSettings() if settings.heal_in_loop else None
 
 
 def strides(depth: int, target: int, merge: int) -> Iterator[tuple[int, int]]:
@@ -105,7 +143,7 @@ def step_line(depth: int, start: int, op: Op | None, loss: float | None, *, mixt
     return f"{depth} layers: at {start}, {what}" + ("" if loss is None else f", calibration loss {loss:.4f}")
 
 
-def repaired(evidence: Mapping[str, Any]) -> str:
+def healed_words(evidence: Mapping[str, Any]) -> str:
     """What came of a repair in the loop, as the end of such a line; nothing where there was none."""
     repair = evidence.get("repair")
     if repair is None or repair["held_out_loss"] is None:

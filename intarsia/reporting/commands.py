@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
-from intarsia.pruning.ladder import settings_of
+from intarsia.flags import options_of
+from intarsia.registry import planners
 
 _DEFAULTS: Mapping[str, Any] = {"tokens": 65536, "seq_len": 512, "seed": 0, "calibration": "self"}
-_GENERAL = ("revision", "calibration", "tokens", "seq_len", "dtype", "batch_tokens", "seed")
+_GENERAL = ("revision", "calibration", "tokens", "seq_len", "seed")
 
 
 def plan_command(settings: Mapping[str, Any], *, run: str, layers: int | None) -> str:
@@ -73,16 +73,11 @@ def _target(layers: int | None) -> list[str]:
 
 
 def _options(settings: Mapping[str, Any]) -> list[str]:
-    method = str(settings["method"])
-    words = [*([] if method == "come" else ["--method", method]), *_general(settings)]
-    default = settings_of(method, None)
-    usual = {} if default is None else asdict(default)
-    prefix = "laco-" if method == "laco" else ""
-    for name, value in (settings.get("planner") or {}).items():
-        if name not in usual or value == usual[name] or value is None:
-            continue
-        option = name if name == "reference" else f"{prefix}{name.replace('_', '-')}"
-        words += _flag(option, value) if isinstance(value, bool) else [f"--{option}", str(value)]
+    chosen = planners.recorded({"name": settings["method"], **(settings.get("planner") or {})})
+    words = [*([] if chosen.name == "come" else ["--method", chosen.name]), *_general(settings)]
+    for option in () if chosen.settings is None else options_of(type(chosen.settings)):
+        if (value := getattr(chosen.settings, option.attribute)) != option.default:
+            words += option.words(value)
     return words
 
 
@@ -93,7 +88,3 @@ def _general(settings: Mapping[str, Any]) -> list[str]:
         if value is not None and value != _DEFAULTS.get(name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     return words
-
-
-def _flag(option: str, value: bool) -> list[str]:
-    return [f"--{option}" if value else f"--no-{option}"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.disk import read_json
-from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning import ladder
 from intarsia.pruning.step import mlp_pieces, of_experts
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
@@ -66,7 +66,7 @@ class PlanRun:
 def is_plan_run(path: Path) -> bool:
     """Whether a folder is the run of a plan (that of healing has other settings)."""
     try:
-        settings = RunFolder(path).settings()
+        settings = ladder.Ladder(path).settings()
     except (OSError, ValueError):
         return False
     return "method" in settings and "calibration" in settings
@@ -78,7 +78,7 @@ def load_run(path: Path) -> PlanRun:
     Raises:
         UserError: a file of it is damaged.
     """
-    run = RunFolder.existing(path)
+    run = ladder.Ladder.existing(path)
     log = run.log()
     pinned = path / "calibration.json"
     remedy = "The run folder is damaged; delete it and plan again."

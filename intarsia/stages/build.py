@@ -17,7 +17,7 @@ from intarsia.checkpoint.staging import check_out
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.progress import Progress, Silent
-from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.ladder import Ladder
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
@@ -94,7 +94,7 @@ def read_recipe(source: Path, layers: int | None = None) -> Recipe:
         UserError: there is none, or it cannot be read.
     """
     if source.is_dir():
-        run = RunFolder.existing(source)
+        run = Ladder.existing(source)
         depths = run.depths()
         if not depths:
             raise UserError.of(

@@ -10,23 +10,18 @@ from typing import Any
 
 from intarsia.checkpoint.hashing import acting_config
 from intarsia.checkpoint.resolve import lasting
+from intarsia.commands.job import check_seq_len, versions
 from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.evaluation.task_plan import plan_tasks
-from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.progress import Progress, Silent
+from intarsia.registry import planners
 from intarsia.reporting.comparison import cells, load
-from intarsia.stages.calibration_text import calibration_as_begun, facts_of
 from intarsia.stages.compare_folder import CompareFolder
-from intarsia.stages.compare_input import check_depths, check_lists, estimated, load_texts, task_facts_of
+from intarsia.stages.compare_input import HEALS, check_depths, check_lists, estimated, load_texts, task_facts_of
 from intarsia.stages.compare_judge import Judge
-from intarsia.stages.compare_methods import parse_methods
 from intarsia.stages.compare_outputs import write_outputs
 from intarsia.stages.compare_work import Work
-from intarsia.stages.plan_settings import working_settings
-from intarsia.stages.repair import HEALS
-from intarsia.stages.setup import check_seq_len
 from intarsia.stages.source import Source
-from intarsia.stages.versions import versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +63,6 @@ def compare(
     methods: str | Sequence[str],
     layers: Sequence[int],
     heal: Sequence[str] = ("none",),
-    closed_form: ClosedFormSettings | None = None,
     eval_text: str | Sequence[str] = (),
     eval_windows: int | Sequence[int] = 64,
     tasks: Sequence[str] = (),
@@ -100,7 +94,6 @@ def compare(
         methods: names of methods, with options in brackets where they are not the defaults: `come[norm=average]`.
         layers: the depths.
         heal: `none`, `closed-form`, or both.
-        closed_form: how it fits; by default as `compress` does.
         eval_text: texts for perplexity, as SOURCE or NAME=SOURCE.
         eval_windows: windows of each of them, or of all.
         tasks: see `evaluate_tasks`; `limit` and `include_path` too.
@@ -113,11 +106,11 @@ def compare(
     """
     begun = time.perf_counter()
     progress, out = progress or Silent(), Path(out)
-    entrants = parse_methods(methods)
+    entrants = planners.choose_all(methods)
     texts_given = [eval_text] if isinstance(eval_text, str) else list(eval_text)
     windows = [eval_windows] if isinstance(eval_windows, int) else list(eval_windows)
     check_lists(layers, heal, texts_given, windows, tasks, task_layers)
-    depths, heals = sorted(set(layers), reverse=True), [each for each in HEALS[::-1] if each in heal]
+    depths, heals = sorted(set(layers), reverse=True), [each for each in HEALS if each in heal]
     source = Source(
         model,
         revision=revision,
@@ -127,6 +120,7 @@ def compare(
         seed=seed,
         device=device,
         dtype=dtype,
+        batch_tokens=batch_tokens,
         progress=progress,
     )
     check_depths(depths, source.checkpoint.architecture.n_layers)
@@ -135,7 +129,6 @@ def compare(
         windows *= len(texts_given)
     texts, text_facts = load_texts(texts_given, windows, source.tokenizer, seq_len=seq_len)
     task_plan = plan_tasks(tasks, limit=limit, include_path=include_path) if tasks else None
-    closed_form = closed_form or LAST
     estimate = tuple(estimated(entrant, source, depths, heals) for entrant in entrants)
     if dry_run:
         return CompareResult(
@@ -146,26 +139,29 @@ def compare(
             peak_memory_bytes=peak_memory_bytes(),
         )
     asked = {
-        "methods": [entrant.name for entrant in entrants],
+        "methods": [entrant.label for entrant in entrants],
         "layers": depths,
         "heal": heals,
         "task_layers": None if task_layers is None else sorted(task_layers, reverse=True),
         "speed": speed,
     }
     task_facts = [] if task_plan is None else task_facts_of(task_plan, tasks, include_path)
-    facts = _facts(source, batch_tokens, CompareFolder(out).facts()) | {
-        "closed_form": asdict(closed_form),
+    facts = _facts(source, CompareFolder(out).facts()) | {
         "eval_texts": text_facts,
         "tasks": task_facts,
         "asked": asked,
     }
     folder = CompareFolder.offer(out, facts)
     judge = Judge(source, texts, tasks=task_plan, task_layers=task_layers, speed=speed)
-    work = Work(source, folder, judge, depths, heals, closed_form, batch_tokens)
+    work = Work(source, folder, judge, depths, heals, batch_tokens)
     try:
         if work.missing(entrants):
             corpus = source.corpus  # a mistyped text must not leave a folder behind
-            facts["calibration"] = facts_of(corpus)
+            facts["calibration"] = {
+                "text": corpus.description,
+                "sha256": corpus.sha256,
+                "tokens": corpus.tokens,
+            }
             folder.start(facts)
             work.run(entrants)
     finally:
@@ -185,17 +181,26 @@ def compare(
     )
 
 
-def _facts(source: Source, batch_tokens: int | None, begun: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides every number of the comparison, whatever it is judged by. `begun`: what it was begun with, if so."""
-    begun_with, begun_text = (begun.get(name) or {} for name in ("settings", "calibration"))
-    calibration = calibration_as_begun(source, begun_with.get("calibration"), begun_text.get("sha256"))
+def _facts(source: Source, started: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides every number of the comparison. `started`: what it was started with, if it was."""
+    given = ",".join(source.spec.sources)
+    name = (started.get("settings") or {}).get("calibration", given)
+    text = (started.get("calibration") or {}).get("sha256")
+    # The same text by another name; what a model wrote has no other name.
+    if name != given and text is not None and not any("self" in each.split(",") for each in (name, given)):
+        given = name if source.corpus.sha256 == text else given
     return {
         "kind": "compare",
         "model": lasting(source.model),
         "revision": source.revision,
         "base_sha256": source.sha256,
         "config": acting_config(source.checkpoint.config),
-        "settings": working_settings(source, calibration, batch_tokens),
+        "settings": {
+            "calibration": given,
+            "tokens": source.tokens,
+            "seq_len": source.seq_len,
+            "seed": source.spec.seed,
+        },
         "versions": versions(),
     }
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from intarsia.disk import append_line, read_json, write_whole
 from intarsia.errors import UserError
-from intarsia.pruning.run_folder import differences
 from intarsia.reporting.comparison import ROWS, SETTINGS
+from intarsia.run_dir import differences
 
 PLANS = "plans"
 
@@ -89,7 +89,7 @@ class CompareFolder:
         return path.relative_to(self.path).as_posix()
 
     def _refuse_others(self, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        problems = differences(begun, now, str(self._settings), option="-o")
+        problems = list(differences(begun, now, "-o"))
         # Before the first row nothing hangs on the settings, and a mistake among them can be mended.
         if problems and (self.rows or (self.path / PLANS).exists()):
             raise UserError(problems)

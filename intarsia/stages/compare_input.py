@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from intarsia.commands.planning import Planning
 from intarsia.data.corpus import Corpus
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.perplexity import eval_corpus
 from intarsia.evaluation.task_plan import LocalTask, TaskPlan
-from intarsia.pruning.ladder import planner_of
-from intarsia.pruning.settings import layers_at_once
-from intarsia.stages.compare_methods import Entrant
-from intarsia.stages.repair import HEALS, heal_passes_at_most
+from intarsia.options import Target
+from intarsia.registry import Chosen, heal_stages
 from intarsia.stages.source import Source
+
+HEALS = ("none", "closed-form")
 
 
 def check_lists(
@@ -127,21 +128,20 @@ def task_facts_of(plan: TaskPlan, specs: Sequence[str], include_path: Path | Non
     return facts
 
 
-def estimated(entrant: Entrant, source: Source, depths: Sequence[int], heals: Sequence[str]) -> dict[str, Any]:
+def estimated(entrant: Chosen, source: Source, depths: Sequence[int], heals: Sequence[str]) -> dict[str, Any]:
     """Passes over the calibration text that a method takes at most, without the one that all methods share."""
     architecture = source.checkpoint.architecture
-    planner = planner_of(entrant.method, entrant.settings)
+    planner = entrant.create()
     shared = architecture.n_layers if planner.measures or planner.progressive else 0
     sequences = max(source.tokens // source.seq_len, 1)
     # Where a step may take several layers, every depth may need a ladder of its own.
-    ladders = depths if layers_at_once(entrant.settings) > 2 else [min(depths)]
-    forwards = sum(
-        planner.forwards_at_most(architecture, target, sequences, entrant.in_loop) - shared for target in ladders
-    )
-    heal = heal_passes_at_most(architecture, entrant.settings, in_loop=entrant.in_loop is not None)
+    ladders = depths if planner.layers_at_once > 2 else [min(depths)]
+    forwards = sum(planner.forwards_at_most(architecture, target, sequences) - shared for target in ladders)
+    stages = heal_stages.choose_all("closed-form" if "closed-form" in heals else "none")
+    heal = Planning(source, Target(layers=min(depths)), entrant).heal_passes_at_most(stages)
     return {
-        "method": entrant.name,
+        "method": entrant.label,
         "passes_at_most": forwards / architecture.n_layers,
-        "heal_passes_at_most": len(depths) * heal if "closed-form" in heals else 0,
+        "heal_passes_at_most": len(depths) * heal,
         "models": len(depths) * len(heals),
     }

@@ -6,21 +6,22 @@ Methods that look behind the final norm need a pass of their own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intarsia.commands.plan import PlanResult
+from intarsia.commands.planning import BASE, Planning
 from intarsia.healing.teacher import TeacherStates
+from intarsia.options import Target
 from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.ladder import planner_of
-from intarsia.pruning.run_folder import RunFolder
-from intarsia.pruning.settings import layers_at_once
+from intarsia.pruning.ladder import Ladder
 from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.recipe.recipe import Recipe
-from intarsia.stages.compare_methods import Entrant
-from intarsia.stages.plan import PlanResult, measured_behind_norm, plan_source
-from intarsia.stages.plan_settings import BASE
+from intarsia.registry import Chosen
+from intarsia.run_dir import RunDir
 from intarsia.stages.source import Source
 
 
@@ -56,20 +57,20 @@ class Ladders:
         self._current: Intermediate | None = None
         self._is_kept = False
 
-    def rungs(self, entrant: Entrant, depths: Sequence[int], place: Callable[[str], Path]) -> Iterator[Rung]:
+    def rungs(self, entrant: Chosen, depths: Sequence[int], place: Callable[[str], Path]) -> Iterator[Rung]:
         """The rungs at these depths, deepest model first.
 
         Where a step may take several layers, the ladder can pass a depth by; such a depth has a ladder of its own.
         """
         least = min(depths)
-        leaps = layers_at_once(entrant.settings) > 2
-        run = place(f"{entrant.folder}-to-{least:03d}" if leaps else entrant.folder)
+        leaps = entrant.create().layers_at_once > 2
+        run = place(f"{folder_of(entrant)}-to-{least:03d}" if leaps else folder_of(entrant))
         planned = self._plan(entrant, run, least)
         for depth in sorted(depths, reverse=True):
             if depth in planned.depths:
                 yield _rung(run, depth)
             elif leaps and depth != least:
-                own = place(f"{entrant.folder}-to-{depth:03d}")
+                own = place(f"{folder_of(entrant)}-to-{depth:03d}")
                 found = self._plan(entrant, own, depth)
                 if depth in found.depths:
                     yield _rung(own, depth, note="a ladder of its own")
@@ -103,34 +104,23 @@ class Ladders:
             self._current.close()
         self._current, self._is_kept = None, False
 
-    def _plan(self, entrant: Entrant, run: Path, target: int) -> PlanResult:
-        behind = measured_behind_norm(entrant.settings)
-        planner = planner_of(entrant.method, entrant.settings)
-        begun = run.exists() and bool(RunFolder(run).log())
+    def _plan(self, entrant: Chosen, run: Path, target: int) -> PlanResult:
+        planning = Planning(self.source, Target(layers=target), entrant)
+        planner, behind = planning.planner, planning.planner.after_final_norm
+        before = Ladder(run).log()
 
         def shared() -> Intermediate:
             # A ladder that goes on where it was stopped is measured from its last rung.
-            if not begun and (planner.progressive or planner.measures):
+            if not before and (planner.progressive or planner.measures):
                 return self.measure_whole(behind_final_norm=behind)
             current = self._model(behind)
             if self._is_kept:
                 current.rewind()
             return current
 
-        before = sum(entry["layer_forwards"] for entry in RunFolder(run).log())
-        planned = plan_source(
-            self.source,
-            run,
-            layers=target,
-            sparsity=None,
-            method=entrant.method,
-            settings=entrant.settings,
-            batch_tokens=self.batch_tokens,
-            dry_run=False,
-            in_loop=entrant.in_loop,
-            shared=shared,
-        )
-        self.layer_forwards += planned.layer_forwards - before
+        with planning.opened(RunDir(run)) as ladder:
+            planned = planning.work(ladder, shared)
+        self.layer_forwards += planned.layer_forwards - sum(entry["layer_forwards"] for entry in before)
         return planned
 
     def _model(self, behind_final_norm: bool) -> Intermediate:
@@ -148,9 +138,14 @@ class Ladders:
         return self._current
 
 
-def in_order(entrants: Sequence[Entrant]) -> list[Entrant]:
+def folder_of(entrant: Chosen) -> str:
+    """The name of a method's run folder: that of `come[norm=average]` is `come-norm-average`."""
+    return re.sub(r"[\[,=]", "-", entrant.label.rstrip("]"))
+
+
+def in_order(entrants: Sequence[Chosen]) -> list[Chosen]:
     """Those that share a pass one after the other, in the order given."""
-    return sorted(entrants, key=lambda entrant: measured_behind_norm(entrant.settings))
+    return sorted(entrants, key=lambda entrant: bool(entrant.create().after_final_norm))
 
 
 def _whole(source: Source) -> list[Op]:
@@ -160,7 +155,7 @@ def _whole(source: Source) -> list[Op]:
 
 
 def _rung(run: Path, depth: int, note: str | None = None) -> Rung:
-    folder = RunFolder(run)
+    folder = Ladder(run)
     steps: list[Mapping[str, Any]] = [entry for entry in folder.log() if entry["layers"] >= depth]
     return Rung(
         layers=depth,

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.activations.loop import Batches
-from intarsia.healing.settings import ClosedFormSettings
+from intarsia.commands.planning import heal_recipe
 from intarsia.healing.teacher import TeacherStates, has_room
+from intarsia.pruning.ladder import Ladder
 from intarsia.recipe.recipe import Recipe
+from intarsia.registry import Chosen, heal_stages
 from intarsia.reporting.comparison import DENSE
 from intarsia.stages.compare_folder import CompareFolder, Key
 from intarsia.stages.compare_judge import Judge, missed, text_of
-from intarsia.stages.compare_methods import Entrant
 from intarsia.stages.compare_plans import Ladders, Rung, in_order
-from intarsia.stages.plan import measured_behind_norm
-from intarsia.stages.repair import repaired
 from intarsia.stages.source import Source
 
 
@@ -31,11 +30,10 @@ class Work:
         judge: Judge,
         depths: Sequence[int],
         heals: Sequence[str],
-        closed_form: ClosedFormSettings,
         batch_tokens: int | None,
     ) -> None:
         self.source, self.folder, self.judge = source, folder, judge
-        self.depths, self.heals, self.closed_form, self.batch_tokens = depths, heals, closed_form, batch_tokens
+        self.depths, self.heals, self.batch_tokens = depths, heals, batch_tokens
         self.ladders = Ladders(source, batch_tokens=batch_tokens)
         self.dense: Key = (DENSE, source.checkpoint.architecture.n_layers, "none")
         self._original: TeacherStates | None = None
@@ -46,25 +44,25 @@ class Work:
         if self._original is not None:
             self._original.close()
 
-    def missing(self, entrants: Sequence[Entrant]) -> list[Key]:
+    def missing(self, entrants: Sequence[Chosen]) -> list[Key]:
         """The rows that are not there yet."""
-        wanted = [(entrant.name, depth, heal) for entrant in entrants for depth in self.depths for heal in self.heals]
+        wanted = [(entrant.label, depth, heal) for entrant in entrants for depth in self.depths for heal in self.heals]
         return [key for key in (self.dense, *wanted) if not self._has(key)]
 
-    def run(self, entrants: Sequence[Entrant]) -> None:
+    def run(self, entrants: Sequence[Chosen]) -> None:
         """Every row that is not there yet, the original's first: it also shows whether the tasks can be scored."""
         progress = self.source.progress
         total = 1 + len(entrants) * len(self.depths) * len(self.heals)
-        kinds = {measured_behind_norm(entrant.settings) for entrant in entrants}
+        kinds = {entrant.create().after_final_norm for entrant in entrants}
         if len(kinds) > 1:
-            progress.say("two passes over the whole model: `reference` measures the last layer behind the final norm")
+            progress.say("two passes over the whole model: some methods measure the last layer after the final norm")
         with progress.task(f"comparing {len(entrants)} methods", total) as task:
             task.advance(total - len(self.missing(entrants)))
             if not self._has(self.dense):
                 self._add(self.judge.dense())
                 task.advance()
             for entrant in in_order(entrants):
-                task.note(entrant.name)
+                task.note(entrant.label)
                 for row in self._rows(entrant):
                     self._tell_shared()
                     self._add(row)
@@ -76,42 +74,39 @@ class Work:
         if spent > (dense["layer_forwards"] or 0.0):
             self.folder.append({**dense, "layer_forwards": spent})
 
-    def _rows(self, entrant: Entrant) -> Iterator[dict[str, Any]]:
+    def _rows(self, entrant: Chosen) -> Iterator[dict[str, Any]]:
         """A method's rows that are not there yet, as they come."""
-        if all(self._has((entrant.name, depth, heal)) for depth in self.depths for heal in self.heals):
+        if all(self._has((entrant.label, depth, heal)) for depth in self.depths for heal in self.heals):
             return
         for rung in self.ladders.rungs(entrant, self.depths, self.folder.plan):
             for heal in self.heals:
-                if self._has((entrant.name, rung.layers, heal)):
+                if self._has((entrant.label, rung.layers, heal)):
                     continue
                 if rung.recipe is None or rung.run is None:
-                    yield missed(entrant.name, rung, heal)
+                    yield missed(entrant.label, rung, heal)
                 else:
                     yield self._row(entrant, rung, rung.recipe, rung.run, heal)
 
-    def _row(self, entrant: Entrant, rung: Rung, cut: Recipe, run: Path, heal: str) -> dict[str, Any]:
+    def _row(self, entrant: Chosen, rung: Rung, cut: Recipe, run: Path, heal: str) -> dict[str, Any]:
         recipe, where = cut, rung.path
         extra: dict[str, Any] = {}
         if heal == "closed-form":
             begun = time.perf_counter()
-            repair = repaired(
-                run,
-                cut,
-                self.source,
-                settings=self.closed_form,
-                batch_tokens=self.batch_tokens,
-                teacher=self._shared_original(),
-            )
-            recipe, where = repair.recipe, repair.path
-            extra["heal_forwards"] = repair.forwards
-            if repair.fresh:  # else what it took is not known
+            ladder, stages = Ladder.existing(run), heal_stages.choose_all("closed-form")
+            with ladder.run.opened():
+                healed = heal_recipe(self.source, ladder, cut, stages, states=self._shared_original())
+            assert healed is not None
+            result = healed.stages[-1]
+            recipe, where = healed.recipe, healed.path
+            extra["heal_forwards"] = result.facts["forwards"]
+            if result.fresh:  # else what it took is not known
                 extra["heal_seconds"] = time.perf_counter() - begun
-            if not repair.taken:
+            if not result.taken:
                 extra["note"] = "; ".join(filter(None, [rung.note, "the fit is no better, so it stays as it was cut"]))
         assert where is not None
         rows = list(self.folder.rows.values())
         relative = self.folder.relative(where)
-        return self.judge.row(entrant.name, rung, recipe, heal=heal, where=relative, rows=rows) | extra
+        return self.judge.row(entrant.label, rung, recipe, heal=heal, where=relative, rows=rows) | extra
 
     def _shared_original(self) -> TeacherStates | None:
         """What all fits are held against: as the ladders measured it, or run once where there is room for all of it."""

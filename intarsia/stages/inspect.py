@@ -10,7 +10,7 @@ from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import UserError
-from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.step import describe, mlp_pieces, of_experts
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
@@ -44,7 +44,7 @@ def inspect(source: str) -> Inspection:
     if path.suffix in (".yaml", ".yml"):
         return Inspection(source=source, kind="recipe", facts=_recipe_facts(schema.load(path)))
     if (path / "settings.json").is_file():
-        return Inspection(source=source, kind="run", facts=_run_facts(RunFolder.existing(path)))
+        return Inspection(source=source, kind="run", facts=_run_facts(Ladder.existing(path)))
     for name, what in ((COMPARISON, "a comparison"), (SEARCH, "a search")):
         if (path / name).is_file():
             raise UserError.of(
@@ -115,7 +115,7 @@ def _made_of(name: str, pieces: Any, mlp: str) -> str:
     return name
 
 
-def _run_facts(run: RunFolder) -> dict[str, Any]:
+def _run_facts(run: Ladder) -> dict[str, Any]:
     settings, depths = run.settings(), run.depths()
     mlp = mlp_pieces(bool(depths) and of_experts(run.recipe(depths[0]).provenance))
     steps = [

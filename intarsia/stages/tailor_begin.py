@@ -11,14 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.commands.planning import Planning
 from intarsia.data.corpus import Corpus
 from intarsia.disk import write_whole
 from intarsia.errors import UserError
 from intarsia.evaluation.task_file import names_a_file, read_questions, read_targets
+from intarsia.options import Target
 from intarsia.progress import Progress
-from intarsia.pruning.ladder import METHODS as PLANNERS
-from intarsia.pruning.run_folder import RunFolder
-from intarsia.stages.plan import plan_source
+from intarsia.pruning.ladder import Ladder
+from intarsia.registry import planners
+from intarsia.run_dir import RunDir
 from intarsia.stages.source import Source
 from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.tailoring import warm_start
@@ -102,24 +104,17 @@ class Beginning:
         space = translator.space
         if name == RANDOM_MIDDLE:
             return WarmStart(starts=tuple(random_middles(space, self.file.search.seed)))
-        if name in PLANNERS:
+        if name in planners:
             if space.kind != "cut":
                 return WarmStart()
             run = self.folder.plan_path(name)
-            plan_source(
-                self.source,
-                run,
-                layers=space.target,
-                sparsity=None,
-                method=name,
-                settings=None,
-                batch_tokens=None,
-                dry_run=False,
-            )
-            return _of_ladder(RunFolder.existing(run), translator, name)
+            planning = Planning(self.source, Target(layers=space.target), planners.choose(name))
+            with planning.opened(RunDir(run)) as ladder:
+                planning.work(ladder)
+            return _of_ladder(Ladder.existing(run), translator, name)
         earlier = TailorFolder(Path(name))
         if not earlier.is_one():
-            return _of_ladder(RunFolder.existing(Path(name)), translator, name)
+            return _of_ladder(Ladder.existing(Path(name)), translator, name)
         return from_search(
             earlier.history().trials,
             earlier.front(),
@@ -200,7 +195,7 @@ def _with_text(
         return source
 
 
-def _of_ladder(run: RunFolder, translator: Translator, name: str) -> WarmStart:
+def _of_ladder(run: Ladder, translator: Translator, name: str) -> WarmStart:
     target = translator.space.target
     if target not in run.depths():
         return WarmStart()

@@ -22,8 +22,8 @@ from typing import Any
 
 from intarsia.disk import read_json, write_whole
 from intarsia.errors import Problem, UserError
-from intarsia.pruning.run_folder import differences
 from intarsia.reporting.tailor_run import FAMILY, FRONT, SETTINGS, WANTED, recipe_path
+from intarsia.run_dir import differences
 from intarsia.tailoring.history import TRIALS, History
 from intarsia.tailoring.pareto import Front, front_of
 
@@ -168,7 +168,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> list
     before, now = (_pinned(_as_json(facts)) for facts in (old, new))
     if None in now["examples"].values():
         del before["examples"], now["examples"]
-    return differences(before, now, where, option="-o")
+    return list(differences(before, now, "-o"))
 
 
 def _pinned(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from intarsia.checkpoint.resolve import DEMO
 from intarsia.data_file import MAX_INDEX, read_yaml, shown
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.task_file import names_a_file
-from intarsia.pruning.ladder import METHODS as PLANNERS
 from intarsia.recipe.methods import METHODS
 from intarsia.recipe.ops import MergeMethod
 from intarsia.recipe.recipe import VARIANT_NAME
+from intarsia.registry import planners
 
 Operation = Literal["remove", "select", "merge", "concat", "stack"]
 Engine = Literal["smac", "evolve", "random"]
@@ -143,7 +143,7 @@ def _source(kind: str, name: str) -> str:
 
 
 def _start(name: str) -> str:
-    return name if name in (RANDOM_MIDDLE, *PLANNERS) else absolute_path(name)
+    return name if name in (RANDOM_MIDDLE, *planners.names) else absolute_path(name)
 
 
 def _member(entry: Any) -> Any:
@@ -400,8 +400,8 @@ class _Reader:
         starts = found.get("warm_start", list(usual.warm_start))
         starts = self.values.array(starts, "search.warm_start", _MOST) if starts != [] else []
         for index, start in enumerate(starts):
-            if not isinstance(start, str) or not (start in (RANDOM_MIDDLE, *PLANNERS) or Path(start).exists()):
-                expected = f"{RANDOM_MIDDLE}, {', '.join(PLANNERS)}, or an earlier run's folder"
+            if not isinstance(start, str) or not (start in (RANDOM_MIDDLE, *planners.names) or Path(start).exists()):
+                expected = f"{RANDOM_MIDDLE}, {', '.join(planners.names)}, or an earlier run's folder"
                 self.values.wrong(f"search.warm_start[{index}]", expected, shown(start))
         return SearchSpec(engine=engine, warm_start=tuple(str(start) for start in starts), **given)
 

@@ -10,16 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intarsia.commands.job import Job, check_text, pin_text, target_depth
-from intarsia.data.corpus import Corpus
-from intarsia.data.parts import TextParts
-from intarsia.data.text import load_corpus
+from intarsia.commands.job import Job, calibration_of, pin_text, target_depth
 from intarsia.errors import UserError
 from intarsia.options import Runtime, Target, TextSpec
 from intarsia.run_dir import RunDir
 from tests import families
 from tests.conftest import Folder, Opened
-from tests.data.letters import Letters
 
 
 @pytest.fixture(autouse=True)
@@ -27,60 +23,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("INTARSIA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def sequences(*parts: Corpus | None) -> list[tuple[int, ...]]:
-    return [tuple(row) for part in parts if part is not None for row in part.input_ids.tolist()]
-
-
 def depth_for(checkpoint: Any, **target: Any) -> int:
     return target_depth(Target(**target), checkpoint.architecture, checkpoint.parameters)
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    paths = [tmp_path / f"{name}.txt" for name in "abc"]
-    for i, path in enumerate(paths):
-        path.write_text("".join(chr(300 * (i + 1) + j) * 4 for j in range(100)), encoding="utf-8")
-    return [str(path) for path in paths]
-
-
-@pytest.mark.parametrize("number", [1, 2, 3])
-@pytest.mark.parametrize("tokens", [40, 92, 96])
-def test_three_disjoint_parts_of_files(files: list[str], number: int, tokens: int) -> None:
-    spec = TextSpec(sources=tuple(files[:number]), tokens=tokens, seq_len=4, seed=3)
-    parts = TextParts(spec, Letters())
-    found = sequences(parts.calibration, parts.selection, parts.test)
-    assert len(found) == tokens // 4 + 2 * max(tokens // 32, 1) == len(set(found))
-    assert (
-        parts.calibration.sha256 == load_corpus(list(spec.sources), Letters(), tokens=tokens, seq_len=4, seed=3).sha256
-    )
-
-
-def test_a_source_without_more_text_has_no_held_out_parts(files: list[str]) -> None:
-    parts = TextParts(TextSpec(sources=(files[0],), tokens=400, seq_len=4), Letters())
-    assert len(parts.calibration) == 100 and parts.test is None and parts.selection is None
-    with pytest.raises(UserError, match="at least 404 tokens"):
-        _ = TextParts(TextSpec(sources=(files[0],), tokens=404, seq_len=4), Letters()).calibration
-    with pytest.raises(UserError, match="for 3 sources"):
-        TextParts(TextSpec(sources=tuple(files), tokens=8, seq_len=4), Letters())
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-def test_text_that_the_model_writes_has_held_out_parts_too(mixed: bool, text_file: Path) -> None:
-    model = families.make_model("llama")
-
-    def drawn(seed: int) -> list[Corpus]:
-        sources = ("self", str(text_file)) if mixed else ("self",)
-        spec = TextSpec(sources=sources, tokens=256, seq_len=16, seed=seed)
-        parts = TextParts(spec, families.make_tokenizer(), writer=lambda: model)
-        assert parts.test is not None and parts.selection is not None
-        return [parts.calibration, parts.test, parts.selection]
-
-    calibration, test, selection = drawn(0)
-    assert [len(calibration), len(test), len(selection)] == [16, 2, 2]
-    found = sequences(calibration, test, selection)
-    assert len(found) == len(set(found))
-    # What one seed is tested on is not what another calibrates with.
-    assert not set(sequences(drawn(1)[0])) & set(sequences(test, selection)) - set(sequences(calibration))
 
 
 def test_a_run_knows_its_text_by_its_tokens(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:
@@ -92,13 +36,15 @@ def test_a_run_knows_its_text_by_its_tokens(model_folder: Folder, text_file: Pat
     copy, other = tmp_path / "copy.txt", tmp_path / "other.txt"
     copy.write_text(text_file.read_text())
     other.write_text(families.sample_text(5000, seed=7))
-    with run.opened({}):
+    assert calibration_of(run, job(text_file)) == str(text_file)
+    with run.opened({"calibration": str(text_file)}):
         pin_text(run, job(text_file))
-        pin_text(run, job(copy, batch_tokens=16))
-        with pytest.raises(UserError, match="started with sources"):
-            check_text(run, job(other))
-        with pytest.raises(UserError, match="started with sources"):
-            check_text(run, job("self"))
+        assert calibration_of(run, job(copy, batch_tokens=16)) == str(text_file)
+        pin_text(run, job(copy))
+        assert calibration_of(run, job(other)) == str(other)
+        assert calibration_of(run, job("self")) == "self"
+        with pytest.raises(UserError, match="started with sha256"):
+            pin_text(run, job(other))
     with pytest.raises(UserError, match="read anew for every token"):
         _ = job("self", stream=True).text
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.commands import heal as verb
+from intarsia.commands.heal import HealedModel, HealResult, PerplexityTexts, TrainingText
 from intarsia.data.corpus import Corpus
+from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
 from intarsia.recipe.recipe import Recipe
 from tests import families
 from tests.conftest import Opened
@@ -19,6 +23,33 @@ Cut = Callable[[str], tuple[Checkpoint, Recipe]]
 Tokens = Callable[..., tuple[Corpus, Corpus]]
 
 SEQ_LEN = 16
+LAYERWISE = LayerwiseSettings(batch_tokens=128, evaluations=3, lr=3e-3)
+WHOLE = EndToEndSettings(batch_tokens=128, micro_tokens=64, evaluations=3, lr=1e-3)
+
+
+def heal(
+    source: Path,
+    out: Path,
+    data: str | Sequence[str],
+    *,
+    stages: Sequence[Any] = ("closed-form",),
+    eval_text: Sequence[str] = (),
+    teacher: str | None = None,
+    run: Path | None = None,
+    overwrite: bool = False,
+    **text: int,
+) -> HealResult:
+    """`intarsia.heal` of little text, with little training."""
+    quick = {"layerwise": LAYERWISE, "end-to-end": WHOLE}
+    sources = (data,) if isinstance(data, str) else tuple(data)
+    return verb.heal(
+        source,
+        HealedModel(path=out, run=run, overwrite=overwrite),
+        TrainingText(**{"sources": sources, "tokens": 1024, "seq_len": 32, **text}),  # type: ignore[arg-type]
+        stages=[quick.get(stage, stage) if isinstance(stage, str) else stage for stage in stages],
+        teacher=teacher,
+        evaluation=PerplexityTexts(text=tuple(eval_text), windows=4),
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -15,31 +15,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import intarsia
+from intarsia import registry
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.cli.app import app
-from intarsia.cli.values import token_count
+from intarsia.cli import main
+from intarsia.commands.heal import read_source
+from intarsia.commands.job import load_tokenizer
 from intarsia.data.corpus import Corpus
 from intarsia.data.text import draw
 from intarsia.errors import UserError
 from intarsia.healing.launch import own_device
-from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
 from intarsia.healing.training import read_curve
 from intarsia.options import TextSpec
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
-from intarsia.stages.heal import heal, read_source
-from intarsia.stages.setup import load_tokenizer
 from tests import families
 from tests.conftest import Folder
-from tests.healing.conftest import Cut
+from tests.healing.conftest import LAYERWISE, Cut, heal
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERWISE = LayerwiseSettings(batch_tokens=128, evaluations=3, lr=3e-3)
-WHOLE = EndToEndSettings(batch_tokens=128, micro_tokens=64, evaluations=3, lr=1e-3)
-SIZES: dict[str, Any] = {"tokens": 1024, "seq_len": 32, "layerwise": LAYERWISE, "end_to_end": WHOLE}
 ALL = ("closed-form", "layerwise", "end-to-end")
 
 
@@ -53,7 +48,7 @@ def recipe_file(learned: tuple[Path, Recipe], tmp_path: Path) -> Path:
 def test_all_stages(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     out = tmp_path / "healed"
-    given = {**SIZES, "tokens": 8192, "data": str(text_file), "eval_text": [f"{text_file}#0.9:1"], "eval_windows": 4}
+    given: dict[str, Any] = {"tokens": 8192, "data": str(text_file), "eval_text": [f"{text_file}#0.9:1"]}
     found = heal(recipe_file, out, stages=ALL, **given)
     rows = found.to_dict()["stages"]
     assert [row["stage"] for row in rows] == ["cut", *ALL]
@@ -81,7 +76,7 @@ def test_all_stages(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
 
 def test_what_judges_is_behind_what_was_fitted_on(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
     """Of the same text: a fit on a sequence makes the model look better on it than it is."""
-    given = {**SIZES, "data": str(text_file), "stages": ("closed-form",)}
+    given: dict[str, Any] = {"data": str(text_file), "stages": ("closed-form",)}
     heal(recipe_file, tmp_path / "fitted", **given)
     recipe = read_source(tmp_path / "fitted")
     assert recipe.fitted
@@ -104,7 +99,7 @@ def test_what_judges_is_behind_what_was_fitted_on(recipe_file: Path, text_file: 
 def test_every_family(family: str, cut: Cut, text_file: Path, tmp_path: Path) -> None:
     _, recipe = cut(family)
     schema.save(recipe, tmp_path / "cut.yaml")
-    found = heal(tmp_path / "cut.yaml", tmp_path / "out", data=str(text_file), stages=("layerwise",), **SIZES)
+    found = heal(tmp_path / "cut.yaml", tmp_path / "out", data=str(text_file), stages=("layerwise",))
     assert found.stages[1]["held_out_perplexity"] <= found.stages[0]["held_out_perplexity"]
 
 
@@ -118,18 +113,19 @@ def test_a_worse_stage_is_not_taken(recipe_file: Path, text_file: Path, tmp_path
         return replace(recipe, fitted={0: {"mlp.down_proj.weight": zeros}}), []
 
     monkeypatch.setattr(layerwise, "train", worse)
-    found = heal(recipe_file, tmp_path / "out", data=str(text_file), stages=("layerwise",), **SIZES)
+    found = heal(recipe_file, tmp_path / "out", data=str(text_file), stages=("layerwise",))
     assert not found.stages[1]["taken"]
     assert found.stages[1]["held_out_perplexity"] == found.stages[0]["held_out_perplexity"]
     assert schema.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted == {}
 
 
 def test_settings_that_differ_are_listed(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
-    given = {**SIZES, "data": str(text_file), "stages": ("layerwise",), "run": tmp_path / "run"}
+    given: dict[str, Any] = {"data": str(text_file), "stages": ("layerwise",), "run": tmp_path / "run"}
     heal(recipe_file, tmp_path / "first", **given)
+    other = {"seed": 3, "tokens": 2048, "stages": [replace(LAYERWISE, seed=3)]}
     with pytest.raises(UserError) as caught:
-        heal(recipe_file, tmp_path / "second", **{**given, "seed": 3, "tokens": 2048})
-    where = [problem.where.rpartition(": ")[2] for problem in caught.value.problems]
+        heal(recipe_file, tmp_path / "second", **{**given, **other})
+    where = [problem.message.split(" with ")[1].split(" ")[0] for problem in caught.value.problems]
     assert where == ["layerwise.seed", "seed", "tokens"]
     assert not (tmp_path / "second").exists()
 
@@ -141,7 +137,7 @@ def test_a_config_that_changed_under_a_run(cut: Cut, text_file: Path, tmp_path: 
     teacher = families.save(families.make_model("llama", seed=1), tmp_path / "teacher")
     variants = tuple(replace(variant, model=str(model)) for variant in recipe.variants)
     schema.save(replace(recipe, variants=variants), tmp_path / "cut.yaml")
-    given = {**SIZES, "data": str(text_file), "stages": ("layerwise",), "run": tmp_path / "run"}
+    given: dict[str, Any] = {"data": str(text_file), "stages": ("layerwise",), "run": tmp_path / "run"}
     heal(tmp_path / "cut.yaml", tmp_path / "first", teacher=str(teacher), **given)
     told = schema.load(tmp_path / "first" / "recipe" / "recipe.yaml").provenance["heal"]["settings"]
     assert "teacher" in told and not {"config", "teacher_config"} & set(told)
@@ -150,7 +146,7 @@ def test_a_config_that_changed_under_a_run(cut: Cut, text_file: Path, tmp_path: 
         (folder / "config.json").write_text(json.dumps({**plain, "rms_norm_eps": 0.01, "attention_dropout": 0.5}))
     with pytest.raises(UserError) as caught:
         heal(tmp_path / "cut.yaml", tmp_path / "second", teacher=str(teacher), **given)
-    where = [problem.where.rpartition(": ")[2] for problem in caught.value.problems]
+    where = [problem.message.split(" with ")[1].split(" ")[0] for problem in caught.value.problems]
     assert where == ["config.rms_norm_eps", "teacher_config.rms_norm_eps"]
 
 
@@ -159,11 +155,12 @@ def test_bad_input(recipe_file: Path, model_folder: Folder, text_file: Path, tmp
 
     def refused(match: str, source: Path = recipe_file, **more: Any) -> None:
         with pytest.raises(UserError, match=match):
-            heal(source, out, **{**SIZES, "data": str(text_file), "stages": ("layerwise",), **more})
+            heal(source, out, **{"data": str(text_file), "stages": ("layerwise",), **more})
         assert not out.exists() and not (tmp_path / "out.heal" / "stages").exists()
 
-    refused("closed-form, layerwise, end-to-end", stages=("layerwise", "magic"))
-    refused("each once", stages=("layerwise", "layerwise"))
+    refused("closed-form, end-to-end, layerwise", stages=("layerwise", "magic"))
+    refused("once", stages=("layerwise", "layerwise"))
+    refused("no heal stage", stages=())
     refused("without a recipe", source=model_folder("llama"))
     refused("such file", source=tmp_path / "none.yaml")
     refused("at least", tokens=10**7)
@@ -178,38 +175,79 @@ def test_bad_input(recipe_file: Path, model_folder: Folder, text_file: Path, tmp
 
 def test_another_teacher(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
     other = families.save(families.make_model("llama", seed=1), tmp_path / "other")
-    found = heal(recipe_file, tmp_path / "out", data=str(text_file), teacher=str(other), stages=("layerwise",), **SIZES)
-    own = heal(recipe_file, tmp_path / "own", data=str(text_file), stages=("layerwise",), **SIZES)
+    found = heal(recipe_file, tmp_path / "out", data=str(text_file), teacher=str(other), stages=("layerwise",))
+    own = heal(recipe_file, tmp_path / "own", data=str(text_file), stages=("layerwise",))
     assert found.details["layerwise"][0]["loss_before"] != own.details["layerwise"][0]["loss_before"]
 
 
-def test_command_line(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
-    words = f"heal {recipe_file} -o {tmp_path / 'out'} --data {text_file} --tokens 1k --seq-len 32 --json"
-    done = CliRunner().invoke(app, [*words.split(), "--stages", "layerwise", "--layer-batch-tokens", "128"])
-    assert done.exit_code == 0, done.output
-    assert [row["stage"] for row in json.loads(done.stdout)["stages"]] == ["cut", "layerwise"]
+def test_no_longer_sequences_than_the_model_has_positions(
+    cut: Cut, learned: tuple[Path, Recipe], text_file: Path, tmp_path: Path
+) -> None:
+    most = open_checkpoint(learned[1].variants[0].model).architecture.config["max_position_embeddings"]
+    schema.save(learned[1], tmp_path / "cut.yaml")
+    with pytest.raises(UserError, match=f"--seq-len is {most + 1}; the model has {most} positions"):
+        heal(tmp_path / "cut.yaml", tmp_path / "out", str(text_file), seq_len=most + 1, tokens=8 * most)
+    assert not (tmp_path / "out.heal").exists()
+
+
+def test_settings_keep_their_own_seed(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
+    """The text's seed is another one."""
+    seeded = replace(LAYERWISE, seed=5)
+    heal(recipe_file, tmp_path / "out", str(text_file), stages=[seeded], seed=0)
+    said = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml").provenance["heal"]["settings"]
+    assert (said["layerwise"]["seed"], said["seed"]) == (5, 0)
+
+
+MINE = """
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from intarsia.registry import heal_stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class DampSettings:
+    # What the first layer's MLP is multiplied by.
+    damp: float = 1.0
+
+
+@heal_stage("mine", settings=DampSettings)
+def mine(context, recipe, settings):
+    weight = context.resident.layers[0].mlp.down_proj.weight.detach().float().numpy()
+    context.details.append({"layer": 0, "damp": settings.damp})
+    return replace(recipe, fitted={**recipe.fitted, 0: {"mlp.down_proj.weight": weight * np.float32(settings.damp)}})
+"""
+
+
+def test_a_stage_of_ones_own(
+    recipe_file: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = {entry.name: entry for entry in registry.heal_stages}
+    monkeypatch.setattr(registry.heal_stages, "_entries", known)  # what the file registers goes with the test
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
+    words = f"heal {recipe_file} --data {text_file} --tokens 1k --seq-len 32 --json --plugin {tmp_path / 'mine.py'}"
+    asked = [*words.split(), "--stages", "closed-form,mine", "--layer-lr", "1"]
+    with pytest.raises(SystemExit) as caught:
+        main.run([*asked, "-o", str(tmp_path / "out")])
+    assert caught.value.code == 2 and "--layer-lr is an option of layerwise" in capsys.readouterr().err
+    main.run([*asked[:-2], "--damp", "0.01", "-o", str(tmp_path / "out")])
+    found = json.loads(capsys.readouterr().out)
+    assert [row["stage"] for row in found["stages"]] == ["cut", "closed-form", "mine"]
+    assert [row["taken"] for row in found["stages"]] == [True, True, False]
+    assert found["details"]["mine"] == [{"layer": 0, "damp": 0.01}]
     assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "count"), [("65536", 65536), ("500k", 500_000), ("2M", 2_000_000), ("1.5g", 15 * 10**8)]
-)
-def test_token_counts(text: str, count: int) -> None:
-    assert token_count(text, "--tokens") == count
-
-
-@pytest.mark.parametrize("text", ["", "M", "-5", "2X", "1e999"])
-def test_bad_token_counts(text: str) -> None:
-    with pytest.raises(UserError, match="500k or 2M"):
-        token_count(text, "--tokens")
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from intarsia.healing import {module}
-from tests.healing.test_heal import SIZES
-from intarsia.stages.heal import heal
+from tests.healing.conftest import heal
 
 save, saved = {module}.{function}, []
 
@@ -220,11 +258,11 @@ def stops(*args, **kwargs):
 
 {module}.{function} = stops
 recipe, out, text = sys.argv[1:]
-heal(Path(recipe), Path(out), data=text, stages=("{stage}",), **SIZES)
+heal(Path(recipe), Path(out), data=text, stages=("{stage}",))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("stage", "module", "function"),
     [("layerwise", "layer_training", "save_state"), ("end-to-end", "end_to_end", "save_snapshot")],
@@ -238,8 +276,8 @@ def test_killed_and_started_again(
     words = [str(recipe_file), str(tmp_path / "killed"), str(text_file)]
     done = run([sys.executable, "-c", code, *words])
     assert done.returncode == -signal.SIGKILL, done.stderr
-    found = heal(recipe_file, tmp_path / "killed", data=str(text_file), stages=(stage,), **SIZES)
-    wanted = heal(recipe_file, tmp_path / "whole", data=str(text_file), stages=(stage,), **SIZES)
+    found = heal(recipe_file, tmp_path / "killed", data=str(text_file), stages=(stage,))
+    wanted = heal(recipe_file, tmp_path / "whole", data=str(text_file), stages=(stage,))
     assert found.recipe_sha256 == wanted.recipe_sha256
 
 
@@ -248,12 +286,12 @@ def run(words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_are_as_one(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     verb = [
         *["-m", "intarsia", "heal", str(recipe_file), "--data", str(text_file), "--tokens", "1024", "--seq-len", "32"],
-        *["--stages", "layerwise,end-to-end", "--layer-batch-tokens", "128", "--batch-tokens", "128", "--lr", "1e-3"],
+        *["--stages", "layerwise,end-to-end", "--layer-batch-tokens", "128", "--step-tokens", "128", "--lr", "1e-3"],
         *["--micro-tokens", "32", "--evaluations", "3", "--device", "cpu", "--json"],
     ]
     launch = [
@@ -284,7 +322,9 @@ def test_two_processes_are_as_one(recipe_file: Path, text_file: Path, tmp_path: 
     assert [row["held_out_perplexity"] for row in found] == pytest.approx(
         [row["held_out_perplexity"] for row in wanted], rel=1e-4
     )
-    curves = [read_curve(tmp_path / f"{name}.heal" / "2-end-to-end" / "curve.jsonl") for name in ("two", "one")]
+    curves = [
+        read_curve(tmp_path / f"{name}.heal" / "stages" / "2-end-to-end" / "curve.jsonl") for name in ("two", "one")
+    ]
     assert len(curves[0]) == len(curves[1]) > 6
     for ours, theirs in zip(*curves, strict=True):
         assert ours.keys() == theirs.keys()

@@ -19,29 +19,22 @@ from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.text import draw
 from intarsia.errors import UserError
-from intarsia.healing import end_to_end
-from intarsia.healing.settings import LAST, EndToEndSettings, LayerwiseSettings
+from intarsia.healing import blend, closed_form, end_to_end
+from intarsia.healing.blend import BLEND, back, over_its_blend
+from intarsia.healing.settings import LAST
 from intarsia.options import TextSpec
 from intarsia.progress import Silent
 from intarsia.recipe import schema
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
-from intarsia.stages import heal_blend, heal_stages
 from intarsia.stages.build import open_variants
-from intarsia.stages.heal import heal
-from intarsia.stages.heal_blend import BLEND, back, over_its_blend
 from intarsia.stages.setup import load_tokenizer
 from tests import families
 from tests.closed_form_fits import fit_on
+from tests.healing.conftest import heal
 from tests.recipes_by_hand import shared
 
-SIZES: dict[str, Any] = {
-    "tokens": 4096,
-    "seq_len": 32,
-    "layerwise": LayerwiseSettings(batch_tokens=128, evaluations=3, lr=3e-3),
-    "end_to_end": EndToEndSettings(batch_tokens=128, micro_tokens=64, evaluations=3, lr=1e-3),
-}
 ALL = ("closed-form", "layerwise", "end-to-end")
 
 
@@ -109,8 +102,7 @@ def test_all_stages(members: Mapping[str, Path], text_file: Path, tmp_path: Path
         stages=ALL,
         data=str(text_file),
         eval_text=text,
-        eval_windows=4,
-        **SIZES,
+        tokens=4096,
     )
     perplexities = [row["held_out_perplexity"] for row in found.stages]
     assert [row["stage"] for row in found.stages] == ["cut", *ALL]
@@ -132,9 +124,8 @@ def test_all_stages(members: Mapping[str, Path], text_file: Path, tmp_path: Path
         stages=ALL,
         data=str(text_file),
         eval_text=text,
-        eval_windows=4,
         overwrite=True,
-        **SIZES,
+        tokens=4096,
     )
     assert again.recipe_sha256 == found.recipe_sha256
 
@@ -154,7 +145,7 @@ def test_the_closed_form_is_the_one_towards_the_blend(
     train = corpus.split(15 / 16)[0]
     # A merged layer that stands for itself is the teacher's own: it is fitted as others behind the cut are.
     teacher = [resident.module(op) for op in reference_layers(made)]
-    simple, checkpoints = over_its_blend(made, variants, tmp_path / "blend", progress=Silent())
+    simple, checkpoints = over_its_blend(made, variants, tmp_path / "blend")
     assert [op.sources[0].variant for op in simple.layers] == ["uncut"] * 4
     expected = fit_on(
         replace(made, layers=simple.layers), _named(resident, "uncut", teacher), train, settings=LAST, layers=teacher
@@ -204,7 +195,7 @@ def test_what_cannot_be_a_layer_of_the_blend_stays(members: Mapping[str, Path], 
     """Joins, scaled merges and layers out of their place are made from the members as before."""
     made = recipe_of(members, average(0), joined(members), average(4, 0.9), select(5, "math"))
     variants = open_variants(made, Silent())
-    found, checkpoints = over_its_blend(made, variants, tmp_path, progress=Silent())
+    found, checkpoints = over_its_blend(made, variants, tmp_path)
     assert [op.sources[0].variant for op in found.layers] == ["uncut", "base", "math", "uncut"]
     assert found.layers[1:3] == made.layers[1:3] and found.spans == made.spans
     assert set(checkpoints) == {"uncut", "base", "math", "lora"}
@@ -218,7 +209,7 @@ def test_a_folder_of_something_else_is_left_alone(members: Mapping[str, Path], t
     (tmp_path / "uncut" / "uncut").mkdir(parents=True)
     (tmp_path / "file").write_text("", encoding="utf-8")
     for run in (tmp_path / "mine", tmp_path / "uncut", tmp_path / "file"):
-        with pytest.raises(UserError, match="something else"):
+        with pytest.raises(UserError, match="no run folder"):
             heal(made, tmp_path / "out", data=str(text_file), tokens=2048, seq_len=32, run=run)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
     assert [path.name for path in (tmp_path / "uncut").iterdir()] == ["uncut"]
@@ -251,7 +242,7 @@ def test_members_that_change_are_noticed(
     made = saved(recipe_of(here, select(0, "math"), select(2, "lora"), select(5)), tmp_path)
     given: dict[str, Any] = {"data": str(text_file), "tokens": 2048, "seq_len": 32}
     with monkeypatch.context() as stopped:
-        stopped.setattr(heal_stages.closed_form, "fit", killed)
+        stopped.setattr(closed_form, "fit", killed)
         with pytest.raises(KeyboardInterrupt):
             heal(made, tmp_path / "out", **given)
     assert (tmp_path / "out.heal" / "uncut" / "config.json").exists()
@@ -276,7 +267,7 @@ def test_killed_while_the_blend_is_deleted(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(heal_blend.shutil, "rmtree", half)
+        stopped.setattr(blend.shutil, "rmtree", half)
         with pytest.raises(KeyboardInterrupt):
             heal(made, tmp_path / "out", **given)
     first = schema.content_hash(schema.load(tmp_path / "out" / "recipe" / "recipe.yaml"))
@@ -310,5 +301,5 @@ def test_the_student_of_several_models_is_one_model(
         (tmp_path / name).mkdir()
         layers = [select(0, names[-1]), select(1, names[-2] if len(names) > 1 else "base"), select(5)]
         made = saved(recipe_of(members, *layers, names=names), tmp_path / name)
-        heal(made, tmp_path / name / "out", stages=("end-to-end",), data=str(text_file), **SIZES)
+        heal(made, tmp_path / name / "out", stages=("end-to-end",), data=str(text_file), tokens=4096)
     assert asked[0] == asked[1] == 22 * Checkpoint.open(members["base"], model="base").parameters

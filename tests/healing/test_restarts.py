@@ -21,8 +21,9 @@ from intarsia.healing.restarts import Start, best_of, starts
 from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.progress import Silent
-from intarsia.pruning.run_folder import RunFolder
-from intarsia.pruning.settings import ComeSettings
+from intarsia.pruning.ladder import Ladder
+from intarsia.pruning.methods.come import ComeSettings
+from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Fitted, Recipe, identity
 from intarsia.stages.repair import _set_aside, beginnings, heal_passes_at_most, repaired
@@ -30,6 +31,7 @@ from intarsia.stages.source import Source
 from tests import families
 from tests.closed_form_fits import fit_on
 from tests.conftest import Opened
+from tests.healing.conftest import heal
 from tests.recipes_by_hand import recipe_of, select
 
 LAYERS = tuple(select(layer) for layer in (0, 1, 4, 5))
@@ -44,8 +46,8 @@ class Planned:
     given: dict[str, Any]
 
     @property
-    def folder(self) -> RunFolder:
-        return RunFolder(self.run)
+    def folder(self) -> Ladder:
+        return Ladder(self.run)
 
     def source(self) -> Source:
         """The model and its calibration text, read anew."""
@@ -121,7 +123,7 @@ def test_the_best_end_comes_first_and_of_equal_ones_the_earlier_start() -> None:
 
 def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> None:
     """Each end is what the fit from that start gives, the best is taken, and a second call only reads it."""
-    settings_of_plan = ComeSettings(granularity=2, racing=False, removals=True, finalists=2, blocks=4)
+    settings_of_plan = ComePSettings(granularity=2, racing=False, removals=True, finalists=2, blocks=4)
     planned = plan(layers=3, method="come-p", settings=settings_of_plan)
     run, folder, source = planned.run, planned.folder, planned.source()
     settings = ClosedFormSettings()
@@ -171,8 +173,8 @@ def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
     for planned, in_loop, begin in (
         (ComeSettings(), False, 1),
         (None, True, 2),
-        (ComeSettings(blocks=1), True, 3),
-        (ComeSettings(blocks=5), True, 4),
+        (ComePSettings(blocks=1), True, 3),
+        (ComePSettings(blocks=5), True, 4),
     ):
         assert heal_passes_at_most(source.checkpoint.architecture, planned, in_loop=in_loop) == 3 * begin
 
@@ -258,10 +260,10 @@ def test_killed_in_the_last_of_several_fits_the_others_are_not_made_again(
 def test_heal_goes_on_behind_the_fits_that_were_finished(
     plan: Plan, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {"data": str(text_file), "tokens": 1024, "seq_len": 32, "stages": ["closed-form"]}
+    data = str(text_file)
     recipe = tmp_path / "recipe.yaml"
     schema.save(plan(layers=4).folder.recipe(4), recipe)
-    intarsia.heal(recipe, tmp_path / "whole", **given)
+    heal(recipe, tmp_path / "whole", data)
     fits = 0
 
     def killed(*args: Any, **kwargs: Any) -> Any:
@@ -273,10 +275,10 @@ def test_heal_goes_on_behind_the_fits_that_were_finished(
 
     monkeypatch.setattr("intarsia.healing.restarts.fit", killed)
     with pytest.raises(KeyboardInterrupt):
-        intarsia.heal(recipe, tmp_path / "out", **given)
-    intarsia.heal(recipe, tmp_path / "out", **given)
+        heal(recipe, tmp_path / "out", data)
+    heal(recipe, tmp_path / "out", data)
     assert fits == 3
-    assert not (tmp_path / "out.heal" / "1-closed-form").exists()
+    assert [path.name for path in (tmp_path / "out.heal" / "stages" / "1-closed-form").iterdir()] == ["key.json"]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert weights[0] == weights[1]
 

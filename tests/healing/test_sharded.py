@@ -18,7 +18,7 @@ from intarsia.healing.training import read_curve
 from intarsia.recipe import schema
 from tests.healing.conftest import Cut
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 pytest.importorskip("accelerate")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ import accelerate.state as state
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from intarsia.cli.app import main
+from intarsia.cli.main import main
 from intarsia.healing import end_to_end
 
 begin = state.AcceleratorState.__init__
@@ -79,12 +79,12 @@ def words(cut: Cut, family: str, text_file: Path, folder: Path, *options: str) -
     _, recipe = cut(family)
     schema.save(recipe, folder / "cut.yaml")
     given = [str(folder / "cut.yaml"), "--data", str(text_file), "--tokens", "1024", "--seq-len", "32", *options]
-    given += ["--stages", "end-to-end", "--batch-tokens", "128", "--lr", "1e-3", "--micro-tokens", "32"]
+    given += ["--stages", "end-to-end", "--step-tokens", "128", "--lr", "1e-3", "--micro-tokens", "32"]
     return [*given, "--evaluations", "3", "--device", "cpu", "-o"]
 
 
 def curve_of(out: Path) -> Path:
-    return out.with_name(f"{out.name}.heal") / "1-end-to-end" / "curve.jsonl"
+    return out.with_name(f"{out.name}.heal") / "stages" / "1-end-to-end" / "curve.jsonl"
 
 
 @pytest.mark.parametrize(

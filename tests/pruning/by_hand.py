@@ -1,19 +1,26 @@
-"""What planners are held against, worked out from a model's own forward."""
+"""What planners are compared with, worked out from a model's own forward; and plans made by hand."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from intarsia.building.loaded_model import Resident
 from intarsia.data.corpus import Corpus
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.ladder import climb, planner_of
-from intarsia.pruning.run_folder import RunFolder
-from intarsia.pruning.settings import Settings
-from intarsia.recipe.recipe import Variant, identity
+from intarsia.pruning.ladder import Ladder
+from intarsia.pruning.prune import prune
+from intarsia.pruning.step import Planner
+from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.registry import planners
+from intarsia.run_dir import RunDir
 from tests import families
 
 
@@ -50,18 +57,49 @@ def with_layers(resident: Resident, states: list[dict[str, torch.Tensor]]) -> Pr
     return model
 
 
+METHODS = planners.names
+
+
+def planner_of(method: str, settings: Any = None, in_loop: ClosedFormSettings | None = None) -> Any:
+    """A planner with these settings, where they are the method's."""
+    chosen = planners.choose(method)
+    if chosen.entry.settings is not None and isinstance(settings, chosen.entry.settings):
+        chosen = replace(chosen, settings=settings)
+    planner = chosen.create()
+    if in_loop is not None:
+        planner.in_loop = in_loop
+    return planner
+
+
+def progressive_methods() -> list[str]:
+    """Methods that measure the model after every step."""
+    return [method for method in METHODS if planner_of(method).progressive]
+
+
+def ladder_in(folder: Path, settings: Mapping[str, Any] | None = None) -> Ladder:
+    """The ladder of a run folder, which is started if it is not there."""
+    RunDir(folder).pin("settings", settings or {})
+    return Ladder(folder)
+
+
+def climb(planner: Planner, model: Intermediate, start: Recipe, target: int, run: Ladder, **how: Any) -> str | None:
+    """`prune`; with `in_loop`, steps are healed that way."""
+    planner.in_loop = how.get("in_loop", planner.in_loop)
+    return prune(planner, model, start, target, run)
+
+
 def ladder_of(
-    method: str, resident: Resident, corpus: Corpus, folder: object, target: int, settings: Settings | None = None
-) -> tuple[RunFolder, str | None, Intermediate]:
+    method: str, resident: Resident, corpus: Corpus, folder: Path, target: int, settings: Any = None
+) -> tuple[Ladder, str | None, Intermediate]:
     """A run down to a depth, why it stopped, and the model at its end."""
-    run = RunFolder.start(folder, {})  # type: ignore[arg-type]
+    run = ladder_in(folder)
     start = identity(Variant(name="base", model="m"), families.DEPTH)
     depths = run.depths()
     start = run.recipe(depths[-1]) if depths else start
     model = Intermediate(resident, corpus, start.layers, batch_tokens=2 * corpus.seq_len)
-    return run, climb(planner_of(method, settings), model, start, target, run), model
+    return run, prune(planner_of(method, settings), model, start, target, run), model
 
 
-def kept_layers(run: RunFolder, depth: int) -> list[int]:
+def kept_layers(run: Ladder, depth: int) -> list[int]:
     """The original layers that a recipe selects."""
     return [op.sources[0].layer for op in run.recipe(depth).layers]

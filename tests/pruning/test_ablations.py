@@ -14,8 +14,8 @@ from intarsia.architecture.spec import PARTS
 from intarsia.building.layer import layer_tensors
 from intarsia.errors import UserError
 from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.methods.come import Come
-from intarsia.pruning.settings import ComeSettings
+from intarsia.pruning.methods.come import Come, ComeSettings
+from intarsia.pruning.methods.come_p import ComeP, ComePSettings
 from intarsia.recipe import schema
 from intarsia.recipe.ops import Concat, Cut, Merge, Select
 from tests import families
@@ -34,8 +34,8 @@ def test_the_weighted_sum_of_whole_layers(family: str, resident_of: InMemory) ->
     resident, corpus = resident_of(family), corpus_of()
     model = Intermediate(resident, corpus, WHOLE)
     model.measure()
-    concat = Come(ComeSettings(), posterior=False).decide(model, 5, [])
-    step = Come(WEIGHT_SUM, posterior=False).decide(model, 5, [])
+    concat = Come(ComeSettings()).decide(model, 5, [])[0]
+    step = Come(WEIGHT_SUM).decide(model, 5, [])[0]
     assert step is not None and concat is not None and isinstance(step.op, Merge)
     assert (step.start, step.evidence["prior_ratios"]) == (concat.start, concat.evidence["prior_ratios"])
     pair = model.measures[step.start].influence, model.measures[step.start + 1].influence
@@ -68,10 +68,10 @@ def test_sums_of_sums_are_one_sum(resident_of: InMemory, tmp_path: Path) -> None
 
 def test_the_posterior_form_takes_the_best_sum_of_the_grid(resident_of: InMemory) -> None:
     resident, corpus = resident_of("llama"), corpus_of()
-    settings = ComeSettings(combine="weight-sum", granularity=4, racing=False, spans=1)
+    settings = ComePSettings(combine="weight-sum", granularity=4, racing=False, spans=1)
     model = Intermediate(resident, corpus, WHOLE)
     model.measure()
-    step = Come(settings, posterior=True).decide(model, 5, [])
+    step = ComeP(settings).decide(model, 5, [])[0]
     assert step is not None
     losses = {}
     for quarters in range(5):

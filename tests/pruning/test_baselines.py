@@ -5,21 +5,21 @@ from __future__ import annotations
 import pytest
 
 from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.ladder import METHODS, climb, planner_of
+from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.shortgpt import ShortGpt
-from intarsia.pruning.methods.sleb import Sleb
-from intarsia.pruning.run_folder import RunFolder
-from intarsia.pruning.settings import ComeSettings, SlebSettings
+from intarsia.pruning.methods.sleb import Sleb, SlebSettings
 from intarsia.recipe.recipe import Variant, identity
+from intarsia.registry import planners
 from tests import families
 from tests.conftest import InMemory
+from tests.pruning.by_hand import METHODS, climb, ladder_in, planner_of
 from tests.pruning.conftest import corpus_of
 from tests.recipes_by_hand import select
 
 WHOLE = [select(layer) for layer in range(families.DEPTH)]
 
 
-def layers_of(run: RunFolder, depth: int) -> list[int]:
+def layers_of(run: Ladder, depth: int) -> list[int]:
     return [op.sources[0].layer for op in run.recipe(depth).layers]
 
 
@@ -31,7 +31,7 @@ def test_shortgpt_drops_by_influence_measured_once(family: str, resident_of: InM
     influence = [measure.influence for measure in model.measures]
     order = sorted(range(families.DEPTH), key=lambda layer: influence[layer])
     model = Intermediate(resident, corpus, WHOLE)
-    run = RunFolder.start(tmp_path / "run", {})
+    run = ladder_in(tmp_path / "run", {})
     assert climb(ShortGpt(), model, identity(Variant(name="base", model="m"), families.DEPTH), 1, run) is None
     assert run.depths() == [5, 4, 3, 2, 1]
     for depth in run.depths():
@@ -49,9 +49,9 @@ def test_sleb_drops_what_costs_least(family: str, resident_of: InMemory, tmp_pat
         model.measure()
         return model.loss
 
-    run = RunFolder.start(tmp_path / "run", {})
+    run = ladder_in(tmp_path / "run", {})
     model = Intermediate(resident, corpus, WHOLE)
-    assert climb(Sleb(), model, identity(Variant(name="base", model="m"), families.DEPTH), 3, run) is None
+    assert climb(Sleb(SlebSettings()), model, identity(Variant(name="base", model="m"), families.DEPTH), 3, run) is None
     left = list(range(families.DEPTH))
     for entry in run.log():
         losses = {layer: loss([other for other in left if other != layer]) for layer in left}
@@ -71,7 +71,7 @@ def test_sleb_races_for_less(resident_of: InMemory) -> None:
         model = Intermediate(resident, corpus, WHOLE)
         model.measure()
         before = model.layer_forwards
-        steps[racing] = Sleb(SlebSettings(racing=racing)).decide(model, 5, [])
+        steps[racing] = Sleb(SlebSettings(racing=racing)).decide(model, 5, [])[0]
         spent[racing] = model.layer_forwards - before
     exhausted, raced = steps[False], steps[True]
     assert exhausted is not None and raced is not None
@@ -87,6 +87,6 @@ def test_sleb_races_for_less(resident_of: InMemory) -> None:
     assert raced.start == min(finalists, key=lambda start: losses[start])
 
 
-def test_every_method_has_a_planner() -> None:
+def test_every_method_has_a_planner_and_words_for_the_help() -> None:
     for method in METHODS:
-        assert planner_of(method, ComeSettings()).reason()
+        assert planner_of(method).reason() and planners.get(method).summary

@@ -8,26 +8,24 @@ import pytest
 import torch
 
 from intarsia.building.loaded_model import Resident
-from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.pruning import finalists
-from intarsia.pruning.finalists import check_finalists, settle
+from intarsia.pruning.finalists import settle
 from intarsia.pruning.heal_in_loop import Repair, losses_behind
 from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.ladder import planner_of
-from intarsia.pruning.settings import ComeSettings, SlebSettings
-from intarsia.pruning.step import Step, repaired
+from intarsia.pruning.methods.come_p import ComePSettings
+from intarsia.pruning.step import Step, healed_words
 from intarsia.recipe.ops import Op
-from intarsia.stages.compare_methods import parse_methods
 from tests import families
 from tests.conftest import InMemory, Opened
+from tests.pruning.by_hand import planner_of
 from tests.pruning.test_in_loop import SETTINGS, go, written_by
 from tests.recipes_by_hand import select
 from tests.test_streaming import ladder as ladder_hashes
 from tests.test_streaming import streamed
 
 WHOLE: list[Op] = [select(layer) for layer in range(families.DEPTH)]
-ALL = ComeSettings(granularity=1, spans=1, removals=True, finalists=2, blocks=2)
+ALL = ComePSettings(granularity=1, spans=1, removals=True, finalists=2, blocks=2, heal_in_loop=True)
 
 
 def measured(resident: Resident, layers: list[int], **changes: object) -> Intermediate:
@@ -83,7 +81,7 @@ def test_every_trial_is_that_block_alone(family: str, memory_bytes: int | None, 
     assert len(before) == model.depth + 2
     # The original, which was not measured, and the model as it is now, beside what the trials took.
     assert model.layer_forwards - spent == pytest.approx(told["layer_forwards"] + 6 + 4)
-    assert f"the original without {best} to {best + 1}" in repaired({**chosen.evidence, "repair": told})
+    assert f"the original without {best} to {best + 1}" in healed_words({**chosen.evidence, "repair": told})
 
 
 def test_the_better_of_both_is_taken(resident_of: InMemory) -> None:
@@ -146,21 +144,8 @@ def test_it_costs_no_more_than_estimated(target: int, resident_of: InMemory, tmp
     run, _ = go(tmp_path / "run", resident, "come-p", target, settings=ALL, in_loop=ClosedFormSettings())
     corpus = written_by(resident)
     planner = planner_of("come-p", ALL)
-    at_most = planner.forwards_at_most(resident.architecture, target, len(corpus), ClosedFormSettings())
+    at_most = planner.forwards_at_most(resident.architecture, target, len(corpus))
     assert sum(entry["layer_forwards"] for entry in run.log()) <= at_most
-
-
-def test_what_they_do_not_go_with() -> None:
-    check_finalists("come-p", ComeSettings(blocks=2), SETTINGS)
-    check_finalists("sleb", SlebSettings(), SETTINGS)
-    with pytest.raises(UserError) as caught:
-        check_finalists("come", ComeSettings(blocks=1), None)
-    assert [(each.where, each.found) for each in caught.value.problems] == [("--blocks", "come"), ("--blocks", "none")]
-    with pytest.raises(UserError, match="0 or more"):
-        ComeSettings(blocks=-1)
-    assert ComeSettings(blocks=2, reference=True).effective().blocks == 0
-    (entrant,) = parse_methods("come-p[blocks=2,heal_in_loop=true]")
-    assert entrant.settings == ComeSettings(blocks=2)
 
 
 def test_streamed_it_is_the_same(tmp_path: Path, checkpoint_of: Opened, resident_of: InMemory) -> None:

@@ -13,9 +13,9 @@ from intarsia.building.loaded_model import Resident
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.methods.come import Come
+from intarsia.pruning.methods.come import Come, ComeSettings
+from intarsia.pruning.methods.come_p import ComeP, ComePSettings
 from intarsia.pruning.scores import counts, ratios, share_grid
-from intarsia.pruning.settings import ComeSettings
 from intarsia.recipe.ops import Concat, Op, Select
 from tests import families
 from tests.conftest import InMemory
@@ -98,7 +98,7 @@ def test_a_step_by_hand(family: str, padded: bool, resident_of: InMemory) -> Non
     resident, corpus = resident_of(family), corpus_of(padded=padded)
     architecture = resident.architecture
     model = measured(resident, corpus)
-    step = Come(ComeSettings(), posterior=False).decide(model, 5, [])
+    step = Come(ComeSettings()).decide(model, 5, [])[0]
     assert step is not None and step.op is not None
     assert step.count == 2 and step.removed == 1
 
@@ -135,7 +135,7 @@ def test_a_step_by_hand(family: str, padded: bool, resident_of: InMemory) -> Non
 def test_pieces_by_root_mean_square(resident_of: InMemory) -> None:
     resident, corpus = resident_of("llama"), corpus_of()
     model = measured(resident, corpus)
-    step = Come(ComeSettings(sensitivity="l2"), posterior=False).decide(model, 5, [])
+    step = Come(ComeSettings(sensitivity="l2")).decide(model, 5, [])[0]
     assert step is not None and step.op is not None
     for index, count in enumerate(step.evidence["counts"]["channels"]):
         layer = step.start + index
@@ -145,13 +145,13 @@ def test_pieces_by_root_mean_square(resident_of: InMemory) -> None:
 
 def test_sharpness_and_dominance(resident_of: InMemory) -> None:
     model = measured(resident_of("llama"), corpus_of())
-    plain = Come(ComeSettings(), posterior=False).decide(model, 5, [])
-    sharp = Come(ComeSettings(sharpness=3.0), posterior=False).decide(model, 5, [])
+    plain = Come(ComeSettings()).decide(model, 5, [])[0]
+    sharp = Come(ComeSettings(sharpness=3.0)).decide(model, 5, [])[0]
     assert plain is not None and sharp is not None
     pair = plain.evidence["influence"][plain.start : plain.start + 2]
     assert sharp.evidence["prior_ratios"] == pytest.approx([value**3 / sum(v**3 for v in pair) for value in pair])
     assert sharp.evidence["counts"]["channels"] == counts(ratios(pair, 3.0), families.CHANNELS)
-    strong = Come(ComeSettings(dominance=0.9), posterior=False).decide(model, 5, [])
+    strong = Come(ComeSettings(dominance=0.9)).decide(model, 5, [])[0]
     assert strong is not None
     assert max(strong.evidence["prior_ratios"]) == pytest.approx(max(0.9, *plain.evidence["prior_ratios"]))
     assert sum(strong.evidence["prior_ratios"]) == pytest.approx(1.0)
@@ -161,7 +161,7 @@ def test_dominance_counts_original_layers(resident_of: InMemory) -> None:
     """A merged layer of two and one more are three originals: the largest share is at least 0.8^(1/2)."""
     resident = resident_of("llama")
     model = measured(resident, corpus_of(), [shared(resident.architecture, [0, 1]), select(2)])
-    step = Come(ComeSettings(dominance=0.8), posterior=False).decide(model, 1, [])
+    step = Come(ComeSettings(dominance=0.8)).decide(model, 1, [])[0]
     assert step is not None
     influences = step.evidence["influence"]
     expected = max(0.8**0.5, max(influences) / sum(influences))
@@ -171,7 +171,7 @@ def test_dominance_counts_original_layers(resident_of: InMemory) -> None:
 def test_three_layers_at_once(resident_of: InMemory) -> None:
     resident, corpus = resident_of("llama"), corpus_of()
     model = measured(resident, corpus)
-    step = Come(ComeSettings(merge=3), posterior=False).decide(model, 3, [])
+    step = Come(ComeSettings(merge=3)).decide(model, 3, [])[0]
     assert step is not None and isinstance(step.op, Concat)
     assert step.count == 3 and step.removed == 2
     states = hidden_states(resident, corpus)
@@ -185,14 +185,14 @@ def test_three_layers_at_once(resident_of: InMemory) -> None:
     assert sum(step.evidence["counts"]["kv_groups"]) == 4
     assert sum(step.evidence["counts"]["channels"]) == families.CHANNELS
     # One layer left to remove: the last step merges two.
-    last = Come(ComeSettings(merge=3), posterior=False).decide(model, 5, [])
+    last = Come(ComeSettings(merge=3)).decide(model, 5, [])[0]
     assert last is not None and last.count == 2
 
 
 def test_the_last_tokens_distance(resident_of: InMemory) -> None:
     resident, corpus = resident_of("mistral"), corpus_of(padded=True)
     model = measured(resident, corpus)
-    step = Come(ComeSettings(distance="last-token"), posterior=False).decide(model, 5, [])
+    step = Come(ComeSettings(distance="last-token")).decide(model, 5, [])[0]
     assert step is not None and corpus.mask is not None
     states = hidden_states(resident, corpus)
     ends = np.cumsum(corpus.mask.sum(dim=1).numpy()) - 1
@@ -207,7 +207,7 @@ def test_spans_by_loss(resident_of: InMemory) -> None:
     """`sleb`: the least loss of the model without the span, from models really without it."""
     resident, corpus = resident_of("qwen2"), corpus_of()
     model = measured(resident, corpus)
-    step = Come(ComeSettings(span_choice="sleb"), posterior=False).decide(model, 5, [])
+    step = Come(ComeSettings(span_choice="sleb")).decide(model, 5, [])[0]
     assert step is not None
     scores = {int(start): value for start, value in step.evidence["span_scores"].items()}
     for start in range(5):
@@ -218,7 +218,7 @@ def test_spans_by_loss(resident_of: InMemory) -> None:
 
 def test_averaged_norms(resident_of: InMemory) -> None:
     model = measured(resident_of("llama"), corpus_of())
-    step = Come(ComeSettings(norm="average"), posterior=False).decide(model, 5, [])
+    step = Come(ComeSettings(norm="average")).decide(model, 5, [])[0]
     assert step is not None and isinstance(step.op, Concat)
     assert step.op.norm == "average"
 
@@ -226,10 +226,9 @@ def test_averaged_norms(resident_of: InMemory) -> None:
 def test_the_reference(resident_of: InMemory) -> None:
     """Averaged norms, no racing, and the distance of one layer however many are merged."""
     resident, corpus = resident_of("llama"), corpus_of()
-    settings = ComeSettings(reference=True, merge=3)
-    assert settings.effective().norm == "average" and not settings.effective().racing
+    settings = ComeSettings(**ComeSettings.presets["paper"], merge=3)
     model = measured(resident, corpus, behind_final_norm=True)
-    step = Come(settings, posterior=False).decide(model, 3, [])
+    step = Come(settings).decide(model, 3, [])[0]
     assert step is not None and isinstance(step.op, Concat)
     assert step.op.norm == "average"
     states = hidden_states(resident, corpus)
@@ -244,11 +243,11 @@ def test_a_merged_layer_is_not_merged_again_if_so_asked(resident_of: InMemory) -
     resident = resident_of("llama")
     ops = [shared(resident.architecture, [0, 1]), select(2), select(3), shared(resident.architecture, [4, 5])]
     model = measured(resident, corpus_of(), ops)
-    planner = Come(ComeSettings(no_repeat=True), posterior=False)
-    step = planner.decide(model, 3, [])
+    planner = Come(ComeSettings(no_repeat=True))
+    step = planner.decide(model, 3, [])[0]
     assert step is not None and step.start == 1
     model.replace(step.start, step.count, step.op)
-    assert planner.decide(model, 1, []) is None
+    assert planner.decide(model, 1, []) == []
     assert "no-repeat" in planner.reason() and "2 adjacent layers" in planner.reason()
 
 
@@ -256,9 +255,9 @@ def test_merging_the_merged(resident_of: InMemory) -> None:
     """Down to one layer: a flat concatenation of original layers with the right totals."""
     resident = resident_of("opt")
     model = measured(resident, corpus_of())
-    planner = Come(ComeSettings(), posterior=False)
+    planner = Come(ComeSettings())
     while model.depth > 1:
-        step = planner.decide(model, 1, [])
+        step = next(iter(planner.decide(model, 1, [])), None)
         assert step is not None
         model.replace(step.start, step.count, step.op)
         for op in model.ops:
@@ -291,10 +290,10 @@ def test_the_posterior_form_takes_the_best_of_the_grid(merge: int, resident_of: 
     """Every ratio of the grid, built and measured whole."""
     resident, corpus = resident_of("llama"), corpus_of()
     granularity = {2: 10, 3: 4}[merge]
-    settings = ComeSettings(granularity=granularity, racing=False, merge=merge, spans=1)
+    settings = ComePSettings(granularity=granularity, racing=False, merge=merge, spans=1)
     model = measured(resident, corpus)
     spent = model.layer_forwards
-    step = Come(settings, posterior=True).decide(model, 7 - merge, [])
+    step = ComeP(settings).decide(model, 7 - merge, [])[0]
     assert step is not None
     losses: dict[tuple[Any, ...], float] = {}
     for shares in share_grid(merge, granularity):
@@ -318,8 +317,8 @@ def test_the_best_ratio_of_several_spans(spans: int, resident_of: InMemory) -> N
     """Every ratio of every span that is tried, built and measured whole; one model is tried once."""
     resident, corpus = resident_of("llama"), corpus_of()
     model = measured(resident, corpus)
-    settings = ComeSettings(granularity=4, racing=False, spans=spans)
-    step = Come(settings, posterior=True).decide(model, 5, [])
+    settings = ComePSettings(granularity=4, racing=False, spans=spans)
+    step = ComeP(settings).decide(model, 5, [])[0]
     assert step is not None
     distances = {int(start): value for start, value in step.evidence["span_scores"].items()}
     tried = sorted(distances, key=lambda start: distances[start])[:spans]
@@ -348,8 +347,8 @@ def test_the_best_ratio_of_several_spans(spans: int, resident_of: InMemory) -> N
 def test_the_reference_tries_one_span_and_races_nothing(resident_of: InMemory) -> None:
     resident, corpus = resident_of("llama"), corpus_of(sequences=24)
     model = measured(resident, corpus, behind_final_norm=True)
-    assert ComeSettings(reference=True, spans=4).effective().spans == 1
-    step = Come(ComeSettings(reference=True, spans=4, granularity=4), posterior=True).decide(model, 5, [])
+    assert ComePSettings.presets["paper"]["spans"] == 1
+    step = ComeP(ComePSettings(**ComePSettings.presets["paper"], granularity=4)).decide(model, 5, [])[0]
     assert step is not None
     grid = step.evidence["grid"]
     assert len(grid) == 5
@@ -358,7 +357,7 @@ def test_the_reference_tries_one_span_and_races_nothing(resident_of: InMemory) -
 
 def test_more_spans_than_there_are(resident_of: InMemory) -> None:
     model = measured(resident_of("llama"), corpus_of(), [select(layer) for layer in (0, 3, 5)])
-    step = Come(ComeSettings(granularity=1, spans=9, racing=False), posterior=True).decide(model, 2, [])
+    step = ComeP(ComePSettings(granularity=1, spans=9, racing=False)).decide(model, 2, [])[0]
     assert step is not None
     # Two spans, a layer dropped each time; the middle one is dropped in both.
     assert len(step.evidence["grid"]) == 3 and step.op is not None
@@ -390,7 +389,7 @@ def test_racing_gives_the_same_for_less(resident_of: InMemory, predictable: Corp
     for racing in (False, True):
         model = measured(resident, predictable)
         before = model.layer_forwards
-        steps[racing] = Come(ComeSettings(granularity=10, racing=racing), posterior=True).decide(model, 5, [])
+        steps[racing] = ComeP(ComePSettings(granularity=10, racing=racing)).decide(model, 5, [])[0]
         spent[racing] = model.layer_forwards - before
     assert steps[True] is not None and steps[False] is not None
     assert steps[True].op == steps[False].op
@@ -409,8 +408,8 @@ def test_racing_survives_sequences_that_predict_nothing(resident_of: InMemory) -
     corpus = Corpus.of(ids, mask=mask, description="shortest first", documents=1)
     model = measured(resident_of("llama"), corpus)
     assert int(model.counts_N[0]) == 0  # looked at from the first heat on
-    raced = Come(ComeSettings(granularity=4), posterior=True).decide(model, 5, [])
-    exhausted = Come(ComeSettings(granularity=4, racing=False), posterior=True).decide(model, 5, [])
+    raced = ComeP(ComePSettings(granularity=4)).decide(model, 5, [])[0]
+    exhausted = ComeP(ComePSettings(granularity=4, racing=False)).decide(model, 5, [])[0]
     assert raced is not None and exhausted is not None
     assert raced.op == exhausted.op
     assert sum(entry["sequences"] == len(corpus) for entry in raced.evidence["grid"]) >= 2
@@ -418,7 +417,7 @@ def test_racing_survives_sequences_that_predict_nothing(resident_of: InMemory) -
 
 def test_a_grid_that_is_finer_than_the_pieces_tries_each_split_once(resident_of: InMemory) -> None:
     model = measured(resident_of("llama"), corpus_of())
-    step = Come(ComeSettings(granularity=200, racing=False), posterior=True).decide(model, 5, [])
+    step = ComeP(ComePSettings(granularity=200, racing=False)).decide(model, 5, [])[0]
     assert step is not None
     assert len(step.evidence["grid"]) < 201
 
@@ -437,11 +436,11 @@ def test_a_grid_that_is_finer_than_the_pieces_tries_each_split_once(resident_of:
     ],
 )
 def test_settings_that_cannot_be(name: str, bad: Any) -> None:
-    with pytest.raises(UserError, match=name):
-        ComeSettings(**{name: bad})
+    with pytest.raises(UserError, match=name.replace("_", "-")):
+        ComePSettings(**{name: bad})
 
 
 def test_every_bad_setting_is_reported() -> None:
     with pytest.raises(UserError) as caught:
-        ComeSettings(merge=0, granularity=-1, sharpness=float("inf"))
-    assert [problem.where for problem in caught.value.problems] == ["merge", "sharpness", "granularity"]
+        ComePSettings(granularity=-1, spans=0)
+    assert [problem.message.split()[0] for problem in caught.value.problems] == ["--granularity", "--spans"]

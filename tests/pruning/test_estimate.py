@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from intarsia.healing.settings import ClosedFormSettings
 from intarsia.pruning.estimate import estimate
-from intarsia.pruning.ladder import planner_of
-from intarsia.pruning.settings import ComeSettings
+from intarsia.pruning.methods.come import ComeSettings
+from intarsia.pruning.methods.come_p import ComePSettings
 from tests.conftest import Opened
+from tests.pruning.by_hand import planner_of
 
 
 def test_sizes_follow_from_the_config(checkpoint_of: Opened) -> None:
@@ -22,9 +22,8 @@ def test_sizes_follow_from_the_config(checkpoint_of: Opened) -> None:
     assert found.weight_bytes == 2 * checkpoint.parameters
     assert found.disk_bytes == 4 * found.parameters_after  # stored in float32
     assert found.hidden_bytes == 7 * 512 * architecture.width * 2
-    healed = estimate(
-        checkpoint, planner, 4, tokens=512, seq_len=32, dtype=torch.bfloat16, in_loop=ClosedFormSettings()
-    )
+    planner = planner_of("come", ComeSettings(heal_in_loop=True))
+    healed = estimate(checkpoint, planner, 4, tokens=512, seq_len=32, dtype=torch.bfloat16)
     assert healed.hidden_bytes == 2 * found.hidden_bytes
     assert "at most 2.5 passes" in found.words() and "to heal" not in found.words()
 
@@ -51,6 +50,6 @@ def test_passes_of_a_method(method: str, forwards: int, checkpoint_of: Opened) -
 
 def test_passes_of_what_come_p_tries(checkpoint_of: Opened) -> None:
     """Each ratio of each span re-runs all that may be after it; each removal what is after it."""
-    settings = ComeSettings(granularity=4, spans=2, removals=True)
+    settings = ComePSettings(granularity=4, spans=2, removals=True)
     found = estimate(checkpoint_of("llama"), planner_of("come-p", settings), 5, tokens=512, seq_len=32, dtype=None)
     assert found.passes_at_most == pytest.approx((6 + 2 * 5 * 5 + 15 + 5) / 6)

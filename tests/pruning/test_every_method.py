@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from intarsia.building.assembled import assembled
 from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.ladder import METHODS
-from intarsia.pruning.settings import ComeSettings, LacoSettings, Settings
+from intarsia.pruning.methods.come import ComeSettings
+from intarsia.pruning.methods.come_p import ComePSettings
+from intarsia.pruning.methods.laco import LacoSettings
 from intarsia.recipe.ops import Select
 from intarsia.recipe.validate import check
 from tests import families
 from tests.conftest import InMemory
-from tests.pruning.by_hand import ladder_of
+from tests.pruning.by_hand import METHODS, ladder_of
 from tests.pruning.conftest import corpus_of
 
-RUNS: list[tuple[str, Settings | None]] = [
+RUNS: list[tuple[str, Any]] = [
     *((method, None) for method in METHODS if method != "laco"),
     ("laco", LacoSettings(merge=2)),  # there are no four neighbours of one kind in every family
     ("come", ComeSettings(span_choice="sleb")),
-    ("come-p", ComeSettings(granularity=4, spans=2, norm="average")),
+    ("come-p", ComePSettings(granularity=4, spans=2, norm="average")),
 ]
 
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from intarsia.building.materialize import materialize
-from intarsia.pruning.ladder import METHODS, planner_of
-from intarsia.pruning.settings import ComeSettings, LacoSettings, Settings
+from intarsia.pruning.methods.come_p import ComePSettings
+from intarsia.pruning.methods.laco import LacoSettings
 from intarsia.recipe.validate import check
 from tests import families
 from tests.conftest import InMemory, Opened
-from tests.pruning.by_hand import ladder_of
+from tests.pruning.by_hand import METHODS, ladder_of, planner_of
 from tests.pruning.conftest import corpus_of
 
-OWN: dict[str, Settings] = {"come-p": ComeSettings(granularity=3, spans=2), "laco": LacoSettings(merge=2, lowest=0)}
+OWN: dict[str, Any] = {"come-p": ComePSettings(granularity=3, spans=2), "laco": LacoSettings(merge=2, lowest=0)}
 # The plus variants keep six layers, which is all there are.
 TRIED = [method for method in METHODS if not method.endswith("+")]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,22 +13,21 @@ import torch
 from intarsia.building.loaded_model import Resident
 from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.progress import Silent
 from intarsia.pruning import finalists
-from intarsia.pruning.finalists import check_finalists, settle
+from intarsia.pruning.finalists import settle
 from intarsia.pruning.heal_in_loop import Repair
 from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.ladder import climb, planner_of
-from intarsia.pruning.methods.come import Come
+from intarsia.pruning.ladder import Ladder
+from intarsia.pruning.methods.come_p import ComeP, ComePSettings
+from intarsia.pruning.methods.sleb import SlebSettings
 from intarsia.pruning.race import best_of_groups, race
-from intarsia.pruning.run_folder import RunFolder
-from intarsia.pruning.settings import ComeSettings, Settings, SlebSettings
 from intarsia.pruning.step import Step
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import Variant, identity
-from intarsia.stages.compare_methods import parse_methods
+from intarsia.registry import planners
 from tests import families
 from tests.conftest import InMemory, Opened
+from tests.pruning.by_hand import climb, ladder_in, planner_of
 from tests.pruning.test_in_loop import SETTINGS, written_by
 from tests.pruning.test_race import Track, noisy
 from tests.recipes_by_hand import select, shared
@@ -34,7 +35,7 @@ from tests.test_streaming import ladder as ladder_hashes
 from tests.test_streaming import streamed
 
 WHOLE: list[Op] = [select(layer) for layer in range(families.DEPTH)]
-EVERY = ComeSettings(granularity=2, spans=2, removals=True, racing=False)
+EVERY = ComePSettings(granularity=2, spans=2, removals=True, racing=False)
 
 
 def measured(resident: Resident, ops: list[Op], **changes: object) -> Intermediate:
@@ -43,8 +44,8 @@ def measured(resident: Resident, ops: list[Op], **changes: object) -> Intermedia
     return model
 
 
-def ladder(resident: Resident, folder: Path, method: str, settings: Settings, in_loop: bool) -> RunFolder:
-    run = RunFolder.start(folder, {})
+def ladder(resident: Resident, folder: Path, method: str, settings: Any, in_loop: bool) -> Ladder:
+    run = ladder_in(folder, {})
     start = identity(Variant(name="base", model="m"), families.DEPTH)
     model = Intermediate(resident, written_by(resident), start.layers)
     climb(planner_of(method, settings), model, start, 2, run, in_loop=SETTINGS if in_loop else None)
@@ -58,7 +59,7 @@ def test_every_removal_is_tried_once_with_its_loss(resident_of: InMemory) -> Non
     """Beside them only those ratios that are no removal: of the two spans, one half each."""
     resident = resident_of("qwen2")
     model = measured(resident, list(WHOLE))
-    step = Come(EVERY, posterior=True).decide(model, 5, [])
+    step = ComeP(EVERY).decide(model, 5, [])[0]
     assert step is not None
     grid = step.evidence["grid"]
     dropped = [entry["start"] for entry in grid if "dropped" in entry]
@@ -72,12 +73,14 @@ def test_every_removal_is_tried_once_with_its_loss(resident_of: InMemory) -> Non
 
 def test_of_three_at_once_two_adjacent_layers_are_dropped(resident_of: InMemory) -> None:
     """So that every candidate leads to the same depth; and no more than estimated is run."""
-    settings = ComeSettings(merge=3, granularity=1, spans=1, removals=True, racing=False)
+    settings = ComePSettings(
+        merge=3, granularity=1, spans=1, removals=True, racing=False, finalists=99, heal_in_loop=True
+    )
     model = measured(resident_of("llama"), list(WHOLE))
     before = model.layer_forwards
-    planner = Come(settings, posterior=True)
-    steps = planner.steps(model, 4, [{}], 99)
-    at_most = planner.forwards_at_most(model.architecture, 4, len(model.corpus), None)
+    planner = ComeP(settings)
+    steps = planner.decide(model, 4, [{}])
+    at_most = planner.forwards_at_most(model.architecture, 4, len(model.corpus))
     assert model.layer_forwards - before <= at_most - 6 - 4  # what is measured before and after
     removals = [step for step in steps if step.op is None]
     assert sorted(step.start for step in removals) == [0, 1, 2, 3, 4] and {step.count for step in removals} == {2}
@@ -89,7 +92,7 @@ def test_of_three_at_once_two_adjacent_layers_are_dropped(resident_of: InMemory)
 def test_with_removals_alone_it_is_sleb(in_loop: bool, resident_of: InMemory, tmp_path: Path) -> None:
     """A grid of one step has no ratios but those that drop a layer: the same recipes, with what is fitted on them."""
     resident = resident_of("llama")
-    settings = ComeSettings(granularity=1, removals=True, racing=False, finalists=1)
+    settings = ComePSettings(granularity=1, removals=True, racing=False, finalists=1)
     ours = ladder(resident, tmp_path / "ours", "come-p", settings, in_loop)
     sleb = ladder(resident, tmp_path / "sleb", "sleb", SlebSettings(racing=False), in_loop)
     assert ours.depths() == sleb.depths() == [5, 4, 3, 2]
@@ -103,7 +106,7 @@ def test_with_removals_alone_it_is_sleb(in_loop: bool, resident_of: InMemory, tm
 
 def test_where_nothing_may_be_merged_layers_are_dropped(resident_of: InMemory, tmp_path: Path) -> None:
     """The prior form has no removals, and stops."""
-    settings = ComeSettings(no_repeat=True, removals=True, granularity=2, spans=1)
+    settings = ComePSettings(no_repeat=True, removals=True, granularity=2, spans=1)
     assert ladder(resident_of("llama"), tmp_path / "p", "come-p", settings, False).depths()[-1] == 2
     assert ladder(resident_of("llama"), tmp_path / "c", "come", settings, False).depths()[-1] > 2
 
@@ -114,19 +117,19 @@ def test_where_nothing_may_be_merged_layers_are_dropped(resident_of: InMemory, t
 def test_finalists_remove_something_else_each(resident_of: InMemory) -> None:
     """The best of every kind, by the loss that all of them have on the same sequences."""
     model = measured(resident_of("llama"), list(WHOLE))
-    planner = Come(ComeSettings(granularity=4, spans=5, removals=True, racing=False), posterior=True)
-    steps = planner.steps(model, 5, [], 99)
+    every = ComePSettings(granularity=4, spans=5, removals=True, racing=False, finalists=99, heal_in_loop=True)
+    steps = ComeP(every).decide(model, 5, [])
     kinds = [_kind(model, step) for step in steps]
     assert len(kinds) == len(set(kinds))
     assert sum(step.op is None for step in steps) == 6
-    every: dict[tuple[int, bool], list[float]] = {kind: [] for kind in kinds}
+    shown: dict[tuple[int, bool], list[float]] = {kind: [] for kind in kinds}
     for entry in steps[0].evidence["grid"]:
         dropped = "dropped" in entry
         kind = entry["start"] if dropped else entry["start"] + (entry["ratios"][0] >= entry["ratios"][1]), dropped
-        every[kind].append(entry["loss"])
-    losses = [min(every[kind]) for kind in kinds]
+        shown[kind].append(entry["loss"])
+    losses = [min(shown[kind]) for kind in kinds]
     assert losses == sorted(losses)
-    assert planner.steps(model, 5, [], 3) == steps[:3]
+    assert ComeP(replace(every, finalists=3)).decide(model, 5, []) == steps[:3]
 
 
 def _kind(model: Intermediate, step: Step) -> tuple[int, bool]:
@@ -144,13 +147,13 @@ def test_of_a_group_one_is_kept_and_the_race_ends_with_so_many() -> None:
     track = Track({**close, "b": noisy(20.0, 64, 2), "c": noisy(40.0, 64, 3)})
     _, seen = race(
         list(track.sums), track.losses, track.counts, racing=True, keep=2, group=lambda name: name[0],
-        progress=Silent(), title="race",
+        title="race",
     )  # fmt: skip
     assert {name: sums.numel() for name, sums in seen.items()} == {"a1": 64, "a2": 64, "b": 64, "c": 8}
     assert best_of_groups(seen, 3, lambda name: name[0]) == ["a1", "b"]
     assert best_of_groups(seen, 2) == ["a1", "a2"]
     sure = Track({"a": noisy(0.0, 64, 0), "b": noisy(20.0, 64, 2), "c": noisy(40.0, 64, 3)})
-    _, seen = race(list(sure.sums), sure.losses, sure.counts, racing=True, keep=2, progress=Silent(), title="race")
+    _, seen = race(list(sure.sums), sure.losses, sure.counts, racing=True, keep=2, title="race")
     assert {name: sums.numel() for name, sums in seen.items()} == {"a": 8, "b": 8, "c": 8}
 
 
@@ -239,31 +242,31 @@ def test_candidates_are_judged_on_sequences_that_no_fit_sees(
 
 
 def test_the_published_behaviour_has_neither() -> None:
-    reference = ComeSettings(removals=True, finalists=3, reference=True).effective()
-    assert (reference.removals, reference.finalists) == (False, 1)
+    settings = replace(ComePSettings(removals=True), **ComePSettings.presets["paper"])
+    assert (settings.removals, settings.finalists, settings.racing) == (False, 1, False)
 
 
-def test_what_they_do_not_go_with(tmp_path: Path) -> None:
-    both = ComeSettings(removals=True, finalists=3)
-    check_finalists("come-p", both, SETTINGS)
-    check_finalists("come-p", ComeSettings(removals=True), None)
-    check_finalists("come", ComeSettings(), None)
-    check_finalists("sleb", SlebSettings(), SETTINGS)
+def test_what_they_do_not_go_with() -> None:
     with pytest.raises(UserError) as caught:
-        check_finalists("come", both, None)
-    assert [(each.where, each.found) for each in caught.value.problems] == [
-        ("--removals", "come"),
-        ("--finalists", "come"),
-        ("--finalists", "none"),
+        ComePSettings(finalists=3, blocks=1, spans=0)
+    assert [problem.message for problem in caught.value.problems] == [
+        "--spans is 0; it is at least 1.",
+        "--finalists is given without --heal-in-loop.",
+        "--blocks is given without --heal-in-loop.",
     ]
-    with pytest.raises(UserError, match="--heal-in-loop beside it"):
-        parse_methods("sleb,come-p[finalists=2]")
-    (entrant,) = parse_methods("come-p[finalists=2,removals=yes,heal_in_loop=true]")
-    assert entrant.settings == ComeSettings(finalists=2, removals=True)
+    with pytest.raises(UserError, match="--heal-in-loop"):
+        planners.choose_all("sleb,come-p[finalists=2]")
+    (chosen,) = planners.choose_all("come-p[finalists=2,removals=yes,heal_in_loop=true]")
+    assert chosen.settings == ComePSettings(finalists=2, removals=True, heal_in_loop=True)
+    thorough = ComePSettings(**ComePSettings.presets["thorough"])
+    assert ComeP(thorough).in_loop == ClosedFormSettings() and ComeP(thorough).blocks == 5
 
 
 def test_streamed_it_is_the_same(tmp_path: Path, checkpoint_of: Opened, resident_of: InMemory) -> None:
-    settings, rule = ComeSettings(granularity=3, removals=True, finalists=3), ClosedFormSettings(held_out=2)
+    settings, rule = (
+        ComePSettings(granularity=3, removals=True, finalists=3, heal_in_loop=True),
+        ClosedFormSettings(held_out=2),
+    )
     resident = streamed(checkpoint_of("llama"))
     found = [
         ladder_hashes(model, tmp_path / str(number), "come-p", settings=settings, in_loop=rule)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -17,27 +16,38 @@ from transformers import AutoModelForCausalLM
 import intarsia
 from intarsia.building.loaded_model import Resident
 from intarsia.building.materialize import materialize
+from intarsia.cli.parse import parse
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing.quality import Chain
 from intarsia.healing.settings import ClosedFormSettings
+from intarsia.options import Output, Target, TextSpec
 from intarsia.pruning.heal_in_loop import Repair
 from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.ladder import METHODS, climb, planner_of, progressive_methods
-from intarsia.pruning.methods.come import Come
-from intarsia.pruning.run_folder import RunFolder
-from intarsia.pruning.settings import ComeSettings, LacoSettings, Settings, SlebSettings
+from intarsia.pruning.ladder import Ladder
+from intarsia.pruning.methods.come import ComeSettings
+from intarsia.pruning.methods.come_p import ComeP, ComePSettings
+from intarsia.pruning.methods.laco import LacoSettings
+from intarsia.pruning.methods.sleb import SlebSettings
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans, identity
 from tests import families
 from tests.conftest import InMemory, Opened
-from tests.pruning.by_hand import real_tokens, residual_stream, with_layers
+from tests.pruning.by_hand import (
+    climb,
+    ladder_in,
+    planner_of,
+    progressive_methods,
+    real_tokens,
+    residual_stream,
+    with_layers,
+)
 from tests.recipes_by_hand import select, shared
 
 WHOLE = [select(layer) for layer in range(families.DEPTH)]
 SETTINGS = ClosedFormSettings(ridges=(0.1,))
 ONE_RIDGE = 0.1
-Run = tuple[RunFolder, Intermediate]
+Run = tuple[Ladder, Intermediate]
 
 
 def go(
@@ -46,12 +56,12 @@ def go(
     method: str,
     target: int,
     *,
-    settings: Settings | None = None,
+    settings: Any = None,
     corpus: Corpus | None = None,
     in_loop: ClosedFormSettings | None = SETTINGS,
 ) -> Run:
     """What `plan` does, in a run folder that may have been begun."""
-    run = RunFolder.start(folder, {})
+    run = ladder_in(folder, {})
     start = run.recipe(run.depths()[-1]) if run.depths() else whole()
     corpus = written_by(resident) if corpus is None else corpus
     model = Intermediate(resident, corpus, start.layers, fitted=start.fitted, batch_tokens=2 * corpus.seq_len)
@@ -206,7 +216,7 @@ def test_what_is_built_is_what_was_measured(
 
 def test_come_decides_on_the_repaired_model(resident_of: InMemory, tmp_path: Path) -> None:
     resident, corpus = resident_of("llama"), written_by(resident_of("llama"))
-    settings = ComeSettings(granularity=3, spans=2, finalists=1)
+    settings = ComePSettings(granularity=3, spans=2, finalists=1)
     run, _ = go(tmp_path / "run", resident, "come-p", 3, settings=settings)
     first, second, third = run.log()
     for before, after in ((first, second), (second, third)):
@@ -214,7 +224,7 @@ def test_come_decides_on_the_repaired_model(resident_of: InMemory, tmp_path: Pat
         seen = Intermediate(resident, corpus, recipe.layers, fitted=recipe.fitted)
         seen.measure()
         assert after["evidence"]["influence"] == pytest.approx([measure.influence for measure in seen.measures])
-        step = Come(settings, posterior=True).decide(seen, 3, [])
+        step = ComeP(settings).decide(seen, 3, [])[0]
         assert step is not None and [step.start, step.start + step.count] == after["merged"]
         grids = step.evidence["grid"], after["evidence"]["grid"]
         assert [entry["start"] for entry in grids[0]] == [entry["start"] for entry in grids[1]]
@@ -385,14 +395,14 @@ def test_stopped_and_started_again(
     method: str, steps: int, resident_of: InMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resident = resident_of("llama")
-    settings: Settings = LacoSettings(merge=2) if method == "laco" else ComeSettings(granularity=3)
+    settings: Any = LacoSettings(merge=2) if method == "laco" else ComePSettings(granularity=3)
     if method == "come-p removals":
-        method, settings = "come-p", ComeSettings(granularity=2, removals=True, finalists=3)
+        method, settings = "come-p", ComePSettings(granularity=2, removals=True, finalists=3, heal_in_loop=True)
     corpus = written_by(resident, 32)
     go(tmp_path / "undisturbed", resident, method, 2, settings=settings, corpus=corpus)
-    append, done = RunFolder.append, []
+    append, done = Ladder.append, []
 
-    def stops(self: RunFolder, entry: Mapping[str, Any], recipe: Recipe) -> None:
+    def stops(self: Ladder, entry: Mapping[str, Any], recipe: Recipe) -> None:
         append(self, entry, recipe)
         done.append(entry)
         if len(done) > steps:  # the recipes of this step are there, and half of its line
@@ -400,18 +410,18 @@ def test_stopped_and_started_again(
             path.write_bytes(path.read_bytes()[:-40])
             raise Stopped
 
-    monkeypatch.setattr(RunFolder, "append", stops)
+    monkeypatch.setattr(Ladder, "append", stops)
     with pytest.raises(Stopped):
         go(tmp_path / "stopped", resident, method, 2, settings=settings, corpus=corpus)
     monkeypatch.undo()
-    assert len(RunFolder(tmp_path / "stopped").depths()) == steps
+    assert len(Ladder(tmp_path / "stopped").depths()) == steps
     go(tmp_path / "stopped", resident, method, 2, settings=settings, corpus=corpus)
     folders = tmp_path / "stopped", tmp_path / "undisturbed"
     files = [{path.name: path.read_bytes() for path in sorted((each / "ladder").iterdir())} for each in folders]
     assert files[0] == files[1] and any(name.endswith(".safetensors") for name in files[0])
     logs = [
         [{key: value for key, value in entry.items() if key not in ("seconds", "layer_forwards")} for entry in log]
-        for log in (RunFolder(each).log() for each in folders)
+        for log in (Ladder(each).log() for each in folders)
     ]
     assert logs[0] == logs[1]
 
@@ -420,50 +430,45 @@ def test_stopped_and_started_again(
 
 
 def test_methods_that_can() -> None:
-    assert progressive_methods() == ["come", "come-p", "sleb", "laco"]
+    assert progressive_methods() == ["come", "come-p", "laco", "sleb"]
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("come", "come-p", "sleb", "laco")])
-def test_methods_that_decide_once_cannot(method: str, tmp_path: Path) -> None:
-    for stage in (intarsia.plan, intarsia.compress):
-        with pytest.raises(UserError, match=f"come, come-p, sleb, laco; found {re.escape(method)}, ") as caught:
-            stage("no-such-model", tmp_path / "out", layers=4, method=method, heal_in_loop=True)
-        assert caught.value.problems[0].where == "--heal-in-loop"
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("verb", ["plan", "compress"])
+def test_methods_that_decide_once_cannot(verb: str) -> None:
+    out = {"plan": "--run", "compress": "-o"}[verb]
+    words = ["no-such-model", out, "run", "--layers", "4", "--method", "shortgpt", "--heal-in-loop"]
+    with pytest.raises(UserError, match="--heal-in-loop is an option of come, come-p, laco and sleb"):
+        parse(getattr(intarsia, verb), verb, words)
 
 
 def test_planned_with_repair(model_folder: Any, text_file: Path, tmp_path: Path) -> None:
-    """The stage: the estimate holds, the recipe says how it came to be, other settings are refused."""
-    model = str(model_folder("llama"))
-    given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
+    """The verb: the estimate holds, the recipe says how it came to be, other settings are refused."""
+    model, target = str(model_folder("llama")), Target(layers=3)
+    text = TextSpec(sources=(str(text_file),), tokens=512, seq_len=32)
     fitted = 0
-    for number, (method, settings) in enumerate(
+    for number, settings in enumerate(
         (
-            ("come", None),
-            ("come-p", ComeSettings(granularity=2)),
-            ("come-p", ComeSettings(granularity=2, racing=False, removals=True, finalists=1)),
-            ("come-p", ComeSettings(granularity=2, racing=False, removals=True, finalists=30)),
-            ("sleb", None),
-            ("laco", LacoSettings(merge=3)),
+            ComeSettings(),
+            ComePSettings(granularity=2),
+            ComePSettings(granularity=2, racing=False, removals=True),
+            ComePSettings(granularity=2, racing=False, removals=True, finalists=30, heal_in_loop=True),
+            SlebSettings(),
+            LacoSettings(merge=3),
         )
     ):
-        folder = tmp_path / str(number)
-        planned = intarsia.plan(model, folder, layers=3, method=method, settings=settings, heal_in_loop=True, **given)
+        folder, healed = tmp_path / str(number), replace(settings, heal_in_loop=True)
+        planned = intarsia.plan(model, folder, target, method=healed, text=text)
         assert planned.depths[-1] == 3
         assert planned.layer_forwards <= planned.estimate.passes_at_most * 6 + 1e-9
-        alone = replace(settings, finalists=1) if isinstance(settings, ComeSettings) else settings
-        plain = intarsia.plan(model, folder, layers=3, method=method, settings=alone, dry_run=True, **given).estimate
+        alone = replace(settings, heal_in_loop=False, **({"finalists": 1} if hasattr(settings, "finalists") else {}))
+        plain = intarsia.plan(model, folder, target, method=alone, text=text, dry_run=True).estimate
         assert planned.estimate.passes_at_most > plain.passes_at_most
         assert planned.estimate.hidden_bytes == 2 * plain.hidden_bytes == 2 * 7 * 512 * families.WIDTH * 4
-        recipe = RunFolder(folder).recipe(3)
+        recipe = Ladder(folder).recipe(3)
         fitted += len(recipe.fitted)
-        assert recipe.provenance["settings"]["heal_in_loop"]["changed"] == [
-            "mlp",
-            "attention",
-            "mlp",
-        ]
+        assert recipe.provenance["settings"]["heal_in_loop"] is True
         with pytest.raises(UserError, match="heal_in_loop"):
-            intarsia.plan(model, folder, layers=3, method=method, settings=alone, **given)
+            intarsia.plan(model, folder, target, method=alone, text=text)
     assert fitted
 
 
@@ -471,13 +476,17 @@ def test_the_final_repair_starts_from_the_loop_s_or_from_bare_layers(
     model_folder: Any, text_file: Path, tmp_path: Path
 ) -> None:
     model = str(model_folder("llama"))
-    given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32, "eval_windows": 4}
-    result = intarsia.compress(model, tmp_path / "out", layers=4, heal_in_loop=True, heal="none", **given)
-    fitted = RunFolder(tmp_path / "out.run").recipe(4).fitted
+    given: dict[str, Any] = {
+        "text": TextSpec(sources=(str(text_file),), tokens=512, seq_len=32),
+        "method": ComeSettings(heal_in_loop=True),
+    }
+    result = intarsia.compress(model, tmp_path / "out", Target(layers=4), heal="none", **given)
+    fitted = Ladder(tmp_path / "out.run").recipe(4).fitted
     assert result.healed is not None and result.healed["method"] == "closed-form in the loop"
     assert result.healed["fitted_read_outs"] == sum(len(tensors) for tensors in fitted.values()) > 0
     assert result.after is not None and result.after.perplexity_without_heal is not None
-    again = intarsia.compress(model, tmp_path / "more", layers=4, heal_in_loop=True, run=tmp_path / "out.run", **given)
+    out = Output(path=tmp_path / "more", run=tmp_path / "out.run")
+    again = intarsia.compress(model, out, Target(layers=4), **given)
     assert again.healed is not None and again.after is not None
     assert again.healed["start"] in ("as it is", "with nothing fitted")
     goes_on = again.healed["start"] == "as it is" or not again.healed["taken"]

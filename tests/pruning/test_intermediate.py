@@ -16,12 +16,11 @@ from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.pruning.candidates import losses_with
 from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.ladder import climb, planner_of
-from intarsia.pruning.run_folder import RunFolder
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import Variant, identity
 from tests import families
 from tests.conftest import InMemory
+from tests.pruning.by_hand import climb, ladder_in, planner_of
 from tests.pruning.conftest import corpus_of
 from tests.recipes_by_hand import select, shared
 
@@ -320,7 +319,7 @@ def test_methods_share_a_pass_over_the_whole_model(
         runs = []
         for name, model in (("together", together), ("alone", alone)):
             model.become(whole.layers)
-            run = RunFolder.start(tmp_path / f"{number}-{name}", {})
+            run = ladder_in(tmp_path / f"{number}-{name}", {})
             climb(planner_of(method), model, whole, 3, run)
             runs.append(run)
         assert [entry["hash"] for entry in runs[0].log()] == [entry["hash"] for entry in runs[1].log()]

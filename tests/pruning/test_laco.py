@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from intarsia.errors import UserError
-from intarsia.pruning.methods.laco import collapsed
-from intarsia.pruning.settings import LacoSettings
+from intarsia.pruning.methods.laco import LacoSettings, collapsed
 from intarsia.recipe.ops import Merge, Select
 from tests import families
 from tests.conftest import InMemory
@@ -127,7 +126,7 @@ def test_what_the_notebook_computes(resident_of: InMemory, tmp_path: Path) -> No
     base, *others = states_of(resident)[1:4]
     for other in others:
         base = {name: base[name] + (other[name] - base[name]) for name in base}
-    settings = LacoSettings(merge=3, threshold=-1.0, interval=9, lowest=1, highest=4, reference=True)
+    settings = LacoSettings(merge=3, threshold=-1.0, interval=9, lowest=1, highest=4, formula="notebook")
     run, _, model = ladder_of("laco", resident, corpus, tmp_path / "run", 4, settings)
     assert [entry["merged"] for entry in run.log()] == [[1, 4]]
     for name, tensor in model.modules[1].state_dict().items():
@@ -142,11 +141,11 @@ def test_what_the_notebook_computes(resident_of: InMemory, tmp_path: Path) -> No
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(UserError) as caught:
         LacoSettings(merge=1, threshold=2.0, interval=0, lowest=-1, highest=-2)
-    assert [problem.where for problem in caught.value.problems] == [
-        "merge",
-        "threshold",
-        "interval",
-        "lowest",
-        "highest",
+    assert [problem.message.split()[0] for problem in caught.value.problems] == [
+        "--laco-merge",
+        "--laco-threshold",
+        "--laco-interval",
+        "--laco-lowest",
+        "--laco-highest",
     ]
     assert families.DEPTH == 6

@@ -11,7 +11,7 @@ from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.reader import Checkpoint
 from tests import families
 from tests.conftest import InMemory
-from tests.pruning.by_hand import kept_layers, ladder_of
+from tests.pruning.by_hand import climb, kept_layers, ladder_in, ladder_of, planner_of
 from tests.pruning.conftest import corpus_of
 
 
@@ -45,11 +45,9 @@ def test_magnitude_plus_keeps_the_first_four_and_the_last_two(tmp_path: Path) ->
     scores = scores_by_hand(resident)
     order = sorted(range(4, 7), key=lambda layer: scores[layer])
     from intarsia.pruning.intermediate import Intermediate
-    from intarsia.pruning.ladder import climb, planner_of
-    from intarsia.pruning.run_folder import RunFolder
     from intarsia.recipe.recipe import Variant, identity
 
-    run, whole = RunFolder.start(tmp_path / "run", {}), identity(Variant(name="base", model="m"), 9)
+    run, whole = ladder_in(tmp_path / "run", {}), identity(Variant(name="base", model="m"), 9)
     stopped = climb(planner_of("magnitude+"), Intermediate(resident, corpus_of(), whole.layers), whole, 5, run)
     assert stopped is not None and "first 4 and the last 2" in stopped
     assert run.depths() == [8, 7, 6]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from intarsia.progress import Silent
 from intarsia.pruning.race import best_of_groups, mean_loss, race
 
 
@@ -26,7 +25,7 @@ class Track:
         return [self.sums[name][part] for name in names]
 
     def run(self, *, racing: bool = True) -> tuple[str, dict[str, Tensor]]:
-        return race(list(self.sums), self.losses, self.counts, racing=racing, progress=Silent(), title="race")
+        return race(list(self.sums), self.losses, self.counts, racing=racing, title="race")
 
 
 def noisy(mean: float, size: int, seed: int) -> list[float]:
@@ -112,11 +111,9 @@ def test_sequences_that_predict_nothing_do_not_decide() -> None:
 def test_the_best_few_are_never_given_up() -> None:
     """Three that are clearly worse than the best, of which two are asked for besides it; then nothing is left to do."""
     track = Track({"a": noisy(0.0, 64, 0), "b": noisy(40.0, 64, 1), "c": noisy(20.0, 64, 2), "d": noisy(30.0, 64, 3)})
-    best, seen = race(
-        list(track.sums), track.losses, track.counts, racing=True, keep=3, progress=Silent(), title="race"
-    )
+    best, seen = race(list(track.sums), track.losses, track.counts, racing=True, keep=3, title="race")
     assert best == "a"
     assert best_of_groups(seen, 3) == ["a", "c", "d"] and {sums.numel() for sums in seen.values()} == {8}
     alone = Track({"only": [1.0] * 64})
-    _, seen = race(["only"], alone.losses, alone.counts, racing=True, keep=2, progress=Silent(), title="race")
+    _, seen = race(["only"], alone.losses, alone.counts, racing=True, keep=2, title="race")
     assert seen["only"].numel() == 8

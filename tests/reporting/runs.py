@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from intarsia.pruning.run_folder import RunFolder
 from intarsia.pruning.step import describe
 from intarsia.recipe import schema
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans, identity
 from intarsia.tailoring.candidate import Candidate, single
 from intarsia.tailoring.history import History, Trial
+from tests.pruning.by_hand import ladder_in
 
 INFLUENCE = [0.9, 0.05, 0.02, 0.03, 0.06, 0.3]
 GROUPS, CHANNELS = 4, 40
@@ -61,7 +61,7 @@ def plan_run(path: Path, **changes: Any) -> Path:
         "target": None,
         **changes,
     }
-    run = RunFolder.start(path, settings)
+    run = ladder_in(path, settings)
     run.pin("calibration", {"text": "notes.txt", "sha256": text, "tokens": 4096})
     for number, (recipe, start, op) in enumerate(ladder()[:steps]):
         evidence: dict[str, Any] = {

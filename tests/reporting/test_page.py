@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.pruning.run_folder import RunFolder, Wanted
+from intarsia.pruning.ladder import Ladder, Wanted
 from intarsia.reporting.blocks import Pictures, Table
 from intarsia.reporting.commands import compare_command, compress_command, plan_command
 from intarsia.reporting.page import report_html, write_report
@@ -136,11 +136,11 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     _, reader = page(plan_run(tmp_path / "none", steps=0))
     assert "This run is not finished" in reader.text and "some/model" in reader.text
     assert not reader.all("svg")
-    RunFolder(plan_run(tmp_path / "one", steps=1)).want(Wanted(layers=3))
+    Ladder(plan_run(tmp_path / "one", steps=1)).want(Wanted(layers=3))
     _, reader = page(tmp_path / "one")
     assert "it has come to 5 layers on the way down to 3." in reader.text
     assert reader.all("svg")
-    RunFolder(plan_run(tmp_path / "stopped")).want(Wanted(layers=2, stopped="nothing is left to merge"))
+    Ladder(plan_run(tmp_path / "stopped")).want(Wanted(layers=2, stopped="nothing is left to merge"))
     _, reader = page(tmp_path / "stopped")
     assert "on the way down to 2 and goes no further: nothing is left to merge." in reader.text
     with (tmp_path / "one" / "log.jsonl").open("a") as file:

@@ -17,8 +17,10 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.pruning.run_folder import RunFolder
-from intarsia.pruning.settings import ComeSettings, LacoSettings
+from intarsia.pruning.ladder import Ladder
+from intarsia.pruning.methods.come import ComeSettings
+from intarsia.pruning.methods.come_p import ComePSettings
+from intarsia.pruning.methods.laco import LacoSettings
 from intarsia.recipe import schema
 from intarsia.stages import compare_judge
 from intarsia.stages.evaluate_tasks import evaluate_tasks
@@ -91,7 +93,7 @@ def test_the_numbers_are_those_of_the_stages_one_by_one(
         ("come", "come", None),
         ("mka", "mka", None),
         ("laco[merge=3]", "laco", LacoSettings(merge=3)),
-        ("come-p[granularity=4,norm=average]", "come-p", ComeSettings(granularity=4, norm="average")),
+        ("come-p[granularity=4,norm=average]", "come-p", ComePSettings(granularity=4, norm="average")),
         ("sleb[heal_in_loop=true]", "sleb", None),
     ):
         for layers in (5, 4, 3):
@@ -122,9 +124,9 @@ def test_the_numbers_are_those_of_the_stages_one_by_one(
                 assert row["tasks"]["retention"]["mean"] == alone.retention.to_dict()["mean"]
     assert rows["laco[merge=3]", 5, "none"]["note"] == "a ladder of its own"
     assert rows["laco[merge=3]", 4, "none"]["note"] is None
-    assert RunFolder(out / "plans" / "laco-merge-3-to-003").depths() == [4, 3]
-    assert RunFolder(out / "plans" / "laco-merge-3-to-005").depths() == [5]
-    assert RunFolder(out / "plans" / "come").depths() == [5, 4, 3]
+    assert Ladder(out / "plans" / "laco-merge-3-to-003").depths() == [4, 3]
+    assert Ladder(out / "plans" / "laco-merge-3-to-005").depths() == [5]
+    assert Ladder(out / "plans" / "come").depths() == [5, 4, 3]
     assert result.passes == 1
 
 
@@ -208,7 +210,7 @@ def test_methods_share_a_pass(model_folder: Folder, halves: Sizes, tmp_path: Pat
     )
     assert reference.layer_forwards == rows["come[reference=true]", 4, "none"]["layer_forwards"] + 6
     recipe = schema.load(tmp_path / "compare" / rows["come[reference=true]", 4, "none"]["recipe"])
-    assert recipe.layers == RunFolder(tmp_path / "reference").recipe(4).layers
+    assert recipe.layers == Ladder(tmp_path / "reference").recipe(4).layers
 
 
 def test_more_may_be_asked_for_and_nothing_is_measured_twice(
@@ -297,7 +299,7 @@ def test_the_same_texts_and_tasks_by_other_paths(
         ("come", 4, "closed-form"),
         ("reverse", 4, "closed-form"),
     }
-    assert RunFolder(out / "plans" / "come").depths() == [5, 4]
+    assert Ladder(out / "plans" / "come").depths() == [5, 4]
 
     text.write_text(families.sample_text(5000, seed=9), encoding="utf-8")
     questions.write_text("".join(questions.read_text(encoding="utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
@@ -380,7 +382,7 @@ def test_a_dry_run_writes_nothing_and_bounds_the_cost(model_folder: Folder, halv
     for line in dry.estimate:
         own = [row for row in rows.values() if row["method"] == line["method"]]
         ladders = {(out / row["recipe"]).parents[1] for row in own}
-        spent = sum(entry["layer_forwards"] for folder in ladders for entry in RunFolder(folder).log())
+        spent = sum(entry["layer_forwards"] for folder in ladders for entry in Ladder(folder).log())
         assert 0 <= spent <= line["passes_at_most"] * 6 + 1e-9, line["method"]
         assert 0 < sum(row["heal_forwards"] or 0 for row in own) <= line["heal_passes_at_most"] * 6
         assert line["models"] == 6

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import intarsia
-from intarsia.pruning.run_folder import RunFolder
+from intarsia.pruning.ladder import Ladder
 from tests.conftest import Folder
 from tests.killing import kill_within, needs_proc
 
@@ -24,7 +24,7 @@ def test_killed_and_started_again(
     model = str(model_folder("llama"))
     # The recipe is there, and half of the second line.
     kill_within("log.jsonl", 2, 100, PLAN, model, tmp_path / "killed", text_file, cache=cache_here)
-    assert RunFolder.existing(tmp_path / "killed").depths() == [5]
+    assert Ladder.existing(tmp_path / "killed").depths() == [5]
     assert (tmp_path / "killed" / "log.jsonl").read_bytes()[-1:] != b"\n"
 
     continued = intarsia.plan(model, tmp_path / "killed", layers=3, **sizes)
@@ -38,7 +38,7 @@ def test_killed_and_started_again(
         assert (one / "ladder" / file).read_bytes() == (other / "ladder" / file).read_bytes()
     drop = ("seconds", "layer_forwards")
     logs = [
-        [{key: value for key, value in entry.items() if key not in drop} for entry in RunFolder(folder).log()]
+        [{key: value for key, value in entry.items() if key not in drop} for entry in Ladder(folder).log()]
         for folder in (one, other)
     ]
     assert logs[0] == logs[1]

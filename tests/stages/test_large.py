@@ -14,12 +14,13 @@ import intarsia
 from intarsia.activations import hidden_store
 from intarsia.activations.hidden_store import HiddenStore
 from intarsia.cli.app import app
+from intarsia.commands.heal import TrainingText, heal
 from intarsia.errors import UserError
 from intarsia.healing.settings import LayerwiseSettings
-from intarsia.pruning.run_folder import RunFolder
+from intarsia.options import Runtime
+from intarsia.pruning.ladder import Ladder
 from intarsia.recipe.schema import content_hash
 from intarsia.stages.evaluate import evaluate_perplexity
-from intarsia.stages.heal import heal
 from intarsia.stages.placement import placement
 from tests.conftest import Folder
 
@@ -68,7 +69,7 @@ def test_a_plan_that_was_killed_leaves_no_spilled_files(model_folder: Folder, si
     intarsia.plan(model, run, layers=4, **sizes)
     assert not list(run.glob("intarsia-hidden-*"))
     intarsia.plan(model, tmp_path / "other", layers=4, **sizes)
-    hashes = [content_hash(RunFolder(folder).recipe(4)) for folder in (run, tmp_path / "other")]
+    hashes = [content_hash(Ladder(folder).recipe(4)) for folder in (run, tmp_path / "other")]
     assert hashes[0] == hashes[1]
 
 
@@ -88,24 +89,24 @@ def test_a_full_disk_is_told(
 def test_healing_streamed_is_the_same(model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     intarsia.plan(str(model_folder("llama")), run, layers=4, **sizes)
-    common: Sizes = {"data": str(text_file), "tokens": 1024, "seq_len": 32, "stages": ("closed-form", "layerwise")}
-    common["layerwise"] = LayerwiseSettings(batch_tokens=256)
-    whole = heal(run, tmp_path / "whole", **common)
-    found = heal(run, tmp_path / "streamed", stream=True, memory_bytes=0, **common)
+    text = TrainingText(sources=(str(text_file),), tokens=1024, seq_len=32)
+    stages = ["closed-form", LayerwiseSettings(batch_tokens=256)]
+    whole = heal(run, tmp_path / "whole", text, stages=stages)
+    found = heal(run, tmp_path / "streamed", text, stages=stages, runtime=Runtime(stream=True, memory="1B"))
     assert found.recipe_sha256 == whole.recipe_sha256
     assert [row["held_out_perplexity"] for row in found.stages] == [row["held_out_perplexity"] for row in whole.stages]
     assert found.layers == whole.layers
     with pytest.raises(UserError, match="end-to-end"):
-        heal(run, tmp_path / "no", stream=True, data=str(text_file), stages=("end-to-end",))
-    with pytest.raises(UserError, match="that it writes"):
-        heal(run, tmp_path / "no", stream=True, data="self", tokens=64, seq_len=32)
+        heal(run, tmp_path / "no", text, stages="end-to-end", runtime=Runtime(stream=True))
+    with pytest.raises(UserError, match="lets the model write"):
+        heal(run, tmp_path / "no", "self", runtime=Runtime(stream=True))
 
 
 def test_layers_over_two_devices_are_the_same(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
     model = str(model_folder("qwen2"))
     intarsia.plan(model, tmp_path / "one", layers=4, **sizes)
     intarsia.plan(model, tmp_path / "two", layers=4, devices=("cpu", "cpu"), **sizes)
-    hashes = [content_hash(RunFolder(tmp_path / name).recipe(4)) for name in ("one", "two")]
+    hashes = [content_hash(Ladder(tmp_path / name).recipe(4)) for name in ("one", "two")]
     assert hashes[0] == hashes[1]
 
 

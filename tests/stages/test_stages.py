@@ -20,14 +20,16 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli.app import app
 from intarsia.errors import UserError
 from intarsia.progress import Silent
-from intarsia.pruning.ladder import METHODS
-from intarsia.pruning.run_folder import RunFolder
-from intarsia.pruning.settings import ComeSettings, LacoSettings
+from intarsia.pruning.ladder import Ladder
+from intarsia.pruning.methods.come import ComeSettings
+from intarsia.pruning.methods.come_p import ComePSettings
+from intarsia.pruning.methods.laco import LacoSettings
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages import judge
 from tests import families
 from tests.conftest import Folder
+from tests.pruning.by_hand import METHODS
 from tests.recipes_by_hand import recipe_of, select, shared
 
 Sizes = dict[str, Any]
@@ -45,7 +47,7 @@ MEASURED = ("come", "come-p", "sleb")
 @pytest.mark.parametrize("method", ANY_DEPTH)
 def test_plan_then_build_any_depth(method: str, model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
     model = str(model_folder("llama"))
-    settings = ComeSettings(granularity=4)
+    settings = ComePSettings(granularity=4)
     run = tmp_path / "run"
     planned = intarsia.plan(model, run, layers=3, method=method, settings=settings, **sizes)
     assert (planned.layers, planned.target, planned.depths, planned.stopped) == (6, 3, (5, 4, 3), None)
@@ -130,14 +132,14 @@ def test_an_unfinished_plan_is_told_as_such(
     """Stopped between its steps to 5 and to 4 layers, on the way down to 3."""
     model, run = str(model_folder("llama")), tmp_path / "run"
 
-    def stops(self: RunFolder, entry: Mapping[str, Any], recipe: Recipe) -> None:
+    def stops(self: Ladder, entry: Mapping[str, Any], recipe: Recipe) -> None:
         if entry["layers"] == 4:
             raise KeyboardInterrupt
         append(self, entry, recipe)
 
-    append = RunFolder.append
+    append = Ladder.append
     with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "append", stops)
+        patched.setattr(Ladder, "append", stops)
         with pytest.raises(KeyboardInterrupt):
             intarsia.plan(model, run, layers=3, **sizes)
     facts = intarsia.inspect(str(run)).facts
@@ -399,8 +401,8 @@ def test_the_same_model_folder_spelled_otherwise(
         assert intarsia.plan(spelled, run, layers=depth, **sizes).depths[-1] == depth
     monkeypatch.chdir(tmp_path)
     assert intarsia.plan(str(link), run, layers=2, **sizes).depths == (5, 4, 3, 2)
-    assert RunFolder(run).settings()["model"] == str(whole)
-    assert {RunFolder(run).recipe(depth).variants[0].model for depth in (5, 2)} == {str(whole)}
+    assert Ladder(run).settings()["model"] == str(whole)
+    assert {Ladder(run).recipe(depth).variants[0].model for depth in (5, 2)} == {str(whole)}
     # The ladder's recipes name the folder that they are made from: the same weights elsewhere are not that one.
     shutil.copytree(whole, tmp_path / "llama")
     for other in (tmp_path / "llama", model_folder("opt")):

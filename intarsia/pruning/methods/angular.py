@@ -9,26 +9,21 @@ the smaller one before it: the ladder's recipes are not made from one another.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from intarsia.activations.statistics import last_real
-from intarsia.architecture.spec import Architecture
-from intarsia.healing.settings import ClosedFormSettings
-from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.scores import angular_distance
-from intarsia.pruning.step import Step
+from intarsia.pruning.step import Planner, Step
 from intarsia.recipe.ops import LayerRef, Select
+from intarsia.registry import planner
+
+if TYPE_CHECKING:
+    from intarsia.pruning.intermediate import Intermediate
 
 
-class Angular:
-    """One contiguous block for every depth."""
+@planner("angular", paper="2403.17887")
+class Angular(Planner):
+    """Drop the contiguous block over which the residual stream turns least."""
 
-    progressive = False
-    measures = True
-
-    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
         """The best block that is one layer longer than what is dropped now."""
         table: list[list[float]] = history[0]["distances"] if history else distances(model)
         depth = len(table) + 1
@@ -40,32 +35,25 @@ class Angular:
         evidence: dict[str, Any] = {"dropped": [start, start + count], "distance": found[start]}
         if not history:
             evidence["distances"] = table
-        return Step(
+        step = Step(
             start=start,
             count=count,
             op=None,
             whole=tuple(Select(source=LayerRef(variant=variant, layer=layer)) for layer in kept),
             evidence=evidence,
         )
-
-    def reason(self) -> str:
-        """Never asked: a block can always be dropped."""
-        return "no layer is left"
-
-    def forwards_at_most(
-        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
-    ) -> int:
-        """One pass over the whole model."""
-        return architecture.n_layers
+        return [step]
 
 
 def distances(model: Intermediate) -> list[list[float]]:
     """For n = 1 .. L-1 dropped layers: the distance between the ends of the block at each start 0 .. L-n."""
+    from torch.nn.functional import normalize
+
+    from intarsia.activations.statistics import last_real
+    from intarsia.pruning.scores import angular_distance
+
     keep_NT = last_real(model.corpus.input_ids, model.corpus.mask)
-    units = [
-        torch.nn.functional.normalize(model.tokens_at(depth, keep_NT).double(), dim=1)
-        for depth in range(model.depth + 1)
-    ]
+    units = [normalize(model.tokens_at(depth, keep_NT).double(), dim=1) for depth in range(model.depth + 1)]
 
     def distance(first: int, last: int) -> float:
         cosine = (units[first] * units[last]).sum(dim=1).clamp(-1.0, 1.0)

@@ -13,28 +13,29 @@ Layers of different attention types are never merged. The few sequences are the 
 
 The notebook also subtracts the base as it has been changed by then, so that its sum telescopes to the last layer of the
 merge: what was published as merging drops the others. This follows the formula, which needs layers whose weights are
-alike; where they are not, as in the demo model, its sum is no layer (dev/LOG.md). `LacoSettings.reference` does what
-the notebook does, all but the norms.
+alike; where they are not, as in the demo model, its sum is no layer (dev/LOG.md). `--preset paper` does what the
+notebook does, all but the norms.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from intarsia.architecture.spec import Architecture
-from intarsia.healing.settings import ClosedFormSettings
-from intarsia.pruning.candidates import normed_with
-from intarsia.pruning.heal_in_loop import repair_forwards
-from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.settings import LacoSettings
-from intarsia.pruning.step import Step, one_attention_type, strides
+from intarsia.errors import check
+from intarsia.flags import flag
+from intarsia.pruning.step import Progressive, ProgressiveSettings, Step, one_attention_type, strides
 from intarsia.recipe.algebra import merge_of
 from intarsia.recipe.ops import LayerRef, Op, Select
+from intarsia.registry import planner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from intarsia.pruning.intermediate import Intermediate
 
 SEQUENCES = 10
 """Calibration sequences on which final hidden states are compared."""
@@ -43,17 +44,52 @@ _LOWER_BY = 0.05
 _LEAST = -1.05  # every finite similarity is above it
 
 
-class Laco:
-    """Merging of differences, accepted by the similarity of final hidden states."""
+@dataclass(frozen=True, kw_only=True)
+class LacoSettings(ProgressiveSettings):
+    """How LaCo decides."""
 
-    progressive = True
-    measures = True
+    # Adjacent layers that become one in a step (C); the default is the paper's for 7 billion parameters.
+    merge: int = flag(4, "--laco-merge")
+    # Least similarity to the original model at which a merge is accepted, at first.
+    threshold: float = flag(0.65, "--laco-threshold")
+    # Layers by which the pointer moves down after a merge (I).
+    interval: int = flag(2, "--laco-interval")
+    # The first layer, from 0, that others may collapse into (L).
+    lowest: int = flag(1, "--laco-lowest")
+    # Layers after the first N are not merged at first (H; default: all may be).
+    highest: int | None = flag(None, "--laco-highest", metavar="N")
+    # The formula of the paper, or what the published notebook computes: its sum is the last layer of a merge.
+    formula: Literal["paper", "notebook"] = flag("paper", "--laco-formula")
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"formula": "notebook"}}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low = self.highest is not None and self.highest <= self.lowest
+        check(
+            (self.merge >= 2, f"--laco-merge is {self.merge}; at least 2 layers are merged.", "Give 2 or more."),
+            (
+                -1.0 <= self.threshold <= 1.0,
+                f"--laco-threshold is {self.threshold}; it is a similarity between -1 and 1.",
+                "Give one such as 0.65.",
+            ),
+            (self.interval >= 1, f"--laco-interval is {self.interval}; it is at least 1.", "Give 1 or more."),
+            (self.lowest >= 0, f"--laco-lowest is {self.lowest}; layers are counted from 0.", "Give 0 or more."),
+            (not low, f"--laco-highest is {self.highest}; --laco-lowest is {self.lowest}.", "Give a greater one."),
+        )
+
+
+@planner("laco", settings=LacoSettings, paper="2402.11187")
+class Laco(Progressive):
+    """Merge differences of layers, accepted by the similarity of final hidden states."""
 
     def __init__(self, settings: LacoSettings) -> None:
+        super().__init__(settings)
         self.settings = settings
+        self.layers_at_once = settings.merge
         self._reference: Tensor | None = None
 
-    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
         """Move the pointer down until a merge is similar enough."""
         threshold = history[-1]["threshold"] if history else self.settings.threshold
         pointer = history[-1]["next"] if history else self._top(model.depth)
@@ -66,10 +102,10 @@ class Laco:
                     if pointer not in similarities:
                         similarities[pointer] = self._similarity(model, pointer, count)
                     if similarities[pointer] > threshold:
-                        return self._step(model, pointer, count, threshold, similarities)
+                        return [self._step(model, pointer, count, threshold, similarities)]
                 pointer -= 1
             if restarted and (not similarities or threshold <= _LEAST):
-                return None
+                return []
             threshold = max(round(threshold - _LOWER_BY, 10), _LEAST)
             pointer, restarted = self._top(model.depth), True
 
@@ -80,43 +116,47 @@ class Laco:
             "that may be merged"
         )
 
-    def forwards_at_most(
-        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
-    ) -> int:
+    def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> int:
         """Every merge may be tried on the first sequences, as the original once is; then the model is measured."""
+        from intarsia.pruning.heal_in_loop import repair_forwards
+
         depth = architecture.n_layers
         share = min(1.0, SEQUENCES / sequences)
         return (
             depth
             + math.ceil(share * depth)
             + sum(
-                math.ceil(share * current * current) + current + repair_forwards(architecture, in_loop, current)
+                math.ceil(share * current * current) + current + repair_forwards(architecture, self.in_loop, current)
                 for current, _ in strides(depth, target, self.settings.merge)
             )
         )
 
     def _top(self, depth: int) -> int:
-        """Where the pointer starts: the deepest layer with C - 1 others behind it."""
+        """Where the pointer starts: the deepest layer with C - 1 others after it."""
         highest = depth if self.settings.highest is None else min(self.settings.highest, depth)
         return max(highest - self.settings.merge, min(self.settings.lowest, depth - 2))
 
     def _step(
         self, model: Intermediate, start: int, count: int, threshold: float, similarities: Mapping[int, float]
     ) -> Step:
-        behind = min(start - self.settings.interval, model.depth - count + 1 - self.settings.merge)
+        below = min(start - self.settings.interval, model.depth - count + 1 - self.settings.merge)
         evidence = {
             "similarity": similarities[start],
             "threshold": threshold,
-            "next": behind,
+            "next": below,
             "tried": {str(index): value for index, value in similarities.items()},
         }
         return Step(start=start, count=count, op=self._merged(model.ops[start : start + count]), evidence=evidence)
 
     def _merged(self, ops: Sequence[Op]) -> Op:
-        return ops[-1] if self.settings.reference else collapsed(ops)
+        return ops[-1] if self.settings.formula == "notebook" else collapsed(ops)
 
     def _similarity(self, model: Intermediate, start: int, count: int) -> float:
         """Mean cosine similarity, sequence by sequence, of final hidden states to the original model's."""
+        from torch.nn.functional import cosine_similarity
+
+        from intarsia.pruning.candidates import normed_with
+
         few = slice(0, SEQUENCES)
         if self._reference is None:
             variant = model.ops[0].sources[0].variant
@@ -125,7 +165,7 @@ class Laco:
             ]
             self._reference = normed_with(model, 0, model.depth, whole, sequences=few).flatten(1).float()
         merged = normed_with(model, start, count, [self._merged(model.ops[start : start + count])], sequences=few)
-        found_N = torch.nn.functional.cosine_similarity(merged.flatten(1).float(), self._reference, dim=1)
+        found_N = cosine_similarity(merged.flatten(1).float(), self._reference, dim=1)
         return float(found_N.double().mean())
 
 

@@ -8,31 +8,52 @@ Deviation: norm weights do not count, as the paper has it (its code adds them; t
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from intarsia.building.layer import parameter_name
-from intarsia.pruning.intermediate import Intermediate
+from intarsia.pruning.one_shot import OneShot
+from intarsia.registry import planner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from intarsia.pruning.intermediate import Intermediate
 
 PROTECTED = (4, 2)
 """First and last layers that the plus variants of the paper never drop."""
 
 
-def magnitudes(model: Intermediate) -> list[float]:
-    """The sum of absolute linear weights of each layer."""
-    return [
-        sum(float(_row_sums(weight).sum()) for weight in linear_weights(model, index))
-        for index, _ in enumerate(model.resident.walk(model.modules))
-    ]
+@planner("magnitude", paper="2402.02834")
+class Magnitude(OneShot):
+    """Drop the layers whose weights are smallest."""
+
+    passes = 0
+
+    def score(self, model: Intermediate) -> list[float]:
+        """The sum of absolute linear weights of each layer."""
+        return [
+            sum(float(_row_sums(weight).sum()) for weight in linear_weights(model, index))
+            for index, _ in enumerate(model.resident.walk(model.modules))
+        ]
+
+
+@planner("magnitude+", paper="2402.02834")
+class MagnitudePlus(Magnitude):
+    """Drop the layers whose weights are smallest, of those between the first four and the last two."""
+
+    protect = PROTECTED
 
 
 def linear_weights(model: Intermediate, index: int) -> list[Tensor]:
     """The weights of the linear modules of a layer (awake), in the architecture's order; of experts all together."""
+    from intarsia.building.layer import parameter_name
+
     architecture = model.architecture
     names = [f"{architecture.modules(linear)[0]}.weight" for linear in architecture.linears]
     parameters = dict.fromkeys(parameter_name(name, architecture) for name in names)
     return [model.modules[index].get_parameter(name) for name in parameters]
 
 
-def _row_sums(weight: Tensor) -> Tensor:
-    return weight.detach().abs().sum(dim=1, dtype=torch.float32).double()
+def _row_sums(weight_DC: Tensor) -> Tensor:
+    import torch
+
+    return weight_DC.detach().abs().sum(dim=1, dtype=torch.float32).double()

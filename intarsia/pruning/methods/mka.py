@@ -22,16 +22,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from intarsia.architecture.spec import Architecture
-from intarsia.healing.settings import ClosedFormSettings
-from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.step import Step, one_attention_type
+from intarsia.pruning.step import Planner, Step, one_attention_type
 from intarsia.recipe.algebra import merge_of
+from intarsia.registry import planner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from intarsia.pruning.intermediate import Intermediate
 
 SAMPLES = 512
 COORDINATES = 2
@@ -41,13 +41,11 @@ _DENSITY = 0.5
 _SAMPLES_A_CELL = 5
 
 
-class Mka:
-    """Merging from the end, with weights from the alignment of diffusion maps."""
+@planner("mka", paper="2406.16330")
+class Mka(Planner):
+    """Merge from the end, with weights from how alike two layers are."""
 
-    progressive = False
-    measures = True
-
-    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
         """Merge the deepest two adjacent layers that may be."""
         similarities: list[float] = history[0]["similarities"] if history else adjacent_similarities(model)
         for start in reversed(range(model.depth - 1)):
@@ -59,18 +57,12 @@ class Mka:
             evidence: dict[str, Any] = {"merged": [str(op.sources[0]) for op in pair], "similarity": weight}
             if not history:
                 evidence["similarities"] = similarities
-            return Step(start=start, count=2, op=merge_of(pair, [weight, 1.0 - weight]), evidence=evidence)
-        return None
+            return [Step(start=start, count=2, op=merge_of(pair, [weight, 1.0 - weight]), evidence=evidence)]
+        return []
 
     def reason(self) -> str:
         """Why nothing more can be merged."""
         return "layers of different attention types are not merged, and no others are adjacent"
-
-    def forwards_at_most(
-        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
-    ) -> int:
-        """One pass over the whole model."""
-        return architecture.n_layers
 
 
 def adjacent_similarities(model: Intermediate) -> list[float]:
@@ -85,6 +77,8 @@ def adjacent_similarities(model: Intermediate) -> list[float]:
 
 def diffusion_map(x_SD: Tensor, coordinates: int) -> Tensor:
     """The leading coordinates of the diffusion map of samples, `[S, E]` float64."""
+    import torch
+
     squared_SS = torch.cdist(x_SD, x_SD, compute_mode="donot_use_mm_for_euclid_dist").square()
     apart = squared_SS[squared_SS > 0]
     scale = float(apart.median()) if apart.numel() else 1.0
@@ -102,6 +96,8 @@ def cells_of(x_SE: Tensor) -> Tensor:
 
     As many parts as leave a few samples for each pair of cells of two layers, and at least two.
     """
+    import torch
+
     samples, coordinates = x_SE.shape
     parts = max(2, int((samples / _SAMPLES_A_CELL) ** (0.5 / max(coordinates, 1))))
     ranks_SE = x_SE.argsort(dim=0, stable=True).argsort(dim=0, stable=True)
@@ -122,6 +118,8 @@ def normalised_information(first_S: Tensor, second_S: Tensor) -> float:
 
 
 def _entropy(cells_S: Tensor) -> float:
+    import torch
+
     counts = torch.bincount(cells_S).double()
     share = counts[counts > 0] / cells_S.numel()
     return float(-(share * share.log()).sum())
@@ -129,6 +127,8 @@ def _entropy(cells_S: Tensor) -> float:
 
 def _spread(ids_NT: Tensor, mask_NT: Tensor | None) -> Tensor:
     """True at `SAMPLES` real tokens at most, evenly spaced over all of them."""
+    import torch
+
     keep_NT = torch.ones_like(ids_NT, dtype=torch.bool) if mask_NT is None else mask_NT.clone()
     real = keep_NT.flatten().nonzero()[:, 0]
     chosen = real[torch.arange(min(SAMPLES, real.numel())) * real.numel() // min(SAMPLES, real.numel())]

@@ -6,9 +6,21 @@ The simple heuristic of arXiv 2403.17887, which keeps the very last layer, is an
 
 from __future__ import annotations
 
-from intarsia.pruning.intermediate import Intermediate
+from typing import TYPE_CHECKING
+
+from intarsia.pruning.one_shot import OneShot
+from intarsia.registry import planner
+
+if TYPE_CHECKING:
+    from intarsia.pruning.intermediate import Intermediate
 
 
-def positions(model: Intermediate) -> list[float]:
-    """The deeper, the less."""
-    return [float(-index) for index in range(model.depth)]
+@planner("reverse", paper="2411.15558")
+class Reverse(OneShot):
+    """Drop the last layer, again and again."""
+
+    passes = 0
+
+    def score(self, model: Intermediate) -> list[float]:
+        """The deeper, the less."""
+        return [float(-index) for index in range(model.depth)]

@@ -1,36 +1,47 @@
 """SLEB: remove, one after the other, the layer without which the calibration loss is least.
 
 Source: Song et al., arXiv 2402.09025. Deviation: candidates are raced (published, and with `racing` off: all of them
-see the whole calibration set). Each is run from the kept hidden states before it.
+see the whole calibration text). Each is run from the kept hidden states before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from intarsia.architecture.spec import Architecture
-from intarsia.healing.settings import ClosedFormSettings
-from intarsia.pruning.candidates import Change, losses_of
-from intarsia.pruning.heal_in_loop import repair_forwards
-from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.race import mean_loss, race
-from intarsia.pruning.settings import SlebSettings
-from intarsia.pruning.step import Step, strides
+from intarsia.pruning.step import Progressive, ProgressiveSettings, Step, strides
 from intarsia.recipe.ops import sources_of
+from intarsia.registry import planner
+
+if TYPE_CHECKING:
+    from intarsia.pruning.intermediate import Intermediate
 
 
-class Sleb:
-    """Greedy removal by calibration loss."""
+@dataclass(frozen=True, kw_only=True)
+class SlebSettings(ProgressiveSettings):
+    """How SLEB decides."""
 
-    progressive = True
-    measures = True
+    # Give a candidate up as soon as it is clearly worse than the best on part of the calibration text.
+    racing: bool = True
 
-    def __init__(self, settings: SlebSettings | None = None) -> None:
-        self.settings = settings or SlebSettings()
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"racing": False}}
 
-    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
+
+@planner("sleb", settings=SlebSettings, paper="2402.09025")
+class Sleb(Progressive):
+    """Drop the layer without which the calibration loss is least."""
+
+    def __init__(self, settings: SlebSettings) -> None:
+        super().__init__(settings)
+        self.settings = settings
+
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
         """Try the model without each layer."""
+        from intarsia.pruning.candidates import Change, losses_of
+
         best, sums = race(
             range(model.depth),
             lambda starts, part: losses_of(
@@ -38,7 +49,6 @@ class Sleb:
             ),
             model.counts_N,
             racing=self.settings.racing,
-            progress=model.progress,
             title=f"skipping each of {model.depth} layers",
         )
         evidence = {
@@ -46,17 +56,13 @@ class Sleb:
             "sequences": [sums[start].numel() for start in range(model.depth)],
             "dropped": sources_of([model.ops[best]]),
         }
-        return Step(start=best, count=1, op=None, evidence=evidence)
+        return [Step(start=best, count=1, op=None, evidence=evidence)]
 
-    def reason(self) -> str:
-        """Never asked: a layer can always be dropped."""
-        return "no layer is left"
-
-    def forwards_at_most(
-        self, architecture: Architecture, target: int, sequences: int, in_loop: ClosedFormSettings | None
-    ) -> int:
+    def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> int:
         """Every layer is tried, at the cost of those after it; then the model is measured."""
+        from intarsia.pruning.heal_in_loop import repair_forwards
+
         return architecture.n_layers + sum(
-            current * (current - 1) // 2 + current - 1 + repair_forwards(architecture, in_loop, current)
+            current * (current - 1) // 2 + current - 1 + repair_forwards(architecture, self.in_loop, current)
             for current, _ in strides(architecture.n_layers, target, 2)
         )

@@ -13,24 +13,48 @@ Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `P` predictions, 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from intarsia.activations.hidden_store import HiddenStore
-from intarsia.activations.statistics import require_finite
-from intarsia.activations.stream import LayerStream
-from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.methods.magnitude import linear_weights
+from intarsia.pruning.methods.magnitude import PROTECTED, linear_weights
+from intarsia.pruning.one_shot import OneShot
+from intarsia.registry import planner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from intarsia.activations.hidden_store import HiddenStore
+    from intarsia.activations.stream import LayerStream
+    from intarsia.pruning.intermediate import Intermediate
 
 LAYERS_A_PASS = 3
 """Layer-forwards that running a layer with gradients costs: forward once, and backward about twice that."""
 
 
-def saliences(model: Intermediate) -> list[float]:
-    """The first-order change of the loss with each layer's weights, added up without regard to sign.
+@planner("taylor", paper="2402.02834")
+class Taylor(OneShot):
+    """Drop the layers whose removal changes the loss least, to first order."""
 
-    `model` is the whole model, measured.
-    """
+    passes = 1 + LAYERS_A_PASS
+
+    def score(self, model: Intermediate) -> list[float]:
+        """The first-order change of the loss with each layer's weights, added up without regard to sign."""
+        return saliences(model)
+
+
+@planner("taylor+", paper="2402.02834")
+class TaylorPlus(Taylor):
+    """Drop the layers whose removal changes the loss least, of those between the first four and the last two."""
+
+    protect = PROTECTED
+
+
+def saliences(model: Intermediate) -> list[float]:
+    """The scores of `Taylor`. `model` is the whole model, measured."""
+    import torch
+
+    from intarsia.activations.hidden_store import HiddenStore
+    from intarsia.activations.stream import LayerStream
+
     # What the model passes to its layers must not come from inference mode, or autograd refuses it.
     stream = LayerStream(model.resident.model, model.architecture)
     n, t = model.corpus.input_ids.shape
@@ -39,7 +63,7 @@ def saliences(model: Intermediate) -> list[float]:
     scores = [0.0] * model.depth
     try:
         with torch.enable_grad(), model.progress.task("gradients", model.depth + 1) as task:
-            gradients_behind_the_last(model, stream, grads)
+            gradients_after_the_last(model, stream, grads)
             task.advance()
             backwards = list(reversed(range(model.depth)))
             for index, _ in zip(backwards, model.resident.walk(model.modules[i] for i in backwards), strict=True):
@@ -51,8 +75,12 @@ def saliences(model: Intermediate) -> list[float]:
     return scores
 
 
-def gradients_behind_the_last(model: Intermediate, stream: LayerStream, grads: HiddenStore) -> None:
+def gradients_after_the_last(model: Intermediate, stream: LayerStream, grads: HiddenStore) -> None:
     """Put the gradient of the summed loss by H^L into `grads`, one sequence at a time: logits are large."""
+    import torch
+
+    from intarsia.activations.statistics import require_finite
+
     for part, ids_BT, mask_BT in model.batches.over():
         h_BTD = model.hidden_at(model.depth, part)
         for row in range(ids_BT.shape[0]):
@@ -63,22 +91,28 @@ def gradients_behind_the_last(model: Intermediate, stream: LayerStream, grads: H
                 stream.logits(h_1TD, ids_BT[rows], mask)[0], ids_BT[row], None if mask is None else mask[0]
             )
             (grad,) = torch.autograd.grad(loss, h_1TD)
-            require_finite(grad, "gradient behind the last layer")
+            require_finite(grad, "gradient after the last layer")
             grads.put(0, part.start + row, grad)
 
 
 def _summed_loss(logits_TV: Tensor, ids_T: Tensor, mask_T: Tensor | None) -> Tensor:
     """Summed next-token loss of one sequence over the predictions of which both tokens are real."""
+    from torch.nn.functional import cross_entropy
+
     targets_T = ids_T[1:] if mask_T is None else ids_T[1:].masked_fill(~(mask_T[:-1] & mask_T[1:]), -100)
-    return torch.nn.functional.cross_entropy(logits_TV[:-1].float(), targets_T, reduction="sum", ignore_index=-100)
+    return cross_entropy(logits_TV[:-1].float(), targets_T, reduction="sum", ignore_index=-100)
 
 
 def _through(model: Intermediate, stream: LayerStream, grads: HiddenStore, index: int) -> float:
-    """Turn `grads` from the gradient behind a layer into that before it.
+    """Turn `grads` from the gradient after a layer into that before it.
 
     Returns:
         Sum of |gradient * weight| over the layer's linear weights, for the summed loss.
     """
+    import torch
+
+    from intarsia.activations.statistics import require_finite
+
     module, source = model.modules[index], model.ops[index].sources[0].layer
     weights = linear_weights(model, index)
     totals = [torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
@@ -88,8 +122,8 @@ def _through(model: Intermediate, stream: LayerStream, grads: HiddenStore, index
         for part, ids_BT, mask_BT in model.batches.over():
             h_BTD = model.hidden_at(index, part).clone().requires_grad_()
             out_BTD = stream.run(module, h_BTD, stream.calls(ids_BT, mask_BT)[source])
-            behind_BTD = grads.get(0, part.start, part.stop, h_BTD.device)
-            before_BTD, *found = torch.autograd.grad(out_BTD, [h_BTD, *weights], behind_BTD)
+            after_BTD = grads.get(0, part.start, part.stop, h_BTD.device)
+            before_BTD, *found = torch.autograd.grad(out_BTD, [h_BTD, *weights], after_BTD)
             require_finite(before_BTD, f"gradient before layer {index}")
             grads.put(0, part.start, before_BTD)
             for total, gradient in zip(totals, found, strict=True):

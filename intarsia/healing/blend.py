@@ -1,9 +1,9 @@
-"""Healing what was made of several models: as a cut of what it would be with no layer removed.
+"""Healing what was made of several models: it learns from what it would be with no layer removed.
 
-Repaired towards one of its members a mixture would lose what it has of the others, so it learns from its own blend
-uncut (`reference_layers` of `intarsia.recipe.algebra`). That model is written into the run folder, and takes the
-base's place: layers that are the blend's own become plain selections from it, and healing goes on as with one model.
-What was fitted then belongs to the recipe as it was.
+Healed toward one of its members, a blend would lose what it has of the others. So the same blend with all of its layers
+(`reference_layers` of `intarsia.recipe.algebra`) is written into the run folder and takes the base's place: layers
+that are the blend's own become plain selections from it, and the stages work as with one model. What they fit then
+belongs to the recipe over the members.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from intarsia import progress
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.disk import require_room
-from intarsia.progress import Progress
 from intarsia.recipe import schema
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 
 BLEND = "the same blend with no layer removed"
-"""What that teacher is called."""
+"""The name of that teacher."""
 _NAME = "uncut"
 
 
@@ -38,21 +38,21 @@ def blend_of(recipe: Recipe) -> Recipe:
 
 
 def blend_sha256(recipe: Recipe, members: Mapping[str, str]) -> str:
-    """Which blend that is, before it is made; `members` are the hashes of the weights of all variants."""
+    """The identity of that blend, before it is made; `members` are the hashes of the weights of all variants."""
     plain = replace(recipe, variants=tuple(Variant(name=v.name, model=v.name) for v in recipe.variants))
-    told = [schema.content_hash(blend_of(plain)), sorted(members.items())]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    facts = [schema.content_hash(blend_of(plain)), sorted(members.items())]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def over_its_blend(
-    recipe: Recipe, variants: Mapping[str, Checkpoint], run: Path, *, progress: Progress
+    recipe: Recipe, variants: Mapping[str, Checkpoint], run: Path
 ) -> tuple[Recipe, dict[str, Checkpoint]]:
     """The same model as a recipe over its blend, and all checkpoints of that.
 
     Args:
         variants: the opened members.
-        run: a run folder that was begun with this recipe and these members; the blend is written to `uncut/` there,
-            unless an earlier call has done so.
+        run: a run folder with this recipe and these members; the blend is written to `uncut/` there, unless an
+            earlier call has done so.
 
     Raises:
         UserError: it cannot be written.
@@ -60,8 +60,8 @@ def over_its_blend(
     folder, layers = run / _NAME, reference_layers(recipe)
     if not folder.exists():
         require_room(run, variants[recipe.base].nbytes, f"the model that it learns from, {BLEND}", option="--run")
-        progress.say(f"made of several models: it learns from {BLEND}")
-        materialize(blend_of(recipe), variants, folder, progress=progress)
+        progress.current().say(f"made of several models: it learns from {BLEND}")
+        materialize(blend_of(recipe), variants, folder, progress=progress.current())
     blend = Checkpoint.open(folder, model=str(folder))
     name = _NAME
     while name in variants:
@@ -73,7 +73,7 @@ def over_its_blend(
 
     made = replace(
         recipe,
-        variants=(Variant(name=name, model=str(folder), sha256=scan(blend, progress)), *recipe.variants),
+        variants=(Variant(name=name, model=str(folder), sha256=scan(blend, progress.current())), *recipe.variants),
         base=name,
         layers=tuple(over(op) for op in recipe.layers),
     )
@@ -86,7 +86,7 @@ def back(recipe: Recipe, healed: Recipe) -> Recipe:
 
 
 def forget(run: Path) -> None:
-    """Delete the blend, when nothing learns from it any more; what a kill leaves of it is not taken for whole."""
+    """Delete the blend when nothing learns from it any more; what a kill leaves of it does not count as whole."""
     folder, leaving = run / _NAME, run / f".{_NAME}"
     if folder.exists():
         shutil.rmtree(leaving, ignore_errors=True)

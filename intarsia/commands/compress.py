@@ -1,0 +1,238 @@
+"""`intarsia compress`, the main job: plan, heal, build, and measure what came out beside what went in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from intarsia import progress
+from intarsia.errors import UserError
+from intarsia.options import EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
+from intarsia.pruning.estimate import Estimate
+from intarsia.registry import HealStages, Planner, heal_stages, planners
+from intarsia.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from intarsia.evaluation.perplexity import Perplexity
+    from intarsia.healing.pipeline import Healed
+    from intarsia.recipe.recipe import Recipe
+
+_UNMEASURED = "built"  # in the run folder from before the build until the result has been measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What is compared before and after."""
+
+    layers: int
+    parameters: int
+    # Of the weights.
+    bytes: int
+    perplexity: Perplexity | None
+    # Of the pruned model before it was healed.
+    perplexity_without_heal: Perplexity | None = None
+    # On further evaluation texts, by name.
+    other_perplexities: Mapping[str, Perplexity] = field(default_factory=dict)
+    # Mean over the tasks.
+    accuracy: float | None = None
+    # Tokens a second; None where they are not measured.
+    prefill_per_s: float | None
+    decode_per_s: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+
+        def plain(found: Perplexity | None) -> dict[str, Any] | None:
+            # One window has no scatter.
+            return found and {"value": found.value, "stderr": found.stderr if found.windows > 1 else None}
+
+        data = asdict(self)
+        data["perplexity"] = plain(self.perplexity)
+        data["perplexity_without_heal"] = plain(self.perplexity_without_heal)
+        del data["other_perplexities"]
+        return data | {f"perplexity of {name}": plain(found) for name, found in self.other_perplexities.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressResult:
+    """What a compression gave. A dry run only estimates: what is measured is None then."""
+
+    model: str
+    method: str
+    target: int
+    estimate: Estimate
+    before: Measures | None = None
+    after: Measures | None = None
+    # How the pruned model was healed, and the share of the gap in log-perplexity that this closed; None where nothing
+    # was to be healed.
+    healed: dict[str, Any] | None = None
+    # Accuracy of the new model on the tasks, with what it kept of the original's.
+    tasks: dict[str, Any] | None = None
+    # What perplexity was measured on.
+    evaluation: str | None = None
+    layer_forwards: float | None = None
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    recipe_sha256: str | None = None
+    report: Path | None = None
+    out: Path
+    run: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        data = {**asdict(self), "out": str(self.out), "run": str(self.run)}
+        data["report"] = None if self.report is None else str(self.report)
+        for key in ("before", "after"):
+            measures: Measures | None = getattr(self, key)
+            data[key] = None if measures is None else measures.to_dict()
+        if self.before is not None:  # the work is done
+            del data["estimate"]
+        return data
+
+
+def compress(
+    model: ModelRef | str,
+    out: Output | str | Path,
+    target: Target,
+    *,
+    method: Planner = "come",
+    heal: HealStages = ("closed-form",),
+    text: TextSpec = TextSpec(),
+    evaluation: EvalSpec = EvalSpec(),
+    runtime: Runtime = Runtime(),
+) -> CompressResult:
+    """Make a model shallower: plan, heal, build and measure in one go.
+
+    Give either --layers or --sparsity. Killed at any point, the same command resumes.
+
+    Raises:
+        UserError: something about the input cannot be used, or the method cannot reach the target.
+    """
+    from intarsia.building.materialize import RECIPE_FILE
+    from intarsia.checkpoint.resolve import open_checkpoint
+    from intarsia.checkpoint.staging import check_out
+    from intarsia.commands.before_after import Evaluation, measured
+    from intarsia.commands.job import Job
+    from intarsia.commands.planning import Planning, heal_recipe
+    from intarsia.disk import write_whole
+    from intarsia.evaluation.speed import peak_memory_bytes
+    from intarsia.healing.pipeline import check_stages
+    from intarsia.recipe import schema
+    from intarsia.reporting.card import model_card
+    from intarsia.stages.build import build_recipe, card_facts
+    from intarsia.stages.push import push_later
+    from intarsia.stages.report import REPORT, report_compression
+
+    started, report = time.perf_counter(), progress.current()
+    out, run, stages = Output.of(out), RunDir(Output.of(out).run_path), heal_stages.choose_all(heal)
+
+    # Input: everything that can be wrong is found before any work.
+    check_stages(stages, runtime)
+    send_off = push_later(out.push_to, private=out.private, dry_run=out.dry_run, progress=report)
+    unmeasured = _built_but_not_measured(run.path / _UNMEASURED, out.path / RECIPE_FILE)
+    check_out(out.path, overwrite=out.overwrite or unmeasured is not None)
+    job = Job(model, text, runtime)
+    planning = Planning(job, target, planners.choose(method))
+    measuring = Evaluation.of(job, evaluation)
+    result = CompressResult(
+        model=job.model,
+        method=planning.method.name,
+        target=planning.target,
+        estimate=replace(planning.estimate, heal_passes_at_most=planning.heal_passes_at_most(stages)),
+        out=out.path,
+        run=run.path,
+    )
+    if out.dry_run:
+        done = replace(result, seconds=time.perf_counter() - started, peak_memory_bytes=peak_memory_bytes())
+        return send_off(done, out.path)
+    report.say(result.estimate.words())
+
+    with planning.opened(run) as ladder:
+        # Plan.
+        planned = planning.work(ladder)
+        if planning.target not in planned.depths:
+            raise UserError(
+                f"{planned.method} found no way down to {planned.target} layers: {planned.stopped}.",
+                f"Build a depth of the ladder with `intarsia build {run.path} --layers N`, or change the settings.",
+            )
+        pruned = ladder.recipe(planning.target)
+
+        # Heal: each stage is accepted only if the selection part of the text says that the model is better.
+        healed = heal_recipe(job, ladder, pruned, stages)
+        recipe = healed.recipe if healed is not None else pruned
+
+        # Build. What this command built before it was killed is replaced; anything else is not.
+        overwrite = out.overwrite or unmeasured == schema.content_hash(recipe)
+        check_out(out.path, overwrite=overwrite)
+        write_whole(run.path / _UNMEASURED, schema.content_hash(recipe))
+        if runtime.stream:
+            job.release()  # what is outside the layers would be mapped twice
+        built = build_recipe(recipe, out.path, overwrite=overwrite, max_shard_bytes=out.shard_bytes, progress=report)
+
+        # Measure, on the test part of the text unless other text is given.
+        if not measuring.texts and job.text.test is not None:
+            measuring.texts = {"test": job.text.test}
+        if not measuring.texts:
+            report.say("no perplexity: the calibration text has nothing left to test on; give --eval-text")
+        small = open_checkpoint(str(built.out), progress=report)
+        bare = replace(recipe, fitted={}) if recipe.fitted else None
+        before, after = measured(job, small, measuring, unhealed=bare)
+
+        # Report.
+        done = replace(
+            result,
+            before=before,
+            after=after,
+            healed=_healed(healed, pruned, before, after),
+            tasks=measuring.accuracy,
+            evaluation=measuring.words,
+            layer_forwards=planned.layer_forwards,
+            seconds=time.perf_counter() - started,
+            peak_memory_bytes=peak_memory_bytes(),
+            recipe_sha256=built.recipe_sha256,
+            report=out.path / REPORT,
+        )
+        facts = card_facts(recipe, job.checkpoint, built, title=out.path.name)
+        facts |= {"before": before.to_dict(), "after": after.to_dict(), "evaluation": measuring.words}
+        write_whole(out.path / "README.md", model_card(facts))
+        report_compression(out.path, done.to_dict(), measuring.text)
+        (run.path / _UNMEASURED).unlink(missing_ok=True)
+    return send_off(done, out.path)
+
+
+def _built_but_not_measured(marker: Path, carried: Path) -> str | None:
+    """The hash of the recipe, if the output is what this run built before it was killed."""
+    from intarsia.recipe import schema
+
+    if not (marker.is_file() and carried.is_file()):
+        return None
+    found = schema.content_hash(schema.load(carried))
+    return found if marker.read_text(encoding="utf-8") == found else None
+
+
+def _healed(healed: Healed | None, pruned: Recipe, before: Measures, after: Measures) -> dict[str, Any] | None:
+    """How the pruned model was healed, and the share of the gap that this closed; None where nothing was to heal."""
+    in_loop = sum(len(tensors) for tensors in pruned.fitted.values())
+    stages = () if healed is None else healed.stages[1:]
+    if not stages and not in_loop:
+        return None
+    taken = [stage for stage in stages if stage.taken]
+    fits = [entry for stage in taken for entry in stage.details if entry.get("ridge") is not None]
+    found: dict[str, Any] = {
+        "method": ", ".join(stage.stage for stage in stages) or "closed-form in the loop",
+        "taken": bool(taken) or not stages,
+        "fitted_read_outs": len(fits) if stages else in_loop,
+        "tokens": max((stage.tokens for stage in stages), default=pruned.provenance["calibration"]["tokens"]),
+    }
+    if in_loop and not any(stage.facts.get("from_scratch") for stage in taken):
+        found["fitted_in_loop"] = in_loop
+    for stage in stages:
+        if "start" in stage.facts:
+            found["start"] = stage.facts["start"]
+    whole, bare, now = before.perplexity, after.perplexity_without_heal, after.perplexity
+    if whole is not None and bare is not None and now is not None and bare.nll > whole.nll:
+        found["gap_closed"] = (bare.nll - now.nll) / (bare.nll - whole.nll)
+    return found

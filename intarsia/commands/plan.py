@@ -1,0 +1,82 @@
+"""`intarsia plan`: measure a model, and write the recipe for every depth down to the target into a run folder."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from intarsia import progress
+from intarsia.flags import Flag
+from intarsia.options import ModelRef, Runtime, Target, TextSpec
+from intarsia.pruning.estimate import Estimate
+from intarsia.registry import Planner, planners
+from intarsia.run_dir import RunDir
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanResult:
+    """What a plan gave."""
+
+    model: str
+    method: str
+    # The run folder; None for a dry run.
+    run: Path | None
+    # Of the model.
+    layers: int
+    target: int
+    # The depths whose recipes the run folder holds.
+    depths: tuple[int, ...]
+    # Calibration loss in nats at each of them; None where the method does not measure it.
+    losses: tuple[float | None, ...]
+    # Cost of the whole run; 1 is one layer over the calibration text.
+    layer_forwards: float
+    seconds: float = 0.0
+    peak_memory_bytes: int
+    # Why the method ended before the target, or None.
+    stopped: str | None
+    # What it takes, as known before.
+    estimate: Estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        data = asdict(self)
+        data["run"] = None if self.run is None else str(self.run)
+        data["ladder"] = [
+            {"layers": depth, "calibration_loss": loss} for depth, loss in zip(self.depths, self.losses, strict=True)
+        ]
+        del data["depths"], data["losses"]
+        if self.run is not None:  # the work is done
+            del data["estimate"]
+        return data
+
+
+def plan(
+    model: ModelRef | str,
+    run: Annotated[Path, Flag(metavar="DIR", help="Run folder: progress, log and ladder.")],
+    target: Target,
+    *,
+    method: Planner = "come",
+    text: TextSpec = TextSpec(),
+    runtime: Runtime = Runtime(),
+    dry_run: Annotated[bool, Flag(help="Print an estimate of the cost; write nothing.")] = False,
+) -> PlanResult:
+    """Decide what to make: a recipe for every depth down to the target, none of them built yet.
+
+    Give either --layers or --sparsity. `intarsia build RUN --layers N` builds any of the depths later. Killed at any
+    point, the same command resumes; a deeper target goes on in the same run.
+
+    Raises:
+        UserError: something about the input cannot be used. Nothing has been written then.
+    """
+    from intarsia.commands.job import Job
+    from intarsia.commands.planning import Planning
+
+    started = time.perf_counter()
+    planning = Planning(Job(model, text, runtime), target, planners.choose(method))
+    if dry_run:
+        return planning.result()
+    progress.current().say(planning.estimate.words())
+    with planning.opened(RunDir(run)) as ladder:
+        return replace(planning.work(ladder), seconds=time.perf_counter() - started)

@@ -1,0 +1,213 @@
+"""The work of a plan, as `plan`, `compress`, `compare` and `tailor` do it: check, estimate, step down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from intarsia import progress
+from intarsia.checkpoint.hashing import acting_config
+from intarsia.checkpoint.resolve import lasting
+from intarsia.commands.job import Job, calibration_of, pin_text, target_depth, versions
+from intarsia.commands.plan import PlanResult
+from intarsia.evaluation.speed import peak_memory_bytes
+from intarsia.flags import plain
+from intarsia.healing.pipeline import HealContext, Healed, run_stages
+from intarsia.healing.teacher import TeacherStates
+from intarsia.options import Target
+from intarsia.pruning.estimate import estimate
+from intarsia.pruning.finalists import LAST_BLOCKS, block_starts
+from intarsia.pruning.intermediate import Intermediate
+from intarsia.pruning.ladder import Ladder
+from intarsia.pruning.prune import prune
+from intarsia.pruning.step import Planner, mlp_pieces
+from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.registry import Chosen
+from intarsia.run_dir import RunDir
+
+BASE = "base"
+"""What the model is called in the recipes of a plan."""
+
+
+class Planning:
+    """A plan that is asked for, checked.
+
+    Attributes:
+        target: the depth to come to.
+        estimate: what it takes.
+    """
+
+    def __init__(self, job: Job, target: Target, method: Chosen) -> None:
+        """
+        Raises:
+            UserError: the target cannot be reached by depth.
+        """
+        self.job, self.method = job, method
+        self.planner: Planner = method.create()
+        self.target = target_depth(target, job.checkpoint.architecture, job.checkpoint.parameters)
+        self.estimate = estimate(
+            job.checkpoint,
+            self.planner,
+            self.target,
+            tokens=job.spec.tokens,
+            seq_len=job.spec.seq_len,
+            dtype=job.dtype,
+        )
+
+    def heal_passes_at_most(self, stages: Sequence[Chosen]) -> float:
+        """Passes over the calibration text of those heal stages that say how many they take."""
+        starts = 1 if self.planner.in_loop is None else 2 + min(LAST_BLOCKS, self.planner.blocks)
+        known = [each.settings.passes_at_most for each in stages if hasattr(each.settings, "passes_at_most")]
+        return float(sum(starts * passes(self.job.checkpoint.architecture) for passes in known))
+
+    @contextmanager
+    def opened(self, run: RunDir) -> Iterator[Ladder]:
+        """The run folder, started or resumed, for this process alone.
+
+        Raises:
+            UserError: the folder holds a run with other settings, or the text cannot be used: nothing is written then.
+        """
+        settings, ladder = self.settings(run), Ladder(run)
+        run.check(settings)
+        if not ladder.reaches(self.target):
+            _ = self.job.text.calibration  # a mistyped text must leave no folder behind
+        with run.opened(settings):
+            yield ladder
+
+    def settings(self, run: RunDir) -> dict[str, Any]:
+        """What decides the plan; `Runtime` does not.
+
+        Raises:
+            UserError: the model or the calibration text cannot be used.
+        """
+        job = self.job
+        _ = job.tokenizer  # one that cannot be read is found out before the weights are hashed
+        return {
+            # Absolute: however the folder is spelled, and wherever the command runs, it is the same model.
+            "model": lasting(job.model),
+            "revision": job.revision,
+            "sha256": job.sha256,
+            "config": acting_config(job.checkpoint.config),
+            "method": self.method.name,
+            "planner": plain(self.method.settings),
+            "calibration": calibration_of(run, job),
+            "tokens": job.spec.tokens,
+            "seq_len": job.spec.seq_len,
+            "seed": job.spec.seed,
+            # Where more than two layers are merged at once, the last step merges fewer: the ladder depends on its end.
+            "target": self.target if self.planner.layers_at_once > 2 else None,
+        }
+
+    def work(self, ladder: Ladder, shared: Callable[[], Intermediate] | None = None) -> PlanResult:
+        """The steps that are missing, recorded in the run folder, which is open.
+
+        Args:
+            shared: gives the model to plan with, where it is shared with other plans; it is not closed then.
+
+        Raises:
+            UserError: the disk is full, the text is another, or what is measured is not finite.
+        """
+        if ladder.reaches(self.target):
+            progress.current().say(f"{ladder.path}: planned already")
+            return self.result(ladder)
+        pin_text(ladder.run, self.job)
+        start = self._start(ladder)
+        if shared is None:
+            model = Intermediate(
+                self.job.resident,
+                self.job.text.calibration,
+                start.layers,
+                fitted=start.fitted,
+                batch_tokens=self.job.placement.batch_tokens,
+                memory_bytes=self.job.placement.memory_bytes,
+                folder=ladder.run.scratch,
+                behind_final_norm=self.planner.after_final_norm,
+                progress=progress.current(),
+            )
+        else:
+            model = shared()
+            model.become(start.layers, start.fitted)
+        before = model.layer_forwards
+        try:
+            stopped = prune(self.planner, model, start, self.target, ladder)
+        finally:
+            if shared is None:
+                model.close()
+        if stopped is not None:
+            progress.current().say(f"stopped at {model.depth} layers: {stopped}")
+        return self.result(ladder, model.layer_forwards - before, stopped)
+
+    def result(
+        self, ladder: Ladder | None = None, layer_forwards: float = 0.0, stopped: str | None = None
+    ) -> PlanResult:
+        """What a plan gave; without a ladder only what it takes."""
+        log = [] if ladder is None else ladder.log()
+        return PlanResult(
+            model=self.job.model,
+            method=self.method.name,
+            run=None if ladder is None else ladder.path,
+            layers=self.job.checkpoint.architecture.n_layers,
+            target=self.target,
+            depths=tuple(entry["layers"] for entry in log),
+            losses=tuple(entry["loss"] for entry in log),
+            layer_forwards=sum(entry["layer_forwards"] for entry in log) or layer_forwards,
+            peak_memory_bytes=peak_memory_bytes(),
+            stopped=stopped,
+            estimate=self.estimate,
+        )
+
+    def _start(self, ladder: Ladder) -> Recipe:
+        """The recipe to step down from: the last one of the ladder, or the whole model."""
+        if depths := ladder.depths():
+            return ladder.recipe(depths[-1])
+        job, corpus = self.job, self.job.text.calibration
+        variant = Variant(name=BASE, model=lasting(job.model), revision=job.revision, sha256=job.sha256)
+        whole = identity(variant, job.checkpoint.architecture.n_layers)
+        provenance: dict[str, Any] = {
+            "method": self.method.name,
+            "settings": plain(self.method.settings),
+            "calibration": {
+                "text": corpus.description,
+                "tokens": corpus.tokens,
+                "seq_len": corpus.seq_len,
+                "seed": job.spec.seed,
+                "sha256": corpus.sha256,
+            },
+            "dtype": str(job.resident.model.dtype).removeprefix("torch."),
+            "device": job.device.type,
+            "versions": versions(),
+        }
+        if job.checkpoint.architecture.is_mixture("mlp"):
+            provenance["mlp_pieces"] = mlp_pieces(True)  # the recipe itself has their numbers alone
+        return whole.with_layers(whole.layers, provenance=provenance)
+
+
+def heal_recipe(
+    job: Job, ladder: Ladder, recipe: Recipe, stages: Sequence[Chosen], *, states: TeacherStates | None = None
+) -> Healed | None:
+    """A recipe of a ladder, healed on the calibration text of its run, which is open; None without stages.
+
+    Args:
+        states: the original's hidden states on that text, where they are known.
+
+    Raises:
+        UserError: activations are not finite, or the calibration text is not the one of the run.
+    """
+    if not stages:
+        return None
+    pin_text(ladder.run, job)
+    context = HealContext(
+        run=ladder.run,
+        variants={recipe.base: job.checkpoint},
+        load=lambda: job.resident,
+        device=job.device,
+        calibration=job.text.calibration,
+        selection=job.text.selection,
+        starts=block_starts(ladder, recipe),
+        states=states,
+        memory_bytes=job.placement.memory_bytes,
+        batch_tokens=job.placement.batch_tokens,
+        name=f"healed-{len(recipe.layers):03d}",
+    )
+    return run_stages(context, recipe, stages)

@@ -1,0 +1,398 @@
+"""Heal stages, one after the other: each is recorded in the run folder, and accepted only if the model is better.
+
+    context = HealContext(run=run, variants=variants, load=..., calibration=text, selection=other_text)
+    healed = run_stages(context, recipe, heal_stages.choose_all("closed-form,layerwise"))
+    healed.recipe
+
+A stage is a function `stage(context, recipe, settings) -> Recipe` (`intarsia.registry.heal_stage`). It works on
+`context.calibration`, and keeps what a resumed run needs in `context.folder`. Better means: less perplexity on
+`context.selection`, which no stage fits to. A finished stage is only read when the same work is started again.
+
+Several processes may be launched together (`accelerate launch`). All of them call `run_stages`; stages registered with
+`whole_model` run in all, the others in the first one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intarsia import progress
+from intarsia.activations.hidden_store import Room
+from intarsia.activations.loop import Batches
+from intarsia.architecture.spec import Architecture
+from intarsia.building.loaded_model import Resident
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.data.corpus import Corpus
+from intarsia.disk import full_disk_named, read_json
+from intarsia.errors import Problems, UserError
+from intarsia.flags import plain
+from intarsia.healing import launch
+from intarsia.healing.quality import quality
+from intarsia.healing.restarts import Start
+from intarsia.healing.teacher import TeacherStates, has_room
+from intarsia.options import Runtime
+from intarsia.recipe import schema
+from intarsia.recipe.recipe import Recipe
+from intarsia.registry import Chosen
+from intarsia.run_dir import RunDir
+
+CUT = "cut"
+"""The name of the model as it came, in the list of stages."""
+
+_KEY = "key.json"
+_SET_ASIDE = 16
+"""Without a selection text, one sequence in this many of the calibration text stands in for it."""
+_TENSORS = {".safetensors", ".bin", ".distcp", ".pt", ".npy", ".yaml"}
+
+
+@dataclass(kw_only=True)
+class HealContext:
+    """Everything that heal stages share."""
+
+    # The run folder, opened by the first process.
+    run: RunDir
+    # Checkpoints of the recipe's variants, by name.
+    variants: Mapping[str, Checkpoint]
+    # Loads the recipe's base into memory, with the other variants beside it. Called once, and only if it is needed.
+    load: Callable[[], Resident]
+    device: torch.device
+    # What stages fit to and train on.
+    calibration: Corpus
+    # What a result is accepted by. None where there is no more text: some sequences of the calibration text are set
+    # aside for it.
+    selection: Corpus | None = None
+    # Texts whose perplexity is reported after each stage.
+    evaluation: tuple[Corpus, ...] = ()
+    # Whether the error of each layer's hidden states is reported too: another pass over the selection text.
+    layer_errors: bool = False
+    # What stages that train learn from, if not from the base: the checkpoint, and what loads it.
+    teacher: Checkpoint | None = None
+    load_teacher: Callable[[], Resident] | None = None
+    # Other recipes of the same depth that a stage may start from.
+    starts: tuple[Start, ...] = ()
+    # The base's hidden states on the calibration text, where they are known already.
+    states: TeacherStates | None = None
+    # What hidden states may take in memory, and tokens in a batch; None by the memory there is.
+    memory_bytes: int | None = None
+    batch_tokens: int | None = None
+    # Where the stages are recorded, inside the run folder.
+    name: str = "stages"
+
+    # Sequences of the calibration text that were set aside; no stage sees them.
+    unseen: frozenset[int] = field(default=frozenset(), init=False)
+    # Of the stage under way: the folder of its state and logs; what it reports, row by row; and further facts, such as
+    # `tokens` (of the text that it used) and `forwards` (layer-forwards over the text).
+    folder: Path = field(default=Path(), init=False)
+    details: list[dict[str, Any]] = field(default_factory=list, init=False)
+    facts: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if self.selection is None:
+            number = len(self.calibration)
+            rows = list(range(_SET_ASIDE // 2, number, _SET_ASIDE)) or [number - 1]
+            self.selection = _rows(self.calibration, rows, "held-out text")
+            if number > 1:  # a single sequence has to serve for both
+                self.unseen = frozenset(rows)
+
+    @cached_property
+    def resident(self) -> Resident:
+        """The recipe's base in memory."""
+        return self.load()
+
+    @cached_property
+    def teaching(self) -> Resident:
+        """What stages that train learn from, in memory."""
+        return self.resident if self.load_teacher is None else self.load_teacher()
+
+    @property
+    def room(self) -> Room:
+        """Memory for hidden states; what does not fit goes to files in the run folder."""
+        return Room(self.memory_bytes, self.run.scratch)
+
+    @property
+    def held_out(self) -> Corpus:
+        """The selection text, or what stands in for it."""
+        assert self.selection is not None
+        return self.selection
+
+    @cached_property
+    def training(self) -> Corpus:
+        """The calibration text without what was set aside."""
+        rows = [row for row in range(len(self.calibration)) if row not in self.unseen]
+        return _rows(self.calibration, rows, self.calibration.description) if self.unseen else self.calibration
+
+    @contextmanager
+    def original_states(self, text: Corpus, *, fits: int = 1) -> Iterator[TeacherStates]:
+        """The base's hidden states on the calibration text, or the first part of it, for a number of fits."""
+        if self.states is not None and text.sha256 == self.calibration.sha256:
+            yield self.states
+            return
+        batches = Batches(text, self.resident.device, batch_tokens=self.batch_tokens, progress=progress.current())
+        keep, room = fits > 1 and has_room(self.resident, batches, self.room), self.room
+        states = TeacherStates(self.resident, batches, keep=keep, room=room, progress=progress.current())
+        try:
+            yield states
+        finally:
+            states.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What a stage gave; `cut` is the model as it came."""
+
+    stage: str
+    # As it was before the stage, where that is not accepted. Its provenance says how it was healed so far.
+    recipe: Recipe
+    # The recipe's file in the run folder.
+    path: Path
+    # Perplexities of the selection and evaluation texts, and hidden-state errors (see `Quality`).
+    quality: dict[str, Any]
+    # Whether it was accepted.
+    taken: bool = True
+    tokens: int = 0
+    seconds: float = 0.0
+    # What the stage reports.
+    details: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    # Whether it was done now, not found in the run folder.
+    fresh: bool = True
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity on the selection text."""
+        return float(self.quality["texts"][0]["value"])
+
+    def row(self) -> dict[str, Any]:
+        """One line of a table."""
+        errors = self.quality["errors"]
+        return {
+            "stage": self.stage,
+            "held_out_perplexity": self.perplexity,
+            **{f"perplexity of {Path(text['text']).name}": text["value"] for text in self.quality["texts"][1:]},
+            **({"hidden_error": sum(errors) / len(errors)} if errors else {}),
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "taken": self.taken,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Healed:
+    """What stages gave: the model as it came first, then one result for each."""
+
+    stages: tuple[StageResult, ...]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The healed recipe; its provenance says how it was healed."""
+        return self.stages[-1].recipe
+
+    @property
+    def path(self) -> Path:
+        """The recipe's file in the run folder."""
+        return self.stages[-1].path
+
+    @property
+    def taken(self) -> bool:
+        """Whether any stage was accepted."""
+        return any(result.taken for result in self.stages[1:])
+
+
+def check_stages(stages: Sequence[Chosen], runtime: Runtime) -> None:
+    """Check what can be checked of stages before any work.
+
+    Raises:
+        UserError: one trains the whole model, which is streamed or laid over devices; or needs something that is not
+            there.
+    """
+    problems = Problems()
+    for chosen in stages if runtime.stream or len(runtime.devices) > 1 else ():
+        if chosen.entry.facts.get("whole_model"):
+            flag = "--stream" if runtime.stream else "--devices"
+            problems.add(
+                f"{flag} is given, and {chosen.name} trains all layers at once.", f"Leave {flag} out, or {chosen.name}."
+            )
+    for chosen in stages:
+        if (check := chosen.entry.facts.get("check")) is not None:
+            with problems:
+                check(chosen.settings)
+    problems.raise_any()
+
+
+def pinned(chosen: Chosen) -> dict[str, Any]:
+    """What decides the work of a stage: its name and settings, without those that its `not_pinned` names."""
+    free = getattr(chosen.settings, "not_pinned", ())
+    return {name: value for name, value in chosen.to_dict().items() if name not in free}
+
+
+def passes_at_most(stages: Sequence[Chosen], architecture: Architecture, *, starts: int = 1) -> float:
+    """Passes of the whole model over the text that stages take, as far as they say so.
+
+    Args:
+        starts: starting points of a fit.
+    """
+    known = [chosen.entry.facts.get("passes") for chosen in stages]
+    return sum(float(passes(architecture)) * starts for passes in known if passes is not None)
+
+
+def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -> Healed:
+    """Run heal stages on a recipe; those that an earlier run has finished are read.
+
+    Raises:
+        UserError: a stage cannot work with this text or model, the disk is full, or numbers are not finite.
+    """
+    main, wait = launch.rank() == 0, launch.barrier(context.device)
+    results: list[StageResult] = []
+    for number, chosen in enumerate((None, *stages)):
+        name = CUT if chosen is None else chosen.name
+        path = context.run.path / context.name / f"{number}-{name}.yaml"
+        before = results[-1].recipe if results else _unhealed(recipe)
+        key = _key(context, before, chosen)
+        done = _is_recorded(path, key)
+        if not done and (main or (chosen is not None and chosen.entry.facts.get("whole_model"))):
+            started = time.perf_counter()
+            found = before if chosen is None else _run(context, before, chosen, path.with_suffix(""), key)
+            if main:
+                seconds = time.perf_counter() - started if results else 0.0
+                result = _judged(context, name, path, found, results, seconds)
+                _write(context, result, results, stages, key)
+        wait()
+        results.append(_read(path, fresh=not done))
+        if main:
+            _clear(path.with_suffix(""))
+    return Healed(stages=tuple(results))
+
+
+def _run(context: HealContext, recipe: Recipe, chosen: Chosen, folder: Path, key: str) -> Recipe:
+    """What a stage makes of a recipe. Its folder is kept from an earlier start of the same work."""
+    if launch.rank() == 0:
+        mark = folder / _KEY
+        if folder.exists() and (not mark.is_file() or json.loads(mark.read_text(encoding="utf-8")) != key):
+            shutil.rmtree(folder)
+        context.run.write_json(str(mark.relative_to(context.run.path)), key)
+    context.folder, context.details, context.facts = folder, [], {}
+    found = chosen.create(context, recipe)
+    if not isinstance(found, Recipe) or found.depth != recipe.depth:
+        raise UserError(
+            f"The heal stage {chosen.name} gave no recipe over the same model.", "It returns the recipe, or a new one."
+        )
+    return found
+
+
+def _judged(
+    context: HealContext, name: str, path: Path, found: Recipe, results: Sequence[StageResult], seconds: float
+) -> StageResult:
+    """A stage's recipe with its quality; or the recipe before it, where the model is no better."""
+    before = results[-1] if results else None
+    if before is not None and schema.content_hash(found) == schema.content_hash(before.recipe):
+        measured = before.quality  # it changed nothing
+    else:
+        texts, errors = context.evaluation, context.layer_errors
+        measured = quality(
+            found,
+            context.resident,
+            context.held_out,
+            texts,
+            errors=errors,
+            room=context.room,
+            progress=progress.current(),
+        ).to_dict()
+    result = StageResult(
+        stage=name,
+        path=path,
+        recipe=found,
+        quality=measured,
+        tokens=0 if before is None else context.facts.pop("tokens", context.training.tokens),
+        seconds=seconds,
+        details=[] if before is None else context.details,
+        facts={} if before is None else context.facts,
+    )
+    if before is None:
+        return result
+    taken = result.perplexity < before.perplexity
+    change = f"held-out perplexity {before.perplexity:.2f} -> {result.perplexity:.2f}"
+    progress.current().say(f"{name}: {change}" + ("" if taken else "; no better, so the model stays as it was"))
+    return result if taken else replace(result, recipe=before.recipe, quality=before.quality, taken=False)
+
+
+def _write(
+    context: HealContext, result: StageResult, results: Sequence[StageResult], stages: Sequence[Chosen], key: str
+) -> None:
+    """The recipe first: a stage is done when its facts are there."""
+    recipe, rows = result.recipe, [*results, result]
+    if results:
+        text = context.calibration
+        heal = {
+            "settings": {chosen.name: plain(chosen.settings) for chosen in stages[: len(results)]},
+            "text": {"description": text.description, "tokens": text.tokens, "sha256": text.sha256},
+            "stages": [each.row() for each in rows],
+            **{name: fact for each in rows for name, fact in each.facts.items()},
+            "read_outs": [entry for each in rows for entry in each.details if "ridge" in entry],
+        }
+        recipe = replace(recipe, provenance={**recipe.provenance, "heal": heal})
+    with full_disk_named(context.run.path):
+        result.path.parent.mkdir(parents=True, exist_ok=True)
+        schema.save(recipe, result.path)
+    names = ("stage", "quality", "taken", "tokens", "seconds", "details", "facts")
+    facts = {"key": key, **{name: getattr(result, name) for name in names}}
+    context.run.write_json(str(result.path.with_suffix(".json").relative_to(context.run.path)), facts)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    remedy = "Delete it; that stage is then run again."
+    return read_json(path.with_suffix(".json"), expected="what a heal stage gave", remedy=remedy)
+
+
+def _is_recorded(path: Path, key: str) -> bool:
+    return path.with_suffix(".json").is_file() and _facts(path)["key"] == key
+
+
+def _read(path: Path, *, fresh: bool) -> StageResult:
+    facts = {name: value for name, value in _facts(path).items() if name != "key"}
+    return StageResult(recipe=schema.load(path), path=path, fresh=fresh, **facts)
+
+
+def _key(context: HealContext, recipe: Recipe, chosen: Chosen | None) -> str:
+    """What tells a stage's work from any other in the same run folder."""
+    facts = [
+        schema.content_hash(recipe),
+        None if chosen is None else pinned(chosen),
+        [text.sha256 for text in (context.calibration, context.held_out, *context.evaluation)],
+        [schema.content_hash(start.recipe) for start in context.starts],
+        context.layer_errors,
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _unhealed(recipe: Recipe) -> Recipe:
+    """The recipe without an earlier healing's account of itself; what was fitted stays."""
+    return replace(recipe, provenance={name: said for name, said in recipe.provenance.items() if name != "heal"})
+
+
+def _clear(folder: Path) -> None:
+    """Of a recorded stage, delete the tensors of its state; logs stay."""
+
+    def holds_tensors(path: Path) -> bool:
+        return any(file.suffix in _TENSORS for file in (path.rglob("*") if path.is_dir() else (path,)))
+
+    for path in folder.glob("*"):
+        if path.is_dir() and holds_tensors(path):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.is_file() and holds_tensors(path):
+            path.unlink()
+
+
+def _rows(corpus: Corpus, rows: Sequence[int], description: str) -> Corpus:
+    mask = None if corpus.mask is None else corpus.mask[list(rows)]
+    return Corpus.of(corpus.input_ids[list(rows)], mask=mask, description=description, documents=corpus.documents)

@@ -1,0 +1,1 @@
+"""Heal stages, one file each: a function of context, recipe and settings that gives a recipe."""

@@ -1,0 +1,192 @@
+"""CoMe-P: CoMe, with the span and its ratio chosen by the calibration loss of the merged model.
+
+Source: Wang et al., Layer as Puzzle Pieces, arXiv 2510.15304, which tries the ratios of one span; `--preset paper`
+does. Here those of several spans are raced, and with `removals` the plain removal of each layer.
+
+A ratio that leaves layers out altogether is a removal too, but where steps are healed the two differ: a removal leaves
+the layers that stay with what was fitted on them, a merge makes a layer anew. So where both give the same layers, the
+removal is what is tried.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from intarsia.architecture.spec import Architecture
+from intarsia.errors import check
+from intarsia.pruning import scores as allocate
+from intarsia.pruning.methods.come import Candidate, Come, ComeSettings, Scores
+from intarsia.pruning.race import best_of_groups, mean_loss, race
+from intarsia.recipe.ops import Op
+from intarsia.registry import planner
+
+if TYPE_CHECKING:
+    from intarsia.pruning.intermediate import Intermediate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComePSettings(ComeSettings):
+    """How CoMe-P decides."""
+
+    # Steps of the ratio between 0 and 1.
+    granularity: int = 10
+    # Try the ratios of this many spans, those of least influence.
+    spans: int = 3
+    # Also try to drop each layer, wherever it is (with --merge M, each M - 1 adjacent ones).
+    removals: bool = False
+    # Give a candidate up as soon as it is clearly worse than the best on part of the calibration text.
+    racing: bool = True
+    # With --heal-in-loop: heal this many of the best candidates of each step, and take the one of least held-out loss.
+    finalists: int = 1
+    # With --heal-in-loop: also heal the original without a block of layers, of this many of the best blocks; all steps
+    # so far are given up where one of them is better.
+    blocks: int = 0
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {
+            **ComeSettings.presets["paper"],
+            "spans": 1,
+            "removals": False,
+            "racing": False,
+            "finalists": 1,
+            "blocks": 0,
+        },
+        # The best healed models, slowly.
+        "thorough": {
+            "heal_in_loop": True,
+            "spans": 5,
+            "granularity": 5,
+            "removals": True,
+            "finalists": 4,
+            "blocks": 5,
+        },
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = [("granularity", 1), ("spans", 1), ("finalists", 1), ("blocks", 0)]
+        healed = [("finalists", self.finalists > 1), ("blocks", self.blocks > 0)]
+        check(
+            *(
+                (
+                    getattr(self, name) >= least,
+                    f"--{name} is {getattr(self, name)}; it is at least {least}.",
+                    "Give a greater number.",
+                )
+                for name, least in counts
+            ),
+            *(
+                (self.heal_in_loop or not given, f"--{name} is given without --heal-in-loop.", "Give both, or neither.")
+                for name, given in healed
+            ),
+        )
+
+
+@planner("come-p", settings=ComePSettings, paper="2510.15304")
+class ComeP(Come):
+    """Concatenate adjacent layers, at the ratio of least calibration loss."""
+
+    settings: ComePSettings
+
+    def __init__(self, settings: ComePSettings) -> None:
+        super().__init__(settings)
+        self.blocks = settings.blocks
+
+    def choose(
+        self, model: Intermediate, ranked: Sequence[int], count: int, pieces: Callable[[int], Scores]
+    ) -> tuple[list[Candidate], dict[str, Any]]:
+        """The ratios of some spans, and removals, raced by calibration loss."""
+        drops = self.settings.removals
+        if not ranked and not drops:
+            return [], {}
+        spans = {
+            start: [pieces(index) for index in range(start, start + count)] for start in ranked[: self.settings.spans]
+        }
+        tried = distinct(model, [*(removals(model, count - 1) if drops else ()), *self._merges(model, spans)])
+        title = f"trying {len(tried)} ratios" + (f" of {len(spans)} spans" if len(spans) > 1 else "")
+        title += " and removals" if drops else ""
+        best, shown = raced(model, tried, self.settings.finalists, racing=self.settings.racing, title=title)
+        return best, {"grid": shown}
+
+    def tried_forwards(self, after: int, count: int) -> int:
+        """Each ratio and removal that is tried re-runs what is after it."""
+        ratios = math.comb(self.settings.granularity + count - 1, count - 1)
+        dropped = after * (after + 1) // 2 if self.settings.removals else 0
+        return min(self.settings.spans, after) * ratios * after + dropped
+
+    def heal_forwards(self, architecture: Architecture, current: int) -> int:
+        """Every finalist is healed, and every block."""
+        from intarsia.pruning.heal_in_loop import repair_forwards
+
+        finalists, blocks = self.settings.finalists, self.settings.blocks
+        return repair_forwards(architecture, self.in_loop, current, finalists=finalists, blocks=blocks)
+
+    def _merges(self, model: Intermediate, spans: Mapping[int, Sequence[Scores]]) -> Iterator[Candidate]:
+        """Every ratio of the grid, of every span."""
+        for start, scores in spans.items():
+            for shares in allocate.share_grid(len(scores), self.settings.granularity):
+                yield self.candidate(model, start, scores, shares)
+
+
+def removals(model: Intermediate, count: int) -> Iterable[Candidate]:
+    """Every removal of so many adjacent layers."""
+    for start in range(model.depth - count + 1):
+        yield Candidate(start=start, count=count, op=None)
+
+
+def distinct(model: Intermediate, candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Of those that lead to the same layers the first: two ratios may round to the same counts, and two spans may drop
+    the same layer."""
+    found: dict[tuple[Op, ...], Candidate] = {}
+    for each in candidates:
+        put_in = () if each.op is None else (each.op,)
+        layers = (*model.ops[: each.start], *put_in, *model.ops[each.start + each.count :])
+        found.setdefault(layers, each)
+    return list(found.values())
+
+
+def raced(
+    model: Intermediate, tried: Sequence[Candidate], number: int, *, racing: bool, title: str
+) -> tuple[list[Candidate], list[dict[str, Any]]]:
+    """The `number` candidates of least calibration loss, each of which removes something else; and what all showed."""
+    from intarsia.pruning.candidates import Change, losses_of
+
+    changes = [Change(start=each.start, count=each.count, ops=() if each.op is None else (each.op,)) for each in tried]
+
+    def group(index: int) -> Hashable:
+        return _removed(tried[index])
+
+    best, sums = race(
+        range(len(tried)),
+        lambda some, part: losses_of(model, [changes[index] for index in some], sequences=part),
+        model.counts_N,
+        racing=racing,
+        keep=number,
+        group=group,
+        title=title,
+    )
+    losses = {index: mean_loss(found, model.counts_N) for index, found in sums.items()}
+    shown = [
+        {
+            "start": each.start,
+            **({"dropped": each.count} if each.op is None else {}),
+            "ratios": list(each.shares),
+            "sequences": sums[index].numel(),
+            "loss": losses[index],
+        }
+        for index, each in enumerate(tried)
+    ]
+    chosen = [best] if number == 1 else best_of_groups(sums, number, group)
+    return [tried[index] for index in chosen], shown
+
+
+def _removed(candidate: Candidate) -> Hashable:
+    """Which layers it removes: all but the one that gives most; and whether it removes them whole."""
+    span = range(candidate.start, candidate.start + candidate.count)
+    if candidate.op is None:
+        return tuple(span), True
+    largest = max(range(candidate.count), key=lambda index: candidate.shares[index])
+    return tuple(index for index in span if index != candidate.start + largest), False

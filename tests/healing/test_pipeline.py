@@ -1,0 +1,228 @@
+"""Heal stages one after the other: what is accepted, recorded, resumed and set aside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from intarsia import registry
+from intarsia.building.loaded_model import Resident
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.commands.job import load_tokenizer
+from intarsia.data.corpus import Corpus
+from intarsia.data.text import TextParts, draw
+from intarsia.errors import UserError
+from intarsia.healing import closed_form, restarts
+from intarsia.healing.pipeline import HealContext, Healed, check_stages, passes_at_most, run_stages
+from intarsia.healing.restarts import AS_IT_IS, Start, block_starts
+from intarsia.healing.stages.closed_form import FinalFitSettings
+from intarsia.options import Runtime, TextSpec
+from intarsia.recipe import schema
+from intarsia.recipe.recipe import Recipe, identity
+from intarsia.registry import heal_stage, heal_stages
+from intarsia.run_dir import RunDir
+from tests import families
+from tests.closed_form_fits import fit_on
+from tests.healing.conftest import LAYERWISE
+
+Run = Callable[..., Healed]
+FINAL = FinalFitSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorSettings:
+    # What an output projection is multiplied by.
+    factor: float = 1.0
+
+
+@pytest.fixture(autouse=True)
+def scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers the stage `scale`, which multiplies an output projection."""
+    monkeypatch.setattr(registry.heal_stages, "_entries", {entry.name: entry for entry in heal_stages})
+
+    @heal_stage("scale", settings=FactorSettings)
+    def scaled(context: HealContext, recipe: Recipe, settings: FactorSettings) -> Recipe:
+        weight = context.resident.layers[0].get_parameter("mlp.down_proj.weight").detach().float().numpy()
+        context.details.append({"factor": settings.factor})
+        (context.folder / "log.jsonl").write_text("{}\n")
+        (context.folder / "state.safetensors").write_text("")
+        (context.folder / "more").mkdir()
+        (context.folder / "more" / "optimiser.bin").write_text("")
+        tensors = {"mlp.down_proj.weight": weight * np.float32(settings.factor)}
+        return replace(recipe, fitted={**recipe.fitted, 0: tensors})
+
+
+@pytest.fixture(scope="module")
+def original(learned: tuple[Path, Recipe]) -> Resident:
+    return Resident(Checkpoint.open(learned[0], model=str(learned[0])), device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def text(original: Resident, text_file: Path) -> TextParts:
+    spec = TextSpec(sources=(str(text_file),), tokens=1024, seq_len=32)
+    return draw(spec, load_tokenizer(original.checkpoint))
+
+
+@pytest.fixture
+def context(original: Resident, text: TextParts, tmp_path: Path) -> Iterator[Callable[..., HealContext]]:
+    run = RunDir(tmp_path / "run")
+
+    def made(**changes: Any) -> HealContext:
+        given = {
+            "run": run,
+            "variants": {"base": original.checkpoint},
+            "load": lambda: original,
+            "device": original.device,
+            "calibration": text.calibration,
+            "selection": text.selection,
+        }
+        return HealContext(**{**given, **changes})
+
+    with run.opened({}):
+        yield made
+
+
+@pytest.fixture
+def cut(learned: tuple[Path, Recipe]) -> Recipe:
+    return learned[1]
+
+
+def stopped(*args: Any, **kwargs: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_a_stage_is_accepted_if_the_model_is_better_on_the_selection_text(
+    context: Callable[..., HealContext], cut: Recipe, text: TextParts, original: Resident
+) -> None:
+    healed = run_stages(context(), cut, heal_stages.choose_all(["closed-form", "scale[factor=0.1]", LAYERWISE]))
+    assert [result.stage for result in healed.stages] == ["cut", "closed-form", "scale", "layerwise"]
+    assert [result.taken for result in healed.stages[:3]] == [True, True, False]
+    first, fitted, scaled, _ = healed.stages
+    assert fitted.perplexity < first.perplexity and scaled.perplexity == fitted.perplexity
+    assert schema.content_hash(scaled.recipe) == schema.content_hash(fitted.recipe)
+    # Exactly the fit on the calibration text, with the settings of a last fit.
+    by_hand, _ = fit_on(cut, original, text.calibration, settings=FINAL)
+    assert schema.content_hash(by_hand) == schema.content_hash(fitted.recipe)
+    said = healed.recipe.provenance["heal"]
+    assert [row["stage"] for row in said["stages"]] == ["cut", "closed-form", "scale", "layerwise"]
+    assert said["settings"]["scale"] == {"factor": 0.1} and said["read_outs"] == fitted.details
+    assert said["text"]["sha256"] == text.calibration.sha256
+    assert schema.content_hash(schema.load(healed.path)) == schema.content_hash(healed.recipe)
+    assert "hidden_error" not in said["stages"][0]
+    json.dumps(said, allow_nan=False)
+
+
+def test_a_finished_stage_is_only_read_and_its_tensors_go(
+    context: Callable[..., HealContext], cut: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = heal_stages.choose_all("closed-form,scale")
+    first = run_stages(context(), cut, stages)
+    folder = first.path.with_suffix("")
+    assert sorted(path.name for path in folder.iterdir()) == ["key.json", "log.jsonl"]
+    monkeypatch.setattr(closed_form, "fit", stopped)
+    again = run_stages(context(load=stopped), cut, stages)
+    assert [result.fresh for result in first.stages] == [True] * 3
+    assert [replace(result, fresh=True, recipe=cut) for result in again.stages] == [
+        replace(result, recipe=cut) for result in first.stages
+    ]
+    assert schema.content_hash(again.recipe) == schema.content_hash(first.recipe)
+    # Another setting is other work; what comes before it stands.
+    other = run_stages(context(), cut, heal_stages.choose_all("closed-form,scale[factor=2]"))
+    assert [result.fresh for result in other.stages] == [False, False, True]
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(context(), cut, heal_stages.choose_all("closed-form[fit_weighting=uniform]"))
+
+
+def test_without_more_text_some_sequences_are_set_aside(
+    context: Callable[..., HealContext], cut: Recipe, text: TextParts, original: Resident
+) -> None:
+    made = context(selection=None)
+    assert made.unseen == {8, 24} and len(made.training) == 30
+    assert torch.equal(made.held_out.input_ids, text.calibration.input_ids[[8, 24]])
+    found = run_stages(made, cut, heal_stages.choose_all("closed-form"))
+    by_hand, _ = fit_on(cut, original, text.calibration, settings=FINAL, unseen=[8, 24])
+    assert schema.content_hash(found.recipe) == schema.content_hash(by_hand)
+
+
+@pytest.mark.parametrize(("sequences", "rows", "unseen"), [(1, [0], set()), (2, [1], {1}), (9, [8], {8})])
+def test_few_sequences_are_shared_out(
+    context: Callable[..., HealContext], sequences: int, rows: list[int], unseen: set[int]
+) -> None:
+    few = Corpus.of(torch.arange(4 * sequences).view(sequences, 4), description="few", documents=1)
+    made = context(calibration=few, selection=None)
+    assert made.unseen == unseen
+    assert torch.equal(made.held_out.input_ids, few.input_ids[rows])
+
+
+def test_the_best_of_several_starts_and_killed_within(
+    context: Callable[..., HealContext], cut: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = replace(cut, fitted=run_stages(context(), cut, heal_stages.choose_all("closed-form")).recipe.fitted)
+    whole = identity(cut.variants[0], cut.depth).layers
+    other = Start(name="other", recipe=cut.with_layers(whole[:4]))
+    stages = heal_stages.choose_all("closed-form")
+    wanted = run_stages(context(starts=(other,), name="whole"), half, stages)
+    facts = wanted.stages[-1].facts
+    assert set(facts["starts"]) == {AS_IT_IS, "with nothing fitted", "other"}
+    assert facts["start"] == min(facts["starts"], key=facts["starts"].get)
+    fits: list[bool] = []
+    fit = restarts.fit
+
+    def kills(*args: Any, **kwargs: Any) -> Any:
+        fits.append(True)
+        if len(fits) == 3:
+            raise KeyboardInterrupt
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(restarts, "fit", kills)
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(context(starts=(other,), name="killed"), half, stages)
+    found = run_stages(context(starts=(other,), name="killed", memory_bytes=1), half, stages)
+    assert len(fits) == 4
+    assert schema.content_hash(found.recipe) == schema.content_hash(wanted.recipe)
+    assert found.stages[-1].facts == facts
+
+
+def test_block_starts_are_the_best_that_were_tried(cut: Recipe) -> None:
+    def tried(first: int, loss: float) -> dict[str, Any]:
+        return {"of": "block", "replaced": [first, first + 2], "held_out_loss": [loss + 1, loss]}
+
+    finalists = [{"replaced": [0, 1], "held_out_loss": [0.1]}, tried(0, 3.0), tried(1, 1.0), tried(2, 2.0)]
+    whole = identity(cut.variants[0], cut.depth).layers
+    found = block_starts(cut.with_layers((*whole[:1], *whole[3:])), {"repair": {"finalists": finalists}})
+    assert [start.name for start in found] == [
+        "the original without layers 2 to 3",
+        "the original without layers 0 to 1",
+    ]
+    assert found[0].recipe.layers == (*whole[:2], *whole[4:])
+    assert block_starts(cut, {}) == ()
+
+
+def test_what_a_stage_needs_is_checked_before(context: Callable[..., HealContext], cut: Recipe) -> None:
+    whole = heal_stages.choose_all("layerwise,end-to-end")
+    for runtime in (Runtime(stream=True), Runtime(devices=("cuda:0", "cuda:1"))):
+        with pytest.raises(UserError, match="end-to-end trains all layers at once"):
+            check_stages(whole, runtime)
+    with pytest.raises(UserError, match="--log nothing is no tracker"):
+        check_stages(heal_stages.choose_all("end-to-end[log=nothing]"), Runtime())
+    check_stages(whole, Runtime(devices=("cpu",)))
+
+    @heal_stage("wrong")
+    def wrong(context: HealContext, recipe: Recipe) -> Any:
+        return None
+
+    with pytest.raises(UserError, match="wrong gave no recipe"):
+        run_stages(context(), cut, heal_stages.choose_all("wrong"))
+
+
+def test_what_it_takes(original: Resident) -> None:
+    stages = heal_stages.choose_all([FINAL, LAYERWISE])
+    assert passes_at_most(stages, original.architecture, starts=2) == 2 * 3
+    assert original.architecture.n_layers == families.DEPTH
