@@ -19,7 +19,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,8 +35,8 @@ from intarsia.evaluation.likelihood import log_likelihoods
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.evaluation.run_rows import default_batch_tokens, forward_of, score_requests
 from intarsia.recipe.recipe import Recipe
+from intarsia.tailoring.engine import budget_ladder, expected_trials
 from intarsia.tailoring.engines.evolve import mutate
-from intarsia.tailoring.engines.hyperband import budget_ladder, expected_trials
 from intarsia.tailoring.evaluator import Evaluator, open_evaluator
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import FamilyFile, read_family_file
@@ -66,7 +66,7 @@ class Stopwatch:
 
 def candidates(file: FamilyFile, family: Family, count: int) -> list[Recipe]:
     """The base without middle layers, then each a move away from one before it."""
-    space = space_of(file, family.architecture)
+    space = space_of(file, family.architecture, family.parameters)
     variants = family.variants()
     words = Translator(
         space=space, architecture=family.architecture, variants=variants, scores={}, seed=file.search.seed
@@ -185,10 +185,10 @@ def main() -> None:
     given = parser.parse_args()
     file = read_family_file(given.family)
     operations = tuple(operation for operation in file.operations if operation != "concat")
-    search = replace(file.search, min_budget=given.least, max_budget=given.most)
-    base = replace(file.base, model=given.base or file.base.model)
-    file = replace(file, base=base, operations=operations, search=search)
-    family = open_family(file.base, file.variants)
+    search = file.search.model_copy(update={"min_budget": given.least, "max_budget": given.most})
+    base = file.base.model_copy(update={"model": given.base or file.base.model})
+    file = file.model_copy(update={"base": base, "operations": operations, "search": search})
+    family = open_family(file.members)
     print(
         f"{torch.get_num_threads()} thread(s), {default_device()}; {', '.join(family.names)}; budgets to {given.most}\n"
     )

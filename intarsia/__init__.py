@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from intarsia.commands.compress import CompressResult, compress
     from intarsia.commands.heal import HealResult
     from intarsia.commands.plan import PlanResult, plan
+    from intarsia.commands.tailor import TailorResult, tailor
     from intarsia.errors import UserError
     from intarsia.evaluation.task_results import TaskResults
     from intarsia.pruning.methods.come import ComeSettings
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from intarsia.stages.inspect import inspect
     from intarsia.stages.push import PushResult, push
     from intarsia.stages.report import ReportResult, report
-    from intarsia.stages.tailor import tailor
-    from intarsia.stages.tailor_result import TailorResult
     from intarsia.stages.verify import VerifyResult, verify
 
 __version__ = "0.1.0"
@@ -50,7 +49,7 @@ _PLACES = {
     "PushResult": "intarsia.stages.push",
     "Recipe": "intarsia.recipe.recipe",
     "ReportResult": "intarsia.stages.report",
-    "TailorResult": "intarsia.stages.tailor_result",
+    "TailorResult": "intarsia.commands.tailor",
     "TaskResults": "intarsia.evaluation.task_results",
     "UserError": "intarsia.errors",
     "VerifyResult": "intarsia.stages.verify",
@@ -66,7 +65,7 @@ _PLACES = {
     "plan": "intarsia.commands.plan",
     "push": "intarsia.stages.push",
     "report": "intarsia.stages.report",
-    "tailor": "intarsia.stages.tailor",
+    "tailor": "intarsia.commands.tailor",
     "verify": "intarsia.stages.verify",
 }
 

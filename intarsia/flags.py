@@ -268,6 +268,8 @@ def command_line(verb: Callable[..., Any], name: str = "", /, **arguments: Any) 
 
 def _given(part: Part, value: Any) -> Iterator[tuple[Option, Any]]:
     """The options of a part whose value is not the default, with it."""
+    if part.choices is not None and value is None:
+        return
     if part.choices is not None:
         chosen = part.choices.choose(value)
         chosen = chosen if isinstance(chosen, tuple) else (chosen,)

@@ -157,7 +157,8 @@ class Kind:
         return tuple(entry.name for entry in self)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        self._find()
+        return name in self._entries
 
     def get(self, name: str) -> Entry:
         """What has this name.
@@ -310,15 +311,37 @@ def heal_stage(
 
 
 def merge_op(
-    name: str, *, needs_base: bool = False, search: Mapping[str, tuple[float, float]] | None = None, paper: str = ""
+    name: str,
+    *,
+    needs_base: bool = False,
+    sources: tuple[int, int | None] = (1, None),
+    weights: str = "finite",
+    search: Mapping[str, tuple[float, float]] | None = None,
+    settle: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None,
+    rule: Callable[[Mapping[str, float]], str | None] | None = None,
+    paper: str = "",
 ) -> Callable[[T], T]:
     """Register a merge operator: a function of tensors, weights and base; keyword-only parameters are its options.
 
+    A parameter `generators` gets a `torch.Generator` for each tensor, and gives the operator the option `seed`. An
+    underscore at the end of a parameter's name is not part of the option's: `lambda_`.
+
     Args:
         needs_base: whether it works on differences from the base model's layer.
-        search: what a search tries for its parameters: the least and the greatest value of each.
+        sources: how many layers at least and at most may have a weight other than 0.
+        weights: what they must be: `finite`, `positive`, `equal`, or `sum 1`.
+        search: what a search tries: the least and the greatest value of each option. What is no option of the operator
+            decides its weights: `lead` is the first one (they sum to 1, the others are equal), `lambda` all of them.
+        settle: makes options of what a search tries, where they are not the same.
+        rule: says what is expected of options together, where that does not hold.
     """
-    return merge_ops.register(name, needs_base=needs_base, search=dict(search or {}), paper=paper)
+    facts: dict[str, Any] = {
+        "needs_base": needs_base,
+        "sources": sources,
+        "weights": weights,
+        "search": dict(search or {}),
+    }
+    return merge_ops.register(name, **facts, settle=settle, rule=rule, paper=paper)
 
 
 def engine(name: str, *, settings: type | None = None, paper: str = "") -> Callable[[T], T]:

@@ -9,8 +9,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import intarsia
 
 ROOT = Path(intarsia.__file__).resolve().parent
@@ -91,7 +89,6 @@ def test_importing_the_package_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.xfail(strict=True, reason="planners and engines import torch at their top until they register themselves")
 def test_asking_for_help_imports_no_torch() -> None:
     code = """if True:
         import sys

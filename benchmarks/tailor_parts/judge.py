@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 
 from benchmarks.tailor_parts.setting import Rows, Setting
@@ -25,6 +24,7 @@ from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import eval_corpus, perplexity
 from intarsia.healing.closed_form import fit
 from intarsia.healing.teacher import TeacherStates
+from intarsia.options import Runtime
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.recipe import Recipe
 from intarsia.stages.setup import load_tokenizer
@@ -93,13 +93,12 @@ class Judge:
         setting = self._setting
         file = read_family_file(setting.family_file("judge", ("remove", "select"), "random", 0, ()))
         objectives = [
-            ObjectiveSpec(name=task, kind="task", source=setting.task(task), split=_UNSEEN, metric="accuracy")
-            for task in TASKS
+            ObjectiveSpec(name=task, task=setting.task(task), split=_UNSEEN, metric="accuracy") for task in TASKS
         ]
-        objectives.append(ObjectiveSpec(name="math_cot", kind="loss", source=setting.task("math_cot"), split=_UNSEEN))
-        search = replace(file.search, min_budget=setting.items, max_budget=setting.items)
-        file = replace(file, objectives=tuple(objectives), search=search)
-        return open_evaluator(setting.family, file, memory_bytes=_CACHES, probe=False, progress=setting.progress)
+        objectives.append(ObjectiveSpec(name="math_cot", loss=setting.task("math_cot"), split=_UNSEEN))
+        search = file.search.model_copy(update={"min_budget": setting.items, "max_budget": setting.items})
+        file = file.model_copy(update={"objectives": tuple(objectives), "search": search})
+        return open_evaluator(setting.family, file, Runtime(memory=str(_CACHES)), probe=False)
 
     @cached_property
     def _texts(self) -> Mapping[str, Corpus]:

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-import intarsia
 from benchmarks.tailor_parts.judge import Judge
 from benchmarks.tailor_parts.planners import CUT, HEALED, best_variant, plan
 from benchmarks.tailor_parts.setting import ABLATION, Rows, Setting
-from intarsia.stages.tailor_folder import TailorFolder
-from intarsia.stages.tailor_recipe import trial_recipe
+from intarsia.commands.tailor import FinalOptions, SearchOptions, tailor
 from intarsia.tailoring.family_file import BASE, RANDOM_MIDDLE
+from intarsia.tailoring.run import TailorRun, is_tailor_run
+from intarsia.tailoring.trials import trial_recipe
 
 ENGINES = ("evolve", "smac", "random")
 STARTS = ("sleb", "come-p")
@@ -43,8 +43,8 @@ def folder_of(setting: Setting, name: str) -> Path:
 
 def is_finished(setting: Setting, name: str) -> bool:
     """Whether a search has made all trials that are asked for."""
-    folder = TailorFolder(folder_of(setting, name))
-    return folder.is_one() and len(folder.history().made) >= setting.trials
+    folder = folder_of(setting, name)
+    return is_tailor_run(folder) and len(TailorRun(folder).made) >= setting.trials
 
 
 def ablation(
@@ -90,15 +90,11 @@ def _search(
         return name
     file = setting.family_file(name, operations, engine, seed, starts, heal=heal)
     begun, cpu = time.perf_counter(), time.process_time()
-    found = intarsia.tailor(
+    found = tailor(
         file,
         folder,
-        trials=setting.trials,
-        calibration=setting.calibration,
-        tokens=setting.tokens[2],
-        judge=False,
-        build=False,
-        progress=setting.progress,
+        search=SearchOptions(trials=setting.trials, calibration=setting.calibration, tokens=setting.tokens[2]),
+        final=FinalOptions(judge=False, build=False),
     )
     spent = f"{time.perf_counter() - begun:.0f} s, {time.process_time() - cpu:.0f} s of the processor"
     print(f"{name}: {found.trials} trials, {found.failed} failed; {spent}", flush=True)
@@ -107,11 +103,11 @@ def _search(
 
 def _judge(judge: Judge, setting: Setting, name: str, *, healed: bool) -> None:
     """The knee of the front as it is cut, and healed where that was searched for; anew when the search has gone on."""
-    folder = TailorFolder.existing(folder_of(setting, name))
-    trials = len(folder.history().made)
+    folder = TailorRun.existing(folder_of(setting, name))
+    trials = len(folder.made)
     if judge.has(f"{name}, {HEALED if healed else CUT}", trials=trials):
         return
-    front = folder.front()
+    front = folder.front
     if front is None:
         print(f"{name}: no trial has succeeded")
         return

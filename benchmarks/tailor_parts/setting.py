@@ -79,8 +79,8 @@ class Setting:
     @cached_property
     def family(self) -> Family:
         """The base and its variants."""
-        variants = [MemberSpec(name=name, model=str(self.models / folder)) for name, folder in VARIANTS.items()]
-        return open_family(MemberSpec(name=BASE, model=self.base), variants)
+        variants = {name: MemberSpec(model=str(self.models / folder)) for name, folder in VARIANTS.items()}
+        return open_family({BASE: MemberSpec(model=self.base), **variants})
 
     def whole(self, member: str) -> Recipe:
         """A member as it is."""

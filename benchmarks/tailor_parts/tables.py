@@ -13,8 +13,8 @@ from benchmarks.tailor_parts.planners import CUT, HEALED
 from benchmarks.tailor_parts.searches import CURVES, ENGINES, HEALS, folder_of, is_finished
 from benchmarks.tailor_parts.setting import ABLATION, VARIANTS, Rows, Setting
 from benchmarks.tailor_parts.sharing import sharing_of
-from intarsia.stages.tailor_folder import TailorFolder
 from intarsia.tailoring.family_file import BASE
+from intarsia.tailoring.run import TailorRun
 
 
 def write(setting: Setting, rows: Rows) -> None:
@@ -85,10 +85,10 @@ def _curves(setting: Setting) -> dict[str, dict[int, Curve]]:
     for engine in ENGINES:
         for folder in sorted((setting.out / "searches").glob(f"{CURVES}-{engine}-*")):
             if is_finished(setting, folder.name):
-                search = TailorFolder.existing(folder_of(setting, folder.name))
-                settings = search.settings()
+                search = TailorRun.existing(folder_of(setting, folder.name))
+                settings = search.settings
                 base = [settings["base"][entry["name"]] for entry in settings["objectives"]]
-                trials = search.history().made[: setting.trials]
+                trials = search.made[: setting.trials]
                 curve = curves.curve_of(trials, base, max(settings["budgets"]))
                 found.setdefault(engine, {})[int(folder.name.rpartition("-")[2])] = curve
     return found
@@ -107,9 +107,9 @@ def _sharing(setting: Setting) -> str:
     lines = ["| search | layers run | least with a cache without bounds | seconds a trial |", "|---|---:|---:|---:|"]
     for folder in sorted((setting.out / "searches").glob("*")):
         if is_finished(setting, folder.name):
-            search = TailorFolder.existing(folder)
-            made = search.history().made
-            found = sharing_of(made, search.settings()["budgets"])
+            search = TailorRun.existing(folder)
+            made = search.made
+            found = sharing_of(made, search.settings["budgets"])
             seconds = sum(trial.seconds for trial in made) / len(made)
             shares = f"{found.run / found.whole:.0%} | {found.least / found.whole:.0%}"
             lines.append(f"| {folder.name} | {shares} | {seconds:.1f} |")

@@ -11,9 +11,10 @@ import time
 
 from benchmarks.tailor_parts.setting import ABLATION, Setting
 from benchmarks.tailor_trial import candidates
+from intarsia.options import Runtime
 from intarsia.recipe.recipe import Recipe
-from intarsia.stages.tailor_scorer import Opener
-from intarsia.tailoring.family_file import FamilyFile, absolute, read_family_file
+from intarsia.tailoring.evaluator import OpenScorer
+from intarsia.tailoring.family_file import FamilyFile, read_family_file
 from intarsia.tailoring.workers import OnDask, dask_workers
 
 
@@ -44,7 +45,7 @@ def _pace(setting: Setting, recipes: list[Recipe], count: int) -> float:
         raise SystemExit(f"{count} workers need {count} cores; this process may use {len(cores)}")
     # A pool gives each worker its share of the cores that the process may use.
     os.sched_setaffinity(0, sorted(cores)[:count])
-    opener = Opener(file=absolute(_file(setting)), device="cpu", dtype=None, memory_bytes=None)
+    opener = OpenScorer(file=_file(setting).absolute(), runtime=Runtime(device="cpu"))
     budget = _budget(setting)
     try:
         with dask_workers(opener, scheduler=None, count=count) as hands:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from intarsia.architecture.families import Stacked
 from intarsia.architecture.spec import Architecture, Linear, Norm
-from intarsia.building import merge_operators
-from intarsia.building.merge_operators import merge_tensors
+from intarsia.building.merging import merge_tensors
+from intarsia.building.operators.linear import linear as weighted_sum
 from intarsia.building.slicing import Joined, add_discarded, blocks, fold_centred_norm, fold_norm, join, positions, take
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 
@@ -46,7 +46,7 @@ def layer_tensors(op: Op, architecture: Architecture, read: Read) -> dict[str, T
 def _average(name: str, part_of: Linear | Norm, op: Concat, read: Read) -> Tensor:
     """The weighted average over cuts of a parameter that belongs to no piece."""
     weights = [cut.weights[part_of.part] for cut in op.cuts]
-    return merge_operators.linear((read(cut.source, name) for cut in op.cuts), weights)
+    return weighted_sum((read(cut.source, name) for cut in op.cuts), weights)
 
 
 def _norm_tensors(norm: Norm, op: Concat, architecture: Architecture, read: Read) -> dict[str, Tensor]:
@@ -112,11 +112,9 @@ def _averaged_linear(linear: Linear, op: Concat, architecture: Architecture, rea
     """The weighted average of a linear layer of which nothing is a piece, each with its own norm folded in."""
     folded = [_folded_linear(linear.module, linear, cut, op, architecture, read) for cut in op.cuts]
     shares = [cut.weights[linear.part] for cut in op.cuts]
-    tensors = {f"{linear.module}.weight": merge_operators.linear([weight for weight, _ in folded], shares)}
+    tensors = {f"{linear.module}.weight": weighted_sum([weight for weight, _ in folded], shares)}
     if linear.bias:
-        tensors[f"{linear.module}.bias"] = merge_operators.linear(
-            [bias for _, bias in folded if bias is not None], shares
-        )
+        tensors[f"{linear.module}.bias"] = weighted_sum([bias for _, bias in folded if bias is not None], shares)
     return tensors
 
 

@@ -23,7 +23,6 @@ from intarsia.cli.guard import debugging
 from intarsia.cli.inspect import inspect
 from intarsia.cli.push import push
 from intarsia.cli.report import report
-from intarsia.cli.tailor import tailor
 from intarsia.cli.verify import verify
 
 # What other libraries say about themselves, unless the user has set it. They read this when they are imported,
@@ -48,7 +47,6 @@ evaluation = typer.Typer(
 anatomy = typer.Typer(no_args_is_help=True, help="Which model families are known, and what is exact in each.")
 
 app.command()(build)
-app.command()(tailor)
 app.command()(compare)
 app.command()(inspect)
 app.command()(bench)

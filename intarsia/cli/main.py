@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -93,7 +94,8 @@ def run(words: Sequence[str]) -> None:
         if not ported(name):
             from intarsia.cli.app import app
 
-            app(list(words))
+            with redirect_stdout(stdout):  # the older way guards it once more
+                app(list(words))
             return
         call = parse(function(name), name, rest)
         # Of several launched processes (`accelerate launch`) the first one speaks.

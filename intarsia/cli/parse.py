@@ -82,11 +82,12 @@ def parse(verb: Callable[..., Any], name: str, words: Sequence[str]) -> Call:
         app, _ = _app(verb, name, [*_groups(parts), *_settings_groups(parts)], shown=True)
         app.help_print([])
         raise SystemExit(0)
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for part in parts:
         if part.choices is not None:
             with problems:
-                chosen[part.name] = _chosen(part, words, config)
+                found = _chosen(part, words, config)
+                chosen |= {} if found is None else {part.name: found}
     groups = [*_groups(parts), *_chosen_groups(chosen)]
     app, options = _app(verb, name, groups)
     given = {
@@ -131,6 +132,8 @@ def _chosen(part: Part, words: Sequence[str], config: Mapping[str, Any]) -> Any:
     preset: Any = [config.get("preset"), *_found(words, "--preset")][-1]
     if choice == () and not kind.many:
         raise UserError(f"--{kind.flag} is not given.", f"Choose one of {', '.join(kind.names)}.")
+    if choice is None:  # the verb itself chooses
+        return None
     chosen = kind.choose(choice)
     if preset is None:
         return chosen
@@ -207,7 +210,7 @@ def _groups(parts: Sequence[Part]) -> Iterator[_Group]:
 def _choice_option(part: Part, kind: Kind) -> Option:
     several = ", in the order wanted, with commas between; or none" if kind.many else ""
     default = part.default
-    if default is not MISSING:
+    if default is not MISSING and default is not None:
         chosen = kind.choose_all(default)
         default = ",".join(each.label for each in chosen) or "none"
     return Option(

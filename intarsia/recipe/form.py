@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import AfterValidator, Discriminator, Field, PlainValidator, Tag, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from intarsia.data_file import MAX_INDEX, Misplaced, Strict, raise_misplaced, shown, unexpected
@@ -230,6 +239,13 @@ class MixEntry(Strict):
     method: MergeMethod = "linear"
     weights: list[_Number] | None = Field(default=None, min_length=1, max_length=MAX_LAYERS)
     params: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _known_method(cls, name: Any) -> Any:
+        if not isinstance(name, str) or name not in METHODS:
+            raise unexpected(f"one of {', '.join(METHODS)}")
+        return name
 
     @model_validator(mode="after")
     def _known_params(self) -> MixEntry:

@@ -1,26 +1,38 @@
-"""The methods of merging whole layers: what each needs, and which parameters it has.
-
-What they compute stands in `intarsia.building.merge_operators` and its neighbours.
-"""
+"""What each merge operator takes, as it says itself: read from the registry, so that nothing is said twice."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
 
+from intarsia import registry
 from intarsia.recipe.ops import MergeMethod
+
+_MOST = 2.0**31 - 1
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The range of a parameter, as in `density: Annotated[float, Bounds(0.0, 1.0, open=True)] = 0.5`."""
+
+    # The smallest value, itself excluded where `open`, and the largest.
+    least: float = -_MOST
+    most: float = _MOST
+    open: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A number that a method takes."""
+    """A number that an operator takes."""
 
+    # What the function calls it.
+    argument: str
     # The value where none is given.
     default: float
-    # The smallest value, itself excluded where `open`, and the largest.
-    least: float
-    most: float
-    open: bool = False
+    bounds: Bounds = Bounds()
     # Whether it is a whole number.
     whole: bool = False
 
@@ -28,54 +40,98 @@ class Parameter:
         """Whether a value may stand here."""
         if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
             return False
-        return self.least <= value <= self.most and not (self.open and value == self.least)
+        return self.bounds.least <= value <= self.bounds.most and not (self.bounds.open and value == self.bounds.least)
 
     def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
-        return f"{kind} {'above' if self.open else 'from'} {self.least:g} {'up ' if self.open else ''}to {self.most:g}"
+        kind, bounds = "a whole number" if self.whole else "a number", self.bounds
+        return f"{kind} {'above' if bounds.open else 'from'} {bounds.least:g} {'up ' * bounds.open}to {bounds.most:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What a method needs."""
+    """What an operator needs; see `intarsia.registry.merge_op`."""
 
+    function: Callable[..., Any]
     # Whether it works on differences to a base layer.
     base: bool
     # How many sources may have a weight other than 0.
-    least: int = 1
-    most: int | None = None
+    least: int
+    most: int | None
     # What the weights must be: "finite", "sum 1", "positive" or "equal".
-    weights: str = "finite"
+    weights: str
     # Its parameters, by name.
-    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    parameters: Mapping[str, Parameter]
+    # Whether it draws at random: it has a seed, and gets a generator for each tensor.
+    random: bool
+    # What a search chooses, with the range of each.
+    search: Mapping[str, tuple[float, float]]
+    # What is wrong with parameters together, as what is expected instead.
+    rule: Callable[[Mapping[str, float]], str | None]
+    _settle: Callable[[Mapping[str, float]], Mapping[str, float]] | None = field(default=None)
+
+    def arguments(self, params: Mapping[str, float]) -> dict[str, float]:
+        """The keyword arguments for the function."""
+        return {parameter.argument: params[name] for name, parameter in self.parameters.items() if parameter.argument}
+
+    def settle(self, searched: Mapping[str, float]) -> dict[str, float]:
+        """The parameters that a search's choices mean; those that are the weights' are left out."""
+        if self._settle is not None:
+            return dict(self._settle(searched))
+        known = self.parameters
+        return {name: int(x) if known[name].whole else x for name, x in searched.items() if name in known}
 
 
-_DENSITY = Parameter(default=0.5, least=0.0, most=1.0, open=True)
-_LAMBDA = Parameter(default=1.0, least=-100.0, most=100.0)
-_SEED = Parameter(default=0, least=0, most=2**31 - 1, whole=True)
+class _Methods(Mapping[MergeMethod, Method]):
+    """Every registered operator by name."""
 
-METHODS: Mapping[MergeMethod, Method] = {
-    "linear": Method(base=False),
-    "slerp": Method(base=False, least=2, most=2, weights="sum 1"),
-    "task_arithmetic": Method(base=True),
-    "ties": Method(
-        base=True,
-        weights="positive",
-        parameters={"density": Parameter(default=0.2, least=0.0, most=1.0, open=True), "lambda": _LAMBDA},
-    ),
-    "dare_linear": Method(base=True, parameters={"density": _DENSITY, "seed": _SEED}),
-    "dare_ties": Method(
-        base=True, weights="positive", parameters={"density": _DENSITY, "lambda": _LAMBDA, "seed": _SEED}
-    ),
-    "breadcrumbs": Method(
-        base=True,
-        parameters={
-            "bottom": Parameter(default=0.85, least=0.0, most=1.0),
-            "top": Parameter(default=0.01, least=0.0, most=1.0),
-        },
-    ),
-    "model_stock": Method(base=True, least=2, weights="equal"),
-}
+    def __getitem__(self, name: MergeMethod) -> Method:
+        if name not in registry.merge_ops:
+            raise KeyError(name)
+        return _method(registry.merge_ops.get(name).object, name)
+
+    def __iter__(self) -> Iterator[MergeMethod]:
+        return iter(registry.merge_ops.names)
+
+    def __len__(self) -> int:
+        return len(registry.merge_ops.names)
+
+
+METHODS: Mapping[MergeMethod, Method] = _Methods()
+
+
+@cache
+def _method(function: Callable[..., Any], name: str) -> Method:
+    entry = registry.merge_ops.get(name)
+    facts = entry.facts
+    least, most = facts["sources"]
+    parameters = {key.rstrip("_"): _parameter(function, key, default) for key, default in entry.parameters.items()}
+    random = parameters.pop("generators", None) is not None
+    if random:
+        parameters["seed"] = Parameter(argument="", default=0, bounds=Bounds(0, _MOST), whole=True)
+    return Method(
+        function=function,
+        base=facts["needs_base"],
+        least=least,
+        most=most,
+        weights=facts["weights"],
+        parameters=parameters,
+        random=random,
+        search=facts["search"],
+        rule=facts["rule"] or (lambda params: None),
+        _settle=facts["settle"],
+    )
+
+
+def _parameter(function: Callable[..., Any], argument: str, default: Any) -> Parameter:
+    if argument == "generators":
+        return Parameter(argument=argument, default=0)
+    # That parameter's annotation alone: those of the tensors cannot be read without torch.
+    own = SimpleNamespace(__annotations__={argument: function.__annotations__.get(argument, float)})
+    hint = get_type_hints(own, globalns=function.__globals__, include_extras=True)[argument]
+    bounds = next((fact for fact in get_args(hint) if isinstance(fact, Bounds)), Bounds())
+    return Parameter(
+        argument=argument, default=default, bounds=bounds, whole=hint is int or get_args(hint)[:1] == (int,)
+    )
 
 
 def with_defaults(method: MergeMethod, given: Mapping[str, float]) -> dict[str, float]:

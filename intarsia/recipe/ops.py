@@ -14,9 +14,8 @@ from typing import Literal, TypeAlias
 from intarsia.architecture.spec import Part
 
 NormMode = Literal["fold", "average"]
-MergeMethod = Literal[
-    "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "model_stock"
-]
+MergeMethod: TypeAlias = str
+"""The name of a registered merge operator."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

@@ -234,15 +234,14 @@ def _check_mix(mix: Mix, sources: int, where: str) -> Iterator[Problem]:
     for name in method.parameters:
         if name not in mix.params:
             yield _problem(f"{where}.params", f"{name} of {mix.method}", "none")
-    if mix.method == "breadcrumbs" and not sum(mix.params.get(name, 0.0) for name in ("bottom", "top")) < 1.0:
-        yield _problem(
-            f"{where}.params", "bottom and top that leave something (below 1 together)", str(dict(mix.params))
-        )
+    expected = method.rule(mix.params)
+    if expected is not None:
+        yield _problem(f"{where}.params", expected, str(dict(mix.params)))
 
 
 def _check_mix_weights(mix: Mix, method: Method, where: str) -> Iterator[Problem]:
     weights = [weight for weight in mix.weights if weight]
-    if mix.method != "linear" and not method.least <= len(weights) <= (method.most or len(weights)):
+    if not method.least <= len(weights) <= (method.most or len(weights)):
         wanted = f"exactly {method.least}" if method.most == method.least else f"at least {method.least}"
         yield _problem(
             f"{where}.weights", f"{wanted} layers with a weight other than 0 for {mix.method}", str(len(weights))

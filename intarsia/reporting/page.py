@@ -22,16 +22,17 @@ from markupsafe import Markup
 
 from intarsia.disk import write_whole
 from intarsia.errors import Problem, UserError
-from intarsia.reporting import comparison_report, model_report, plan_report, tailor_report, tailor_run
+from intarsia.reporting import comparison_report, model_report, plan_report, tailor_report
 from intarsia.reporting.blocks import Ladder, Section, Subject, Written
 from intarsia.reporting.colours import variables
 from intarsia.reporting.plan_report import ladder_figure
+from intarsia.tailoring.run import is_tailor_run
 
 Generations = Mapping[Path, Sequence[Written]]
 
 _KINDS: Sequence[tuple[Callable[[Path], bool], Callable[[Path], Subject]]] = (
     (comparison_report.is_comparison, comparison_report.read),
-    (tailor_run.is_tailor_run, tailor_report.read),
+    (is_tailor_run, tailor_report.read),
     (plan_report.is_plan_run, plan_report.read),
     (model_report.is_model_folder, model_report.read),
 )

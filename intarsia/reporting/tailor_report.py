@@ -17,10 +17,10 @@ from intarsia.reporting.blocks import Block, Code, Facts, Figure, Section, Subje
 from intarsia.reporting.figures import Axis, Point, Series, chart
 from intarsia.reporting.puzzle import pieces_of, puzzle_svg, sources_in_words
 from intarsia.reporting.puzzle_section import puzzle_section
-from intarsia.reporting.tailor_run import FAMILY, TailorRun, load
 from intarsia.reporting.wording import duration, model_name, short, written
 from intarsia.tailoring.history import Trial
 from intarsia.tailoring.pareto import Front
+from intarsia.tailoring.run import FAMILY, TailorRun
 
 _MOST_PAIRS, _MOST_PICTURES = 6, 4
 
@@ -31,7 +31,7 @@ def read(path: Path) -> Subject:
     Raises:
         UserError: it is damaged.
     """
-    run = load(path)
+    run = TailorRun(path)
     members = run.settings["members"]
     base = next(iter(members.values()))
     space, names = run.settings["space"], [model_name(base["model"]), *list(members)[1:]]

@@ -22,9 +22,9 @@ from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
 from intarsia.reporting.puzzle import pieces_of_architecture, puzzle_file
-from intarsia.stages.tailor_folder import TailorFolder
-from intarsia.stages.tailor_recipe import chosen_trial, is_tailored, trial_recipe
 from intarsia.stages.versions import versions
+from intarsia.tailoring.run import TailorRun, is_tailor_run
+from intarsia.tailoring.trials import trial_recipe
 
 PICTURE = "puzzle.svg"
 
@@ -72,9 +72,9 @@ def build(
     """
     source, out, progress = Path(source), Path(out), progress or Silent()
     check_out(out, overwrite=overwrite)
-    if is_tailored(source) and layers is None:
-        folder = TailorFolder.existing(source)
-        recipe = trial_recipe(folder, chosen_trial(folder, best=best, knee=knee, trial=trial), progress)
+    if is_tailor_run(source) and layers is None:
+        search = TailorRun(source)
+        recipe = trial_recipe(search, search.chosen(best=best, knee=knee, trial=trial))
     elif best is not None or knee or trial is not None:
         raise UserError.of(
             where="--best, --knee, --trial",

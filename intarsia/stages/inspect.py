@@ -15,7 +15,7 @@ from intarsia.pruning.step import describe, mlp_pieces, of_experts
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.comparison import SETTINGS as COMPARISON
-from intarsia.reporting.tailor_run import SETTINGS as SEARCH
+from intarsia.tailoring.run import FACTS as SEARCH
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,20 @@
 """One point of the search space, as plain data that can be compared, hashed and counted.
 
-All numbers stand on grids, so that two candidates are the same or are not. Source of the choices: GPTailor, arXiv
+All numbers stand on grids, so that two candidates are the same or are not. The `Menu` of a family says what a layer may
+be blended from: which blends there are, how many, and which are one step apart. Source of the choices: GPTailor, arXiv
 2506.20480 (remove, select, merge), and arXiv 2510.15304 (concatenate).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from itertools import combinations
+from random import Random
+from typing import Any, TypeAlias
 
+from intarsia.recipe.methods import METHODS
 from intarsia.recipe.ops import MergeMethod
 
 
@@ -133,5 +138,156 @@ def _blend(blend: Blend) -> dict[str, Any]:
 def _blend_of(data: Mapping[str, Any]) -> Blend:
     values = tuple((str(name), float(value)) for name, value in data.get("values", {}).items())
     method = data.get("method")
-    found = None if method is None else cast(MergeMethod, str(method))
+    found = None if method is None else str(method)
     return Blend(members=tuple(map(str, data["members"])), method=found, values=values)
+
+
+_USUAL = {"lead": 0.5, "lambda": 1.0, "density": 0.5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Menu:
+    """The blends of a family.
+
+    A blend that is a whole layer in disguise is left out: nothing is added (`lambda` 0), or the whole difference of one
+    member (task arithmetic with `lambda` 1).
+    """
+
+    # The base is the first.
+    members: tuple[str, ...]
+    # Without it only the base is taken whole.
+    select: bool
+    methods: tuple[MergeMethod, ...]
+    # The values of each setting of each method, ascending.
+    grids: Mapping[MergeMethod, Mapping[str, tuple[float, ...]]]
+
+    @property
+    def singles(self) -> tuple[str, ...]:
+        """The members that may be taken whole."""
+        return self.members if self.select else self.members[:1]
+
+    @property
+    def usable(self) -> tuple[MergeMethod, ...]:
+        """The methods for which the family has enough members."""
+        return tuple(method for method in self.methods if any(True for _ in self._subsets(method)))
+
+    def pool(self, method: MergeMethod) -> tuple[str, ...]:
+        """The members that a method takes: all, or all but the base where it works on differences to that."""
+        return self._sizes(method)[0]
+
+    def count(self) -> int:
+        """How many blends there are."""
+        total = len(self.singles)
+        for method in self.methods:
+            pool, least, most = self._sizes(method)
+            for size in range(least, most + 1):
+                values = math.prod(len(self._values(method, name, size)) for name in self.grids[method])
+                total += math.comb(len(pool), size) * values
+        return total
+
+    def has(self, blend: Blend) -> bool:
+        """Whether a blend is one of these."""
+        if blend.method is None:
+            return len(blend.members) == 1 and blend.members[0] in self.singles and not blend.values
+        if blend.method not in self.methods or blend.members not in self._subsets(blend.method):
+            return False
+        names = list(self.grids[blend.method])
+        return [name for name, _ in blend.values] == names and all(
+            value in self._values(blend.method, name, len(blend.members)) for name, value in blend.values
+        )
+
+    def random(self, rng: Random) -> Blend:
+        """A whole layer or a merge with equal chance; then member or method, members and values, each evenly."""
+        methods = self.usable
+        if not methods or rng.random() < 0.5:
+            return Blend(members=(rng.choice(self.singles),))
+        method = rng.choice(methods)
+        members = rng.choice(list(self._subsets(method)))
+        values = tuple((name, rng.choice(self._values(method, name, len(members)))) for name in self.grids[method])
+        return Blend(members=members, method=method, values=values)
+
+    def nearest(self, members: Sequence[str], method: MergeMethod, values: Mapping[str, float]) -> Blend:
+        """The blend closest to what is asked for; values that are not given are the usual ones.
+
+        Members that the method does not take are left out. Where too few are left, or the whole difference of one
+        member is asked for, it is a whole layer.
+        """
+        pool, least, most = self._sizes(method)
+        wanted = tuple(member for member in pool if member in members)[:most]
+        if method not in self.methods or len(wanted) < least or not wanted:
+            taken = [member for member in self.members if member in members and member in self.singles]
+            return Blend(members=(next((m for m in taken if m != self.members[0]), self.members[0]),))
+        settled = []
+        for name in self.grids[method]:
+            grid = self._values(method, name, len(wanted))
+            target = values.get(name, usual(method, name))
+            if self.select and len(wanted) == 1 and _adds_up(method) and values.get("lambda") == 1.0:
+                return Blend(members=wanted)
+            settled.append((name, min(grid, key=lambda value: (abs(value - target), value))))
+        return Blend(members=wanted, method=method, values=tuple(settled))
+
+    def source_steps(self, blend: Blend) -> list[Blend]:
+        """Blends with another member, one more, or one less."""
+        if blend.method is None:
+            return [Blend(members=(member,)) for member in self.singles if member not in blend.members]
+        found = []
+        values = dict(blend.values)
+        for member in self.members:
+            others = [other for other in self.members if (other in blend.members) != (other == member)]
+            found.append(self.nearest(others, blend.method, values))
+        return _unlike(blend, found)
+
+    def merge_steps(self, blend: Blend) -> list[Blend]:
+        """Blends by another method (or by none), or with a setting one step up or down."""
+        found: list[Blend] = []
+        values = dict(blend.values)
+        for method in self.methods:
+            if blend.method is not None:
+                found.append(self.nearest(blend.members, method, values))
+                continue
+            found += [self.nearest((*blend.members, member), method, {}) for member in self.members]
+        if blend.method is not None:
+            found += [Blend(members=(member,)) for member in blend.members if member in self.singles]
+            for name, value in blend.values:
+                grid = self._values(blend.method, name, len(blend.members))
+                at = grid.index(value)
+                found += [blend.with_value(name, grid[i]) for i in (at - 1, at + 1) if 0 <= i < len(grid)]
+        return _unlike(blend, found)
+
+    def settings_of(self, method: MergeMethod) -> tuple[str, ...]:
+        """The names of a method's settings."""
+        return tuple(self.grids[method])
+
+    def _sizes(self, method: MergeMethod) -> tuple[tuple[str, ...], int, int]:
+        """From which members a method takes, how many at least, and how many at most."""
+        kind = METHODS[method]
+        pool = self.members[1:] if kind.base else self.members
+        least = max(kind.least, 1 if kind.base else 2)
+        return pool, least, min(kind.most or len(pool), len(pool))
+
+    def _subsets(self, method: MergeMethod) -> Iterator[tuple[str, ...]]:
+        pool, least, most = self._sizes(method)
+        for size in range(least, most + 1):
+            yield from combinations(pool, size)
+
+    def _values(self, method: MergeMethod, name: str, size: int) -> tuple[float, ...]:
+        grid = self.grids[method][name]
+        if name != "lambda":
+            return grid
+        whole = _adds_up(method) and size == 1
+        return tuple(value for value in grid if value != 0.0 and not (whole and value == 1.0))
+
+
+def usual(method: MergeMethod, name: str) -> float:
+    """The value of a setting where nothing else is said."""
+    return _USUAL[name] if name in _USUAL else METHODS[method].parameters[name].default
+
+
+def _adds_up(method: MergeMethod) -> bool:
+    """Whether it adds differences as they are, so that all of one is that member."""
+    kind = METHODS[method]
+    return kind.base and not kind.parameters and tuple(kind.search) == ("lambda",)
+
+
+def _unlike(blend: Blend, found: Sequence[Blend]) -> list[Blend]:
+    return [other for other in dict.fromkeys(found) if other != blend]

@@ -1,53 +1,187 @@
-"""What an engine is: asked for candidates, told what they cost.
+"""What a search engine is, and the staged budgets that engines share.
 
 An engine is a function of its seed and of the order of its questions and answers; it keeps no clock and reads no file.
-So a search that goes on after a kill asks a new engine everything again, answers from the log, and has the same engine
-as before. With one worker answers come in the order of the questions, and the log is that of an undisturbed run.
+So a search that is resumed asks a new engine everything again, answers from the log, and has the same engine as
+before. With one worker answers come in the order of the questions, and the log is that of an undisturbed run.
+
+Budgets as in Hyperband (Li et al., JMLR 18, 2018): the greatest, divided by eta again and again, down to the least.
+Promotion is asynchronous (ASHA; Li et al., MLSys 2020), so that no worker waits for a stage to be complete: of every
+eta candidates that were scored at a budget one is promoted to the next. Several objectives: who is promoted is decided
+by ParEGO's function with weights drawn for each promotion, so that the promoted ones spread over the front.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from random import Random
+from typing import Protocol
 
 from intarsia.tailoring.candidate import Candidate
-from intarsia.tailoring.history import Trial
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ask:
-    """A candidate to evaluate at a budget. `origin` says in a few words how it came to be.
-
-    `token` is the engine's own.
-    """
-
-    engine: str
-    candidate: Candidate
-    budget: int
-    origin: str
-    token: Any = field(default=None, compare=False, repr=False)
+from intarsia.tailoring.pareto import draw_weights, order
+from intarsia.tailoring.space import Space
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A candidate to begin with, and where it is from."""
+    """A candidate to start with, and where it is from."""
 
     candidate: Candidate
     origin: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What an engine is made for."""
+
+    space: Space
+    # Numbers of examples, ascending.
+    budgets: tuple[int, ...]
+    # Names of the objectives, in the order of the costs.
+    objectives: tuple[str, ...]
+    # Of so many candidates at a budget one is promoted to the next.
+    eta: int = 3
+    seed: int = 0
+    # What to try first.
+    starts: tuple[Start, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """A candidate to score at a budget; `origin` says in a few words how it came to be."""
+
+    candidate: Candidate
+    budget: int
+    origin: str
+
+
 class Engine(Protocol):
-    """Decides what to try next."""
+    """Decides what to try next.
+
+    A class registered with `intarsia.registry.engine`, made from a `Task` and its settings if it has any. If it has a
+    static method `check`, that is called before anything heavy, and may raise a UserError.
+    """
+
+    def ask(self, n: int) -> Sequence[Ask]:
+        """What to try next, at most `n` of it; nothing where nothing is left that was not asked before."""
+
+    def tell(self, candidate: Candidate, budget: int, costs: tuple[float, ...] | None) -> None:
+        """What a candidate costs at a budget, or None where it failed.
+
+        Answers come in any order, and there may be some that this engine has not asked for, of an earlier search.
+        """
+
+
+_TRIES = 200
+
+
+def budget_ladder(least: int, most: int, eta: int) -> tuple[int, ...]:
+    """The budgets, ascending: `most` divided by eta while that is not less than `least`, rounded to whole examples."""
+    assert 1 <= least <= most and eta >= 2
+    count = 0
+    while most / eta ** (count + 1) >= least - 1e-9:
+        count += 1
+    return tuple(sorted({max(round(most / eta**step), 1) for step in range(count + 1)}))
+
+
+def expected_trials(budgets: Sequence[int], trials: int, eta: int) -> dict[int, int]:
+    """About how many of some trials are made at each budget."""
+    weights = [eta ** -float(step) for step in range(len(budgets))]
+    counts = [int(trials * weight / sum(weights) + 1e-9) for weight in weights]
+    counts[0] += trials - sum(counts)
+    return dict(zip(budgets, counts, strict=True))
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """What is known at one budget: candidates with their costs, in the order in which they were told."""
+
+    budget: int
+    costs: dict[Candidate, tuple[float, ...]] = field(default_factory=dict)
+    promoted: set[Candidate] = field(default_factory=set)
 
     @property
-    def name(self) -> str:
-        """What its trials are marked with."""
+    def waiting(self) -> list[Candidate]:
+        """Scored, and not promoted yet."""
+        return [candidate for candidate in self.costs if candidate not in self.promoted]
 
-    def ask(self) -> Ask | None:
-        """What to try next; None where nothing is left that was not asked before."""
 
-    def tell(self, ask: Ask, trial: Trial) -> None:
-        """What became of a question of this engine. Answers may come in any order."""
+class Staged:
+    """An engine of staged budgets; a subclass proposes new candidates."""
 
-    def hear(self, trial: Trial) -> None:
-        """A trial that this engine has not asked for: of another engine, or of an earlier search."""
+    def __init__(self, name: str, task: Task) -> None:
+        self.space = task.space
+        self._eta = task.eta
+        self._rng = Random(f"{name}-{task.seed}")
+        self._stages = [Stage(budget=budget) for budget in task.budgets]
+        self._starts = list(task.starts)
+        self._asked: set[Candidate] = set()
+
+    def propose(self, stages: Sequence[Stage], rng: Random) -> tuple[Candidate, str]:
+        """A new candidate and how it came to be, from what is known at each budget (ascending)."""
+        raise NotImplementedError
+
+    def ask(self, n: int) -> list[Ask]:
+        """Promotions that are due, else candidates to start with, else new ones."""
+        found: list[Ask] = []
+        while len(found) < n and (ask := self._next()) is not None:
+            found.append(ask)
+        return found
+
+    def _next(self) -> Ask | None:
+        found = self._promotion()
+        if found is not None:
+            return found
+        least = self._stages[0].budget
+        while self._starts:
+            start = self._starts.pop(0)
+            if start.candidate not in self._asked:
+                self._asked.add(start.candidate)
+                return Ask(candidate=start.candidate, budget=least, origin=start.origin)
+        for _ in range(_TRIES):
+            candidate, origin = self.propose(self._stages, self._rng)
+            if candidate not in self._asked:
+                self._asked.add(candidate)
+                return Ask(candidate=candidate, budget=least, origin=origin)
+        return self._last_promotion()
+
+    def tell(self, candidate: Candidate, budget: int, costs: tuple[float, ...] | None) -> None:
+        """Costs at other budgets than these are not comparable; a failed candidate is never promoted or bred from."""
+        self._asked.add(candidate)
+        for below, stage in zip([None, *self._stages], self._stages, strict=False):
+            if stage.budget == budget and costs is not None:
+                stage.costs[candidate] = costs
+            if stage.budget == budget and below is not None:
+                # An earlier search may have taken it there.
+                below.promoted.add(candidate)
+
+    def _promotion(self) -> Ask | None:
+        """From the greatest budget down, the first stage in which one of eta candidates is not promoted yet."""
+        for stage, above in reversed(list(zip(self._stages, self._stages[1:], strict=False))):
+            # Others may have been scored above alone: they have taken nobody's place.
+            waiting = len(stage.waiting)
+            if waiting and len(stage.costs) - waiting < len(stage.costs) // self._eta:
+                return self._promote(stage, above)
+        return None
+
+    def _last_promotion(self) -> Ask | None:
+        """Where there is no new candidate left: whatever is not promoted yet."""
+        for stage, above in reversed(list(zip(self._stages, self._stages[1:], strict=False))):
+            if stage.waiting:
+                return self._promote(stage, above)
+        return None
+
+    def _promote(self, stage: Stage, above: Stage) -> Ask:
+        candidates = stage.waiting
+        count = len(stage.costs[candidates[0]])
+        best = ranked(stage, candidates, draw_weights(count, self._rng))[0]
+        stage.promoted.add(best)
+        return Ask(candidate=best, budget=above.budget, origin="promotion")
+
+
+def ranked(stage: Stage, candidates: Sequence[Candidate], weights: Sequence[float]) -> list[Candidate]:
+    """Some candidates of a stage, the best first for these weights; costs are scaled over the whole stage."""
+    everyone = list(stage.costs)
+    chosen = set(candidates)
+    places = order([stage.costs[candidate] for candidate in everyone], weights)
+    return [everyone[place] for place in places if everyone[place] in chosen]

@@ -12,6 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,10 +27,12 @@ from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.evaluation.likelihood import positions_of
 from intarsia.evaluation.run_rows import default_batch_tokens, takes_packed_rows
-from intarsia.progress import Progress, Silent
+from intarsia.options import Runtime
+from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.validate import check
-from intarsia.tailoring.family import Family
+from intarsia.registry import load_plugin
+from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import FamilyFile
 from intarsia.tailoring.history import Outcome, TrialFailed
 from intarsia.tailoring.objective import QUESTIONS, Objective, check_budgets, check_varied, cuts_of
@@ -36,6 +40,7 @@ from intarsia.tailoring.objective_sources import read_objectives
 from intarsia.tailoring.trial_heal import KeptFits, repair_corpus, repair_windows, repair_work, repaired
 from intarsia.tailoring.trial_run import ResidentFamily, Runner
 from intarsia.tailoring.trial_scores import Scored, Scorer
+from intarsia.tailoring.workers import Place
 
 __all__ = ["Evaluator", "Outcome", "TrialFailed"]
 
@@ -229,25 +234,20 @@ _GPU_LOGITS = 2**30
 
 def open_evaluator(
     family: Family,
-    spec: FamilyFile,
+    file: FamilyFile,
+    runtime: Runtime | None = None,
     *,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    memory_bytes: int | None = None,
     seq_len: int = _SEQ_LEN,
     tokenizer: Any | None = None,
     probe: bool = True,
     fits: KeptFits | None = None,
-    progress: Progress | None = None,
 ) -> Evaluator:
     """Read the objectives, load the base, and measure it.
 
     Args:
         family: opened with weights.
-        spec: the family file.
-        device, dtype: where and in what to run; None for the best device and the checkpoint's dtype.
-        memory_bytes: for caches (layers that were made, and states behind shared first layers), beside the family's
-            own tensors; None for 1 GiB on the CPU, and for three tenths of what is free elsewhere.
+        runtime: its memory is for caches (layers that were made, and states after shared first layers), beside the
+            family's own tensors; without it 1 GiB on the CPU, and three tenths of what is free elsewhere.
         seq_len: tokens of a window of text.
         tokenizer: the base's; None to read it from its folder.
         probe: measure the base at the largest budget, and refuse objectives that tell nothing. One of several
@@ -258,28 +258,27 @@ def open_evaluator(
         UserError: with everything that is wrong with the objectives; a budget is larger than the data; an objective
             tells nothing.
     """
-    progress = progress or Silent()
-    device = device or default_device()
+    runtime, search = runtime or Runtime(), file.search
+    device = default_device() if runtime.device is None else torch.device(runtime.device)
     checkpoint = family.checkpoints()[family.names[0]]
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    search = spec.search
     positions = positions_of(SimpleNamespace(**checkpoint.config))
     seq_len = min(seq_len, positions or seq_len)
     objectives = read_objectives(
-        spec.objectives,
+        file.objectives,
         tokenizer,
-        windows=search.max_budget + (repair_windows(seq_len) if spec.heal != "none" else 0),
+        windows=search.max_budget + (repair_windows(seq_len) if file.heal != "none" else 0),
         seq_len=seq_len,
         max_length=positions,
         seed=search.seed,
-        progress=progress,
     )
     check_budgets(objectives, search.max_budget)
     repair_on = None
-    if spec.heal != "none":
+    if file.heal != "none":
         repair_on = repair_corpus(objectives, seq_len=seq_len, eos=tokenizer.eos_token_id)
-    with progress.task("loading the base", total=1) as task:
-        room = _cache_bytes(device) if memory_bytes is None else memory_bytes
+    room = runtime.memory_bytes or _cache_bytes(device)
+    with current().task("loading the base", total=1) as task:
+        dtype = None if runtime.dtype is None else getattr(torch, runtime.dtype)
         layers = ResidentFamily(family, device=device, dtype=dtype, memory_bytes=room // 3)
         task.advance()
     made = Evaluator(
@@ -287,16 +286,80 @@ def open_evaluator(
         objectives,
         cuts=cuts_of(search.min_budget, search.max_budget, search.eta),
         pack=takes_packed_rows(layers.resident.model, _longest_row(objectives)),
-        batch_tokens=_batch_tokens(layers),
+        batch_tokens=runtime.batch_tokens or _batch_tokens(layers),
         cache_bytes=room * 2 // 3,
         repair_on=repair_on,
         fits=fits,
     )
     if probe:
-        with progress.task("measuring the base", total=1) as task:
+        with current().task("measuring the base", total=1) as task:
             made.probe(search.max_budget)
             task.advance()
     return made
+
+
+def examples_there(file: FamilyFile, family: Family, most: int) -> int:
+    """How many examples the largest objective has, up to `most`.
+
+    Raises:
+        UserError: an objective cannot be read.
+    """
+    checkpoint = family.checkpoints()[family.names[0]]
+    objectives = read_objectives(
+        file.objectives,
+        AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False),
+        windows=most,
+        seq_len=_SEQ_LEN,
+        max_length=positions_of(SimpleNamespace(**checkpoint.config)),
+        seed=file.search.seed,
+    )
+    return min(most, max(len(objective.examples) for objective in objectives))
+
+
+class TrialScorer:
+    """Scores the recipes of a search, healed where the family file says so."""
+
+    def __init__(self, evaluator: Evaluator, file: FamilyFile) -> None:
+        self.evaluator = evaluator
+        self._file = file
+
+    def evaluate(self, recipe: Recipe, budget: int) -> Outcome:
+        """See `intarsia.tailoring.workers.Scorer`."""
+        if self._file.heals(budget):
+            return self.evaluator.evaluate(recipe, budget, healed=True)
+        return self.evaluator.evaluate(recipe, budget)
+
+    def close(self) -> None:
+        """Let go of what is cached."""
+        self.evaluator.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenScorer:
+    """Opens the family in the process of a worker. Paths are absolute: the worker may run in another folder."""
+
+    file: FamilyFile
+    runtime: Runtime
+    # The folder of what is fitted for trials.
+    fits: Path | None = None
+    # Files that register merge operators of the user's own.
+    plugins: tuple[str, ...] = ()
+
+    def __call__(self, place: Place) -> TrialScorer:
+        """A scorer for a worker: with its share of the memory, on its own GPU where there are several."""
+        for plugin in self.plugins:
+            load_plugin(plugin)
+        if place.threads is not None:
+            torch.set_num_threads(place.threads)
+        runtime = self.runtime
+        device = default_device() if runtime.device is None else torch.device(runtime.device)
+        if place.count > 1 and device.type == "cuda" and ":" not in str(device):
+            runtime = replace(runtime, device=f"cuda:{place.index % torch.cuda.device_count()}")
+        if runtime.memory_bytes is not None:
+            runtime = replace(runtime, memory=str(runtime.memory_bytes // place.count))
+        fits = None if self.fits is None else KeptFits(self.fits)
+        evaluator = open_evaluator(open_family(self.file.members), self.file, runtime, probe=False, fits=fits)
+        return TrialScorer(evaluator, self.file)
 
 
 def _cache_bytes(device: torch.device) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.multimodal import text_config
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import DEMO, not_downloaded, resolve
-from intarsia.errors import Problem, UserError
-from intarsia.progress import Progress, Silent
+from intarsia.errors import Problem, Problems, UserError
+from intarsia.progress import current
 from intarsia.recipe.recipe import Variant
 from intarsia.tailoring.family_file import MemberSpec
 
@@ -171,7 +171,7 @@ def _tokens(folder: Path) -> dict[str, int] | None:
 
 
 def read_config_only(
-    model: str, revision: str | None, base: Member | None, progress: Progress, *, configs: Path | None = None
+    model: str, revision: str | None, base: Member | None = None, *, configs: Path | None = None
 ) -> tuple[Mapping[str, Any], Architecture]:
     """The config of a model and the architecture that it promises; an adapter has those of `base`.
 
@@ -184,7 +184,7 @@ def read_config_only(
     """
     folder = Path(os.path.expanduser(model))
     if model == DEMO or folder.is_dir():
-        folder = resolve(model, revision=revision, progress=progress)
+        folder = resolve(model, revision=revision, progress=current())
         if is_adapter(folder) and base is not None:
             read_adapter_config(folder)
             return base.config, base.architecture
@@ -233,13 +233,19 @@ class Family:
         """The base's, which is everyone's."""
         return self.members[0].architecture
 
+    @property
+    def parameters(self) -> int | None:
+        """The base's, where its weights are open."""
+        checkpoint = self.members[0].checkpoint
+        return None if checkpoint is None else checkpoint.parameters
+
     def checkpoints(self) -> dict[str, Checkpoint]:
         """The opened checkpoints, by name."""
         found = {member.name: member.checkpoint for member in self.members}
         assert all(checkpoint is not None for checkpoint in found.values()), "opened with weights"
         return {name: checkpoint for name, checkpoint in found.items() if checkpoint is not None}
 
-    def variants(self, progress: Progress | None = None) -> tuple[Variant, ...]:
+    def variants(self) -> tuple[Variant, ...]:
         """The members as a recipe names them, with the hashes of their weights, all of which are finite.
 
         Raises:
@@ -250,20 +256,13 @@ class Family:
             # A recipe outlives the folder that the search ran in, so a local path is made absolute.
             local = Path(member.model).is_dir() and member.model != "demo"
             model = str(Path(member.model).resolve()) if local else member.model
-            sha256 = None if member.checkpoint is None else scan(member.checkpoint, progress)
+            sha256 = None if member.checkpoint is None else scan(member.checkpoint, current())
             found.append(Variant(name=member.name, model=model, revision=member.revision, sha256=sha256))
         return tuple(found)
 
 
-def open_family(
-    base: MemberSpec,
-    variants: Sequence[MemberSpec],
-    *,
-    weights: bool = True,
-    configs: Path | None = None,
-    progress: Progress | None = None,
-) -> Family:
-    """Open the members of a family and check that they are one.
+def open_family(specs: Mapping[str, MemberSpec], *, weights: bool = True, configs: Path | None = None) -> Family:
+    """Open the members of a family, the base first, and check that they are one.
 
     Args:
         weights: False reads config files alone, for a look before anything is downloaded; shapes are then those that
@@ -273,39 +272,38 @@ def open_family(
     Raises:
         UserError: naming everything in which members cannot be found or read, or differ from the base.
     """
-    progress = progress or Silent()
-    first = _member(base, None, weights, configs, progress)
-    members = [first]
-    problems: list[Problem] = []
     notes: list[str] = [] if weights else ["Only config files were read: weights and tokenizers are not checked."]
-    for spec in variants:
-        try:
-            member = _member(spec, first, weights, configs, progress)
-        except UserError as error:
-            problems += error.problems
+    members: list[Member] = []
+    problems = Problems()
+    for name, spec in specs.items():
+        first = members[0] if members else None
+        if first is None:
+            members.append(_member(name, spec, None, weights, configs))
             continue
-        members.append(member)
-        wrong, said = compare(first, member)
-        problems += wrong
-        notes += said
-    if problems:
-        raise UserError(problems)
+        with problems:
+            member = _member(name, spec, first, weights, configs)
+            members.append(member)
+            wrong, said = compare(first, member)
+            problems += wrong
+            notes += said
+    problems.raise_any()
     return Family(members=tuple(members), notes=tuple(notes))
 
 
-def _member(spec: MemberSpec, base: Member | None, weights: bool, configs: Path | None, progress: Progress) -> Member:
-    if not weights:
-        config, architecture = read_config_only(spec.model, spec.revision, base, progress, configs=configs)
-        return Member(
-            name=spec.name, model=spec.model, revision=spec.revision, config=config, architecture=architecture
-        )
-    over = None if base is None else base.checkpoint
-    checkpoint = open_variant(spec.model, revision=spec.revision, base=over, progress=progress)
+def _member(name: str, spec: MemberSpec, base: Member | None, weights: bool, configs: Path | None) -> Member:
+    checkpoint: Checkpoint | None = None
+    config: Mapping[str, Any]
+    if weights:
+        over = None if base is None else base.checkpoint
+        checkpoint = open_variant(spec.model, revision=spec.revision, base=over, progress=current())
+        config, architecture = checkpoint.config, checkpoint.architecture
+    else:
+        config, architecture = read_config_only(spec.model, spec.revision, base, configs=configs)
     return Member(
-        name=spec.name,
+        name=name,
         model=spec.model,
         revision=spec.revision,
-        config=checkpoint.config,
-        architecture=checkpoint.architecture,
+        config=config,
+        architecture=architecture,
         checkpoint=checkpoint,
     )

@@ -1,20 +1,19 @@
 """The log of a search: one trial a line, appended when it is finished and never changed.
 
-`trials.jsonl` of a run folder. The keys of a line are the fields of `Trial`. A last line that a kill cut off does not
-count and is dropped when the next one is written. Where a search goes on, its engine is asked anew from the beginning
-and answered from this log, so that all an engine knows is a function of the seed and the log.
+`trials.jsonl` of a run folder (see `intarsia.run_dir.Log`). The keys of a line are the fields of `Trial`. When a search
+is resumed, a new engine is asked everything again and answered from this log, so that all that an engine knows is a
+function of the seed and the log.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from intarsia.disk import append_line, write_whole
 from intarsia.errors import UserError
+from intarsia.run_dir import Log
 from intarsia.tailoring.candidate import Candidate, from_plain, to_plain
 
 TRIALS = "trials.jsonl"
@@ -104,26 +103,21 @@ class History:
     """The trials of a run, in the order in which they were finished."""
 
     def __init__(self, path: Path) -> None:
-        """Read what is there.
+        """Read what is there; nothing is written, so that a look at a run does not disturb the search.
 
         Raises:
             UserError: a line that is not the last one is no trial.
         """
         self.path = path
+        self._log = Log(path)
         self._trials: list[Trial] = []
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole, _, rest = text.rpartition("\n")
-        # Nothing is written here: a look at a run must not disturb the search that is writing it.
-        self._cut_off = bool(rest)
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(self._log.entries(), start=1):
             try:
-                self._trials.append(Trial.from_dict(json.loads(line)))
+                self._trials.append(Trial.from_dict(line))
             except (KeyError, TypeError, ValueError, AssertionError) as error:
-                raise UserError.of(
-                    where=f"{path}:{number}",
-                    expected="a trial, as the search wrote it",
-                    found=f"{type(error).__name__}: {error}",
-                    remedy="Mend the line, or search anew into another folder.",
+                raise UserError(
+                    f"Line {number} of {path} is no trial: {type(error).__name__}: {error}.",
+                    "Correct the line, or search into another folder.",
                 ) from error
         self._by_key = {trial.key: trial for trial in self._trials}
 
@@ -150,16 +144,9 @@ class History:
     def append(self, trial: Trial) -> None:
         """Write a trial; when this returns it is on the disk."""
         assert trial.number == len(self._trials) and trial.key not in self._by_key
-        if self._cut_off:
-            write_whole(self.path, "".join(f"{_line(each)}\n" for each in self._trials))
-            self._cut_off = False
-        append_line(self.path, _line(trial))
+        self._log.append(trial.to_dict())
         self._trials.append(trial)
         self._by_key[trial.key] = trial
-
-
-def _line(trial: Trial) -> str:
-    return json.dumps(trial.to_dict(), allow_nan=False)
 
 
 class TrialFailed(Exception):

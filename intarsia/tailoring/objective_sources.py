@@ -19,7 +19,7 @@ from intarsia.evaluation.choices import Question
 from intarsia.evaluation.likelihood import Request, encode_pairs
 from intarsia.evaluation.task_file import names_a_file, read_questions, read_targets
 from intarsia.evaluation.tasks import HarnessTask, load_harness
-from intarsia.progress import Progress
+from intarsia.progress import current
 from intarsia.tailoring.family_file import ObjectiveSpec, Range
 from intarsia.tailoring.objective import Example, Objective, in_order
 
@@ -110,7 +110,6 @@ def read_objectives(
     seq_len: int,
     max_length: int | None,
     seed: int,
-    progress: Progress,
 ) -> tuple[Objective, ...]:
     """The objectives, each with its examples in the order of the budgets.
 
@@ -125,7 +124,7 @@ def read_objectives(
     """
     problems: list[Problem] = []
     found: list[Objective] = []
-    with progress.task("objectives", total=len(specs)) as task:
+    with current().task("objectives", total=len(specs)) as task:
         for spec in specs:
             task.note(spec.name)
             try:

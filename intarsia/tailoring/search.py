@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 
 from intarsia.errors import UserError
-from intarsia.progress import Progress, Task
+from intarsia.progress import Task, current
 from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Candidate
@@ -24,12 +24,15 @@ _LONGEST_PACE = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What is searched for: so many trials, on these objectives, up to this budget."""
+    """What is searched for."""
 
     trials: int
     objectives: tuple[str, ...]
+    # The greatest budget.
     max_budget: int
     seed: int
+    # What its trials are marked with.
+    engine: str
 
 
 def search(
@@ -39,8 +42,7 @@ def search(
     goal: Goal,
     *,
     recipe_of: Callable[[Candidate], Recipe],
-    earlier: Sequence[Trial],
-    progress: Progress,
+    earlier: Sequence[Trial] = (),
     on_front: Callable[[Front], None] = lambda front: None,
     on_trial: Callable[[Set[str]], None] = lambda wanted: None,
 ) -> str | None:
@@ -67,7 +69,7 @@ def search(
     if len(history.made) >= goal.trials:
         return None
     run.hear_earlier()
-    with progress.task(f"{goal.trials} trials", goal.trials) as task:
+    with current().task(f"{goal.trials} trials", goal.trials) as task:
         task.advance(len(history.made))
         task.note(words(history.trials, goal))
         run.stop_if_doomed()
@@ -100,24 +102,28 @@ class _Run:
         """The engine hears what was known before it was asked anything."""
         for trial in self._history.trials:
             if trial.engine == EARLIER:
-                self._engine.hear(trial)
+                self._tell(trial)
                 self._replayed.add(trial.number)
 
     def fill(self) -> None:
         """Ask for as many trials as there are free workers."""
-        while (
-            self.stopped is None
-            and len(self.open) < self._workers.count
-            and len(self._history.made) + len(self.open) < self._goal.trials
-        ):
-            ask = self._engine.ask()
-            if ask is None:
+        while self.stopped is None and (free := self._free()) > 0:
+            asks = self._engine.ask(free)
+            if not asks:
                 # What is under way may give the engine new questions.
                 if not self.open:
                     self.stopped = "the engine found nothing new to try"
                 return
-            recipe = self._recipe_of(ask.candidate)
-            self._take(ask, recipe, (content_hash(recipe), ask.budget))
+            for ask in asks:
+                recipe = self._recipe_of(ask.candidate)
+                self._take(ask, recipe, (content_hash(recipe), ask.budget))
+
+    def _free(self) -> int:
+        left = self._goal.trials - len(self._history.made) - len(self.open)
+        return min(self._workers.count - len(self.open), left)
+
+    def _tell(self, trial: Trial) -> None:
+        self._engine.tell(trial.candidate, trial.budget, trial.costs)
 
     def _take(self, ask: Ask, recipe: Recipe, key: Key) -> None:
         """Answer from the log, or start a trial."""
@@ -125,7 +131,7 @@ class _Run:
         if known is not None:
             self._repeats += known.number in self._replayed
             self._replayed.add(known.number)
-            self._engine.tell(ask, known)
+            self._engine.tell(ask.candidate, ask.budget, known.costs)
             if self._repeats >= _REPEATS:
                 self.stopped = f"{_REPEATS} times the engine asked for what was tried already"
             return
@@ -148,7 +154,7 @@ class _Run:
             self._caught_up = True
             for trial in self._history.trials:
                 if trial.number not in self._replayed:
-                    self._engine.hear(trial)
+                    self._tell(trial)
 
     def collect(self, done: Done, task: Task) -> None:
         """A trial came back: into the log, then to the engine."""
@@ -156,7 +162,7 @@ class _Run:
         outcome = done.outcome
         trial = Trial(
             number=len(self._history),
-            engine=asks[0].engine,
+            engine=self._goal.engine,
             origin=asks[0].origin,
             candidate=asks[0].candidate,
             recipe=recipe,
@@ -174,7 +180,7 @@ class _Run:
         self._history.append(trial)
         self._replayed.add(trial.number)
         for ask in asks:
-            self._engine.tell(ask, trial)
+            self._engine.tell(ask.candidate, budget, trial.costs)
         self._ends = [*self._ends, time.monotonic()][-_LONGEST_PACE:]
         minutes = (self._ends[-1] - self._ends[0]) / 60.0
         task.note(words(self._history.trials, self._goal, (len(self._ends) - 1) / minutes if minutes > 0.0 else None))

@@ -13,13 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from random import Random
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from intarsia.architecture.spec import Architecture
 from intarsia.errors import Problem, UserError
-from intarsia.tailoring.blends import Menu
-from intarsia.tailoring.candidate import Candidate, Choice, Join, Keep, single
-from intarsia.tailoring.family_file import BASE, FamilyFile, Range
+from intarsia.recipe.methods import METHODS
+from intarsia.recipe.ops import MergeMethod
+from intarsia.tailoring.candidate import Candidate, Choice, Join, Keep, Menu, single
+
+if TYPE_CHECKING:
+    from intarsia.tailoring.family_file import FamilyFile, Range
 
 Kind = Literal["cut", "fusion", "stack"]
 
@@ -198,7 +201,7 @@ class Space:
 
 
 _STEP, _FINE = 0.1, 0.05
-_LEADS: Range = (0.1, 0.9)
+_POINTS = 10  # of the range of an operator's own option
 
 
 def grid(ends: Range, step: float) -> tuple[float, ...]:
@@ -209,22 +212,29 @@ def grid(ends: Range, step: float) -> tuple[float, ...]:
     return tuple(sorted({round(low, 6), round(high, 6), *inside}))
 
 
-def target_layers(file: FamilyFile, depth: int) -> int:
-    """The depth that is asked for. `sparsity` is the share of the base's layers to remove, as in arXiv 2506.20480."""
-    if file.layers is not None:
-        return file.layers
-    assert file.sparsity is not None, "a family file has a target"
-    return depth - math.ceil(file.sparsity * depth - 1e-9)
+def target_layers(file: FamilyFile, architecture: Architecture, parameters: int | None = None) -> int:
+    """The depth that is asked for; for a sparsity the greatest that removes at least that share of the parameters.
+
+    Args:
+        parameters: of the base; None where only its config is known, which says it but for the last norm.
+    """
+    if file.target.layers is not None:
+        return file.target.layers
+    assert file.target.sparsity is not None, "a family file has a target"
+    embeddings = architecture.vocabulary * architecture.width * (1 if architecture.tied else 2)
+    layers = architecture.n_layers * architecture.layer_parameters
+    share = architecture.layer_parameters / (parameters or layers + embeddings)
+    return architecture.n_layers - math.ceil(file.target.sparsity / share - 1e-9)
 
 
-def space_of(file: FamilyFile, architecture: Architecture) -> Space:
+def space_of(file: FamilyFile, architecture: Architecture, parameters: int | None = None) -> Space:
     """The space that a family.yaml describes, for a base of this architecture.
 
     Raises:
         UserError: its target cannot be reached by its operations, or an operation finds nothing to work on.
     """
     depth = architecture.n_layers
-    target = target_layers(file, depth)
+    target = target_layers(file, architecture, parameters)
     problems = [
         Problem(where=f"family: {where}", expected=expected, found=found, remedy=remedy)
         for where, expected, found, remedy in _misfits(file, depth, target)
@@ -232,14 +242,10 @@ def space_of(file: FamilyFile, architecture: Architecture) -> Space:
     if problems:
         raise UserError(problems)
     menu = Menu(
-        members=(BASE, *(spec.name for spec in file.variants)),
+        members=tuple(file.members),
         select="select" in file.operations,
         methods=file.methods,
-        grids={
-            "lead": grid(_LEADS, _STEP),
-            "lambda": grid(file.lambdas, _STEP),
-            "density": grid(file.densities, _STEP),
-        },
+        grids={method: _grids(method, file) for method in file.methods},
     )
     unused = [method for method in menu.methods if method not in menu.usable]
     menu = replace(menu, methods=menu.usable)
@@ -254,17 +260,32 @@ def space_of(file: FamilyFile, architecture: Architecture) -> Space:
         depth=depth,
         target=target,
         menu=menu,
-        shares=grid(file.shares, _STEP) if "concat" in file.operations else (),
-        scales=tuple(sorted({1.0, *grid(file.scales, _FINE)})),
-        separate=file.separate,
-        groups=file.groups,
+        shares=grid(file.concat.share, _STEP) if "concat" in file.operations else (),
+        scales=tuple(sorted({1.0, *grid(file.output_scale, _FINE)})),
+        separate=file.merge.parts == "separate",
+        groups=file.fusion.groups,
         layer_types=architecture.layer_types,
     )
 
 
+def _grids(method: MergeMethod, file: FamilyFile) -> dict[str, tuple[float, ...]]:
+    """What may be chosen for an operator: in the ranges of the family file, or else in its own."""
+    kind, found = METHODS[method], dict[str, tuple[float, ...]]()
+    for name, own in kind.search.items():
+        asked = {"lambda": file.merge.scale, "density": file.merge.density}.get(name)
+        if name in ("lead", "lambda", "density"):
+            values = grid(asked or own, _STEP)
+        else:
+            step = (own[1] - own[0]) / _POINTS
+            values = tuple(dict.fromkeys(round(own[0] + index * step, 6) for index in range(_POINTS + 1)))
+        whole = name in kind.parameters and kind.parameters[name].whole
+        found[name] = tuple(sorted({float(round(value)) for value in values})) if whole else values
+    return found
+
+
 def _misfits(file: FamilyFile, depth: int, target: int) -> Iterator[tuple[str, str, str, str]]:
-    where = "target.layers" if file.layers is not None else "target.sparsity"
-    given = str(file.layers if file.layers is not None else file.sparsity)
+    where = "target.layers" if file.target.layers is not None else "target.sparsity"
+    given = str(file.target.layers if file.target.layers is not None else file.target.sparsity)
     if target < 1:
         yield where, f"at least one of {depth} layers to stay", given, "Ask for less."
     elif target < depth and "remove" not in file.operations:
@@ -277,11 +298,11 @@ def _misfits(file: FamilyFile, depth: int, target: int) -> Iterator[tuple[str, s
         yield "operations", f"no stack for a target of {target} of {depth} layers", "stack", "Remove it."
     if "concat" in file.operations and target >= depth:
         yield "operations", "no concat where no layer is removed", "concat", "Remove it."
-    if file.groups is not None and target != depth:
+    if file.fusion.groups is not None and target != depth:
         yield "fusion.groups", f"groups only at full depth, {depth} layers", f"a target of {target}", "Remove them."
-    elif file.groups is not None and file.groups > depth:
-        yield "fusion.groups", f"at most {depth}, the base's layers", str(file.groups), "Use fewer groups."
+    elif file.fusion.groups is not None and file.fusion.groups > depth:
+        yield "fusion.groups", f"at most {depth}, the base's layers", str(file.fusion.groups), "Use fewer groups."
     if not file.variants and {"select", "merge"} & set(file.operations) and "concat" not in file.operations:
         yield "variants", "at least one variant to select or merge", "none", "Add one, or search with remove alone."
-    if file.lambdas == (0.0, 0.0) and file.methods:
+    if file.merge.scale == (0.0, 0.0) and file.methods:
         yield "merge.scale", "something other than 0, which adds nothing", "0", "Widen the range."

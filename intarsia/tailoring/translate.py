@@ -19,13 +19,11 @@ from intarsia.recipe.methods import METHODS, with_defaults
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Mix, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 from intarsia.recipe.schema import content_hash
-from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
+from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single, usual
 from intarsia.tailoring.space import Space
 
 PieceScores = Mapping[LayerRef, Mapping[Part, Tensor]]
 """How sensitive each piece of a layer is, `[P]` for each part: see `intarsia.pruning.scores.piece_scores`."""
-
-_OUTLIERS = 0.01  # The share of largest entries that breadcrumbs leave out.
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,20 +85,14 @@ class Translator:
     def _mix(self, blend: Blend, members: Sequence[str]) -> Mix:
         """A blend as weights for these members, of which it may leave some out, and parameters."""
         method = blend.method or "linear"
-        values, count = dict(blend.values), len(blend.members)
+        kind, values, count = METHODS[method], dict(blend.values), len(blend.members)
         own = [1.0] * count
-        params: dict[str, float] = {}
-        if method in ("linear", "slerp") and count > 1:
+        if "lead" in values:
             own = blend.shares
-        elif method in ("task_arithmetic", "dare_linear", "breadcrumbs"):
+        elif "lambda" in values and "lambda" not in kind.parameters:
             own = [values["lambda"]] * count
-        elif method in ("ties", "dare_ties"):
-            params["lambda"] = values["lambda"]
-        if method == "breadcrumbs":
-            params |= {"bottom": max(round(1.0 - values["density"] - _OUTLIERS, 6), 0.0), "top": _OUTLIERS}
-        elif "density" in values:
-            params["density"] = values["density"]
-        if "seed" in METHODS[method].parameters:
+        params = kind.settle(values)
+        if kind.random:
             params["seed"] = self.seed
         by_member = dict(zip(blend.members, own, strict=True))
         weights = tuple(by_member.get(name, 0.0) for name in members)
@@ -201,11 +193,22 @@ class Translator:
         first = counted[0][1] if counted else 1.0
         whole = sum(weight for _, weight in counted) or 1.0
         values = {"lead": first / whole, "lambda": mix.params.get("lambda", first)}
-        if "density" in mix.params:
-            values["density"] = mix.params["density"]
-        elif "bottom" in mix.params:
-            values["density"] = 1.0 - mix.params["bottom"] - mix.params["top"]
-        return self.space.menu.nearest(members, mix.method, values)
+        return self.space.menu.nearest(members, mix.method, {**self._searched(mix), **values})
+
+    def _searched(self, mix: Mix) -> dict[str, float]:
+        """What a search would have chosen for these parameters."""
+        kind, found = METHODS[mix.method], dict[str, float]()
+        for name, grid in self.space.menu.grids.get(mix.method, {}).items():
+            if name in kind.parameters:
+                found[name] = mix.params[name]
+            elif name not in ("lead", "lambda"):
+                rest = {other: usual(mix.method, other) for other in kind.search if other != name}
+                found[name] = min(grid, key=lambda value: _distance(kind.settle({**rest, name: value}), mix.params))
+        return found
+
+
+def _distance(first: Mapping[str, float], second: Mapping[str, float]) -> float:
+    return sum(abs(value - second[name]) for name, value in first.items())
 
 
 def _weightiest(op: Op) -> LayerRef:

@@ -135,7 +135,7 @@ class KeptFits:
         for name in {path.stem for path in self._folder.glob("*")} & hashes:
             self._forget(name)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """From now on keep what is fitted."""
         self._folder.mkdir(parents=True, exist_ok=True)
 

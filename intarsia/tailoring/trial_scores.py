@@ -22,8 +22,7 @@ from intarsia.healing.losses import top_k_kl, top_k_of
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.history import TrialFailed
 from intarsia.tailoring.objective import Objective, Segment, segments
-from intarsia.tailoring.prefix_cache import ByteCache, path_of
-from intarsia.tailoring.trial_run import Runner
+from intarsia.tailoring.trial_run import ByteCache, Runner, path_of
 
 TOP = 64
 _CPU_ROWS = 32

@@ -1,4 +1,4 @@
-"""What a search begins with: candidates that are known to be sensible, and what earlier searches have found.
+"""What a search starts with: candidates that are known to be sensible, and what earlier searches have found.
 
 - `random-middle`: the base without layers drawn from its middle, 8 times.
 - a planner's ladder: its recipe at the target depth, as the nearest candidate; and the layers that it keeps, taken from
@@ -24,14 +24,13 @@ from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
 from intarsia.disk import damage_named, full_disk_named, write_whole
-from intarsia.progress import Progress
+from intarsia.progress import current
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.scores import part_scores
 from intarsia.recipe.ops import LayerRef, MergeMethod
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.schema import content_hash
-from intarsia.tailoring.blends import Menu
-from intarsia.tailoring.candidate import Blend, Choice, Keep, from_plain, single, to_plain
+from intarsia.tailoring.candidate import Blend, Choice, Keep, Menu, from_plain, single, to_plain
 from intarsia.tailoring.engine import Start
 from intarsia.tailoring.history import Trial
 from intarsia.tailoring.pareto import Front
@@ -43,18 +42,25 @@ _MIDDLES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class WarmStart:
-    """Candidates to begin with, and trials of earlier searches."""
+    """Candidates to start with, and trials of earlier searches."""
 
     starts: tuple[Start, ...] = ()
     earlier: tuple[Trial, ...] = ()
 
     def save(self, path: Path) -> None:
-        """Keep it: a search that goes on begins with the same."""
+        """Keep it: a resumed search starts with the same."""
         data = {
             "starts": [{"origin": start.origin, "candidate": to_plain(start.candidate)} for start in self.starts],
             "earlier": [trial.to_dict() for trial in self.earlier],
         }
         write_whole(path, json.dumps(data, allow_nan=False) + "\n")
+
+    @classmethod
+    def joined(cls, parts: Sequence[WarmStart]) -> WarmStart:
+        """Several, each candidate and trial once."""
+        starts = {start.candidate: start for part in reversed(parts) for start in reversed(part.starts)}
+        earlier = {trial.key: trial for part in parts for trial in part.earlier}
+        return cls(starts=tuple(reversed(starts.values())), earlier=tuple(earlier.values()))
 
     @classmethod
     def load(cls, path: Path) -> WarmStart:
@@ -144,12 +150,7 @@ Scores = dict[LayerRef, dict[Part, Tensor]]
 
 
 def measure(
-    members: Mapping[str, Checkpoint],
-    corpus: Corpus,
-    *,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    progress: Progress,
+    members: Mapping[str, Checkpoint], corpus: Corpus, *, device: torch.device, dtype: torch.dtype | None
 ) -> Scores:
     """The scores of every layer of every member; one model is in memory at a time.
 
@@ -157,12 +158,12 @@ def measure(
         UserError: activations are not finite.
     """
     found: Scores = {}
-    with progress.task("measuring the members", len(members)) as task:
+    with current().task("measuring the members", len(members)) as task:
         for name, checkpoint in members.items():
             task.note(name)
             resident = Resident(checkpoint, device=device, dtype=dtype)
             whole = identity(Variant(name=name, model=checkpoint.model), checkpoint.architecture.n_layers)
-            model = Intermediate(resident, corpus, whole.layers, progress=progress)
+            model = Intermediate(resident, corpus, whole.layers, progress=current())
             try:
                 model.measure()
                 for layer, (measured, module) in enumerate(zip(model.measures, model.modules, strict=True)):

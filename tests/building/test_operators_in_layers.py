@@ -13,9 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from intarsia.architecture.spec import Architecture
-from intarsia.building import merge_operators
 from intarsia.building.layer import layer_tensors
 from intarsia.building.materialize import materialize
+from intarsia.building.merging import generator_for
+from intarsia.building.operators.dare import dare_linear
+from intarsia.building.operators.slerp import slerp
+from intarsia.building.operators.task_arithmetic import task_arithmetic
+from intarsia.building.operators.ties import ties, trim
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.recipe.methods import METHODS, with_defaults
 from intarsia.recipe.ops import LayerRef, Merge, MergeMethod, Mix, Select
@@ -81,7 +85,7 @@ MATRIX, BIAS, NORM = "mlp.up_proj.weight", "mlp.up_proj.bias", "input_layernorm.
 def test_slerp_turns_matrices_and_not_vectors(trio: Trio) -> None:
     found = layer_tensors(merge("slerp", (0.7, 0.3)), trio.architecture, trio.read)
     _, math, code = trio.three(MATRIX)
-    assert torch.equal(found[MATRIX], merge_operators.slerp(math, code, 0.3))
+    assert torch.equal(found[MATRIX], slerp([math, code], [0.7, 0.3]))
     for name in (BIAS, NORM):
         _, math, code = trio.three(name)
         torch.testing.assert_close(found[name], 0.7 * math + 0.3 * code)
@@ -91,10 +95,9 @@ def test_slerp_turns_matrices_and_not_vectors(trio: Trio) -> None:
 def test_ties_trims_matrices_and_not_vectors(name: str, trio: Trio) -> None:
     op = merge("ties", (1.0, 1.0), density=0.3, **{"lambda": 0.8})
     base, *tuned = trio.three(name)
-    density = 0.3 if name == MATRIX else 1.0
-    expected = merge_operators.ties(base, tuned, [1.0, 1.0], density=density, scale=0.8)
+    expected = ties(tuned, [1.0, 1.0], base, density=0.3 if name == MATRIX else 1.0, lambda_=0.8)
     assert torch.equal(layer_tensors(op, trio.architecture, trio.read)[name], expected)
-    kept = (merge_operators.trim(tuned[0] - base, 0.3) != 0).float().mean()
+    kept = (trim(tuned[0] - base, 0.3) != 0).float().mean()
     assert abs(float(kept) - 0.3) < 0.03
 
 
@@ -103,15 +106,15 @@ def test_vectors_are_never_thinned(method: MergeMethod, trio: Trio) -> None:
     found = layer_tensors(merge(method), trio.architecture, trio.read)
     for name in (BIAS, NORM):
         base, math, code = trio.three(name)
-        assert torch.equal(found[name], merge_operators.task_arithmetic(base, [math, code], [0.5, 0.5]))
+        assert torch.equal(found[name], task_arithmetic([math, code], [0.5, 0.5], base))
 
 
 def test_dare_is_decided_by_seed_layer_and_name(trio: Trio) -> None:
     op = merge("dare_linear", density=0.5, seed=3)
     found = layer_tensors(op, trio.architecture, trio.read)
     base, math, code = trio.three(MATRIX)
-    generators = [merge_operators.generator_for(3, 2, MATRIX, index) for index in range(2)]
-    expected = merge_operators.dare_linear(base, [math, code], [0.5, 0.5], density=0.5, generators=generators)
+    generators = [generator_for(3, 2, MATRIX, index) for index in range(2)]
+    expected = dare_linear([math, code], [0.5, 0.5], base, density=0.5, generators=generators)
     assert torch.equal(found[MATRIX], expected)
     torch.rand(3)  # what else was drawn decides nothing
     again = layer_tensors(op, trio.architecture, trio.read)

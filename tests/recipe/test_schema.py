@@ -348,8 +348,8 @@ def test_hashes_and_files_of_older_versions_stay(name: str, tmp_path: Path) -> N
             "{from: [1], mlp: {from: [2]}}",
             "merge.mlp.from: expected one of method, weights, params; found the unknown key 'from'",
         ),
-        ("{from: [1], mlp: {method: [linear]}}", "merge.mlp.method: expected one of 'linear', 'slerp'"),
-        ("{from: [1], method: regmean}", "merge.method: expected one of 'linear', .*; found 'regmean'"),
+        ("{from: [1], mlp: {method: [linear]}}", "merge.mlp.method: expected one of breadcrumbs, dare_linear"),
+        ("{from: [1], method: regmean}", "merge.method: expected one of breadcrumbs, .*; found 'regmean'"),
         ("{from: [1], scale: big}", "merge.scale: expected a number; found 'big'"),
     ],
 )

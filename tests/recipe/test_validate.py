@@ -121,7 +121,10 @@ def test_weights_may_be_off_by_rounding(architecture: Architecture) -> None:
         (Merge(sources=(), weights=()), "at least one layer"),
         (Merge(sources=(LayerRef(variant="base", layer=1),), weights=(0.5, 0.5)), "1 weights, one a layer; found 2"),
         (Merge(sources=(LayerRef(variant="base", layer=1),), weights=(math.nan,)), "a finite number; found nan"),
-        (Merge(sources=(LayerRef(variant="base", layer=1),), weights=(1.0,), method="glue"), "linear, slerp"),  # type: ignore[arg-type]
+        (
+            Merge(sources=(LayerRef(variant="base", layer=1),), weights=(1.0,), method="glue"),
+            "breadcrumbs, dare_linear",
+        ),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_merge(architecture: Architecture, merge: Merge, message: str) -> None:

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from intarsia.architecture.detect import detect
 from intarsia.architecture.spec import PARTS, Architecture
+from intarsia.recipe.methods import METHODS as KINDS
 from intarsia.recipe.ops import LayerRef
 from intarsia.recipe.recipe import Variant
-from intarsia.tailoring.blends import Menu
+from intarsia.tailoring.candidate import Menu
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import MemberSpec
 from intarsia.tailoring.space import Space
@@ -54,8 +55,9 @@ def make_scores(architecture: Architecture) -> PieceScores:
 
 
 def make_translator(**changes: object) -> Translator:
-    grids = {"lead": (0.3, 0.5, 0.7), "lambda": (0.5, 1.0), "density": (0.2, 0.6)}
-    menu = Menu(members=MEMBERS, select=True, methods=METHODS, grids=grids)  # type: ignore[arg-type]
+    values = {"lead": (0.3, 0.5, 0.7), "lambda": (0.5, 1.0), "density": (0.2, 0.6)}
+    grids = {method: {name: values[name] for name in KINDS[method].search} for method in METHODS}
+    menu = Menu(members=MEMBERS, select=True, methods=METHODS, grids=grids)
     settings = {"depth": DEPTH, "target": 4, "menu": menu, "shares": (0.2, 0.5, 0.8), "scales": (0.9, 1.0), **changes}
     if settings["target"] != 4:
         settings["shares"] = ()
@@ -83,8 +85,8 @@ def translator(request: pytest.FixtureRequest) -> Translator:
 
 
 def family_of(base: Path, **members: Path) -> Family:
-    specs = [MemberSpec(name=name, model=str(path)) for name, path in members.items()]
-    return open_family(MemberSpec(name="base", model=str(base)), specs)
+    paths = {"base": base, **members}
+    return open_family({name: MemberSpec(model=str(path)) for name, path in paths.items()})
 
 
 @pytest.fixture(scope="session")

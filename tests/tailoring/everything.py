@@ -5,8 +5,7 @@ from __future__ import annotations
 from itertools import combinations, product
 
 from intarsia.recipe.methods import METHODS
-from intarsia.tailoring.blends import Menu
-from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep
+from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, Menu
 from intarsia.tailoring.space import Space
 
 
@@ -19,7 +18,8 @@ def all_blends(menu: Menu) -> list[Blend]:
         for size in range(1, len(pool) + 1):
             if size < kind.least or size > (kind.most or size) or (size == 1 and not kind.base):
                 continue
-            for members, values in product(combinations(pool, size), product(*(menu.grids[name] for name in names))):
+            grids = [menu.grids[method][name] for name in names]
+            for members, values in product(combinations(pool, size), product(*grids)):
                 settings = dict(zip(names, values, strict=True))
                 share = settings.get("lambda")
                 # Nothing is added; or the whole difference of one member, which is that member.

@@ -10,17 +10,12 @@ from pathlib import Path
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.progress import Silent
 from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
+from intarsia.registry import engines
 from intarsia.tailoring.candidate import Candidate, single
-from intarsia.tailoring.engine import Ask, Engine, Start
-from intarsia.tailoring.engines.evolve import evolve
-from intarsia.tailoring.engines.hyperband import Stage, Staged, budget_ladder, expected_trials
-from intarsia.tailoring.engines.random_search import random_search
-from intarsia.tailoring.family_file import SearchSpec
-from intarsia.tailoring.history import History, Trial
-from intarsia.tailoring.make_engine import make_engine
+from intarsia.tailoring.engine import Engine, Stage, Staged, Start, Task, budget_ladder, expected_trials
+from intarsia.tailoring.history import History
 from intarsia.tailoring.search import Goal, search
 from intarsia.tailoring.space import Space
 from intarsia.tailoring.translate import Translator
@@ -33,23 +28,18 @@ BUDGETS = (4, 12, 36)
 Make = Callable[[Space], Engine]
 
 
-def made(name: str, space: Space, *, seed: int = 0, starts: Sequence[Start] = ()) -> Engine:
-    spec = SearchSpec(engine=name, seed=seed, eta=3, min_budget=4, max_budget=36)  # type: ignore[arg-type]
-    return make_engine(spec, space, BUDGETS, OBJECTIVES, starts)
+def made(
+    name: str, space: Space, *, seed: int = 0, starts: Sequence[Start] = (), budgets: tuple[int, ...] = BUDGETS
+) -> Engine:
+    task = Task(space=space, budgets=budgets, objectives=OBJECTIVES, seed=seed, starts=tuple(starts))
+    engine: Engine = engines.choose(name).create(task)
+    return engine
 
 
 def run(engine: Engine, translator: Translator, path: Path, trials: int, scorer: Known | None = None) -> History:
     history = History(path)
-    goal = Goal(trials=trials, objectives=OBJECTIVES, max_budget=BUDGETS[-1], seed=0)
-    search(
-        engine,
-        history,
-        InProcess(scorer or Known()),
-        goal,
-        recipe_of=translator.recipe,
-        earlier=(),
-        progress=Silent(),
-    )
+    goal = Goal(trials=trials, objectives=OBJECTIVES, max_budget=BUDGETS[-1], seed=0, engine="x")
+    search(engine, history, InProcess(scorer or Known()), goal, recipe_of=translator.recipe)
     return history
 
 
@@ -88,16 +78,16 @@ def test_one_of_eta_goes_on() -> None:
     costs = dict(zip(candidates, [5, 3, 4, 1, 9, 2, 8, 7, 6, 0, 10, 11], strict=True))
     queue = list(candidates)
 
-    def propose(stages: Sequence[Stage], rng: random.Random) -> tuple[Candidate, str]:
-        return queue.pop(0), "listed"
+    class Listed(Staged):
+        def propose(self, stages: Sequence[Stage], rng: random.Random) -> tuple[Candidate, str]:
+            return queue.pop(0), "listed"
 
-    engine = Staged("listed", propose, (1, 3, 9), eta=3, seed=0)
+    engine = Listed("listed", Task(space=space, budgets=(1, 3, 9), objectives=("one",)))
     asked: list[tuple[float, int]] = []
-    for number in range(17):
-        ask = engine.ask()
-        assert ask is not None
+    for _ in range(17):
+        (ask,) = engine.ask(1)
         asked.append((costs[ask.candidate], ask.budget))
-        engine.tell(ask, _trial(number, ask, (float(costs[ask.candidate]),)))
+        engine.tell(ask.candidate, ask.budget, (float(costs[ask.candidate]),))
     assert asked == [
         *((5, 1), (3, 1), (4, 1), (3, 3)),
         *((1, 1), (9, 1), (2, 1), (1, 3)),
@@ -106,49 +96,31 @@ def test_one_of_eta_goes_on() -> None:
     ]
 
 
-def _trial(number: int, ask: Ask, costs: tuple[float, ...] | None) -> Trial:
-    return Trial(
-        number=number,
-        engine=ask.engine,
-        origin=ask.origin,
-        candidate=ask.candidate,
-        recipe=str(number),
-        budget=ask.budget,
-        seed=0,
-        status="ok" if costs else "failed",
-        costs=costs,
-        reason=None if costs else "NaN",
-    )
-
-
 def test_failed_candidates_never_go_on() -> None:
     space = make_translator().space
-    engine = random_search(space, BUDGETS, eta=3, seed=0)
+    engine = made("random", space)
     failed = set()
     for number in range(60):
-        ask = engine.ask()
-        assert ask is not None
+        (ask,) = engine.ask(1)
         assert ask.candidate not in failed
         fine = number % 2 == 0
         if not fine:
             failed.add(ask.candidate)
-        engine.tell(ask, _trial(number, ask, (1.0, 1.0) if fine else None))
+        engine.tell(ask.candidate, ask.budget, (1.0, 1.0) if fine else None)
 
 
 def test_what_was_heard_of_a_greater_budget_alone_keeps_nobody_back() -> None:
     """Another engine begins at the second budget: those are no promotions of the first."""
     space = make_translator().space
-    engine = random_search(space, (1, 3, 9), eta=3, seed=0)
+    engine = made("random", space, budgets=(1, 3, 9))
     rng = random.Random(1)
     for number in range(4):
-        other = Ask(engine="other", candidate=space.random(rng), budget=3, origin="x")
-        engine.hear(_trial(number, other, (float(number), 1.0)))
+        engine.tell(space.random(rng), 3, (float(number), 1.0))
     asked = []
     for number in range(4, 9):
-        ask = engine.ask()
-        assert ask is not None
+        (ask,) = engine.ask(1)
         asked.append((ask.origin, ask.budget))
-        engine.tell(ask, _trial(number, ask, (9.0 - number, 1.0)))
+        engine.tell(ask.candidate, ask.budget, (9.0 - number, 1.0))
     # One of the four that were heard goes on first, as one of three does.
     assert asked == [("promotion", 9), *[("random", 1)] * 3, ("promotion", 3)]
 
@@ -231,12 +203,11 @@ def best_sum(engine: Engine, trials: int) -> float:
         return early, late
 
     best = float("inf")
-    for number in range(trials):
-        ask = engine.ask()
-        assert ask is not None
+    for _ in range(trials):
+        (ask,) = engine.ask(1)
         found = costs(ask.candidate)
         best = min(best, sum(found))
-        engine.tell(ask, _trial(number, ask, found))
+        engine.tell(ask.candidate, ask.budget, found)
     return best
 
 
@@ -245,15 +216,15 @@ def test_evolution_beats_random_search() -> None:
     menu = make_translator().space.menu
     space = Space(depth=20, target=15, menu=menu)
     for seed in range(3):
-        random_sum = best_sum(random_search(space, BUDGETS, eta=3, seed=seed), 300)
-        assert best_sum(evolve(space, BUDGETS, eta=3, seed=seed), 300) < random_sum - 0.2
+        random_sum = best_sum(made("random", space, seed=seed), 300)
+        assert best_sum(made("evolve", space, seed=seed), 300) < random_sum - 0.2
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_evolution_spreads_over_the_front(tmp_path: Path, seed: int) -> None:
     """Both ends are found: what removes the last layers and what removes the first."""
     translator = make_translator(shares=())
-    history = run(evolve(translator.space, BUDGETS, eta=3, seed=seed), translator, tmp_path / "log", 500)
+    history = run(made("evolve", translator.space, seed=seed), translator, tmp_path / "log", 500)
     top = [trial for trial in history if trial.budget == BUDGETS[-1]]
     gone = {translator.space.changed(trial.candidate.positions) for trial in top}
     assert {(0, 1), (4, 5)} <= gone
@@ -269,16 +240,8 @@ def test_a_space_that_is_exhausted(tmp_path: Path) -> None:
         space=space, architecture=translator.architecture, variants=translator.variants[:1], scores=translator.scores
     )
     history = History(tmp_path / "log")
-    goal = Goal(trials=50, objectives=OBJECTIVES, max_budget=36, seed=0)
-    stopped = search(
-        evolve(space, BUDGETS, eta=3, seed=0),
-        history,
-        InProcess(Known()),
-        goal,
-        recipe_of=small.recipe,
-        earlier=(),
-        progress=Silent(),
-    )
+    goal = Goal(trials=50, objectives=OBJECTIVES, max_budget=36, seed=0, engine="evolve")
+    stopped = search(made("evolve", space), history, InProcess(Known()), goal, recipe_of=small.recipe)
     assert stopped is not None
     assert len(history) == 18
     assert len({trial.key for trial in history}) == 18
@@ -297,4 +260,4 @@ def test_smac_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError) as caught:
         made("smac", make_translator().space)
-    assert "intarsia[search]" in caught.value.problems[0].remedy
+    assert "intarsia[search]" in caught.value.problems[0].hint

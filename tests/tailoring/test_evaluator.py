@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,12 +21,13 @@ from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.evaluation.run_rows import default_batch_tokens, score_requests
+from intarsia.options import Runtime
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 from intarsia.tailoring.evaluator import Evaluator, Outcome, TrialFailed, open_evaluator
 from intarsia.tailoring.family import Family
-from intarsia.tailoring.family_file import FamilyFile, Heal, MemberSpec, ObjectiveSpec, SearchSpec
+from intarsia.tailoring.family_file import FamilyFile, MemberSpec, ObjectiveSpec, SearchSpec, TargetSpec
 from intarsia.tailoring.objective import Objective
 from intarsia.tailoring.trial_scores import TOP
 from tests import families
@@ -49,11 +50,11 @@ def objectives(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> tup
     (folder / "cot.jsonl").write_text("".join(json.dumps(line) + "\n" for line in targets))
     quiz_file = str(folder / "quiz.jsonl")
     return (
-        ObjectiveSpec(name="right", kind="task", source=quiz_file, metric="accuracy"),
-        ObjectiveSpec(name="sure", kind="task", source=quiz_file, metric="margin"),
-        ObjectiveSpec(name="cot", kind="loss", source=str(folder / "cot.jsonl")),
-        ObjectiveSpec(name="prose", kind="loss", source=str(text_file)),
-        ObjectiveSpec(name="near", kind="kl", source=str(text_file)),
+        ObjectiveSpec(name="right", task=quiz_file, metric="accuracy"),
+        ObjectiveSpec(name="sure", task=quiz_file, metric="margin"),
+        ObjectiveSpec(name="cot", loss=str(folder / "cot.jsonl")),
+        ObjectiveSpec(name="prose", loss=str(text_file)),
+        ObjectiveSpec(name="near", kl=str(text_file)),
     )
 
 
@@ -63,21 +64,18 @@ def opened(
     *,
     least: int = BUDGET,
     most: int = BUDGET,
-    heal: Heal = "none",
+    heal: Literal["none", "finalists", "every"] = "none",
+    memory: str | None = None,
     **settings: Any,
 ) -> Evaluator:
     spec = FamilyFile(
-        base=MemberSpec(name="base", model=family.members[0].model),
-        variants=(),
-        layers=4,
-        sparsity=None,
-        operations=("remove", "select", "merge"),
-        methods=("task_arithmetic",),
+        base=MemberSpec(model=family.members[0].model),
+        target=TargetSpec(layers=4),
         objectives=tuple(objectives),
         search=SearchSpec(min_budget=least, max_budget=most),
         heal=heal,
     )
-    return open_evaluator(family, spec, device=torch.device("cpu"), seq_len=24, **settings)
+    return open_evaluator(family, spec, Runtime(device="cpu", memory=memory), seq_len=24, **settings)
 
 
 def select(layer: int, variant: str = "base") -> Select:
@@ -168,7 +166,7 @@ def test_caches_change_nothing(trio: Family, objectives: Sequence[ObjectiveSpec]
     ]
     # None begins as the base, whose states are there from the divergence.
     shared = opened(trio, objectives, least=3)
-    tiny = opened(trio, objectives, least=3, memory_bytes=2000, probe=False)
+    tiny = opened(trio, objectives, least=3, memory="2KB", probe=False)
     for budget in (4, BUDGET, 7, 1):
         for made in recipes:
             alone = opened(trio, objectives, least=3, probe=False).evaluate(made, budget)
@@ -378,7 +376,7 @@ def test_an_objective_whose_every_answer_is_the_same(
     kept = [line for line in lines if _requests(line) in wrong]
     assert 2 <= len(kept) < 20
     file.write_text("\n".join(kept))
-    spec = ObjectiveSpec(name="hard", kind="task", source=str(file), metric="accuracy")
+    spec = ObjectiveSpec(name="hard", task=str(file), metric="accuracy")
     with pytest.raises(UserError, match=rf"hard .* the base's answer is wrong to each of {len(kept)}"):
         opened(members, [spec], least=1, most=len(kept))
     opened(members, [spec], least=1, most=len(kept), probe=False)

@@ -12,7 +12,6 @@ from intarsia.errors import UserError
 from intarsia.evaluation.choices import Question, choice_set
 from intarsia.evaluation.likelihood import Request
 from intarsia.evaluation.tasks import load_harness
-from intarsia.progress import Silent
 from intarsia.tailoring.family_file import ObjectiveSpec
 from intarsia.tailoring.objective import Objective
 from intarsia.tailoring.objective_sources import questions_of, read_objectives
@@ -41,13 +40,12 @@ def read(*specs: ObjectiveSpec, seed: int = 0, windows: int = 12, seq_len: int =
         seq_len=seq_len,
         max_length=families.POSITIONS,
         seed=seed,
-        progress=Silent(),
     )
 
 
 def test_questions_and_their_part(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "quiz.jsonl", quiz())
-    spec = ObjectiveSpec(name="quiz", kind="task", source=file, split=(0.0, 0.33), metric="accuracy")
+    spec = ObjectiveSpec(name="quiz", task=file, split=(0.0, 0.33), metric="accuracy")
     (found,) = read(spec)
     assert (found.name, found.measure, found.source) == ("quiz", "accuracy", f"{file}#0:0.33")
     questions = [Question(query=q["query"], choices=tuple(q["choices"]), gold=q["gold"]) for q in quiz()[:4]]
@@ -64,7 +62,7 @@ def test_questions_and_their_part(tmp_path: Path) -> None:
 def test_targets(tmp_path: Path) -> None:
     records = [{"query": f"say {word}:", "target": f" {word} again"} for word in WORDS[:6]]
     file = write_lines(tmp_path / "cot.jsonl", records)
-    (found,) = read(ObjectiveSpec(name="cot", kind="loss", source=file, split=(0.5, 1.0)))
+    (found,) = read(ObjectiveSpec(name="cot", loss=file, split=(0.5, 1.0)))
     tokenizer = families.make_tokenizer()
     texts = {tokenizer.decode([*e.requests[0].context, *e.requests[0].continuation]) for e in found.examples}
     assert texts == {f"say {word}: {word} again" for word in WORDS[3:6]}
@@ -73,8 +71,8 @@ def test_targets(tmp_path: Path) -> None:
 
 def test_windows_of_a_text(text_file: Path) -> None:
     specs = (
-        ObjectiveSpec(name="prose", kind="loss", source=str(text_file)),
-        ObjectiveSpec(name="near", kind="kl", source=str(text_file), split=(0.0, 0.02)),
+        ObjectiveSpec(name="prose", loss=str(text_file)),
+        ObjectiveSpec(name="near", kl=str(text_file), split=(0.0, 0.02)),
     )
     prose, near = read(*specs)
     assert len(prose.examples) == 12
@@ -94,23 +92,23 @@ def test_windows_of_a_text(text_file: Path) -> None:
 def test_a_short_text_gives_what_it_has(tmp_path: Path) -> None:
     file = tmp_path / "short.txt"
     file.write_text(" ".join(WORDS[:60]))
-    (found,) = read(ObjectiveSpec(name="short", kind="loss", source=str(file)), windows=500)
+    (found,) = read(ObjectiveSpec(name="short", loss=str(file)), windows=500)
     tokens = len(families.make_tokenizer()(file.read_text())["input_ids"])
     assert len(found.examples) == tokens // 16
 
 
 def test_json_lines_with_texts_are_texts(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "pages.jsonl", [{"text": " ".join(WORDS[:100])}, {"text": " ".join(WORDS[100:])}])
-    (found,) = read(ObjectiveSpec(name="pages", kind="loss", source=file), windows=3)
+    (found,) = read(ObjectiveSpec(name="pages", loss=file), windows=3)
     assert [len(example.requests[0].continuation) for example in found.examples] == [15, 15, 15]
 
 
 def test_every_mistake_at_once(tmp_path: Path) -> None:
     bad = write_lines(tmp_path / "bad.jsonl", [{"query": "a", "choices": ["b"], "gold": 0}])
     specs = (
-        ObjectiveSpec(name="bad", kind="task", source=bad),
-        ObjectiveSpec(name="gone", kind="loss", source=str(tmp_path / "gone.txt")),
-        ObjectiveSpec(name="hub", kind="loss", source="hub:some/data:train:text", split=(0.0, 0.5)),
+        ObjectiveSpec(name="bad", task=bad),
+        ObjectiveSpec(name="gone", loss=str(tmp_path / "gone.txt")),
+        ObjectiveSpec(name="hub", loss="hub:some/data:train:text", split=(0.0, 0.5)),
     )
     with pytest.raises(UserError) as caught:
         read(*specs)
@@ -169,7 +167,7 @@ def test_a_task_of_the_harness_without_choices_is_refused(tmp_path: Path) -> Non
 def test_requests_are_of_the_tokenizer(tmp_path: Path) -> None:
     """White space between query and choice counts to the choice, as it does to lm-eval."""
     file = write_lines(tmp_path / "one.jsonl", [{"query": "ab", "choices": ["c", "d"], "gold": 0}])
-    (found,) = read(ObjectiveSpec(name="one", kind="task", source=file))
+    (found,) = read(ObjectiveSpec(name="one", task=file))
     encode = families.make_tokenizer().encode
     assert found.examples[0].requests == tuple(
         Request(context=tuple(encode("ab")), continuation=tuple(encode(f" {choice}"))) for choice in "cd"

@@ -64,8 +64,8 @@ def variant(out: Path, **changes: Any) -> Path:
 
 
 def opened(base: Path, **members: Path) -> Family:
-    specs = [MemberSpec(name=name, model=str(path)) for name, path in members.items()]
-    return open_family(MemberSpec(name="base", model=str(base)), specs)
+    paths = {"base": base, **members}
+    return open_family({name: MemberSpec(model=str(path)) for name, path in paths.items()})
 
 
 def test_a_family_of_folder_and_adapter(llama: Path, adapter: Path, tmp_path: Path) -> None:
@@ -191,17 +191,14 @@ def test_config_files_alone(llama: Path, adapter: Path, tmp_path: Path) -> None:
     for name, folder in (("base", llama), ("math", variant(tmp_path / "full", vocab_size=322))):
         (tmp_path / "configs" / name).mkdir(parents=True)
         shutil.copy(folder / "config.json", tmp_path / "configs" / name)
-    base = MemberSpec(name="base", model=str(tmp_path / "configs" / "base"))
-    others = [
-        MemberSpec(name="math", model=str(tmp_path / "configs" / "math")),
-        MemberSpec(name="lora", model=str(adapter / "adapter")),
-    ]
-    family = open_family(base, others, weights=False)
+    paths = {"base": tmp_path / "configs" / "base", "math": tmp_path / "configs" / "math", "lora": adapter / "adapter"}
+    members = {name: MemberSpec(model=str(path)) for name, path in paths.items()}
+    family = open_family(members, weights=False)
     assert family.architecture.n_layers == 6
     assert len(family.notes) == 2 and "Only config files" in family.notes[0] and "2 rows" in family.notes[1]
     assert [entry.sha256 for entry in family.variants()] == [None, None, None]
     shutil.copy(variant(tmp_path / "deep", num_hidden_layers=8) / "config.json", tmp_path / "configs" / "math")
     with pytest.raises(UserError, match=r"n_layers: expected 6, .* found 8"):
-        open_family(base, others, weights=False)
+        open_family(members, weights=False)
     with pytest.raises(UserError, match="no local folder is called so"):
-        open_family(base, [MemberSpec(name="gone", model=str(tmp_path / "gone"))], weights=False)
+        open_family({**members, "gone": MemberSpec(model=str(tmp_path / "gone"))}, weights=False)

@@ -13,6 +13,7 @@ from intarsia.tailoring.family_file import (
     MemberSpec,
     ObjectiveSpec,
     SearchSpec,
+    TargetSpec,
     parse_family,
     read_family_file,
 )
@@ -35,26 +36,29 @@ def parse(**changes: Any) -> FamilyFile:
 
 def test_defaults() -> None:
     assert parse() == FamilyFile(
-        base=MemberSpec(name="base", model="demo"),
-        variants=(MemberSpec(name="math", model="a/b"), MemberSpec(name="code", model="c/d", revision="v1")),
-        layers=4,
-        sparsity=None,
-        operations=("remove", "select", "merge"),
-        methods=("task_arithmetic",),
-        objectives=(ObjectiveSpec(name="prose", kind="loss", source="news.txt"),),
+        base=MemberSpec(model="demo"),
+        variants={"math": MemberSpec(model="a/b"), "code": MemberSpec(model="c/d", revision="v1")},
+        target=TargetSpec(layers=4),
+        objectives=(ObjectiveSpec(name="prose", loss="news.txt"),),
     )
+    assert parse().engine.name == "evolve" and list(parse().members) == ["base", "math", "code"]
 
 
 def test_the_demo_family() -> None:
     found = read_family_file(RECIPES / "tailor-demo.yaml")
-    assert found.layers == 23
+    assert found.target.layers == 23
     assert found.operations == ("remove", "select", "merge", "concat")
     assert found.methods == ("task_arithmetic", "linear", "slerp", "ties")
     assert found.objectives[0] == ObjectiveSpec(
-        name="science", kind="task", source="../shared/data/tasks/arc_easy.jsonl", split=(0.0, 0.33)
+        name="science", task="../shared/data/tasks/arc_easy.jsonl", split=(0.0, 0.33)
     )
     assert found.search == SearchSpec(
-        trials=200, min_budget=16, max_budget=256, eta=3, warm_start=("random-middle", "shortgpt", "sleb", "come")
+        engine="smac",
+        trials=200,
+        min_budget=16,
+        max_budget=256,
+        eta=3,
+        warm_start=("random-middle", "shortgpt", "sleb", "come"),
     )
 
 
@@ -70,33 +74,36 @@ def test_examples_are_valid(path: Path) -> None:
     ("changes", "messages"),
     [
         ({"operations": ["remove", "glue"]}, [r"operations\[1\]: expected one of remove, select.*found 'glue'"]),
-        ({"merge": {"methods": ["regmean"]}}, [r"merge.methods\[0\]: expected one of linear, slerp.*found 'regmean'"]),
+        ({"merge": {"methods": ["regmean"]}}, [r"merge.methods\[0\]: expected one of breadcrumbs, .*found 'regmean'"]),
         ({"merge": {"methods": ["ties", "ties"]}}, ["each once; found ties a second time"]),
         ({"merge": {"scale": [1.5, 0.0]}}, [r"merge.scale: expected \[lowest, highest\].*found \[1.5, 0.0\]"]),
-        ({"merge": {"parts": "both"}}, ["merge.parts: expected together or separate"]),
+        ({"merge": {"parts": "both"}}, ["merge.parts: expected one of 'together' or 'separate'"]),
         ({"operations": ["remove"], "merge": {}}, ["merge: expected 'merge' among the operations"]),
         ({"output_scale": [1.1, 1.2]}, ["output_scale: expected a range with 1 in it"]),
         ({"target": {}}, ["target: expected either layers or sparsity; found neither"]),
         ({"target": {"layers": 3, "sparsity": 0.2}}, ["found both"]),
-        ({"target": {"sparsity": 1.0}}, ["between 0 and 1; found 1.0"]),
+        ({"target": {"sparsity": 1.0}}, ["target.sparsity: expected .*less than 1; found 1.0"]),
         ({"variants": {"base": "x"}}, [r"variants.base: expected a name .*not 'base'"]),
-        ({"variants": {"a:b": "x", 8: "y"}}, ["variants.a:b", "variants.8"]),
-        ({"objectives": []}, ["objectives: expected a list of 1 to 100"]),
+        ({"variants": {"a:b": "x", 8: "y"}}, ["variants.a:b", "variants.*found 8"]),
+        ({"objectives": []}, ["objectives: expected at least 1 entries; found 0"]),
         ({"objectives": [{"name": "a"}]}, [r"objectives\[0\]: expected exactly one of task, loss and kl; found none"]),
         ({"objectives": [{"name": "a", "task": "x", "loss": "y"}]}, ["found task, loss"]),
         ({"objectives": [{"name": "a", "loss": "y", "metric": "accuracy"}]}, ["a metric only for a task"]),
-        ({"objectives": [{"name": "a", "task": "y", "metric": "luck"}]}, ["accuracy or margin or likelihood"]),
+        (
+            {"objectives": [{"name": "a", "task": "y", "metric": "luck"}]},
+            ["metric: expected one of 'accuracy', 'margin'"],
+        ),
         ({"objectives": [{"name": "a", "kl": "y"}, {"name": "a", "kl": "z"}]}, ["a name of its own; found 'a'"]),
         ({"objectives": [{"name": "a", "kl": "y", "split": "0.5:0.2"}]}, ["a part of the file such as 0:0.33"]),
-        ({"search": {"engine": "both"}}, ["search.engine: expected smac or evolve or random; found 'both'"]),
+        ({"search": {"engine": "both"}}, ["search.engine: expected one of evolve, random, smac; found 'both'"]),
         ({"search": {"min_budget": 300}}, ["search.min_budget: expected at most max_budget; found 300 and 256"]),
         ({"search": {"trials": 0, "eta": 1}}, ["search.trials", "search.eta"]),
-        ({"search": {"warm_start": ["best"]}}, [r"warm_start\[0\]: expected random-middle, come.*found 'best'"]),
+        ({"search": {"warm_start": ["best"]}}, [r"warm_start\[0\]: expected random-middle, angular.*found 'best'"]),
         (
             {"search": {"budget": 3}, "heal": "yes"},
-            ["search: expected only the keys", "heal: expected none or finalists"],
+            ["search.budget: expected one of engine, trials", "heal: expected one of 'none', 'finalists'"],
         ),
-        ({"colour": "red", "base": 3}, ["only the keys base, variants", "base: expected a mapping"]),
+        ({"colour": "red", "base": 3}, ["colour: expected one of base, variants", "base: expected a mapping"]),
     ],
 )
 def test_mistakes(changes: dict[str, Any], messages: list[str]) -> None:
@@ -109,8 +116,8 @@ def test_all_mistakes_at_once() -> None:
     with pytest.raises(UserError) as caught:
         parse_family({"variants": [], "operations": "remove", "search": 3, "target": 4}, where="f.yaml")
     places = {problem.where for problem in caught.value.problems}
-    assert places >= {"f.yaml", "f.yaml: target", "f.yaml: variants", "f.yaml: operations", "f.yaml: search"}
-    assert "Mend the file." in str(caught.value)
+    assert places >= {"f.yaml: base", "f.yaml: target", "f.yaml: variants", "f.yaml: operations", "f.yaml: search"}
+    assert "Correct the file." in str(caught.value)
 
 
 def test_no_file_and_no_yaml(tmp_path: Path) -> None:
@@ -133,11 +140,38 @@ def test_grids() -> None:
     assert grid((0.33, 0.34), 0.1) == (0.33, 0.34)
 
 
-@pytest.mark.parametrize(
-    ("sparsity", "depth", "layers"), [(0.25, 40, 30), (0.2, 30, 24), (0.21, 30, 23), (0.3, 10, 7), (0.99, 10, 0)]
-)
-def test_sparsity_is_a_share_of_the_layers(sparsity: float, depth: int, layers: int) -> None:
-    assert target_layers(parse(target={"sparsity": sparsity}), depth) == layers
+def test_sparsity_is_a_share_of_the_parameters() -> None:
+    """The greatest depth that removes at least that share; embeddings count, and are not pruned."""
+    architecture = make_architecture()
+    layer, embeddings = architecture.layer_parameters, 2 * 50 * 48
+    whole = 6 * layer + embeddings
+    for removed in range(1, 6):
+        share = removed * layer / whole
+        assert target_layers(parse(target={"sparsity": share}), architecture) == 6 - removed
+        assert target_layers(parse(target={"sparsity": share + 0.001}), architecture) == 5 - removed
+        # With what else there is counted in, so many layers are a smaller share.
+        assert target_layers(parse(target={"sparsity": share}), architecture, 2 * whole) <= 5 - removed
+
+
+def test_an_engine_with_options() -> None:
+    chosen = parse(search={"engine": "evolve[parents=3]"}).engine
+    assert (chosen.name, chosen.settings.parents, chosen.settings.initial) == ("evolve", 3, 8)
+    with pytest.raises(UserError, match="there is no option forks"):
+        parse(search={"engine": "evolve[forks=3]"})
+
+
+def test_absolute_paths_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run folder keeps the file so that it says the same wherever it is read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "news.txt").write_text("x")
+    (tmp_path / "math").mkdir()
+    changes = {"variants": {"math": "math"}, "merge": {"scale": [0.0, 1.0]}}
+    objective = {"name": "prose", "loss": "news.txt", "split": "0:0.5"}
+    found = parse(**changes, objectives=[objective]).absolute()
+    assert found.variants["math"].model == str(tmp_path / "math")
+    assert (found.objectives[0].source, found.objectives[0].split) == (str(tmp_path / "news.txt"), (0.0, 0.5))
+    (tmp_path / "family.yaml").write_text(found.to_yaml(), encoding="utf-8")
+    assert read_family_file(tmp_path / "family.yaml") == found
 
 
 def test_space_by_hand() -> None:

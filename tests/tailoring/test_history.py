@@ -81,7 +81,7 @@ def test_a_line_that_is_no_trial(translator: Translator, tmp_path: Path) -> None
     path.write_text(path.read_text() + '{"number": 1}\n')
     with pytest.raises(UserError) as caught:
         History(path)
-    assert caught.value.problems[0].where == f"{path}:2"
+    assert f"Line 2 of {path} is no trial" in str(caught.value)
 
 
 def test_taken_over_trials_are_not_made(translator: Translator, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def healed(recipe: Recipe, value: float) -> Recipe:
 @pytest.fixture
 def fits(tmp_path: Path) -> KeptFits:
     found = KeptFits(tmp_path / "fits")
-    found.begin()
+    found.start()
     return found
 
 

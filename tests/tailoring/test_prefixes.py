@@ -10,7 +10,7 @@ from torch import Tensor
 
 from intarsia.recipe.ops import LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
-from intarsia.tailoring.prefix_cache import ByteCache, Prefixes, layer_key, path_of
+from intarsia.tailoring.trial_run import ByteCache, Prefixes, layer_key, path_of
 
 
 def select(layer: int, variant: str = "base") -> Select:

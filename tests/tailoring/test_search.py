@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.progress import Silent
 from intarsia.recipe.methods import METHODS as KINDS
 from intarsia.recipe.ops import LayerRef, Merge
 from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Blend, Keep
-from intarsia.tailoring.engine import Start
-from intarsia.tailoring.engines.random_search import random_search
+from intarsia.tailoring.engine import Start, Task
+from intarsia.tailoring.engines.random import RandomSearch
 from intarsia.tailoring.history import EARLIER, History, Outcome
 from intarsia.tailoring.pareto import Front, leading
 from intarsia.tailoring.search import Goal, search, words
@@ -42,13 +41,12 @@ def run(
     translator = make_translator()
     history = History(path)
     search(
-        random_search(translator.space, BUDGETS, eta=3, seed=seed, starts=starts),
+        RandomSearch(Task(space=translator.space, budgets=BUDGETS, objectives=OBJECTIVES, seed=seed, starts=starts)),
         history,
         workers,
-        Goal(trials=trials, objectives=OBJECTIVES, max_budget=36, seed=seed),
+        Goal(trials=trials, objectives=OBJECTIVES, max_budget=36, seed=seed, engine="random"),
         recipe_of=translator.recipe,
         earlier=() if earlier is None else earlier.earlier,
-        progress=Silent(),
         on_front=lambda front: fronts.append(front) if fronts is not None else None,
         on_trial=on_trial,
     )
@@ -152,7 +150,7 @@ def test_what_may_be_wanted_again_is_told_after_every_trial(tmp_path: Path) -> N
 
 
 def test_words(tmp_path: Path) -> None:
-    goal = Goal(trials=3, objectives=OBJECTIVES, max_budget=36, seed=0)
+    goal = Goal(trials=3, objectives=OBJECTIVES, max_budget=36, seed=0, engine="random")
     assert words((), goal) == "no score yet"
     history = run(tmp_path / "log", InProcess(Known()), trials=1)
     costs = history.trials[0].costs

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from intarsia.building.loaded_model import Resident
-from intarsia.progress import Silent
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.scores import part_scores
 from intarsia.recipe.ops import LayerRef
@@ -22,7 +21,7 @@ CPU = torch.device("cpu")
 
 def test_what_is_measured_is_what_a_plan_measures(pair: Callable[[str], Family], tmp_path: Path) -> None:
     members, corpus = pair("qwen2").checkpoints(), corpus_of(padded=True)
-    found = warm_start.measure(members, corpus, device=CPU, dtype=None, progress=Silent())
+    found = warm_start.measure(members, corpus, device=CPU, dtype=None)
     assert {str(ref) for ref in found} == {f"{name}:{layer}" for name in ("base", "math") for layer in range(6)}
     whole = identity(Variant(name="base", model="x"), 6)
     model = Intermediate(Resident(members["base"], device=CPU), corpus, whole.layers)

@@ -9,13 +9,14 @@ from dataclasses import replace
 
 import pytest
 
-from intarsia.tailoring.blends import Menu
-from intarsia.tailoring.candidate import Blend, Candidate, Join, Keep, single
+from intarsia.recipe.methods import METHODS
+from intarsia.tailoring.candidate import Blend, Candidate, Join, Keep, Menu, single
 from intarsia.tailoring.engines.evolve import crossover, layer_steps, mutate
 from intarsia.tailoring.space import Space
 from tests.tailoring.everything import all_blends, all_candidates
 
-GRIDS = {"lead": (0.25, 0.5, 0.75), "lambda": (0.0, 0.5, 1.0), "density": (0.2, 0.5)}
+VALUES = {"lead": (0.25, 0.5, 0.75), "lambda": (0.0, 0.5, 1.0), "density": (0.2, 0.5)}
+GRIDS = {method: {name: VALUES[name] for name in METHODS[method].search} for method in METHODS}
 MENU = Menu(members=("base", "math", "code"), select=True, methods=("task_arithmetic", "slerp"), grids=GRIDS)
 TINY = Menu(members=("base", "math"), select=True, methods=("task_arithmetic",), grids=GRIDS)
 

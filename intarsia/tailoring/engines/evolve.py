@@ -1,15 +1,89 @@
-"""Moves in the search space, for an engine that changes candidates: mutation and crossover."""
+"""Evolution: children of the best candidates so far, by crossover and mutation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 
+from intarsia.errors import check
+from intarsia.registry import engine
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
-from intarsia.tailoring.engine import Engine, Start
-from intarsia.tailoring.engines.hyperband import Stage, Staged, ranked
+from intarsia.tailoring.engine import Stage, Staged, Task, ranked
 from intarsia.tailoring.pareto import draw_weights
 from intarsia.tailoring.space import Space
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvolveSettings:
+    """Options of the evolutionary engine."""
+
+    # Candidates to score before there are children.
+    initial: int = 8
+    # Best candidates that children are made of.
+    parents: int = 5
+    # Share of new candidates that are drawn at random.
+    fresh: float = 0.02
+    # Share of children that have two parents.
+    crossover: float = 0.35
+    # Chance of another mutation after each.
+    again: float = 0.6
+
+    def __post_init__(self) -> None:
+        shares = {"fresh": self.fresh, "crossover": self.crossover, "again": self.again}
+        check(
+            (self.initial >= 1, f"--initial is {self.initial}; it is at least 1.", "Give a larger number."),
+            (self.parents >= 1, f"--parents is {self.parents}; it is at least 1.", "Give a larger number."),
+            *(
+                (0.0 <= share < 1.0, f"--{name} is {share}; it is a share below 1.", "Give a number from 0 to 1.")
+                for name, share in shares.items()
+            ),
+        )
+
+
+@engine("evolve", settings=EvolveSettings)
+class Evolve(Staged):
+    """Evolution over staged budgets."""
+
+    def __init__(self, task: Task, settings: EvolveSettings) -> None:
+        super().__init__("evolve", task)
+        self.settings = settings
+
+    def propose(self, stages: Sequence[Stage], rng: Random) -> tuple[Candidate, str]:
+        """A child of the best for weights that are drawn anew."""
+        known = {candidate for stage in stages for candidate in stage.costs}
+        if len(known) < self.settings.initial:
+            # The base without some layers of its middle is far better than what is drawn from the whole space.
+            plain = rng.random() < 0.5
+            return (self.space.random_middle(rng), "random middle") if plain else (self.space.random(rng), "random")
+        if rng.random() < self.settings.fresh:
+            return self.space.random(rng), "random"
+        objectives = len(next(iter(next(stage for stage in stages if stage.costs).costs.values())))
+        best = self._best(stages, draw_weights(objectives, rng))
+        child, origin = _drawn(best, rng), "mutation"
+        if len(best) > 1 and rng.random() < self.settings.crossover:
+            child, origin = crossover(self.space, child, _drawn(best, rng), rng), "crossover"
+        child = mutate(self.space, child, rng)
+        while rng.random() < self.settings.again:
+            child = mutate(self.space, child, rng)
+        return child, origin
+
+    def _best(self, stages: Sequence[Stage], weights: Sequence[float]) -> list[Candidate]:
+        """The parents for these weights: the best at the greatest budget, then those below, each once."""
+        found: dict[Candidate, None] = {}
+        for stage in reversed(stages):
+            # What is known at few examples only says little beside what was scored on many.
+            room = self.settings.parents - len(found)
+            found.update(dict.fromkeys(ranked(stage, list(stage.costs), weights)[:room]))
+            if len(found) >= self.settings.parents:
+                break
+        return list(found)
+
+
+def _drawn(best: Sequence[Candidate], rng: Random) -> Candidate:
+    """The better of two."""
+    return best[min(rng.randrange(len(best)), rng.randrange(len(best)))]
+
 
 _EVERYWHERE = 0.2
 
@@ -31,7 +105,7 @@ def mutate(space: Space, candidate: Candidate, rng: Random) -> Candidate:
         if kind == "swap":
             if changed and kept:
                 new = rng.choice(kept)
-                # The new layer begins as the base's, or takes over what was chosen for the one it replaces.
+                # The new layer is the base's at first, or takes over what was chosen for the one it replaces.
                 moved = dict(_by_occurrence(candidate)).get((new, 0)) if rng.random() < 0.5 else None
                 return _swapped(space, candidate, rng.choice(changed), new, moved)
             continue
@@ -144,51 +218,3 @@ def _swapped(space: Space, candidate: Candidate, gone: int, new: int, moved: Cho
     if moved is not None and space.kind == "cut":
         choices[gone, 0] = moved
     return space.arrange(changed, choices)
-
-
-NAME = "evolve"
-_PARENTS = 5
-_FRESH, _CROSSED, _AGAIN = 0.02, 0.35, 0.6
-_FIRST = 8
-"""So many candidates must have been scored before there are children."""
-
-
-def evolve(space: Space, budgets: Sequence[int], *, eta: int, seed: int, starts: Sequence[Start] = ()) -> Engine:
-    """The engine."""
-
-    def propose(stages: Sequence[Stage], rng: Random) -> tuple[Candidate, str]:
-        known = {candidate for stage in stages for candidate in stage.costs}
-        if len(known) < _FIRST:
-            # The base without some layers of its middle is far better than what is drawn from the whole space.
-            plain = rng.random() < 0.5
-            return (space.random_middle(rng), "random middle") if plain else (space.random(rng), "random")
-        if rng.random() < _FRESH:
-            return space.random(rng), "random"
-        objectives = len(next(iter(next(stage for stage in stages if stage.costs).costs.values())))
-        best = _best(stages, draw_weights(objectives, rng))
-        child, origin = _drawn(best, rng), "mutation"
-        if len(best) > 1 and rng.random() < _CROSSED:
-            child, origin = crossover(space, child, _drawn(best, rng), rng), "crossover"
-        child = mutate(space, child, rng)
-        while rng.random() < _AGAIN:
-            child = mutate(space, child, rng)
-        return child, origin
-
-    return Staged(NAME, propose, budgets, eta=eta, seed=seed, starts=starts)
-
-
-def _best(stages: Sequence[Stage], weights: Sequence[float]) -> list[Candidate]:
-    """The parents for these weights: the best at the greatest budget, then those below, each once."""
-    found: dict[Candidate, None] = {}
-    for stage in reversed(stages):
-        # What is known at few examples only says little beside what was scored on many.
-        room = _PARENTS - len(found)
-        found.update(dict.fromkeys(ranked(stage, list(stage.costs), weights)[:room]))
-        if len(found) >= _PARENTS:
-            break
-    return list(found)
-
-
-def _drawn(best: Sequence[Candidate], rng: Random) -> Candidate:
-    """The better of two."""
-    return best[min(rng.randrange(len(best)), rng.randrange(len(best)))]

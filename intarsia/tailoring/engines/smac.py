@@ -1,4 +1,6 @@
-"""The search space in the words of ConfigSpace, which SMAC searches.
+"""SMAC (Lindauer et al., JMLR 23, 2022): a random forest proposes, Hyperband promotes, ParEGO joins objectives.
+
+The search space is told to it in the terms of ConfigSpace.
 
 Each layer of the base has a flag, `kept` or `removed`, so that the surrogate model sees the subset as such; what is
 chosen for a layer is active only where the layer is kept, a method's settings only where the method is chosen, and so
@@ -17,16 +19,16 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from intarsia.errors import missing_package
+from intarsia.errors import check, missing_package
+from intarsia.registry import engine
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, from_plain, to_plain
-from intarsia.tailoring.engine import Ask, Start
-from intarsia.tailoring.history import Trial
+from intarsia.tailoring.engine import Ask, Task
 from intarsia.tailoring.space import Space
 
 if TYPE_CHECKING:
@@ -108,8 +110,8 @@ class ConfigurationMap:
             first = values.get(f"{name}.variant", base)
             return Join(first=first, second=values[f"{name}.second"], share=float(values[f"{name}.share"]))
         attention = self._blend(name, op, values)
-        behind = values.get(f"{name}.mlp.op", "same")
-        mlp = None if behind == "same" else self._blend(f"{name}.mlp", behind, values)
+        other = values.get(f"{name}.mlp.op", "same")
+        mlp = None if other == "same" else self._blend(f"{name}.mlp", other, values)
         scale = float(values.get(f"{name}.scale", 1.0))
         return Keep(attention=attention, mlp=None if mlp == attention else mlp, scale=scale)
 
@@ -206,11 +208,12 @@ class _Writer:
             taking = [other for other in menu.usable if member in menu.pool(other)]
             if taking:
                 self.category(f"{name}.with.{member}", [_YES, _NO], (method, taking))
-        for key, grid in menu.grids.items():
+        for key in dict.fromkeys(key for other in menu.usable for key in menu.settings_of(other)):
             having = [other for other in menu.usable if key in menu.settings_of(other)]
-            values = tuple(value for value in grid if not (key == "lambda" and value == 0.0))
-            if having:
-                self.ordinal(f"{name}.{key}", values, (method, having))
+            # A value that another method alone has is mended to the nearest one.
+            grid = {value for other in having for value in menu.grids[other][key]}
+            values = sorted(value for value in grid if not (key == "lambda" and value == 0.0))
+            self.ordinal(f"{name}.{key}", values, (method, having))
 
     def category(self, name: str, choices: Any, condition: tuple[Any, list[Any]] | None) -> Any:
         """A choice between words; the first one is the default."""
@@ -232,106 +235,126 @@ class _Writer:
         return parameter
 
 
-NAME = "smac"
-_FIRST = 10
-_CHALLENGERS, _LOCAL_SEARCHES = 1000, 5
-_NO_END = 10**9
+_ENDLESS = 10**9
 
 
-def require_smac() -> None:
-    """Refuse where SMAC is not installed.
+@dataclass(frozen=True, kw_only=True)
+class SmacSettings:
+    """Options of SMAC."""
 
-    Raises:
-        UserError: naming the extra that has it.
-    """
-    try:
-        import smac  # noqa: F401
-    except ImportError as error:
-        instead = "choose --engine evolve"
-        raise missing_package("smac", where="engine smac", extra="search", instead=instead, error=error) from error
+    # Candidates of the initial design.
+    initial: int = 10
+    # Configurations that its model looks at for each proposal.
+    challengers: int = 1000
+    # Local searches for each proposal.
+    local_searches: int = 5
+
+    def __post_init__(self) -> None:
+        numbers = {"initial": self.initial, "challengers": self.challengers, "local-searches": self.local_searches}
+        rules = (
+            (n >= 1, f"--{name} is {n}; it is at least 1.", "Give a larger number.") for name, n in numbers.items()
+        )
+        check(*rules)
 
 
+@engine("smac", settings=SmacSettings)
 class Smac:
-    """The engine."""
+    """SMAC3 with multi-fidelity and ParEGO, as published."""
 
-    name = NAME
-
-    def __init__(
-        self,
-        space: Space,
-        budgets: Sequence[int],
-        *,
-        objectives: Sequence[str],
-        eta: int,
-        seed: int,
-        starts: Sequence[Start] = (),
-    ) -> None:
+    def __init__(self, task: Task, settings: SmacSettings) -> None:
         """Set SMAC up.
 
         Raises:
             UserError: it is not installed.
         """
-        require_smac()
-        self._map = ConfigurationMap(space=space)
-        self._configurations = self._map.configuration_space(seed)
-        self._budgets = tuple(budgets)
-        # A candidate has one configuration here, so that starts and heard trials are recognised.
+        self.check()
+        self._map = ConfigurationMap(space=task.space)
+        self._configurations = self._map.configuration_space(task.seed)
+        self._budgets = task.budgets
+        # A candidate has one configuration here, so that starts and what is told are recognised.
         self._origins: dict[Candidate, str] = {}
-        for start in starts:
+        for start in task.starts:
             self._origins.setdefault(start.candidate, start.origin)
         # SMAC wants a folder for its own files; nothing in it is needed.
         self._folder = Path(tempfile.mkdtemp(prefix="intarsia-smac-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self._facade = self._made(list(objectives), eta, seed)
+        # What SMAC has asked and not been told, by candidate and budget.
+        self._open: dict[tuple[Candidate, int], list[Any]] = {}
+        # What it was told before its first question: it would put that into its first stage.
+        self._early: list[tuple[Candidate, int, tuple[float, ...]]] = []
         self._seed: int | None = None
-        self._unheard: list[Trial] = []
-        self._worst: list[float] = [1.0] * len(objectives)
+        self._worst: list[float] = [1.0] * len(task.objectives)
+        self._facade = self._made(task, settings)
 
-    def _made(self, objectives: list[str], eta: int, seed: int) -> Any:
+    @staticmethod
+    def check() -> None:
+        """Check that SMAC is installed.
+
+        Raises:
+            UserError: naming the extra that has it.
+        """
+        try:
+            import smac  # noqa: F401
+        except ImportError as error:
+            instead = "choose --engine evolve"
+            raise missing_package("smac", where="engine smac", extra="search", instead=instead, error=error) from error
+
+    def _made(self, task: Task, settings: SmacSettings) -> Any:
         from smac import MultiFidelityFacade, Scenario
+        from smac.intensifier.hyperband_utils import determine_HB
         from smac.multi_objective.parego import ParEGO
         from smac.runhistory import StatusType
         from smac.runhistory.encoder import RunHistoryLogScaledEncoder
 
         logging.getLogger("smac").setLevel(logging.CRITICAL)
-        levels, most = len(self._budgets), float(self._budgets[-1])
+        objectives, levels, most = list(task.objectives), len(task.budgets), float(task.budgets[-1])
+        least = most / task.eta ** (levels - 1) * 0.999 if levels > 1 else most
+        # Its own budgets, which are not whole numbers.
+        self._stages: list[float] = determine_HB(least, most, task.eta)["budgets_in_stage"][0]
         scenario = Scenario(
             self._configurations,
             objectives=objectives if len(objectives) > 1 else objectives[0],
             deterministic=True,
-            n_trials=_NO_END,  # what SMAC does next must not depend on how long the search goes on
-            min_budget=most / eta ** (levels - 1) * 0.999 if levels > 1 else most,
+            n_trials=_ENDLESS,  # what SMAC does next must not depend on how long the search is
+            min_budget=least,
             max_budget=most,
-            seed=seed,
+            seed=task.seed,
             output_directory=self._folder,
         )
-        starts = [self._map.configuration(candidate, self._configurations) for candidate in self._first(seed)]
+        first = self._first(task.seed, settings.initial)
+        starts = [self._map.configuration(candidate, self._configurations) for candidate in first]
         facade = MultiFidelityFacade
         return facade(
             scenario,
             None,
             acquisition_maximizer=facade.get_acquisition_maximizer(
-                scenario, challengers=_CHALLENGERS, local_search_iterations=_LOCAL_SEARCHES
+                scenario, challengers=settings.challengers, local_search_iterations=settings.local_searches
             ),
             initial_design=facade.get_initial_design(scenario, n_configs=0, additional_configs=starts),
-            intensifier=facade.get_intensifier(scenario, eta=eta, incumbent_selection="highest_budget"),
+            intensifier=facade.get_intensifier(scenario, eta=task.eta, incumbent_selection="highest_budget"),
             multi_objective_algorithm=ParEGO(scenario) if len(objectives) > 1 else None,
             runhistory_encoder=RunHistoryLogScaledEncoder(scenario, considered_states=[StatusType.SUCCESS]),
             logging_level=False,
             overwrite=True,
         )
 
-    def _first(self, seed: int) -> list[Candidate]:
-        """The initial design. A small space may not have ten candidates."""
+    def _first(self, seed: int, count: int) -> list[Candidate]:
+        """The initial design. A small space may not have so many candidates."""
         found, rng = dict.fromkeys(self._origins), Random(seed)
-        for _ in range(100 * _FIRST):
-            if len(found) >= _FIRST:
+        for _ in range(100 * count):
+            if len(found) >= count:
                 break
             found.setdefault(self._map.space.random(rng))
         return list(found)
 
-    def ask(self) -> Ask | None:
-        """SMAC's next trial; None where it finds no new configuration."""
+    def ask(self, n: int) -> list[Ask]:
+        """SMAC's next trials; fewer where it finds no new configuration."""
+        found: list[Ask] = []
+        while len(found) < n and (ask := self._next()) is not None:
+            found.append(ask)
+        return found
+
+    def _next(self) -> Ask | None:
         from smac.main.exceptions import ConfigurationSpaceExhaustedException
 
         with warnings.catch_warnings():
@@ -341,54 +364,45 @@ class Smac:
             except (StopIteration, ConfigurationSpaceExhaustedException):
                 return None
         self._seed = info.seed
-        for trial in self._unheard:
-            self.hear(trial)
-        self._unheard = []
+        early, self._early = self._early, []
+        for told in early:
+            self.tell(*told)
         # ConfigSpace's words are numpy's, which print otherwise; a candidate from the log has plain ones.
         candidate = from_plain(to_plain(self._map.candidate(info.config)))
         budget = min(self._budgets, key=lambda budget: abs(budget - info.budget))
         known = self._origins.get(candidate)
         origin = "promotion" if budget > self._budgets[0] and self._seen(info) else known or str(info.config.origin)
-        return Ask(engine=NAME, candidate=candidate, budget=budget, origin=origin, token=info)
+        self._open.setdefault((candidate, budget), []).append(info)
+        return Ask(candidate=candidate, budget=budget, origin=origin)
 
     def _seen(self, info: Any) -> bool:
         return any(trial.budget < info.budget for trial in self._facade.runhistory.get_trials(info.config, False))
 
-    def tell(self, ask: Ask, trial: Trial) -> None:
-        """Into SMAC's run history."""
-        self._enter(ask.token, trial)
-
-    def hear(self, trial: Trial) -> None:
-        """Into SMAC's run history too, at the budget that the trial had; failed ones say nothing to it.
-
-        Before the first question SMAC would put what it hears into its first stage, so it waits until then.
-        """
+    def tell(self, candidate: Candidate, budget: int, costs: tuple[float, ...] | None) -> None:
+        """Into SMAC's run history. What it did not ask for counts where it succeeded at one of the budgets."""
         from smac.runhistory import TrialInfo
 
-        if trial.costs is None or trial.budget not in self._budgets:
-            return
-        if self._seed is None:
-            self._unheard.append(trial)
-            return
-        config = self._map.configuration(trial.candidate, self._configurations)
-        self._enter(TrialInfo(config=config, seed=self._seed, budget=self._own(trial.budget)), trial)
+        waiting = self._open.get((candidate, budget))
+        if waiting:
+            self._enter(waiting.pop(0), costs)
+        elif costs is not None and budget in self._budgets:
+            if self._seed is None:
+                self._early.append((candidate, budget, costs))
+                return
+            config = self._map.configuration(candidate, self._configurations)
+            own = min(self._stages, key=lambda stage: abs(stage - budget))
+            self._enter(TrialInfo(config=config, seed=self._seed, budget=own), costs)
 
-    def _own(self, budget: int) -> float:
-        """A budget in SMAC's own numbers, which are not whole."""
-        stages: list[float] = self._facade.intensifier._budgets_in_stage[0]
-        return min(stages, key=lambda own: abs(own - budget))
-
-    def _enter(self, info: Any, trial: Trial) -> None:
+    def _enter(self, info: Any, costs: tuple[float, ...] | None) -> None:
         from smac.runhistory import StatusType, TrialValue
 
-        fine = trial.costs is not None
-        if trial.costs is not None:
-            self._worst = [max(pair) for pair in zip(self._worst, trial.costs, strict=True)]
-        costs = list(trial.costs) if trial.costs is not None else [2.0 * abs(worst) + 1.0 for worst in self._worst]
+        if costs is not None:
+            self._worst = [max(pair) for pair in zip(self._worst, costs, strict=True)]
+        told = list(costs) if costs is not None else [2.0 * abs(worst) + 1.0 for worst in self._worst]
         value = TrialValue(
-            cost=costs if len(costs) > 1 else costs[0],
+            cost=told if len(told) > 1 else told[0],
             time=0.0,  # no clock decides anything
-            status=StatusType.SUCCESS if fine else StatusType.CRASHED,
+            status=StatusType.SUCCESS if costs is not None else StatusType.CRASHED,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

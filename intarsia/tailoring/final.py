@@ -1,28 +1,22 @@
-"""Judging what a search has found on what it never saw: the rest of each objective's source."""
+"""The final scores of what a search has found, on what it never saw: the rest of each objective's source."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
-from intarsia.evaluation.likelihood import positions_of
-from intarsia.progress import Progress
-from intarsia.recipe.recipe import Recipe
-from intarsia.stages.setup import load_tokenizer
+from intarsia.options import Runtime
+from intarsia.progress import current
+from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.tailoring.evaluator import Evaluator, examples_there, open_evaluator
 from intarsia.tailoring.family import Family
-from intarsia.tailoring.family_file import FamilyFile, ObjectiveSpec, Range
-from intarsia.tailoring.objective_sources import read_objectives
-
-EXAMPLES = 1000
-_WINDOW = 128  # as of the windows that the evaluator draws
+from intarsia.tailoring.family_file import BASE, FamilyFile, ObjectiveSpec, Range
 
 
 def rest_of(split: Range) -> Range | None:
     """The larger of the two parts of a source that a split leaves out; None where it leaves out nothing."""
-    before, behind = (0.0, split[0]), (split[1], 1.0)
-    part = behind if behind[1] - behind[0] >= before[1] - before[0] else before
+    before, after = (0.0, split[0]), (split[1], 1.0)
+    part = after if after[1] - after[0] >= before[1] - before[0] else before
     return part if part[1] - part[0] > 1e-9 else None
 
 
@@ -35,47 +29,55 @@ def unseen(file: FamilyFile) -> tuple[FamilyFile, tuple[str, ...]]:
         if part is None:
             without.append(objective.name)
         else:
-            kept.append(replace(objective, split=part))
-    return replace(file, objectives=tuple(kept)), tuple(without)
+            kept.append(objective.model_copy(update={"split": part}))
+    return file.model_copy(update={"objectives": tuple(kept)}), tuple(without)
 
 
-def examples_there(file: FamilyFile, family: Family, most: int, progress: Progress) -> int:
-    """How many examples the largest objective has, up to `most`.
-
-    Raises:
-        UserError: an objective's rest cannot be read.
-    """
-    checkpoint = family.checkpoints()[family.names[0]]
-    objectives = read_objectives(
-        file.objectives,
-        load_tokenizer(checkpoint),
-        windows=most,
-        seq_len=_WINDOW,
-        max_length=positions_of(SimpleNamespace(**checkpoint.config)),
-        seed=file.search.seed,
-        progress=progress,
-    )
-    return min(most, max(len(objective.examples) for objective in objectives))
-
-
-def judge(
-    evaluator: Any, models: Mapping[str, Recipe], *, examples: int, without: tuple[str, ...], progress: Progress
-) -> dict[str, Any]:
-    """What recipes cost on unseen items.
+def final_scores(
+    file: FamilyFile, family: Family, models: Mapping[str, Recipe], runtime: Runtime, *, examples: int
+) -> dict[str, Any] | None:
+    """What the base and some recipes cost on unseen items; None where the search saw everything there is.
 
     Args:
-        models: the first one is what the others are held against.
+        examples: items of each objective, at most.
+
+    Returns:
+        See `scores`.
+    """
+    rest, without = unseen(file)
+    if not rest.objectives:
+        current().say("No final scores: the search sees all of every objective's source; give them a split.")
+        return None
+    count = examples_there(rest, family, examples)
+    # Budgets of the search say nothing about how much there is to score on.
+    search = rest.search.model_copy(update={"min_budget": count, "max_budget": count})
+    rest = rest.model_copy(update={"heal": "none", "search": search})
+    evaluator = open_evaluator(family, rest, runtime, probe=False)
+    try:
+        base = identity(Variant(name=BASE, model=file.base.model), family.architecture.n_layers)
+        return scores(evaluator, {"base": base, **models}, examples=count, without=without)
+    finally:
+        evaluator.close()
+
+
+def scores(
+    evaluator: Evaluator, models: Mapping[str, Recipe], *, examples: int, without: tuple[str, ...]
+) -> dict[str, Any]:
+    """What recipes cost.
+
+    Args:
+        models: the first one is what the others are compared with.
 
     Returns:
         `rows`: for each model its name and its cost in each objective, `value` with `stderr`; where objectives ask
-        questions, `accuracy` of each of those, and behind the first model `kept`, which is accuracy as a share of the
+        questions, `accuracy` of each of those, and after the first model `kept`, which is accuracy as a share of the
         first's, with the mean of these as `mean_kept`. `examples` by objective; `without`: objectives whose source the
         search saw whole.
     """
     budget = min(examples, evaluator.most)
     rows: list[dict[str, Any]] = []
     counts: dict[str, int] = {}
-    with progress.task("judging on unseen items", len(models)) as task:
+    with current().task("final scores on unseen items", len(models)) as task:
         for name, recipe in models.items():
             task.note(name)
             outcome = evaluator.evaluate(recipe, budget)
@@ -92,14 +94,14 @@ def judge(
 
 
 def _accuracies(found: Mapping[str, tuple[float, float]], first: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Of objectives that ask questions. What is kept of nothing is not told."""
+    """Of objectives that ask questions. What is kept of nothing is left out."""
     if not found:
         return {}
-    told: dict[str, Any] = {
+    row: dict[str, Any] = {
         "accuracy": {name: {"value": value, "stderr": error} for name, (value, error) in found.items()}
     }
     if first is not None:
         before = {name: first["accuracy"][name]["value"] for name in found}
         kept = {name: value / before[name] for name, (value, _) in found.items() if before[name]}
-        told |= {"kept": kept, "mean_kept": sum(kept.values()) / len(kept)} if kept else {}
-    return told
+        row |= {"kept": kept, "mean_kept": sum(kept.values()) / len(kept)} if kept else {}
+    return row

@@ -5,30 +5,33 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import replace
 from math import comb, log10
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import intarsia
+from intarsia import registry
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.cli import main as cli
+from intarsia.commands import tailor as command
+from intarsia.commands.tailor import FinalOptions, SearchOptions, TailorResult
 from intarsia.errors import UserError
 from intarsia.healing import closed_form
+from intarsia.options import Runtime
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
-from intarsia.stages import tailor as stages_tailor
-from intarsia.stages.tailor import TailorResult, tailor
-from intarsia.stages.tailor_folder import TailorFolder
-from intarsia.stages.tailor_judge import rest_of, unseen
-from intarsia.stages.tailor_recipe import trial_recipe
 from intarsia.tailoring import trial_heal
 from intarsia.tailoring.evaluator import open_evaluator
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import read_family_file
+from intarsia.tailoring.final import rest_of, unseen
 from intarsia.tailoring.pareto import leading
+from intarsia.tailoring.run import TailorRun
+from intarsia.tailoring.trials import trial_recipe
 from tests import families
 from tests.conftest import Folder
 from tests.killing import kill_within, needs_proc
@@ -46,6 +49,20 @@ objectives:
 search:
   {{engine: evolve, trials: 12, min_budget: 4, max_budget: 12, eta: 3, seed: 0, warm_start: [random-middle, shortgpt]}}
 """
+
+
+def tailor(
+    source: Path, out: Path | None = None, *, engine: str | None = None, result: bool = True, **given: Any
+) -> TailorResult:
+    """A search on the CPU with little calibration text."""
+    return command.tailor(
+        source,
+        out,
+        engine=engine,
+        search=SearchOptions(**{"tokens": 512, **given}),
+        runtime=Runtime(device="cpu"),
+        final=FinalOptions(build=result, judge=result),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +106,7 @@ def searched(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     """A finished search; tests must not change it."""
     folder = tmp_path_factory.mktemp("searched")
     family = write_family(parts, folder / "family.yaml")
-    return folder / "run", tailor(family, folder / "run", tokens=512, device="cpu")
+    return folder / "run", tailor(family, folder / "run")
 
 
 def trials_of(run: Path) -> list[dict[str, Any]]:
@@ -152,42 +169,40 @@ def test_any_trial_can_be_built(searched: tuple[Path, TailorResult], tmp_path: P
     [
         ({"best": "poetry"}, "--best"),
         ({"trial": 99}, "--trial"),
-        ({"best": "quiz", "knee": True}, "--best, --knee, --trial"),
+        ({"best": "quiz", "knee": True}, "--best, --knee and --trial"),
         ({"layers": 4, "knee": True}, "--best, --knee, --trial"),
     ],
 )
 def test_what_cannot_be_built(
     searched: tuple[Path, TailorResult], tmp_path: Path, choice: dict[str, Any], where: str
 ) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=where):
         intarsia.build(searched[0], tmp_path / "out", **choice)
-    assert caught.value.problems[0].where == where
     assert not (tmp_path / "out").exists()
 
 
 def test_stopped_and_continued(searched: tuple[Path, TailorResult], family: Path, tmp_path: Path) -> None:
     """Five trials, then the rest: the log of an undisturbed search, whatever was cut off."""
     run = tmp_path / "run"
-    tailor(family, run, trials=5, tokens=512, device="cpu", build=False, judge=False)
+    tailor(family, run, trials=5, result=False)
     log = run / "trials.jsonl"
     assert len(trials_of(run)) == 5
     log.write_bytes(log.read_bytes()[:-40])
-    tailor(family, run, trials=12, tokens=512, device="cpu", build=False, judge=False)
+    tailor(family, run, trials=12, result=False)
     assert trials_of(run) == trials_of(searched[0])
 
 
 def test_more_trials(family: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    plain = {"build": False, "judge": False}
-    tailor(family, run, trials=4, tokens=512, device="cpu", **plain)  # type: ignore[arg-type]
+    tailor(family, run, trials=4, result=False)
     before = trials_of(run)
-    again = tailor(run, more_trials=3, **plain)  # type: ignore[arg-type]
+    again = tailor(run, more_trials=3, result=False)
     assert again.trials == 7
     assert trials_of(run)[:4] == before
-    assert tailor(run, **plain).trials == 7  # type: ignore[arg-type]
+    assert tailor(run, result=False).trials == 7
     # Asked for, but stopped before: the same call goes on to the same end.
-    TailorFolder(run).want(9)
-    assert tailor(run, more_trials=2, **plain).trials == 9  # type: ignore[arg-type]
+    TailorRun(run).want(9)
+    assert tailor(run, more_trials=2, result=False).trials == 9
 
 
 def test_a_changed_family_is_refused(
@@ -198,9 +213,11 @@ def test_a_changed_family_is_refused(
     )
     before = (searched[0] / "trials.jsonl").read_bytes()
     with pytest.raises(UserError) as caught:
-        tailor(changed, searched[0], tokens=512, device="cpu")
-    places = {problem.where.rpartition(": ")[2] for problem in caught.value.problems}
-    assert places == {"family.layers", "family.search.eta"}
+        tailor(changed, searched[0])
+    assert [problem.message for problem in caught.value.problems] == [
+        "This run was started with family.search.eta 3, not 2.",
+        "This run was started with family.target.layers 4, not 3.",
+    ]
     assert (searched[0] / "trials.jsonl").read_bytes() == before
 
 
@@ -211,7 +228,7 @@ def test_earlier_trials_are_taken_over(
     path = write_family(
         parts, tmp_path / "family.yaml", **{"[random-middle, shortgpt]": f"[{run}]", "seed: 0": "seed: 0"}
     )
-    result = tailor(path, tmp_path / "run", trials=4, tokens=512, device="cpu", build=False, judge=False)
+    result = tailor(path, tmp_path / "run", trials=4, result=False)
     assert result.trials == 4
     log, old = trials_of(tmp_path / "run"), trials_of(run)
     taken = [trial for trial in log if trial["engine"] == "earlier"]
@@ -257,7 +274,7 @@ def test_the_example_of_13_billion_parameters(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     recipe = Path(__file__).resolve().parents[2] / "recipes" / "tailor-llama-2-13b.yaml"
     file = read_family_file(recipe)
-    for member in (file.base, *file.variants):
+    for member in file.members.values():
         folder = tmp_path / member.model
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
@@ -267,7 +284,7 @@ def test_the_example_of_13_billion_parameters(tmp_path: Path, monkeypatch: pytes
     # (14 for one variant, whose whole difference is a member), each with one of 9 scales.
     keeps = (4 + 3 * 14 + 3 * 15 + 15) * 9
     assert result.predicted.log10_size == pytest.approx(log10(comb(40, 10)) + 30 * log10(keeps))
-    (tmp_path / file.variants[1].model / "config.json").write_text(
+    (tmp_path / file.variants["math"].model / "config.json").write_text(
         json.dumps({**LLAMA, "num_hidden_layers": 32}), encoding="utf-8"
     )
     with pytest.raises(UserError) as caught:
@@ -281,24 +298,23 @@ def test_a_changed_family_is_refused_before_a_model_is_loaded(
     def loaded(*given: Any, **more: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("intarsia.stages.tailor.evaluator_of", loaded)
+    monkeypatch.setattr("intarsia.tailoring.evaluator.open_evaluator", loaded)
     changed = write_family(parts, tmp_path / "family.yaml", **{"layers: 4": "layers: 3", "slerp": "linear"})
     with pytest.raises(UserError) as caught:
-        tailor(changed, searched[0], tokens=512, device="cpu")
-    places = [problem.where.rpartition(": ")[2] for problem in caught.value.problems]
-    assert places == ["family.layers", "family.methods"]
+        tailor(changed, searched[0])
+    changed_settings = [problem.message.split()[5] for problem in caught.value.problems]
+    assert changed_settings == ["family.merge.methods", "family.target.layers"]
 
 
 def test_a_config_that_changed_under_a_search(parts: dict[str, Path], tmp_path: Path) -> None:
     base = Path(shutil.copytree(parts["base"], tmp_path / "base"))
     path = write_family({**parts, "base": base}, tmp_path / "family.yaml")
-    given = {"tokens": 512, "device": "cpu", "judge": False, "build": False}
-    tailor(path, tmp_path / "run", trials=2, **given)  # type: ignore[arg-type]
+    tailor(path, tmp_path / "run", trials=2, result=False)
     plain = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**plain, "rms_norm_eps": 0.01}))
     with pytest.raises(UserError) as caught:
-        tailor(tmp_path / "run", more_trials=1, **given)  # type: ignore[arg-type]
-    assert [problem.where.rpartition(": ")[2] for problem in caught.value.problems] == ["config.rms_norm_eps"]
+        tailor(tmp_path / "run", more_trials=1, result=False)
+    assert "started with config.rms_norm_eps" in str(caught.value)
 
 
 def test_a_search_goes_on_wherever_the_command_runs(
@@ -308,20 +324,20 @@ def test_a_search_goes_on_wherever_the_command_runs(
     monkeypatch.chdir(parts["quiz"].parent)
     named = {**parts, "math": Path("math"), "quiz": Path("quiz.jsonl")}
     path = write_family(named, tmp_path / "family.yaml", **{"[random-middle, shortgpt]": "[random-middle]"})
-    tailor(path, tmp_path / "run", trials=2, tokens=512, device="cpu", judge=False, build=False)
+    tailor(path, tmp_path / "run", trials=2, result=False)
     kept = read_family_file(tmp_path / "run" / "family.yaml")
-    assert kept.variants[0].model == str(parts["math"].resolve())
+    assert kept.variants["math"].model == str(parts["math"].resolve())
     assert [each.source for each in kept.objectives] == [str(parts[name].resolve()) for name in ("text", "quiz")]
     monkeypatch.chdir(tmp_path)
-    again = tailor(tmp_path / "run", more_trials=1, tokens=512, device="cpu", judge=False, build=False)
+    again = tailor(tmp_path / "run", more_trials=1, result=False)
     assert again.trials == 3
 
 
 def test_a_search_that_goes_on_does_not_measure_the_base_again(
     family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, plain = tmp_path / "run", {"build": False, "judge": False}
-    tailor(family, run, trials=1, tokens=512, device="cpu", **plain)  # type: ignore[arg-type]
+    run = tmp_path / "run"
+    tailor(family, run, trials=1, result=False)
     settings = (run / "tailor.json").read_bytes()
     assert set(json.loads(settings)["base"]) == {"prose", "quiz"}
 
@@ -329,7 +345,7 @@ def test_a_search_that_goes_on_does_not_measure_the_base_again(
         raise AssertionError("the base was measured")
 
     monkeypatch.setattr("intarsia.tailoring.evaluator.Evaluator.probe", probe)
-    assert tailor(run, more_trials=1, **plain).trials == 2  # type: ignore[arg-type]
+    assert tailor(run, more_trials=1, result=False).trials == 2
     assert (run / "tailor.json").read_bytes() == settings
 
 
@@ -340,7 +356,7 @@ def test_what_is_shown_of_a_text_in_a_column(parts: dict[str, Path], tmp_path: P
     (tmp_path / "pages.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages), encoding="utf-8")
     named = {**parts, "text": Path(f"{tmp_path / 'pages.jsonl'}#column=body")}
     path = write_family(named, tmp_path / "family.yaml", **{"[random-middle, shortgpt]": "[random-middle]"})
-    result = tailor(path, tmp_path / "run", trials=1, tokens=512, device="cpu", judge=False, build=False)
+    result = tailor(path, tmp_path / "run", trials=1, result=False)
     assert result.trials == 1 and (tmp_path / "run" / "sensitivities.safetensors").exists()
 
 
@@ -348,9 +364,8 @@ def test_what_is_shown_of_a_text_in_a_column(parts: dict[str, Path], tmp_path: P
     ("arguments", "where"),
     [
         ({"configs": "nowhere"}, "--configs"),
-        ({"resume": True}, "--resume"),
         ({"more_trials": 3}, "--more-trials"),
-        ({"engine": "annealing"}, "--engine"),
+        ({"engine": "annealing"}, "There is no engine 'annealing'"),
         ({"scheduler": "tcp://127.0.0.1:9"}, "--scheduler"),
         ({"workers": 0}, "--workers"),
     ],
@@ -358,18 +373,16 @@ def test_what_is_shown_of_a_text_in_a_column(parts: dict[str, Path], tmp_path: P
 def test_what_is_refused_before_anything_is_written(
     family: Path, tmp_path: Path, arguments: dict[str, Any], where: str
 ) -> None:
-    with pytest.raises(UserError) as caught:
-        tailor(family, tmp_path / "run", tokens=512, device="cpu", **arguments)
-    assert caught.value.problems[0].where == where
+    with pytest.raises(UserError, match=where):
+        tailor(family, tmp_path / "run", **arguments)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_something_else(family: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("", encoding="utf-8")
-    with pytest.raises(UserError) as caught:
-        tailor(family, tmp_path / "run", tokens=512, device="cpu")
-    assert caught.value.problems[0].where == str(tmp_path / "run")
+    with pytest.raises(UserError, match="exists and is no run folder"):
+        tailor(family, tmp_path / "run")
 
 
 def stop(*args: Any, **kwargs: Any) -> Any:
@@ -394,12 +407,12 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
 
     monkeypatch.setattr(trial_heal, "fit", counted)
     with monkeypatch.context() as killed:
-        killed.setattr(stages_tailor, "finish", stop)
+        killed.setattr(command, "_finish", stop)
         with pytest.raises(KeyboardInterrupt):
-            tailor(path, run, tokens=512, device="cpu")
+            tailor(path, run)
     # What leads at its budget is kept as it was fitted, the front among that, and nothing else.
-    folder = TailorFolder.existing(run)
-    front, trials = folder.front(), list(folder.history())
+    folder = TailorRun(run)
+    front, trials = folder.front, list(folder.trials)
     assert front is not None
     healed = [trial for trial in trials if heal == "every" or trial.budget == 72]
     kept = {file.stem for file in (run / "fits").iterdir()}
@@ -409,7 +422,7 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
     assert len(fits) == len({trial.recipe for trial in healed}) > 0
     assert heal == "finalists" or len(fits) < len(healed)
     made = len(fits)
-    result = tailor(path, run, tokens=512, device="cpu")
+    result = tailor(path, run)
     assert len(fits) == made and not (run / "fits").exists()
     assert result.front is not None and result.front.budget == 72
     recipe = schema.load(run / "best" / "recipe" / "recipe.yaml")
@@ -419,8 +432,8 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
     assert built.recipe_sha256 == schema.content_hash(recipe)
 
     file = read_family_file(path)
-    family = open_family(file.base, file.variants)
-    evaluator = open_evaluator(family, file, device=torch.device("cpu"), probe=False)
+    family = open_family(file.members)
+    evaluator = open_evaluator(family, file, Runtime(device="cpu"), probe=False)
     for trial in trials:
         cut = trial_recipe(folder, trial, healed=False)
         assert not cut.fitted and schema.content_hash(cut) == trial.recipe
@@ -434,8 +447,9 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
     rows = {row["model"]: row for row in result.judged["rows"]}
     assert list(rows) == ["base", "incumbent as cut", "incumbent"]
     rest, _ = unseen(file)
-    rest = replace(rest, heal="none", search=replace(rest.search, max_budget=max(result.judged["examples"].values())))
-    judge = open_evaluator(family, rest, device=torch.device("cpu"), probe=False)
+    search = rest.search.model_copy(update={"max_budget": max(result.judged["examples"].values())})
+    rest = rest.model_copy(update={"heal": "none", "search": search})
+    judge = open_evaluator(family, rest, Runtime(device="cpu"), probe=False)
     for name, model in (
         ("incumbent as cut", trial_recipe(folder, result.front.knee, healed=False)),
         ("incumbent", recipe),
@@ -460,8 +474,9 @@ def test_accuracy_beside_the_likelihood(searched: tuple[Path, TailorResult], par
 
 
 SEARCH = """
-from intarsia.stages.tailor import tailor
-tailor(sys.argv[1], sys.argv[2], tokens=512, device="cpu")
+from intarsia.commands.tailor import SearchOptions, tailor
+from intarsia.options import Runtime
+tailor(sys.argv[1], sys.argv[2], search=SearchOptions(tokens=512), runtime=Runtime(device="cpu"))
 """
 
 
@@ -469,9 +484,9 @@ tailor(sys.argv[1], sys.argv[2], tokens=512, device="cpu")
 def test_killed_and_started_again(searched: tuple[Path, TailorResult], family: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     kill_within("trials.jsonl", 4, 100, SEARCH, family, run)
-    assert len(TailorFolder(run).history()) == 3
+    assert len(TailorRun(run).trials) == 3
     assert (run / "trials.jsonl").read_bytes()[-1:] != b"\n"
-    again = tailor(family, run, tokens=512, device="cpu")
+    again = tailor(family, run)
     whole = searched[1]
     assert trials_of(run) == trials_of(searched[0])
     assert again.front is not None and whole.front is not None and again.judged is not None
@@ -485,3 +500,67 @@ def test_killed_and_started_again(searched: tuple[Path, TailorResult], family: P
 )
 def test_rest_of(split: tuple[float, float], rest: tuple[float, float] | None) -> None:
     assert rest_of(split) == rest
+
+
+PLUGIN = """
+from intarsia.registry import engine, merge_op
+from intarsia.tailoring.engine import Ask
+
+@merge_op("halfway", needs_base=True, search={"pull": (0.2, 0.8)})
+def halfway(tensors, weights, base, *, pull: float = 0.5):
+    '''From the base towards the mean.'''
+    return base + pull * (sum(tensors) / len(tensors) - base)
+
+@engine("listed")
+class Listed:
+    '''The base without each pair of neighbours, merged in one way.'''
+
+    def __init__(self, task):
+        self.task, self.told, self.next = task, [], 0
+
+    def ask(self, n):
+        found = []
+        for _ in range(n):
+            if self.next + 1 < self.task.space.depth:
+                space, changed = self.task.space, (self.next, self.next + 1)
+                blend = space.menu.nearest(space.menu.members[1:], "halfway", {"pull": 0.4})
+                keep = type(space.plain(changed).choices[0])(attention=blend)
+                choices = {(layer, 0): keep for layer in space.positions(changed)}
+                found.append(Ask(candidate=space.arrange(changed, choices), budget=12, origin="listed"))
+                self.next += 1
+        return found
+
+    def tell(self, candidate, budget, costs):
+        self.told.append((candidate, budget, costs))
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_an_operator_and_an_engine_of_one_s_own(
+    parts: dict[str, Path], tmp_path: Path, workers: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Defined in a file, and used through the command line; also by workers, which load that file themselves."""
+    (tmp_path / "mine.py").write_text(PLUGIN, encoding="utf-8")
+    path = write_family(
+        parts,
+        tmp_path / "family.yaml",
+        **{"[task_arithmetic, slerp]": "[halfway]", "merge, concat]": "merge]", "[random-middle, shortgpt]": "[]"},
+    )
+    before = [dict(kind._entries) for kind in registry.KINDS]
+    words = [str(path), "-o", str(tmp_path / "run"), "--engine", "listed", "--plugin", str(tmp_path / "mine.py")]
+    try:
+        cli.run(["tailor", *words, "--workers", workers, "--device", "cpu", "--json", "--judge-examples", "4"])
+        found = json.loads(capsys.readouterr().out)
+        built = intarsia.build(tmp_path / "run", tmp_path / "built", trial=1)
+    finally:
+        for kind, entries in zip(registry.KINDS, before, strict=True):
+            kind._entries = entries
+        registry._LOADED.pop(str(tmp_path / "mine.py"), None)
+    assert found["stopped"] == "the engine found nothing new to try" and found["trials"] == 5
+    assert {row["engine"] for row in found["front"]} == {"listed"}
+    assert built.layers == 4
+    recipe = yaml.safe_load((tmp_path / "built" / "recipe" / "recipe.yaml").read_text(encoding="utf-8"))
+    merge = recipe["layers"][0]["merge"]
+    layer = merge["base"]  # with two workers either of the first trials may be the second in the log
+    params = {"pull": 0.38}
+    assert merge == {"method": "halfway", "from": [f"math:{layer}"], "weights": [1.0], "params": params, "base": layer}
