@@ -60,11 +60,11 @@ def build(folder: Path, out: Path, depth: int) -> None:
 
     from intarsia.architecture.detect import detect
     from intarsia.architecture.spec import Part
+    from intarsia.commands.recipes import build_recipe
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.progress import Silent
     from intarsia.recipe.algebra import concat_of
     from intarsia.recipe.recipe import Variant, identity
-    from intarsia.stages.build import build_recipe
 
     architecture = detect({**CONFIG, "num_hidden_layers": depth})
     whole = identity(Variant(name="base", model=str(folder)), depth)

@@ -18,26 +18,25 @@ import torch
 
 from intarsia.building.loaded_model import Resident, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.commands.job import load_tokenizer
 from intarsia.data.text import draw
 from intarsia.options import TextSpec
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.methods.come import Come
-from intarsia.pruning.settings import ComeSettings
+from intarsia.pruning.methods.come_p import ComeP, ComePSettings
 from intarsia.recipe.recipe import Variant, identity
-from intarsia.stages.setup import load_tokenizer
 
 
 def climb(resident: Resident, corpus: Any, *, posterior: bool, reuse: bool, target: int) -> dict[str, Any]:
     """Plan down to `target`; cost, time and the layers that came out."""
     whole = identity(Variant(name="base", model="demo"), resident.architecture.n_layers)
     model = Intermediate(resident, corpus, whole.layers, reuse_prefix=reuse)
-    planner = Come(ComeSettings(granularity=20, spans=1, racing=False), posterior=posterior)
+    planner = (ComeP if posterior else Come)(ComePSettings(granularity=20, spans=1, racing=False))
     begun = time.perf_counter()
     model.measure()
     first = model.layer_forwards
     while model.depth > target:
-        step = planner.decide(model, target, [])
-        assert step is not None
+        (step,) = planner.decide(model, target, [])
         model.replace(step.start, step.count, step.op)
     model.close()
     return {

@@ -1,7 +1,7 @@
 """What each stage of healing gives the demo model, at several depths.
 
 Cut by each of `--methods` (removal by calibration loss, of one block, CoMe-P, and CoMe-P repaired as it goes: plainly
-and `--thorough`), then the closed form over all layers on 64k tokens, as `compress` does it; of `--train` also
+and `--preset thorough`), then the closed form over all layers on 64k tokens, as `compress` does it; of `--train` also
 layerwise distillation on 500k on top, and end-to-end distillation on 200k on top of that. `--against 25` adds, at that
 depth, end-to-end distillation alone for as long as both took together, and the same training of the plainly cut model.
 `--text 21` adds, at that depth, end-to-end distillation that learns from the text too (cross-entropy), on top of
@@ -23,14 +23,15 @@ from typing import Any
 
 import intarsia
 from intarsia import progress
-from intarsia.cli.display import display
 from intarsia.commands.heal import TrainingText
-from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
-from intarsia.pruning.settings import THOROUGH, ComeSettings
+from intarsia.healing.stages.end_to_end import EndToEndSettings
+from intarsia.healing.stages.layerwise import LayerwiseSettings
+from intarsia.options import EvalSpec, Output, Target, TextSpec
+from intarsia.pruning.methods.come_p import ComePSettings
 
 IN_LOOP = {
-    "come-p-in-loop": ComeSettings(spans=5),
-    "come-p-thorough": ComeSettings(**THOROUGH),
+    "come-p-in-loop": ComePSettings(spans=5, heal_in_loop=True),
+    "come-p-thorough": ComePSettings(**ComePSettings.presets["thorough"]),
 }
 CUTS = ("come-p", "sleb")
 METHODS = (*CUTS, "angular", *IN_LOOP)
@@ -72,7 +73,7 @@ class Bench:
     def judge(self, key: str, model: str, seconds: float) -> None:
         """Keep a row: perplexities, and what the last stage took."""
         values = {
-            name: intarsia.evaluate_perplexity(model, text, windows=windows, progress=display()).value
+            name: intarsia.evaluate_perplexity(model, text, windows=windows).value
             for name, (text, windows) in self.texts.items()
         }
         self.found = json.loads(self.rows.read_text()) if self.rows.exists() else {}  # others write here too
@@ -83,7 +84,8 @@ class Bench:
     def cut(self, method: str, layers: int) -> Path:
         """The model as it is cut."""
         run = self.plans / method
-        intarsia.plan("demo", run, layers=self.deepest, **self.planning(method))
+        with progress.shown():
+            intarsia.plan("demo", run, Target(layers=self.deepest), **self.planning(method))
         folder = self.out / f"{method}-{layers}"
         if not folder.exists():
             intarsia.build(run, folder, layers=layers)
@@ -93,23 +95,17 @@ class Bench:
 
     def planning(self, method: str) -> dict[str, Any]:
         """What a method is planned with."""
-        in_loop = method in IN_LOOP
-        return {
-            "method": "come-p" if in_loop else method,
-            "settings": IN_LOOP.get(method),
-            "heal_in_loop": in_loop,
-            "calibration": self.data,
-            "tokens": 65536,
-            "progress": display(),
-        }
+        return {"method": IN_LOOP.get(method, method), "text": TextSpec(sources=tuple(self.data))}
 
     def compressed(self, method: str, layers: int) -> Path:
         """What `compress` makes of a model that is repaired as it goes: the last fit may begin at several recipes."""
         folder, key = self.out / f"{method}-{layers}-cf", f"{method} {layers} closed form"
         begun = time.perf_counter()
         if not folder.exists():
-            given = self.planning(method)
-            intarsia.compress("demo", folder, layers=layers, run=self.plans / method, eval_windows=8, **given)
+            out = Output(path=folder, run=self.plans / method)
+            evaluation = EvalSpec(windows=8, speed=False)
+            with progress.shown():
+                intarsia.compress("demo", out, Target(layers=layers), evaluation=evaluation, **self.planning(method))
         if key not in self.found:
             self.judge(key, str(folder), time.perf_counter() - begun)
         return folder

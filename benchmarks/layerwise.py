@@ -23,7 +23,7 @@ from intarsia.activations.stream import LayerStream
 from intarsia.building.loaded_model import Resident, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.healing.layer_training import LayerTask, on_device, train_layer, trained_names
-from intarsia.healing.settings import LayerwiseSettings
+from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.training import Text
 
 _LAYER = 14

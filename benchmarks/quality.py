@@ -16,19 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import intarsia
-from intarsia.cli.display import display
+from intarsia.options import NewModel, Target, TextSpec
+from intarsia.progress import shown
+from intarsia.pruning.methods.come import ComeSettings
 
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "shortgpt": ("shortgpt", {}),
-    "come": ("come", {}),
-    "come-p": ("come-p", {}),
-    "come-p --spans 1": ("come-p", {"spans": 1}),
-    "come-p --removals": ("come-p", {"removals": True}),
-    "come --norm average": ("come", {"norm": "average"}),
-    "come --reference": ("come", {"reference": True}),
-    "come --span-choice sleb": ("come", {"span_choice": "sleb"}),
-    "come-p --span-choice sleb": ("come-p", {"span_choice": "sleb"}),
-    "sleb": ("sleb", {}),
+METHODS: dict[str, Any] = {
+    "shortgpt": "shortgpt",
+    "come": "come",
+    "come-p": "come-p",
+    "come-p --spans 1": "come-p[spans=1]",
+    "come-p --removals": "come-p[removals=true]",
+    "come --norm average": "come[norm=average]",
+    "come --preset paper": ComeSettings(**ComeSettings.presets["paper"]),
+    "come --span-choice sleb": "come[span-choice=sleb]",
+    "come-p --span-choice sleb": "come-p[span-choice=sleb]",
+    "sleb": "sleb",
 }
 TABLE = ("shortgpt", "come", "come-p", "come-p --spans 1")
 
@@ -57,7 +59,7 @@ def main() -> None:
 
     def judge(key: str, model: str) -> None:
         found[key] = {
-            name: intarsia.evaluate_perplexity(model, text, windows=windows, progress=display()).value
+            name: intarsia.evaluate_perplexity(model, text, windows=windows).value
             for name, (text, windows) in texts.items()
         }
         rows.write_text(json.dumps(found, indent=2))
@@ -66,22 +68,14 @@ def main() -> None:
     if "dense" not in found:
         judge("dense", "demo")
     for name in given.methods:
-        method, options = METHODS[name]
         run = given.out / name.replace(" --", "-").replace(" ", "-")
-        intarsia.plan(
-            "demo",
-            run,
-            layers=min(given.layers),
-            method=method,
-            calibration=calibration,
-            tokens=given.tokens,
-            settings=intarsia.ComeSettings(**options),
-            progress=display(),
-        )
+        text = TextSpec(sources=tuple(calibration), tokens=given.tokens)
+        with shown():
+            intarsia.plan("demo", run, Target(layers=min(given.layers)), method=METHODS[name], text=text)
         for layers in given.layers:
             if f"{name} {layers}" not in found:
                 folder = given.out / "model"
-                intarsia.build(run, folder, layers=layers, overwrite=True)
+                intarsia.build(run, NewModel(path=folder, overwrite=True), layers=layers)
                 judge(f"{name} {layers}", str(folder))
                 shutil.rmtree(folder)
     for text in texts:

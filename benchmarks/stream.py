@@ -148,28 +148,27 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
     """In a process of its own: the whole job, and what memory it took."""
     import psutil
 
-    from intarsia.stages.compress import compress
+    from intarsia.commands.compress import compress
+    from intarsia.options import EvalSpec, Output, Runtime, Target, TextSpec
+    from intarsia.progress import reporting_to
 
     # What the job imports on its way counts as the base.
     for name in ("accelerate", "tokenizers", "transformers.models.llama.modeling_llama"):
         importlib.import_module(name)
     base, peaks = psutil.Process().memory_info().rss, Peaks()
-    result = compress(
-        str(given.out / "source"),
-        given.out / "small",
-        layers=given.layers,
-        method=given.method,
-        calibration=str(given.out / "words.txt"),
-        tokens=given.tokens,
-        seq_len=given.seq_len,
-        batch_tokens=given.batch_tokens,
-        eval_text=str(given.out / "words.txt"),
-        eval_windows=2,
-        stream=not given.in_memory,
-        memory_bytes=int(given.memory * 1e6),
-        overwrite=True,
-        progress=peaks,
-    )
+    words = (str(given.out / "words.txt"),)
+    with reporting_to(peaks):
+        result = compress(
+            str(given.out / "source"),
+            Output(path=given.out / "small", overwrite=True),
+            Target(layers=given.layers),
+            method=given.method,
+            text=TextSpec(sources=words, tokens=given.tokens, seq_len=given.seq_len),
+            evaluation=EvalSpec(text=words, windows=2),
+            runtime=Runtime(
+                stream=not given.in_memory, memory=str(int(given.memory * 1e6)), batch_tokens=given.batch_tokens
+            ),
+        )
     peaks.note()
     return {
         "base": base,

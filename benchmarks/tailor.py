@@ -27,7 +27,7 @@ import torch
 from benchmarks.tailor_parts import planners, searches, tables, workers
 from benchmarks.tailor_parts.judge import Judge
 from benchmarks.tailor_parts.setting import ABLATION, Rows, Setting
-from intarsia.cli.display import display
+from intarsia import progress
 
 PARTS = ("planners", "ablation", "engines", "table")
 _ALL = (*PARTS, "workers")
@@ -87,7 +87,7 @@ def main() -> None:
         tokens=tuple(given.tokens),
         items=given.items,
         windows=tuple(given.windows),
-        progress=display(),
+        progress=progress.current(),
     )
     rows = Rows(setting.out / "rows.json")
     judge, seeds = Judge(setting, rows), [int(seed) for seed in given.seeds]

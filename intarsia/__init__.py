@@ -1,12 +1,13 @@
 """Intarsia: make a large language model shallower, and keep what the removed layers knew.
 
     import intarsia
+    from intarsia import Target
 
-    result = intarsia.compress("demo", "out/demo-25", layers=25)
+    result = intarsia.compress("demo", "out/demo-25", Target(layers=25))
 
-Every stage of the command line is a function of the same name: `plan`, `build`, `heal`, `inspect`, `verify`, `export`,
-`evaluate_perplexity`, `evaluate_tasks`, and `compress`, which is the main job. Input that cannot be used raises
-`UserError`.
+Every verb of the command line is a function of the same name (`eval` is `evaluate_perplexity` and `evaluate_tasks`);
+its options are value objects. Input that cannot be used raises `UserError`. `intarsia.registry` has the decorators for
+planners, heal stages, merge operators and search engines of your own.
 """
 
 from __future__ import annotations
@@ -15,74 +16,70 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from intarsia.commands.bench import BenchResult, bench
+    from intarsia.commands.build import BuildResult, build
+    from intarsia.commands.compare import CompareEval, CompareResult, Entrants, compare
     from intarsia.commands.compress import CompressResult, compress
-    from intarsia.commands.heal import HealResult
+    from intarsia.commands.evaluate import TaskSpec, evaluate_perplexity, evaluate_tasks
+    from intarsia.commands.export import ExportResult, export
+    from intarsia.commands.heal import HealResult, TrainingText, heal
+    from intarsia.commands.inspect import inspect
     from intarsia.commands.plan import PlanResult, plan
+    from intarsia.commands.push import PushResult, push
+    from intarsia.commands.report import ReportResult, report
     from intarsia.commands.tailor import TailorResult, tailor
+    from intarsia.commands.verify import VerifyResult, verify
     from intarsia.errors import UserError
-    from intarsia.evaluation.task_results import TaskResults
-    from intarsia.pruning.methods.come import ComeSettings
+    from intarsia.evaluation.results import TaskResults
+    from intarsia.options import EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
     from intarsia.recipe.recipe import Recipe
-    from intarsia.stages.bench import BenchResult, bench
-    from intarsia.stages.build import BuildResult, build
-    from intarsia.stages.compare import CompareResult, compare
-    from intarsia.stages.evaluate import evaluate_perplexity
-    from intarsia.stages.evaluate_tasks import evaluate_tasks
-    from intarsia.stages.export import ExportResult, export
-    from intarsia.stages.heal import heal
-    from intarsia.stages.inspect import inspect
-    from intarsia.stages.push import PushResult, push
-    from intarsia.stages.report import ReportResult, report
-    from intarsia.stages.verify import VerifyResult, verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-_PLACES = {
-    "BenchResult": "intarsia.stages.bench",
-    "BuildResult": "intarsia.stages.build",
-    "ComeSettings": "intarsia.pruning.methods.come",
-    "CompareResult": "intarsia.stages.compare",
-    "CompressResult": "intarsia.commands.compress",
-    "ExportResult": "intarsia.stages.export",
-    "HealResult": "intarsia.commands.heal",
-    "PlanResult": "intarsia.commands.plan",
-    "PushResult": "intarsia.stages.push",
-    "Recipe": "intarsia.recipe.recipe",
-    "ReportResult": "intarsia.stages.report",
-    "TailorResult": "intarsia.commands.tailor",
-    "TaskResults": "intarsia.evaluation.task_results",
-    "UserError": "intarsia.errors",
-    "VerifyResult": "intarsia.stages.verify",
-    "bench": "intarsia.stages.bench",
-    "build": "intarsia.stages.build",
-    "compare": "intarsia.stages.compare",
-    "compress": "intarsia.commands.compress",
-    "evaluate_perplexity": "intarsia.stages.evaluate",
-    "evaluate_tasks": "intarsia.stages.evaluate_tasks",
-    "export": "intarsia.stages.export",
-    "heal": "intarsia.commands.heal",
-    "inspect": "intarsia.stages.inspect",
-    "plan": "intarsia.commands.plan",
-    "push": "intarsia.stages.push",
-    "report": "intarsia.stages.report",
-    "tailor": "intarsia.commands.tailor",
-    "verify": "intarsia.stages.verify",
+_EXPORTS = {
+    "commands.bench": "BenchResult bench",
+    "commands.build": "BuildResult build",
+    "commands.compare": "CompareEval CompareResult Entrants compare",
+    "commands.compress": "CompressResult compress",
+    "commands.evaluate": "TaskSpec evaluate_perplexity evaluate_tasks",
+    "commands.export": "ExportResult export",
+    "commands.heal": "HealResult TrainingText heal",
+    "commands.inspect": "inspect",
+    "commands.plan": "PlanResult plan",
+    "commands.push": "PushResult push",
+    "commands.report": "ReportResult report",
+    "commands.tailor": "TailorResult tailor",
+    "commands.verify": "VerifyResult verify",
+    "errors": "UserError",
+    "evaluation.results": "TaskResults",
+    "options": "EvalSpec ModelRef Output Runtime Target TextSpec",
+    "recipe.recipe": "Recipe",
 }
+_MODULES = {name: f"intarsia.{module}" for module, names in _EXPORTS.items() for name in names.split()}
 
 __all__ = [
     "BenchResult",
     "BuildResult",
-    "ComeSettings",
+    "CompareEval",
     "CompareResult",
     "CompressResult",
+    "Entrants",
+    "EvalSpec",
     "ExportResult",
     "HealResult",
+    "ModelRef",
+    "Output",
     "PlanResult",
     "PushResult",
     "Recipe",
     "ReportResult",
+    "Runtime",
     "TailorResult",
+    "Target",
     "TaskResults",
+    "TaskSpec",
+    "TextSpec",
+    "TrainingText",
     "UserError",
     "VerifyResult",
     "bench",
@@ -103,11 +100,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load what is asked for, and nothing before: torch takes seconds."""
-    if name not in _PLACES:
+    """Load what is used, when it is first used: torch takes seconds."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted([*_MODULES, "__version__"])

@@ -111,6 +111,11 @@ class Chosen:
         return {"name": self.name, **({} if self.settings is None else plain(self.settings))}
 
 
+def words_of(text: str) -> list[str]:
+    """What stands between commas; those in brackets separate options."""
+    return [word.strip() for word in _OUTSIDE_BRACKETS.split(text) if word.strip()]
+
+
 class Kind:
     """All registered things of one kind.
 
@@ -194,7 +199,7 @@ class Kind:
     def choose_all(self, choices: Any) -> tuple[Chosen, ...]:
         """Several, each once; see `choose`."""
         if isinstance(choices, str):
-            choices = [] if choices.strip() in ("", "none") else _OUTSIDE_BRACKETS.split(choices)
+            choices = [] if choices.strip() in ("", "none") else words_of(choices)
         elif not isinstance(choices, Sequence):
             choices = [choices]
         problems, found = Problems(), list[Chosen]()
@@ -296,7 +301,6 @@ def heal_stage(
     settings: type | None = None,
     whole_model: bool = False,
     check: Callable[[Any], None] | None = None,
-    passes: Callable[[Any], float] | None = None,
     paper: str = "",
 ) -> Callable[[T], T]:
     """Register a heal stage: a function of context, recipe and settings that gives a recipe.
@@ -304,10 +308,8 @@ def heal_stage(
     Args:
         whole_model: whether it trains all layers at once: in every launched process, and not streamed.
         check: called with the settings before any work; raises UserError where something that it needs is missing.
-        passes: of an architecture, the passes of the whole model over the text that it takes at most, for an estimate.
     """
-    facts = {"whole_model": whole_model, "check": check, "passes": passes, "paper": paper}
-    return heal_stages.register(name, settings, **facts)
+    return heal_stages.register(name, settings, whole_model=whole_model, check=check, paper=paper)
 
 
 def merge_op(

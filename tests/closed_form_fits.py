@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from intarsia.activations.loop import Batches
+from intarsia.activations.batches import Batches
+from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import Resident
 from intarsia.data.corpus import Corpus
 from intarsia.healing.closed_form import fit
@@ -28,5 +29,5 @@ def fit_on(
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """The closed form toward the resident model's own hidden states, or those of other layers in it."""
     batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
-    with TeacherStates(resident, batches, layers=layers) as teacher:
+    with TeacherStates(Loop(resident, batches), layers=layers) as teacher:
         return fit(recipe, teacher, progress=progress, **kwargs)

@@ -83,18 +83,19 @@ IN_LOOP: dict[str, list[str]] = {
     "sleb": ["--method", "sleb"],
     "laco": ["--method", "laco", "--laco-merge", "2"],
 }
-STEPS = ["--layer-batch-tokens", "256", "--step-tokens", "256", "--evaluations", "4"]
+LAYERS = ["--layer-batch-tokens", "256", "--evaluations", "4"]
+WHOLE = ["--step-tokens", "256", "--evaluations", "4"]
 HEALS: dict[str, tuple[str, list[str]]] = {
     "closed-form": ("llama", ["--stages", "closed-form"]),
-    "layerwise": ("llama", ["--stages", "layerwise"]),
-    "layerwise-student": ("llama", ["--stages", "layerwise", "--layer-inputs", "student", "--layer-kl", "0"]),
-    "end-to-end": ("llama", ["--stages", "end-to-end", "--hidden", "1"]),
-    "end-to-end-top-k": ("llama", ["--stages", "end-to-end", "--top-k", "16", "--cross-entropy", "0.5"]),
-    "lora": ("llama", ["--stages", "end-to-end", "--lora", "4", "--lr", "1e-3"]),
-    "all": ("llama", ["--stages", "closed-form,layerwise,end-to-end"]),
+    "layerwise": ("llama", ["--stages", "layerwise", *LAYERS]),
+    "layerwise-student": ("llama", ["--stages", "layerwise", "--layer-inputs", "student", "--layer-kl", "0", *LAYERS]),
+    "end-to-end": ("llama", ["--stages", "end-to-end", "--hidden", "1", *WHOLE]),
+    "end-to-end-top-k": ("llama", ["--stages", "end-to-end", "--top-k", "16", "--cross-entropy", "0.5", *WHOLE]),
+    "lora": ("llama", ["--stages", "end-to-end", "--lora", "4", "--lr", "1e-3", *WHOLE]),
+    "all": ("llama", ["--stages", "closed-form,layerwise,end-to-end", *LAYERS, *WHOLE[:2]]),
     "closed-form-opt": ("opt", ["--stages", "closed-form"]),
     "closed-form-mixtral": ("mixtral", ["--stages", "closed-form"]),
-    "closed-form-gemma3": ("gemma3", ["--stages", "closed-form,layerwise"]),
+    "closed-form-gemma3": ("gemma3", ["--stages", "closed-form,layerwise", *LAYERS]),
 }
 COMPRESSES = {"none": ["--heal", "none"], "closed-form": ["--heal", "closed-form"]}
 
@@ -350,7 +351,7 @@ class Shop:
         self.words.write_text(families.sample_text(5000, seed=1), encoding="utf-8")
         self.search_text, self.eval_text = f"{self.words}#0:0.9", f"{self.words}#0.9:1"
         self.calibration = ["--calibration", self.search_text, "--tokens", "2048", "--seq-len", "64"]
-        self.training = ["--data", self.search_text, "--tokens", "4096", "--seq-len", "64", *STEPS]
+        self.training = ["--data", self.search_text, "--tokens", "4096", "--seq-len", "64"]
         self.judging = ["--eval-text", self.eval_text, "--eval-windows", "16"]
 
     def _model(self, name: str) -> Path:

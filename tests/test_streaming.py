@@ -22,9 +22,10 @@ from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.healing import layerwise
 from intarsia.healing.quality import quality
-from intarsia.healing.settings import ClosedFormSettings, LayerwiseSettings
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.training import Text
-from intarsia.progress import Silent
+from intarsia.progress import Silent, reporting_to
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.recipe.recipe import Recipe, Variant, identity
@@ -156,7 +157,7 @@ def test_every_method_plans_the_same(method: str, tmp_path: Path, checkpoint_of:
     resident = streamed(checkpoint_of("qwen2"))
     assert ladder(resident, tmp_path / "streamed", method) == wanted
     assert resident.shelf is not None and resident.shelf.in_memory == 0 and resident.shelf.most <= 2
-    spilled = ladder(streamed(checkpoint_of("qwen2")), tmp_path / "spilled", method, memory_bytes=0, folder=tmp_path)
+    spilled = ladder(streamed(checkpoint_of("qwen2")), tmp_path / "spilled", method, room=Room(0, tmp_path))
     assert spilled == wanted
     assert sorted(path.name for path in tmp_path.iterdir()) == ["spilled", "streamed", "whole"]
 
@@ -188,7 +189,7 @@ def test_a_step_reads_a_layer_once_a_pass(checkpoint_of: Opened, tmp_path: Path)
     assert len(corpus) == 6 and set(resident.shelf.reads.values()) == {1} and len(resident.shelf.reads) == 6
     planner = planner_of("come-p", ComePSettings(racing=False, spans=3))
     resident.shelf.reads.clear()
-    step = planner.decide(model, 5, [{}])  # not the first step, whose map of pieces looks at every layer
+    (step,) = planner.decide(model, 5, [{}])  # not the first step, whose map of pieces looks at every layer
     assert step is not None and step.op is not None
     assert len(step.evidence["grid"]) > 20
     originals = [resident.shelf.reads[op] for op in resident.shelf.reads if op in ORIGINALS]
@@ -215,8 +216,8 @@ def test_healed_tensors_are_the_same(family: str, checkpoint_of: Opened, residen
     assert content_hash(found) == content_hash(wanted)
     assert same == reports and any(report["ridge"] is not None for report in reports)
     assert other.shelf is not None and other.shelf.most <= 2
-    judged = quality(wanted, resident, corpus, [corpus_of()])
-    assert quality(found, other, corpus, [corpus_of()]) == judged
+    judged = quality(wanted, resident, corpus, [corpus_of()], progress=Silent())
+    assert quality(found, other, corpus, [corpus_of()], progress=Silent()) == judged
 
 
 @pytest.mark.parametrize("inputs", ["teacher", "student"])
@@ -282,6 +283,7 @@ class Saying(Silent):
 
 @pytest.fixture
 def small_device(monkeypatch: pytest.MonkeyPatch) -> OutOfMemory:
+    monkeypatch.setattr("intarsia.activations.batches.workers_for", lambda device, at_most: 1)  # as on a GPU
     device = OutOfMemory(1)
     monkeypatch.setattr(LayerStream, "run", lambda self, layer, h_BTD, call: device.run(layer, h_BTD, call))
     return device
@@ -293,8 +295,9 @@ def test_a_batch_is_halved_where_memory_runs_out(small_device: OutOfMemory, resi
     wanted = Intermediate(resident, corpus, whole().layers, batch_tokens=13)
     wanted.measure()
     small_device.most = 2
-    model = Intermediate(resident, corpus, whole().layers, batch_tokens=1000, progress=progress)
-    model.measure()
+    model = Intermediate(resident, corpus, whole().layers, batch_tokens=1000)
+    with reporting_to(progress):
+        model.measure()
     assert model.batches.size == 2
     assert progress.said == [
         "cpu is out of memory: 3 sequences at a time from now on, not 6",

@@ -18,17 +18,17 @@ from collections.abc import Mapping
 from functools import cached_property
 
 from benchmarks.tailor_parts.setting import Rows, Setting
-from intarsia.activations.loop import Batches
+from intarsia.activations.batches import Batches
+from intarsia.activations.loop import Loop
+from intarsia.commands.job import Job, load_tokenizer
 from intarsia.data.corpus import Corpus
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import eval_corpus, perplexity
 from intarsia.healing.closed_form import fit
 from intarsia.healing.teacher import TeacherStates
-from intarsia.options import Runtime
+from intarsia.options import Runtime, TextSpec
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.recipe import Recipe
-from intarsia.stages.setup import load_tokenizer
-from intarsia.stages.source import Source
 from intarsia.tailoring.evaluator import Evaluator, open_evaluator
 from intarsia.tailoring.family_file import BASE, ObjectiveSpec, read_family_file
 
@@ -69,24 +69,14 @@ class Judge:
         """The recipe with its output projections fitted on the objectives' text, toward the same blend unpruned."""
         resident = self._evaluator.resident
         layers = [resident.module(op) for op in reference_layers(recipe)]
-        with TeacherStates(resident, Batches(self.corpus, resident.device), layers=layers) as teacher:
+        with TeacherStates(Loop(resident, Batches(self.corpus, resident.device)), layers=layers) as teacher:
             return fit(recipe, teacher, progress=self._setting.progress)[0]
 
     @cached_property
     def corpus(self) -> Corpus:
         """The text of the closed form."""
-        source = Source(
-            self._setting.base,
-            revision=None,
-            calibration=self._setting.calibration,
-            tokens=self._setting.tokens[1],
-            seq_len=512,
-            seed=0,
-            device=None,
-            dtype=None,
-            progress=self._setting.progress,
-        )
-        return source.corpus
+        spec = TextSpec(sources=tuple(self._setting.calibration), tokens=self._setting.tokens[1], seq_len=512)
+        return Job(self._setting.base, spec).text.calibration
 
     @cached_property
     def _evaluator(self) -> Evaluator:

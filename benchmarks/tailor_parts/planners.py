@@ -13,12 +13,15 @@ from pathlib import Path
 import intarsia
 from benchmarks.tailor_parts.judge import Judge, mean
 from benchmarks.tailor_parts.setting import VARIANTS, Rows, Setting
-from intarsia.activations.loop import Batches
+from intarsia.activations.batches import Batches
+from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import Resident, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.healing.closed_form import fit
 from intarsia.healing.teacher import TeacherStates
-from intarsia.pruning.run_folder import RunFolder
+from intarsia.options import Target, TextSpec
+from intarsia.progress import reporting_to
+from intarsia.pruning.ladder import Ladder
 from intarsia.recipe.ops import Concat, Merge, Op, Select
 from intarsia.recipe.recipe import Fitted, Recipe
 from intarsia.tailoring.family_file import BASE
@@ -52,15 +55,10 @@ def best_variant(rows: Rows) -> str:
 def plan(setting: Setting, member: str, method: str) -> Path:
     """The run folder of a planner on a member of the family."""
     folder = setting.out / "plans" / member / method
-    intarsia.plan(
-        setting.folder(member),
-        folder,
-        layers=setting.layers,
-        method=method,
-        calibration=setting.calibration,
-        tokens=setting.tokens[0],
-        progress=setting.progress,
-    )
+    source = setting.calibration
+    text = TextSpec(sources=(source,) if isinstance(source, str) else tuple(source), tokens=setting.tokens[0])
+    with reporting_to(setting.progress):
+        intarsia.plan(setting.folder(member), folder, Target(layers=setting.layers), method=method, text=text)
     return folder
 
 
@@ -72,7 +70,7 @@ def _ladders(given: Path | None) -> Iterator[tuple[str, Path]]:
 
 
 def _judge(judge: Judge, setting: Setting, rows: Rows, member: str, method: str, folder: Path) -> None:
-    found = RunFolder.existing(folder)
+    found = Ladder.existing(folder)
     if setting.layers not in found.depths():
         print(f"{method} on {member}: no ladder down to {setting.layers} layers")
         return
@@ -99,5 +97,5 @@ def _in_family(cut: Recipe, member: Recipe) -> Recipe:
 def _fitted(judge: Judge, setting: Setting, member: str, cut: Recipe) -> Fitted:
     checkpoint = open_checkpoint(setting.folder(member), progress=setting.progress)
     resident = Resident(checkpoint, device=default_device())
-    with TeacherStates(resident, Batches(judge.corpus, resident.device)) as teacher:
+    with TeacherStates(Loop(resident, Batches(judge.corpus, resident.device))) as teacher:
         return fit(cut, teacher, progress=setting.progress)[0].fitted

@@ -195,11 +195,6 @@ class HiddenStore:
         for depth in list(self._buffers):
             self.drop(depth)
 
-    def file(self, depth: int) -> Path | None:
-        """The file that holds a depth, of `shape` and `dtype` without a header; None if it is in memory."""
-        buffer = self._find(depth) if depth in self.depths() else None
-        return buffer.path if isinstance(buffer, Spilled) else None
-
     def drop(self, depth: int) -> None:
         """Free one depth."""
         self._free(self._buffers.pop(depth, None))

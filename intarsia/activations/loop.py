@@ -1,112 +1,318 @@
-"""The sequences of a text, as many at a time as go through a layer together.
+"""The one place where layers are run over a text.
 
-Where a device runs out of memory a batch is halved, and what was under way is done again with the smaller one.
+A layer is run batch by batch from hidden states that are kept (`layer`), layers one after the other with every state
+stored (`through`), or whole paths of layers of which only the last state counts (`run`). It is the same for a model in
+memory and a streamed one, whose layers are read once for all that needs them, on one device or several, with gradients
+or without. What is run is counted.
+
+Shape suffixes: `B` sequences of a batch, `T` tokens, `D` residual width.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from typing import TypeAlias, TypeVar
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from intarsia.activations.batches import Batch, Batches
+from intarsia.activations.hidden_store import HiddenStore, Room
+from intarsia.activations.hooks import read_outs
+from intarsia.activations.statistics import require_finite
+from intarsia.activations.stream import LayerCall, LayerStream
+from intarsia.architecture.spec import Part
+from intarsia.building.loaded_model import Resident
+from intarsia.building.recipe_layers import Placed
 from intarsia.data.corpus import Corpus
-from intarsia.errors import UserError
-from intarsia.progress import Progress, Silent
 
-_CPU_BATCH_TOKENS = 2048
-_CUDA_BATCH_TOKENS = 32768
+Read: TypeAlias = Callable[[slice], Tensor]
+"""Gives the hidden states of some sequences, on the model's device."""
 
-Found = TypeVar("Found")
-Batch: TypeAlias = "tuple[slice, Tensor, Tensor | None]"
-"""Which sequences, their tokens `[B, T]`, and where these are real (None: all), on the device."""
+End: TypeAlias = Callable[[int, slice, Tensor, "Tensor | None", Tensor], None]
+"""Takes the number of a path, and which sequences, their tokens, mask and H^L."""
 
 
-def batch_tokens_of(device: torch.device) -> int:
-    """Tokens that are a sensible batch on a device."""
-    return _CUDA_BATCH_TOKENS if device.type == "cuda" else _CPU_BATCH_TOKENS
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """A batch that went through a layer."""
+
+    rows: slice
+    ids: Tensor
+    mask: Tensor | None
+    # The residual stream before and after the layer.
+    before: Tensor
+    after: Tensor
+    # The inputs of the layer's output projections, where they were asked for.
+    inputs: Mapping[Part, Tensor]
 
 
-class Batches:
-    """Goes through a text batch by batch.
+@dataclass(frozen=True, kw_only=True)
+class Path:
+    """Layers that a text goes through up to the head."""
+
+    layers: Sequence[Placed]
+    # The hidden states before the first of them; None: what the embedding gives.
+    read: Read | None = None
+
+
+class Loop:
+    """Runs layers over a text.
 
     Attributes:
-        size: sequences of a batch.
+        stream: the model, opened between its layers.
+        batches: of the text; as many sequences at a time as the device holds.
+        room: what hidden states may take that the loop stores itself.
     """
 
-    def __init__(
+    def __init__(self, resident: Resident, batches: Batches, *, room: Room | None = None) -> None:
+        self.resident, self.batches, self.room = resident, batches, room or Room()
+        self.stream = LayerStream(resident.model, resident.architecture)
+        self._spent = [0.0]  # layers times sequences; a list, to share it
+
+    @property
+    def corpus(self) -> Corpus:
+        """The text."""
+        return self.batches.corpus
+
+    @property
+    def layer_forwards(self) -> float:
+        """Cost so far: a layer run on the whole text once counts 1."""
+        return self._spent[0] / len(self.corpus)
+
+    def spend(self, layers: float, rows: slice) -> None:
+        """Count the cost of running that many layers on some sequences."""
+        self._spent[0] += layers * (rows.stop - rows.start)
+
+    def some(self, rows: Sequence[int]) -> Loop:
+        """The same over some sequences of the text. What is run counts here too."""
+        whole, index = self.corpus, list(rows)
+        mask = None if whole.mask is None else whole.mask[index]
+        corpus = Corpus.of(whole.input_ids[index], mask=mask, description=whole.description, documents=1)
+        batches = Batches(corpus, self.resident.device, batch_tokens=self.batches.size * corpus.seq_len)
+        other = Loop(self.resident, batches, room=self.room)
+        other._spent = self._spent
+        return other
+
+    def store(self, sequences: int | None = None) -> HiddenStore:
+        """An empty store for the hidden states of the text."""
+        n, t = self.corpus.input_ids.shape
+        shape = (n if sequences is None else sequences, t, self.resident.architecture.width)
+        return HiddenStore(shape, self.resident.model.dtype, room=self.room)
+
+    def embed(self, states: HiddenStore, depth: int = 0) -> None:
+        """Store what the embedding gives."""
+
+        def work(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
+            states.put(depth, rows.start, self.stream.enter(ids, mask).h_BTD)
+
+        self.batches.each(work)
+
+    def layer(
         self,
-        corpus: Corpus,
-        device: torch.device,
+        layer: Placed,
+        read: Read,
+        then: Callable[[Passed], None],
         *,
-        batch_tokens: int | None = None,
-        progress: Progress | None = None,
+        sequences: slice = slice(None),
+        inputs: bool = False,
+        name: str | None = None,
     ) -> None:
-        self.corpus = corpus
-        self.device = device
-        self.size = max(1, (batch_tokens or batch_tokens_of(device)) // corpus.seq_len)
-        self._progress = progress or Silent()
-
-    def over(self, sequences: slice = slice(None)) -> Iterator[Batch]:
-        """The batches of some sequences (default: all)."""
-        start, stop, _ = sequences.indices(len(self.corpus))
-        while start < stop:
-            part = slice(start, min(start + self.size, stop))
-            yield self._batch(part)
-            start = part.stop
-
-    def each(self, work: Callable[[slice, Tensor, Tensor | None], None], sequences: slice = slice(None)) -> None:
-        """Do something with every batch; with halves of it where it is too much for the device's memory.
+        """Run one layer, which has its values, from given hidden states.
 
         Args:
-            work: is called again with part of the same sequences when it ran out of memory, so it must change nothing
-                before it has everything that it needs.
+            then: takes what came out, batch after batch; it alone may change anything.
+            inputs: hand over the inputs of output projections too.
+            name: of the layer's output, to refuse NaN and infinity in it; None: they are not looked for.
 
         Raises:
-            UserError: memory does not suffice for one sequence.
+            UserError: the output is not finite, or memory does not suffice for one sequence.
         """
+        here = threading.local()
+
+        def prepare(rows: slice, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, LayerCall]:
+            return read(rows), self.stream.calls(ids, mask)[layer.source]
+
+        def work(given: tuple[Tensor, LayerCall]) -> tuple[Tensor, dict[Part, Tensor]]:
+            here.inputs = {}
+            return self.stream.run(layer.module, *given), here.inputs
+
+        def finish(batch: Batch, given: tuple[Tensor, LayerCall], found: tuple[Tensor, dict[Part, Tensor]]) -> None:
+            rows, ids, mask = batch
+            if name is not None:
+                require_finite(found[0], name)
+            then(Passed(rows=rows, ids=ids, mask=mask, before=given[0], after=found[0], inputs=found[1]))
+            self.spend(1, rows)
+
+        def receive(part: Part, x: Tensor) -> None:
+            here.inputs[part] = x
+
+        hooks = read_outs(layer.module, self.resident.architecture, receive) if inputs else nullcontext()
+        with hooks:
+            self.batches.side_by_side(prepare, work, finish, sequences)
+
+    def through(
+        self,
+        layers: Sequence[Placed],
+        states: HiddenStore,
+        *,
+        read: Read | None = None,
+        at: Sequence[int] | None = None,
+        observe: Callable[[int, Passed], None] | None = None,
+        name: Callable[[int], str] = "output of layer {}".format,
+    ) -> Iterator[int]:
+        """Run layers one after the other over the whole text, each of them read once. Yields the number of every layer
+        that was run.
+
+        Args:
+            states: where hidden states are read and stored.
+            read: where those before the first layer are, if not in `states`.
+            at: the depth in `states` before each layer and after the last; default: 0, overwritten all the time.
+            observe: takes what came out of every layer; the inputs of output projections are in it.
+            name: of the output of a layer by its number, for errors.
+
+        Raises:
+            UserError: an output is not finite, or memory does not suffice.
+        """
+        depths = [0] * (len(layers) + 1) if at is None else at
+        modules = self.resident.walk(layer.module for layer in layers)
+        for number, (layer, _) in enumerate(zip(layers, modules, strict=True)):
+
+            def then(passed: Passed, number: int = number) -> None:
+                if observe is not None:
+                    observe(number, passed)
+                states.put(depths[number + 1], passed.rows.start, passed.after)
+
+            source = read if read is not None and number == 0 else self.reader(states, depths[number])
+            self.layer(layer, source, then, inputs=observe is not None, name=name(number))
+            yield number
+
+    def reader(self, states: HiddenStore, depth: int = 0) -> Read:
+        """Reads a depth of a store."""
+        return lambda rows: states.get(depth, rows.start, rows.stop, self.resident.device)
+
+    def run(
+        self,
+        paths: Sequence[Path],
+        end: End,
+        *,
+        sequences: slice = slice(None),
+        advance: Callable[[float], None] = lambda layers: None,
+    ) -> None:
+        """Run paths to their ends.
+
+        A model in memory takes one path after the other, batch by batch, and stores nothing. Of a streamed one a layer
+        is read once for all paths that meet in it.
+
+        Args:
+            end: takes what came out of a path, batch after batch.
+            advance: called with layers, or parts of one by sequences, that were run.
+        """
+        if self.resident.streams:
+            self._together(paths, end, sequences, advance)
+            return
+        for number, path in enumerate(paths):
+            self._batch_by_batch(path, partial(end, number), sequences, advance)
+
+    def losses(self, paths: Iterable[Path], *, sequences: slice = slice(None)) -> Iterator[Tensor]:
+        """The summed loss of each sequence at the end of one path after the other: float64, on the CPU."""
+        for group in [list(paths)] if self.resident.streams else ([path] for path in paths):
+            found: list[list[Tensor]] = [[] for _ in group]
+
+            def end(
+                number: int,
+                rows: slice,
+                ids: Tensor,
+                mask: Tensor | None,
+                h_BTD: Tensor,
+                found: list[list[Tensor]] = found,
+            ) -> None:
+                found[number].append(self.stream.losses(h_BTD, ids, mask)[0])
+
+            with torch.inference_mode():
+                self.run(group, end, sequences=sequences)
+            yield from map(torch.cat, found)
+
+    def _batch_by_batch(
+        self,
+        path: Path,
+        end: Callable[[slice, Tensor, Tensor | None, Tensor], None],
+        sequences: slice,
+        advance: Callable[[float], None],
+    ) -> None:
+        def prepare(rows: slice, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Sequence[LayerCall]]:
+            h_BTD = self.stream.enter(ids, mask).h_BTD if path.read is None else path.read(rows)
+            return h_BTD, self.stream.calls(ids, mask)
+
+        def work(given: tuple[Tensor, Sequence[LayerCall]]) -> Tensor:
+            h_BTD, calls = given
+            for layer in path.layers:
+                h_BTD = self.stream.run(layer.module, h_BTD, calls[layer.source])
+            return h_BTD
+
+        def finish(batch: Batch, given: tuple[Tensor, Sequence[LayerCall]], h_BTD: Tensor) -> None:
+            rows, ids, mask = batch
+            end(rows, ids, mask, h_BTD)
+            self.spend(len(path.layers), rows)
+            advance(len(path.layers) * (rows.stop - rows.start) / len(self.corpus))
+
+        self.batches.side_by_side(prepare, work, finish, sequences)
+
+    def _together(self, paths: Sequence[Path], end: End, sequences: slice, advance: Callable[[float], None]) -> None:
         start, stop, _ = sequences.indices(len(self.corpus))
-        while start < stop:
-            part = slice(start, min(start + self.size, stop))
-            try:
-                work(*self._batch(part))
-            except torch.OutOfMemoryError as error:
-                rows = part.stop - part.start
-                error.__traceback__ = None  # it holds the tensors that there was no room for
-                self._halve(rows)
-                continue
-            start = part.stop
+        states = self.store(stop - start)
+        started: set[int] = set()  # paths of which a whole state is stored
 
-    def whole(self, work: Callable[[], Found]) -> Found:
-        """Do something that goes through the batches itself; all of it again, with halves, where memory runs out.
+        def read(number: int, rows: slice) -> Tensor:
+            if number in started:
+                return states.get(number, rows.start - start, rows.stop - start, self.resident.device)
+            first = paths[number].read
+            assert first is not None
+            return first(rows)
 
-        Raises:
-            UserError: memory does not suffice for one sequence.
-        """
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError as error:
-                error.__traceback__ = None
-                self._halve(min(self.size, len(self.corpus)))
+        def put(number: int, passed: Passed) -> None:
+            states.put(number, passed.rows.start - start, passed.after)
+            advance((passed.rows.stop - passed.rows.start) / len(self.corpus))
 
-    def _batch(self, part: slice) -> Batch:
-        mask = self.corpus.mask
-        ids = self.corpus.input_ids[part].to(self.device)
-        return part, ids, None if mask is None else mask[part].to(self.device)
+        try:
+            for number, path in enumerate(paths):
+                if path.read is None:
+                    self.batches.each(
+                        lambda rows, ids, mask, number=number: states.put(  # type: ignore[misc]
+                            number, rows.start - start, self.stream.enter(ids, mask).h_BTD
+                        ),
+                        sequences,
+                    )
+                    started.add(number)
+            steps = _meetings(paths)
+            modules = self.resident.walk(layer.module for layer, _ in steps)
+            for (layer, numbers), _ in zip(steps, modules, strict=True):
+                for number in numbers:
+                    self.layer(layer, partial(read, number), partial(put, number), sequences=sequences)
+                    started.add(number)
+            for number in range(len(paths)):
+                self.batches.each(
+                    lambda rows, ids, mask, number=number: end(  # type: ignore[misc]
+                        number, rows, ids, mask, read(number, rows)
+                    ),
+                    sequences,
+                )
+                states.drop(number)
+        finally:
+            states.close()
 
-    def _halve(self, rows: int) -> None:
-        if rows == 1:
-            raise UserError.of(
-                where=f"{self.device}",
-                expected=f"memory for one sequence of {self.corpus.seq_len} tokens in one layer",
-                found="less, with one sequence at a time",
-                remedy="Use shorter sequences (--seq-len), --stream, --dtype bfloat16, or a device with more memory.",
-            ) from None
-        self.size = (rows + 1) // 2
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self._progress.say(f"{self.device} is out of memory: {self.size} sequences at a time from now on, not {rows}")
+
+def _meetings(paths: Sequence[Path]) -> list[tuple[Placed, list[int]]]:
+    """Every layer that is run, in order, with the numbers of the paths that meet in it."""
+    found: list[tuple[Placed, list[int]]] = []
+    for left in range(max(len(path.layers) for path in paths), 0, -1):
+        meeting: dict[Placed, list[int]] = {}
+        for number, path in enumerate(paths):
+            if left <= len(path.layers):
+                meeting.setdefault(path.layers[-left], []).append(number)
+        found += meeting.items()
+    return found

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from intarsia.activations.loss import next_token_losses
 from intarsia.architecture.spec import Architecture
 
-LOGIT_BYTES = 256 * 1024**2
+LOGIT_BYTES = 128 * 1024**2
 _RETURNS_TUPLES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 """Whether a model's layers return tuples: looked at once, as a streamed model reads a layer for it."""
 
@@ -123,12 +123,14 @@ class LayerStream:
 
         Arguments of unpadded batches depend on nothing but the shape, and are kept for the next batch of that shape.
         """
-        if mask_BT is not None:
-            return self.enter(ids_BT, mask_BT).calls
-        shape = (ids_BT.shape[0], ids_BT.shape[1])
-        if shape not in self._unpadded:
-            self._unpadded[shape] = self.enter(ids_BT, None).calls
-        return self._unpadded[shape]
+        # Made outside inference mode, so that autograd takes them too.
+        with torch.inference_mode(False), torch.no_grad():
+            if mask_BT is not None:
+                return self.enter(ids_BT, mask_BT).calls
+            shape = (ids_BT.shape[0], ids_BT.shape[1])
+            if shape not in self._unpadded:
+                self._unpadded[shape] = self.enter(ids_BT, None).calls
+            return self._unpadded[shape]
 
     def run(self, layer: nn.Module, h_BTD: Tensor, call: LayerCall) -> Tensor:
         """The residual stream behind one layer, on the layer's device."""
@@ -146,10 +148,15 @@ class LayerStream:
         logits: Tensor = out.logits
         return logits
 
-    def losses(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None, *, where: str = "next-token loss"
+    ) -> tuple[Tensor, Tensor]:
         """Summed next-token loss of each sequence from H^L, and the tokens predicted in it, on the CPU.
 
-        No more logits than `LOGIT_BYTES` are held at a time.
+        No more logits than `LOGIT_BYTES` are held at a time, or those of one sequence.
+
+        Raises:
+            UserError: a loss is NaN or infinite, `where` says of what.
         """
         rows, width = ids_BT.shape
         step = max(1, LOGIT_BYTES // (width * self._vocabulary * h_BTD.element_size()))
@@ -158,7 +165,7 @@ class LayerStream:
             part = slice(first, first + step)
             keep = None if mask_BT is None else mask_BT[part]
             logits = self.logits(h_BTD[part], ids_BT[part], keep)
-            total, number = next_token_losses(logits, ids_BT[part].to(logits.device), keep)
+            total, number = next_token_losses(logits, ids_BT[part].to(logits.device), keep, where=where)
             sums.append(total.cpu())
             counts.append(number.cpu())
         return torch.cat(sums), torch.cat(counts)

@@ -6,6 +6,9 @@ or weights of 8 bits that are read as ordinary ones, are handed over tensor by t
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -25,8 +28,57 @@ from intarsia.checkpoint.tensor_file import let_go
 from intarsia.errors import Problem, UserError
 
 
+@contextmanager
+def refusals_named(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what transformers raises for a config or weights that it does not take into a user's error.
+
+    Raises:
+        UserError: with its reason.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # which one differs from class to class
+        if type(error).__name__ == "OutOfMemoryError" or getattr(error, "errno", None) is not None:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
+        raise UserError(
+            f"transformers {version('transformers')} does not load {checkpoint.folder}: {reason}.",
+            "Correct its config.json, or use the version of transformers that it was made for.",
+        ) from error
+
+
+def check_config(checkpoint: Checkpoint) -> None:
+    """Check that transformers takes the configs and finds all that is outside the layers; no weight is loaded.
+
+    Raises:
+        UserError: it does not; see `refusals_named`.
+    """
+    with refusals_named(checkpoint), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(stock_config(checkpoint), trust_remote_code=False)
+        if (checkpoint.folder / "generation_config.json").is_file():
+            generation: Any = GenerationConfig.from_pretrained(checkpoint.folder)
+            generation.validate()
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                ids = getattr(generation, name, None)
+                if any(type(each) is not int for each in (ids if isinstance(ids, list) else [ids]) if each is not None):
+                    raise ValueError(f"{name} of generation_config.json is {ids!r}")
+    held = {_in_memory(name, checkpoint) for name in checkpoint.outside_names()}
+    _check(checkpoint, (name for name, _ in model.named_parameters() if name not in held))
+
+
 def as_transformers(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The checkpoint's model in this dtype, on the CPU."""
+    """The checkpoint's model in this dtype, on the CPU.
+
+    Raises:
+        UserError: transformers does not load it.
+    """
+    with refusals_named(checkpoint):
+        return _as_transformers(checkpoint, dtype)
+
+
+def _as_transformers(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     if checkpoint.as_stored:
         return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, trust_remote_code=False)
     config = stock_config(checkpoint)
@@ -44,10 +96,11 @@ def as_transformers(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedMod
 
 def stock_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The config object of the checkpoint's model."""
-    if checkpoint.as_stored:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    else:
-        config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
+    with refusals_named(checkpoint):
+        if checkpoint.as_stored:
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        else:
+            config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
     assert isinstance(config, PreTrainedConfig)
     return config
 
@@ -63,15 +116,13 @@ def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
     """
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    with refusals_named(checkpoint), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(stock_config(checkpoint), dtype=dtype, trust_remote_code=False)
     assert isinstance(model, PreTrainedModel)
     parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
     family = checkpoint.architecture.family
     for stored in checkpoint.outside_names():
-        name = stored
-        if name.startswith(f"{family.head_module}."):  # some are called otherwise in memory
-            name = family.head_in_memory + name.removeprefix(family.head_module)
+        name = _in_memory(stored, checkpoint)
         if name in parameters:
             value = checkpoint.tensor(stored).to(device=device, dtype=dtype)
             _place(model, name, nn.Parameter(value, requires_grad=False))
@@ -81,11 +132,19 @@ def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
         owner, _, attribute = name.rpartition(".")
         model.get_submodule(owner)._buffers[attribute] = buffer.to(device)
     model.tie_weights()
-    _check(model, checkpoint)
+    _check(checkpoint, (name for name, parameter in model.named_parameters() if parameter.is_meta))
     for name in (family.embedding_module, family.head_in_memory):
         model.get_submodule(name).register_forward_hook(_let_go)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _in_memory(name: str, checkpoint: Checkpoint) -> str:
+    """What a tensor outside the layers is called in the model; the head of some has another name there."""
+    family = checkpoint.architecture.family
+    if name.startswith(f"{family.head_module}."):
+        return family.head_in_memory + name.removeprefix(family.head_module)
+    return name
 
 
 def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -98,17 +157,18 @@ def _let_go(module: nn.Module, args: Any, output: Any) -> None:
         let_go(parameter)
 
 
-def _check(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+def _check(checkpoint: Checkpoint, absent: Iterable[str]) -> None:
+    """Refuse a checkpoint that lacks one of the parameters outside the layers."""
     layers = f"{checkpoint.architecture.family.layers_module}."
     problems = [
         Problem(
             where=f"{checkpoint.folder}: {name}",
             expected="a tensor, as the model has such a parameter outside its layers",
             found="none of that name",
-            remedy="Get the checkpoint again, or leave --stream out.",
+            remedy="Get the checkpoint again.",
         )
-        for name, parameter in model.named_parameters()
-        if parameter.is_meta and not name.startswith(layers)
+        for name in absent
+        if not name.startswith(layers)
     ]
     if problems:
         raise UserError(problems[:_MOST_NAMED])

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from intarsia.building.layer import layer_tensors
+from intarsia.building.loading import check_config
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import TensorHeader
 from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files, write_config
 from intarsia.errors import UserError
-from intarsia.progress import Progress, Silent
+from intarsia.progress import Progress, current
 from intarsia.recipe import schema
 from intarsia.recipe.ops import LayerRef
 from intarsia.recipe.recipe import Recipe
@@ -51,6 +52,7 @@ def materialize(
     """
     check(recipe, {name: checkpoint.architecture for name, checkpoint in variants.items()})
     base = variants[recipe.base]
+    check_config(base)
     outside = base.outside_names()
     plans = [_plan(base.stored_name(name), base.headers[name]) for name in outside]
     plans += [_plan(name, header) for name, header in base.kept.items()]
@@ -69,7 +71,7 @@ def materialize(
     inputs += [checkpoint.adapter.folder for checkpoint in variants.values() if checkpoint.adapter is not None]
     with (
         CheckpointWriter(out, plans, overwrite=overwrite, max_shard_bytes=max_shard_bytes, inputs=inputs) as writer,
-        (progress or Silent()).task("building", len(recipe.layers)) as task,
+        (progress or current()).task("building", len(recipe.layers)) as task,
     ):
         for name in outside:
             writer.write(base.stored_name(name), base.tensor(name))

@@ -22,7 +22,7 @@ from intarsia.checkpoint.tensor_file import map_tensor, read_headers
 from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files
 from intarsia.disk import read_json
 from intarsia.errors import Problem, UserError
-from intarsia.progress import Progress, Silent
+from intarsia.progress import Progress, current
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -70,7 +70,7 @@ def open_variant(
     base = base or _named_base(folder, model, config, progress)
     base = base if base.adapter is None else base.adapter.base
     sha256 = _sha256(folder, config)
-    merged = _merged_folder(folder, sha256, base, progress or Silent())
+    merged = _merged_folder(folder, sha256, base, progress or current())
     changed = read_json(merged / _CHANGED_FILE, expected="names of tensors", remedy=f"Remove {merged}.")["changed"]
     adapter = Adapter(
         folder=folder,

@@ -28,7 +28,7 @@ import torch
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import TensorHeader
 from intarsia.errors import Problem, UserError
-from intarsia.progress import Progress, Silent, Task
+from intarsia.progress import Progress, Task, current
 
 SUMS_FILE = "SHA256SUMS"
 _DOCUMENTS = ("README.md", "*.html", "*.svg", "*.png", ".*", SUMS_FILE)
@@ -194,7 +194,7 @@ def scan(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
         return known
     total = hashlib.sha256()
     problems: list[Problem] = []
-    with (progress or Silent()).task("Checking the weights", checkpoint.nbytes) as task:
+    with (progress or current()).task("Checking the weights", checkpoint.nbytes) as task:
         for name in [*sorted(checkpoint.headers), *sorted(checkpoint.kept)]:
             outside = name not in checkpoint.headers
             tensor = checkpoint.kept_tensor(name) if outside else checkpoint.tensor(name)

@@ -7,7 +7,7 @@ over a checkpoint that is larger than memory holds no more than the tensors in u
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from intarsia.checkpoint.multimodal import NESTED, Wrapper, is_wrapped, unwrap
 from intarsia.checkpoint.quantised import KEYS, Scaled, quantization_of, readable, refuse, unscaled
 from intarsia.checkpoint.tensor_file import TensorHeader, map_tensor
 from intarsia.errors import Problem, UserError
+from intarsia.progress import current
 
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_NAMED = 5
+_ROWS = 4096  # of a head that are compared at once
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,6 +66,8 @@ class Checkpoint:
     wrapper: Wrapper | None = None
     # tensors stored in 8 bits and read times their scales, by their names in the files
     scaled: Mapping[str, Scaled] = field(default_factory=dict)
+    # whether the files hold a head of its own, though their config ties it to the embedding: it counts
+    untied: bool = False
 
     @classmethod
     def open(cls, folder: Path, *, model: str, revision: str | None = None, dequantize: bool = False) -> Checkpoint:
@@ -99,7 +103,7 @@ class Checkpoint:
         verify(architecture, {name: header.shape for name, header in headers.items()}, where=str(folder))
         _check_head(architecture, headers, str(folder))
         _check_dtypes(architecture, headers, str(folder))
-        return cls(
+        checkpoint = cls(
             folder=folder,
             model=model,
             revision=revision,
@@ -109,6 +113,7 @@ class Checkpoint:
             wrapper=wrapper,
             scaled=scaled,
         )
+        return _untied(checkpoint) if architecture.tied and not _same_head(checkpoint) else checkpoint
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor, mapped from the file: pages are read when they are touched, and freed with the tensor.
@@ -135,26 +140,30 @@ class Checkpoint:
     @property
     def as_stored(self) -> bool:
         """Whether a stock loader finds in the folder just the model that is read here."""
-        return self.wrapper is None and not self.scaled
+        return self.wrapper is None and not self.scaled and not self.untied
 
     def layer_tensor(self, layer: int, local: str) -> torch.Tensor:
         """A layer's tensor by its name inside the layer."""
         return self.tensor(self.architecture.tensor_name(layer, local))
 
     def outside_names(self) -> list[str]:
-        """Tensors that belong to no layer: embeddings, final norm, head."""
+        """Tensors that belong to no layer: embeddings, final norm, and the head unless it is the embedding."""
         prefix = f"{self.architecture.family.layers_module}."
-        return [name for name in self.headers if not name.startswith(prefix)]
+        return [name for name in self.headers if not name.startswith(prefix) and name != self._tied_head]
+
+    @property
+    def _tied_head(self) -> str | None:
+        """A copy of the embedding, if the files hold one."""
+        return f"{self.architecture.family.head_module}.weight" if self.architecture.tied else None
 
     @property
     def parameters(self) -> int:
         """Parameters of the whole model; a head that is tied to the embedding counts once, buffers do not count."""
         buffers = tuple(f".{name}" for name in self.architecture.family.buffers)
-        tied_head = f"{self.architecture.family.head_module}.weight" if self.architecture.tied else None
         return sum(
             header.numel
             for name, header in [*self.headers.items(), *self.kept.items()]
-            if name != tied_head and not name.endswith(("rotary_emb.inv_freq", *buffers))
+            if name != self._tied_head and not name.endswith(("rotary_emb.inv_freq", *buffers))
         )
 
     @property
@@ -195,6 +204,31 @@ def _check_head(architecture: Architecture, headers: Mapping[str, TensorHeader],
         expected=f"the shape of the embedding, {list(embedding.shape)}",
         found=f"shape {list(head.shape)}" if head else "no such tensor, though the config does not tie it",
         remedy="The config and the weights do not belong together; get the checkpoint again.",
+    )
+
+
+def _same_head(checkpoint: Checkpoint) -> bool:
+    """Whether a head that the config ties to the embedding is a copy of it, or not there."""
+    family = checkpoint.architecture.family
+    names = [f"{module}.weight" for module in (family.head_module, family.embedding_module)]
+    if names[0] not in checkpoint.headers:
+        return True
+    head, embedding = (checkpoint.tensor(name) for name in names)
+    starts = range(0, head.shape[0], _ROWS)
+    return all(bool((head[row : row + _ROWS].float() == embedding[row : row + _ROWS].float()).all()) for row in starts)
+
+
+def _untied(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the head that its files hold.
+
+    Runtimes differ in what they do with one that the config ties as well; so it is untied in all that is made of it.
+    """
+    architecture = checkpoint.architecture
+    field, head = architecture.family.fields["tied"], f"{architecture.family.head_module}.weight"
+    current().say(f"{head} differs from the embedding, so it counts: {field} is false in what is made of this model")
+    config = {**checkpoint.config, field: False}
+    return replace(
+        checkpoint, config=config, architecture=replace(architecture, tied=False, config=config), untied=True
     )
 
 

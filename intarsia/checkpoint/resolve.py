@@ -14,8 +14,9 @@ from pathlib import Path
 from intarsia.checkpoint.demo import demo_folder
 from intarsia.checkpoint.gguf_source import gguf_folder, only_gguf
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.writer import TEMPLATES
 from intarsia.errors import UserError
-from intarsia.progress import Progress, Silent
+from intarsia.progress import Progress, current
 
 DEMO = "demo"
 GGUF = ".gguf"
@@ -48,7 +49,7 @@ def resolve(model: str, *, revision: str | None = None, progress: Progress | Non
     Raises:
         UserError: there is no such folder, file or hub model, the hub cannot be reached, or a GGUF file cannot be read.
     """
-    progress, name = progress or Silent(), split_name(model)[0]
+    progress, name = progress or current(), split_name(model)[0]
     if name == DEMO:
         _refuse_revision(model, revision)
         return demo_folder(progress)
@@ -154,6 +155,7 @@ def _download(model: str, revision: str | None, progress: Progress) -> Path:
 
     def fetch() -> str:
         # Shows bars of its own on a terminal.
+        snapshot_download(model, revision=revision, allow_patterns=[f"{TEMPLATES}/*.jinja"])
         return snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
 
     folder = _fetched(fetch, model, revision, progress)

@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
@@ -44,7 +44,7 @@ def staged_folder(
         UserError: `out` exists, is an input, cannot be made, or the disk is full.
     """
     place = Path(os.path.realpath(out))
-    _check_no_input(out, place, inputs)
+    check_no_input(out, inputs)
     try:
         _recover(place)
     except OSError as error:
@@ -91,7 +91,7 @@ def check_out(
         UserError: see `staged_folder`.
     """
     place = Path(os.path.realpath(out))
-    _check_no_input(out, place, inputs)
+    check_no_input(out, inputs)
     if os.path.lexists(place):
         try:
             _check_replaceable(out, place, overwrite, sign)
@@ -102,20 +102,23 @@ def check_out(
     return place
 
 
-def _check_no_input(out: Path, place: Path, inputs: Collection[Path]) -> None:
-    """Refuse a place that is an input, holds one or lies in one, by whatever link or name."""
+def check_no_input(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output file or folder that is an input, holds one or lies in one, by whatever link or name.
+
+    Raises:
+        UserError: it is one of these.
+    """
+    place = Path(os.path.realpath(out))
     for path in inputs:
         if not path.exists():
             continue
-        real = Path(os.path.realpath(path))
+        # A link is lost with the folder that it is in, though what it leads to is elsewhere.
+        link = Path(os.path.realpath(path.parent)) / path.name
+        around = place in Path(os.path.realpath(path)).parents or place in (link, *link.parents)
         # The same folder may have several names without a link: mounted twice, or in a file system that ignores case.
-        nested = any(os.path.samefile(above, path) for above in (place, *place.parents) if above.exists())
-        if nested or place in real.parents:
-            raise UserError.of(
-                where=str(out),
-                expected="an output that is no input, nor holds one, nor lies in one",
-                found=f"{path}, which is read",
-                remedy="Choose another output folder.",
+        if around or any(os.path.samefile(above, path) for above in (place, *place.parents) if above.exists()):
+            raise UserError(
+                f"The output {out} is, holds or lies in {path}, which is read.", "Choose a place outside of it."
             )
 
 

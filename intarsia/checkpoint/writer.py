@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from io import FileIO
@@ -27,11 +26,16 @@ import torch
 from intarsia.architecture.detect import regenerates
 from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE
 from intarsia.checkpoint.hashing import write_sums
+from intarsia.checkpoint.multimodal import NESTED, is_wrapped
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.staging import staged_folder
 from intarsia.checkpoint.tensor_file import DTYPES
 from intarsia.errors import UserError
 
+TEMPLATES = "additional_chat_templates"
+"""Where a tokenizer keeps chat templates besides the usual one."""
+CODE = "auto_map"
+"""The key under which a config names classes in files of the model's own."""
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -54,6 +58,7 @@ _SIDE_FILES = (
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
+_TIED = "tie_word_embeddings"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +241,9 @@ def write_config(source: Checkpoint, layer_sources: Sequence[int], out: Path) ->
     config = shallower_config(source, layer_sources)
     if source.wrapper is not None:
         config = source.wrapper.wrapped(source.config, config)
+        if source.untied:  # classes differ in which of the two they go by
+            config |= {_TIED: False, NESTED: {**config[NESTED], _TIED: False}}
+    config = with_stock_class(config)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")
 
@@ -274,10 +282,57 @@ def shallower_config(source: Checkpoint, layer_sources: Sequence[int]) -> dict[s
     return config
 
 
+def with_stock_class(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that names the class of transformers that loads the model, and no code of the model's own."""
+    found = dict(config)
+    classes = stock_classes(config)
+    if classes and found.get("architectures") != classes:
+        found["architectures"] = classes
+    for values in (found, found.get(NESTED)):
+        if isinstance(values, dict):
+            values.pop(CODE, None)
+    return found
+
+
+def stock_classes(config: Mapping[str, Any]) -> list[str]:
+    """The name of the class that the auto class would choose; empty where transformers does not know the model."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        return []
+    own = CONFIG_MAPPING[str(kind)]
+    table: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if is_wrapped(config) else MODEL_FOR_CAUSAL_LM_MAPPING
+    return [table[own].__name__] if own in table else []
+
+
 def copy_side_files(source: Path, out: Path) -> None:
-    """Copy tokenizer, chat template, generation config and licence; never weights, code or the model card."""
-    for entry in sorted(source.iterdir()):
-        wanted = any(fnmatch(entry.name, pattern) for pattern in _SIDE_FILES)
-        if wanted and entry.is_file() and not any(fnmatch(entry.name, pattern) for pattern in _WEIGHT_FILES):
-            # Contents only: on the hub's cache these are links, and their modes are the cache's business.
-            shutil.copyfile(entry, out / entry.name)
+    """Copy tokenizer, chat templates, generation config and licence; never weights, code or the model card."""
+    for name in side_files(source):
+        (out / name).parent.mkdir(exist_ok=True)
+        # Contents only: on the hub's cache these are links, and their modes are the cache's business.
+        (out / name).write_bytes(without_code(source / name))
+
+
+def side_files(folder: Path, patterns: Sequence[str] = _SIDE_FILES) -> list[str]:
+    """The names of a folder's files of these kinds."""
+    files = [file for file in folder.iterdir() if file.is_file()]
+    files += [file for file in (folder / TEMPLATES).glob("*.jinja") if file.is_file()]
+    named = {file.relative_to(folder).as_posix(): file.name for file in files}
+    return sorted(
+        name
+        for name, last in named.items()
+        if (name != last or any(fnmatch(last, pattern) for pattern in patterns))
+        and not any(fnmatch(last, pattern) for pattern in _WEIGHT_FILES)
+    )
+
+
+def without_code(file: Path) -> bytes:
+    """A side file as it is copied: a JSON file that names code of the model's own no longer does."""
+    data = file.read_bytes()
+    if file.suffix == ".json" and CODE.encode() in data:
+        with suppress(ValueError):
+            values = json.loads(data)
+            if isinstance(values, dict) and values.pop(CODE, None) is not None:
+                data = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    return data

@@ -6,8 +6,8 @@ result with `to_dict()`; a result whose `passed` is false ends with exit code 1.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
-import inspect
 import os
 import signal
 import sys
@@ -17,6 +17,7 @@ from contextlib import redirect_stdout
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -44,8 +45,8 @@ VERBS = {
     "verify": "verify:verify",
     "export": "export:export",
     "push": "push:push",
-    "anatomy list": "anatomy:families",
-    "anatomy check": "anatomy:check_family",
+    "anatomy list": "architecture:families",
+    "anatomy check": "architecture:check_family",
 }
 """Each verb, and its function: module of `intarsia.commands` and name."""
 
@@ -91,13 +92,9 @@ def run(words: Sequence[str]) -> None:
         if not name or (not rest and name not in VERBS):
             _overview(name, Console(file=stdout))
             return
-        if not ported(name):
-            from intarsia.cli.app import app
-
-            with redirect_stdout(stdout):  # the older way guards it once more
-                app(list(words))
-            return
-        call = parse(function(name), name, rest)
+        verb = function(name)
+        with redirect_stdout(stdout if any(word in HELP_FLAGS for word in rest) else sys.stderr):
+            call = parse(verb, name, rest)
         # Of several launched processes (`accelerate launch`) the first one speaks.
         first = os.environ.get("RANK", "0") == "0"
         with progress.shown(quiet=call.shared.quiet or call.shared.json or not first):
@@ -140,13 +137,6 @@ def function(name: str) -> Callable[..., Any]:
     return getattr(import_module(f"intarsia.commands.{module}"), attribute)
 
 
-def ported(name: str) -> bool:
-    """Whether the verb is one of `intarsia.commands`; the others are still parsed the older way."""
-    module = VERBS[name].partition(":")[0]
-    found = importlib.util.find_spec("intarsia.commands") is not None
-    return found and importlib.util.find_spec(f"intarsia.commands.{module}") is not None
-
-
 def _overview(group: str, console: Console) -> None:
     """What there is, a verb a line."""
     doc = "Make language models shallower, and keep what the removed layers knew."
@@ -154,10 +144,19 @@ def _overview(group: str, console: Console) -> None:
     table = Table(show_header=False, show_edge=False, box=None, pad_edge=False)
     for name in VERBS:
         if not group or name.startswith(f"{group} "):
-            about = (inspect.getdoc(function(name)) or "").partition("\n")[0] if ported(name) else ""
-            table.add_row(f"  {name}", about)
+            table.add_row(f"  {name}", _about(name))
     console.print(table)
     console.print("\nintarsia VERB --help lists its options.", highlight=False)
+
+
+def _about(name: str) -> str:
+    """The first line of a verb's docstring, from its source: to import it takes seconds where it imports torch."""
+    module, _, attribute = VERBS[name].partition(":")
+    spec = importlib.util.find_spec(f"intarsia.commands.{module}")
+    assert spec is not None and spec.origin is not None
+    body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    verb = next(each for each in body if isinstance(each, ast.FunctionDef) and each.name == attribute)
+    return (ast.get_docstring(verb) or "").partition("\n")[0]
 
 
 def _version() -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from intarsia.cli.display import duration
+from intarsia.progress import duration
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -31,7 +31,12 @@ class Result(Protocol):
 
 def show(result: Result | DataclassInstance, *, to: TextIO, as_json: bool) -> None:
     """Write a result to a stream: one JSON object, or tables."""
-    data = asdict(result) if is_dataclass(result) and not hasattr(result, "to_dict") else cast(Result, result).to_dict()
+    if is_dataclass(result) and not hasattr(result, "to_dict"):
+        data = asdict(result)
+    elif not as_json and hasattr(result, "summary"):  # where there is more than a person wants to read
+        data = result.summary()
+    else:
+        data = cast(Result, result).to_dict()
     if as_json:
         print(json.dumps(data, indent=2, allow_nan=False), file=to, flush=True)
         return

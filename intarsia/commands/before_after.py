@@ -19,10 +19,9 @@ from intarsia.data.corpus import Corpus
 from intarsia.errors import check
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import Perplexity, Speed, eval_corpus, perplexity
-from intarsia.evaluation.retention import retention
+from intarsia.evaluation.results import TaskResults, retention
 from intarsia.evaluation.speed import compare_speed
-from intarsia.evaluation.task_plan import TaskPlan, plan_tasks, score_tasks
-from intarsia.evaluation.task_results import TaskResults
+from intarsia.evaluation.tasks import TaskPlan, plan_tasks, score_tasks
 from intarsia.options import EvalSpec
 from intarsia.recipe.recipe import Recipe, Variant, identity
 
@@ -99,14 +98,14 @@ def measured(
     if evaluation.speed:
         if not together:
             progress.current().say("both models do not fit into memory: their speeds are measured one after the other")
-        speeds = compare_speed(models, progress=progress.current())
+        speeds = compare_speed(models)
     before = _perplexities(models["before"], evaluation)
     dense = _scored(models.pop("before"), job, evaluation, job.model)
     without = None if unhealed is None else _perplexities(Chain(unhealed, job.resident), evaluation)
     job.release()
     after = models.pop("after") if together else load_small()
     if evaluation.speed and not together:
-        speeds |= compare_speed({"after": after}, progress=progress.current())
+        speeds |= compare_speed({"after": after})
     found = _perplexities(after, evaluation)
     pruned = _scored(after, job, evaluation, small.model)
     if dense is not None and pruned is not None:
@@ -143,13 +142,13 @@ def _whole(checkpoint: Checkpoint) -> Recipe:
 
 
 def _perplexities(model: nn.Module, evaluation: Evaluation) -> dict[str, Perplexity]:
-    return {name: perplexity(model, corpus, progress=progress.current()) for name, corpus in evaluation.texts.items()}
+    return {name: perplexity(model, corpus) for name, corpus in evaluation.texts.items()}
 
 
 def _scored(model: PreTrainedModel, job: Job, evaluation: Evaluation, name: str) -> TaskResults | None:
     if evaluation.tasks is None:
         return None
-    return score_tasks(evaluation.tasks, model, job.tokenizer, name=name, progress=progress.current())
+    return score_tasks(evaluation.tasks, model, job.tokenizer, name=name)
 
 
 def _first(found: Mapping[str, Perplexity] | None) -> Perplexity | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from intarsia import progress
+from intarsia.commands.push import push_later, without_push
 from intarsia.errors import UserError
 from intarsia.options import EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
 from intarsia.pruning.estimate import Estimate
@@ -47,7 +48,9 @@ class Measures:
 
         def plain(found: Perplexity | None) -> dict[str, Any] | None:
             # One window has no scatter.
-            return found and {"value": found.value, "stderr": found.stderr if found.windows > 1 else None}
+            return (
+                None if found is None else {"value": found.value, "stderr": found.stderr if found.windows > 1 else None}
+            )
 
         data = asdict(self)
         data["perplexity"] = plain(self.perplexity)
@@ -80,10 +83,12 @@ class CompressResult:
     report: Path | None = None
     out: Path
     run: Path
+    # What was sent to the hub.
+    push: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        data = {**asdict(self), "out": str(self.out), "run": str(self.run)}
+        data = {**without_push(asdict(self)), "out": str(self.out), "run": str(self.run)}
         data["report"] = None if self.report is None else str(self.report)
         for key in ("before", "after"):
             measures: Measures | None = getattr(self, key)
@@ -113,27 +118,29 @@ def compress(
     """
     from intarsia.building.materialize import RECIPE_FILE
     from intarsia.checkpoint.resolve import open_checkpoint
-    from intarsia.checkpoint.staging import check_out
+    from intarsia.checkpoint.staging import check_no_input, check_out
     from intarsia.commands.before_after import Evaluation, measured
+    from intarsia.commands.inputs import inputs_of
     from intarsia.commands.job import Job
     from intarsia.commands.planning import Planning, heal_recipe
+    from intarsia.commands.recipes import build_recipe, card_facts
+    from intarsia.commands.report import REPORT, report_compression
     from intarsia.disk import write_whole
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.healing.pipeline import check_stages
     from intarsia.recipe import schema
     from intarsia.reporting.card import model_card
-    from intarsia.stages.build import build_recipe, card_facts
-    from intarsia.stages.push import push_later
-    from intarsia.stages.report import REPORT, report_compression
 
     started, report = time.perf_counter(), progress.current()
     out, run, stages = Output.of(out), RunDir(Output.of(out).run_path), heal_stages.choose_all(heal)
 
     # Input: everything that can be wrong is found before any work.
     check_stages(stages, runtime)
-    send_off = push_later(out.push_to, private=out.private, dry_run=out.dry_run, progress=report)
+    send_off = push_later(out.push_to, private=out.private, dry_run=out.dry_run)
     unmeasured = _built_but_not_measured(run.path / _UNMEASURED, out.path / RECIPE_FILE)
-    check_out(out.path, overwrite=out.overwrite or unmeasured is not None)
+    inputs = inputs_of(models=[model], texts=[*text.sources, *evaluation.text, *evaluation.tasks])
+    check_out(out.path, overwrite=out.overwrite or unmeasured is not None, inputs=inputs)
+    check_no_input(run.path, inputs)
     job = Job(model, text, runtime)
     planning = Planning(job, target, planners.choose(method))
     measuring = Evaluation.of(job, evaluation)
@@ -166,11 +173,11 @@ def compress(
 
         # Build. What this command built before it was killed is replaced; anything else is not.
         overwrite = out.overwrite or unmeasured == schema.content_hash(recipe)
-        check_out(out.path, overwrite=overwrite)
+        check_out(out.path, overwrite=overwrite, inputs=[*inputs, job.checkpoint.folder])
         write_whole(run.path / _UNMEASURED, schema.content_hash(recipe))
         if runtime.stream:
             job.release()  # what is outside the layers would be mapped twice
-        built = build_recipe(recipe, out.path, overwrite=overwrite, max_shard_bytes=out.shard_bytes, progress=report)
+        built = build_recipe(recipe, out.path, overwrite=overwrite, max_shard_bytes=out.shard_bytes)
 
         # Measure, on the test part of the text unless other text is given.
         if not measuring.texts and job.text.test is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from intarsia import progress
+from intarsia.commands.push import push_later, without_push
 from intarsia.errors import check
 from intarsia.flags import Flag, flag, plain
 from intarsia.options import NewModel, Runtime, TextSpec
@@ -72,10 +73,12 @@ class HealResult:
     recipe_sha256: str
     seconds: float
     peak_memory_bytes: int
+    # What was sent to the hub.
+    push: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        return {**asdict(self), "source": str(self.source), "out": str(self.out), "run": str(self.run)}
+        return {**without_push(asdict(self)), "source": str(self.source), "out": str(self.out), "run": str(self.run)}
 
 
 def heal(
@@ -110,16 +113,16 @@ def heal(
     Raises:
         UserError: something about the input cannot be used.
     """
-    from intarsia.checkpoint.staging import check_out
+    from intarsia.checkpoint.staging import check_no_input, check_out
     from intarsia.commands.heal_input import Subject, Texts, read_source
+    from intarsia.commands.inputs import inputs_of
     from intarsia.commands.job import check_seq_len
+    from intarsia.commands.recipes import build_recipe
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.healing import launch
     from intarsia.healing.blend import back, forget
     from intarsia.healing.pipeline import HealContext, check_stages, pinned, run_stages
     from intarsia.recipe import schema
-    from intarsia.stages.build import build_recipe
-    from intarsia.stages.push import push_later
 
     started, source, out = time.perf_counter(), Path(source), HealedModel.of(out)
     text = text if isinstance(text, TrainingText) else TrainingText(sources=(str(text),))
@@ -127,10 +130,15 @@ def heal(
     chosen = heal_stages.choose_all(stages)
     check((bool(chosen), "--stages names no heal stage.", f"Name some of {', '.join(heal_stages.names)}."))
     check_stages(chosen, runtime)
-    send_off = push_later(out.push_to, private=out.private, progress=progress.current())
-    subject = Subject.opened(read_source(source), run, teacher, runtime)
+    send_off = push_later(out.push_to, private=out.private)
+    recipe = read_source(source)
+    models = [] if teacher is None else [teacher]
+    files = [source, source.with_suffix(".safetensors")]  # a recipe has a side file
+    inputs = inputs_of(models=models, recipe=recipe, texts=[*text.sources, *evaluation.text], files=files)
     if main:
-        check_out(out.path, overwrite=out.overwrite, inputs=[source])
+        check_out(out.path, overwrite=out.overwrite, inputs=inputs)
+        check_no_input(run.path, inputs)
+    subject = Subject.opened(recipe, run, teacher, runtime)
 
     check_seq_len(subject.base, text.seq_len)
     texts = Texts(subject, text, evaluation.text, windows=evaluation.windows)
@@ -178,7 +186,6 @@ def heal(
                 out.path,
                 overwrite=out.overwrite,
                 max_shard_bytes=out.shard_bytes,
-                progress=progress.current(),
             )
             forget(run.path)
         wait()

@@ -17,6 +17,7 @@ from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.commands.job import Placement, load_tokenizer
+from intarsia.commands.recipes import open_variants, read_recipe
 from intarsia.data.corpus import Corpus
 from intarsia.data.text import TextParts, draw
 from intarsia.errors import UserError, check
@@ -28,7 +29,6 @@ from intarsia.options import Runtime, TextSpec
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.run_dir import RunDir
-from intarsia.stages.build import open_variants, read_recipe
 
 _HELD_OUT, _MOST_HELD_OUT = 16, 16_384
 """One in so many sequences is held out, and no more tokens than that: measuring must not take longer than training."""

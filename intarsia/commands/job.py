@@ -24,9 +24,11 @@ from intarsia import progress
 from intarsia.activations.hidden_store import Room
 from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import Resident, default_device
+from intarsia.building.loading import check_config
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import asked_for, open_checkpoint
+from intarsia.data.corpus import limited
 from intarsia.data.text import TextParts, draw
 from intarsia.errors import Problems, UserError, check
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
@@ -128,6 +130,7 @@ class Job:
             self.model = asked_for(ref.model, dequantize=ref.dequantize, gguf_file=ref.gguf_file)
             self.revision = ref.revision
             self.checkpoint = open_checkpoint(self.model, revision=ref.revision, progress=progress.current())
+        check_config(self.checkpoint)
         self._text = text
         if text is not None:
             check_seq_len(self.checkpoint, text.seq_len)
@@ -202,13 +205,15 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        tokenizer("a")  # some settings are only refused when they are used
+    except Exception as error:  # tokenizers fail in many ways on files that are damaged
         said = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{checkpoint.folder} has no tokenizer that transformers can read: {said}.",
             "Put tokenizer.json and tokenizer_config.json beside the weights; one with code of its own is not run.",
         ) from error
+    return limited(tokenizer, checkpoint.architecture.vocabulary)
 
 
 def check_seq_len(checkpoint: Checkpoint, seq_len: int) -> None:

@@ -70,10 +70,13 @@ def plan(
     Raises:
         UserError: something about the input cannot be used. Nothing has been written then.
     """
+    from intarsia.checkpoint.staging import check_no_input
+    from intarsia.commands.inputs import inputs_of
     from intarsia.commands.job import Job
     from intarsia.commands.planning import Planning
 
     started = time.perf_counter()
+    check_no_input(Path(run), inputs_of(models=[model], texts=text.sources))
     planning = Planning(Job(model, text, runtime), target, planners.choose(method))
     if dry_run:
         return planning.result()

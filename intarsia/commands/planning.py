@@ -120,10 +120,8 @@ class Planning:
                 start.layers,
                 fitted=start.fitted,
                 batch_tokens=self.job.placement.batch_tokens,
-                memory_bytes=self.job.placement.memory_bytes,
-                folder=ladder.run.scratch,
-                behind_final_norm=self.planner.after_final_norm,
-                progress=progress.current(),
+                room=self.job.placement.room(ladder.run.scratch),
+                after_final_norm=self.planner.after_final_norm,
             )
         else:
             model = shared()

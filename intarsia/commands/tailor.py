@@ -370,8 +370,8 @@ def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final
     Raises:
         UserError: a folder `best` that is not of the search stands in the way, or a disk is full.
     """
+    from intarsia.commands.recipes import build_recipe
     from intarsia.recipe.schema import content_hash
-    from intarsia.stages.build import build_recipe
     from intarsia.tailoring.final import final_scores
     from intarsia.tailoring.trial_heal import KeptFits
     from intarsia.tailoring.trials import keep_front, trial_recipe

@@ -1,6 +1,6 @@
 """How a chat template writes turns, learnt by rendering it with marked messages.
 
-Nothing is known of any particular template: what stands before, between and behind the marks is the form.
+No particular template is assumed: the text before, between and after the marks is the form.
 """
 
 from __future__ import annotations

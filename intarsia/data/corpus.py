@@ -130,7 +130,8 @@ def tokenize(
         least: how many sequences there must be, where fewer than wanted will do.
 
     Raises:
-        UserError: the text is too short; the message says how many tokens it has.
+        UserError: the text is too short (the message says how many tokens it has), or holds a token that the model
+            has no embedding of (see `limited`).
     """
     if seq_len < 2 or tokens < seq_len:
         raise UserError.of(
@@ -143,7 +144,7 @@ def tokenize(
     body = seq_len - len(bos)
     wanted = tokens // seq_len
     stream, count = _token_stream(documents, tokenizer, None if shuffle else wanted * body)
-    give_back()  # cutting a text leaves many times its size behind in freed pieces
+    give_back()  # tokenising frees many times the size of the text in small pieces
     there, least = stream.size // body, wanted if least is None else least
     if there < least:
         most = f" Pass at most {there * seq_len} tokens," if there else " Use shorter sequences,"
@@ -158,7 +159,26 @@ def tokenize(
         chosen = torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:wanted]
     windows = torch.from_numpy(stream[: there * body].reshape(there, body))[chosen].to(torch.int64)
     first = torch.tensor(bos, dtype=torch.int64).expand(len(windows), len(bos))
-    return Corpus.of(torch.cat([first, windows], dim=1), description=description, documents=count)
+    ids = torch.cat([first, windows], dim=1)
+    _check_ids(ids, tokenizer, description)
+    return Corpus.of(ids, description=description, documents=count)
+
+
+def limited(tokenizer: Any, rows: int) -> Any:
+    """A tokenizer, told how many rows the embedding has: a text with a token beyond them is refused."""
+    tokenizer.embedding_rows = rows
+    return tokenizer
+
+
+def _check_ids(ids: Tensor, tokenizer: Any, description: str) -> None:
+    rows = getattr(tokenizer, "embedding_rows", None)
+    highest = int(ids.max())
+    if rows is not None and highest >= rows:
+        raise UserError(
+            f"{description} holds the token {tokenizer.convert_ids_to_tokens(highest)!r} with id {highest}, and the "
+            f"embedding has {rows} rows.",
+            "Use the tokenizer that belongs to the model, or resize its embedding.",
+        )
 
 
 def _own_bos(tokenizer: Any) -> list[int]:

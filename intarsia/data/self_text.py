@@ -1,12 +1,14 @@
-"""Calibration text that the model writes itself: batched sampling with a cache, conversation turns included."""
+"""Calibration text that the model writes itself: batched sampling with a cache, conversation turns included.
+
+`generate` of transformers takes more than twice as long for this (dev/LOG.md), with a dynamic or a static cache.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,25 +21,28 @@ from transformers.cache_utils import DynamicLayer
 from intarsia.checkpoint.hashing import cache_folder
 from intarsia.data.chat import Turns, learn_turns
 from intarsia.data.corpus import Corpus
+from intarsia.disk import replaced
 from intarsia.errors import UserError
 from intarsia.progress import Task, current
 
 
-class _RoomyLayer(DynamicLayer):
-    def __init__(self, room: int) -> None:
+class _PreallocatedLayer(DynamicLayer):
+    """Keys and values in tensors of their final length; attention sees the filled part alone."""
+
+    def __init__(self, length: int) -> None:
         super().__init__()
-        self.room = room
+        self.length = length
         self.filled = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Put the new positions into the room, and give all that are filled."""
+        """Add the new positions, and give all that are filled."""
         if self.filled == 0:
             self.lazy_initialization(key_states, value_states)
             rows, heads, _, width = key_states.shape
-            self.all_keys = key_states.new_empty(rows, heads, self.room, width)
-            self.all_values = value_states.new_empty(rows, heads, self.room, value_states.shape[-1])
+            self.all_keys = key_states.new_empty(rows, heads, self.length, width)
+            self.all_values = value_states.new_empty(rows, heads, self.length, value_states.shape[-1])
         start, self.filled = self.filled, self.filled + key_states.shape[-2]
-        assert self.filled <= self.room, "more positions than there is room for"
+        assert self.filled <= self.length, "more positions than the cache has"
         self.all_keys[:, :, start : self.filled] = key_states
         self.all_values[:, :, start : self.filled] = value_states
         self.keys = self.all_keys[:, :, : self.filled]
@@ -45,34 +50,34 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def roomy_cache(config: Any, room: int) -> DynamicCache:
-    """An empty cache with room for `room` positions; layers with a sliding window keep the cache of `transformers`."""
+def preallocated_cache(config: Any, length: int) -> DynamicCache:
+    """An empty cache of `length` positions; layers with a sliding window keep the cache of `transformers`."""
     cache = DynamicCache(config=config)
-    cache.layers = [_RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [_PreallocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How text is drawn. Turn lengths are in tokens; a turn that reaches its greatest length is cut there.
+    """How text is drawn."""
 
-    Questions and documents are drawn at full temperature, for variety; answers cooler, because small models lose
-    the thread otherwise.
-    """
-
+    # Of questions and documents: full, for variety.
     temperature: float = 1.0
+    # Of answers: lower, because small models lose the thread otherwise.
     answer_temperature: float = 0.8
     top_p: float = 0.95
     top_k: int = 100
+    # Tokens of a turn; one that reaches its greatest length ends there.
     shortest_turn: int = 4
     longest_question: int = 96
     longest_answer: int = 384
-    cache_bytes: int = 2 * 1024**3  # of keys and values at once; decides the rows of a batch, hence the bytes written
+    # Keys and values at once; with `most_rows` it decides the rows of a batch, and so the text.
+    cache_bytes: int = 2 * 1024**3
     most_rows: int = 64
 
 
 class _Row:
-    """What one row is doing: whose turn it is, how long it has lasted, and tokens that must come next."""
+    """State of one row: whose turn it is, its length so far, and tokens that must come next."""
 
     def __init__(self, turns: Turns | None, after_eos: tuple[int, ...], eos: int | None) -> None:
         self.turns = turns
@@ -87,7 +92,7 @@ class _Row:
         return self.length >= sampling.shortest_turn
 
     def next(self, sampled: int, sampling: Sampling) -> int:
-        """The token that is written, given the one that was drawn."""
+        """The next token, given the one that was sampled."""
         if self.forced:
             return self.forced.pop(0)
         self.length += 1
@@ -112,7 +117,7 @@ def write_sequences(
     seed: int,
     sampling: Sampling,
 ) -> tuple[Tensor, int]:
-    """n sequences of seq_len tokens [N, T], and the number of documents begun in them."""
+    """n sequences of seq_len tokens [N, T], and the number of documents in them."""
     first, n, seq_len = shape
     was_training = model.training
     model.eval()
@@ -123,7 +128,7 @@ def write_sequences(
     try:
         with torch.inference_mode(), current().task("writing calibration text", total=n * seq_len) as task:
             for start in range(0, n, rows):
-                ids_BT, begun = _write_batch(
+                ids_BT, count = _write_batch(
                     model,
                     tokenizer,
                     turns,
@@ -134,7 +139,7 @@ def write_sequences(
                     task,
                 )
                 parts.append(ids_BT)
-                documents += begun
+                documents += count
     finally:
         hook.remove()
         model.train(was_training)
@@ -155,7 +160,7 @@ def _write_batch(
     sampling: Sampling,
     task: Task,
 ) -> tuple[Tensor, int]:
-    """One batch of rows, and the number of documents begun in them."""
+    """One batch of rows, and the number of documents in them."""
     device = next(model.parameters()).device
     chance = torch.Generator().manual_seed(seed % 2**63)
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
@@ -173,7 +178,7 @@ def _write_batch(
     done = start_BS.shape[1]
     ids_BT[:, :done] = start_BS
     task.advance(n_rows * done)
-    cache, fed = roomy_cache(model.config, seq_len), 0
+    cache, fed = preallocated_cache(model.config, seq_len), 0
     while done < seq_len:
         logits_BV = model(
             input_ids=ids_BT[:, fed:done].to(device),
@@ -231,7 +236,7 @@ def _draw(logits_BV: Tensor, answering_B: Tensor, chance: torch.Generator, sampl
 
 
 def rows_at_once(row_bytes: int, sampling: Sampling) -> int:
-    """Rows that are written side by side, each with so many bytes of keys and values."""
+    """Rows of a batch, each with `row_bytes` of keys and values."""
     return max(1, min(sampling.most_rows, sampling.cache_bytes // row_bytes))
 
 
@@ -299,7 +304,7 @@ def _read(path: Path, shape: tuple[int, int]) -> tuple[Tensor, int] | None:
             ids_NT = file.get_tensor("input_ids").to(torch.int64)
             documents = int(file.metadata()["documents"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None  # not there, or not whole: it is written again
+        return None  # not there, or damaged: it is written again
     return (ids_NT, documents) if tuple(ids_NT.shape) == shape else None
 
 
@@ -307,16 +312,7 @@ def _keep(path: Path, ids_NT: Tensor, documents: int) -> None:
     from safetensors.torch import save
 
     data = save({"input_ids": ids_NT.to(torch.int32)}, metadata={"documents": str(documents)})
-    try:
+    with suppress(OSError, UserError):  # a cache that cannot be written is no reason to lose the text
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, staged = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    except OSError:
-        return  # a cache that cannot be written is no reason to lose the text
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(staged, path)
-    except BaseException as error:
-        Path(staged).unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
+        with replaced(path) as temporary:
+            temporary.write_bytes(data)

@@ -111,7 +111,7 @@ def _stretches(source: Source, limit: int | None, seed: int | None) -> Iterator[
             # A record must be whole; running text without line ends may be cut at any character.
             line = file.readline(_LONGEST_LINE if source.kind == "text" else -1)
             if not line.endswith(b"\n"):
-                head = file.read(3)  # at most so many bytes continue a character in UTF-8
+                head = file.read(3)  # a character of UTF-8 has at most 3 further bytes
                 rest = head.lstrip(bytes(range(0x80, 0xC0)))
                 file.seek(-len(rest), 1)
             return file.tell()

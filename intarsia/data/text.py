@@ -17,6 +17,7 @@ from intarsia.data.sources import documents
 from intarsia.errors import check
 from intarsia.options import TextSpec
 
+SELF = "self"
 _MOST_READ = 16 * 1024 * 1024  # bytes of one source that are tokenised at most (a few seconds), unless more is needed
 _BYTES_A_TOKEN = 32  # generous: enough text for the tokens wanted, also where tokens are long
 _SHARE = 8  # selection and test have 1/8 of the calibration's size each
@@ -46,7 +47,7 @@ class TextParts:
     @cached_property
     def test(self) -> Corpus | None:
         """What the result is evaluated on, an eighth of the calibration's size; None where the text has no more."""
-        itself = list(self._names) == ["self"]
+        itself = list(self._names) == [SELF]
         name = "further text that the model wrote itself" if itself else f"held-out part of {', '.join(self._names)}"
         return self._part(self._calibration, self._test, name)
 
@@ -137,7 +138,7 @@ def draw(
             "Ask for more tokens, shorter sequences, or fewer sources.",
         ),
         (
-            writer is not None or "self" not in names,
+            writer is not None or SELF not in names,
             "The calibration text is `self`, and there is no model that writes it.",
             "Give a text file.",
         ),
@@ -150,7 +151,7 @@ def draw(
         )
 
     def read(name: str, least: int, most: int) -> _Sequences:
-        if name == "self":
+        if name == SELF:
             return _Written(write, most)
         tokens = most * text.seq_len
         corpus = tokenize(

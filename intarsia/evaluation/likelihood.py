@@ -1,6 +1,6 @@
 """Text pairs as tokens: a context, and a continuation whose likelihood is asked for.
 
-The cut between the two is lm-eval's, so that scores can be held against published ones: white space at the end of the
+The cut between the two is lm-eval's, so that scores can be compared with published ones: white space at the end of the
 context counts to the continuation; context and continuation are tokenised together, and cut where the context
 alone would end. A tokenizer adds its special tokens as it does by itself, but no second BOS to a text that begins with
 one. What is longer than the model's positions loses tokens at the left.
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from intarsia.errors import UserError
-from intarsia.progress import Progress, Silent
+from intarsia.progress import current
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Tokens to look at, and the tokens behind them to be scored; neither is empty."""
+    """Tokens to look at, and the tokens after them to be scored; neither is empty."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -56,7 +56,7 @@ def encode_pairs(
             limit = "" if max_length is None else f", and at most {max_length} (the model's positions)"
             raise UserError.of(
                 where=f"{where}, continuation {number} ({continuation[:40]!r})",
-                expected=f"at least one token behind the context{limit}",
+                expected=f"at least one token after the context{limit}",
                 found=f"{len(tail)} tokens",
                 remedy="Mend the text of this item.",
             )
@@ -128,7 +128,7 @@ class Likelihoods:
 
 @dataclass(frozen=True, kw_only=True)
 class _Tree:
-    """A context, and the continuations behind it by the number of their request."""
+    """A context, and the continuations after it by the number of their request."""
 
     context: tuple[int, ...]
     branches: tuple[tuple[int, tuple[int, ...]], ...]
@@ -158,7 +158,6 @@ def log_likelihoods(
     batch_tokens: int,
     greedy: bool = False,
     where: str = "log-likelihoods",
-    progress: Progress | None = None,
 ) -> Likelihoods:
     """Score every request.
 
@@ -175,7 +174,7 @@ def log_likelihoods(
     """
     sums_R = torch.zeros(len(requests), dtype=torch.float64)
     misses_R = torch.zeros(len(requests), dtype=torch.int64)
-    with torch.inference_mode(), (progress or Silent()).task(where, total=len(requests)) as task:
+    with torch.inference_mode(), current().task(where, total=len(requests)) as task:
         for batch in batches_of(requests, pack=pack, batch_tokens=batch_tokens):
             log_p_M, missed_M = score_batch(forward(batch.rows), batch, greedy=greedy)
             if not bool(log_p_M.isfinite().all()):
@@ -223,7 +222,7 @@ def _batches(trees: Sequence[_Tree], batch_tokens: int) -> Iterator[list[_Tree]]
 
 
 def _packed(trees: Sequence[_Tree]) -> Batch:
-    """Rows of a context with all its continuations behind it."""
+    """Rows of a context with all its continuations after it."""
     shape = (len(trees), max(tree.width for tree in trees))
     ids_BT, positions_BT = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     branch_BT = torch.full(shape, -1)  # -1 padding, 0 the context, then the continuations
@@ -233,7 +232,7 @@ def _packed(trees: Sequence[_Tree]) -> Batch:
         ids_BT[row, :known] = torch.tensor(tree.context)
         positions_BT[row, :known] = torch.arange(known)
         branch_BT[row, :known] = 0
-        last = picks.position(row, known - 1)  # every continuation begins behind the context's last token
+        last = picks.position(row, known - 1)  # every continuation starts after the context's last token
         for branch, (request, tokens) in enumerate(tree.branches, start=1):
             end = column + len(tokens) - 1
             ids_BT[row, column:end] = torch.tensor(tokens[:-1], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""A score with what is needed to judge and to repeat it."""
+"""Perplexity of a text, with its standard error and what is needed to repeat it; and the speed of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from intarsia.data.corpus import Corpus, tokenize
 from intarsia.data.sources import documents
 from intarsia.errors import UserError
 from intarsia.evaluation.chain import Chain
-from intarsia.progress import Progress, Silent
+from intarsia.progress import current
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,25 +100,22 @@ def eval_corpus(
     )
 
 
-def perplexity(
-    model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int = 4096, progress: Progress | None = None
-) -> Perplexity:
-    """Perplexity of a causal language model of `transformers` on a corpus.
+def perplexity(model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int = 4096) -> Perplexity:
+    """Measure the perplexity of a causal language model of `transformers` on a corpus.
 
     Args:
         model: the model, where it is and in its own dtype; left in the mode (training or not) it was in. The layers of
             a streamed one are read once.
         corpus: the windows; padding is not counted.
         batch_tokens: tokens a forward pass.
-        progress: advances by windows.
 
     Raises:
         UserError: a loss is NaN or infinite, or no token is predicted.
     """
-    if isinstance(model, Chain) and model.streams:
-        sums_W, counts_W = model.window_losses(corpus, batch_tokens=batch_tokens, progress=progress)
+    if isinstance(model, Chain):
+        sums_W, counts_W = model.window_losses(corpus, batch_tokens=batch_tokens, progress=current())
     else:
-        sums_W, counts_W = window_losses(model, corpus, batch_tokens=batch_tokens, progress=progress)
+        sums_W, counts_W = window_losses(model, corpus, batch_tokens=batch_tokens)
     tokens = int(counts_W.sum())
     if tokens == 0:
         raise UserError.of(
@@ -144,9 +141,7 @@ def perplexity(
     )
 
 
-def window_losses(
-    model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int = 4096, progress: Progress | None = None
-) -> tuple[Tensor, Tensor]:
+def window_losses(model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int = 4096) -> tuple[Tensor, Tensor]:
     """Summed loss (float64, nats) and predicted tokens (int64) of every window, on the CPU.
 
     Two models measured on the same corpus can be compared window by window with this.
@@ -156,7 +151,7 @@ def window_losses(
     model.eval()
     sums, counts = [], []
     try:
-        with torch.inference_mode(), (progress or Silent()).task("perplexity", total=len(corpus)) as task:
+        with torch.inference_mode(), current().task("perplexity", total=len(corpus)) as task:
             for ids_BT, mask_BT in corpus.batches(max(1, batch_tokens // corpus.seq_len)):
                 ids_BT = ids_BT.to(device)
                 mask_BT = None if mask_BT is None else mask_BT.to(device)

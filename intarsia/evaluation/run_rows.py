@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from intarsia.architecture.families import Family, known_families
 from intarsia.evaluation.likelihood import Forward, Likelihoods, Request, Rows, log_likelihoods
-from intarsia.progress import Progress
 
 _CPU_BATCH = 512  # tokens; more is no faster for one core, and padded more
 _GPU_BATCH = 16384
@@ -30,14 +29,13 @@ def score_requests(
     batch_tokens: int | None = None,
     greedy: bool = False,
     where: str = "log-likelihoods",
-    progress: Progress | None = None,
 ) -> Likelihoods:
     """Log-likelihoods of requests on a causal language model of transformers, where it is and in its own dtype.
 
     Args:
         model: left in the mode (training or not) it was in.
         batch_tokens: tokens a forward pass; None for a default by device.
-        greedy, where, progress: see `log_likelihoods`.
+        greedy, where: see `log_likelihoods`.
 
     Raises:
         UserError: a log-likelihood is not finite.
@@ -51,7 +49,6 @@ def score_requests(
             batch_tokens=batch_tokens or default_batch_tokens(next(model.parameters()).device),
             greedy=greedy,
             where=where,
-            progress=progress,
         )
 
 

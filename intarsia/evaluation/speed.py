@@ -1,4 +1,4 @@
-"""How much memory this process has needed, and how much a piece of work needs while it runs."""
+"""Speed of models, the memory that they take while they write, and the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from intarsia.architecture.spec import Architecture
 from intarsia.errors import UserError
 from intarsia.evaluation.perplexity import Speed
 from intarsia.heap import give_back
-from intarsia.progress import Progress, Silent
+from intarsia.progress import current
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _SAMPLE_S = 0.005
@@ -43,7 +43,7 @@ def peak_device_bytes() -> int | None:
 
 
 class Growth:
-    """What `growth` found: `bytes` are valid behind its block."""
+    """What `growth` found: `bytes` are valid after its block."""
 
     bytes: int = 0
 
@@ -141,13 +141,10 @@ def speed(
     prompt_len: int = 256,
     new_tokens: int = 32,
     repeats: int = 3,
-    progress: Progress | None = None,
 ) -> Speed:
     """Speed of one model, where it is and in its own dtype; see `compare_speed`."""
     only = {"model": model}
-    return compare_speed(
-        only, batch=batch, prompt_len=prompt_len, new_tokens=new_tokens, repeats=repeats, progress=progress
-    )["model"]
+    return compare_speed(only, batch=batch, prompt_len=prompt_len, new_tokens=new_tokens, repeats=repeats)["model"]
 
 
 def compare_speed(
@@ -157,7 +154,6 @@ def compare_speed(
     prompt_len: int = 256,
     new_tokens: int = 32,
     repeats: int = 3,
-    progress: Progress | None = None,
 ) -> dict[str, Speed]:
     """Speed of several models, measured in turns.
 
@@ -168,7 +164,6 @@ def compare_speed(
         new_tokens: tokens that are written after each prompt; the first comes out of the prefill and is not counted
             in decode.
         repeats: measured rounds after one that is not counted.
-        progress: advances by rounds of a model.
 
     Raises:
         UserError: a size is impossible.
@@ -183,7 +178,7 @@ def compare_speed(
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     training = {name: model.training for name, model in models.items()}
     try:
-        with (progress or Silent()).task("speed", total=(repeats + 1) * len(models)) as task:
+        with current().task("speed", total=(repeats + 1) * len(models)) as task:
             for turn in range(repeats + 1):
                 for name, model in models.items():
                     task.note(name)
@@ -229,7 +224,7 @@ def footprint(model: torch.nn.Module, *, batch: int, prompt_len: int, new_tokens
 
 
 def _round(model: Any, batch: int, prompt_len: int, new_tokens: int) -> tuple[float, float]:
-    """Seconds of one prefill, and of the decoding behind it."""
+    """Seconds of one prefill, and of the decoding after it."""
     clock = _Clock(_weight(model).device)
     _write(model, batch, prompt_len, new_tokens, clock.mark)
     prefill, decode = clock.spans()

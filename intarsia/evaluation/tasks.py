@@ -1,18 +1,19 @@
-"""Tasks of lm-eval (EleutherAI's language model evaluation harness), on a model in memory.
+"""Tasks, run by lm-eval (EleutherAI's language model evaluation harness) on a model in memory.
 
-The only file that imports lm-eval. Data sets, prompts, few-shot examples, filters and metrics are the harness's own.
-Log-likelihoods are made here (`intarsia.evaluation.run_rows`): the same numbers, with what the choices of a question
-share computed once, and normalised in float32, where the harness's own loop rounds log-probabilities to the model's
-dtype, which makes ties in bfloat16. Text that a task wants written is written by the harness, greedily or as it says.
+Data sets, prompts, few-shot examples, filters and metrics are lm-eval's; a local file of questions becomes one of its
+tasks. Log-likelihoods are made here (`intarsia.evaluation.run_rows`): the same numbers, with what the choices of a
+question share computed once, and normalised in float32, where lm-eval's own loop rounds log-probabilities to the
+model's dtype, which makes ties in bfloat16. Text that a task wants written is written by lm-eval.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,96 +23,184 @@ from typing import Any
 import numpy as np
 import torch
 
-from intarsia.errors import Problem, UserError, missing_package
+from intarsia.errors import Problems, UserError, check, missing_package
 from intarsia.evaluation.likelihood import Request, fit
+from intarsia.evaluation.results import Metric, TaskResults, TaskScore
 from intarsia.evaluation.run_rows import evaluating, score_requests
-from intarsia.evaluation.score import TaskScore
-from intarsia.evaluation.task_answer import scores_of
-from intarsia.progress import Progress, Silent
+from intarsia.evaluation.task_file import Question, names_a_file, read_questions
 
 _SEED = 1234  # lm-eval's own for few-shot examples: with another one the prompts would differ from published ones
 _DRAWS = 1000  # for the standard error of metrics that are no mean
 _NEAREST = 5
+_SAME = 1e-9  # two ways to sum the same outcomes
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarnessTask:
-    """One name that was asked for: `found` is what lm-eval made of it (a task, a group, or the tasks of a tag), and
-    `leaves` are the single tasks in it."""
+class Task:
+    """One of the tasks asked for, with its data."""
 
+    # Of a file its stem, with the part.
     name: str
-    found: dict[Any, Any]
-    leaves: tuple[Any, ...]
+    # What lm-eval made of it: a task, a group, or the tasks of a tag.
+    found: Mapping[str, Any]
+    # Of a local file.
+    questions: tuple[Question, ...] = ()
+
+    @property
+    def leaves(self) -> tuple[Any, ...]:
+        """The single tasks in it."""
+        return tuple(self.found["tasks"].values())
 
 
-def load_harness(
-    names: Sequence[str], *, include_path: str | Path | None = None, num_fewshot: int | None = None
-) -> tuple[HarnessTask, ...]:
-    """Find tasks and load their data sets, which may have to be fetched.
+@dataclass(frozen=True, kw_only=True)
+class TaskPlan:
+    """Tasks in the order they were asked for, to be scored on any number of models."""
+
+    tasks: tuple[Task, ...]
+    # The first items of each; None for all.
+    limit: int | None
+    # Examples before each question; None for what the tasks say.
+    num_fewshot: int | None
+
+
+def plan_tasks(
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+) -> TaskPlan:
+    """Find tasks and read their items.
 
     Args:
-        names: of tasks, groups or tags of the harness.
+        tasks: paths of `.jsonl` files, with `#START:END` for a part, and names of lm-eval's tasks, groups and tags.
+        limit: the first items of each (of the part).
+        include_path: a folder with YAML tasks of the user's, for lm-eval.
+        num_fewshot: examples before each question, for lm-eval's tasks.
+
+    Raises:
+        UserError: a number is impossible, a task is unknown, named twice, cannot be read or has no items.
+    """
+    files = [spec for spec in tasks if names_a_file(spec)]
+    check(
+        (bool(tasks) and all(task.strip() for task in tasks), "--tasks names no task, or a blank one.", "Name one."),
+        (limit is None or limit >= 1, f"--limit is {limit}; it is at least 1.", "Leave it out for all items."),
+        (
+            num_fewshot is None or num_fewshot >= 0,
+            f"--num-fewshot is {num_fewshot}; it is at least 0.",
+            "Leave it out for what the task says.",
+        ),
+        (
+            not num_fewshot or not tasks or len(files) < len(tasks),
+            "--num-fewshot is given, and the prompts of local files are what they are.",
+            "Leave it out, or name a task of lm-eval.",
+        ),
+    )
+    found = {spec: _local(*read_questions(spec, limit=limit)) for spec in files}
+    others = [name for name in tasks if name not in found]
+    if others:
+        found |= {task.name: task for task in load_tasks(others, include_path=include_path, num_fewshot=num_fewshot)}
+    planned = tuple(found[spec] for spec in tasks)
+    names = [task.name for task in planned]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    check((not twice, f"--tasks has {', '.join(twice)} more than once.", "Leave one out, or rename its file."))
+    return TaskPlan(tasks=planned, limit=limit, num_fewshot=num_fewshot)
+
+
+def score_tasks(
+    plan: TaskPlan, model: torch.nn.Module, tokenizer: Any, *, name: str, batch_tokens: int | None = None
+) -> TaskResults:
+    """Score a model on every task of a plan.
+
+    Args:
+        model: a causal language model of transformers, where it is and in its own dtype.
+        tokenizer: its own; left as it is.
+        name: what the model is called in the results.
+        batch_tokens: tokens a forward pass; None for a default by device.
+
+    Raises:
+        UserError: a log-likelihood is not finite, or lm-eval cannot run a task on this model.
+    """
+    lm_eval = _lm_eval()
+    scores: list[TaskScore] = []
+    for task in plan.tasks:
+        with _quiet(), _own_chance(), evaluating(model):
+            lm = _in_memory(model, tokenizer, task.name, batch_tokens)
+            try:
+                answer = lm_eval.evaluator.evaluate(lm, task.found, limit=plan.limit, bootstrap_iters=_DRAWS)
+            except UserError:
+                raise
+            except (ValueError, NotImplementedError) as error:  # of unsafe code, pictures, or a kind of request
+                raise UserError(
+                    f"lm-eval cannot run the task {task.name} on this model: {_first_line(error)}.", "Leave it out."
+                ) from error
+        scores += scores_of(task, answer)
+    return TaskResults(
+        model=name,
+        scores=tuple(scores),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        limit=plan.limit,
+        num_fewshot=plan.num_fewshot,
+    )
+
+
+def load_tasks(
+    names: Sequence[str], *, include_path: str | Path | None = None, num_fewshot: int | None = None
+) -> tuple[Task, ...]:
+    """Find tasks of lm-eval and load their data sets, which may have to be downloaded.
+
+    Args:
+        names: of tasks, groups or tags of lm-eval.
         include_path: a folder with YAML tasks of the user's.
         num_fewshot: examples before each question; None for what the tasks say. Tasks that fix 0 keep it.
 
     Raises:
         UserError: lm-eval is not installed, a name is unknown, a data set cannot be had, or a task has no items.
     """
-    _lm_eval()
-    if include_path is not None and not Path(include_path).is_dir():
-        raise UserError.of(
-            where="--include-path",
-            expected="a folder with YAML tasks",
-            found=f"no folder {str(include_path)!r}",
-            remedy="Check the path.",
-        )
+    folder = None if include_path is None else str(include_path)
+    no_folder = folder is not None and not Path(folder).is_dir()
+    check((not no_folder, f"--include-path {folder} is no folder.", "Give one with YAML tasks."))
     with _quiet(), _own_chance():
-        manager = _manager(names, None if include_path is None else str(include_path))
-        unknown = [_unknown(name, manager.all_tasks) for name in names if name not in manager.all_tasks]
-        if unknown:
-            raise UserError(unknown)
+        manager = _manager(names, folder)
+        problems = Problems()
+        for name in names:
+            if name not in manager.all_tasks:
+                near = difflib.get_close_matches(name, manager.all_tasks, n=_NEAREST, cutoff=0.5)
+                hint = f"Did you mean {', '.join(near)}?" if near else "See `lm-eval ls tasks`, or give a .jsonl."
+                problems.add(f"There is no task {name!r}.", hint)
+        problems.raise_any()
         tasks = tuple(_load(name, manager) for name in names)
-        for task in tasks:
-            for leaf in task.leaves:
-                _set_fewshot(leaf, num_fewshot)
+        for leaf in (leaf for task in tasks for leaf in task.leaves):
+            # As lm-eval's command: what a task leaves open is 0, and a 0 that a task fixes stays.
+            fixed = leaf.get_config("num_fewshot")
+            if fixed is None or (num_fewshot is not None and fixed != 0):
+                leaf.set_config(key="num_fewshot", value=num_fewshot or 0)
+            leaf.set_fewshot_seed(seed=_SEED)
     return tasks
 
 
-def run_harness(
-    task: HarnessTask,
-    model: torch.nn.Module,
-    tokenizer: Any,
-    *,
-    limit: int | None = None,
-    batch_tokens: int | None = None,
-    progress: Progress | None = None,
-) -> tuple[TaskScore, ...]:
-    """Scores of a model on a task: one for a task or for a group with a mean of its own, several for others.
+def _local(name: str, questions: tuple[Question, ...]) -> Task:
+    """Questions of a file as a task of lm-eval: a choice is scored as the continuation " " + choice of the query."""
+    _lm_eval()
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
 
-    Args:
-        model: a causal language model of transformers, where it is and in its own dtype.
-        tokenizer: its own; left as it is.
-        limit: the first so many items of every task (of every subtask of a group), as the harness counts them.
-        batch_tokens: tokens a forward pass; None for a default by device.
-
-    Raises:
-        UserError: the harness cannot run the task on this model, or a log-likelihood is not finite.
-    """
-    lm_eval = _lm_eval()
-    with _quiet(), _own_chance(), evaluating(model):
-        lm = _in_memory(model, tokenizer, task.name, batch_tokens, progress or Silent())
-        try:
-            answer = lm_eval.evaluator.evaluate(lm, task.found, limit=limit, bootstrap_iters=_DRAWS)
-        except UserError:
-            raise
-        except (ValueError, NotImplementedError) as error:  # of unsafe code, pictures, or a kind of request
-            raise UserError.of(
-                where=f"task {task.name}",
-                expected="a task that lm-eval can run on a causal language model",
-                found=_first_line(error),
-                remedy="Leave this task out.",
-            ) from error
-    return scores_of(task.name, answer, source=f"lm-eval {version('lm_eval')}")
+    config = {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list([each.model_dump() for each in questions])},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "query",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "num_fewshot": 0,
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+        ],
+    }
+    with _quiet(), _own_chance():
+        task = ConfigurableTask(config=config)
+    return Task(name=name, found={"tasks": {name: task}, "groups": {}, "group_map": {}}, questions=questions)
 
 
 def _lm_eval() -> Any:
@@ -120,46 +209,38 @@ def _lm_eval() -> Any:
         import lm_eval.evaluator
         import lm_eval.tasks
     except ImportError as error:
-        raise missing_package(
-            "lm-eval",
-            where="tasks of lm-eval",
-            extra="tasks",
-            instead="pass a local file of query, choices and gold (.jsonl)",
-            error=error,
-        ) from error
+        raise missing_package("lm-eval", where="tasks", extra="tasks", error=error) from error
     return lm_eval
 
 
-def _in_memory(model: torch.nn.Module, tokenizer: Any, name: str, batch_tokens: int | None, progress: Progress) -> Any:
-    """The harness's view of a model in memory, with log-likelihoods of our own."""
+def _in_memory(model: torch.nn.Module, tokenizer: Any, name: str, batch_tokens: int | None) -> Any:
+    """lm-eval's view of a model in memory, with log-likelihoods of our own."""
     from lm_eval.models.huggingface import HFLM
 
     class InMemory(HFLM):
-        """Everything but log-likelihoods is the harness's."""
+        """Everything but log-likelihoods is lm-eval's."""
 
         def _loglikelihood_tokens(
             self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:
+            for (_, text), _, tokens in requests:
+                check(
+                    (
+                        1 <= len(tokens) <= self.max_length,
+                        f"The task {name} scores the text {text[:40]!r}, which has {len(tokens)} tokens of its own.",
+                        f"It needs 1 to {self.max_length} (the model's positions); correct this item.",
+                    )
+                )
             wanted = [
                 fit(Request(context=tuple(context), continuation=tuple(continuation)), self.max_length)
                 for _, context, continuation in requests
             ]
-            found = score_requests(model, wanted, batch_tokens=batch_tokens, greedy=True, where=name, progress=progress)
+            found = score_requests(model, wanted, batch_tokens=batch_tokens, greedy=True, where=name)
             assert found.greedy_R is not None
             return list(zip(found.sums_R.tolist(), found.greedy_R.tolist(), strict=True))
 
-    # The harness sets a padding token on the tokenizer that it is given.
+    # lm-eval sets a padding token on the tokenizer that it is given.
     return InMemory(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=1)
-
-
-def _unknown(name: str, known: Sequence[str]) -> Problem:
-    near = difflib.get_close_matches(name, known, n=_NEAREST, cutoff=0.5)
-    return Problem(
-        where=f"task {name!r}",
-        expected="a task, group or tag of lm-eval or of --include-path, or a .jsonl file",
-        found=f"no such name; the nearest are {', '.join(near)}" if near else "no such name, and none near it",
-        remedy="Choose one of them." if near else "`lm-eval ls tasks` lists all names.",
-    )
 
 
 def _manager(names: Sequence[str], include_path: str | None) -> Any:
@@ -172,42 +253,24 @@ def _manager(names: Sequence[str], include_path: str | None) -> Any:
     return make(include_path=include_path)
 
 
-def _load(name: str, manager: Any) -> HarnessTask:
-    """What fails here comes from a YAML file, from a data set's code, from `datasets`, or from whatever HTTP client the
-    hub's library uses in its present version; so everything is taken."""
+def _load(name: str, manager: Any) -> Task:
+    """What fails here comes from a YAML file, from a data set's code, from `datasets`, or from the hub's HTTP client;
+    so everything is taken."""
     try:
-        found = manager.load([name])
-        leaves = tuple(found["tasks"].values())
-        empty = [leaf.config.task for leaf in leaves if len(leaf.eval_docs) == 0]
+        task = Task(name=name, found=manager.load([name]))
+        empty = [str(leaf.config.task) for leaf in task.leaves if len(leaf.eval_docs) == 0]
     except Exception as error:
-        raise UserError.of(
-            where=f"task {name}",
-            expected="a task whose data set can be read and has items",
-            found=f"{type(error).__name__}: {_first_line(error)}",
-            remedy="Check the connection (HF_HUB_OFFLINE, HF_TOKEN) and the task's YAML, or pass a local file of "
-            "query, choices and gold (.jsonl).",
+        raise UserError(
+            f"The data set of the task {name} cannot be read ({type(error).__name__}: {_first_line(error)}).",
+            "Check the connection (HF_HUB_OFFLINE, HF_TOKEN) and the task's YAML, or give a .jsonl of questions.",
         ) from error
-    if empty:
-        raise UserError.of(
-            where=f"task {name}",
-            expected="at least one item",
-            found=f"none in {', '.join(map(str, empty))}",
-            remedy="Check the task's data set and split.",
-        )
-    return HarnessTask(name=name, found=found, leaves=leaves)
-
-
-def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
-    """As lm-eval's command does it: what a task leaves open is 0, and a 0 that a task fixes stays."""
-    fixed = task.get_config("num_fewshot")
-    if fixed is None or (num_fewshot is not None and fixed != 0):
-        task.set_config(key="num_fewshot", value=num_fewshot or 0)
-    task.set_fewshot_seed(seed=_SEED)
+    check((not empty, f"The task {name} has no items in {', '.join(empty)}.", "Check its data set and split."))
+    return task
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness tells a lot on its logger."""
+    """Without lm-eval's log below errors."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -233,4 +296,91 @@ def _own_chance() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def scores_of(task: Task, answer: Mapping[str, Any]) -> list[TaskScore]:
+    """Scores from lm-eval's results, with every item's (`samples`).
+
+    Returns:
+        One score for a task, or for a group with a mean of its own; else one for every task in it.
+    """
+    parts = [_score(name, answer, local=bool(task.questions)) for name in answer["samples"]]
+    metrics = _metrics(answer.get("groups", {}).get(task.name, {}))
+    return [_group_score(task.name, metrics, parts, answer)] if metrics else parts
+
+
+def _score(name: str, answer: Mapping[str, Any], *, local: bool) -> TaskScore:
+    samples = answer["samples"][name]
+    metrics = _metrics(answer["results"][name])
+    items = list({sample["doc_id"]: sample for sample in samples}.values())  # with several filters a sample a filter
+    chance = None
+    if answer["configs"][name].get("output_type") == "multiple_choice":
+        asked = 2 if any("acc_mutual_info" in item["metrics"] for item in items) else 1  # each choice, also alone
+        chance = sum(asked / len(item["arguments"]) for item in items) / len(items)
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(f"{item['doc_hash']} {item['target_hash']} {item['arguments']!r}\n".encode())
+    return TaskScore(
+        name=name,
+        metrics=metrics,
+        n=len(items),
+        chance=chance,
+        outcomes=_outcomes(metrics, samples),
+        items_sha256=digest.hexdigest(),
+        source="local" if local else f"lm-eval {version('lm_eval')}",
+        version=None if local else str(answer["versions"].get(name)),
+    )
+
+
+def _group_score(
+    name: str, metrics: Mapping[str, Metric], parts: Sequence[TaskScore], answer: Mapping[str, Any]
+) -> TaskScore:
+    """A group as lm-eval aggregates it. Items are those of all its tasks; a metric keeps their outcomes if it is their
+    mean (weighted by size, as MMLU's)."""
+    parts = sorted(parts, key=lambda part: part.name)
+    n = sum(part.n for part in parts)
+    outcomes = {}
+    for metric, whole in metrics.items():
+        if all(metric in part.outcomes for part in parts):
+            joined = tuple(value for part in parts for value in part.outcomes[metric])
+            if abs(sum(joined) / n - whole.value) < _SAME:
+                outcomes[metric] = joined
+    known = [part.chance * part.n for part in parts if part.chance is not None]
+    items = "\n".join(f"{part.name} {part.items_sha256}" for part in parts)
+    return TaskScore(
+        name=name,
+        metrics=metrics,
+        n=n,
+        chance=sum(known) / n if len(known) == len(parts) else None,
+        outcomes=outcomes,
+        items_sha256=hashlib.sha256(items.encode()).hexdigest(),
+        source=parts[0].source,
+        version=str(answer["versions"].get(name)),
+    )
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, Metric]:
+    """`acc,none` and `acc_stderr,none` become `acc`; a filter's name stays: `exact_match,flexible-extract`."""
+    found = {}
+    for key, value in row.items():
+        metric, comma, chosen = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = row.get(f"{metric}_stderr,{chosen}")
+        stderr = float(error) if isinstance(error, int | float) and np.isfinite(error) else None
+        found[metric if chosen == "none" else key] = Metric(value=float(value), stderr=stderr)
+    return found
+
+
+def _outcomes(metrics: Mapping[str, Metric], samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, ...]]:
+    """Item by item, for every metric that is the mean of them."""
+    found = {}
+    for name, metric in metrics.items():
+        key, _, chosen = name.partition(",")
+        values = [sample.get(key) for sample in samples if sample["filter"] == (chosen or "none")]
+        if values and all(isinstance(value, int | float | np.number) for value in values):
+            numbers = tuple(float(value) for value in values if value is not None)
+            if abs(sum(numbers) / len(numbers) - metric.value) < _SAME:
+                found[name] = numbers
+    return found

@@ -27,7 +27,7 @@ from intarsia.checkpoint.staging import check_room
 from intarsia.disk import replaced
 from intarsia.errors import Problem, UserError
 from intarsia.exporting.gguf_tokenizer import GgufTokenizer, add_tokenizer, gguf_tokenizer
-from intarsia.progress import Progress, Silent
+from intarsia.progress import Progress, current
 
 KINDS = ("F16", "Q8_0", "F32", "BF16")
 _GRAPHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -235,7 +235,7 @@ def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, out: Path, progress: Prog
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         replaced(out) as staged,
-        (progress or Silent()).task(f"writing {out.name}", plan.nbytes) as task,
+        (progress or current()).task(f"writing {out.name}", plan.nbytes) as task,
     ):
         writer = gguf.GGUFWriter(staged, plan.graph)
         try:

@@ -9,7 +9,7 @@ from typing import Any
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.resolve import local_path
 from intarsia.errors import UserError
-from intarsia.progress import Progress
+from intarsia.progress import current
 from intarsia.recipe import schema
 
 _OWNER = "A repository is called `name`, or `owner/name`."
@@ -74,7 +74,7 @@ def parcel(what: Path, repository: str, *, private: bool, account: str) -> Parce
     )
 
 
-def send(what: Path, wanted: Parcel, progress: Progress) -> str:
+def send(what: Path, wanted: Parcel) -> str:
     """Make the repository where it does not exist, and send everything in one commit; its address.
 
     Raises:
@@ -85,7 +85,7 @@ def send(what: Path, wanted: Parcel, progress: Progress) -> str:
     api = huggingface_hub.HfApi()
     again = f"{what} is complete; try again with `intarsia push {what} {wanted.repository}`."
     message = f"Upload {what.name} with intarsia"
-    with progress.task(f"sending to {wanted.repository}", 1) as task:
+    with current().task(f"sending to {wanted.repository}", 1) as task:
         try:
             address = str(api.create_repo(wanted.repository, private=wanted.private, exist_ok=True))
             if what.is_file():

@@ -18,9 +18,10 @@ import torch
 from intarsia.architecture.detect import detect
 from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_all_headers, read_config
 from intarsia.checkpoint.hashing import SUMS_FILE, differing, read_sums
-from intarsia.checkpoint.multimodal import is_wrapped, unwrap
+from intarsia.checkpoint.multimodal import NESTED, is_wrapped, unwrap
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import TensorHeader, read_headers
+from intarsia.checkpoint.writer import CODE, stock_classes
 from intarsia.errors import Problem, UserError
 from intarsia.progress import Progress
 
@@ -29,6 +30,10 @@ _MOST_NAMED = 5
 _BUILD_AGAIN = "Build the folder again."
 _TEXT = "A model that was made shallower should still say what it said before, word by word"
 _NEW_TOKENS = 12
+UNTIED = (
+    "The config ties the head to the embedding, and the files hold another one.",
+    "Set tie_word_embeddings to false: runtimes differ in which of the two they use.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +59,10 @@ def checked(name: str, look: Callable[[], str]) -> Check:
     except Skipped as reason:
         return Check(check=name, outcome="skipped", found=str(reason))
     except UserError as error:
-        named = [f"{problem.where}: expected {problem.expected}; found {problem.found}" for problem in error.problems]
+        named = [problem.message.removesuffix(".") for problem in error.problems]
         more = len(named) - _MOST_NAMED
         text = "; ".join([*named[:_MOST_NAMED], *([f"and {more} more"] if more > 0 else [])])
-        return Check(check=name, outcome="failed", found=text, remedy=error.problems[0].remedy)
+        return Check(check=name, outcome="failed", found=text, remedy=error.problems[0].hint)
 
 
 def fail_if(problems: Sequence[Problem]) -> None:
@@ -77,14 +82,17 @@ def architecture(folder: Path) -> str:
     config = read_config(folder)
     where = str(folder / "config.json")
     problems = []
-    for holder, key in ((config, "auto_map"), (config.get("text_config") or {}, "auto_map")):
-        if isinstance(holder, Mapping) and holder.get(key):
-            problems.append(_problem(where, "no code of the model's own", f"{key}: {holder[key]}", "Remove auto_map."))
+    for file in sorted(folder.glob("*.json")):
+        named = json.loads(file.read_text(encoding="utf-8")) if file.name != INDEX_FILE else {}
+        for holder in (named, named.get(NESTED)) if isinstance(named, dict) else ():
+            if isinstance(holder, Mapping) and holder.get(CODE):
+                found = f"{CODE}: {holder[CODE]}"
+                problems.append(_problem(str(file), "no code of the model's own", found, f"Remove {CODE}."))
     code = sorted(file.name for file in folder.glob("*.py"))
     if code:
         problems.append(_problem(str(folder), "no code", ", ".join(code), "Remove these files."))
     classes = config.get("architectures")
-    stock = _stock_classes(config)
+    stock = stock_classes(config)
     if not isinstance(classes, list) or len(classes) != 1 or not hasattr(transformers, str(classes[0])):
         problems.append(
             _problem(f"{where}: architectures", "one class of transformers", json.dumps(classes), f"Set it to {stock}.")
@@ -97,18 +105,6 @@ def architecture(folder: Path) -> str:
     fail_if(problems)
     assert isinstance(classes, list)
     return str(classes[0])
-
-
-def _stock_classes(config: Mapping[str, Any]) -> list[str]:
-    """The names of the classes that the auto classes would choose."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-    kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        return []
-    own = CONFIG_MAPPING[str(kind)]
-    table: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if is_wrapped(config) else MODEL_FOR_CAUSAL_LM_MAPPING
-    return [table[own].__name__] if own in table else []
 
 
 def config_agrees(folder: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from intarsia.checkpoint.files import read_config
 from intarsia.checkpoint.gguf_source import kept_folder
 from intarsia.checkpoint.hashing import cache_folder
 from intarsia.checkpoint.resolve import DEMO, GGUF, hub_id, local_path, split_name
-from intarsia.checkpoint.writer import TOKENIZER_FILES
+from intarsia.checkpoint.writer import TOKENIZER_FILES, side_files, without_code
 from intarsia.errors import Problem, UserError
 from intarsia.exporting.verify import Skipped, fail_if
 from intarsia.recipe import schema
@@ -39,7 +38,7 @@ def tokenizer_kept(folder: Path, vocabulary: int) -> str:
                 str(folder / name), "the file of the source", "no such file" if name not in ours else "another one"
             )
             for name in sorted(theirs)
-            if source is not None and (name not in ours or (folder / name).read_bytes() != (source / name).read_bytes())
+            if source is not None and (name not in ours or (folder / name).read_bytes() != without_code(source / name))
         ]
     )
     tokenizer = _loaded(folder)
@@ -75,7 +74,11 @@ def generation_config_valid(folder: Path, vocabulary: int) -> str:
     for name in _IDS:
         value = getattr(config, name, None)
         ids = value if isinstance(value, list) else [value]
-        beyond += [f"{name} {index}" for index in ids if index is not None and not 0 <= index < vocabulary]
+        exists = [index is None or (isinstance(index, int) and 0 <= index < vocabulary) for index in ids]
+        beyond += [f"{name} {index}" for index, there in zip(ids, exists, strict=True) if not there]
+    source = source_folder(folder)
+    if beyond and source is not None and _json(source / file.name) == _json(file):
+        return f"as in the source, which has {', '.join(beyond)}"
     fail_if([_problem(str(file), f"tokens below {vocabulary:,}", found, "Mend the file.") for found in beyond])
     return "valid"
 
@@ -107,11 +110,7 @@ def source_folder(folder: Path) -> Path | None:
 
 def _names(folder: Path) -> set[str]:
     return {
-        file.name
-        for file in folder.iterdir()
-        if file.is_file()
-        and any(fnmatch(file.name, pattern) for pattern in TOKENIZER_FILES)
-        and file.suffix in (".json", ".txt", ".model", ".jinja")
+        name for name in side_files(folder, TOKENIZER_FILES) if name.endswith((".json", ".txt", ".model", ".jinja"))
     }
 
 

@@ -37,9 +37,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from intarsia.activations.hidden_store import HiddenStore, Room
-from intarsia.activations.stream import LayerCall, LayerStream
+from intarsia.activations.hidden_store import Room
+from intarsia.activations.loop import Loop, Passed
+from intarsia.activations.stream import LayerCall
 from intarsia.building.loaded_model import Resident, twin
+from intarsia.building.recipe_layers import Placed, RecipeLayers
 from intarsia.healing.fit_plan import fitted_parts
 from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer
 from intarsia.healing.settings import ClosedFormSettings
@@ -98,11 +100,11 @@ class _Work:
         self.recipe, self.teacher, self.settings, self.unseen, self.room = recipe, teacher, settings, unseen, room
         self.resident, self.batches = teacher.resident, teacher.batches
         self.architecture = self.resident.architecture
-        self.stream = LayerStream(self.resident.model, self.architecture)
+        self.loop = Loop(self.resident, self.batches, room=room)
+        self.stream = self.loop.stream
         self.parts = fitted_parts(recipe, settings, self.architecture)
         self.indices = list(self.parts)
-        n, t = self.batches.corpus.input_ids.shape
-        self.student = HiddenStore((n, t, self.architecture.width), self.resident.model.dtype, room=room)
+        self.student = self.loop.store()
 
     def close(self) -> None:
         self.student.close()
@@ -113,8 +115,8 @@ class _Work:
         if not self.indices:
             return fitted, fits
         last = self.indices[-1]
-        layers = self.recipe.layers[: last + 1]
-        modules = [self.resident.module(op, self.recipe.fitted.get(index)) for index, op in enumerate(layers)]
+        layers = RecipeLayers(self.resident, self.recipe.layers[: last + 1], self.recipe.fitted)
+        modules = layers.modules
         first = self._first(modules)
         # The spans of layers with a target do not overlap, so each ends where no other does.
         ends = {index: self.recipe.spans[index][1] for index in self.indices}
@@ -163,12 +165,11 @@ class _Work:
 
     def _through(self, index: int, module: nn.Module) -> None:
         """The student's hidden states go through an output layer."""
+        layer = Placed(module, self.recipe.layers[index].sources[0].layer)
+        self.loop.layer(layer, self.loop.reader(self.student), self._put)
 
-        def work(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
-            h_BTD = self.student.get(0, rows.start, rows.stop, self.resident.device)
-            self.student.put(0, rows.start, self.stream.run(module, h_BTD, self._call(index, ids, mask)))
-
-        self.batches.each(work)
+    def _put(self, passed: Passed) -> None:
+        self.student.put(0, passed.rows.start, passed.after)
 
     def _feed(self, index: int) -> Iterator[FitBatch]:
         """What output layer `index` is fed, and what it should give."""

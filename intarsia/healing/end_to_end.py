@@ -27,7 +27,7 @@ from intarsia.disk import require_room, write_whole
 from intarsia.errors import UserError
 from intarsia.healing.launch import accelerator as make_accelerator
 from intarsia.healing.layer_map import correspondences
-from intarsia.healing.settings import EndToEndSettings
+from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import PARTS, Distiller, Lesson, build_student, load_student, with_trained
 from intarsia.healing.teacher import TeacherSource, TopK, top_k_folder, write_top_k
 from intarsia.healing.training import (

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from intarsia.activations.stream import LayerCall
 from intarsia.errors import UserError
 from intarsia.healing.losses import hidden_loss
-from intarsia.healing.settings import LayerwiseSettings
+from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.training import Patience, Text, load_state, save_state, schedule_of
 
 Rows: TypeAlias = Callable[[Sequence[int]], Tensor]

@@ -24,20 +24,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
 
+from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import PREFIX, HiddenStore, Room
-from intarsia.activations.loop import Batches
-from intarsia.activations.statistics import require_finite
-from intarsia.activations.stream import LayerStream
+from intarsia.activations.loop import Loop
 from intarsia.architecture.spec import Architecture
 from intarsia.building.layer import parameter_names, to_tensors
 from intarsia.building.loaded_model import Resident
+from intarsia.building.recipe_layers import Placed
 from intarsia.data.corpus import Corpus
 from intarsia.disk import require_room
 from intarsia.healing.layer_map import Correspondence, correspondences, taught
 from intarsia.healing.layer_training import LayerTask, Trained, finished, train_layer, trained_names
-from intarsia.healing.settings import LayerwiseSettings
+from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.healing.training import Text, schedule_of
 from intarsia.progress import Progress, Silent, Task
@@ -135,8 +134,8 @@ class _Work:
         # Tokens that one layer is trained on, if it is not stopped early.
         self.tokens = self.schedule.steps * self.schedule.batch * text.seq_len
         self.names = trained_names(parameter_names(resident.architecture), settings.only)
-        self.teacher = TeacherStates(teacher, _without_mask(teacher, text), room=room)
-        self.stream = LayerStream(teacher.model, teacher.architecture)
+        self.teacher = TeacherStates(Loop(teacher, _without_mask(teacher, text), room=room))
+        self.stream = self.teacher.loop.stream
         self.student: _StudentStates | None = None
         if settings.inputs == "student":
             store = HiddenStore(self.teacher.store.shape, resident.model.dtype, room=room)
@@ -207,8 +206,7 @@ class _StudentStates:
         self.recipe = recipe
         self.resident = resident
         self.store = store
-        self.stream = LayerStream(resident.model, resident.architecture)
-        self.batches = _without_mask(resident, text)
+        self.loop = Loop(resident, _without_mask(resident, text))
         self.at: int | None = None
 
     @torch.no_grad()
@@ -219,26 +217,19 @@ class _StudentStates:
             UserError: the hidden states are not finite, or the disk is full.
         """
         first = self.at or 0
-        modules = [self.resident.module(self.recipe.layers[i], fitted.get(i)) for i in range(first, index)]
+        layers = [
+            Placed(self.resident.module(op, fitted.get(number)), op.sources[0].layer)
+            for number, op in enumerate(self.recipe.layers[first:index], first)
+        ]
         if self.at is None:
-            self.batches.each(self._enter)
-        for layer, module in enumerate(self.resident.walk(modules), first):
-            self._through(layer, module)
+            self.loop.embed(self.store)
+        for _ in self.loop.through(
+            layers,
+            self.store,
+            name=lambda number: f"the student's hidden states after layer {first + number}",
+        ):
+            pass
         self.at = index
-
-    def _enter(self, rows: slice, ids: Tensor, _: Tensor | None) -> None:
-        self.store.put(0, rows.start, self.stream.enter(ids, None).h_BTD)
-
-    def _through(self, layer: int, module: nn.Module) -> None:
-        donor = self.recipe.layers[layer].sources[0].layer
-
-        def work(rows: slice, ids: Tensor, _: Tensor | None) -> None:
-            h_BTD = self.store.get(0, rows.start, rows.stop, self.resident.device)
-            h_BTD = self.stream.run(module, h_BTD, self.stream.calls(ids, None)[donor])
-            require_finite(h_BTD, f"the student's hidden states after layer {layer}")
-            self.store.put(0, rows.start, h_BTD)
-
-        self.batches.each(work)
 
 
 def _without_mask(resident: Resident, text: Text) -> Batches:

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 
 from intarsia import progress
+from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import Room
-from intarsia.activations.loop import Batches
-from intarsia.architecture.spec import Architecture
+from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
@@ -138,9 +138,9 @@ class HealContext:
         if self.states is not None and text.sha256 == self.calibration.sha256:
             yield self.states
             return
-        batches = Batches(text, self.resident.device, batch_tokens=self.batch_tokens, progress=progress.current())
+        batches = Batches(text, self.resident.device, batch_tokens=self.batch_tokens)
         keep, room = fits > 1 and has_room(self.resident, batches, self.room), self.room
-        states = TeacherStates(self.resident, batches, keep=keep, room=room, progress=progress.current())
+        states = TeacherStates(Loop(self.resident, batches, room=room), keep=keep)
         try:
             yield states
         finally:
@@ -234,16 +234,6 @@ def pinned(chosen: Chosen) -> dict[str, Any]:
     """What decides the work of a stage: its name and settings, without those that its `not_pinned` names."""
     free = getattr(chosen.settings, "not_pinned", ())
     return {name: value for name, value in chosen.to_dict().items() if name not in free}
-
-
-def passes_at_most(stages: Sequence[Chosen], architecture: Architecture, *, starts: int = 1) -> float:
-    """Passes of the whole model over the text that stages take, as far as they say so.
-
-    Args:
-        starts: starting points of a fit.
-    """
-    known = [chosen.entry.facts.get("passes") for chosen in stages]
-    return sum(float(passes(architecture)) * starts for passes in known if passes is not None)
 
 
 def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -> Healed:

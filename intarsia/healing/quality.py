@@ -7,15 +7,17 @@ Shape suffixes: `B` sequences, `T` tokens, `D` residual width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from intarsia.activations.hidden_store import HiddenStore, Room
-from intarsia.activations.loop import Batches
+from intarsia.activations.batches import Batches
+from intarsia.activations.hidden_store import Room
+from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import Resident
+from intarsia.building.recipe_layers import RecipeLayers
 from intarsia.data.corpus import Corpus
 from intarsia.evaluation.chain import Chain
 from intarsia.evaluation.perplexity import Perplexity, perplexity
@@ -75,54 +77,41 @@ def quality(
     room = room or Room()
     chain = Chain(recipe, resident, room=room)
     batch_tokens = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
-    found = [perplexity(chain, text, batch_tokens=batch_tokens, progress=progress) for text in (held_out, *texts)]
+    found = [perplexity(chain, text, batch_tokens=batch_tokens) for text in (held_out, *texts)]
     if not errors:
         return Quality(texts=tuple(found), errors=())
     batches = Batches(held_out, resident.device, batch_tokens=batch_tokens, progress=progress)
-    return Quality(texts=tuple(found), errors=tuple(_errors(recipe, chain, resident, batches, room)))
+    return Quality(texts=tuple(found), errors=tuple(_errors(recipe, chain, batches, room)))
 
 
 @torch.inference_mode()
-def _errors(recipe: Recipe, chain: Chain, resident: Resident, batches: Batches, room: Room) -> list[float]:
+def _errors(recipe: Recipe, chain: Chain, batches: Batches, room: Room) -> list[float]:
     """Both models go through their layers once: the recipe's first, whose states are kept at the ends of its spans."""
-    corpus = batches.corpus
-    shape, dtype = (len(corpus), corpus.seq_len, resident.architecture.width), resident.model.dtype
-    own, original = HiddenStore(shape, dtype, room=room), HiddenStore(shape, dtype, room=room)
-    ends = HiddenStore(shape, dtype, room=room)
+    loop = Loop(chain.layers.resident, batches, room=room)
+    own, original = loop.store(), loop.store()
+    whole = RecipeLayers.of(identity(recipe.variant(recipe.base), recipe.depth), loop.resident)
     sums = [0.0] * len(recipe.layers)
-
-    def keep(index: int) -> None:
-        for rows, _, _ in batches.over():
-            ends.put(index, rows.start, own.get(0, rows.start, rows.stop, torch.device("cpu")))
 
     def compare(depth: int) -> None:
         for index, (_, stop) in enumerate(recipe.spans):
             if stop != depth:
                 continue
             for rows, ids, mask in batches.over():
-                h_BTD, found = (
-                    store.get(at, rows.start, rows.stop, resident.device)
-                    for store, at in ((original, 0), (ends, index))
-                )
                 real = ids.numel() if mask is None else int(mask.sum())
-                sums[index] += float(hidden_mse(h_BTD, found, mask)) * real
-            ends.drop(index)
+                wanted, found = loop.reader(original)(rows), loop.reader(own, index + 1)(rows)
+                sums[index] += float(hidden_mse(wanted, found, mask)) * real
+            own.drop(index + 1)
 
     try:
-        chain.through(batches, own, keep)
-        _original(recipe, resident, batches, original, compare)
+        loop.embed(own)
+        for index in loop.through(chain.layers.placed(), own, at=range(len(recipe.layers) + 1)):
+            if index == 0:
+                own.drop(0)
+        loop.embed(original)
+        compare(0)
+        for layer in loop.through(whole.placed(), original):
+            compare(layer + 1)
     finally:
-        for store in (own, original, ends):
-            store.close()
-    return [total / max(corpus.tokens, 1) for total in sums]
-
-
-def _original(
-    recipe: Recipe, resident: Resident, batches: Batches, states: HiddenStore, compare: Callable[[int], None]
-) -> None:
-    """The original goes through its layers; `compare` is called at every depth."""
-    variant = recipe.variant(recipe.base)
-    whole = Chain(identity(variant, recipe.depth), resident)
-    batches.each(lambda rows, ids, mask: states.put(0, rows.start, whole.stream.enter(ids, mask).h_BTD))
-    compare(0)
-    whole.through(batches, states, lambda layer: compare(layer + 1))
+        own.close()
+        original.close()
+    return [total / max(batches.corpus.tokens, 1) for total in sums]

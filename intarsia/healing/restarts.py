@@ -9,7 +9,7 @@ Each finished fit is kept in a folder until the best is known, so that a killed 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,9 @@ from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.progress import Progress
 from intarsia.recipe import schema
-from intarsia.recipe.recipe import Recipe, identity
+from intarsia.recipe.recipe import Recipe
 
 AS_IT_IS = "as it is"
-MOST_BLOCKS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,24 +72,6 @@ def starts(recipe: Recipe, architecture: Architecture) -> list[Start]:
     return found
 
 
-def block_starts(recipe: Recipe, evidence: Mapping[str, Any]) -> tuple[Start, ...]:
-    """The original without one block of layers: the `MOST_BLOCKS` best of those that the step to this depth tried.
-
-    There they were compared with one layer of each fitted; a fit over all layers may change their order (dev/LOG.md).
-
-    Args:
-        evidence: what the ladder logged of that step.
-    """
-    tried = [each for each in evidence.get("repair", {}).get("finalists", ()) if "of" in each]
-    whole = identity(recipe.variant(recipe.base), recipe.depth).layers
-    found: list[Start] = []
-    for first, end in (each["replaced"] for each in sorted(tried, key=lambda each: min(each["held_out_loss"]))):
-        block = recipe.with_layers([*whole[:first], *whole[end:]])
-        if block.layers != recipe.layers:
-            found.append(Start(name=f"the original without layers {first} to {end - 1}", recipe=block))
-    return tuple(found[:MOST_BLOCKS])
-
-
 def best_fit(
     points: Sequence[Start],
     teacher: TeacherStates,
@@ -127,7 +108,7 @@ def best_fit(
         return found, fits
 
     def judged(found: Recipe) -> float:
-        return held_out_perplexity(teacher.resident, held_out, found, room=room, progress=progress)
+        return held_out_perplexity(teacher.resident, held_out, found, room=room)
 
     best = best_of(points, fitted, judged)
     if several:
@@ -159,13 +140,13 @@ def forget(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def held_out_perplexity(resident: Resident, corpus: Corpus, recipe: Recipe, *, room: Room, progress: Progress) -> float:
+def held_out_perplexity(resident: Resident, corpus: Corpus, recipe: Recipe, *, room: Room) -> float:
     """What a recipe is judged by.
 
     Raises:
         UserError: it is not finite.
     """
-    return perplexity(Chain(recipe, resident, room=room), corpus, progress=progress).value
+    return perplexity(Chain(recipe, resident, room=room), corpus).value
 
 
 def _closed_form_names(architecture: Architecture) -> set[str]:

@@ -1,14 +1,13 @@
-"""Settings of every heal stage; those of trainings are checked when they are made."""
+"""What the settings of heal stages share; those of trainings are checked when they are made."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from intarsia.architecture.spec import Part
 from intarsia.errors import Problem, UserError
-from intarsia.flags import flag, token_count
 
 Layers: TypeAlias = Literal["spans", "behind"]
 """Which output layers a stage changes. `spans`: those that stand for more than one original layer, or were merged;
@@ -100,88 +99,8 @@ class Pace:
         return asdict(self)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerwiseSettings(Pace):
-    """How single layers are trained."""
-
-    # Peak of the learning rate.
-    lr: float = flag(3e-4, "--layer-lr")
-    # Tokens of an optimiser step.
-    batch_tokens: int = flag(2048, "--layer-batch-tokens", metavar="N", parse=token_count)
-    # Weight of the KL between softmaxed hidden states; alone it is as published.
-    kl: float = flag(1.0, "--layer-kl")
-    # Weight of the squared error of hidden states.
-    mse: float = flag(1.0, "--layer-mse")
-    # Weight of 1 - cosine of hidden states.
-    cosine: float = flag(0.0, "--layer-cosine")
-    # What a token counts in the squared error.
-    weighting: Weighting = "relative"
-    # A layer is fed the `teacher`'s hidden states, as published, and is independent of the others; or those of the
-    # `student`: of the layers before it, trained already, so that it learns to correct what they left.
-    inputs: Literal["teacher", "student"] = flag("teacher", "--layer-inputs")
-    # Layers that are trained: those that were changed, or also every layer after the first of them.
-    layers: Layers = flag("spans", "--train-layers")
-    # Names of tensors or modules inside a layer (`down_proj`, `mlp`, ...) that are trained; empty for all.
-    only: tuple[str, ...] = ()
-
-    def checks(self) -> Iterable[Check]:
-        """What must hold."""
-        yield from Pace.checks(self)
-        yield from _weights(self, ("kl", "mse", "cosine"))
-        known = get_args(Weighting)
-        yield "weighting", f"one of {', '.join(known)}", self.weighting, self.weighting in known
-        yield "inputs", "teacher or student", self.inputs, self.inputs in ("teacher", "student")
-        yield "layers", "spans or behind", self.layers, self.layers in get_args(Layers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EndToEndSettings(Pace):
-    """How the whole model is trained."""
-
-    # May differ when a training is resumed: what is pinned decides the result.
-    not_pinned: ClassVar = ("log", "micro_tokens", "checkpointing")
-
-    # Peak of the learning rate.
-    lr: float = 1e-4
-    # Tokens of an optimiser step.
-    batch_tokens: int = flag(8192, "--step-tokens", metavar="N", parse=token_count)
-    # Weight of the KL of next tokens, against the teacher's.
-    logits: float = 1.0
-    # Weight of the relative squared error of hidden states at the ends of the changed layers' spans.
-    hidden: float = 0.0
-    # Weight of the text itself.
-    cross_entropy: float = 0.0
-    # Temperature of the KL of next tokens.
-    temperature: float = 1.0
-    # Learn from a cache of the teacher's K likeliest tokens, written once and reused; None runs the teacher beside the
-    # student.
-    top_k: int | None = None
-    # Rank of low-rank changes to every linear layer (of a mixture, of its attention); None trains all parameters of the
-    # layers.
-    lora: int | None = None
-    # Tokens of one forward and backward pass on one device; gradients are accumulated up to `batch_tokens`. None: as
-    # many as a step has, at most 2048 on CPU and 16384 elsewhere.
-    micro_tokens: int | None = None
-    # Recompute activations in the backward pass: slower, and much less memory.
-    checkpointing: bool = False
-    # `bf16` runs products in bfloat16 with parameters in float32; `no` runs all in float32; `auto` is bf16 for a model
-    # stored in 16 bits.
-    precision: Literal["auto", "bf16", "no"] = "auto"
-    # A tracker that Accelerate knows, such as `tensorboard`.
-    log: str | None = None
-
-    def checks(self) -> Iterable[Check]:
-        """What must hold."""
-        yield from Pace.checks(self)
-        yield from _weights(self, ("logits", "hidden", "cross_entropy"))
-        yield "temperature", "a number above 0", self.temperature, 0.0 < self.temperature < float("inf")
-        for name in ("top_k", "lora", "micro_tokens"):
-            value = getattr(self, name)
-            yield name, "a whole number, 1 or more", value, value is None or value >= 1
-        yield "precision", "one of auto, bf16, no", self.precision, self.precision in ("auto", "bf16", "no")
-
-
-def _weights(settings: object, names: tuple[str, ...]) -> Iterable[Check]:
+def weight_checks(settings: object, names: tuple[str, ...]) -> Iterable[Check]:
+    """That weights of losses are none below 0, and one above."""
     found = {name: getattr(settings, name) for name in names}
     right = all(0.0 <= weight < float("inf") for weight in found.values()) and any(found.values())
     yield " + ".join(names), "weights of 0 or more, at least one of them above 0", found, right

@@ -32,7 +32,7 @@ from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import missing_package
 from intarsia.healing.losses import cross_entropy, hidden_mse, logit_kl, over_rows, top_k_kl
-from intarsia.healing.settings import EndToEndSettings
+from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.recipe.recipe import Recipe
 
 _ADAPTER = "default"

@@ -26,19 +26,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import HiddenStore, Room
-from intarsia.activations.loop import Batches
-from intarsia.activations.statistics import require_finite
-from intarsia.activations.stream import LayerStream
+from intarsia.activations.loop import Loop
 from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import Resident
+from intarsia.building.recipe_layers import Placed
 from intarsia.checkpoint.staging import staged_folder
 from intarsia.errors import UserError
 from intarsia.healing.losses import top_k_of
-from intarsia.healing.settings import EndToEndSettings
+from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import Lesson, SplitModel
 from intarsia.healing.training import Text
-from intarsia.progress import Progress, Silent
+from intarsia.progress import Progress, current
 
 _SIGN = "facts.json"
 _ROWS = 256
@@ -52,38 +52,27 @@ class TeacherStates:
 
     def __init__(
         self,
-        resident: Resident,
-        batches: Batches,
+        loop: Loop,
         *,
         layers: Sequence[nn.Module] | None = None,
-        sequences: int | None = None,
         known: HiddenStore | None = None,
         keep: bool = False,
-        room: Room | None = None,
-        progress: Progress | None = None,
     ) -> None:
         """Nothing is run yet; `learn` does that.
 
         Args:
-            resident: the original model.
-            batches: of the text.
-            layers: of another teacher, between the resident one's embedding and head.
-            sequences: how many of the text, from the first on; default: all.
+            loop: over the text, of the original model.
+            layers: of another teacher, between the original's embedding and head.
             known: hidden states of the teacher that were measured already; they must stay as they are.
             keep: keep every depth that is passed, for later fits, which may ask for others.
         """
         # Those of the teacher.
-        self.layers: Sequence[nn.Module] = resident.layers if layers is None else layers
-        self.resident, self.batches, self.keep = resident, batches, keep
-        # Layers that were run on these sequences so far.
+        self.layers: Sequence[nn.Module] = loop.resident.layers if layers is None else layers
+        self.loop, self.resident, self.batches, self.keep = loop, loop.resident, loop.batches, keep
+        # Layers that were run so far.
         self.cost = 0
-        corpus = batches.corpus
-        self.sequences = len(corpus) if sequences is None else sequences
-        self._stream = LayerStream(resident.model, resident.architecture)
-        self._progress = progress or Silent()
-        shape = (self.sequences, corpus.seq_len, resident.architecture.width)
         # What was run here, by depth.
-        self.store = HiddenStore(shape, resident.model.dtype, room=room)
+        self.store = loop.store()
         self._stores = [self.store, *([] if known is None else [known])]
 
     @torch.no_grad()
@@ -98,25 +87,21 @@ class TeacherStates:
         if not missing:
             return
         before = [depth for depth in known if depth < min(missing)]
-        first = max(before, default=0)
-        wanted = sorted(missing | set(range(first, max(missing)) if self.keep else ()) - known)
-        with self._progress.task("running the original", max(missing) - first) as task:
-            at = first
-            if not before:
-                at = wanted[0]
-                self.batches.each(partial(self._enter, at), self._all)
-            for layer, module in enumerate(self.resident.walk(self.layers[first : max(missing)]), first):
-                after = next(depth for depth in wanted if depth > layer)
-                self._through(layer, module, at, after)
+        first, last = max(before, default=0), max(missing)
+        wanted = sorted(missing | set(range(first, last) if self.keep else ()) - known)
+        if not before:
+            self.loop.embed(self.store, wanted[0])
+        # The depth that the states go into before each layer, and after the last.
+        at = [
+            first if before else wanted[0],
+            *[next(depth for depth in wanted if depth > layer) for layer in range(first, last)],
+        ]
+        layers = [Placed(self.layers[layer], layer) for layer in range(first, last)]
+        read = partial(self.at, at[0])
+        with current().task("running the original", last - first) as task:
+            for _ in self.loop.through(layers, self.store, read=read, at=at, name=partial(_output_name, first)):
                 self.cost += 1
-                at = after
                 task.advance()
-
-    def copy(self, hidden: HiddenStore) -> None:
-        """Take over what was measured, which may change from now on."""
-        for depth in hidden.depths():
-            for rows, _, _ in self.batches.over(self._all):
-                self.store.put(depth, rows.start, hidden.get(depth, rows.start, rows.stop, torch.device("cpu")))
 
     def at(self, depth: int, rows: slice) -> Tensor:
         """`h_BTD` of some sequences at a depth that is known, on the device."""
@@ -145,25 +130,12 @@ class TeacherStates:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def _all(self) -> slice:
-        return slice(0, self.sequences)
-
     def _depths(self) -> set[int]:
         return {depth for store in self._stores for depth in store.depths()}
 
-    def _enter(self, depth: int, rows: slice, ids: Tensor, mask: Tensor | None) -> None:
-        self.store.put(depth, rows.start, self._stream.enter(ids, mask).h_BTD)
 
-    def _through(self, layer: int, module: nn.Module, before: int, after: int) -> None:
-        """Run one layer from the states at one depth; what it gives is stored at another."""
-
-        def work(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
-            h_BTD = self._stream.run(module, self.at(before, rows), self._stream.calls(ids, mask)[layer])
-            require_finite(h_BTD, f"output of layer {layer} of the original")
-            self.store.put(after, rows.start, h_BTD)
-
-        self.batches.each(work, self._all)
+def _output_name(first: int, number: int) -> str:
+    return f"output of layer {first + number} of the original"
 
 
 def has_room(resident: Resident, batches: Batches, room: Room) -> bool:

@@ -27,7 +27,8 @@ from torch import Tensor
 from intarsia.data.corpus import Corpus
 from intarsia.disk import damage_named, full_disk_named, replaced, write_whole
 from intarsia.errors import UserError
-from intarsia.healing.settings import EndToEndSettings, Pace
+from intarsia.healing.settings import Pace
+from intarsia.healing.stages.end_to_end import EndToEndSettings
 
 
 @dataclass(frozen=True, kw_only=True)

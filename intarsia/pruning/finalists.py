@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from intarsia.building.recipe_layers import Tensors
 from intarsia.healing.layer_fit import LayerFit
 from intarsia.healing.restarts import Start
 from intarsia.healing.teacher import TeacherStates
-from intarsia.pruning.heal_in_loop import NEAREST, Repair, losses_behind
-from intarsia.pruning.intermediate import Intermediate, Tensors
+from intarsia.pruning.heal_in_loop import NEAREST, Repair, losses_after
+from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.step import Step, describe
 from intarsia.recipe.ops import Op, sources_of
@@ -94,7 +95,7 @@ def settle(repair: Repair, steps: Sequence[Step], *, blocks: int = 0) -> tuple[S
         The step, and as plain data what `Repair.replace` tells of it, with what each of the others has shown.
     """
     model, rows = repair.model, repair.held_out
-    original = model.original(len(model.corpus))  # held while the whole model is what was measured
+    original = model.original()  # held while the whole model is what was measured
     spent = model.layer_forwards
     trials: list[_Trial] = []
     with model.progress.task(f"repairing {len(steps) + blocks} finalists", len(steps) + blocks) as task:
@@ -142,7 +143,7 @@ def _blocks_tried(
 
     def loss(step: Step) -> float:
         first, _ = aside.exchange(step.start, step.count, None)
-        found = float(losses_behind(whole, first, rows).sum())
+        found = float(losses_after(whole, first, rows).sum())
         whole.become(ops)
         return found
 
@@ -157,7 +158,6 @@ def _blocks_tried(
             trials.append(_tried(aside, step, original, rows, before=before))
             advance()
     finally:
-        model.layer_forwards += whole.layer_forwards
         whole.close()
     return trials
 
@@ -174,7 +174,7 @@ def _tried(
     was = list(model.ops), list(model.fitted), list(model.modules)
     first, due = repair.exchange(step.start, step.count, step.op)
     if before is None:
-        before = float(losses_behind(model, first, rows).sum())
+        before = float(losses_after(model, first, rows).sum())
     unrepaired = {index: model.fitted[index] for index in due}
     fits, _ = repair.fit(first, due, original)
     fitted = {
@@ -182,7 +182,7 @@ def _tried(
         for index in due
         if (tensors := model.fitted[index]) is not None and tensors is not unrepaired[index]
     }
-    after = float(losses_behind(model, first, rows).sum()) if fitted else before
+    after = float(losses_after(model, first, rows).sum()) if fitted else before
     model.ops, model.fitted, model.modules = was
     if model.measures:
         model.refresh()  # where a second layer was fitted, those before it were measured anew

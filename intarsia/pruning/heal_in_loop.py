@@ -16,13 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from intarsia.activations.hidden_store import HiddenStore
-from intarsia.activations.loop import Batches
+from intarsia.activations.loop import Path
 from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import twin
-from intarsia.data.corpus import Corpus
 from intarsia.healing.closed_form import spool_of
 from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer, passes
 from intarsia.healing.layer_map import trainable
@@ -73,13 +71,13 @@ class Repair:
             without and with them, and how many layer-forwards this cost beside measuring the model.
         """
         model = self.model
-        original = model.original(len(model.corpus))  # held while the whole model is what was measured
+        original = model.original()  # held while the whole model is what was measured
         first, due = self.exchange(start, count, op)
         if not due:
             model.measure(first)
             return {"read_outs": [], "taken": False, "held_out_loss": None, "layer_forwards": 0}
         held_out = self.held_out
-        before = float(losses_behind(model, first, held_out).sum())
+        before = float(losses_after(model, first, held_out).sum())
         spent = (model.depth - first) * len(held_out) / len(model.corpus)
         unrepaired = {index: model.fitted[index] for index in due}
         fits, reached = self.fit(first, due, original)
@@ -144,10 +142,10 @@ class Repair:
                 self.settings.changed,
                 partial(_feed, model, index, model.ops[index], original, depth, self.settings.held_out),
                 index=index,
-                stream=model.stream,
+                stream=model.loop.stream,
                 architecture=model.architecture,
                 settings=self.settings,
-                spool=spool_of(model.resident, model.room),
+                spool=spool_of(model.resident, model.loop.room),
             )
         if tensors:
             model.fit(index, {**(model.fitted[index] or {}), **tensors}, module)
@@ -158,53 +156,21 @@ def _feed(
     model: Intermediate, start: int, op: Op, original: TeacherStates, depth: int, held_out: int
 ) -> Iterator[FitBatch]:
     """What a layer in the place of layer `start` is fed, and H^depth of the original, which it should give."""
-    for part, ids, mask in model.batches.over(slice(0, original.sequences)):
-        model.spend(1, part)
+    for part, ids, mask in model.batches.over():
+        model.loop.spend(1, part)
         yield FitBatch(
             h_BTD=model.hidden_at(start, part),
             wanted_BTD=original.at(depth, part),
-            call=model.stream.calls(ids, mask)[op.sources[0].layer],
+            call=model.loop.stream.calls(ids, mask)[op.sources[0].layer],
             mask=mask,
             held_B=torch.arange(part.start, part.stop) % held_out == 0,
         )
 
 
-@torch.inference_mode()
-def losses_behind(model: Intermediate, start: int, rows: Sequence[int]) -> Tensor:
+def losses_after(model: Intermediate, start: int, rows: Sequence[int]) -> Tensor:
     """Summed loss of some sequences as the layers are now, from H^start as it was measured: float64, `[rows]`."""
-    device, mask = model.resident.device, model.corpus.mask
-    some = Corpus.of(
-        model.corpus.input_ids[list(rows)],
-        mask=None if mask is None else mask[list(rows)],
-        description=model.corpus.description,
-        documents=1,
-    )
-    batches = Batches(some, device, batch_tokens=model.batches.size * some.seq_len, progress=model.progress)
-    states = HiddenStore(
-        (len(rows), some.seq_len, model.architecture.width), model.resident.model.dtype, room=model.room
-    )
-    found: list[Tensor] = []
 
-    def state(part: slice, index: int) -> Tensor:
-        if index > start:
-            return states.get(0, part.start, part.stop, device)
-        return model.hidden.rows(start, rows[part], device)
+    def read(part: slice) -> Tensor:
+        return model.hidden.rows(start, rows[part], model.resident.device)
 
-    def through(index: int, module: nn.Module) -> None:
-        def work(part: slice, ids: Tensor, keep: Tensor | None) -> None:
-            call = model.stream.calls(ids, keep)[model.ops[index].sources[0].layer]
-            states.put(0, part.start, model.stream.run(module, state(part, index), call))
-
-        batches.each(work)
-        model.spend(1, slice(0, len(rows)))
-
-    def last(part: slice, ids: Tensor, keep: Tensor | None) -> None:
-        found.append(model.stream.losses(state(part, model.depth), ids, keep)[0])
-
-    try:
-        for index, module in enumerate(model.resident.walk(model.modules[start:]), start):
-            through(index, module)
-        batches.each(last)
-    finally:
-        states.close()
-    return torch.cat(found)
+    return next(model.loop.some(rows).losses([Path(layers=model.placed(start), read=read)]))

@@ -73,11 +73,14 @@ def _target(layers: int | None) -> list[str]:
 
 
 def _options(settings: Mapping[str, Any]) -> list[str]:
-    chosen = planners.recorded({"name": settings["method"], **(settings.get("planner") or {})})
-    words = [*([] if chosen.name == "come" else ["--method", chosen.name]), *_general(settings)]
-    for option in () if chosen.settings is None else options_of(type(chosen.settings)):
-        if (value := getattr(chosen.settings, option.attribute)) != option.default:
-            words += option.words(value)
+    """Those of the method that are not their defaults; of a plugin that is not loaded none are known."""
+    method = str(settings["method"])
+    words = [*([] if method == "come" else ["--method", method]), *_general(settings)]
+    kind = planners.get(method).settings if method in planners else None
+    options = {} if kind is None else {option.attribute: option for option in options_of(kind)}
+    for name, value in (settings.get("planner") or {}).items():
+        if name in options and value != options[name].default:
+            words += options[name].words(value)
     return words
 
 

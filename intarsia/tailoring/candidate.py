@@ -59,7 +59,7 @@ class Keep:
 
 @dataclass(frozen=True, kw_only=True)
 class Join:
-    """A layer of member `first` concatenated with the removed layer behind it, of member `second`.
+    """A layer of member `first` concatenated with the removed layer after it, of member `second`.
 
     `share` of the pieces are the first's.
     """

@@ -1,6 +1,6 @@
 """Scores candidates of a family, with everything that they share in memory.
 
-No checkpoint is written and no model is loaded a second time. A trial runs what is new in it: layers behind the
+No checkpoint is written and no model is loaded a second time. A trial runs what is new in it: layers after the
 prefix that it shares with an earlier one, on examples that it was not run on yet. Each number is a function of the
 recipe and the budget alone: on the CPU it is the same to the last bit whatever was in the caches.
 
@@ -102,7 +102,7 @@ class Evaluator:
 
         Args:
             recipe: over the family, its variants called as the family's members are.
-            healed: fit its read-outs first, in closed form.
+            healed: fit its output projections first, in closed form.
 
         Raises:
             TrialFailed: something is not finite, or memory does not suffice.

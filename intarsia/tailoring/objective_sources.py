@@ -15,10 +15,9 @@ from typing import Any
 from intarsia.data.corpus import tokenize
 from intarsia.data.sources import documents
 from intarsia.errors import Problem, UserError
-from intarsia.evaluation.choices import Question
 from intarsia.evaluation.likelihood import Request, encode_pairs
-from intarsia.evaluation.task_file import names_a_file, read_questions, read_targets
-from intarsia.evaluation.tasks import HarnessTask, load_harness
+from intarsia.evaluation.task_file import Question, names_a_file, read_questions, read_targets
+from intarsia.evaluation.tasks import Task, load_tasks
 from intarsia.progress import current
 from intarsia.tailoring.family_file import ObjectiveSpec, Range
 from intarsia.tailoring.objective import Example, Objective, in_order
@@ -45,11 +44,11 @@ def harness_questions(name: str, part: Range) -> list[HarnessQuestion]:
     Raises:
         UserError: lm-eval is not installed, there is no such task, or it is none of choices with one right answer.
     """
-    (task,) = load_harness([name])
+    (task,) = load_tasks([name])
     return questions_of(task, part)
 
 
-def questions_of(task: HarnessTask, part: Range) -> list[HarnessQuestion]:
+def questions_of(task: Task, part: Range) -> list[HarnessQuestion]:
     """The questions of a task that is loaded; see `harness_questions`."""
     found = [question for leaf in task.leaves for question in _of_leaf(leaf, part)]
     if not found:
@@ -80,7 +79,7 @@ def _question(leaf: Any, name: str, instances: list[Any]) -> HarnessQuestion:
         gold = choices.index(gold)
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
         raise _refused(name, f"a question whose answer is {gold!r}")
-    # Behind the choices may stand others, without context, for mutual information.
+    # After the choices there may be others, without context, for mutual information.
     pairs = tuple((str(instance.args[0]), str(instance.args[1])) for instance in instances[: len(choices)])
     if not all(context.strip() and continuation.strip() for context, continuation in pairs):
         raise _refused(name, "a question that is blank")
@@ -163,7 +162,7 @@ def _examples(
 
 
 def _as_asked(question: Question) -> HarnessQuestion:
-    """As in `intarsia.evaluation.choices`: a choice stands behind the query and a space."""
+    """As in `intarsia.evaluation.tasks`: a choice stands after the query and a space."""
     return HarnessQuestion(
         pairs=tuple((question.query, " " + choice) for choice in question.choices),
         characters=tuple(len(choice) for choice in question.choices),
@@ -221,7 +220,7 @@ def part_of(spec: ObjectiveSpec) -> str:
 
 
 def _holds_targets(source: str) -> bool:
-    """Whether the first line is a query with a target; what is wrong with a file is told by whoever reads it."""
+    """Whether the first line is a query with a target; what is wrong with a file is reported by whoever reads it."""
     path = Path(source) if Path(source).is_file() else Path(source.partition("#")[0])
     try:
         with path.open(encoding="utf-8-sig") as file:

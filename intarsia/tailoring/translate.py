@@ -1,7 +1,7 @@
 """Candidates become recipes, and recipes candidates.
 
 A recipe that says more than the space can (three layers joined, counts off the grid) has a nearest candidate; whether
-that is the same model is told by the recipes' hashes.
+that is the same model is known by the recipes' hashes.
 """
 
 from __future__ import annotations
@@ -170,10 +170,10 @@ class Translator:
             return Keep(attention=attention, mlp=mlp if self.space.separate else None, scale=scale)
         sizes = {cut.source: len(cut.channels) for cut in op.cuts}
         first = _weightiest(op)
-        behind = [ref for ref in sizes if ref.layer == first.layer + 1]
-        if not self.space.shares or not behind:
+        after = [ref for ref in sizes if ref.layer == first.layer + 1]
+        if not self.space.shares or not after:
             return single(self._single(names[first.variant]))
-        second = max(behind, key=lambda ref: sizes[ref])
+        second = max(after, key=lambda ref: sizes[ref])
         share = sizes[first] / (sizes[first] + sizes[second])
         members = [self._single(names[ref.variant]) for ref in (first, second)]
         assert set(members) <= set(menu.members)

@@ -4,7 +4,7 @@ A fit makes a candidate look better on what it was fitted to than elsewhere. So 
 order, and of texts windows are drawn for it that no budget of the search reaches. Where an objective's examples are
 few, those of the largest budgets serve for both; items outside the splits are seen by neither. Each objective gives
 the same number of windows, as far as it has them: a question with its right answer, a query with its target, one
-behind the other, or windows of text.
+after the other, or windows of text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from intarsia.activations.loop import Batches
+from intarsia.activations.batches import Batches
+from intarsia.activations.loop import Loop
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing.closed_form import fit
@@ -65,13 +66,13 @@ def repair_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | N
 
 
 def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
-    """A recipe with its read-outs fitted towards what it would be uncut.
+    """A recipe with its output projections fitted towards what it would be uncut.
 
     Raises:
         UserError: activations are not finite.
     """
     batches = Batches(corpus, layers.resident.device)
-    with TeacherStates(layers.resident, batches, layers=teacher_of(recipe, layers)) as teacher:
+    with TeacherStates(Loop(layers.resident, batches), layers=teacher_of(recipe, layers)) as teacher:
         return fit(recipe, teacher, settings=_SETTINGS)[0]
 
 

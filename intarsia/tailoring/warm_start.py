@@ -163,7 +163,7 @@ def measure(
             task.note(name)
             resident = Resident(checkpoint, device=device, dtype=dtype)
             whole = identity(Variant(name=name, model=checkpoint.model), checkpoint.architecture.n_layers)
-            model = Intermediate(resident, corpus, whole.layers, progress=current())
+            model = Intermediate(resident, corpus, whole.layers)
             try:
                 model.measure()
                 for layer, (measured, module) in enumerate(zip(model.measures, model.modules, strict=True)):

@@ -113,7 +113,7 @@ def scored(scorer: Scorer, recipe: Recipe, budget: int) -> tuple[Outcome | None,
     except UserError:
         raise
     except Exception as error:
-        # Whatever a candidate makes a library do, the search goes on; five such trials at its beginning end it.
+        # Whatever a candidate makes a library do, the search continues; where the first five trials fail so, it ends.
         words = " ".join(str(error).split())
         return None, f"{type(error).__name__}: {words}"[:_LONGEST]
 

@@ -87,13 +87,15 @@ def test_what_is_fetched(hub: Hub, model: Make) -> None:
     asked = hub(model())
     resolve("gpt2")
     names = ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.model", "merges.txt"]
-    names += ["chat_template.jinja", "LICENSE.txt", "vocab.txt"]
+    names += ["chat_template.jinja", "LICENSE.txt", "vocab.txt", "additional_chat_templates/tool.jinja"]
     others = ["pytorch_model.bin", "consolidated.safetensors", "original/a.safetensors", "README.md", "code.py"]
     utils: Any = huggingface_hub.utils
-    kept = utils.filter_repo_objects(
-        [*names, *others], allow_patterns=asked[0]["allow_patterns"], ignore_patterns=asked[0]["ignore_patterns"]
-    )
-    assert list(kept) == names
+    kept = [list(utils.filter_repo_objects([*names, *others], **patterns(call))) for call in asked]
+    assert kept == [["additional_chat_templates/tool.jinja"], names[:-1]]
+
+
+def patterns(call: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in call.items() if key.endswith("patterns")}
 
 
 def test_hub_model_without_safetensors(tmp_path: Path, hub: Hub) -> None:

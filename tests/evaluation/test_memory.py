@@ -16,7 +16,7 @@ MB = 1024**2
 _PRELUDE = """
 import numpy as np
 import torch
-from intarsia.evaluation import memory
+from intarsia.evaluation import speed as memory
 
 MB = 1024**2
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.evaluation.choices import Question, Target
-from intarsia.evaluation.task_file import names_a_file, read_questions, read_targets
+from intarsia.evaluation.task_file import Question, Target, names_a_file, read_questions, read_targets
 
 
 def lines(*records: object) -> str:
@@ -69,22 +68,23 @@ def test_every_bad_line_is_named_at_once(tmp_path: Path) -> None:
     file.write_text(lines(*records) + "\n{broken\n")
     with pytest.raises(UserError) as raised:
         read_questions(str(file))
-    found = {problem.where.removeprefix(str(file)): problem for problem in raised.value.problems}
-    assert list(found) == [
-        ":2, gold",
+    found = [problem.message.removeprefix(str(file)).partition(": ") for problem in raised.value.problems]
+    assert [place for place, _, _ in found] == [
+        ":2",
         ":3, gold",
         ":4, gold",
         ":5, choices",
-        ":6, choices",
+        ":6, choices, 1",
         ":7, query",
         ":8, query",
         ":9",
         ":11",
     ]
-    assert found[":2, gold"].expected == "the index of the right choice, 0 to 1"
-    assert found[":2, gold"].found == "2"
-    assert found[":8, query"].found == "no 'query'; the keys 'question', 'choices', 'gold'"
-    assert "JSON object" in found[":11"].expected
+    said = {place: message for place, _, message in found}
+    assert said[":2"] == "gold is 2, and there are 2 choices."
+    assert said[":7, query"] == "text is blank."
+    assert said[":8, query"] == "Field required."
+    assert "JSON" in said[":11"]
 
 
 def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
@@ -93,15 +93,15 @@ def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         read_questions(str(file))
     assert len(raised.value.problems) == 21
-    assert raised.value.problems[-1].found == "30 more problems"
+    assert raised.value.problems[-1].message == f"{file} has 30 more problems."
 
 
 @pytest.mark.parametrize(
     ("content", "spec", "limit", "found"),
     [
-        (b"", "", None, "an empty file"),
-        (b"\n \n", "", None, "an empty file"),
-        (lines(good(0), good(1)).encode(), "#0.6:1", None, "2 items in the file, none of them left"),
+        (b"", "", None, "is empty"),
+        (b"\n \n", "", None, "is empty"),
+        (lines(good(0), good(1)).encode(), "#0.6:1", None, "none of the 2 items"),
         (b"\xff\xfe", "", None, "byte 0xff at offset 0"),
         (lines(good(0)).encode(), "#0.5", None, "'0.5'"),
     ],
@@ -111,14 +111,14 @@ def test_files_without_items(tmp_path: Path, content: bytes, spec: str, limit: i
     file.write_bytes(content)
     with pytest.raises(UserError) as raised:
         read_questions(f"{file}{spec}", limit=limit)
-    assert raised.value.problems[0].found == found
+    assert found in raised.value.problems[0].message
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="found nothing there"):
+    with pytest.raises(UserError, match="no such file"):
         read_questions(str(tmp_path / "none.jsonl"))
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(UserError, match="found a folder"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_questions(str(tmp_path / "folder.jsonl"))
 
 
@@ -129,4 +129,5 @@ def test_targets(tmp_path: Path) -> None:
     file.write_text(lines({"query": "q", "target": ""}, {"query": "r"}))
     with pytest.raises(UserError) as raised:
         read_targets(str(file))
-    assert [problem.where.removeprefix(str(file)) for problem in raised.value.problems] == [":1, target", ":2, target"]
+    places = [problem.message.removeprefix(str(file)).partition(": ")[0] for problem in raised.value.problems]
+    assert places == [":1, target", ":2, target"]

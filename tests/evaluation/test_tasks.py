@@ -12,18 +12,45 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from intarsia.errors import UserError
-from intarsia.evaluation.choices import Question
-from intarsia.evaluation.retention import retention
-from intarsia.evaluation.task_file import read_questions
-from intarsia.evaluation.task_plan import plan_tasks, score_tasks
-from intarsia.evaluation.tasks import load_harness, run_harness
+from intarsia.evaluation.likelihood import Likelihoods
+from intarsia.evaluation.results import TaskScore, retention
+from intarsia.evaluation.task_file import Question, read_questions
+from intarsia.evaluation.tasks import Task, TaskPlan, load_tasks, plan_tasks, score_tasks
 from tests import families
-from tests.evaluation.test_choices import some_questions
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tasks"
+
+WORDS = families.sample_text(200, seed=9).replace(".", "").split()
+
+
+def some_questions(n: int) -> list[Question]:
+    """Questions of made-up words, with two to four choices of one to four words."""
+    return [
+        Question(
+            query=" ".join(WORDS[i : i + 3 + i % 4]),
+            choices=tuple(" ".join(WORDS[i * c : i * c + 1 + (i + c) % 4]) for c in range(2, 4 + i % 3)),
+            gold=i % 2,
+        )
+        for i in range(1, n + 1)
+    ]
+
+
+def log_p_by_hand(model: torch.nn.Module, query: str, continuation: str) -> tuple[float, int]:
+    tokenizer = families.make_tokenizer()
+    ids, known = tokenizer.encode(query + continuation), len(tokenizer.encode(query))
+    with torch.inference_mode():
+        log_p = F.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].double(), dim=-1)
+    return sum(log_p[t - 1, ids[t]].item() for t in range(known, len(ids))), len(ids) - known
+
+
+def run_task(task: Task, model: Any, tokenizer: Any, *, limit: int | None = None) -> tuple[TaskScore, ...]:
+    plan = TaskPlan(tasks=(task,), limit=limit, num_fewshot=None)
+    return score_tasks(plan, model, tokenizer, name="tiny").scores
+
 
 METRICS = """
 metric_list:
@@ -77,9 +104,9 @@ def test_local_scores_equal_those_of_lm_eval(family: str, tmp_path: Path) -> Non
 
     plan = plan_tasks([str(file)], limit=25)
     (ours,) = score_tasks(plan, model, families.make_tokenizer(), name="tiny").scores
-    (task,) = load_harness(["quiz"], include_path=tmp_path)
+    (task,) = load_tasks(["quiz"], include_path=tmp_path)
     tokenizer = families.make_tokenizer()
-    (through,) = run_harness(task, model, tokenizer, limit=25)
+    (through,) = run_task(task, model, tokenizer, limit=25)
 
     samples = sorted(theirs["samples"]["quiz"], key=lambda sample: sample["doc_id"])
     for metric in ("acc", "acc_norm"):
@@ -92,6 +119,58 @@ def test_local_scores_equal_those_of_lm_eval(family: str, tmp_path: Path) -> Non
     assert (through.name, through.version, ours.version) == ("quiz", "3.0", None)
     assert through.source.startswith("lm-eval 0.4.")
     assert tokenizer.pad_token is None, "the tokenizer is left as it is"
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_accuracy_by_hand(family: str, tmp_path: Path) -> None:
+    model, questions = families.make_model(family), some_questions(30)
+    acc, acc_norm = [], []
+    for question in questions:
+        sums = [log_p_by_hand(model, question.query, " " + choice)[0] for choice in question.choices]
+        normed = [total / len(choice) for total, choice in zip(sums, question.choices, strict=True)]
+        acc.append(float(sums.index(max(sums)) == question.gold))
+        acc_norm.append(float(normed.index(max(normed)) == question.gold))
+    (score,) = local_scores(tmp_path, questions, model)
+    assert score.outcomes == {"acc": tuple(acc), "acc_norm": tuple(acc_norm)}
+    assert acc != acc_norm
+    assert score.metrics["acc"].value == pytest.approx(sum(acc) / 30)
+    assert (score.n, score.source, score.primary) == (30, "local", "acc_norm")
+    assert score.chance == pytest.approx(sum(1 / len(question.choices) for question in questions) / 30)
+
+
+def local_scores(folder: Path, questions: Sequence[Question], model: Any) -> tuple[TaskScore, ...]:
+    file = write_task(folder, "quiz", questions)
+    return score_tasks(plan_tasks([str(file)]), model, families.make_tokenizer(), name="tiny").scores
+
+
+def test_ties_go_to_the_first_and_length_counts_in_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [
+        Question(query="a", choices=("same", "same", "no"), gold=0),
+        Question(query="a", choices=("same", "same", "no"), gold=1),
+        Question(query="a", choices=("ab", "éééé"), gold=1),
+    ]
+    sums = torch.tensor([-1.0, -1.0, -3.0, -1.0, -1.0, -3.0, -2.0, -3.0], dtype=torch.float64)
+    found = Likelihoods(sums_R=sums, greedy_R=torch.zeros(8, dtype=torch.bool))
+    monkeypatch.setattr("intarsia.evaluation.tasks.score_requests", lambda *_, **__: found)
+    (score,) = local_scores(tmp_path, questions, families.make_model("llama"))
+    assert score.outcomes["acc"] == (1.0, 0.0, 0.0)
+    assert score.outcomes["acc_norm"] == (1.0, 0.0, 1.0)  # -3 over four characters, not over eight bytes
+
+
+def test_items_are_pinned(tmp_path: Path) -> None:
+    questions, model = some_questions(5), families.make_model("llama")
+    wrong = Question(query=questions[0].query, choices=questions[0].choices, gold=1 - questions[0].gold)
+    hashes = [
+        local_scores(tmp_path, given, model)[0].items_sha256
+        for given in (questions, questions, questions[:4], [wrong, *questions[1:]])
+    ]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
+def test_a_choice_longer_than_the_model(tmp_path: Path) -> None:
+    long = Question(query="a", choices=("b " * families.POSITIONS, "c"), gold=0)
+    with pytest.raises(UserError, match="tokens of its own"):
+        local_scores(tmp_path, [long], families.make_model("llama"))
 
 
 @pytest.mark.registry
@@ -133,7 +212,7 @@ def test_fewshot_prompts_change_the_items(tmp_path: Path) -> None:
     assert two.num_fewshot == 2
     with pytest.raises(UserError, match="the same items"):
         retention(none.scores, two.scores, against="tiny")
-    with pytest.raises(UserError, match=r"--num-fewshot: expected a task of lm-eval"):
+    with pytest.raises(UserError, match="name a task of lm-eval"):
         plan_tasks([str(file)], num_fewshot=2)
 
 
@@ -148,15 +227,15 @@ def test_a_group_is_aggregated_as_lm_eval_does(tmp_path: Path) -> None:
         "group: even\ntask: [quiz_a, quiz_b]\naggregate_metric_list:\n  - metric: acc\n    weight_by_size: false\n"
     )
     model, tokenizer = families.make_model("llama"), families.make_tokenizer()
-    group, even = load_harness(["quizzes", "even"], include_path=tmp_path)
-    (whole,) = run_harness(group, model, tokenizer)
+    group, even = load_tasks(["quizzes", "even"], include_path=tmp_path)
+    (whole,) = run_task(group, model, tokenizer)
     theirs = of_the_harness("quizzes", tmp_path, model, families.make_tokenizer(), limit=None)
     assert whole.metrics["acc"].value == pytest.approx(theirs["groups"]["quizzes"]["acc,none"])
     assert (whole.name, whole.n, whole.primary) == ("quizzes", 30, "acc")
     assert sum(whole.outcomes["acc"]) / 30 == pytest.approx(whole.metrics["acc"].value)
     assert whole.chance == pytest.approx(sum(1 / len(question.choices) for question in questions) / 30)
 
-    (uneven,) = run_harness(even, model, tokenizer)
+    (uneven,) = run_task(even, model, tokenizer)
     parts = [theirs["results"][name]["acc,none"] for name in ("quiz_a", "quiz_b")]
     assert uneven.metrics["acc"].value == pytest.approx(sum(parts) / 2)
     assert uneven.outcomes == {}, "no mean over items"
@@ -165,8 +244,8 @@ def test_a_group_is_aggregated_as_lm_eval_does(tmp_path: Path) -> None:
 def test_a_tag_is_several_tasks(tmp_path: Path) -> None:
     for name in ("quiz_a", "quiz_b"):
         write_task(tmp_path, name, some_questions(4), "tag: both\n")
-    (tag,) = load_harness(["both"], include_path=tmp_path)
-    scores = run_harness(tag, families.make_model("llama"), families.make_tokenizer(), limit=3)
+    (tag,) = load_tasks(["both"], include_path=tmp_path)
+    scores = run_task(tag, families.make_model("llama"), families.make_tokenizer(), limit=3)
     assert [(score.name, score.n) for score in scores] == [("quiz_a", 3), ("quiz_b", 3)]
 
 
@@ -179,8 +258,8 @@ def test_contexts_to_choose_from(tmp_path: Path) -> None:
     (tmp_path / "quiz.yaml").write_text(written)
     model = families.make_model("qwen2")
     theirs = of_the_harness("quiz", tmp_path, model, families.make_tokenizer(), limit=None)
-    (task,) = load_harness(["quiz"], include_path=tmp_path)
-    (score,) = run_harness(task, model, families.make_tokenizer())
+    (task,) = load_tasks(["quiz"], include_path=tmp_path)
+    (score,) = run_task(task, model, families.make_tokenizer())
     samples = sorted(theirs["samples"]["quiz"], key=lambda sample: sample["doc_id"])
     assert score.outcomes["acc"] == tuple(float(sample["acc"]) for sample in samples)
     assert 0 < sum(score.outcomes["acc"]) < 20
@@ -192,8 +271,8 @@ def test_contexts_to_choose_from(tmp_path: Path) -> None:
 def test_a_task_without_items(tmp_path: Path) -> None:
     write_task(tmp_path, "quiz", some_questions(3), "process_docs: !function emptied.none\n")
     (tmp_path / "emptied.py").write_text("def none(docs):\n    return docs.select([])\n")
-    with pytest.raises(UserError, match="task quiz: expected a task whose data set can be read and has items"):
-        load_harness(["quiz"], include_path=tmp_path)
+    with pytest.raises(UserError, match="The data set of the task quiz cannot be read"):
+        load_tasks(["quiz"], include_path=tmp_path)
 
 
 def test_a_task_that_writes_text(tmp_path: Path) -> None:
@@ -206,8 +285,8 @@ def test_a_task_that_writes_text(tmp_path: Path) -> None:
         + "generation_kwargs:\n  until: ['.']\n  max_gen_toks: 3\n"
         + "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
     )
-    (task,) = load_harness(["quiz"], include_path=tmp_path)
-    (score,) = run_harness(task, families.make_model("llama"), families.make_tokenizer())
+    (task,) = load_tasks(["quiz"], include_path=tmp_path)
+    (score,) = run_task(task, families.make_model("llama"), families.make_tokenizer())
     assert (score.primary, score.n, score.chance) == ("exact_match", 3, None)
     assert score.outcomes == {"exact_match": (0.0, 0.0, 0.0)}
 
@@ -222,40 +301,38 @@ def test_random_numbers_of_others_stay(tmp_path: Path) -> None:
     random.seed(7)
     np.random.seed(7)
     torch.manual_seed(7)
-    (task,) = load_harness(["quiz"], include_path=tmp_path)
-    run_harness(task, model, families.make_tokenizer())
+    (task,) = load_tasks(["quiz"], include_path=tmp_path)
+    run_task(task, model, families.make_tokenizer())
     assert (random.random(), float(np.random.rand()), torch.rand(1).item()) == expected
 
 
 def test_unknown_names_come_with_the_nearest() -> None:
     with pytest.raises(UserError) as raised:
-        load_harness(["arc_eazy", "helaswag", "piqa"])
+        load_tasks(["arc_eazy", "helaswag", "piqa"])
     first, second = raised.value.problems
-    assert first.where == "task 'arc_eazy'" and "the nearest are arc_easy" in first.found
-    assert "hellaswag" in second.found
+    assert first.message == "There is no task 'arc_eazy'." and "Did you mean arc_easy" in first.hint
+    assert "hellaswag" in second.hint
 
 
 def test_data_sets_that_cannot_be_had(tmp_path: Path) -> None:
     write_task(tmp_path, "quiz", some_questions(3)).unlink()
-    with pytest.raises(
-        UserError, match=r"task quiz: expected a task whose data set can be read and has items; found .*Error: "
-    ):
-        load_harness(["quiz"], include_path=tmp_path)
-    with pytest.raises(UserError, match="--include-path: expected a folder"):
-        load_harness(["quiz"], include_path=tmp_path / "none")
+    with pytest.raises(UserError, match=r"The data set of the task quiz cannot be read \(.*Error: "):
+        load_tasks(["quiz"], include_path=tmp_path)
+    with pytest.raises(UserError, match="is no folder"):
+        load_tasks(["quiz"], include_path=tmp_path / "none")
 
 
 def test_lm_eval_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'intarsia\[tasks\]'"):
-        load_harness(["piqa"])
+        load_tasks(["piqa"])
 
 
 def test_plans_are_checked_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         plan_tasks(["piqa", " "], limit=0, num_fewshot=-1)
-    assert [problem.where for problem in raised.value.problems] == ["--tasks", "--limit", "--num-fewshot"]
-    with pytest.raises(UserError, match="at least one task"):
+    assert [problem.message.split()[0] for problem in raised.value.problems] == ["--tasks", "--limit", "--num-fewshot"]
+    with pytest.raises(UserError, match="names no task"):
         plan_tasks([])
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-from typer.testing import CliRunner
 
-from intarsia.cli.app import app
 from intarsia.recipe import schema
 from tests import families, wrappers
 from tests.checkpoint.test_quantised import quantise
+from tests.command import invoke
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*words: Any) -> dict[str, Any]:
-    done = CliRunner().invoke(app, [str(word) for word in words] + ["--json"])
+    done = invoke(*words, "--json")
     assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -55,7 +54,7 @@ def test_wrapper(tmp_path: Path, text_file: Path) -> None:
 def test_8_bits(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = families.save(families.make_model("llama"), tmp_path / "model")
     quantise(model, "block")
-    refused = CliRunner().invoke(app, ["compress", str(model), "-o", str(tmp_path / "out"), "--layers", "4"])
+    refused = invoke("compress", str(model), "-o", str(tmp_path / "out"), "--layers", "4")
     assert refused.exit_code == 2 and "--dequantize" in refused.stderr
     monkeypatch.chdir(tmp_path)
     compressed(Path("model"), tmp_path / "out", text_file, "--dequantize")
@@ -89,8 +88,8 @@ def test_streamed_plans_are_the_same(source: str, tmp_path: Path, text_file: Pat
     )
     for place, how in ((tmp_path / "one", ()), (tmp_path / "other", ("--stream",))):
         run("plan", model, "--run", place, *common, *how)
-        run("build", place, "-o", place / "model")
-    one, other = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("one", "other"))
+        run("build", place, "-o", tmp_path / f"{place.name}-model")
+    one, other = ((tmp_path / f"{name}-model" / "model.safetensors").read_bytes() for name in ("one", "other"))
     assert one == other
 
 
@@ -108,24 +107,23 @@ def test_gguf_file(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPa
 
 def test_exit_codes_of_verify(tmp_path: Path) -> None:
     model = families.save(families.make_model("llama"), tmp_path / "model")
-    runner = CliRunner()
-    assert runner.invoke(app, ["verify", str(model), "--no-load"]).exit_code == 0
+    assert invoke("verify", str(model), "--no-load").exit_code == 0
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "x.X"}}))
-    failed = runner.invoke(app, ["verify", str(model), "--no-load"])
+    failed = invoke("verify", str(model), "--no-load")
     assert failed.exit_code == 1
     assert "auto_map" in failed.stdout and "Remove auto_map." in failed.stdout
-    assert runner.invoke(app, ["verify", str(tmp_path)]).exit_code == 2
+    assert invoke("verify", str(tmp_path)).exit_code == 2
 
 
 def test_files_that_are_there_are_not_overwritten(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     model = families.save(families.make_model("llama"), tmp_path / "model")
     (tmp_path / "m.gguf").write_text("thesis")
-    runner, command = CliRunner(), ["export", str(model), "-o", str(tmp_path / "m.gguf")]
-    refused = runner.invoke(app, command)
+    command = ["export", str(model), "-o", str(tmp_path / "m.gguf")]
+    refused = invoke(*command)
     assert refused.exit_code == 2 and "--overwrite" in refused.stderr
     assert (tmp_path / "m.gguf").read_text() == "thesis"
-    assert runner.invoke(app, [*command, "--overwrite"]).exit_code == 0
+    assert invoke(*command, "--overwrite").exit_code == 0
     assert (tmp_path / "m.gguf").read_bytes()[:4] == b"GGUF"
-    assert runner.invoke(app, ["export", str(model), "-o", str(model)]).exit_code == 2
+    assert invoke("export", str(model), "-o", str(model)).exit_code == 2

@@ -10,13 +10,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
-from typer.testing import CliRunner
 
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.cli.app import app
+from intarsia.commands.push import push
 from intarsia.errors import UserError
-from intarsia.stages.push import push
+from tests.command import invoke
 from tests.conftest import Folder
 from tests.recipes_by_hand import recipe_of, select
 
@@ -97,7 +96,7 @@ def test_a_folder_is_sent_in_one_commit(hub: Hub, built: Path) -> None:
 
 def test_build_pushes_when_it_is_done(hub: Hub, recipe_file: Path, tmp_path: Path) -> None:
     command = ["build", str(recipe_file), "-o", str(tmp_path / "out"), "--push-to-hub", "small", "--private", "--json"]
-    done = CliRunner().invoke(app, command)
+    done = invoke(*command)
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert told["layers"] == 2
@@ -110,7 +109,7 @@ def test_export_pushes_the_file(hub: Hub, model_folder: Folder, tmp_path: Path) 
     pytest.importorskip("gguf")
     out = tmp_path / "m.gguf"
     command = ["export", str(model_folder("llama")), "-o", str(out), "--push-to-hub", "small", "--json"]
-    done = CliRunner().invoke(app, command)
+    done = invoke(*command)
     assert done.exit_code == 0, done.output
     sent = dict(hub.calls)["upload_file"]
     assert (sent["path_or_fileobj"], sent["path_in_repo"], sent["repo_id"]) == (out, "m.gguf", "ada/small")
@@ -119,7 +118,7 @@ def test_export_pushes_the_file(hub: Hub, model_folder: Folder, tmp_path: Path) 
 def test_nobody_logged_in_is_told_before_the_work(hub: Hub, recipe_file: Path, tmp_path: Path) -> None:
     hub.refusals["whoami"] = errors.LocalTokenNotFoundError("no token")
     command = ["build", str(recipe_file), "-o", str(tmp_path / "out"), "--push-to-hub", "small"]
-    done = CliRunner().invoke(app, command)
+    done = invoke(*command)
     assert done.exit_code == 2
     assert "nobody is logged in" in done.stderr and "hf auth login" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -139,7 +138,7 @@ def test_compress_dry_run_says_where_it_would_go(
         "--json",
     ]
     command += ["--calibration", str(text_file), "--tokens", "512", "--seq-len", "64", "--push-to-hub", "small"]
-    done = CliRunner().invoke(app, command)
+    done = invoke(*command)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["push"] == {
         "repository": "small",
@@ -181,6 +180,6 @@ def test_refusals(hub: Hub, built: Path, call: str, refusal: Exception, match: s
 def test_names_and_folders_that_cannot_be_sent(hub: Hub, built: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found a name that the hub does not take"):
         push(built, "a b")
-    with pytest.raises(UserError, match="expected a model folder, or an exported file; found a folder without"):
+    with pytest.raises(UserError, match=r"is a folder without a config\.json"):
         push(tmp_path, "small")
     assert hub.calls == []

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.commands.export import export
 from intarsia.errors import UserError
-from intarsia.stages.export import export
 from tests import families
 
 pytest.importorskip("gguf")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.stages.verify import verify
+from intarsia.commands.verify import verify
 from tests import families
 from tests.conftest import Folder
 from tests.recipes_by_hand import recipe_of, select, shared

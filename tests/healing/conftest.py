@@ -13,7 +13,8 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands import heal as verb
 from intarsia.commands.heal import HealedModel, HealResult, PerplexityTexts, TrainingText
 from intarsia.data.corpus import Corpus
-from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings
+from intarsia.healing.stages.end_to_end import EndToEndSettings
+from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.recipe.recipe import Recipe
 from tests import families
 from tests.conftest import Opened

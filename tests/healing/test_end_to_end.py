@@ -17,7 +17,7 @@ from intarsia.errors import UserError
 from intarsia.healing import end_to_end
 from intarsia.healing.end_to_end import WholeTraining, lesson_depths
 from intarsia.healing.quality import Chain, quality
-from intarsia.healing.settings import EndToEndSettings
+from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import Distiller, Lesson, build_student, load_student, with_trained
 from intarsia.healing.teacher import Teacher, TeacherSource, TopK
 from intarsia.healing.training import Text, read_curve

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 import intarsia
 from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.commands.job import load_tokenizer
+from intarsia.commands.recipes import open_variants
 from intarsia.data.text import draw
 from intarsia.errors import UserError
 from intarsia.healing import blend, closed_form, end_to_end
@@ -28,8 +30,6 @@ from intarsia.recipe import schema
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
-from intarsia.stages.build import open_variants
-from intarsia.stages.setup import load_tokenizer
 from tests import families
 from tests.closed_form_fits import fit_on
 from tests.healing.conftest import heal

@@ -13,7 +13,7 @@ import torch
 from intarsia.building.loaded_model import Resident
 from intarsia.errors import UserError
 from intarsia.healing import layer_training, layerwise, training
-from intarsia.healing.settings import LayerwiseSettings
+from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.training import Text
 from intarsia.recipe.recipe import Recipe
 from tests import families

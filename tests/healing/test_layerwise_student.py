@@ -16,7 +16,7 @@ from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing import layer_training, layerwise
 from intarsia.healing.losses import hidden_mse
-from intarsia.healing.settings import LayerwiseSettings
+from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.training import Text
 from intarsia.recipe.recipe import Recipe
 from tests import families

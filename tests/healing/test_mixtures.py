@@ -13,7 +13,9 @@ from intarsia.activations.stream import LayerStream
 from intarsia.building.loaded_model import load_model, twin
 from intarsia.healing import end_to_end, layerwise
 from intarsia.healing.layer_fit import FitBatch, PartFit, fittable, passes
-from intarsia.healing.settings import ClosedFormSettings, EndToEndSettings, LayerwiseSettings
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.stages.end_to_end import EndToEndSettings
+from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.student import load_student
 from intarsia.healing.teacher import Teacher, TeacherSource
 from intarsia.healing.training import Text

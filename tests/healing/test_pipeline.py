@@ -20,15 +20,14 @@ from intarsia.data.corpus import Corpus
 from intarsia.data.text import TextParts, draw
 from intarsia.errors import UserError
 from intarsia.healing import closed_form, restarts
-from intarsia.healing.pipeline import HealContext, Healed, check_stages, passes_at_most, run_stages
-from intarsia.healing.restarts import AS_IT_IS, Start, block_starts
+from intarsia.healing.pipeline import HealContext, Healed, check_stages, run_stages
+from intarsia.healing.restarts import AS_IT_IS, Start
 from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.options import Runtime, TextSpec
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, identity
 from intarsia.registry import heal_stage, heal_stages
 from intarsia.run_dir import RunDir
-from tests import families
 from tests.closed_form_fits import fit_on
 from tests.healing.conftest import LAYERWISE
 
@@ -190,21 +189,6 @@ def test_the_best_of_several_starts_and_killed_within(
     assert found.stages[-1].facts == facts
 
 
-def test_block_starts_are_the_best_that_were_tried(cut: Recipe) -> None:
-    def tried(first: int, loss: float) -> dict[str, Any]:
-        return {"of": "block", "replaced": [first, first + 2], "held_out_loss": [loss + 1, loss]}
-
-    finalists = [{"replaced": [0, 1], "held_out_loss": [0.1]}, tried(0, 3.0), tried(1, 1.0), tried(2, 2.0)]
-    whole = identity(cut.variants[0], cut.depth).layers
-    found = block_starts(cut.with_layers((*whole[:1], *whole[3:])), {"repair": {"finalists": finalists}})
-    assert [start.name for start in found] == [
-        "the original without layers 2 to 3",
-        "the original without layers 0 to 1",
-    ]
-    assert found[0].recipe.layers == (*whole[:2], *whole[4:])
-    assert block_starts(cut, {}) == ()
-
-
 def test_what_a_stage_needs_is_checked_before(context: Callable[..., HealContext], cut: Recipe) -> None:
     whole = heal_stages.choose_all("layerwise,end-to-end")
     for runtime in (Runtime(stream=True), Runtime(devices=("cuda:0", "cuda:1"))):
@@ -220,9 +204,3 @@ def test_what_a_stage_needs_is_checked_before(context: Callable[..., HealContext
 
     with pytest.raises(UserError, match="wrong gave no recipe"):
         run_stages(context(), cut, heal_stages.choose_all("wrong"))
-
-
-def test_what_it_takes(original: Resident) -> None:
-    stages = heal_stages.choose_all([FINAL, LAYERWISE])
-    assert passes_at_most(stages, original.architecture, starts=2) == 2 * 3
-    assert original.architecture.n_layers == families.DEPTH

@@ -11,20 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import intarsia
+from intarsia import registry
 from intarsia.building import loaded_model
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.cli.app import app
+from intarsia.cli import main
+from intarsia.commands import before_after
 from intarsia.errors import UserError
-from intarsia.healing import restarts
-from intarsia.healing.settings import ClosedFormSettings
-from intarsia.progress import Silent
+from intarsia.healing import closed_form
+from intarsia.progress import Silent, reporting_to
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
-from intarsia.stages import judge
-from tests import families
+from tests import families, verbs
 
 Compress = Callable[..., Any]
 
@@ -34,9 +33,9 @@ def compress(learned: tuple[Path, Recipe], text_file: Path, tmp_path: Path) -> C
     """Compresses a model that has learnt a little to four layers; everything happens in `tmp_path`."""
 
     def run(out: str = "out", **changes: Any) -> Any:
-        given = {"layers": 4, "calibration": f"{text_file}#0:0.8", "tokens": 8192, "seq_len": 32, "eval_windows": 8}
+        given = {"layers": 4, "calibration": f"{text_file}#0:0.8", "tokens": 8192, "seq_len": 32, "windows": 8}
         given |= {"eval_text": f"{text_file}#0.8:1", "run": tmp_path / "run", **changes}
-        return intarsia.compress(str(learned[0]), tmp_path / out, **given)
+        return verbs.compress(str(learned[0]), tmp_path / out, **given)
 
     return run
 
@@ -97,14 +96,14 @@ def test_healed_is_better_and_says_so(compress: Compress, text_file: Path, tmp_p
 
 def test_a_finished_fit_is_only_read(compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compress()
-    kept = sorted((tmp_path / "run" / "healed").iterdir())
-    assert [path.suffix for path in kept] == [".safetensors", ".yaml"]
-    monkeypatch.setattr(restarts, "fit", no_fit)
+    kept = {path.name for path in (tmp_path / "run" / "healed-004").iterdir()}
+    assert {"1-closed-form.json", "1-closed-form.safetensors", "1-closed-form.yaml"} <= kept
+    monkeypatch.setattr(closed_form, "fit", no_fit)
     second = compress("second")
     assert second.recipe_sha256 == first.recipe_sha256
     assert second.healed == first.healed
     with pytest.raises(AssertionError, match="fitted again"):  # other settings are another fit
-        compress("third", closed_form=ClosedFormSettings(changed=("mlp",)))
+        compress("third", heal="closed-form[fit_changed=mlp]")
 
 
 @pytest.mark.parametrize("where", ["before", "while", "behind"])
@@ -117,24 +116,24 @@ def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, m
 
     with monkeypatch.context() as patched:
         if where == "before":
-            patched.setattr(restarts, "fit", stop)
+            patched.setattr(closed_form, "fit", stop)
         elif where == "while":  # the tensors are there, their recipe is not
             write = schema.to_yaml_text
 
             def half(recipe: Recipe, **more: Any) -> Any:
                 text, tensors = write(recipe, **more)
                 if recipe.fitted:
-                    schema.write_tensors(tensors, run / "healed" / more["side_file"])
+                    schema.write_tensors(tensors, run / "healed-004" / more["side_file"])
                     stop()
                 return text, tensors
 
             patched.setattr(schema, "to_yaml_text", half)
         else:
-            patched.setattr(judge, "compare_speed", stop)
+            patched.setattr(before_after, "compare_speed", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(run=run)
     if where == "behind":
-        monkeypatch.setattr(restarts, "fit", no_fit)
+        monkeypatch.setattr(closed_form, "fit", no_fit)
     found = compress(run=run)
     assert found.recipe_sha256 == wanted.recipe_sha256
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "undisturbed")]
@@ -149,9 +148,10 @@ def test_a_fit_that_makes_it_worse_is_not_taken(
         row = {"layer": 0, "module": "mlp.down_proj", "ridge": 1.0, "error_before": 1.0, "error_after": 0.5}
         return replace(recipe, fitted={0: {"mlp.down_proj.weight": zeros}}), [row]
 
-    monkeypatch.setattr(restarts, "fit", worse)
+    monkeypatch.setattr(closed_form, "fit", worse)
     progress = Listening()
-    result = compress(progress=progress)
+    with reporting_to(progress):
+        result = compress()
     assert not result.healed["taken"] and result.healed["fitted_read_outs"] == 0
     assert any("no better" in text for text in progress.said)
     assert schema.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted == {}
@@ -169,18 +169,18 @@ def test_every_model_is_loaded_once(heal: str, compress: Compress, monkeypatch: 
         return load(checkpoint, **more)
 
     monkeypatch.setattr(loaded_model, "load_model", counted)
-    monkeypatch.setattr(judge, "load_model", counted)
+    monkeypatch.setattr(before_after, "load_model", counted)
     compress(heal=heal)
     assert loaded == [6, 4]
     # Where they do not fit into memory together, the first one is let go of before the second one comes.
-    monkeypatch.setattr(judge, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(before_after, "free_bytes", lambda device: 0)
     result = compress(heal=heal, overwrite=True)
     assert loaded == [6, 4, 6, 4]
     assert result.before.decode_per_s > 0 and result.after.decode_per_s > 0
 
 
 def test_text_of_the_models_own(learned: tuple[Path, Recipe], tmp_path: Path) -> None:
-    result = intarsia.compress(str(learned[0]), tmp_path / "out", layers=4, tokens=2048, seq_len=32)
+    result = verbs.compress(str(learned[0]), tmp_path / "out", layers=4, tokens=2048, seq_len=32)
     assert result.healed is not None and result.healed["tokens"] == 2048
     assert result.after.perplexity is not None
 
@@ -189,7 +189,7 @@ def test_text_of_the_models_own(learned: tuple[Path, Recipe], tmp_path: Path) ->
 def test_every_family_and_what_it_costs(family: str, model_folder: Any, text_file: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"calibration": str(text_file), "tokens": 2048, "seq_len": 32, "layers": 3}
     model = str(model_folder(family))
-    dry = intarsia.compress(model, tmp_path / "out", dry_run=True, **given)
+    dry = verbs.compress(model, tmp_path / "out", dry_run=True, **given)
     # The teacher, and two for each pass over a layer that one output projection takes; a mixture is judged once more.
     architecture = Checkpoint.open(Path(model), model=model).architecture
     one = (
@@ -200,31 +200,57 @@ def test_every_family_and_what_it_costs(family: str, model_folder: Any, text_fil
         else 3
     )
     assert dry.estimate.heal_passes_at_most == 1 + 2 * one
-    assert intarsia.compress(model, tmp_path / "out", dry_run=True, heal="none", **given).estimate == (
-        intarsia.plan(model, tmp_path / "run", dry_run=True, **given).estimate
+    assert verbs.compress(model, tmp_path / "out", dry_run=True, heal="none", **given).estimate == (
+        verbs.plan(model, tmp_path / "run", dry_run=True, **given).estimate
     )
     assert list(tmp_path.iterdir()) == []
-    result = intarsia.compress(model, tmp_path / "out", **given)
+    result = verbs.compress(model, tmp_path / "out", **given)
     assert result.healed is not None
     assert result.after is not None and result.after.layers == 3
 
 
-def test_on_the_command_line(learned: tuple[Path, Recipe], text_file: Path, tmp_path: Path) -> None:
-    words = ["compress", learned[0], "-o", tmp_path / "out", "--layers", 4, "--calibration", text_file]
-    words += ["--tokens", 2048, "--seq-len", 32, "--eval-text", text_file, "--eval-windows", 4]
-    done = CliRunner().invoke(app, [str(word) for word in words])
-    assert done.exit_code == 0, done.output
-    assert "perplexity without heal" in done.stdout
-    assert "gap closed" in done.stdout
-    refused = CliRunner().invoke(app, [str(word) for word in [*words, "--heal", "magic"]])
-    assert refused.exit_code == 2
+MINE = """
+from dataclasses import replace
+
+import numpy as np
+
+from intarsia.registry import heal_stage
+
+
+@heal_stage("mine")
+def mine(context, recipe):
+    weight = context.resident.layers[0].mlp.down_proj.weight.detach().float().numpy()
+    return replace(recipe, fitted={**recipe.fitted, 0: {"mlp.down_proj.weight": weight * np.float32(0.01)}})
+"""
+
+
+def test_on_the_command_line_with_a_stage_of_ones_own(
+    learned: tuple[Path, Recipe],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = {entry.name: entry for entry in registry.heal_stages}
+    monkeypatch.setattr(registry.heal_stages, "_entries", known)  # what the file registers goes with the test
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
+    words = f"compress {learned[0]} -o {tmp_path / 'out'} --layers 4 --calibration {text_file} --tokens 2048 "
+    words += f"--seq-len 32 --eval-text {text_file} --eval-windows 4 --plugin {tmp_path / 'mine.py'}"
+    main.run([*words.split(), "--heal", "closed-form,mine"])
+    said = capsys.readouterr().out
+    assert "perplexity without heal" in said and "gap closed" in said and "closed-form, mine" in said
+    stages = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml").provenance["heal"]["stages"]
+    assert [(row["stage"], row["taken"]) for row in stages] == [("cut", True), ("closed-form", True), ("mine", False)]
+    with pytest.raises(SystemExit) as caught:
+        main.run([*words.split(), "--heal", "magic"])
+    assert caught.value.code == 2
 
 
 def test_a_full_disk(compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = schema.save
 
     def full(recipe: Recipe, path: Path) -> None:
-        if path.parent.name == "healed":
+        if path.parent.name == "healed-004":
             raise OSError(errno.ENOSPC, "No space left on device")
         save(recipe, path)
 

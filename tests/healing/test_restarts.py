@@ -4,40 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch.nn.functional import cross_entropy
 
-import intarsia
-from intarsia.data.corpus import Corpus
+from intarsia.commands.job import Job
+from intarsia.commands.planning import Planning, heal_recipe
 from intarsia.evaluation.chain import Chain
 from intarsia.healing.closed_form import fit
 from intarsia.healing.fit_plan import fit_forwards
+from intarsia.healing.pipeline import Healed
 from intarsia.healing.restarts import Start, best_of, starts
-from intarsia.healing.settings import LAST, ClosedFormSettings
-from intarsia.healing.teacher import TeacherStates
-from intarsia.progress import Silent
+from intarsia.healing.stages.closed_form import FinalFitSettings
+from intarsia.options import Target, TextSpec
+from intarsia.pruning.finalists import block_starts
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Fitted, Recipe, identity
-from intarsia.stages.repair import _set_aside, beginnings, heal_passes_at_most, repaired
-from intarsia.stages.source import Source
-from tests import families
+from intarsia.registry import heal_stages, planners
+from tests import families, verbs
 from tests.closed_form_fits import fit_on
 from tests.conftest import Opened
 from tests.healing.conftest import heal
 from tests.recipes_by_hand import recipe_of, select
 
+FINAL = FinalFitSettings()
 LAYERS = tuple(select(layer) for layer in (0, 1, 4, 5))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Planned:
     """A model's ladder that was repaired as it went."""
 
@@ -49,19 +50,18 @@ class Planned:
     def folder(self) -> Ladder:
         return Ladder(self.run)
 
-    def source(self) -> Source:
+    @cached_property
+    def job(self) -> Job:
         """The model and its calibration text, read anew."""
-        return Source(
-            self.model,
-            revision=None,
-            seed=0,
-            device=None,
-            dtype=None,
-            stream=False,
-            memory_bytes=None,
-            progress=Silent(),
-            **self.given,
-        )
+        names = {name: self.given[name] for name in ("tokens", "seq_len")}
+        return Job(self.model, TextSpec(sources=(self.given["calibration"],), **names))
+
+    def healed(self, recipe: Recipe) -> Healed:
+        """A recipe of the ladder, healed in closed form."""
+        with self.folder.run.opened():
+            found = heal_recipe(self.job, self.folder, recipe, heal_stages.choose_all("closed-form"))
+        assert found is not None
+        return found
 
 
 Plan = Callable[..., Planned]
@@ -72,7 +72,7 @@ def plan(model_folder: Any, text_file: Path, tmp_path: Path) -> Plan:
     def planned(**options: Any) -> Planned:
         model, run = str(model_folder("llama")), tmp_path / "run"
         given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
-        intarsia.plan(model, run, heal_in_loop=True, **options, **given)
+        verbs.plan(model, run, **options, **given)
         return Planned(model=model, run=run, given=given)
 
     return planned
@@ -121,140 +121,62 @@ def test_the_best_end_comes_first_and_of_equal_ones_the_earlier_start() -> None:
     assert found.summary() == "held-out perplexity from the recipe 2 3.00, 3 3.00, 4 4.00, 1 5.00"
 
 
-def test_a_ladder_s_recipe_begins_as_it_is_bare_and_as_blocks(plan: Plan) -> None:
-    """Each end is what the fit from that start gives, the best is taken, and a second call only reads it."""
-    settings_of_plan = ComePSettings(granularity=2, racing=False, removals=True, finalists=2, blocks=4)
-    planned = plan(layers=3, method="come-p", settings=settings_of_plan)
-    run, folder, source = planned.run, planned.folder, planned.source()
-    settings = ClosedFormSettings()
+def test_a_ladder_s_recipe_starts_as_it_is_bare_and_as_blocks(plan: Plan) -> None:
+    """Each fit is the one from that start, and the best on the selection text is taken."""
+    settings = ComePSettings(granularity=2, racing=False, removals=True, finalists=2, blocks=4, heal_in_loop=True)
+    planned = plan(layers=3, settings=settings)
+    job, ladder = planned.job, planned.folder
+    architecture, judges = job.checkpoint.architecture, job.text.selection
+    assert judges is not None and len(judges) == 2
     several = 0
-    judges = source.parts.selection
-    assert judges is not None
-    assert len(judges) == 2
-    for entry in folder.log():
-        recipe = folder.recipe(entry["layers"])
-        begin = beginnings(folder, recipe, source.checkpoint.architecture)
-        several += len(begin) > 2
+    for entry in ladder.log():
+        recipe = ladder.recipe(entry["layers"])
+        points = [*starts(recipe, architecture), *block_starts(ladder, recipe)]
+        several += len(points) > 2
         tried = [each for each in entry["evidence"]["repair"]["finalists"] if "of" in each]
         tried.sort(key=lambda each: min(each["held_out_loss"]))
         whole = identity(recipe.variants[0], families.DEPTH).layers
         blocks = [(*whole[: each["replaced"][0]], *whole[each["replaced"][1] :]) for each in tried]
         others = [layers for layers in blocks if layers != recipe.layers]
         bare = 1 + bool(recipe.fitted)
-        assert [start.recipe.layers for start in begin[bare:]] == others[:2]
-        assert all(not start.recipe.fitted for start in begin[1:])
-        assert len(begin) <= 4
+        assert [start.recipe.layers for start in points[bare:]] == others[:2]
+        assert all(not start.recipe.fitted for start in points[1:])
+        assert len(points) <= 4
 
-        found = repaired(run, recipe, source, settings=settings, batch_tokens=None)
-        assert found.fresh
-        architecture = source.checkpoint.architecture
-        assert found.forwards == sum(fit_forwards(start.recipe, settings, architecture) for start in begin)
+        found = planned.healed(recipe)
+        cut, result = found.stages
+        assert result.facts["forwards"] == sum(fit_forwards(start.recipe, FINAL, architecture) for start in points)
         by_hand = {}
-        corpus = source.corpus
-        for start in begin:
-            fitted, _ = fit_on(start.recipe, source.resident, corpus, settings=settings)
-            by_hand[start.name] = loss_of(fitted, source, judges.input_ids)
+        for start in points:
+            fitted, _ = fit_on(start.recipe, job.resident, job.text.calibration, settings=FINAL)
+            by_hand[start.name] = loss_of(fitted, job, judges.input_ids)
         heal = found.recipe.provenance["heal"]
+        if len(points) == 1:
+            assert "starts" not in heal
+            continue
         assert list(heal["starts"]) == sorted(by_hand, key=lambda name: by_hand[name])
         for name, value in heal["starts"].items():
             assert np.log(value) == pytest.approx(by_hand[name], rel=1e-6)
         first = next(iter(heal["starts"]))
-        assert found.taken == (heal["starts"][first] < heal["stages"][0]["held_out_perplexity"])
-        chosen = next(start for start in begin if start.name == first)
-        if found.taken:
-            assert found.start == chosen.name
+        assert np.log(cut.perplexity) == pytest.approx(loss_of(recipe, job, judges.input_ids), rel=1e-6)
+        assert result.taken == (heal["starts"][first] < cut.perplexity)
+        chosen = next(start for start in points if start.name == first)
+        assert result.facts["start"] == chosen.name
+        assert result.facts["from_scratch"] == (chosen is not points[0])
+        if result.taken:
             assert found.recipe.layers == chosen.recipe.layers
-            assert found.goes_on == (chosen is begin[0])
-        again = repaired(run, recipe, source, settings=settings, batch_tokens=None)
-        assert not again.fresh
+        again = planned.healed(recipe)
+        assert not again.stages[-1].fresh
         assert schema.content_hash(again.recipe) == schema.content_hash(found.recipe)
-        assert again.start == found.start
     assert several
-    for planned, in_loop, begin in (
-        (ComeSettings(), False, 1),
-        (None, True, 2),
-        (ComePSettings(blocks=1), True, 3),
-        (ComePSettings(blocks=5), True, 4),
+    for method, number in (
+        (ComeSettings(), 1),
+        (ComeSettings(heal_in_loop=True), 2),
+        (ComePSettings(blocks=1, heal_in_loop=True), 3),
+        (ComePSettings(blocks=5, heal_in_loop=True), 4),
     ):
-        assert heal_passes_at_most(source.checkpoint.architecture, planned, in_loop=in_loop) == 3 * begin
-
-
-@pytest.mark.parametrize("fitted", [True, False])
-def test_what_chose_the_strength_does_not_judge(plan: Plan, fitted: bool) -> None:
-    """With several starts and with one: where no further text is left, sequences that no fit has seen judge."""
-    planned = plan(layers=4)
-    run, source, recipe = planned.run, planned.source(), planned.folder.recipe(4)
-    recipe = recipe if fitted else replace(recipe, fitted={})
-    source.parts.__dict__["selection"] = None
-    heal = repaired(run, recipe, source, settings=LAST, batch_tokens=None).recipe.provenance["heal"]
-    assert heal["settings"]["closed-form"]["held_out"] == 8
-    unseen = [8]  # of 16 sequences; 0 chooses the strength
-    settings = replace(LAST, held_out=8)
-    found = {}
-    for start in beginnings(planned.folder, recipe, source.checkpoint.architecture):
-        again, _ = fit_on(start.recipe, source.resident, source.corpus, settings=settings, unseen=unseen)
-        found[start.name] = loss_of(again, source, source.corpus.input_ids[unseen])
-    assert len(found) == 1 + fitted
-    assert np.log(heal["stages"][-1]["held_out_perplexity"]) == pytest.approx(min(found.values()), rel=1e-6)
-    for name, value in heal.get("starts", {}).items():
-        assert np.log(value) == pytest.approx(found[name], rel=1e-6)
-
-
-def test_one_start_is_judged_by_further_text_where_there_is_some(plan: Plan) -> None:
-    planned = plan(layers=4)
-    source = planned.source()
-    recipe = replace(planned.folder.recipe(4), fitted={})
-    heal = repaired(planned.run, recipe, source, settings=LAST, batch_tokens=None).recipe.provenance["heal"]
-    further = source.parts.selection
-    assert further is not None and "starts" not in heal
-    before, after = (np.log(row["held_out_perplexity"]) for row in heal["stages"])
-    healed, _ = fit_on(recipe, source.resident, source.corpus, settings=LAST)
-    assert before == pytest.approx(loss_of(recipe, source, further.input_ids), rel=1e-6)
-    assert after == pytest.approx(loss_of(healed, source, further.input_ids), rel=1e-6)
-
-
-@pytest.mark.parametrize(("sequences", "chosen_by", "judged_by"), [(1, [0], []), (2, [0], []), (3, [0], [2])])
-def test_few_sequences_are_shared_out(sequences: int, chosen_by: list[int], judged_by: list[int]) -> None:
-    corpus = Corpus.of(torch.arange(4 * sequences).view(sequences, 4), description="few", documents=1)
-    settings, text, unseen = _set_aside(corpus, LAST)
-    assert unseen == judged_by
-    assert [row for row in range(0, sequences, settings.held_out) if row not in unseen] == chosen_by
-    assert torch.equal(text.input_ids, corpus.input_ids[unseen or chosen_by])
-
-
-def test_killed_in_the_last_of_several_fits_the_others_are_not_made_again(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And what comes of it is what comes without being killed, with room for the original's states or without."""
-    planned = plan(layers=4)
-    run, recipe = planned.run, planned.folder.recipe(4)
-    fits: list[bool] = []  # of each, whether the teacher's states are kept for the next
-
-    def killed(recipe: Recipe, teacher: TeacherStates, **kwargs: Any) -> Any:
-        if len(fits) == 1:
-            raise KeyboardInterrupt
-        return counted(recipe, teacher, **kwargs)
-
-    def counted(recipe: Recipe, teacher: TeacherStates, **kwargs: Any) -> Any:
-        fits.append(teacher.keep)
-        return fit(recipe, teacher, **kwargs)
-
-    whole = repaired(run, recipe, planned.source(), settings=LAST, batch_tokens=None)
-    for path in (run / "healed").iterdir():
-        path.unlink()  # files alone: nothing is left of the ends
-    monkeypatch.setattr("intarsia.healing.restarts.fit", killed)
-    with pytest.raises(KeyboardInterrupt):
-        repaired(run, recipe, planned.source(), settings=LAST, batch_tokens=None)
-    (kept,) = (run / "healed").iterdir()
-    assert len(list(kept.glob("*.yaml"))) == 1
-    monkeypatch.setattr("intarsia.healing.restarts.fit", counted)
-    source = planned.source()
-    source.placement = replace(source.placement, memory_bytes=1)
-    resumed = repaired(run, recipe, source, settings=LAST, batch_tokens=None)
-    assert fits == [True, False]
-    assert not kept.exists()
-    assert resumed.recipe.provenance == whole.recipe.provenance
-    assert schema.content_hash(resumed.recipe) == schema.content_hash(whole.recipe)
+        planning = Planning(job, Target(layers=3), planners.choose(method))
+        assert planning.heal_passes_at_most(heal_stages.choose_all("closed-form")) == 3 * number
 
 
 def test_heal_goes_on_behind_the_fits_that_were_finished(
@@ -262,7 +184,7 @@ def test_heal_goes_on_behind_the_fits_that_were_finished(
 ) -> None:
     data = str(text_file)
     recipe = tmp_path / "recipe.yaml"
-    schema.save(plan(layers=4).folder.recipe(4), recipe)
+    schema.save(plan(layers=4, settings=ComeSettings(heal_in_loop=True)).folder.recipe(4), recipe)
     heal(recipe, tmp_path / "whole", data)
     fits = 0
 
@@ -283,7 +205,7 @@ def test_heal_goes_on_behind_the_fits_that_were_finished(
     assert weights[0] == weights[1]
 
 
-def loss_of(recipe: Recipe, source: Source, ids_BT: Any) -> float:
+def loss_of(recipe: Recipe, job: Job, ids_BT: Any) -> float:
     """Mean next-token loss, by the definition."""
-    logits = Chain(recipe, source.resident)(ids_BT).logits.float()
+    logits = Chain(recipe, job.resident)(ids_BT).logits.float()
     return float(cross_entropy(logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.healing.settings import EndToEndSettings
+from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.training import Curve, load_snapshot, read_curve, save_snapshot
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import HiddenStore
-from intarsia.activations.loop import Batches
+from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import Resident
 from intarsia.data.corpus import Corpus
 from intarsia.healing.closed_form import fit
@@ -41,7 +42,7 @@ def forwards(resident: Resident, work: Any) -> tuple[Any, int]:
 
 
 def original_of(resident: Resident, text: Corpus, **kwargs: Any) -> TeacherStates:
-    return TeacherStates(resident, Batches(text, resident.device, batch_tokens=2 * SEQ_LEN), **kwargs)
+    return TeacherStates(Loop(resident, Batches(text, resident.device, batch_tokens=2 * SEQ_LEN)), **kwargs)
 
 
 def test_depths_are_those_of_the_plain_model_and_none_is_computed_twice(resident_of: InMemory, tokens: Tokens) -> None:

@@ -5,7 +5,9 @@ import math
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.healing.settings import EndToEndSettings, LayerwiseSettings, Pace
+from intarsia.healing.settings import Pace
+from intarsia.healing.stages.end_to_end import EndToEndSettings
+from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.training import Patience, Schedule, schedule_of
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from intarsia.activations.hidden_store import Room
 from intarsia.building.loaded_model import Resident
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.pruning import finalists
 from intarsia.pruning.finalists import settle
-from intarsia.pruning.heal_in_loop import Repair, losses_behind
+from intarsia.pruning.heal_in_loop import Repair, losses_after
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.pruning.step import Step, healed_words
@@ -48,7 +49,7 @@ def alone(resident: Resident, start: int, count: int) -> tuple[dict[str, object]
 @pytest.mark.parametrize("memory_bytes", [None, 0])
 def test_every_trial_is_that_block_alone(family: str, memory_bytes: int | None, resident_of: InMemory) -> None:
     resident = resident_of(family)
-    model = measured(resident, [0, 2, 3, 4, 5], memory_bytes=memory_bytes)  # a removal that was not repaired
+    model = measured(resident, [0, 2, 3, 4, 5], room=Room(memory_bytes))  # a removal that was not repaired
     before = [model.hidden_at(depth, slice(0, 32)).clone() for depth in range(model.depth + 1)]
     step = Step(start=3, count=1, op=None, evidence={"influence": [0.0], "dropped": "base:4", "counts": 0})
     spent = model.layer_forwards
@@ -115,7 +116,7 @@ def test_only_the_nearest_are_looked_at(resident_of: InMemory, monkeypatch: pyte
     whole = measured(resident, list(range(families.DEPTH)))
     rows = Repair(whole, SETTINGS).held_out
     distances = [whole.span_distance(start, 2, "all-tokens") for start in range(5)]
-    losses = [float(losses_behind(measured(resident, without(start, 2)), 0, rows).sum()) for start in range(5)]
+    losses = [float(losses_after(measured(resident, without(start, 2)), 0, rows).sum()) for start in range(5)]
     near = sorted(range(5), key=lambda start: distances[start])[:2]
     model = measured(resident, [0, 2, 3, 4, 5])
     step = Step(start=3, count=1, op=None, evidence={})

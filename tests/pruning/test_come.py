@@ -227,7 +227,7 @@ def test_the_reference(resident_of: InMemory) -> None:
     """Averaged norms, no racing, and the distance of one layer however many are merged."""
     resident, corpus = resident_of("llama"), corpus_of()
     settings = ComeSettings(**ComeSettings.presets["paper"], merge=3)
-    model = measured(resident, corpus, behind_final_norm=True)
+    model = measured(resident, corpus, after_final_norm=True)
     step = Come(settings).decide(model, 3, [])[0]
     assert step is not None and isinstance(step.op, Concat)
     assert step.op.norm == "average"
@@ -346,7 +346,7 @@ def test_the_best_ratio_of_several_spans(spans: int, resident_of: InMemory) -> N
 
 def test_the_reference_tries_one_span_and_races_nothing(resident_of: InMemory) -> None:
     resident, corpus = resident_of("llama"), corpus_of(sequences=24)
-    model = measured(resident, corpus, behind_final_norm=True)
+    model = measured(resident, corpus, after_final_norm=True)
     assert ComePSettings.presets["paper"]["spans"] == 1
     step = ComeP(ComePSettings(**ComePSettings.presets["paper"], granularity=4)).decide(model, 5, [])[0]
     assert step is not None

@@ -227,13 +227,13 @@ def test_candidates_are_judged_on_sequences_that_no_fit_sees(
     resident = resident_of("llama")
     model = measured(resident, list(WHOLE))
     rows: list[list[int]] = []
-    judge = finalists.losses_behind
+    judge = finalists.losses_after
 
     def looks(of: Intermediate, start: int, some: Sequence[int]) -> torch.Tensor:
         rows.append(list(some))
         return judge(of, start, some)
 
-    monkeypatch.setattr(finalists, "losses_behind", looks)
+    monkeypatch.setattr(finalists, "losses_after", looks)
     settle(Repair(model, ClosedFormSettings(ridges=(0.1,), held_out=4)), steps_of(resident)[:2])
     assert rows == [list(range(0, 32, 4))] * 4
 

@@ -208,7 +208,7 @@ def test_what_is_built_is_what_was_measured(
     part = slice(0, 2)
     ids = corpus.input_ids[part]
     with torch.no_grad():
-        wanted = model.stream.logits(model.hidden_at(3, part).clone(), ids, None)
+        wanted = model.loop.stream.logits(model.hidden_at(3, part).clone(), ids, None)
         torch.testing.assert_close(built(ids).logits, wanted, rtol=0, atol=1e-4)
         bare = Chain(replace(recipe, fitted={}), resident)(ids).logits
     assert not torch.allclose(bare, wanted, rtol=0, atol=0.1)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from intarsia.activations.hidden_store import Room
 from intarsia.building.loaded_model import Resident
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
@@ -92,7 +93,7 @@ def test_the_last_layer_on_the_residual_stream_or_behind_the_final_norm(resident
         own = resident.model(corpus.input_ids, output_hidden_states=True).hidden_states
     before, behind = own[-2].double(), own[-1].double()
     published = 1 - torch.nn.functional.cosine_similarity(before, behind, dim=-1).mean()
-    ours, reference = measured(resident, corpus), measured(resident, corpus, behind_final_norm=True)
+    ours, reference = measured(resident, corpus), measured(resident, corpus, after_final_norm=True)
     assert reference.measures[-1].influence == pytest.approx(float(published), abs=1e-6)
     assert abs(ours.measures[-1].influence - reference.measures[-1].influence) > 1e-3
     assert [m.influence for m in ours.measures[:-1]] == [m.influence for m in reference.measures[:-1]]
@@ -113,20 +114,20 @@ CHANGES: dict[str, tuple[int, int, Any]] = {
 }
 
 
-@pytest.mark.parametrize("behind_final_norm", [False, True], ids=["", "behind-final-norm"])
+@pytest.mark.parametrize("after_final_norm", [False, True], ids=["", "behind-final-norm"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_change_leaves_what_a_fresh_start_would_measure(
-    change: tuple[int, int, Any], padded: bool, behind_final_norm: bool, resident_of: InMemory
+    change: tuple[int, int, Any], padded: bool, after_final_norm: bool, resident_of: InMemory
 ) -> None:
     resident, corpus = resident_of("qwen3"), corpus_of(padded=padded)
     start, count, sources = change
     op = None if sources is None else shared(resident.architecture, sources)
-    model = measured(resident, corpus, behind_final_norm=behind_final_norm)
+    model = measured(resident, corpus, after_final_norm=after_final_norm)
     for first in range(families.DEPTH):  # fill what is kept between steps
         model.span_distance(first, 1, "all-tokens")
     model.replace(start, count, op)
-    fresh = measured(resident, corpus, model.ops, behind_final_norm=behind_final_norm)
+    fresh = measured(resident, corpus, model.ops, after_final_norm=after_final_norm)
     assert_same(model, fresh)
     assert model.layer_forwards == pytest.approx(2 * families.DEPTH - start - count + (op is not None))
 
@@ -144,7 +145,7 @@ def test_changes_add_up(resident_of: InMemory) -> None:
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_spilled_hidden_states_change_nothing(family: str, padded: bool, resident_of: InMemory) -> None:
     resident, corpus = resident_of(family), corpus_of(padded=padded)
-    spilled = measured(resident, corpus, memory_bytes=0)
+    spilled = measured(resident, corpus, room=Room(0))
     assert_same(spilled, measured(resident, corpus))
     spilled.close()
 
@@ -305,17 +306,17 @@ def test_only_what_has_changed_is_measured_again(resident_of: InMemory) -> None:
     assert [measure.influence for measure in model.measures] == [measure.influence for measure in fresh.measures]
 
 
-@pytest.mark.parametrize("behind_final_norm", [False, True])
+@pytest.mark.parametrize("after_final_norm", [False, True])
 def test_methods_share_a_pass_over_the_whole_model(
-    behind_final_norm: bool, resident_of: InMemory, tmp_path: Path
+    after_final_norm: bool, resident_of: InMemory, tmp_path: Path
 ) -> None:
     """One after the other in one object, each decides as it would alone."""
     resident, corpus = resident_of("llama"), corpus_of()
     whole = identity(Variant(name="base", model="m"), families.DEPTH)
-    together = Intermediate(resident, corpus, whole.layers, behind_final_norm=behind_final_norm)
+    together = Intermediate(resident, corpus, whole.layers, after_final_norm=after_final_norm)
     methods = ["shortgpt", "angular", "mka", "taylor", "come", "sleb", "laco", "shortgpt", "reverse"]
     for number, method in enumerate(methods):
-        alone = Intermediate(resident, corpus, whole.layers, behind_final_norm=behind_final_norm)
+        alone = Intermediate(resident, corpus, whole.layers, after_final_norm=after_final_norm)
         runs = []
         for name, model in (("together", together), ("alone", alone)):
             model.become(whole.layers)

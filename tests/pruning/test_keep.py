@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from intarsia.activations.hidden_store import HiddenStore
+from intarsia.activations.hidden_store import HiddenStore, Room
 from intarsia.data.corpus import Corpus
 from intarsia.pruning.intermediate import Intermediate
 from tests import families
@@ -33,7 +35,7 @@ def same(ones: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
 
 def test_rewind_is_the_whole_model_again(resident_of: InMemory) -> None:
     for memory_bytes in (None, 0, 4 * 16 * families.WIDTH * 4 * 9):  # in memory, on disk, and some of each
-        model = Intermediate(resident_of("llama"), corpus(), WHOLE, memory_bytes=memory_bytes)
+        model = Intermediate(resident_of("llama"), corpus(), WHOLE, room=Room(memory_bytes))
         model.refresh()
         before = everything(model)
         model.keep()
@@ -63,17 +65,17 @@ def test_rewind_is_the_whole_model_again(resident_of: InMemory) -> None:
 
 def test_the_original_is_what_was_measured_and_stays(resident_of: InMemory) -> None:
     for kept, memory_bytes in ((False, None), (True, None), (False, 0)):
-        model = Intermediate(resident_of("llama"), corpus(), WHOLE, memory_bytes=memory_bytes)
+        model = Intermediate(resident_of("llama"), corpus(), WHOLE, room=Room(memory_bytes))
         model.refresh()
         before = [model.hidden_at(depth, slice(0, 4)).clone() for depth in range(model.depth + 1)]
         if kept:
             model.keep()
         else:
-            model.original(4)
+            model.original()
         model.replace(1, 2, None)
-        original, spent = model.original(4), model.layer_forwards
+        original, spent = model.original(), model.layer_forwards
         model.replace(0, 1, None)
-        assert model.original(4) is original
+        assert model.original() is original
         assert (original.cost, model.layer_forwards) == (0, spent + model.depth)
         for depth, states in enumerate(before):
             assert torch.equal(original.at(depth, slice(0, 4)), states)
@@ -81,35 +83,33 @@ def test_the_original_is_what_was_measured_and_stays(resident_of: InMemory) -> N
         model.close()
 
 
-def test_a_smaller_original_is_a_copy_and_one_that_was_not_measured_is_run(resident_of: InMemory) -> None:
-    model = Intermediate(resident_of("llama"), corpus(), WHOLE)
+def test_an_original_that_was_not_measured_is_run(resident_of: InMemory) -> None:
+    whole = Intermediate(resident_of("llama"), corpus(), WHOLE)
+    whole.refresh()
+    model = Intermediate(resident_of("llama"), corpus(), WHOLE[1:])
     model.refresh()
-    third, few = model.hidden_at(3, slice(0, 2)).clone(), model.original(2)
-    model.replace(0, 1, None)
-    assert model.hidden.held is None
-    assert torch.equal(few.at(3, slice(0, 2)), third)
-    spent = model.layer_forwards
-    many = model.original(4)
-    assert (many.cost, model.layer_forwards - spent) == (6, 6.0)
-    torch.testing.assert_close(many.at(3, slice(0, 2)), third)
-    model.close()
+    spent, original = model.layer_forwards, model.original()
+    assert (original.cost, model.layer_forwards - spent) == (6, 6.0)
+    torch.testing.assert_close(original.at(3, slice(0, 2)), whole.hidden_at(3, slice(0, 2)))
+    for each in (model, whole):
+        each.close()
 
 
-def test_a_store_that_holds() -> None:
-    store = HiddenStore((2, 1, 3), torch.float32, memory_bytes=0)
+def test_a_store_that_holds(tmp_path: Path) -> None:
+    store = HiddenStore((2, 1, 3), torch.float32, memory_bytes=0, folder=tmp_path)
     for depth in (0, 1):
         store.put(depth, 0, torch.full((2, 1, 3), float(depth)))
+    held = list(tmp_path.rglob("*.bin"))
     store.hold()
     store.put(1, 0, torch.full((2, 1, 3), 7.0))
     store.put(2, 0, torch.full((2, 1, 3), 8.0))
     cpu = torch.device("cpu")
     assert [float(store.get(depth, 0, 2, cpu).mean()) for depth in store.depths()] == [0.0, 7.0, 8.0]
     assert [float(store.rows(depth, [1], cpu).mean()) for depth in store.depths()] == [0.0, 7.0, 8.0]
-    files = [store.file(depth) for depth in store.depths()]
-    assert len(set(files)) == 3 and all(file is not None and file.exists() for file in files)
+    assert len(list(tmp_path.rglob("*.bin"))) == 4
     store.restore()
     assert store.depths() == [0, 1]
     assert float(store.get(1, 0, 2, cpu).mean()) == 1.0
-    assert [file.exists() for file in files if file is not None] == [True, False, False]
+    assert set(tmp_path.rglob("*.bin")) == set(held)
     store.close()
-    assert not any(file.exists() for file in files if file is not None)
+    assert list(tmp_path.iterdir()) == []

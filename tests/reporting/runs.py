@@ -62,7 +62,7 @@ def plan_run(path: Path, **changes: Any) -> Path:
         **changes,
     }
     run = ladder_in(path, settings)
-    run.pin("calibration", {"text": "notes.txt", "sha256": text, "tokens": 4096})
+    run.run.pin("calibration", {"text": "notes.txt", "sha256": text, "tokens": 4096})
     for number, (recipe, start, op) in enumerate(ladder()[:steps]):
         evidence: dict[str, Any] = {
             "influence": INFLUENCE,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.evaluation.choices import Question, choice_set
-from intarsia.evaluation.likelihood import Request
-from intarsia.evaluation.tasks import load_harness
+from intarsia.evaluation.likelihood import Request, encode_pairs
+from intarsia.evaluation.task_file import Question
+from intarsia.evaluation.tasks import load_tasks
 from intarsia.tailoring.family_file import ObjectiveSpec
 from intarsia.tailoring.objective import Objective
 from intarsia.tailoring.objective_sources import questions_of, read_objectives
@@ -49,12 +49,13 @@ def test_questions_and_their_part(tmp_path: Path) -> None:
     (found,) = read(spec)
     assert (found.name, found.measure, found.source) == ("quiz", "accuracy", f"{file}#0:0.33")
     questions = [Question(query=q["query"], choices=tuple(q["choices"]), gold=q["gold"]) for q in quiz()[:4]]
-    expected = choice_set("quiz", questions, families.make_tokenizer())
+    pairs = [(question.query, " " + choice) for question in questions for choice in question.choices]
+    expected = encode_pairs(pairs, families.make_tokenizer(), max_length=None, where="quiz")
     assert len(found.examples) == 4
     assert {example.gold for example in found.examples} == {0, 1, 2}
     by_request = {example.requests: example for example in found.examples}
     for number, question in enumerate(questions):
-        example = by_request[expected.requests[3 * number : 3 * number + 3]]
+        example = by_request[expected[3 * number : 3 * number + 3]]
         assert example.gold == question.gold
         assert example.characters == tuple(len(choice) for choice in question.choices)
 
@@ -137,7 +138,7 @@ def test_a_task_of_the_harness_is_the_same_as_its_file(tmp_path: Path) -> None:
         'output_type: multiple_choice\ndoc_to_text: "{{query}}"\ndoc_to_choice: "{{choices}}"\n'
         'doc_to_target: "{{gold}}"\n' + METRICS,
     )
-    (task,) = load_harness(["asked"], include_path=tmp_path)
+    (task,) = load_tasks(["asked"], include_path=tmp_path)
     found = questions_of(task, (0.0, 0.33))
     assert [(q.pairs, q.gold, q.characters, q.source) for q in found] == [
         (
@@ -159,7 +160,7 @@ def test_a_task_of_the_harness_without_choices_is_refused(tmp_path: Path) -> Non
         'output_type: generate_until\ndoc_to_text: "{{query}}"\ndoc_to_target: "{{gold}}"\n'
         "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n",
     )
-    (task,) = load_harness(["written"], include_path=tmp_path)
+    (task,) = load_tasks(["written"], include_path=tmp_path)
     with pytest.raises(UserError, match=r"task written: expected multiple choice .* found a task of type generate_u"):
         questions_of(task, (0.0, 1.0))
 

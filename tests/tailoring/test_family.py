@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from intarsia.checkpoint.hashing import scan
+from intarsia.commands.build import build
 from intarsia.errors import UserError
 from intarsia.recipe.ops import LayerRef, Merge, Select
 from intarsia.recipe.recipe import Recipe, derive_spans
 from intarsia.recipe.schema import content_hash, load, save
-from intarsia.stages.build import build
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import MemberSpec
 from tests import families
@@ -112,7 +112,7 @@ def test_an_adapter_that_has_changed_is_noticed(llama: Path, adapter: Path, tmp_
     save(made, tmp_path / "recipe.yaml")
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 5}))
-    with pytest.raises(UserError, match=r"variant lora .* weights with sha256"):
+    with pytest.raises(UserError, match=r"weights of variant lora .* the recipe was made for"):
         build(tmp_path / "recipe.yaml", tmp_path / "out")
 
 

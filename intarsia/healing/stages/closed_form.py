@@ -39,14 +39,7 @@ class FinalFitSettings(ClosedFormSettings):
         return fit_passes_at_most(architecture)
 
 
-def passes(architecture: Architecture) -> float:
-    """Passes of the whole model over the text that a fit takes at most."""
-    from intarsia.healing.fit_plan import fit_passes_at_most
-
-    return fit_passes_at_most(architecture)
-
-
-@heal_stage("closed-form", settings=FinalFitSettings, passes=passes, paper="2505.02819")
+@heal_stage("closed-form", settings=FinalFitSettings, paper="2505.02819")
 def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings) -> Recipe:
     """Fit output projections by least squares toward the original's hidden states.
 

@@ -2,15 +2,65 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from intarsia.errors import UserError, missing_package
-from intarsia.healing.settings import EndToEndSettings
+from intarsia.flags import flag, token_count
+from intarsia.healing.settings import Check, Pace, weight_checks
 from intarsia.registry import heal_stage
 
 if TYPE_CHECKING:
     from intarsia.healing.pipeline import HealContext
     from intarsia.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEndSettings(Pace):
+    """How the whole model is trained."""
+
+    # May differ when a training is resumed: what is pinned decides the result.
+    not_pinned: ClassVar = ("log", "micro_tokens", "checkpointing")
+
+    # Peak of the learning rate.
+    lr: float = 1e-4
+    # Tokens of an optimiser step.
+    batch_tokens: int = flag(8192, "--step-tokens", metavar="N", parse=token_count)
+    # Weight of the KL of next tokens, against the teacher's.
+    logits: float = 1.0
+    # Weight of the relative squared error of hidden states at the ends of the changed layers' spans.
+    hidden: float = 0.0
+    # Weight of the text itself.
+    cross_entropy: float = 0.0
+    # Temperature of the KL of next tokens.
+    temperature: float = 1.0
+    # Learn from a cache of the teacher's K likeliest tokens, written once and reused; None runs the teacher beside the
+    # student.
+    top_k: int | None = None
+    # Rank of low-rank changes to every linear layer (of a mixture, of its attention); None trains all parameters of the
+    # layers.
+    lora: int | None = None
+    # Tokens of one forward and backward pass on one device; gradients are accumulated up to `batch_tokens`. None: as
+    # many as a step has, at most 2048 on CPU and 16384 elsewhere.
+    micro_tokens: int | None = None
+    # Recompute activations in the backward pass: slower, and much less memory.
+    checkpointing: bool = False
+    # `bf16` runs products in bfloat16 with parameters in float32; `no` runs all in float32; `auto` is bf16 for a model
+    # stored in 16 bits.
+    precision: Literal["auto", "bf16", "no"] = "auto"
+    # A tracker that Accelerate knows, such as `tensorboard`.
+    log: str | None = None
+
+    def checks(self) -> Iterable[Check]:
+        """What must hold."""
+        yield from Pace.checks(self)
+        yield from weight_checks(self, ("logits", "hidden", "cross_entropy"))
+        yield "temperature", "a number above 0", self.temperature, 0.0 < self.temperature < float("inf")
+        for name in ("top_k", "lora", "micro_tokens"):
+            value = getattr(self, name)
+            yield name, "a whole number, 1 or more", value, value is None or value >= 1
+        yield "precision", "one of auto, bf16, no", self.precision, self.precision in ("auto", "bf16", "no")
 
 
 def check(settings: EndToEndSettings) -> None:

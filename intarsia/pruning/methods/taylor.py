@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from intarsia.activations.hidden_store import HiddenStore
-    from intarsia.activations.stream import LayerStream
+    from intarsia.activations.loop import Passed
     from intarsia.pruning.intermediate import Intermediate
 
 LAYERS_A_PASS = 3
@@ -52,30 +52,24 @@ def saliences(model: Intermediate) -> list[float]:
     """The scores of `Taylor`. `model` is the whole model, measured."""
     import torch
 
-    from intarsia.activations.hidden_store import HiddenStore
-    from intarsia.activations.stream import LayerStream
-
-    # What the model passes to its layers must not come from inference mode, or autograd refuses it.
-    stream = LayerStream(model.resident.model, model.architecture)
-    n, t = model.corpus.input_ids.shape
     predictions = int(model.counts_N.sum())
-    grads = HiddenStore((n, t, model.architecture.width), model.resident.model.dtype, room=model.room)
+    grads = model.loop.store()
     scores = [0.0] * model.depth
     try:
         with torch.enable_grad(), model.progress.task("gradients", model.depth + 1) as task:
-            gradients_after_the_last(model, stream, grads)
+            gradients_after_the_last(model, grads)
             task.advance()
             backwards = list(reversed(range(model.depth)))
             for index, _ in zip(backwards, model.resident.walk(model.modules[i] for i in backwards), strict=True):
                 task.note(f"layer {index + 1} of {model.depth}")
-                scores[index] = _through(model, stream, grads, index) / predictions
+                scores[index] = _through(model, grads, index) / predictions
                 task.advance()
     finally:
         grads.close()
     return scores
 
 
-def gradients_after_the_last(model: Intermediate, stream: LayerStream, grads: HiddenStore) -> None:
+def gradients_after_the_last(model: Intermediate, grads: HiddenStore) -> None:
     """Put the gradient of the summed loss by H^L into `grads`, one sequence at a time: logits are large."""
     import torch
 
@@ -88,7 +82,7 @@ def gradients_after_the_last(model: Intermediate, stream: LayerStream, grads: Hi
             mask = None if mask_BT is None else mask_BT[rows]
             h_1TD = h_BTD[rows].clone().requires_grad_()
             loss = _summed_loss(
-                stream.logits(h_1TD, ids_BT[rows], mask)[0], ids_BT[row], None if mask is None else mask[0]
+                model.loop.stream.logits(h_1TD, ids_BT[rows], mask)[0], ids_BT[row], None if mask is None else mask[0]
             )
             (grad,) = torch.autograd.grad(loss, h_1TD)
             require_finite(grad, "gradient after the last layer")
@@ -103,7 +97,7 @@ def _summed_loss(logits_TV: Tensor, ids_T: Tensor, mask_T: Tensor | None) -> Ten
     return cross_entropy(logits_TV[:-1].float(), targets_T, reduction="sum", ignore_index=-100)
 
 
-def _through(model: Intermediate, stream: LayerStream, grads: HiddenStore, index: int) -> float:
+def _through(model: Intermediate, grads: HiddenStore, index: int) -> float:
     """Turn `grads` from the gradient after a layer into that before it.
 
     Returns:
@@ -113,22 +107,25 @@ def _through(model: Intermediate, stream: LayerStream, grads: HiddenStore, index
 
     from intarsia.activations.statistics import require_finite
 
-    module, source = model.modules[index], model.ops[index].sources[0].layer
     weights = linear_weights(model, index)
     totals = [torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
+
+    def read(rows: slice) -> Tensor:
+        return model.hidden_at(index, rows).clone().requires_grad_()
+
+    def then(passed: Passed) -> None:
+        after_BTD = grads.get(0, passed.rows.start, passed.rows.stop, passed.before.device)
+        before_BTD, *found = torch.autograd.grad(passed.after, [passed.before, *weights], after_BTD)
+        require_finite(before_BTD, f"gradient before layer {index}")
+        grads.put(0, passed.rows.start, before_BTD)
+        for total, gradient in zip(totals, found, strict=True):
+            total += gradient
+        model.loop.spend(LAYERS_A_PASS - 1, passed.rows)
+
     for weight in weights:
         weight.requires_grad_(True)
     try:
-        for part, ids_BT, mask_BT in model.batches.over():
-            h_BTD = model.hidden_at(index, part).clone().requires_grad_()
-            out_BTD = stream.run(module, h_BTD, stream.calls(ids_BT, mask_BT)[source])
-            after_BTD = grads.get(0, part.start, part.stop, h_BTD.device)
-            before_BTD, *found = torch.autograd.grad(out_BTD, [h_BTD, *weights], after_BTD)
-            require_finite(before_BTD, f"gradient before layer {index}")
-            grads.put(0, part.start, before_BTD)
-            for total, gradient in zip(totals, found, strict=True):
-                total += gradient
-            model.spend(LAYERS_A_PASS, part)
+        model.loop.layer(model.placed(index)[0], read, then)
     finally:
         for weight in weights:
             weight.requires_grad_(False)

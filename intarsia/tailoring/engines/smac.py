@@ -1,6 +1,6 @@
 """SMAC (Lindauer et al., JMLR 23, 2022): a random forest proposes, Hyperband promotes, ParEGO joins objectives.
 
-The search space is told to it in the terms of ConfigSpace.
+The search space is given to it in the terms of ConfigSpace.
 
 Each layer of the base has a flag, `kept` or `removed`, so that the surrogate model sees the subset as such; what is
 chosen for a layer is active only where the layer is kept, a method's settings only where the method is chosen, and so

@@ -1,0 +1,211 @@
+"""What is tried on a small model to see whether an architecture is right. Each trial gives a relative error, or a fact.
+
+Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `C` inputs of an output projection.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from intarsia.activations.hooks import read_outs
+from intarsia.activations.stream import LayerStream
+from intarsia.architecture.spec import PARTS, Architecture, Part
+from intarsia.building.assembled import assembled
+from intarsia.building.loaded_model import Resident, twin
+from intarsia.building.materialize import materialize
+from intarsia.building.slicing import positions
+from intarsia.recipe.algebra import concat_of
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Op, Select
+from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+
+NAME = "model"
+_SEQUENCES, _TOKENS, _WRITTEN = 3, 20, 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A small model and tokens to run through it, the last sequences of which are padded."""
+
+    resident: Resident
+    stream: LayerStream
+    ids_BT: Tensor
+    mask_BT: Tensor
+
+    @classmethod
+    def of(cls, resident: Resident) -> Trial:
+        """Random tokens for a model."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(2, resident.architecture.vocabulary, (_SEQUENCES, _TOKENS), generator=generator)
+        lengths = torch.tensor([_TOKENS, _TOKENS // 2, 2])[:, None]
+        mask = torch.arange(_TOKENS)[None, :] < lengths
+        return cls(
+            resident=resident, stream=LayerStream(resident.model, resident.architecture), ids_BT=ids, mask_BT=mask
+        )
+
+    @property
+    def architecture(self) -> Architecture:
+        """The small model's architecture."""
+        return self.resident.architecture
+
+    def through(self, layer: int, module: nn.Module) -> Tensor:
+        """What a module in the place of a layer makes of that layer's input in the original model."""
+        entry = self.stream.enter(self.ids_BT, None)
+        h_BTD = entry.h_BTD
+        for index in range(layer):
+            h_BTD = self.stream.run(self.resident.layers[index], h_BTD, entry.calls[index])
+        return self.stream.run(module, h_BTD, entry.calls[layer])
+
+    def features(self, part: Part, module: nn.Module, donor: int) -> Tensor:
+        """An output projection's inputs `[N, C]` when a module reads the embedding as if it were layer `donor`."""
+        entry = self.stream.enter(self.ids_BT, None)
+        seen: list[Tensor] = []
+        with read_outs(module, self.architecture, lambda which, x: seen.append(x) if which == part else None):
+            self.stream.run(module, entry.h_BTD, entry.calls[donor])
+        return seen[0].reshape(-1, seen[0].shape[-1])
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def parity(trial: Trial) -> float:
+    """Layer by layer against the model's own forward, with padding: hidden states and logits."""
+    own = trial.resident.model(
+        trial.ids_BT, attention_mask=trial.mask_BT.long(), output_hidden_states=True, use_cache=False
+    )
+    entry = trial.stream.enter(trial.ids_BT, trial.mask_BT)
+    h_BTD, worst = entry.h_BTD, 0.0
+    for index, layer in enumerate(trial.resident.layers):
+        worst = max(worst, difference(h_BTD[trial.mask_BT], own.hidden_states[index][trial.mask_BT]))
+        h_BTD = trial.stream.run(layer, h_BTD, entry.calls[index])
+    logits = trial.stream.logits(h_BTD, trial.ids_BT, trial.mask_BT)
+    return max(worst, difference(logits[trial.mask_BT], own.logits[trial.mask_BT]))
+
+
+def order(trial: Trial, layer: int) -> float:
+    """A layer with its pieces in another order, norms folded, computes what it did: each keeps where it starts."""
+    rng = random.Random(0)
+    pieces = {
+        part: rng.sample(range(trial.architecture.n_pieces(part)), trial.architecture.n_pieces(part)) for part in PARTS
+    }
+    op = Concat(cuts=(_cut(layer, pieces["attention"], pieces["mlp"], 1.0),), norm="fold")
+    return difference(
+        trial.through(layer, trial.resident.module(op)), trial.through(layer, trial.resident.layers[layer])
+    )
+
+
+def everything_and_nothing(trial: Trial, layers: tuple[int, int]) -> float:
+    """All pieces of one layer and none of another: the first one, and by way of the planners the very same op."""
+    architecture, (first, second) = trial.architecture, layers
+    whole = {part: range(architecture.n_pieces(part)) for part in PARTS}
+    op = concat_of(
+        [_select(first), _select(second)],
+        [whole, {}],
+        weights=[dict.fromkeys(PARTS, 1.0), dict.fromkeys(PARTS, 0.0)],
+        norm="fold",
+        architecture=architecture,
+    )
+    if op != _select(first):
+        return float("inf")
+    by_hand = Concat(cuts=(_cut(first, whole["attention"], whole["mlp"], 1.0), _cut(second, (), (), 0.0)), norm="fold")
+    return difference(
+        trial.through(first, trial.resident.module(by_hand)), trial.through(first, trial.resident.layers[first])
+    )
+
+
+def own_inputs(trial: Trial, part: Part, layers: tuple[int, int]) -> float:
+    """Pieces of two layers in one: whether each still computes what it computed in its own layer, on equal input."""
+    op = halves(trial.architecture, layers)
+    modules = [_alone(trial, part, trial.resident.module(op))]
+    modules += [_alone(trial, part, trial.resident.layers[layer]) for layer in layers]
+    joined, *sources = (trial.features(part, module, layers[0]) for module in modules)
+    # The writer's columns: one run of features for each piece.
+    writer = trial.architecture.writer(part)
+    expected = [
+        source[:, positions(trial.architecture, writer, cut.pieces(part))[0]]
+        for cut, source in zip(op.cuts, sources, strict=True)
+    ]
+    return difference(joined, torch.cat(expected, dim=1))
+
+
+def round_trip(trial: Trial, layers: tuple[int, int], folder: Path) -> dict[str, float]:
+    """A shallower model built to disk and loaded: logits, generation with and without cache, and its config's lists."""
+    architecture = trial.architecture
+    merged = halves(architecture, layers)
+    rest = [_select(layer) for layer in range(architecture.n_layers) if layer not in layers]
+    # One layer is dropped, so that all after it have new places.
+    ops: list[Op] = [*rest[1:2], merged, *rest[2:]]
+    recipe = Recipe(
+        variants=(Variant(name=NAME, model=trial.resident.checkpoint.model),),
+        base=NAME,
+        depth=architecture.n_layers,
+        layers=tuple(ops),
+        spans=derive_spans(ops, architecture.n_layers),
+    )
+    materialize(recipe, {NAME: trial.resident.checkpoint}, folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    in_memory = assembled(recipe, trial.resident)
+    logits = difference(loaded(trial.ids_BT).logits, in_memory(trial.ids_BT).logits)
+    return {
+        "logits": logits,
+        "generation": _generation(loaded, trial.ids_BT[:1, :9]),
+        "config": float(len(list(_wrong_lists(loaded, architecture, [op.sources[0].layer for op in ops])))),
+    }
+
+
+def halves(architecture: Architecture, layers: tuple[int, int]) -> Concat:
+    """Every other piece of each of two layers, in equal shares."""
+    kept = [{part: range(index, architecture.n_pieces(part), 2) for part in PARTS} for index in range(2)]
+    return Concat(
+        cuts=tuple(
+            _cut(layer, pieces["attention"], pieces["mlp"], 0.5) for layer, pieces in zip(layers, kept, strict=True)
+        ),
+        norm="fold",
+    )
+
+
+def _generation(model: Any, ids_BT: Tensor) -> float:
+    """Share of tokens that are others with the cache than without it."""
+    settings = {"max_new_tokens": _WRITTEN, "min_new_tokens": _WRITTEN, "do_sample": False, "pad_token_id": 0}
+    cached, plain = (model.generate(ids_BT, use_cache=use, **settings) for use in (True, False))
+    return float((cached != plain).float().mean())
+
+
+def _wrong_lists(model: nn.Module, architecture: Architecture, sources: Sequence[int]) -> Iterator[str]:
+    """Per-layer lists of a loaded config that do not say what the layers were."""
+    for name, values in architecture.per_layer.items():
+        if list(getattr(model.config, name)) != [values[layer] for layer in sources]:
+            yield name
+
+
+def _alone(trial: Trial, part: Part, module: nn.Module) -> nn.Module:
+    """The layer with what stands before a part switched off, so that the part reads the layer's own input."""
+    if part == "attention":
+        return module
+    module = twin(module)
+    writer = module.get_submodule(trial.architecture.writer("attention").module)
+    for name, parameter in list(writer.named_parameters()):
+        setattr(writer, name, nn.Parameter(torch.zeros_like(parameter), requires_grad=False))
+    return module
+
+
+def _select(layer: int) -> Select:
+    return Select(source=LayerRef(variant=NAME, layer=layer))
+
+
+def _cut(layer: int, groups: Sequence[int], channels: Sequence[int], weight: float) -> Cut:
+    return Cut(
+        source=LayerRef(variant=NAME, layer=layer),
+        kv_groups=tuple(groups),
+        channels=tuple(channels),
+        weights=dict.fromkeys(PARTS, weight),
+    )

@@ -1,0 +1,146 @@
+"""The sequences of a text, as many at a time as go through a layer together.
+
+Where a device runs out of memory a batch is halved, and what was under way is done again with the smaller one.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from intarsia.activations.threads import side_by_side, workers_for
+from intarsia.data.corpus import Corpus
+from intarsia.errors import UserError
+from intarsia.progress import Progress, current
+
+_CPU_BATCH_TOKENS = 2048
+_CUDA_BATCH_TOKENS = 32768
+
+Given = TypeVar("Given")
+Found = TypeVar("Found")
+Batch: TypeAlias = "tuple[slice, Tensor, Tensor | None]"
+"""Which sequences, their tokens `[B, T]`, and where these are real (None: all), on the device."""
+
+
+def batch_tokens_of(device: torch.device) -> int:
+    """Tokens that are a sensible batch on a device."""
+    return _CUDA_BATCH_TOKENS if device.type == "cuda" else _CPU_BATCH_TOKENS
+
+
+class Batches:
+    """Goes through a text batch by batch.
+
+    Attributes:
+        size: sequences of a batch.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        device: torch.device,
+        *,
+        batch_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.corpus = corpus
+        self.device = device
+        self.size = max(1, (batch_tokens or batch_tokens_of(device)) // corpus.seq_len)
+        self._progress = progress
+
+    def over(self, sequences: slice = slice(None), size: int | None = None) -> Iterator[Batch]:
+        """The batches of some sequences (default: all), with at most `size` sequences each."""
+        start, stop, _ = sequences.indices(len(self.corpus))
+        while start < stop:
+            part = slice(start, min(start + (size or self.size), stop))
+            yield self._batch(part)
+            start = part.stop
+
+    def each(self, work: Callable[[slice, Tensor, Tensor | None], None], sequences: slice = slice(None)) -> None:
+        """Do something with every batch; with halves of it where it is too much for the device's memory.
+
+        Args:
+            work: is called again with part of the same sequences when it ran out of memory, so it must change nothing
+                before it has everything that it needs.
+
+        Raises:
+            UserError: memory does not suffice for one sequence.
+        """
+        start, stop, _ = sequences.indices(len(self.corpus))
+        while start < stop:
+            part = slice(start, min(start + self.size, stop))
+            try:
+                work(*self._batch(part))
+            except torch.OutOfMemoryError as error:
+                rows = part.stop - part.start
+                error.__traceback__ = None  # it holds the tensors that there was no room for
+                self._halve(rows)
+                continue
+            start = part.stop
+
+    def side_by_side(
+        self,
+        prepare: Callable[[slice, Tensor, Tensor | None], Given],
+        work: Callable[[Given], Found],
+        finish: Callable[[Batch, Given, Found], None],
+        sequences: slice = slice(None),
+    ) -> None:
+        """Do something with every batch: on the CPU with parts of it in several threads, else as `each` does.
+
+        Args:
+            prepare, finish: run in this thread, batch after batch; `finish` alone may change anything.
+            work: runs in any thread.
+
+        Raises:
+            UserError: memory does not suffice for one sequence.
+        """
+
+        def all_of_it(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
+            given = prepare(rows, ids, mask)
+            finish((rows, ids, mask), given, work(given))
+
+        workers = workers_for(self.device, self.size)
+        if workers == 1:
+            self.each(all_of_it, sequences)
+            return
+        parts = ((batch, prepare(*batch)) for batch in self.over(sequences, math.ceil(self.size / workers)))
+        for (batch, given), found in side_by_side(parts, lambda part: work(part[1]), workers):
+            finish(batch, given, found)
+
+    def whole(self, work: Callable[[], Found]) -> Found:
+        """Do something that goes through the batches itself; all of it again, with halves, where memory runs out.
+
+        Raises:
+            UserError: memory does not suffice for one sequence.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                error.__traceback__ = None
+                self._halve(min(self.size, len(self.corpus)))
+
+    def _batch(self, part: slice) -> Batch:
+        mask = self.corpus.mask
+        ids = self.corpus.input_ids[part].to(self.device)
+        return part, ids, None if mask is None else mask[part].to(self.device)
+
+    def _halve(self, rows: int) -> None:
+        if rows == 1:
+            raise UserError.of(
+                where=f"{self.device}",
+                expected=f"memory for one sequence of {self.corpus.seq_len} tokens in one layer",
+                found="less, with one sequence at a time",
+                remedy="Use shorter sequences (--seq-len), --stream, --dtype bfloat16, or a device with more memory.",
+            ) from None
+        self.size = (rows + 1) // 2
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        (self._progress or current()).say(
+            f"{self.device} is out of memory: {self.size} sequences at a time from now on, not {rows}"
+        )

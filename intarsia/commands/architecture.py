@@ -1,0 +1,152 @@
+"""`intarsia anatomy list` and `anatomy check`: which model families are known, and whether one is described rightly."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+from intarsia.architecture.detect import detect
+from intarsia.architecture.families import Family, known_families, with_family_file
+from intarsia.disk import read_json
+from intarsia.flags import Flag
+from intarsia.progress import current
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyRow:
+    """One family."""
+
+    title: str
+    model_types: tuple[str, ...]
+    # whether all pieces of a merged layer compute what they computed in their own layers
+    exact: bool
+    # what does not
+    approximated: tuple[str, ...]
+    # what cannot be merged at all
+    never_merged: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "approximated": "; ".join(self.approximated)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Families:
+    """Every known family."""
+
+    families: tuple[FamilyRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"families": [row.to_dict() for row in self.families]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRow:
+    """One check of a family."""
+
+    check: str
+    # `ok`, `approximated` (as the family declares) or `failed`
+    result: str
+    # relative; None if it was not measured
+    error: float | None
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyCheck:
+    """What came of every check."""
+
+    source: str
+    family: str
+    model_type: str
+    kinds_of_layers: str
+    # whether no check failed
+    passed: bool
+    checks: tuple[CheckRow, ...]
+    approximations: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        declared = "; ".join(self.approximations) or None
+        return {**asdict(self), "checks": [asdict(row) for row in self.checks], "approximations": declared}
+
+
+FamilyFile: TypeAlias = Annotated[
+    Path | None, Flag(metavar="FILE.toml", help="A family that is not in the package yet; it goes before the others.")
+]
+
+
+def families(*, family_file: FamilyFile = None) -> Families:
+    """List every known family: its model types, what is exact when layers are merged, and what is approximated.
+
+    Raises:
+        UserError: the file is no family file.
+    """
+    with with_family_file(family_file):
+        return Families(families=tuple(_family_row(family) for _, family in sorted(known_families().items())))
+
+
+def _family_row(family: Family) -> FamilyRow:
+    mixed = any((entry.field == "layer_types" and entry.every) or entry.kinds for entry in family.per_layer)
+    return FamilyRow(
+        title=family.title,
+        model_types=family.model_types,
+        exact=not family.approximations,
+        approximated=family.approximations,
+        never_merged="layers that attend in different ways" if mixed else None,
+    )
+
+
+def check_family(
+    source: Annotated[
+        str,
+        Flag(
+            positional=True,
+            metavar="CONFIG_OR_FOLDER",
+            help="A config.json or a folder with one (a hub id or `demo` will do). Weights are not needed.",
+        ),
+    ],
+    *,
+    family_file: FamilyFile = None,
+) -> FamilyCheck:
+    """Check a family on a small random model with the features of a config; exit code 1 if a check fails.
+
+    Raises:
+        UserError: there is no config, no family for it, or it has a feature that the family does not cover.
+    """
+    from intarsia.commands.family_check import check_rows
+
+    with with_family_file(family_file), tempfile.TemporaryDirectory(prefix="intarsia-anatomy-") as folder:
+        config = _config(source)
+        large = detect(config, where=source)
+        with current().task("checking", 8) as task:
+            rows = []
+            for row in check_rows(large, Path(folder)):
+                rows.append(row)
+                task.advance()
+        return FamilyCheck(
+            source=source,
+            family=large.family.title,
+            model_type=str(config.get("model_type")),
+            kinds_of_layers=", ".join(dict.fromkeys(large.layer_types or ("one",))),
+            passed=all(row.result != "failed" for row in rows),
+            checks=tuple(rows),
+            approximations=large.approximations,
+        )
+
+
+def _config(source: str) -> dict[str, Any]:
+    from intarsia.checkpoint.files import read_config
+    from intarsia.checkpoint.multimodal import NESTED, is_wrapped
+    from intarsia.checkpoint.resolve import resolve
+
+    path = Path(source)
+    if path.is_file() and path.suffix == ".json":
+        remedy = "Get the model's config again."
+        config = read_json(path, expected="a config.json: one JSON object", remedy=remedy)
+    else:
+        config = read_config(path if path.is_dir() else resolve(source), quantised=True)
+    return dict(config[NESTED]) if is_wrapped(config) else config

@@ -1,0 +1,191 @@
+"""`intarsia bench`: how fast models read and write, and what memory they take, side by side in one run."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import torch
+
+from intarsia.building.loaded_model import load_model
+from intarsia.building.offload import free_bytes
+from intarsia.commands.evaluate import check_one_device
+from intarsia.commands.job import Job
+from intarsia.errors import Problems, check
+from intarsia.evaluation.perplexity import Speed
+from intarsia.evaluation.speed import Footprint, compare_speed, footprint, kv_cache_bytes
+from intarsia.flags import Flag
+from intarsia.options import Runtime
+from intarsia.progress import current
+
+_SHARE_OF_FREE = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """One model at one batch and prompt length. Ratios compare with the first model at the same setting."""
+
+    model: str
+    layers: int
+    batch: int
+    prompt_len: int
+    new_tokens: int
+    # Tokens of the whole batch a second.
+    prefill_per_s: float
+    prefill_ratio: float
+    decode_per_s: float
+    decode_ratio: float
+    first_token_seconds: float
+    weights_bytes: int
+    # Keys and values after the last token, measured.
+    cache_bytes: int
+    # The same as the config says.
+    cache_predicted_bytes: int
+    # The most memory beside the weights, cache included.
+    working_bytes: int
+    # With the weights.
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """Every model at every setting."""
+
+    device: str
+    dtype: str
+    # Threads that torch computes with on the CPU.
+    threads: int
+    repeats: int
+    rows: tuple[BenchRow, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, object]:
+        """As plain data."""
+        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
+
+
+def bench(
+    *models: Annotated[
+        str,
+        Flag(metavar="MODEL", help="Local folders, hub ids, or `demo`; the others are compared with the first."),
+    ],
+    batch: Annotated[
+        tuple[int, ...] | int, Flag(metavar="N", help="Sequences at once; every combination with --prompt-len counts.")
+    ] = (1,),
+    prompt_len: Annotated[tuple[int, ...] | int, Flag(metavar="N", help="Tokens in a prompt.")] = (256,),
+    new_tokens: Annotated[int, Flag(metavar="N", help="Tokens written after each prompt.")] = 64,
+    repeats: Annotated[int, Flag(metavar="N", help="Measured rounds; their median counts.")] = 5,
+    runtime: Runtime = Runtime(),
+) -> BenchResult:
+    """Measure tokens a second while reading and writing, time to the first token, and memory.
+
+    Models are measured in turns, after one round that warms up.
+
+    Raises:
+        UserError: a model, a size or a device cannot be used.
+    """
+    started = time.perf_counter()
+    check_one_device(runtime)
+    jobs = _opened(models, runtime)
+    settings = list(itertools.product(_several(batch), _several(prompt_len)))
+    _check(jobs, settings, new_tokens, repeats)
+    device, dtype = next(iter(jobs.values())).device, next(iter(jobs.values())).dtype
+    together = sum(job.checkpoint.nbytes for job in jobs.values()) < free_bytes(device) * _SHARE_OF_FREE
+    if not together and len(jobs) > 1:
+        current().say("the models do not fit into memory together: they are measured one after the other")
+
+    measured: dict[tuple[str, int, int], tuple[Speed, Footprint, int]] = {}
+    for names in [list(jobs)] if together else [[name] for name in jobs]:
+        loaded = {name: load_model(jobs[name].checkpoint, device=device, dtype=dtype) for name in names}
+        for rows, length in settings:
+            sizes = {"batch": rows, "prompt_len": length, "new_tokens": new_tokens}
+            speeds = compare_speed(loaded, repeats=repeats, **sizes)
+            for name, model in loaded.items():
+                weights = sum(parameter.nbytes for parameter in model.parameters())
+                measured[name, rows, length] = (speeds[name], footprint(model, **sizes), weights)
+        del loaded
+
+    speed = next(iter(measured.values()))[0]
+    return BenchResult(
+        device=speed.device,
+        dtype=speed.dtype,
+        threads=speed.threads,
+        repeats=repeats,
+        rows=tuple(_rows(jobs, settings, measured)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _rows(
+    jobs: Mapping[str, Job],
+    settings: Sequence[tuple[int, int]],
+    measured: Mapping[tuple[str, int, int], tuple[Speed, Footprint, int]],
+) -> Iterable[BenchRow]:
+    first = next(iter(jobs))
+    for (rows, length), (name, job) in itertools.product(settings, jobs.items()):
+        architecture = job.checkpoint.architecture
+        speed, taken, weights = measured[name, rows, length]
+        other = measured[first, rows, length][0]
+        itemsize = getattr(torch, speed.dtype).itemsize
+        tokens = length + speed.new_tokens - 1  # the last token is written, but not read again
+        yield BenchRow(
+            model=name,
+            layers=architecture.n_layers,
+            batch=rows,
+            prompt_len=length,
+            new_tokens=speed.new_tokens,
+            prefill_per_s=speed.prefill_tokens_per_s,
+            prefill_ratio=speed.prefill_tokens_per_s / other.prefill_tokens_per_s,
+            decode_per_s=speed.decode_tokens_per_s,
+            decode_ratio=speed.decode_tokens_per_s / other.decode_tokens_per_s,
+            first_token_seconds=speed.time_to_first_token_s,
+            weights_bytes=weights,
+            cache_bytes=taken.cache_bytes,
+            cache_predicted_bytes=kv_cache_bytes(architecture, batch=rows, tokens=tokens, itemsize=itemsize),
+            working_bytes=taken.working_bytes,
+            peak_bytes=weights + taken.working_bytes,
+        )
+
+
+def _opened(models: Sequence[str], runtime: Runtime) -> dict[str, Job]:
+    """Every model by a name of its own."""
+    check((bool(models), "bench names no model.", "Name one."))
+    jobs, problems = dict[str, Job](), Problems()
+    for model in models:
+        again = sum(name == model or name.startswith(f"{model} (") for name in jobs)
+        with problems:
+            jobs[f"{model} ({again + 1})" if again else model] = Job(model, runtime=runtime)
+    problems.raise_any()
+    return jobs
+
+
+def _check(jobs: Mapping[str, Job], settings: Sequence[tuple[int, int]], new_tokens: int, repeats: int) -> None:
+    needed = max((length for _, length in settings), default=0) + new_tokens
+    least = (
+        ("--batch", 1, min((rows for rows, _ in settings), default=0)),
+        ("--prompt-len", 1, min((length for _, length in settings), default=0)),
+        ("--new-tokens", 2, new_tokens),
+        ("--repeats", 1, repeats),
+    )
+    positions = {name: job.checkpoint.architecture.config.get("max_position_embeddings") for name, job in jobs.items()}
+    check(
+        *(
+            (found >= most, f"{name} is {found}; it is at least {most}.", "Give a larger one.")
+            for name, most, found in least
+        ),
+        *(
+            (
+                not isinstance(most, int) or needed <= most,
+                f"Prompt and answer have {needed} tokens; {name} has {most} positions.",
+                "Give a smaller --prompt-len or --new-tokens.",
+            )
+            for name, most in positions.items()
+        ),
+    )
+
+
+def _several(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(dict.fromkeys(value))

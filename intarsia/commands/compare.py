@@ -1,0 +1,389 @@
+"""`intarsia compare`: what every method makes of a model, at every depth, pruned and healed, in one table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from intarsia import progress
+from intarsia.errors import Problems, check
+from intarsia.flags import Flag, flag, plain
+from intarsia.options import ModelRef, Runtime, TextSpec
+from intarsia.registry import Chosen, heal_stages, planners, words_of
+from intarsia.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from intarsia.commands.job import Job
+    from intarsia.data.corpus import Corpus
+    from intarsia.evaluation.task_plan import TaskPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrants:
+    """Comparison: which models are made."""
+
+    # Methods of `intarsia plan`, with options that are not the defaults in brackets:
+    # come,come-p[spans=1],come[norm=average].
+    methods: tuple[str, ...] = flag(MISSING, metavar="NAMES", commas=False)
+    # Depths: 27,25,23.
+    layers: tuple[int, ...] = flag(MISSING, metavar="N,N")
+    # How each of them is healed: none, closed-form, or stages one after the other, as closed-form+layerwise; several
+    # with commas between give a row each.
+    heal: tuple[str, ...] = flag(("none",), metavar="KINDS", commas=False)
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "heal"):
+            given = getattr(self, name)
+            given = [given] if isinstance(given, str) else given
+            object.__setattr__(self, name, tuple(word for text in given for word in words_of(text)))
+        object.__setattr__(self, "layers", tuple(sorted(set(self.layers), reverse=True)))
+        check(
+            (bool(self.methods), "--methods names no method.", f"Name some of {', '.join(planners.names)}."),
+            (bool(self.layers), "--layers names no depth.", "Write them like 27,25,23."),
+            (bool(self.heal), "--heal names nothing.", "Write none, or none,closed-form."),
+        )
+
+    def heals(self) -> dict[str, tuple[Chosen, ...]]:
+        """The heal stages of every kind of row, by its name; rows that are not healed first.
+
+        Raises:
+            UserError: there is no such stage.
+        """
+        problems, found = Problems(), dict[str, tuple[Chosen, ...]]()
+        for kind in sorted(self.heal, key=lambda kind: kind != "none"):
+            with problems:
+                found[kind] = () if kind == "none" else heal_stages.choose_all(kind.split("+"))
+        problems.raise_any()
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareEval:
+    """Evaluation: what the models are measured by."""
+
+    # Text for perplexity, as FILE or NAME=FILE.
+    text: tuple[str, ...] = flag((), "--eval-text", metavar="[NAME=]FILE")
+    # Sequences of the evaluation texts: one number, or one for each text.
+    windows: tuple[int, ...] = flag((64,), "--eval-windows", metavar="N")
+    # Tasks of lm-eval, and task files (.jsonl).
+    tasks: tuple[str, ...] = flag((), metavar="NAMES")
+    # Depths whose models are scored on tasks (default: all).
+    task_layers: tuple[int, ...] | None = flag(None, metavar="N,N")
+    # The first N items of each task.
+    limit: int | None = flag(None, metavar="N")
+    # Folder with task definitions of your own.
+    include_path: Path | None = flag(None, metavar="DIR")
+    # Measure tokens a second too, each model in turns with the original.
+    speed: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("text", "tasks"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+        numbers: Any = self.windows
+        windows: tuple[int, ...] = (numbers,) if isinstance(numbers, int) else tuple(numbers)
+        object.__setattr__(self, "windows", windows)
+        alone = self.task_layers is not None and not self.tasks
+        check(
+            (bool(self.text or self.tasks), "There is nothing to measure.", "Give --eval-text or --tasks."),
+            (all(n >= 1 for n in windows), f"--eval-windows is {_listed(windows)}.", "Give numbers from 1 on."),
+            (
+                len(windows) in (1, len(self.text)),
+                f"--eval-windows has {len(windows)} numbers, and there are {len(self.text)} texts.",
+                "Give one number, or one for each --eval-text, in the same order.",
+            ),
+            (not alone, "--task-layers is given without --tasks.", "Give --tasks, or leave it out."),
+            (self.limit is None or self.limit >= 1, f"--limit is {self.limit}.", "Leave it out for all items."),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareResult:
+    """What a comparison gave."""
+
+    model: str
+    out: Path
+    # The table, a mapping a model; None for a dry run.
+    rows: tuple[Mapping[str, Any], ...] | None = None
+    # For each method, the passes over the calibration text that it takes at most, without the one that they share.
+    estimate: tuple[Mapping[str, Any], ...] = ()
+    # How often the whole model was measured, what that cost, and the cost of all ladders: in this call.
+    passes: int = 0
+    shared_layer_forwards: float = 0.0
+    layer_forwards: float = 0.0
+    # What was written beside the rows.
+    files: tuple[Path, ...] = ()
+    seconds: float
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        data = {**asdict(self), "out": str(self.out), "files": [str(file) for file in self.files]}
+        if self.rows is None:
+            return {name: data[name] for name in ("model", "out", "estimate", "seconds")}
+        return {name: value for name, value in data.items() if name != "estimate"}
+
+
+def compare(
+    model: ModelRef | str,
+    out: Annotated[Path, Flag(names=("--out", "-o"), metavar="DIR", help="Folder of the comparison.")],
+    entrants: Entrants,
+    evaluation: CompareEval,
+    *,
+    text: TextSpec = TextSpec(),
+    runtime: Runtime = Runtime(),
+    dry_run: Annotated[bool, Flag(help="Print an estimate of the cost; write nothing.")] = False,
+) -> CompareResult:
+    """Compare methods on one model, at several depths, pruned and healed: perplexity, tasks, speed, cost.
+
+    The methods share one pass over the model, and nothing is built: each model is measured in memory. Stopped at any
+    point, the same command resumes with the next row; more methods, depths, heals and tasks may be added later.
+    `intarsia build OUT/plans/METHOD --layers N` builds any of the models.
+
+    Raises:
+        UserError: something about the input cannot be used. Nothing has been written then.
+    """
+    from intarsia.checkpoint.staging import check_no_input
+    from intarsia.commands.compare_ladders import Ladders, in_order
+    from intarsia.commands.compare_rows import Rows, missed
+    from intarsia.commands.inputs import inputs_of
+    from intarsia.commands.job import Job, pin_text
+    from intarsia.evaluation.speed import peak_memory_bytes
+    from intarsia.evaluation.task_plan import plan_tasks
+    from intarsia.healing.pipeline import check_stages
+    from intarsia.reporting.comparison import ROWS, SETTINGS, cells, load
+
+    started, out = time.perf_counter(), Path(out)
+    run = RunDir(out, option="-o")
+
+    # Input: everything that can be wrong is found before any work.
+    methods, heals = planners.choose_all(",".join(entrants.methods)), entrants.heals()
+    for stages in heals.values():
+        check_stages(stages, runtime)
+    check_no_input(out, inputs_of(models=[model], texts=[*text.sources, *evaluation.text, *evaluation.tasks]))
+    job = Job(model, text, runtime)
+    whole, depths = job.checkpoint.architecture.n_layers, entrants.layers
+    strangers = sorted({*(evaluation.task_layers or ())} - {*depths})
+    deep = [depth for depth in depths if not 1 <= depth < whole]
+    check(
+        (not deep, f"--layers names {_listed(deep)}; the model has {whole} layers.", "Keep fewer, and at least 1."),
+        (not strangers, f"--task-layers names {_listed(strangers)}.", "Add them to --layers."),
+    )
+    texts = _texts(evaluation, job)
+    tasks = None
+    if evaluation.tasks:
+        tasks = plan_tasks(list(evaluation.tasks), limit=evaluation.limit, include_path=evaluation.include_path)
+    estimate = tuple(_estimate(method, job, depths, heals) for method in methods)
+
+    def result(**more: Any) -> CompareResult:
+        return CompareResult(
+            model=job.model,
+            out=out,
+            estimate=estimate,
+            seconds=time.perf_counter() - started,
+            peak_memory_bytes=peak_memory_bytes(),
+            **more,
+        )
+
+    if dry_run:
+        return result()
+    settings = _settings(job, run, texts)
+    task_facts = {} if tasks is None else _task_facts(tasks, evaluation)
+    run.check(settings)
+    if tasks is not None:
+        run.check(task_facts, name="tasks")
+
+    rows = Rows(job, run.log(Path(ROWS).stem), texts, tasks, evaluation)
+    wanted = [(method.label, depth, heal) for method in methods for depth in depths for heal in heals]
+    ladders = Ladders(job, out)
+    if missing := [key for key in (rows.dense_key, *wanted) if not rows.has(key)]:
+        _ = job.text.calibration  # a mistyped text must not leave a folder behind
+        with run.opened(settings), progress.current().task("comparing", 1 + len(wanted)) as task:
+            pin_text(run, job)
+            if tasks is not None:
+                run.pin("tasks", task_facts)
+            asked: dict[str, Any] = {
+                "methods": [method.label for method in methods],
+                "layers": depths,
+                "heal": list(heals),
+            }
+            asked |= {"task_layers": evaluation.task_layers, "speed": evaluation.speed}
+            run.write_json(SETTINGS, _report_facts(job, run, texts, evaluation, asked))
+            task.advance(1 + len(wanted) - len(missing))
+            try:
+                # The original first: it also shows whether the tasks can be scored.
+                if rows.dense_key in missing:
+                    rows.add(rows.dense())
+                    task.advance()
+                for method in in_order(methods):
+                    task.note(method.label)
+                    ours = [key for key in missing if key[0] == method.label]
+                    for rung in ladders.rungs(method, depths) if ours else ():
+                        rows.tell_shared(ladders.shared_forwards)
+                        for _, _, heal in (key for key in ours if key[1] == rung.layers):
+                            if rung.recipe is None:
+                                rows.add(missed(method.label, rung, heal))
+                            else:
+                                rows.add(rows.measured(method.label, rung, heal, ladders.healed(rung, heals[heal])))
+                            task.advance()
+            finally:
+                ladders.close()
+    return result(
+        files=_write_outputs(out),
+        rows=tuple(map(_with_errors, cells(load(out)))),
+        passes=ladders.passes,
+        shared_layer_forwards=ladders.shared_forwards,
+        layer_forwards=ladders.layer_forwards,
+    )
+
+
+def _texts(evaluation: CompareEval, job: Job) -> dict[str, Corpus]:
+    """The evaluation texts by name; without a name a text is called after its file.
+
+    Raises:
+        UserError: one cannot be used, or two have one name.
+    """
+    from intarsia.evaluation.perplexity import eval_corpus
+
+    windows = evaluation.windows if len(evaluation.windows) > 1 else evaluation.windows * len(evaluation.text)
+    found: dict[str, Corpus] = {}
+    for given, count in zip(evaluation.text, windows, strict=True):
+        name, source = _named(given)
+        check((name not in found, f"Two --eval-text are called {name!r}.", "Give names: --eval-text NAME=FILE."))
+        found[name] = eval_corpus(source, job.tokenizer, seq_len=job.spec.seq_len, windows=count)
+    return found
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Name and source of an evaluation text."""
+    name, equals, source = text.partition("=")
+    if equals and name and not any(mark in name for mark in "/\\#:") and not Path(text.partition("#")[0]).exists():
+        return name, source
+    file, _, part = text.partition("#")
+    stem = text.split(":")[1] if text.startswith("hub:") and text.count(":") else Path(file).stem
+    return (f"{stem} {part}" if part else stem), text
+
+
+def _settings(job: Job, run: RunDir, texts: Mapping[str, Corpus]) -> dict[str, Any]:
+    """What decides every number. A text is the same where its content is, whatever path it has."""
+    from intarsia.checkpoint.hashing import acting_config
+    from intarsia.checkpoint.resolve import lasting
+    from intarsia.commands.job import calibration_of
+
+    return {
+        "kind": "compare",
+        "model": lasting(job.model),
+        "revision": job.revision,
+        "base_sha256": job.sha256,
+        "config": acting_config(job.checkpoint.config),
+        "calibration": calibration_of(run, job),
+        "tokens": job.spec.tokens,
+        "seq_len": job.spec.seq_len,
+        "seed": job.spec.seed,
+        "eval_texts": {name: {"sha256": text.sha256, "windows": len(text)} for name, text in texts.items()},
+    }
+
+
+def _task_facts(tasks: TaskPlan, evaluation: CompareEval) -> dict[str, Any]:
+    """What is pinned of the tasks: of a local file the questions that are asked. They may be added later."""
+    from hashlib import sha256
+
+    from intarsia.evaluation.task_plan import LocalTask
+
+    def fact(task: Any) -> dict[str, Any]:
+        if isinstance(task, LocalTask):
+            return {"limit": tasks.limit, "sha256": sha256(repr(task.questions).encode()).hexdigest()}
+        return {"limit": tasks.limit, "include_path": plain(evaluation.include_path)}
+
+    return {task.name: fact(task) for task in tasks.tasks}
+
+
+def _report_facts(
+    job: Job, run: RunDir, texts: Mapping[str, Corpus], evaluation: CompareEval, asked: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the report and the command that makes the comparison again need."""
+    from intarsia.commands.job import versions
+
+    settings = run.pinned()
+    nested = ("calibration", "tokens", "seq_len", "seed")
+    sources = [_named(given)[1] for given in evaluation.text]
+    named_tasks = run.pinned("tasks") if (run.path / "tasks.json").is_file() else {}
+    specs = evaluation.tasks or named_tasks
+    return {
+        **{name: value for name, value in settings.items() if name not in nested},
+        "settings": {name: settings[name] for name in nested},
+        "calibration": {"text": job.text.calibration.description, **run.pinned("calibration")},
+        "eval_texts": [
+            {"name": name, "spec": source, **settings["eval_texts"][name], "seq_len": text.seq_len}
+            for (name, text), source in zip(texts.items(), sources, strict=True)
+        ],
+        "tasks": [
+            {"name": name, "spec": spec, **fact} for spec, (name, fact) in zip(specs, named_tasks.items(), strict=True)
+        ],
+        "asked": asked,
+        "versions": versions(),
+    }
+
+
+def _estimate(
+    method: Chosen, job: Job, depths: tuple[int, ...], heals: Mapping[str, tuple[Chosen, ...]]
+) -> dict[str, Any]:
+    """Passes over the calibration text that a method takes at most, without the one that all methods share."""
+    from intarsia.commands.planning import Planning
+    from intarsia.options import Target
+
+    planning = Planning(job, Target(layers=min(depths)), method)
+    planner, architecture = planning.planner, job.checkpoint.architecture
+    shared = architecture.n_layers if planner.measures or planner.progressive else 0
+    sequences = max(job.spec.tokens // job.spec.seq_len, 1)
+    # Where a step may take several layers, every depth may need a ladder of its own.
+    targets = depths if planner.layers_at_once > 2 else [min(depths)]
+    forwards = sum(planner.forwards_at_most(architecture, target, sequences) - shared for target in targets)
+    return {
+        "method": method.label,
+        "passes_at_most": forwards / architecture.n_layers,
+        "heal_passes_at_most": len(depths) * sum(planning.heal_passes_at_most(stages) for stages in heals.values()),
+        "models": len(depths) * len(heals),
+    }
+
+
+def _write_outputs(out: Path) -> tuple[Path, ...]:
+    """Write what stands beside the rows: the table as CSV and Markdown, figures, and the report page."""
+    from intarsia.commands.report import REPORT
+    from intarsia.disk import write_whole
+    from intarsia.reporting.comparison import MEAN, as_csv, as_markdown, load
+    from intarsia.reporting.comparison_report import figure_file
+    from intarsia.reporting.page import write_report
+
+    comparison = load(out)
+    files = {"table.csv": as_csv(comparison), "table.md": as_markdown(comparison)}
+    # Quality against size, and against speed where it was measured: one figure a text, one for the tasks.
+    qualities = [*comparison.texts, *([MEAN] if any(row.tasks for row in comparison.rows) else [])]
+    against = {"": "parameters"}
+    if any(row.speed is not None for row in comparison.rows):
+        against["-speed"] = "decode_tokens_per_s"
+    for quality in qualities:
+        name = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in quality)
+        for suffix, kind in against.items():
+            files[f"figure-{name}{suffix}.svg"] = figure_file(comparison, against=kind, quality=quality)
+    for name, content in files.items():
+        write_whole(out / name, content)
+    write_report([out], out / REPORT)
+    return tuple(out / name for name in (*files, REPORT))
+
+
+def _with_errors(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table with every number and its standard error as one value."""
+    last = " stderr"
+    return {
+        name: {"value": value, "stderr": cells[f"{name}{last}"]} if cells.get(f"{name}{last}") is not None else value
+        for name, value in cells.items()
+        if not name.endswith(last)
+    }
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(map(str, values))

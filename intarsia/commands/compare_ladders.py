@@ -1,0 +1,222 @@
+"""The ladders of a comparison: one pass over the whole model for all of its methods, a run folder for each.
+
+The pass is kept, so a method that changes the model leaves the next one the whole model's hidden states and measures.
+Methods that measure the last layer after the final norm need a pass of their own.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from intarsia import progress
+from intarsia.activations.batches import Batches
+from intarsia.activations.loop import Loop
+from intarsia.commands.job import Job
+from intarsia.commands.plan import PlanResult
+from intarsia.commands.planning import BASE, Planning, heal_recipe
+from intarsia.healing.pipeline import Healed
+from intarsia.healing.teacher import TeacherStates, has_room
+from intarsia.options import Target
+from intarsia.pruning.intermediate import Intermediate
+from intarsia.pruning.ladder import Ladder
+from intarsia.recipe.ops import LayerRef, Op, Select
+from intarsia.recipe.recipe import Recipe
+from intarsia.registry import Chosen
+from intarsia.run_dir import RunDir
+
+PLANS = "plans"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """A depth of a method's ladder, or why the method does not come to it."""
+
+    layers: int
+    # None where there is no such model.
+    ladder: Ladder | None
+    recipe: Recipe | None = None
+    # Of all steps down to it, without the shared pass.
+    layer_forwards: float = 0.0
+    seconds: float = 0.0
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealedRung:
+    """The recipe of a rung as it is measured: as it was pruned, or healed."""
+
+    recipe: Recipe
+    path: Path
+    # Layer-forwards of the heal stages, and seconds where they ran now.
+    forwards: float | None = None
+    seconds: float | None = None
+    note: str | None = None
+
+
+class Ladders:
+    """Makes ladders one after the other.
+
+    Attributes:
+        passes: how often the whole model was measured; `shared_forwards` is what that cost.
+        layer_forwards: cost of all ladders that were made, without that.
+    """
+
+    def __init__(self, job: Job, out: Path) -> None:
+        self.job, self.out = job, out
+        self.passes = 0
+        self.shared_forwards = 0.0
+        self.layer_forwards = 0.0
+        self._current: Intermediate | None = None
+        self._is_kept = False
+        self._original: TeacherStates | None = None
+
+    def rungs(self, method: Chosen, depths: Sequence[int]) -> Iterator[Rung]:
+        """The rungs at these depths, deepest model first.
+
+        Where a step may take several layers, the ladder can pass a depth by; such a depth has a ladder of its own.
+        """
+        least, name = min(depths), folder_of(method)
+        leaps = method.create().layers_at_once > 2
+        ladder, planned = self._plan(method, f"{name}-to-{least:03d}" if leaps else name, least)
+        for depth in sorted(depths, reverse=True):
+            if depth in planned.depths:
+                yield _rung(ladder, depth)
+            elif leaps and depth != least:
+                own, found = self._plan(method, f"{name}-to-{depth:03d}", depth)
+                yield _rung(own, depth, note="a ladder of its own") if depth in found.depths else _missed(depth, found)
+            else:
+                yield _missed(depth, planned)
+
+    def healed(self, rung: Rung, stages: Sequence[Chosen]) -> HealedRung:
+        """A rung with these heal stages. Their common teacher is measured once, where there is memory for it."""
+        assert rung.recipe is not None and rung.ladder is not None
+        started = time.perf_counter()
+        found: Healed | None = None
+        if stages:
+            with rung.ladder.run.opened():
+                found = heal_recipe(self.job, rung.ladder, rung.recipe, stages, states=self._states())
+        if found is None:
+            return HealedRung(recipe=rung.recipe, path=rung.ladder.recipe_path(rung.layers), note=rung.note)
+        results = found.stages[1:]
+        kept = None if found.taken else "the fit is no better, so it stays as it was pruned"
+        return HealedRung(
+            recipe=found.recipe,
+            path=found.path,
+            forwards=sum(result.facts.get("forwards", 0) for result in results) or None,
+            seconds=time.perf_counter() - started if all(result.fresh for result in results) else None,
+            note="; ".join(filter(None, [rung.note, kept])) or None,
+        )
+
+    def close(self) -> None:
+        """Free the hidden states."""
+        self._close_current()
+        if self._original is not None:
+            self._original.close()
+            self._original = None
+
+    def _plan(self, method: Chosen, name: str, target: int) -> tuple[Ladder, PlanResult]:
+        planning = Planning(self.job, Target(layers=target), method)
+        planner, run = planning.planner, RunDir(self.out / PLANS / name)
+        before = Ladder(run).log()
+
+        def shared() -> Intermediate:
+            # A ladder that is resumed is measured from its last rung.
+            if not before and (planner.progressive or planner.measures):
+                return self._measure_whole(after_final_norm=planner.after_final_norm)
+            current = self._model(planner.after_final_norm)
+            if self._is_kept:
+                current.rewind()
+            return current
+
+        with planning.opened(run) as ladder:
+            planned = planning.work(ladder, shared)
+        self.layer_forwards += planned.layer_forwards - sum(entry["layer_forwards"] for entry in before)
+        return ladder, planned
+
+    def _measure_whole(self, *, after_final_norm: bool) -> Intermediate:
+        """The whole model, measured; once for all methods that measure it alike."""
+        current = self._model(after_final_norm)
+        if self._is_kept:
+            current.rewind()
+            return current
+        if self.passes:
+            progress.current().say("another pass over the whole model: this method measures it after the final norm")
+        before = current.layer_forwards
+        current.become(_whole(self.job))
+        current.refresh()
+        current.keep()
+        self._is_kept = True
+        self.passes += 1
+        self.shared_forwards += current.layer_forwards - before
+        return current
+
+    def _states(self) -> TeacherStates | None:
+        """The original's hidden states: as the ladders measured it, or run once where there is memory for all."""
+        corpus, resident = self.job.text.calibration, self.job.resident
+        if self._current is not None and self._is_kept and (found := self._current.original()) is not None:
+            return found
+        if self._original is None:
+            placed = self.job.placement
+            batches = Batches(corpus, resident.device, batch_tokens=placed.batch_tokens)
+            room = placed.room(RunDir(self.out).scratch)
+            if has_room(resident, batches, room):
+                self._original = TeacherStates(Loop(resident, batches, room=room), keep=True)
+        return self._original
+
+    def _close_current(self) -> None:
+        if self._current is not None:
+            self._current.close()
+        self._current, self._is_kept = None, False
+
+    def _model(self, after_final_norm: bool) -> Intermediate:
+        if self._current is not None and self._current.after_final_norm != after_final_norm:
+            self._close_current()
+        if self._current is None:
+            placed = self.job.placement
+            self._current = Intermediate(
+                self.job.resident,
+                self.job.text.calibration,
+                _whole(self.job),
+                batch_tokens=placed.batch_tokens,
+                room=placed.room(RunDir(self.out).scratch),
+                after_final_norm=after_final_norm,
+            )
+        return self._current
+
+
+def folder_of(method: Chosen) -> str:
+    """The name of a method's run folder: that of `come[norm=average]` is `come-norm-average`."""
+    return re.sub(r"[\[,=]", "-", method.label.rstrip("]"))
+
+
+def in_order(methods: Sequence[Chosen]) -> list[Chosen]:
+    """Those that share a pass one after the other, in the order given."""
+    return sorted(methods, key=lambda method: bool(method.create().after_final_norm))
+
+
+def _whole(job: Job) -> list[Op]:
+    layers = range(job.checkpoint.architecture.n_layers)
+    return [Select(source=LayerRef(variant=BASE, layer=layer)) for layer in layers]
+
+
+def _rung(ladder: Ladder, depth: int, note: str | None = None) -> Rung:
+    steps: list[Mapping[str, Any]] = [entry for entry in ladder.log() if entry["layers"] >= depth]
+    return Rung(
+        layers=depth,
+        ladder=ladder,
+        recipe=ladder.recipe(depth),
+        layer_forwards=sum(step["layer_forwards"] for step in steps),
+        seconds=sum(step["seconds"] for step in steps),
+        note=note,
+    )
+
+
+def _missed(depth: int, planned: PlanResult) -> Rung:
+    least = planned.depths[-1] if planned.depths else planned.layers
+    why = planned.stopped or f"the ladder passes from above it to {least}"
+    return Rung(layers=depth, ladder=None, note=f"not reached: {why}")

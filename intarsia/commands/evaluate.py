@@ -1,0 +1,143 @@
+"""`intarsia eval`: how good a model is, on tasks or by its perplexity on a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from intarsia.building.loaded_model import load_model
+from intarsia.commands.job import Job, check_seq_len
+from intarsia.errors import check
+from intarsia.evaluation.chain import Chain
+from intarsia.evaluation.perplexity import Perplexity, eval_corpus, perplexity
+from intarsia.evaluation.results import TaskResults, retention
+from intarsia.evaluation.tasks import TaskPlan, plan_tasks, score_tasks
+from intarsia.flags import Flag, flag
+from intarsia.options import ModelRef, Runtime
+from intarsia.recipe.recipe import Variant, identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """Tasks: what a model is scored on."""
+
+    # Names of lm-eval (arc_easy, hellaswag, mmlu, ...), and .jsonl files of query, choices and gold;
+    # `piqa.jsonl#0.33:1` is the last two thirds of its items.
+    tasks: tuple[str, ...] = flag(MISSING, metavar="NAMES")
+    # The first N items of each task.
+    limit: int | None = flag(None, metavar="N")
+    # A folder with YAML tasks of your own.
+    include_path: Path | None = flag(None, metavar="DIR")
+    # Examples before each question (default: as the task says).
+    num_fewshot: int | None = flag(None, metavar="K")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", _names(self.tasks))
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    """Several names, also in one text with commas."""
+    return tuple(name.strip() for name in (given.split(",") if isinstance(given, str) else given))
+
+
+def evaluate_tasks(
+    model: ModelRef | str | Path | tuple[Any, Any],
+    tasks: TaskSpec | str | Sequence[str],
+    *,
+    against: Annotated[
+        Any,
+        Flag(
+            metavar="MODEL", help="Also what is kept of this model's accuracy, on the same items, with a 95 % interval."
+        ),
+    ] = None,
+    seed: Annotated[int, Flag(metavar="N", help="Seed of the interval's draws.")] = 0,
+    runtime: Runtime = Runtime(),
+) -> TaskResults:
+    """Score a model on tasks: those of lm-eval, and local files of questions.
+
+    Args:
+        model: a local folder, a hub id, `demo`, or a model in memory with its tokenizer.
+        tasks: which, as `TaskSpec(tasks=("arc_easy", "piqa.jsonl"), limit=100)`, or their names alone.
+        against: a model as above, or what it scored on these tasks before.
+
+    Raises:
+        UserError: a model or a task cannot be used, or the items of the two results differ.
+    """
+    spec = tasks if isinstance(tasks, TaskSpec) else TaskSpec(tasks=_names(tasks))
+    check_one_device(runtime)
+    plan = plan_tasks(spec.tasks, limit=spec.limit, include_path=spec.include_path, num_fewshot=spec.num_fewshot)
+    entrant = _Entrant(model, runtime)
+    other = None if against is None or isinstance(against, TaskResults) else _Entrant(against, runtime)
+    results = entrant.score(plan)
+    dense = against if other is None else other.score(plan)
+    if dense is None:
+        return results
+    return replace(results, retention=retention(dense.scores, results.scores, against=dense.model, seed=seed))
+
+
+class _Entrant:
+    """A model to be scored: checked now, loaded when its turn comes, and let go of after it."""
+
+    def __init__(self, model: Any, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._job: Job | None = None
+        self._loaded: Any = None
+        if isinstance(model, tuple):
+            self._loaded, self._tokenizer = model
+            config = getattr(self._loaded, "config", None)
+            self._name = getattr(config, "name_or_path", None) or "a model in memory"
+            check((self._tokenizer is not None, f"{self._name} has no tokenizer.", "Pass (model, tokenizer)."))
+        else:
+            self._job = Job(model, runtime=runtime)
+            self._name, self._tokenizer = self._job.model, self._job.tokenizer
+
+    def score(self, plan: TaskPlan) -> TaskResults:
+        loaded = self._loaded if self._job is None else load_whole(self._job)
+        batch_tokens = self._runtime.batch_tokens
+        return score_tasks(plan, loaded, self._tokenizer, name=self._name, batch_tokens=batch_tokens)
+
+
+def load_whole(job: Job) -> Any:
+    """A job's model as transformers loads it, its weights checked."""
+    assert job.sha256, "it is worked out of finite weights alone"
+    return load_model(job.checkpoint, device=job.device, dtype=job.dtype)
+
+
+def check_one_device(runtime: Runtime) -> None:
+    """Refuse a model that is in memory in parts.
+
+    Raises:
+        UserError: it is streamed, or laid over several devices.
+    """
+    check(
+        (not runtime.stream, "--stream is for perplexity; here the model is in memory.", "Leave it out."),
+        (len(runtime.devices) < 2, "--devices has several; here the model is on one.", "Give one --device."),
+    )
+
+
+def evaluate_perplexity(
+    model: ModelRef | str | Path,
+    text: Annotated[str, Flag(metavar="FILE", help="Text; `file.txt#0.9:1` is its last tenth.")],
+    *,
+    seq_len: Annotated[int, Flag(metavar="N", help="Tokens in a window.")] = 512,
+    windows: Annotated[
+        int | None, Flag(metavar="N", help="How many windows, from the start of the text; 0 for all.")
+    ] = 64,
+    runtime: Runtime = Runtime(),
+) -> Perplexity:
+    """Measure the perplexity of a model on a text, over windows that do not overlap.
+
+    Raises:
+        UserError: the model or the text cannot be used.
+    """
+    job = Job(model, runtime=runtime)
+    check_seq_len(job.checkpoint, seq_len)
+    corpus = eval_corpus(text, job.tokenizer, seq_len=seq_len, windows=windows or None)
+    batch = {} if runtime.batch_tokens is None else {"batch_tokens": runtime.batch_tokens}
+    if not runtime.stream and len(job.placement.devices) == 1:
+        return perplexity(load_whole(job), corpus, **batch)
+    assert job.sha256
+    whole = identity(Variant(name="base", model=job.model), job.checkpoint.architecture.n_layers)
+    return perplexity(Chain(whole, job.resident, room=job.placement.room()), corpus, **batch)

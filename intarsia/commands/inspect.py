@@ -1,0 +1,147 @@
+"""`intarsia inspect`: what a model, a recipe or a run folder holds, without loading a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from intarsia.errors import UserError
+from intarsia.flags import Flag
+from intarsia.pruning.ladder import Ladder
+from intarsia.pruning.step import describe, mlp_pieces, of_experts
+from intarsia.recipe import schema
+from intarsia.recipe.recipe import Recipe
+from intarsia.reporting.comparison import SETTINGS as COMPARISON
+from intarsia.tailoring.run import FACTS as SEARCH
+
+if TYPE_CHECKING:
+    from intarsia.checkpoint.reader import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What was found."""
+
+    source: str
+    # `model`, `recipe` or `run`
+    kind: str
+    # plain data, in reading order
+    facts: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"source": self.source, "kind": self.kind, **self.facts}
+
+
+def inspect(
+    source: Annotated[
+        str,
+        Flag(
+            positional=True,
+            metavar="SOURCE",
+            help="A model (folder, hub id or `demo`), a recipe (.yaml), or the run folder of a plan.",
+        ),
+    ],
+) -> Inspection:
+    """Show what a model, a recipe or a run folder holds, without loading weights.
+
+    Raises:
+        UserError: it is none of them, or damaged.
+    """
+    path, source = Path(source), str(source)
+    if path.suffix in (".yaml", ".yml"):
+        return Inspection(source=source, kind="recipe", facts=_recipe_facts(schema.load(path)))
+    for name, what in ((COMPARISON, "a comparison"), (SEARCH, "a search")):
+        if (path / name).is_file():
+            raise UserError(f"{source} is {what} (with {name}).", f"Look at it with `intarsia report {source}`.")
+    if (path / "settings.json").is_file():
+        return Inspection(source=source, kind="run", facts=_run_facts(Ladder.existing(path)))
+    from intarsia.building.materialize import RECIPE_FILE
+    from intarsia.checkpoint.resolve import open_checkpoint
+
+    checkpoint = open_checkpoint(source)
+    facts = _model_facts(checkpoint)
+    carried = checkpoint.folder / RECIPE_FILE
+    if carried.is_file():
+        facts["recipe"] = _recipe_facts(schema.load(carried), mixture=checkpoint.architecture.is_mixture("mlp"))
+    return Inspection(source=source, kind="model", facts=facts)
+
+
+def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    architecture = checkpoint.architecture
+    facts: dict[str, Any] = {
+        "family": architecture.family.title,
+        "layers": architecture.n_layers,
+        "width": architecture.width,
+        "parameters": checkpoint.parameters,
+        "layer_parameters": architecture.layer_parameters,
+        "share_of_a_layer": f"{architecture.layer_parameters / checkpoint.parameters:.2%} of all parameters",
+        "bytes": checkpoint.nbytes,
+        "kv_groups": f"{architecture.n_kv_heads} a layer, "
+        f"{architecture.heads_per_group} query heads of {architecture.head_dim} each",
+        "mlp_channels": f"{architecture.n_channels} a layer"
+        if not architecture.n_experts
+        else f"{architecture.n_experts} experts a layer, {architecture.n_channels} channels each; pieces are experts",
+        **({"attention_and_mlp": "side by side, on one residual stream"} if architecture.parallel else {}),
+        "vocabulary": architecture.vocabulary,
+        "tied_embeddings": architecture.tied,
+    }
+    if architecture.layer_types is not None:
+        kinds = list(dict.fromkeys(architecture.layer_types))
+        facts["layer_types"] = ", ".join(f"{kind}: {architecture.layer_types.count(kind)}" for kind in kinds)
+    if architecture.approximations:
+        facts["not_exact_when_merged"] = list(architecture.approximations)
+    return facts
+
+
+def _recipe_facts(recipe: Recipe, *, mixture: bool = False) -> dict[str, Any]:
+    mlp = mlp_pieces(mixture or of_experts(recipe.provenance))
+    rows = [
+        {
+            "layer": index,
+            "original": f"{first}" if stop - first == 1 else f"{first}-{stop - 1}",
+            "op": type(op).__name__.lower(),
+            "made_of": "; ".join(_made_of(name, pieces, mlp) for name, pieces in describe(op).items()),
+            "fitted": ", ".join(recipe.fitted.get(index, ())) or None,
+        }
+        for index, (op, (first, stop)) in enumerate(zip(recipe.layers, recipe.spans, strict=True))
+    ]
+    return {
+        "variants": [{"name": variant.name, "model": variant.model} for variant in recipe.variants],
+        "depth": f"{len(recipe.layers)} of {recipe.depth} layers",
+        "method": recipe.provenance.get("method"),
+        "sha256": schema.content_hash(recipe),
+        "output_layers": rows,
+    }
+
+
+def _made_of(name: str, pieces: Any, mlp: str) -> str:
+    if isinstance(pieces, dict):
+        return f"{name} ({pieces['kv_groups']} KV groups, {pieces['channels']} {mlp})"
+    return name
+
+
+def _run_facts(run: Ladder) -> dict[str, Any]:
+    settings, depths = run.settings(), run.depths()
+    mlp = mlp_pieces(bool(depths) and of_experts(run.recipe(depths[0]).provenance))
+    steps = [
+        {
+            "layers": entry["layers"],
+            "made_of": "dropped"
+            if entry["op"] is None
+            else "; ".join(_made_of(name, pieces, mlp) for name, pieces in entry["op"].items()),
+            "calibration_loss": entry["loss"],
+            "layer_forwards": round(entry["layer_forwards"], 2),
+            "seconds": round(entry["seconds"], 1),
+        }
+        for entry in run.log()
+    ]
+    keys = ("model", "method", "calibration", "tokens", "seq_len")
+    wanted, unfinished = run.wanted(), run.unfinished()
+    return {
+        **{key: settings.get(key) for key in keys},
+        "target": None if wanted is None else wanted.layers,
+        **({} if unfinished is None else {"not_finished": unfinished}),
+        "steps": steps,
+    }

@@ -1,0 +1,160 @@
+"""What verbs do with a recipe: read it, open its variants, build it with its card."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from intarsia.building.materialize import materialize
+from intarsia.checkpoint.adapter import open_variant
+from intarsia.checkpoint.hashing import scan
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.resolve import hub_id
+from intarsia.commands.build import BuildResult
+from intarsia.commands.job import versions
+from intarsia.errors import Problem, UserError
+from intarsia.evaluation.speed import peak_memory_bytes
+from intarsia.progress import Progress
+from intarsia.pruning.ladder import Ladder
+from intarsia.recipe import schema
+from intarsia.recipe.recipe import Recipe
+from intarsia.reporting.card import model_card
+from intarsia.reporting.puzzle import pieces_of_architecture, puzzle_file
+
+PICTURE = "puzzle.svg"
+
+
+def read_recipe(source: Path, layers: int | None = None) -> Recipe:
+    """The recipe in a file, or one of a run folder's.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if source.is_dir():
+        run = Ladder.existing(source)
+        depths = run.depths()
+        if not depths:
+            raise UserError(f"The plan in {source} has finished no step yet.", "Resume it with the same command.")
+        wanted, unfinished = run.wanted(), run.unfinished()
+        if layers is None and unfinished is not None and wanted is not None and wanted.stopped is None:
+            raise UserError(
+                f"The plan in {source} is not finished: {unfinished}.",
+                "Resume it with the same command, or name one of its depths with --layers: "
+                f"{', '.join(map(str, depths))}.",
+            )
+        return run.recipe(depths[-1] if layers is None else layers)
+    if layers is not None:
+        raise UserError(f"--layers chooses a depth of a run folder, and {source} is a recipe.", "Leave --layers out.")
+    return schema.load(source)
+
+
+def build_recipe(
+    recipe: Recipe,
+    out: Path,
+    *,
+    overwrite: bool,
+    max_shard_bytes: int = 5 * 10**9,
+    progress: Progress | None = None,
+) -> BuildResult:
+    """Build a recipe into a model folder with its card."""
+    started = time.perf_counter()
+    variants = open_variants(recipe, progress)
+    base = variants[recipe.base]
+    removed = recipe.depth - len(recipe.layers)
+
+    def result(folder: Path) -> BuildResult:
+        return BuildResult(
+            out=out,
+            layers=len(recipe.layers),
+            parameters=base.parameters - removed * base.architecture.layer_parameters,
+            bytes=sum(file.stat().st_size for file in folder.glob("model*.safetensors")),
+            recipe_sha256=schema.content_hash(recipe),
+            seconds=time.perf_counter() - started,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+    def finish(folder: Path) -> None:
+        facts = card_facts(recipe, base, result(folder), title=out.name)
+        (folder / PICTURE).write_text(puzzle_file(recipe, pieces_of_architecture(base.architecture)), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+    materialize(
+        recipe,
+        variants,
+        out,
+        overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
+        finish=finish,
+        progress=progress,
+    )
+    return result(out)
+
+
+def open_variants(recipe: Recipe, progress: Progress | None = None) -> dict[str, Checkpoint]:
+    """Every variant of a recipe, opened, and the same as when the recipe was made.
+
+    Raises:
+        UserError: one cannot be opened, or its weights are not those that the recipe names.
+    """
+    variants: dict[str, Checkpoint] = {}
+    problems: list[Problem] = []
+    # The base first: adapters among the others are laid over it.
+    for variant in sorted(recipe.variants, key=lambda variant: variant.name != recipe.base):
+        base = variants.get(recipe.base)
+        checkpoint = open_variant(variant.model, revision=variant.revision, base=base, progress=progress)
+        variants[variant.name] = checkpoint
+        found = scan(checkpoint, progress)
+        if variant.sha256 not in (None, found):
+            problems.append(
+                Problem(
+                    f"The weights of variant {variant.name} ({variant.model}) have the sha256 {found}, "
+                    f"and the recipe was made for {variant.sha256}.",
+                    "Get the weights that the recipe was made for, or plan again.",
+                )
+            )
+    if problems:
+        raise UserError(problems)
+    return variants
+
+
+def card_facts(recipe: Recipe, base: Checkpoint, built: BuildResult, *, title: str) -> dict[str, Any]:
+    """What the model card says of a built recipe."""
+    variant = recipe.variant(recipe.base)
+    source_card = base.folder / "README.md"
+    provenance = dict(recipe.provenance)
+    merged = any(op.sources != op.sources[:1] for op in recipe.layers)
+    return {
+        "title": title,
+        "picture": PICTURE,
+        "model": variant.model,
+        "revision": variant.revision,
+        "base_model": hub_id(variant.model),
+        "family": base.architecture.family.title,
+        **{key: provenance[key] for key in ("method", "calibration", "settings") if provenance.get(key)},
+        "heal": _heal_facts(provenance.get("heal")),
+        "before": {"layers": recipe.depth, "parameters": base.parameters, "bytes": base.nbytes},
+        "after": {"layers": built.layers, "parameters": built.parameters, "bytes": built.bytes},
+        "approximations": base.architecture.approximations if merged else (),
+        "recipe_sha256": built.recipe_sha256,
+        "versions": provenance.get("versions") or versions(),
+        "source_card": source_card.read_text(encoding="utf-8", errors="replace") if source_card.is_file() else None,
+    }
+
+
+def _heal_facts(heal: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """How a recipe was healed, in short; None where nothing came of it."""
+    stages = [] if heal is None else [row["stage"] for row in heal["stages"][1:] if row.get("taken")]
+    if heal is None or not stages:
+        return None
+    first, last = (heal["stages"][index]["held_out_perplexity"] for index in (0, -1))
+    closed_form = heal["settings"].get("closed-form", {}) if "closed-form" in stages else {}
+    return {
+        "stages": stages,
+        "text": heal["text"]["description"],
+        "tokens": heal["text"]["tokens"],
+        **{key: closed_form[key] for key in ("layers", "weighting") if key in closed_form},
+        "perplexity of held-out text before": first,
+        "after": last,
+    }

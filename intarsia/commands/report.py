@@ -1,0 +1,199 @@
+"""`intarsia report`: one page about one run or several, with text by the models themselves if asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from intarsia.errors import UserError, check
+from intarsia.flags import Flag
+from intarsia.options import Runtime
+from intarsia.progress import current
+from intarsia.recipe import schema
+from intarsia.recipe.recipe import Recipe
+from intarsia.reporting.blocks import Written
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from intarsia.commands.job import Placement
+    from intarsia.data.corpus import Corpus
+
+REPORT = "report.html"
+PROMPTS = (
+    "Why is the sky blue?",
+    "Write a short story about a carpenter who finds an old box.",
+    "List three things to check before buying a used bicycle.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportResult:
+    """A written report."""
+
+    out: Path
+    runs: tuple[str, ...]
+    bytes: int
+    # prompts that models answered for it
+    written: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "out": str(self.out), "runs": list(self.runs)}
+
+
+def report(
+    *runs: Annotated[
+        Path, Flag(metavar="RUN", commas=False, help="Run folders, comparisons, and models that intarsia has made.")
+    ],
+    out: Annotated[Path, Flag(names=("--out", "-o"), metavar="FILE", help="The HTML file.")] = Path("report.html"),
+    generate: Annotated[bool, Flag(help="Let each model and its original answer prompts, side by side.")] = False,
+    prompt: Annotated[
+        tuple[str, ...], Flag(metavar="TEXT", commas=False, help="What they answer; may be given several times.")
+    ] = PROMPTS,
+    new_tokens: Annotated[int, Flag(metavar="N", help="The most tokens of an answer.")] = 96,
+    device: Annotated[str | None, Flag(help="cpu, cuda, cuda:1 ... (default: the best there is).")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, Flag(help="Of the models (default: the checkpoint's own).")
+    ] = None,
+    overwrite: Annotated[bool, Flag(help="Replace the file if it exists.")] = False,
+) -> ReportResult:
+    """Write one HTML file that shows what runs did. It opens anywhere and needs no network.
+
+    Raises:
+        UserError: a run or the file cannot be used; nothing has been written then.
+    """
+    from intarsia.building.materialize import RECIPE_FILE
+    from intarsia.checkpoint.staging import check_no_input
+    from intarsia.commands.inputs import inputs_of
+    from intarsia.commands.job import Placement
+    from intarsia.reporting.model_report import is_model_folder
+    from intarsia.reporting.page import report_html, write_report
+
+    started = time.perf_counter()
+    out, paths = Path(out), [Path(run) for run in runs]
+    if not paths:
+        raise UserError("There is no run to report on.", "Name a run folder, or a model that intarsia has made.")
+    check_no_input(out, inputs_of(files=paths))
+    _check_out(out, overwrite=overwrite)
+    report_html(paths)  # everything that is wrong with the runs is found out before any model is loaded
+    found: dict[Path, list[Written]] = {}
+    if generate:
+        place = Placement.of(Runtime(device=device, dtype=dtype))
+        folders = [path for path in paths if is_model_folder(path)]
+        _check_generation(folders, prompt, new_tokens)
+        recipes = {folder: schema.load(folder / RECIPE_FILE) for folder in folders}
+        for recipe in recipes.values():
+            check_no_input(out, inputs_of(recipe=recipe))
+        for folder, recipe in recipes.items():
+            found[folder] = _side_by_side(folder, recipe, prompt, new_tokens, place)
+    write_report(paths, out, generations=found)
+    return ReportResult(
+        out=out,
+        runs=tuple(map(str, paths)),
+        bytes=out.stat().st_size,
+        written=sum(map(len, found.values())),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def report_compression(out: Path, facts: Mapping[str, Any], corpus: Corpus | None) -> Path:
+    """Keep what a compression measured in the folder that it made, and write the report beside the model card.
+
+    Args:
+        facts: `CompressResult.to_dict()`.
+        corpus: what perplexity was measured on.
+    """
+    from intarsia.reporting.model_report import keep_measures
+    from intarsia.reporting.page import write_report
+
+    told = ("model", "method", "before", "after", "healed", "layer_forwards", "seconds", "peak_memory_bytes")
+    kept = {name: facts[name] for name in told} | {"run": Path(str(facts["run"])).name}
+    evaluation: dict[str, Any] | None = None
+    if corpus is not None:
+        evaluation = {"text": corpus.description, "sha256": corpus.sha256}
+        evaluation |= {"windows": len(corpus), "seq_len": corpus.seq_len}
+    keep_measures(out, {**kept, "evaluation": evaluation})
+    write_report([out], out / REPORT)
+    return out / REPORT
+
+
+def _side_by_side(
+    folder: Path,
+    recipe: Recipe,
+    prompts: Sequence[str],
+    new_tokens: int,
+    place: Placement,
+) -> list[Written]:
+    """The original's answers and the model's, one model in memory at a time."""
+    from intarsia.building.loaded_model import load_model
+    from intarsia.checkpoint.resolve import open_checkpoint
+    from intarsia.commands.job import load_tokenizer
+    from intarsia.commands.recipes import open_variants
+
+    dense, small = open_variants(recipe)[recipe.base], open_checkpoint(str(folder))
+    columns, tokenizer = [], load_tokenizer(dense)
+    for name, checkpoint in (("original", dense), (f"{len(recipe.layers)} layers", small)):
+        with current().task(f"answers of {name}", len(prompts)) as task:
+            model, answers = load_model(checkpoint, device=place.device, dtype=place.dtype), []
+            for prompt in prompts:
+                answers.append(answer(model, tokenizer, prompt, new_tokens))
+                task.advance()
+            del model
+        columns.append((name, answers))
+    return [
+        Written(prompt=prompt, answers=[(name, answers[index]) for name, answers in columns])
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+    """The likeliest continuation of a prompt, or answer to it where the model has a chat template."""
+    import torch
+
+    text = prompt
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    given = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
+    generator: Any = model  # generate() is typed for a class that this one is only at run time
+    with torch.inference_mode():
+        ids = generator.generate(
+            input_ids=given["input_ids"],
+            attention_mask=given["attention_mask"],
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+    written: str = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    return written.strip() or "(nothing)"
+
+
+def _check_generation(folders: Sequence[Path], prompts: Sequence[str], new_tokens: int) -> None:
+    check(
+        (
+            bool(folders),
+            "--generate is given, and none of the runs is a model folder that intarsia has built.",
+            "Name the output folder of `compress`, `build` or `heal` too.",
+        ),
+        (new_tokens >= 1, f"--new-tokens is {new_tokens}; it is at least 1.", "Give another."),
+        (bool(prompts) and all(text.strip() for text in prompts), "A prompt is empty.", "Give it a text."),
+    )
+
+
+def _check_out(out: Path, *, overwrite: bool) -> None:
+    check(
+        (not out.is_dir(), f"The output {out} is a folder.", "Name a file."),
+        (
+            overwrite or out.is_dir() or not out.exists(),
+            f"The output {out} is there already.",
+            "Name another file, or pass --overwrite to replace it.",
+        ),
+        (out.parent.is_dir(), f"There is no such folder as {out.parent}.", "Name a file in a folder that exists."),
+    )

@@ -1,0 +1,258 @@
+"""Scores on tasks, item by item, and how much of one model's accuracy another one keeps.
+
+Where one number stands for a task (`TaskScore.primary`), it is `acc_norm` if the task has it, else `acc`, else the
+first metric: lm-eval's tasks define `acc_norm` where choices differ in length (ARC, HellaSwag, OpenBookQA, PIQA), and
+only `acc` where they do not (WinoGrande, MMLU).
+
+Retention is the second model's accuracy divided by the first's, on the same items; above chance, both minus what
+guessing gives. Over several tasks it is the ratio of the means over tasks. The interval is a paired bootstrap: it holds
+95 % of the ratios when items are drawn anew with replacement, within each task, the same draw for both models. Items
+with equal outcomes are interchangeable, so a draw of n items is a draw of how often each pair of outcomes occurs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BeforeValidator, TypeAdapter
+
+from intarsia.errors import Problems, UserError
+
+_PREFERRED = ("acc_norm", "acc")
+_DRAWS = 10_000
+_LEVELS = (2.5, 97.5)
+_MOST_UNSOUND = 1e-3  # share of draws with nothing to divide by; they are left out
+
+_Floats: TypeAlias = npt.NDArray[np.float64]
+# From a string of digits, which outcomes of 0 and 1 are written as.
+_Outcomes = Annotated[tuple[float, ...], BeforeValidator(lambda given: tuple(map(float, given)))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A mean over items."""
+
+    value: float
+    # Its standard error; None where lm-eval has none.
+    stderr: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """A model's score on one task."""
+
+    name: str
+    metrics: Mapping[str, Metric]
+    # Items.
+    n: int
+    # Mean of 1 / number of choices; None for tasks without choices.
+    chance: float | None
+    # Of every item by metric, in item order, for metrics that are the mean of them.
+    outcomes: Mapping[str, _Outcomes]
+    # Over the items: equal hashes mean the same questions.
+    items_sha256: str
+    # `local`, or lm-eval's version.
+    source: str
+    # The task's own version.
+    version: str | None = None
+
+    @property
+    def primary(self) -> str:
+        """The metric that stands for the task."""
+        return next((name for name in _PREFERRED if name in self.metrics), next(iter(self.metrics)))
+
+    @property
+    def value(self) -> float:
+        """The primary metric's value."""
+        return self.metrics[self.primary].value
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data; outcomes that are all 0 or 1 as a string of digits."""
+        outcomes = {
+            name: "".join(str(int(value)) for value in values) if set(values) <= {0.0, 1.0} else list(values)
+            for name, values in self.outcomes.items()
+        }
+        return asdict(self) | {"primary": self.primary, "outcomes": outcomes}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """A ratio with its interval; None where more than one draw in a thousand leaves nothing to divide by."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retained:
+    """What is kept of one task, or of the mean over tasks."""
+
+    name: str
+    metric: str
+    # Items.
+    n: int
+    # None where the first model has nothing to keep.
+    accuracy: Ratio | None
+    # The same of what exceeds guessing.
+    above_chance: Ratio | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """What is kept of the scores of another model."""
+
+    # That model.
+    against: str
+    tasks: tuple[Retained, ...]
+    # Of the mean over tasks.
+    mean: Retained
+    # Of the bootstrap.
+    draws: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResults:
+    """A model's scores on several tasks."""
+
+    model: str
+    scores: tuple[TaskScore, ...]
+    dtype: str
+    limit: int | None = None
+    num_fewshot: int | None = None
+    # What it keeps of another model's scores, if one was given.
+    retention: Retention | None = None
+
+    @property
+    def mean(self) -> float:
+        """Mean of the tasks' primary metrics, every task counting the same."""
+        return math.fsum(score.value for score in self.scores) / len(self.scores)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self) | {"mean": self.mean, "scores": [score.to_dict() for score in self.scores]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TaskResults:
+        """The results that `to_dict` wrote."""
+        return TypeAdapter(cls).validate_python(data)
+
+    def summary(self) -> dict[str, Any]:
+        """A row a task, without the outcomes of single items."""
+        kept = {} if self.retention is None else {task.name: task for task in self.retention.tasks}
+        rows: list[dict[str, Any]] = []
+        for score in self.scores:
+            row: dict[str, Any] = {"task": score.name, **{name: asdict(found) for name, found in score.metrics.items()}}
+            row |= {"items": score.n, "chance": score.chance}
+            if score.name in kept:
+                row["kept"] = _written(kept[score.name].accuracy)
+                row["kept above chance"] = _written(kept[score.name].above_chance)
+            rows.append(row)
+        shown: dict[str, Any] = {"model": self.model, "tasks": rows, "mean": self.mean}
+        if self.retention is not None:
+            shown["against"] = self.retention.against
+            shown["kept of the mean"] = _written(self.retention.mean.accuracy)
+            shown["above chance"] = _written(self.retention.mean.above_chance)
+        return shown
+
+
+def retention(
+    dense: Sequence[TaskScore], other: Sequence[TaskScore], *, against: str, draws: int = _DRAWS, seed: int = 0
+) -> Retention:
+    """What `other` keeps of `dense`, in the primary metric of each task.
+
+    Args:
+        dense: the scores to keep, of the model called `against`.
+        other: scores on the same tasks in the same order.
+        draws: bootstrap samples.
+        seed: of the draws.
+
+    Raises:
+        UserError: the tasks or their items differ, or a score has no outcomes of single items.
+    """
+    _check_same_items(dense, other)
+    tasks, draws_TD = [], []
+    for number, (first, second) in enumerate(zip(dense, other, strict=True)):
+        d_n, o_n = (np.array(score.outcomes[first.primary]) for score in (first, second))
+        drawn = _means(d_n, o_n, draws, np.random.default_rng([seed, number]))
+        values = (first.value, second.metrics[first.primary].value)
+        accuracy, above = _ratios(values, drawn, first.chance)
+        tasks.append(Retained(name=first.name, metric=first.primary, n=len(d_n), accuracy=accuracy, above_chance=above))
+        draws_TD.append(drawn)
+    chances = [score.chance for score in dense if score.chance is not None]
+    first_mean = math.fsum(first.value for first in dense) / len(dense)
+    second_mean = math.fsum(b.metrics[a.primary].value for a, b in zip(dense, other, strict=True)) / len(dense)
+    accuracy, above = _ratios(
+        (first_mean, second_mean),
+        (np.mean([d_D for d_D, _ in draws_TD], axis=0), np.mean([o_D for _, o_D in draws_TD], axis=0)),
+        math.fsum(chances) / len(dense) if len(chances) == len(dense) else None,
+    )
+    n = sum(task.n for task in tasks)
+    mean = Retained(name="mean", metric="primary", n=n, accuracy=accuracy, above_chance=above)
+    return Retention(against=against, tasks=tuple(tasks), mean=mean, draws=draws, seed=seed)
+
+
+def _written(ratio: Ratio | None) -> str:
+    """`0.93 (0.88 to 0.97)`."""
+    if ratio is None:
+        return "nothing to keep"
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.value:.3f} (no interval)"
+    return f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+
+
+def _check_same_items(dense: Sequence[TaskScore], other: Sequence[TaskScore]) -> None:
+    names, found = ([score.name for score in scores] for scores in (dense, other))
+    if not names or names != found:
+        raise UserError(
+            f"One model is scored on the tasks {', '.join(names)}, the other on {', '.join(found)}.",
+            "Evaluate both on the same tasks.",
+        )
+    problems = Problems()
+    for first, second in zip(dense, other, strict=True):
+        if first.items_sha256 != second.items_sha256:
+            problems.add(
+                f"{first.name}: the two models were not scored on the same items ({first.n} and {second.n}).",
+                "Evaluate both with the same task files, prompts and limit.",
+            )
+        elif not all(first.primary in score.outcomes for score in (first, second)):
+            problems.add(
+                f"{first.name}: its metric {first.primary} is no mean over items, so retention has no interval.",
+                "Leave this task out of the comparison.",
+            )
+    problems.raise_any()
+
+
+def _means(d_n: _Floats, o_n: _Floats, draws: int, chance: np.random.Generator) -> tuple[_Floats, _Floats]:
+    """Both models' means in every draw."""
+    pairs, counts = np.unique(np.stack([d_n, o_n], axis=1), axis=0, return_counts=True)
+    drawn = chance.multinomial(len(d_n), counts / len(d_n), size=draws) / len(d_n)
+    return drawn @ pairs[:, 0], drawn @ pairs[:, 1]
+
+
+def _ratios(
+    values: tuple[float, float], drawn: tuple[_Floats, _Floats], chance: float | None
+) -> tuple[Ratio | None, Ratio | None]:
+    """Of the accuracies, and of what exceeds chance, from two models' values and their means in every draw."""
+    (dense, other), (dense_D, other_D) = values, drawn
+    plain = _ratio(dense, other, dense_D, other_D)
+    if chance is None:
+        return plain, None
+    return plain, _ratio(dense - chance, other - chance, dense_D - chance, other_D - chance)
+
+
+def _ratio(dense: float, other: float, dense_D: _Floats, other_D: _Floats) -> Ratio | None:
+    """None without anything to keep; without an interval if that cannot be excluded."""
+    if dense <= 0:
+        return None
+    sound_D = dense_D > 0
+    if np.mean(~sound_D) > _MOST_UNSOUND:
+        return Ratio(value=other / dense, low=None, high=None)
+    low, high = np.percentile(other_D[sound_D] / dense_D[sound_D], _LEVELS)
+    return Ratio(value=other / dense, low=float(low), high=float(high))

@@ -1,0 +1,72 @@
+"""`plan` and `compress` with their options one by one, as most tests give a few of them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import intarsia
+from intarsia.cli import main
+from intarsia.commands.compress import CompressResult
+from intarsia.commands.plan import PlanResult
+from intarsia.options import EvalSpec, Output, Runtime, Target, TextSpec
+
+
+def plan(model: str, run: Path, *, dry_run: bool = False, **options: Any) -> PlanResult:
+    return intarsia.plan(model, run, target_of(options), dry_run=dry_run, **common(options))
+
+
+def compress(model: str, out: Path, *, eval_text: Path | str | None = None, **options: Any) -> CompressResult:
+    texts = () if eval_text is None else (str(eval_text),)
+    evaluation = EvalSpec(text=texts, **{key: options.pop(key) for key in ("windows", "tasks") if key in options})
+    output = Output(path=out, **taken(Output, options))
+    heal = options.pop("heal", ("closed-form",))
+    target = target_of(options)
+    return intarsia.compress(model, output, target, heal=heal, evaluation=evaluation, **common(options))
+
+
+def common(options: dict[str, Any]) -> dict[str, Any]:
+    """Method, text and runtime of a verb."""
+    method = options.pop("settings", None) or options.pop("method", "come")
+    options.pop("method", None)
+    source = options.pop("calibration", "self")
+    sources = (source,) if isinstance(source, str) else tuple(source)
+    text = TextSpec(sources=sources, **taken(TextSpec, options))
+    runtime = Runtime(**taken(Runtime, options))
+    assert not options, options
+    return {"method": method, "text": text, "runtime": runtime}
+
+
+def target_of(options: dict[str, Any]) -> Target:
+    return Target(**taken(Target, options))
+
+
+def taken(kind: type, options: dict[str, Any]) -> Mapping[str, Any]:
+    """Those options that are fields of a value object, taken out."""
+    names = {field.name for field in fields(kind)}
+    return {name: options.pop(name) for name in list(options) if name in names}
+
+
+@dataclass
+class Done:
+    """What a command line gave."""
+
+    exit_code: int
+    output: str
+    stdout: str
+
+
+def run(*words: Any) -> Done:
+    """Run the command line within this process."""
+    out, error = io.StringIO(), io.StringIO()
+    code = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            main.run([str(word) for word in words])
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Done(exit_code=code, output=out.getvalue() + error.getvalue(), stdout=out.getvalue())
