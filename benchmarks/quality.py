@@ -69,9 +69,9 @@ def main() -> None:
         judge("dense", "demo")
     for name in given.methods:
         run = given.out / name.replace(" --", "-").replace(" ", "-")
-        text = TextSpec(sources=tuple(calibration), tokens=given.tokens)
+        spec = TextSpec(sources=tuple(calibration), tokens=given.tokens)
         with shown():
-            intarsia.plan("demo", run, Target(layers=min(given.layers)), method=METHODS[name], text=text)
+            intarsia.plan("demo", run, Target(layers=min(given.layers)), method=METHODS[name], text=spec)
         for layers in given.layers:
             if f"{name} {layers}" not in found:
                 folder = given.out / "model"

@@ -55,8 +55,7 @@ def best_variant(rows: Rows) -> str:
 def plan(setting: Setting, member: str, method: str) -> Path:
     """The run folder of a planner on a member of the family."""
     folder = setting.out / "plans" / member / method
-    source = setting.calibration
-    text = TextSpec(sources=(source,) if isinstance(source, str) else tuple(source), tokens=setting.tokens[0])
+    text = TextSpec(sources=tuple(setting.calibration), tokens=setting.tokens[0])
     with reporting_to(setting.progress):
         intarsia.plan(setting.folder(member), folder, Target(layers=setting.layers), method=method, text=text)
     return folder

@@ -93,7 +93,7 @@ def _search(
     found = tailor(
         file,
         folder,
-        search=SearchOptions(trials=setting.trials, calibration=setting.calibration, tokens=setting.tokens[2]),
+        search=SearchOptions(trials=setting.trials, calibration=tuple(setting.calibration), tokens=setting.tokens[2]),
         final=FinalOptions(judge=False, build=False),
     )
     spent = f"{time.perf_counter() - begun:.0f} s, {time.process_time() - cpu:.0f} s of the processor"

@@ -68,8 +68,8 @@ def test_built_and_healed_models_have_reports_too(
     run = tmp_path / "run"
     verbs.plan(str(model_folder("llama")), run, layers=4, settings=ComeSettings(merge=3), **sizes)
     intarsia.build(run, tmp_path / "built")
-    text = TrainingText(sources=(str(text_file),), tokens=256, seq_len=32)
-    intarsia.heal(tmp_path / "built", tmp_path / "healed", text)
+    training = TrainingText(sources=(str(text_file),), tokens=256, seq_len=32)
+    intarsia.heal(tmp_path / "built", tmp_path / "healed", training)
     result = intarsia.report(run, tmp_path / "built", tmp_path / "healed", out=tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert result.runs == (str(run), str(tmp_path / "built"), str(tmp_path / "healed"))
