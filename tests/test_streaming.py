@@ -18,8 +18,7 @@ from intarsia.building import loading
 from intarsia.building.loaded_model import Resident
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.evaluation.chain import Chain
-from intarsia.evaluation.perplexity import perplexity
+from intarsia.evaluation.perplexity import Chain, perplexity
 from intarsia.healing import layerwise
 from intarsia.healing.quality import quality
 from intarsia.healing.settings import ClosedFormSettings

@@ -22,8 +22,7 @@ from intarsia.activations.batches import Batches
 from intarsia.activations.loop import Loop
 from intarsia.commands.job import Job, load_tokenizer
 from intarsia.data.corpus import Corpus
-from intarsia.evaluation.chain import Chain
-from intarsia.evaluation.perplexity import eval_corpus, perplexity
+from intarsia.evaluation.perplexity import Chain, eval_corpus, perplexity
 from intarsia.healing.closed_form import fit
 from intarsia.healing.teacher import TeacherStates
 from intarsia.options import Runtime, TextSpec

@@ -27,7 +27,7 @@ from intarsia.building.layer import layer_tensors, to_parameters
 from intarsia.building.loading import as_transformers, skeleton
 from intarsia.building.offload import Shelf, spread
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.heap import give_back
+from intarsia.checkpoint.tensor_file import give_back
 from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.recipe.side_file import let_go
 

@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from intarsia.heap import give_back
+from intarsia.checkpoint.tensor_file import give_back
 from intarsia.recipe.ops import Op
 
 Values: TypeAlias = Mapping[str, Tensor]

@@ -24,9 +24,9 @@ import torch
 from intarsia.checkpoint.hashing import cache_folder, fingerprint, recall, remember, sha256_of
 from intarsia.checkpoint.rope import llama_3_parameters
 from intarsia.checkpoint.staging import check_out, staged_folder
+from intarsia.checkpoint.tensor_file import give_back
 from intarsia.disk import damage_named
 from intarsia.errors import UserError, missing_package
-from intarsia.heap import give_back
 from intarsia.progress import Progress
 
 SUFFIX = ".gguf"

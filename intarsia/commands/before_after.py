@@ -17,8 +17,7 @@ from intarsia.commands.compress import Measures
 from intarsia.commands.job import Job
 from intarsia.data.corpus import Corpus
 from intarsia.errors import check
-from intarsia.evaluation.chain import Chain
-from intarsia.evaluation.perplexity import eval_corpus, perplexity
+from intarsia.evaluation.perplexity import Chain, eval_corpus, perplexity
 from intarsia.evaluation.results import Perplexity, Speed, TaskResults, retention
 from intarsia.evaluation.speed import compare_speed
 from intarsia.evaluation.tasks import TaskPlan, plan_tasks, score_tasks

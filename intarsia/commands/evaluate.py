@@ -140,8 +140,7 @@ def evaluate_perplexity(
         UserError: the model or the text cannot be used.
     """
     from intarsia.commands.job import Job, check_seq_len
-    from intarsia.evaluation.chain import Chain
-    from intarsia.evaluation.perplexity import eval_corpus, perplexity
+    from intarsia.evaluation.perplexity import Chain, eval_corpus, perplexity
 
     job = Job(model, runtime=runtime)
     check_seq_len(job.checkpoint, seq_len)

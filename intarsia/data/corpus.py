@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from intarsia.checkpoint.tensor_file import give_back
 from intarsia.errors import UserError
-from intarsia.heap import give_back
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from intarsia.architecture.spec import Architecture
+from intarsia.checkpoint.tensor_file import give_back
 from intarsia.errors import UserError
 from intarsia.evaluation.results import Speed
-from intarsia.heap import give_back
 from intarsia.progress import current
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

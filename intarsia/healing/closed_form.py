@@ -42,8 +42,8 @@ from intarsia.activations.loop import Loop, Passed
 from intarsia.activations.stream import LayerCall
 from intarsia.building.loaded_model import Resident, twin
 from intarsia.building.recipe_layers import Placed, RecipeLayers
-from intarsia.healing.fit_plan import fitted_parts
 from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer
+from intarsia.healing.layer_map import fitted_parts
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.progress import Progress, Silent

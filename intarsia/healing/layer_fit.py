@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from intarsia.activations.stream import LayerCall, LayerStream
 from intarsia.architecture.spec import Architecture, Part
+from intarsia.checkpoint.tensor_file import give_back
 from intarsia.healing.post_norm_fit import Passed, PostNorm, fit_norm, fit_weight
 from intarsia.healing.ridge import Fit, Gram, choose
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.heap import give_back
 from intarsia.recipe.side_file import spooled
 
 _ROWS = 256  # of a fitted tensor, written at a time

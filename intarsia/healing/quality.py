@@ -19,8 +19,7 @@ from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import Resident
 from intarsia.building.recipe_layers import RecipeLayers
 from intarsia.data.corpus import Corpus
-from intarsia.evaluation.chain import Chain
-from intarsia.evaluation.perplexity import perplexity
+from intarsia.evaluation.perplexity import Chain, perplexity
 from intarsia.evaluation.results import Perplexity
 from intarsia.healing.losses import hidden_mse
 from intarsia.progress import Progress

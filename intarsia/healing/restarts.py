@@ -19,8 +19,7 @@ from intarsia.architecture.spec import PARTS, Architecture
 from intarsia.building.loaded_model import Resident
 from intarsia.data.corpus import Corpus
 from intarsia.disk import full_disk_named
-from intarsia.evaluation.chain import Chain
-from intarsia.evaluation.perplexity import perplexity
+from intarsia.evaluation.perplexity import Chain, perplexity
 from intarsia.healing.closed_form import fit
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates

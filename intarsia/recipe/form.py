@@ -22,8 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from intarsia.data_file import MAX_INDEX, Misplaced, Strict, raise_misplaced, shown, unexpected
 from intarsia.recipe.methods import METHODS, with_defaults
-from intarsia.recipe.ops import MergeMethod, Mix, NormMode
-from intarsia.recipe.ranges import parse_ranges
+from intarsia.recipe.ops import MergeMethod, Mix, NormMode, parse_ranges
 from intarsia.recipe.recipe import VARIANT_NAME, Fitted
 
 MAX_LAYERS = 10_000

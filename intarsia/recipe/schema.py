@@ -45,8 +45,7 @@ from intarsia.recipe.form import (
     VariantEntry,
     Weights,
 )
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
-from intarsia.recipe.ranges import format_ranges
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select, format_ranges
 from intarsia.recipe.recipe import SCHEMA_VERSION, Recipe, Variant, derive_spans
 from intarsia.recipe.side_file import Arrays, read_tensors, refuse_foreign, tensors_hash, write_tensors
 

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from intarsia.recipe.ops import Concat, Merge, Op
-from intarsia.recipe.ranges import format_ranges
+from intarsia.recipe.ops import Concat, Merge, Op, format_ranges
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Picture, Pictures, Section, table
 from intarsia.reporting.puzzle import Pieces, made_of, puzzle_svg, sources_in_words, wood

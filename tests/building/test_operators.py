@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from intarsia.building.merging import generator_for
+from intarsia.building.layer import generator_for
 from intarsia.building.operators.ties import trim
 from intarsia.recipe.methods import METHODS
 

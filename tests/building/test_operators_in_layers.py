@@ -13,9 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from intarsia.architecture.spec import Architecture
-from intarsia.building.layer import layer_tensors
+from intarsia.building.layer import generator_for, layer_tensors
 from intarsia.building.materialize import materialize
-from intarsia.building.merging import generator_for
 from intarsia.building.operators.dare import dare_linear
 from intarsia.building.operators.slerp import slerp
 from intarsia.building.operators.task_arithmetic import task_arithmetic

@@ -19,9 +19,8 @@ from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.healing.fit_plan import fit_forwards, fitted_parts
 from intarsia.healing.layer_fit import fittable
-from intarsia.healing.layer_map import taught
+from intarsia.healing.layer_map import fit_forwards, fitted_parts, taught
 from intarsia.healing.quality import Chain, quality
 from intarsia.healing.settings import LAST, ClosedFormSettings
 from intarsia.progress import Silent

@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy
 
 from intarsia.commands.job import Job
 from intarsia.commands.planning import Planning, heal_recipe
-from intarsia.evaluation.chain import Chain
+from intarsia.evaluation.perplexity import Chain
 from intarsia.healing.closed_form import fit
-from intarsia.healing.fit_plan import fit_forwards
+from intarsia.healing.layer_map import fit_forwards
 from intarsia.healing.pipeline import Healed
 from intarsia.healing.restarts import Start, best_of, starts
 from intarsia.healing.stages.closed_form import FinalFitSettings

@@ -15,7 +15,7 @@ from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import Resident
 from intarsia.data.corpus import Corpus
 from intarsia.healing.closed_form import fit
-from intarsia.healing.fit_plan import fit_forwards
+from intarsia.healing.layer_map import fit_forwards
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.recipe.recipe import Recipe

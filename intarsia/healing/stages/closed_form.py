@@ -34,7 +34,7 @@ class FinalFitSettings(ClosedFormSettings):
 
     def passes_at_most(self, architecture: Architecture) -> int:
         """Passes of the whole model over the text that one fit takes."""
-        from intarsia.healing.fit_plan import fit_passes_at_most
+        from intarsia.healing.layer_map import fit_passes_at_most
 
         return fit_passes_at_most(architecture)
 
@@ -47,7 +47,7 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
     """
     from intarsia import progress
     from intarsia.healing.closed_form import fit
-    from intarsia.healing.fit_plan import fit_forwards
+    from intarsia.healing.layer_map import fit_forwards
     from intarsia.healing.restarts import AS_IT_IS, best_fit, starts
 
     text, architecture = context.calibration, context.variants[recipe.base].architecture

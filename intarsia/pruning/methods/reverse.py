@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from intarsia.pruning.one_shot import OneShot
+from intarsia.pruning.step import OneShot
 from intarsia.registry import planner
 
 if TYPE_CHECKING:
