@@ -142,7 +142,7 @@ def compress(
     check_out(out.path, overwrite=out.overwrite or unmeasured is not None, inputs=inputs)
     check_no_input(run.path, inputs)
     job = Job(model, text, runtime)
-    planning = Planning(job, target, planners.choose(method))
+    planning = Planning(job, target, planners.choose(method), heals=bool(stages))
     measuring = Evaluation.of(job, evaluation)
     result = CompressResult(
         model=job.model,
@@ -168,8 +168,9 @@ def compress(
         pruned = ladder.recipe(planning.target)
 
         # Heal: each stage is accepted only if the selection part of the text says that the model is better.
-        healed = heal_recipe(job, ladder, pruned, stages)
+        healed = heal_recipe(planning, ladder, pruned, stages)
         recipe = healed.recipe if healed is not None else pruned
+        planning.close()
 
         # Build. What this command built before it was killed is replaced; anything else is not.
         overwrite = out.overwrite or unmeasured == schema.content_hash(recipe)

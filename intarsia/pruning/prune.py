@@ -77,8 +77,8 @@ def _take(
 ) -> tuple[Step, dict[str, Any]]:
     """Change the model: by the best step, or by that of the finalists which is best when it is healed."""
     step = steps[0]
-    if repair is not None and (planner.blocks or len(steps) > 1):
-        step, found = settle(repair, steps, blocks=planner.blocks)
+    if repair is not None and len(steps) > 1:
+        step, found = settle(repair, steps)
         return step, {**step.evidence, "repair": found}
     if step.whole is not None:
         model.become(step.whole)

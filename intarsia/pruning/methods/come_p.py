@@ -41,9 +41,6 @@ class ComePSettings(ComeSettings):
     racing: bool = True
     # With --heal-in-loop: heal this many of the best candidates of each step, and take the one of least held-out loss.
     finalists: int = 1
-    # With --heal-in-loop: also heal the original without a block of layers, of this many of the best blocks; all steps
-    # so far are given up where one of them is better.
-    blocks: int = 0
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {
@@ -67,8 +64,7 @@ class ComePSettings(ComeSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = [("granularity", 1), ("spans", 1), ("finalists", 1), ("blocks", 0)]
-        healed = [("finalists", self.finalists > 1), ("blocks", self.blocks > 0)]
+        counts = [("granularity", 1), ("spans", 1), ("finalists", 1)]
         check(
             *(
                 (
@@ -78,9 +74,10 @@ class ComePSettings(ComeSettings):
                 )
                 for name, least in counts
             ),
-            *(
-                (self.heal_in_loop or not given, f"--{name} is given without --heal-in-loop.", "Give both, or neither.")
-                for name, given in healed
+            (
+                self.heal_in_loop or self.finalists == 1,
+                "--finalists is given without --heal-in-loop.",
+                "Give both, or neither.",
             ),
         )
 
@@ -93,7 +90,6 @@ class ComeP(Come):
 
     def __init__(self, settings: ComePSettings) -> None:
         super().__init__(settings)
-        self.blocks = settings.blocks
 
     def choose(
         self, model: Intermediate, ranked: Sequence[int], count: int, pieces: Callable[[int], Scores]
@@ -118,11 +114,10 @@ class ComeP(Come):
         return min(self.settings.spans, after) * ratios * after + dropped
 
     def heal_forwards(self, architecture: Architecture, current: int) -> int:
-        """Every finalist is healed, and every block."""
+        """Every finalist is healed."""
         from intarsia.pruning.heal_in_loop import repair_forwards
 
-        finalists, blocks = self.settings.finalists, self.settings.blocks
-        return repair_forwards(architecture, self.in_loop, current, finalists=finalists, blocks=blocks)
+        return repair_forwards(architecture, self.in_loop, current, finalists=self.settings.finalists)
 
     def _merges(self, model: Intermediate, spans: Mapping[int, Sequence[Scores]]) -> Iterator[Candidate]:
         """Every ratio of the grid, of every span."""
