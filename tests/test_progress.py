@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import pytest
 
@@ -70,7 +71,7 @@ def test_the_time_left_of_a_job_does_not_jump(slower: float) -> None:
         pace.reach((unit + 1) / 10)
         shown.append((clock.now, pace.left()))
     lines = [(now, left) for now, left in shown if left is not None]
-    for (then, before), (now, after) in zip(lines, lines[1:], strict=False):
+    for (then, before), (now, after) in itertools.pairwise(lines):
         assert (before - (now - then)) / 3 < after < 3 * max(30, before)
 
 
