@@ -132,7 +132,7 @@ class Peaks:
         print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
     @contextmanager
-    def task(self, title: str, total: float) -> Iterator[Peaks]:
+    def task(self, title: str, total: float, *, units: float = 1.0) -> Iterator[Peaks]:
         """A part that has a name."""
         self.note()
         self._under_way.append(re.sub(r"[0-9]+ (to [0-9]+ )?", "", title))

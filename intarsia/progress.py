@@ -1,19 +1,25 @@
-"""How long work says where it is, whoever is listening.
+"""Progress of long work, shown where somebody watches.
 
     with progress.current().task("Score layers", total=30) as task:
         task.advance()
 
-Tasks nest, and an inner task moves the outer one on by parts of a unit, so that one bar shows the whole job with the
-part that is under way and a smoothed time left. A library call is silent; the command line shows a bar on a
-terminal, and a line now and then elsewhere.
+Tasks nest: an inner task moves the outer one by a part of a unit, so that one bar shows the whole job. A command with
+parts of different cost is a job:
+
+    with progress.job({"text": 3, "planning": 12, "evaluation": 5}) as job:
+        with job.part("planning"):
+            ...
+
+A library call is silent; the command line shows a bar on a terminal, and a line every half minute elsewhere.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Protocol, TextIO
@@ -25,20 +31,20 @@ class Task(Protocol):
     """One piece of long work that is under way."""
 
     def advance(self, n: float = 1.0) -> None:
-        """`n` more of the task's total is done."""
+        """Count `n` more units of the task as done."""
 
     def note(self, text: str) -> None:
-        """A few words on what is happening now, shown beside the bar; they replace the words before."""
+        """Show a few words on the present step beside the bar, in place of the words before."""
 
 
 class Progress(Protocol):
     """Where long work reports to."""
 
-    def task(self, title: str, total: float) -> AbstractContextManager[Task]:
-        """Start a task of `total` units; leaving the context ends it. Tasks may nest."""
+    def task(self, title: str, total: float, *, units: float = 1.0) -> AbstractContextManager[Task]:
+        """Start a task of `total` units that is `units` of the task around it; leaving the context ends it."""
 
     def say(self, text: str) -> None:
-        """A line for the user that stays."""
+        """Write a line that stays."""
 
 
 class SilentTask:
@@ -54,7 +60,7 @@ class SilentTask:
 class Silent:
     """Progress that nobody watches: the default of every library call."""
 
-    def task(self, title: str, total: float) -> AbstractContextManager[Task]:
+    def task(self, title: str, total: float, *, units: float = 1.0) -> AbstractContextManager[Task]:
         """A task that shows nothing."""
         return nullcontext(SilentTask())
 
@@ -66,7 +72,7 @@ _CURRENT: ContextVar[Progress] = ContextVar("progress", default=Silent())  # noq
 
 
 def current() -> Progress:
-    """Where the work of this context reports to."""
+    """The progress that this context reports to."""
     return _CURRENT.get()
 
 
@@ -82,32 +88,77 @@ def reporting_to(progress: Progress) -> Iterator[Progress]:
 
 def shown(*, quiet: bool = False, stream: TextIO | None = None) -> AbstractContextManager[Progress]:
     """Show the work inside as suits where stderr goes; not at all if `quiet`."""
-    return reporting_to(Silent() if quiet else Job(stream or sys.stderr))
+    return reporting_to(Silent() if quiet else Display(stream or sys.stderr))
+
+
+class Job:
+    """A job of named parts, which are worked on in their order; a part may be left out or entered again."""
+
+    def __init__(self, weights: Mapping[str, float], task: Task, clock: Callable[[], float] = time.monotonic) -> None:
+        # What each part costs, in one unit for all: passes over the text, estimated.
+        self.weights = dict(weights)
+        # What each part took, in the order in which they were first entered.
+        self.seconds: dict[str, float] = {}
+        self._task, self._clock = task, clock
+        self._left = dict(weights)
+
+    @contextmanager
+    def part(self, name: str, total: float = 1.0) -> Iterator[Task]:
+        """Work on a part of `total` tasks; parts before it that were left out count as done."""
+        for earlier in list(self.weights)[: list(self.weights).index(name)]:
+            self._task.advance(self._left.pop(earlier, 0.0))
+        units, started = self._left.pop(name, 0.0), self._clock()
+        try:
+            with current().task(name, total, units=units) as task:
+                yield task
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - started
+            self._task.advance(units)
+
+
+@contextmanager
+def job(weights: Mapping[str, float]) -> Iterator[Job]:
+    """One job with one bar: its parts in their order, with the estimated passes of each."""
+    with current().task("", sum(weights.values())) as task:
+        yield Job(weights, task)
 
 
 class Pace:
-    """How fast a task goes, so how long it still takes.
+    """How fast a task advances, and so how long the rest takes.
 
-    The rate is that of the last two minutes, or of the last eight advances where those took longer: work that was
-    taken over from an earlier run, or a stage of another speed, then does not mislead for long.
+    The rate is that of the last two minutes, or of the last third of the task where that is longer. Work that was
+    taken over from an earlier run takes no time; it does not count. The time left is shown only after three seconds,
+    and moves toward a new estimate by at most a factor of two in half a minute.
     """
 
     WINDOW_SECONDS = 120.0
-    WINDOW_ADVANCES = 8
+    WINDOW_SHARE = 1 / 3
+    MARK_SECONDS = 1.0
+    MARKS = 3
+    # A mark this many times faster than the median is work that was already done.
+    RESUMED = 4.0
+    HALVES_IN_SECONDS = 30.0
 
     def __init__(self, total: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.total = total
         self.done = 0.0
         self._clock = clock
         self.started = clock()
-        self._marks: deque[tuple[float, float]] = deque([(self.started, 0.0)])
+        # Seconds and units between advances, in pieces of at least a second.
+        self._marks: deque[tuple[float, float]] = deque()
+        self._last = (self.started, 0.0)
+        # When the time left was shown, and what.
+        self._shown: tuple[float, float] | None = None
 
     def reach(self, done: float) -> None:
-        """So much is done; never less than before."""
-        now = self._clock()
+        """Record that `done` units are done; never less than before."""
+        now, (then, done_then) = self._clock(), self._last
         self.done = max(self.done, done)
-        self._marks.append((now, self.done))
-        while len(self._marks) > self.WINDOW_ADVANCES and now - self._marks[0][0] > self.WINDOW_SECONDS:
+        if self.done > done_then and now - then >= self.MARK_SECONDS:
+            self._marks.append((now - then, self.done - done_then))
+            self._last = (now, self.done)
+        window = max(self.WINDOW_SECONDS, self.WINDOW_SHARE * (now - self.started))
+        while len(self._marks) > self.MARKS and sum(seconds for seconds, _ in self._marks) > window:
             self._marks.popleft()
 
     @property
@@ -120,14 +171,24 @@ class Pace:
         """The part that is done, 0 to 1."""
         return min(1.0, self.done / self.total) if self.total > 0 else 1.0
 
-    @property
     def left(self) -> float | None:
-        """Seconds that the rest takes; None where nothing is known yet."""
-        then, done_then = self._marks[0]
-        seconds, done = self._clock() - then, self.done - done_then
-        if done <= 0 or seconds <= 0:
+        """Seconds that the rest takes, as they are shown now; None where too little is known yet."""
+        if len(self._marks) < self.MARKS:
             return None
-        return max(0.0, self.total - self.done) * seconds / done
+        now = self._clock()
+        usual = statistics.median(done / seconds for seconds, done in self._marks)
+        marks = [(seconds, done) for seconds, done in self._marks if done <= self.RESUMED * usual * seconds]
+        # What has been under way for longer than usual makes the rate smaller.
+        waited = now - self._last[0]
+        seconds, done = sum(mark[0] for mark in marks), sum(mark[1] for mark in marks)
+        late = max(0.0, waited - max(mark[0] for mark in marks))
+        left = max(0.0, self.total - self.done) * (seconds + late) / done
+        if self._shown is not None:
+            then, before = self._shown
+            most = 2 ** ((now - then) / self.HALVES_IN_SECONDS)
+            left = min(max(left, (before - (now - then)) / most), max(1.0, before) * most)
+        self._shown = (now, left)
+        return left
 
 
 def duration(seconds: float) -> str:
@@ -140,24 +201,24 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-class _Part:
-    """A task of a job; while one inside it runs, that one's share counts as a part of one unit."""
+class _Shown:
+    """A task on the display; the share of a task inside it counts as so many of its units."""
 
-    def __init__(self, job: Job, title: str, total: float) -> None:
-        self.title, self.total, self.words = title, total, ""
+    def __init__(self, display: Display, title: str, total: float, units: float) -> None:
+        self.title, self.total, self.units, self.words = title, total, units, ""
         self.done = 0.0
-        self._job = job
+        self._display = display
 
     def advance(self, n: float = 1.0) -> None:
         self.done += n
-        self._job.moved()
+        self._display.moved()
 
     def note(self, text: str) -> None:
         self.words = text
-        self._job.moved()
+        self._display.moved()
 
 
-class Job:
+class Display:
     """One bar for all tasks on a terminal; elsewhere at most a line every half minute, with no control characters."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -165,24 +226,24 @@ class Job:
 
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         self._stream, self._clock = stream, clock
-        self._parts: list[_Part] = []
+        self._tasks: list[_Shown] = []
         self._pace = Pace(0.0, clock)
         self._written = clock()
         self._bar = _Bar(self._console) if self._console.is_terminal and not self._console.is_dumb_terminal else None
 
     @contextmanager
-    def task(self, title: str, total: float) -> Iterator[_Part]:
+    def task(self, title: str, total: float, *, units: float = 1.0) -> Iterator[_Shown]:
         """A task; see `Progress`."""
-        part = _Part(self, title, total)
-        if not self._parts:
+        task = _Shown(self, title, total, units)
+        if not self._tasks:
             self._pace, self._written = Pace(total, self._clock), self._clock()
-        self._parts.append(part)
+        self._tasks.append(task)
         self.moved()
         try:
-            yield part
+            yield task
         finally:
-            self._parts.remove(part)
-            if not self._parts and self._bar is not None:
+            self._tasks.remove(task)
+            if not self._tasks and self._bar is not None:
                 self._bar.stop()
 
     def say(self, text: str) -> None:
@@ -194,11 +255,12 @@ class Job:
 
     def moved(self) -> None:
         """Show where the job is now."""
-        if not self._parts:
+        if not self._tasks:
             return
-        share = 0.0
-        for part in reversed(self._parts):
-            share = min(1.0, (part.done + share) / part.total) if part.total > 0 else 0.0
+        inner = 0.0  # units of the task that is looked at
+        for task in reversed(self._tasks):
+            share = min(1.0, (task.done + inner) / task.total) if task.total > 0 else 0.0
+            inner = share * task.units
         self._pace.reach(share * self._pace.total)
         if self._bar is not None:
             self._bar.update(self._pace.share, self._words(), self._rest())
@@ -207,13 +269,13 @@ class Job:
             self.say(f"{self._words()}: {self._rest()}")
 
     def _words(self) -> str:
-        titles = [part.title for part in self._parts]
-        note = next((part.words for part in reversed(self._parts) if part.words), "")
-        names = titles[0] if len(titles) == 1 else f"{titles[0]}, {titles[-1]}"
+        titles = [task.title for task in self._tasks if task.title]
+        note = next((task.words for task in reversed(self._tasks) if task.words), "")
+        names = ", ".join(dict.fromkeys([*titles[:1], *titles[-1:]]))
         return f"{names} ({note})" if note else names
 
     def _rest(self) -> str:
-        left = self._pace.left
+        left = self._pace.left()
         rest = "" if left is None or self._pace.share >= 1 else f", {duration(left)} left"
         return f"{self._pace.share:.0%} after {duration(self._pace.elapsed)}{rest}"
 

@@ -29,7 +29,7 @@ class Watched(Silent):
         self.totals: list[float] = []
 
     @contextmanager
-    def task(self, title: str, total: float) -> Iterator[Task]:
+    def task(self, title: str, total: float, *, units: float = 1.0) -> Iterator[Task]:
         self.totals.append(total)
         yield self
 
