@@ -89,9 +89,9 @@ class Ladders:
             if depth in planned.depths:
                 yield _rung(planning, ladder, depth)
             elif leaps and depth != least:
-                planning, ladder, found = self._plan(method, f"{name}-to-{depth:03d}", depth)
+                own, rungs, found = self._plan(method, f"{name}-to-{depth:03d}", depth)
                 if depth in found.depths:
-                    yield _rung(planning, ladder, depth, note="a ladder of its own")
+                    yield _rung(own, rungs, depth, note="a ladder of its own")
                 else:
                     yield _missed(depth, found)
             else:

@@ -80,6 +80,17 @@ class Planning:
         architecture, tokens = self.job.checkpoint.architecture, self.job.spec.tokens
         return sum(passes(architecture, starts=starts, tokens=tokens) for passes in known)
 
+    def fits(self, stages: Sequence[Chosen]) -> int:
+        """Tasks that healing consists of, for the progress display."""
+        return len(stages) * (1 + self.planner.blocks + (self.planner.in_loop is not None))
+
+    def weights(self, stages: Sequence[Chosen]) -> dict[str, float]:
+        """Passes over the calibration text that each part of a compression takes, roughly."""
+        writing = 2.5 * (1 + 2 / 8) if self.job.writes_text else 0.1
+        healing = self.heal_passes_at_most(stages)
+        planning = 1.0 + (self.estimate.passes_at_most - 1.0) / 2  # most candidates leave the race early
+        return {"text": writing, "planning": planning, "healing": healing, "building": 0.2, "evaluation": 1.0}
+
     @contextmanager
     def opened(self, run: RunDir) -> Iterator[Ladder]:
         """The run folder, started or resumed, for this process alone.
@@ -187,7 +198,7 @@ class Planning:
         model = self.whole(ladder.run.scratch)
         before = 0.0 if self._shared is None else model.layer_forwards
         model.become(start.layers, start.fitted)
-        stopped = prune(self.planner, model, start, self.target, ladder)
+        stopped = prune(self.planner, model, start, self.target, ladder, spent=before)
         if stopped is not None:
             progress.current().say(f"stopped at {model.depth} layers: {stopped}")
         return self.result(ladder, model.layer_forwards - before, stopped)

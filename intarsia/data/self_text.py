@@ -113,12 +113,12 @@ def write_sequences(
     model: torch.nn.Module,
     tokenizer: Any,
     turns: Turns | None,
-    shape: tuple[int, int, int],
+    n: int,
+    seq_len: int,
     seed: int,
     sampling: Sampling,
 ) -> tuple[Tensor, int]:
     """n sequences of seq_len tokens [N, T], and the number of documents in them."""
-    first, n, seq_len = shape
     was_training = model.training
     model.eval()
     rows = min(n, rows_at_once(_row_bytes(model, seq_len), sampling))
@@ -134,7 +134,7 @@ def write_sequences(
                     turns,
                     min(rows, n - start),
                     seq_len,
-                    seed * 1_000_003 + first + start,
+                    seed * 1_000_003 + start,
                     sampling,
                     task,
                 )
@@ -248,7 +248,7 @@ def _row_bytes(model: Any, seq_len: int) -> int:
     return int(2 * config.num_hidden_layers * heads * head_dim * size * seq_len)
 
 
-_FORMAT = 2  # of the cached text; raise it whenever the same settings would write something else
+_FORMAT = 3  # of the cached text; raise it whenever the same settings would write something else
 
 
 def self_corpus(
@@ -258,7 +258,6 @@ def self_corpus(
     n: int,
     seq_len: int,
     seed: int,
-    first: int = 0,
     cache_key: str | None = None,
     sampling: Sampling | None = None,
 ) -> Corpus:
@@ -269,7 +268,7 @@ def self_corpus(
             cached.
         tokenizer: the model's.
         n: how many sequences; `seq_len` tokens each.
-        seed, first: of the sampling; parts of one text have one seed, and `first` counts the sequences before.
+        seed: of the sampling.
         cache_key: identifies the model's weights (their hash); None: nothing is cached.
         sampling: how text is drawn.
 
@@ -278,12 +277,12 @@ def self_corpus(
     """
     sampling = sampling or Sampling()
     turns = learn_turns(tokenizer)
-    path = None if cache_key is None else _cache_path(cache_key, [n, seq_len, seed, first], sampling, turns)
+    path = None if cache_key is None else _cache_path(cache_key, [n, seq_len, seed], sampling, turns)
     written = None if path is None else _read(path, (n, seq_len))
     if written is None:
         if not isinstance(model, torch.nn.Module):
             model = model()
-        written = write_sequences(model, tokenizer, turns, (first, n, seq_len), seed, sampling)
+        written = write_sequences(model, tokenizer, turns, n, seq_len, seed, sampling)
         if path is not None:
             _keep(path, *written)
     ids_NT, documents = written
