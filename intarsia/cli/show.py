@@ -1,8 +1,8 @@
 """A result as JSON for a machine, or as tables for a person.
 
-Both come from the result's `to_dict()` (or its fields, if it is a plain dataclass), so they say the same. Keys
-decide how a value is written: `bytes` as a size, `seconds` as a time, `per_s` and perplexities with few digits. A
-`before` and an `after` stand side by side in one table; a list of mappings is a table of its own.
+Both come from the result's `to_dict()` (or its fields, if it is a plain dataclass). Keys decide how a value is
+written: `bytes` as a size, `seconds` as a time, `per_s` and perplexities with few digits. A list of mappings is a table
+of its own. A model before and after is one short table (`_compressed`): all the rest is in its report and in the JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +20,20 @@ from intarsia.progress import duration
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+
+_COMPARED = {
+    "layers": "layers",
+    "parameters": "parameters",
+    "bytes": "size",
+    "perplexity": "perplexity",
+    "perplexity_without_heal": "  before healing",
+    "agreement": "agreement",
+    "accuracy": "accuracy on tasks",
+    "prefill_per_s": "tokens/s, prompt",
+    "decode_per_s": "tokens/s, writing",
+}
+"""The rows of the table of a compression, by the key of their measure."""
 
 
 class Result(Protocol):
@@ -44,16 +58,39 @@ def show(result: Result | DataclassInstance, *, to: TextIO, as_json: bool) -> No
     if not console.is_terminal:
         # Nobody reads columns that were broken to fit a width which a pipe does not have.
         console.width = 240
-    _show_mapping(data, console)
+    if data.get("before") is not None and data.get("after") is not None:
+        _compressed(data, console)
+    else:
+        _show_mapping(data, console)
+
+
+def _compressed(data: Mapping[str, Any], console: Console) -> None:
+    """At most 15 lines of at most 80 columns (apart from long paths): measures, time, and where everything is."""
+    before, after = data["before"], data["after"]
+    table = Table(show_edge=False, pad_edge=False, box=None, padding=(0, 2, 0, 0))
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="right" if column else "left")
+    others = [key for key in after if key.startswith("perplexity of ")]
+    for key, name in (_COMPARED | {key: key for key in others}).items():
+        old, new = before.get(key), after.get(key)
+        if new is not None:
+            cells = (name, write(key, old), write(key, new), _change(old, new))
+            table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+    parts = [f"{name} {part:,.0f}" for name, part in (data.get("seconds_by_part") or {}).items() if part >= 0.5]
+    lines: dict[str, Any] = {"on": data.get("evaluation")}
+    lines["time"] = duration(data["seconds"]) + (f" (seconds: {', '.join(parts)})" if parts else "")
+    lines |= {"model": data["out"], "report": data.get("report")}
+    lines["try it"] = f'transformers.pipeline("text-generation", "{data["out"]}")("Hello")'
+    lines["hub"] = (data.get("push") or {}).get("address")
+    for name, text in lines.items():
+        if text is not None:
+            console.print(Text(f"{name:<8}", style="dim") + Text(str(text)))
 
 
 def _show_mapping(data: Mapping[str, Any], console: Console, indent: str = "") -> None:
-    before, after = data.get("before"), data.get("after")
-    compared = isinstance(before, Mapping) and isinstance(after, Mapping)
-    if compared:
-        console.print(_comparison(before or {}, after or {}))
     for key, value in data.items():
-        if value is None or (compared and key in ("before", "after")):
+        if value is None:
             continue
         if _is_table(value):
             console.print(Text(f"{indent}{_title(key)}", style="bold"))
@@ -73,20 +110,6 @@ def _is_table(value: Any) -> bool:
 def _is_measure(value: Mapping[str, Any]) -> bool:
     """A number with its uncertainty, which is one value to a reader."""
     return "value" in value and isinstance(value["value"], int | float)
-
-
-def _comparison(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("")
-    for column in ("before", "after", "change"):
-        table.add_column(column, justify="right")
-    for key in _in_order((before, after)):
-        old, new = before.get(key), after.get(key)
-        if old is None and new is None:
-            continue
-        cells = (_title(key), write(key, old), write(key, new), _change(old, new))
-        table.add_row(*(Text(cell) for cell in cells))
-    return table
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
