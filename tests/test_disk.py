@@ -150,9 +150,7 @@ def test_damage_is_named(error: Exception, found: str, tmp_path: Path) -> None:
     assert caught.value.problems == (wanted,) and caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize(
-    "error", [UserError("a.", "b."), ZeroDivisionError(), AssertionError()]
-)
+@pytest.mark.parametrize("error", [UserError("a.", "b."), ZeroDivisionError(), AssertionError()])
 def test_what_is_no_damage_stays_what_it_is(error: Exception, tmp_path: Path) -> None:
     with pytest.raises(type(error)) as caught, damage_named(tmp_path, expected="facts", remedy="Delete it."):
         raise error

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from intarsia.progress import duration
+from intarsia.reporting.wording import change, is_measure, text_of, title_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -74,7 +75,7 @@ def _compressed(data: Mapping[str, Any], console: Console) -> None:
     for key, name in (_COMPARED | {key: key for key in others}).items():
         old, new = before.get(key), after.get(key)
         if new is not None:
-            cells = (name, write(key, old), write(key, new), _change(old, new))
+            cells = (name, text_of(key, old), text_of(key, new), change(old, new))
             table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
     parts = [f"{name} {part:,.0f}" for name, part in (data.get("seconds_by_part") or {}).items() if part >= 0.5]
@@ -93,23 +94,18 @@ def _show_mapping(data: Mapping[str, Any], console: Console, indent: str = "") -
         if value is None:
             continue
         if _is_table(value):
-            console.print(Text(f"{indent}{_title(key)}", style="bold"))
+            console.print(Text(f"{indent}{title_of(key)}", style="bold"))
             console.print(_table(value))
-        elif isinstance(value, Mapping) and not _is_measure(value):
-            console.print(Text(f"{indent}{_title(key)}", style="bold"))
+        elif isinstance(value, Mapping) and not is_measure(value):
+            console.print(Text(f"{indent}{title_of(key)}", style="bold"))
             _show_mapping(value, console, indent + "  ")
         else:
-            label = Text(f"{indent}{_title(key):<{max(1, 24 - len(indent))}} ", style="dim")
-            console.print(label + Text(write(key, value)))
+            label = Text(f"{indent}{title_of(key):<{max(1, 24 - len(indent))}} ", style="dim")
+            console.print(label + Text(text_of(key, value)))
 
 
 def _is_table(value: Any) -> bool:
     return isinstance(value, Sequence) and bool(value) and all(isinstance(row, Mapping) for row in value)
-
-
-def _is_measure(value: Mapping[str, Any]) -> bool:
-    """A number with its uncertainty, which is one value to a reader."""
-    return "value" in value and isinstance(value["value"], int | float)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -117,65 +113,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     keys = _in_order(rows)
     for key in keys:
         numbers = all(isinstance(row.get(key), int | float | None) for row in rows)
-        table.add_column(_title(key), justify="right" if numbers else "left", overflow="fold")
+        table.add_column(title_of(key), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(write(key, row.get(key))) for key in keys))
+        table.add_row(*(Text(text_of(key, row.get(key))) for key in keys))
     return table
 
 
 def _in_order(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Every key of the rows, in the order in which they first appear."""
     return list(dict.fromkeys(key for row in rows for key in row))
-
-
-def _title(key: str) -> str:
-    return key.replace("_per_s", "/s").replace("_", " ")
-
-
-def _change(old: Any, new: Any) -> str:
-    """How far a number moved, in per cent of where it was."""
-    old, new = (value["value"] if isinstance(value, Mapping) and _is_measure(value) else value for value in (old, new))
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in (old, new)) or not old:
-        return ""
-    return f"{new / old - 1:+.1%}"
-
-
-def write(key: str, value: Any) -> str:
-    """A value as a person reads it; the key says what it is."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, Mapping):
-        if _is_measure(value):
-            error = value.get("stderr")
-            return write(key, value["value"]) + ("" if error is None else f" ± {error:.2g}")
-        return ", ".join(f"{_title(name)} {write(name, part)}" for name, part in value.items() if part is not None)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(write(key, part) for part in value)
-    if isinstance(value, int | float):
-        return _number(key, value)
-    return str(value)
-
-
-def _number(key: str, value: float) -> str:
-    if key.endswith("bytes"):
-        return size(value)
-    if key.endswith("seconds"):
-        return duration(value) if value >= 10 else f"{value:.2g} s"
-    if key == "petaflops":
-        return f"{value:,.4g} PFLOP"
-    if "flops" in key:
-        return f"{value / 1e12:,.4g} TFLOP"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units, as disks and model hubs count."""
-    for unit in ("B", "kB", "MB"):
-        if abs(count) < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} GB"

@@ -24,7 +24,7 @@ from intarsia.disk import write_whole
 from intarsia.errors import Problem, UserError
 from intarsia.reporting import comparison_report, model_report, plan_report, tailor_report
 from intarsia.reporting.blocks import Ladder, Section, Subject, Written
-from intarsia.reporting.colours import variables
+from intarsia.reporting.figures import variables
 from intarsia.reporting.plan_report import ladder_figure
 from intarsia.tailoring.run import is_tailor_run
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from intarsia.cli.show import show, write
+from intarsia.cli.show import show
+from intarsia.reporting.wording import text_of
 
 
 class Answer:
@@ -102,7 +103,7 @@ def test_a_long_path_in_a_pipe_stays_whole() -> None:
     ],
 )
 def test_values_as_a_person_reads_them(key: str, value: Any, text: str) -> None:
-    assert write(key, value) == text
+    assert text_of(key, value) == text
 
 
 def test_json_refuses_what_is_no_json() -> None:

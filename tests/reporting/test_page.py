@@ -16,9 +16,9 @@ import pytest
 from intarsia.errors import UserError
 from intarsia.pruning.ladder import Ladder, Wanted
 from intarsia.reporting.blocks import Pictures, Table
-from intarsia.reporting.commands import compare_command, compress_command, plan_command
 from intarsia.reporting.page import report_html, write_report
 from intarsia.reporting.plan_report import load_run, puzzle_sections, score_sections, steps_section
+from intarsia.reporting.wording import compare_command, compress_command, plan_command
 from tests.reporting.runs import CHANNELS, GROUPS, comparison, plan_run, row, scores
 
 VOID = {"meta", "input", "br", "link", "img"}
