@@ -17,24 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from intarsia.progress import duration
-from intarsia.reporting.wording import change, is_measure, text_of, title_of
+from intarsia.reporting.wording import MEASURES, change, is_measure, text_of, title_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-
-_COMPARED = {
-    "layers": "layers",
-    "parameters": "parameters",
-    "bytes": "size",
-    "perplexity": "perplexity",
-    "perplexity_without_heal": "  before healing",
-    "agreement": "agreement",
-    "accuracy": "accuracy on tasks",
-    "prefill_per_s": "tokens/s, prompt",
-    "decode_per_s": "tokens/s, writing",
-}
-"""The rows of the table of a compression, by the key of their measure."""
 
 
 class Result(Protocol):
@@ -72,7 +58,7 @@ def _compressed(data: Mapping[str, Any], console: Console) -> None:
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="right" if column else "left")
     others = [key for key in after if key.startswith("perplexity of ")]
-    for key, name in (_COMPARED | {key: key for key in others}).items():
+    for key, name in (MEASURES | {key: key for key in others}).items():
         old, new = before.get(key), after.get(key)
         if new is not None:
             cells = (name, text_of(key, old), text_of(key, new), change(old, new))

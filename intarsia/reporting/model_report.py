@@ -17,19 +17,21 @@ from intarsia.reporting.blocks import Block, Code, Facts, Figure, Section, Subje
 from intarsia.reporting.figures import Axis, Point, Series, chart
 from intarsia.reporting.plan_report import PlanRun, is_plan_run, ladders, load_run, score_sections, steps_section
 from intarsia.reporting.puzzle import LayerFacts, Pieces, pieces_of_architecture, puzzle_section
-from intarsia.reporting.wording import change, compress_command, is_measure, model_name, text_of, title_of, written
+from intarsia.reporting.wording import (
+    MEASURES,
+    change,
+    compress_command,
+    is_measure,
+    model_name,
+    text_of,
+    title_of,
+    written,
+)
 
 MEASURES_FILE = RECIPE_FILE.with_name("measures.json")
 """What `compress` has measured, beside the recipe."""
 
-_TILES = {
-    "layers": "layers",
-    "perplexity": "perplexity",
-    "parameters": "parameters",
-    "bytes": "size",
-    "decode_per_s": "tokens/s, decode",
-    "prefill_per_s": "tokens/s, prefill",
-}
+_TILES = ("layers", "perplexity", "parameters", "bytes", "decode_per_s", "prefill_per_s")
 
 
 def keep_measures(out: Path, facts: Mapping[str, Any]) -> None:
@@ -104,7 +106,7 @@ def _before_and_after(facts: Mapping[str, Any]) -> list[Section]:
         return []
     rows = [
         {
-            "": _TILES.get(key) or title_of(key),
+            "": MEASURES.get(key) or title_of(key),
             "before": text_of(key, before.get(key)),
             "after": text_of(key, after.get(key)),
             "change": change(before.get(key), after.get(key)),
@@ -164,12 +166,12 @@ def _tiles(facts: Mapping[str, Any], recipe: Recipe) -> list[Tile]:
         return [Tile(name="layers", before=str(recipe.depth), now=str(len(recipe.layers)))]
     return [
         Tile(
-            name=name,
+            name=MEASURES[key],
             before=text_of(key, _bare(before.get(key)), brief=True),
             now=text_of(key, _bare(after.get(key)), brief=True),
             change="" if key == "layers" else change(before.get(key), after.get(key)),
         )
-        for key, name in _TILES.items()
+        for key in _TILES
         if after.get(key) is not None
     ]
 

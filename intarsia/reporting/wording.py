@@ -11,6 +11,19 @@ from intarsia.flags import options_of
 from intarsia.progress import duration
 from intarsia.registry import planners
 
+MEASURES = {
+    "layers": "layers",
+    "parameters": "parameters",
+    "bytes": "size",
+    "perplexity": "perplexity",
+    "perplexity_without_heal": "before healing",
+    "agreement": "agreement",
+    "accuracy": "accuracy on tasks",
+    "prefill_per_s": "tokens/s, prompt",
+    "decode_per_s": "tokens/s, writing",
+}
+"""What is measured before and after, by its key."""
+
 _DEFAULTS: Mapping[str, Any] = {"tokens": 65536, "seq_len": 512, "seed": 0, "calibration": "self"}
 _GENERAL = ("revision", "calibration", "tokens", "seq_len", "seed")
 
