@@ -50,15 +50,7 @@ class ComePSettings(ComeSettings):
             "racing": False,
             "finalists": 1,
             "blocks": 0,
-        },
-        # The best healed models, slowly.
-        "thorough": {
-            "heal_in_loop": True,
-            "spans": 5,
-            "granularity": 5,
-            "removals": True,
-            "finalists": 4,
-            "blocks": 5,
+            "plan_tokens": None,
         },
     }
 
