@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from intarsia.pruning.race import share_at_most
 from intarsia.pruning.step import Planner
 
 if TYPE_CHECKING:
@@ -68,10 +69,12 @@ def estimate(
     share = min(1.0, (planner.plan_tokens or tokens) / tokens)
     measured = planner.measures or planner.progressive or planner.blocks
     kept = (depth + 1) * (measured + share * bool(planner.in_loop or planner.blocks))
-    forwards = planner.forwards_at_most(architecture, target, max(tokens // seq_len, 1))
+    rows = max(int(share * tokens) // seq_len, 1)
+    forwards = planner.forwards_at_most(architecture, target, rows)
     first = min(depth, forwards)
     if planner.blocks:
-        forwards += target * (target + 1) // 2
+        raced = share_at_most(target + 1, rows, racing=True, keep=planner.blocks)
+        forwards += raced * target * (target + 1) / 2
     return Estimate(
         parameters_before=parameters,
         parameters_after=after,

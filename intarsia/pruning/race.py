@@ -117,6 +117,13 @@ def _survivors(
     ]
 
 
+def share_at_most(candidates: int, sequences: int, *, racing: bool, keep: int = 1) -> float:
+    """The share of all candidates on all sequences that a race runs at most, where one costs up to twice the mean."""
+    parts = [part.stop - part.start for part in _parts(sequences, racing=racing)]
+    run = 2 * _length(candidates, parts, keep) - candidates * parts[0]  # of the first part all are run
+    return min(1.0, run / (candidates * sequences))
+
+
 def _length(candidates: int, sizes: Sequence[int], keep: int) -> int:
     """Sequences that a race runs at most, for the time left."""
     length = 0

@@ -94,11 +94,11 @@ class Planner:
         """Why nothing more is allowed, for the user."""
         return "no layer is left"
 
-    def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> int:
+    def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> float:
         """Layer-forwards over the calibration text from the whole model down to `target` layers, at most.
 
         Args:
-            sequences: how many the calibration text has.
+            sequences: how many steps are decided on.
         """
         return architecture.n_layers if self.measures else 0
 
@@ -155,16 +155,13 @@ def step_line(depth: int, start: int, op: Op | None, loss: float | None, *, mixt
 
 
 def healed_words(evidence: Mapping[str, Any]) -> str:
-    """What came of a repair in the loop, as the end of such a line; nothing where there was none."""
+    """The result of healing in the loop, as the end of such a line; empty where there was none."""
     repair = evidence.get("repair")
     if repair is None or repair["held_out_loss"] is None:
         return ""
     before, after = repair["held_out_loss"]
     among = f", best of {len(repair['finalists'])}" if "finalists" in repair else ""
-    if "block" in evidence:
-        start, stop = evidence["block"]
-        among += f": the original without {start} to {stop - 1}"
-    return f"{among}, {'repaired' if repair['taken'] else 'not repaired'}: held-out loss {before:.4f} -> {after:.4f}"
+    return f"{among}, {'healed' if repair['taken'] else 'not healed'}: held-out loss {before:.4f} -> {after:.4f}"
 
 
 def _short(op: Op, mlp: str) -> list[str]:

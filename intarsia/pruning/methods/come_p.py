@@ -19,7 +19,7 @@ from intarsia.architecture.spec import Architecture
 from intarsia.errors import check
 from intarsia.pruning import scores as allocate
 from intarsia.pruning.methods.come import Candidate, Come, ComeSettings, Scores
-from intarsia.pruning.race import best_of_groups, mean_loss, race
+from intarsia.pruning.race import best_of_groups, mean_loss, race, share_at_most
 from intarsia.recipe.ops import Op
 from intarsia.registry import planner
 
@@ -99,11 +99,13 @@ class ComeP(Come):
         best, shown = raced(model, tried, self.settings.finalists, racing=self.settings.racing, title=title)
         return best, {"grid": shown}
 
-    def tried_forwards(self, after: int, count: int) -> int:
-        """Each ratio and removal that is tried re-runs what is after it."""
-        ratios = math.comb(self.settings.granularity + count - 1, count - 1)
-        dropped = after * (after + 1) // 2 if self.settings.removals else 0
-        return min(self.settings.spans, after) * ratios * after + dropped
+    def tried_forwards(self, after: int, count: int, sequences: int) -> float:
+        """Each ratio and removal that is tried re-runs what is after it, as long as it is in the race."""
+        ratios = min(self.settings.spans, after) * math.comb(self.settings.granularity + count - 1, count - 1)
+        drops = after + 1 if self.settings.removals else 0
+        racing, finalists = self.settings.racing, self.settings.finalists
+        share = share_at_most(max(ratios + drops, 1), sequences, racing=racing, keep=finalists)
+        return share * (ratios * after + drops * after / 2)
 
     def heal_forwards(self, architecture: Architecture, current: int) -> int:
         """Every finalist is healed."""
