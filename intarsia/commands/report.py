@@ -111,8 +111,10 @@ def report_compression(out: Path, facts: Mapping[str, Any], corpus: Corpus | Non
     from intarsia.reporting.model_report import keep_measures
     from intarsia.reporting.page import write_report
 
-    told = ("model", "method", "before", "after", "healed", "layer_forwards", "seconds", "peak_memory_bytes")
-    kept = {name: facts[name] for name in told} | {"run": Path(str(facts["run"])).name}
+    measured = ("model", "method", "before", "after", "healed", "layer_forwards", "seconds", "peak_memory_bytes")
+    kept = {name: facts[name] for name in measured} | {"run": Path(str(facts["run"])).name}
+    if facts.get("seconds_by_part"):
+        kept["seconds_by_part"] = facts["seconds_by_part"]
     evaluation: dict[str, Any] | None = None
     if corpus is not None:
         evaluation = {"text": corpus.description, "sha256": corpus.sha256}
