@@ -126,7 +126,7 @@ class Option:
             return TypeAdapter(self.kind, config=config).validate_python(given)
         except ValidationError:
             raise UserError(
-                f"{self.called} takes {_noun(self.kind)}, not {given!r}.", "Give it such a value."
+                f"{self.called} takes {_noun(self.kind)}, not {given!r}.", f"Give {_noun(self.kind)}."
             ) from None
 
     def words(self, value: Any) -> list[str]:

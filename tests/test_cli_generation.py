@@ -147,7 +147,7 @@ def test_a_preset_gives_way_to_what_is_given() -> None:
     assert ask("m -o o --preset paper").arguments["method"].settings.join_norm == "average"
     assert ask("m -o o --preset paper --join-norm fold").arguments["method"].settings.join_norm == "fold"
     assert said("m -o o --preset best") == [
-        ("--preset takes one of paper, not 'best'.", "Give it such a value."),
+        ("--preset takes one of paper, not 'best'.", "Give one of paper."),
     ]
 
 
@@ -166,8 +166,8 @@ def test_every_problem_is_found_at_once() -> None:
         ("There is no option --sead.", "Did you mean --seed?"),
         ("--no-epochs-over is an option of t-second.", "Leave it out, or choose --heal t-second."),
         ("MODEL is missing.", "Give MODEL: A local folder, a GGUF file, a hub id, or `demo`."),
-        ("--out is missing.", "Give --out: Folder for the new model."),
-        ("--layers takes a whole number, not 'x'.", "Give it such a value."),
+        ("--out is missing.", "Give --out: Folder of the new model."),
+        ("--layers takes a whole number, not 'x'.", "Give a whole number."),
         ("--join-norm takes one of fold, average, not 'none'.", "Give it such a value."),
         ("--memory is '8XB', which is no size.", "Give a size such as 5GB, 500MB or 1.5GiB."),
     ]
@@ -207,7 +207,7 @@ def test_a_config_file_has_the_flags_as_keys(tmp_path: Path) -> None:
             "Leave it out, or choose --method t-join-more.",
         ),
         ("There is no option sequence in the config file.", "Did you mean --seq-len?"),
-        ("--layers takes a whole number, not 'many'.", "Give it such a value."),
+        ("--layers takes a whole number, not 'many'.", "Give a whole number."),
     ]
 
 

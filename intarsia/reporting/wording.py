@@ -48,7 +48,7 @@ def text_of(key: str, value: Any, *, brief: bool = False) -> str:
     if not isinstance(value, int | float):
         return str(value)
     if key.endswith("bytes"):
-        return size(value)
+        return size(value, digits=3 if brief else 4)
     if key.endswith("seconds"):
         return duration(value) if value >= 10 else f"{value:.2g} s"
     if key == "petaflops":
@@ -64,16 +64,16 @@ def text_of(key: str, value: Any, *, brief: bool = False) -> str:
 
 def title_of(key: str) -> str:
     """A key as a heading."""
-    return str(key).replace("_per_s", "/s").replace("_", " ")
+    return str(key).replace("_per_s", "/s").replace("held_out", "held-out").replace("_", " ")
 
 
-def size(count: float) -> str:
+def size(count: float, *, digits: int = 4) -> str:
     """Bytes in decimal units, as disks and model hubs count."""
     for unit in ("B", "kB", "MB"):
         if abs(count) < 1000:
-            return f"{count:.4g} {unit}"
+            return f"{count:.{digits}g} {unit}"
         count /= 1000
-    return f"{count:.4g} GB"
+    return f"{count:.{digits}g} GB"
 
 
 def short(value: float) -> str:
