@@ -96,14 +96,17 @@ def _front(run: TailorRun) -> list[Section]:
         return []
     pairs = list(combinations(range(len(run.objectives)), 2))[:_MOST_PAIRS]
     blocks: list[Block] = [_pair(run, run.front, *pair) for pair in pairs]
-    rows = []
     # With one objective all trials of the front are equally good.
-    for trial in run.front.points if pairs else run.front.points[:1]:
-        marks = [name for name in run.objectives if run.front.best(name) is trial]
-        marks += ["knee"] * (trial is run.front.knee)
-        costs = dict(zip(run.objectives, map(short, _costs(trial)), strict=True))
-        how = {"best in": ", ".join(marks), "engine": trial.engine, "origin": trial.origin}
-        rows.append({"trial": str(trial.number), **costs, **how})
+    rows = [
+        {
+            "trial": str(row["trial"]),
+            **{name: short(row[name]) for name in run.objectives},
+            "best in": row["best"],
+            "engine": row["engine"],
+            "origin": row["origin"],
+        }
+        for row in (run.front.rows() if pairs else run.front.rows()[:1])
+    ]
     blocks.append(table(rows, text_columns=("best in", "engine", "origin"), caption="The trials of the front"))
     return [
         Section(

@@ -111,6 +111,19 @@ class Front:
         at = self.objectives.index(objective)
         return min(self.points, key=lambda trial: (_costs(trial)[at], trial.number))
 
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each trial: its costs, what it is best in, and how it was found."""
+        return [
+            {
+                "trial": trial.number,
+                **dict(zip(self.objectives, _costs(trial), strict=True)),
+                "best": ", ".join([n for n in self.objectives if self.best(n) is trial] + ["knee"] * (trial is self.knee)),
+                "engine": trial.engine,
+                "origin": trial.origin,
+            }
+            for trial in self.points
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data.
 

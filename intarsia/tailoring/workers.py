@@ -168,6 +168,23 @@ class OnDask:
 
 
 @contextmanager
+def open_workers(
+    opener: OpenScorer, evaluator: Evaluator, *, scheduler: str | None, count: int | None
+) -> Iterator[Workers]:
+    """One worker is this process with its evaluator; otherwise the evaluator is closed, for each worker has its own.
+
+    Raises:
+        UserError: see `dask_workers`.
+    """
+    if scheduler is None and (count or 1) == 1:
+        yield InProcess(TrialScorer(evaluator, opener.file))
+        return
+    evaluator.close()
+    with dask_workers(opener, scheduler=scheduler, count=count) as workers:
+        yield workers
+
+
+@contextmanager
 def dask_workers(opener: Opener, *, scheduler: str | None, count: int | None) -> Iterator[OnDask]:
     """Workers of an existing scheduler (`tcp://host:8786`), or `count` processes of our own on this machine.
 
