@@ -111,14 +111,14 @@ def tailor(
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.reporting.page import write_report
     from intarsia.tailoring.engine import Task, budget_ladder, predict
-    from intarsia.tailoring.evaluator import OpenScorer, open_evaluator
+    from intarsia.tailoring.evaluator import open_evaluator
     from intarsia.tailoring.family import open_family
     from intarsia.tailoring.final import translator_of
     from intarsia.tailoring.search import Goal
     from intarsia.tailoring.search import search as run_search
     from intarsia.tailoring.space import space_of
     from intarsia.tailoring.trial_heal import KeptFits
-    from intarsia.tailoring.workers import check_scheduler, open_workers
+    from intarsia.tailoring.workers import OpenScorer, check_scheduler, open_workers
 
     started = time.perf_counter()
     plan = _read(Path(source), out, engine, search, runtime)

@@ -117,7 +117,9 @@ class Front:
             {
                 "trial": trial.number,
                 **dict(zip(self.objectives, _costs(trial), strict=True)),
-                "best": ", ".join([n for n in self.objectives if self.best(n) is trial] + ["knee"] * (trial is self.knee)),
+                "best": ", ".join(
+                    [n for n in self.objectives if self.best(n) is trial] + ["knee"] * (trial is self.knee)
+                ),
                 "engine": trial.engine,
                 "origin": trial.origin,
             }
