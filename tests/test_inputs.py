@@ -69,7 +69,7 @@ CALLS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], object]]] = {
         lambda place, out: intarsia.report(place / "built", out=out, overwrite=True, generate=True),
     ),
     "tailor": (
-        (*OUTS, "text.txt", "text.txt/run", "family", "family/run.yaml/run", "earlier", "link/../text.txt", "."),
+        (*OUTS, "text.txt", "text.txt/run", "family", "family/run.yaml/run", "earlier", "earlier/run", "."),
         lambda place, out: intarsia.tailor(place / "family" / "run.yaml", out, search=SearchOptions(dry_run=True)),
     ),
     "tailor --calibration": (
