@@ -14,11 +14,9 @@ from intarsia.pruning.step import mlp_pieces, of_experts
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Tile, table
-from intarsia.reporting.commands import plan_command
 from intarsia.reporting.figures import Axis, Point, Series, chart, heat, layers_axis
-from intarsia.reporting.puzzle import pieces_of
-from intarsia.reporting.puzzle_section import LayerFacts, puzzle_section
-from intarsia.reporting.wording import duration, model_name, short, written
+from intarsia.reporting.puzzle import LayerFacts, pieces_of, puzzle_section
+from intarsia.reporting.wording import model_name, plan_command, short, text_name, text_of, written
 
 _SCORES = {
     "scores": "score of the method",
@@ -60,7 +58,7 @@ class PlanRun:
     @property
     def text(self) -> str:
         """The calibration text in words."""
-        return str(self.calibration.get("text") or self.settings["calibration"])
+        return text_name(str(self.calibration.get("text") or self.settings["calibration"]))
 
 
 def is_plan_run(path: Path) -> bool:
@@ -238,11 +236,11 @@ def steps_section(run: PlanRun) -> Section:
     rows = [
         {
             "layers": str(step["layers"]),
-            "at": str(step["merged"][0]),
+            "at layer": str(step["merged"][0]),
             "step": _step(step, mlp),
             "loss": "" if step.get("loss") is None else f"{step['loss']:.4f}",
             "layer-forwards": short(step["layer_forwards"]),
-            "time": duration(step["seconds"]),
+            "time": text_of("seconds", step["seconds"]),
             "recipe": str(step["hash"])[:12],
         }
         for step in run.log
@@ -265,7 +263,7 @@ def _step(step: Mapping[str, Any], mlp: str) -> str:
         return f"only {next(iter(op)).partition(':')[2]} kept, whole"
     return "joined from " + " + ".join(
         f"{name.partition(':')[2] or name}"
-        + (f" ({part['kv_groups']} groups, {part['channels']} {mlp})" if isinstance(part, Mapping) else f" ({part})")
+        + (f" (KV groups {part['kv_groups']}, {mlp} {part['channels']})" if isinstance(part, Mapping) else f" ({part})")
         for name, part in op.items()
     )
 
@@ -280,7 +278,7 @@ def _tiles(run: PlanRun) -> list[Tile]:
         tiles.append(Tile(name="calibration perplexity", now=short(math.exp(last["loss"]))))
     forwards = sum(step["layer_forwards"] for step in run.log)
     tiles.append(Tile(name="layer-forwards", now=short(forwards), change=f"{forwards / depth:.1f} passes of the model"))
-    tiles.append(Tile(name="time", now=duration(sum(step["seconds"] for step in run.log))))
+    tiles.append(Tile(name="time", now=text_of("seconds", sum(step["seconds"] for step in run.log))))
     return tiles
 
 
