@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from intarsia.tailoring.engine import Predicted
     from intarsia.tailoring.evaluator import Evaluator
     from intarsia.tailoring.family import Family
-    from intarsia.tailoring.pareto import Front
+    from intarsia.tailoring.history import Front
 
 
 @dataclass(frozen=True, kw_only=True)

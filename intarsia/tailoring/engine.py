@@ -18,7 +18,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
 from intarsia.tailoring.candidate import Candidate
-from intarsia.tailoring.pareto import draw_weights, order
+from intarsia.tailoring.history import draw_weights, order
 from intarsia.tailoring.space import Space
 
 if TYPE_CHECKING:

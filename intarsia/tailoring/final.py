@@ -15,8 +15,7 @@ from intarsia.tailoring import warm_start
 from intarsia.tailoring.evaluator import Evaluator, examples_there, open_evaluator
 from intarsia.tailoring.family import Family, open_family, read_config_only
 from intarsia.tailoring.family_file import BASE, FamilyFile, ObjectiveSpec, Range, TargetSpec, read_family_file
-from intarsia.tailoring.history import Trial
-from intarsia.tailoring.pareto import Front
+from intarsia.tailoring.history import Front, Trial
 from intarsia.tailoring.run import FAMILY, TailorRun
 from intarsia.tailoring.space import space_of
 from intarsia.tailoring.translate import PieceScores, Translator

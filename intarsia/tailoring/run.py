@@ -23,8 +23,7 @@ from intarsia.errors import UserError
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.run_dir import RunDir
-from intarsia.tailoring.history import EARLIER, TRIALS, History, Trial
-from intarsia.tailoring.pareto import Front, front_of
+from intarsia.tailoring.history import EARLIER, TRIALS, Front, History, Trial, front_of
 
 if TYPE_CHECKING:
     from intarsia.tailoring.family import Family

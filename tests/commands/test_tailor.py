@@ -29,7 +29,7 @@ from intarsia.tailoring.evaluator import open_evaluator
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import read_family_file
 from intarsia.tailoring.final import rest_of, trial_recipe, unseen
-from intarsia.tailoring.pareto import leading
+from intarsia.tailoring.history import leading
 from intarsia.tailoring.run import TailorRun
 from tests import families
 from tests.conftest import Folder
