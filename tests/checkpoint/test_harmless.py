@@ -244,3 +244,75 @@ def test_a_config_of_another_depth(depth: int, folder: Path) -> None:
         Checkpoint.open(folder, model="m")
     (problem,) = caught.value.problems
     assert f"num_hidden_layers is {depth} in the config, and the files hold 6 layers" in problem.message
+
+
+UNKNOWN = {
+    "block_configs": [{"attention": {"n_heads_in_group": 4}}] * 6,
+    "ffn_multipliers": [1.0] * 6,
+    "first_k_dense_replace": 1,
+    "attn_layer_period": 2,
+    "global_attn_every_n_layers": 3,
+    "hybrid_override_pattern": "MM*MM*",
+    "skip_layers": [1, 3],
+    "pruned_heads": {"3": [0]},
+    "attn_config": {"window_pattern": 4},
+    "nested": {"deeper": {"scales": [1, 2, 3, 4, 5, 6]}},
+}
+
+
+@pytest.mark.parametrize("key", UNKNOWN)
+def test_unknown_per_layer_settings_are_refused(key: str, folder: Path, text_file: Path, tmp_path: Path) -> None:
+    set_json(folder / "config.json", **{key: UNKNOWN[key]})
+    small = ["--calibration", text_file, "--tokens", 64, "--seq-len", 8]
+    done = invoke("compress", folder, "-o", tmp_path / "out", "--layers", 4, *small)
+    assert done.exit_code == 2 and key in done.stderr and "remove it from the config" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_without_effect_stay(folder: Path) -> None:
+    none = {"mlp_only_layers": [], "decoder_sparse_step": 1, "num_nextn_predict_layers": 0, "attn_layer_period": None}
+    set_json(folder / "config.json", **none, eos_token_id=[1, 2, 3, 4, 5, 6], pruned_heads={})
+    config = json.loads((build(folder) / "config.json").read_text())
+    assert none.items() <= config.items() and config["eos_token_id"] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["n_layer", "num_layers"])
+def test_other_names_of_the_depth(name: str, folder: Path) -> None:
+    set_json(folder / "config.json", **{name: 6})
+    assert json.loads((build(folder) / "config.json").read_text())[name] == 3
+    set_json(folder / "config.json", **{name: 7})
+    with pytest.raises(UserError, match="6 layers, as num_hidden_layers says; found 7"):
+        Checkpoint.open(folder, model="m")
+
+
+@pytest.mark.parametrize(
+    ("layers", "types", "found"),
+    [
+        ((0, 2, 5), None, 2),
+        ((0, 1, 2, 4), "sliding", 3),
+        ((5, 0), "sliding", ...),
+        ((5, 0), None, ...),
+        ((4, 5), None, 0),
+    ],
+)
+def test_leading_layers(layers: tuple[int, ...], types: str | None, found: Any, tmp_path: Path) -> None:
+    folder = families.save(families.make_model("qwen3"), tmp_path / "model", chat=True)
+    kinds = ["full_attention"] * 3 + ["sliding_attention"] * 3
+    window = (
+        {"use_sliding_window": True, "sliding_window": 8, "layer_types": kinds}
+        if types
+        else {"use_sliding_window": False, "layer_types": ...}
+    )
+    set_json(folder / "config.json", max_window_layers=3, **window)
+    config = json.loads((build(folder, layers) / "config.json").read_text())
+    assert config.get("max_window_layers", ...) == found
+    assert config.get("layer_types") == ([kinds[layer] for layer in layers] if types else None)
+
+
+def test_unknown_settings_inside_a_wrapper(tmp_path: Path) -> None:
+    wrappers.save(wrappers.make_wrapper("gemma3"), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    depth = json.loads(file.read_text())["text_config"]["num_hidden_layers"]
+    set_json(file, text_config={**json.loads(file.read_text())["text_config"], "block_configs": [{}] * depth})
+    with pytest.raises(UserError, match="block_configs"):
+        Checkpoint.open(tmp_path / "model", model="m")
