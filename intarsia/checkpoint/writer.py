@@ -30,6 +30,7 @@ from intarsia.checkpoint.multimodal import NESTED, is_wrapped
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.staging import staged_folder
 from intarsia.checkpoint.tensor_file import DTYPES
+from intarsia.progress import current
 
 TEMPLATES = "additional_chat_templates"
 """Where a tokenizer keeps chat templates besides the usual one."""
@@ -57,7 +58,6 @@ _SIDE_FILES = (
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
-_TIED = "tie_word_embeddings"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,9 +240,10 @@ def write_config(source: Checkpoint, layer_sources: Sequence[int], out: Path) ->
     config = shallower_config(source, layer_sources)
     if source.wrapper is not None:
         config = source.wrapper.wrapped(source.config, config)
-        if source.untied:  # classes differ in which of the two they go by
-            config |= {_TIED: False, NESTED: {**config[NESTED], _TIED: False}}
+    stated = config.get("architectures")
     config = with_stock_class(config)
+    if stated and stated != config["architectures"]:
+        current().say(f"architectures is {stated}, and {config['architectures']} in what is written: model_type counts")
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")
 
