@@ -286,7 +286,7 @@ def read_yaml(path: Path, *, what: str) -> Any:
     """
 
     def unusable(expected: str, found: str, remedy: str) -> UserError:
-        return UserError.of(where=str(path), expected=expected, found=found, remedy=remedy)
+        return UserError(f"{path}: expected {expected}; found {found}.", remedy)
 
     if not path.is_file():
         found = "something else" if path.exists() else "no such file"

@@ -41,11 +41,9 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         )
         if not (told or guessed):
             raise
-        raise UserError.of(
-            where=str(folder),
-            expected="room for what is written here",
-            found="a full disk",
-            remedy="Free some space and give the same command again: what was finished is kept.",
+        raise UserError(
+            f"{folder} is on a full disk.",
+            "Free some space and give the same command again: what was finished is kept.",
         ) from error
 
 
@@ -62,11 +60,10 @@ def require_room(folder: Path, nbytes: int, what: str, *, where: Path | None = N
     """
     free, of = _free(folder), f" ({option})" if option else ""
     if free < nbytes + _SPARE_BYTES:
-        raise UserError.of(
-            where=str(where or folder),
-            expected=f"{(nbytes + _SPARE_BYTES) / 1e6:,.0f} MB of free disk space for {what}",
-            found=f"{free / 1e6:,.0f} MB",
-            remedy=f"Free some space, or choose a place on another disk{of}.",
+        raise UserError(
+            f"{where or folder} has {free / 1e6:,.0f} MB of free disk space; {what} needs "
+            f"{(nbytes + _SPARE_BYTES) / 1e6:,.0f} MB.",
+            f"Free some space, or choose a place on another disk{of}.",
         )
 
 
@@ -128,10 +125,10 @@ def damage_named(file: Path, *, expected: str, remedy: str) -> Iterator[None]:
         raise
     except OSError as error:
         found = error.strerror or str(error)
-        raise UserError.of(where=str(file), expected=expected, found=found, remedy=remedy) from error
+        raise UserError(f"{file}: expected {expected}; found {found}.", remedy) from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         found = f"{type(error).__name__}: {' '.join(str(error).split())[:_MOST_TOLD]}"
-        raise UserError.of(where=str(file), expected=expected, found=found, remedy=remedy) from error
+        raise UserError(f"{file}: expected {expected}; found {found}.", remedy) from error
 
 
 def read_json(file: Path, *, expected: str, remedy: str) -> dict[str, Any]:
@@ -143,7 +140,7 @@ def read_json(file: Path, *, expected: str, remedy: str) -> dict[str, Any]:
     with damage_named(file, expected=expected, remedy=remedy):
         found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise UserError.of(where=str(file), expected=expected, found=f"a {type(found).__name__}", remedy=remedy)
+        raise UserError(f"{file}: expected {expected}; found a {type(found).__name__}.", remedy)
     return found
 
 

@@ -97,9 +97,8 @@ def missing_package(
         error: what came of importing it, where that was tried: one that is there may be broken.
     """
     or_else = f", or {instead}" if instead else ""
-    return UserError.of(
-        where=where,
-        expected=f"the package {package}",
-        found="it is not installed" if error is None else str(error).partition("\n")[0],
-        remedy=f"Install it (pip install 'intarsia[{extra}]'){or_else}.",
+    found = "is not installed" if error is None else f"cannot be imported: {str(error).partition(chr(10))[0]}"
+    return UserError(
+        f"{where} needs the package {package}, which {found}.",
+        f"Install it (pip install 'intarsia[{extra}]'){or_else}.",
     )

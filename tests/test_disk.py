@@ -62,7 +62,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(there: bool, tmp_path: Path, monk
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="a full disk") as caught:
         write_whole(path, "two\n")
-    assert caught.value.problems[0].where == str(tmp_path)
+    assert str(tmp_path) in str(caught.value)
     assert [entry.read_text() for entry in tmp_path.iterdir()] == (["one\n"] if there else [])
 
 
@@ -125,13 +125,11 @@ def test_too_little_room_is_refused_before_any_work(tmp_path: Path, monkeypatch:
         require_room(place, 3_000_000, "the state", option="--run")
     assert caught.value.problems == (
         Problem(
-            where=str(place),
-            expected="70 MB of free disk space for the state",
-            found="69 MB",
-            remedy="Free some space, or choose a place on another disk (--run).",
+            f"{place} has 69 MB of free disk space; the state needs 70 MB.",
+            "Free some space, or choose a place on another disk (--run).",
         ),
     )
-    with pytest.raises(UserError, match=r"^OUT: .*on another disk\.$"):
+    with pytest.raises(UserError, match=r"^OUT has .*on another disk\.$"):
         require_room(place, 3_000_000, "the state", where=Path("OUT"))
 
 
@@ -148,13 +146,11 @@ def test_damage_is_named(error: Exception, found: str, tmp_path: Path) -> None:
     path = tmp_path / "facts.json"
     with pytest.raises(UserError) as caught, damage_named(path, expected="facts", remedy="Delete it."):
         raise error
-    wanted = Problem(where=str(path), expected="facts", found=found, remedy="Delete it.")
+    wanted = Problem(f"{path}: expected facts; found {found}.", "Delete it.")
     assert caught.value.problems == (wanted,) and caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize(
-    "error", [UserError.of(where="a", expected="b", found="c", remedy="d"), ZeroDivisionError(), AssertionError()]
-)
+@pytest.mark.parametrize("error", [UserError("a.", "b."), ZeroDivisionError(), AssertionError()])
 def test_what_is_no_damage_stays_what_it_is(error: Exception, tmp_path: Path) -> None:
     with pytest.raises(type(error)) as caught, damage_named(tmp_path, expected="facts", remedy="Delete it."):
         raise error
@@ -177,7 +173,6 @@ def test_a_file_that_is_no_json_object(text: str | None, found: str, tmp_path: P
     with pytest.raises(UserError) as caught:
         read_json(path, expected="facts", remedy="Delete it.")
     (problem,) = caught.value.problems
-    assert (problem.where, problem.expected, problem.remedy) == (str(path), "facts", "Delete it.")
-    assert problem.found.startswith(found)
+    assert problem.message.startswith(f"{path}: expected facts; found {found}") and problem.hint == "Delete it."
     path.write_text('{"a": [1, null]}')
     assert read_json(path, expected="facts", remedy="Delete it.") == {"a": [1, None]}

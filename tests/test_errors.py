@@ -17,13 +17,10 @@ def test_all_problems_are_told_also_behind_a_pickle() -> None:
 def test_a_missing_package_names_the_extra() -> None:
     (plain,) = missing_package("gguf", where="m.gguf", extra="gguf").problems
     assert plain == Problem(
-        where="m.gguf",
-        expected="the package gguf",
-        found="it is not installed",
-        remedy="Install it (pip install 'intarsia[gguf]').",
+        "m.gguf needs the package gguf, which is not installed.", "Install it (pip install 'intarsia[gguf]')."
     )
-    # One that is there and broken is told as such.
+    # One that is there and broken is named as such.
     error = ImportError("cannot import name 'a' from 'peft'\nmore")
     (broken,) = missing_package("peft", where="--lora", extra="train", instead="leave it out", error=error).problems
-    assert broken.found == "cannot import name 'a' from 'peft'"
-    assert broken.remedy == "Install it (pip install 'intarsia[train]'), or leave it out."
+    assert broken.message.endswith("which cannot be imported: cannot import name 'a' from 'peft'.")
+    assert broken.hint == "Install it (pip install 'intarsia[train]'), or leave it out."

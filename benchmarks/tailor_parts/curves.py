@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.reporting.colours import standalone
-from intarsia.reporting.figures import Axis, Point, Series, chart
+from intarsia.reporting.figures import Axis, Point, Series, chart, standalone
 from intarsia.tailoring.history import Trial
 from intarsia.tailoring.pareto import ALPHA, non_dominated
 

@@ -83,10 +83,7 @@ def _say(text: str) -> None:
 def _surroundings(error: OSError) -> Problem:
     assert error.errno is not None
     return Problem(
-        where=str(error.filename or "a file"),
-        expected="a place that can be used",
-        found=error.strerror or str(error),
-        remedy=_SURROUNDINGS[error.errno],
+        f"{error.filename or 'A file'} cannot be used: {error.strerror or error}.", _SURROUNDINGS[error.errno]
     )
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from intarsia import progress
+from intarsia import __version__, progress
 from intarsia.cli.guard import debugging, guard
 from intarsia.cli.parse import HELP_FLAGS, parse
 from intarsia.cli.show import show
@@ -86,7 +85,7 @@ def run(words: Sequence[str]) -> None:
     """
     with guard() as stdout:
         if words[:1] == ["--version"]:
-            print(_version(), file=stdout)
+            print(f"intarsia {__version__}", file=stdout)
             return
         name, rest = find(words)
         if not name or (not rest and name not in VERBS):
@@ -157,13 +156,6 @@ def _about(name: str) -> str:
     body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
     verb = next(each for each in body if isinstance(each, ast.FunctionDef) and each.name == attribute)
     return (ast.get_docstring(verb) or "").partition("\n")[0]
-
-
-def _version() -> str:
-    try:
-        return f"intarsia {version('intarsia')}"
-    except PackageNotFoundError:
-        return "intarsia, not installed: run from its source folder"
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

@@ -1,8 +1,8 @@
 """A result as JSON for a machine, or as tables for a person.
 
-Both come from the result's `to_dict()` (or its fields, if it is a plain dataclass), so they say the same. Keys
-decide how a value is written: `bytes` as a size, `seconds` as a time, `per_s` and perplexities with few digits. A
-`before` and an `after` stand side by side in one table; a list of mappings is a table of its own.
+Both come from the result's `to_dict()` (or its fields, if it is a plain dataclass). Keys decide how a value is
+written: `bytes` as a size, `seconds` as a time, `per_s` and perplexities with few digits. A list of mappings is a table
+of its own. A model before and after is one short table (`_compressed`): all the rest is in its report and in the JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from intarsia.progress import duration
+from intarsia.reporting.wording import MEASURES, change, is_measure, text_of, title_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -44,49 +45,53 @@ def show(result: Result | DataclassInstance, *, to: TextIO, as_json: bool) -> No
     if not console.is_terminal:
         # Nobody reads columns that were broken to fit a width which a pipe does not have.
         console.width = 240
-    _show_mapping(data, console)
+    if data.get("before") is not None and data.get("after") is not None:
+        _compressed(data, console)
+    else:
+        _show_mapping(data, console)
+
+
+def _compressed(data: Mapping[str, Any], console: Console) -> None:
+    """At most 15 lines of at most 80 columns (apart from long paths): measures, time, and where everything is."""
+    before, after = data["before"], data["after"]
+    table = Table(show_edge=False, pad_edge=False, box=None, padding=(0, 2, 0, 0))
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="right" if column else "left")
+    others = [key for key in after if key.startswith("perplexity of ")]
+    for key, name in (MEASURES | {key: key for key in others}).items():
+        old, new = before.get(key), after.get(key)
+        if new is not None:
+            cells = (name, text_of(key, old), text_of(key, new), change(old, new))
+            table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+    parts = [f"{name} {part:,.0f}" for name, part in (data.get("seconds_by_part") or {}).items() if part >= 0.5]
+    lines: dict[str, Any] = {"on": data.get("evaluation")}
+    lines["time"] = duration(data["seconds"]) + (f" (seconds: {', '.join(parts)})" if parts else "")
+    lines |= {"model": data["out"], "report": data.get("report")}
+    lines["try it"] = f'transformers.pipeline("text-generation", "{data["out"]}")("Hello")'
+    lines["hub"] = (data.get("push") or {}).get("address")
+    for name, text in lines.items():
+        if text is not None:
+            console.print(Text(f"{name:<8}", style="dim") + Text(str(text)))
 
 
 def _show_mapping(data: Mapping[str, Any], console: Console, indent: str = "") -> None:
-    before, after = data.get("before"), data.get("after")
-    compared = isinstance(before, Mapping) and isinstance(after, Mapping)
-    if compared:
-        console.print(_comparison(before or {}, after or {}))
     for key, value in data.items():
-        if value is None or (compared and key in ("before", "after")):
+        if value is None:
             continue
         if _is_table(value):
-            console.print(Text(f"{indent}{_title(key)}", style="bold"))
+            console.print(Text(f"{indent}{title_of(key)}", style="bold"))
             console.print(_table(value))
-        elif isinstance(value, Mapping) and not _is_measure(value):
-            console.print(Text(f"{indent}{_title(key)}", style="bold"))
+        elif isinstance(value, Mapping) and not is_measure(value):
+            console.print(Text(f"{indent}{title_of(key)}", style="bold"))
             _show_mapping(value, console, indent + "  ")
         else:
-            label = Text(f"{indent}{_title(key):<{max(1, 24 - len(indent))}} ", style="dim")
-            console.print(label + Text(write(key, value)))
+            label = Text(f"{indent}{title_of(key):<{max(1, 24 - len(indent))}} ", style="dim")
+            console.print(label + Text(text_of(key, value)))
 
 
 def _is_table(value: Any) -> bool:
     return isinstance(value, Sequence) and bool(value) and all(isinstance(row, Mapping) for row in value)
-
-
-def _is_measure(value: Mapping[str, Any]) -> bool:
-    """A number with its uncertainty, which is one value to a reader."""
-    return "value" in value and isinstance(value["value"], int | float)
-
-
-def _comparison(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("")
-    for column in ("before", "after", "change"):
-        table.add_column(column, justify="right")
-    for key in _in_order((before, after)):
-        old, new = before.get(key), after.get(key)
-        if old is None and new is None:
-            continue
-        cells = (_title(key), write(key, old), write(key, new), _change(old, new))
-        table.add_row(*(Text(cell) for cell in cells))
-    return table
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -94,65 +99,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     keys = _in_order(rows)
     for key in keys:
         numbers = all(isinstance(row.get(key), int | float | None) for row in rows)
-        table.add_column(_title(key), justify="right" if numbers else "left", overflow="fold")
+        table.add_column(title_of(key), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(write(key, row.get(key))) for key in keys))
+        table.add_row(*(Text(text_of(key, row.get(key))) for key in keys))
     return table
 
 
 def _in_order(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Every key of the rows, in the order in which they first appear."""
     return list(dict.fromkeys(key for row in rows for key in row))
-
-
-def _title(key: str) -> str:
-    return key.replace("_per_s", "/s").replace("_", " ")
-
-
-def _change(old: Any, new: Any) -> str:
-    """How far a number moved, in per cent of where it was."""
-    old, new = (value["value"] if isinstance(value, Mapping) and _is_measure(value) else value for value in (old, new))
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in (old, new)) or not old:
-        return ""
-    return f"{new / old - 1:+.1%}"
-
-
-def write(key: str, value: Any) -> str:
-    """A value as a person reads it; the key says what it is."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, Mapping):
-        if _is_measure(value):
-            error = value.get("stderr")
-            return write(key, value["value"]) + ("" if error is None else f" ± {error:.2g}")
-        return ", ".join(f"{_title(name)} {write(name, part)}" for name, part in value.items() if part is not None)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(write(key, part) for part in value)
-    if isinstance(value, int | float):
-        return _number(key, value)
-    return str(value)
-
-
-def _number(key: str, value: float) -> str:
-    if key.endswith("bytes"):
-        return size(value)
-    if key.endswith("seconds"):
-        return duration(value) if value >= 10 else f"{value:.2g} s"
-    if key == "petaflops":
-        return f"{value:,.4g} PFLOP"
-    if "flops" in key:
-        return f"{value / 1e12:,.4g} TFLOP"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units, as disks and model hubs count."""
-    for unit in ("B", "kB", "MB"):
-        if abs(count) < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} GB"

@@ -54,11 +54,10 @@ def encode_pairs(
         tail = _encode(tokenizer, context + continuation, opening)[len(head) :]
         if not tail or (max_length is not None and len(tail) > max_length):
             limit = "" if max_length is None else f", and at most {max_length} (the model's positions)"
-            raise UserError.of(
-                where=f"{where}, continuation {number} ({continuation[:40]!r})",
-                expected=f"at least one token after the context{limit}",
-                found=f"{len(tail)} tokens",
-                remedy="Mend the text of this item.",
+            raise UserError(
+                f"{where}, continuation {number} ({continuation[:40]!r}) has {len(tail)} tokens after the context; "
+                f"it needs at least one{limit}.",
+                "Correct the text of this item.",
             )
         requests.append(fit(Request(context=head, continuation=tail), max_length))
     return tuple(requests)
@@ -178,11 +177,9 @@ def log_likelihoods(
         for batch in batches_of(requests, pack=pack, batch_tokens=batch_tokens):
             log_p_M, missed_M = score_batch(forward(batch.rows), batch, greedy=greedy)
             if not bool(log_p_M.isfinite().all()):
-                raise UserError.of(
-                    where=where,
-                    expected="finite log-likelihoods",
-                    found="NaN or infinity",
-                    remedy="Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
+                raise UserError(
+                    f"{where}: a log-likelihood is NaN or infinite.",
+                    "Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
                 )
             sums_R.index_add_(0, batch.request_M, log_p_M.cpu().double())
             if missed_M is not None:

@@ -129,11 +129,9 @@ def perplexity(model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int = 40
         sums_W, counts_W = window_losses(model, corpus, batch_tokens=batch_tokens)
     tokens = int(counts_W.sum())
     if tokens == 0:
-        raise UserError.of(
-            where=f"perplexity on {corpus.description}",
-            expected="windows with at least two real tokens",
-            found="none",
-            remedy="Use longer windows or another text.",
+        raise UserError(
+            f"No window of {corpus.description} has two tokens, so there is nothing to predict.",
+            "Use longer windows or another text.",
         )
     nll = float(sums_W.sum()) / tokens
     nll_stderr = _ratio_stderr(sums_W, counts_W, nll)

@@ -169,11 +169,10 @@ def compare_speed(
         UserError: a size is impossible.
     """
     if min(batch, prompt_len, repeats) < 1 or new_tokens < 2:
-        raise UserError.of(
-            where="speed",
-            expected="batch, prompt_len and repeats of at least 1, and at least 2 new tokens",
-            found=f"batch {batch}, prompt_len {prompt_len}, repeats {repeats}, new_tokens {new_tokens}",
-            remedy="Choose larger numbers.",
+        raise UserError(
+            f"Speed cannot be measured with batch {batch}, prompt_len {prompt_len}, repeats {repeats} and new_tokens "
+            f"{new_tokens}.",
+            "Give at least 1 each, and at least 2 new tokens.",
         )
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     training = {name: model.training for name, model in models.items()}

@@ -244,11 +244,9 @@ def _row(line: str, where: str) -> Row:
         known = {name: data[name] for name in Row.__dataclass_fields__ if data.get(name) is not None}
         row = Row(**{**known, "layers": int(data["layers"]), "method": str(data["method"])})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError.of(
-            where=where,
-            expected="a row of a comparison, with at least `method` and `layers`",
-            found=f"{type(error).__name__}: {error}",
-            remedy="The file is damaged: delete this line, and the same command measures the model again.",
+        raise UserError(
+            f"{where} is no row of a comparison with at least `method` and `layers` ({type(error).__name__}: {error}).",
+            "The file is damaged: delete this line, and the same command measures the model again.",
         ) from error
     return row
 

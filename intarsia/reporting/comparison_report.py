@@ -11,12 +11,10 @@ from intarsia.errors import UserError
 from intarsia.recipe import schema
 from intarsia.reporting import comparison
 from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Table, Tile
-from intarsia.reporting.colours import standalone
-from intarsia.reporting.commands import compare_command
 from intarsia.reporting.comparison import DENSE, MEAN, Comparison, Measure, Row
-from intarsia.reporting.figures import Axis, Interval, Point, Series, chart, intervals, layers_axis
+from intarsia.reporting.figures import Axis, Interval, Point, Series, chart, intervals, layers_axis, standalone
 from intarsia.reporting.puzzle import pieces_of, puzzle_svg
-from intarsia.reporting.wording import model_name, short, written
+from intarsia.reporting.wording import compare_command, model_name, short, written
 
 _ERRORS = 1.96  # standard errors to either side are a 95 % interval
 _BROKEN = 30.0  # times the original's perplexity: by how much more does not matter

@@ -14,24 +14,24 @@ from intarsia.disk import damage_named, read_json, write_whole
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Block, Code, Facts, Figure, Section, Subject, Tile, Written, table
-from intarsia.reporting.commands import compress_command
 from intarsia.reporting.figures import Axis, Point, Series, chart
 from intarsia.reporting.plan_report import PlanRun, is_plan_run, ladders, load_run, score_sections, steps_section
-from intarsia.reporting.puzzle import Pieces, pieces_of_architecture
-from intarsia.reporting.puzzle_section import LayerFacts, puzzle_section
-from intarsia.reporting.wording import change, measure, model_name, plain_value, written
+from intarsia.reporting.puzzle import LayerFacts, Pieces, pieces_of_architecture, puzzle_section
+from intarsia.reporting.wording import (
+    MEASURES,
+    change,
+    compress_command,
+    is_measure,
+    model_name,
+    text_of,
+    title_of,
+    written,
+)
 
 MEASURES_FILE = RECIPE_FILE.with_name("measures.json")
 """What `compress` has measured, beside the recipe."""
 
-_TILES = {
-    "layers": "layers",
-    "perplexity": "perplexity",
-    "parameters": "parameters",
-    "bytes": "size",
-    "decode_per_s": "tokens/s, decode",
-    "prefill_per_s": "tokens/s, prefill",
-}
+_TILES = ("layers", "perplexity", "parameters", "bytes", "decode_per_s", "prefill_per_s")
 
 
 def keep_measures(out: Path, facts: Mapping[str, Any]) -> None:
@@ -106,9 +106,9 @@ def _before_and_after(facts: Mapping[str, Any]) -> list[Section]:
         return []
     rows = [
         {
-            "": key.replace("_per_s", ", tokens/s").replace("_", " "),
-            "before": measure(key, before.get(key)),
-            "after": measure(key, after.get(key)),
+            "": MEASURES.get(key) or title_of(key),
+            "before": text_of(key, before.get(key)),
+            "after": text_of(key, after.get(key)),
             "change": change(before.get(key), after.get(key)),
         }
         for key in dict.fromkeys([*before, *after])
@@ -128,10 +128,7 @@ def _healing(heal: Mapping[str, Any]) -> list[Section]:
     stages = heal.get("stages") or []
     if len(stages) < 2:
         return []
-    rows = [
-        {name.replace("_", " "): "" if value is None else measure(name, value) for name, value in stage.items()}
-        for stage in stages
-    ]
+    rows = [{title_of(name): text_of(name, value) for name, value in stage.items()} for stage in stages]
     blocks: list[Block] = [table(rows, text_columns=("stage", "taken"))]
     fits = [row for row in heal.get("read_outs") or [] if row.get("ridge") is not None]
     if fits:
@@ -169,14 +166,19 @@ def _tiles(facts: Mapping[str, Any], recipe: Recipe) -> list[Tile]:
         return [Tile(name="layers", before=str(recipe.depth), now=str(len(recipe.layers)))]
     return [
         Tile(
-            name=name,
-            before=measure(key, plain_value(before.get(key))),
-            now=measure(key, plain_value(after.get(key))),
+            name=MEASURES[key],
+            before=text_of(key, _bare(before.get(key)), brief=True),
+            now=text_of(key, _bare(after.get(key)), brief=True),
             change="" if key == "layers" else change(before.get(key), after.get(key)),
         )
-        for key, name in _TILES.items()
+        for key in _TILES
         if after.get(key) is not None
     ]
+
+
+def _bare(measured: Any) -> Any:
+    """A measure without its uncertainty."""
+    return measured["value"] if is_measure(measured) else measured
 
 
 def _notes(facts: Mapping[str, Any]) -> list[str]:
@@ -205,7 +207,7 @@ def _origin(path: Path, recipe: Recipe, facts: Mapping[str, Any], run: PlanRun |
         pairs += [(f"{name}: {key.replace('_', ' ')}" if key else name, written(part)) for key, part in parts]
     for name in ("layer_forwards", "seconds", "peak_memory_bytes"):
         if facts.get(name) is not None:
-            pairs.append((name.replace("_", " "), measure(name, facts[name])))
+            pairs.append((title_of(name), text_of(name, facts[name])))
     return Section(title="How to reproduce it", blocks=[*blocks, Facts(pairs=pairs)])
 
 

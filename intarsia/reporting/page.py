@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from intarsia import __version__
 from intarsia.disk import write_whole
 from intarsia.errors import Problem, UserError
 from intarsia.reporting import comparison_report, model_report, plan_report, tailor_report
 from intarsia.reporting.blocks import Ladder, Section, Subject, Written
-from intarsia.reporting.colours import variables
+from intarsia.reporting.figures import variables
 from intarsia.reporting.plan_report import ladder_figure
 from intarsia.tailoring.run import is_tailor_run
 
@@ -51,9 +51,7 @@ def write_report(paths: Sequence[Path], out: Path, *, generations: Generations |
     """
     text = report_html([*paths], generations=generations)
     if not out.parent.is_dir():
-        raise UserError.of(
-            where=str(out), expected="a file in a folder that exists", found="no such folder", remedy="Make it first."
-        )
+        raise UserError(f"There is no folder {out.parent} for the report.", "Make it first.")
     write_whole(out, text)
 
 
@@ -87,7 +85,7 @@ def render(subjects: Sequence[Subject]) -> str:
         script=Markup(script),
         policy=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
         "form-action 'none'",
-        made_with=_version(),
+        made_with=f"Intarsia {__version__}",
     )
 
 
@@ -137,7 +135,7 @@ def _named(texts: Mapping[str, str]) -> str:
 
 def _subjects(paths: Sequence[Path], generations: Generations) -> list[Subject]:
     if not paths:
-        raise UserError.of(where="report", expected="at least one run", found="none", remedy="Name one.")
+        raise UserError("There is no run to report on.", "Name one.")
     subjects: list[Subject] = []
     problems: list[Problem] = []
     for path in paths:
@@ -156,11 +154,11 @@ def _subject(path: Path, generations: Generations) -> Subject:
     for known, read in _KINDS:
         if known(path):
             return read(path)
-    raise UserError.of(
-        where=str(path),
-        expected="a run folder of `intarsia plan` or `tailor`, a comparison, or a model that intarsia has built",
-        found="no such folder" if not path.exists() else "something else",
-        remedy="Give the folder of a run; for a healing, the model that it wrote.",
+    raise UserError(
+        f"{path} is no run folder of `plan` or `tailor`, no comparison, and no model that intarsia has built."
+        if path.exists()
+        else f"There is no folder {path}.",
+        "Give the folder of a run; for a healing, the model that it wrote.",
     )
 
 
@@ -174,10 +172,3 @@ def _part(name: str) -> str:
 
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _version() -> str:
-    try:
-        return f"Intarsia {version('intarsia')}"
-    except PackageNotFoundError:
-        return "Intarsia"

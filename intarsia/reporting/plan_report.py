@@ -14,11 +14,9 @@ from intarsia.pruning.step import mlp_pieces, of_experts
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Tile, table
-from intarsia.reporting.commands import plan_command
 from intarsia.reporting.figures import Axis, Point, Series, chart, heat, layers_axis
-from intarsia.reporting.puzzle import pieces_of
-from intarsia.reporting.puzzle_section import LayerFacts, puzzle_section
-from intarsia.reporting.wording import duration, model_name, short, written
+from intarsia.reporting.puzzle import LayerFacts, pieces_of, puzzle_section
+from intarsia.reporting.wording import model_name, plan_command, short, text_of, written
 
 _SCORES = {
     "scores": "score of the method",
@@ -242,7 +240,7 @@ def steps_section(run: PlanRun) -> Section:
             "step": _step(step, mlp),
             "loss": "" if step.get("loss") is None else f"{step['loss']:.4f}",
             "layer-forwards": short(step["layer_forwards"]),
-            "time": duration(step["seconds"]),
+            "time": text_of("seconds", step["seconds"]),
             "recipe": str(step["hash"])[:12],
         }
         for step in run.log
@@ -280,7 +278,7 @@ def _tiles(run: PlanRun) -> list[Tile]:
         tiles.append(Tile(name="calibration perplexity", now=short(math.exp(last["loss"]))))
     forwards = sum(step["layer_forwards"] for step in run.log)
     tiles.append(Tile(name="layer-forwards", now=short(forwards), change=f"{forwards / depth:.1f} passes of the model"))
-    tiles.append(Tile(name="time", now=duration(sum(step["seconds"] for step in run.log))))
+    tiles.append(Tile(name="time", now=text_of("seconds", sum(step["seconds"] for step in run.log))))
     return tiles
 
 

@@ -15,9 +15,8 @@ from typing import Any
 from intarsia.recipe.recipe import Recipe, Variant
 from intarsia.reporting.blocks import Block, Code, Facts, Figure, Section, Subject, Tile, table
 from intarsia.reporting.figures import Axis, Point, Series, chart
-from intarsia.reporting.puzzle import pieces_of, puzzle_svg, sources_in_words
-from intarsia.reporting.puzzle_section import puzzle_section
-from intarsia.reporting.wording import duration, model_name, short, written
+from intarsia.reporting.puzzle import pieces_of, puzzle_section, puzzle_svg, sources_in_words
+from intarsia.reporting.wording import model_name, short, text_of, written
 from intarsia.tailoring.history import Trial
 from intarsia.tailoring.pareto import Front
 from intarsia.tailoring.run import FAMILY, TailorRun
@@ -211,7 +210,7 @@ def _search(run: TailorRun) -> Section:
             "trials": str(len(found)),
             "failed": str(sum(trial.status == "failed" for trial in found)),
             "layer-forwards a trial": short(sum(t.layer_forwards for t in found) / len(found)),
-            "time a trial": duration(sum(trial.seconds for trial in found) / len(found)),
+            "time a trial": text_of("seconds", sum(trial.seconds for trial in found) / len(found)),
         }
         for (engine, budget), found in sorted(groups.items())
     ]

@@ -1,66 +1,79 @@
-"""Values as a person reads them. Pure functions."""
+"""Values, settings and commands as a person reads them: on the screen, in a report and in a model card."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from intarsia.flags import options_of
+from intarsia.progress import duration
+from intarsia.registry import planners
 
-def written(value: Any) -> str:
-    """A setting as text."""
+MEASURES = {
+    "layers": "layers",
+    "parameters": "parameters",
+    "bytes": "size",
+    "perplexity": "perplexity",
+    "perplexity_without_heal": "before healing",
+    "agreement": "agreement",
+    "accuracy": "accuracy on tasks",
+    "prefill_per_s": "tokens/s, prompt",
+    "decode_per_s": "tokens/s, writing",
+}
+"""What is measured before and after, by its key."""
+
+_DEFAULTS: Mapping[str, Any] = {"tokens": 65536, "seq_len": 512, "seed": 0, "calibration": "self"}
+_GENERAL = ("revision", "calibration", "tokens", "seq_len", "seed")
+
+
+def text_of(key: str, value: Any, *, brief: bool = False) -> str:
+    """A value as text; its key says what it is: `...bytes`, `...seconds`, `...flops`.
+
+    Args:
+        brief: numbers in few characters, as for a chart or a tile.
+    """
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if value is None:
-        return "none"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {written(part)}" for name, part in value.items())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(written(part) for part in value)
-    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
-
-
-def model_name(model: str) -> str:
-    """What a model is called, without the folders of somebody's machine."""
-    return Path(model).name if Path(model).is_absolute() else model
-
-
-def duration(seconds: float) -> str:
-    """A time in the two largest units that it has."""
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def measure(key: str, value: Any) -> str:
-    """A measure as a person reads it, with its standard error."""
-    if isinstance(value, Mapping):
+    if is_measure(value):
         error = value.get("stderr")
-        return measure(key, value.get("value")) + ("" if error is None else f" ± {error:.2g}")
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return written(value)
+        return text_of(key, value["value"], brief=brief) + ("" if error is None else f" ± {error:.2g}")
+    if isinstance(value, Mapping):
+        return ", ".join(f"{title_of(name)} {text_of(name, part)}" for name, part in value.items() if part is not None)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(text_of(key, part) for part in value)
+    if not isinstance(value, int | float):
+        return str(value)
     if key.endswith("bytes"):
-        return f"{value / 1e9:.4g} GB" if value >= 1e9 else f"{value / 1e6:.4g} MB"
+        return size(value)
     if key.endswith("seconds"):
-        return duration(value)
-    return short(value)
+        return duration(value) if value >= 10 else f"{value:.2g} s"
+    if key == "petaflops":
+        return f"{value:,.4g} PFLOP"
+    if "flops" in key:
+        return f"{value / 1e12:,.4g} TFLOP"
+    if brief:
+        return short(value)
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    return f"{value:,.1f}" if 100 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
-def change(old: Any, new: Any) -> str:
-    """How far a number moved, in per cent of where it was."""
-    first, second = plain_value(old), plain_value(new)
-    if not all(isinstance(each, int | float) for each in (first, second)) or not first:
-        return ""
-    return f"{second / first - 1:+.1%}"
+def title_of(key: str) -> str:
+    """A key as a heading."""
+    return str(key).replace("_per_s", "/s").replace("_", " ")
 
 
-def plain_value(measured: Any) -> Any:
-    """A measure without what is known about it."""
-    return measured.get("value") if isinstance(measured, Mapping) else measured
+def size(count: float) -> str:
+    """Bytes in decimal units, as disks and model hubs count."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"
 
 
 def short(value: float) -> str:
@@ -69,3 +82,106 @@ def short(value: float) -> str:
         if abs(value) >= unit:
             return f"{value / (1e3 if name == 'k' else unit):.4g}{name}"
     return f"{value:.4g}"
+
+
+def change(old: Any, new: Any) -> str:
+    """How far a number moved, in per cent of where it was; empty where that is not known."""
+    first, second = (each["value"] if is_measure(each) else each for each in (old, new))
+    if not all(isinstance(each, int | float) and not isinstance(each, bool) for each in (first, second)) or not first:
+        return ""
+    return f"{second / first - 1:+.1%}"
+
+
+def is_measure(value: Any) -> bool:
+    """Whether a value is a number with its uncertainty, which is one value to a reader."""
+    return isinstance(value, Mapping) and isinstance(value.get("value"), int | float)
+
+
+def written(value: Any) -> str:
+    """A setting as text."""
+    return text_of("", value) or "none"
+
+
+def model_name(model: str) -> str:
+    """What a model is called, without the folders of somebody's machine."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def plan_command(settings: Mapping[str, Any], *, run: str, layers: int | None) -> str:
+    """Return `intarsia plan ...` with every option that is not its default."""
+    words = ["intarsia", "plan", str(settings["model"]), "--run", run]
+    return shlex.join([*words, *_target(layers), *_options(settings)])
+
+
+def compress_command(settings: Mapping[str, Any], *, out: str, layers: int, heal: str) -> str:
+    """Return `intarsia compress ...`, likewise."""
+    words = ["intarsia", "compress", str(settings["model"]), "-o", out]
+    healed = [] if heal == "closed-form" else ["--heal", heal]
+    return shlex.join([*words, *_target(layers), *_options(settings), *healed])
+
+
+def compare_command(facts: Mapping[str, Any], *, out: str) -> str | None:
+    """Return `intarsia compare ...` from what a comparison has recorded; None where that is not enough."""
+    asked = facts.get("asked") or {}
+    if not (asked.get("methods") and asked.get("layers") and facts.get("model")):
+        return None
+    words = ["intarsia", "compare", str(facts["model"]), "-o", out, "--methods", ",".join(asked["methods"])]
+    words += ["--layers", _listed(asked["layers"])]
+    if asked.get("heal", ["none"]) != ["none"]:
+        words += ["--heal", _listed(asked["heal"])]
+    return shlex.join(
+        [*words, *_evaluating(facts, asked), *_general({**facts.get("settings", {}), **_revision(facts)})]
+    )
+
+
+def _evaluating(facts: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    texts = facts.get("eval_texts") or []
+    for text in texts:
+        # A name made from a share of a file is not a valid name on the command line.
+        plain = not any(mark in text["name"] for mark in "/\\#:")
+        words += ["--eval-text", f"{text['name']}={text['spec']}" if plain else str(text["spec"])]
+    windows = [str(text["windows"]) for text in texts]
+    for count in [] if set(windows) <= {"64"} else windows if len(set(windows)) > 1 else windows[:1]:
+        words += ["--eval-windows", count]
+    tasks = facts.get("tasks") or []
+    if tasks:
+        words += ["--tasks", _listed(task["spec"] for task in tasks)]
+        words += [] if asked.get("task_layers") is None else ["--task-layers", _listed(asked["task_layers"])]
+        for name in ("limit", "include_path"):
+            given = next((task[name] for task in tasks if task.get(name) is not None), None)
+            words += [] if given is None else [f"--{name.replace('_', '-')}", str(given)]
+    return [*words, *(["--speed"] if asked.get("speed") else [])]
+
+
+def _revision(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {"revision": facts.get("revision")}
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ",".join(map(str, values))
+
+
+def _target(layers: int | None) -> list[str]:
+    return [] if layers is None else ["--layers", str(layers)]
+
+
+def _options(settings: Mapping[str, Any]) -> list[str]:
+    """Those of the method that are not their defaults; of a plugin that is not loaded none are known."""
+    method = str(settings["method"])
+    words = [*([] if method == "come" else ["--method", method]), *_general(settings)]
+    kind = planners.get(method).settings if method in planners else None
+    options = {} if kind is None else {option.attribute: option for option in options_of(kind)}
+    for name, value in (settings.get("planner") or {}).items():
+        if name in options and value != options[name].default:
+            words += options[name].words(value)
+    return words
+
+
+def _general(settings: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    for name in _GENERAL:
+        value = settings.get(name)
+        if value is not None and value != _DEFAULTS.get(name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words

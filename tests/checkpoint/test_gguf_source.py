@@ -119,7 +119,7 @@ def test_scaled_frequencies_that_are_not_known(tmp_path: Path, cache: Path) -> N
 
 def test_missing_package(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_source.importlib.util, "find_spec", lambda name: None)
-    refused(file, cache, r"expected the package gguf.*pip install .intarsia\[gguf\]")
+    refused(file, cache, r"needs the package gguf.*pip install .intarsia\[gguf\]")
 
 
 @pytest.mark.parametrize(

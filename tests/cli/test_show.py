@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from intarsia.cli.show import show, write
+from intarsia.cli.show import show
+from intarsia.reporting.wording import text_of
 
 
 class Answer:
@@ -30,18 +31,46 @@ def row(text: str, name: str) -> list[str]:
     return [cell.strip() for cell in line.split("│")]
 
 
-def test_before_and_after_stand_side_by_side() -> None:
-    text = shown(
-        {
-            "before": {"layers": 30, "parameters": 134515008, "perplexity": {"value": 28.2, "stderr": 0.51}},
-            "after": {"layers": 25, "parameters": 116815008, "perplexity": {"value": 56.4, "stderr": 1.0}},
-            "out": "out/demo-25",
-        }
-    )
-    assert row(text, "layers") == ["layers", "30", "25", "-16.7%"]
-    assert row(text, "parameters") == ["parameters", "134,515,008", "116,815,008", "-13.2%"]
-    assert row(text, "perplexity") == ["perplexity", "28.2 ± 0.51", "56.4 ± 1", "+100.0%"]
-    assert "out/demo-25" in text
+def test_a_compression_is_a_short_table() -> None:
+    measures = {
+        "parameters": 134515008,
+        "bytes": 269030016,
+        "perplexity": {"value": 28.2, "stderr": 0.51},
+        "perplexity_without_heal": None,
+        "accuracy": 0.42,
+        "prefill_per_s": 1834.5,
+        "decode_per_s": 61.2,
+    }
+    healed = {"perplexity": {"value": 56.4, "stderr": 1.0}, "perplexity_without_heal": {"value": 93.1, "stderr": 2.0}}
+    data: dict[str, Any] = {
+        "model": "demo",
+        "estimate": {"bytes": 1},
+        "before": {"layers": 30, **measures},
+        "after": {"layers": 25, **measures, "parameters": 116815008, **healed},
+        "healed": {"gap_closed": 0.5},
+        "evaluation": "text of the model's own, 64 windows of 512 tokens",
+        "seconds": 271.0,
+        "seconds_by_part": {"text": 12.2, "planning": 190, "healing": 40, "building": 0.1, "evaluation": 29},
+        "report": "out/demo-25/report.html",
+        "out": "out/demo-25",
+    }
+    text = shown(data)
+    rows = {line[:17].strip(): line[17:].split() for line in text.splitlines()[1:9]}
+    assert rows["layers"] == ["30", "25", "-16.7%"]
+    assert rows["parameters"] == ["134,515,008", "116,815,008", "-13.2%"]
+    assert rows["size"] == ["269", "MB", "269", "MB", "+0.0%"]
+    assert rows["perplexity"] == ["28.2", "±", "0.51", "56.4", "±", "1", "+100.0%"]
+    assert rows["before healing"] == ["93.1", "±", "2"]
+    assert rows["accuracy on tasks"] == ["0.42", "0.42", "+0.0%"]
+    lines = dict(line.split(maxsplit=1) for line in text.splitlines()[9:])
+    assert lines["on"] == data["evaluation"] and lines["model"] == "out/demo-25"
+    assert lines["time"] == "4 min 31 s (seconds: text 12, planning 190, healing 40, evaluation 29)"
+    assert lines["try"].endswith('transformers.pipeline("text-generation", "out/demo-25")("Hello")')
+    assert len(text.splitlines()) <= 15 and max(map(len, text.splitlines())) <= 80
+    # Without speeds, tasks, healing and parts there is less.
+    for measured in (data["before"], data["after"]):
+        measured.update(dict.fromkeys(("accuracy", "prefill_per_s", "decode_per_s", "perplexity_without_heal")))
+    assert len(shown({**data, "seconds_by_part": {}, "evaluation": None}).splitlines()) == 9
 
 
 def test_lists_of_mappings_are_tables() -> None:
@@ -74,7 +103,7 @@ def test_a_long_path_in_a_pipe_stays_whole() -> None:
     ],
 )
 def test_values_as_a_person_reads_them(key: str, value: Any, text: str) -> None:
-    assert write(key, value) == text
+    assert text_of(key, value) == text
 
 
 def test_json_refuses_what_is_no_json() -> None:

@@ -114,5 +114,5 @@ def test_weights_that_are_not_finite(text: str) -> None:
 def test_nothing_to_predict() -> None:
     mask = torch.tensor([[True, False, False]])
     corpus = Corpus.of(torch.ones(1, 3, dtype=torch.int64), mask=mask, description="one token", documents=1)
-    with pytest.raises(UserError, match="perplexity on one token"):
+    with pytest.raises(UserError, match="No window of one token"):
         perplexity(families.make_model("llama"), corpus)

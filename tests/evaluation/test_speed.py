@@ -50,7 +50,7 @@ def test_runs_for_real(family: str) -> None:
 
 @pytest.mark.parametrize("changes", [{"batch": 0}, {"prompt_len": 0}, {"new_tokens": 1}, {"repeats": 0}])
 def test_impossible_sizes(changes: dict[str, int]) -> None:
-    with pytest.raises(UserError, match="speed: expected"):
+    with pytest.raises(UserError, match="Speed cannot be measured"):
         speed(families.make_model("llama"), **changes)
 
 

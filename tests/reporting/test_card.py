@@ -26,7 +26,6 @@ RESULTS: dict[str, Any] = {
     "model": "demo",
     "family": "Llama",
     "method": "come",
-    "command": "intarsia compress demo --layers 25 -o out/demo-25",
     "before": {"layers": 30, "parameters": 134515008, "perplexity": {"value": 28.2468, "stderr": 0.5}, "bytes": 1},
     "after": {"layers": 25, "parameters": 116815008, "perplexity": {"value": 50.0, "stderr": 1.25}},
     "calibration": {"source": "self", "tokens": 65536},
@@ -64,8 +63,7 @@ def test_says_what_it_is_and_how_it_was_made() -> None:
     assert "| layers | 30 | 25 |" in card
     assert "| parameters | 134,515,008 | 116,815,008 |" in card
     assert "| perplexity | 28.25 ± 0.5 | 50 ± 1.2 |" in card
-    assert "| bytes | 1 |  |" in card
-    assert "```sh\nintarsia compress demo --layers 25 -o out/demo-25\n```" in card
+    assert "| size | 1 B |  |" in card
     assert "tokens `65,536`" in card
     assert "merge `2`, norm `fold`" in card
     assert "- QK-norm weights are averaged" in card
@@ -113,7 +111,6 @@ def test_texts_stay_texts(hostile: str) -> None:
             "model": hostile,
             "base_model": hostile,
             "method": hostile,
-            "command": hostile,
             "before": {"layers": 2, hostile: hostile},
             "after": {"layers": 1},
             "settings": {"x": hostile},

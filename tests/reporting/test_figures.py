@@ -11,8 +11,19 @@ from xml.etree import ElementTree
 import pytest
 from markupsafe import Markup
 
-from intarsia.reporting.colours import PALETTE, standalone, variables
-from intarsia.reporting.figures import Axis, Interval, Point, Series, chart, heat, intervals, layers_axis
+from intarsia.reporting.figures import (
+    PALETTE,
+    Axis,
+    Interval,
+    Point,
+    Series,
+    chart,
+    heat,
+    intervals,
+    layers_axis,
+    standalone,
+    variables,
+)
 from intarsia.reporting.wording import short
 
 SVG = "{http://www.w3.org/2000/svg}"
