@@ -24,8 +24,8 @@ from intarsia.errors import UserError
 Kind: TypeAlias = Literal["text", "jsonl", "parquet", "folder", "hub"]
 
 _KINDS: dict[str, Kind] = {
-    **dict.fromkeys((".txt", ".text", ".md"), cast("Kind", "text")),
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), cast("Kind", "jsonl")),
+    **dict.fromkeys((".txt", ".text", ".md"), "text"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
     ".parquet": "parquet",
 }
 ACCEPTED = (
