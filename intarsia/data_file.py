@@ -88,10 +88,10 @@ def checked(model: type[Model], data: Any, *, where: str, remedy: str, context: 
 def problems_of(error: ValidationError, model: type[BaseModel], *, where: str, remedy: str) -> Iterator[Problem]:
     """The problems that pydantic found in the data of a model."""
     for detail in error.errors(include_url=False):
-        # A tag of a union begins with a colon; it is not in the data.
+        # The tag of a union starts with a colon; it is not in the data.
         path = [step for step in detail["loc"] if step != "[key]" and not str(step).startswith(":")]
         place = place_of(path)
-        expected, found, own_remedy = _told(detail, model, path)
+        expected, found, own_remedy = _expectation(detail, model, path)
         yield Problem(
             where=f"{where}: {place}" if place else where, expected=expected, found=found, remedy=own_remedy or remedy
         )
@@ -131,7 +131,7 @@ def shown(value: Any) -> str:
     return "nothing" if value is None else text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _told(detail: ErrorDetails, model: type[BaseModel], path: Sequence[int | str]) -> tuple[str, str, str]:
+def _expectation(detail: ErrorDetails, model: type[BaseModel], path: Sequence[int | str]) -> tuple[str, str, str]:
     """What is expected, what was found, and the remedy (empty: the file's own)."""
     kind, context, found = detail["type"], detail.get("ctx", {}), shown(detail["input"])
     if kind == "unexpected":
@@ -308,6 +308,6 @@ def read_yaml(path: Path, *, what: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """YAML text that `parse_yaml` reads back as the same value."""
+    """YAML text from which `parse_yaml` reads the same value."""
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     return text

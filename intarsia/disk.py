@@ -1,6 +1,4 @@
-"""Files that are there whole or as they were before; a damaged file and a full disk told as something that a user can
-mend.
-"""
+"""Files that are written whole or not at all; damaged files and full disks as errors of the user's."""
 
 from __future__ import annotations
 
@@ -21,12 +19,12 @@ from intarsia.errors import UserError
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NEXT_TO_NOTHING = 2**20
 _SPARE_BYTES = 64 * 2**20
-_MOST_TOLD = 300
+_MOST_SHOWN = 300
 
 
 @contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """A disk that runs full inside becomes a user's error, whichever library met it.
+    """Turn the error of a full disk, whichever library raises it, into a user's error.
 
     Raises:
         UserError: the disk is full.
@@ -34,12 +32,12 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # safetensors and torch tell of a failed write in words alone; then the disk itself is asked.
-        told = isinstance(error, OSError) and error.errno in _FULL
+        # safetensors and torch report a failed write only in words; then look at the disk itself.
+        known = isinstance(error, OSError) and error.errno in _FULL
         guessed = not isinstance(error, OSError) and (
             "No space left" in str(error) or ("write" in str(error) and _free(folder) < _NEXT_TO_NOTHING)
         )
-        if not (told or guessed):
+        if not (known or guessed):
             raise
         raise UserError(
             f"{folder} is on a full disk.",
@@ -52,11 +50,11 @@ def require_room(folder: Path, nbytes: int, what: str, *, where: Path | None = N
 
     Args:
         folder: where `what` shall be; it need not be there yet.
-        where: names the place, if it is another.
-        option: what sets it, where a single one does.
+        where: the place for the message, if it is another.
+        option: the option that sets it, if there is one.
 
     Raises:
-        UserError: there is less room than `nbytes` and a little more.
+        UserError: less than `nbytes` and 64 MiB are free.
     """
     free, of = _free(folder), f" ({option})" if option else ""
     if free < nbytes + _SPARE_BYTES:
@@ -69,10 +67,10 @@ def require_room(folder: Path, nbytes: int, what: str, *, where: Path | None = N
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Gives a temporary file beside `path`, which takes its place when the block ends well and else goes away.
+    """Give a temporary file beside `path` that replaces it when the block succeeds, and is deleted when it fails.
 
     Raises:
-        UserError: the disk is full; what was at `path` is as it was.
+        UserError: the disk is full; `path` is unchanged.
     """
     with full_disk_named(path.parent):
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
@@ -89,7 +87,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk: without it a rename may be lost with the power."""
+    """Flush a folder's entries to disk: without it a rename may be lost in a power failure."""
     if os.name == "nt":
         return  # a folder cannot be opened there
     handle = os.open(folder, os.O_RDONLY)
@@ -103,7 +101,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or as it was before, whatever instant a run is killed at.
+    """Write a file whole or not at all, whenever the process is killed.
 
     Raises:
         UserError: the disk is full.
@@ -114,10 +112,10 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def damage_named(file: Path, *, expected: str, remedy: str) -> Iterator[None]:
-    """A file that cannot be read inside, or holds what nobody can make sense of, becomes a user's error.
+    """Turn errors of reading or parsing `file` into a user's error.
 
     Raises:
-        UserError: saying what was found; one that is raised inside stays as it is.
+        UserError: with what was found; one that is raised inside stays as it is.
     """
     try:
         yield
@@ -127,15 +125,15 @@ def damage_named(file: Path, *, expected: str, remedy: str) -> Iterator[None]:
         found = error.strerror or str(error)
         raise UserError(f"{file}: expected {expected}; found {found}.", remedy) from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        found = f"{type(error).__name__}: {' '.join(str(error).split())[:_MOST_TOLD]}"
+        found = f"{type(error).__name__}: {' '.join(str(error).split())[:_MOST_SHOWN]}"
         raise UserError(f"{file}: expected {expected}; found {found}.", remedy) from error
 
 
 def read_json(file: Path, *, expected: str, remedy: str) -> dict[str, Any]:
-    """A file with one JSON object.
+    """Read a file with one JSON object.
 
     Raises:
-        UserError: there is none, or something else in it.
+        UserError: there is no such file, or something else in it.
     """
     with damage_named(file, expected=expected, remedy=remedy):
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -145,10 +143,10 @@ def read_json(file: Path, *, expected: str, remedy: str) -> dict[str, Any]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a log; it is on the disk, and whole, when this returns.
+    """Append a line to a log; it is on disk when this returns.
 
     Raises:
-        UserError: the disk is full; the log is as it was.
+        UserError: the disk is full; the log is unchanged.
     """
     data = memoryview(f"{line}\n".encode())
     # Unbuffered: there is nothing left to flush, and to fail, when the file is closed.

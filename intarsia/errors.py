@@ -1,7 +1,7 @@
-"""What is said to a user whose input cannot be used: one sentence, and one hint.
+"""Errors of a user's input: one sentence, and one hint.
 
-Several problems of one input travel together, so that nobody mends a file one error at a time. The command line prints
-them without a traceback and exits with code 2; anything that is not a `UserError` is a defect of ours (code 1).
+All problems of an input are reported at once. The command line prints them without a traceback and exits with code 2;
+any other exception is a defect of ours (code 1).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import TracebackType
 class Problem:
     """One thing that is wrong with an input.
 
-    The last four fields are the older way to say it: they make up `message` and `hint` where those are left out.
+    The last four fields make up `message` and `hint` where those are left out.
     """
 
     # What is wrong, as one sentence.
@@ -48,7 +48,7 @@ class UserError(ValueError):
 
     @classmethod
     def of(cls, *, where: str, expected: str, found: str, remedy: str) -> UserError:
-        """An error with a single problem, said the older way."""
+        """An error with a single problem, from a place, what is expected there, and what was found."""
         return cls([Problem(where=where, expected=expected, found=found, remedy=remedy)])
 
     def __reduce__(self) -> tuple[type[UserError], tuple[tuple[Problem, ...]]]:
@@ -89,12 +89,12 @@ class Problems(list[Problem]):
 def missing_package(
     package: str, *, where: str, extra: str, instead: str = "", error: ImportError | None = None
 ) -> UserError:
-    """What is said where a package cannot be imported that not everybody needs.
+    """The error for an optional package that cannot be imported.
 
     Args:
         where: what needs it; `extra` of Intarsia has it.
         instead: what else can be done, if anything.
-        error: what came of importing it, where that was tried: one that is there may be broken.
+        error: of the import, if it was tried: an installed package may be broken.
     """
     or_else = f", or {instead}" if instead else ""
     found = "is not installed" if error is None else f"cannot be imported: {str(error).partition(chr(10))[0]}"

@@ -1,4 +1,4 @@
-"""Dataclass fields as flags: names, help, conversion, plain data, and the command line that makes a value again.
+"""Dataclass fields as flags: names, help, conversion, plain data.
 
 A field needs nothing but its type, its default and its comment:
 
@@ -16,9 +16,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import shlex
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import cache
 from pathlib import Path
@@ -126,7 +125,7 @@ class Option:
             return TypeAdapter(self.kind, config=config).validate_python(given)
         except ValidationError:
             raise UserError(
-                f"{self.called} takes {_noun(self.kind)}, not {given!r}.", "Give it such a value."
+                f"{self.called} takes {_noun(self.kind)}, not {given!r}.", f"Give {_noun(self.kind)}."
             ) from None
 
     def words(self, value: Any) -> list[str]:
@@ -246,56 +245,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(entry) for entry in (sorted(value) if isinstance(value, set | frozenset) else value)]
     return str(value) if isinstance(value, Path) else value
-
-
-def command_line(verb: Callable[..., Any], name: str = "", /, **arguments: Any) -> str:
-    """The command that calls a verb with these arguments; what is left at its default is left out."""
-    positional: list[str] = []
-    words: dict[tuple[str, ...], None] = {}
-    for part in parts_of(verb):
-        value = arguments.get(part.name, part.default)
-        if value is MISSING:
-            continue
-        for option, found in _given(part, value):
-            if option.flag.positional:
-                positional += option.words(found)
-            else:
-                words.setdefault(tuple(option.words(found)))
-    return shlex.join(
-        ["intarsia", *(name or verb.__name__).split(), *positional, *(each for one in words for each in one)]
-    )
-
-
-def _given(part: Part, value: Any) -> Iterator[tuple[Option, Any]]:
-    """The options of a part whose value is not the default, with it."""
-    if part.choices is not None and value is None:
-        return
-    if part.choices is not None:
-        chosen = part.choices.choose(value)
-        chosen = chosen if isinstance(chosen, tuple) else (chosen,)
-        names = ",".join(each.name for each in chosen) or "none"
-        option = Option(attribute=part.choices.flag, annotation=str, default=MISSING, help="", flag=Flag())
-        yield option, names
-        for each in chosen:
-            if each.plugin is not None:
-                yield dataclasses.replace(option, attribute="plugin"), each.plugin
-            if each.settings is not None:
-                yield from _changed(options_of(type(each.settings)), each.settings)
-    elif part.values is not None:
-        if isinstance(value, part.values):
-            yield from _changed(part.options, value)
-        else:  # a plain name where the object has more to say: `"demo"` for a ModelRef
-            main = next(option for option in part.options if option.default is MISSING)
-            yield main, value
-    elif part.option is not None and value != part.default:
-        yield part.option, value
-
-
-def _changed(options: Sequence[Option], value: Any) -> Iterator[tuple[Option, Any]]:
-    for option in options:
-        found = getattr(value, option.attribute)
-        if found != option.default:
-            yield option, found
 
 
 def field_comments(kind: type) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The value objects that options travel in: the flags of the command line are their fields.
+"""The value objects of options: the flags of the command line are their fields.
 
 They hold what a user asked for, checked as far as it can be without the model. `Runtime` and `Output` never decide a
 result, so no run folder pins them.
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRef:
-    """Model: which one is read, as `ModelRef(model="Qwen/Qwen3-0.6B", revision="main")`."""
+    """Model: the one that is read, as `ModelRef(model="Qwen/Qwen3-0.6B", revision="main")`."""
 
     # A local folder, a GGUF file, a hub id, or `demo`.
     model: str = flag(metavar="MODEL", positional=True)
     # Branch, tag or commit of a hub model.
     revision: str | None = None
-    # Which GGUF file of a folder or hub model to read.
+    # The GGUF file to read, where a folder or hub model has several.
     gguf_file: str | None = flag(None, metavar="NAME")
-    # Read 8-bit weights (FP8 with scales) as ordinary ones. Other quantised models are refused.
+    # Read 8-bit weights (FP8 with scales) as ordinary ones; other quantised models are refused.
     dequantize: bool = False
 
     def __post_init__(self) -> None:
@@ -42,7 +42,7 @@ class ModelRef:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSpec:
-    """Text: what a job works on; one draw, in three disjoint parts for calibration, selection and test."""
+    """Text: one draw of tokens, in three disjoint parts for calibration, selection and test."""
 
     # Calibration text: a .txt, .jsonl, .json or .parquet file (also compressed), a folder of such files,
     # hub:DATASET:SPLIT:COLUMN (with a configuration hub:DATASET/CONFIG:SPLIT:COLUMN), or `self`: the model writes it.
@@ -52,7 +52,7 @@ class TextSpec:
     tokens: int = flag(65_536, metavar="N", parse=token_count)
     # Tokens in a sequence.
     seq_len: int = flag(512, metavar="N")
-    # Seed of everything random.
+    # Random seed.
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -77,9 +77,9 @@ class TextSpec:
 class Target:
     """Target: how small the model becomes, as a depth, or a share of its parameters."""
 
-    # How many layers to keep.
+    # Layers to keep.
     layers: int | None = flag(None, metavar="N")
-    # Share of all parameters to remove, between 0 and 1: the greatest depth that removes at least that much.
+    # Share of all parameters to remove, between 0 and 1, rounded up to whole layers.
     sparsity: float | None = flag(None, metavar="S")
 
     def __post_init__(self) -> None:
@@ -113,17 +113,17 @@ class Target:
 class Runtime:
     """Runtime: where and how a job runs. It never decides a result, and a resumed job may use another."""
 
-    # cpu, cuda, cuda:1 ... (default: the best there is).
+    # Device: cpu, cuda, cuda:1 ... (default: the best available).
     device: str | None = None
-    # Lay the layers over several devices, such as cuda:0,cuda:1; the first has embedding and head.
+    # Devices to spread the layers over, such as cuda:0,cuda:1; the first also has embedding and head.
     devices: tuple[str, ...] = flag((), metavar="LIST")
-    # bfloat16, float16 or float32 (default: the checkpoint's own).
+    # Data type of the weights (default: the checkpoint's own).
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    # Keep one layer in memory at a time, read from the files when it is needed: same result, less memory.
+    # Keep one layer in memory at a time, read from disk when it is needed: same result, less memory.
     stream: bool = False
-    # What hidden states may take in memory, such as 8GB; the rest goes to files (default: two fifths of what is free).
+    # Memory budget of hidden states, such as 8GB; the rest is kept on disk (default: two fifths of what is free).
     memory: str | None = flag(None, metavar="SIZE")
-    # Tokens in a batch (default: by memory).
+    # Tokens per batch (default: by memory).
     batch_tokens: int | None = flag(None, metavar="N", parse=token_count)
 
     def __post_init__(self) -> None:
@@ -144,19 +144,19 @@ class Runtime:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSpec:
-    """Evaluation: what a model is measured by, before and after."""
+    """Evaluation: what is measured, before and after."""
 
     # Evaluation text for perplexity, as FILE or NAME=FILE; `file.txt#0.9:1` is the last tenth of a file.
     text: tuple[str, ...] = flag((), "--eval-text", "--text", metavar="FILE")
-    # Sequences of each evaluation text to use; 0 for all.
+    # Sequences to use of each evaluation text; 0 for all.
     windows: int = flag(64, "--eval-windows", "--windows", metavar="N")
     # Tasks of lm-eval (arc_easy, hellaswag, ...), and .jsonl files of query, choices and gold.
     tasks: tuple[str, ...] = flag((), metavar="NAMES")
-    # The first N items of each task.
+    # Use only the first N items of each task.
     limit: int | None = flag(None, metavar="N")
-    # A folder with task definitions of your own.
+    # Folder with lm-eval task definitions of your own.
     include_path: Path | None = flag(None, metavar="DIR")
-    # Measure tokens a second too.
+    # Measure tokens per second too.
     speed: bool = True
 
     def __post_init__(self) -> None:
@@ -176,15 +176,15 @@ class EvalSpec:
 class NewModel:
     """Output: the folder of a new model, which appears whole or not at all."""
 
-    # Folder for the new model.
+    # Folder of the new model.
     path: Path = flag(MISSING, "--out", "-o", metavar="DIR")
     # Replace the output if it exists.
     overwrite: bool = False
-    # Size of a weight file at most.
+    # Largest size of a weight file.
     shard_size: str = flag("5GB", "--max-shard-size", metavar="SIZE")
-    # Send the result to the HuggingFace hub when it is complete: `name` or `owner/name`.
+    # Upload the finished model to the HuggingFace hub, as `name` or `owner/name`.
     push_to: str | None = flag(None, "--push-to-hub", metavar="NAME")
-    # Make a new repository on the hub private.
+    # Make a new hub repository private.
     private: bool = False
 
     def __post_init__(self) -> None:
@@ -213,9 +213,9 @@ class NewModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Output(NewModel):
-    """Output: where the model of a long job goes, and what is kept of the job."""
+    """Output: the folder of a long job's model, and the job's run folder."""
 
-    # Run folder: progress, log and ladder (default: beside the output).
+    # Run folder, with progress, log and ladder (default: beside the output).
     run: Path | None = flag(None, metavar="DIR")
     # Print the plan and an estimate of its cost; write nothing.
     dry_run: bool = False

@@ -178,7 +178,7 @@ class Pace:
         now = self._clock()
         usual = statistics.median(done / seconds for seconds, done in self._marks)
         marks = [(seconds, done) for seconds, done in self._marks if done <= self.RESUMED * usual * seconds]
-        # What has been under way for longer than usual makes the rate smaller.
+        # A step that takes longer than any before makes the rate smaller.
         waited = now - self._last[0]
         seconds, done = sum(mark[0] for mark in marks), sum(mark[1] for mark in marks)
         late = max(0.0, waited - max(mark[0] for mark in marks))
@@ -202,7 +202,7 @@ def duration(seconds: float) -> str:
 
 
 class _Shown:
-    """A task on the display; the share of a task inside it counts as so many of its units."""
+    """A task on the display; the share of a task inside it counts as `units` of its units."""
 
     def __init__(self, display: Display, title: str, total: float, units: float) -> None:
         self.title, self.total, self.units, self.words = title, total, units, ""

@@ -61,16 +61,6 @@ class Entry:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def summary(self) -> str:
-        """The first line of its docstring."""
-        return (inspect.getdoc(self.object) or "").partition("\n")[0]
-
-    @property
-    def plugin(self) -> str | None:
-        """The user's file that registered it."""
-        return next((file for file, module in _LOADED.items() if module == self.object.__module__), None)
-
-    @property
     def parameters(self) -> dict[str, Any]:
         """Of a function: its keyword-only parameters with their defaults."""
         signature = inspect.signature(self.object).parameters.values()
@@ -88,11 +78,6 @@ class Chosen:
     def name(self) -> str:
         """Its name."""
         return self.entry.name
-
-    @property
-    def plugin(self) -> str | None:
-        """The user's file that registered it."""
-        return self.entry.plugin
 
     @property
     def label(self) -> str:
@@ -238,12 +223,6 @@ class Kind:
             found = f"the settings of {names} alike" if owners else f"no {self.noun} and no settings of one"
             raise UserError(f"{type(settings).__name__} is {found}.", f"Name the {self.noun}: {', '.join(self.names)}.")
         return Chosen(entry=owners[0], settings=settings)
-
-    def recorded(self, data: Mapping[str, Any]) -> Chosen:
-        """What `Chosen.to_dict` wrote."""
-        entry = self.get(str(data["name"]))
-        rest = {key: value for key, value in data.items() if key != "name"}
-        return Chosen(entry=entry, settings=None if entry.settings is None else from_plain(entry.settings, rest))
 
     def _find(self) -> None:
         """Import what is built in, and the packages that announce themselves, once."""

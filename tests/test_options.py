@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.flags import byte_count, command_line, field_comments, flag, from_plain, options_of, plain, token_count
+from intarsia.flags import byte_count, field_comments, flag, from_plain, options_of, plain, token_count
 from intarsia.options import EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
 
 
@@ -129,25 +129,3 @@ def test_settings_from_plain_data() -> None:
         "--at takes a whole number, not 'x'.",
         "mine: there is no option fourth.",
     ]
-
-
-def verb(
-    model: ModelRef | str,
-    out: Output | str,
-    target: Target,
-    *,
-    text: TextSpec = TextSpec(tokens=100, seq_len=10),
-    evaluation: EvalSpec = EvalSpec(speed=False),
-    runtime: Runtime = Runtime(),
-) -> None:
-    """Do it."""
-
-
-def test_the_command_that_makes_it_again_names_what_is_not_the_default() -> None:
-    text = TextSpec(tokens=100, seq_len=20, sources=("a b.txt", "self"))
-    line = command_line(
-        verb, model="demo", out=Output(path=Path("x"), run=Path("r")), target=Target(sparsity=0.3), text=text
-    )
-    assert line == "intarsia verb demo --out x --run r --sparsity 0.3 --calibration 'a b.txt,self' --seq-len 20"
-    line = command_line(verb, "eval it", model=ModelRef(model="m", dequantize=True), evaluation=EvalSpec())
-    assert line == "intarsia eval it m --dequantize --speed"

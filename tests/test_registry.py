@@ -79,14 +79,14 @@ def kind() -> Kind:
 @pytest.fixture
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for each in registry.KINDS:
+        assert each.names  # all that is built in is found now, and stays known after the test
         monkeypatch.setattr(each, "_entries", dict(each._entries))
     monkeypatch.setattr(registry, "_LOADED", {})
 
 
-def test_names_and_summaries(kind: Kind) -> None:
+def test_names(kind: Kind) -> None:
     assert kind.names == ("alpha", "beta", "gamma")
     assert "beta" in kind and "delta" not in kind
-    assert kind.get("alpha").summary == "The first letter."
     assert kind.get("beta").facts == {"paper": "1"}
 
 
@@ -119,7 +119,6 @@ def test_a_choice(kind: Kind, choice: Any, name: str, settings: Any, label: str)
     assert (chosen.name, chosen.settings, chosen.label) == (name, settings, label)
     assert kind.choose(chosen) is chosen
     assert kind.choose(chosen.label) == chosen
-    assert kind.recorded(chosen.to_dict()) == chosen
 
 
 def test_what_was_chosen_is_created_with_its_settings(kind: Kind) -> None:
@@ -162,8 +161,8 @@ def test_a_file_of_the_users(tmp_path: Path, clean: None) -> None:
     registry.load_plugin(file)  # once
     assert registry.loaded_plugins() == (str(file),)
     chosen = registry.planners.choose("mine[times=3]")
-    assert chosen.settings.times == 3 and chosen.plugin == str(file)
-    assert chosen.entry.summary == "Removes what I say." and chosen.entry.facts == {"paper": "1234.5678"}
+    assert chosen.settings.times == 3
+    assert chosen.entry.facts == {"paper": "1234.5678"}
     assert registry.planners.with_option("times") == ("mine",)
     assert registry.heal_stages.choose("mine")[0].settings is None
     op = registry.merge_ops.get("mine")

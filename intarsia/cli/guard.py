@@ -1,4 +1,4 @@
-"""What a verb does when something goes wrong, and what it lets through to stdout.
+"""Errors of a verb, their exit codes, and what may go to stdout.
 
 Exit codes: 0 done; 2 input that cannot be used; 1 a defect of ours; 130 interrupted. A user's mistake never shows a
 traceback; the traceback of a defect goes to a log file (to the terminal with INTARSIA_DEBUG=1).
@@ -21,7 +21,7 @@ from rich.text import Text
 
 from intarsia.errors import Problem, UserError
 
-# Failures of the machine that the user can mend, not we.
+# Failures of the machine that the user can correct.
 _SURROUNDINGS = {
     errno.EACCES: "Change its permissions, or name another place.",
     errno.EPERM: "Change its permissions, or name another place.",
@@ -40,10 +40,10 @@ def debugging() -> bool:
 
 @contextmanager
 def guard(*, run: Path | None = None, resumes: bool = False) -> Iterator[TextIO]:
-    """Everything a verb does happens in here; gives the stream for its result.
+    """Run a verb inside this; gives the stream for its result.
 
     `run` is the run folder, named after a defect; `resumes` says that an interrupted verb continues where it was.
-    Whatever a library prints meanwhile goes to stderr: stdout is for results alone.
+    What libraries print meanwhile goes to stderr: stdout is for the result alone.
     """
     stdout = sys.stdout
     try:
@@ -52,7 +52,7 @@ def guard(*, run: Path | None = None, resumes: bool = False) -> Iterator[TextIO]
     except BrokenPipeError:
         raise
     except UserError as error:
-        tell(error.problems)
+        report(error.problems)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         resumes = resumes or bool(getattr(stop, "__notes__", ()))  # a run folder notes itself
@@ -61,14 +61,14 @@ def guard(*, run: Path | None = None, resumes: bool = False) -> Iterator[TextIO]
         raise SystemExit(130) from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _SURROUNDINGS:
-            tell([_surroundings(error)])
+            report([_surroundings(error)])
             raise SystemExit(2) from None
         _defect(error, run)
         raise SystemExit(1) from None
 
 
-def tell(problems: tuple[Problem, ...] | list[Problem]) -> None:
-    """All problems of an input, on stderr: a sentence and a hint each."""
+def report(problems: tuple[Problem, ...] | list[Problem]) -> None:
+    """Print all problems of an input to stderr: a sentence and a hint each."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     for problem in problems:
         console.print(Text("error: ", style="bold red") + Text(problem.message))
@@ -88,7 +88,7 @@ def _surroundings(error: OSError) -> Problem:
 
 
 def _defect(error: Exception, run: Path | None) -> None:
-    """Tell that we failed: one line, what to do about it, and where the traceback is."""
+    """Report a defect: one line, what to do about it, and where the traceback is."""
     words = " ".join(str(error).split()) or "no message"
     if len(words) > 300:
         words = words[:300] + " ..."

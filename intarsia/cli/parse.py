@@ -33,13 +33,13 @@ _OPTION = re.compile(r"--?[A-Za-z]")
 class Shared:
     """Options that every verb has."""
 
-    # The result as one JSON object on stdout; no progress display.
+    # Print the result as one JSON object on stdout, and show no progress.
     json: bool = False
-    # No progress display.
+    # Show no progress.
     quiet: bool = dataclasses.field(default=False, metadata={"flag": Flag(names=("--quiet", "-q"))})
-    # Options from a YAML file, its keys named like the flags; the command line goes before it.
+    # Read options from a YAML file, its keys named like the flags; the command line wins.
     config: Path | None = dataclasses.field(default=None, metadata={"flag": Flag(metavar="FILE")})
-    # A Python file that registers methods, stages, operators or engines of your own; may be given again.
+    # Python files that register methods, stages, operators or engines of your own.
     plugin: tuple[Path, ...] = dataclasses.field(default=(), metadata={"flag": Flag(metavar="FILE.py")})
 
 
@@ -66,7 +66,7 @@ class _Group:
 
 
 def parse(verb: Callable[..., Any], name: str, words: Sequence[str]) -> Call:
-    """What a command line asks of a verb.
+    """Read the command line of a verb.
 
     Raises:
         UserError: with everything that is wrong.
@@ -162,7 +162,7 @@ def _chosen_groups(chosen: Mapping[str, Any]) -> Iterator[_Group]:
 
 def _preset_option(names: Mapping[str, Any]) -> Option:
     kind = Literal[tuple(names)] | None  # type: ignore[valid-type]
-    comment = "Values of several options together; an option that is given besides wins."
+    comment = "Set several options together; an option that is given too wins."
     return Option(attribute="preset", annotation=kind, default=None, help=comment, flag=Flag(metavar="NAME"))
 
 
@@ -208,7 +208,8 @@ def _groups(parts: Sequence[Part]) -> Iterator[_Group]:
 
 
 def _choice_option(part: Part, kind: Kind) -> Option:
-    several = ", in the order wanted, with commas between; or none" if kind.many else ""
+    names = ", ".join(kind.names)
+    several = f"{kind.noun.capitalize()}s, comma-separated, in the order in which they run, or none. Known: {names}."
     default = part.default
     if default is not MISSING and default is not None:
         chosen = kind.choose_all(default)
@@ -217,7 +218,7 @@ def _choice_option(part: Part, kind: Kind) -> Option:
         attribute=part.name,
         annotation=str,
         default=default,
-        help=f"{kind.noun.capitalize()}{'s' if kind.many else ''}{several}: {', '.join(kind.names)}.",
+        help=several if kind.many else f"{kind.noun.capitalize()}: {names}.",
         flag=Flag(names=(f"--{kind.flag}",), metavar="NAMES" if kind.many else "NAME"),
     )
 
@@ -254,7 +255,7 @@ def _app(
     app = App(
         name=f"intarsia {name}",
         default_command=takes,
-        help=inspect.getdoc(verb) or "",
+        help=_unwrapped(inspect.getdoc(verb) or ""),
         usage=f"Usage: intarsia {name} {positional} [OPTIONS]".replace("  ", " "),
         help_format="plaintext",
         version_flags=(),
@@ -262,6 +263,12 @@ def _app(
         group_arguments=_ARGUMENTS,
     )
     return app, options
+
+
+def _unwrapped(text: str) -> str:
+    """A docstring as paragraphs that a terminal of any width can wrap, up to its sections for programmers."""
+    paragraphs = re.split(r"\n\n(?=Args:|Raises:|Returns:)", text)[0].split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def _parameter(option: Option, panel: Group, *, shown: bool) -> inspect.Parameter:
@@ -294,7 +301,7 @@ def _parameter(option: Option, panel: Group, *, shown: bool) -> inspect.Paramete
 def _help(option: Option) -> str:
     kind = option.kind
     choices = f"One of {', '.join(map(str, get_args(kind)))}." if get_origin(kind) is Literal else ""
-    again = "Several with commas between." if option.many and option.flag.commas else ""
+    again = "Comma-separated." if option.many and option.flag.commas and not option.flag.positional else ""
     return " ".join(
         each for each in (option.help, choices, again, f"({_shown(option)})" if _shown(option) else "") if each
     )
@@ -307,7 +314,8 @@ def _shown(option: Option) -> str:
         return ""
     if option.default is True:
         return "default: on"
-    return f"default: {','.join(map(str, option.default)) if option.many else option.default}"
+    items = option.default if option.many else [option.default]
+    return f"default: {','.join(f'{item:.3g}' if isinstance(item, float) else str(item) for item in items)}"
 
 
 def _metavar(option: Option) -> str | None:

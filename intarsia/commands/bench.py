@@ -1,4 +1,4 @@
-"""`intarsia bench`: how fast models read and write, and what memory they take, side by side in one run."""
+"""`intarsia bench`: speed and memory of several models, side by side in one run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class BenchRow:
     weights_bytes: int
     # Keys and values after the last token, measured.
     cache_bytes: int
-    # The same as the config says.
+    # The same, computed from the config.
     cache_predicted_bytes: int
     # The most memory beside the weights, cache included.
     working_bytes: int
@@ -71,16 +71,17 @@ def bench(
         Flag(metavar="MODEL", help="Local folders, hub ids, or `demo`; the others are compared with the first."),
     ],
     batch: Annotated[
-        tuple[int, ...] | int, Flag(metavar="N", help="Sequences at once; every combination with --prompt-len counts.")
+        tuple[int, ...] | int,
+        Flag(metavar="N", help="Sequences per batch; combined with every --prompt-len."),
     ] = (1,),
-    prompt_len: Annotated[tuple[int, ...] | int, Flag(metavar="N", help="Tokens in a prompt.")] = (256,),
-    new_tokens: Annotated[int, Flag(metavar="N", help="Tokens written after each prompt.")] = 64,
-    repeats: Annotated[int, Flag(metavar="N", help="Measured rounds; their median counts.")] = 5,
+    prompt_len: Annotated[tuple[int, ...] | int, Flag(metavar="N", help="Tokens per prompt.")] = (256,),
+    new_tokens: Annotated[int, Flag(metavar="N", help="Tokens generated after each prompt.")] = 64,
+    repeats: Annotated[int, Flag(metavar="N", help="Measured rounds; the median is reported.")] = 5,
     runtime: Runtime = Runtime(),
 ) -> BenchResult:
-    """Measure tokens a second while reading and writing, time to the first token, and memory.
+    """Measure tokens per second of prefill and decoding, time to the first token, and memory.
 
-    Models are measured in turns, after one round that warms up.
+    Models are measured in turns, after one warm-up round.
 
     Raises:
         UserError: a model, a size or a device cannot be used.

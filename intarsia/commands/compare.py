@@ -1,4 +1,4 @@
-"""`intarsia compare`: what every method makes of a model, at every depth, pruned and healed, in one table."""
+"""`intarsia compare`: several methods on one model, at every depth, pruned and healed, in one table."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Entrants:
-    """Comparison: which models are made."""
+    """Comparison: the methods, depths and heal stages."""
 
     # Methods of `intarsia plan`, with options that are not the defaults in brackets:
     # come,come-p[spans=1],come[norm=average].
     methods: tuple[str, ...] = flag(MISSING, metavar="NAMES", commas=False)
     # Depths: 27,25,23.
     layers: tuple[int, ...] = flag(MISSING, metavar="N,N")
-    # How each of them is healed: none, closed-form, or stages one after the other, as closed-form+layerwise; several
-    # with commas between give a row each.
+    # How each model is healed: none, closed-form, or stages one after the other, as closed-form+layerwise. Each of
+    # several, comma-separated, is a row.
     heal: tuple[str, ...] = flag(("none",), metavar="KINDS", commas=False)
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Entrants:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareEval:
-    """Evaluation: what the models are measured by."""
+    """Evaluation: what is measured of each model."""
 
     # Text for perplexity, as FILE or NAME=FILE.
     text: tuple[str, ...] = flag((), "--eval-text", metavar="[NAME=]FILE")
@@ -72,11 +72,11 @@ class CompareEval:
     tasks: tuple[str, ...] = flag((), metavar="NAMES")
     # Depths whose models are scored on tasks (default: all).
     task_layers: tuple[int, ...] | None = flag(None, metavar="N,N")
-    # The first N items of each task.
+    # Use only the first N items of each task.
     limit: int | None = flag(None, metavar="N")
-    # Folder with task definitions of your own.
+    # Folder with lm-eval task definitions of your own.
     include_path: Path | None = flag(None, metavar="DIR")
-    # Measure tokens a second too, each model in turns with the original.
+    # Measure tokens per second too, each model in turns with the original.
     speed: bool = False
 
     def __post_init__(self) -> None:
@@ -135,12 +135,12 @@ def compare(
     *,
     text: TextSpec = TextSpec(),
     runtime: Runtime = Runtime(),
-    dry_run: Annotated[bool, Flag(help="Print an estimate of the cost; write nothing.")] = False,
+    dry_run: Annotated[bool, Flag(help="Print an estimate of the cost, and write nothing.")] = False,
 ) -> CompareResult:
     """Compare methods on one model, at several depths, pruned and healed: perplexity, tasks, speed, cost.
 
-    The methods share one pass over the model, and nothing is built: each model is measured in memory. Stopped at any
-    point, the same command resumes with the next row; more methods, depths, heals and tasks may be added later.
+    The methods share one pass over the model, and each pruned model is measured in memory, without being built. Stopped
+    at any point, the same command resumes with the next row; more methods, depths, heals and tasks may be added later.
     `intarsia build OUT/plans/METHOD --layers N` builds any of the models.
 
     Raises:

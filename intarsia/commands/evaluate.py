@@ -1,4 +1,4 @@
-"""`intarsia eval`: how good a model is, on tasks or by its perplexity on a text."""
+"""`intarsia eval`: a model's accuracy on tasks, or its perplexity on a text."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """Tasks: what a model is scored on."""
+    """Tasks: the questions that a model is scored on."""
 
     # Names of lm-eval (arc_easy, hellaswag, mmlu, ...), and .jsonl files of query, choices and gold;
     # `piqa.jsonl#0.33:1` is the last two thirds of its items.
     tasks: tuple[str, ...] = flag(MISSING, metavar="NAMES")
-    # The first N items of each task.
+    # Use only the first N items of each task.
     limit: int | None = flag(None, metavar="N")
-    # A folder with YAML tasks of your own.
+    # Folder with lm-eval task definitions of your own.
     include_path: Path | None = flag(None, metavar="DIR")
-    # Examples before each question (default: as the task says).
+    # Examples before each question (default: the task's own number).
     num_fewshot: int | None = flag(None, metavar="K")
 
     def __post_init__(self) -> None:
@@ -48,10 +48,11 @@ def evaluate_tasks(
     against: Annotated[
         Any,
         Flag(
-            metavar="MODEL", help="Also what is kept of this model's accuracy, on the same items, with a 95 % interval."
+            metavar="MODEL",
+            help="Reference model: the accuracy kept of it on the same items, with 95 % intervals.",
         ),
     ] = None,
-    seed: Annotated[int, Flag(metavar="N", help="Seed of the interval's draws.")] = 0,
+    seed: Annotated[int, Flag(metavar="N", help="Random seed of the intervals.")] = 0,
     runtime: Runtime = Runtime(),
 ) -> TaskResults:
     """Score a model on tasks: those of lm-eval, and local files of questions.
@@ -81,7 +82,7 @@ def evaluate_tasks(
 
 
 class _Entrant:
-    """A model to be scored: checked now, loaded when its turn comes, and let go of after it."""
+    """A model to be scored: checked at once, loaded for its score alone."""
 
     def __init__(self, model: Any, runtime: Runtime) -> None:
         from intarsia.commands.job import Job
@@ -110,15 +111,15 @@ def load_whole(job: Job) -> Any:
     """A job's model as transformers loads it, its weights checked."""
     from intarsia.building.loaded_model import load_model
 
-    assert job.sha256, "it is worked out of finite weights alone"
+    assert job.sha256, "hashing also checks that all weights are finite"
     return load_model(job.checkpoint, device=job.device, dtype=job.dtype)
 
 
 def check_one_device(runtime: Runtime) -> None:
-    """Refuse a model that is in memory in parts.
+    """Refuse a model that is not whole on one device.
 
     Raises:
-        UserError: it is streamed, or laid over several devices.
+        UserError: it is streamed, or spread over several devices.
     """
     check(
         (not runtime.stream, "--stream is for perplexity; here the model is in memory.", "Leave it out."),
@@ -128,11 +129,11 @@ def check_one_device(runtime: Runtime) -> None:
 
 def evaluate_perplexity(
     model: ModelRef | str | Path,
-    text: Annotated[str, Flag(metavar="FILE", help="Text; `file.txt#0.9:1` is its last tenth.")],
+    text: Annotated[str, Flag(metavar="FILE", help="Evaluation text; `file.txt#0.9:1` is its last tenth.")],
     *,
     seq_len: Annotated[int, Flag(metavar="N", help="Tokens in a window.")] = 512,
     windows: Annotated[
-        int | None, Flag(metavar="N", help="How many windows, from the start of the text; 0 for all.")
+        int | None, Flag(metavar="N", help="Windows to use, from the start of the text; 0 for all.")
     ] = 64,
     runtime: Runtime = Runtime(),
 ) -> Perplexity:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from intarsia import progress
+from intarsia import __version__, progress
 from intarsia.activations.hidden_store import Room
 from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import Resident, default_device
@@ -302,5 +302,5 @@ def pin_text(run: RunDir, job: Job) -> None:
 
 def versions() -> dict[str, str]:
     """The versions of what a result is made with."""
-    found = {name: version(name) for name in ("intarsia", "torch", "transformers", "safetensors")}
-    return {**found, "python": platform.python_version()}
+    found = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"intarsia": __version__, **found, "python": platform.python_version()}

@@ -1,4 +1,4 @@
-"""`intarsia report`: one page about one run or several, with text by the models themselves if asked for."""
+"""`intarsia report`: one page about one run or several, with the models' own answers if asked for."""
 
 from __future__ import annotations
 
@@ -48,21 +48,23 @@ class ReportResult:
 
 def report(
     *runs: Annotated[
-        Path, Flag(metavar="RUN", commas=False, help="Run folders, comparisons, and models that intarsia has made.")
+        Path,
+        Flag(metavar="RUN", commas=False, help="Run folders, comparisons, and models that intarsia has built."),
     ],
     out: Annotated[Path, Flag(names=("--out", "-o"), metavar="FILE", help="The HTML file.")] = Path("report.html"),
     generate: Annotated[bool, Flag(help="Let each model and its original answer prompts, side by side.")] = False,
     prompt: Annotated[
-        tuple[str, ...], Flag(metavar="TEXT", commas=False, help="What they answer; may be given several times.")
+        tuple[str, ...], Flag(metavar="TEXT", commas=False, help="A prompt to answer; may be given several times.")
     ] = PROMPTS,
-    new_tokens: Annotated[int, Flag(metavar="N", help="The most tokens of an answer.")] = 96,
-    device: Annotated[str | None, Flag(help="cpu, cuda, cuda:1 ... (default: the best there is).")] = None,
+    new_tokens: Annotated[int, Flag(metavar="N", help="Most tokens of an answer.")] = 96,
+    device: Annotated[str | None, Flag(help="Device: cpu, cuda, cuda:1 ... (default: the best available).")] = None,
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None, Flag(help="Of the models (default: the checkpoint's own).")
+        Literal["bfloat16", "float16", "float32"] | None,
+        Flag(help="Data type of the models (default: the checkpoint's)."),
     ] = None,
     overwrite: Annotated[bool, Flag(help="Replace the file if it exists.")] = False,
 ) -> ReportResult:
-    """Write one HTML file that shows what runs did. It opens anywhere and needs no network.
+    """Write one HTML file about runs and models. It opens anywhere and needs no network.
 
     Raises:
         UserError: a run or the file cannot be used; nothing has been written then.
@@ -111,8 +113,10 @@ def report_compression(out: Path, facts: Mapping[str, Any], corpus: Corpus | Non
     from intarsia.reporting.model_report import keep_measures
     from intarsia.reporting.page import write_report
 
-    told = ("model", "method", "before", "after", "healed", "layer_forwards", "seconds", "peak_memory_bytes")
-    kept = {name: facts[name] for name in told} | {"run": Path(str(facts["run"])).name}
+    measured = ("model", "method", "before", "after", "healed", "layer_forwards", "seconds", "peak_memory_bytes")
+    kept = {name: facts[name] for name in measured} | {"run": Path(str(facts["run"])).name}
+    if facts.get("seconds_by_part"):
+        kept["seconds_by_part"] = facts["seconds_by_part"]
     evaluation: dict[str, Any] | None = None
     if corpus is not None:
         evaluation = {"text": corpus.description, "sha256": corpus.sha256}

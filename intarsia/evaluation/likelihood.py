@@ -1,9 +1,8 @@
-"""Text pairs as tokens: a context, and a continuation whose likelihood is asked for.
+"""Log-likelihoods of continuations after a context, with shared contexts computed once.
 
-The cut between the two is lm-eval's, so that scores can be compared with published ones: white space at the end of the
-context counts to the continuation; context and continuation are tokenised together, and cut where the context
-alone would end. A tokenizer adds its special tokens as it does by itself, but no second BOS to a text that begins with
-one. What is longer than the model's positions loses tokens at the left.
+Tokens are lm-eval's, so that scores can be compared with published ones: trailing white space of the context belongs to
+the continuation; both are tokenised together, and split where the context alone would stop. The tokenizer adds its
+special tokens, but no second BOS to a text that has one. A context is truncated at the left to the model's positions.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from intarsia.progress import current
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Tokens to look at, and the tokens after them to be scored; neither is empty."""
+    """Context tokens, and the tokens after them to be scored; neither is empty."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -30,7 +29,7 @@ class Request:
 def encode_pairs(
     pairs: Sequence[tuple[str, str]], tokenizer: Any, *, max_length: int | None, where: str
 ) -> tuple[Request, ...]:
-    """A request for every pair of texts, in order.
+    """Tokenise pairs of texts, in order.
 
     Args:
         pairs: context and continuation; a context has more than white space.
@@ -64,15 +63,15 @@ def encode_pairs(
 
 
 def fit(request: Request, max_length: int | None) -> Request:
-    """The request with as much context as the model has positions for; the last token of all needs none."""
+    """The request with its context truncated to the model's positions; the last token of all needs none."""
     if max_length is None or len(request.context) + len(request.continuation) <= max_length + 1:
         return request
-    room = max_length + 1 - len(request.continuation)
-    return Request(context=request.context[-room:], continuation=request.continuation)
+    kept = max_length + 1 - len(request.continuation)
+    return Request(context=request.context[-kept:], continuation=request.continuation)
 
 
 def positions_of(config: Any) -> int | None:
-    """How many positions a model has, by its config; None where that says nothing."""
+    """The positions of a model, by its config; None where that says nothing."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         found = getattr(config, name, None)
@@ -82,7 +81,7 @@ def positions_of(config: Any) -> int | None:
 
 
 def _opening(tokenizer: Any) -> str:
-    """What a text begins with if its BOS is written out."""
+    """The BOS (or EOS) token as text."""
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return "" if token is None else tokenizer.decode(token)
 
@@ -99,10 +98,10 @@ _GPU_BLOCK = 64 * 1024 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What a model is run on.
+    """Token rows for a forward pass.
 
     `ids_BT`; `attend_BTT` True where a token (first T) may look at another (second T), None for plain causal rows;
-    `positions_BT` with `attend_BTT`. Logits are wanted at `row_N`, `column_N` alone.
+    `positions_BT` with `attend_BTT`. Logits are wanted only at `row_N`, `column_N`.
     """
 
     ids_BT: Tensor
@@ -113,7 +112,7 @@ class Rows:
 
 
 Forward = Callable[[Rows], Tensor]
-"""From rows (on the CPU) to the `[N, V]` logits that they want, on any device."""
+"""From rows (on the CPU) to their wanted logits `[N, V]`, on any device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,20 +126,20 @@ class Likelihoods:
 
 @dataclass(frozen=True, kw_only=True)
 class _Tree:
-    """A context, and the continuations after it by the number of their request."""
+    """A context, and its continuations by the number of their request."""
 
     context: tuple[int, ...]
     branches: tuple[tuple[int, tuple[int, ...]], ...]
 
     @property
     def width(self) -> int:
-        """Tokens that are read."""
+        """Tokens of the row."""
         return len(self.context) + sum(len(tokens) - 1 for _, tokens in self.branches)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows, and of every scored token: which of their logits, its id, and its request."""
+    """Rows, and for every scored token: the index of its logits, its id, and its request."""
 
     rows: Rows
     position_M: Tensor
@@ -163,10 +162,10 @@ def log_likelihoods(
     Args:
         forward: the model.
         requests: in any order; those with one context need not stand together.
-        pack: share contexts (see above); else a plain row for each.
+        pack: share contexts between continuations; else a plain row for each.
         batch_tokens: rows times columns of a batch, at most (a longer row goes alone).
-        greedy: whether to say which continuations the model would write itself.
-        where: what is scored, for messages and the progress.
+        greedy: whether to find which continuations greedy decoding would give.
+        where: the name of what is scored, for messages and progress.
 
     Raises:
         UserError: a logit that matters is NaN or infinite.
@@ -189,7 +188,7 @@ def log_likelihoods(
 
 
 def batches_of(requests: Sequence[Request], *, pack: bool, batch_tokens: int) -> Iterator[Batch]:
-    """Requests as the batches that `log_likelihoods` runs, for callers that run the same ones many times."""
+    """Group requests into the batches of `log_likelihoods`, for callers that run the same ones many times."""
     for trees in _batches(_trees(requests, pack), batch_tokens):
         yield _packed(trees) if pack else _plain(trees)
 
@@ -207,7 +206,7 @@ def _trees(requests: Sequence[Request], pack: bool) -> list[_Tree]:
 
 
 def _batches(trees: Sequence[_Tree], batch_tokens: int) -> Iterator[list[_Tree]]:
-    """Neighbours in length together, the longest first, so that a lack of memory shows at once."""
+    """Group trees of similar length, the longest first, so that a lack of memory shows at once."""
     batch: list[_Tree] = []
     for tree in sorted(trees, key=lambda tree: -tree.width):
         if batch and batch[0].width * (len(batch) + 1) > batch_tokens:
@@ -237,10 +236,10 @@ def _packed(trees: Sequence[_Tree]) -> Batch:
             branch_BT[row, column:end] = branch
             picks.score(request, tokens, [last, *(picks.position(row, at) for at in range(column, end))])
             column = end
-    behind_TT = torch.ones(shape[1], shape[1], dtype=torch.bool).tril()
+    causal_TT = torch.ones(shape[1], shape[1], dtype=torch.bool).tril()
     seen_BTT = (branch_BT[:, None, :] == 0) | (branch_BT[:, None, :] == branch_BT[:, :, None])
     # Padding is one more branch and sees itself too: a softmax over nothing would be NaN.
-    return picks.batch(ids_BT, attend_BTT=behind_TT & seen_BTT, positions_BT=positions_BT)
+    return picks.batch(ids_BT, attend_BTT=causal_TT & seen_BTT, positions_BT=positions_BT)
 
 
 def _plain(trees: Sequence[_Tree]) -> Batch:
@@ -256,7 +255,7 @@ def _plain(trees: Sequence[_Tree]) -> Batch:
 
 
 class _Picks:
-    """Collects which logits of a batch are looked at, and for what."""
+    """Collects the positions of a batch whose logits are needed, and the tokens scored there."""
 
     def __init__(self) -> None:
         self._positions: list[tuple[int, int]] = []
@@ -284,7 +283,7 @@ class _Picks:
 
 
 def score_batch(logits_NV: Tensor, batch: Batch, *, greedy: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of every scored token, and whether another one is likelier; a block of positions at a time."""
+    """Log-probability of every scored token, and whether another one is likelier."""
     device = logits_NV.device
     position_M, token_M = batch.position_M.to(device), batch.token_M.to(device)
     total_N = _log_totals(logits_NV)

@@ -23,7 +23,7 @@ from intarsia.data.corpus import Corpus, tokenize
 from intarsia.data.sources import documents
 from intarsia.errors import UserError
 from intarsia.evaluation.results import Perplexity
-from intarsia.progress import Progress, Silent, current
+from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe
 
 
@@ -33,7 +33,7 @@ class Chain(nn.Module):
     def __init__(self, recipe: Recipe, resident: Resident, *, room: Room | None = None) -> None:
         """
         Args:
-            room: what hidden states of a whole text may take, where the model is streamed.
+            room: memory budget of hidden states of a whole text, where the model is streamed.
         """
         super().__init__()
         self.layers = RecipeLayers.of(recipe, resident)
@@ -59,11 +59,9 @@ class Chain(nn.Module):
         return SimpleNamespace(logits=self.stream.logits(h_BTD, input_ids, attention_mask))
 
     @torch.inference_mode()
-    def window_losses(
-        self, corpus: Corpus, *, batch_tokens: int, progress: Progress | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def window_losses(self, corpus: Corpus, *, batch_tokens: int) -> tuple[Tensor, Tensor]:
         """Summed loss (float64, nats) and predicted tokens (int64) of every window, on the CPU."""
-        progress = progress or Silent()
+        progress = current()
         resident = self.layers.resident
         batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
         loop = Loop(resident, batches, room=self._room)
@@ -124,7 +122,7 @@ def perplexity(model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int = 40
         UserError: a loss is NaN or infinite, or no token is predicted.
     """
     if isinstance(model, Chain):
-        sums_W, counts_W = model.window_losses(corpus, batch_tokens=batch_tokens, progress=current())
+        sums_W, counts_W = model.window_losses(corpus, batch_tokens=batch_tokens)
     else:
         sums_W, counts_W = window_losses(model, corpus, batch_tokens=batch_tokens)
     tokens = int(counts_W.sum())

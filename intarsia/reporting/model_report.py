@@ -23,6 +23,7 @@ from intarsia.reporting.wording import (
     compress_command,
     is_measure,
     model_name,
+    text_name,
     text_of,
     title_of,
     written,
@@ -39,8 +40,8 @@ def keep_measures(out: Path, facts: Mapping[str, Any]) -> None:
 
     Args:
         facts: `model`, `before`, `after` (measures as `Measures.to_dict` gives them), and what is known of `healed`,
-            `evaluation` (`text`, `sha256`, `windows`, `seq_len`), `layer_forwards`, `seconds`, `run` (the name of its
-            folder, which is looked for beside the model).
+            `evaluation` (`text`, `sha256`, `windows`, `seq_len`), `layer_forwards`, `seconds`, `seconds_by_part`, `run`
+            (the name of its folder, which is looked for beside the model).
     """
     write_whole(out / MEASURES_FILE, json.dumps(facts, indent=2) + "\n")
 
@@ -129,12 +130,13 @@ def _healing(heal: Mapping[str, Any]) -> list[Section]:
     if len(stages) < 2:
         return []
     rows = [{title_of(name): text_of(name, value) for name, value in stage.items()} for stage in stages]
+    rows[0]["stage"] = "as pruned"
     blocks: list[Block] = [table(rows, text_columns=("stage", "taken"))]
     fits = [row for row in heal.get("read_outs") or [] if row.get("ridge") is not None]
     if fits:
         blocks.append(_fit_figure(fits))
     text = heal.get("text") or {}
-    intro = f"On {text.get('tokens', 0):,} tokens of {text.get('description', 'text')}." if text else ""
+    intro = f"On {text.get('tokens', 0):,} tokens of {text_name(text.get('description', 'text'))}." if text else ""
     return [Section(title="Healing", blocks=blocks, intro=intro)]
 
 
@@ -205,9 +207,10 @@ def _origin(path: Path, recipe: Recipe, facts: Mapping[str, Any], run: PlanRun |
     for name, value in groups.items():
         parts = value.items() if isinstance(value, Mapping) else [("", value)]
         pairs += [(f"{name}: {key.replace('_', ' ')}" if key else name, written(part)) for key, part in parts]
-    for name in ("layer_forwards", "seconds", "peak_memory_bytes"):
-        if facts.get(name) is not None:
-            pairs.append((title_of(name), text_of(name, facts[name])))
+    costs = (("layer_forwards", "layer-forwards"), ("peak_memory_bytes", "peak memory"), ("seconds", "time"))
+    pairs += [(title, text_of(name, facts[name])) for name, title in costs if facts.get(name) is not None]
+    by_part = facts.get("seconds_by_part") or {}
+    pairs += [(f"time: {name}", text_of("seconds", seconds)) for name, seconds in by_part.items()]
     return Section(title="How to reproduce it", blocks=[*blocks, Facts(pairs=pairs)])
 
 

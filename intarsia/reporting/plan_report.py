@@ -16,7 +16,7 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Tile, table
 from intarsia.reporting.figures import Axis, Point, Series, chart, heat, layers_axis
 from intarsia.reporting.puzzle import LayerFacts, pieces_of, puzzle_section
-from intarsia.reporting.wording import model_name, plan_command, short, text_of, written
+from intarsia.reporting.wording import model_name, plan_command, short, text_name, text_of, written
 
 _SCORES = {
     "scores": "score of the method",
@@ -58,7 +58,7 @@ class PlanRun:
     @property
     def text(self) -> str:
         """The calibration text in words."""
-        return str(self.calibration.get("text") or self.settings["calibration"])
+        return text_name(str(self.calibration.get("text") or self.settings["calibration"]))
 
 
 def is_plan_run(path: Path) -> bool:
@@ -236,7 +236,7 @@ def steps_section(run: PlanRun) -> Section:
     rows = [
         {
             "layers": str(step["layers"]),
-            "at": str(step["merged"][0]),
+            "at layer": str(step["merged"][0]),
             "step": _step(step, mlp),
             "loss": "" if step.get("loss") is None else f"{step['loss']:.4f}",
             "layer-forwards": short(step["layer_forwards"]),
@@ -263,7 +263,7 @@ def _step(step: Mapping[str, Any], mlp: str) -> str:
         return f"only {next(iter(op)).partition(':')[2]} kept, whole"
     return "joined from " + " + ".join(
         f"{name.partition(':')[2] or name}"
-        + (f" ({part['kv_groups']} groups, {part['channels']} {mlp})" if isinstance(part, Mapping) else f" ({part})")
+        + (f" (KV groups {part['kv_groups']}, {mlp} {part['channels']})" if isinstance(part, Mapping) else f" ({part})")
         for name, part in op.items()
     )
 

@@ -252,7 +252,7 @@ def made_of(op: Op, pieces: Pieces, *, named: bool) -> str:
 
     if isinstance(op, Concat):
         return " + ".join(
-            f"{name(cut.source)} ({len(cut.kv_groups)} KV groups, {len(cut.channels)} {pieces.mlp})" for cut in op.cuts
+            f"{name(cut.source)} (KV groups {len(cut.kv_groups)}, {pieces.mlp} {len(cut.channels)})" for cut in op.cuts
         )
     if not isinstance(op, Merge):
         return f"{name(op.source)}, whole"

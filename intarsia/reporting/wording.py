@@ -16,7 +16,7 @@ MEASURES = {
     "parameters": "parameters",
     "bytes": "size",
     "perplexity": "perplexity",
-    "perplexity_without_heal": "before healing",
+    "perplexity_without_heal": "perplexity before healing",
     "agreement": "agreement",
     "accuracy": "accuracy on tasks",
     "prefill_per_s": "tokens/s, prompt",
@@ -48,7 +48,7 @@ def text_of(key: str, value: Any, *, brief: bool = False) -> str:
     if not isinstance(value, int | float):
         return str(value)
     if key.endswith("bytes"):
-        return size(value)
+        return size(value, digits=3 if brief else 4)
     if key.endswith("seconds"):
         return duration(value) if value >= 10 else f"{value:.2g} s"
     if key == "petaflops":
@@ -59,21 +59,21 @@ def text_of(key: str, value: Any, *, brief: bool = False) -> str:
         return short(value)
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    return f"{value:,.1f}" if 100 <= abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,.1f}".removesuffix(".0") if 100 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def title_of(key: str) -> str:
     """A key as a heading."""
-    return str(key).replace("_per_s", "/s").replace("_", " ")
+    return str(key).replace("_per_s", "/s").replace("held_out", "held-out").replace("_", " ")
 
 
-def size(count: float) -> str:
+def size(count: float, *, digits: int = 4) -> str:
     """Bytes in decimal units, as disks and model hubs count."""
     for unit in ("B", "kB", "MB"):
         if abs(count) < 1000:
-            return f"{count:.4g} {unit}"
+            return f"{count:.{digits}g} {unit}"
         count /= 1000
-    return f"{count:.4g} GB"
+    return f"{count:.{digits}g} GB"
 
 
 def short(value: float) -> str:
@@ -100,6 +100,11 @@ def is_measure(value: Any) -> bool:
 def written(value: Any) -> str:
     """A setting as text."""
     return text_of("", value) or "none"
+
+
+def text_name(source: str) -> str:
+    """What a calibration text is called: `self` is what the model wrote."""
+    return source.replace("self", "text that the model wrote itself") if source.split()[:1] == ["self"] else source
 
 
 def model_name(model: str) -> str:

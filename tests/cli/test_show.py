@@ -55,12 +55,12 @@ def test_a_compression_is_a_short_table() -> None:
         "out": "out/demo-25",
     }
     text = shown(data)
-    rows = {line[:17].strip(): line[17:].split() for line in text.splitlines()[1:9]}
+    rows = {line[:25].strip(): line[25:].split() for line in text.splitlines()[1:9]}
     assert rows["layers"] == ["30", "25", "-16.7%"]
     assert rows["parameters"] == ["134,515,008", "116,815,008", "-13.2%"]
     assert rows["size"] == ["269", "MB", "269", "MB", "+0.0%"]
     assert rows["perplexity"] == ["28.2", "±", "0.51", "56.4", "±", "1", "+100.0%"]
-    assert rows["before healing"] == ["93.1", "±", "2"]
+    assert rows["perplexity before healing"] == ["93.1", "±", "2"]
     assert rows["accuracy on tasks"] == ["0.42", "0.42", "+0.0%"]
     lines = dict(line.split(maxsplit=1) for line in text.splitlines()[9:])
     assert lines["on"] == data["evaluation"] and lines["model"] == "out/demo-25"

@@ -89,4 +89,4 @@ def test_sleb_races_for_less(resident_of: InMemory) -> None:
 
 def test_every_method_has_a_planner_and_words_for_the_help() -> None:
     for method in METHODS:
-        assert planner_of(method).reason() and planners.get(method).summary
+        assert planner_of(method).reason() and planners.get(method).object.__doc__

@@ -88,7 +88,7 @@ def test_it_is_useful_without_the_script(browser: Any, report: Path) -> None:
     assert opened.page.locator(".picture:visible svg").count() == 1
     assert "kept whole" in opened.panel
     opened.page.locator("summary", has_text="All 4 layers").click()
-    assert "2 (1 KV groups, 30 channels) + 3 (3 KV groups, 10 channels)" in opened.page.locator("details").inner_text()
+    assert "2 (KV groups 1, channels 30) + 3 (KV groups 3, channels 10)" in opened.page.locator("details").inner_text()
     opened.context.close()
 
 

@@ -73,7 +73,7 @@ def test_a_plan_in_full(tmp_path: Path) -> None:
     assert "some/model, come" in reader.text
     assert f"{math.exp(3.0):.4g}" in reader.text  # calibration perplexity of the last step
     assert "12" in reader.text and "2.0 passes of the model" in reader.text
-    assert "joined from 2 (1 groups, 30 channels) + 3 (3 groups, 10 channels)" in reader.text
+    assert "joined from 2 (KV groups 1, channels 30) + 3 (KV groups 3, channels 10)" in reader.text
     assert "cd" * 32 in reader.text
     pictures = [each for each in reader.all("div") if each.get("class") == "picture"]
     assert [(each["data-layers"], "hidden" in each) for each in pictures] == [("5", True), ("4", False)]
@@ -241,7 +241,7 @@ def test_pieces_of_a_mixture_are_called_experts(tmp_path: Path) -> None:
         sections = [*puzzle_sections(found), *score_sections(found), steps_section(found)]
         told = str(replace(sections[0], blocks=[block for block in sections[0].blocks if isinstance(block, Table)]))
         told += str(sections[1:])
-        assert f"30 {name}" in told and other not in told
+        assert f"{name} 30" in told and other not in told
         board = next(block for block in sections[0].blocks if isinstance(block, Pictures))
         assert board.data["mlp"] == name
         assert f"30 of 40 {name}" in board.pictures[0].svg

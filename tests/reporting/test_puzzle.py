@@ -129,8 +129,8 @@ def test_what_a_layer_is_made_of(pieces: Pieces) -> None:
     for op, named, words in (
         (Select(source=of(5, "math")), True, "math:5, whole"),
         (Select(source=of(5)), False, "5, whole"),
-        (JOINED, True, "base:3 (1 KV groups, 3 channels) + math:4 (1 KV groups, 1 channels)"),
-        (ladder()[0][1:][1], False, "2 (1 KV groups, 30 channels) + 3 (3 KV groups, 10 channels)"),
+        (JOINED, True, "base:3 (KV groups 1, channels 3) + math:4 (KV groups 1, channels 1)"),
+        (ladder()[0][1:][1], False, "2 (KV groups 1, channels 30) + 3 (KV groups 3, channels 10)"),
         (MERGED, True, "task_arithmetic of 0.3 × math:1; output times 0.9"),
         (
             blend,

@@ -77,7 +77,7 @@ def test_the_puzzle_of_the_knee(tmp_path: Path) -> None:
     assert [row["made of"] for row in rows] == [
         "base:0, whole",
         "task_arithmetic of 0.3 × math:1; output times 0.9",
-        "base:3 (1 KV groups, 3 channels) + math:4 (1 KV groups, 1 channels)",
+        "base:3 (KV groups 1, channels 3) + math:4 (KV groups 1, channels 1)",
         "math:5, whole",
     ]
     captions = [block.caption for block in found.blocks if isinstance(block, Figure)]
