@@ -51,20 +51,14 @@ class SearchOptions:
     def __post_init__(self) -> None:
         numbers = {"--trials": self.trials, "--more-trials": self.more_trials, "--workers": self.workers}
         small = "Give a larger number."
+        both = self.trials is not None and self.more_trials is not None
+        missing = self.configs is not None and not Path(self.configs).is_dir()
         check(
             *((n is None or n >= 1, f"{name} is {n}; it is at least 1.", small) for name, n in numbers.items()),
             (self.tokens >= 16, f"--tokens is {self.tokens}; it is at least 16.", small),
-            (
-                self.trials is None or self.more_trials is None,
-                "--trials and --more-trials are both given.",
-                "Give one of them.",
-            ),
+            (not both, "--trials and --more-trials are both given.", "Give one of them."),
             (self.configs is None or self.dry_run, "--configs is given without --dry-run.", "Add --dry-run."),
-            (
-                self.configs is None or Path(self.configs).is_dir(),
-                f"--configs {self.configs} is no folder.",
-                "Check the path.",
-            ),
+            (not missing, f"--configs {self.configs} is no folder.", "Check the path."),
         )
 
 
@@ -74,9 +68,9 @@ class FinalOptions:
 
     # Build the incumbent into RUN/best.
     build: bool = True
-    # Score the incumbent on what the search never saw.
+    # Score the incumbent on examples that the search has not seen.
     judge: bool = True
-    # Unseen items of each objective to score it on, at most.
+    # Unseen examples of each objective to score it on, at most.
     judge_examples: int = flag(1000, metavar="N")
 
     def __post_init__(self) -> None:
@@ -172,21 +166,9 @@ def tailor(
         history, stopped = run.history, None
         if len(history.made) < plan.trials:
             objectives, seed = evaluator.objectives, file.search.seed
-            task = Task(
-                space=space,
-                budgets=budgets,
-                objectives=objectives,
-                eta=file.search.eta,
-                seed=seed,
-                starts=start.starts,
-            )
-            goal = Goal(
-                trials=plan.trials,
-                objectives=objectives,
-                max_budget=budgets[-1],
-                seed=seed,
-                engine=plan.engine.name,
-            )
+            eta, name = file.search.eta, plan.engine.name
+            task = Task(space=space, budgets=budgets, objectives=objectives, eta=eta, seed=seed, starts=start.starts)
+            goal = Goal(trials=plan.trials, objectives=objectives, max_budget=budgets[-1], seed=seed, engine=name)
             if file.heal != "none":
                 fits.start()
             opener = OpenScorer(file=file, runtime=runtime, fits=run.fits, plugins=loaded_plugins())
@@ -241,21 +223,15 @@ def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, ru
     """
     from intarsia.checkpoint.staging import check_no_input
 
-    resumes = source.is_dir()
+    resumes, more = source.is_dir(), search.more_trials
     problems = Problems()
     with problems:
         check(
             (not resumes or out is None, "--out is given with the folder of a search.", "Leave it out."),
             (resumes or out is not None or search.dry_run, "There is no folder for the search.", "Give one with -o."),
-            (
-                resumes or search.more_trials is None,
-                "--more-trials is given with a family file.",
-                "Use --trials, or give the folder of a search.",
-            ),
-            *(
-                (not getattr(runtime, name), f"--{name} is not for a search.", "Leave it out.")
-                for name in ("devices", "stream")
-            ),
+            (resumes or more is None, "--more-trials is given with a family file.", "Use --trials, or give the run."),
+            (not runtime.devices, "--devices is not for a search.", "Leave it out."),
+            (not runtime.stream, "--stream is not for a search.", "Leave it out."),
         )
     with problems:
         engine = None if engine is None else engines.choose(engine)
@@ -269,8 +245,7 @@ def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, ru
         assert run is not None
         # A search whose trials are not all made continues to its earlier goal, so that a killed call can be repeated.
         wanted = known or file.search.trials
-        more = search.more_trials if len(run.history.made) >= wanted else None
-        trials = search.trials or wanted + (more or 0)
+        trials = search.trials or wanted + (more or 0) * (len(run.history.made) >= wanted)
         facts = run.settings
         runtime = replace(runtime, device=runtime.device or facts["device"], dtype=runtime.dtype or facts["dtype"])
     else:
@@ -278,13 +253,8 @@ def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, ru
     chosen = file.engine if engine is None else engine
     getattr(chosen.entry.object, "check", lambda: None)()
     named = file.search.model_copy(update={"engine": chosen.label})
-    return _Plan(
-        file=file.model_copy(update={"search": named}).absolute(),
-        engine=chosen,
-        out=None if run is None else run.path,
-        trials=trials,
-        runtime=runtime,
-    )
+    file = file.model_copy(update={"search": named}).absolute()
+    return _Plan(file=file, engine=chosen, out=None if run is None else run.path, trials=trials, runtime=runtime)
 
 
 def _inputs(file: FamilyFile, texts: Iterable[str], files: Iterable[Path]) -> list[Path]:

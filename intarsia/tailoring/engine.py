@@ -42,7 +42,7 @@ class Task:
     budgets: tuple[int, ...]
     # Names of the objectives, in the order of the costs.
     objectives: tuple[str, ...]
-    # Of so many candidates at a budget one is promoted to the next.
+    # One of this many candidates at a budget is promoted to the next.
     eta: int = 3
     seed: int = 0
     # What to try first.
@@ -97,7 +97,7 @@ def expected_trials(budgets: Sequence[int], trials: int, eta: int) -> dict[int, 
 
 @dataclass(kw_only=True)
 class Stage:
-    """What is known at one budget: candidates with their costs, in the order in which they were told."""
+    """What is known at one budget: candidates with their costs, in the order of `tell`."""
 
     budget: int
     costs: dict[Candidate, tuple[float, ...]] = field(default_factory=dict)

@@ -2,9 +2,9 @@
 
 No checkpoint is written and no model is loaded a second time. A trial runs what is new in it: layers after the
 prefix that it shares with an earlier one, on examples that it was not run on yet. Each number is a function of the
-recipe and the budget alone: on the CPU it is the same to the last bit whatever was in the caches.
+recipe and the budget alone: on the CPU it is bit-identical whatever is cached.
 
-Layers are made from the same tensors as a built folder's, and likelihoods by the functions that judge it.
+Layers are made from the same tensors as a built folder's, and likelihoods are computed by the code that evaluates it.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Evaluator:
             return self._repaired(recipe)[0]
 
     def probe(self, budget: int) -> None:
-        """Measure the uncut base, and refuse objectives that tell nothing.
+        """Measure the uncut base, and refuse objectives on which models cannot differ.
 
         Raises:
             UserError: the base cannot be scored, or naming these objectives.
@@ -148,7 +148,7 @@ class Evaluator:
         )
 
     def close(self) -> None:
-        """Let go of all that is cached."""
+        """Release all that is cached."""
         self.runner.clear()
         self._scorer.clear()
 
@@ -243,13 +243,12 @@ def open_evaluator(
             family's own tensors; without it 1 GiB on the CPU, and three tenths of what is free elsewhere.
         seq_len: tokens of a window of text.
         tokenizer: the base's; None to read it from its folder.
-        probe: measure the base at the largest budget, and refuse objectives that tell nothing. One of several
-            workers is enough for that.
+        probe: measure the base at the largest budget, and refuse objectives on which models cannot differ.
         fits: where what is fitted for trials is kept.
 
     Raises:
-        UserError: with everything that is wrong with the objectives; a budget is larger than the data; an objective
-            tells nothing.
+        UserError: with everything that is wrong with the objectives; a budget is larger than the data; models
+            cannot differ in an objective.
     """
     runtime, search = runtime or Runtime(), file.search
     device = default_device() if runtime.device is None else torch.device(runtime.device)
@@ -269,10 +268,10 @@ def open_evaluator(
     repair_on = None
     if file.heal != "none":
         repair_on = repair_corpus(objectives, seq_len=seq_len, eos=tokenizer.eos_token_id)
-    room = runtime.memory_bytes or _cache_bytes(device)
+    cache_bytes = runtime.memory_bytes or _cache_bytes(device)
     with current().task("loading the base", total=1) as task:
         dtype = None if runtime.dtype is None else getattr(torch, runtime.dtype)
-        layers = ResidentFamily(family, device=device, dtype=dtype, memory_bytes=room // 3)
+        layers = ResidentFamily(family, device=device, dtype=dtype, memory_bytes=cache_bytes // 3)
         task.advance()
     made = Evaluator(
         layers,
@@ -280,7 +279,7 @@ def open_evaluator(
         cuts=cuts_of(search.min_budget, search.max_budget, search.eta),
         pack=takes_packed_rows(layers.resident.model, _longest_row(objectives)),
         batch_tokens=runtime.batch_tokens or _batch_tokens(layers),
-        cache_bytes=room * 2 // 3,
+        cache_bytes=cache_bytes * 2 // 3,
         repair_on=repair_on,
         fits=fits,
     )
@@ -311,8 +310,8 @@ def examples_there(file: FamilyFile, family: Family, most: int) -> int:
 
 def _cache_bytes(device: torch.device) -> int:
     """A share of what is free, on the CPU no more than 1 GiB."""
-    room = int(free_bytes(device) * _SHARE_OF_FREE)
-    return room if device.type == "cuda" else min(_MOST_ON_CPU, room)
+    share = int(free_bytes(device) * _SHARE_OF_FREE)
+    return share if device.type == "cuda" else min(_MOST_ON_CPU, share)
 
 
 def _longest_row(objectives: Sequence[Objective]) -> int:

@@ -141,7 +141,7 @@ def _compare_tokens(base: Checkpoint, other: Checkpoint) -> tuple[list[str], lis
     folder = other.folder if other.adapter is None else other.adapter.folder
     ours, theirs = _tokens(base.folder), _tokens(folder)
     if ours is None or theirs is None:
-        # Adapters seldom bring one along; then they were trained with the base's.
+        # Most adapters have none; they were trained with the base's.
         alone = other.adapter is not None and theirs is None and ours is not None
         return [], [] if alone else ["no tokenizer to compare with the base's"]
     rows = base.architecture.vocabulary

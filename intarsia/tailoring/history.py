@@ -15,7 +15,7 @@ from intarsia.tailoring.candidate import Candidate, from_plain, to_plain
 
 TRIALS = "trials.jsonl"
 EARLIER = "earlier"
-"""The engine of trials that were taken over from an earlier search. They count for nobody's goal."""
+"""The engine of trials that were taken over from an earlier search. They do not count towards the goal."""
 Key = tuple[str, int]
 """A recipe's hash and a budget: what is never evaluated twice."""
 
@@ -30,7 +30,7 @@ class Trial:
         recipe: the content hash of its recipe.
         costs: one for each objective, less is better; None where it failed.
         examples: on how many examples of each objective.
-        layer_forwards: what it took, in layers over the tokens of the budget.
+        layer_forwards: the cost of the trial, in passes of one layer over the tokens of the budget.
         attempts: how often it was tried; `reason` why it failed at last.
     """
 
@@ -161,7 +161,7 @@ class Outcome:
     Attributes:
         costs: to be minimised (accuracy is 1 - accuracy).
         examples: how many each objective was measured on.
-        layer_forwards: what it took, in forward passes of one layer over all tokens of the budget.
+        layer_forwards: the cost of the trial, in forward passes of one layer over all tokens of the budget.
         details: of each objective its standard error; `accuracy` of those that ask questions, with standard errors;
             what was found in the caches.
     """
@@ -328,9 +328,7 @@ def front_of(trials: Iterable[Trial], objectives: Sequence[str], *, max_budget: 
 
 
 def leading(trials: Iterable[Trial]) -> frozenset[str]:
-    """The hashes of the recipes that may be wanted again: of every budget the front, without those that have gone on to
-    a greater one.
-    """
+    """The hashes of the recipes that may be needed again: the front of every budget, without promoted ones."""
     fine = [trial for trial in trials if trial.costs is not None]
     greatest: dict[str, int] = {}
     for trial in fine:

@@ -188,7 +188,7 @@ def check_budgets(objectives: Sequence[Objective], most: int) -> None:
 
 
 def check_varied(objectives: Sequence[Objective], scores: Mapping[str, npt.NDArray[np.float64]]) -> None:
-    """Refuse objectives that tell nothing: every example alike, or the same score for the base on each of several.
+    """Refuse objectives on which models cannot differ: equal examples, or the same score for the base on each.
 
     Args:
         scores: of the base, by objective.
@@ -204,7 +204,7 @@ def check_varied(objectives: Sequence[Objective], scores: Mapping[str, npt.NDArr
             problems.append(_same(where, f"the same one {len(objective.examples)} times", "Give it other data."))
         elif objective.measure == "accuracy" and len(found) > 1 and len(set(found.tolist())) == 1:
             answer = "wrong" if found[0] else "right"
-            remedy = "Use metric: likelihood or metric: margin, which tell more, or other questions."
+            remedy = "Use metric: likelihood or metric: margin, which vary more, or other questions."
             problems.append(_same(where, f"the base's answer is {answer} to each of {len(found)}", remedy))
         elif objective.measure != "kl" and len(found) > 1 and float(np.ptp(found)) == 0.0:
             problems.append(_same(where, f"the same score for each of {len(found)}", "Give it other data."))
