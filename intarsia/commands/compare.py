@@ -176,6 +176,7 @@ def compare(
     tasks = None
     if evaluation.tasks:
         tasks = plan_tasks(list(evaluation.tasks), limit=evaluation.limit, include_path=evaluation.include_path)
+        tasks.check_tokens(job.tokenizer)
     estimate = tuple(_estimate(method, job, depths, heals) for method in methods)
 
     def result(**more: Any) -> CompareResult:
