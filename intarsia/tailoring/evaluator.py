@@ -12,8 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,18 +29,13 @@ from intarsia.options import Runtime
 from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.validate import check
-from intarsia.registry import load_plugin
-from intarsia.tailoring.family import Family, open_family
+from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile
 from intarsia.tailoring.history import Outcome, TrialFailed
-from intarsia.tailoring.objective import QUESTIONS, Objective, check_budgets, check_varied, cuts_of
-from intarsia.tailoring.objective_sources import read_objectives
+from intarsia.tailoring.objective import QUESTIONS, Objective, check_budgets, check_varied, cuts_of, read_objectives
 from intarsia.tailoring.trial_heal import KeptFits, repair_corpus, repair_windows, repair_work, repaired
 from intarsia.tailoring.trial_run import ResidentFamily, Runner
 from intarsia.tailoring.trial_scores import Scored, Scorer
-from intarsia.tailoring.workers import Place
-
-__all__ = ["Evaluator", "Outcome", "TrialFailed"]
 
 
 class Evaluator:
@@ -314,52 +307,6 @@ def examples_there(file: FamilyFile, family: Family, most: int) -> int:
         seed=file.search.seed,
     )
     return min(most, max(len(objective.examples) for objective in objectives))
-
-
-class TrialScorer:
-    """Scores the recipes of a search, healed where the family file says so."""
-
-    def __init__(self, evaluator: Evaluator, file: FamilyFile) -> None:
-        self.evaluator = evaluator
-        self._file = file
-
-    def evaluate(self, recipe: Recipe, budget: int) -> Outcome:
-        """See `intarsia.tailoring.workers.Scorer`."""
-        if self._file.heals(budget):
-            return self.evaluator.evaluate(recipe, budget, healed=True)
-        return self.evaluator.evaluate(recipe, budget)
-
-    def close(self) -> None:
-        """Let go of what is cached."""
-        self.evaluator.close()
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenScorer:
-    """Opens the family in the process of a worker. Paths are absolute: the worker may run in another folder."""
-
-    file: FamilyFile
-    runtime: Runtime
-    # The folder of what is fitted for trials.
-    fits: Path | None = None
-    # Files that register merge operators of the user's own.
-    plugins: tuple[str, ...] = ()
-
-    def __call__(self, place: Place) -> TrialScorer:
-        """A scorer for a worker: with its share of the memory, on its own GPU where there are several."""
-        for plugin in self.plugins:
-            load_plugin(plugin)
-        if place.threads is not None:
-            torch.set_num_threads(place.threads)
-        runtime = self.runtime
-        device = default_device() if runtime.device is None else torch.device(runtime.device)
-        if place.count > 1 and device.type == "cuda" and ":" not in str(device):
-            runtime = replace(runtime, device=f"cuda:{place.index % torch.cuda.device_count()}")
-        if runtime.memory_bytes is not None:
-            runtime = replace(runtime, memory=str(runtime.memory_bytes // place.count))
-        fits = None if self.fits is None else KeptFits(self.fits)
-        evaluator = open_evaluator(open_family(self.file.members), self.file, runtime, probe=False, fits=fits)
-        return TrialScorer(evaluator, self.file)
 
 
 def _cache_bytes(device: torch.device) -> int:

@@ -12,8 +12,7 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Candidate
 from intarsia.tailoring.engine import Ask, Engine
-from intarsia.tailoring.history import EARLIER, History, Key, Trial
-from intarsia.tailoring.pareto import Front, front_of, leading
+from intarsia.tailoring.history import EARLIER, Front, History, Key, Trial, front_of, leading
 from intarsia.tailoring.workers import Done, Workers
 
 _DOOMED = 5

@@ -10,7 +10,7 @@ from intarsia.errors import check
 from intarsia.registry import engine
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
 from intarsia.tailoring.engine import Stage, Staged, Task, ranked
-from intarsia.tailoring.pareto import draw_weights
+from intarsia.tailoring.history import draw_weights
 from intarsia.tailoring.space import Space
 
 
