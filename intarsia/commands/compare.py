@@ -226,7 +226,7 @@ def compare(
                     task.note(method.label)
                     ours = [key for key in missing if key[0] == method.label]
                     for rung in ladders.rungs(method, depths) if ours else ():
-                        rows.tell_shared(ladders.shared_forwards)
+                        rows.add_shared(ladders.shared_forwards)
                         for _, _, heal in (key for key in ours if key[1] == rung.layers):
                             if rung.recipe is None:
                                 rows.add(missed(method.label, rung, heal))
