@@ -44,9 +44,9 @@ class ModelRef:
 class TextSpec:
     """Text: one draw of tokens, in three disjoint parts for calibration, selection and test."""
 
-    # Calibration text: a .txt, .jsonl or .parquet file, hub:DATASET:SPLIT:COLUMN (with a configuration
-    # hub:DATASET/CONFIG:SPLIT:COLUMN), or `self`: the model writes it. `file.txt#0:0.9` is the first nine tenths of a
-    # file. Several take equal parts.
+    # Calibration text: a .txt, .jsonl, .json or .parquet file (also compressed), a folder of such files,
+    # hub:DATASET:SPLIT:COLUMN (with a configuration hub:DATASET/CONFIG:SPLIT:COLUMN), or `self`: the model writes it.
+    # `file.txt#0:0.9` is the first nine tenths of a file. Several take equal parts.
     sources: tuple[str, ...] = flag(("self",), "--calibration", metavar="SPEC")
     # Calibration tokens: 65536, 500k, 2M.
     tokens: int = flag(65_536, metavar="N", parse=token_count)

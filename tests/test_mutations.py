@@ -12,16 +12,24 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from intarsia.recipe import schema
+from intarsia.recipe.ops import LayerRef, Select
+from intarsia.recipe.recipe import Variant
 from tests import families
 from tests.command import invoke
+from tests.recipes_by_hand import recipe_of, select
+
+peft = pytest.importorskip("peft")
 
 QUICK, MORE = 40, 500
+INDEX = "model.safetensors.index.json"
 FILES = ("config.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "weights")
 VALUES: tuple[Any, ...] = (None, -1, 0, 1, 3, 2.5, 1e40, "", "fancy", True, False, [], [1], {}, {"type": "fancy"})
 
@@ -92,29 +100,56 @@ def change_weights(file: Path, rng: random.Random) -> str:
     return f"weights: {kind}"
 
 
-def change(folder: Path, rng: random.Random) -> str:
+def change(folder: Path, kind: str, rng: random.Random) -> str:
     """Change one thing in a folder; what it was."""
-    name = rng.choice(FILES)
+    files = {"whole": FILES, "sharded": (*FILES, INDEX, INDEX), "adapter": ("adapter_config.json",) * 4 + ("weights",)}
+    name = rng.choice(files[kind])
     if name == "weights":
-        return change_weights(folder / "model.safetensors", rng)
+        return change_weights(rng.choice(sorted(folder.glob("*.safetensors"))), rng)
     return change_json(folder / name, rng)
 
 
 def state(folder: Path) -> dict[str, str]:
-    return {file.name: sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    return {str(file): sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def fault(model: Path, text: Path, place: Path, seed: int) -> str | None:
+def models(place: Path) -> dict[str, Path]:
+    """A model in one file, one in several, and an adapter for it."""
+    whole = families.save(families.make_model("llama"), place / "whole", chat=True)
+    sharded = Path(shutil.copytree(whole, place / "sharded"))
+    (sharded / "model.safetensors").unlink()
+    families.make_model("llama").save_pretrained(sharded, max_shard_size="30KB")
+    base: Any = families.make_model("llama")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft.get_peft_model(base, lora).save_pretrained(place / "adapter")
+    return {"whole": whole, "sharded": sharded, "adapter": place / "adapter"}
+
+
+def of_adapter(base: Path, adapter: Path, file: Path) -> Path:
+    """A recipe with layers of an adapter and of its base, written to a file."""
+    variants = (Variant(name="base", model=str(base)), Variant(name="tuned", model=str(adapter)))
+    layers = [select(0), Select(source=LayerRef(variant="tuned", layer=2)), select(5)]
+    whole = recipe_of(str(base), layers)
+    schema.save(replace(whole, variants=variants), file)
+    return file
+
+
+def fault(originals: dict[str, Path], text: Path, place: Path, seed: int) -> str | None:
     """What is wrong with how a command takes a mutation; None if nothing is."""
     rng = random.Random(seed)
-    folder, out = Path(shutil.copytree(model, place / "model")), place / "out"
-    what = "; ".join(change(folder, rng) for _ in range(rng.choice((1, 1, 2))))
+    kind = rng.choice(("whole", "whole", "whole", "sharded", "adapter"))
+    folder, out = Path(shutil.copytree(originals[kind], place / "model")), place / "out"
+    what = "; ".join(change(folder, kind, rng) for _ in range(rng.choice((1, 1, 2))))
+    if kind == "adapter":
+        words: list[Any] = ["build", of_adapter(originals["whole"], folder, place / "r.yaml"), "-o", out, "-q"]
+    else:
+        small = ("--layers", 4, "--method", "shortgpt", "--calibration", text, "--tokens", 256, "--seq-len", 32, "-q")
+        how = rng.choice(((), ("--stream",)))
+        words = ["compress", folder, "-o", out, *small, *how, "--heal", "none", "--no-speed"]
     before = state(folder)
-    small = ("--layers", 4, "--method", "shortgpt", "--calibration", text, "--tokens", 256, "--seq-len", 32, "-q")
-    how = rng.choice(((), ("--stream",)))
-    done = invoke("compress", folder, "-o", out, *small, *how, "--heal", "none", "--no-speed")
+    done = invoke(*words)
     said = done.stderr[-400:]
-    shown = f"seed {seed}: {what} {' '.join(how)}: "
+    shown = f"seed {seed}, {kind}: {what} {'--stream' if '--stream' in words else ''}: "
     if done.exit_code not in (0, 2) or "Traceback" in done.output:
         return f"{shown}exit code {done.exit_code}: {said}"
     if state(folder) != before:
@@ -127,14 +162,14 @@ def fault(model: Path, text: Path, place: Path, seed: int) -> str | None:
 
 def run(seeds: range, folder: Path) -> list[str]:
     """The faults of many mutations."""
-    model = families.save(families.make_model("llama"), folder / "model", chat=True)
+    originals = models(folder)
     text = folder / "text.txt"
     text.write_text(families.sample_text(800, seed=1), encoding="utf-8")
     faults = []
     for seed in seeds:
         place = folder / "place"
         place.mkdir()
-        found = fault(model, text, place, seed)
+        found = fault(originals, text, place, seed)
         faults += [] if found is None else [found]
         shutil.rmtree(place)
     return faults

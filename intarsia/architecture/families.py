@@ -178,6 +178,8 @@ class Family(Strict):
     refusals: list[Refusal] = Field(default_factory=list, alias="refuse")
     plain_lists: _Texts = Field(default=(), alias="per_layer_fields")
     lists: list[PerLayer] = Field(default_factory=list, alias="per_layer")
+    # Counts of the first layers of another kind, which have an effect only beside `layer_types`.
+    leading: _Texts = Field(default=(), alias="leading_layers")
     always: _Texts = Field(alias="approximations")
     sometimes: list[Approximation] = Field(default_factory=list, alias="approximation")
 

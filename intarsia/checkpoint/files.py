@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from intarsia.checkpoint.quantised import quantization_of, refuse
 from intarsia.checkpoint.tensor_file import TensorHeader, read_headers
 from intarsia.disk import read_json
 from intarsia.errors import Problem, UserError
+from intarsia.progress import current
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -67,17 +68,41 @@ def read_all_headers(folder: Path) -> dict[str, TensorHeader]:
     Raises:
         UserError: there are no safetensors weights, or a file is missing, damaged or not what the index says.
     """
-    # Like transformers: the single file counts before an index.
     if (folder / SINGLE_FILE).exists():
-        return {header.name: header for header in read_headers(folder / SINGLE_FILE)}
-    if (folder / INDEX_FILE).exists():
-        return _read_shards(folder, _read_weight_map(folder / INDEX_FILE))
-    raise _no_weights(folder)
+        headers = {header.name: header for header in read_headers(folder / SINGLE_FILE)}
+        if (folder / INDEX_FILE).exists():
+            current().say(f"{folder} has {SINGLE_FILE} and {INDEX_FILE}: the single file counts, as in transformers")
+    elif (folder / INDEX_FILE).exists():
+        index = _read_index(folder / INDEX_FILE)
+        headers = _read_shards(folder, index["weight_map"])
+        metadata, nbytes = index.get("metadata"), sum(header.nbytes for header in headers.values())
+        stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+        if stated not in (None, nbytes):
+            current().say(
+                f"{folder / INDEX_FILE}: total_size is {stated}, and the files hold {nbytes}: the files count"
+            )
+    else:
+        raise _no_weights(folder)
+    read = {header.file.name for header in headers.values()}
+    others = sorted(
+        file.name
+        for file in folder.glob("*.safetensors")
+        if file.name not in read and not file.name.startswith("adapter_")
+    )
+    if others:
+        current().say(f"{_few(others)} in {folder} is not read: {_few(sorted(read))} counts")
+    return headers
 
 
-def _read_weight_map(file: Path) -> dict[str, str]:
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return f"{', '.join(names[:_MOST_NAMED])}{more}"
+
+
+def _read_index(file: Path) -> dict[str, Any]:
     remedy = "Get the index again, or save the model anew with save_pretrained()."
-    weight_map = read_json(file, expected=_OBJECT, remedy=remedy).get("weight_map")
+    index = read_json(file, expected=_OBJECT, remedy=remedy)
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError.of(where=f"{file}: weight_map", expected="tensors and files", found="none", remedy=remedy)
     problems = [
@@ -89,7 +114,7 @@ def _read_weight_map(file: Path) -> dict[str, str]:
     ]
     if problems:
         raise UserError(problems[:_MOST_NAMED])
-    return weight_map
+    return index
 
 
 def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, TensorHeader]:
@@ -113,14 +138,16 @@ def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Tenso
             problems += error.problems
             continue
         headers |= {header.name: header for header in found if weight_map.get(header.name) == shard}
+        strays = sorted({header.name for header in found} - headers.keys())
+        if strays:
+            current().say(f"{file} also holds {_few(strays)}, and is not where {INDEX_FILE} has it: the index counts")
         absent = sorted({name for name, home in weight_map.items() if home == shard} - headers.keys())
         if absent:
-            more = f" and {len(absent) - _MOST_NAMED} more" if len(absent) > _MOST_NAMED else ""
             problems.append(
                 Problem(
                     where=str(file),
                     expected="the tensors that the index places there",
-                    found=f"no {', '.join(absent[:_MOST_NAMED])}{more}",
+                    found=f"no {_few(absent)}",
                     remedy="Index and shards do not belong together; get the checkpoint again.",
                 )
             )

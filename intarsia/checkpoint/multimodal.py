@@ -44,10 +44,18 @@ class Wrapper:
         return self.base + name.removeprefix(_BASE)
 
     def wrapped(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-        """The whole config for a text model whose config was `before` and is `after`; nothing else is touched."""
+        """The whole config for a text model whose config was `before` and is `after`; nothing else is touched.
+
+        What the outer config says once more (a depth, a list) changes with it.
+        """
         nested = {key: value for key, value in self.config[NESTED].items() if key in after or key not in before}
         nested |= {key: value for key, value in after.items() if key not in before or before[key] != value}
-        return {**self.config, NESTED: nested}
+        again = {
+            key: after[key]
+            for key, value in self.config.items()
+            if key in before and key in after and value == before[key] != after[key]
+        }
+        return {**self.config, **again, NESTED: nested}
 
 
 def is_wrapped(config: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from intarsia.architecture.detect import detect
+from intarsia.architecture.per_layer import unknown_settings
 from intarsia.architecture.spec import Architecture
 from intarsia.architecture.verify import verify
 from intarsia.checkpoint.files import read_all_headers, read_config, require_folder
@@ -100,6 +101,11 @@ class Checkpoint:
         if is_wrapped(config):
             config, headers, wrapper = unwrap(config, headers, where=str(folder))
         architecture = detect(config, where=str(folder / "config.json"))
+        if wrapper is not None:
+            outer = {key: value for key, value in wrapper.config.items() if not isinstance(value, Mapping)}
+            found = unknown_settings(architecture.family, outer, architecture.n_layers, str(folder / "config.json"))
+            if found:
+                raise UserError(found)
         verify(architecture, {name: header.shape for name, header in headers.items()}, where=str(folder))
         _check_head(architecture, headers, str(folder))
         _check_dtypes(architecture, headers, str(folder))
@@ -113,6 +119,7 @@ class Checkpoint:
             wrapper=wrapper,
             scaled=scaled,
         )
+        checkpoint = _with_stored_dtype(checkpoint)
         return _untied(checkpoint) if architecture.tied and not _same_head(checkpoint) else checkpoint
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -226,9 +233,38 @@ def _untied(checkpoint: Checkpoint) -> Checkpoint:
     architecture = checkpoint.architecture
     field, head = architecture.family.fields["tied"], f"{architecture.family.head_module}.weight"
     current().say(f"{head} differs from the embedding, so it counts: {field} is false in what is made of this model")
-    config = {**checkpoint.config, field: False}
+    changed = _with_config(checkpoint, {field: False})
+    return replace(changed, architecture=replace(changed.architecture, tied=False), untied=True)
+
+
+def _with_stored_dtype(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the dtype of its embedding in its config, which is the one it is loaded in."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    name = f"{checkpoint.architecture.family.embedding_module}.weight"
+    stored = str(checkpoint.headers[name].dtype).removeprefix("torch.")
+    if named is None or str(named).removeprefix("torch.") == stored:
+        return checkpoint
+    current().say(f"dtype is {named} in the config, and {name} is stored in {stored}, which counts")
+    return _with_config(checkpoint, {"dtype": stored})
+
+
+def _with_config(checkpoint: Checkpoint, values: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint with other values in its config, and in that of a wrapper around it."""
+
+    left_out = {"torch_dtype"} if "dtype" in values else set()
+
+    def changed(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {**{key: value for key, value in config.items() if key not in left_out}, **values}
+
+    config, wrapper = changed(checkpoint.config), checkpoint.wrapper
+    if wrapper is not None:  # classes differ in which of the two they go by
+        outer = changed(wrapper.config)
+        wrapper = replace(wrapper, config={**outer, NESTED: changed(outer[NESTED])})
     return replace(
-        checkpoint, config=config, architecture=replace(architecture, tied=False, config=config), untied=True
+        checkpoint,
+        config=config,
+        architecture=replace(checkpoint.architecture, config=config),
+        wrapper=wrapper,
     )
 
 

@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 
-from intarsia.architecture.detect import regenerates
+from intarsia.architecture.per_layer import for_layers
 from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE
 from intarsia.checkpoint.hashing import write_sums
 from intarsia.checkpoint.multimodal import NESTED, is_wrapped
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.staging import staged_folder
 from intarsia.checkpoint.tensor_file import DTYPES
-from intarsia.errors import UserError
+from intarsia.progress import current
 
 TEMPLATES = "additional_chat_templates"
 """Where a tokenizer keeps chat templates besides the usual one."""
@@ -58,7 +58,6 @@ _SIDE_FILES = (
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
-_TIED = "tie_word_embeddings"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,9 +240,10 @@ def write_config(source: Checkpoint, layer_sources: Sequence[int], out: Path) ->
     config = shallower_config(source, layer_sources)
     if source.wrapper is not None:
         config = source.wrapper.wrapped(source.config, config)
-        if source.untied:  # classes differ in which of the two they go by
-            config |= {_TIED: False, NESTED: {**config[NESTED], _TIED: False}}
+    stated = config.get("architectures")
     config = with_stock_class(config)
+    if stated and stated != config["architectures"]:
+        current().say(f"architectures is {stated}, and {config['architectures']} in what is written: model_type counts")
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")
 
@@ -257,29 +257,8 @@ def shallower_config(source: Checkpoint, layer_sources: Sequence[int]) -> dict[s
     Raises:
         UserError: a per-layer list of the config is not as long as the model is deep.
     """
-    assert layer_sources and all(0 <= layer < source.architecture.n_layers for layer in layer_sources)
-    config = dict(source.config)
-    family = source.architecture.family
-    config[family.fields["layers"]] = len(layer_sources)
-    for entry in family.per_layer:
-        values = config.get(entry.field)
-        if values is None:
-            values = source.architecture.per_layer.get(entry.field)
-        if values is None:
-            continue
-        if not isinstance(values, list | tuple) or len(values) != source.architecture.n_layers:
-            raise UserError.of(
-                where=f"{source.folder / 'config.json'}: {entry.field}",
-                expected=f"{source.architecture.n_layers} entries, one a layer",
-                found=f"{len(values)} entries" if isinstance(values, list) else repr(values),
-                remedy=f"Make {entry.field} as long as the model is deep.",
-            )
-        config[entry.field] = [values[layer] for layer in layer_sources]
-        changed = config[entry.field] != list(values)
-        for name in entry.instead_of:
-            if changed and name in config and not regenerates(entry, config, name, config[entry.field]):
-                del config[name]
-    return config
+    where = str(source.folder / "config.json")
+    return for_layers(source.architecture, source.config, layer_sources, where)
 
 
 def with_stock_class(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,6 +59,8 @@ class Evaluation:
             for spec_of in spec.text
         }
         tasks = plan_tasks(list(spec.tasks), limit=spec.limit, include_path=spec.include_path) if spec.tasks else None
+        if tasks is not None:
+            tasks.check_tokens(job.tokenizer)
         return cls(texts=texts, tasks=tasks, speed=spec.speed and not job.runtime.stream)
 
     @property

@@ -72,6 +72,8 @@ def evaluate_tasks(
     plan = plan_tasks(spec.tasks, limit=spec.limit, include_path=spec.include_path, num_fewshot=spec.num_fewshot)
     entrant = _Entrant(model, runtime)
     other = None if against is None or isinstance(against, TaskResults) else _Entrant(against, runtime)
+    for each in filter(None, (entrant, other)):
+        plan.check_tokens(each.tokenizer)
     results = entrant.score(plan)
     dense = against if other is None else other.score(plan)
     if dense is None:
@@ -89,20 +91,20 @@ class _Entrant:
         self._job: Job | None = None
         self._loaded: Any = None
         if isinstance(model, tuple):
-            self._loaded, self._tokenizer = model
+            self._loaded, self.tokenizer = model
             config = getattr(self._loaded, "config", None)
             self._name = getattr(config, "name_or_path", None) or "a model in memory"
-            check((self._tokenizer is not None, f"{self._name} has no tokenizer.", "Pass (model, tokenizer)."))
+            check((self.tokenizer is not None, f"{self._name} has no tokenizer.", "Pass (model, tokenizer)."))
         else:
             self._job = Job(model, runtime=runtime)
-            self._name, self._tokenizer = self._job.model, self._job.tokenizer
+            self._name, self.tokenizer = self._job.model, self._job.tokenizer
 
     def score(self, plan: TaskPlan) -> TaskResults:
         from intarsia.evaluation.tasks import score_tasks
 
         loaded = self._loaded if self._job is None else load_whole(self._job)
         batch_tokens = self._runtime.batch_tokens
-        return score_tasks(plan, loaded, self._tokenizer, name=self._name, batch_tokens=batch_tokens)
+        return score_tasks(plan, loaded, self.tokenizer, name=self._name, batch_tokens=batch_tokens)
 
 
 def load_whole(job: Job) -> Any:

@@ -160,19 +160,23 @@ def tokenize(
     windows = torch.from_numpy(stream[: there * body].reshape(there, body))[chosen].to(torch.int64)
     first = torch.tensor(bos, dtype=torch.int64).expand(len(windows), len(bos))
     ids = torch.cat([first, windows], dim=1)
-    _check_ids(ids, tokenizer, description)
+    check_ids(int(ids.max()), tokenizer, description)
     return Corpus.of(ids, description=description, documents=count)
 
 
 def limited(tokenizer: Any, rows: int) -> Any:
-    """A tokenizer, told how many rows the embedding has: a text with a token beyond them is refused."""
+    """A tokenizer that knows how many rows the embedding has: a text with a token beyond them is refused."""
     tokenizer.embedding_rows = rows
     return tokenizer
 
 
-def _check_ids(ids: Tensor, tokenizer: Any, description: str) -> None:
+def check_ids(highest: int, tokenizer: Any, description: str) -> None:
+    """Refuse a text whose highest token id is beyond the embedding of the model that the tokenizer is limited to.
+
+    Raises:
+        UserError: it is.
+    """
     rows = getattr(tokenizer, "embedding_rows", None)
-    highest = int(ids.max())
     if rows is not None and highest >= rows:
         raise UserError(
             f"{description} holds the token {tokenizer.convert_ids_to_tokens(highest)!r} with id {highest}, and the "

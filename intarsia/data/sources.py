@@ -1,18 +1,18 @@
-"""Text sources: what names a text, and the readers of each kind (`.txt`, `.jsonl`, `.parquet`, data sets)."""
+"""Text sources: what names a text, and the reader of each kind (text, JSON lines, Parquet, folders, data sets)."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
+from intarsia.data.text_files import ACCEPTED, Kind, files_in, kind_of, open_plain, remedy_for
 from intarsia.errors import UserError
-
-_SUFFIXES: dict[str, Literal["text", "jsonl", "parquet"]] = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
-_KINDS = "a .txt, .jsonl or .parquet file, hub:DATASET[/CONFIG]:SPLIT:COLUMN, or self"
+from intarsia.progress import current
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Source:
     """A parsed spec. `share` is the part of a file that is read; a hub source has `dataset`, `config` and `split`."""
 
     spec: str
-    kind: Literal["text", "jsonl", "parquet", "hub"]
+    kind: Kind
     path: Path = Path()
     share: tuple[float, float] = (0.0, 1.0)
     column: str | None = None
@@ -37,17 +37,14 @@ def parse(spec: str) -> Source:
     """
     if spec.startswith("hub:"):
         return _parse_hub(spec)
-    name, _, options = (spec, "", "") if Path(spec).is_file() else spec.partition("#")
+    name, _, options = (spec, "", "") if Path(spec).exists() else spec.partition("#")
     path = Path(name)
-    kind = _SUFFIXES.get(path.suffix.lower())
+    kind: Kind | None = "folder" if name and path.is_dir() else kind_of(path)
     if kind is None:
-        raise source_error(
-            spec, _KINDS, f"the suffix {path.suffix!r}" if path.suffix else repr(spec), f"Pass {_KINDS}."
-        )
-    if not path.is_file():
-        raise source_error(
-            spec, "an existing file", "a folder" if path.is_dir() else "nothing there", "Check the path."
-        )
+        found = f"the suffix {path.suffix!r}" if path.suffix else repr(spec)
+        raise source_error(spec, ACCEPTED, found, remedy_for(path))
+    if not path.exists():
+        raise source_error(spec, "an existing file", "nothing there", "Check the path.")
     share, column = (0.0, 1.0), None
     for option in filter(None, options.split("&")):
         if option.startswith("column="):
@@ -101,8 +98,8 @@ _HUB_REMEDY = "Check the name and the connection (HF_HUB_OFFLINE, HF_TOKEN), or 
 
 def _stretches(source: Source, limit: int | None, seed: int | None) -> Iterator[tuple[int, bytes]]:
     """Stretches of a file from line start to line end, each with its byte offset."""
-    size = source.path.stat().st_size
-    with source.path.open("rb") as file:
+    with open_plain(source.path, where=source.spec) as file:
+        size = file.seek(0, os.SEEK_END)
 
         def line_start(at: int) -> int:
             if at <= 0 or at >= size:
@@ -174,6 +171,25 @@ def _read_jsonl(source: Source, limit: int | None, seed: int | None) -> Iterator
             if column is None:
                 column = _pick_column(where, [key for key, value in record.items() if isinstance(value, str)])
             yield _text_of(where, record, column)
+
+
+def _read_folder(source: Source, limit: int | None, seed: int | None) -> Iterator[str]:
+    """Every text file below a folder, in the order of their names, each by its share of the bytes."""
+    files, others = files_in(source.path)
+    if not files:
+        raise source_error(
+            source.spec, "a folder with text files", f"none ({others} of other kinds)", "Check the path."
+        )
+    if others:
+        current().say(f"{source.path}: {len(files)} text files; {others} files of other kinds are left out")
+    total = max(1, sum(file.stat().st_size for file in files))
+    for file in files:
+        part = None if limit is None else max(1, limit * file.stat().st_size // total)
+        kind = kind_of(file)
+        assert kind is not None
+        column = None if kind == "text" else source.column
+        one = replace(source, spec=str(file), kind=kind, path=file, column=column)
+        yield from READERS[kind](one, part, seed)
 
 
 def _read_parquet(source: Source, limit: int | None, seed: int | None) -> Iterator[str]:
@@ -281,7 +297,13 @@ def _missing(where: str, column: str, columns: Sequence[str]) -> UserError:
     )
 
 
-READERS: Mapping[str, Reader] = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet, "hub": _read_hub}
+READERS: Mapping[Kind, Reader] = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "folder": _read_folder,
+    "hub": _read_hub,
+}
 
 
 def documents(spec: str, *, limit_bytes: int | None = None, seed: int | None = None) -> Iterator[str]:

@@ -176,8 +176,10 @@ def draw(
 
 
 def _names(sources: Sequence[str]) -> list[str]:
-    """The sources one by one: each entry is a file, or names with commas between."""
-    names = [name.strip() for entry in sources for name in ([entry] if Path(entry).is_file() else entry.split(","))]
+    """The sources one by one: each entry is a file or folder, or names with commas between."""
+    names = [
+        name.strip() for entry in sources for name in ([entry] if entry and Path(entry).exists() else entry.split(","))
+    ]
     check(
         (
             bool(names) and all(names),

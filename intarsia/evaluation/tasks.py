@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from intarsia.data.corpus import check_ids
 from intarsia.errors import Problems, UserError, check, missing_package
 from intarsia.evaluation.likelihood import Request, fit
 from intarsia.evaluation.results import Metric, TaskResults, TaskScore
@@ -61,6 +62,22 @@ class TaskPlan:
     limit: int | None
     # Examples before each question; None for what the tasks say.
     num_fewshot: int | None
+
+    def check_tokens(self, tokenizer: Any) -> None:
+        """Refuse items with a token that the model has no embedding of (`intarsia.data.corpus.limited`).
+
+        Raises:
+            UserError: there is one.
+        """
+        rows = getattr(tokenizer, "embedding_rows", None)
+        if rows is None or max(tokenizer.get_vocab().values(), default=0) < rows:
+            return
+        with _quiet():
+            for name, leaf in ((task.name, leaf) for task in self.tasks for leaf in task.leaves):
+                leaf.build_all_requests(limit=self.limit, rank=0, world_size=1)
+                texts = [text for each in leaf.instances for text in each.args if isinstance(text, str)]
+                ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+                check_ids(max((max(row, default=0) for row in ids), default=0), tokenizer, f"The task {name}")
 
 
 def plan_tasks(

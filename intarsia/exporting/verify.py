@@ -182,23 +182,27 @@ def _header_bytes(file: Path) -> int:
 
 
 def dtype_kept(checkpoint: Checkpoint) -> str:
-    """Matrices have the config's dtype; vectors (norms, biases) may be wider."""
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if not isinstance(named, str):
+    """The embedding and most matrices have the config's dtype, in which transformers loads all of them."""
+    config = read_config(checkpoint.folder)
+    holders = [config, config[NESTED]] if is_wrapped(config) else [config]
+    names = {each.get("dtype") or each.get("torch_dtype") for each in holders} - {None}
+    if not names:
         raise Skipped("the config names no dtype")
-    wanted = getattr(torch, named.removeprefix("torch."), None)
-    others = [
-        header
-        for header in checkpoint.headers.values()
-        if len(header.shape) > 1 and header.dtype.is_floating_point and header.dtype != wanted
-    ]
+    embedding = checkpoint.headers[f"{checkpoint.architecture.family.embedding_module}.weight"]
+    matrices = [each for each in checkpoint.headers.values() if len(each.shape) > 1 and each.dtype.is_floating_point]
+    wanted = str(embedding.dtype).removeprefix("torch.")
+    others = [header for header in matrices if header.dtype != embedding.dtype]
     fail_if(
         [
-            _problem(f"{header.file}: {header.name}", named, str(header.dtype).removeprefix("torch."))
-            for header in others[:_MOST_NAMED]
+            _problem(f"{checkpoint.folder / 'config.json'}: dtype", f"{wanted}, as the embedding has", str(name))
+            for name in sorted(map(str, names))
+            if name.removeprefix("torch.") != wanted
         ]
     )
-    return named
+    if 2 * len(others) > len(matrices):
+        found = f"{str(others[0].dtype).removeprefix('torch.')} for {len(others)} of {len(matrices)} matrices"
+        raise UserError([_problem(str(checkpoint.folder), f"{wanted}, as the config says", found)])
+    return wanted + (f", and {len(others)} matrices of another one" if others else "")
 
 
 def sums_right(folder: Path, *, built_here: bool, progress: Progress) -> str:

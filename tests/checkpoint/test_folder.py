@@ -33,7 +33,9 @@ def test_config_is_trimmed_and_nothing_else_changes(model: Make, tmp_path: Path)
     written = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert written.pop("num_hidden_layers") == 2
     assert written.pop("layer_types") == ["sliding_attention", "full_attention"]
-    assert list(written) == [key for key in config if key not in ("num_hidden_layers", "layer_types")]
+    assert written.pop("max_window_layers") == 2
+    changed = ("num_hidden_layers", "layer_types", "max_window_layers")
+    assert list(written) == [key for key in config if key not in changed]
     assert all(written[key] == config[key] for key in written)
     assert AutoConfig.from_pretrained(out).layer_types == ["sliding_attention", "full_attention"]
 
@@ -50,7 +52,7 @@ def test_lists_of_the_wrong_length(saved: dict[str, Path], tmp_path: Path) -> No
     source = opened(saved["single"])
     for wrong in (["full_attention"], 3):
         source.config["layer_types"] = wrong
-        with pytest.raises(UserError, match="layer_types: expected 3 entries"):
+        with pytest.raises(UserError, match="layer_types: expected a list of 3 names"):
             write_config(source, [0], tmp_path)
 
 

@@ -169,12 +169,35 @@ def test_side_files_name_no_code(name: str, folder: Path) -> None:
     assert "architecture" in failed
 
 
-def test_a_token_beyond_the_embedding(folder: Path, tmp_path: Path) -> None:
+def with_more_tokens(folder: Path) -> tuple[Any, int, int]:
+    """A tokenizer with a token beyond the embedding; that token's id, and the embedding's rows."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = Checkpoint.open(folder, model="m").architecture.vocabulary
     while tokenizer.add_tokens(f"<new{len(tokenizer)}>") and len(tokenizer) <= rows:
         pass
-    last = len(tokenizer) - 1
+    return tokenizer, len(tokenizer) - 1, rows
+
+
+@pytest.mark.parametrize("where", ["query", "choices"])
+def test_a_token_beyond_the_embedding_in_a_task(where: str, folder: Path, text_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    tokenizer, last, rows = with_more_tokens(folder)
+    tokenizer.save_pretrained(folder)
+    questions = [{"query": "roti", "choices": ["alpa", "beta"], "gold": 0} for _ in range(2)]
+    questions[1][where] = f"<new{last}>" if where == "query" else ["alpa", f"<new{last}>"]
+    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    small = ["--calibration", text_file, "--tokens", 64, "--seq-len", 8, "--layers", 4]
+    for words in (["eval", folder], ["compress", folder, "-o", tmp_path / "out", *small]):
+        done = invoke(*words, "--tasks", tmp_path / "quiz.jsonl")
+        assert done.exit_code == 2, done.output
+        assert f"token '<new{last}>' with id {last}, and the embedding has {rows} rows" in done.stderr
+        assert not (tmp_path / "out").exists()
+        done = invoke("eval", folder, "--tasks", tmp_path / "quiz.jsonl", "--limit", 1)
+        assert done.exit_code == 0, done.output
+
+
+def test_a_token_beyond_the_embedding(folder: Path, tmp_path: Path) -> None:
+    tokenizer, last, rows = with_more_tokens(folder)
     text = f"roti <new{last}> " * 99
     message = f"holds the token '<new{last}>' with id {last}, and the embedding has {rows} rows"
     with pytest.raises(UserError, match=message):
@@ -244,3 +267,144 @@ def test_a_config_of_another_depth(depth: int, folder: Path) -> None:
         Checkpoint.open(folder, model="m")
     (problem,) = caught.value.problems
     assert f"num_hidden_layers is {depth} in the config, and the files hold 6 layers" in problem.message
+
+
+UNKNOWN = {
+    "block_configs": [{"attention": {"n_heads_in_group": 4}}] * 6,
+    "ffn_multipliers": [1.0] * 6,
+    "first_k_dense_replace": 1,
+    "attn_layer_period": 2,
+    "global_attn_every_n_layers": 3,
+    "hybrid_override_pattern": "MM*MM*",
+    "skip_layers": [1, 3],
+    "pruned_heads": {"3": [0]},
+    "attn_config": {"window_pattern": 4},
+    "nested": {"deeper": {"scales": [1, 2, 3, 4, 5, 6]}},
+}
+
+
+@pytest.mark.parametrize("key", UNKNOWN)
+def test_unknown_per_layer_settings_are_refused(key: str, folder: Path, text_file: Path, tmp_path: Path) -> None:
+    set_json(folder / "config.json", **{key: UNKNOWN[key]})
+    small = ["--calibration", text_file, "--tokens", 64, "--seq-len", 8]
+    done = invoke("compress", folder, "-o", tmp_path / "out", "--layers", 4, *small)
+    assert done.exit_code == 2 and key in done.stderr and "remove it from the config" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_without_effect_stay(folder: Path) -> None:
+    none = {"mlp_only_layers": [], "decoder_sparse_step": 1, "num_nextn_predict_layers": 0, "attn_layer_period": None}
+    set_json(folder / "config.json", **none, eos_token_id=[1, 2, 3, 4, 5, 6], pruned_heads={})
+    config = json.loads((build(folder) / "config.json").read_text())
+    assert none.items() <= config.items() and config["eos_token_id"] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["n_layer", "num_layers"])
+def test_other_names_of_the_depth(name: str, folder: Path) -> None:
+    set_json(folder / "config.json", **{name: 6})
+    assert json.loads((build(folder) / "config.json").read_text())[name] == 3
+    set_json(folder / "config.json", **{name: 7})
+    with pytest.raises(UserError, match="6 layers, as num_hidden_layers says; found 7"):
+        Checkpoint.open(folder, model="m")
+
+
+@pytest.mark.parametrize(
+    ("layers", "listed", "found"),
+    [
+        ((0, 2, 5), False, 2),
+        ((0, 1, 2, 4), True, 3),
+        ((5, 0), True, ...),
+        ((5, 0), False, ...),
+        ((4, 5), False, 0),
+    ],
+)
+def test_leading_layers(layers: tuple[int, ...], listed: bool, found: Any, tmp_path: Path) -> None:
+    folder = families.save(families.make_model("qwen3"), tmp_path / "model", chat=True)
+    kinds = ["full_attention"] * 3 + ["sliding_attention"] * 3
+    set_json(folder / "config.json", max_window_layers=3, use_sliding_window=listed, sliding_window=8)
+    set_json(folder / "config.json", layer_types=kinds if listed else ...)
+    config = json.loads((build(folder, layers) / "config.json").read_text())
+    assert config.get("max_window_layers", ...) == found
+    assert config.get("layer_types") == ([kinds[layer] for layer in layers] if listed else None)
+
+
+def test_unknown_settings_inside_a_wrapper(tmp_path: Path) -> None:
+    wrappers.save(wrappers.make_wrapper("gemma3"), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    depth = json.loads(file.read_text())["text_config"]["num_hidden_layers"]
+    set_json(file, text_config={**json.loads(file.read_text())["text_config"], "block_configs": [{}] * depth})
+    with pytest.raises(UserError, match="block_configs"):
+        Checkpoint.open(tmp_path / "model", model="m")
+
+
+def said_at(folder: Path) -> list[str]:
+    listener = Listener()
+    with progress.reporting_to(listener):
+        Checkpoint.open(folder, model="m")
+    return listener.said
+
+
+@pytest.mark.parametrize("stated", [{"dtype": "bfloat16"}, {"torch_dtype": "float16", "dtype": ...}])
+def test_a_dtype_that_the_tensors_do_not_have(stated: dict[str, Any], folder: Path) -> None:
+    set_json(folder / "config.json", **stated)
+    (line,) = said_at(folder)
+    assert line.endswith("embed_tokens.weight is stored in float32, which counts")
+    failed = {check.check for check in intarsia.verify(folder, load=False).checks if check.outcome == "failed"}
+    assert "dtype" in failed
+    config = json.loads((build(folder) / "config.json").read_text())
+    assert config["dtype"] == "float32" and "torch_dtype" not in config
+
+
+def test_a_dtype_inside_a_wrapper(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    wrappers.save(wrappers.make_wrapper("gemma3"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    depth = config["text_config"]["num_hidden_layers"]
+    set_json(folder / "config.json", dtype="bfloat16", num_hidden_layers=depth)
+    set_json(folder / "config.json", text_config={**config["text_config"], "dtype": "float16"})
+    built = json.loads((build(folder) / "config.json").read_text())
+    assert (built["dtype"], built["text_config"]["dtype"]) == ("float32", "float32")
+    assert (built["num_hidden_layers"], built["text_config"]["num_hidden_layers"]) == (3, 3)
+
+
+def sharded(folder: Path) -> list[Path]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="30KB")
+    return sorted(folder.glob("*.safetensors"))
+
+
+def test_a_second_weight_file(folder: Path) -> None:
+    assert said_at(folder) == []
+    save_file({"model.norm.weight": torch.zeros(3)}, folder / "consolidated.safetensors")
+    assert said_at(folder) == [f"consolidated.safetensors in {folder} is not read: model.safetensors counts"]
+    save_file({}, folder / "adapter_model.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    first, second = said_at(folder)
+    assert "the single file counts" in first and second.startswith("consolidated.safetensors in")
+    built = build(folder)
+    assert [file.name for file in built.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_an_index_and_its_shards(folder: Path) -> None:
+    first, second, *_ = sharded(folder)
+    assert said_at(folder) == []
+    tensors = load_file(first)
+    name = next(iter(load_file(second)))
+    save_file({**tensors, name: torch.zeros(3)}, first)
+    (line,) = said_at(folder)
+    assert f"also holds {name}" in line and "the index counts" in line
+    save_file(tensors, first)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    set_json(folder / "model.safetensors.index.json", metadata={**index["metadata"], "total_size": 3})
+    (line,) = said_at(folder)
+    assert "total_size is 3" in line and "the files count" in line
+    build(folder)
+
+
+def test_another_class_than_that_of_the_model_type(folder: Path) -> None:
+    set_json(folder / "config.json", architectures=["MistralForCausalLM"])
+    listener = Listener()
+    with progress.reporting_to(listener):
+        build(folder)
+    assert any("['LlamaForCausalLM'] in what is written: model_type counts" in line for line in listener.said)

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from intarsia.data.sources import documents, parse
+from intarsia.data.text import _names
 from intarsia.errors import UserError
 
 
@@ -109,8 +113,22 @@ def test_running_text_without_line_ends_is_cut_between_characters(tmp_path: Path
         ("a.jsonl", '{"text": "a"}\n{"text": ["a"]}\n', "text in column 'text'; found a list"),
         ("a.jsonl", '{"text": "\\ud800"}\n', "lone surrogate"),
         ("a.parquet", "text", "expected a Parquet file"),
-        ("a.csv", "text", r"the suffix '\.csv'"),
-        ("noname", "text", "expected a .txt, .jsonl or .parquet file"),
+        ("a.csv", "text", r"the suffix '\.csv'.*Write its text column as JSON lines"),
+        ("a.pdf", "text", r"the suffix '\.pdf'.*Extract its text"),
+        ("a.txt.zst", "text", r"the suffix '\.zst'.*zstd -d"),
+        ("a.txt", b"PK\x03\x04rest", "a ZIP archive.*Unpack it"),
+        ("a.txt", b"%PDF-1.7 rest", "a PDF document.*Extract"),
+        ("a.jsonl", b"PAR1rest", "a Parquet file.*the suffix .parquet"),
+        ("a.txt", "roti".encode("utf-16-le"), "UTF-16 without a byte-order mark.*iconv -f UTF-16LE"),
+        ("a.jsonl", '{"text": "roti"}'.encode("utf-16-be"), "UTF-16 without a byte-order mark.*iconv -f UTF-16BE"),
+        ("a.txt", "roti".encode("utf-16")[:-1], "text in utf-16, as its byte-order mark says"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:40], "a whole compressed file.*Get this file again"),
+        ("a.jsonl.gz", gzip.compress(b"roti"), "a.jsonl.gz:1: expected a JSON object"),
+        ("a.json", '[{"text": "a"}', "a JSON array of records, or JSON lines"),
+        ("a.json", "3", "a JSON array of records"),
+        ("a.json", "[]", "expected text; found none"),
+        ("a.json", "[[1]]", "expected a JSON object"),
+        ("noname", "text", "expected a .txt, .jsonl, .json or .parquet file"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, data: str | bytes, message: str) -> None:
@@ -122,7 +140,7 @@ def test_bad_files(tmp_path: Path, name: str, data: str | bytes, message: str) -
     ("spec", "message"),
     [
         ("nowhere.txt", "an existing file; found nothing there"),
-        ("folder.txt", "found a folder"),
+        ("folder.txt", "a folder with text files; found none"),
         ("a.txt#0.5", "a share START:END"),
         ("a.txt#0.9:0.1", "a share START:END"),
         ("a.txt#0:nan", "a share START:END"),
@@ -138,6 +156,52 @@ def test_bad_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, m
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(UserError, match=message):
         list(documents(spec))
+
+
+RECORDS = [{"text": "eins ä€😀"}, {"text": "zwei"}]
+LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("pack", ["", ".gz", ".bz2", ".xz"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json"])
+def test_encodings_and_compression(encoding: str, pack: str, suffix: str, tmp_path: Path) -> None:
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    pretty = json.dumps(RECORDS, indent=1, ensure_ascii=False)
+    data = (mark + {".txt": LINES, ".jsonl": LINES, ".json": pretty}[suffix]).encode(encoding)
+    squeeze = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[pack]
+    path = _write(tmp_path / f"a{suffix}{pack}", squeeze(data))
+    wanted = [LINES] if suffix == ".txt" else [record["text"] for record in RECORDS]
+    assert list(documents(path)) == wanted
+    if suffix == ".jsonl":
+        assert [*documents(f"{path}#0:0.3"), *documents(f"{path}#0.3:1")] == wanted
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        json.dumps([record["text"] for record in RECORDS]),
+        json.dumps({"version": 2, "data": RECORDS}, indent=1),
+        LINES,
+    ],
+)
+def test_json_in_other_forms(data: str, tmp_path: Path) -> None:
+    assert list(documents(_write(tmp_path / "a.json", data))) == [record["text"] for record in RECORDS]
+
+
+def test_a_folder_of_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "texts"
+    (folder / "more").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    _write(folder / "b.txt", "b")
+    _write(folder / "a.jsonl.gz", gzip.compress(LINES.encode()))
+    _write(folder / "more" / "c.md", "c".encode("utf-16"))
+    for name in ("image.png", ".hidden/d.txt", ".d.txt"):
+        _write(folder / name, "not this")
+    assert list(documents(str(folder))) == [*(record["text"] for record in RECORDS), "b", "c"]
+    _write(folder / "b.txt", "line\n" * 100_000)
+    assert 2**18 < sum(map(len, documents(f"{folder}#0:1", limit_bytes=2**18, seed=1))) + 2**12 < 2**19
+    assert _names([str(folder)]) == [str(folder)]
 
 
 def test_a_file_whose_name_holds_a_number_sign(tmp_path: Path) -> None:

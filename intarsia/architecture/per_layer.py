@@ -1,0 +1,233 @@
+"""What a config says layer by layer, and how it stays true for a model of another depth.
+
+Lists with an entry a layer (attention types, which layers have a rotary embedding, ...), the rules by which
+transformers makes a list that is missing, and counts of layers. The family files name those that are known; whatever
+else looks like one is refused, because it would be false, unseen, in a shallower model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from intarsia.architecture.families import Family, PerLayer
+from intarsia.architecture.spec import Architecture
+from intarsia.errors import Problem, UserError
+
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+"""Names of the number of layers; a config may have several of them."""
+_COUNTS = re.compile(
+    r"(^|_)(layers?|blocks|idxs?|indices)(_|$)|every|interval|period|pattern|(^|_)(freq|frequency|step|stride)$|first_k|last_k"
+)
+"""Keys of numbers that count or number layers."""
+_RULES = re.compile(r"every|interval|period|pattern|freq|step|stride")
+"""Those of them that are without effect at 1."""
+_OTHERS = re.compile(
+    r"layer_?norm|layer_scale|rope|rotary|token|quantization|compression|^architectures$|^id2label$|^label2id$|^auto_map$"
+    r"|^keys_to_ignore|^task_specific|image|vision|video|audio|_block_size$"
+)
+"""Keys of what says nothing about layers, however long it is."""
+
+
+def unknown_settings(family: Family, config: Mapping[str, Any], n_layers: int, where: str) -> list[Problem]:
+    """What counts, numbers or lists layers in a config, and is not in the family file; problems to report.
+
+    Looked for are lists as long as the model is deep, maps whose keys are numbers, and numbers, patterns and lists of
+    numbers under a name that speaks of layers; in nested configs, too.
+    """
+    known = {
+        *family.fields.values(),
+        *family.aliases,
+        *family.leading,
+        *(key for entry in family.refusals for key in (*entry.when, *(entry.when_not or {}))),
+        *(key for entry in family.per_layer for key in (entry.field, str(entry.every), *entry.instead_of)),
+    }
+    problems = [
+        Problem(
+            where=f"{where}: {path}",
+            expected=f"only per-layer settings that the family file of {family.title} covers",
+            found=_shown(value),
+            remedy="It would be false for another depth. Name it in a family file (docs/ADD_A_FAMILY.md), or, if the "
+            "model does not depend on it, remove it from the config.",
+        )
+        for path, key, value in _entries(config)
+        if not (path == key and (key in known or key in _DEPTHS)) and _of_layers(key, value, n_layers)
+    ]
+    problems += [
+        Problem(
+            where=f"{where}: {key}",
+            expected=f"{n_layers} layers, as {family.fields['layers']} says",
+            found=repr(config[key]),
+            remedy=f"Remove {key}: {family.fields['layers']} counts.",
+        )
+        for key in _DEPTHS
+        if config.get(key) is not None and config[key] != n_layers
+    ]
+    return problems + [
+        Problem(
+            where=f"{where}: {key}",
+            expected="a number of layers",
+            found=_shown(config[key]),
+            remedy="Complete the config.",
+        )
+        for key in family.leading
+        if config.get(key) is not None and not _whole(config[key])
+    ]
+
+
+def _entries(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Path, key and value of everything in a config that may speak of layers."""
+    for key, value in values.items():
+        if _OTHERS.search(key):
+            continue
+        yield f"{prefix}{key}", key, value
+        if isinstance(value, Mapping):
+            yield from _entries(value, f"{prefix}{key}.")
+
+
+def _of_layers(key: str, value: Any, n_layers: int) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value) and all(str(name).isdigit() for name in value)
+    if isinstance(value, list) and len(value) == n_layers:
+        return True
+    if not _COUNTS.search(key) or isinstance(value, bool):
+        return False
+    if isinstance(value, list):
+        return any(_whole(item) for item in value)
+    if isinstance(value, str):
+        return bool(value) and "pattern" in key
+    return _whole(value) and value != 0 and not (value == 1 and _RULES.search(key))
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    return f"a list of {len(value)}" if isinstance(value, list) else repr(value)[:60]
+
+
+def for_layers(
+    architecture: Architecture, config: Mapping[str, Any], sources: Sequence[int], where: str
+) -> dict[str, Any]:
+    """The config of a model with one layer per entry of `sources`.
+
+    `sources[i]` is the layer from which output layer i takes what the config says layer by layer. All other values
+    stay as they are.
+
+    Raises:
+        UserError: a per-layer list is not as long as the model is deep.
+    """
+    assert sources and all(0 <= layer < architecture.n_layers for layer in sources)
+    found, family = dict(config), architecture.family
+    for key in (family.fields["layers"], *_DEPTHS):
+        if found.get(key) is not None or key == family.fields["layers"]:
+            found[key] = len(sources)
+    for entry in family.per_layer:
+        values = found.get(entry.field)
+        if values is None:
+            values = architecture.per_layer.get(entry.field)
+        if values is None:
+            continue
+        if not isinstance(values, list | tuple) or len(values) != architecture.n_layers:
+            raise UserError([_wrong_length(entry, values, architecture.n_layers, where)])
+        found[entry.field] = [values[layer] for layer in sources]
+        changed = found[entry.field] != list(values)
+        for name in entry.instead_of:
+            if changed and name in found and not regenerates(entry, found, name, found[entry.field]):
+                del found[name]
+    for name in family.leading:
+        if found.get(name) is None:
+            continue
+        leading = [layer < found[name] for layer in sources]
+        if leading == sorted(leading, reverse=True):
+            found[name] = sum(leading)
+        else:  # there is no such number; it only has an effect beside `layer_types`, which says more
+            del found[name]
+    return found
+
+
+def lists(
+    entries: Sequence[PerLayer], values: Mapping[str, Any], n_layers: int, where: str, problems: list[Problem]
+) -> dict[str, tuple[Any, ...]]:
+    """Every per-layer list of a config, by its field, as far as there is one; `problems` gets what is wrong.
+
+    Args:
+        values: the config's fields, with the family's defaults, without nulls.
+    """
+    found: dict[str, tuple[Any, ...]] = {}
+    for entry in entries:
+        value = values.get(entry.field)
+        if value is None:
+            if entry.every is None:
+                continue
+            made = _made(entry, values, n_layers, where, problems)
+            if made is not None:
+                found[entry.field] = made
+        elif _fits(entry, value, n_layers):
+            found[entry.field] = tuple(value)
+        else:
+            problems.append(_wrong_length(entry, value, n_layers, where))
+    return found
+
+
+def _wrong_length(entry: PerLayer, value: Any, n_layers: int, where: str) -> Problem:
+    return Problem(
+        where=f"{where}: {entry.field}",
+        expected=f"a list of {n_layers} {'names' if entry.field == 'layer_types' else 'entries'}, one a layer",
+        found=f"a list of {len(value)}" if isinstance(value, list) else repr(value),
+        remedy=f"Make {entry.field} as long as the model is deep.",
+    )
+
+
+def kinds(entries: Sequence[PerLayer], found: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...] | None:
+    """How each layer attends, in words that differ where layers must not be joined; None without a list."""
+    words = []
+    for entry in entries:
+        if entry.field not in found:
+            continue
+        if entry.kinds is not None:
+            words.append([entry.kinds.get(str(int(value)), "") for value in found[entry.field]])
+        elif entry.field == "layer_types":
+            words.append(list(found[entry.field]))
+    return tuple(", ".join(word for word in row if word) for row in zip(*words, strict=True)) if words else None
+
+
+def regenerates(entry: PerLayer, config: Mapping[str, Any], name: str, wanted: Sequence[Any]) -> bool:
+    """Whether the rule that a config's field `name` states makes the very list `wanted`."""
+    every = _interval(config.get(name))
+    return entry.every is not None and every is not None and _by_rule(entry, every, len(wanted)) == tuple(wanted)
+
+
+def _made(
+    entry: PerLayer, values: Mapping[str, Any], n_layers: int, where: str, problems: list[Problem]
+) -> tuple[Any, ...] | None:
+    stated = values.get(entry.every) if isinstance(entry.every, str) else entry.every
+    every = _interval(stated)
+    if every is not None:
+        return _by_rule(entry, every, n_layers)
+    problems.append(
+        Problem(
+            where=f"{where}: {entry.every}",
+            expected=f"a positive whole number, for there is no {entry.field}",
+            found=repr(stated),
+            remedy=f"Give the config its {entry.field}: load it with transformers 5 and save it again.",
+        )
+    )
+    return None
+
+
+def _interval(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _by_rule(entry: PerLayer, every: int, n_layers: int) -> tuple[Any, ...]:
+    return tuple(entry.others if (layer + 1) % every else entry.nth for layer in range(n_layers))
+
+
+def _fits(entry: PerLayer, value: Any, n_layers: int) -> bool:
+    if not isinstance(value, list) or len(value) != n_layers:
+        return False
+    kind = str if entry.field == "layer_types" else (str, int)
+    return all(isinstance(item, kind) for item in value)
