@@ -24,7 +24,7 @@ _SHARE = 8  # selection and test have 1/8 of the calibration's size each
 
 
 class TextParts:
-    """One draw of text. No sequence is in two parts; what the model writes is written when its part is asked for.
+    """One draw of text. No sequence is in two parts; what the model writes is written when its part is used.
 
     The sequences of several sources alternate, so that every stretch holds equal parts of each.
     """
@@ -39,7 +39,7 @@ class TextParts:
 
     @cached_property
     def calibration(self) -> Corpus:
-        """What is measured and fitted on: the tokens asked for."""
+        """What is measured and fitted on: the wanted number of tokens."""
         corpus = self._part(0, self._calibration, ", ".join(self._names))
         assert corpus is not None
         return corpus
@@ -95,7 +95,7 @@ class _Read:
 
 
 class _Written:
-    """Sequences that the model writes: as many as are asked for."""
+    """Sequences that the model writes: any number of them."""
 
     documents = 0
 
