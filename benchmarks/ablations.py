@@ -1,6 +1,6 @@
-"""What each part of CoMe is worth: the ablations of the paper, and those of what is done otherwise here.
+"""What each part of CoMe contributes: the paper's ablations, and those of this project's changes.
 
-The texts of `python -m benchmarks compare`. It is one `intarsia compare`, so a stopped benchmark goes on where it was.
+The texts of `python -m benchmarks compare`. It is one `intarsia compare`, so a stopped benchmark resumes.
 Prints the table, and with --docs writes it into the page between its marks (the page is made where there is none).
 
     python -m benchmarks ablations --data ../shared/data -o out/bench/ablations --docs docs/ABLATIONS.md
@@ -31,7 +31,7 @@ _BEGIN, _END = "<!-- ablations -->", "<!-- /ablations -->"
 _PAGE = f"""# Ablations
 
 What each part of CoMe is worth on SmolLM2-135M-Instruct (30 layers): perplexity of WikiText-2 (test) / news that was
-kept out, as cut and, where a column says healed, repaired in closed form. In brackets the change of log-perplexity
+kept out, as pruned and, where a column says healed, healed in closed form. In brackets the change of log-perplexity
 against `{BASE}` in the same column; below zero is better.
 
 {_BEGIN}
@@ -51,8 +51,8 @@ def main() -> None:
     if given.docs is not None:
         page = given.docs.read_text(encoding="utf-8") if given.docs.exists() else _PAGE
         before, _, rest = page.partition(_BEGIN)
-        _, _, behind = rest.partition(_END)
-        given.docs.write_text(f"{before}{_BEGIN}\n{text}{_END}{behind}", encoding="utf-8")
+        _, _, after = rest.partition(_END)
+        given.docs.write_text(f"{before}{_BEGIN}\n{text}{_END}{after}", encoding="utf-8")
 
 
 def table(found: Comparison, methods: Sequence[str], layers: Sequence[int], heals: Sequence[str]) -> str:

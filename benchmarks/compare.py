@@ -1,9 +1,9 @@
-"""Every method on the demo model, cut and healed in closed form: perplexity, and accuracy on five choice tasks.
+"""Every method on the demo model, pruned and healed in closed form: perplexity, and accuracy on five choice tasks.
 
 Calibration: equal parts of WikiText-2 (validation), news without its last tenth, and speeches. Evaluation: the first
 64 windows of 512 tokens of WikiText-2 (test), 16 windows of that last tenth of the news, and at some depths the first
 items of the last two thirds of each task. Healed rows are fitted lightly: down_proj alone where a layer stands for
-itself, not o_proj too as `intarsia compress` and `compare` fit them. A stopped benchmark goes on where it was; prints
+itself, not o_proj too as `intarsia compress` and `compare` fit them. A stopped benchmark resumes. Prints
 the tables of the README.
 
     python -m benchmarks compare --data ../shared/data -o out/bench/compare
@@ -30,7 +30,7 @@ TASKS = ("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa")
 _LAST_TWO_THIRDS = "0.3333:1"  # of a file of fewer than 10,000 items
 WIKITEXT, NEWS = "WikiText-2", "news"
 LIGHT = "closed-form[fit_unchanged=mlp,fit_held_out=8]"
-"""Half of the time of the fit that `compress` ends with, for all methods alike: there are forty of them."""
+"""A fit at half the cost of the default, since there are forty of them."""
 
 
 def parser(description: str | None, *, out: str, layers: Sequence[int]) -> argparse.ArgumentParser:
@@ -95,7 +95,7 @@ def main() -> None:
         print(f"Guessing gives {chance:.3f}.\n")
         print(_table(names, given.task_layers, lambda key: _accuracy(rows.get(key)), least_is_best=False))
     shared = dense.layer_forwards or 0.0
-    print(f"\nCost of the way down to {min(given.layers)} layers, behind a shared pass of {shared:.0f}\n")
+    print(f"\nCost down to {min(given.layers)} layers, after a shared pass of {shared:.0f}\n")
     print("| method | layer-forwards | seconds |\n|---|---:|---:|")
     for method in given.methods:
         row = rows.get((method, min(given.layers), given.heal[0]))

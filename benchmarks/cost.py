@@ -1,4 +1,4 @@
-"""What re-running only the layers behind a change saves.
+"""What re-running only the layers after a change saves.
 
 CoMe, and CoMe-P with granularity 20 (all ratios on all tokens, no racing), on the demo model, once with kept hidden
 states and once made to run the whole model for every step and every ratio; in one run, alternating. Both ways make
@@ -32,7 +32,7 @@ def climb(resident: Resident, corpus: Any, *, posterior: bool, reuse: bool, targ
     whole = identity(Variant(name="base", model="demo"), resident.architecture.n_layers)
     model = Intermediate(resident, corpus, whole.layers, reuse_prefix=reuse)
     planner = (ComeP if posterior else Come)(ComePSettings(granularity=20, spans=1, racing=False))
-    begun = time.perf_counter()
+    started = time.perf_counter()
     model.measure()
     first = model.layer_forwards
     while model.depth > target:
@@ -42,7 +42,7 @@ def climb(resident: Resident, corpus: Any, *, posterior: bool, reuse: bool, targ
     return {
         "first": first,
         "layer_forwards": model.layer_forwards - first,
-        "seconds": time.perf_counter() - begun,
+        "seconds": time.perf_counter() - started,
         "layers": model.ops,
     }
 
@@ -58,7 +58,7 @@ def main() -> None:
     checkpoint = open_checkpoint("demo")
     resident = Resident(checkpoint, device=default_device())
     print(f"{torch.get_num_threads()} thread(s), {resident.device}, {resident.model.dtype}\n")
-    print("| planner | tokens | layers | | layer-forwards behind the first pass | seconds |")
+    print("| planner | tokens | layers | | layer-forwards after the first pass | seconds |")
     print("|---|---:|---:|---|---:|---:|")
     for posterior, tokens, target in zip((False, True), given.tokens, given.layers, strict=True):
         text = TextSpec(sources=(str(given.data / "text" / "wikitext2.valid.txt"),), tokens=tokens)
@@ -68,7 +68,7 @@ def main() -> None:
             reuse: climb(resident, corpus, posterior=posterior, reuse=reuse, target=target) for reuse in (True, False)
         }
         assert runs[True]["layers"] == runs[False]["layers"], "both ways decide the same"
-        for reuse, what in ((False, "whole model"), (True, "only what lies behind")):
+        for reuse, what in ((False, "whole model"), (True, "only the layers after it")):
             run = runs[reuse]
             print(f"| {name} | {tokens} | {target} | {what} | {run['layer_forwards']:.0f} | {run['seconds']:.0f} |")
         shares = [runs[True][key] / runs[False][key] for key in ("layer_forwards", "seconds")]

@@ -2,7 +2,7 @@
 
 Calibration: equal parts of WikiText-2 (validation), news without its last tenth, and speeches. Evaluation: the first
 64 windows of 512 tokens of WikiText-2 (test), and 16 windows of that last tenth of the news. Each plan is a run
-folder and each row is kept, so a stopped benchmark goes on where it was.
+folder and each row is kept, so a stopped benchmark resumes.
 
     python -m benchmarks quality --data ../shared/data -o out/bench/quality
 """

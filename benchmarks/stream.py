@@ -114,7 +114,7 @@ class Peaks:
         self._under_way = ["hashes, recipes, build"]
 
     def note(self, what: str = "") -> None:
-        """A part ends here. It is counted with the task that is under way; the loss apart from the layers."""
+        """Note the peak of the part that just ended, under the current task's name; the loss apart from the layers."""
         from intarsia.evaluation.speed import peak_memory_bytes, peak_since_reset, reset_peak
 
         name = self._under_way[-1]
@@ -215,18 +215,18 @@ def main() -> None:
     command = [sys.executable, "-m", "benchmarks.stream", "--child", "-o", str(given.out)]
     command += [text for option, value in zip(options, values, strict=True) for text in (option, str(value))]
     command += ["--in-memory"] * given.in_memory
-    begun = time.perf_counter()
+    started = time.perf_counter()
     try:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     finally:
         for name in ("small", "small.run") if given.keep else ("source", "small", "small.run"):
             shutil.rmtree(given.out / name, ignore_errors=True)
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    report(given, architecture, found, time.perf_counter() - begun)
+    report(given, architecture, found, time.perf_counter() - started)
 
 
 def report(given: argparse.Namespace, architecture: Any, found: dict[str, Any], seconds: float) -> None:
-    """One table row, and the numbers behind it."""
+    """One table row, and its numbers."""
     layer = 2 * architecture.layer_parameters
     outside = 2 * (architecture.vocabulary * architecture.width * (1 if architecture.tied else 2) + architecture.width)
     bound = 2.5 * layer + outside + given.memory * 1e6

@@ -97,7 +97,8 @@ def missing_package(
         error: of the import, if it was tried: an installed package may be broken.
     """
     or_else = f", or {instead}" if instead else ""
-    found = "is not installed" if error is None else f"cannot be imported: {str(error).partition(chr(10))[0]}"
+    first_line = "" if error is None else str(error).partition("\n")[0]
+    found = "is not installed" if error is None else f"cannot be imported: {first_line}"
     return UserError(
         f"{where} needs the package {package}, which {found}.",
         f"Install it (pip install 'intarsia[{extra}]'){or_else}.",

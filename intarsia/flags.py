@@ -31,17 +31,17 @@ _TOKENS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
-    """How a field, or a parameter of a verb, is given. In `Annotated[...]` for a parameter, by `flag()` for a field."""
+    """The flags and help of a field (by `flag()`) or of a verb's parameter (in `Annotated[...]`)."""
 
     # Its flags, with dashes, the main one first; () makes one of the field's name.
     names: tuple[str, ...] = ()
     # One or two sentences; a field says it in its comment instead.
     help: str = ""
-    # What stands for the value in the help.
+    # The placeholder of the value in the help.
     metavar: str | None = None
-    # Whether it stands without a flag.
+    # Whether it is given without a flag.
     positional: bool = False
-    # Reads its text, where the type alone does not say how; raises UserError.
+    # Parses its text, where the type alone is not enough; raises UserError.
     parse: Callable[[str], Any] | None = None
     # Whether commas separate the items of a list.
     commas: bool = True
@@ -54,7 +54,7 @@ def flag(default: Any = MISSING, *names: str, metavar: str | None = None, **how:
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One flag of a command: where its value goes, and how it is described."""
+    """One flag of a command, with the field or parameter that it sets."""
 
     # The field or parameter.
     attribute: str
@@ -77,7 +77,7 @@ class Option:
 
     @property
     def called(self) -> str:
-        """What an error calls it."""
+        """Its name in errors."""
         return (self.flag.metavar or self.attribute.upper()) if self.flag.positional else f"--{self.key}"
 
     @property
@@ -92,10 +92,10 @@ class Option:
         return get_origin(_without_none(self.annotation)) in (tuple, list)
 
     def convert(self, given: Any) -> Any:
-        """A value as typed by a user (text) or read from a file (plain data), as the field wants it.
+        """Convert a value from text or plain data to the field's type.
 
         Raises:
-            UserError: it is something else.
+            UserError: it is not of that type.
         """
         if given is None and _takes_none(self.annotation):
             return None
@@ -129,7 +129,7 @@ class Option:
             ) from None
 
     def words(self, value: Any) -> list[str]:
-        """The words of a command line that give it this value."""
+        """The words of a command line that set it to this value."""
         if isinstance(value, bool):
             return [f"--{self.key}" if value else f"--no-{self.key}"]
         texts = [_text(item) for item in value] if self.many and value is not None else [_text(value)]
@@ -139,13 +139,13 @@ class Option:
 
 
 class Choices(Protocol):
-    """A kind of thing that is chosen by name and brings settings (see `intarsia.registry`)."""
+    """Entries that are chosen by name and have settings (see `intarsia.registry`)."""
 
     flag: str
     many: bool
 
     def choose(self, choice: Any) -> Any:
-        """What was chosen: objects with `name` and `settings`; a tuple of them where several may be."""
+        """The chosen entries, with `name` and `settings`; a tuple where several may be chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ class Part:
 
 
 def parts_of(verb: Callable[..., Any]) -> tuple[Part, ...]:
-    """The parameters of a verb, as what its command line is made of."""
+    """The parameters of a verb, for its command line."""
     hints = get_type_hints(verb, include_extras=True)
     return tuple(_part(each, hints[each.name]) for each in inspect.signature(verb).parameters.values())
 
@@ -198,7 +198,7 @@ def _part(parameter: inspect.Parameter, hint: Any) -> Part:
 
 
 def options_of(kind: type, defaults: Any = MISSING) -> tuple[Option, ...]:
-    """The flags of a dataclass. `defaults`, an instance of it, says what is meant where one is left out."""
+    """The flags of a dataclass. `defaults`, an instance of it, replaces its own defaults."""
     hints, comments = get_type_hints(kind), field_comments(kind)
     return tuple(
         Option(
@@ -237,7 +237,7 @@ def from_plain(kind: type, given: Mapping[str, Any], *, where: str = "", default
 
 
 def plain(value: Any) -> Any:
-    """A value as what JSON holds: what a run folder records."""
+    """A value as JSON-able data, for a run folder."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -248,7 +248,7 @@ def plain(value: Any) -> Any:
 
 
 def field_comments(kind: type) -> dict[str, str]:
-    """What is said of each field: the comment above it, or the string below it; also of inherited ones."""
+    """The help of each field, inherited ones too: the comment above it, or the string below it."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if dataclasses.is_dataclass(base):

@@ -49,27 +49,27 @@ _OUTSIDE_BRACKETS = re.compile(r",(?![^\[\]]*\])")
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One registered thing."""
+    """A registered method, stage, operator or engine."""
 
-    # What it is called on the command line and in files.
+    # Its name on the command line and in files.
     name: str
     # The decorated class or function.
     object: Any
     # The dataclass of its options; None if it has none.
     settings: type | None = None
-    # What else its decorator said: paper, needs_base, search.
+    # Other arguments of its decorator: paper, needs_base, search.
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Of a function: its keyword-only parameters with their defaults."""
+        """A function's keyword-only parameters with their defaults."""
         signature = inspect.signature(self.object).parameters.values()
         return {each.name: each.default for each in signature if each.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """Something that was chosen by name, with its settings."""
+    """A registered entry that was chosen, with its settings."""
 
     entry: Entry
     settings: Any = None
@@ -81,7 +81,7 @@ class Chosen:
 
     @property
     def label(self) -> str:
-        """The name, with the settings that are not the defaults: `come-p[spans=1]`."""
+        """The name, with the settings that differ from the defaults: `come-p[spans=1]`."""
         options = () if self.settings is None else options_of(type(self.settings))
         pairs = ((option, getattr(self.settings, option.attribute)) for option in options)
         words = [f"{option.key}={_written(value)}" for option, value in pairs if value != option.default]
@@ -97,17 +97,17 @@ class Chosen:
 
 
 def words_of(text: str) -> list[str]:
-    """What stands between commas; those in brackets separate options."""
+    """Split at commas outside brackets."""
     return [word.strip() for word in _OUTSIDE_BRACKETS.split(text) if word.strip()]
 
 
 class Kind:
-    """All registered things of one kind.
+    """All registered entries of one kind.
 
     Attributes:
-        noun: what one of them is called.
+        noun: the name of one of them, for messages.
         flag: the option that chooses one.
-        many: whether several may be chosen, in an order.
+        many: whether several may be chosen, in order.
     """
 
     def __init__(self, noun: str, flag: str, package: str, *, many: bool = False) -> None:
@@ -117,7 +117,7 @@ class Kind:
         self._found = False
 
     def by(self, flag: str) -> Kind:
-        """The same things, chosen by another option."""
+        """The same entries, chosen by another option."""
         return _By(self, flag)
 
     def register(self, name: str, settings: type | None = None, **facts: Any) -> Callable[[T], T]:
@@ -151,10 +151,10 @@ class Kind:
         return name in self._entries
 
     def get(self, name: str) -> Entry:
-        """What has this name.
+        """The entry of this name.
 
         Raises:
-            UserError: nothing has.
+            UserError: there is none.
         """
         self._find()
         if name not in self._entries:
@@ -164,7 +164,7 @@ class Kind:
         return self._entries[name]
 
     def with_option(self, key: str) -> tuple[str, ...]:
-        """Names of those that have an option, as its flag is written without the dashes."""
+        """Names of the entries that have an option, given by its flag without dashes."""
         return tuple(
             entry.name
             for entry in self
@@ -172,17 +172,17 @@ class Kind:
         )
 
     def choose(self, choice: Any) -> Any:
-        """What is meant by a name, `name[option=value,...]`, a settings object, or a `Chosen`.
+        """The entry and settings for a name, `name[option=value,...]`, a settings object, or a `Chosen`.
 
         Where several may be chosen: a tuple, of a list of these or of names with commas between; `none` is none.
 
         Raises:
-            UserError: with everything that cannot be.
+            UserError: with every problem.
         """
         return self.choose_all(choice) if self.many else self._one(choice)
 
     def choose_all(self, choices: Any) -> tuple[Chosen, ...]:
-        """Several, each once; see `choose`."""
+        """Choose several, each once; see `choose`."""
         if isinstance(choices, str):
             choices = [] if choices.strip() in ("", "none") else words_of(choices)
         elif not isinstance(choices, Sequence):
@@ -225,7 +225,7 @@ class Kind:
         return Chosen(entry=owners[0], settings=settings)
 
     def _find(self) -> None:
-        """Import what is built in, and the packages that announce themselves, once."""
+        """Import the built-in modules and the packages with an entry point, once."""
         if self._found:
             return
         self._found = True
@@ -334,7 +334,7 @@ _LOADED: dict[str, str] = {}
 
 
 def load_plugin(path: str | Path) -> None:
-    """Run a user's file, which registers what it defines; a second time is nothing.
+    """Run a user's file, which registers what it defines, once.
 
     Raises:
         UserError: there is no such file, or it fails.
@@ -372,7 +372,7 @@ _ANNOUNCED: list[str] = []
 
 
 def _load_announced() -> None:
-    """Import what installed packages announce in the group `intarsia.plugins`, once."""
+    """Import the entry points `intarsia.plugins` of installed packages, once."""
     if _ANNOUNCED:
         return
     _ANNOUNCED.append(GROUP)
@@ -382,7 +382,7 @@ def _load_announced() -> None:
         except Exception as error:
             raise UserError(
                 f"The plugin {point.name} ({point.value}) fails with {type(error).__name__}: {error}.",
-                "Mend or uninstall its package.",
+                "Repair or uninstall its package.",
             ) from error
 
 

@@ -7,9 +7,9 @@
         log = run.log()
         for step in ...: log.append({...})   # after its artifacts
 
-A step counts as done when its line is in the log, and what the line speaks of is written before. So whatever instant
-a job is killed at, the folder is sound, and the same command resumes after the last line. Runtime options (device,
-batch size, memory) are not pinned: they may differ when a job resumes.
+A step counts as done when its line is in the log, and its artifacts are written before the line. So the folder is sound
+whenever a job is killed, and the same command resumes after the last line. Runtime options (device, batch size, memory)
+are not pinned: they may differ when a job resumes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SCRATCH = "scratch"
 
 
 class Log:
-    """A file with one JSON object a line. A last line that a kill tore does not count."""
+    """A file with one JSON object a line; an incomplete last line is ignored."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

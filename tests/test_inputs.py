@@ -11,9 +11,11 @@ import pytest
 
 import intarsia
 from intarsia.checkpoint.staging import check_out
+from intarsia.commands.compare import CompareEval, Entrants
 from intarsia.commands.inputs import inputs_of
+from intarsia.commands.tailor import SearchOptions
 from intarsia.errors import UserError
-from intarsia.options import ModelRef, NewModel
+from intarsia.options import ModelRef, NewModel, TextSpec
 from intarsia.recipe import schema
 from tests.conftest import Folder
 from tests.recipes_by_hand import recipe_of, select
@@ -25,14 +27,21 @@ def state(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def place(model_folder: Folder, tmp_path: Path) -> Path:
-    """A folder with all kinds of inputs: models/llama, links to it, recipes/r.yaml and built."""
+    """A folder with all kinds of inputs."""
     folder = tmp_path / "place"
     shutil.copytree(model_folder("llama"), folder / "models" / "llama")
     (folder / "link").symlink_to(folder / "models" / "llama")
     (folder / "recipes").mkdir()
     schema.save(recipe_of(str(folder / "models" / "llama"), [select(0), select(5)]), folder / "recipes" / "r.yaml")
     intarsia.build(folder / "recipes" / "r.yaml", folder / "built")
-    (folder / "text.txt").write_text("roti")
+    for name in ("text.txt", "more.txt", "quiz.jsonl"):
+        (folder / name).write_text("roti")
+    (folder / "family").mkdir()
+    (folder / "earlier").mkdir()
+    (folder / "family" / "run.yaml").write_text(
+        f"{{base: {folder / 'models' / 'llama'}, variants: {{other: {folder / 'link'}}}, target: {{layers: 4}}, "
+        f"objectives: [{{name: text, loss: {folder / 'text.txt'}}}], search: {{warm_start: [{folder / 'earlier'}]}}}}"
+    )
     return folder
 
 
@@ -59,7 +68,33 @@ CALLS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], object]]] = {
         ("models/llama/config.json", "link/r.html"),
         lambda place, out: intarsia.report(place / "built", out=out, overwrite=True, generate=True),
     ),
-    # What heal, compress, tailor and compare ask.
+    "tailor": (
+        (*OUTS, "text.txt", "text.txt/run", "family", "family/run.yaml/run", "earlier", "earlier/run", "."),
+        lambda place, out: intarsia.tailor(place / "family" / "run.yaml", out, search=SearchOptions(dry_run=True)),
+    ),
+    "tailor --calibration": (
+        ("more.txt", "more.txt/run"),
+        lambda place, out: intarsia.tailor(
+            place / "family" / "run.yaml",
+            out,
+            search=SearchOptions(calibration=(f"{place / 'more.txt'}#0:0.5",), dry_run=True),
+        ),
+    ),
+    "compare": (
+        (*OUTS, "text.txt", "quiz.jsonl", "more.txt/out", "family", "."),
+        lambda place, out: intarsia.compare(
+            str(place / "link"),
+            out,
+            Entrants(methods=("shortgpt",), layers=(4,)),
+            CompareEval(
+                text=(f"name={place / 'text.txt'}#0:0.5",),
+                tasks=(f"{place / 'quiz.jsonl'}",),
+                include_path=place / "family",
+            ),
+            text=TextSpec(sources=(str(place / "more.txt"),)),
+        ),
+    ),
+    # What heal and compress ask.
     "any": (
         (*OUTS, "built", "text.txt", "text.txt/out", "."),
         lambda place, out: check_out(

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.reporting.figures import Axis, Point, Series, chart, standalone
-from intarsia.tailoring.history import Trial
-from intarsia.tailoring.pareto import ALPHA, non_dominated
+from intarsia.tailoring.history import ALPHA, Trial, non_dominated
 
 Excess = tuple[float, ...]
 

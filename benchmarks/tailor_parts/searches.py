@@ -19,8 +19,8 @@ from benchmarks.tailor_parts.planners import CUT, HEALED, best_variant, plan
 from benchmarks.tailor_parts.setting import ABLATION, Rows, Setting
 from intarsia.commands.tailor import FinalOptions, SearchOptions, tailor
 from intarsia.tailoring.family_file import BASE, RANDOM_MIDDLE
+from intarsia.tailoring.final import trial_recipe
 from intarsia.tailoring.run import TailorRun, is_tailor_run
-from intarsia.tailoring.trials import trial_recipe
 
 ENGINES = ("evolve", "smac", "random")
 STARTS = ("sleb", "come-p")

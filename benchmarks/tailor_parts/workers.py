@@ -13,9 +13,8 @@ from benchmarks.tailor_parts.setting import ABLATION, Setting
 from benchmarks.tailor_trial import candidates
 from intarsia.options import Runtime
 from intarsia.recipe.recipe import Recipe
-from intarsia.tailoring.evaluator import OpenScorer
 from intarsia.tailoring.family_file import FamilyFile, read_family_file
-from intarsia.tailoring.workers import OnDask, dask_workers
+from intarsia.tailoring.workers import OnDask, OpenScorer, dask_workers
 
 
 def run(setting: Setting, *, trials: int) -> dict[str, float]:

@@ -55,8 +55,8 @@ def build(
     from intarsia.checkpoint.staging import check_out
     from intarsia.commands.inputs import inputs_of
     from intarsia.commands.recipes import build_recipe, read_recipe
+    from intarsia.tailoring.final import trial_recipe
     from intarsia.tailoring.run import TailorRun, is_tailor_run
-    from intarsia.tailoring.trials import trial_recipe
 
     source, out = Path(source), NewModel.of(out)
     read = [source, source.with_suffix(".safetensors")]  # a recipe has a side file

@@ -163,8 +163,11 @@ def compare(
     methods, heals = planners.choose_all(",".join(entrants.methods)), entrants.heals()
     for stages in heals.values():
         check_stages(stages, runtime)
-    check_no_input(out, inputs_of(models=[model], texts=[*text.sources, *evaluation.text, *evaluation.tasks]))
+    read = [*text.sources, *evaluation.text, *evaluation.tasks]
+    own = [] if evaluation.include_path is None else [evaluation.include_path]
+    check_no_input(out, inputs_of(models=[model], texts=read, files=own))
     job = Job(model, text, runtime)
+    check_no_input(out, [job.checkpoint.folder])
     whole, depths = job.checkpoint.architecture.n_layers, entrants.layers
     strangers = sorted({*(evaluation.task_layers or ())} - {*depths})
     deep = [depth for depth in depths if not 1 <= depth < whole]
@@ -223,7 +226,7 @@ def compare(
                     task.note(method.label)
                     ours = [key for key in missing if key[0] == method.label]
                     for rung in ladders.rungs(method, depths) if ours else ():
-                        rows.tell_shared(ladders.shared_forwards)
+                        rows.add_shared(ladders.shared_forwards)
                         for _, _, heal in (key for key in ours if key[1] == rung.layers):
                             if rung.recipe is None:
                                 rows.add(missed(method.label, rung, heal))

@@ -32,7 +32,7 @@ MEASURED = ("perplexity", "tasks", "speed")
 
 
 class Rows:
-    """The rows that there are, and what makes the others.
+    """The measured rows, and the measuring of new ones.
 
     Attributes:
         dense_key: of the original's row.
@@ -52,7 +52,7 @@ class Rows:
         self.dense_key: Key = (DENSE, job.checkpoint.architecture.n_layers, "none")
 
     def has(self, key: Key) -> bool:
-        """Whether a row is there, with everything that is wanted of it."""
+        """Whether a row is measured, with everything that is asked for."""
         return self._is_whole(self.rows.get(key))
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -61,8 +61,8 @@ class Rows:
         self.rows[_key(row)] = dict(row)
         progress.current().say(text_of(row))
 
-    def tell_shared(self, layer_forwards: float) -> None:
-        """Put what the shared pass took into the original's row: no method's row has it."""
+    def add_shared(self, layer_forwards: float) -> None:
+        """Record the cost of the shared pass in the original's row; no method's row contains it."""
         dense = self.rows[self.dense_key]
         if layer_forwards > (dense["layer_forwards"] or 0.0):
             self.rows[self.dense_key] = {**dense, "layer_forwards": layer_forwards}
@@ -78,7 +78,7 @@ class Rows:
         )
 
     def measured(self, method: str, rung: Rung, heal: str, healed: HealedRung) -> dict[str, Any]:
-        """The row of a recipe's model. A model that an earlier row is about is not measured again."""
+        """The row of a recipe's model; the measures of an equal model in an earlier row are reused."""
         checkpoint, recipe = self.job.checkpoint, healed.recipe
         layers = len(recipe.layers)
         row = _row(method, layers, heal, note=healed.note) | {
@@ -142,7 +142,7 @@ class Rows:
             return found
 
     def _speed(self, model: PreTrainedModel, dense: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Beside the original's, measured in turns with it: whatever else the machine does meets both."""
+        """Measured in turns with the original, so that other load on the machine affects both."""
         models = {"this": model, **({} if dense is None else {DENSE: self.job.resident.model})}
         speeds = compare_speed(models)
         found = asdict(speeds["this"])

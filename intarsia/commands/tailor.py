@@ -6,28 +6,25 @@ Source: GPTailor, arXiv 2506.20480. All of a search is in its run folder (`intar
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from intarsia.errors import Problems, UserError, check
+from intarsia.errors import Problems, check
 from intarsia.flags import Flag, flag, token_count
 from intarsia.options import Runtime
 from intarsia.progress import current
-from intarsia.registry import Chosen, Engine, engines, loaded_plugins
-from intarsia.tailoring.family_file import BASE, FamilyFile, read_family_file
-from intarsia.tailoring.run import FACTS, FAMILY, TailorRun, is_tailor_run
+from intarsia.registry import Chosen, Engine, engines, loaded_plugins, planners
+from intarsia.tailoring.family_file import BASE, RANDOM_MIDDLE, FamilyFile, read_family_file
+from intarsia.tailoring.run import FAMILY, TailorRun, is_tailor_run
 
 if TYPE_CHECKING:
     from intarsia.recipe.recipe import Recipe
+    from intarsia.tailoring.engine import Predicted
     from intarsia.tailoring.evaluator import Evaluator
     from intarsia.tailoring.family import Family
-    from intarsia.tailoring.history import Trial
-    from intarsia.tailoring.pareto import Front
-    from intarsia.tailoring.space import Space
-    from intarsia.tailoring.workers import Workers
+    from intarsia.tailoring.history import Front
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +51,14 @@ class SearchOptions:
     def __post_init__(self) -> None:
         numbers = {"--trials": self.trials, "--more-trials": self.more_trials, "--workers": self.workers}
         small = "Give a larger number."
+        both = self.trials is not None and self.more_trials is not None
+        missing = self.configs is not None and not Path(self.configs).is_dir()
         check(
             *((n is None or n >= 1, f"{name} is {n}; it is at least 1.", small) for name, n in numbers.items()),
             (self.tokens >= 16, f"--tokens is {self.tokens}; it is at least 16.", small),
-            (
-                self.trials is None or self.more_trials is None,
-                "--trials and --more-trials are both given.",
-                "Give one of them.",
-            ),
+            (not both, "--trials and --more-trials are both given.", "Give one of them."),
             (self.configs is None or self.dry_run, "--configs is given without --dry-run.", "Add --dry-run."),
-            (
-                self.configs is None or Path(self.configs).is_dir(),
-                f"--configs {self.configs} is no folder.",
-                "Check the path.",
-            ),
+            (not missing, f"--configs {self.configs} is no folder.", "Check the path."),
         )
 
 
@@ -77,9 +68,9 @@ class FinalOptions:
 
     # Build the incumbent into RUN/best.
     build: bool = True
-    # Score the incumbent on what the search never saw.
+    # Score the incumbent on examples that the search has not seen.
     judge: bool = True
-    # Unseen items of each objective to score it on, at most.
+    # Unseen examples of each objective to score it on, at most.
     judge_examples: int = flag(1000, metavar="N")
 
     def __post_init__(self) -> None:
@@ -101,31 +92,33 @@ def tailor(
 ) -> TailorResult:
     """Search for the best small model that can be made of a family: remove, select, merge and join layers.
 
-    Stopped at any point, the same command continues; with one worker the log is then that of an undisturbed search.
+    Stopped at any point, the same command resumes; with one worker the log is then that of an undisturbed search.
     `intarsia build RUN --best NAME` (or --knee, --trial N) builds any trial.
 
     Raises:
         UserError: something about the input cannot be used, or the first trials all fail.
     """
-    started = time.perf_counter()
-    plan = _read(Path(source), out, engine, search, runtime)
     from intarsia.checkpoint.hashing import acting_config
-    from intarsia.commands.job import Placement
+    from intarsia.checkpoint.staging import check_no_input
+    from intarsia.commands.job import Placement, versions
     from intarsia.commands.tailor_start import SearchStart
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.reporting.page import write_report
-    from intarsia.tailoring.engine import Task, budget_ladder
-    from intarsia.tailoring.evaluator import OpenScorer, open_evaluator
+    from intarsia.tailoring.engine import Task, budget_ladder, predict
+    from intarsia.tailoring.evaluator import open_evaluator
     from intarsia.tailoring.family import open_family
+    from intarsia.tailoring.final import translator_of
     from intarsia.tailoring.search import Goal
     from intarsia.tailoring.search import search as run_search
     from intarsia.tailoring.space import space_of
     from intarsia.tailoring.trial_heal import KeptFits
-    from intarsia.tailoring.trials import translator_of
-    from intarsia.tailoring.workers import check_scheduler
+    from intarsia.tailoring.workers import OpenScorer, check_scheduler, open_workers
+
+    started = time.perf_counter()
+    plan = _read(Path(source), out, engine, search, runtime)
+    file, runtime = plan.file, plan.runtime
 
     # 1. The family, and 2. the space.
-    file, runtime = plan.file, plan.runtime
     family = open_family(file.members, weights=not search.dry_run, configs=search.configs)
     for note in family.notes:
         current().say(note)
@@ -133,33 +126,34 @@ def tailor(
     budgets = budget_ladder(file.search.min_budget, file.search.max_budget, file.search.eta)
     predicted = predict(file, space, budgets, plan.trials)
 
-    def result(run: Path | None = None, **found: Any) -> TailorResult:
+    def result(**found: Any) -> TailorResult:
         seconds = time.perf_counter() - started
-        return TailorResult(
-            run=run, predicted=predicted, seconds=seconds, peak_memory_bytes=peak_memory_bytes(), **found
-        )
+        return TailorResult(predicted=predicted, seconds=seconds, peak_memory_bytes=peak_memory_bytes(), **found)
 
     if search.dry_run:
-        return result()
+        return result(run=None)
     Placement.of(runtime)
     if search.scheduler is not None:
         check_scheduler(search.scheduler)
     current().say(predicted.words())
 
-    # 3. The run folder: compared with what is known already, before the models are loaded.
+    # 3. The run folder: checked before the base is loaded.
     assert plan.out is not None
     run = TailorRun(plan.out)
-    facts = _facts(plan, family, space, budgets)
+    check_no_input(run.path, family.folders())
+    facts = run.describe(file, family, space, engine=plan.engine.name)
+    facts |= {"budgets": list(budgets), "device": runtime.device, "dtype": runtime.dtype, "versions": versions()}
     facts["config"] = acting_config(family.checkpoints()[BASE].config)
-    run.check(_pinned(file, facts, examples=...))
+    run.check(run.pins(file, facts, examples=...))
 
     # 4. The evaluator.
     resumed = is_tailor_run(run.path)
     fits = KeptFits(run.fits)
     evaluator = open_evaluator(family, file, runtime, probe=not resumed, fits=fits)
-    with run.opened(_pinned(file, facts, examples=evaluator.data)):
+    with run.opened(run.pins(file, facts, examples=evaluator.data)):
         if not resumed:
-            _start(run, plan, facts, evaluator)
+            costs = None if evaluator.base is None else evaluator.base.costs
+            run.start(file, facts, costs=costs, examples=evaluator.data)
         run.want(plan.trials)
 
         # 5. What the search starts with.
@@ -171,25 +165,14 @@ def tailor(
         # 6. The search.
         history, stopped = run.history, None
         if len(history.made) < plan.trials:
-            task = Task(
-                space=space,
-                budgets=budgets,
-                objectives=evaluator.objectives,
-                eta=file.search.eta,
-                seed=file.search.seed,
-                starts=start.starts,
-            )
-            goal = Goal(
-                trials=plan.trials,
-                objectives=evaluator.objectives,
-                max_budget=budgets[-1],
-                seed=file.search.seed,
-                engine=plan.engine.name,
-            )
+            objectives, seed = evaluator.objectives, file.search.seed
+            eta, name = file.search.eta, plan.engine.name
+            task = Task(space=space, budgets=budgets, objectives=objectives, eta=eta, seed=seed, starts=start.starts)
+            goal = Goal(trials=plan.trials, objectives=objectives, max_budget=budgets[-1], seed=seed, engine=name)
             if file.heal != "none":
                 fits.start()
             opener = OpenScorer(file=file, runtime=runtime, fits=run.fits, plugins=loaded_plugins())
-            with _workers(search, opener, evaluator, file) as workers:
+            with open_workers(opener, evaluator, scheduler=search.scheduler, count=search.workers) as workers:
                 stopped = run_search(
                     plan.engine.create(task),
                     history,
@@ -208,7 +191,7 @@ def tailor(
         write_report([run.path], run.report)
     made = history.made
     return result(
-        run.path,
+        run=run.path,
         report=run.report,
         trials=len(made),
         failed=sum(trial.status == "failed" for trial in made),
@@ -217,9 +200,6 @@ def tailor(
         trial_seconds=sum(trial.seconds for trial in made),
         **found,
     )
-
-
-# Reading what is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,41 +211,41 @@ class _Plan:
     # The run folder; None for a dry run without one.
     out: Path | None
     trials: int
-    search: SearchOptions
-    # A resumed search's device and dtype, where none are given.
+    # With a resumed search's device and dtype, where none are given.
     runtime: Runtime
 
 
 def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, runtime: Runtime) -> _Plan:
-    resumes = source.is_dir()
+    """Read and check what is asked for; nothing is opened yet.
+
+    Raises:
+        UserError: with everything that is wrong with the options or the family file.
+    """
+    from intarsia.checkpoint.staging import check_no_input
+
+    resumes, more = source.is_dir(), search.more_trials
     problems = Problems()
     with problems:
         check(
             (not resumes or out is None, "--out is given with the folder of a search.", "Leave it out."),
             (resumes or out is not None or search.dry_run, "There is no folder for the search.", "Give one with -o."),
-            (
-                resumes or search.more_trials is None,
-                "--more-trials is given with a family file.",
-                "Use --trials, or give the folder of a search.",
-            ),
-            *(
-                (not getattr(runtime, name.replace("-", "_")), f"--{name} is not for a search.", "Leave it out.")
-                for name in ("devices", "stream")
-            ),
+            (resumes or more is None, "--more-trials is given with a family file.", "Use --trials, or give the run."),
+            (not runtime.devices, "--devices is not for a search.", "Leave it out."),
+            (not runtime.stream, "--stream is not for a search.", "Leave it out."),
         )
     with problems:
         engine = None if engine is None else engines.choose(engine)
     problems.raise_any()
     run = TailorRun.existing(source) if resumes else None if out is None else TailorRun(out)
     file = read_family_file(source / FAMILY if resumes else source)
+    if run is not None:
+        check_no_input(run.path, _inputs(file, search.calibration, () if resumes else (source,)))
     known = run.wanted if run is not None and is_tailor_run(run.path) else 0
     if resumes:
         assert run is not None
-        # One whose trials are not all made yet continues to where it was meant to, so that a call that was killed may
-        # simply be made again.
+        # A search whose trials are not all made continues to its earlier goal, so that a killed call can be repeated.
         wanted = known or file.search.trials
-        more = search.more_trials if len(run.history.made) >= wanted else None
-        trials = search.trials or wanted + (more or 0)
+        trials = search.trials or wanted + (more or 0) * (len(run.history.made) >= wanted)
         facts = run.settings
         runtime = replace(runtime, device=runtime.device or facts["device"], dtype=runtime.dtype or facts["dtype"])
     else:
@@ -273,108 +253,33 @@ def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, ru
     chosen = file.engine if engine is None else engine
     getattr(chosen.entry.object, "check", lambda: None)()
     named = file.search.model_copy(update={"engine": chosen.label})
-    return _Plan(
-        file=file.model_copy(update={"search": named}).absolute(),
-        engine=chosen,
-        out=None if run is None else run.path,
-        trials=trials,
-        search=search,
-        runtime=runtime,
+    file = file.model_copy(update={"search": named}).absolute()
+    return _Plan(file=file, engine=chosen, out=None if run is None else run.path, trials=trials, runtime=runtime)
+
+
+def _inputs(file: FamilyFile, texts: Iterable[str], files: Iterable[Path]) -> list[Path]:
+    """All files and folders that a search reads: members, objectives' sources, earlier runs, texts."""
+    from intarsia.commands.inputs import inputs_of
+
+    return inputs_of(
+        models=[member.model for member in file.members.values()],
+        texts=[*texts, *(objective.source for objective in file.objectives)],
+        files=[*files, *(name for name in file.search.warm_start if name not in (RANDOM_MIDDLE, *planners.names))],
     )
 
 
-# The run folder
-
-
-def _facts(plan: _Plan, family: Family, space: Space, budgets: Sequence[int]) -> dict[str, Any]:
-    """What is recorded of a search."""
-    from intarsia.commands.job import versions
-
-    return {
-        "kind": "tailor",
-        "members": {
-            variant.name: {"model": variant.model, "revision": variant.revision, "sha256": variant.sha256}
-            for variant in family.variants()
-        },
-        "space": {
-            "kind": space.kind,
-            "depth": space.depth,
-            "target": space.target,
-            "log10_size": round(space.log10_size, 3),
-        },
-        "budgets": list(budgets),
-        "engine": plan.engine.name,
-        "seed": plan.file.search.seed,
-        "heal": plan.file.heal,
-        "device": plan.runtime.device,
-        "dtype": plan.runtime.dtype,
-        "versions": versions(),
-    }
-
-
-def _pinned(file: FamilyFile, facts: Mapping[str, Any], *, examples: Any) -> dict[str, Any]:
-    """What must be the same when a search is resumed; how many trials it makes may differ."""
-    family = file.model_dump(exclude={"search": {"trials"}})
-    family["objectives"] = {entry["name"]: entry for entry in family["objectives"]}
-    return {
-        "family": family,
-        "weights": {name: member["sha256"] for name, member in facts["members"].items()},
-        "config": facts["config"],
-        "examples": examples,
-    }
-
-
-def _start(run: TailorRun, plan: _Plan, facts: dict[str, Any], evaluator: Evaluator) -> None:
-    """Record what is known of a new search."""
-    from intarsia.disk import write_whole
-
-    base, data = evaluator.base, evaluator.data
-    facts["base"] = dict(zip(evaluator.objectives, base.costs, strict=True)) if base else None
-    facts["objectives"] = [
-        {
-            "name": objective.name,
-            "kind": objective.kind,
-            "source": objective.source,
-            "metric": objective.metric if objective.kind == "task" else None,
-            "split": list(objective.split),
-            "sha256": data.get(objective.name),
-        }
-        for objective in plan.file.objectives
-    ]
-    write_whole(run.artifact(FAMILY), "# The family file, its paths made absolute.\n" + plan.file.to_yaml())
-    run.write_json(FACTS, facts)
-
-
-# The search and its end
-
-
-@contextmanager
-def _workers(search: SearchOptions, opener: Any, evaluator: Evaluator, file: FamilyFile) -> Iterator[Workers]:
-    """One worker is this process, which has its evaluator already."""
-    from intarsia.tailoring.evaluator import TrialScorer
-    from intarsia.tailoring.workers import InProcess, dask_workers
-
-    if search.scheduler is None and (search.workers or 1) == 1:
-        yield InProcess(TrialScorer(evaluator, file))
-        return
-    evaluator.close()  # the workers have their own
-    with dask_workers(opener, scheduler=search.scheduler, count=search.workers) as workers:
-        yield workers
-
-
 def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final: FinalOptions) -> dict[str, Any]:
-    """Write the front with its recipes, build its knee into `best/`, score it on unseen items.
+    """Write the front with its recipes, build its knee into `best/`, score it on unseen examples.
 
     What was done for the same incumbent before is not done again.
 
     Raises:
-        UserError: a folder `best` that is not of the search stands in the way, or a disk is full.
+        UserError: a folder `best` that is not of the search is in the way, or a disk is full.
     """
     from intarsia.commands.recipes import build_recipe
     from intarsia.recipe.schema import content_hash
-    from intarsia.tailoring.final import final_scores
+    from intarsia.tailoring.final import final_scores, keep_front, trial_recipe
     from intarsia.tailoring.trial_heal import KeptFits
-    from intarsia.tailoring.trials import keep_front, trial_recipe
 
     run = TailorRun(path)
     front = run.front
@@ -389,7 +294,7 @@ def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final
     if judged is not None and (judged["recipe"], judged["asked"]) != (sha256, asked):
         judged = None
     run.write_front(front, judged)
-    if final.build and not _is_built(run.best, sha256):
+    if final.build and not run.has_built(sha256):
         build_recipe(recipe, run.best, overwrite=True, progress=current())
     if judged is None and asked is not None:
         evaluator.close()
@@ -403,84 +308,6 @@ def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final
     return {"front": front, "judged": judged, "best": run.best if final.build else None}
 
 
-def _is_built(folder: Path, sha256: str) -> bool:
-    """Whether a folder holds the model of a recipe."""
-    from intarsia.building.materialize import RECIPE_FILE
-    from intarsia.recipe import schema
-
-    kept = folder / RECIPE_FILE
-    if not kept.is_file():
-        return False
-    try:
-        return schema.content_hash(schema.load(kept)) == sha256
-    except UserError:
-        return False
-
-
-# The result
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predicted:
-    """What a search is, before it starts."""
-
-    # cut, fusion or stack; from `layers` to `target`.
-    kind: str
-    layers: int
-    target: int
-    # How many candidates there are, as a power of ten.
-    log10_size: float
-    engine: str
-    trials: int
-    objectives: tuple[str, ...]
-    # For each budget about how many trials, and the examples of all objectives that they are scored on.
-    stages: tuple[dict[str, int], ...]
-    # Examples times layers run on each, if nothing is shared between trials.
-    layer_passes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {
-            "space": f"{self.kind}: {self.layers} to {self.target} layers, about 10^{self.log10_size:.1f} candidates",
-            "log10_size": self.log10_size,
-            "engine": self.engine,
-            "trials": self.trials,
-            "objectives": list(self.objectives),
-            "budgets": [dict(stage) for stage in self.stages],
-            "layer_passes": self.layer_passes,
-        }
-
-    def words(self) -> str:
-        """In a line."""
-        budgets = ", ".join(f"{stage['trials']} at {stage['budget']}" for stage in self.stages)
-        return (
-            f"{self.layers} to {self.target} layers: about 10^{self.log10_size:.1f} candidates; "
-            f"{self.trials} trials by {self.engine}, about {budgets} examples"
-        )
-
-
-def predict(file: FamilyFile, space: Space, budgets: Sequence[int], trials: int) -> Predicted:
-    """Space, budgets and cost of a search."""
-    from intarsia.tailoring.engine import expected_trials
-
-    counts = expected_trials(budgets, trials, file.search.eta)
-    objectives = len(file.objectives)
-    return Predicted(
-        kind=space.kind,
-        layers=space.depth,
-        target=space.target,
-        log10_size=space.log10_size,
-        engine=file.engine.name,
-        trials=trials,
-        objectives=tuple(objective.name for objective in file.objectives),
-        stages=tuple(
-            {"budget": budget, "trials": count, "examples": budget * count * objectives}
-            for budget, count in counts.items()
-        ),
-        layer_passes=sum(budget * count for budget, count in counts.items()) * objectives * space.target,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class TailorResult:
     """What a search has found."""
@@ -492,12 +319,12 @@ class TailorResult:
     trials: int = 0
     failed: int = 0
     front: Front | None = None
-    # The incumbent and the base on what the search never saw; None where they were not scored.
+    # Final scores of the incumbent and the base on unseen examples; None without them.
     judged: Mapping[str, Any] | None = None
     # The folder of the built incumbent.
     best: Path | None = None
     report: Path | None = None
-    # Why the search ended before it had made as many trials as were asked for, or None.
+    # Why the search stopped before its last trial, or None.
     stopped: str | None = None
     layer_forwards: float = 0.0
     trial_seconds: float = 0.0
@@ -511,23 +338,11 @@ class TailorResult:
         front = self.front
         return {
             "run": str(self.run),
-            "front": [] if front is None else [_row(front, trial) for trial in front.points],
+            "front": [] if front is None else front.rows(),
             "budget": None if front is None else front.budget,
             "knee": None if front is None else front.knee.number,
-            "judged": self.judged,
-            "trials": self.trials,
-            "failed": self.failed,
-            "stopped": self.stopped,
+            **{name: getattr(self, name) for name in ("judged", "trials", "failed", "stopped")},
             "best": None if self.best is None else str(self.best),
             "report": None if self.report is None else str(self.report),
-            "layer_forwards": self.layer_forwards,
-            "trial_seconds": self.trial_seconds,
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
+            **{n: getattr(self, n) for n in ("layer_forwards", "trial_seconds", "seconds", "peak_memory_bytes")},
         }
-
-
-def _row(front: Front, trial: Trial) -> dict[str, Any]:
-    marks = [name for name in front.objectives if front.best(name) is trial] + ["knee"] * (front.knee is trial)
-    costs = dict(zip(front.objectives, trial.costs or (), strict=True))
-    return {"trial": trial.number, **costs, "best": ", ".join(marks), "engine": trial.engine, "origin": trial.origin}

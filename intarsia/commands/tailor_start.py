@@ -20,10 +20,10 @@ from intarsia.run_dir import RunDir
 from intarsia.tailoring import warm_start
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import RANDOM_MIDDLE, FamilyFile, ObjectiveSpec
-from intarsia.tailoring.objective_sources import part_of
+from intarsia.tailoring.final import SENSITIVITIES
+from intarsia.tailoring.objective import part_of
 from intarsia.tailoring.run import TailorRun, is_tailor_run
 from intarsia.tailoring.translate import Translator
-from intarsia.tailoring.trials import SENSITIVITIES
 from intarsia.tailoring.warm_start import WarmStart, from_recipe, from_search, random_middles
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ DENSE = "dense"
 MEAN = "mean"
 
 Key = tuple[str, int, str]
-"""Method, layers and heal: what tells one row from another."""
+"""Method, layers and heal, which identify a row."""
 
 Measure = Mapping[str, Any]
 """A number as `value`, often with `stderr`."""
@@ -62,7 +62,7 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """What tells it from the others."""
+        """What identifies it."""
         return self.method, self.layers, self.heal
 
     @property
@@ -102,9 +102,9 @@ class Comparison:
     # Names of the tasks.
     tasks: tuple[str, ...]
     rows: tuple[Row, ...]
-    # The models that it will hold when it is finished, where the folder says so.
+    # The models that the finished comparison has, where the folder records them.
     asked: tuple[Key, ...] = ()
-    # All that `compare.json` says.
+    # All of `compare.json`.
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -17,8 +17,7 @@ from intarsia.reporting.blocks import Block, Code, Facts, Figure, Section, Subje
 from intarsia.reporting.figures import Axis, Point, Series, chart
 from intarsia.reporting.puzzle import pieces_of, puzzle_section, puzzle_svg, sources_in_words
 from intarsia.reporting.wording import model_name, short, text_of, written
-from intarsia.tailoring.history import Trial
-from intarsia.tailoring.pareto import Front
+from intarsia.tailoring.history import Front, Trial
 from intarsia.tailoring.run import FAMILY, TailorRun
 
 _MOST_PAIRS, _MOST_PICTURES = 6, 4
@@ -95,14 +94,17 @@ def _front(run: TailorRun) -> list[Section]:
         return []
     pairs = list(combinations(range(len(run.objectives)), 2))[:_MOST_PAIRS]
     blocks: list[Block] = [_pair(run, run.front, *pair) for pair in pairs]
-    rows = []
     # With one objective all trials of the front are equally good.
-    for trial in run.front.points if pairs else run.front.points[:1]:
-        marks = [name for name in run.objectives if run.front.best(name) is trial]
-        marks += ["knee"] * (trial is run.front.knee)
-        costs = dict(zip(run.objectives, map(short, _costs(trial)), strict=True))
-        how = {"best in": ", ".join(marks), "engine": trial.engine, "origin": trial.origin}
-        rows.append({"trial": str(trial.number), **costs, **how})
+    rows = [
+        {
+            "trial": str(row["trial"]),
+            **{name: short(row[name]) for name in run.objectives},
+            "best in": row["best"],
+            "engine": row["engine"],
+            "origin": row["origin"],
+        }
+        for row in (run.front.rows() if pairs else run.front.rows()[:1])
+    ]
     blocks.append(table(rows, text_columns=("best in", "engine", "origin"), caption="The trials of the front"))
     return [
         Section(

@@ -15,11 +15,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from intarsia.tailoring.candidate import Candidate
-from intarsia.tailoring.pareto import draw_weights, order
+from intarsia.tailoring.history import draw_weights, order
 from intarsia.tailoring.space import Space
+
+if TYPE_CHECKING:
+    from intarsia.tailoring.family_file import FamilyFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class Task:
     budgets: tuple[int, ...]
     # Names of the objectives, in the order of the costs.
     objectives: tuple[str, ...]
-    # Of so many candidates at a budget one is promoted to the next.
+    # One of this many candidates at a budget is promoted to the next.
     eta: int = 3
     seed: int = 0
     # What to try first.
@@ -94,7 +97,7 @@ def expected_trials(budgets: Sequence[int], trials: int, eta: int) -> dict[int, 
 
 @dataclass(kw_only=True)
 class Stage:
-    """What is known at one budget: candidates with their costs, in the order in which they were told."""
+    """What is known at one budget: candidates with their costs, in the order of `tell`."""
 
     budget: int
     costs: dict[Candidate, tuple[float, ...]] = field(default_factory=dict)
@@ -185,3 +188,62 @@ def ranked(stage: Stage, candidates: Sequence[Candidate], weights: Sequence[floa
     chosen = set(candidates)
     places = order([stage.costs[candidate] for candidate in everyone], weights)
     return [everyone[place] for place in places if everyone[place] in chosen]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What a search is, before it starts."""
+
+    # cut, fusion or stack; from `layers` to `target`.
+    kind: str
+    layers: int
+    target: int
+    # How many candidates there are, as a power of ten.
+    log10_size: float
+    engine: str
+    trials: int
+    objectives: tuple[str, ...]
+    # For each budget about how many trials, and the examples of all objectives that they are scored on.
+    stages: tuple[dict[str, int], ...]
+    # Examples times layers run on each, if nothing is shared between trials.
+    layer_passes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "space": f"{self.kind}: {self.layers} to {self.target} layers, about 10^{self.log10_size:.1f} candidates",
+            "log10_size": self.log10_size,
+            "engine": self.engine,
+            "trials": self.trials,
+            "objectives": list(self.objectives),
+            "budgets": [dict(stage) for stage in self.stages],
+            "layer_passes": self.layer_passes,
+        }
+
+    def words(self) -> str:
+        """In a line."""
+        budgets = ", ".join(f"{stage['trials']} at {stage['budget']}" for stage in self.stages)
+        return (
+            f"{self.layers} to {self.target} layers: about 10^{self.log10_size:.1f} candidates; "
+            f"{self.trials} trials by {self.engine}, about {budgets} examples"
+        )
+
+
+def predict(file: FamilyFile, space: Space, budgets: Sequence[int], trials: int) -> Predicted:
+    """Space, budgets and cost of a search."""
+    counts = expected_trials(budgets, trials, file.search.eta)
+    objectives = len(file.objectives)
+    return Predicted(
+        kind=space.kind,
+        layers=space.depth,
+        target=space.target,
+        log10_size=space.log10_size,
+        engine=file.engine.name,
+        trials=trials,
+        objectives=tuple(objective.name for objective in file.objectives),
+        stages=tuple(
+            {"budget": budget, "trials": count, "examples": budget * count * objectives}
+            for budget, count in counts.items()
+        ),
+        layer_passes=sum(budget * count for budget, count in counts.items()) * objectives * space.target,
+    )

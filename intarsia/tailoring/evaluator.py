@@ -2,9 +2,9 @@
 
 No checkpoint is written and no model is loaded a second time. A trial runs what is new in it: layers after the
 prefix that it shares with an earlier one, on examples that it was not run on yet. Each number is a function of the
-recipe and the budget alone: on the CPU it is the same to the last bit whatever was in the caches.
+recipe and the budget alone: on the CPU it is bit-identical whatever is cached.
 
-Layers are made from the same tensors as a built folder's, and likelihoods by the functions that judge it.
+Layers are made from the same tensors as a built folder's, and likelihoods are computed by the code that evaluates it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,18 +29,13 @@ from intarsia.options import Runtime
 from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.validate import check
-from intarsia.registry import load_plugin
-from intarsia.tailoring.family import Family, open_family
+from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile
 from intarsia.tailoring.history import Outcome, TrialFailed
-from intarsia.tailoring.objective import QUESTIONS, Objective, check_budgets, check_varied, cuts_of
-from intarsia.tailoring.objective_sources import read_objectives
+from intarsia.tailoring.objective import QUESTIONS, Objective, check_budgets, check_varied, cuts_of, read_objectives
 from intarsia.tailoring.trial_heal import KeptFits, repair_corpus, repair_windows, repair_work, repaired
 from intarsia.tailoring.trial_run import ResidentFamily, Runner
 from intarsia.tailoring.trial_scores import Scored, Scorer
-from intarsia.tailoring.workers import Place
-
-__all__ = ["Evaluator", "Outcome", "TrialFailed"]
 
 
 class Evaluator:
@@ -128,7 +121,7 @@ class Evaluator:
             return self._repaired(recipe)[0]
 
     def probe(self, budget: int) -> None:
-        """Measure the uncut base, and refuse objectives that tell nothing.
+        """Measure the uncut base, and refuse objectives on which models cannot differ.
 
         Raises:
             UserError: the base cannot be scored, or naming these objectives.
@@ -155,7 +148,7 @@ class Evaluator:
         )
 
     def close(self) -> None:
-        """Let go of all that is cached."""
+        """Release all that is cached."""
         self.runner.clear()
         self._scorer.clear()
 
@@ -250,13 +243,12 @@ def open_evaluator(
             family's own tensors; without it 1 GiB on the CPU, and three tenths of what is free elsewhere.
         seq_len: tokens of a window of text.
         tokenizer: the base's; None to read it from its folder.
-        probe: measure the base at the largest budget, and refuse objectives that tell nothing. One of several
-            workers is enough for that.
+        probe: measure the base at the largest budget, and refuse objectives on which models cannot differ.
         fits: where what is fitted for trials is kept.
 
     Raises:
-        UserError: with everything that is wrong with the objectives; a budget is larger than the data; an objective
-            tells nothing.
+        UserError: with everything that is wrong with the objectives; a budget is larger than the data; models
+            cannot differ in an objective.
     """
     runtime, search = runtime or Runtime(), file.search
     device = default_device() if runtime.device is None else torch.device(runtime.device)
@@ -276,10 +268,10 @@ def open_evaluator(
     repair_on = None
     if file.heal != "none":
         repair_on = repair_corpus(objectives, seq_len=seq_len, eos=tokenizer.eos_token_id)
-    room = runtime.memory_bytes or _cache_bytes(device)
+    cache_bytes = runtime.memory_bytes or _cache_bytes(device)
     with current().task("loading the base", total=1) as task:
         dtype = None if runtime.dtype is None else getattr(torch, runtime.dtype)
-        layers = ResidentFamily(family, device=device, dtype=dtype, memory_bytes=room // 3)
+        layers = ResidentFamily(family, device=device, dtype=dtype, memory_bytes=cache_bytes // 3)
         task.advance()
     made = Evaluator(
         layers,
@@ -287,7 +279,7 @@ def open_evaluator(
         cuts=cuts_of(search.min_budget, search.max_budget, search.eta),
         pack=takes_packed_rows(layers.resident.model, _longest_row(objectives)),
         batch_tokens=runtime.batch_tokens or _batch_tokens(layers),
-        cache_bytes=room * 2 // 3,
+        cache_bytes=cache_bytes * 2 // 3,
         repair_on=repair_on,
         fits=fits,
     )
@@ -316,56 +308,10 @@ def examples_there(file: FamilyFile, family: Family, most: int) -> int:
     return min(most, max(len(objective.examples) for objective in objectives))
 
 
-class TrialScorer:
-    """Scores the recipes of a search, healed where the family file says so."""
-
-    def __init__(self, evaluator: Evaluator, file: FamilyFile) -> None:
-        self.evaluator = evaluator
-        self._file = file
-
-    def evaluate(self, recipe: Recipe, budget: int) -> Outcome:
-        """See `intarsia.tailoring.workers.Scorer`."""
-        if self._file.heals(budget):
-            return self.evaluator.evaluate(recipe, budget, healed=True)
-        return self.evaluator.evaluate(recipe, budget)
-
-    def close(self) -> None:
-        """Let go of what is cached."""
-        self.evaluator.close()
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenScorer:
-    """Opens the family in the process of a worker. Paths are absolute: the worker may run in another folder."""
-
-    file: FamilyFile
-    runtime: Runtime
-    # The folder of what is fitted for trials.
-    fits: Path | None = None
-    # Files that register merge operators of the user's own.
-    plugins: tuple[str, ...] = ()
-
-    def __call__(self, place: Place) -> TrialScorer:
-        """A scorer for a worker: with its share of the memory, on its own GPU where there are several."""
-        for plugin in self.plugins:
-            load_plugin(plugin)
-        if place.threads is not None:
-            torch.set_num_threads(place.threads)
-        runtime = self.runtime
-        device = default_device() if runtime.device is None else torch.device(runtime.device)
-        if place.count > 1 and device.type == "cuda" and ":" not in str(device):
-            runtime = replace(runtime, device=f"cuda:{place.index % torch.cuda.device_count()}")
-        if runtime.memory_bytes is not None:
-            runtime = replace(runtime, memory=str(runtime.memory_bytes // place.count))
-        fits = None if self.fits is None else KeptFits(self.fits)
-        evaluator = open_evaluator(open_family(self.file.members), self.file, runtime, probe=False, fits=fits)
-        return TrialScorer(evaluator, self.file)
-
-
 def _cache_bytes(device: torch.device) -> int:
     """A share of what is free, on the CPU no more than 1 GiB."""
-    room = int(free_bytes(device) * _SHARE_OF_FREE)
-    return room if device.type == "cuda" else min(_MOST_ON_CPU, room)
+    share = int(free_bytes(device) * _SHARE_OF_FREE)
+    return share if device.type == "cuda" else min(_MOST_ON_CPU, share)
 
 
 def _longest_row(objectives: Sequence[Objective]) -> int:

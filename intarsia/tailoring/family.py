@@ -16,7 +16,7 @@ from intarsia.checkpoint.files import read_config
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.multimodal import text_config
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.resolve import DEMO, not_downloaded, resolve
+from intarsia.checkpoint.resolve import DEMO, lasting, not_downloaded, resolve
 from intarsia.errors import Problem, Problems, UserError
 from intarsia.progress import current
 from intarsia.recipe.recipe import Variant
@@ -141,7 +141,7 @@ def _compare_tokens(base: Checkpoint, other: Checkpoint) -> tuple[list[str], lis
     folder = other.folder if other.adapter is None else other.adapter.folder
     ours, theirs = _tokens(base.folder), _tokens(folder)
     if ours is None or theirs is None:
-        # Adapters seldom bring one along; then they were trained with the base's.
+        # Most adapters have none; they were trained with the base's.
         alone = other.adapter is not None and theirs is None and ours is not None
         return [], [] if alone else ["no tokenizer to compare with the base's"]
     rows = base.architecture.vocabulary
@@ -245,6 +245,11 @@ class Family:
         assert all(checkpoint is not None for checkpoint in found.values()), "opened with weights"
         return {name: checkpoint for name, checkpoint in found.items() if checkpoint is not None}
 
+    def folders(self) -> list[Path]:
+        """The folders that the members are read from."""
+        checkpoints = self.checkpoints().values()
+        return [found.folder for found in checkpoints] + [each.adapter.folder for each in checkpoints if each.adapter]
+
     def variants(self) -> tuple[Variant, ...]:
         """The members as a recipe names them, with the hashes of their weights, all of which are finite.
 
@@ -253,9 +258,7 @@ class Family:
         """
         found = []
         for member in self.members:
-            # A recipe outlives the folder that the search ran in, so a local path is made absolute.
-            local = Path(member.model).is_dir() and member.model != "demo"
-            model = str(Path(member.model).resolve()) if local else member.model
+            model = lasting(member.model)
             sha256 = None if member.checkpoint is None else scan(member.checkpoint, current())
             found.append(Variant(name=member.name, model=model, revision=member.revision, sha256=sha256))
         return tuple(found)

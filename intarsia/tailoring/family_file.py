@@ -206,7 +206,7 @@ class SearchSpec(Strict):
     trials: _Number = 100
     min_budget: _Number = 16
     max_budget: _Number = 256
-    # Of so many candidates at a budget one is promoted to the next.
+    # One of this many candidates at a budget is promoted to the next.
     eta: Annotated[int, Field(ge=2, le=2**31 - 1)] = 3
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     # What to try first: `random-middle`, planners, folders of earlier runs.
@@ -320,7 +320,7 @@ class FamilyFile(Strict):
         return self.heal == "every" or (self.heal == "finalists" and budget >= self.search.max_budget)
 
     def absolute(self) -> FamilyFile:
-        """The same with absolute paths; names that are no path there is stay as they are."""
+        """The same with absolute paths; a name without such a file stays as it is."""
         from intarsia.evaluation.task_file import names_a_file
 
         def member(spec: MemberSpec) -> MemberSpec:

@@ -1,15 +1,14 @@
 """The run folder of a search (`intarsia.run_dir`), beside the settings that it pins:
 
-- `tailor.json`: what is known of it: the members with the hashes of their weights, the space, the budgets, what the
-  base costs on the greatest of them, the objectives with the hashes of their examples, engine, seed, device and dtype.
+- `tailor.json`: the members with the hashes of their weights, the space, the budgets, the base's costs on the greatest
+  of them, the objectives with the hashes of their examples, engine, seed, device and dtype.
 - `family.yaml`: the family file, its paths made absolute.
 - `wanted.json`: how many trials are asked for.
 - `sensitivities.safetensors`, `warm_start.json`, `plans/METHOD/`: what the search starts with.
 - `trials.jsonl`: the log (`intarsia.tailoring.history.Trial`).
-- `front.json`: the Pareto front (`Front.to_dict`), written anew whenever it changes, with `judged` once the incumbent
-  is scored on what the search never saw.
-- `fits/`: while it searches, what was fitted for trials that are under way or lead at their budget.
-- `front/trial-N.yaml`: the recipes of the front; `best/`: the incumbent, built; `report.html`: the page about all that.
+- `front.json`: the Pareto front (`Front.to_dict`), written whenever it changes; `judged` are the final scores.
+- `fits/`: during the search, healed recipes of trials that are running or lead at their budget.
+- `front/trial-N.yaml`: the recipes of the front; `best/`: the incumbent, built; `report.html`: the report.
 """
 
 from __future__ import annotations
@@ -17,15 +16,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from intarsia.disk import damage_named, read_json
+from intarsia.disk import damage_named, read_json, write_whole
 from intarsia.errors import UserError
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.run_dir import RunDir
-from intarsia.tailoring.history import EARLIER, TRIALS, History, Trial
-from intarsia.tailoring.pareto import Front, front_of
+from intarsia.tailoring.history import EARLIER, TRIALS, Front, History, Trial, front_of
+
+if TYPE_CHECKING:
+    from intarsia.tailoring.family import Family
+    from intarsia.tailoring.family_file import FamilyFile
+    from intarsia.tailoring.space import Space
 
 FACTS, FAMILY, WANTED, FRONT = "tailor.json", "family.yaml", "wanted.json", "front.json"
 _EXPECTED, _REMEDY = "what the search wrote", "Search into another folder."
@@ -126,6 +129,70 @@ class TailorRun(RunDir):
         except UserError:
             return None
 
+    def describe(self, file: FamilyFile, family: Family, space: Space, *, engine: str) -> dict[str, Any]:
+        """What `tailor.json` records of the family and the space."""
+        return {
+            "kind": "tailor",
+            "members": {
+                variant.name: {"model": variant.model, "revision": variant.revision, "sha256": variant.sha256}
+                for variant in family.variants()
+            },
+            "space": {
+                "kind": space.kind,
+                "depth": space.depth,
+                "target": space.target,
+                "log10_size": round(space.log10_size, 3),
+            },
+            "engine": engine,
+            "seed": file.search.seed,
+            "heal": file.heal,
+        }
+
+    def pins(self, file: FamilyFile, facts: Mapping[str, Any], *, examples: Any) -> dict[str, Any]:
+        """The settings that a resumed search must share; the number of trials may differ.
+
+        Args:
+            examples: the hash of each objective's examples; `...` before they are read.
+        """
+        family = file.model_dump(exclude={"search": {"trials"}})
+        family["objectives"] = {entry["name"]: entry for entry in family["objectives"]}
+        return {
+            "family": family,
+            "weights": {name: member["sha256"] for name, member in facts["members"].items()},
+            "config": facts["config"],
+            "examples": examples,
+        }
+
+    def start(
+        self,
+        file: FamilyFile,
+        facts: Mapping[str, Any],
+        *,
+        costs: Sequence[float] | None,
+        examples: Mapping[str, str],
+    ) -> None:
+        """Write the family file and `tailor.json` of a new search.
+
+        Args:
+            costs: the base's, one for each objective.
+            examples: the hash of each objective's examples.
+        """
+        objectives = [
+            {
+                "name": objective.name,
+                "kind": objective.kind,
+                "source": objective.source,
+                "metric": objective.metric if objective.kind == "task" else None,
+                "split": list(objective.split),
+                "sha256": examples.get(objective.name),
+            }
+            for objective in file.objectives
+        ]
+        names = [objective.name for objective in file.objectives]
+        base = None if costs is None else dict(zip(names, costs, strict=True))
+        write_whole(self.artifact(FAMILY), "# The family file, its paths made absolute.\n" + file.to_yaml())
+        self.write_json(FACTS, {**facts, "base": base, "objectives": objectives})
+
     @property
     def fits(self) -> Path:
         """Where fits of trials are kept during the search."""
@@ -135,6 +202,16 @@ class TailorRun(RunDir):
     def best(self) -> Path:
         """Where the incumbent is built."""
         return self.path / "best"
+
+    def has_built(self, sha256: str) -> bool:
+        """Whether the incumbent that is built has a recipe of this hash."""
+        from intarsia.building.materialize import RECIPE_FILE
+
+        path = self.best / RECIPE_FILE
+        try:
+            return path.is_file() and schema.content_hash(schema.load(path)) == sha256
+        except UserError:
+            return False
 
     @property
     def report(self) -> Path:

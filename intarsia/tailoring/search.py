@@ -12,12 +12,10 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Candidate
 from intarsia.tailoring.engine import Ask, Engine
-from intarsia.tailoring.history import EARLIER, History, Key, Trial
-from intarsia.tailoring.pareto import Front, front_of, leading
+from intarsia.tailoring.history import EARLIER, Front, History, Key, Trial, front_of, leading
 from intarsia.tailoring.workers import Done, Workers
 
-_DOOMED = 5
-"""So many trials, all of them failed, are no accident."""
+_DOOMED = 5  # a search stops when its first trials all fail
 _REPEATS = 1000
 _LONGEST_PACE = 20
 
@@ -50,11 +48,11 @@ def search(
 
     Args:
         engine: a new one. It is asked everything that the log has answers to again, and so becomes what it was.
-        earlier: trials of earlier searches on the same examples; they are taken into the log, and the engine hears
-            them first.
+        earlier: trials of earlier searches on the same examples; they are added to the log, and the engine
+            gets them first.
         on_front: called with the Pareto front whenever a trial has changed it.
-        on_trial: called after every trial with the hashes of the recipes that may be scored or built again: those under
-            way, and those that lead at the greatest budget that they were tried at.
+        on_trial: called after every trial with the hashes of the recipes that may be scored or built again: those
+            running, and those that lead at the greatest budget that they were tried at.
 
     Returns:
         None, or why the search ended before the goal.
@@ -76,7 +74,7 @@ def search(
         run.fill()
         while run.open:
             run.collect(workers.next(), task)
-            run.tell_front(on_front)
+            run.report_front(on_front)
             on_trial(run.wanted())
             run.stop_if_doomed()
             run.fill()
@@ -84,7 +82,7 @@ def search(
 
 
 class _Run:
-    """The state of a search: what is asked, under way and answered."""
+    """The state of a search: what is asked, running and answered."""
 
     def __init__(
         self, engine: Engine, history: History, workers: Workers, goal: Goal, recipe_of: Callable[[Candidate], Recipe]
@@ -99,7 +97,7 @@ class _Run:
         self._ends = [time.monotonic()]
 
     def hear_earlier(self) -> None:
-        """The engine hears what was known before it was asked anything."""
+        """Give the engine the trials of earlier searches, before its first question."""
         for trial in self._history.trials:
             if trial.engine == EARLIER:
                 self._tell(trial)
@@ -110,7 +108,7 @@ class _Run:
         while self.stopped is None and (free := self._free()) > 0:
             asks = self._engine.ask(free)
             if not asks:
-                # What is under way may give the engine new questions.
+                # A running trial may give the engine new questions.
                 if not self.open:
                     self.stopped = "the engine found nothing new to try"
                 return
@@ -146,7 +144,7 @@ class _Run:
         self._submitted += 1
 
     def _catch_up(self) -> None:
-        """Once the log has no more answers, the engine hears those that it did not ask for again.
+        """Once the log has no more answers, give the engine those that it did not ask for again.
 
         With one worker there are none. With several, answers came in another order than now.
         """
@@ -186,14 +184,14 @@ class _Run:
         task.note(words(self._history.trials, self._goal, (len(self._ends) - 1) / minutes if minutes > 0.0 else None))
         task.advance()
 
-    def tell_front(self, on_front: Callable[[Front], None]) -> None:
-        """Tell of the front, if it is another one than before the last trial."""
+    def report_front(self, on_front: Callable[[Front], None]) -> None:
+        """Report the front if the last trial changed it."""
         found = front_of(self._history.trials, self._goal.objectives, max_budget=self._goal.max_budget)
         if found is not None and any(point is self._history.trials[-1] for point in found.points):
             on_front(found)
 
     def wanted(self) -> frozenset[str]:
-        """The hashes of the recipes that are under way or may be wanted again."""
+        """The hashes of the recipes that are running or may be needed again."""
         return leading(self._history.trials) | {recipe for (recipe, _), _ in self.open.values()}
 
     def stop_if_doomed(self) -> None:
@@ -210,7 +208,7 @@ class _Run:
             where=str(self._history.path),
             expected="candidates that can be scored",
             found=f"the first {len(trials)} trials all failed: {'; '.join(reasons)}",
-            remedy="Mend the cause and search into another folder: with --dtype float32 where numbers overflow, with "
+            remedy="Remove the cause and search into another folder: with --dtype float32 where numbers overflow, with "
             "fewer --workers or a smaller max_budget where memory is short.",
         )
 

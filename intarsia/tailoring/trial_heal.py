@@ -122,7 +122,7 @@ class KeptFits:
             return None
 
     def keep(self, recipe: Recipe, healed: Recipe) -> None:
-        """Keep what was fitted. A disk that has no room for it costs no more than another fit."""
+        """Keep what was fitted. On a full disk nothing is kept, and the fit is made again."""
         if self._folder.is_dir():
             name = schema.content_hash(recipe)
             self._forget(name)  # half of a file would be refused as another's
@@ -132,16 +132,16 @@ class KeptFits:
                 self._forget(name)
 
     def drop(self, hashes: Set[str]) -> None:
-        """Let go of some of them."""
+        """Delete some of them."""
         for name in {path.stem for path in self._folder.glob("*")} & hashes:
             self._forget(name)
 
     def start(self) -> None:
-        """From now on keep what is fitted."""
+        """Make the folder: from now on fits are kept."""
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def end(self) -> None:
-        """Let go of all of them."""
+        """Delete all of them."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _forget(self, name: str) -> None:

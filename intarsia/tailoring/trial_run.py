@@ -6,7 +6,7 @@ an adapter, are made when they are first needed and stay in a cache with a bound
 
 A layer's tensors are those of the built folder as it would be loaded: made from the files' tensors, rounded to the
 files' dtype, and then in the dtype that the model runs in. Hidden states after shared first layers are kept too, in a
-cache that drops what was used longest ago.
+cache that evicts the least recently used.
 """
 
 from __future__ import annotations
@@ -131,12 +131,12 @@ class Prefixes:
         return 0, None
 
     def keep(self, depth: int, batch: Hashable, h_BTD: Tensor) -> None:
-        """Keep the state of a batch after `depth` layers of the path, if that is a depth to keep and there is room."""
+        """Keep the state of a batch after `depth` layers of the path, if that depth is kept and memory suffices."""
         # The state after the last layer is of no use to others: whoever shares it is the same recipe.
         if depth % self._stride or depth == len(self._path):
             return
         size = bytes_of(h_BTD)
-        if not self._make_room(size):
+        if not self._evict_for(size):
             return
         node = self._nodes.setdefault(self._path[depth - 1], {})
         assert batch not in node, "a state that is known is not computed again"
@@ -151,7 +151,7 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def _make_room(self, size: int) -> bool:
+    def _evict_for(self, size: int) -> bool:
         if self.nbytes + size <= self.limit:
             return True
         own = set(self._path)
@@ -201,7 +201,7 @@ class ResidentFamily:
         return module
 
     def clear(self) -> None:
-        """Let go of the modules that were made."""
+        """Drop the modules that were made."""
         self._modules.clear()
 
     def _make(self, op: Op, fitted: Fitted) -> tuple[nn.Module, int]:
@@ -268,11 +268,11 @@ class Runner:
         self.prefixes.begin(path or path_of(recipe), depth_bytes)
 
     def end(self) -> None:
-        """Let go of the recipe's layers that are in no cache."""
+        """Drop the recipe's layers that are in no cache."""
         self._recipe, self._modules = None, {}
 
     def clear(self) -> None:
-        """Let go of everything that can be made again."""
+        """Drop all caches."""
         self.end()
         self.prefixes.clear()
         self._entries.clear()

@@ -1,8 +1,8 @@
 """How far a candidate's next tokens are from the base's, with little kept of the base.
 
-Of each position the base's `TOP` likeliest tokens are kept, and the rest is one bucket: 8 bytes for each of them,
-where the base's hidden state and one more product with the head a trial would cost as much time again as several
-layers do. The divergence over these outcomes is a lower bound of the full one, and 0 where the full one is.
+Of each position the base's `TOP` likeliest tokens are kept, 8 bytes each, and the rest is one bucket. Keeping the
+base's hidden state instead would cost another product with the head a trial, as much time as several layers.
+The divergence over these outcomes is a lower bound of the full one, and 0 where the full one is.
 
 Shapes: N positions, V vocabulary, K tokens kept.
 """
@@ -129,7 +129,7 @@ class Scorer:
         return [one for number in numbers for _, found in self._segments(number, budget) for one in found]
 
     def clear(self) -> None:
-        """Let go of all that can be made again."""
+        """Drop all caches."""
         self._batches.clear()
         self._teachers.clear()
         self._results.clear()

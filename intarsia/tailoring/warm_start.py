@@ -32,8 +32,7 @@ from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Blend, Choice, Keep, Menu, from_plain, single, to_plain
 from intarsia.tailoring.engine import Start
-from intarsia.tailoring.history import Trial
-from intarsia.tailoring.pareto import Front
+from intarsia.tailoring.history import Front, Trial
 from intarsia.tailoring.space import Space
 from intarsia.tailoring.translate import PieceScores, Translator
 

@@ -1,26 +1,37 @@
-"""What a worker of a search is, and the one that is this process. A trial that fails is tried once more."""
+"""Workers of a search: this process, or processes under Dask. A trial that fails is tried once more."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
+import torch
+
+from intarsia.building.loaded_model import default_device
 from intarsia.errors import UserError, missing_package
+from intarsia.options import Runtime
 from intarsia.recipe.recipe import Recipe
+from intarsia.registry import load_plugin
+from intarsia.tailoring.evaluator import Evaluator, open_evaluator
+from intarsia.tailoring.family import open_family
+from intarsia.tailoring.family_file import FamilyFile
 from intarsia.tailoring.history import Outcome, TrialFailed
+from intarsia.tailoring.trial_heal import KeptFits
 
 ATTEMPTS = 2
-_LONGEST = 300  # Characters of a reason.
+_LONGEST = 300  # characters of a reason
+_PATIENCE_SECONDS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a scorer works: worker `index` of `count` on this machine, on so many threads (None: as torch likes)."""
+    """Where a scorer works: worker `index` of `count` on this machine, with `threads` (None: torch's default)."""
 
     index: int = 0
     count: int = 1
@@ -31,26 +42,70 @@ class Scorer(Protocol):
     """Scores recipes."""
 
     def evaluate(self, recipe: Recipe, budget: int) -> Outcome:
-        """What a recipe costs on so many examples.
+        """The costs of a recipe on `budget` examples.
 
         Raises:
             TrialFailed: it has no cost.
         """
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release what is cached."""
 
 
 class Opener(Protocol):
-    """Opens a scorer in the process in which it works; can be sent there."""
+    """Opens a scorer in a worker's process; can be pickled."""
 
     def __call__(self, place: Place) -> Scorer:
         """The scorer."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrialScorer:
+    """Scores the recipes of a search, healed where the family file says so."""
+
+    evaluator: Evaluator
+    file: FamilyFile
+
+    def evaluate(self, recipe: Recipe, budget: int) -> Outcome:
+        """See `Scorer`."""
+        return self.evaluator.evaluate(recipe, budget, healed=self.file.heals(budget))
+
+    def close(self) -> None:
+        """Release what is cached."""
+        self.evaluator.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenScorer:
+    """Opens the family in a worker's process. Paths are absolute: the worker may run in another folder."""
+
+    file: FamilyFile
+    runtime: Runtime
+    # The folder of healed recipes.
+    fits: Path | None = None
+    # Files that register the user's merge operators.
+    plugins: tuple[str, ...] = ()
+
+    def __call__(self, place: Place) -> TrialScorer:
+        """A scorer with its worker's share of the memory, on a GPU of its own where there are several."""
+        for plugin in self.plugins:
+            load_plugin(plugin)
+        if place.threads is not None:
+            torch.set_num_threads(place.threads)
+        runtime = self.runtime
+        device = default_device() if runtime.device is None else torch.device(runtime.device)
+        if place.count > 1 and device.type == "cuda" and ":" not in str(device):
+            runtime = replace(runtime, device=f"cuda:{place.index % torch.cuda.device_count()}")
+        if runtime.memory_bytes is not None:
+            runtime = replace(runtime, memory=str(runtime.memory_bytes // place.count))
+        fits = None if self.fits is None else KeptFits(self.fits)
+        evaluator = open_evaluator(open_family(self.file.members), self.file, runtime, probe=False, fits=fits)
+        return TrialScorer(evaluator=evaluator, file=self.file)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Done:
-    """A trial that came back: an outcome, or the reason why there is none."""
+    """A finished trial: its outcome, or the reason why there is none."""
 
     number: int
     outcome: Outcome | None
@@ -60,17 +115,34 @@ class Done:
 
 
 class Workers(Protocol):
-    """Takes trials and gives back what came of them."""
+    """Run trials."""
 
     @property
     def count(self) -> int:
         """How many trials run at once."""
 
     def submit(self, number: int, recipe: Recipe, budget: int) -> None:
-        """Start a trial. Not more than `count` are under way."""
+        """Start a trial; at most `count` are running."""
 
     def next(self) -> Done:
         """Wait for one."""
+
+
+@contextmanager
+def open_workers(
+    opener: OpenScorer, evaluator: Evaluator, *, scheduler: str | None, count: int | None
+) -> Iterator[Workers]:
+    """One worker is this process with its evaluator; else the evaluator is closed, for each worker opens another.
+
+    Raises:
+        UserError: see `dask_workers`.
+    """
+    if scheduler is None and (count or 1) == 1:
+        yield InProcess(TrialScorer(evaluator=evaluator, file=opener.file))
+        return
+    evaluator.close()
+    with dask_workers(opener, scheduler=scheduler, count=count) as workers:
+        yield workers
 
 
 class InProcess:
@@ -83,17 +155,15 @@ class InProcess:
         self._next: tuple[int, Recipe, int] | None = None
 
     def submit(self, number: int, recipe: Recipe, budget: int) -> None:
-        """It runs when it is waited for."""
+        """Keep it until `next`, which runs it."""
         assert self._next is None
         self._next = (number, recipe, budget)
 
     def next(self) -> Done:
         """Run it."""
         assert self._next is not None
-        number, recipe, budget = self._next
-        self._next = None
-        attempt = 1
-        outcome, reason = scored(self._scorer, recipe, budget)
+        (number, recipe, budget), self._next = self._next, None
+        attempt, outcome, reason = 0, None, None
         while outcome is None and attempt < ATTEMPTS:
             attempt += 1
             outcome, reason = scored(self._scorer, recipe, budget)
@@ -113,33 +183,34 @@ def scored(scorer: Scorer, recipe: Recipe, budget: int) -> tuple[Outcome | None,
     except UserError:
         raise
     except Exception as error:
-        # Whatever a candidate makes a library do, the search continues; where the first five trials fail so, it ends.
+        # Whatever error a candidate causes in a library, the search continues; it stops if the first trials all fail.
         words = " ".join(str(error).split())
         return None, f"{type(error).__name__}: {words}"[:_LONGEST]
 
 
-_PATIENCE_SECONDS = 60
-
-
 class OnDask:
-    """Several workers."""
+    """Workers of a Dask client."""
 
-    def __init__(self, cluster: Cluster, opener: Opener, *, count: int, threads: int | None) -> None:
+    def __init__(self, client: Any, opener: Opener, *, count: int, threads: int | None) -> None:
         self.count = count
-        self._cluster, self._opener, self._threads = cluster, opener, threads
+        self._client, self._opener, self._threads = client, opener, threads
         self._key = uuid4().hex
         self._open: dict[Any, tuple[int, Recipe, int, int]] = {}
 
-    def submit(self, number: int, recipe: Recipe, budget: int) -> None:
-        """Give it to Dask."""
-        self._submit(number, recipe, budget, attempt=1)
-
-    def _submit(self, number: int, recipe: Recipe, budget: int, attempt: int) -> None:
-        work = (self._key, self._opener, self.count, self._threads, recipe, budget)
-        self._open[self._cluster.submit(_score_here, *work)] = (number, recipe, budget, attempt)
+    def submit(self, number: int, recipe: Recipe, budget: int, attempt: int = 1) -> None:
+        """Submit it to Dask."""
+        place = Place(count=self.count if self._threads is not None else 1, threads=self._threads)
+        # A unique key: Dask must not take two tasks for the same because their arguments look alike.
+        key = f"intarsia-{uuid4().hex}"
+        work = (_score_here, self._key, self._opener, place, recipe, budget)
+        self._open[self._client.submit(*work, key=key, pure=False, retries=0)] = (number, recipe, budget, attempt)
 
     def next(self) -> Done:
-        """Of those that are done the one that was submitted first."""
+        """Of the finished trials, the one that was submitted first.
+
+        Raises:
+            UserError: there was no worker for a minute.
+        """
         from distributed import KilledWorker
 
         while True:
@@ -152,18 +223,31 @@ class OnDask:
                 return Done(number=number, outcome=None, reason=reason, attempts=ATTEMPTS, worker="lost")
             if outcome is not None or attempt >= ATTEMPTS:
                 return Done(number=number, outcome=outcome, reason=reason, attempts=attempt, worker=worker)
-            self._submit(number, recipe, budget, attempt + 1)
+            self.submit(number, recipe, budget, attempt + 1)
 
     def _first_done(self) -> Any:
-        while True:
-            done = sorted((future for future in self._open if future.done()), key=lambda f: self._open[f][0])
-            if done:
-                return done[0]
-            self._cluster.wait_for_one(list(self._open))
+        from distributed import TimeoutError as NotYet
+        from distributed import wait
+
+        patience = _PATIENCE_SECONDS
+        while not (done := [future for future in self._open if future.done()]):
+            try:
+                wait(list(self._open), timeout=1, return_when="FIRST_COMPLETED")
+            except NotYet:
+                patience = _PATIENCE_SECONDS if self._client.nthreads() else patience - 1
+            if patience <= 0:
+                raise UserError.of(
+                    where="workers",
+                    expected="at least one worker",
+                    found=f"none for {_PATIENCE_SECONDS} seconds",
+                    remedy="Start workers (dask worker ADDRESS); the same command resumes.",
+                )
+        return min(done, key=lambda future: self._open[future][0])
 
     def cancel(self) -> None:
-        """Give up what is under way."""
-        self._cluster.cancel(list(self._open))
+        """Cancel what is running."""
+        if self._open:
+            self._client.cancel(list(self._open))
         self._open.clear()
 
 
@@ -174,21 +258,36 @@ def dask_workers(opener: Opener, *, scheduler: str | None, count: int | None) ->
     Raises:
         UserError: dask is not installed, the scheduler cannot be reached, or it has no workers.
     """
-    if scheduler is not None:
-        with connect(scheduler) as cluster:
-            found = sum(running(cluster, scheduler).values())
-            yield from _used(OnDask(cluster, opener, count=min(count or found, found), threads=None))
-        return
-    count = count or 1
-    with own_workers(count, deaths=ATTEMPTS) as cluster:
-        yield from _used(OnDask(cluster, opener, count=count, threads=threads_each(count)))
+    with ExitStack() as stack:
+        if scheduler is None:
+            count = count or 1
+            threads = threads_each(count)
+            client = stack.enter_context(_own_workers(count))
+        else:
+            client, threads = stack.enter_context(_connected(scheduler)), None
+            there = sum(client.nthreads().values())
+            count = min(count or there, there)
+        workers = OnDask(client, opener, count=count, threads=threads)
+        try:
+            yield workers
+        finally:
+            workers.cancel()
 
 
-def _used(workers: OnDask) -> Iterator[OnDask]:
-    try:
-        yield workers
-    finally:
-        workers.cancel()
+def check_scheduler(scheduler: str) -> None:
+    """Check that there is a scheduler with workers.
+
+    Raises:
+        UserError: dask is not installed, the scheduler cannot be reached, or it has no workers.
+    """
+    with _connected(scheduler):
+        pass
+
+
+def threads_each(count: int) -> int:
+    """The share of one of `count` processes in the cores that this one may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // count, 1)
 
 
 _SCORERS: dict[str, Scorer] = {}
@@ -196,7 +295,7 @@ _SCORERS: dict[str, Scorer] = {}
 
 
 def _score_here(
-    key: str, opener: Opener, count: int, threads: int | None, recipe: Recipe, budget: int
+    key: str, opener: Opener, place: Place, recipe: Recipe, budget: int
 ) -> tuple[Outcome | None, str | None, str]:
     """Runs in a worker."""
     from distributed import get_worker
@@ -206,61 +305,17 @@ def _score_here(
         for old in _SCORERS.values():
             old.close()
         _SCORERS.clear()
-        index = int(name) if name.isdecimal() else 0
-        _SCORERS[key] = opener(Place(index=index, count=count if threads is not None else 1, threads=threads))
+        _SCORERS[key] = opener(replace(place, index=int(name) if name.isdecimal() else 0))
     outcome, reason = scored(_SCORERS[key], recipe, budget)
     return outcome, reason, name
 
 
-class Cluster:
-    """What is needed of a `distributed.Client`."""
-
-    def __init__(self, client: Any) -> None:
-        self.client = client
-
-    def submit(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Start a task; gives its future."""
-        # A key of its own: Dask must not take two tasks for the same because their arguments look alike.
-        return self.client.submit(function, *args, key=f"intarsia-{uuid4().hex}", pure=False, retries=0)
-
-    def wait_for_one(self, futures: Sequence[Any]) -> None:
-        """Until one of them is done.
-
-        Raises:
-            UserError: there was no worker for a minute.
-        """
-        from distributed import TimeoutError as NotYet
-        from distributed import wait
-
-        patience = _PATIENCE_SECONDS
-        while not any(future.done() for future in futures):
-            try:
-                wait(list(futures), timeout=1, return_when="FIRST_COMPLETED")
-            except NotYet:
-                patience = _PATIENCE_SECONDS if self.client.nthreads() else patience - 1
-            if patience <= 0:
-                raise UserError.of(
-                    where="workers",
-                    expected="at least one worker",
-                    found=f"none for {_PATIENCE_SECONDS} seconds",
-                    remedy="Start workers (dask worker ADDRESS); the same command continues.",
-                )
-
-    def cancel(self, futures: Sequence[Any]) -> None:
-        """Give up what is not done."""
-        if futures:
-            self.client.cancel(futures)
-
-
 @contextmanager
-def connect(scheduler: str) -> Iterator[Cluster]:
-    """A connection to the scheduler at an address (`tcp://host:8786`).
-
-    Raises:
-        UserError: dask is not installed, or there is no scheduler.
-    """
+def _connected(scheduler: str) -> Iterator[Any]:
+    """A client of the scheduler at an address, which has workers."""
     try:
         from distributed import Client
+        from distributed import TimeoutError as NotYet
     except ImportError as error:
         raise _no_dask(error, "--scheduler") from error
     try:
@@ -273,19 +328,21 @@ def connect(scheduler: str) -> Iterator[Cluster]:
             remedy="Start one with `dask scheduler`, and workers with `dask worker ADDRESS`.",
         ) from error
     with client:
-        yield Cluster(client)
+        try:
+            client.wait_for_workers(1, timeout=30)
+        except NotYet as error:
+            raise UserError.of(
+                where="--scheduler",
+                expected="a scheduler with at least one worker",
+                found=f"none at {scheduler} within 30 seconds",
+                remedy=f"Start workers: dask worker {scheduler}",
+            ) from error
+        yield client
 
 
 @contextmanager
-def own_workers(count: int, *, deaths: int) -> Iterator[Cluster]:
-    """So many processes on this machine, each with its share of the cores.
-
-    Args:
-        deaths: of so many workers a task is given up that kills them.
-
-    Raises:
-        UserError: dask is not installed.
-    """
+def _own_workers(count: int) -> Iterator[Any]:
+    """A client of `count` processes on this machine, each with its share of the cores."""
     try:
         import dask
         from distributed import Client, LocalCluster
@@ -294,7 +351,8 @@ def own_workers(count: int, *, deaths: int) -> Iterator[Cluster]:
     threads = str(threads_each(count))
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     settings = {
-        "distributed.scheduler.allowed-failures": deaths - 1,
+        # A task that kills this many workers fails.
+        "distributed.scheduler.allowed-failures": ATTEMPTS - 1,
         "distributed.nanny.pre-spawn-environ": environment,
     }
     with (
@@ -309,45 +367,9 @@ def own_workers(count: int, *, deaths: int) -> Iterator[Cluster]:
         ) as own,
         Client(own) as client,
     ):
-        yield Cluster(client)
+        yield client
 
 
 def _no_dask(error: ImportError, option: str) -> UserError:
     instead = f"leave {option} out"
     return missing_package("dask[distributed]", where=option, extra="search", instead=instead, error=error)
-
-
-def running(cluster: Cluster, scheduler: str) -> dict[str, int]:
-    """The workers of a scheduler, by address: how many tasks each takes at once.
-
-    Raises:
-        UserError: there are none.
-    """
-    from distributed import TimeoutError as NotYet
-
-    try:
-        cluster.client.wait_for_workers(1, timeout=30)
-    except NotYet as error:
-        raise UserError.of(
-            where="--scheduler",
-            expected="a scheduler with at least one worker",
-            found=f"none at {scheduler} within 30 seconds",
-            remedy=f"Start workers: dask worker {scheduler}",
-        ) from error
-    return {str(address): int(number) for address, number in cluster.client.nthreads().items()}
-
-
-def threads_each(count: int) -> int:
-    """The share of one of `count` processes in the cores that this one may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // count, 1)
-
-
-def check_scheduler(scheduler: str) -> None:
-    """See that a scheduler is there, and has workers.
-
-    Raises:
-        UserError: dask is not installed, the scheduler cannot be reached, or it has no workers.
-    """
-    with connect(scheduler) as cluster:
-        running(cluster, scheduler)

@@ -28,10 +28,9 @@ from intarsia.tailoring import trial_heal
 from intarsia.tailoring.evaluator import open_evaluator
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import read_family_file
-from intarsia.tailoring.final import rest_of, unseen
-from intarsia.tailoring.pareto import leading
+from intarsia.tailoring.final import rest_of, trial_recipe, unseen
+from intarsia.tailoring.history import leading
 from intarsia.tailoring.run import TailorRun
-from intarsia.tailoring.trials import trial_recipe
 from tests import families
 from tests.conftest import Folder
 from tests.killing import kill_within, needs_proc

@@ -25,9 +25,10 @@ from intarsia.options import Runtime
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
-from intarsia.tailoring.evaluator import Evaluator, Outcome, TrialFailed, open_evaluator
+from intarsia.tailoring.evaluator import Evaluator, open_evaluator
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile, MemberSpec, ObjectiveSpec, SearchSpec, TargetSpec
+from intarsia.tailoring.history import Outcome, TrialFailed
 from intarsia.tailoring.objective import Objective
 from intarsia.tailoring.trial_scores import TOP
 from tests import families

@@ -13,8 +13,7 @@ from intarsia.evaluation.likelihood import Request, encode_pairs
 from intarsia.evaluation.task_file import Question
 from intarsia.evaluation.tasks import load_tasks
 from intarsia.tailoring.family_file import ObjectiveSpec
-from intarsia.tailoring.objective import Objective
-from intarsia.tailoring.objective_sources import questions_of, read_objectives
+from intarsia.tailoring.objective import Objective, questions_of, read_objectives
 from tests import families
 
 WORDS = families.sample_text(400, seed=3).split()

@@ -16,8 +16,7 @@ from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Blend, Keep
 from intarsia.tailoring.engine import Start, Task
 from intarsia.tailoring.engines.random import RandomSearch
-from intarsia.tailoring.history import EARLIER, History, Outcome
-from intarsia.tailoring.pareto import Front, leading
+from intarsia.tailoring.history import EARLIER, Front, History, Outcome, leading
 from intarsia.tailoring.search import Goal, search, words
 from intarsia.tailoring.warm_start import WarmStart, from_recipe, from_search, random_middles
 from intarsia.tailoring.workers import Done, InProcess, OnDask, Opener, Workers, check_scheduler, dask_workers

@@ -10,7 +10,7 @@ from intarsia.errors import check
 from intarsia.registry import engine
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
 from intarsia.tailoring.engine import Stage, Staged, Task, ranked
-from intarsia.tailoring.pareto import draw_weights
+from intarsia.tailoring.history import draw_weights
 from intarsia.tailoring.space import Space
 
 
@@ -72,9 +72,9 @@ class Evolve(Staged):
         """The parents for these weights: the best at the greatest budget, then those below, each once."""
         found: dict[Candidate, None] = {}
         for stage in reversed(stages):
-            # What is known at few examples only says little beside what was scored on many.
-            room = self.settings.parents - len(found)
-            found.update(dict.fromkeys(ranked(stage, list(stage.costs), weights)[:room]))
+            # Scores on few examples say little compared with those on many.
+            missing = self.settings.parents - len(found)
+            found.update(dict.fromkeys(ranked(stage, list(stage.costs), weights)[:missing]))
             if len(found) >= self.settings.parents:
                 break
         return list(found)

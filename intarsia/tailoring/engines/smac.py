@@ -4,7 +4,7 @@ The search space is given to it in the terms of ConfigSpace.
 
 Each layer of the base has a flag, `kept` or `removed`, so that the surrogate model sees the subset as such; what is
 chosen for a layer is active only where the layer is kept, a method's settings only where the method is chosen, and so
-on. Flags that remove too many or too few layers are mended, as are merges of too few members: `candidate` is defined
+on. Flags that remove too many or too few layers are corrected, as are merges of too few members: `candidate` is defined
 for every configuration, and `configuration` gives the one that says exactly what a candidate is.
 
 Names: `012.op` is the op of layer 12, `012.mlp.method` the method for its MLP, `012b.op` that of its second copy in a
@@ -210,7 +210,7 @@ class _Writer:
                 self.category(f"{name}.with.{member}", [_YES, _NO], (method, taking))
         for key in dict.fromkeys(key for other in menu.usable for key in menu.settings_of(other)):
             having = [other for other in menu.usable if key in menu.settings_of(other)]
-            # A value that another method alone has is mended to the nearest one.
+            # A value that another method alone has becomes the nearest one.
             grid = {value for other in having for value in menu.grids[other][key]}
             values = sorted(value for value in grid if not (key == "lambda" and value == 0.0))
             self.ordinal(f"{name}.{key}", values, (method, having))
@@ -271,16 +271,16 @@ class Smac:
         self._map = ConfigurationMap(space=task.space)
         self._configurations = self._map.configuration_space(task.seed)
         self._budgets = task.budgets
-        # A candidate has one configuration here, so that starts and what is told are recognised.
+        # A candidate has one configuration here, so that starts and reported costs are recognised.
         self._origins: dict[Candidate, str] = {}
         for start in task.starts:
             self._origins.setdefault(start.candidate, start.origin)
         # SMAC wants a folder for its own files; nothing in it is needed.
         self._folder = Path(tempfile.mkdtemp(prefix="intarsia-smac-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        # What SMAC has asked and not been told, by candidate and budget.
+        # Questions of SMAC without an answer, by candidate and budget.
         self._open: dict[tuple[Candidate, int], list[Any]] = {}
-        # What it was told before its first question: it would put that into its first stage.
+        # Costs reported before its first question, which SMAC would put into its first stage.
         self._early: list[tuple[Candidate, int, tuple[float, ...]]] = []
         self._seed: int | None = None
         self._worst: list[float] = [1.0] * len(task.objectives)
@@ -339,7 +339,7 @@ class Smac:
         )
 
     def _first(self, seed: int, count: int) -> list[Candidate]:
-        """The initial design. A small space may not have so many candidates."""
+        """The initial design. A small space may have fewer candidates."""
         found, rng = dict.fromkeys(self._origins), Random(seed)
         for _ in range(100 * count):
             if len(found) >= count:
