@@ -39,7 +39,7 @@ class TextParts:
 
     @cached_property
     def calibration(self) -> Corpus:
-        """What is measured and fitted on: the tokens asked for."""
+        """What is measured and fitted on: the wanted number of tokens."""
         corpus = self._part(0, self._calibration, ", ".join(self._names))
         assert corpus is not None
         return corpus
