@@ -18,6 +18,8 @@ def test_an_effort_chooses_the_method_where_none_is_named() -> None:
     assert method_of("sleb", None).label == "sleb"
     labels = {effort: method_of(None, effort).label for effort in METHODS}
     assert len(set(labels.values())) == 3
+    page = Path("docs/METHODS.md").read_text(encoding="utf-8")
+    assert all(f"| `{effort}` | `{method}` |" in page for effort, method in METHODS.items())
     with pytest.raises(UserError, match="--method and --effort are both given"):
         method_of("come", "quick")
 
