@@ -334,7 +334,7 @@ def test_trackers(cut: Cut, tokens: Tokens, tmp_path: Path) -> None:
 
 
 def test_too_little_text(cut: Cut, tokens: Tokens, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="at least 40 sequences of 16 tokens"):
+    with pytest.raises(UserError, match="a step needs at least 40"):
         heal(cut("llama"), tokens(), tmp_path, replace(QUICK, batch_tokens=640))
 
 

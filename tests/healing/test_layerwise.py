@@ -184,7 +184,7 @@ def test_spilled_states_are_the_same(cut: Cut, resident_of: InMemory, tokens: To
 
 def test_too_little_text(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
     _, recipe = cut("llama")
-    with pytest.raises(UserError, match="at least 40 sequences of 16 tokens"):
+    with pytest.raises(UserError, match="a step needs at least 40"):
         layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=replace(QUICK, batch_tokens=640))
 
 
