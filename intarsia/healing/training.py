@@ -132,7 +132,7 @@ def schedule_of(pace: Pace, *, sequences: int, seq_len: int, multiple: int = 1) 
     if sequences < batch:
         raise UserError(
             f"The training text has {sequences} sequences of {seq_len} tokens besides the held-out ones;"
-            " a step needs at least {batch}.",
+            f" a step needs at least {batch}.",
             "Give more --tokens, or fewer tokens a step (--step-tokens, --layer-batch-tokens).",
         )
     return Schedule(sequences=sequences, batch=batch, pace=pace)
