@@ -1,7 +1,7 @@
 """What each stage of healing gives the demo model, at several depths.
 
 Cut by each of `--methods` (removal by calibration loss, of one block, CoMe-P, and CoMe-P repaired as it goes: plainly
-and `--preset thorough`), then the closed form over all layers on 64k tokens, as `compress` does it; of `--train` also
+and the effort `thorough`), then the closed form over all layers on 64k tokens, as `compress` does it; of `--train` also
 layerwise distillation on 500k on top, and end-to-end distillation on 200k on top of that. `--against 25` adds, at that
 depth, end-to-end distillation alone for as long as both took together, and the same training of the plainly cut model.
 `--text 21` adds, at that depth, end-to-end distillation that learns from the text too (cross-entropy), on top of
@@ -27,11 +27,13 @@ from intarsia.commands.heal import TrainingText
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.options import EvalSpec, Output, Target, TextSpec
+from intarsia.pruning.efforts import METHODS as METHODS_OF
 from intarsia.pruning.methods.come_p import ComePSettings
+from intarsia.registry import planners
 
 IN_LOOP = {
     "come-p-in-loop": ComePSettings(spans=5, heal_in_loop=True),
-    "come-p-thorough": ComePSettings(**ComePSettings.presets["thorough"]),
+    "come-p-thorough": planners.choose(METHODS_OF["thorough"]),
 }
 CUTS = ("come-p", "sleb")
 METHODS = (*CUTS, "angular", *IN_LOOP)

@@ -75,12 +75,14 @@ class TextSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Target: how small the model becomes, as a depth, or a share of its parameters."""
+    """Target: how small the model becomes, as a depth or a share of its parameters, and how much work that may take."""
 
     # Layers to keep.
     layers: int | None = flag(None, metavar="N")
     # Share of all parameters to remove, between 0 and 1, rounded up to whole layers.
     sparsity: float | None = flag(None, metavar="S")
+    # How much work: it chooses the method and its settings, where no --method is given (default: standard).
+    effort: Literal["quick", "standard", "thorough"] | None = None
 
     def __post_init__(self) -> None:
         both = self.layers is not None and self.sparsity is not None

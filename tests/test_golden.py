@@ -39,20 +39,21 @@ GOLDEN = Path(__file__).with_name("golden")
 Record = dict[str, Any]
 
 # Flags of every method. Names of cases are those of the recorded values; flags may change, values may not.
+COME = ["--method", "come"]
 PAPER = ["--preset", "paper"]
 PLANS: dict[str, list[str]] = {
-    "come": [],
-    "come-sleb": ["--span-choice", "sleb"],
-    "come-merge-3": ["--merge", "3"],
-    "come-sharpness": ["--sharpness", "2"],
-    "come-dominance": ["--dominance", "0.5"],
-    "come-no-repeat": ["--no-repeat"],
-    "come-average": ["--norm", "average"],
-    "come-l2": ["--sensitivity", "l2"],
-    "come-last-token": ["--distance", "last-token"],
-    "come-weight-sum": ["--combine", "weight-sum"],
-    "come-fuse": ["--combine", "fuse"],
-    "come-paper": PAPER,
+    "come": COME,
+    "come-sleb": [*COME, "--span-choice", "sleb"],
+    "come-merge-3": [*COME, "--merge", "3"],
+    "come-sharpness": [*COME, "--sharpness", "2"],
+    "come-dominance": [*COME, "--dominance", "0.5"],
+    "come-no-repeat": [*COME, "--no-repeat"],
+    "come-average": [*COME, "--norm", "average"],
+    "come-l2": [*COME, "--sensitivity", "l2"],
+    "come-last-token": [*COME, "--distance", "last-token"],
+    "come-weight-sum": [*COME, "--combine", "weight-sum"],
+    "come-fuse": [*COME, "--combine", "fuse"],
+    "come-paper": [*COME, *PAPER],
     "come-p": ["--method", "come-p"],
     "come-p-grid": ["--method", "come-p", "--granularity", "4", "--spans", "2"],
     "come-p-removals": ["--method", "come-p", "--removals"],
@@ -78,8 +79,8 @@ OTHER_FAMILIES = {
     "mixtral": ["come", "come-p-grid", "mka", "come-l2", "reverse", "come-fuse"],
 }
 IN_LOOP: dict[str, list[str]] = {
-    "come": [],
-    "come-p": ["--method", "come-p", "--granularity", "4", "--finalists", "2", "--blocks", "2"],
+    "come": COME,
+    "come-p": ["--method", "come-p", "--granularity", "4", "--finalists", "2"],
     "sleb": ["--method", "sleb"],
     "laco": ["--method", "laco", "--laco-merge", "2"],
 }
@@ -410,7 +411,7 @@ def in_loop_case(shop: Shop, flags: list[str]) -> Record:
 @cache
 def cut_of(shop: Shop, model: str) -> Path:
     run = shop.new("cut")
-    run_cli(["plan", shop.model(model), "--run", run, "--layers", "4", *shop.calibration, "--json"])
+    run_cli(["plan", shop.model(model), "--run", run, "--layers", "4", *COME, *shop.calibration, "--json"])
     return run
 
 
@@ -431,7 +432,8 @@ def heal_case(shop: Shop, model: str, flags: list[str]) -> Record:
 
 def compress_case(shop: Shop, flags: list[str]) -> Record:
     out = shop.new("compressed")
-    run_cli(["compress", shop.model("llama"), "-o", out, "--sparsity", "0.3", *shop.calibration, *shop.judging, *flags])
+    words = ["--sparsity", "0.3", *COME, *shop.calibration, *shop.judging, *flags]
+    run_cli(["compress", shop.model("llama"), "-o", out, *words])
     recipe = recipe_in(out / "recipe" / "recipe.yaml")
     return {"layers": recipe["layers"], "perplexity": perplexity(out, shop.eval_text)}
 

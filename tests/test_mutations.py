@@ -76,8 +76,11 @@ def change_weights(file: Path, rng: random.Random) -> str:
     data = bytearray(file.read_bytes())
     size = int.from_bytes(data[:8], "little")
     kind = rng.choice(("header", "header", "cut", "byte", "length"))
-    if kind == "header":
+    try:
         header = json.loads(data[8 : 8 + size])
+    except ValueError:  # damaged by another mutation
+        kind = "cut" if kind == "header" else kind
+    if kind == "header":
         name = rng.choice(list(header))
         if rng.random() < 0.4:
             header[f"{name}.other"] = header.pop(name)
@@ -170,8 +173,12 @@ def run(seeds: range, folder: Path) -> list[str]:
         place = folder / "place"
         place.mkdir()
         found = fault(originals, text, place, seed)
-        faults += [] if found is None else [found]
         shutil.rmtree(place)
+        if found is not None:
+            faults.append(found)
+            print(found, flush=True)
+        if (seed + 1) % 100 == 0:
+            print(f"seeds up to {seed}: {len(faults)} faults", flush=True)
     return faults
 
 
@@ -187,6 +194,5 @@ if __name__ == "__main__":
         os.environ["INTARSIA_CACHE"] = str(Path(place) / "cache")
         first, stop = (0, int(sys.argv[1])) if len(sys.argv) == 2 else (int(sys.argv[1]), int(sys.argv[2]))
         found = run(range(first, stop), Path(place))
-        print(*found, sep="\n")
         print(f"{stop - first} mutations, {len(found)} faults")
         sys.exit(bool(found))

@@ -190,6 +190,11 @@ class HiddenStore:
         self.held._buffers, self._buffers = self._buffers, {}
         self.held._folder, self._folder = self._folder, None
 
+    def only(self, sequences: int) -> None:
+        """Store so many sequences from now on, where nothing is stored but what is held."""
+        assert not self._buffers, "something is stored already"
+        self.shape = (sequences, *self.shape[1:])
+
     def restore(self) -> None:
         """Forget what was put since `hold`."""
         for depth in list(self._buffers):

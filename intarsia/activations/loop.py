@@ -104,13 +104,13 @@ class Loop:
         shape = (n if sequences is None else sequences, t, self.resident.architecture.width)
         return HiddenStore(shape, self.resident.model.dtype, room=self.room)
 
-    def embed(self, states: HiddenStore, depth: int = 0) -> None:
+    def embed(self, states: HiddenStore, depth: int = 0, *, sequences: slice = slice(None)) -> None:
         """Store what the embedding gives."""
 
         def work(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
             states.put(depth, rows.start, self.stream.enter(ids, mask).h_BTD)
 
-        self.batches.each(work)
+        self.batches.each(work, sequences)
 
     def layer(
         self,
@@ -163,16 +163,17 @@ class Loop:
         read: Read | None = None,
         at: Sequence[int] | None = None,
         observe: Callable[[int, Passed], None] | None = None,
+        sequences: Sequence[slice] = (slice(None),),
         name: Callable[[int], str] = "output of layer {}".format,
     ) -> Iterator[int]:
-        """Run layers one after the other over the whole text, each of them read once. Yields the number of every layer
-        that was run.
+        """Run layers one after the other, each of them read once. Yields the number of every layer that was run.
 
         Args:
             states: where hidden states are read and stored.
             read: where those before the first layer are, if not in `states`.
             at: the depth in `states` before each layer and after the last; default: 0, overwritten all the time.
             observe: takes what came out of every layer; the inputs of output projections are in it.
+            sequences: parts of the text; no batch crosses from one into the next.
             name: of the output of a layer by its number, for errors.
 
         Raises:
@@ -188,7 +189,8 @@ class Loop:
                 states.put(depths[number + 1], passed.rows.start, passed.after)
 
             source = read if read is not None and number == 0 else self.reader(states, depths[number])
-            self.layer(layer, source, then, inputs=observe is not None, name=name(number))
+            for part in sequences:
+                self.layer(layer, source, then, sequences=part, inputs=observe is not None, name=name(number))
             yield number
 
     def reader(self, states: HiddenStore, depth: int = 0) -> Read:

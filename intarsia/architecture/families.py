@@ -152,7 +152,7 @@ class Family(Strict):
 
     title: str
     model_types: _Texts
-    # Config values by which one model type is told from another layout of the same type.
+    # Config values that distinguish several layouts of one model type.
     when: dict[str, Any] = Field(default_factory=dict)
     modules: Modules
     # The config's names for what every model has: `layers`, `width`, `query_heads`, ...
@@ -264,7 +264,7 @@ def with_family_file(path: Path | None) -> Iterator[None]:
 
 @cache
 def uncovered() -> dict[str, dict[str, str]]:
-    """Model types that cannot be described yet: the feature that is in the way, and what to do instead."""
+    """Model types that cannot be described yet: the feature that prevents it, and what to do instead."""
     text = (files("intarsia.architecture") / "uncovered.toml").read_text(encoding="utf-8")
     return {kind: entry for entry in tomllib.loads(text)["family"] for kind in entry["model_types"]}
 

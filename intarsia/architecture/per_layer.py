@@ -2,7 +2,7 @@
 
 Lists with an entry a layer (attention types, which layers have a rotary embedding, ...), the rules by which
 transformers makes a list that is missing, and counts of layers. The family files name those that are known; whatever
-else looks like one is refused, because it would be false, unseen, in a shallower model.
+else looks like one is refused, because it would silently be false in a shallower model.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def verify(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], *,
             where=f"{where}: {name}",
             expected=f"only tensors that the family file of {architecture.family.title} covers",
             found=f"shape {list(shapes[name])}",
-            remedy="The model has something in its layers that would be lost; it cannot be cut safely.",
+            remedy="Its layers hold something that would be lost; it cannot be pruned.",
         )
         for name in sorted(shapes)
         if name.startswith(prefix) and not _covered(name.removeprefix(prefix), known, architecture)
@@ -64,7 +64,7 @@ def _check_names(architecture: Architecture, shapes: Mapping[str, tuple[int, ...
     longer = next((name for name in shapes if name.endswith(f".{embedding}")), None)
     if bare in shapes:
         raise UserError(
-            f"{where} holds the tensors of a base class, without the prefix `{prefix}.` and without a head of its own.",
+            f"{where} holds the tensors of a base class, without the prefix `{prefix}.` and without a head.",
             "Save it from AutoModelForCausalLM: from_pretrained(FOLDER).save_pretrained(NEW).",
         )
     if longer is not None:

@@ -88,7 +88,6 @@ def is_whole(layers: Sequence[Layer], n_layers: int) -> bool:
     )
 
 
-def original_ops(layers: Sequence[Op], n_layers: int) -> list[Op]:
-    """All layers of the original that these are made of, in order."""
-    variant = layers[0].sources[0].variant
+def original_ops(variant: str, n_layers: int) -> list[Op]:
+    """All layers of a variant, in order."""
     return [Select(source=LayerRef(variant=variant, layer=layer)) for layer in range(n_layers)]

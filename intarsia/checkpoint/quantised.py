@@ -1,4 +1,4 @@
-"""Checkpoints of quantised weights: FP8 is read as ordinary weights, for every other kind the way out is said.
+"""Checkpoints of quantised weights: FP8 is read as ordinary weights, for every other kind the error says what to do.
 
 FP8 (E4M3): a weight is its stored value times its scale. Four ways of storing them are one formula: a scale for the
 whole tensor, for each row (`fbgemm_fp8`, compressed-tensors `float-quantized`), or for each block of rows and columns
@@ -49,7 +49,7 @@ class Scaled:
 
 
 def readable(quantization: Mapping[str, Any]) -> bool:
-    """Whether the weights that a `quantization_config` describes can be read this way."""
+    """Whether the weights that a `quantization_config` describes can be read as ordinary ones."""
     method = quantization.get("quant_method")
     if method == "compressed-tensors":
         return quantization.get("format") == "float-quantized"
@@ -62,7 +62,7 @@ def unscaled(
     """The tensors as they are read, without scales; and of those that are scaled, how.
 
     Raises:
-        UserError: a weight of 8 bits has no scale, or one of a shape that no known way of storing has.
+        UserError: a weight of 8 bits has no scale, or one of an unknown shape.
     """
     shown = {name: header for name, header in headers.items() if not _is_scale(name)}
     scaled: dict[str, Scaled] = {}
@@ -140,7 +140,7 @@ def refuse(key: str, quantization: Mapping[str, Any], file: Path) -> UserError:
         remedy = f"Use {load}, quantization_config=transformers.Mxfp4Config(dequantize=True), dtype='auto'), {_SAVE}."
     elif method in ("bitsandbytes", "hqq", "quanto", "torchao", "higgs"):
         remedy = (
-            f"Use the model that it was made from, {_AFTERWARDS}; where that is gone, {load}).dequantize() gives "
+            f"Use the model that it was made from, {_AFTERWARDS}; where there is none, {load}).dequantize() gives "
             f"ordinary weights with this one's losses: {_SAVE}."
         )
     else:

@@ -1,7 +1,7 @@
 """A model folder opened for reading: everything is checked first, and weights are read one tensor at a time.
 
-Each tensor has a memory map of its own, of just its bytes. When the tensor is freed the map goes with it, so a walk
-over a checkpoint that is larger than memory holds no more than the tensors in use.
+Each tensor has its own memory map, which is released with the tensor, so that reading a checkpoint larger than memory
+holds no more than the tensors in use.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Checkpoint:
 
     # where it is
     folder: Path
-    # what the user asked for
+    # as the user named it
     model: str
     revision: str | None
     config: dict[str, Any]
@@ -67,7 +67,7 @@ class Checkpoint:
     wrapper: Wrapper | None = None
     # tensors stored in 8 bits and read times their scales, by their names in the files
     scaled: Mapping[str, Scaled] = field(default_factory=dict)
-    # whether the files hold a head of its own, though their config ties it to the embedding: it counts
+    # whether the files hold a head that differs from the embedding to which the config ties it: the head counts
     untied: bool = False
 
     @classmethod
@@ -201,7 +201,7 @@ def _without_quantization(
 
 
 def _check_head(architecture: Architecture, headers: Mapping[str, TensorHeader], where: str) -> None:
-    """A head that is not tied must be there; without it a stock loader would make up a random one."""
+    """A head that is not tied must be there; without it a stock loader would initialise a random one."""
     head = headers.get(f"{architecture.family.head_module}.weight")
     embedding = headers.get(f"{architecture.family.embedding_module}.weight")
     if embedding is None or (head is None and architecture.tied) or (head and head.shape == embedding.shape):

@@ -154,7 +154,7 @@ def _download(model: str, revision: str | None, progress: Progress) -> Path:
     from huggingface_hub import snapshot_download
 
     def fetch() -> str:
-        # Shows bars of its own on a terminal.
+        # Shows its own bars on a terminal.
         snapshot_download(model, revision=revision, allow_patterns=[f"{TEMPLATES}/*.jinja"])
         return snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
 

@@ -1,8 +1,8 @@
 """A folder that appears whole or not at all.
 
-It is filled in a staging folder beside its place, flushed to disk, and published by one rename. Whatever ends the
-work early, a full disk or an interrupt, removes the staging folder; one that a killed process left behind is
-removed by the next run for the same place. A lock on the staging folder tells a dead run from a live one.
+It is filled in a staging folder beside its place, flushed to disk, and published by one rename. An error, a
+full disk or an interrupt removes the staging folder; one that a killed process left is removed by the next run for the
+same place. A lock on the staging folder shows whether its run is alive.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _cannot_write(place: Path, error: OSError) -> UserError:
             where=str(place),
             expected="room on the disk until the folder is complete",
             found="a full disk",
-            remedy="Nothing was left behind. Free some space, or choose an output folder on another disk.",
+            remedy="Nothing was left there. Free some space, or choose an output folder on another disk.",
         )
     return UserError.of(
         where=str(place),
@@ -174,7 +174,7 @@ def _cannot_write(place: Path, error: OSError) -> UserError:
 
 
 def _lock(folder: Path) -> int | None:
-    """A lock that ends with this process at the latest; None where folders cannot be locked.
+    """A lock, released with this process at the latest; None where folders cannot be locked.
 
     Raises:
         BlockingIOError: a live process holds it.

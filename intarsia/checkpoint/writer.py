@@ -100,7 +100,7 @@ class CheckpointWriter:
         inputs: Collection[Path] = (),
     ) -> None:
         assert tensors, "a model has weights"
-        assert len({plan.name for plan in tensors}) == len(tensors), "every tensor has a name of its own"
+        assert len({plan.name for plan in tensors}) == len(tensors), "names are unique"
         self._out = out
         self._overwrite = overwrite
         self._inputs = inputs
@@ -152,7 +152,7 @@ class CheckpointWriter:
         assert plan.shape == tuple(tensor.shape), f"{name}: planned {plan.shape}, got {tuple(tensor.shape)}"
         if self._done == 0 or self._places[self._done - 1][1] is not shard:
             self._close()
-            # Unbuffered: there is nothing left to flush, and to fail, when a full disk ends the block.
+            # Unbuffered: nothing is left to flush, and to fail, at the end of the block.
             self._file = FileIO(self.folder / shard.file, "w")
             self._hash = hashlib.sha256(shard.header)
             _write_all(self._file, memoryview(shard.header))
@@ -195,7 +195,7 @@ def _write_all(file: FileIO, data: memoryview) -> None:
 
 
 def _groups(tensors: Sequence[TensorPlan], most: int) -> Iterator[list[TensorPlan]]:
-    """Runs of tensors that fit into one shard; a tensor that is larger than a shard has one of its own."""
+    """Runs of tensors that fit into one shard; a tensor that is larger than a shard gets its own."""
     group: list[TensorPlan] = []
     filled = 0
     for plan in tensors:

@@ -16,6 +16,7 @@ from typing import Any
 from intarsia import progress
 from intarsia.activations.batches import Batches
 from intarsia.activations.loop import Loop
+from intarsia.building.recipe_layers import original_ops
 from intarsia.commands.job import Job
 from intarsia.commands.plan import PlanResult
 from intarsia.commands.planning import BASE, Planning, heal_recipe
@@ -24,7 +25,7 @@ from intarsia.healing.teacher import TeacherStates, has_room
 from intarsia.options import Target
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
-from intarsia.recipe.ops import LayerRef, Op, Select
+from intarsia.pruning.step import Planner
 from intarsia.recipe.recipe import Recipe
 from intarsia.registry import Chosen
 from intarsia.run_dir import RunDir
@@ -39,6 +40,7 @@ class Rung:
     layers: int
     # None where there is no such model.
     ladder: Ladder | None
+    planning: Planning | None = None
     recipe: Recipe | None = None
     # Of all steps down to it, without the shared pass.
     layer_forwards: float = 0.0
@@ -82,24 +84,27 @@ class Ladders:
         """
         least, name = min(depths), folder_of(method)
         leaps = method.create().layers_at_once > 2
-        ladder, planned = self._plan(method, f"{name}-to-{least:03d}" if leaps else name, least)
+        planning, ladder, planned = self._plan(method, f"{name}-to-{least:03d}" if leaps else name, least)
         for depth in sorted(depths, reverse=True):
             if depth in planned.depths:
-                yield _rung(ladder, depth)
+                yield _rung(planning, ladder, depth)
             elif leaps and depth != least:
-                own, found = self._plan(method, f"{name}-to-{depth:03d}", depth)
-                yield _rung(own, depth, note="a ladder of its own") if depth in found.depths else _missed(depth, found)
+                own, rungs, found = self._plan(method, f"{name}-to-{depth:03d}", depth)
+                if depth in found.depths:
+                    yield _rung(own, rungs, depth, note="a ladder of its own")
+                else:
+                    yield _missed(depth, found)
             else:
                 yield _missed(depth, planned)
 
     def healed(self, rung: Rung, stages: Sequence[Chosen]) -> HealedRung:
         """A rung with these heal stages. Their common teacher is measured once, where there is memory for it."""
-        assert rung.recipe is not None and rung.ladder is not None
+        assert rung.recipe is not None and rung.ladder is not None and rung.planning is not None
         started = time.perf_counter()
         found: Healed | None = None
         if stages:
             with rung.ladder.run.opened():
-                found = heal_recipe(self.job, rung.ladder, rung.recipe, stages, states=self._states())
+                found = heal_recipe(rung.planning, rung.ladder, rung.recipe, stages, states=self._states())
         if found is None:
             return HealedRung(recipe=rung.recipe, path=rung.ladder.recipe_path(rung.layers), note=rung.note)
         results = found.stages[1:]
@@ -119,35 +124,26 @@ class Ladders:
             self._original.close()
             self._original = None
 
-    def _plan(self, method: Chosen, name: str, target: int) -> tuple[Ladder, PlanResult]:
-        planning = Planning(self.job, Target(layers=target), method)
-        planner, run = planning.planner, RunDir(self.out / PLANS / name)
+    def _plan(self, method: Chosen, name: str, target: int) -> tuple[Planning, Ladder, PlanResult]:
+        planning = Planning(self.job, Target(layers=target), method, whole=self._measured)
+        run = RunDir(self.out / PLANS / name)
         before = Ladder(run).log()
-
-        def shared() -> Intermediate:
-            # A ladder that is resumed is measured from its last rung.
-            if not before and (planner.progressive or planner.measures):
-                return self._measure_whole(after_final_norm=planner.after_final_norm)
-            current = self._model(planner.after_final_norm)
-            if self._is_kept:
-                current.rewind()
-            return current
-
         with planning.opened(run) as ladder:
-            planned = planning.work(ladder, shared)
+            planned = planning.work(ladder)
         self.layer_forwards += planned.layer_forwards - sum(entry["layer_forwards"] for entry in before)
-        return ladder, planned
+        return planning, ladder, planned
 
-    def _measure_whole(self, *, after_final_norm: bool) -> Intermediate:
-        """The whole model, measured; once for all methods that measure it alike."""
-        current = self._model(after_final_norm)
+    def _measured(self, planner: Planner) -> Intermediate:
+        """The original; measured where the planner needs that, once for all methods that measure it alike."""
+        current = self._model(planner.after_final_norm)
         if self._is_kept:
             current.rewind()
+        if self._is_kept or not (planner.progressive or planner.measures or planner.blocks):
             return current
+        current.look_at(None)
         if self.passes:
             progress.current().say("another pass over the whole model: this method measures it after the final norm")
         before = current.layer_forwards
-        current.become(_whole(self.job))
         current.refresh()
         current.keep()
         self._is_kept = True
@@ -181,7 +177,7 @@ class Ladders:
             self._current = Intermediate(
                 self.job.resident,
                 self.job.text.calibration,
-                _whole(self.job),
+                original_ops(BASE, self.job.checkpoint.architecture.n_layers),
                 batch_tokens=placed.batch_tokens,
                 room=placed.room(RunDir(self.out).scratch),
                 after_final_norm=after_final_norm,
@@ -199,15 +195,11 @@ def in_order(methods: Sequence[Chosen]) -> list[Chosen]:
     return sorted(methods, key=lambda method: bool(method.create().after_final_norm))
 
 
-def _whole(job: Job) -> list[Op]:
-    layers = range(job.checkpoint.architecture.n_layers)
-    return [Select(source=LayerRef(variant=BASE, layer=layer)) for layer in layers]
-
-
-def _rung(ladder: Ladder, depth: int, note: str | None = None) -> Rung:
+def _rung(planning: Planning, ladder: Ladder, depth: int, note: str | None = None) -> Rung:
     steps: list[Mapping[str, Any]] = [entry for entry in ladder.log() if entry["layers"] >= depth]
     return Rung(
         layers=depth,
+        planning=planning,
         ladder=ladder,
         recipe=ladder.recipe(depth),
         layer_forwards=sum(step["layer_forwards"] for step in steps),

@@ -12,8 +12,9 @@ from intarsia import progress
 from intarsia.commands.push import push_later, without_push
 from intarsia.errors import UserError
 from intarsia.options import EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
+from intarsia.pruning.efforts import method_of
 from intarsia.pruning.estimate import Estimate
-from intarsia.registry import HealStages, Planner, heal_stages, planners
+from intarsia.registry import HealStages, Planner, heal_stages
 from intarsia.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class CompressResult:
     evaluation: str | None = None
     layer_forwards: float | None = None
     seconds: float = 0.0
+    # Of text, planning, healing, building and evaluation.
+    seconds_by_part: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     recipe_sha256: str | None = None
     report: Path | None = None
@@ -103,7 +106,7 @@ def compress(
     out: Output | str | Path,
     target: Target,
     *,
-    method: Planner = "come",
+    method: Planner = None,
     heal: HealStages = ("closed-form",),
     text: TextSpec = TextSpec(),
     evaluation: EvalSpec = EvalSpec(),
@@ -142,7 +145,7 @@ def compress(
     check_out(out.path, overwrite=out.overwrite or unmeasured is not None, inputs=inputs)
     check_no_input(run.path, inputs)
     job = Job(model, text, runtime)
-    planning = Planning(job, target, planners.choose(method))
+    planning = Planning(job, target, method_of(method, target.effort), heals=bool(stages))
     measuring = Evaluation.of(job, evaluation)
     result = CompressResult(
         model=job.model,
@@ -157,56 +160,67 @@ def compress(
         return send_off(done, out.path)
     report.say(result.estimate.words())
 
-    with planning.opened(run) as ladder:
-        # Plan.
-        planned = planning.work(ladder)
-        if planning.target not in planned.depths:
-            raise UserError(
-                f"{planned.method} found no way down to {planned.target} layers: {planned.stopped}.",
-                f"Build a depth of the ladder with `intarsia build {run.path} --layers N`, or change the settings.",
+    with progress.job(planning.weights(stages)) as work:
+        # Text, in three disjoint parts.
+        with work.part("text"):
+            job.read_text()
+
+        with planning.opened(run) as ladder:
+            # Plan.
+            with work.part("planning", 2):
+                planned = planning.work(ladder)
+            if planning.target not in planned.depths:
+                raise UserError(
+                    f"{planned.method} found no way down to {planned.target} layers: {planned.stopped}.",
+                    f"Build a depth of the ladder with `intarsia build {run.path} --layers N`, or change the settings.",
+                )
+            pruned = ladder.recipe(planning.target)
+
+            # Heal: each stage is accepted only if the selection part of the text says that the model is better.
+            with work.part("healing", planning.fits(stages)):
+                healed = heal_recipe(planning, ladder, pruned, stages)
+            recipe = healed.recipe if healed is not None else pruned
+            planning.close()
+
+            # Build. What this command built before it was killed is replaced; anything else is not.
+            overwrite = out.overwrite or unmeasured == schema.content_hash(recipe)
+            check_out(out.path, overwrite=overwrite, inputs=[*inputs, job.checkpoint.folder])
+            write_whole(run.path / _UNMEASURED, schema.content_hash(recipe))
+            if runtime.stream:
+                job.release()  # what is outside the layers would be mapped twice
+            with work.part("building"):
+                built = build_recipe(recipe, out.path, overwrite=overwrite, max_shard_bytes=out.shard_bytes)
+
+            # Measure, on the test part of the text unless other text is given.
+            if not measuring.texts and job.text.test is not None:
+                measuring.texts = {"test": job.text.test}
+            if not measuring.texts:
+                report.say("no perplexity: the calibration text has nothing left to test on; give --eval-text")
+            small = open_checkpoint(str(built.out), progress=report)
+            bare = replace(recipe, fitted={}) if recipe.fitted else None
+            with work.part("evaluation", 4):
+                before, after = measured(job, small, measuring, unhealed=bare)
+
+            # Report.
+            done = replace(
+                result,
+                before=before,
+                after=after,
+                healed=_healed(healed, pruned, before, after),
+                tasks=measuring.accuracy,
+                evaluation=measuring.words,
+                layer_forwards=planned.layer_forwards,
+                seconds=time.perf_counter() - started,
+                seconds_by_part=work.seconds,
+                peak_memory_bytes=peak_memory_bytes(),
+                recipe_sha256=built.recipe_sha256,
+                report=out.path / REPORT,
             )
-        pruned = ladder.recipe(planning.target)
-
-        # Heal: each stage is accepted only if the selection part of the text says that the model is better.
-        healed = heal_recipe(job, ladder, pruned, stages)
-        recipe = healed.recipe if healed is not None else pruned
-
-        # Build. What this command built before it was killed is replaced; anything else is not.
-        overwrite = out.overwrite or unmeasured == schema.content_hash(recipe)
-        check_out(out.path, overwrite=overwrite, inputs=[*inputs, job.checkpoint.folder])
-        write_whole(run.path / _UNMEASURED, schema.content_hash(recipe))
-        if runtime.stream:
-            job.release()  # what is outside the layers would be mapped twice
-        built = build_recipe(recipe, out.path, overwrite=overwrite, max_shard_bytes=out.shard_bytes)
-
-        # Measure, on the test part of the text unless other text is given.
-        if not measuring.texts and job.text.test is not None:
-            measuring.texts = {"test": job.text.test}
-        if not measuring.texts:
-            report.say("no perplexity: the calibration text has nothing left to test on; give --eval-text")
-        small = open_checkpoint(str(built.out), progress=report)
-        bare = replace(recipe, fitted={}) if recipe.fitted else None
-        before, after = measured(job, small, measuring, unhealed=bare)
-
-        # Report.
-        done = replace(
-            result,
-            before=before,
-            after=after,
-            healed=_healed(healed, pruned, before, after),
-            tasks=measuring.accuracy,
-            evaluation=measuring.words,
-            layer_forwards=planned.layer_forwards,
-            seconds=time.perf_counter() - started,
-            peak_memory_bytes=peak_memory_bytes(),
-            recipe_sha256=built.recipe_sha256,
-            report=out.path / REPORT,
-        )
-        facts = card_facts(recipe, job.checkpoint, built, title=out.path.name)
-        facts |= {"before": before.to_dict(), "after": after.to_dict(), "evaluation": measuring.words}
-        write_whole(out.path / "README.md", model_card(facts))
-        report_compression(out.path, done.to_dict(), measuring.text)
-        (run.path / _UNMEASURED).unlink(missing_ok=True)
+            facts = card_facts(recipe, job.checkpoint, built, title=out.path.name)
+            facts |= {"before": before.to_dict(), "after": after.to_dict(), "evaluation": measuring.words}
+            write_whole(out.path / "README.md", model_card(facts))
+            report_compression(out.path, done.to_dict(), measuring.text)
+            (run.path / _UNMEASURED).unlink(missing_ok=True)
     return send_off(done, out.path)
 
 

@@ -176,6 +176,20 @@ class Job:
         assert self._text is not None, "this job has no text"
         return self._text
 
+    def read_text(self) -> None:
+        """Read all parts of the text.
+
+        Raises:
+            UserError: as `text` does.
+        """
+        for part in ("calibration", "selection", "test"):
+            getattr(self.text, part)
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model writes some of the text."""
+        return _writes(",".join(self.spec.sources))
+
     @cached_property
     def text(self) -> TextParts:
         """The calibration text, with what is held out of it.
@@ -183,7 +197,7 @@ class Job:
         Raises:
             UserError: there are more sources than sequences, or a streamed model would have to write it.
         """
-        writes = _writes(",".join(self.spec.sources))
+        writes = self.writes_text
         streamed = "--calibration self lets the model write, and with --stream it is read anew for every token."
         check(
             (

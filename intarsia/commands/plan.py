@@ -10,8 +10,9 @@ from typing import Annotated, Any
 from intarsia import progress
 from intarsia.flags import Flag
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
+from intarsia.pruning.efforts import method_of
 from intarsia.pruning.estimate import Estimate
-from intarsia.registry import Planner, planners
+from intarsia.registry import Planner
 from intarsia.run_dir import RunDir
 
 
@@ -57,7 +58,7 @@ def plan(
     run: Annotated[Path, Flag(metavar="DIR", help="Run folder: progress, log and ladder.")],
     target: Target,
     *,
-    method: Planner = "come",
+    method: Planner = None,
     text: TextSpec = TextSpec(),
     runtime: Runtime = Runtime(),
     dry_run: Annotated[bool, Flag(help="Print an estimate of the cost; write nothing.")] = False,
@@ -77,7 +78,7 @@ def plan(
 
     started = time.perf_counter()
     check_no_input(Path(run), inputs_of(models=[model], texts=text.sources))
-    planning = Planning(Job(model, text, runtime), target, planners.choose(method))
+    planning = Planning(Job(model, text, runtime), target, method_of(method, target.effort))
     if dry_run:
         return planning.result()
     progress.current().say(planning.estimate.words())

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from intarsia import progress
+from intarsia.building.recipe_layers import original_ops
 from intarsia.checkpoint.hashing import acting_config
 from intarsia.checkpoint.resolve import lasting
 from intarsia.commands.job import Job, calibration_of, pin_text, target_depth, versions
 from intarsia.commands.plan import PlanResult
+from intarsia.disk import read_json
 from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.flags import plain
 from intarsia.healing.pipeline import HealContext, Healed, run_stages
-from intarsia.healing.teacher import TeacherStates
+from intarsia.healing.restarts import Start
+from intarsia.healing.teacher import TeacherStates, has_room
 from intarsia.options import Target
+from intarsia.pruning.blocks import best_blocks, starts_of
 from intarsia.pruning.estimate import estimate
-from intarsia.pruning.finalists import LAST_BLOCKS, block_starts
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.prune import prune
@@ -38,13 +42,27 @@ class Planning:
         estimate: what it takes.
     """
 
-    def __init__(self, job: Job, target: Target, method: Chosen) -> None:
+    def __init__(
+        self,
+        job: Job,
+        target: Target,
+        method: Chosen,
+        *,
+        heals: bool = False,
+        whole: Callable[[Planner], Intermediate] | None = None,
+    ) -> None:
         """
+        Args:
+            heals: whether the recipe is healed afterwards: the original's hidden states are kept for that.
+            whole: gives the original, measured and kept, where other plans share it; it is not closed here then.
+
         Raises:
             UserError: the target cannot be reached by depth.
         """
         self.job, self.method = job, method
         self.planner: Planner = method.create()
+        self.heals, self._shared = heals, whole
+        self._model: Intermediate | None = None
         self.target = target_depth(target, job.checkpoint.architecture, job.checkpoint.parameters)
         self.estimate = estimate(
             job.checkpoint,
@@ -57,9 +75,21 @@ class Planning:
 
     def heal_passes_at_most(self, stages: Sequence[Chosen]) -> float:
         """Passes over the calibration text of those heal stages that say how many they take."""
-        starts = 1 if self.planner.in_loop is None else 2 + min(LAST_BLOCKS, self.planner.blocks)
+        starts = 1 + self.planner.blocks + (self.planner.in_loop is not None)
         known = [each.settings.passes_at_most for each in stages if hasattr(each.settings, "passes_at_most")]
-        return float(sum(starts * passes(self.job.checkpoint.architecture) for passes in known))
+        architecture, tokens = self.job.checkpoint.architecture, self.job.spec.tokens
+        return sum(passes(architecture, starts=starts, tokens=tokens) for passes in known)
+
+    def fits(self, stages: Sequence[Chosen]) -> int:
+        """Tasks that healing consists of, for the progress display."""
+        return len(stages) * (1 + self.planner.blocks + (self.planner.in_loop is not None))
+
+    def weights(self, stages: Sequence[Chosen]) -> dict[str, float]:
+        """Passes over the calibration text that each part of a compression takes, roughly."""
+        writing = 2.5 * (1 + 2 / 8) if self.job.writes_text else 0.1
+        healing = self.heal_passes_at_most(stages)
+        planning = 1.0 + (self.estimate.passes_at_most - 1.0) / 2  # most candidates leave the race early
+        return {"text": writing, "planning": planning, "healing": healing, "building": 0.2, "evaluation": 1.0}
 
     @contextmanager
     def opened(self, run: RunDir) -> Iterator[Ladder]:
@@ -72,8 +102,63 @@ class Planning:
         run.check(settings)
         if not ladder.reaches(self.target):
             _ = self.job.text.calibration  # a mistyped text must leave no folder behind
-        with run.opened(settings):
-            yield ladder
+        try:
+            with run.opened(settings):
+                yield ladder
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the model that is planned with."""
+        if self._model is not None and self._shared is None:
+            self._model.close()
+        self._model = None
+
+    def whole(self, scratch: Path) -> Intermediate:
+        """The original, to be changed step by step; where the planner or healing needs that, measured, once.
+
+        Args:
+            scratch: where hidden states go that do not fit into memory.
+        """
+        if self._shared is not None:
+            self._model = self._shared(self.planner)
+        elif self._model is None:
+            placed = self.job.placement
+            model = self._model = Intermediate(
+                self.job.resident,
+                self.job.text.calibration,
+                original_ops(BASE, self.job.checkpoint.architecture.n_layers),
+                batch_tokens=placed.batch_tokens,
+                room=placed.room(scratch),
+                after_final_norm=self.planner.after_final_norm,
+            )
+            model.look_at(self.planner.plan_tokens)
+            if self.planner.measures or self.planner.progressive or self.planner.blocks:
+                model.refresh()
+                room = model.loop.room
+                if self.planner.blocks or (self.heals and has_room(self.job.resident, model.batches, room)):
+                    model.keep()
+        elif self._model.kept:
+            self._model.rewind()
+        self._model.look_at(self.planner.plan_tokens)
+        return self._model
+
+    def states(self) -> TeacherStates | None:
+        """The original's hidden states, where they were measured and kept."""
+        return self._model.original() if self._model is not None and self._model.kept else None
+
+    def blocks(self, ladder: Ladder, recipe: Recipe) -> tuple[Start, ...]:
+        """The original without each of the best blocks of layers, as far as the method asks for them; recorded."""
+        removed = recipe.depth - len(recipe.layers)
+        if not self.planner.blocks or removed < 1:
+            return ()
+        name = f"blocks/layers-{len(recipe.layers):03d}.json"
+        if not (ladder.path / name).is_file():
+            model = self.whole(ladder.run.scratch)
+            ladder.run.write_json(name, {"blocks": best_blocks(model, removed, self.planner.blocks)})
+        remedy = "Delete it; the blocks are then compared again."
+        found = read_json(ladder.path / name, expected="blocks of layers", remedy=remedy)
+        return starts_of(recipe, found["blocks"])
 
     def settings(self, run: RunDir) -> dict[str, Any]:
         """What decides the plan; `Runtime` does not.
@@ -99,11 +184,8 @@ class Planning:
             "target": self.target if self.planner.layers_at_once > 2 else None,
         }
 
-    def work(self, ladder: Ladder, shared: Callable[[], Intermediate] | None = None) -> PlanResult:
+    def work(self, ladder: Ladder) -> PlanResult:
         """The steps that are missing, recorded in the run folder, which is open.
-
-        Args:
-            shared: gives the model to plan with, where it is shared with other plans; it is not closed then.
 
         Raises:
             UserError: the disk is full, the text is another, or what is measured is not finite.
@@ -113,25 +195,10 @@ class Planning:
             return self.result(ladder)
         pin_text(ladder.run, self.job)
         start = self._start(ladder)
-        if shared is None:
-            model = Intermediate(
-                self.job.resident,
-                self.job.text.calibration,
-                start.layers,
-                fitted=start.fitted,
-                batch_tokens=self.job.placement.batch_tokens,
-                room=self.job.placement.room(ladder.run.scratch),
-                after_final_norm=self.planner.after_final_norm,
-            )
-        else:
-            model = shared()
-            model.become(start.layers, start.fitted)
-        before = model.layer_forwards
-        try:
-            stopped = prune(self.planner, model, start, self.target, ladder)
-        finally:
-            if shared is None:
-                model.close()
+        model = self.whole(ladder.run.scratch)
+        before = 0.0 if self._shared is None else model.layer_forwards
+        model.become(start.layers, start.fitted)
+        stopped = prune(self.planner, model, start, self.target, ladder, spent=before)
         if stopped is not None:
             progress.current().say(f"stopped at {model.depth} layers: {stopped}")
         return self.result(ladder, model.layer_forwards - before, stopped)
@@ -182,19 +249,21 @@ class Planning:
 
 
 def heal_recipe(
-    job: Job, ladder: Ladder, recipe: Recipe, stages: Sequence[Chosen], *, states: TeacherStates | None = None
+    planning: Planning, ladder: Ladder, recipe: Recipe, stages: Sequence[Chosen], *, states: TeacherStates | None = None
 ) -> Healed | None:
     """A recipe of a ladder, healed on the calibration text of its run, which is open; None without stages.
 
     Args:
-        states: the original's hidden states on that text, where they are known.
+        states: the original's hidden states on that text, where others than the plan know them.
 
     Raises:
         UserError: activations are not finite, or the calibration text is not the one of the run.
     """
     if not stages:
         return None
+    job = planning.job
     pin_text(ladder.run, job)
+    starts = planning.blocks(ladder, recipe)
     context = HealContext(
         run=ladder.run,
         variants={recipe.base: job.checkpoint},
@@ -202,8 +271,8 @@ def heal_recipe(
         device=job.device,
         calibration=job.text.calibration,
         selection=job.text.selection,
-        starts=block_starts(ladder, recipe),
-        states=states,
+        starts=starts,
+        states=planning.states() or states,
         memory_bytes=job.placement.memory_bytes,
         batch_tokens=job.placement.batch_tokens,
         name=f"healed-{len(recipe.layers):03d}",

@@ -71,7 +71,7 @@ def push_later(repository: str | None, *, private: bool, dry_run: bool = False) 
     Whether it can be sent is asked now, before the work. Without a repository nothing is sent.
 
     Args:
-        dry_run: nothing will have been written, so it is only said where it would go.
+        dry_run: nothing is written; the result only says where it would go.
 
     Raises:
         UserError: see `push`; so does what is returned.

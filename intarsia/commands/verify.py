@@ -24,7 +24,7 @@ class VerifyResult:
     """What came of every check."""
 
     folder: Path
-    # whether none failed
+    # whether no check failed
     kept: bool
     checks: tuple[Check, ...]
     seconds: float

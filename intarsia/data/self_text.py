@@ -67,7 +67,7 @@ class Sampling:
     answer_temperature: float = 0.8
     top_p: float = 0.95
     top_k: int = 100
-    # Tokens of a turn; one that reaches its greatest length ends there.
+    # Tokens of a turn; a turn is cut at its greatest length.
     shortest_turn: int = 4
     longest_question: int = 96
     longest_answer: int = 384
@@ -113,12 +113,12 @@ def write_sequences(
     model: torch.nn.Module,
     tokenizer: Any,
     turns: Turns | None,
-    shape: tuple[int, int, int],
+    n: int,
+    seq_len: int,
     seed: int,
     sampling: Sampling,
 ) -> tuple[Tensor, int]:
     """n sequences of seq_len tokens [N, T], and the number of documents in them."""
-    first, n, seq_len = shape
     was_training = model.training
     model.eval()
     rows = min(n, rows_at_once(_row_bytes(model, seq_len), sampling))
@@ -134,7 +134,7 @@ def write_sequences(
                     turns,
                     min(rows, n - start),
                     seq_len,
-                    seed * 1_000_003 + first + start,
+                    seed * 1_000_003 + start,
                     sampling,
                     task,
                 )
@@ -178,11 +178,11 @@ def _write_batch(
     done = start_BS.shape[1]
     ids_BT[:, :done] = start_BS
     task.advance(n_rows * done)
-    cache, fed = preallocated_cache(model.config, seq_len), 0
+    cache, seen = preallocated_cache(model.config, seq_len), 0
     while done < seq_len:
         logits_BV = model(
-            input_ids=ids_BT[:, fed:done].to(device),
-            attention_mask=_mask(model, device, fed, done),
+            input_ids=ids_BT[:, seen:done].to(device),
+            attention_mask=_mask(model, device, seen, done),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -194,12 +194,12 @@ def _write_batch(
         answering = [turns is not None and not row.user for row in rows]
         drawn = _draw(logits_BV, torch.tensor(answering, device=device), chance, sampling)
         ids_BT[:, done] = torch.tensor([row.next(token, sampling) for row, token in zip(rows, drawn, strict=True)])
-        fed, done = done, done + 1
+        seen, done = done, done + 1
         task.advance(n_rows)
     return ids_BT, sum(row.documents for row in rows)
 
 
-def _mask(model: Any, device: torch.device, fed: int, done: int) -> Tensor | None:
+def _mask(model: Any, device: torch.device, seen: int, done: int) -> Tensor | None:
     """None, or one that masks nothing: on the CPU it makes `transformers` choose a faster kernel.
 
     Without a mask, grouped-query attention of a single query goes to a kernel that is several times as slow in
@@ -207,7 +207,7 @@ def _mask(model: Any, device: torch.device, fed: int, done: int) -> Tensor | Non
     """
     heads, window = model.config.num_attention_heads, getattr(model.config, "sliding_window", None)
     grouped = getattr(model.config, "num_key_value_heads", heads) != heads
-    if device.type != "cpu" or not grouped or done - fed != 1 or (window is not None and window <= done):
+    if device.type != "cpu" or not grouped or done - seen != 1 or (window is not None and window <= done):
         return None
     return torch.ones(1, 1, 1, done, dtype=torch.bool)
 
@@ -248,7 +248,7 @@ def _row_bytes(model: Any, seq_len: int) -> int:
     return int(2 * config.num_hidden_layers * heads * head_dim * size * seq_len)
 
 
-_FORMAT = 2  # of the cached text; raise it whenever the same settings would write something else
+_FORMAT = 3  # of the cached text; raise it whenever the same settings would write something else
 
 
 def self_corpus(
@@ -258,18 +258,17 @@ def self_corpus(
     n: int,
     seq_len: int,
     seed: int,
-    first: int = 0,
     cache_key: str | None = None,
     sampling: Sampling | None = None,
 ) -> Corpus:
     """Write sequences with a model.
 
     Args:
-        model: a causal language model of `transformers`, or what gives it; it is only asked for when the text is not
-            cached.
+        model: a causal language model of `transformers`, or a function that loads it, called only when the text
+            is not cached.
         tokenizer: the model's.
         n: how many sequences; `seq_len` tokens each.
-        seed, first: of the sampling; parts of one text have one seed, and `first` counts the sequences before.
+        seed: of the sampling.
         cache_key: identifies the model's weights (their hash); None: nothing is cached.
         sampling: how text is drawn.
 
@@ -278,12 +277,12 @@ def self_corpus(
     """
     sampling = sampling or Sampling()
     turns = learn_turns(tokenizer)
-    path = None if cache_key is None else _cache_path(cache_key, [n, seq_len, seed, first], sampling, turns)
+    path = None if cache_key is None else _cache_path(cache_key, [n, seq_len, seed], sampling, turns)
     written = None if path is None else _read(path, (n, seq_len))
     if written is None:
         if not isinstance(model, torch.nn.Module):
             model = model()
-        written = write_sequences(model, tokenizer, turns, (first, n, seq_len), seed, sampling)
+        written = write_sequences(model, tokenizer, turns, n, seq_len, seed, sampling)
         if path is not None:
             _keep(path, *written)
     ids_NT, documents = written

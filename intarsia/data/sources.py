@@ -145,7 +145,7 @@ def _decode(source: Source, offset: int, data: bytes) -> str:
             f"byte 0x{data[error.start]:02x} at offset {at}, which is not UTF-8",
             f"Convert the file: iconv -f LATIN1 -t UTF-8 {source.path.name} (put its real encoding for LATIN1).",
         ) from None
-    # Line ends as Python's text mode gives them; carriage returns are not what a model was trained on.
+    # Line breaks as in Python's text mode; carriage returns are not what a model was trained on.
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text.removeprefix("\ufeff") if offset == 0 else text
 
@@ -165,9 +165,9 @@ def _read_jsonl(source: Source, limit: int | None, seed: int | None) -> Iterator
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise source_error(where, "a JSON object", f"{line[:60]!r} ({error})", "Mend this line.") from None
+                raise source_error(where, "a JSON object", f"{line[:60]!r} ({error})", "Correct this line.") from None
             if not isinstance(record, dict):
-                raise source_error(where, "a JSON object", f"{line[:60]!r}", "Mend this line.")
+                raise source_error(where, "a JSON object", f"{line[:60]!r}", "Correct this line.")
             if column is None:
                 column = _pick_column(where, [key for key, value in record.items() if isinstance(value, str)])
             yield _text_of(where, record, column)
@@ -287,7 +287,7 @@ def _text_of(where: str, record: dict[str, Any], column: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no tokenizer takes
-        raise source_error(where, "text", "a lone surrogate (\\ud800 to \\udfff)", "Mend this record.") from None
+        raise source_error(where, "text", "a lone surrogate (\\ud800 to \\udfff)", "Correct this record.") from None
     return text
 
 

@@ -24,7 +24,7 @@ _SHARE = 8  # selection and test have 1/8 of the calibration's size each
 
 
 class TextParts:
-    """One draw of text. No sequence is in two parts; what the model writes is written when its part is asked for.
+    """One draw of text. No sequence is in two parts; what the model writes is written when a part is asked for.
 
     The sequences of several sources alternate, so that every stretch holds equal parts of each.
     """
@@ -39,7 +39,7 @@ class TextParts:
 
     @cached_property
     def calibration(self) -> Corpus:
-        """What is measured and fitted on: the tokens asked for."""
+        """What is measured and fitted on: the wanted number of tokens."""
         corpus = self._part(0, self._calibration, ", ".join(self._names))
         assert corpus is not None
         return corpus
@@ -95,12 +95,13 @@ class _Read:
 
 
 class _Written:
-    """Sequences that the model writes: as many as are asked for."""
+    """Sequences that the model writes: all at once, as many rows cost little more than one."""
 
     documents = 0
 
-    def __init__(self, write: Callable[[int, int], Corpus], n: int) -> None:
+    def __init__(self, write: Callable[[int], Corpus], n: int) -> None:
         self._write, self._n = write, n
+        self._corpus: Corpus | None = None
 
     def __len__(self) -> int:
         return self._n
@@ -108,9 +109,10 @@ class _Written:
     def sequences(self, start: int, end: int) -> Tensor:
         if start >= end:
             return torch.empty(0, 0, dtype=torch.int64)
-        corpus = self._write(start, end)
-        self.documents += corpus.documents
-        return corpus.input_ids
+        if self._corpus is None:
+            self._corpus = self._write(self._n)
+            self.documents = self._corpus.documents
+        return self._corpus.input_ids[start:end]
 
 
 def draw(
@@ -144,11 +146,9 @@ def draw(
         ),
     )
 
-    def write(start: int, end: int) -> Corpus:
+    def write(n: int) -> Corpus:
         assert writer is not None
-        return self_corpus(
-            writer, tokenizer, first=start, n=end - start, seq_len=text.seq_len, seed=text.seed, cache_key=writer_key
-        )
+        return self_corpus(writer, tokenizer, n=n, seq_len=text.seq_len, seed=text.seed, cache_key=writer_key)
 
     def read(name: str, least: int, most: int) -> _Sequences:
         if name == SELF:

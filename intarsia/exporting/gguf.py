@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from intarsia.building.loading import stock_config
-from intarsia.checkpoint.gguf_source import need_gguf
+from intarsia.checkpoint.gguf_source import divisors, need_gguf
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.rope import divisors
 from intarsia.checkpoint.staging import check_room
 from intarsia.disk import replaced
 from intarsia.errors import Problem, UserError
@@ -159,8 +158,8 @@ def _context(layer_types: tuple[str, ...] | None, config: Any) -> tuple[int, str
     slides = layer_types is None or any("sliding" in kind for kind in layer_types)
     if window is None or not getattr(config, "use_sliding_window", True) or not slides or window >= most:
         return most, None
-    said = f"its sliding window of {window:,} tokens has no place in the file; up to there it makes no difference"
-    return int(window), said
+    note = f"its sliding window of {window:,} tokens has no place in the file; up to there it makes no difference"
+    return int(window), note
 
 
 def _divisors(rope: Any, head_dim: int) -> npt.NDArray[np.float32] | None:

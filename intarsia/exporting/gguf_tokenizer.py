@@ -197,11 +197,11 @@ def _pre(folder: Path, data: Mapping[str, Any]) -> str:
     # Composing characters, as Qwen does it, is part of no rule's name.
     others = [step for step in _steps(data.get("normalizer"), "normalizers") if step["type"] != "NFC"]
     if name is None or others:
-        said = " then ".join([*(str(step) for step in others), *steps]) or "nothing"
+        text = " then ".join([*(str(step) for step in others), *steps]) or "nothing"
         raise UserError.of(
             where=str(folder / "tokenizer.json"),
             expected=f"a rule for splitting text that is known: {', '.join(_SPLITS.values())}",
-            found=said if len(said) < 300 else said[:300] + " ...",
+            found=text if len(text) < 300 else text[:300] + " ...",
             remedy="Where you know what llama.cpp calls this rule, pass --tokenizer-pre NAME.",
         )
     return name

@@ -36,7 +36,7 @@ class Parcel:
 
 
 def account_for(repository: str) -> str:
-    """Who is logged in, asked before any work that ends in sending something.
+    """The account that is logged in, checked before the work.
 
     Raises:
         UserError: nobody is, the hub cannot be reached, or the name is none that it takes.

@@ -66,7 +66,7 @@ def checked(name: str, look: Callable[[], str]) -> Check:
 
 
 def fail_if(problems: Sequence[Problem]) -> None:
-    """Fail the check that is under way, if there are problems.
+    """Fail the current check, if there are problems.
 
     Raises:
         UserError: there are.
@@ -100,7 +100,7 @@ def architecture(folder: Path) -> str:
     elif classes[0] not in stock:
         kind = config.get("model_type")
         problems.append(
-            _problem(f"{where}: architectures", f"{stock}, as model_type is {kind}", classes[0], "Mend the config.")
+            _problem(f"{where}: architectures", f"{stock}, as model_type is {kind}", classes[0], "Correct the config.")
         )
     fail_if(problems)
     assert isinstance(classes, list)
@@ -237,7 +237,7 @@ def loads(folder: Path) -> tuple[str, Any]:
     auto: Any = AutoModelForImageTextToText if is_wrapped(read_config(folder)) else AutoModelForCausalLM
     try:
         with _quiet():
-            model, told = auto.from_pretrained(
+            model, info = auto.from_pretrained(
                 folder, dtype="auto", trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except Exception as error:  # loading fails in many ways, and each of them is the folder's failure
@@ -249,7 +249,7 @@ def loads(folder: Path) -> tuple[str, Any]:
         ("unexpected_keys", "unexpected"),
         ("mismatched_keys", "other shape"),
     ):
-        names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in told.get(key) or ())
+        names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get(key) or ())
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             problems.append(

@@ -21,7 +21,7 @@ _AGAIN = "Copy the tokenizer's files from the model that this one was made from,
 
 
 def tokenizer_kept(folder: Path, vocabulary: int) -> str:
-    """The tokenizer loads, has no more tokens than the embedding has rows, and is the source's where that is at hand.
+    """The tokenizer loads, has no more tokens than the embedding has rows, and is the source's where that can be read.
 
     Raises:
         UserError: one of these does not hold.
@@ -49,7 +49,7 @@ def tokenizer_kept(folder: Path, vocabulary: int) -> str:
     # A source may have more tokens than rows (some classes add one that was never trained); its cut model has them too.
     if highest >= vocabulary:
         raise UserError([_problem(str(folder), f"ids below {vocabulary:,}, the embedding's rows", f"{highest:,}")])
-    return f"{highest + 1:,} tokens; the model that it was made from is not at hand"
+    return f"{highest + 1:,} tokens; the model that it was made from cannot be read"
 
 
 def generation_config_valid(folder: Path, vocabulary: int) -> str:
@@ -69,7 +69,9 @@ def generation_config_valid(folder: Path, vocabulary: int) -> str:
         config.validate()
     except (ValueError, OSError, TypeError) as error:
         found = " ".join(str(error).split())[:300]
-        raise UserError([_problem(str(file), "values that transformers accepts", found, "Mend the file.")]) from error
+        raise UserError(
+            [_problem(str(file), "values that transformers accepts", found, "Correct the file.")]
+        ) from error
     beyond = []
     for name in _IDS:
         value = getattr(config, name, None)
@@ -79,7 +81,7 @@ def generation_config_valid(folder: Path, vocabulary: int) -> str:
     source = source_folder(folder)
     if beyond and source is not None and _json(source / file.name) == _json(file):
         return f"as in the source, which has {', '.join(beyond)}"
-    fail_if([_problem(str(file), f"tokens below {vocabulary:,}", found, "Mend the file.") for found in beyond])
+    fail_if([_problem(str(file), f"tokens below {vocabulary:,}", found, "Correct the file.") for found in beyond])
     return "valid"
 
 

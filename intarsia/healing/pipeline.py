@@ -140,7 +140,8 @@ class HealContext:
             return
         batches = Batches(text, self.resident.device, batch_tokens=self.batch_tokens)
         keep, room = fits > 1 and has_room(self.resident, batches, self.room), self.room
-        states = TeacherStates(Loop(self.resident, batches, room=room), keep=keep)
+        known = None if self.states is None else self.states.known(self.resident.architecture.n_layers)
+        states = TeacherStates(Loop(self.resident, batches, room=room), known=known, keep=keep)
         try:
             yield states
         finally:

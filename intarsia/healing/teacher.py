@@ -108,12 +108,9 @@ class TeacherStates:
         store = next(store for store in self._stores if depth in store.depths())
         return store.get(depth, rows.start, rows.stop, self.resident.device)
 
-    @property
-    def states(self) -> HiddenStore:
-        """All depths, of a teacher of which every depth is known; not to be changed."""
-        found = [store for store in self._stores if len(store.depths()) > len(self.layers)]
-        assert found, "it has not learned every depth"
-        return found[0]
+    def known(self, n_layers: int) -> HiddenStore | None:
+        """The store that holds every depth from 0 to `n_layers`, not to be changed; None where there is none."""
+        return next((store for store in self._stores if len(store.depths()) > n_layers), None)
 
     def forget(self, depth: int) -> None:
         """A depth is not asked for again by this fit."""

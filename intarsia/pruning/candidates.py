@@ -31,14 +31,15 @@ class Change:
 
 
 def losses_with(
-    model: Intermediate, start: int, count: int, ops: Sequence[Op], *, sequences: slice = slice(None)
+    model: Intermediate, start: int, count: int, ops: Sequence[Op], *, sequences: slice | None = None
 ) -> Tensor:
     """Summed loss of each sequence if `ops` stood in the place of `count` layers: float64, `[N]` of the slice."""
     return next(losses_of(model, [Change(start=start, count=count, ops=tuple(ops))], sequences=sequences))
 
 
-def losses_of(model: Intermediate, changes: Sequence[Change], *, sequences: slice = slice(None)) -> Iterator[Tensor]:
+def losses_of(model: Intermediate, changes: Sequence[Change], *, sequences: slice | None = None) -> Iterator[Tensor]:
     """`losses_with` of one change after the other."""
+    sequences = model.rows if sequences is None else sequences
     return model.loop.losses((_path(model, change) for change in changes), sequences=sequences)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from intarsia.pruning.race import share_at_most
 from intarsia.pruning.step import Planner
 
 if TYPE_CHECKING:
@@ -63,13 +64,22 @@ def estimate(
     after = parameters - (depth - target) * architecture.layer_parameters
     stored = checkpoint.headers[f"{architecture.family.embedding_module}.weight"].dtype.itemsize
     running = stored if dtype is None else dtype.itemsize
-    # Healing in the loop keeps the original's hidden states beside those of the model.
-    kept = (depth + 1) * (0 if not (planner.measures or planner.progressive) else 1 if planner.in_loop is None else 2)
+    # The original is measured on all of the text, its successors on part of it; blocks and healing in the loop keep the
+    # original's hidden states beside those of the model.
+    share = min(1.0, (planner.plan_tokens or tokens) / tokens)
+    measured = planner.measures or planner.progressive or planner.blocks
+    kept = (depth + 1) * (measured + share * bool(planner.in_loop or planner.blocks))
+    rows = max(int(share * tokens) // seq_len, 1)
+    forwards = planner.forwards_at_most(architecture, target, rows)
+    first = min(depth, forwards)
+    if planner.blocks:
+        raced = share_at_most(target + 1, rows, racing=True, keep=planner.blocks)
+        forwards += raced * target * (target + 1) / 2
     return Estimate(
         parameters_before=parameters,
         parameters_after=after,
         weight_bytes=parameters * running,
-        hidden_bytes=kept * tokens * architecture.width * running,
-        passes_at_most=planner.forwards_at_most(architecture, target, max(tokens // seq_len, 1)) / depth,
+        hidden_bytes=int(kept * tokens * architecture.width * running),
+        passes_at_most=(first + (forwards - first) * share) / depth,
         disk_bytes=after * stored,
     )

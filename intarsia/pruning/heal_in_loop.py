@@ -30,9 +30,6 @@ from intarsia.pruning.intermediate import Intermediate
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import derive_spans
 
-NEAREST = 8
-"""Blocks between whose ends the residual stream turns least, of which the loss is looked at."""
-
 
 def repair_forwards(
     architecture: Architecture,
@@ -40,20 +37,15 @@ def repair_forwards(
     current: int,
     *,
     finalists: int = 1,
-    blocks: int = 0,
 ) -> int:
     """Layer-forwards that healing one step of a model of `current` layers takes at most; none without settings.
 
-    For each finalist two layers are fitted, the model is measured anew, and the held-out loss is measured twice. Of
-    blocks the held-out loss of `NEAREST` is measured, and some are fitted; one that is taken is measured as a whole.
+    For each finalist two layers are fitted, the model is measured anew, and the held-out loss is measured twice.
     """
     if settings is None:
         return 0
     fit, held_out = passes(architecture, settings.changed), math.ceil(current / settings.held_out)
-    forwards = finalists * (2 * fit + current + 2 * held_out)
-    if blocks:
-        forwards += NEAREST * held_out + blocks * (fit + held_out) + current
-    return forwards
+    return finalists * (2 * fit + current + 2 * held_out)
 
 
 class Repair:
@@ -100,7 +92,7 @@ class Repair:
     @property
     def held_out(self) -> list[int]:
         """The sequences that nothing is fitted on."""
-        return list(range(0, len(self.model.corpus), self.settings.held_out))
+        return list(range(0, self.model.rows.stop, self.settings.held_out))
 
     def fit(self, first: int, due: Mapping[int, int], original: TeacherStates) -> tuple[list[LayerFit], int]:
         """Fit layers towards their depths, in order, and measure those between them.
@@ -156,7 +148,7 @@ def _feed(
     model: Intermediate, start: int, op: Op, original: TeacherStates, depth: int, held_out: int
 ) -> Iterator[FitBatch]:
     """What a layer in the place of layer `start` is fed, and H^depth of the original, which it should give."""
-    for part, ids, mask in model.batches.over():
+    for part, ids, mask in model.batches.over(model.rows):
         model.loop.spend(1, part)
         yield FitBatch(
             h_BTD=model.hidden_at(start, part),

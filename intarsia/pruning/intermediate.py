@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from intarsia.activations.batches import Batches
-from intarsia.activations.hidden_store import HiddenStore, Room
+from intarsia.activations.hidden_store import Room
 from intarsia.activations.loop import Loop, Passed
 from intarsia.activations.statistics import LayerMeasure, cosines, last_real
 from intarsia.building.loaded_model import Resident
-from intarsia.building.recipe_layers import Layer, RecipeLayers, is_whole, original_ops
+from intarsia.building.recipe_layers import Layer, RecipeLayers, is_whole
 from intarsia.data.corpus import Corpus
 from intarsia.healing.teacher import TeacherStates
 from intarsia.progress import Progress, current
@@ -44,8 +44,9 @@ class Intermediate(RecipeLayers):
     Attributes:
         loop: runs layers over the calibration text, and counts them.
         hidden: the hidden states at every depth, as measured.
-        measures: what each current layer does on the calibration text.
-        losses_N: summed next-token loss of each sequence, in nats; `counts_N` the tokens predicted in it.
+        rows: the first sequences of the calibration text, which everything but the original's hidden states is
+            measured on; see `look_at`.
+        measures: what each current layer does on them.
     """
 
     def __init__(
@@ -75,8 +76,9 @@ class Intermediate(RecipeLayers):
         self.loop = Loop(resident, Batches(corpus, resident.device, batch_tokens=batch_tokens), room=room)
         self.hidden = self.loop.store()
         self.measures: list[LayerMeasure] = []
-        self.losses_N = torch.zeros(len(corpus), dtype=torch.float64)
-        self.counts_N = torch.zeros(len(corpus), dtype=torch.int64)
+        self.rows = slice(0, len(corpus))
+        self._losses_N = torch.zeros(len(corpus), dtype=torch.float64)
+        self._counts_N = torch.zeros(len(corpus), dtype=torch.int64)
         self._measured: list[Layer] = []
         self._distances: dict[tuple[int, int, str], float] = {}
         self._kept: _Kept | None = None
@@ -104,15 +106,36 @@ class Intermediate(RecipeLayers):
         return self.loop.layer_forwards
 
     @property
+    def losses_N(self) -> Tensor:
+        """Summed next-token loss of each sequence of `rows`, in nats: float64."""
+        return self._losses_N[self.rows]
+
+    @property
+    def counts_N(self) -> Tensor:
+        """Tokens predicted in each sequence of `rows`."""
+        return self._counts_N[self.rows]
+
+    @property
     def loss(self) -> float:
-        """Mean next-token loss on the calibration text, in nats."""
+        """Mean next-token loss on `rows`, in nats."""
         return float(self.losses_N.sum() / self.counts_N.sum())
+
+    def look_at(self, tokens: int | None) -> None:
+        """Decide on the first sequences of the calibration text, with so many tokens together; None: on all.
+
+        Call it before anything is measured, or after `rewind`.
+        """
+        number = len(self.corpus) if tokens is None else min(len(self.corpus), max(1, tokens // self.corpus.seq_len))
+        self.rows = slice(0, number)
+        if self.hidden.held is not None:
+            self.hidden.only(number)
 
     @torch.inference_mode()
     def measure(self, start: int = 0, stop: int | None = None) -> None:
         """Run the layers from `start` on over the calibration text, and record measures, hidden states and loss.
 
-        With `stop` only the layers before it are run, and the loss is not measured.
+        With `stop` only the layers before it are run, and the loss is not measured. The original's hidden states are
+        recorded on the whole text, as healing needs them.
         """
         whole, stop = stop is None, self.depth if stop is None else stop
         if not self.measures or not self.reuse_prefix:
@@ -121,15 +144,20 @@ class Intermediate(RecipeLayers):
         # What ended at the last layer before may have been taken after the final norm.
         valid = start - 1 if self.after_final_norm and start == self.depth else start
         self._distances = {key: value for key, value in self._distances.items() if key[0] + key[1] <= valid}
-        with self.progress.task(f"measuring {self.depth} layers", stop - start + whole) as task:
+        parts = [self.rows]
+        if whole and self.hidden.held is None and is_whole(self._now(), self.architecture.n_layers):
+            parts.append(slice(self.rows.stop, len(self.corpus)))
+        length = parts[-1].stop / len(self.corpus)
+        with self.progress.task(f"measuring {self.depth} layers", (stop - start) * length + whole) as task:
             if start == 0:
-                self.loop.embed(self.hidden)
+                self.loop.embed(self.hidden, sequences=slice(0, parts[-1].stop))
             if self.after_final_norm and whole and 0 < start == self.depth:
                 self.measures[-1] = self._new_last()
             found = [LayerMeasure() for _ in range(start, stop)]
 
             def observe(number: int, passed: Passed) -> None:
-                found[number].include(self._measure_of(start + number, passed))
+                if passed.rows.start < self.rows.stop:
+                    found[number].include(self._measure_of(start + number, passed))
                 part = (passed.rows.stop - passed.rows.start) / len(self.corpus)
                 task.note(f"layer {start + number + 1} of {self.depth}")
                 task.advance(part)
@@ -139,14 +167,15 @@ class Intermediate(RecipeLayers):
                 self.hidden,
                 at=range(start, stop + 1),
                 observe=observe,
+                sequences=parts,
                 name=lambda number: f"output of layer {start + number}",
             ):
                 self.measures.append(found[number])
             if whole:
                 task.note("loss")
-                self.batches.each(self._lose)
+                self.batches.each(self._lose, self.rows)
                 task.advance()
-        self._measured = list(zip(self.ops, self.fitted, strict=True))[:stop]
+        self._measured = self._now()[:stop]
 
     def refresh(self) -> None:
         """Measure, from the first layer on that is another one than when it was last measured; nothing if none is.
@@ -176,8 +205,8 @@ class Intermediate(RecipeLayers):
     @torch.inference_mode()
     def tokens_at(self, depth: int, keep_NT: Tensor) -> Tensor:
         """H^depth of the tokens where `keep_NT` is True: float32 `[K, D]`, on the CPU."""
-        found = [self.hidden_at(depth, rows).cpu()[keep_NT[rows]].float() for rows, _, _ in self.batches.over()]
-        return torch.cat(found)
+        parts = (rows for rows, _, _ in self.batches.over(self.rows))
+        return torch.cat([self.hidden_at(depth, rows).cpu()[keep_NT[rows]].float() for rows in parts])
 
     @torch.inference_mode()
     def span_distance(self, start: int, count: int, tokens: Literal["all-tokens", "last-token"]) -> float:
@@ -185,13 +214,18 @@ class Intermediate(RecipeLayers):
         key = (start, count, tokens)
         if key not in self._distances:
             total, number = 0.0, 0
-            for rows, ids, mask in self.batches.over():
+            for rows, ids, mask in self.batches.over(self.rows):
                 after = self._output(start + count, rows, ids, mask)
                 keep = last_real(ids, mask) if tokens == "last-token" else mask
                 found = angular_distance(cosines(self.hidden_at(start, rows), after, keep))
                 total, number = total + float(found.sum()), number + found.numel()
             self._distances[key] = total / number
         return self._distances[key]
+
+    @property
+    def kept(self) -> bool:
+        """Whether something is kept that `rewind` comes back to."""
+        return self._kept is not None
 
     def keep(self) -> None:
         """Keep what is measured now: `rewind` comes back to it, whatever is measured in between.
@@ -202,7 +236,7 @@ class Intermediate(RecipeLayers):
         self._kept = _Kept(
             layers=list(self._measured),
             measures=list(self.measures),
-            losses_N=self.losses_N.clone(),
+            losses_N=self._losses_N.clone(),
             distances=dict(self._distances),
         )
 
@@ -211,7 +245,7 @@ class Intermediate(RecipeLayers):
         assert self._kept is not None, "nothing was kept"
         self.hidden.restore()
         self.measures, self._measured = list(self._kept.measures), list(self._kept.layers)
-        self.losses_N, self._distances = self._kept.losses_N.clone(), dict(self._kept.distances)
+        self._losses_N, self._distances = self._kept.losses_N.clone(), dict(self._kept.distances)
         self.become([op for op, _ in self._kept.layers])
         for index, (_, fitted) in enumerate(self._kept.layers):
             self.fit(index, fitted)
@@ -229,14 +263,6 @@ class Intermediate(RecipeLayers):
             self._original = TeacherStates(self.loop, known=known, keep=True)
             self._original.learn(range(self.architecture.n_layers + 1))
         return self._original
-
-    def beside(self, original: TeacherStates) -> Intermediate:
-        """Another one, made of the original's layers and with its hidden states on the whole text; nothing is run."""
-        ops = original_ops(self.ops, self.architecture.n_layers)
-        other = Intermediate(self.resident, self.corpus, ops)
-        other.loop, other.counts_N = self.loop, self.counts_N
-        other.hidden = HiddenStore(self.hidden.shape, self.hidden.dtype, room=self.loop.room, held=original.states)
-        return other
 
     def close(self) -> None:
         """Free the hidden states, the original's with them."""
@@ -257,7 +283,7 @@ class Intermediate(RecipeLayers):
     def _new_last(self) -> LayerMeasure:
         """The influence of a layer that has become the last one: its output now counts after the final norm."""
         fresh = LayerMeasure(channels=self.measures[-1].channels)
-        for rows, ids, mask in self.batches.over():
+        for rows, ids, mask in self.batches.over(self.rows):
             after = self._output(self.depth, rows, ids, mask)
             fresh.add_stream(self.hidden_at(self.depth - 1, rows), after, mask)
         return fresh
@@ -265,7 +291,7 @@ class Intermediate(RecipeLayers):
     def _lose(self, rows: slice, ids: Tensor, mask: Tensor | None) -> None:
         """Measure the loss of some sequences, from the hidden states after the last layer."""
         h_BTD = self.hidden_at(self.depth, rows)
-        self.losses_N[rows], self.counts_N[rows] = self.loop.stream.losses(h_BTD, ids, mask)
+        self._losses_N[rows], self._counts_N[rows] = self.loop.stream.losses(h_BTD, ids, mask)
 
     def _output(self, depth: int, rows: slice, ids: Tensor, mask: Tensor | None) -> Tensor:
         """H^depth of some sequences; of the last layer after the final norm, where that is wanted."""
@@ -277,7 +303,12 @@ class Intermediate(RecipeLayers):
     def _hold(self) -> None:
         """Keep the hidden states that are there; those that are measured later are stored besides."""
         self.hidden.hold()
+        self.hidden.only(self.rows.stop)
         self._held_original = self._is_original()
+
+    def _now(self) -> list[Layer]:
+        """The layers as they are, measured or not."""
+        return list(zip(self.ops, self.fitted, strict=True))
 
     def _is_original(self) -> bool:
         """Whether what was measured last is the whole model as it was."""

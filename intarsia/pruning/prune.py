@@ -16,10 +16,15 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
 
 
-def prune(planner: Planner, model: Intermediate, start: Recipe, target: int, ladder: Ladder) -> str | None:
+def prune(
+    planner: Planner, model: Intermediate, start: Recipe, target: int, ladder: Ladder, *, spent: float | None = None
+) -> str | None:
     """Step down from `start` (the recipe that `model` holds) to `target` layers.
 
     Steps that are in the ladder already are not done again: `start` is then the last one.
+
+    Args:
+        spent: layer-forwards of the model that do not belong to the first step (default: those so far).
 
     Returns:
         None, or why the planner stopped before the target.
@@ -34,7 +39,7 @@ def prune(planner: Planner, model: Intermediate, start: Recipe, target: int, lad
             report.say(f"resuming at {model.depth} layers, on the way down to {target}")
     with report.task(f"{first} to {target} layers", first - target) as task:
         task.advance(first - model.depth)
-        started, spent = time.perf_counter(), model.layer_forwards
+        started, spent = time.perf_counter(), model.layer_forwards if spent is None else spent
         if model.depth > target and (planner.progressive or (planner.measures and not history)):
             model.refresh()
             if not history:
@@ -77,8 +82,8 @@ def _take(
 ) -> tuple[Step, dict[str, Any]]:
     """Change the model: by the best step, or by that of the finalists which is best when it is healed."""
     step = steps[0]
-    if repair is not None and (planner.blocks or len(steps) > 1):
-        step, found = settle(repair, steps, blocks=planner.blocks)
+    if repair is not None and len(steps) > 1:
+        step, found = settle(repair, steps)
         return step, {**step.evidence, "repair": found}
     if step.whole is not None:
         model.become(step.whole)

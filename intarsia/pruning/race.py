@@ -13,9 +13,12 @@ if TYPE_CHECKING:
 
 Name = TypeVar("Name", bound=Hashable)
 
-_STAGES = (0.0625, 0.125, 0.25, 0.5, 1.0)
+# Sequences of the first part; every further one doubles what was seen.
+_FIRST = 2
+# A candidate leaves early by so many standard errors, of at least so many sequences; fewer are not raced on at all.
 _ERRORS = 2.0
 _LEAST = 8
+# Candidates that are compared until the end, at least.
 _LAST = 2
 
 
@@ -83,8 +86,9 @@ def mean_loss(sums_N: Tensor, counts_N: Tensor) -> float:
 
 
 def _parts(total: int, *, racing: bool) -> list[slice]:
-    stops = sorted({max(1, math.ceil(total * stage)) for stage in _STAGES}) if racing else [total]
-    stops = [stop for stop in stops if stop >= min(_LEAST, total)]
+    stops = [total]
+    while racing and total > _LEAST and stops[0] > _FIRST:
+        stops.insert(0, math.ceil(stops[0] / 2))
     return [slice(first, stop) for first, stop in zip([0, *stops[:-1]], stops, strict=True)]
 
 
@@ -103,7 +107,7 @@ def _survivors(
 
     `means` are losses a token, by sequence. At least two are compared until the end, unless one is clearly best.
     """
-    if means[alive[0]].numel() < 2:
+    if means[alive[0]].numel() == 0:
         return list(alive)
     ranked = sorted(alive, key=lambda name: float(means[name].mean()))
     half = ranked[: max(_LAST, keep, math.ceil(len(ranked) / 2))]
@@ -111,6 +115,13 @@ def _survivors(
     return [
         name for name in alive if name in safe or (name in half and not _clearly_worse(means[name] - means[ranked[0]]))
     ]
+
+
+def share_at_most(candidates: int, sequences: int, *, racing: bool, keep: int = 1) -> float:
+    """The share of all candidates on all sequences that a race runs at most, where one costs up to twice the mean."""
+    parts = [part.stop - part.start for part in _parts(sequences, racing=racing)]
+    run = 2 * _length(candidates, parts, keep) - candidates * parts[0]  # of the first part all are run
+    return min(1.0, run / (candidates * sequences))
 
 
 def _length(candidates: int, sizes: Sequence[int], keep: int) -> int:
@@ -123,5 +134,7 @@ def _length(candidates: int, sizes: Sequence[int], keep: int) -> int:
 
 
 def _clearly_worse(gap_N: Tensor) -> bool:
+    if gap_N.numel() < _LEAST:
+        return False
     error = float(gap_N.std()) / math.sqrt(gap_N.numel())
     return float(gap_N.mean()) > _ERRORS * error

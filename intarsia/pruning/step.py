@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_origin
 
 from intarsia.architecture.spec import Architecture
 from intarsia.errors import Problems
-from intarsia.flags import options_of
+from intarsia.flags import flag, options_of, token_count
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.recipe.ops import Concat, Op
 
@@ -41,9 +41,17 @@ class ProgressiveSettings:
 
     # Heal what each step changes in closed form, before the next step is chosen.
     heal_in_loop: bool = False
+    # Calibration tokens that decide the steps (default: all); the original is measured on all of them.
+    plan_tokens: int | None = flag(None, metavar="N", parse=token_count)
+    # Also heal the original without one block of adjacent layers, of so many blocks of least loss, and keep the best.
+    blocks: int = 0
 
     def __post_init__(self) -> None:
         problems = Problems()
+        if self.plan_tokens is not None and self.plan_tokens < 1:
+            problems.add(f"--plan-tokens is {self.plan_tokens}; it is at least 1.", "Leave it out for all tokens.")
+        if self.blocks < 0:
+            problems.add(f"--blocks is {self.blocks}; it is at least 0.", "Give 0 for none.")
         for option in options_of(type(self)):
             if get_origin(option.kind) is Literal:  # the type of other values says enough
                 with problems:
@@ -65,8 +73,10 @@ class Planner:
     after_final_norm = False
     # Layers that become one in a step, at most. With more than two, the last step depends on the target.
     layers_at_once = 2
-    # Where steps are healed: how many blocks of the original are tried beside each of them.
+    # How many blocks of the original the final heal starts from too, and on how many tokens steps and blocks are
+    # decided (None: all).
     blocks = 0
+    plan_tokens: int | None = None
     # How the layers that a step changes are healed before the next one; for progressive methods.
     in_loop: ClosedFormSettings | None = None
 
@@ -84,11 +94,11 @@ class Planner:
         """Why nothing more is allowed, for the user."""
         return "no layer is left"
 
-    def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> int:
+    def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> float:
         """Layer-forwards over the calibration text from the whole model down to `target` layers, at most.
 
         Args:
-            sequences: how many the calibration text has.
+            sequences: how many steps are decided on.
         """
         return architecture.n_layers if self.measures else 0
 
@@ -100,6 +110,7 @@ class Progressive(Planner):
 
     def __init__(self, settings: ProgressiveSettings) -> None:
         self.in_loop = ClosedFormSettings() if settings.heal_in_loop else None
+        self.blocks, self.plan_tokens = settings.blocks, settings.plan_tokens
 
 
 def strides(depth: int, target: int, merge: int) -> Iterator[tuple[int, int]]:
@@ -144,16 +155,13 @@ def step_line(depth: int, start: int, op: Op | None, loss: float | None, *, mixt
 
 
 def healed_words(evidence: Mapping[str, Any]) -> str:
-    """What came of a repair in the loop, as the end of such a line; nothing where there was none."""
+    """The result of healing in the loop, as the end of such a line; empty where there was none."""
     repair = evidence.get("repair")
     if repair is None or repair["held_out_loss"] is None:
         return ""
     before, after = repair["held_out_loss"]
     among = f", best of {len(repair['finalists'])}" if "finalists" in repair else ""
-    if "block" in evidence:
-        start, stop = evidence["block"]
-        among += f": the original without {start} to {stop - 1}"
-    return f"{among}, {'repaired' if repair['taken'] else 'not repaired'}: held-out loss {before:.4f} -> {after:.4f}"
+    return f"{among}, {'healed' if repair['taken'] else 'not healed'}: held-out loss {before:.4f} -> {after:.4f}"
 
 
 def _short(op: Op, mlp: str) -> list[str]:

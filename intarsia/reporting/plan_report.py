@@ -253,9 +253,6 @@ def steps_section(run: PlanRun) -> Section:
 
 
 def _step(step: Mapping[str, Any], mlp: str) -> str:
-    block = step["evidence"].get("block")
-    if block is not None:
-        return f"{block[0]} to {block[1] - 1} dropped from the original, instead of the steps so far"
     op = step["op"]
     if op is None:
         return "dropped"

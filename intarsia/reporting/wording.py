@@ -174,7 +174,7 @@ def _target(layers: int | None) -> list[str]:
 def _options(settings: Mapping[str, Any]) -> list[str]:
     """Those of the method that are not their defaults; of a plugin that is not loaded none are known."""
     method = str(settings["method"])
-    words = [*([] if method == "come" else ["--method", method]), *_general(settings)]
+    words = ["--method", method, *_general(settings)]
     kind = planners.get(method).settings if method in planners else None
     options = {} if kind is None else {option.attribute: option for option in options_of(kind)}
     for name, value in (settings.get("planner") or {}).items():

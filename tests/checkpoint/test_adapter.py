@@ -297,3 +297,12 @@ def test_without_peft(saved: dict[str, Path], tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"package peft.*pip install 'intarsia\[train\]'"):
         opened(tmp_path / "adapter", saved["single"])
+
+
+@pytest.mark.parametrize("settings", [{"trainable_token_indices": 1e40}, {"megatron_config": -1}, {"r": "many"}])
+def test_values_that_peft_does_not_take(settings: dict[str, Any], saved: dict[str, Path], tmp_path: Path) -> None:
+    make_adapter(saved["single"], tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    with pytest.raises(UserError, match="an adapter that peft can put on the base"):
+        opened(tmp_path, saved["single"])

@@ -238,7 +238,7 @@ def test_disk_fills_up_in_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(writer, "FileIO", Small)
     tensors = {f"t{i}": torch.ones(40) for i in range(10)}
-    with pytest.raises(UserError, match=r"full disk.*Nothing was left behind"):
+    with pytest.raises(UserError, match=r"full disk.*Nothing was left there"):
         write(tmp_path / "new" / "out", tensors)
     assert nothing_left(tmp_path)
 

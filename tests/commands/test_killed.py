@@ -28,8 +28,8 @@ def test_killed_and_started_again(
     assert Ladder.existing(tmp_path / "killed").depths() == [5]
     assert (tmp_path / "killed" / "log.jsonl").read_bytes()[-1:] != b"\n"
 
-    continued = verbs.plan(model, tmp_path / "killed", layers=3, **sizes)
-    undisturbed = verbs.plan(model, tmp_path / "undisturbed", layers=3, **sizes)
+    continued = verbs.plan(model, tmp_path / "killed", layers=3, method=None, **sizes)
+    undisturbed = verbs.plan(model, tmp_path / "undisturbed", layers=3, method=None, **sizes)
     assert continued.depths == undisturbed.depths == (5, 4, 3)
     assert continued.losses == undisturbed.losses
     one, other = tmp_path / "killed", tmp_path / "undisturbed"

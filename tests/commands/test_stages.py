@@ -505,6 +505,7 @@ def run(*words: Any) -> Any:
 def test_compress_on_the_command_line(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:
     words = ["compress", model_folder("llama"), "-o", tmp_path / "out", "--layers", 4, "--calibration", text_file]
     words += ["--tokens", 256, "--seq-len", 32, "--eval-text", text_file, "--eval-windows", 4, "--json"]
+    words += ["--method", "come"]
     dry = run(*words, "--dry-run")
     assert dry.exit_code == 0, dry.output
     assert json.loads(dry.stdout)["estimate"]["passes_at_most"] == (6 + 5 + 4) / 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,14 +22,14 @@ from intarsia.healing.pipeline import Healed
 from intarsia.healing.restarts import Start, best_of, starts
 from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.options import Target, TextSpec
-from intarsia.pruning.finalists import block_starts
+from intarsia.pruning.blocks import starts_of
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.recipe import schema
-from intarsia.recipe.recipe import Fitted, Recipe, identity
+from intarsia.recipe.recipe import Fitted, Recipe
 from intarsia.registry import heal_stages, planners
-from tests import families, verbs
+from tests import verbs
 from tests.closed_form_fits import fit_on
 from tests.conftest import Opened
 from tests.healing.conftest import heal
@@ -56,10 +57,12 @@ class Planned:
         names = {name: self.given[name] for name in ("tokens", "seq_len")}
         return Job(self.model, TextSpec(sources=(self.given["calibration"],), **names))
 
-    def healed(self, recipe: Recipe) -> Healed:
+    def healed(self, recipe: Recipe, stage: str = "closed-form") -> Healed:
         """A recipe of the ladder, healed in closed form."""
         with self.folder.run.opened():
-            found = heal_recipe(self.job, self.folder, recipe, heal_stages.choose_all("closed-form"))
+            planning = Planning(self.job, Target(layers=len(recipe.layers)), planners.choose(self.given["settings"]))
+            found = heal_recipe(planning, self.folder, recipe, heal_stages.choose_all(stage))
+            planning.close()
         assert found is not None
         return found
 
@@ -73,7 +76,7 @@ def plan(model_folder: Any, text_file: Path, tmp_path: Path) -> Plan:
         model, run = str(model_folder("llama")), tmp_path / "run"
         given: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "seq_len": 32}
         verbs.plan(model, run, **options, **given)
-        return Planned(model=model, run=run, given=given)
+        return Planned(model=model, run=run, given={**given, "settings": options["settings"]})
 
     return planned
 
@@ -123,37 +126,27 @@ def test_the_best_end_comes_first_and_of_equal_ones_the_earlier_start() -> None:
 
 def test_a_ladder_s_recipe_starts_as_it_is_bare_and_as_blocks(plan: Plan) -> None:
     """Each fit is the one from that start, and the best on the selection text is taken."""
-    settings = ComePSettings(granularity=2, racing=False, removals=True, finalists=2, blocks=4, heal_in_loop=True)
+    settings = ComePSettings(granularity=2, racing=False, removals=True, finalists=2, blocks=2, heal_in_loop=True)
     planned = plan(layers=3, settings=settings)
     job, ladder = planned.job, planned.folder
     architecture, judges = job.checkpoint.architecture, job.text.selection
     assert judges is not None and len(judges) == 2
     several = 0
-    for entry in ladder.log():
-        recipe = ladder.recipe(entry["layers"])
-        points = [*starts(recipe, architecture), *block_starts(ladder, recipe)]
-        several += len(points) > 2
-        tried = [each for each in entry["evidence"]["repair"]["finalists"] if "of" in each]
-        tried.sort(key=lambda each: min(each["held_out_loss"]))
-        whole = identity(recipe.variants[0], families.DEPTH).layers
-        blocks = [(*whole[: each["replaced"][0]], *whole[each["replaced"][1] :]) for each in tried]
-        others = [layers for layers in blocks if layers != recipe.layers]
-        bare = 1 + bool(recipe.fitted)
-        assert [start.recipe.layers for start in points[bare:]] == others[:2]
-        assert all(not start.recipe.fitted for start in points[1:])
-        assert len(points) <= 4
-
+    for depth in ladder.depths():
+        recipe = ladder.recipe(depth)
         found = planned.healed(recipe)
         cut, result = found.stages
-        assert result.facts["forwards"] == sum(fit_forwards(start.recipe, FINAL, architecture) for start in points)
+        blocks = json.loads((ladder.path / f"blocks/layers-{depth:03d}.json").read_text())["blocks"]
+        points = [*starts(recipe, architecture), *starts_of(recipe, blocks)]
+        several += len(points) > 2
+        assert len(points) <= 4
+        assert all(not start.recipe.fitted for start in points[1:])
         by_hand = {}
         for start in points:
             fitted, _ = fit_on(start.recipe, job.resident, job.text.calibration, settings=FINAL)
             by_hand[start.name] = loss_of(fitted, job, judges.input_ids)
+        assert result.facts["forwards"] == sum(fit_forwards(start.recipe, FINAL, architecture) for start in points)
         heal = found.recipe.provenance["heal"]
-        if len(points) == 1:
-            assert "starts" not in heal
-            continue
         assert list(heal["starts"]) == sorted(by_hand, key=lambda name: by_hand[name])
         for name, value in heal["starts"].items():
             assert np.log(value) == pytest.approx(by_hand[name], rel=1e-6)
@@ -169,14 +162,39 @@ def test_a_ladder_s_recipe_starts_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
         assert not again.stages[-1].fresh
         assert schema.content_hash(again.recipe) == schema.content_hash(found.recipe)
     assert several
-    for method, number in (
-        (ComeSettings(), 1),
-        (ComeSettings(heal_in_loop=True), 2),
-        (ComePSettings(blocks=1, heal_in_loop=True), 3),
-        (ComePSettings(blocks=5, heal_in_loop=True), 4),
-    ):
-        planning = Planning(job, Target(layers=3), planners.choose(method))
-        assert planning.heal_passes_at_most(heal_stages.choose_all("closed-form")) == 3 * number
+
+
+def test_of_several_starts_the_best_on_a_few_tokens_is_fitted_on_all(plan: Plan) -> None:
+    planned = plan(layers=4, settings=ComeSettings(heal_in_loop=True))
+    job, recipe = planned.job, planned.folder.recipe(4)
+    points = starts(recipe, job.checkpoint.architecture)
+    judges = job.text.selection
+    assert len(points) == 2 and judges is not None
+    found = planned.healed(recipe, "closed-form[fit-trial-tokens=128]")
+    text = job.text.calibration
+    by_hand = {}
+    for start in points:
+        fitted, _ = fit_on(start.recipe, job.resident, text.take(4), settings=FINAL)
+        by_hand[start.name] = loss_of(fitted, job, judges.input_ids)
+    best = min(points, key=lambda start: by_hand[start.name])
+    expected, _ = fit_on(best.recipe, job.resident, text, settings=FINAL)
+    assert found.stages[-1].facts["start"] == best.name
+    assert schema.content_hash(found.recipe) == schema.content_hash(expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "passes"),
+    [
+        (ComeSettings(), "closed-form", 3),
+        (ComeSettings(heal_in_loop=True), "closed-form", 6),
+        (ComePSettings(blocks=2), "closed-form", 9),
+        (ComePSettings(blocks=2), "closed-form[fit-trial-tokens=128]", 3 * (3 / 4 + 1)),
+    ],
+)
+def test_passes_are_those_of_every_start(method: Any, stage: str, passes: float, plan: Plan) -> None:
+    job = plan(layers=5, settings=ComeSettings()).job
+    planning = Planning(job, Target(layers=3), planners.choose(method))
+    assert planning.heal_passes_at_most(heal_stages.choose_all(stage)) == passes
 
 
 def test_heal_goes_on_behind_the_fits_that_were_finished(

@@ -14,6 +14,7 @@ from intarsia.building.loaded_model import Resident
 from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.pruning import finalists
+from intarsia.pruning.efforts import method_of
 from intarsia.pruning.finalists import settle
 from intarsia.pruning.heal_in_loop import Repair
 from intarsia.pruning.intermediate import Intermediate
@@ -149,12 +150,12 @@ def test_of_a_group_one_is_kept_and_the_race_ends_with_so_many() -> None:
         list(track.sums), track.losses, track.counts, racing=True, keep=2, group=lambda name: name[0],
         title="race",
     )  # fmt: skip
-    assert {name: sums.numel() for name, sums in seen.items()} == {"a1": 64, "a2": 64, "b": 64, "c": 8}
+    assert {name: sums.numel() for name, sums in seen.items()} == {"a1": 64, "a2": 64, "b": 64, "c": 2}
     assert best_of_groups(seen, 3, lambda name: name[0]) == ["a1", "b"]
     assert best_of_groups(seen, 2) == ["a1", "a2"]
     sure = Track({"a": noisy(0.0, 64, 0), "b": noisy(20.0, 64, 2), "c": noisy(40.0, 64, 3)})
     _, seen = race(list(sure.sums), sure.losses, sure.counts, racing=True, keep=2, title="race")
-    assert {name: sums.numel() for name, sums in seen.items()} == {"a": 8, "b": 8, "c": 8}
+    assert {name: sums.numel() for name, sums in seen.items()} == {"a": 2, "b": 2, "c": 2}
 
 
 # How they are judged
@@ -248,18 +249,17 @@ def test_the_published_behaviour_has_neither() -> None:
 
 def test_what_they_do_not_go_with() -> None:
     with pytest.raises(UserError) as caught:
-        ComePSettings(finalists=3, blocks=1, spans=0)
+        ComePSettings(finalists=3, spans=0)
     assert [problem.message for problem in caught.value.problems] == [
         "--spans is 0; it is at least 1.",
         "--finalists is given without --heal-in-loop.",
-        "--blocks is given without --heal-in-loop.",
     ]
     with pytest.raises(UserError, match="--heal-in-loop"):
         planners.choose_all("sleb,come-p[finalists=2]")
     (chosen,) = planners.choose_all("come-p[finalists=2,removals=yes,heal_in_loop=true]")
     assert chosen.settings == ComePSettings(finalists=2, removals=True, heal_in_loop=True)
-    thorough = ComePSettings(**ComePSettings.presets["thorough"])
-    assert ComeP(thorough).in_loop == ClosedFormSettings() and ComeP(thorough).blocks == 5
+    thorough = method_of(None, "thorough").create()
+    assert thorough.in_loop == ClosedFormSettings() and thorough.blocks == 5
 
 
 def test_streamed_it_is_the_same(tmp_path: Path, checkpoint_of: Opened, resident_of: InMemory) -> None:

@@ -247,15 +247,6 @@ def test_pieces_of_a_mixture_are_called_experts(tmp_path: Path) -> None:
         assert f"30 of 40 {name}" in board.pictures[0].svg
 
 
-def test_a_step_from_the_original_says_so(tmp_path: Path) -> None:
-    run = load_run(plan_run(tmp_path / "run"))
-    first = run.log[0]
-    block = {**first, "op": None, "evidence": {**first["evidence"], "block": [2, 5]}}
-    assert "dropped from the original" not in str(steps_section(run))
-    told = str(steps_section(replace(run, log=[block, *run.log[1:]])))
-    assert "2 to 4 dropped from the original, instead of the steps so far" in told
-
-
 def test_commands_name_what_is_not_the_default() -> None:
     settings = {
         "model": "a model",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from intarsia.architecture.spec import Architecture, Part
 from intarsia.flags import flag, token_count
@@ -11,6 +11,7 @@ from intarsia.healing.settings import LAST, ClosedFormSettings, Layers
 from intarsia.registry import heal_stage
 
 if TYPE_CHECKING:
+    from intarsia.data.corpus import Corpus
     from intarsia.healing.pipeline import HealContext
     from intarsia.recipe.recipe import Recipe
 
@@ -31,54 +32,61 @@ class FinalFitSettings(ClosedFormSettings):
     held_out: int = flag(LAST.held_out, "--fit-held-out")
     # Tokens of the calibration text that it uses at most.
     tokens: int = flag(131_072, "--fit-tokens", metavar="N", parse=token_count)
+    # Where there are several recipes to start from: tokens that each is fitted on, to choose one.
+    trial_tokens: int = flag(16_384, "--fit-trial-tokens", metavar="N", parse=token_count)
 
-    def passes_at_most(self, architecture: Architecture) -> int:
-        """Passes of the whole model over the text that one fit takes."""
+    def passes_at_most(self, architecture: Architecture, *, starts: int, tokens: int) -> float:
+        """Passes of the whole model over a text of so many tokens that a fit from so many starts takes."""
         from intarsia.healing.layer_map import fit_passes_at_most
 
-        return fit_passes_at_most(architecture)
+        share = min(1.0, self.trial_tokens / min(tokens, self.tokens))
+        fits = 1.0 if starts == 1 else starts * share + (share < 1.0)
+        return fits * fit_passes_at_most(architecture) * min(1.0, self.tokens / tokens)
 
 
 @heal_stage("closed-form", settings=FinalFitSettings, paper="2505.02819")
 def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings) -> Recipe:
     """Fit output projections by least squares toward the original's hidden states.
 
-    Of several starting points, the one is taken that ends with the lowest perplexity on the selection text.
+    Of several starting points each is fitted on a few tokens, and the one with the lowest perplexity on the selection
+    text is fitted on all.
     """
     from intarsia import progress
     from intarsia.healing.closed_form import fit
     from intarsia.healing.layer_map import fit_forwards
     from intarsia.healing.restarts import AS_IT_IS, best_fit, starts
 
-    text, architecture = context.calibration, context.variants[recipe.base].architecture
-    sequences = max(1, settings.tokens // text.seq_len)
-    text = text.take(sequences) if sequences < len(text) else text
-    points = [*starts(recipe, architecture), *context.starts]
-    with context.original_states(text, fits=len(points)) as teacher:
-        if len(points) == 1:  # whether it is taken is decided after the stage
-            found, fits = fit(
-                recipe,
-                teacher,
-                settings=settings,
-                unseen=context.unseen,
-                room=context.room,
-                progress=progress.current(),
-            )
-        else:
-            best = best_fit(
-                points,
-                teacher,
-                context.held_out,
-                settings=settings,
-                folder=context.folder,
-                unseen=context.unseen,
-                room=context.room,
-                progress=progress.current(),
-            )
+    architecture = context.variants[recipe.base].architecture
+    text = _first(context.calibration, settings.tokens)
+    common: dict[str, Any] = {
+        "settings": settings,
+        "unseen": context.unseen,
+        "room": context.room,
+        "progress": progress.current(),
+    }
+    points, forwards = [*starts(recipe, architecture), *context.starts], 0.0
+    start, found, fits = points[0], None, []
+    if len(points) > 1:
+        trial = _first(text, settings.trial_tokens)
+        with context.original_states(trial, fits=len(points)) as teacher:
+            best = best_fit(points, teacher, context.held_out, folder=context.folder, **common)
+        start = best.start
+        context.facts |= {"starts": best.perplexities, "start": start.name}
+        context.facts["from_scratch"] = start.name != AS_IT_IS
+        forwards = sum(fit_forwards(each.recipe, settings, architecture) for each in points) * len(trial) / len(text)
+        if trial is text:
             found, fits = best.recipe, best.fits
-            context.facts |= {"starts": best.perplexities, "start": best.start.name}
-            context.facts["from_scratch"] = best.start.name != AS_IT_IS
+    if found is None:  # whether it is taken is decided after the stage
+        with context.original_states(text) as teacher:
+            found, fits = fit(start.recipe, teacher, **common)
+        forwards += fit_forwards(start.recipe, settings, architecture)
     context.details += fits
     context.facts["tokens"] = text.tokens
-    context.facts["forwards"] = sum(fit_forwards(point.recipe, settings, architecture) for point in points)
+    context.facts["forwards"] = forwards
     return found
+
+
+def _first(text: Corpus, tokens: int) -> Corpus:
+    """The first sequences of a text, with at most so many tokens together, and at least one."""
+    number = max(1, tokens // text.seq_len)
+    return text.take(number) if number < len(text) else text

@@ -160,16 +160,18 @@ class Come(Progressive):
             else "layers of different attention types are not merged, and no others are adjacent"
         )
 
-    def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> int:
+    def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> float:
         """Each span that is tried re-runs what is after it; then the model is measured."""
-        total = architecture.n_layers
+        total = float(architecture.n_layers)
         for current, count in strides(architecture.n_layers, target, self.settings.merge):
             after = current - count + 1
             tried = after * (after - 1) // 2 if self.settings.span_choice == "sleb" else 0
-            total += tried + self.tried_forwards(after, count) + after + self.heal_forwards(architecture, current)
+            total += (
+                tried + self.tried_forwards(after, count, sequences) + after + self.heal_forwards(architecture, current)
+            )
         return total
 
-    def tried_forwards(self, after: int, count: int) -> int:
+    def tried_forwards(self, after: int, count: int, sequences: int) -> float:
         """Layer-forwards of trying candidates; `after` is the depth that a step leads to."""
         return 0
 

@@ -19,7 +19,7 @@ from intarsia.architecture.spec import Architecture
 from intarsia.errors import check
 from intarsia.pruning import scores as allocate
 from intarsia.pruning.methods.come import Candidate, Come, ComeSettings, Scores
-from intarsia.pruning.race import best_of_groups, mean_loss, race
+from intarsia.pruning.race import best_of_groups, mean_loss, race, share_at_most
 from intarsia.recipe.ops import Op
 from intarsia.registry import planner
 
@@ -41,9 +41,6 @@ class ComePSettings(ComeSettings):
     racing: bool = True
     # With --heal-in-loop: heal this many of the best candidates of each step, and take the one of least held-out loss.
     finalists: int = 1
-    # With --heal-in-loop: also heal the original without a block of layers, of this many of the best blocks; all steps
-    # so far are given up where one of them is better.
-    blocks: int = 0
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {
@@ -53,22 +50,13 @@ class ComePSettings(ComeSettings):
             "racing": False,
             "finalists": 1,
             "blocks": 0,
-        },
-        # The best healed models, slowly.
-        "thorough": {
-            "heal_in_loop": True,
-            "spans": 5,
-            "granularity": 5,
-            "removals": True,
-            "finalists": 4,
-            "blocks": 5,
+            "plan_tokens": None,
         },
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = [("granularity", 1), ("spans", 1), ("finalists", 1), ("blocks", 0)]
-        healed = [("finalists", self.finalists > 1), ("blocks", self.blocks > 0)]
+        counts = [("granularity", 1), ("spans", 1), ("finalists", 1)]
         check(
             *(
                 (
@@ -78,9 +66,10 @@ class ComePSettings(ComeSettings):
                 )
                 for name, least in counts
             ),
-            *(
-                (self.heal_in_loop or not given, f"--{name} is given without --heal-in-loop.", "Give both, or neither.")
-                for name, given in healed
+            (
+                self.heal_in_loop or self.finalists == 1,
+                "--finalists is given without --heal-in-loop.",
+                "Give both, or neither.",
             ),
         )
 
@@ -93,7 +82,6 @@ class ComeP(Come):
 
     def __init__(self, settings: ComePSettings) -> None:
         super().__init__(settings)
-        self.blocks = settings.blocks
 
     def choose(
         self, model: Intermediate, ranked: Sequence[int], count: int, pieces: Callable[[int], Scores]
@@ -111,18 +99,19 @@ class ComeP(Come):
         best, shown = raced(model, tried, self.settings.finalists, racing=self.settings.racing, title=title)
         return best, {"grid": shown}
 
-    def tried_forwards(self, after: int, count: int) -> int:
-        """Each ratio and removal that is tried re-runs what is after it."""
-        ratios = math.comb(self.settings.granularity + count - 1, count - 1)
-        dropped = after * (after + 1) // 2 if self.settings.removals else 0
-        return min(self.settings.spans, after) * ratios * after + dropped
+    def tried_forwards(self, after: int, count: int, sequences: int) -> float:
+        """Each ratio and removal that is tried re-runs what is after it, as long as it is in the race."""
+        ratios = min(self.settings.spans, after) * math.comb(self.settings.granularity + count - 1, count - 1)
+        drops = after + 1 if self.settings.removals else 0
+        racing, finalists = self.settings.racing, self.settings.finalists
+        share = share_at_most(max(ratios + drops, 1), sequences, racing=racing, keep=finalists)
+        return share * (ratios * after + drops * after / 2)
 
     def heal_forwards(self, architecture: Architecture, current: int) -> int:
-        """Every finalist is healed, and every block."""
+        """Every finalist is healed."""
         from intarsia.pruning.heal_in_loop import repair_forwards
 
-        finalists, blocks = self.settings.finalists, self.settings.blocks
-        return repair_forwards(architecture, self.in_loop, current, finalists=finalists, blocks=blocks)
+        return repair_forwards(architecture, self.in_loop, current, finalists=self.settings.finalists)
 
     def _merges(self, model: Intermediate, spans: Mapping[int, Sequence[Scores]]) -> Iterator[Candidate]:
         """Every ratio of the grid, of every span."""

@@ -157,7 +157,7 @@ class Laco(Progressive):
 
         from intarsia.pruning.candidates import normed_with
 
-        few = slice(0, SEQUENCES)
+        few = slice(0, min(SEQUENCES, model.rows.stop))
         if self._reference is None:
             variant = model.ops[0].sources[0].variant
             whole = [

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from intarsia.architecture.spec import Architecture
-from intarsia.pruning.race import mean_loss, race
+from intarsia.pruning.race import mean_loss, race, share_at_most
 from intarsia.pruning.step import Progressive, ProgressiveSettings, Step, strides
 from intarsia.recipe.ops import sources_of
 from intarsia.registry import planner
@@ -58,11 +58,14 @@ class Sleb(Progressive):
         }
         return [Step(start=best, count=1, op=None, evidence=evidence)]
 
-    def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> int:
+    def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> float:
         """Every layer is tried, at the cost of those after it; then the model is measured."""
         from intarsia.pruning.heal_in_loop import repair_forwards
 
         return architecture.n_layers + sum(
-            current * (current - 1) // 2 + current - 1 + repair_forwards(architecture, self.in_loop, current)
+            share_at_most(current, sequences, racing=self.settings.racing) * current * (current - 1) / 2
+            + current
+            - 1
+            + repair_forwards(architecture, self.in_loop, current)
             for current, _ in strides(architecture.n_layers, target, 2)
         )
