@@ -86,19 +86,19 @@ def measure(task: LayerTask) -> tuple[list[float], list[float]]:
     bare: list[float] = []
     run = bare_pass(task)
     synchronise = torch.cuda.synchronize if task.device.type == "cuda" else lambda: None
-    begun = 0.0
+    started = 0.0
 
     def tell(tokens: int, loss: float) -> None:
-        nonlocal begun
+        nonlocal started
         synchronise()
         ended = time.perf_counter()
-        steps.append(ended - begun)
+        steps.append(ended - started)
         run()
         synchronise()
-        begun = time.perf_counter()
-        bare.append(begun - ended)
+        started = time.perf_counter()
+        bare.append(started - ended)
 
-    begun = time.perf_counter()
+    started = time.perf_counter()
     train_layer(task, tell)
     return steps[_WARM_UP:], bare[_WARM_UP:]
 

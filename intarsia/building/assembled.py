@@ -40,7 +40,7 @@ def assembled(recipe: Recipe, resident: Resident) -> PreTrainedModel:
         layer = twin(resident.module(op, fitted))
         parts: Iterator[Any] = layer.modules()
         for part in parts:
-            # What is kept for later tokens is kept by the place of the layer in the model, not by where it came from.
+            # What is kept for later tokens is found by the layer's index in the model, not by its source.
             if isinstance(getattr(part, "layer_idx", None), int):
                 part.layer_idx = index
         layers.append(layer)
@@ -51,7 +51,7 @@ def assembled(recipe: Recipe, resident: Resident) -> PreTrainedModel:
 
 
 def _as_built(index: int, recipe: Recipe, checkpoint: Checkpoint) -> Mapping[str, npt.NDArray[np.float32]]:
-    """Fitted tensors behind the rounding to the dtype of the files, which a built folder's have been through."""
+    """Fitted tensors, rounded to the dtype of the files as in a built folder."""
     layer = recipe.layers[index].sources[0].layer
     found = {}
     for name, array in recipe.fitted.get(index, {}).items():
@@ -69,7 +69,7 @@ def _config(recipe: Recipe, resident: Resident) -> PreTrainedConfig:
     assert isinstance(config, PreTrainedConfig)
     config.dtype = resident.model.dtype
     config._attn_implementation = resident.model.config._attn_implementation
-    # How experts are computed is decided at loading too, by transformers that has several ways.
+    # How experts are computed is decided at loading too, by transformers that has several kernels.
     if hasattr(resident.model.config, "_experts_implementation"):
         config._experts_implementation = resident.model.config._experts_implementation
     return config

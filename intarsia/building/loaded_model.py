@@ -192,7 +192,7 @@ def _own(tensor: Tensor) -> Tensor:
 def twin(module: nn.Module) -> nn.Module:
     """Another module of the same kind on the same parameters; replacing one of its parameters leaves the first alone.
 
-    Hooks stay behind: those that transformers hangs on a model's layers mean nothing outside it, and cannot be pickled.
+    Hooks are left out: what transformers hangs on a model's layers means nothing outside it, and cannot be pickled.
     """
     shared: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
     for part in module.modules():

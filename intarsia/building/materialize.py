@@ -87,11 +87,9 @@ def materialize(
                 tensor = tensors.pop(local).contiguous()
                 name = base.stored_name(base.architecture.tensor_name(index, local))
                 if not bool(torch.isfinite(tensor).all()):
-                    raise UserError.of(
-                        where=f"output tensor {name}",
-                        expected="finite numbers",
-                        found="NaN or infinity",
-                        remedy="Folding a norm overflows in this dtype; use a bfloat16 or float32 source.",
+                    raise UserError(
+                        f"Output tensor {name} has NaN or infinity.",
+                        "Folding a norm overflows in this dtype; use a bfloat16 or float32 source.",
                     )
                 writer.write(name, tensor)
             task.advance()

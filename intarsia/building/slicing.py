@@ -105,7 +105,7 @@ def fold_norm(
     With `n` the normalised input, `W (scale * n + shift) + b = (W scale) n + (W shift + b)`.
 
     Returns:
-        Weight and bias in float32 (float64 for float64 input), to be read behind a norm without parameters.
+        Weight and bias in float32 (float64 for float64 input), to be read after a norm without parameters.
 
     Raises:
         ValueError: the norm has a shift and the linear layer has no bias that could take it.
@@ -129,7 +129,7 @@ def fold_centred_norm(weight_OI: Tensor, scale_I: Tensor | None, shift_I: Tensor
     row that is the same number everywhere, `W shift / D`, gives `W shift`; and the rest of the row may lose its mean.
 
     Returns:
-        The weight in float32 or better, to be read behind a norm without scale whose bias is ones.
+        The weight in float32 or better, to be read after a norm without scale whose bias is ones.
     """
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     weight_OI = weight_OI.to(dtype)
@@ -198,6 +198,6 @@ def _features(
     readers = architecture.readers(part)
     found = [segment for linear in readers for segment in rows(linear)]
     linear_PF = found[-1]
-    if readers[-1].segments[-1] == "qkv":  # each group's values stand behind its queries and keys
+    if readers[-1].segments[-1] == "qkv":  # each group's values stand after its queries and keys
         linear_PF = linear_PF[:, -architecture.head_dim * architecture.width :]
     return torch.cat(found, dim=1), linear_PF

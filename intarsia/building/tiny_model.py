@@ -70,12 +70,10 @@ def small_model(config: Mapping[str, Any], *, seed: int = 0) -> PreTrainedModel:
     rest = {key: value for key, value in config.items() if key != "model_type"}
     model_type = str(config["model_type"])
     if model_type not in CONFIG_MAPPING:
-        raise UserError.of(
-            where=f"model_type {model_type!r}",
-            expected=f"a model type of transformers {transformers.__version__}, which builds the small model",
-            found="none of that name",
-            remedy="Mend model_type in the config, or install a version of transformers that has it. A model that "
-            "comes with code of its own cannot be checked.",
+        raise UserError(
+            f"transformers {transformers.__version__} has no model type {model_type!r} to build a small model.",
+            "Correct model_type in the config, or install a version of transformers that has it. A model that comes "
+            "with code of its own cannot be checked.",
         )
     try:
         made = AutoConfig.for_model(model_type, **rest)
@@ -84,11 +82,9 @@ def small_model(config: Mapping[str, Any], *, seed: int = 0) -> PreTrainedModel:
     except Exception as error:
         # What a config class objects to, and how, differs between families and versions.
         words = " ".join(str(error).split())[:300]
-        raise UserError.of(
-            where=f"a small model of type {model_type}",
-            expected="a config of which transformers can make one",
-            found=f"{type(error).__name__}: {words}",
-            remedy="Set the fields that must fit together in the family file's table [tiny].",
+        raise UserError(
+            f"transformers makes no small model of type {model_type}: {type(error).__name__}: {words}.",
+            "Set the fields that must fit together in the family file's table [tiny].",
         ) from error
     assert isinstance(model, PreTrainedModel)
     generator = torch.Generator().manual_seed(seed)

@@ -177,9 +177,11 @@ def heal(
             batch_tokens=runtime.batch_tokens,
         )
         healed = run_stages(context, recipe, chosen)
-        told = healed.recipe.provenance["heal"] | {"settings": {k: v for k, v in settings.items() if "config" not in k}}
+        account = healed.recipe.provenance["heal"] | {
+            "settings": {k: v for k, v in settings.items() if "config" not in k}
+        }
         given = subject.recipe
-        final = replace(back(given, healed.recipe), provenance={**given.provenance, "heal": told})
+        final = replace(back(given, healed.recipe), provenance={**given.provenance, "heal": account})
         if main:
             build_recipe(
                 final,

@@ -31,7 +31,7 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.run_dir import RunDir
 
 _HELD_OUT, _MOST_HELD_OUT = 16, 16_384
-"""One in so many sequences is held out, and no more tokens than that: measuring must not take longer than training."""
+"""One sequence in 16 is held out, up to 16,384 tokens: measuring must not take longer than training."""
 
 
 def read_source(source: Path) -> Recipe:

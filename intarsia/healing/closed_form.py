@@ -1,8 +1,9 @@
 """Closed-form healing: least squares instead of training.
 
-An output layer with span (a, b], fed by the healed layers before it, should give the original's H^b. Its output
-projections (down_proj, o_proj) are fitted by ridge regression on their own inputs toward what is still missing of H^b,
-and shrink towards the weights as they are: down_proj, then o_proj, then down_proj again after the changed attention.
+An output layer with span (a, b] should turn the output of the healed layers before it into the original's H^b. Its
+output projections (down_proj, o_proj) are fitted by ridge regression on their own inputs toward what is still missing
+of H^b, and shrink towards the weights as they are: down_proj, then o_proj, then down_proj again after the changed
+attention.
 Layers after the first merge that stand for themselves alone have down_proj fitted, and o_proj where that is asked for:
 they correct what those before left. With a plain removal and down_proj alone this is the special case of arXiv
 2505.02819 without its extra matrix.
@@ -118,24 +119,24 @@ class _Work:
         layers = RecipeLayers(self.resident, self.recipe.layers[: last + 1], self.recipe.fitted)
         modules = layers.modules
         first = self._first(modules)
-        # The spans of layers with a target do not overlap, so each ends where no other does.
-        ends = {index: self.recipe.spans[index][1] for index in self.indices}
-        self.teacher.learn({first, *ends.values()})
+        # Spans of layers with a target do not overlap: no two have the same last layer.
+        targets = {index: self.recipe.spans[index][1] for index in self.indices}
+        self.teacher.learn({first, *targets.values()})
         with progress.task("closed form", last + 1 - first) as task:
             for rows, _, _ in self.batches.over():
                 self.student.put(0, rows.start, self.teacher.at(first, rows))
-            if first not in ends.values():
+            if first not in targets.values():
                 self.teacher.forget(first)
             for index, module in enumerate(self.resident.walk(modules[first:], ahead=False), first):
                 task.note(f"layer {index + 1} of {len(self.recipe.layers)}")
-                if index in ends:
+                if index in targets:
                     module, tensors, reports = self.batches.whole(partial(self._fit, index, module))
                     fits += reports
                     if tensors:
                         fitted[index] = tensors
                 self._through(index, module)
-                if index in ends:
-                    self.teacher.forget(ends[index])
+                if index in targets:
+                    self.teacher.forget(targets[index])
                 task.advance()
         return fitted, fits
 
@@ -172,7 +173,7 @@ class _Work:
         self.student.put(0, passed.rows.start, passed.after)
 
     def _feed(self, index: int) -> Iterator[FitBatch]:
-        """What output layer `index` is fed, and what it should give."""
+        """Inputs and targets of output layer `index`."""
         for rows, ids, mask in self.batches.over():
             h_BTD = self.student.get(0, rows.start, rows.stop, self.resident.device)
             wanted_BTD = self.teacher.at(self.recipe.spans[index][1], rows)

@@ -214,11 +214,9 @@ class WholeTraining:
     def _start(self) -> dict[str, Any]:
         first = self._held_out_loss()
         if not math.isfinite(first):
-            raise UserError.of(
-                where="end-to-end training, before the first step",
-                expected="a finite loss",
-                found=str(first),
-                remedy="The student or the teacher is damaged, or overflows in its dtype; check both.",
+            raise UserError(
+                f"The loss of end-to-end training is {first} before the first step.",
+                "The student or the teacher is damaged, or overflows in its dtype; check both.",
             )
         return _facts(0, None, Patience(self.settings.patience, first), 0.0)
 

@@ -74,9 +74,7 @@ def accelerator(*, device: torch.device, log: str | None = None, folder: Path | 
 
 
 def _unknown_tracker(log: str, found: str) -> UserError:
-    return UserError.of(
-        where="--log",
-        expected="a tracker that Accelerate knows and whose package is installed, such as tensorboard",
-        found=f"{log!r}: {found}",
-        remedy="Install its package, or choose another.",
+    return UserError(
+        f"--log {log} is not a tracker that Accelerate can use: {found}.",
+        "Install its package, or choose another, such as tensorboard.",
     )

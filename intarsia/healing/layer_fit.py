@@ -39,7 +39,7 @@ class LayerFit:
 
 @dataclass(frozen=True, kw_only=True)
 class FitBatch:
-    """Sequences as they go into a layer, and as they should come out of it."""
+    """Inputs and targets of a layer, for some sequences."""
 
     h_BTD: Tensor
     wanted_BTD: Tensor
@@ -64,7 +64,7 @@ def fittable(parts: Sequence[Part], architecture: Architecture) -> tuple[Part, .
 def passes(architecture: Architecture, parts: Sequence[Part]) -> int:
     """How often a layer is run to fit output projections."""
     return sum(
-        (1 if architecture.norm_after(part) is None else 3) + _judged_again(part, architecture)
+        (1 if architecture.norm_after(part) is None else 3) + _measured_again(part, architecture)
         for part in fittable(parts, architecture)
     )
 
@@ -102,8 +102,8 @@ def fit_layer(
         steps = (fitter.norm, fitter.projection) if architecture.norm_after(part) else (fitter.projection,)
         for step in steps:
             name, weight, found = step(f"closed form, layer {index}")
-            if weight is not None and _judged_again(part, architecture):
-                weight, found = fitter.judged(weight, found)
+            if weight is not None and _measured_again(part, architecture):
+                weight, found = fitter.measured(weight, found)
             if weight is not None:
                 module.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
                 tensors[f"{name}.weight"] = _kept(weight, spool)
@@ -168,7 +168,7 @@ class PartFit:
         give_back()
         return self.name, found.applied(own), replace(found, change_DC=None)  # as large as the weight in float32
 
-    def judged(self, weight: Tensor, found: Fit) -> tuple[Tensor | None, Fit]:
+    def measured(self, weight: Tensor, found: Fit) -> tuple[Tensor | None, Fit]:
         """An output projection's new weight with the error that it really leaves; None where that is no less than
         before."""
         own = self.target.weight
@@ -210,7 +210,7 @@ class PartFit:
             )
 
 
-def _judged_again(part: Part, architecture: Architecture) -> bool:
+def _measured_again(part: Part, architecture: Architecture) -> bool:
     """Whether the layer is run once more after a fit: the experts after o_proj are chosen by what they read, which no
     regression foresees, and are not fitted themselves."""
     return part == "attention" and architecture.is_mixture("mlp") and not architecture.parallel
@@ -234,7 +234,7 @@ def _weights(batch: FitBatch, weighting: str) -> Tensor:
 
 @contextmanager
 def _seen(target: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """What an output projection is given and gives while the layer runs."""
+    """Inputs and outputs of an output projection while the layer runs."""
     seen: list[tuple[Tensor, Tensor]] = []
     handle = target.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     try:

@@ -1,6 +1,6 @@
 """Which output layer stands for which span of the original, and whether a teacher can teach it.
 
-Spans are in the coordinates of the recipe's base. An output layer is fed H^start of the teacher and should give
+Spans are in the coordinates of the recipe's base. An output layer gets H^start of the teacher and should give
 H^stop, so a teacher needs the base's depth, width and vocabulary; by default it is the base itself.
 """
 

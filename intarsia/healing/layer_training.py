@@ -119,11 +119,9 @@ def trained_names(parameters: Sequence[str], only: Sequence[str]) -> tuple[str, 
 
     for word in only:
         if not any(fits(name, word) for name in parameters):
-            raise UserError.of(
-                where="--only",
-                expected=f"tensors or modules of a layer: {', '.join(parameters)}",
-                found=repr(word),
-                remedy="Name one of them, or a part of a name, such as down_proj or mlp.",
+            raise UserError(
+                f"--only {word!r} names no tensor or module of a layer; there are {', '.join(parameters)}.",
+                "Name one of them, or a part of a name, such as down_proj or mlp.",
             )
     return tuple(name for name in parameters if not only or any(fits(name, word) for word in only))
 
@@ -157,11 +155,9 @@ class _Training:
             first = self.held_out_loss()
             self.patience = Patience(self.settings.patience, first)
             if not math.isfinite(first):
-                raise UserError.of(
-                    where=f"layerwise training of output layer {task.index}, before the first step",
-                    expected="a finite loss",
-                    found=str(first),
-                    remedy="The layer's weights or the teacher's hidden states are damaged; check the model.",
+                raise UserError(
+                    f"The loss of layerwise training of output layer {task.index} is {first} before the first step.",
+                    "The layer's weights or the teacher's hidden states are damaged; check the model.",
                 )
         else:
             self._restore(*found)

@@ -1,4 +1,4 @@
-"""Layerwise distillation: every output layer that needs it, fed the original H^start, is trained towards H^stop.
+"""Layerwise distillation: every output layer that needs it is trained from the original's H^start towards H^stop.
 
 Layers are trained one after the other, and do not depend on one another, unless they are fed what the trained layers
 before them give (`inputs="student"`). The teacher is run once, only as deep as the next layer needs; a depth is dropped
@@ -148,7 +148,7 @@ class _Work:
             self.student.store.close()
 
     def reach(self, layer: Correspondence, found: Mapping[int, Trained], task: Task) -> None:
-        """Have what a layer is fed, and what it should give."""
+        """Store a layer's inputs and targets."""
         if self.student is None:
             self._reach(layer.start, task)
             self._drop_before(layer.start)
@@ -211,7 +211,7 @@ class _StudentStates:
 
     @torch.no_grad()
     def reach(self, index: int, fitted: Mapping[int, Mapping[str, npt.NDArray[np.float32]]]) -> None:
-        """Have what output layer `index` is fed, with `fitted` in the layers before it.
+        """Store the inputs of output layer `index`, with `fitted` in the layers before it.
 
         Raises:
             UserError: the hidden states are not finite, or the disk is full.

@@ -256,7 +256,7 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
             found = before if chosen is None else _run(context, before, chosen, path.with_suffix(""), key)
             if main:
                 seconds = time.perf_counter() - started if results else 0.0
-                result = _judged(context, name, path, found, results, seconds)
+                result = _measured(context, name, path, found, results, seconds)
                 _write(context, result, results, stages, key)
         wait()
         results.append(_read(path, fresh=not done))
@@ -281,7 +281,7 @@ def _run(context: HealContext, recipe: Recipe, chosen: Chosen, folder: Path, key
     return found
 
 
-def _judged(
+def _measured(
     context: HealContext, name: str, path: Path, found: Recipe, results: Sequence[StageResult], seconds: float
 ) -> StageResult:
     """A stage's recipe with its quality; or the recipe before it, where the model is no better."""
@@ -329,7 +329,7 @@ def _write(
             "text": {"description": text.description, "tokens": text.tokens, "sha256": text.sha256},
             "stages": [each.row() for each in rows],
             **{name: fact for each in rows for name, fact in each.facts.items()},
-            "read_outs": [entry for each in rows for entry in each.details if "ridge" in entry],
+            "output_projections": [entry for each in rows for entry in each.details if "ridge" in entry],
         }
         recipe = replace(recipe, provenance={**recipe.provenance, "heal": heal})
     with full_disk_named(context.run.path):

@@ -5,7 +5,7 @@ a change of W gives. Two steps, each taken only where it lowers the held-out err
 
 1. `g`, in which it is linear: one factor a row, by ridge regression of the missing residual on `s * y / rms(y)`.
 2. `W`, by one Gauss-Newton step that takes rms(y) as given: `g * D` is regressed on `x / rms(y)`. The regression does
-   not say how far this leads: the weight of every strength is judged by what the norm makes of it on held-out
+   not say how far this leads: the weight of every strength is measured after the norm, on held-out
    sequences.
 
 Shape suffixes: `N` tokens, `C` features, `D` residual width, `K` strengths.
@@ -117,7 +117,7 @@ def fit_weight(
 ) -> tuple[Tensor | None, Fit]:
     """The output projection's weight that comes closest to what is missing, in its dtype; None where its own is best.
 
-    Two passes: one for the regression, one to judge. The fit holds no change: that would be a copy.
+    Two passes: one for the regression, one to measure. The fit holds no change: that would be a copy.
 
     Raises:
         UserError: activations are not finite.
@@ -137,10 +137,10 @@ def fit_weight(
     weights: dict[float, Tensor] = {}
     for ridge in ridges[::EVERY]:
         change_DC = gram.change(ridge)
-        if change_DC is not None:  # as it would be stored: what is judged is what is kept
+        if change_DC is not None:  # as it would be stored: what is measured is what is kept
             weights[ridge] = (own_DC.float() + inverse_D[:, None] * change_DC).to(own_DC.dtype)
     del gram  # held-out tokens are run now
-    before, after_K = _judge(norm, own_DC, list(weights.values()), passes)
+    before, after_K = _held_out_errors(norm, own_DC, list(weights.values()), passes)
     require_finite(before, where)
     best, kept = Fit(change_DC=None, ridge=None, error_before=before, error_after=before), None
     for (ridge, weight_DC), after in zip(weights.items(), after_K, strict=True):
@@ -149,7 +149,9 @@ def fit_weight(
     return kept, best
 
 
-def _judge(norm: PostNorm, own_DC: Tensor, weights_KDC: Sequence[Tensor], passes: Passes) -> tuple[float, list[float]]:
+def _held_out_errors(
+    norm: PostNorm, own_DC: Tensor, weights_KDC: Sequence[Tensor], passes: Passes
+) -> tuple[float, list[float]]:
     """Weighted squared error per held-out token, with the weight as it is and with each of the others."""
     before, tokens = 0.0, 0
     after_K = [0.0] * len(weights_KDC)

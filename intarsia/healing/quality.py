@@ -86,7 +86,7 @@ def quality(
 
 @torch.inference_mode()
 def _errors(recipe: Recipe, chain: Chain, batches: Batches, room: Room) -> list[float]:
-    """Both models go through their layers once: the recipe's first, whose states are kept at the ends of its spans."""
+    """Both models go through their layers once: the recipe's first, whose states are kept after each span."""
     loop = Loop(chain.layers.resident, batches, room=room)
     own, original = loop.store(), loop.store()
     whole = RecipeLayers.of(identity(recipe.variant(recipe.base), recipe.depth), loop.resident)

@@ -86,7 +86,7 @@ def best_fit(
 
     Args:
         teacher: its hidden states on the calibration text, which all fits share.
-        held_out: to judge by.
+        held_out: text whose perplexity decides.
         unseen: sequences of the calibration text that no fit sees.
 
     Raises:
@@ -98,18 +98,18 @@ def best_fit(
         path = folder / f"{schema.content_hash(start)[:16]}.yaml"
         if several and path.exists():
             found = schema.load(path)
-            return found, found.provenance["read_outs"]
+            return found, found.provenance["output_projections"]
         found, fits = fit(start, teacher, settings=settings, unseen=unseen, room=room, progress=progress)
         if several:
             with full_disk_named(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                schema.save(replace(found, provenance={"read_outs": fits}), path)
+                schema.save(replace(found, provenance={"output_projections": fits}), path)
         return found, fits
 
-    def judged(found: Recipe) -> float:
+    def measured(found: Recipe) -> float:
         return held_out_perplexity(teacher.resident, held_out, found, room=room)
 
-    best = best_of(points, fitted, judged)
+    best = best_of(points, fitted, measured)
     if several:
         progress.say(f"closed form: {best.summary()}")
     return best
@@ -118,14 +118,14 @@ def best_fit(
 def best_of(
     points: Sequence[Start],
     fit: Callable[[Recipe], tuple[Recipe, list[dict[str, Any]]]],
-    judge: Callable[[Recipe], float],
+    measure: Callable[[Recipe], float],
 ) -> Best:
     """Fit from every start, and keep the best; of equal ones the earlier start's."""
     best: tuple[Start, Recipe, list[dict[str, Any]]] | None = None
     found: dict[str, float] = {}
     for start in points:
         recipe, fits = fit(start.recipe)
-        value = judge(recipe)
+        value = measure(recipe)
         if best is None or value < found[best[0].name]:
             best = start, recipe, fits
         found[start.name] = value
@@ -140,7 +140,7 @@ def forget(folder: Path) -> None:
 
 
 def held_out_perplexity(resident: Resident, corpus: Corpus, recipe: Recipe, *, room: Room) -> float:
-    """What a recipe is judged by.
+    """The perplexity of a recipe on held-out text.
 
     Raises:
         UserError: it is not finite.

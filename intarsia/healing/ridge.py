@@ -103,11 +103,9 @@ def require_finite(total: float, where: str) -> None:
         UserError: the sum is not finite.
     """
     if not math.isfinite(total):
-        raise UserError.of(
-            where=where,
-            expected="finite activations",
-            found="NaN or infinity",
-            remedy="The model overflows in this dtype; try --dtype bfloat16 or float32.",
+        raise UserError(
+            f"{where}: activations are NaN or infinite.",
+            "The model overflows in this dtype; try --dtype bfloat16 or float32.",
         )
 
 

@@ -189,7 +189,7 @@ class Lesson:
     rows: Tensor | None = None
     # Log-probabilities and tokens, `[N, K]` each.
     top_k: tuple[Tensor, Tensor] | None = None
-    # Its hidden states at the ends of the spans, `[B, T, D]` each.
+    # Its hidden states after each span, `[B, T, D]` each.
     hidden: tuple[Tensor, ...] = ()
 
 

@@ -209,11 +209,9 @@ def write_top_k(
     assert settings.top_k is not None
     k, temperature, ids_NT, mask_NT = settings.top_k, settings.temperature, text.ids_NT, text.mask_NT
     if k > vocabulary:
-        raise UserError.of(
-            where="--top-k",
-            expected=f"at most {vocabulary}, the size of the vocabulary",
-            found=str(k),
-            remedy="Ask for fewer tokens, or leave it out to learn from all.",
+        raise UserError(
+            f"--top-k is {k}, more than the {vocabulary} tokens of the vocabulary.",
+            "Ask for fewer tokens, or leave it out to learn from all.",
         )
     if (folder / _SIGN).exists():
         return
@@ -257,10 +255,8 @@ def _likeliest(
     if mask_BT is not None:
         log_p[~mask_BT.reshape(-1).cpu()] = 0.0
     if not bool(torch.isfinite(log_p).all()):
-        raise UserError.of(
-            where="the teacher's next-token probabilities",
-            expected="finite numbers",
-            found="NaN or infinity",
-            remedy="The teacher overflows in this dtype; use bfloat16 or float32.",
+        raise UserError(
+            "The teacher's next-token probabilities are NaN or infinite.",
+            "The teacher overflows in this dtype; use bfloat16 or float32.",
         )
     return log_p, torch.cat(tokens)

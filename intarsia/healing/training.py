@@ -130,11 +130,10 @@ def schedule_of(pace: Pace, *, sequences: int, seq_len: int, multiple: int = 1) 
     """
     batch = max(1, pace.batch_tokens // (seq_len * multiple)) * multiple
     if sequences < batch:
-        raise UserError.of(
-            where="training text",
-            expected=f"at least {batch} sequences of {seq_len} tokens besides the held-out ones: those of one step",
-            found=str(sequences),
-            remedy="Give more --tokens, or fewer tokens a step (--step-tokens, --layer-batch-tokens).",
+        raise UserError(
+            f"The training text has {sequences} sequences of {seq_len} tokens besides the held-out ones;"
+            f" a step needs at least {batch}.",
+            "Give more --tokens, or fewer tokens a step (--step-tokens, --layer-batch-tokens).",
         )
     return Schedule(sequences=sequences, batch=batch, pace=pace)
 

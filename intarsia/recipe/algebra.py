@@ -217,9 +217,7 @@ def _with_unit_weights(cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
 
 def _not_representable(where: str, expected: str, found: str) -> UserError:
     """The error about what one flat op cannot say."""
-    return UserError.of(
-        where=where,
-        expected=expected,
-        found=found,
-        remedy="Build the inner recipe first and use the built model as the source.",
+    return UserError(
+        f"{where}: expected {expected}; found {found}.",
+        "Build the inner recipe first and use the built model as the source.",
     )

@@ -96,11 +96,9 @@ def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
     version = data.get("version", SCHEMA_VERSION) if isinstance(data, dict) else SCHEMA_VERSION
     if type(version) is not int or version != SCHEMA_VERSION:
         # Another version may mean anything by its keys; more messages would only mislead.
-        raise UserError.of(
-            where=f"{where}: version",
-            expected=str(SCHEMA_VERSION),
-            found=shown(version),
-            remedy="Use the version of Intarsia that wrote it.",
+        raise UserError(
+            f"{where} has version {shown(version)}; this Intarsia reads version {SCHEMA_VERSION}.",
+            "Use the version of Intarsia that wrote it.",
         )
     context = Context(tensors)
     problems: list[Problem] = []
@@ -124,7 +122,10 @@ def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
 
 def _side_tensors(path: Path, entry: SideFile) -> Arrays:
     def unusable(place: str, expected: str, found: str, remedy: str) -> UserError:
-        return UserError.of(where=f"{path}: tensors.{place}", expected=expected, found=found, remedy=remedy)
+        return UserError(
+            f"{path}: tensors.{place}: expected {expected}; found {found}.",
+            remedy,
+        )
 
     try:
         tensors = read_tensors(path.parent / entry.file)
@@ -220,11 +221,9 @@ def save(recipe: Recipe, path: Path) -> None:
     side = path.with_suffix(".safetensors")
     text, tensors = to_yaml_text(recipe, side_file=side.name)
     if len(text) > MAX_CHARACTERS:
-        raise UserError.of(
-            where=str(path),
-            expected=f"a recipe of at most {MAX_CHARACTERS} characters",
-            found=str(len(text)),
-            remedy="Shorten its provenance.",
+        raise UserError(
+            f"{path}: a recipe has at most {MAX_CHARACTERS} characters, this one {len(text)}.",
+            "Shorten its provenance.",
         )
     if tensors:
         refuse_foreign(side)

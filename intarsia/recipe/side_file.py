@@ -104,11 +104,9 @@ def refuse_foreign(path: Path) -> None:
     except (OSError, SafetensorError):
         ours = False
     if not ours:
-        raise UserError.of(
-            where=str(path),
-            expected="no file, or the side file of an earlier recipe",
-            found="another file",
-            remedy="Give the recipe another name.",
+        raise UserError(
+            f"{path} exists and is not a recipe's side file.",
+            "Give the recipe another name.",
         )
 
 

@@ -87,7 +87,7 @@ def read(path: Path, *, generations: Sequence[Written] = ()) -> Subject:
 def _puzzle(path: Path, recipe: Recipe, run: PlanRun | None) -> Section:
     depth, recipes = len(recipe.layers), {len(recipe.layers): recipe}
     fits: dict[int, list[Mapping[str, Any]]] = {}
-    for row in (recipe.provenance.get("heal") or {}).get("read_outs") or []:
+    for row in (recipe.provenance.get("heal") or {}).get("output_projections") or []:
         fits.setdefault(int(row["layer"]), []).append(row)
     facts = LayerFacts(fits=fits)
     if run is not None:
@@ -132,7 +132,7 @@ def _healing(heal: Mapping[str, Any]) -> list[Section]:
     rows = [{title_of(name): text_of(name, value) for name, value in stage.items()} for stage in stages]
     rows[0]["stage"] = "as pruned"
     blocks: list[Block] = [table(rows, text_columns=("stage", "taken"))]
-    fits = [row for row in heal.get("read_outs") or [] if row.get("ridge") is not None]
+    fits = [row for row in heal.get("output_projections") or [] if row.get("ridge") is not None]
     if fits:
         blocks.append(_fit_figure(fits))
     text = heal.get("text") or {}

@@ -159,7 +159,7 @@ def test_only_what_is_named_is_trained(cut: Cut, resident_of: InMemory, tokens: 
     settings = replace(QUICK, only=("down_proj", "input_layernorm.weight"))
     healed, _ = layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=settings)
     assert set(healed.fitted[2]) == {"mlp.down_proj.weight", "input_layernorm.weight"}
-    with pytest.raises(UserError, match=r"down_proj.*'sideways'"):
+    with pytest.raises(UserError, match=r"'sideways'.*down_proj"):
         layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=replace(QUICK, only=("sideways",)))
 
 
@@ -184,7 +184,7 @@ def test_spilled_states_are_the_same(cut: Cut, resident_of: InMemory, tokens: To
 
 def test_too_little_text(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
     _, recipe = cut("llama")
-    with pytest.raises(UserError, match="at least 40 sequences of 16 tokens"):
+    with pytest.raises(UserError, match="a step needs at least 40"):
         layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=replace(QUICK, batch_tokens=640))
 
 
@@ -206,7 +206,7 @@ def test_damaged_weights_are_named(cut: Cut, tokens: Tokens) -> None:
     checkpoint, recipe = cut("llama")
     broken = replace(recipe, fitted={3: {"mlp.up_proj.weight": np.full((40, 32), np.nan, dtype=np.float32)}})
     resident = Resident(checkpoint, device=torch.device("cpu"))
-    with pytest.raises(UserError, match="output layer 3, before the first step"):
+    with pytest.raises(UserError, match="output layer 3 is nan before the first step"):
         layerwise.train(broken, resident, Text.of(*tokens()), settings=QUICK)
     with torch.no_grad():
         next(resident.layers[2].parameters()).fill_(float("nan"))

@@ -54,9 +54,9 @@ def test_a_fit_counts_by_the_error_that_it_leaves(resident_of: InMemory) -> None
         assert weight is not None
         before = (stream.run(module, entry.h_BTD, entry.calls[2]) - wanted)[::4].square().sum(-1).mean()
         assert found.error_before == pytest.approx(float(before), rel=1e-4)
-        better, right = fitter.judged(own, found)
+        better, right = fitter.measured(own, found)
         assert better is own and right.error_after == pytest.approx(0.0, abs=1e-8)
-        worse, wrong = fitter.judged(-own, found)
+        worse, wrong = fitter.measured(-own, found)
     assert worse is None and wrong.ridge is None and wrong.error_after == wrong.error_before
     assert torch.equal(module.self_attn.o_proj.weight, 0.5 * own)
 

@@ -111,7 +111,7 @@ def test_a_stage_is_accepted_if_the_model_is_better_on_the_selection_text(
     assert schema.content_hash(by_hand) == schema.content_hash(fitted.recipe)
     said = healed.recipe.provenance["heal"]
     assert [row["stage"] for row in said["stages"]] == ["cut", "closed-form", "scale", "layerwise"]
-    assert said["settings"]["scale"] == {"factor": 0.1} and said["read_outs"] == fitted.details
+    assert said["settings"]["scale"] == {"factor": 0.1} and said["output_projections"] == fitted.details
     assert said["text"]["sha256"] == text.calibration.sha256
     assert schema.content_hash(schema.load(healed.path)) == schema.content_hash(healed.recipe)
     assert "hidden_error" not in said["stages"][0]

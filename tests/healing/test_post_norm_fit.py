@@ -149,7 +149,7 @@ def test_activations_that_are_not_finite(held: bool) -> None:
     weight, norm = normal(WIDTH, FEATURES, seed=4), post_norm()
     bad = (torch.arange(TOKENS) % 4 == 0)[:, None] == held
     passes = passes_over(weight, lambda x, y: torch.where(bad, torch.nan, y))
-    with pytest.raises(UserError, match="here: expected finite activations"):
+    with pytest.raises(UserError, match="here: activations are NaN"):
         fit_weight(norm, weight, passes, RIDGES, where="here")
-    with pytest.raises(UserError, match="here: expected finite activations"):
+    with pytest.raises(UserError, match="here: activations are NaN"):
         fit_norm(norm, passes, RIDGES, where="here")

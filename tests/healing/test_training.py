@@ -36,7 +36,7 @@ def test_measured_so_often_and_at_the_end() -> None:
 def test_batch_is_a_multiple_and_too_little_text_is_refused() -> None:
     assert schedule_of(Pace(batch_tokens=100), sequences=50, seq_len=16, multiple=4).batch == 4
     assert schedule_of(Pace(batch_tokens=100), sequences=50, seq_len=16).batch == 6
-    with pytest.raises(UserError, match="at least 6 sequences of 16 tokens"):
+    with pytest.raises(UserError, match="a step needs at least 6"):
         schedule_of(Pace(batch_tokens=100), sequences=5, seq_len=16)
 
 

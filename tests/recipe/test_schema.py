@@ -409,7 +409,7 @@ provenance: 7
 def test_unknown_version_is_the_only_message(tmp_path: Path, version: str) -> None:
     error = refused(written(tmp_path, f"version: {version}\nsomething: else\n"))
     assert len(error.problems) == 1
-    assert "version" in error.problems[0].where
+    assert "has version" in error.problems[0].message
 
 
 BILLION = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"

@@ -29,7 +29,7 @@ class EndToEndSettings(Pace):
     batch_tokens: int = flag(8192, "--step-tokens", metavar="N", parse=token_count)
     # Weight of the KL of next tokens, against the teacher's.
     logits: float = 1.0
-    # Weight of the relative squared error of hidden states at the ends of the changed layers' spans.
+    # Weight of the relative squared error of hidden states after the last layer of each changed layer's span.
     hidden: float = 0.0
     # Weight of the text itself.
     cross_entropy: float = 0.0

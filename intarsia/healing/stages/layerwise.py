@@ -31,8 +31,8 @@ class LayerwiseSettings(Pace):
     cosine: float = flag(0.0, "--layer-cosine")
     # What a token counts in the squared error.
     weighting: Weighting = "relative"
-    # A layer is fed the `teacher`'s hidden states, as published, and is independent of the others; or those of the
-    # `student`: of the layers before it, trained already, so that it learns to correct what they left.
+    # Inputs of a layer: hidden states of the `teacher`, as published, so that layers are independent of each other; or
+    # of the `student`, from the layers trained before it, so that it learns to correct what they left.
     inputs: Literal["teacher", "student"] = flag("teacher", "--layer-inputs")
     # Layers that are trained: those that were changed, or also every layer after the first of them.
     layers: Layers = flag("spans", "--train-layers")
