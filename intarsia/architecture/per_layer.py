@@ -138,7 +138,7 @@ def for_layers(
             if changed and name in found and not regenerates(entry, found, name, found[entry.field]):
                 del found[name]
     for name in family.leading:
-        if found.get(name) is None:
+        if found.get(name) is None or found[name] > architecture.n_layers:  # it holds of all layers at any depth
             continue
         leading = [layer < found[name] for layer in sources]
         if leading == sorted(leading, reverse=True):
