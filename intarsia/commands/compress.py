@@ -167,7 +167,7 @@ def compress(
 
         with planning.opened(run) as ladder:
             # Plan.
-            with work.part("planning", 2):
+            with work.part("planning"):
                 planned = planning.work(ladder)
             if planning.target not in planned.depths:
                 raise UserError(
@@ -177,7 +177,7 @@ def compress(
             pruned = ladder.recipe(planning.target)
 
             # Heal: each stage is accepted only if the selection part of the text says that the model is better.
-            with work.part("healing", planning.fits(stages)):
+            with work.part("healing"):
                 healed = heal_recipe(planning, ladder, pruned, stages)
             recipe = healed.recipe if healed is not None else pruned
             planning.close()

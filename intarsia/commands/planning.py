@@ -80,10 +80,6 @@ class Planning:
         architecture, tokens = self.job.checkpoint.architecture, self.job.spec.tokens
         return sum(passes(architecture, starts=starts, tokens=tokens) for passes in known)
 
-    def fits(self, stages: Sequence[Chosen]) -> int:
-        """Tasks that healing consists of, for the progress display."""
-        return len(stages) * (1 + self.planner.blocks + (self.planner.in_loop is not None))
-
     def weights(self, stages: Sequence[Chosen]) -> dict[str, float]:
         """Passes over the calibration text that each part of a compression takes, roughly."""
         writing = 2.5 * (1 + 2 / 8) if self.job.writes_text else 0.1
@@ -195,10 +191,13 @@ class Planning:
             return self.result(ladder)
         pin_text(ladder.run, self.job)
         start = self._start(ladder)
-        model = self.whole(ladder.run.scratch)
-        before = 0.0 if self._shared is None else model.layer_forwards
-        model.become(start.layers, start.fitted)
-        stopped = prune(self.planner, model, start, self.target, ladder, spent=before)
+        with progress.current().task("", max(2.0, self.estimate.passes_at_most)) as task:
+            model = self.whole(ladder.run.scratch)
+            task.advance()
+            before = 0.0 if self._shared is None else model.layer_forwards
+            model.become(start.layers, start.fitted)
+            with progress.current().task("", 1, units=self.estimate.passes_at_most - 1):
+                stopped = prune(self.planner, model, start, self.target, ladder, spent=before)
         if stopped is not None:
             progress.current().say(f"stopped at {model.depth} layers: {stopped}")
         return self.result(ladder, model.layer_forwards - before, stopped)
@@ -263,7 +262,22 @@ def heal_recipe(
         return None
     job = planning.job
     pin_text(ladder.run, job)
-    starts = planning.blocks(ladder, recipe)
+    with progress.current().task("", 1 + len(stages)) as task:
+        starts = planning.blocks(ladder, recipe)
+        task.advance()
+        return _healed(planning, ladder, recipe, stages, starts=starts, states=planning.states() or states)
+
+
+def _healed(
+    planning: Planning,
+    ladder: Ladder,
+    recipe: Recipe,
+    stages: Sequence[Chosen],
+    *,
+    starts: tuple[Start, ...],
+    states: TeacherStates | None,
+) -> Healed:
+    job = planning.job
     context = HealContext(
         run=ladder.run,
         variants={recipe.base: job.checkpoint},
@@ -272,7 +286,7 @@ def heal_recipe(
         calibration=job.text.calibration,
         selection=job.text.selection,
         starts=starts,
-        states=planning.states() or states,
+        states=states,
         memory_bytes=job.placement.memory_bytes,
         batch_tokens=job.placement.batch_tokens,
         name=f"healed-{len(recipe.layers):03d}",

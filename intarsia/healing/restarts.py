@@ -23,7 +23,7 @@ from intarsia.evaluation.perplexity import Chain, perplexity
 from intarsia.healing.closed_form import fit
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
-from intarsia.progress import Progress
+from intarsia.progress import Progress, current
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 
@@ -123,12 +123,14 @@ def best_of(
     """Fit from every start, and keep the best; of equal ones the earlier start's."""
     best: tuple[Start, Recipe, list[dict[str, Any]]] | None = None
     found: dict[str, float] = {}
-    for start in points:
-        recipe, fits = fit(start.recipe)
-        value = measure(recipe)
-        if best is None or value < found[best[0].name]:
-            best = start, recipe, fits
-        found[start.name] = value
+    with current().task("", len(points)) as task:
+        for start in points:
+            recipe, fits = fit(start.recipe)
+            value = measure(recipe)
+            if best is None or value < found[best[0].name]:
+                best = start, recipe, fits
+            found[start.name] = value
+            task.advance()
     assert best is not None, "no start"
     ranked = dict(sorted(found.items(), key=lambda row: row[1]))
     return Best(start=best[0], recipe=best[1], fits=best[2], perplexities=ranked)

@@ -36,11 +36,9 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProgressiveSettings:
-    """Settings that every method has which measures the model after each step."""
+class PlanSettings:
+    """Settings of methods whose plan is followed by a comparison of blocks."""
 
-    # Heal what each step changes in closed form, before the next step is chosen.
-    heal_in_loop: bool = False
     # Calibration tokens that decide the steps (default: all); the original is measured on all of them.
     plan_tokens: int | None = flag(None, metavar="N", parse=token_count)
     # Also heal the original without one block of adjacent layers, of so many blocks of least loss, and keep the best.
@@ -57,6 +55,14 @@ class ProgressiveSettings:
                 with problems:
                     option.convert(getattr(self, option.attribute))
         problems.raise_any()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressiveSettings(PlanSettings):
+    """Settings that every method has which measures the model after each step."""
+
+    # Heal what each step changes in closed form, before the next step is chosen.
+    heal_in_loop: bool = False
 
 
 class Planner:

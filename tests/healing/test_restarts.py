@@ -57,7 +57,7 @@ class Planned:
         names = {name: self.given[name] for name in ("tokens", "seq_len")}
         return Job(self.model, TextSpec(sources=(self.given["calibration"],), **names))
 
-    def healed(self, recipe: Recipe, stage: str = "closed-form") -> Healed:
+    def healed(self, recipe: Recipe, stage: str = "closed-form[fit-trial-tokens=512]") -> Healed:
         """A recipe of the ladder, healed in closed form."""
         with self.folder.run.opened():
             planning = Planning(self.job, Target(layers=len(recipe.layers)), planners.choose(self.given["settings"]))
@@ -186,8 +186,8 @@ def test_of_several_starts_the_best_on_a_few_tokens_is_fitted_on_all(plan: Plan)
     ("method", "stage", "passes"),
     [
         (ComeSettings(), "closed-form", 3),
-        (ComeSettings(heal_in_loop=True), "closed-form", 6),
-        (ComePSettings(blocks=2), "closed-form", 9),
+        (ComeSettings(heal_in_loop=True), "closed-form", 3 * (2 / 4 + 1)),
+        (ComePSettings(blocks=2), "closed-form[fit-trial-tokens=512]", 9),
         (ComePSettings(blocks=2), "closed-form[fit-trial-tokens=128]", 3 * (3 / 4 + 1)),
     ],
 )

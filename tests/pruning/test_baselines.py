@@ -8,6 +8,7 @@ from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.shortgpt import ShortGpt
 from intarsia.pruning.methods.sleb import Sleb, SlebSettings
+from intarsia.pruning.step import PlanSettings
 from intarsia.recipe.recipe import Variant, identity
 from intarsia.registry import planners
 from tests import families
@@ -32,7 +33,10 @@ def test_shortgpt_drops_by_influence_measured_once(family: str, resident_of: InM
     order = sorted(range(families.DEPTH), key=lambda layer: influence[layer])
     model = Intermediate(resident, corpus, WHOLE)
     run = ladder_in(tmp_path / "run", {})
-    assert climb(ShortGpt(), model, identity(Variant(name="base", model="m"), families.DEPTH), 1, run) is None
+    assert (
+        climb(ShortGpt(PlanSettings()), model, identity(Variant(name="base", model="m"), families.DEPTH), 1, run)
+        is None
+    )
     assert run.depths() == [5, 4, 3, 2, 1]
     for depth in run.depths():
         assert layers_of(run, depth) == sorted(order[families.DEPTH - depth :])

@@ -30,7 +30,7 @@ def test_it_does_on_the_command_line(model_folder: Folder, text_file: Path, tmp_
     done = invoke(*words, "--effort", "quick")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert found["method"] == "sleb" and found["after"]["layers"] == 4
+    assert found["method"] == "shortgpt" and found["after"]["layers"] == 4
     assert set(found["seconds_by_part"]) == {"text", "planning", "healing", "building", "evaluation"}
     assert sum(found["seconds_by_part"].values()) <= found["seconds"]
     assert "start" in found["healed"]  # one of several

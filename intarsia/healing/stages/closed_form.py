@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from intarsia.recipe.recipe import Recipe
 
 
+_TRIAL = 0.25
+"""The share of the text that several starts are tried on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinalFitSettings(ClosedFormSettings):
     """How the closed form fits the final model: other text judges it, so few held-out sequences are enough."""
@@ -32,14 +36,14 @@ class FinalFitSettings(ClosedFormSettings):
     held_out: int = flag(LAST.held_out, "--fit-held-out")
     # Tokens of the calibration text that it uses at most.
     tokens: int = flag(131_072, "--fit-tokens", metavar="N", parse=token_count)
-    # Where there are several recipes to start from: tokens that each is fitted on, to choose one.
-    trial_tokens: int = flag(16_384, "--fit-trial-tokens", metavar="N", parse=token_count)
+    # Where there are several recipes to start from: tokens that each is fitted on, to choose one (default: a quarter).
+    trial_tokens: int | None = flag(None, "--fit-trial-tokens", metavar="N", parse=token_count)
 
     def passes_at_most(self, architecture: Architecture, *, starts: int, tokens: int) -> float:
         """Passes of the whole model over a text of so many tokens that a fit from so many starts takes."""
         from intarsia.healing.layer_map import fit_passes_at_most
 
-        share = min(1.0, self.trial_tokens / min(tokens, self.tokens))
+        share = _TRIAL if self.trial_tokens is None else min(1.0, self.trial_tokens / min(tokens, self.tokens))
         fits = 1.0 if starts == 1 else starts * share + (share < 1.0)
         return fits * fit_passes_at_most(architecture) * min(1.0, self.tokens / tokens)
 
@@ -67,7 +71,7 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
     points, forwards = [*starts(recipe, architecture), *context.starts], 0.0
     start, found, fits = points[0], None, []
     if len(points) > 1:
-        trial = _first(text, settings.trial_tokens)
+        trial = _first(text, settings.trial_tokens or int(text.tokens * _TRIAL))
         with context.original_states(trial, fits=len(points)) as teacher:
             best = best_fit(points, teacher, context.held_out, folder=context.folder, **common)
         start = best.start

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from intarsia.pruning.step import OneShot
+from intarsia.pruning.step import OneShot, PlanSettings
 from intarsia.registry import planner
 
 if TYPE_CHECKING:
     from intarsia.pruning.intermediate import Intermediate
 
 
-@planner("shortgpt", paper="2403.03853")
+@planner("shortgpt", settings=PlanSettings, paper="2403.03853")
 class ShortGpt(OneShot):
     """Drop the layers of least block influence."""
 
     scored = "influence"
+
+    def __init__(self, settings: PlanSettings) -> None:
+        self.blocks, self.plan_tokens = settings.blocks, settings.plan_tokens
 
     def score(self, model: Intermediate) -> list[float]:
         """The influence of each layer."""
