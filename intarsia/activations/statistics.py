@@ -65,9 +65,9 @@ class LayerMeasure:
         default_factory=lambda: {"attention": ChannelSums(), "mlp": ChannelSums()}
     )
 
-    def add_stream(self, before: Tensor, behind: Tensor, keep: Tensor | None) -> None:
-        """Count a batch of hidden states before and behind the layer, `[B, T, D]`."""
-        cosine = cosines(before, behind, keep)
+    def add_stream(self, before: Tensor, after: Tensor, keep: Tensor | None) -> None:
+        """Count a batch of hidden states before and after the layer, `[B, T, D]`."""
+        cosine = cosines(before, after, keep)
         self.cosine_sum += float(cosine.sum(dtype=torch.float64))
         self.tokens += cosine.numel()
 

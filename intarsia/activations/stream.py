@@ -133,7 +133,7 @@ class LayerStream:
             return self._unpadded[shape]
 
     def run(self, layer: nn.Module, h_BTD: Tensor, call: LayerCall) -> Tensor:
-        """The residual stream behind one layer, on the layer's device."""
+        """The residual stream after one layer, on the layer's device."""
         device = next((parameter.device for parameter in layer.parameters()), self.device)
         if device != h_BTD.device and device.type != "meta":
             h_BTD, call = h_BTD.to(device), call.on(device)
@@ -171,7 +171,7 @@ class LayerStream:
         return torch.cat(sums), torch.cat(counts)
 
     def final_norm(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """H^L behind the final norm, `[B, T, D]` (what transformers reports as the last hidden state)."""
+        """H^L after the final norm, `[B, T, D]` (what transformers reports as the last hidden state)."""
         ids_BT, mask_BT = self._moved(ids_BT), self._moved(mask_BT)
         with self._stand_ins(inject=h_BTD.to(self.device)):
             out = self._base()(input_ids=ids_BT, attention_mask=_as_attention(mask_BT), use_cache=False)

@@ -66,7 +66,7 @@ def plan(
     """Decide what to make: a recipe for every depth down to the target, none of them built yet.
 
     Give either --layers or --sparsity. `intarsia build RUN --layers N` builds any of the depths later. Killed at any
-    point, the same command resumes; a deeper target goes on in the same run.
+    point, the same command resumes; a deeper target continues in the same run.
 
     Raises:
         UserError: something about the input cannot be used. Nothing has been written then.

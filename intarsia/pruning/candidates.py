@@ -1,7 +1,7 @@
 """What the model would be with other layers in the place of some: run from the kept hidden states before them.
 
 The model itself does not change; the layers that are run are counted as its cost. Of a model that is streamed a layer
-is read once for all changes that are judged together; else one change is run after the other, which stores nothing.
+is read once for all changes that are evaluated together; else one change is run after the other, which stores nothing.
 
 Shape suffixes: `N` sequences, `B` sequences of a batch, `T` tokens, `D` residual width.
 """

@@ -1,10 +1,10 @@
-"""The closed form inside the progressive loop: a layer is repaired before the next decision looks at the model.
+"""The closed form inside the progressive loop: a layer is healed before the next step is chosen.
 
-After a step, every layer that stands for more original layers than before, or is another one, is fitted from what the
-repaired layers before it give towards what the original gives at the end of its span (`intarsia.healing.closed_form`);
-then what lies behind is run again. If that raises the loss of the sequences that are held out, the layers stay as they
-were. What was fitted on a layer that is merged again is forgotten: ops stay flat over original layers. Where only a
-layer's span has grown, what was fitted is the starting point.
+After a step, every layer that is new or stands for more original layers than before is fitted: its inputs are the
+hidden states of the healed layers before it, its target the original's at the end of its span
+(`intarsia.healing.closed_form`). The layers after it are run again, and if the loss of held-out sequences rises, the
+layers stay as they were. Tensors fitted on a layer that is merged again are dropped: ops stay flat over original
+layers. Where only a layer's span has grown, its fitted tensors are the starting point.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ def repair_forwards(
 
 
 class Repair:
-    """Repairs a model on its way down."""
+    """Heals the layers that a step changes."""
 
     def __init__(self, model: Intermediate, settings: ClosedFormSettings) -> None:
         self.model = model
         self.settings = settings
 
     def replace(self, start: int, count: int, op: Op | None) -> dict[str, Any]:
-        """`Intermediate.replace`, with every layer repaired that this changes.
+        """`Intermediate.replace`, and every layer healed that this changes.
 
         Returns:
-            As plain data: the read-outs that were fitted, whether they are taken, the loss of the held-out sequences
+            As plain data: the output projections that were fitted, whether the fit is accepted, the loss of the held-out sequences
             without and with them, and how many layer-forwards this cost beside measuring the model.
         """
         model = self.model
@@ -147,7 +147,7 @@ class Repair:
 def _feed(
     model: Intermediate, start: int, op: Op, original: TeacherStates, depth: int, held_out: int
 ) -> Iterator[FitBatch]:
-    """What a layer in the place of layer `start` is fed, and H^depth of the original, which it should give."""
+    """Inputs of the layer in the place of layer `start`, and its target, H^depth of the original."""
     for part, ids, mask in model.batches.over(model.rows):
         model.loop.spend(1, part)
         yield FitBatch(
