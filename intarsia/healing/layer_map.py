@@ -52,7 +52,7 @@ def taught(recipe: Recipe, layers: Layers) -> list[int]:
     """Output layers that a heal stage changes. One that stands for none of the original has no target."""
     known = correspondences(recipe)
     changed = [layer.index for layer in known if layer.trainable]
-    if layers == "behind" and changed:
+    if layers == "after" and changed:
         return [layer.index for layer in known[changed[0] :] if layer.stop > layer.start]
     return changed
 

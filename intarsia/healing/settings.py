@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeAlias
 from intarsia.architecture.spec import Part
 from intarsia.errors import Problem, UserError
 
-Layers: TypeAlias = Literal["spans", "behind"]
+Layers: TypeAlias = Literal["spans", "after"]
 """Which output layers a stage changes. `spans`: those that stand for more than one original layer, or were merged;
-`behind`: these, and every layer after the first of them, which can correct what those before left."""
+`after`: these, and every layer after the first of them, which can correct what those before left."""
 
 Weighting: TypeAlias = Literal["relative", "clip", "uniform"]
 """What a token counts in a squared error, see `intarsia.healing.losses`."""
@@ -26,7 +26,7 @@ RIDGES = tuple(10.0**exponent for exponent in (-4, -3.5, -3, -2.5, -2, -1.5, -1,
 class ClosedFormSettings:
     """How the closed form fits."""
 
-    layers: Layers = "behind"
+    layers: Layers = "after"
     # Output projections to fit on layers that stand for more than themselves, in this order.
     changed: tuple[Part, ...] = ("mlp", "attention", "mlp")
     # Output projections to fit on the layers after them, in this order. All but the first only on as many layers, from

@@ -59,8 +59,8 @@ class Repair:
         """`Intermediate.replace`, and every layer healed that this changes.
 
         Returns:
-            As plain data: the output projections that were fitted, whether the fit is accepted, the loss of the held-out sequences
-            without and with them, and how many layer-forwards this cost beside measuring the model.
+            As plain data: the output projections that were fitted, whether the fit is accepted, the loss of held-out
+            sequences without and with them, and how many layer-forwards this cost beside measuring the model.
         """
         model = self.model
         original = model.original()  # held while the whole model is what was measured

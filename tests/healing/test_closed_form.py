@@ -87,7 +87,7 @@ def test_layers_taught(checkpoint_of: Opened) -> None:
 
     def spans_and_behind(layers: Sequence[Op]) -> tuple[list[int], list[int]]:
         recipe = recipe_of("model", layers)
-        return taught(recipe, "spans"), taught(recipe, "behind")
+        return taught(recipe, "spans"), taught(recipe, "after")
 
     assert spans_and_behind([select(n) for n in range(6)]) == ([], [])
     assert spans_and_behind([select(0), select(1), select(4), select(5)]) == ([1], [1, 2, 3])
@@ -106,7 +106,7 @@ def test_a_layer_fitted_to_its_own_output_stays(
     layers = [whole(0), select(1), select(2), whole(3), select(4), select(5)]
     recipe = recipe_of(str(checkpoint.folder), layers)
     resident = resident_of(family)
-    found, fits = fit_on(recipe, resident, tokens()[0], settings=replace(PLAIN, layers="behind"))
+    found, fits = fit_on(recipe, resident, tokens()[0], settings=replace(PLAIN, layers="after"))
     whole_fit, rest = steps(resident.architecture, PLAIN.changed), steps(resident.architecture, PLAIN.unchanged)
     assert len(fits) == 2 * len(whole_fit) + 4 * len(rest)
     assert all(row["error_before"] < 1e-10 and row["error_after"] <= row["error_before"] for row in fits)
@@ -213,7 +213,7 @@ def test_layers_behind_make_good_what_is_left(
     train, fresh = tokens(sequences=96)
     resident, recipe = resident_of(family), removal(checkpoint_of(family))
     near, _ = fit_on(recipe, resident, train, settings=PLAIN)
-    far, fits = fit_on(recipe, resident, train, settings=replace(PLAIN, layers="behind"))
+    far, fits = fit_on(recipe, resident, train, settings=replace(PLAIN, layers="after"))
     assert sorted(near.fitted) == [1] and sorted(far.fitted) == [1, 2, 3]
     changed, rest = (len(steps(resident.architecture, parts)) for parts in (PLAIN.changed, PLAIN.unchanged))
     assert [row["layer"] for row in fits] == [1] * changed + [2] * rest + [3] * rest
@@ -339,7 +339,7 @@ def test_built_is_as_in_memory(family: str, dtype: torch.dtype, cut: Cut, tokens
 # Cost
 
 
-@pytest.mark.parametrize("layers", ["spans", "behind"])
+@pytest.mark.parametrize("layers", ["spans", "after"])
 @pytest.mark.parametrize("changed", [("mlp", "attention", "mlp"), ("mlp",)])
 @pytest.mark.parametrize("unchanged", [("mlp",), ("mlp", "attention")])
 @pytest.mark.parametrize("padded", [False, True])

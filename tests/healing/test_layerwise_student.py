@@ -24,7 +24,7 @@ from tests.conftest import InMemory
 from tests.healing.conftest import Cut, Tokens
 from tests.recipes_by_hand import recipe_of, select
 
-QUICK = LayerwiseSettings(batch_tokens=64, evaluations=3, lr=1e-2, kl=0.0, mse=1.0, inputs="student", layers="behind")
+QUICK = LayerwiseSettings(batch_tokens=64, evaluations=3, lr=1e-2, kl=0.0, mse=1.0, inputs="student", layers="after")
 
 
 def run_to(recipe: Recipe, resident: Resident, corpus: Corpus, depth: int) -> Tensor:

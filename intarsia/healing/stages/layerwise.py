@@ -46,7 +46,7 @@ class LayerwiseSettings(Pace):
         known = get_args(Weighting)
         yield "weighting", f"one of {', '.join(known)}", self.weighting, self.weighting in known
         yield "inputs", "teacher or student", self.inputs, self.inputs in ("teacher", "student")
-        yield "layers", "spans or behind", self.layers, self.layers in get_args(Layers)
+        yield "layers", "spans or after", self.layers, self.layers in get_args(Layers)
 
 
 @heal_stage("layerwise", settings=LayerwiseSettings, paper="2510.15304")
