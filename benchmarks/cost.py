@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from intarsia.building.loaded_model import Resident, default_device
+from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.commands.job import load_tokenizer
 from intarsia.data.text import draw
@@ -27,7 +27,7 @@ from intarsia.pruning.methods.come_p import ComeP, ComePSettings
 from intarsia.recipe.recipe import Variant, identity
 
 
-def climb(resident: Resident, corpus: Any, *, posterior: bool, reuse: bool, target: int) -> dict[str, Any]:
+def climb(resident: LoadedModel, corpus: Any, *, posterior: bool, reuse: bool, target: int) -> dict[str, Any]:
     """Plan down to `target`; cost, time and the layers that came out."""
     whole = identity(Variant(name="base", model="demo"), resident.architecture.n_layers)
     model = Intermediate(resident, corpus, whole.layers, reuse_prefix=reuse)
@@ -56,7 +56,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.manual_seed(0)
     checkpoint = open_checkpoint("demo")
-    resident = Resident(checkpoint, device=default_device())
+    resident = LoadedModel(checkpoint, device=default_device())
     print(f"{torch.get_num_threads()} thread(s), {resident.device}, {resident.model.dtype}\n")
     print("| planner | tokens | layers | | layer-forwards after the first pass | seconds |")
     print("|---|---:|---:|---|---:|---:|")

@@ -20,7 +20,7 @@ import torch
 
 from intarsia.activations.hidden_store import HiddenStore
 from intarsia.activations.stream import LayerStream
-from intarsia.building.loaded_model import Resident, default_device
+from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.healing.layer_training import LayerTask, on_device, train_layer, trained_names
 from intarsia.healing.stages.layerwise import LayerwiseSettings
@@ -30,7 +30,7 @@ _LAYER = 14
 _WARM_UP = 3
 
 
-def task_of(resident: Resident, settings: LayerwiseSettings, *, steps: int, seq_len: int) -> LayerTask:
+def task_of(resident: LoadedModel, settings: LayerwiseSettings, *, steps: int, seq_len: int) -> LayerTask:
     """Training of a layer from random hidden states towards the output of it and the next; a batch is held out."""
     batch = settings.batch_tokens // seq_len
     store = HiddenStore((batch * (steps + 1), seq_len, resident.architecture.width), resident.model.dtype)
@@ -117,7 +117,7 @@ def main() -> None:
     print("|---|---:|---:|---:|")
     for dtype in (torch.bfloat16, torch.float32):
         torch.manual_seed(0)
-        resident = Resident(checkpoint, device=device, dtype=dtype)
+        resident = LoadedModel(checkpoint, device=device, dtype=dtype)
         settings = LayerwiseSettings(batch_tokens=given.batch_tokens, evaluations=1)
         steps, bare = measure(task_of(resident, settings, steps=given.steps, seq_len=given.seq_len))
         median = statistics.median(steps), statistics.median(bare)

@@ -9,7 +9,7 @@ from torch import nn
 
 from intarsia.activations.batches import Batches
 from intarsia.activations.loop import Loop
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.healing.closed_form import fit
 from intarsia.healing.teacher import TeacherStates
@@ -19,7 +19,7 @@ from intarsia.recipe.recipe import Recipe
 
 def fit_on(
     recipe: Recipe,
-    resident: Resident,
+    resident: LoadedModel,
     corpus: Corpus,
     *,
     batch_tokens: int | None = None,

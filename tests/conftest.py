@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from tests import families
 
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 Folder = Callable[[str], Path]
 Opened = Callable[[str], Checkpoint]
-InMemory = Callable[[str], Resident]
+InMemory = Callable[[str], LoadedModel]
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +67,7 @@ def checkpoint_of(model_folder: Folder) -> Opened:
 @pytest.fixture(scope="session")
 def resident_of(checkpoint_of: Opened) -> InMemory:
     """Gives a tiny model of a family in memory, for tests that leave it as it is."""
-    return cache(lambda family: Resident(checkpoint_of(family), device=torch.device("cpu")))
+    return cache(lambda family: LoadedModel(checkpoint_of(family), device=torch.device("cpu")))
 
 
 @pytest.fixture(scope="session")

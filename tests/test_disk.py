@@ -78,10 +78,10 @@ class Small(io.FileIO):
     """A file on a disk with room for 14 bytes of it, which takes 5 at once."""
 
     def write(self, data: Any) -> int:
-        room = 14 - self.seek(0, os.SEEK_END)
-        if room <= 0:
+        memory_budget = 14 - self.seek(0, os.SEEK_END)
+        if memory_budget <= 0:
             raise FULL
-        return super().write(bytes(data)[: min(room, 5)])
+        return super().write(bytes(data)[: min(memory_budget, 5)])
 
 
 def test_lines_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from intarsia.activations.hidden_store import Room
+from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.stream import LayerStream
 from intarsia.building import loading
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.evaluation.perplexity import Chain, perplexity
@@ -39,12 +39,12 @@ from tests.recipes_by_hand import select, shared
 CPU = torch.device("cpu")
 
 
-def streamed(checkpoint: Checkpoint) -> Resident:
-    return Resident(checkpoint, device=CPU, stream=True)
+def streamed(checkpoint: Checkpoint) -> LoadedModel:
+    return LoadedModel(checkpoint, device=CPU, stream=True)
 
 
 @pytest.fixture
-def llama(checkpoint_of: Opened) -> Resident:
+def llama(checkpoint_of: Opened) -> LoadedModel:
     return streamed(checkpoint_of("llama"))
 
 
@@ -52,12 +52,12 @@ def whole(depth: int = families.DEPTH) -> Recipe:
     return identity(Variant(name="base", model="tiny", sha256="0" * 64), depth)
 
 
-def cut(resident: Resident) -> Recipe:
+def cut(resident: LoadedModel) -> Recipe:
     """Layers 2 and 3 merged, layer 5 removed."""
     return whole().with_layers([select(0), select(1), shared(resident.architecture, [2, 3]), select(4)])
 
 
-def ladder(resident: Resident, place: Path, method: str, *, settings: Any = None, **changes: Any) -> list[str]:
+def ladder(resident: LoadedModel, place: Path, method: str, *, settings: Any = None, **changes: Any) -> list[str]:
     """The hashes of a ladder's recipes, down to half of the model's depth."""
     in_loop = changes.pop("in_loop", None)
     corpus = corpus_of(padded=True)
@@ -110,7 +110,7 @@ def test_embedding_and_head_leave_memory_behind_every_use(
     assert any(parameter is tables[1] for parameter in gone)
 
 
-def test_a_layer_at_rest_that_is_run_is_read_for_that_run(llama: Resident) -> None:
+def test_a_layer_at_rest_that_is_run_is_read_for_that_run(llama: LoadedModel) -> None:
     assert llama.shelf is not None
     stream = LayerStream(llama.model, llama.architecture)
     entry = stream.enter(corpus_of().input_ids, None)
@@ -125,7 +125,7 @@ def test_a_layer_at_rest_that_is_run_is_read_for_that_run(llama: Resident) -> No
     assert all(parameter.is_meta for parameter in llama.layers[3].parameters())
 
 
-def test_a_walk_that_is_left_early_lets_go_of_what_it_has_read_ahead(llama: Resident) -> None:
+def test_a_walk_that_is_left_early_lets_go_of_what_it_has_read_ahead(llama: LoadedModel) -> None:
     assert llama.shelf is not None
     for _ in llama.walk(llama.layers):
         wait_for(llama, 2)  # the next one is read while this one is worked with
@@ -138,7 +138,7 @@ def test_a_walk_that_is_left_early_lets_go_of_what_it_has_read_ahead(llama: Resi
     assert llama.shelf.in_memory == 0 and llama.shelf.most == 2
 
 
-def wait_for(resident: Resident, layers: int) -> None:
+def wait_for(resident: LoadedModel, layers: int) -> None:
     """Until so many layers are in memory; fails where that does not come about."""
     assert resident.shelf is not None
     for _ in range(3000):
@@ -156,7 +156,9 @@ def test_every_method_plans_the_same(method: str, tmp_path: Path, checkpoint_of:
     resident = streamed(checkpoint_of("qwen2"))
     assert ladder(resident, tmp_path / "streamed", method) == wanted
     assert resident.shelf is not None and resident.shelf.in_memory == 0 and resident.shelf.most <= 2
-    spilled = ladder(streamed(checkpoint_of("qwen2")), tmp_path / "spilled", method, room=Room(0, tmp_path))
+    spilled = ladder(
+        streamed(checkpoint_of("qwen2")), tmp_path / "spilled", method, memory_budget=MemoryBudget(0, tmp_path)
+    )
     assert spilled == wanted
     assert sorted(path.name for path in tmp_path.iterdir()) == ["spilled", "streamed", "whole"]
 
@@ -211,7 +213,9 @@ def test_healed_tensors_are_the_same(family: str, checkpoint_of: Opened, residen
     recipe = whole().with_layers([select(0), select(2), select(4), select(5)])
     settings = ClosedFormSettings(held_out=2)
     wanted, reports = fit_on(recipe, resident, corpus, settings=settings, batch_tokens=26)
-    found, same = fit_on(recipe, other, corpus, settings=settings, batch_tokens=26, room=Room(memory_bytes=0))
+    found, same = fit_on(
+        recipe, other, corpus, settings=settings, batch_tokens=26, memory_budget=MemoryBudget(memory_bytes=0)
+    )
     assert content_hash(found) == content_hash(wanted)
     assert same == reports and any(report["ridge"] is not None for report in reports)
     assert other.shelf is not None and other.shelf.most <= 2

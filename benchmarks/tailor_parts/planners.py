@@ -15,7 +15,7 @@ from benchmarks.tailor_parts.judge import Judge, mean
 from benchmarks.tailor_parts.setting import VARIANTS, Rows, Setting
 from intarsia.activations.batches import Batches
 from intarsia.activations.loop import Loop
-from intarsia.building.loaded_model import Resident, default_device
+from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.healing.closed_form import fit
 from intarsia.healing.teacher import TeacherStates
@@ -95,6 +95,6 @@ def _in_family(cut: Recipe, member: Recipe) -> Recipe:
 
 def _fitted(judge: Judge, setting: Setting, member: str, cut: Recipe) -> Fitted:
     checkpoint = open_checkpoint(setting.folder(member), progress=setting.progress)
-    resident = Resident(checkpoint, device=default_device())
+    resident = LoadedModel(checkpoint, device=default_device())
     with TeacherStates(Loop(resident, Batches(judge.corpus, resident.device))) as teacher:
         return fit(cut, teacher, progress=setting.progress)[0].fitted

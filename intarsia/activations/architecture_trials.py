@@ -19,7 +19,7 @@ from intarsia.activations.hooks import read_outs
 from intarsia.activations.stream import LayerStream
 from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.building.assembled import assembled
-from intarsia.building.loaded_model import Resident, twin
+from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.building.materialize import materialize
 from intarsia.building.slicing import positions
 from intarsia.recipe.algebra import concat_of
@@ -34,13 +34,13 @@ _SEQUENCES, _TOKENS, _WRITTEN = 3, 20, 12
 class Trial:
     """A small model and tokens to run through it, the last sequences of which are padded."""
 
-    resident: Resident
+    resident: LoadedModel
     stream: LayerStream
     ids_BT: Tensor
     mask_BT: Tensor
 
     @classmethod
-    def of(cls, resident: Resident) -> Trial:
+    def of(cls, resident: LoadedModel) -> Trial:
         """Random tokens for a model."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(2, resident.architecture.vocabulary, (_SEQUENCES, _TOKENS), generator=generator)

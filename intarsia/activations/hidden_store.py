@@ -23,11 +23,11 @@ PREFIX = "intarsia-hidden-"
 """How folders of spilled hidden states are named."""
 
 
-class Room:
+class MemoryBudget:
     """A number of bytes that stores take from and give back to.
 
     Attributes:
-        memory_bytes: all of them; by default two fifths of what is free when the room is made.
+        memory_bytes: all of them; by default two fifths of what is free when the budget is made.
         folder: where files of what does not fit are made; None for the system's folder for temporary files.
     """
 
@@ -120,8 +120,8 @@ def reserve(path: Path, nbytes: int) -> None:
 class HiddenStore:
     """Keeps `[N, T, D]` hidden states by depth.
 
-    Buffers are made when first written. As many stay in memory as there is room for; the rest are memory-mapped files
-    in a temporary folder (inside the room's folder, if it has one), which is deleted with the store.
+    Buffers are made when first written. As many stay in memory as the budget allows; the rest are memory-mapped files
+    in a temporary folder (inside the folder of the budget, if it has one), which is deleted with the store.
 
     Attributes:
         held: what was stored at `hold`, or what another store holds, as it was; None where nothing is held.
@@ -134,19 +134,19 @@ class HiddenStore:
         *,
         memory_bytes: int | None = None,
         folder: Path | None = None,
-        room: Room | None = None,
+        memory_budget: MemoryBudget | None = None,
         held: HiddenStore | None = None,
     ) -> None:
         """
         Args:
-            memory_bytes, folder: of a room of the store's own.
-            room: shared with other stores.
+            memory_bytes, folder: of a budget for this store alone.
+            memory_budget: shared with other stores.
             held: another store, which is read where nothing was put here, and left alone.
         """
         self.shape = shape
         self.dtype = dtype
-        self.room = room or Room(memory_bytes, folder)
-        self.memory_bytes = self.room.memory_bytes
+        self.memory_budget = memory_budget or MemoryBudget(memory_bytes, folder)
+        self.memory_bytes = self.memory_budget.memory_bytes
         self._buffers: dict[int, Tensor | Spilled] = {}
         self.held = held
         self._frees_held = False
@@ -186,7 +186,7 @@ class HiddenStore:
         A depth that is put again must be put whole before it is read.
         """
         assert self.held is None, "what is stored is held already"
-        self.held, self._frees_held = HiddenStore(self.shape, self.dtype, room=self.room), True
+        self.held, self._frees_held = HiddenStore(self.shape, self.dtype, memory_budget=self.memory_budget), True
         self.held._buffers, self._buffers = self._buffers, {}
         self.held._folder, self._folder = self._folder, None
 
@@ -223,14 +223,14 @@ class HiddenStore:
         if isinstance(buffer, Spilled):
             buffer.path.unlink(missing_ok=True)
         elif buffer is not None:
-            self.room.give(self.depth_bytes)
+            self.memory_budget.give(self.depth_bytes)
 
     def _find(self, depth: int) -> Tensor | Spilled:
         return self._buffers[depth] if self.held is None or depth in self._buffers else self.held._find(depth)
 
     def _buffer(self, depth: int) -> Tensor | Spilled:
         if depth not in self._buffers:
-            if self.room.take(self.depth_bytes):
+            if self.memory_budget.take(self.depth_bytes):
                 self._buffers[depth] = torch.empty(self.shape, dtype=self.dtype)
             else:
                 self._buffers[depth] = Spilled(self._path(depth), self.shape, self.dtype)
@@ -238,5 +238,5 @@ class HiddenStore:
 
     def _path(self, depth: int) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.room.folder)
+            self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.memory_budget.folder)
         return Path(self._folder.name) / f"depth-{depth}.bin"

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from intarsia.activations.batches import Batch, Batches
-from intarsia.activations.hidden_store import HiddenStore, Room
+from intarsia.activations.hidden_store import HiddenStore, MemoryBudget
 from intarsia.activations.hooks import read_outs
 from intarsia.activations.statistics import require_finite
 from intarsia.activations.stream import LayerCall, LayerStream
 from intarsia.architecture.spec import Part
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Placed
 from intarsia.data.corpus import Corpus
 
@@ -66,11 +66,11 @@ class Loop:
     Attributes:
         stream: the model, opened between its layers.
         batches: of the text; as many sequences at a time as the device holds.
-        room: what hidden states may take that the loop stores itself.
+        memory_budget: what hidden states may take that the loop stores itself.
     """
 
-    def __init__(self, resident: Resident, batches: Batches, *, room: Room | None = None) -> None:
-        self.resident, self.batches, self.room = resident, batches, room or Room()
+    def __init__(self, resident: LoadedModel, batches: Batches, *, memory_budget: MemoryBudget | None = None) -> None:
+        self.resident, self.batches, self.memory_budget = resident, batches, memory_budget or MemoryBudget()
         self.stream = LayerStream(resident.model, resident.architecture)
         self._spent = [0.0]  # layers times sequences; a list, to share it
 
@@ -94,7 +94,7 @@ class Loop:
         mask = None if whole.mask is None else whole.mask[index]
         corpus = Corpus.of(whole.input_ids[index], mask=mask, description=whole.description, documents=1)
         batches = Batches(corpus, self.resident.device, batch_tokens=self.batches.size * corpus.seq_len)
-        other = Loop(self.resident, batches, room=self.room)
+        other = Loop(self.resident, batches, memory_budget=self.memory_budget)
         other._spent = self._spent
         return other
 
@@ -102,7 +102,7 @@ class Loop:
         """An empty store for the hidden states of the text."""
         n, t = self.corpus.input_ids.shape
         shape = (n if sequences is None else sequences, t, self.resident.architecture.width)
-        return HiddenStore(shape, self.resident.model.dtype, room=self.room)
+        return HiddenStore(shape, self.resident.model.dtype, memory_budget=self.memory_budget)
 
     def embed(self, states: HiddenStore, depth: int = 0, *, sequences: slice = slice(None)) -> None:
         """Store what the embedding gives."""

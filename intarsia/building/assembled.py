@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from intarsia.building.loaded_model import Resident, twin
+from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.writer import shallower_config
 from intarsia.recipe.recipe import Recipe
 
 
-def assembled(recipe: Recipe, resident: Resident) -> PreTrainedModel:
+def assembled(recipe: Recipe, resident: LoadedModel) -> PreTrainedModel:
     """The recipe's model, on the resident model's device and in its dtype.
 
     Args:
@@ -60,7 +60,7 @@ def _as_built(index: int, recipe: Recipe, checkpoint: Checkpoint) -> Mapping[str
     return found
 
 
-def _config(recipe: Recipe, resident: Resident) -> PreTrainedConfig:
+def _config(recipe: Recipe, resident: LoadedModel) -> PreTrainedConfig:
     """The config of the built folder, and of the resident model what is decided when a model is loaded."""
     with tempfile.TemporaryDirectory(prefix="intarsia-config-") as folder:
         values = shallower_config(resident.checkpoint, [op.sources[0].layer for op in recipe.layers])

@@ -68,7 +68,7 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class Resident:
+class LoadedModel:
     """The original model and the modules of other layers made from it.
 
     Attributes:

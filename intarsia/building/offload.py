@@ -204,13 +204,13 @@ def spread(model: nn.Module, layers: Sequence[nn.Module], devices: Sequence[torc
 
 def blocks(sizes: Sequence[int], free: Sequence[float]) -> list[int]:
     """Which block each layer belongs to: in order, each block's share of the bytes that of its room."""
-    room = [max(share, 0.0) for share in free]
-    room = room if sum(room) > 0 else [1.0] * len(free)
-    ends = [sum(sizes) * sum(room[: index + 1]) / sum(room) for index in range(len(room))]
+    memory_budget = [max(share, 0.0) for share in free]
+    memory_budget = memory_budget if sum(memory_budget) > 0 else [1.0] * len(free)
+    ends = [sum(sizes) * sum(memory_budget[: index + 1]) / sum(memory_budget) for index in range(len(memory_budget))]
     found, before = [], 0.0
     for size in sizes:
         middle = before + size / 2
-        found.append(next((index for index, end in enumerate(ends) if middle <= end), len(room) - 1))
+        found.append(next((index for index, end in enumerate(ends) if middle <= end), len(memory_budget) - 1))
         before += size
     return found
 

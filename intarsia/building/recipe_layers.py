@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.recipe.recipe import Fitted, Recipe
 
@@ -35,7 +35,7 @@ class RecipeLayers:
         modules: the layers' modules.
     """
 
-    def __init__(self, resident: Resident, ops: Sequence[Op], fitted: Fitted | None = None) -> None:
+    def __init__(self, resident: LoadedModel, ops: Sequence[Op], fitted: Fitted | None = None) -> None:
         """
         Args:
             fitted: tensors that replace layers' own, by layer.
@@ -45,7 +45,7 @@ class RecipeLayers:
         self.become(ops, fitted)
 
     @classmethod
-    def of(cls, recipe: Recipe, resident: Resident) -> RecipeLayers:
+    def of(cls, recipe: Recipe, resident: LoadedModel) -> RecipeLayers:
         """The layers of a recipe."""
         return RecipeLayers(resident, recipe.layers, recipe.fitted)
 

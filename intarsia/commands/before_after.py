@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from intarsia import progress
-from intarsia.building.loaded_model import Resident, load_model
+from intarsia.building.loaded_model import LoadedModel, load_model
 from intarsia.building.offload import free_bytes
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands.compress import Measures
@@ -125,8 +125,8 @@ def _streamed(
     """Perplexity alone, layer by layer: how fast a streamed model is says nothing of how fast it is in memory."""
     progress.current().say("the models are streamed: their speeds are not measured")
 
-    def run(recipe: Recipe, resident: Resident) -> dict[str, Perplexity]:
-        return _perplexities(Chain(recipe, resident, room=job.placement.room()), evaluation)
+    def run(recipe: Recipe, resident: LoadedModel) -> dict[str, Perplexity]:
+        return _perplexities(Chain(recipe, resident, memory_budget=job.placement.memory_budget()), evaluation)
 
     before = run(_whole(job.checkpoint), job.resident)
     without = None if unhealed is None else run(unhealed, job.resident)

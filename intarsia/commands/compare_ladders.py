@@ -21,7 +21,7 @@ from intarsia.commands.job import Job
 from intarsia.commands.plan import PlanResult
 from intarsia.commands.planning import BASE, Planning, heal_recipe
 from intarsia.healing.pipeline import Healed
-from intarsia.healing.teacher import TeacherStates, has_room
+from intarsia.healing.teacher import TeacherStates, fits_in_memory
 from intarsia.options import Target
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
@@ -159,9 +159,9 @@ class Ladders:
         if self._original is None:
             placed = self.job.placement
             batches = Batches(corpus, resident.device, batch_tokens=placed.batch_tokens)
-            room = placed.room(RunDir(self.out).scratch)
-            if has_room(resident, batches, room):
-                self._original = TeacherStates(Loop(resident, batches, room=room), keep=True)
+            memory_budget = placed.memory_budget(RunDir(self.out).scratch)
+            if fits_in_memory(resident, batches, memory_budget):
+                self._original = TeacherStates(Loop(resident, batches, memory_budget=memory_budget), keep=True)
         return self._original
 
     def _close_current(self) -> None:
@@ -179,7 +179,7 @@ class Ladders:
                 self.job.text.calibration,
                 original_ops(BASE, self.job.checkpoint.architecture.n_layers),
                 batch_tokens=placed.batch_tokens,
-                room=placed.room(RunDir(self.out).scratch),
+                memory_budget=placed.memory_budget(RunDir(self.out).scratch),
                 after_final_norm=after_final_norm,
             )
         return self._current

@@ -153,4 +153,4 @@ def evaluate_perplexity(
         return perplexity(load_whole(job), corpus, **batch)
     assert job.sha256
     whole = identity(Variant(name="base", model=job.model), job.checkpoint.architecture.n_layers)
-    return perplexity(Chain(whole, job.resident, room=job.placement.room()), corpus, **batch)
+    return perplexity(Chain(whole, job.resident, memory_budget=job.placement.memory_budget()), corpus, **batch)

@@ -10,7 +10,7 @@ import torch
 
 from intarsia.activations import architecture_trials as trials
 from intarsia.architecture.spec import PARTS, Architecture
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.tiny_model import shrunken, small_model
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands.architecture import CheckRow
@@ -34,7 +34,7 @@ def check_rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
         return
     shapes = checkpoint.architecture.layer_shapes()
     yield CheckRow(check="tensors", result="ok", error=None, note=f"{len(shapes)} in a layer, of the expected shapes")
-    resident = Resident(checkpoint, device=torch.device("cpu"))
+    resident = LoadedModel(checkpoint, device=torch.device("cpu"))
     trial = trials.Trial.of(resident)
     same = _same_kind(checkpoint.architecture)
     declared = bool(checkpoint.architecture.approximations)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from intarsia import progress
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
@@ -124,14 +124,14 @@ class Subject:
         return over_its_blend(self.recipe, self.variants, self.run.path)
 
     @cached_property
-    def resident(self) -> Resident:
+    def resident(self) -> LoadedModel:
         """What it learns from by default, in memory, with all its variants beside it."""
         recipe, variants = self.over_its_teacher
         others = {name: checkpoint for name, checkpoint in variants.items() if name != recipe.base}
         return self.placement.resident(variants[recipe.base], others)
 
     @property
-    def load_teacher(self) -> Callable[[], Resident] | None:
+    def load_teacher(self) -> Callable[[], LoadedModel] | None:
         """Loads the other teacher, if there is one."""
         teacher = self.teacher
         return None if teacher is None else lambda: self.placement.resident(teacher)

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from intarsia import __version__, progress
-from intarsia.activations.hidden_store import Room
+from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.architecture.spec import Architecture
-from intarsia.building.loaded_model import Resident, default_device
+from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.building.loading import check_config
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
@@ -78,9 +78,9 @@ class Placement:
         """The device that data goes to."""
         return self.devices[0]
 
-    def resident(self, checkpoint: Checkpoint, others: Mapping[str, Checkpoint] | None = None) -> Resident:
+    def resident(self, checkpoint: Checkpoint, others: Mapping[str, Checkpoint] | None = None) -> LoadedModel:
         """A model, ready to be worked with; recipes may take layers of `others` too, by the variants' names."""
-        return Resident(
+        return LoadedModel(
             checkpoint,
             device=self.device,
             dtype=self.dtype,
@@ -89,9 +89,9 @@ class Placement:
             devices=self.devices,
         )
 
-    def room(self, folder: Path | None = None) -> Room:
+    def memory_budget(self, folder: Path | None = None) -> MemoryBudget:
         """Memory for hidden states; what does not fit goes to files in a folder (default: of the system)."""
-        return Room(self.memory_bytes, folder)
+        return MemoryBudget(self.memory_bytes, folder)
 
 
 class Job:
@@ -156,7 +156,7 @@ class Job:
         return scan(self.checkpoint, progress.current())
 
     @cached_property
-    def resident(self) -> Resident:
+    def resident(self) -> LoadedModel:
         """The model in memory; of a streamed one all but its layers."""
         return self.placement.resident(self.checkpoint, self.others or None)
 

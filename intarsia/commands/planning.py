@@ -18,7 +18,7 @@ from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.flags import plain
 from intarsia.healing.pipeline import HealContext, Healed, run_stages
 from intarsia.healing.restarts import Start
-from intarsia.healing.teacher import TeacherStates, has_room
+from intarsia.healing.teacher import TeacherStates, fits_in_memory
 from intarsia.options import Target
 from intarsia.pruning.blocks import best_blocks, starts_of
 from intarsia.pruning.estimate import estimate
@@ -125,14 +125,16 @@ class Planning:
                 self.job.text.calibration,
                 original_ops(BASE, self.job.checkpoint.architecture.n_layers),
                 batch_tokens=placed.batch_tokens,
-                room=placed.room(scratch),
+                memory_budget=placed.memory_budget(scratch),
                 after_final_norm=self.planner.after_final_norm,
             )
             model.look_at(self.planner.plan_tokens)
             if self.planner.measures or self.planner.progressive or self.planner.blocks:
                 model.refresh()
-                room = model.loop.room
-                if self.planner.blocks or (self.heals and has_room(self.job.resident, model.batches, room)):
+                memory_budget = model.loop.memory_budget
+                if self.planner.blocks or (
+                    self.heals and fits_in_memory(self.job.resident, model.batches, memory_budget)
+                ):
                     model.keep()
         elif self._model.kept:
             self._model.rewind()

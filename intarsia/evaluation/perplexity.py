@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.activations.batches import Batches
-from intarsia.activations.hidden_store import Room
+from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.loop import Loop, Path
 from intarsia.activations.loss import next_token_losses
 from intarsia.activations.stream import LayerStream
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import RecipeLayers
 from intarsia.data.corpus import Corpus, tokenize
 from intarsia.data.sources import documents
@@ -30,16 +30,16 @@ from intarsia.recipe.recipe import Recipe
 class Chain(nn.Module):
     """The recipe's model, callable like a causal language model."""
 
-    def __init__(self, recipe: Recipe, resident: Resident, *, room: Room | None = None) -> None:
+    def __init__(self, recipe: Recipe, resident: LoadedModel, *, memory_budget: MemoryBudget | None = None) -> None:
         """
         Args:
-            room: memory budget of hidden states of a whole text, where the model is streamed.
+            memory_budget: of hidden states of a whole text, where the model is streamed.
         """
         super().__init__()
         self.layers = RecipeLayers.of(recipe, resident)
         self.chain = nn.ModuleList(self.layers.modules)  # for its parameters
         self.stream = LayerStream(resident.model, resident.architecture)
-        self._room = room
+        self._memory_budget = memory_budget
         self.eval()
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor | None) -> list[Tensor]:
@@ -64,7 +64,7 @@ class Chain(nn.Module):
         progress = current()
         resident = self.layers.resident
         batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
-        loop = Loop(resident, batches, room=self._room)
+        loop = Loop(resident, batches, memory_budget=self._memory_budget)
         sums_W = torch.zeros(len(corpus), dtype=torch.float64)
         counts_W = torch.zeros(len(corpus), dtype=torch.int64)
 

@@ -38,10 +38,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from intarsia.activations.hidden_store import Room
+from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.loop import Loop, Passed
 from intarsia.activations.stream import LayerCall
-from intarsia.building.loaded_model import Resident, twin
+from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.building.recipe_layers import Placed, RecipeLayers
 from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer
 from intarsia.healing.layer_map import fitted_parts
@@ -57,7 +57,7 @@ def fit(
     *,
     settings: ClosedFormSettings | None = None,
     unseen: Collection[int] = (),
-    room: Room | None = None,
+    memory_budget: MemoryBudget | None = None,
     progress: Progress | None = None,
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """A recipe with fitted output projections, and a report for every one of them.
@@ -66,12 +66,12 @@ def fit(
         recipe: any recipe over the teacher's resident model; what is fitted on it already is the starting point.
         teacher: its hidden states on the calibration text, shared with other fits or not; the fit adds depths.
         unseen: sequences of the text that the fit must not see: neither fitted on nor used to choose the strength.
-        room: what hidden states may take in memory.
+        memory_budget: what hidden states may take in memory.
 
     Raises:
         UserError: activations are not finite.
     """
-    work = _Work(recipe, teacher, settings or ClosedFormSettings(), frozenset(unseen), room or Room())
+    work = _Work(recipe, teacher, settings or ClosedFormSettings(), frozenset(unseen), memory_budget or MemoryBudget())
     try:
         with torch.inference_mode():
             fitted, fits = work.run(progress or Silent())
@@ -81,10 +81,10 @@ def fit(
     return replace(recipe, fitted={**recipe.fitted, **merged}), [asdict(entry) for entry in fits]
 
 
-def spool_of(resident: Resident, room: Room) -> Path | None:
+def spool_of(resident: LoadedModel, memory_budget: MemoryBudget) -> Path | None:
     """Where fitted tensors are kept in files: what is fitted on all layers of a streamed model takes more memory than
     one layer does. None: in memory."""
-    return (room.folder or Path(tempfile.gettempdir())) if resident.streams else None
+    return (memory_budget.folder or Path(tempfile.gettempdir())) if resident.streams else None
 
 
 class _Work:
@@ -96,12 +96,18 @@ class _Work:
         teacher: TeacherStates,
         settings: ClosedFormSettings,
         unseen: frozenset[int],
-        room: Room,
+        memory_budget: MemoryBudget,
     ) -> None:
-        self.recipe, self.teacher, self.settings, self.unseen, self.room = recipe, teacher, settings, unseen, room
+        self.recipe, self.teacher, self.settings, self.unseen, self.memory_budget = (
+            recipe,
+            teacher,
+            settings,
+            unseen,
+            memory_budget,
+        )
         self.resident, self.batches = teacher.resident, teacher.batches
         self.architecture = self.resident.architecture
-        self.loop = Loop(self.resident, self.batches, room=room)
+        self.loop = Loop(self.resident, self.batches, memory_budget=memory_budget)
         self.stream = self.loop.stream
         self.parts = fitted_parts(recipe, settings, self.architecture)
         self.indices = list(self.parts)
@@ -152,7 +158,7 @@ class _Work:
             stream=self.stream,
             architecture=self.architecture,
             settings=self.settings,
-            spool=spool_of(self.resident, self.room),
+            spool=spool_of(self.resident, self.memory_budget),
         )
         return module, tensors, reports
 

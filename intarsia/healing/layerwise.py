@@ -26,11 +26,11 @@ import numpy.typing as npt
 import torch
 
 from intarsia.activations.batches import Batches
-from intarsia.activations.hidden_store import PREFIX, HiddenStore, Room
+from intarsia.activations.hidden_store import PREFIX, HiddenStore, MemoryBudget
 from intarsia.activations.loop import Loop
 from intarsia.architecture.spec import Architecture
 from intarsia.building.layer import parameter_names, to_tensors
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Placed
 from intarsia.data.corpus import Corpus
 from intarsia.disk import require_room
@@ -45,11 +45,11 @@ from intarsia.recipe.recipe import Recipe
 
 def train(
     recipe: Recipe,
-    resident: Resident,
+    resident: LoadedModel,
     text: Text,
     *,
     settings: LayerwiseSettings | None = None,
-    teacher: Resident | None = None,
+    teacher: LoadedModel | None = None,
     folder: Path | None = None,
     memory_bytes: int | None = None,
     progress: Progress | None = None,
@@ -83,7 +83,7 @@ def train(
             todo.append(known[index])
         else:
             found[index] = earlier
-    work = _Work(recipe, resident, teacher or resident, text, settings, folder, Room(memory_bytes, folder))
+    work = _Work(recipe, resident, teacher or resident, text, settings, folder, MemoryBudget(memory_bytes, folder))
     try:
         with progress.task("layerwise training", len(todo) * work.tokens) as task:
             for number, layer in enumerate(todo):
@@ -117,12 +117,12 @@ class _Work:
     def __init__(
         self,
         recipe: Recipe,
-        resident: Resident,
-        teacher: Resident,
+        resident: LoadedModel,
+        teacher: LoadedModel,
         text: Text,
         settings: LayerwiseSettings,
         folder: Path | None,
-        room: Room,
+        memory_budget: MemoryBudget,
     ) -> None:
         """Nothing is run yet.
 
@@ -134,11 +134,11 @@ class _Work:
         # Tokens that one layer is trained on, if it is not stopped early.
         self.tokens = self.schedule.steps * self.schedule.batch * text.seq_len
         self.names = trained_names(parameter_names(resident.architecture), settings.only)
-        self.teacher = TeacherStates(Loop(teacher, _without_mask(teacher, text), room=room))
+        self.teacher = TeacherStates(Loop(teacher, _without_mask(teacher, text), memory_budget=memory_budget))
         self.stream = self.teacher.loop.stream
         self.student: _StudentStates | None = None
         if settings.inputs == "student":
-            store = HiddenStore(self.teacher.store.shape, resident.model.dtype, room=room)
+            store = HiddenStore(self.teacher.store.shape, resident.model.dtype, memory_budget=memory_budget)
             self.student = _StudentStates(recipe, resident, text, store)
 
     def close(self) -> None:
@@ -202,7 +202,7 @@ class _Work:
 class _StudentStates:
     """What the output layers before the next one give, on all sequences: one depth, overwritten as it gets deeper."""
 
-    def __init__(self, recipe: Recipe, resident: Resident, text: Text, store: HiddenStore) -> None:
+    def __init__(self, recipe: Recipe, resident: LoadedModel, text: Text, store: HiddenStore) -> None:
         self.recipe = recipe
         self.resident = resident
         self.store = store
@@ -232,7 +232,7 @@ class _StudentStates:
         self.at = index
 
 
-def _without_mask(resident: Resident, text: Text) -> Batches:
+def _without_mask(resident: LoadedModel, text: Text) -> Batches:
     return Batches(Corpus.of(text.ids_NT, description="training text", documents=1), resident.device)
 
 

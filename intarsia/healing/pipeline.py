@@ -29,9 +29,9 @@ import torch
 
 from intarsia import progress
 from intarsia.activations.batches import Batches
-from intarsia.activations.hidden_store import Room
+from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.loop import Loop
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
 from intarsia.disk import full_disk_named, read_json
@@ -40,7 +40,7 @@ from intarsia.flags import plain
 from intarsia.healing import launch
 from intarsia.healing.quality import quality
 from intarsia.healing.restarts import Start
-from intarsia.healing.teacher import TeacherStates, has_room
+from intarsia.healing.teacher import TeacherStates, fits_in_memory
 from intarsia.options import Runtime
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
@@ -65,7 +65,7 @@ class HealContext:
     # Checkpoints of the recipe's variants, by name.
     variants: Mapping[str, Checkpoint]
     # Loads the recipe's base into memory, with the other variants beside it. Called once, and only if it is needed.
-    load: Callable[[], Resident]
+    load: Callable[[], LoadedModel]
     device: torch.device
     # What stages fit to and train on.
     calibration: Corpus
@@ -78,7 +78,7 @@ class HealContext:
     layer_errors: bool = False
     # What stages that train learn from, if not from the base: the checkpoint, and what loads it.
     teacher: Checkpoint | None = None
-    load_teacher: Callable[[], Resident] | None = None
+    load_teacher: Callable[[], LoadedModel] | None = None
     # Other recipes of the same depth that a stage may start from.
     starts: tuple[Start, ...] = ()
     # The base's hidden states on the calibration text, where they are known already.
@@ -106,19 +106,19 @@ class HealContext:
                 self.unseen = frozenset(rows)
 
     @cached_property
-    def resident(self) -> Resident:
+    def resident(self) -> LoadedModel:
         """The recipe's base in memory."""
         return self.load()
 
     @cached_property
-    def teaching(self) -> Resident:
+    def teaching(self) -> LoadedModel:
         """What stages that train learn from, in memory."""
         return self.resident if self.load_teacher is None else self.load_teacher()
 
     @property
-    def room(self) -> Room:
+    def memory_budget(self) -> MemoryBudget:
         """Memory for hidden states; what does not fit goes to files in the run folder."""
-        return Room(self.memory_bytes, self.run.scratch)
+        return MemoryBudget(self.memory_bytes, self.run.scratch)
 
     @property
     def held_out(self) -> Corpus:
@@ -139,9 +139,12 @@ class HealContext:
             yield self.states
             return
         batches = Batches(text, self.resident.device, batch_tokens=self.batch_tokens)
-        keep, room = fits > 1 and has_room(self.resident, batches, self.room), self.room
+        keep, memory_budget = (
+            fits > 1 and fits_in_memory(self.resident, batches, self.memory_budget),
+            self.memory_budget,
+        )
         known = None if self.states is None else self.states.known(self.resident.architecture.n_layers)
-        states = TeacherStates(Loop(self.resident, batches, room=room), known=known, keep=keep)
+        states = TeacherStates(Loop(self.resident, batches, memory_budget=memory_budget), known=known, keep=keep)
         try:
             yield states
         finally:
@@ -296,7 +299,7 @@ def _measured(
             context.held_out,
             texts,
             errors=errors,
-            room=context.room,
+            memory_budget=context.memory_budget,
             progress=progress.current(),
         ).to_dict()
     result = StageResult(

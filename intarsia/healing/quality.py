@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from intarsia.activations.batches import Batches
-from intarsia.activations.hidden_store import Room
+from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.loop import Loop
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import RecipeLayers
 from intarsia.data.corpus import Corpus
 from intarsia.evaluation.perplexity import Chain, perplexity
@@ -54,12 +54,12 @@ class Quality:
 
 def quality(
     recipe: Recipe,
-    resident: Resident,
+    resident: LoadedModel,
     held_out: Corpus,
     texts: Sequence[Corpus] = (),
     *,
     errors: bool = True,
-    room: Room | None = None,
+    memory_budget: MemoryBudget | None = None,
     progress: Progress,
 ) -> Quality:
     """Measure a recipe's model.
@@ -69,25 +69,25 @@ def quality(
         held_out: sequences that nothing is trained on.
         texts: further texts for perplexities.
         errors: measure the layers' hidden states too.
-        room: what hidden states may take in memory.
+        memory_budget: what hidden states may take in memory.
 
     Raises:
         UserError: a loss is not finite.
     """
-    room = room or Room()
-    chain = Chain(recipe, resident, room=room)
+    memory_budget = memory_budget or MemoryBudget()
+    chain = Chain(recipe, resident, memory_budget=memory_budget)
     batch_tokens = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
     found = [perplexity(chain, text, batch_tokens=batch_tokens) for text in (held_out, *texts)]
     if not errors:
         return Quality(texts=tuple(found), errors=())
     batches = Batches(held_out, resident.device, batch_tokens=batch_tokens, progress=progress)
-    return Quality(texts=tuple(found), errors=tuple(_errors(recipe, chain, batches, room)))
+    return Quality(texts=tuple(found), errors=tuple(_errors(recipe, chain, batches, memory_budget)))
 
 
 @torch.inference_mode()
-def _errors(recipe: Recipe, chain: Chain, batches: Batches, room: Room) -> list[float]:
+def _errors(recipe: Recipe, chain: Chain, batches: Batches, memory_budget: MemoryBudget) -> list[float]:
     """Both models go through their layers once: the recipe's first, whose states are kept after each span."""
-    loop = Loop(chain.layers.resident, batches, room=room)
+    loop = Loop(chain.layers.resident, batches, memory_budget=memory_budget)
     own, original = loop.store(), loop.store()
     whole = RecipeLayers.of(identity(recipe.variant(recipe.base), recipe.depth), loop.resident)
     sums = [0.0] * len(recipe.layers)

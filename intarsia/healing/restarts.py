@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from intarsia.activations.hidden_store import Room
+from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.architecture.spec import PARTS, Architecture
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.disk import full_disk_named
 from intarsia.evaluation.perplexity import Chain, perplexity
@@ -79,7 +79,7 @@ def best_fit(
     settings: ClosedFormSettings,
     folder: Path,
     unseen: Collection[int] = (),
-    room: Room,
+    memory_budget: MemoryBudget,
     progress: Progress,
 ) -> Best:
     """Fit from every start, and keep the best. A fit that is finished is read from the folder; `forget` clears it.
@@ -99,7 +99,9 @@ def best_fit(
         if several and path.exists():
             found = schema.load(path)
             return found, found.provenance["output_projections"]
-        found, fits = fit(start, teacher, settings=settings, unseen=unseen, room=room, progress=progress)
+        found, fits = fit(
+            start, teacher, settings=settings, unseen=unseen, memory_budget=memory_budget, progress=progress
+        )
         if several:
             with full_disk_named(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ def best_fit(
         return found, fits
 
     def measured(found: Recipe) -> float:
-        return held_out_perplexity(teacher.resident, held_out, found, room=room)
+        return held_out_perplexity(teacher.resident, held_out, found, memory_budget=memory_budget)
 
     best = best_of(points, fitted, measured)
     if several:
@@ -141,13 +143,13 @@ def forget(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def held_out_perplexity(resident: Resident, corpus: Corpus, recipe: Recipe, *, room: Room) -> float:
+def held_out_perplexity(resident: LoadedModel, corpus: Corpus, recipe: Recipe, *, memory_budget: MemoryBudget) -> float:
     """The perplexity of a recipe on held-out text.
 
     Raises:
         UserError: it is not finite.
     """
-    return perplexity(Chain(recipe, resident, room=room), corpus).value
+    return perplexity(Chain(recipe, resident, memory_budget=memory_budget), corpus).value
 
 
 def _closed_form_names(architecture: Architecture) -> set[str]:

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intarsia.activations.batches import Batches
-from intarsia.activations.hidden_store import HiddenStore, Room
+from intarsia.activations.hidden_store import HiddenStore, MemoryBudget
 from intarsia.activations.loop import Loop
 from intarsia.architecture.spec import Architecture
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Placed
 from intarsia.checkpoint.staging import staged_folder
 from intarsia.errors import UserError
@@ -135,10 +135,10 @@ def _output_name(first: int, number: int) -> str:
     return f"output of layer {first + number} of the original"
 
 
-def has_room(resident: Resident, batches: Batches, room: Room) -> bool:
+def fits_in_memory(resident: LoadedModel, batches: Batches, memory_budget: MemoryBudget) -> bool:
     """Whether memory has room for the teacher's hidden states at every depth, for several fits to share."""
     state = batches.corpus.input_ids.numel() * resident.architecture.width * resident.model.dtype.itemsize
-    return (resident.architecture.n_layers + 1) * state <= room.memory_bytes
+    return (resident.architecture.n_layers + 1) * state <= memory_budget.memory_bytes
 
 
 class Teacher:

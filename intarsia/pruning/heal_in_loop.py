@@ -137,7 +137,7 @@ class Repair:
                 stream=model.loop.stream,
                 architecture=model.architecture,
                 settings=self.settings,
-                spool=spool_of(model.resident, model.loop.room),
+                spool=spool_of(model.resident, model.loop.memory_budget),
             )
         if tensors:
             model.fit(index, {**(model.fitted[index] or {}), **tensors}, module)

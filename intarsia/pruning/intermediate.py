@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from intarsia.activations.batches import Batches
-from intarsia.activations.hidden_store import Room
+from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.loop import Loop, Passed
 from intarsia.activations.statistics import LayerMeasure, cosines, last_real
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Layer, RecipeLayers, is_whole
 from intarsia.data.corpus import Corpus
 from intarsia.healing.teacher import TeacherStates
@@ -51,13 +51,13 @@ class Intermediate(RecipeLayers):
 
     def __init__(
         self,
-        resident: Resident,
+        resident: LoadedModel,
         corpus: Corpus,
         ops: Sequence[Op],
         *,
         fitted: Fitted | None = None,
         batch_tokens: int | None = None,
-        room: Room | None = None,
+        memory_budget: MemoryBudget | None = None,
         reuse_prefix: bool = True,
         after_final_norm: bool = False,
     ) -> None:
@@ -66,14 +66,16 @@ class Intermediate(RecipeLayers):
         Args:
             fitted: tensors that replace layers' own, by layer.
             batch_tokens: tokens of a forward pass; sensible for the device by default.
-            room: what hidden states may take in memory before they spill to disk.
+            memory_budget: what hidden states may take in memory before they spill to disk.
             reuse_prefix: False runs the whole model for every change and candidate (for benchmarks).
             after_final_norm: take the last layer's output after the final norm, as published.
         """
         super().__init__(resident, ops, fitted)
         self.reuse_prefix = reuse_prefix
         self.after_final_norm = after_final_norm
-        self.loop = Loop(resident, Batches(corpus, resident.device, batch_tokens=batch_tokens), room=room)
+        self.loop = Loop(
+            resident, Batches(corpus, resident.device, batch_tokens=batch_tokens), memory_budget=memory_budget
+        )
         self.hidden = self.loop.store()
         self.measures: list[LayerMeasure] = []
         self.rows = slice(0, len(corpus))

@@ -305,11 +305,11 @@ def _lay_out(drawn: Any, axis: Axis, values: Sequence[float]) -> None:
     low, high = min(finite, default=1.0), max(finite, default=2.0)
     if axis.log:
         getattr(drawn.axes, f"set_{drawn.axis_name}scale")("log")
-        room = 1.05 * max(high / low, 1.1) ** 0.04
-        low, high, span = low / room, high * room, high / low
+        memory_budget = 1.05 * max(high / low, 1.1) ** 0.04
+        low, high, span = low / memory_budget, high * memory_budget, high / low
     else:
-        room = 0.05 * (high - low or abs(high) or 1.0)
-        low, high, span = (min(low, 0.0) if axis.zero else low - room), high + room, 1.0
+        memory_budget = 0.05 * (high - low or abs(high) or 1.0)
+        low, high, span = (min(low, 0.0) if axis.zero else low - memory_budget), high + memory_budget, 1.0
     set_limits(*((high, low) if axis.falling else (low, high)))
     digits = (1, 2, 3, 5, 7) if span < 20 else (1, 2, 5) if span < 100 else (1, 3) if span < 3000 else (1,)
     even = MaxNLocator(5, integer=axis.whole, steps=[1, 2, 2.5, 5, 10], min_n_ticks=2)

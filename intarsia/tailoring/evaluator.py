@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from intarsia.building.loaded_model import Resident, default_device
+from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.building.offload import free_bytes
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
@@ -86,7 +86,7 @@ class Evaluator:
         return {objective.name: objective.sha256 for objective in self.measured}
 
     @property
-    def resident(self) -> Resident:
+    def resident(self) -> LoadedModel:
         """The base in memory, from which layers of any recipe over the family can be made."""
         return self._layers.resident
 

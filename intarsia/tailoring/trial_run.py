@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from intarsia.activations.stream import Entry, LayerStream
 from intarsia.building.layer import layer_tensors, tensor_names, to_parameters
-from intarsia.building.loaded_model import Resident, twin
+from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.evaluation.likelihood import Rows
 from intarsia.evaluation.run_rows import inputs_of
 from intarsia.recipe.ops import LayerRef, Op, Select
@@ -177,7 +177,7 @@ class ResidentFamily:
         checkpoints = family.checkpoints()
         self.base = family.names[0]
         others = {name: checkpoint for name, checkpoint in checkpoints.items() if name != self.base}
-        self.resident = Resident(checkpoints[self.base], device=device, dtype=dtype, others=others)
+        self.resident = LoadedModel(checkpoints[self.base], device=device, dtype=dtype, others=others)
         self.made = 0
         self._modules: ByteCache[str, nn.Module] = ByteCache(memory_bytes)
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from intarsia.architecture.spec import PARTS, Part
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
 from intarsia.disk import damage_named, full_disk_named, write_whole
@@ -160,7 +160,7 @@ def measure(
     with current().task("measuring the members", len(members)) as task:
         for name, checkpoint in members.items():
             task.note(name)
-            resident = Resident(checkpoint, device=device, dtype=dtype)
+            resident = LoadedModel(checkpoint, device=device, dtype=dtype)
             whole = identity(Variant(name=name, model=checkpoint.model), checkpoint.architecture.n_layers)
             model = Intermediate(resident, corpus, whole.layers)
             try:

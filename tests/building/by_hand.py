@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from intarsia.activations.stream import LayerCall
 from intarsia.architecture.spec import PARTS, Architecture, Part
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.recipe.ops import Concat, Cut
 
 Tensors = Mapping[str, Tensor]
 
 
-def concat_output(op: Concat, resident: Resident, h_BTD: Tensor, call: LayerCall) -> Tensor:
+def concat_output(op: Concat, resident: LoadedModel, h_BTD: Tensor, call: LayerCall) -> Tensor:
     """The residual stream behind the layer that a `Concat` with folded norms describes."""
     architecture = resident.architecture
     layers = [_tensors(resident.layers[cut.source.layer]) for cut in op.cuts]
@@ -46,7 +46,7 @@ def concat_output(op: Concat, resident: Resident, h_BTD: Tensor, call: LayerCall
     return h_BTD
 
 
-def _input(h_BTD: Tensor, layer: Tensors, part: Part, resident: Resident) -> Tensor:
+def _input(h_BTD: Tensor, layer: Tensors, part: Part, resident: LoadedModel) -> Tensor:
     """What a source layer's pieces read."""
     norm = resident.architecture.norm_before(part)
     if norm is None:
@@ -63,7 +63,7 @@ def _tensors(layer: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in layer.named_parameters()}
 
 
-def _rms(x: Tensor, resident: Resident) -> Tensor:
+def _rms(x: Tensor, resident: LoadedModel) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + resident.model.config.rms_norm_eps).sqrt()
 
 
@@ -77,7 +77,13 @@ def _head(layer: Tensors, module: str, head: int, size: int, x_BTD: Tensor) -> T
 
 
 def _projected(
-    kind: str, head: int, x_BTD: Tensor, layer: Tensors, op: Concat, layers: list[dict[str, Tensor]], resident: Resident
+    kind: str,
+    head: int,
+    x_BTD: Tensor,
+    layer: Tensors,
+    op: Concat,
+    layers: list[dict[str, Tensor]],
+    resident: LoadedModel,
 ) -> Tensor:
     """A query, key or value head, behind its norm where it has one."""
     architecture, module = resident.architecture, f"self_attn.{kind}_proj"
@@ -113,7 +119,7 @@ def _group(
     layer: Tensors,
     op: Concat,
     layers: list[dict[str, Tensor]],
-    resident: Resident,
+    resident: LoadedModel,
     call: Any,
 ) -> Tensor:
     """What one key/value head and the query heads that read it add to the residual stream."""
@@ -165,7 +171,7 @@ def _rotated(x_BTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
     return torch.cat([x_BTH * cos_BTH + torch.cat([-second, first], dim=-1) * sin_BTH, rest_BTH], dim=-1)
 
 
-def _channel(channel: int, x_BTD: Tensor, layer: Tensors, resident: Resident) -> Tensor:
+def _channel(channel: int, x_BTD: Tensor, layer: Tensors, resident: LoadedModel) -> Tensor:
     architecture = resident.architecture
     if architecture.family.name == "opt":
         return _row_of(layer, "fc1", channel, x_BTD).relu()

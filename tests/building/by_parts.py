@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from intarsia.activations.stream import LayerCall
 from intarsia.architecture.spec import PARTS, Part
-from intarsia.building.loaded_model import Resident, twin
+from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.recipe.ops import Concat, Cut
 
 FAMILIES = (
@@ -33,7 +33,7 @@ FAMILIES = (
 )
 
 
-def concat_output(op: Concat, resident: Resident, h_BTD: Tensor, call: LayerCall) -> Tensor:
+def concat_output(op: Concat, resident: LoadedModel, h_BTD: Tensor, call: LayerCall) -> Tensor:
     """The residual stream behind the layer that a `Concat` with folded norms describes."""
     architecture = resident.architecture
     stages: Sequence[tuple[Part, ...]] = (PARTS,) if architecture.parallel else (("attention",), ("mlp",))
@@ -48,7 +48,7 @@ def concat_output(op: Concat, resident: Resident, h_BTD: Tensor, call: LayerCall
     return h_BTD
 
 
-def _silenced(op: Concat, cut: Cut, parts: Sequence[Part], resident: Resident) -> nn.Module:
+def _silenced(op: Concat, cut: Cut, parts: Sequence[Part], resident: LoadedModel) -> nn.Module:
     """The source's own layer, of which only the cut's pieces of some parts write to the residual stream."""
     architecture = resident.architecture
     layer = twin(resident.layers[cut.source.layer])
@@ -82,16 +82,16 @@ def _put(layer: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> Non
     setattr(layer.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
 
 
-def _tensor(resident: Resident, cut: Cut, name: str) -> Tensor:
+def _tensor(resident: LoadedModel, cut: Cut, name: str) -> Tensor:
     return resident.layers[cut.source.layer].get_parameter(name).detach()
 
 
-def _mean(op: Concat, part: Part, name: str, resident: Resident) -> Tensor:
+def _mean(op: Concat, part: Part, name: str, resident: LoadedModel) -> Tensor:
     total: Any = sum(cut.weights[part] * _tensor(resident, cut, name) for cut in op.cuts)
     return total
 
 
-def _routed(op: Concat, resident: Resident, h_BTD: Tensor) -> Tensor:
+def _routed(op: Concat, resident: LoadedModel, h_BTD: Tensor) -> Tensor:
     """What the experts of all sources add, each behind its own norm, chosen by one router."""
     config: Any = resident.model.config
     unit_BTD = h_BTD / (h_BTD.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
@@ -112,7 +112,7 @@ def _routed(op: Concat, resident: Resident, h_BTD: Tensor) -> Tensor:
     return added + _shared(op, resident, unit_BTD) if hasattr(resident.layers[0].mlp, "shared_expert") else added
 
 
-def _shared(op: Concat, resident: Resident, unit_BTD: Tensor) -> Tensor:
+def _shared(op: Concat, resident: LoadedModel, unit_BTD: Tensor) -> Tensor:
     """The average of the shared experts, each with its norm in its rows, behind the average of their gates."""
 
     def mean(name: str, *, reads: bool) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from intarsia.building.assembled import assembled
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.recipe.ops import Merge
@@ -23,7 +23,7 @@ from tests.recipes_by_hand import recipe_of, ref, select, shared
 IDS = torch.randint(2, families.VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(3))
 
 
-def some_recipe(resident: Resident) -> Recipe:
+def some_recipe(resident: LoadedModel) -> Recipe:
     """Layers of every kind, out of their old places, and two fitted tensors."""
     architecture = resident.architecture
     summed = Merge(sources=(ref(4), ref(5)), weights=(0.25, 0.75))
@@ -71,7 +71,7 @@ def test_the_same_as_the_built_folder(family: str, resident_of: InMemory, tmp_pa
 def test_in_another_dtype_fitted_tensors_are_rounded_as_on_disk(tmp_path: Path) -> None:
     families.save(families.make_model("llama").bfloat16(), tmp_path / "bf16")
     checkpoint = Checkpoint.open(tmp_path / "bf16", model="bf16")
-    resident = Resident(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
+    resident = LoadedModel(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     recipe = some_recipe(resident)
     other = built_and_loaded(recipe, checkpoint, tmp_path / "out", torch.float32)
     assert torch.equal(assembled(recipe, resident)(IDS).logits, other(IDS).logits)

@@ -9,7 +9,7 @@ import torch
 
 from intarsia.activations.stream import LayerStream
 from intarsia.architecture.spec import PARTS
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.recipe.algebra import concat_of
@@ -42,7 +42,7 @@ def test_joined_twice_is_built_twice(
     built = Checkpoint.open(tmp_path / "inner", model="inner")
     ids = torch.randint(2, families.VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
     found = []
-    for resident, recipe in ((original, flat), (Resident(built, device=torch.device("cpu")), outer)):
+    for resident, recipe in ((original, flat), (LoadedModel(built, device=torch.device("cpu")), outer)):
         stream = LayerStream(resident.model, resident.architecture)
         with torch.no_grad():
             entry = stream.enter(ids, None)

@@ -11,7 +11,7 @@ import torch
 from intarsia.activations.stream import LayerStream
 from intarsia.architecture.spec import PARTS
 from intarsia.building.layer import layer_tensors
-from intarsia.building.loaded_model import Resident, twin
+from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op
 from tests import families
@@ -23,7 +23,7 @@ from tests.recipes_by_hand import select, shared
 SOURCES = {"two": (0, 1), "other type": (2, 3), "three": (5, 0, 4)}
 
 
-def run(resident: Resident, op: Op, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def run(resident: LoadedModel, op: Op, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """The op's module, and the definition, on the same hidden states."""
     stream = LayerStream(resident.model, resident.architecture)
     ids = torch.randint(2, families.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(seed))

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from intarsia.activations.stream import LayerStream
 from intarsia.architecture.detect import detect
 from intarsia.building.assembled import assembled
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
@@ -114,7 +114,7 @@ def test_a_rule_becomes_a_list(family: str, model_folder: Folder, tmp_path: Path
     assert not any(name in written for name in RULES[family][1])
     assert detect(written).layer_types == tuple(kinds[layer] for layer in kept)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    in_memory = assembled(recipe, Resident(source, device=torch.device("cpu")))
+    in_memory = assembled(recipe, LoadedModel(source, device=torch.device("cpu")))
     assert torch.equal(loaded(IDS).logits, in_memory(IDS).logits)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from intarsia.activations.stream import LayerStream
 from intarsia.building.layer import to_tensors
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import RECIPE_FILE, materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
@@ -200,7 +200,7 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     materialize(recipe, {"base": source}, tmp_path / "out")
     found = tensors_of(tmp_path / "out")
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
-    resident = Resident(source, device=torch.device("cpu"))
+    resident = LoadedModel(source, device=torch.device("cpu"))
     for index, op in enumerate(recipe.layers):
         for name, parameter in resident.module(op, recipe.fitted.get(index)).named_parameters():
             assert torch.equal(found[source.architecture.tensor_name(index, name)], parameter)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from intarsia.activations.stream import LayerStream
 from intarsia.building.layer import parameter_name, parameter_names, tensor_names, to_parameters, to_tensors
-from intarsia.building.loaded_model import Resident, load_model
+from intarsia.building.loaded_model import LoadedModel, load_model
 from intarsia.checkpoint.adapter import open_variant
 from tests import families
 from tests.conftest import InMemory, Opened
@@ -46,7 +46,7 @@ def test_where_an_expert_lies(checkpoint_of: Opened) -> None:
 
 @pytest.mark.parametrize("family", ["gpt-neox", "mixtral", "qwen2-moe"])
 def test_streamed_as_in_memory(family: str, checkpoint_of: Opened, resident_of: InMemory) -> None:
-    whole, streamed = resident_of(family), Resident(checkpoint_of(family), device=CPU, stream=True)
+    whole, streamed = resident_of(family), LoadedModel(checkpoint_of(family), device=CPU, stream=True)
     ids = torch.randint(2, families.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
     ops = [shared(whole.architecture, [2, 3], seed=1)]
     found = []

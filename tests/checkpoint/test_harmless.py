@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import intarsia
 from intarsia import progress
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import limited, tokenize
 from intarsia.errors import UserError
@@ -94,9 +94,9 @@ def test_a_tied_head_that_differs_counts(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = built(ids).logits
         for stream in (False, True):
-            model = Resident(checkpoint, device=torch.device("cpu"), stream=stream).model
+            model = LoadedModel(checkpoint, device=torch.device("cpu"), stream=stream).model
             assert torch.equal(model.get_output_embeddings().weight, built.get_output_embeddings().weight)
-        found = Resident(checkpoint, device=torch.device("cpu")).model(ids).logits
+        found = LoadedModel(checkpoint, device=torch.device("cpu")).model(ids).logits
     torch.testing.assert_close(found, wanted)
     failed = intarsia.verify(folder, load=False)
     assert not failed.kept and "ties the head" in next(

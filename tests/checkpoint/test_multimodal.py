@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from intarsia.building.assembled import assembled
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
@@ -39,7 +39,7 @@ def test_cut_inside_a_wrapper(kind: str, layout: str, tmp_path: Path) -> None:
     assert checkpoint.architecture.n_layers == DEPTH
     assert checkpoint.tensor("model.embed_tokens.weight").equal(whole.get_input_embeddings().weight)
     assert checkpoint.parameters == sum(tensor.numel() for tensor in before.values())
-    resident = Resident(checkpoint, device=CPU)
+    resident = LoadedModel(checkpoint, device=CPU)
     assert torch.equal(resident.model(IDS).logits, whole(input_ids=IDS).logits)
 
     # Gemma's layers 0 and 2 are of one kind.

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
@@ -86,7 +86,7 @@ def test_8_bits_times_scales(way: str, folder: Path, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_config(families.make_model("llama").config, dtype=torch.bfloat16)
     plain.load_state_dict(meant)
     expected = plain.eval()(IDS).logits
-    assert torch.equal(Resident(checkpoint, device=torch.device("cpu")).model(IDS).logits, expected)
+    assert torch.equal(LoadedModel(checkpoint, device=torch.device("cpu")).model(IDS).logits, expected)
     recipe = recipe_of(f"dequantize:{folder}", [select(layer) for layer in range(families.DEPTH)])
     materialize(recipe, {"base": checkpoint}, tmp_path / "out")
     built = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")

@@ -113,7 +113,7 @@ def test_a_finished_plan_is_only_read_and_a_deeper_one_goes_on(
     verbs.plan(model, run, layers=4, **sizes)
     deeper = verbs.plan(model, run, layers=2, **sizes)
     assert deeper.depths == (5, 4, 3, 2)
-    monkeypatch.setattr("intarsia.commands.job.Resident", None)  # nothing is loaded for what is there
+    monkeypatch.setattr("intarsia.commands.job.LoadedModel", None)  # nothing is loaded for what is there
     shallower = verbs.plan(model, run, layers=3, **sizes)
     assert shallower.depths == (5, 4, 3, 2) and shallower.target == 3
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from intarsia.architecture.spec import PARTS, Architecture, Part
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
@@ -256,7 +256,7 @@ def test_massive_tokens(tmp_path: Path, tokens: Tokens) -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight[1] *= 1000.0
     checkpoint = Checkpoint.open(families.save(model, tmp_path / "model"), model="llama")
-    resident = Resident(checkpoint, device=CPU)
+    resident = LoadedModel(checkpoint, device=CPU)
     train, fresh = tokens(sequences=96)
     train.input_ids[:, 0] = fresh.input_ids[:, 0] = 1
     recipe = removal(checkpoint)
@@ -296,7 +296,7 @@ def test_a_fit_that_does_not_carry_over_is_not_taken(cut: Cut, resident_of: InMe
 @pytest.mark.parametrize("where", ["of the original", "held-out"])
 def test_activations_that_are_not_finite(where: str, cut: Cut, tokens: Tokens) -> None:
     checkpoint, recipe = cut("llama")
-    resident = Resident(checkpoint, device=CPU)
+    resident = LoadedModel(checkpoint, device=CPU)
     train, _ = tokens()
     if where == "of the original":
         resident.layers[2].get_submodule("mlp.down_proj").get_parameter("weight")[0, 0] = float("nan")
@@ -320,7 +320,7 @@ def test_built_is_as_in_memory(family: str, dtype: torch.dtype, cut: Cut, tokens
     if dtype != torch.float32:
         model = families.make_model(family).to(dtype)
         checkpoint = Checkpoint.open(families.save(model, tmp_path / "model"), model=family)
-    resident = Resident(checkpoint, device=CPU)
+    resident = LoadedModel(checkpoint, device=CPU)
     train, fresh = tokens(sequences=96)
     healed, _ = fit_on(recipe, resident, train, settings=PLAIN)
     assert healed.fitted

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("accelerate")
 
-from intarsia.building.loaded_model import Resident, load_model
+from intarsia.building.loaded_model import LoadedModel, load_model
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
@@ -65,7 +65,7 @@ def same(first: Recipe, second: Recipe) -> bool:
 
 def kl_by_hand(checkpoint: Checkpoint, recipe: Recipe, corpus: Corpus) -> float:
     """Mean KL of next tokens between the original and a recipe's model, at real tokens."""
-    resident = Resident(checkpoint, device=CPU)
+    resident = LoadedModel(checkpoint, device=CPU)
     with torch.no_grad():
         theirs = resident.model(corpus.input_ids, attention_mask=corpus.mask).logits.log_softmax(-1)
         ours = Chain(recipe, resident)(corpus.input_ids, corpus.mask).logits.log_softmax(-1)
@@ -344,7 +344,7 @@ def test_quality_is_of_the_built_model(family: str, cut: Cut, tokens: Tokens, tm
 
     checkpoint, recipe = cut(family)
     _, held_out = tokens(padded=True)
-    found = quality(recipe, Resident(checkpoint, device=CPU), held_out, progress=Silent())
+    found = quality(recipe, LoadedModel(checkpoint, device=CPU), held_out, progress=Silent())
     build_student(recipe, {"base": checkpoint}, tmp_path / "student")
     built = load_model(Checkpoint.open(tmp_path / "student", model="student"), device=CPU)
     assert found.held_out.value == pytest.approx(perplexity(built, held_out).value, rel=1e-4)

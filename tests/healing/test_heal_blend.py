@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import intarsia
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands.job import load_tokenizer
 from intarsia.commands.recipes import open_variants
@@ -138,7 +138,7 @@ def test_the_closed_form_is_the_one_towards_the_blend(
     found = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted
     variants = open_variants(made, Silent())
     others = {name: checkpoint for name, checkpoint in variants.items() if name != "base"}
-    resident = Resident(variants["base"], device=torch.device("cpu"), others=others)
+    resident = LoadedModel(variants["base"], device=torch.device("cpu"), others=others)
     corpus = draw(
         TextSpec(sources=(str(text_file),), tokens=4096, seq_len=32), load_tokenizer(variants["base"])
     ).calibration
@@ -158,7 +158,7 @@ def test_the_closed_form_is_the_one_towards_the_blend(
     assert checkpoints["uncut"].architecture.n_layers == 6
 
 
-def _named(resident: Resident, name: str, layers: list[torch.nn.Module]) -> Resident:
+def _named(resident: LoadedModel, name: str, layers: list[torch.nn.Module]) -> LoadedModel:
     """The same, whose own layers are others."""
     resident.layers = layers
     return resident

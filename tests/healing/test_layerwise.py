@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.errors import UserError
 from intarsia.healing import layer_training, layerwise, training
 from intarsia.healing.stages.layerwise import LayerwiseSettings
@@ -83,7 +83,7 @@ def test_killed_and_continued_is_as_undisturbed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkpoint, recipe = cut("llama")
-    resident = Resident(checkpoint, device=torch.device("cpu"), dtype=dtype)
+    resident = LoadedModel(checkpoint, device=torch.device("cpu"), dtype=dtype)
     settings = replace(QUICK, epochs=2, evaluations=4, weight_decay=0.1)
     wanted, report = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings)
     steps = []
@@ -122,7 +122,7 @@ def test_a_layer_fitted_to_its_own_output_does_not_change(resident_of: InMemory,
     assert healed.fitted == {}
 
 
-def as_concat(resident: Resident, layer: int) -> Any:
+def as_concat(resident: LoadedModel, layer: int) -> Any:
     from intarsia.recipe.ops import Concat, Cut
     from tests.recipes_by_hand import ref
 
@@ -205,7 +205,7 @@ def test_training_text_harder_than_held_out_text_is_no_divergence(
 def test_damaged_weights_are_named(cut: Cut, tokens: Tokens) -> None:
     checkpoint, recipe = cut("llama")
     broken = replace(recipe, fitted={3: {"mlp.up_proj.weight": np.full((40, 32), np.nan, dtype=np.float32)}})
-    resident = Resident(checkpoint, device=torch.device("cpu"))
+    resident = LoadedModel(checkpoint, device=torch.device("cpu"))
     with pytest.raises(UserError, match="output layer 3 is nan before the first step"):
         layerwise.train(broken, resident, Text.of(*tokens()), settings=QUICK)
     with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from intarsia.activations.stream import LayerStream
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing import layer_training, layerwise
@@ -27,7 +27,7 @@ from tests.recipes_by_hand import recipe_of, select
 QUICK = LayerwiseSettings(batch_tokens=64, evaluations=3, lr=1e-2, kl=0.0, mse=1.0, inputs="student", layers="after")
 
 
-def run_to(recipe: Recipe, resident: Resident, corpus: Corpus, depth: int) -> Tensor:
+def run_to(recipe: Recipe, resident: LoadedModel, corpus: Corpus, depth: int) -> Tensor:
     """Hidden states behind so many output layers."""
     stream = LayerStream(resident.model, resident.architecture)
     entry = stream.enter(corpus.input_ids, None)
@@ -39,7 +39,7 @@ def run_to(recipe: Recipe, resident: Resident, corpus: Corpus, depth: int) -> Te
     return h_BTD
 
 
-def original(resident: Resident, corpus: Corpus, depth: int) -> Tensor:
+def original(resident: LoadedModel, corpus: Corpus, depth: int) -> Tensor:
     stream = LayerStream(resident.model, resident.architecture)
     entry = stream.enter(corpus.input_ids, None)
     h_BTD = entry.h_BTD

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from intarsia import registry
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands.job import load_tokenizer
 from intarsia.data.corpus import Corpus
@@ -59,18 +59,18 @@ def scale(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def original(learned: tuple[Path, Recipe]) -> Resident:
-    return Resident(Checkpoint.open(learned[0], model=str(learned[0])), device=torch.device("cpu"))
+def original(learned: tuple[Path, Recipe]) -> LoadedModel:
+    return LoadedModel(Checkpoint.open(learned[0], model=str(learned[0])), device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def text(original: Resident, text_file: Path) -> TextParts:
+def text(original: LoadedModel, text_file: Path) -> TextParts:
     spec = TextSpec(sources=(str(text_file),), tokens=1024, seq_len=32)
     return draw(spec, load_tokenizer(original.checkpoint))
 
 
 @pytest.fixture
-def context(original: Resident, text: TextParts, tmp_path: Path) -> Iterator[Callable[..., HealContext]]:
+def context(original: LoadedModel, text: TextParts, tmp_path: Path) -> Iterator[Callable[..., HealContext]]:
     run = RunDir(tmp_path / "run")
 
     def made(**changes: Any) -> HealContext:
@@ -98,7 +98,7 @@ def stopped(*args: Any, **kwargs: Any) -> Any:
 
 
 def test_a_stage_is_accepted_if_the_model_is_better_on_the_selection_text(
-    context: Callable[..., HealContext], cut: Recipe, text: TextParts, original: Resident
+    context: Callable[..., HealContext], cut: Recipe, text: TextParts, original: LoadedModel
 ) -> None:
     healed = run_stages(context(), cut, heal_stages.choose_all(["closed-form", "scale[factor=0.1]", LAYERWISE]))
     assert [result.stage for result in healed.stages] == ["cut", "closed-form", "scale", "layerwise"]
@@ -140,7 +140,7 @@ def test_a_finished_stage_is_only_read_and_its_tensors_go(
 
 
 def test_without_more_text_some_sequences_are_set_aside(
-    context: Callable[..., HealContext], cut: Recipe, text: TextParts, original: Resident
+    context: Callable[..., HealContext], cut: Recipe, text: TextParts, original: LoadedModel
 ) -> None:
     made = context(selection=None)
     assert made.unseen == {8, 24} and len(made.training) == 30

@@ -12,7 +12,7 @@ from torch import nn
 from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import HiddenStore
 from intarsia.activations.loop import Loop
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.healing.closed_form import fit
 from intarsia.healing.layer_map import fit_forwards
@@ -26,7 +26,7 @@ from tests.healing.conftest import SEQ_LEN, Cut, Tokens
 from tests.recipes_by_hand import recipe_of, select
 
 
-def forwards(resident: Resident, work: Any) -> tuple[Any, int]:
+def forwards(resident: LoadedModel, work: Any) -> tuple[Any, int]:
     """What some work gives, and how many sequences went through a layer meanwhile."""
     kind, sequences = type(resident.layers[0]), []
 
@@ -41,7 +41,7 @@ def forwards(resident: Resident, work: Any) -> tuple[Any, int]:
         handle.remove()
 
 
-def original_of(resident: Resident, text: Corpus, **kwargs: Any) -> TeacherStates:
+def original_of(resident: LoadedModel, text: Corpus, **kwargs: Any) -> TeacherStates:
     return TeacherStates(Loop(resident, Batches(text, resident.device, batch_tokens=2 * SEQ_LEN)), **kwargs)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.pruning.intermediate import Intermediate
@@ -29,7 +29,7 @@ def real_tokens(corpus: Corpus) -> torch.Tensor:
     return torch.ones_like(corpus.input_ids, dtype=torch.bool) if corpus.mask is None else corpus.mask
 
 
-def residual_stream(resident: Resident, corpus: Corpus) -> list[torch.Tensor]:
+def residual_stream(resident: LoadedModel, corpus: Corpus) -> list[torch.Tensor]:
     """H^0 .. H^L `[N, T, D]`, float64; H^L by a hook, because transformers shows it behind the final norm only."""
     seen: list[torch.Tensor] = []
 
@@ -45,7 +45,7 @@ def residual_stream(resident: Resident, corpus: Corpus) -> list[torch.Tensor]:
     return [h.double() for h in (*own.hidden_states[:-1], seen[0])]
 
 
-def with_layers(resident: Resident, states: list[dict[str, torch.Tensor]]) -> PreTrainedModel:
+def with_layers(resident: LoadedModel, states: list[dict[str, torch.Tensor]]) -> PreTrainedModel:
     """A model of its own whose layers have these tensors."""
     model = copy.deepcopy(resident.model)
     path, _, name = resident.architecture.family.layers_module.rpartition(".")
@@ -89,7 +89,7 @@ def climb(planner: Planner, model: Intermediate, start: Recipe, target: int, run
 
 
 def ladder_of(
-    method: str, resident: Resident, corpus: Corpus, folder: Path, target: int, settings: Any = None
+    method: str, resident: LoadedModel, corpus: Corpus, folder: Path, target: int, settings: Any = None
 ) -> tuple[Ladder, str | None, Intermediate]:
     """A run down to a depth, why it stopped, and the model at its end."""
     run = ladder_in(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import intarsia
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.commands.job import Job
 from intarsia.commands.planning import Planning, heal_recipe
 from intarsia.options import Runtime, Target, TextSpec
@@ -26,7 +26,7 @@ from tests.recipes_by_hand import recipe_of, select
 WHOLE = [select(layer) for layer in range(families.DEPTH)]
 
 
-def measured(resident: Resident, sequences: int = 32) -> Intermediate:
+def measured(resident: LoadedModel, sequences: int = 32) -> Intermediate:
     model = Intermediate(resident, written_by(resident, sequences), WHOLE)
     model.measure()
     return model

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from intarsia.architecture.spec import PARTS
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.pruning.intermediate import Intermediate
@@ -28,13 +28,13 @@ from tests.recipes_by_hand import select, shared
 WHOLE = [select(layer) for layer in range(families.DEPTH)]
 
 
-def measured(resident: Resident, corpus: Corpus, ops: Any = WHOLE, **changes: Any) -> Intermediate:
+def measured(resident: LoadedModel, corpus: Corpus, ops: Any = WHOLE, **changes: Any) -> Intermediate:
     model = Intermediate(resident, corpus, ops, batch_tokens=2 * corpus.seq_len, **changes)
     model.measure()
     return model
 
 
-def hidden_states(resident: Resident, corpus: Corpus) -> list[np.ndarray]:
+def hidden_states(resident: LoadedModel, corpus: Corpus) -> list[np.ndarray]:
     """H^0 .. H^5 of every real token, `[N, D]` each; H^6 is not to be had from transformers."""
     mask = torch.ones_like(corpus.input_ids, dtype=torch.bool) if corpus.mask is None else corpus.mask
     with torch.no_grad():
@@ -42,7 +42,7 @@ def hidden_states(resident: Resident, corpus: Corpus) -> list[np.ndarray]:
     return [h[mask].double().numpy() for h in own.hidden_states[:-1]]
 
 
-def read_out_inputs(resident: Resident, layer: int, part: Any, corpus: Corpus) -> np.ndarray:
+def read_out_inputs(resident: LoadedModel, layer: int, part: Any, corpus: Corpus) -> np.ndarray:
     """What o_proj or down_proj reads at every real token, `[N, C]`."""
     seen: list[torch.Tensor] = []
     module = resident.layers[layer].get_submodule(resident.architecture.writer(part).module)
@@ -54,7 +54,7 @@ def read_out_inputs(resident: Resident, layer: int, part: Any, corpus: Corpus) -
     return seen[0].reshape(*mask.shape, -1)[mask].double().numpy()
 
 
-def best_experts(resident: Resident, layer: int, count: int, corpus: Corpus, *, l2: bool) -> set[int]:
+def best_experts(resident: LoadedModel, layer: int, count: int, corpus: Corpus, *, l2: bool) -> set[int]:
     seen: list[torch.Tensor] = []
     handle = resident.layers[layer].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     mask = torch.ones_like(corpus.input_ids, dtype=torch.bool) if corpus.mask is None else corpus.mask
@@ -66,7 +66,9 @@ def best_experts(resident: Resident, layer: int, count: int, corpus: Corpus, *, 
     return set(sorted(range(len(scores)), key=lambda piece: -scores[piece])[:count])
 
 
-def best_pieces(resident: Resident, layer: int, part: Any, count: int, corpus: Corpus, *, l2: bool = False) -> set[int]:
+def best_pieces(
+    resident: LoadedModel, layer: int, part: Any, count: int, corpus: Corpus, *, l2: bool = False
+) -> set[int]:
     if resident.architecture.is_mixture(part):
         return best_experts(resident, layer, count, corpus, l2=l2)
     x = read_out_inputs(resident, layer, part, corpus)
@@ -368,7 +370,7 @@ def test_more_spans_than_there_are(resident_of: InMemory) -> None:
     assert sorted(entry["loss"] for entry in step.evidence["grid"]) == pytest.approx(sorted(losses), rel=1e-6)
 
 
-def _joined(resident: Resident, layers: Any, numbers: Any, corpus: Corpus) -> Op:
+def _joined(resident: LoadedModel, layers: Any, numbers: Any, corpus: Corpus) -> Op:
     from intarsia.recipe.algebra import concat_of
 
     kept = [

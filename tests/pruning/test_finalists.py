@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.pruning import finalists
@@ -39,13 +39,13 @@ WHOLE: list[Op] = [select(layer) for layer in range(families.DEPTH)]
 EVERY = ComePSettings(granularity=2, spans=2, removals=True, racing=False)
 
 
-def measured(resident: Resident, ops: list[Op], **changes: object) -> Intermediate:
+def measured(resident: LoadedModel, ops: list[Op], **changes: object) -> Intermediate:
     model = Intermediate(resident, written_by(resident, 32), ops, **changes)  # type: ignore[arg-type]
     model.measure()
     return model
 
 
-def ladder(resident: Resident, folder: Path, method: str, settings: Any, in_loop: bool) -> Ladder:
+def ladder(resident: LoadedModel, folder: Path, method: str, settings: Any, in_loop: bool) -> Ladder:
     run = ladder_in(folder, {})
     start = identity(Variant(name="base", model="m"), families.DEPTH)
     model = Intermediate(resident, written_by(resident), start.layers)
@@ -161,7 +161,7 @@ def test_of_a_group_one_is_kept_and_the_race_ends_with_so_many() -> None:
 # How they are judged
 
 
-def steps_of(resident: Resident) -> list[Step]:
+def steps_of(resident: LoadedModel) -> list[Step]:
     """Two removals and two merges."""
     ops: list[tuple[int, int, Op | None]] = [
         (3, 1, None),

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import intarsia
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import materialize
 from intarsia.cli.parse import parse
 from intarsia.data.corpus import Corpus
@@ -52,7 +52,7 @@ Run = tuple[Ladder, Intermediate]
 
 def go(
     folder: Path,
-    resident: Resident,
+    resident: LoadedModel,
     method: str,
     target: int,
     *,
@@ -70,7 +70,7 @@ def go(
 
 
 @cache
-def written_by(resident: Resident, sequences: int = 96, *, padded: bool = False) -> Corpus:
+def written_by(resident: LoadedModel, sequences: int = 96, *, padded: bool = False) -> Corpus:
     """Text that the model wrote: what brings a layer nearer to the original lowers the loss."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, families.VOCABULARY, (sequences, 1), generator=generator)
@@ -97,12 +97,12 @@ def whole() -> Recipe:
     return identity(Variant(name="base", model="m"), families.DEPTH)
 
 
-def own_states(resident: Resident, op: Op) -> dict[str, torch.Tensor]:
+def own_states(resident: LoadedModel, op: Op) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in resident.module(op).state_dict().items()}
 
 
 def ridge_by_hand(
-    resident: Resident, states: list[dict[str, torch.Tensor]], index: int, target: torch.Tensor, corpus: Corpus
+    resident: LoadedModel, states: list[dict[str, torch.Tensor]], index: int, target: torch.Tensor, corpus: Corpus
 ) -> list[str]:
     """Fit down_proj, o_proj and down_proj of a layer in `states`; the names of what was taken."""
     taken = []
@@ -274,7 +274,7 @@ def test_repair_helps(resident_of: InMemory, tmp_path: Path) -> None:
 
 
 def repaired_after(
-    resident: Resident, ops: list[Op], start: int, count: int, op: Op | None
+    resident: LoadedModel, ops: list[Op], start: int, count: int, op: Op | None
 ) -> tuple[Intermediate, dict[int, Mapping[str, Any]], dict[str, Any]]:
     corpus = written_by(resident)
     model = Intermediate(resident, corpus, ops)

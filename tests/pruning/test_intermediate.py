@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from intarsia.activations.hidden_store import Room
-from intarsia.building.loaded_model import Resident
+from intarsia.activations.hidden_store import MemoryBudget
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.pruning.candidates import losses_with
@@ -28,12 +28,12 @@ from tests.recipes_by_hand import select, shared
 WHOLE = [select(layer) for layer in range(families.DEPTH)]
 
 
-def opened(resident: Resident, corpus: Corpus, ops: list[Any] = WHOLE, **changes: Any) -> Intermediate:
+def opened(resident: LoadedModel, corpus: Corpus, ops: list[Any] = WHOLE, **changes: Any) -> Intermediate:
     # Two sequences a batch, so that batches and the shorter last one are covered.
     return Intermediate(resident, corpus, ops, **{"batch_tokens": 2 * corpus.seq_len, **changes})
 
 
-def measured(resident: Resident, corpus: Corpus, ops: list[Any] = WHOLE, **changes: Any) -> Intermediate:
+def measured(resident: LoadedModel, corpus: Corpus, ops: list[Any] = WHOLE, **changes: Any) -> Intermediate:
     model = opened(resident, corpus, ops, **changes)
     model.measure()
     return model
@@ -145,7 +145,7 @@ def test_changes_add_up(resident_of: InMemory) -> None:
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_spilled_hidden_states_change_nothing(family: str, padded: bool, resident_of: InMemory) -> None:
     resident, corpus = resident_of(family), corpus_of(padded=padded)
-    spilled = measured(resident, corpus, room=Room(0))
+    spilled = measured(resident, corpus, memory_budget=MemoryBudget(0))
     assert_same(spilled, measured(resident, corpus))
     spilled.close()
 
@@ -277,7 +277,7 @@ def test_running_the_whole_model_every_time_gives_the_same(resident_of: InMemory
 
 
 def test_a_layer_that_is_not_finite_is_named(checkpoint_of: Any) -> None:
-    resident = Resident(checkpoint_of("llama"), device=torch.device("cpu"))
+    resident = LoadedModel(checkpoint_of("llama"), device=torch.device("cpu"))
     with torch.no_grad():
         resident.layers[2].mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(UserError, match="layer 2"):

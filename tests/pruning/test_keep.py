@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from intarsia.activations.hidden_store import HiddenStore, Room
+from intarsia.activations.hidden_store import HiddenStore, MemoryBudget
 from intarsia.data.corpus import Corpus
 from intarsia.pruning.intermediate import Intermediate
 from tests import families
@@ -35,7 +35,7 @@ def same(ones: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
 
 def test_rewind_is_the_whole_model_again(resident_of: InMemory) -> None:
     for memory_bytes in (None, 0, 4 * 16 * families.WIDTH * 4 * 9):  # in memory, on disk, and some of each
-        model = Intermediate(resident_of("llama"), corpus(), WHOLE, room=Room(memory_bytes))
+        model = Intermediate(resident_of("llama"), corpus(), WHOLE, memory_budget=MemoryBudget(memory_bytes))
         model.refresh()
         before = everything(model)
         model.keep()
@@ -65,7 +65,7 @@ def test_rewind_is_the_whole_model_again(resident_of: InMemory) -> None:
 
 def test_the_original_is_what_was_measured_and_stays(resident_of: InMemory) -> None:
     for kept, memory_bytes in ((False, None), (True, None), (False, 0)):
-        model = Intermediate(resident_of("llama"), corpus(), WHOLE, room=Room(memory_bytes))
+        model = Intermediate(resident_of("llama"), corpus(), WHOLE, memory_budget=MemoryBudget(memory_bytes))
         model.refresh()
         before = [model.hidden_at(depth, slice(0, 4)).clone() for depth in range(model.depth + 1)]
         if kept:

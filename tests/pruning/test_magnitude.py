@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from tests import families
 from tests.conftest import InMemory
@@ -15,7 +15,7 @@ from tests.pruning.by_hand import climb, kept_layers, ladder_in, ladder_of, plan
 from tests.pruning.conftest import corpus_of
 
 
-def scores_by_hand(resident: Resident) -> list[float]:
+def scores_by_hand(resident: LoadedModel) -> list[float]:
     return [
         sum(
             float(weight.abs().sum())
@@ -41,7 +41,7 @@ def test_the_smallest_goes_first(family: str, resident_of: InMemory, tmp_path: P
 
 def test_magnitude_plus_keeps_the_first_four_and_the_last_two(tmp_path: Path) -> None:
     folder = families.save(families.make_model("llama", num_hidden_layers=9), tmp_path / "model")
-    resident = Resident(Checkpoint.open(folder, model=str(folder)), device=torch.device("cpu"))
+    resident = LoadedModel(Checkpoint.open(folder, model=str(folder)), device=torch.device("cpu"))
     scores = scores_by_hand(resident)
     order = sorted(range(4, 7), key=lambda layer: scores[layer])
     from intarsia.pruning.intermediate import Intermediate

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from benchmarks.tailor_trial import Meter
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import materialize
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
@@ -235,7 +235,7 @@ def test_healed(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
     # The same fit as outside the search.
     checkpoint = members.checkpoints()["base"]
     assert evaluator._repair_on is not None
-    expected, _ = fit_on(made, Resident(checkpoint, device=torch.device("cpu")), evaluator._repair_on)
+    expected, _ = fit_on(made, LoadedModel(checkpoint, device=torch.device("cpu")), evaluator._repair_on)
     assert expected.fitted.keys() == fitted.fitted.keys()
     for index, tensors in expected.fitted.items():
         assert all(np.array_equal(tensors[name], fitted.fitted[index][name]) for name in tensors)
@@ -250,7 +250,7 @@ def test_healed_towards_the_same_blend_uncut(trio: Family, objectives: Sequence[
     fitted = evaluator.heal(recipe(trio, *(select(layer, "lora") for layer in kept)))
     alone = replace(recipe(trio, *(select(layer) for layer in kept)), variants=(Variant(name="base", model="lora"),))
     assert evaluator._repair_on is not None
-    member = Resident(trio.checkpoints()["lora"], device=torch.device("cpu"))
+    member = LoadedModel(trio.checkpoints()["lora"], device=torch.device("cpu"))
     expected, _ = fit_on(alone, member, evaluator._repair_on)
     to_base, _ = fit_on(
         recipe(trio, *(select(layer, "lora") for layer in kept)), evaluator.resident, evaluator._repair_on

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from intarsia.building.loaded_model import Resident
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.scores import part_scores
 from intarsia.recipe.ops import LayerRef
@@ -24,7 +24,7 @@ def test_what_is_measured_is_what_a_plan_measures(pair: Callable[[str], Family],
     found = warm_start.measure(members, corpus, device=CPU, dtype=None)
     assert {str(ref) for ref in found} == {f"{name}:{layer}" for name in ("base", "math") for layer in range(6)}
     whole = identity(Variant(name="base", model="x"), 6)
-    model = Intermediate(Resident(members["base"], device=CPU), corpus, whole.layers)
+    model = Intermediate(LoadedModel(members["base"], device=CPU), corpus, whole.layers)
     model.measure()
     expected = part_scores(model.measures[2].channels["mlp"], model.modules[2], model.architecture, "mlp")
     torch.testing.assert_close(found[LayerRef(variant="base", layer=2)]["mlp"], expected, rtol=1e-5, atol=0.0)

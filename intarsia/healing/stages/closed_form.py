@@ -65,7 +65,7 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
     common: dict[str, Any] = {
         "settings": settings,
         "unseen": context.unseen,
-        "room": context.room,
+        "memory_budget": context.memory_budget,
         "progress": progress.current(),
     }
     points, forwards = [*starts(recipe, architecture), *context.starts], 0.0
