@@ -41,7 +41,7 @@ def test_compress_ends_with_the_report(compressed: Path) -> None:
     assert f"{facts['after']['perplexity']['value']:.4g}" in text
     assert '"5": [' in text and '"4": [' in text  # every depth of the run, to leaf through
     assert "fit of mlp.down_proj" in text
-    assert f"--layers 4 --calibration {Path(facts['evaluation']['text'].split()[-1]).parent}" in text
+    assert f"--layers 4 --method come --calibration {Path(facts['evaluation']['text'].split()[-1]).parent}" in text
     assert AutoModelForCausalLM.from_pretrained(compressed).config.num_hidden_layers == 4
 
 
