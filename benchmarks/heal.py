@@ -1,12 +1,12 @@
 """What each stage of healing gives the demo model, at several depths.
 
-Cut by each of `--methods` (removal by calibration loss, of one block, CoMe-P, and CoMe-P repaired as it goes: plainly
-and the effort `thorough`), then the closed form over all layers on 64k tokens, as `compress` does it; of `--train` also
+Pruned by each of `--methods` (removal by calibration loss, of one block, CoMe-P, CoMe-P healed in the loop, and the
+efforts of `compress`), then the closed form over all layers on 64k tokens, as `compress` does it; of `--train` also
 layerwise distillation on 500k on top, and end-to-end distillation on 200k on top of that. `--against 25` adds, at that
 depth, end-to-end distillation alone for as long as both took together, and the same training of the plainly cut model.
 `--text 21` adds, at that depth, end-to-end distillation that learns from the text too (cross-entropy), on top of
 layerwise. Texts as in the benchmark `quality`, whose ladders are used where they are there. Every row is kept: a
-stopped benchmark goes on where it was.
+stopped benchmark resumes where it was.
 
     python -m benchmarks heal --data ../shared/data -o out/bench/heal
 """
@@ -27,16 +27,16 @@ from intarsia.commands.heal import TrainingText
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.options import EvalSpec, Output, Target, TextSpec
-from intarsia.pruning.efforts import METHODS as METHODS_OF
+from intarsia.pruning.efforts import METHODS as EFFORTS
 from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.registry import planners
 
-IN_LOOP = {
+COMPRESSED = {
     "come-p-in-loop": ComePSettings(spans=5, heal_in_loop=True),
-    "come-p-thorough": planners.choose(METHODS_OF["thorough"]),
+    **{effort: planners.choose(method) for effort, method in EFFORTS.items()},
 }
 CUTS = ("come-p", "sleb")
-METHODS = (*CUTS, "angular", *IN_LOOP)
+METHODS = (*CUTS, "angular", *COMPRESSED)
 TEXTS = ("WikiText-2", "news")
 # Found on the model cut to 21 layers (dev/LOG.md); the learning rates are those of a small model.
 LAYERWISE = LayerwiseSettings(inputs="student", kl=0.0, lr=1e-3, patience=10)
@@ -97,10 +97,10 @@ class Bench:
 
     def planning(self, method: str) -> dict[str, Any]:
         """What a method is planned with."""
-        return {"method": IN_LOOP.get(method, method), "text": TextSpec(sources=tuple(self.data))}
+        return {"method": COMPRESSED.get(method, method), "text": TextSpec(sources=tuple(self.data))}
 
     def compressed(self, method: str, layers: int) -> Path:
-        """What `compress` makes of a model that is repaired as it goes: the last fit may begin at several recipes."""
+        """What `compress` makes of a model that is healed from several starts."""
         folder, key = self.out / f"{method}-{layers}-cf", f"{method} {layers} closed form"
         begun = time.perf_counter()
         if not folder.exists():
@@ -131,7 +131,7 @@ class Bench:
     def depth(self, method: str, layers: int, *, train: bool) -> None:
         """A method at one depth, with its stages."""
         cut = self.cut(method, layers)
-        if method in IN_LOOP:
+        if method in COMPRESSED:
             healed = self.compressed(method, layers)
         else:
             # A sixteenth is held out: all of them are fitted on so many tokens.
@@ -159,7 +159,7 @@ class Bench:
             )
 
     def with_text(self, layers: int) -> None:
-        """End to end behind layerwise, from the text besides the teacher."""
+        """End to end after layerwise, from the text besides the teacher."""
         trained = self.trained(layers)
         source, name = self.out / f"{trained}-{layers}-lw", f"{trained}-{layers}-text"
         self.heal(source, layers, "end-to-end", name, f"{trained} {layers} end-to-end and text", end_to_end=WITH_TEXT)
@@ -188,7 +188,7 @@ class Bench:
 
 
 def main() -> None:
-    """Cut, heal, judge, print."""
+    """Prune, heal, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("-o", "--out", type=Path, default=Path("out/bench/heal"))
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--against", type=int, nargs="*", default=[])
     parser.add_argument("--text", type=int, nargs="*", default=[])
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
-    parser.add_argument("--train", nargs="*", default=["come-p-thorough"], choices=METHODS)
+    parser.add_argument("--train", nargs="*", default=["thorough"], choices=METHODS)
     parser.add_argument(
         "--tokens", type=int, nargs=3, default=[65536, 500_000, 200_000], metavar=("FIT", "LAYERWISE", "END_TO_END")
     )

@@ -89,7 +89,7 @@ def test_the_streamed_model_is_the_model(family: str, checkpoint_of: Opened, res
             assert torch.equal(h_BTD, g_BTD), index
         logits = a.logits(h_BTD, corpus.input_ids, corpus.mask)
         assert torch.equal(logits, b.logits(g_BTD, corpus.input_ids, corpus.mask))
-    assert other.shelf is not None and other.shelf.most <= 2
+    assert other.offload is not None and other.offload.most <= 2
     assert all(parameter.is_meta for layer in other.layers for parameter in layer.parameters())
 
 
@@ -111,41 +111,41 @@ def test_embedding_and_head_leave_memory_behind_every_use(
 
 
 def test_a_layer_at_rest_that_is_run_is_read_for_that_run(llama: LoadedModel) -> None:
-    assert llama.shelf is not None
+    assert llama.offload is not None
     stream = LayerStream(llama.model, llama.architecture)
     entry = stream.enter(corpus_of().input_ids, None)
-    before = sum(llama.shelf.reads.values())
+    before = sum(llama.offload.reads.values())
     once = stream.run(llama.layers[3], entry.h_BTD, entry.calls[3])
     assert torch.equal(stream.run(llama.layers[3], entry.h_BTD, entry.calls[3]), once)
-    assert sum(llama.shelf.reads.values()) - before == 2
+    assert sum(llama.offload.reads.values()) - before == 2
     with llama.awake(llama.layers[3]) as layer:
         assert torch.equal(stream.run(layer, entry.h_BTD, entry.calls[3]), once)
         assert torch.equal(stream.run(layer, entry.h_BTD, entry.calls[3]), once)
-    assert sum(llama.shelf.reads.values()) - before == 3
+    assert sum(llama.offload.reads.values()) - before == 3
     assert all(parameter.is_meta for parameter in llama.layers[3].parameters())
 
 
 def test_a_walk_that_is_left_early_lets_go_of_what_it_has_read_ahead(llama: LoadedModel) -> None:
-    assert llama.shelf is not None
+    assert llama.offload is not None
     for _ in llama.walk(llama.layers):
         wait_for(llama, 2)  # the next one is read while this one is worked with
         break
-    assert llama.shelf.in_memory == 0
+    assert llama.offload.in_memory == 0
     made = llama.module(shared(llama.architecture, [1, 2]))
     assert all(parameter.is_meta for parameter in made.parameters())
     for number, layer in enumerate(llama.walk([llama.layers[0], made, made, llama.layers[5]])):
         assert not any(parameter.is_meta for parameter in layer.parameters()), number
-    assert llama.shelf.in_memory == 0 and llama.shelf.most == 2
+    assert llama.offload.in_memory == 0 and llama.offload.most == 2
 
 
 def wait_for(resident: LoadedModel, layers: int) -> None:
     """Until so many layers are in memory; fails where that does not come about."""
-    assert resident.shelf is not None
+    assert resident.offload is not None
     for _ in range(3000):
-        if resident.shelf.in_memory == layers:
+        if resident.offload.in_memory == layers:
             return
         time.sleep(0.01)
-    raise AssertionError(f"{resident.shelf.in_memory} layers in memory, not {layers}")
+    raise AssertionError(f"{resident.offload.in_memory} layers in memory, not {layers}")
 
 
 # The plus variants never drop the first four and the last two layers: of six, none.
@@ -155,7 +155,7 @@ def test_every_method_plans_the_same(method: str, tmp_path: Path, checkpoint_of:
     wanted = ladder(resident_of("qwen2"), tmp_path / "whole", method)
     resident = streamed(checkpoint_of("qwen2"))
     assert ladder(resident, tmp_path / "streamed", method) == wanted
-    assert resident.shelf is not None and resident.shelf.in_memory == 0 and resident.shelf.most <= 2
+    assert resident.offload is not None and resident.offload.in_memory == 0 and resident.offload.most <= 2
     spilled = ladder(
         streamed(checkpoint_of("qwen2")), tmp_path / "spilled", method, memory_budget=MemoryBudget(0, tmp_path)
     )
@@ -171,7 +171,7 @@ def test_repairing_in_the_loop_is_the_same(
     wanted = ladder(resident_of("llama"), tmp_path / "whole", method, in_loop=rule)
     resident = streamed(checkpoint_of("llama"))
     assert ladder(resident, tmp_path / "streamed", method, in_loop=rule) == wanted
-    assert resident.shelf is not None and resident.shelf.most <= 2
+    assert resident.offload is not None and resident.offload.most <= 2
 
 
 def test_spans_are_chosen_the_same(tmp_path: Path, checkpoint_of: Opened, resident_of: InMemory) -> None:
@@ -183,24 +183,24 @@ def test_spans_are_chosen_the_same(tmp_path: Path, checkpoint_of: Opened, reside
 def test_a_step_reads_a_layer_once_a_pass(checkpoint_of: Opened, tmp_path: Path) -> None:
     """However many batches, candidates and ratios there are: measuring is one pass, and judging ratios another."""
     resident, corpus = streamed(checkpoint_of("llama")), corpus_of()
-    assert resident.shelf is not None
+    assert resident.offload is not None
     model = Intermediate(resident, corpus, whole().layers, batch_tokens=corpus.seq_len)
-    resident.shelf.reads.clear()
+    resident.offload.reads.clear()
     model.measure()
-    assert len(corpus) == 6 and set(resident.shelf.reads.values()) == {1} and len(resident.shelf.reads) == 6
+    assert len(corpus) == 6 and set(resident.offload.reads.values()) == {1} and len(resident.offload.reads) == 6
     planner = planner_of("come-p", ComePSettings(racing=False, spans=3))
-    resident.shelf.reads.clear()
+    resident.offload.reads.clear()
     (step,) = planner.decide(model, 5, [{}])  # not the first step, whose map of pieces looks at every layer
     assert step is not None and step.op is not None
     assert len(step.evidence["grid"]) > 20
-    originals = [resident.shelf.reads[op] for op in resident.shelf.reads if op in ORIGINALS]
+    originals = [resident.offload.reads[op] for op in resident.offload.reads if op in ORIGINALS]
     # Once for its pieces, once for all that it stands behind; and where it is a candidate itself (a ratio of 1), of
     # either span that it is in.
     assert max(originals) <= 4
-    resident.shelf.reads.clear()
+    resident.offload.reads.clear()
     model.replace(step.start, step.count, step.op)
-    assert set(resident.shelf.reads.values()) == {1}
-    assert sum(resident.shelf.reads.values()) == model.depth - step.start
+    assert set(resident.offload.reads.values()) == {1}
+    assert sum(resident.offload.reads.values()) == model.depth - step.start
     model.close()
 
 
@@ -218,7 +218,7 @@ def test_healed_tensors_are_the_same(family: str, checkpoint_of: Opened, residen
     )
     assert content_hash(found) == content_hash(wanted)
     assert same == reports and any(report["ridge"] is not None for report in reports)
-    assert other.shelf is not None and other.shelf.most <= 2
+    assert other.offload is not None and other.offload.most <= 2
     judged = quality(wanted, resident, corpus, [corpus_of()], progress=Silent())
     assert quality(found, other, corpus, [corpus_of()], progress=Silent()) == judged
 
@@ -231,18 +231,18 @@ def test_layers_are_trained_the_same(inputs: Any, checkpoint_of: Opened, residen
     wanted, _ = layerwise.train(cut(resident), resident, text, settings=settings)
     found, _ = layerwise.train(cut(other), other, text, settings=settings, memory_bytes=0)
     assert wanted.fitted and content_hash(found) == content_hash(wanted)
-    assert other.shelf is not None and other.shelf.most <= 2
+    assert other.offload is not None and other.offload.most <= 2
 
 
 def test_perplexity_is_the_same_and_reads_a_layer_once(checkpoint_of: Opened, resident_of: InMemory) -> None:
     resident, other, corpus = resident_of("llama"), streamed(checkpoint_of("llama")), corpus_of(padded=True)
-    assert other.shelf is not None
+    assert other.offload is not None
     chain = Chain(whole(), other)
-    other.shelf.reads.clear()
+    other.offload.reads.clear()
     found = perplexity(chain, corpus, batch_tokens=26)
     assert found == perplexity(Chain(whole(), resident), corpus, batch_tokens=26)
     assert found.value == pytest.approx(perplexity(resident.model, corpus, batch_tokens=26).value, rel=1e-6)
-    assert set(other.shelf.reads.values()) == {1}
+    assert set(other.offload.reads.values()) == {1}
 
 
 def test_a_shard_that_disappears_is_told_by_its_name(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_a_shard_that_disappears_is_told_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         model.measure()
     assert any(str(shard) in str(caught.value) for shard in shards)
-    assert resident.shelf is not None and resident.shelf.in_memory == 0
+    assert resident.offload is not None and resident.offload.in_memory == 0
 
 
 class OutOfMemory:

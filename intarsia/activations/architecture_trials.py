@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from intarsia.activations.hooks import read_outs
+from intarsia.activations.hooks import output_projections
 from intarsia.activations.stream import LayerStream
 from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.building.assembled import assembled
@@ -67,7 +67,7 @@ class Trial:
         """An output projection's inputs `[N, C]` when a module reads the embedding as if it were layer `donor`."""
         entry = self.stream.enter(self.ids_BT, None)
         seen: list[Tensor] = []
-        with read_outs(module, self.architecture, lambda which, x: seen.append(x) if which == part else None):
+        with output_projections(module, self.architecture, lambda which, x: seen.append(x) if which == part else None):
             self.stream.run(module, entry.h_BTD, entry.calls[donor])
         return seen[0].reshape(-1, seen[0].shape[-1])
 

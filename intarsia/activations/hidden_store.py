@@ -38,7 +38,7 @@ class MemoryBudget:
         self._left = self.memory_bytes
 
     def take(self, nbytes: int) -> bool:
-        """Take so many bytes; False where so many are not left."""
+        """Take bytes from the budget; False where they are not left."""
         if nbytes > self._left:
             return False
         self._left -= nbytes
@@ -191,7 +191,7 @@ class HiddenStore:
         self.held._folder, self._folder = self._folder, None
 
     def only(self, sequences: int) -> None:
-        """Store so many sequences from now on, where nothing is stored but what is held."""
+        """Store this number of sequences from now on; nothing may be stored but what is held."""
         assert not self._buffers, "something is stored already"
         self.shape = (sequences, *self.shape[1:])
 

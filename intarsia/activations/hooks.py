@@ -1,8 +1,8 @@
-"""Hooks at architecture roles: what goes into the layers that write to the residual stream.
+"""Hooks on output projections: their inputs, as the architecture names them.
 
-A mixture has no such layer of its own for its MLP. Of it is told how much every expert adds to the residual stream: the
-sum of absolute values of its output, times its router weight. The experts' own code is run for this once more, one
-expert at a time, with the routing that the model chose.
+The MLP of a mixture has no single output projection. Reported is how much every expert adds to the residual stream: the
+sum of absolute values of its output, times its router weight. The experts are run once more for this, one at a time,
+with the routing that the model chose.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Receive = Callable[[Part, Tensor], None]
 
 
 @contextmanager
-def read_outs(layer: nn.Module, architecture: Architecture, receive: Receive) -> Iterator[None]:
+def output_projections(layer: nn.Module, architecture: Architecture, receive: Receive) -> Iterator[None]:
     """While open, every forward of `layer` hands the inputs of o_proj and down_proj to `receive`.
 
     The inputs are `[..., C]` with C the query-head channels (attention) or the MLP channels. Of a mixture it is

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from intarsia.activations.batches import Batch, Batches
 from intarsia.activations.hidden_store import HiddenStore, MemoryBudget
-from intarsia.activations.hooks import read_outs
+from intarsia.activations.hooks import output_projections
 from intarsia.activations.statistics import require_finite
 from intarsia.activations.stream import LayerCall, LayerStream
 from intarsia.architecture.spec import Part
@@ -151,7 +151,7 @@ class Loop:
         def receive(part: Part, x: Tensor) -> None:
             here.inputs[part] = x
 
-        hooks = read_outs(layer.module, self.resident.architecture, receive) if inputs else nullcontext()
+        hooks = output_projections(layer.module, self.resident.architecture, receive) if inputs else nullcontext()
         with hooks:
             self.batches.side_by_side(prepare, work, finish, sequences)
 

@@ -1,7 +1,7 @@
 """Runs a model layer by layer, from any depth.
 
 No modeling code is copied. The model's own forward is called with stand-ins in place of its layers: the first
-stand-in gives back the hidden state that it is told to, and every stand-in records the arguments that the model
+stand-in returns a given hidden state, and every stand-in records the arguments that the model
 passed to its layer (masks, rotary embeddings, ...). Embedding, per-layer arguments, final norm and head are thus the
 model's own, whatever its family, and any layer can be run between them.
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from intarsia.building.layer import layer_tensors, to_parameters
 from intarsia.building.loading import as_transformers, skeleton
-from intarsia.building.offload import Shelf, spread
+from intarsia.building.offload import Offload, place_layers
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import give_back
 from intarsia.recipe.ops import LayerRef, Op, Select
@@ -75,7 +75,7 @@ class LoadedModel:
         model: the original transformers model, complete; where it is streamed its layers are at rest.
         layers: its layer modules, in order.
         others: checkpoints of the same shapes from which recipes may take layers too, by the variants' names.
-        shelf: where layers are at rest; None where the model is in memory.
+        offload: where layers are kept while they are not run; None where the model is in memory.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class LoadedModel:
         self.others = dict(others or {})
         self.architecture = checkpoint.architecture
         self.device = device
-        self.shelf = Shelf(device) if stream else None
+        self.offload = Offload(device) if stream else None
         if stream:
             stored = checkpoint.headers[f"{self.architecture.family.embedding_module}.weight"].dtype
             self.model = skeleton(checkpoint, device=device, dtype=dtype or stored)
@@ -109,20 +109,20 @@ class LoadedModel:
         assert isinstance(layers, nn.ModuleList)
         self.layers: list[nn.Module] = list(layers)
         if len(devices) > 1:
-            spread(self.model, self.layers, devices)
-        if self.shelf is not None:
+            place_layers(self.model, self.layers, devices)
+        if self.offload is not None:
             for index, layer in enumerate(self.layers):
                 op = Select(source=LayerRef(variant="", layer=index))
-                self.shelf.put(layer, op, partial(self._original_values, index))
+                self.offload.put(layer, op, partial(self._original_values, index))
 
     @property
     def streams(self) -> bool:
         """Whether layers are read when they are needed."""
-        return self.shelf is not None
+        return self.offload is not None
 
     def awake(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
         """A layer module, with its values while the block runs."""
-        return nullcontext(module) if self.shelf is None else self.shelf.awake(module)
+        return nullcontext(module) if self.offload is None else self.offload.awake(module)
 
     def walk(self, modules: Iterable[nn.Module], *, ahead: bool = True) -> Iterator[nn.Module]:
         """One layer module after the other, each with its values until the next is asked for.
@@ -130,7 +130,7 @@ class LoadedModel:
         Args:
             ahead: read the next one meanwhile, where the model is streamed.
         """
-        return iter(list(modules)) if self.shelf is None else self.shelf.walk(modules, ahead=ahead)
+        return iter(list(modules)) if self.offload is None else self.offload.walk(modules, ahead=ahead)
 
     def module(self, op: Op, fitted: Mapping[str, npt.NDArray[np.float32]] | None = None) -> nn.Module:
         """The layer module for an op: the original one for a plain `Select`, else a new one.
@@ -140,11 +140,11 @@ class LoadedModel:
         """
         if isinstance(op, Select) and not fitted and op.source.variant not in self.others:
             return self.layers[op.source.layer]
-        if self.shelf is not None:
+        if self.offload is not None:
             module = twin(self.layers[op.sources[0].layer])
-            # Not the module itself: the shelf forgets a layer when nobody else has it any more.
+            # Not the module itself: an offloaded layer is freed when nothing else refers to it.
             dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
-            self.shelf.put(module, op, partial(self._values, op, fitted or {}, dtypes))
+            self.offload.put(module, op, partial(self._values, op, fitted or {}, dtypes))
             return module
         return self.fresh(op.sources[0].layer, self._made(op, fitted or {}))
 

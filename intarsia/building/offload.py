@@ -35,7 +35,7 @@ class _Rest:
     runs: list[Any] = field(default_factory=list)
 
 
-class Shelf:
+class Offload:
     """Keeps layers at rest.
 
     Attributes:
@@ -181,7 +181,7 @@ def _touch(value: Tensor) -> None:
 _SHARE_OF_FREE = 0.8  # the rest is for hidden states and logits
 
 
-def spread(model: nn.Module, layers: Sequence[nn.Module], devices: Sequence[torch.device]) -> list[torch.device]:
+def place_layers(model: nn.Module, layers: Sequence[nn.Module], devices: Sequence[torch.device]) -> list[torch.device]:
     """Move a model, and give each layer its device.
 
     Returns:

@@ -245,7 +245,7 @@ def _healed(healed: Healed | None, pruned: Recipe, before: Measures, after: Meas
     found: dict[str, Any] = {
         "method": ", ".join(stage.stage for stage in stages) or "closed-form in the loop",
         "taken": bool(taken) or not stages,
-        "fitted_read_outs": len(fits) if stages else in_loop,
+        "fitted_output_projections": len(fits) if stages else in_loop,
         "tokens": max((stage.tokens for stage in stages), default=pruned.provenance["calibration"]["tokens"]),
     }
     if in_loop and not any(stage.facts.get("from_scratch") for stage in taken):

@@ -267,30 +267,17 @@ def heal_recipe(
     with progress.current().task("", 1 + len(stages)) as task:
         starts = planning.blocks(ladder, recipe)
         task.advance()
-        return _healed(planning, ladder, recipe, stages, starts=starts, states=planning.states() or states)
-
-
-def _healed(
-    planning: Planning,
-    ladder: Ladder,
-    recipe: Recipe,
-    stages: Sequence[Chosen],
-    *,
-    starts: tuple[Start, ...],
-    states: TeacherStates | None,
-) -> Healed:
-    job = planning.job
-    context = HealContext(
-        run=ladder.run,
-        variants={recipe.base: job.checkpoint},
-        load=lambda: job.resident,
-        device=job.device,
-        calibration=job.text.calibration,
-        selection=job.text.selection,
-        starts=starts,
-        states=states,
-        memory_bytes=job.placement.memory_bytes,
-        batch_tokens=job.placement.batch_tokens,
-        name=f"healed-{len(recipe.layers):03d}",
-    )
-    return run_stages(context, recipe, stages)
+        context = HealContext(
+            run=ladder.run,
+            variants={recipe.base: job.checkpoint},
+            load=lambda: job.resident,
+            device=job.device,
+            calibration=job.text.calibration,
+            selection=job.text.selection,
+            starts=starts,
+            states=planning.states() or states,
+            memory_bytes=job.placement.memory_bytes,
+            batch_tokens=job.placement.batch_tokens,
+            name=f"healed-{len(recipe.layers):03d}",
+        )
+        return run_stages(context, recipe, stages)

@@ -134,6 +134,7 @@ def card_facts(recipe: Recipe, base: Checkpoint, built: BuildResult, *, title: s
         "family": base.architecture.family.title,
         **{key: provenance[key] for key in ("method", "calibration", "settings") if provenance.get(key)},
         "heal": _heal_facts(provenance.get("heal")),
+        "merged": merged,
         "before": {"layers": recipe.depth, "parameters": base.parameters, "bytes": base.nbytes},
         "after": {"layers": built.layers, "parameters": built.parameters, "bytes": built.bytes},
         "approximations": base.architecture.approximations if merged else (),
@@ -152,6 +153,7 @@ def _heal_facts(heal: Mapping[str, Any] | None) -> dict[str, Any] | None:
     closed_form = heal["settings"].get("closed-form", {}) if "closed-form" in stages else {}
     return {
         "stages": stages,
+        **({"start": heal["start"]} if heal.get("from_scratch") else {}),
         "text": heal["text"]["description"],
         "tokens": heal["text"]["tokens"],
         **{key: closed_form[key] for key in ("layers", "weighting") if key in closed_form},

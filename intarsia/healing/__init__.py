@@ -1,1 +1,1 @@
-"""Repair after cutting."""
+"""Healing of pruned models: closed form and distillation."""

@@ -1,12 +1,11 @@
 """Layerwise distillation: every output layer that needs it is trained from the original's H^start towards H^stop.
 
-Layers are trained one after the other, and do not depend on one another, unless they are fed what the trained layers
-before them give (`inputs="student"`). The teacher is run once, only as deep as the next layer needs; a depth is dropped
-when no layer needs it any more, so that two depths are stored at a time.
+Layers are trained one after the other, and do not depend on one another, unless their inputs are those of the
+trained layers before them (`inputs="student"`). The teacher is run once, only as deep as the next layer needs; a depth
+is dropped when no layer needs it any more, so that two depths are stored at a time.
 
-Padding is on the right and attention looks back only, so real tokens are the same whether or not the model is told of
-the padding: it is not, which makes a layer's arguments the same for every batch of a size. What stands at padding is
-left out by the losses.
+Padding is on the right and attention looks back only, so real tokens are the same with and without the padding mask. It
+is left out, which makes a layer's arguments the same for every batch of a size; the losses skip padding.
 
 Shape suffixes: `N` sequences, `T` tokens, `D` residual width.
 """

@@ -9,7 +9,7 @@ from typing import Any
 from intarsia.building.recipe_layers import Tensors
 from intarsia.healing.layer_fit import LayerFit
 from intarsia.healing.teacher import TeacherStates
-from intarsia.pruning.heal_in_loop import Repair, losses_after
+from intarsia.pruning.heal_in_loop import StepHealer, losses_after
 from intarsia.pruning.step import Step, describe
 
 
@@ -18,7 +18,7 @@ class _Trial:
     """A step, what is fitted if it is taken, and the held-out sequences' summed loss without and with that."""
 
     step: Step
-    read_outs: list[LayerFit]
+    output_projections: list[LayerFit]
     fitted: Mapping[int, Tensors]
     before: float
     after: float
@@ -32,29 +32,29 @@ class _Trial:
         return min(self.before, self.after)
 
 
-def settle(repair: Repair, steps: Sequence[Step]) -> tuple[Step, dict[str, Any]]:
+def settle(healer: StepHealer, steps: Sequence[Step]) -> tuple[Step, dict[str, Any]]:
     """Take the step whose healed model has the least loss on held-out sequences; of equal ones the first.
 
     Returns:
         The step, and as plain data what `Repair.replace` reports, with the loss of each of the others.
     """
-    model, rows = repair.model, repair.held_out
+    model, rows = healer.model, healer.held_out
     original = model.original()  # held while the whole model is what was measured
     spent = model.layer_forwards
     trials: list[_Trial] = []
     with model.progress.task(f"healing {len(steps)} finalists", len(steps)) as task:
         for step in steps:
-            trials.append(_tried(repair, step, original, rows))
+            trials.append(_tried(healer, step, original, rows))
             task.advance()
     best = min(trials, key=lambda trial: trial.loss)
     spent = model.layer_forwards - spent
-    first, _ = repair.exchange(best.step.start, best.step.count, best.step.op)
+    first, _ = healer.exchange(best.step.start, best.step.count, best.step.op)
     for index, tensors in best.fitted.items() if best.taken else ():
         model.fit(index, tensors)
     model.measure(first)
     tokens = max(int(model.counts_N[rows].sum()), 1)
     return best.step, {
-        "read_outs": [asdict(fit) for fit in best.read_outs],
+        "output_projections": [asdict(fit) for fit in best.output_projections],
         "taken": best.taken,
         "held_out_loss": [best.before / tokens, best.after / tokens],
         "layer_forwards": spent,
@@ -69,14 +69,14 @@ def settle(repair: Repair, steps: Sequence[Step]) -> tuple[Step, dict[str, Any]]
     }
 
 
-def _tried(repair: Repair, step: Step, original: TeacherStates, rows: Sequence[int]) -> _Trial:
+def _tried(healer: StepHealer, step: Step, original: TeacherStates, rows: Sequence[int]) -> _Trial:
     """A step, healed and evaluated; the model is as before afterwards."""
-    model = repair.model
+    model = healer.model
     was = list(model.ops), list(model.fitted), list(model.modules)
-    first, due = repair.exchange(step.start, step.count, step.op)
+    first, due = healer.exchange(step.start, step.count, step.op)
     before = float(losses_after(model, first, rows).sum())
     unrepaired = {index: model.fitted[index] for index in due}
-    fits, _ = repair.fit(first, due, original)
+    fits, _ = healer.fit(first, due, original)
     fitted = {
         index: tensors
         for index in due
@@ -86,4 +86,4 @@ def _tried(repair: Repair, step: Step, original: TeacherStates, rows: Sequence[i
     model.ops, model.fitted, model.modules = was
     if model.measures:
         model.refresh()  # where a second layer was fitted, those before it were measured anew
-    return _Trial(step=step, read_outs=fits, fitted=fitted, before=before, after=after)
+    return _Trial(step=step, output_projections=fits, fitted=fitted, before=before, after=after)

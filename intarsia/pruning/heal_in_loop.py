@@ -31,7 +31,7 @@ from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import derive_spans
 
 
-def repair_forwards(
+def step_heal_forwards(
     architecture: Architecture,
     settings: ClosedFormSettings | None,
     current: int,
@@ -48,7 +48,7 @@ def repair_forwards(
     return finalists * (2 * fit + current + 2 * held_out)
 
 
-class Repair:
+class StepHealer:
     """Heals the layers that a step changes."""
 
     def __init__(self, model: Intermediate, settings: ClosedFormSettings) -> None:
@@ -67,7 +67,7 @@ class Repair:
         first, due = self.exchange(start, count, op)
         if not due:
             model.measure(first)
-            return {"read_outs": [], "taken": False, "held_out_loss": None, "layer_forwards": 0}
+            return {"output_projections": [], "taken": False, "held_out_loss": None, "layer_forwards": 0}
         held_out = self.held_out
         before = float(losses_after(model, first, held_out).sum())
         spent = (model.depth - first) * len(held_out) / len(model.corpus)
@@ -83,7 +83,7 @@ class Repair:
             spent += model.depth - first
         tokens = max(int(model.counts_N[held_out].sum()), 1)
         return {
-            "read_outs": [asdict(fit) for fit in fits],
+            "output_projections": [asdict(fit) for fit in fits],
             "taken": bool(changed) and after < before,
             "held_out_loss": [before / tokens, after / tokens],
             "layer_forwards": len(due) * passes(model.architecture, self.settings.changed) + spent,
@@ -110,9 +110,11 @@ class Repair:
         return fits, reached
 
     def exchange(self, start: int, count: int, op: Op | None) -> tuple[int, dict[int, int]]:
-        """Make the change. The first layer that may now give something else, and those to repair: towards which depth.
+        """Make the change.
 
-        These are the layer that is put in, and one that now stands for more than before.
+        Returns:
+            The first layer whose output may change, and the layers to heal, each with the depth that it is fitted
+            toward: the new layer, and one that now stands for more original layers than before.
         """
         model, depth = self.model, self.model.architecture.n_layers
         known = set(zip(model.ops, derive_spans(model.ops, depth), strict=True))

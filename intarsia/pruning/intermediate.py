@@ -123,7 +123,7 @@ class Intermediate(RecipeLayers):
         return float(self.losses_N.sum() / self.counts_N.sum())
 
     def look_at(self, tokens: int | None) -> None:
-        """Decide on the first sequences of the calibration text, with so many tokens together; None: on all.
+        """Decide on the first `tokens` of the calibration text, in whole sequences; None: on all.
 
         Call it before anything is measured, or after `rewind`.
         """

@@ -8,7 +8,7 @@ from typing import Any
 
 from intarsia import progress
 from intarsia.pruning.finalists import settle
-from intarsia.pruning.heal_in_loop import Repair
+from intarsia.pruning.heal_in_loop import StepHealer
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder, Wanted
 from intarsia.pruning.step import Planner, Step, describe, healed_words, step_line
@@ -29,7 +29,7 @@ def prune(
     Returns:
         None, or why the planner stopped before the target.
     """
-    repair = None if planner.in_loop is None else Repair(model, planner.in_loop)
+    healer = None if planner.in_loop is None else StepHealer(model, planner.in_loop)
     report = progress.current()
     recipe, first = start, start.depth
     history = [entry["evidence"] for entry in ladder.log()]
@@ -50,7 +50,7 @@ def prune(
                 ladder.want(Wanted(layers=target, stopped=planner.reason()))
                 return planner.reason()
             before = model.depth
-            step, evidence = _take(planner, model, repair, steps)
+            step, evidence = _take(planner, model, healer, steps)
             recipe = recipe.with_layers(
                 model.ops, fitted={index: tensors for index, tensors in enumerate(model.fitted) if tensors}
             )
@@ -78,19 +78,19 @@ def prune(
 
 
 def _take(
-    planner: Planner, model: Intermediate, repair: Repair | None, steps: Sequence[Step]
+    planner: Planner, model: Intermediate, healer: StepHealer | None, steps: Sequence[Step]
 ) -> tuple[Step, dict[str, Any]]:
     """Change the model: by the best step, or by that of the finalists which is best when it is healed."""
     step = steps[0]
-    if repair is not None and len(steps) > 1:
-        step, found = settle(repair, steps)
-        return step, {**step.evidence, "repair": found}
+    if healer is not None and len(steps) > 1:
+        step, found = settle(healer, steps)
+        return step, {**step.evidence, "heal": found}
     if step.whole is not None:
         model.become(step.whole)
         if planner.progressive:
             model.refresh()
-    elif repair is not None:
-        return step, {**step.evidence, "repair": repair.replace(step.start, step.count, step.op)}
+    elif healer is not None:
+        return step, {**step.evidence, "heal": healer.replace(step.start, step.count, step.op)}
     else:
         model.replace(step.start, step.count, step.op, measure=planner.progressive)
     return step, dict(step.evidence)

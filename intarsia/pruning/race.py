@@ -15,7 +15,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 # Sequences of the first part; every further one doubles what was seen.
 _FIRST = 2
-# A candidate leaves early by so many standard errors, of at least so many sequences; fewer are not raced on at all.
+# Standard errors by which a candidate leaves early, and the sequences that takes; fewer are not raced on at all.
 _ERRORS = 2.0
 _LEAST = 8
 # Candidates that are compared until the end, at least.

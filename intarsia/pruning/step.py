@@ -41,7 +41,7 @@ class PlanSettings:
 
     # Calibration tokens that decide the steps (default: all); the original is measured on all of them.
     plan_tokens: int | None = flag(None, metavar="N", parse=token_count)
-    # Also heal the original without one block of adjacent layers, of so many blocks of least loss, and keep the best.
+    # Blocks of adjacent layers, of least loss, without each of which the original is healed too; the best is kept.
     blocks: int = 0
 
     def __post_init__(self) -> None:
@@ -162,12 +162,12 @@ def step_line(depth: int, start: int, op: Op | None, loss: float | None, *, mixt
 
 def healed_words(evidence: Mapping[str, Any]) -> str:
     """The result of healing in the loop, as the end of such a line; empty where there was none."""
-    repair = evidence.get("repair")
-    if repair is None or repair["held_out_loss"] is None:
+    heal = evidence.get("heal")
+    if heal is None or heal["held_out_loss"] is None:
         return ""
-    before, after = repair["held_out_loss"]
-    among = f", best of {len(repair['finalists'])}" if "finalists" in repair else ""
-    return f"{among}, {'healed' if repair['taken'] else 'not healed'}: held-out loss {before:.4f} -> {after:.4f}"
+    before, after = heal["held_out_loss"]
+    among = f", best of {len(heal['finalists'])}" if "finalists" in heal else ""
+    return f"{among}, {'healed' if heal['taken'] else 'not healed'}: held-out loss {before:.4f} -> {after:.4f}"
 
 
 def _short(op: Op, mlp: str) -> list[str]:

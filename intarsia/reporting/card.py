@@ -78,7 +78,7 @@ def model_card(results: Mapping[str, Any]) -> str:
         before={"layers": None, **before},
         after={"layers": None, **after},
         method=results.get("method"),
-        is_come=str(results.get("method", "")).startswith("come"),
+        is_come=str(results.get("method", "")).startswith("come") and results.get("merged", True),
         joined=_COMBINED.get(str(combine), _JOINED),
         paper=PAPER,
         heal=heal,

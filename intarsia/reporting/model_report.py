@@ -137,7 +137,9 @@ def _healing(heal: Mapping[str, Any]) -> list[Section]:
         blocks.append(_fit_figure(fits))
     text = heal.get("text") or {}
     intro = f"On {text.get('tokens', 0):,} tokens of {text_name(text.get('description', 'text'))}." if text else ""
-    return [Section(title="Healing", blocks=blocks, intro=intro)]
+    if heal.get("from_scratch"):
+        intro += f" It started from the recipe {heal['start']}, which gave a better model than the method's own."
+    return [Section(title="Healing", blocks=blocks, intro=intro.strip())]
 
 
 def _fit_figure(fits: Sequence[Mapping[str, Any]]) -> Figure:

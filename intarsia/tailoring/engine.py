@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -126,10 +127,7 @@ class Staged:
 
     def ask(self, n: int) -> list[Ask]:
         """Promotions that are due, else candidates to start with, else new ones."""
-        found: list[Ask] = []
-        while len(found) < n and (ask := self._next()) is not None:
-            found.append(ask)
-        return found
+        return list(islice(iter(self._next, None), n))
 
     def _next(self) -> Ask | None:
         found = self._promotion()

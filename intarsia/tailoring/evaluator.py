@@ -33,7 +33,7 @@ from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile
 from intarsia.tailoring.history import Outcome, TrialFailed
 from intarsia.tailoring.objective import QUESTIONS, Objective, check_budgets, check_varied, cuts_of, read_objectives
-from intarsia.tailoring.trial_heal import KeptFits, repair_corpus, repair_windows, repair_work, repaired
+from intarsia.tailoring.trial_heal import KeptFits, heal_corpus, heal_trial, heal_windows, heal_work
 from intarsia.tailoring.trial_run import ResidentFamily, Runner
 from intarsia.tailoring.trial_scores import Scored, Scorer
 
@@ -58,7 +58,7 @@ class Evaluator:
         pack: bool,
         batch_tokens: int,
         cache_bytes: int,
-        repair_on: Corpus | None = None,
+        heal_on: Corpus | None = None,
         fits: KeptFits | None = None,
     ) -> None:
         """Most callers want `open_evaluator`.
@@ -74,7 +74,7 @@ class Evaluator:
         self.base: Outcome | None = None
         self.measured = tuple(objectives)
         self._layers = layers
-        self._repair_on, self._fits = repair_on, fits
+        self._heal_on, self._fits = heal_on, fits
         self.runner = Runner(layers, prefix_bytes=cache_bytes * 3 // 4, entry_bytes=cache_bytes // 4)
         self._scorer = Scorer(
             self.runner, objectives, cuts=cuts, pack=pack, batch_tokens=batch_tokens, uncut=self.uncut()
@@ -164,11 +164,11 @@ class Evaluator:
         check(recipe, dict.fromkeys((self._layers.base, *self._layers.resident.others), architecture))
 
     def _repaired(self, recipe: Recipe) -> tuple[Recipe, float]:
-        assert self._repair_on is not None, "opened for candidates that are healed"
-        work = repair_work(recipe, self._layers, self._repair_on)
+        assert self._heal_on is not None, "opened for candidates that are healed"
+        work = heal_work(recipe, self._layers, self._heal_on)
         healed = None if self._fits is None else self._fits.find(recipe)
         if healed is None:
-            healed = repaired(recipe, self._layers, self._repair_on)
+            healed = heal_trial(recipe, self._layers, self._heal_on)
             if self._fits is not None:
                 self._fits.keep(recipe, healed)
         return healed, work
@@ -259,15 +259,15 @@ def open_evaluator(
     objectives = read_objectives(
         file.objectives,
         tokenizer,
-        windows=search.max_budget + (repair_windows(seq_len) if file.heal != "none" else 0),
+        windows=search.max_budget + (heal_windows(seq_len) if file.heal != "none" else 0),
         seq_len=seq_len,
         max_length=positions,
         seed=search.seed,
     )
     check_budgets(objectives, search.max_budget)
-    repair_on = None
+    heal_on = None
     if file.heal != "none":
-        repair_on = repair_corpus(objectives, seq_len=seq_len, eos=tokenizer.eos_token_id)
+        heal_on = heal_corpus(objectives, seq_len=seq_len, eos=tokenizer.eos_token_id)
     cache_bytes = runtime.memory_bytes or _cache_bytes(device)
     with current().task("loading the base", total=1) as task:
         dtype = None if runtime.dtype is None else getattr(torch, runtime.dtype)
@@ -280,7 +280,7 @@ def open_evaluator(
         pack=takes_packed_rows(layers.resident.model, _longest_row(objectives)),
         batch_tokens=runtime.batch_tokens or _batch_tokens(layers),
         cache_bytes=cache_bytes * 2 // 3,
-        repair_on=repair_on,
+        heal_on=heal_on,
         fits=fits,
     )
     if probe:

@@ -35,12 +35,12 @@ _SETTINGS = ClosedFormSettings()
 _LEAST_WINDOWS = 2 * _SETTINGS.held_out  # so that something is held out, and more is not
 
 
-def repair_windows(seq_len: int) -> int:
+def heal_windows(seq_len: int) -> int:
     """How many windows of one text a fit takes at most."""
     return TOKENS // seq_len
 
 
-def repair_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | None, tokens: int = TOKENS) -> Corpus:
+def heal_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | None, tokens: int = TOKENS) -> Corpus:
     """Windows of the examples' tokens, objectives taking turns.
 
     Args:
@@ -65,7 +65,7 @@ def repair_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | N
     return Corpus.of(ids, description=f"examples of {names}", documents=len(order))
 
 
-def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
+def heal_trial(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
     """A recipe with its output projections fitted towards what it would be uncut.
 
     Raises:
@@ -76,7 +76,7 @@ def repaired(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
         return fit(recipe, teacher, settings=_SETTINGS)[0]
 
 
-def repair_work(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> float:
+def heal_work(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> float:
     """What that fit takes, in layer-forwards times tokens."""
     return float(fit_forwards(recipe, _SETTINGS, layers.resident.architecture) * corpus.tokens)
 

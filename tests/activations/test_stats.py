@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from intarsia.activations.hooks import read_outs
+from intarsia.activations.hooks import output_projections
 from intarsia.activations.statistics import ChannelSums, LayerMeasure, cosines, require_finite
 from intarsia.activations.stream import LayerStream
 from intarsia.errors import UserError
@@ -117,7 +117,7 @@ def test_taps_see_what_the_read_out_matrices_read(family: str, resident_of: InMe
     ]
     with torch.no_grad():
         entry = stream.enter(ids, None)
-        with read_outs(layer, architecture, lambda part, x: seen.update({part: x})):
+        with output_projections(layer, architecture, lambda part, x: seen.update({part: x})):
             behind = stream.run(layer, entry.h_BTD, entry.calls[1])
         for handle in handles:
             handle.remove()
@@ -151,7 +151,7 @@ def test_taps_see_what_every_expert_adds(family: str, resident_of: InMemory) -> 
     with torch.no_grad():
         entry = stream.enter(ids, None)
         behind = stream.run(layer, entry.h_BTD, entry.calls[1])
-        with read_outs(layer, resident.architecture, lambda part, x: seen.update({part: x})):
+        with output_projections(layer, resident.architecture, lambda part, x: seen.update({part: x})):
             assert torch.equal(stream.run(layer, entry.h_BTD, entry.calls[1]), behind)
     handle.remove()
     expected = sizes_of_experts(layer, inputs[0].reshape(-1, families.WIDTH), resident.model.config)

@@ -58,7 +58,7 @@ def test_healed_is_better_and_says_so(compress: Compress, text_file: Path, tmp_p
     healed = compress()
     cut = compress("cut", heal="none")
     assert healed.healed["method"] == "closed-form" and healed.healed["taken"]
-    assert healed.healed["fitted_read_outs"] > 0
+    assert healed.healed["fitted_output_projections"] > 0
     # All three perplexities are those of models that can be had.
     before, without, after = (
         healed.before.perplexity,
@@ -152,7 +152,7 @@ def test_a_fit_that_makes_it_worse_is_not_taken(
     progress = Listening()
     with reporting_to(progress):
         result = compress()
-    assert not result.healed["taken"] and result.healed["fitted_read_outs"] == 0
+    assert not result.healed["taken"] and result.healed["fitted_output_projections"] == 0
     assert any("no better" in text for text in progress.said)
     assert schema.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted == {}
     assert result.after.perplexity_without_heal is None

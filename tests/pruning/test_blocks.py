@@ -10,7 +10,7 @@ import intarsia
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.commands.job import Job
 from intarsia.commands.planning import Planning, heal_recipe
-from intarsia.options import Runtime, Target, TextSpec
+from intarsia.options import EvalSpec, Runtime, Target, TextSpec
 from intarsia.pruning.blocks import best_blocks, starts_of
 from intarsia.pruning.candidates import losses_with
 from intarsia.pruning.intermediate import Intermediate
@@ -94,3 +94,23 @@ def test_what_decides_the_steps_is_part_of_the_text(resident_of: InMemory) -> No
 def test_bad_numbers_are_refused(given: dict[str, int], message: str) -> None:
     with pytest.raises(intarsia.UserError, match=message):
         SlebSettings(**given)
+
+
+def test_the_card_and_the_report_say_where_healing_started(
+    model_folder: Folder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The original without a block, and not the method's merges: so nothing is said to be joined."""
+    monkeypatch.setattr("intarsia.healing.restarts.held_out_perplexity", lambda *_, **__: next(values))
+    values = iter([2.0, 1.0])
+    text = TextSpec(sources=(str(text_file),), tokens=2048, seq_len=32)
+    evaluation, method = EvalSpec(speed=False), "come[blocks=1]"
+    out = tmp_path / "out"
+    result = intarsia.compress(
+        str(model_folder("llama")), out, Target(layers=4), method=method, text=text, evaluation=evaluation
+    )
+    assert result.healed is not None and result.healed["taken"]
+    said = result.healed["start"]
+    assert said.endswith("out of the original")
+    card, page = (out / "README.md").read_text(encoding="utf-8"), (out / "report.html").read_text(encoding="utf-8")
+    assert f"Healing started from the recipe {said}" in card and "were joined" not in card
+    assert f"It started from the recipe {said}" in page

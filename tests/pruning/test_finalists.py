@@ -16,7 +16,7 @@ from intarsia.healing.settings import ClosedFormSettings
 from intarsia.pruning import finalists
 from intarsia.pruning.efforts import method_of
 from intarsia.pruning.finalists import settle
-from intarsia.pruning.heal_in_loop import Repair
+from intarsia.pruning.heal_in_loop import StepHealer
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come_p import ComeP, ComePSettings
@@ -178,19 +178,19 @@ def test_the_best_repaired_model_is_taken(family: str, resident_of: InMemory) ->
     steps = steps_of(resident)
     for step in steps:
         model = measured(resident, list(WHOLE))
-        repair = Repair(model, SETTINGS).replace(step.start, step.count, step.op)
-        found.append((min(repair["held_out_loss"]), repair, model))
+        healer = StepHealer(model, SETTINGS).replace(step.start, step.count, step.op)
+        found.append((min(healer["held_out_loss"]), healer, model))
     model = measured(resident, list(WHOLE))
-    chosen, told = settle(Repair(model, SETTINGS), steps)
+    chosen, told = settle(StepHealer(model, SETTINGS), steps)
     number = min(range(4), key=lambda index: found[index][0])
     assert chosen is steps[number]
-    _, repair, wanted = found[number]
-    assert told["taken"] == repair["taken"] and told["read_outs"] == repair["read_outs"]
+    _, healer, wanted = found[number]
+    assert told["taken"] == healer["taken"] and told["output_projections"] == healer["output_projections"]
     for entry, step, (_, alone, _) in zip(told["finalists"], steps, found, strict=True):
         assert entry["replaced"] == [step.start, step.start + step.count]
         assert (entry["op"] is None) == (step.op is None)
         assert entry["held_out_loss"] == pytest.approx(alone["held_out_loss"], rel=1e-6)
-    assert told["held_out_loss"] == pytest.approx(repair["held_out_loss"], rel=1e-6)
+    assert told["held_out_loss"] == pytest.approx(healer["held_out_loss"], rel=1e-6)
     assert model.ops == wanted.ops
     torch.testing.assert_close(model.losses_N, wanted.losses_N, rtol=1e-6, atol=0)
     assert [fitted is None for fitted in model.fitted] == [fitted is None for fitted in wanted.fitted]
@@ -205,12 +205,12 @@ def test_a_trial_leaves_the_model_as_it_was(resident_of: InMemory) -> None:
     ops: list[Op] = [select(0), select(1), select(2), joined, select(5)]
     both = Step(start=2, count=2, op=joined, evidence={})
     other = Step(start=4, count=1, op=None, evidence={})
-    alone = settle(Repair(measured(resident, list(ops)), SETTINGS), [other])[1]["finalists"][0]["held_out_loss"]
+    alone = settle(StepHealer(measured(resident, list(ops)), SETTINGS), [other])[1]["finalists"][0]["held_out_loss"]
     model = measured(resident, list(ops))
     spent = model.layer_forwards
-    _, told = settle(Repair(model, SETTINGS), [both, other])
+    _, told = settle(StepHealer(model, SETTINGS), [both, other])
     assert told["finalists"][1]["held_out_loss"] == alone
-    by_itself = Repair(measured(resident, list(ops)), SETTINGS).replace(2, 2, joined)
+    by_itself = StepHealer(measured(resident, list(ops)), SETTINGS).replace(2, 2, joined)
     assert told["finalists"][0]["held_out_loss"] == pytest.approx(by_itself["held_out_loss"], rel=1e-6)
     # The original, which was not what was measured; `both`: 3 + 1 + 3 fits and between, twice what lies behind, and
     # what was measured again; `other`: 3 fits, and nothing behind it (its layer stands before the last one).
@@ -219,7 +219,7 @@ def test_a_trial_leaves_the_model_as_it_was(resident_of: InMemory) -> None:
 
 def behind(told: dict[str, object], model: Intermediate) -> int:
     """Layers that are run to measure the model with the step that is taken."""
-    return model.depth - min(fit["layer"] for fit in told["read_outs"])  # type: ignore[attr-defined]
+    return model.depth - min(fit["layer"] for fit in told["output_projections"])  # type: ignore[attr-defined]
 
 
 def test_candidates_are_judged_on_sequences_that_no_fit_sees(
@@ -235,7 +235,7 @@ def test_candidates_are_judged_on_sequences_that_no_fit_sees(
         return judge(of, start, some)
 
     monkeypatch.setattr(finalists, "losses_after", looks)
-    settle(Repair(model, ClosedFormSettings(ridges=(0.1,), held_out=4)), steps_of(resident)[:2])
+    settle(StepHealer(model, ClosedFormSettings(ridges=(0.1,), held_out=4)), steps_of(resident)[:2])
     assert rows == [list(range(0, 32, 4))] * 4
 
 
@@ -273,4 +273,4 @@ def test_streamed_it_is_the_same(tmp_path: Path, checkpoint_of: Opened, resident
         for number, model in enumerate((resident_of("llama"), resident))
     ]
     assert found[0] == found[1] and len(found[0]) == 3
-    assert resident.shelf is not None and resident.shelf.most <= 2
+    assert resident.offload is not None and resident.offload.most <= 2

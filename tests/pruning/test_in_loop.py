@@ -22,7 +22,7 @@ from intarsia.errors import UserError
 from intarsia.healing.quality import Chain
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.options import Output, Target, TextSpec
-from intarsia.pruning.heal_in_loop import Repair
+from intarsia.pruning.heal_in_loop import StepHealer
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come import ComeSettings
@@ -171,14 +171,14 @@ def test_the_loop_by_hand(family: str, method: str, padded: bool, resident_of: I
                 fitted[index] = sorted({*fitted[index], *found})
                 reports += [index] * 3
         after = held_out_loss(with_layers(resident, states), corpus)
-        repair = entry["evidence"]["repair"]
-        assert [fit["layer"] for fit in repair["read_outs"]] == reports
-        assert repair["held_out_loss"] == pytest.approx([before, after], rel=1e-4)
-        assert repair["taken"] == (after < before)
+        healer = entry["evidence"]["heal"]
+        assert [fit["layer"] for fit in healer["output_projections"]] == reports
+        assert healer["held_out_loss"] == pytest.approx([before, after], rel=1e-4)
+        assert healer["taken"] == (after < before)
         behind = len(ops) - min(changed)
         again = behind if after > before else 0
-        assert repair["layer_forwards"] == pytest.approx(len(reports) + behind / 8 + again)
-        repaired, taken = repaired + len(reports) // 3, taken + repair["taken"]
+        assert healer["layer_forwards"] == pytest.approx(len(reports) + behind / 8 + again)
+        repaired, taken = repaired + len(reports) // 3, taken + healer["taken"]
         if after >= before:
             states, fitted = bare, known
         assert {index: sorted(tensors) for index, tensors in recipe.fitted.items()} == {
@@ -279,7 +279,7 @@ def repaired_after(
     corpus = written_by(resident)
     model = Intermediate(resident, corpus, ops)
     model.measure()
-    evidence = Repair(model, SETTINGS).replace(start, count, op)
+    evidence = StepHealer(model, SETTINGS).replace(start, count, op)
     fitted = {index: tensors for index, tensors in enumerate(model.fitted) if tensors}
     fresh = Intermediate(resident, corpus, model.ops, fitted=fitted)
     fresh.measure()
@@ -292,14 +292,14 @@ def test_the_layer_before_a_hole_is_repaired(resident_of: InMemory) -> None:
     resident = resident_of("llama")
     for start, count, layer in ((3, 1, 2), (2, 2, 1), (5, 1, 4), (4, 2, 3)):
         _, fitted, evidence = repaired_after(resident, list(WHOLE), start, count, None)
-        assert {fit["layer"] for fit in evidence["read_outs"]} == {layer}
+        assert {fit["layer"] for fit in evidence["output_projections"]} == {layer}
         assert set(fitted) == {layer}
 
 
 def test_without_the_first_layer_the_next_stands_for_it(resident_of: InMemory) -> None:
     model, fitted, evidence = repaired_after(resident_of("llama"), list(WHOLE), 0, 1, None)
     assert derive_spans(model.ops, families.DEPTH)[0] == (0, 2)
-    assert set(fitted) == {0} == {fit["layer"] for fit in evidence["read_outs"]}
+    assert set(fitted) == {0} == {fit["layer"] for fit in evidence["output_projections"]}
 
 
 def test_where_the_second_of_two_stays_the_layer_before_them_is_repaired(resident_of: InMemory) -> None:
@@ -313,7 +313,7 @@ def test_two_layers_in_one_step(resident_of: InMemory) -> None:
     joined = shared(resident.architecture, (3, 4))
     ops = [select(0), select(1), select(2), joined, select(5)]
     model, fitted, evidence = repaired_after(resident, ops, 2, 2, joined)
-    assert [fit["layer"] for fit in evidence["read_outs"]] == [1, 1, 1, 2, 2, 2]
+    assert [fit["layer"] for fit in evidence["output_projections"]] == [1, 1, 1, 2, 2, 2]
     assert set(fitted) == {1, 2} and model.depth == 4
     # The original was not what was measured, so it was run: 6; 5 as it was; 3 layers without the fits on an eighth of
     # the sequences; 3 fits each; and 3 layers with them.
@@ -324,11 +324,11 @@ def test_what_was_fitted_on_other_layers_stays(resident_of: InMemory) -> None:
     resident, corpus = resident_of("llama"), written_by(resident_of("llama"))
     model = Intermediate(resident, corpus, WHOLE)
     model.measure()
-    repair = Repair(model, SETTINGS)
-    repair.replace(4, 1, None)
+    healer = StepHealer(model, SETTINGS)
+    healer.replace(4, 1, None)
     before = model.fitted[3]
     assert before
-    repair.replace(1, 1, None)
+    healer.replace(1, 1, None)
     assert model.fitted[2] is before and model.fitted[0]
     assert [fitted is not None for fitted in model.fitted] == [True, False, True, False]
     # The original's states were measured.
@@ -339,15 +339,15 @@ def test_where_a_span_grows_what_was_fitted_is_the_starting_point(resident_of: I
     resident, corpus = resident_of("llama"), written_by(resident_of("llama"))
     model = Intermediate(resident, corpus, WHOLE)
     model.measure()
-    repair = Repair(model, SETTINGS)
-    assert repair.replace(3, 1, None)["taken"]
+    healer = StepHealer(model, SETTINGS)
+    assert healer.replace(3, 1, None)["taken"]
     once, held = model.fitted[2], slice(0, None, 8)
     wanted = residual_stream(resident, corpus)[5][held]
     now = model.hidden.rows(3, list(range(0, 96, 8)), torch.device("cpu")).double()
     error = float(((wanted - now).square().sum(-1) / wanted.square().sum(-1)).mean())
-    evidence = repair.replace(3, 1, None)
+    evidence = healer.replace(3, 1, None)
     assert derive_spans(model.ops, families.DEPTH)[2] == (2, 5)
-    assert evidence["read_outs"][0]["error_before"] == pytest.approx(error, rel=1e-4)
+    assert evidence["output_projections"][0]["error_before"] == pytest.approx(error, rel=1e-4)
     if evidence["taken"]:
         assert model.fitted[2] is not None and set(model.fitted[2]) >= set(once or ())
     else:
@@ -364,7 +364,7 @@ def test_a_repair_that_raises_the_loss_is_not_taken(resident_of: InMemory) -> No
         model = Intermediate(resident, corpus, WHOLE)
         model.measure()
         spent = model.layer_forwards
-        evidence = Repair(model, ClosedFormSettings()).replace(3, 1, None)
+        evidence = StepHealer(model, ClosedFormSettings()).replace(3, 1, None)
         bare = Intermediate(resident, corpus, [*WHOLE[:3], *WHOLE[4:]])
         bare.measure()
         before = float(bare.losses_N[::8].sum() / bare.counts_N[::8].sum())
@@ -483,12 +483,12 @@ def test_the_final_repair_starts_from_the_loop_s_or_from_bare_layers(
     result = intarsia.compress(model, tmp_path / "out", Target(layers=4), heal="none", **given)
     fitted = Ladder(tmp_path / "out.run").recipe(4).fitted
     assert result.healed is not None and result.healed["method"] == "closed-form in the loop"
-    assert result.healed["fitted_read_outs"] == sum(len(tensors) for tensors in fitted.values()) > 0
+    assert result.healed["fitted_output_projections"] == sum(len(tensors) for tensors in fitted.values()) > 0
     assert result.after is not None and result.after.perplexity_without_heal is not None
     out = Output(path=tmp_path / "more", run=tmp_path / "out.run")
     again = intarsia.compress(model, out, Target(layers=4), **given)
     assert again.healed is not None and again.after is not None
     assert again.healed["start"] in ("as it is", "with nothing fitted")
     goes_on = again.healed["start"] == "as it is" or not again.healed["taken"]
-    assert again.healed.get("fitted_in_loop") == (result.healed["fitted_read_outs"] if goes_on else None)
+    assert again.healed.get("fitted_in_loop") == (result.healed["fitted_output_projections"] if goes_on else None)
     assert again.after.perplexity_without_heal == result.after.perplexity_without_heal

@@ -234,8 +234,8 @@ def test_healed(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
     assert healed.layer_forwards > plain.layer_forwards
     # The same fit as outside the search.
     checkpoint = members.checkpoints()["base"]
-    assert evaluator._repair_on is not None
-    expected, _ = fit_on(made, LoadedModel(checkpoint, device=torch.device("cpu")), evaluator._repair_on)
+    assert evaluator._heal_on is not None
+    expected, _ = fit_on(made, LoadedModel(checkpoint, device=torch.device("cpu")), evaluator._heal_on)
     assert expected.fitted.keys() == fitted.fitted.keys()
     for index, tensors in expected.fitted.items():
         assert all(np.array_equal(tensors[name], fitted.fitted[index][name]) for name in tensors)
@@ -249,11 +249,11 @@ def test_healed_towards_the_same_blend_uncut(trio: Family, objectives: Sequence[
     kept = (0, 1, 3, 5)
     fitted = evaluator.heal(recipe(trio, *(select(layer, "lora") for layer in kept)))
     alone = replace(recipe(trio, *(select(layer) for layer in kept)), variants=(Variant(name="base", model="lora"),))
-    assert evaluator._repair_on is not None
+    assert evaluator._heal_on is not None
     member = LoadedModel(trio.checkpoints()["lora"], device=torch.device("cpu"))
-    expected, _ = fit_on(alone, member, evaluator._repair_on)
+    expected, _ = fit_on(alone, member, evaluator._heal_on)
     to_base, _ = fit_on(
-        recipe(trio, *(select(layer, "lora") for layer in kept)), evaluator.resident, evaluator._repair_on
+        recipe(trio, *(select(layer, "lora") for layer in kept)), evaluator.resident, evaluator._heal_on
     )
     assert expected.fitted.keys() == fitted.fitted.keys() != set()
     differs = False
@@ -284,8 +284,8 @@ def test_uncut(trio: Family) -> None:
 
 def test_a_fit_does_not_see_the_windows_that_are_scored(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
     evaluator = opened(pair("llama"), objectives[3:4], heal="finalists", probe=False)
-    assert evaluator._repair_on is not None
-    fitted_on = {tuple(row) for row in evaluator._repair_on.input_ids.tolist()}
+    assert evaluator._heal_on is not None
+    fitted_on = {tuple(row) for row in evaluator._heal_on.input_ids.tolist()}
     (prose,) = evaluator.measured
     windows = [(*example.requests[0].context, *example.requests[0].continuation) for example in prose.examples]
     assert not fitted_on & set(windows[:BUDGET])

@@ -40,7 +40,7 @@ class FinalFitSettings(ClosedFormSettings):
     trial_tokens: int | None = flag(None, "--fit-trial-tokens", metavar="N", parse=token_count)
 
     def passes_at_most(self, architecture: Architecture, *, starts: int, tokens: int) -> float:
-        """Passes of the whole model over a text of so many tokens that a fit from so many starts takes."""
+        """Passes of the whole model over a text of `tokens` tokens that a fit from a number of starts takes."""
         from intarsia.healing.layer_map import fit_passes_at_most
 
         share = _TRIAL if self.trial_tokens is None else min(1.0, self.trial_tokens / min(tokens, self.tokens))
@@ -91,6 +91,6 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
 
 
 def _first(text: Corpus, tokens: int) -> Corpus:
-    """The first sequences of a text, with at most so many tokens together, and at least one."""
+    """The first sequences of a text, at most `tokens` tokens together, and at least one sequence."""
     number = max(1, tokens // text.seq_len)
     return text.take(number) if number < len(text) else text

@@ -177,9 +177,9 @@ class Come(Progressive):
 
     def heal_forwards(self, architecture: Architecture, current: int) -> int:
         """Layer-forwards of healing a step."""
-        from intarsia.pruning.heal_in_loop import repair_forwards
+        from intarsia.pruning.heal_in_loop import step_heal_forwards
 
-        return repair_forwards(architecture, self.in_loop, current)
+        return step_heal_forwards(architecture, self.in_loop, current)
 
     def _about(self, model: Intermediate, chosen: Candidate) -> dict[str, Any]:
         """What is logged of a step itself."""

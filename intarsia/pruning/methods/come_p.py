@@ -109,9 +109,9 @@ class ComeP(Come):
 
     def heal_forwards(self, architecture: Architecture, current: int) -> int:
         """Every finalist is healed."""
-        from intarsia.pruning.heal_in_loop import repair_forwards
+        from intarsia.pruning.heal_in_loop import step_heal_forwards
 
-        return repair_forwards(architecture, self.in_loop, current, finalists=self.settings.finalists)
+        return step_heal_forwards(architecture, self.in_loop, current, finalists=self.settings.finalists)
 
     def _merges(self, model: Intermediate, spans: Mapping[int, Sequence[Scores]]) -> Iterator[Candidate]:
         """Every ratio of the grid, of every span."""
@@ -121,7 +121,7 @@ class ComeP(Come):
 
 
 def removals(model: Intermediate, count: int) -> Iterable[Candidate]:
-    """Every removal of so many adjacent layers."""
+    """Every removal of `count` adjacent layers."""
     for start in range(model.depth - count + 1):
         yield Candidate(start=start, count=count, op=None)
 

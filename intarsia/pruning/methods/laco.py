@@ -118,7 +118,7 @@ class Laco(Progressive):
 
     def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> int:
         """Every merge may be tried on the first sequences, as the original once is; then the model is measured."""
-        from intarsia.pruning.heal_in_loop import repair_forwards
+        from intarsia.pruning.heal_in_loop import step_heal_forwards
 
         depth = architecture.n_layers
         share = min(1.0, SEQUENCES / sequences)
@@ -126,7 +126,7 @@ class Laco(Progressive):
             depth
             + math.ceil(share * depth)
             + sum(
-                math.ceil(share * current * current) + current + repair_forwards(architecture, self.in_loop, current)
+                math.ceil(share * current * current) + current + step_heal_forwards(architecture, self.in_loop, current)
                 for current, _ in strides(depth, target, self.settings.merge)
             )
         )

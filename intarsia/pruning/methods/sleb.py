@@ -60,12 +60,12 @@ class Sleb(Progressive):
 
     def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> float:
         """Every layer is tried, at the cost of those after it; then the model is measured."""
-        from intarsia.pruning.heal_in_loop import repair_forwards
+        from intarsia.pruning.heal_in_loop import step_heal_forwards
 
         return architecture.n_layers + sum(
             share_at_most(current, sequences, racing=self.settings.racing) * current * (current - 1) / 2
             + current
             - 1
-            + repair_forwards(architecture, self.in_loop, current)
+            + step_heal_forwards(architecture, self.in_loop, current)
             for current, _ in strides(architecture.n_layers, target, 2)
         )

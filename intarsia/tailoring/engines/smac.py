@@ -21,6 +21,7 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -349,10 +350,7 @@ class Smac:
 
     def ask(self, n: int) -> list[Ask]:
         """SMAC's next trials; fewer where it finds no new configuration."""
-        found: list[Ask] = []
-        while len(found) < n and (ask := self._next()) is not None:
-            found.append(ask)
-        return found
+        return list(islice(iter(self._next, None), n))
 
     def _next(self) -> Ask | None:
         from smac.main.exceptions import ConfigurationSpaceExhaustedException
@@ -365,8 +363,8 @@ class Smac:
                 return None
         self._seed = info.seed
         early, self._early = self._early, []
-        for told in early:
-            self.tell(*told)
+        for trial in early:
+            self.tell(*trial)
         # ConfigSpace's words are numpy's, which print otherwise; a candidate from the log has plain ones.
         candidate = from_plain(to_plain(self._map.candidate(info.config)))
         budget = min(self._budgets, key=lambda budget: abs(budget - info.budget))
@@ -398,9 +396,9 @@ class Smac:
 
         if costs is not None:
             self._worst = [max(pair) for pair in zip(self._worst, costs, strict=True)]
-        told = list(costs) if costs is not None else [2.0 * abs(worst) + 1.0 for worst in self._worst]
+        found = list(costs) if costs is not None else [2.0 * abs(worst) + 1.0 for worst in self._worst]
         value = TrialValue(
-            cost=told if len(told) > 1 else told[0],
+            cost=found if len(found) > 1 else found[0],
             time=0.0,  # no clock decides anything
             status=StatusType.SUCCESS if costs is not None else StatusType.CRASHED,
         )
