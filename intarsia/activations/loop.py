@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -25,7 +25,7 @@ from intarsia.activations.hidden_store import HiddenStore, MemoryBudget
 from intarsia.activations.hooks import output_projections
 from intarsia.activations.statistics import require_finite
 from intarsia.activations.stream import LayerCall, LayerStream
-from intarsia.architecture.spec import Part
+from intarsia.architecture.spec import PARTS, Part
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Placed
 from intarsia.data.corpus import Corpus
@@ -35,6 +35,9 @@ Read: TypeAlias = Callable[[slice], Tensor]
 
 End: TypeAlias = Callable[[int, slice, Tensor, "Tensor | None", Tensor], None]
 """Takes the number of a path, and which sequences, their tokens, mask and H^L."""
+
+_Given: TypeAlias = tuple[Batch, Tensor, LayerCall]
+"""A batch, its hidden states before a layer, and the layer's other arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,28 +135,52 @@ class Loop:
         Raises:
             UserError: the output is not finite, or memory does not suffice for one sequence.
         """
+
+        def finish(batch: Batch, given: _Given, passed: Passed) -> None:
+            if name is not None:
+                require_finite(passed.after, name)
+            then(passed)
+            self.spend(1, passed.rows)
+
+        with self._running(layer, read, PARTS if inputs else ()) as (prepare, work):
+            self.batches.side_by_side(prepare, work, finish, sequences)
+
+    def outputs(
+        self, layer: Placed, read: Read, *, sequences: Sequence[slice] = (slice(None),), inputs: Sequence[Part] = ()
+    ) -> Iterator[Passed]:
+        """One layer's outputs, batch after batch, for a caller that starts again with smaller batches where memory
+        runs out (`Batches.whole`).
+
+        Args:
+            inputs: parts, the inputs of whose output projections are handed over too.
+        """
+        with self._running(layer, read, inputs) as (prepare, work):
+            for part in sequences:
+                for _, _, passed in self.batches.results(prepare, work, part):
+                    self.spend(1, passed.rows)
+                    yield passed
+
+    @contextmanager
+    def _running(
+        self, layer: Placed, read: Read, inputs: Sequence[Part]
+    ) -> Iterator[tuple[Callable[[slice, Tensor, Tensor | None], _Given], Callable[[_Given], Passed]]]:
+        """What is prepared for a batch, and what runs one layer on it, in any thread."""
         here = threading.local()
 
-        def prepare(rows: slice, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, LayerCall]:
-            return read(rows), self.stream.calls(ids, mask)[layer.source]
+        def prepare(rows: slice, ids: Tensor, mask: Tensor | None) -> _Given:
+            return (rows, ids, mask), read(rows), self.stream.calls(ids, mask)[layer.source]
 
-        def work(given: tuple[Tensor, LayerCall]) -> tuple[Tensor, dict[Part, Tensor]]:
+        def work(given: _Given) -> Passed:
+            (rows, ids, mask), before, call = given
             here.inputs = {}
-            return self.stream.run(layer.module, *given), here.inputs
-
-        def finish(batch: Batch, given: tuple[Tensor, LayerCall], found: tuple[Tensor, dict[Part, Tensor]]) -> None:
-            rows, ids, mask = batch
-            if name is not None:
-                require_finite(found[0], name)
-            then(Passed(rows=rows, ids=ids, mask=mask, before=given[0], after=found[0], inputs=found[1]))
-            self.spend(1, rows)
+            after = self.stream.run(layer.module, before, call)
+            return Passed(rows=rows, ids=ids, mask=mask, before=before, after=after, inputs=here.inputs)
 
         def receive(part: Part, x: Tensor) -> None:
             here.inputs[part] = x
 
-        hooks = output_projections(layer.module, self.resident.architecture, receive) if inputs else nullcontext()
-        with hooks:
-            self.batches.side_by_side(prepare, work, finish, sequences)
+        with output_projections(layer.module, self.resident.architecture, receive, inputs):
+            yield prepare, work
 
     def through(
         self,
