@@ -45,7 +45,7 @@ from intarsia.healing.layer_fit import LayerFit, LayerText, fit_layer
 from intarsia.healing.layer_map import fitted_parts
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
-from intarsia.progress import Progress, Silent
+from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe
 
 
@@ -56,7 +56,6 @@ def fit(
     settings: ClosedFormSettings | None = None,
     unseen: Collection[int] = (),
     memory_budget: MemoryBudget | None = None,
-    progress: Progress | None = None,
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """A recipe with fitted output projections, and a report for every one of them.
 
@@ -72,7 +71,7 @@ def fit(
     work = _Work(recipe, teacher, settings or ClosedFormSettings(), frozenset(unseen), memory_budget or MemoryBudget())
     try:
         with torch.inference_mode():
-            fitted, fits = work.run(progress or Silent())
+            fitted, fits = work.run()
     finally:
         work.student.close()
     merged = {index: {**recipe.fitted.get(index, {}), **tensors} for index, tensors in fitted.items()}
@@ -104,7 +103,7 @@ class _Work:
         self.student = self.loop.store()
         self.spool = spool_of(self.resident, memory_budget)
 
-    def run(self, progress: Progress) -> tuple[dict[int, dict[str, npt.NDArray[np.float32]]], list[LayerFit]]:
+    def run(self) -> tuple[dict[int, dict[str, npt.NDArray[np.float32]]], list[LayerFit]]:
         fitted: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
         fits: list[LayerFit] = []
         if not self.parts:
@@ -115,7 +114,7 @@ class _Work:
         # Spans of layers with a target do not overlap: no two have the same last layer.
         targets = {index: self.recipe.spans[index][1] for index in self.parts}
         self.teacher.learn({first, *targets.values()})
-        with progress.task("closed form", last + 1 - first) as task:
+        with current().task("closed form", last + 1 - first) as task:
             for rows, _, _ in self.batches.over():
                 self.student.put(0, rows.start, self.teacher.at(first, rows))
             if first not in targets.values():

@@ -292,16 +292,9 @@ def _measured(
     if before is not None and schema.content_hash(found) == schema.content_hash(before.recipe):
         measured = before.quality  # it changed nothing
     else:
-        texts, errors = context.evaluation, context.layer_errors
-        measured = quality(
-            found,
-            context.resident,
-            context.held_out,
-            texts,
-            errors=errors,
-            memory_budget=context.memory_budget,
-            progress=progress.current(),
-        ).to_dict()
+        errors, memory_budget = context.layer_errors, context.memory_budget
+        texts = (context.held_out, *context.evaluation)
+        measured = quality(found, context.resident, texts, errors=errors, memory_budget=memory_budget).to_dict()
     result = StageResult(
         stage=name,
         path=path,

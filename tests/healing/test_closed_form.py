@@ -23,7 +23,6 @@ from intarsia.healing.layer_fit import fittable
 from intarsia.healing.layer_map import fit_forwards, fitted_parts, taught
 from intarsia.healing.quality import Chain, quality
 from intarsia.healing.settings import LAST, ClosedFormSettings
-from intarsia.progress import Silent
 from intarsia.recipe import schema
 from intarsia.recipe.ops import Merge, Op
 from intarsia.recipe.recipe import Recipe, identity
@@ -133,10 +132,10 @@ def test_removals_and_joined_layers_are_repaired(
     assert [(row["layer"], row["module"]) for row in fits] == [(layer, name) for layer in (2, 3) for name in modules]
     assert all(row["error_after"] <= row["error_before"] for row in fits)
     assert all(name.removesuffix(".weight") in modules for names in healed.fitted.values() for name in names)
-    judged = quality(healed, resident, held_out_rows(train), progress=Silent())
+    judged = quality(healed, resident, [held_out_rows(train)])
     for row in (fits[len(modules) - 1], fits[-1]):
         assert row["error_after"] == pytest.approx(judged.errors[row["layer"]], rel=1e-3)
-    errors = [quality(each, resident, fresh, progress=Silent()).errors for each in (recipe, healed)]
+    errors = [quality(each, resident, [fresh]).errors for each in (recipe, healed)]
     assert errors[1][2] < 0.9 * errors[0][2] and errors[1][3] < 0.9 * errors[0][3]
     assert all(torch.equal(before[name], tensor) for name, tensor in resident.model.state_dict().items())
 
@@ -217,7 +216,7 @@ def test_layers_behind_make_good_what_is_left(
     assert sorted(near.fitted) == [1] and sorted(far.fitted) == [1, 2, 3]
     changed, rest = (len(steps(resident.architecture, parts)) for parts in (PLAIN.changed, PLAIN.unchanged))
     assert [row["layer"] for row in fits] == [1] * changed + [2] * rest + [3] * rest
-    errors = [quality(each, resident, fresh, progress=Silent()).errors for each in (near, far)]
+    errors = [quality(each, resident, [fresh]).errors for each in (near, far)]
     assert errors[1][1] == errors[0][1]
     assert errors[1][3] < errors[0][3]
 
@@ -261,7 +260,7 @@ def test_massive_tokens(tmp_path: Path, tokens: Tokens) -> None:
     train.input_ids[:, 0] = fresh.input_ids[:, 0] = 1
     recipe = removal(checkpoint)
     plain, relative, uniform = (
-        quality(each, resident, fresh, progress=Silent()).errors[1]
+        quality(each, resident, [fresh]).errors[1]
         for each in (
             recipe,
             fit_on(recipe, resident, train, settings=DOWN)[0],
