@@ -1,4 +1,4 @@
-"""The closed form inside the search, on tokens of the search's own examples, towards the same blend uncut.
+"""The closed form inside the search, on tokens of the search's own examples, toward the same blend uncut.
 
 A fit makes a candidate look better on what it was fitted to than elsewhere. So it takes examples from the end of the
 order, and of texts windows are drawn for it that no budget of the search reaches. Where an objective's examples are
@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from intarsia.activations.batches import Batches
 from intarsia.activations.loop import Loop
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing.closed_form import fit
@@ -28,7 +28,6 @@ from intarsia.recipe import schema
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.objective import Objective
-from intarsia.tailoring.trial_run import ResidentFamily
 
 TOKENS = 16384
 _SETTINGS = ClosedFormSettings()
@@ -54,36 +53,30 @@ def heal_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | Non
     parts = [list(_windows(objective, seq_len, eos, wanted)) for objective in objectives]
     order = sorted((place, number) for number, part in enumerate(parts) for place in range(len(part)))
     if len(order) < _LEAST_WINDOWS:
-        raise UserError.of(
-            where="heal",
-            expected=f"at least {_LEAST_WINDOWS * seq_len} tokens of examples for the closed form",
-            found=f"{len(order)} windows of {seq_len} tokens",
-            remedy="Widen the splits, add an objective on a text, or leave heal out.",
+        raise UserError(
+            f"The examples have {len(order) * seq_len} tokens; healing trials in closed form needs at least "
+            f"{_LEAST_WINDOWS * seq_len}.",
+            "Widen the splits, add an objective on a text, or set heal: none.",
         )
     ids = torch.tensor([parts[number][place] for place, number in order])
     names = ", ".join(objective.name for objective in objectives)
     return Corpus.of(ids, description=f"examples of {names}", documents=len(order))
 
 
-def heal_trial(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
-    """A recipe with its output projections fitted towards what it would be uncut.
+def heal_trial(recipe: Recipe, model: LoadedModel, corpus: Corpus) -> Recipe:
+    """A recipe with its output projections fitted toward what it would be with no layer removed.
 
     Raises:
         UserError: activations are not finite.
     """
-    batches = Batches(corpus, layers.resident.device)
-    with TeacherStates(Loop(layers.resident, batches), layers=teacher_of(recipe, layers)) as teacher:
+    teacher_layers = [model.module(op) for op in reference_layers(recipe)]
+    with TeacherStates(Loop(model, Batches(corpus, model.device)), layers=teacher_layers) as teacher:
         return fit(recipe, teacher, settings=_SETTINGS)[0]
 
 
-def heal_work(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> float:
+def heal_work(recipe: Recipe, model: LoadedModel, corpus: Corpus) -> float:
     """What that fit takes, in layer-forwards times tokens."""
-    return float(fit_forwards(recipe, _SETTINGS, layers.resident.architecture) * corpus.tokens)
-
-
-def teacher_of(recipe: Recipe, layers: ResidentFamily) -> list[nn.Module]:
-    """The layers of what a recipe would be uncut."""
-    return [layers.module(op) for op in reference_layers(recipe)]
+    return float(fit_forwards(recipe, _SETTINGS, model.architecture) * corpus.tokens)
 
 
 def _windows(objective: Objective, seq_len: int, eos: int | None, most: int) -> Iterator[list[int]]:

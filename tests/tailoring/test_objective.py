@@ -93,7 +93,7 @@ def test_budgets_larger_than_the_data() -> None:
     small = Objective(name="quiz", measure="margin", source="quiz.jsonl", examples=ASKED)
     large = Objective(name="text", measure="loss", source="text.txt", examples=ASKED * 4)
     check_budgets([small, large], 8)
-    with pytest.raises(UserError, match=r"max_budget: expected at most 8, .* found 9 \(quiz: 2, text: 8\)"):
+    with pytest.raises(UserError, match=r"max_budget is 9; .* at most 8 examples \(quiz: 2, text: 8\)"):
         check_budgets([small, large], 9)
 
 
