@@ -2,7 +2,7 @@
 
 An output layer with span (a, b] should turn the output of the healed layers before it into the original's H^b. Its
 output projections (down_proj, o_proj) are fitted by ridge regression on their own inputs toward what is still missing
-of H^b, and shrink towards the weights as they are: down_proj, then o_proj, then down_proj again after the changed
+of H^b, and shrink toward the weights as they are: down_proj, then o_proj, then down_proj again after the changed
 attention.
 Layers after the first merge that stand for themselves alone have down_proj fitted, and o_proj where that is asked for:
 they correct what those before left. With a plain removal and down_proj alone this is the special case of arXiv

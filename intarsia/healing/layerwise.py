@@ -1,4 +1,4 @@
-"""Layerwise distillation: every output layer that needs it is trained from the original's H^start towards H^stop.
+"""Layerwise distillation: every output layer that needs it is trained from the original's H^start toward H^stop.
 
 Layers are trained one after the other, and do not depend on one another, unless their inputs are those of the
 trained layers before them (`inputs="student"`, the default). The teacher is run once, only as deep as the next layer

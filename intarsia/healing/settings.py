@@ -42,8 +42,8 @@ class ClosedFormSettings:
 
 
 LAST = ClosedFormSettings(unchanged=("mlp", "attention"), held_out=32)
-"""How the final model is fitted, where other text judges it: held-out sequences only choose the strength then, and few
-are enough."""
+"""How the final model is fitted. Other text decides about it, so held-out sequences only choose the strength, and few
+suffice."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,7 @@ def search(
     run = _Run(engine, history, workers, goal, recipe_of)
     if len(history.made) >= goal.trials:
         return None
-    run.hear_earlier()
+    run.tell_earlier()
     with current().task(f"{goal.trials} trials", goal.trials) as task:
         task.advance(len(history.made))
         task.note(words(history.trials, goal))
@@ -96,7 +96,7 @@ class _Run:
         self._caught_up = False
         self._ends = [time.monotonic()]
 
-    def hear_earlier(self) -> None:
+    def tell_earlier(self) -> None:
         """Give the engine the trials of earlier searches, before its first question."""
         for trial in self._history.trials:
             if trial.engine == EARLIER:

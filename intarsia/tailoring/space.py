@@ -1,7 +1,7 @@
 """The search space: which candidates there are, how many, and what is near what.
 
-Which layers are removed is a subset of the base's layers, never a sequence of indices; in a stack, which layers stand
-there twice is one too. A kept layer whose follower is removed may be joined with it. Everything else about a layer is
+Which layers are removed is a subset of the base's layers, never a sequence of indices; in a stack, which layers occur
+twice is one too. A kept layer whose follower is removed may be joined with it. Everything else about a layer is
 chosen from the menu. Where the space has groups (layer-wise fusion at full depth), the layers of a group share a
 choice.
 """
@@ -115,14 +115,14 @@ class Space:
     # Subsets and positions
 
     def changed(self, positions: Sequence[int]) -> tuple[int, ...]:
-        """The removed layers, or in a stack those that stand there twice."""
+        """The removed layers, or in a stack those that occur twice."""
         if self.kind == "stack":
             return tuple(layer for layer in range(self.depth) if list(positions).count(layer) == 2)
         return tuple(layer for layer in range(self.depth) if layer not in positions) if self.kind == "cut" else ()
 
     @property
     def changes(self) -> int:
-        """How many layers are removed, or stand there twice."""
+        """How many layers are removed, or occur twice."""
         return abs(self.depth - self.target)
 
     def positions(self, changed: Sequence[int]) -> tuple[int, ...]:
@@ -134,7 +134,7 @@ class Space:
     # Candidates
 
     def plain(self, changed: Sequence[int] = ()) -> Candidate:
-        """The base's own layers, without (or with twice) these."""
+        """The base's own layers, without these, or with these twice."""
         positions = self.positions(changed)
         return Candidate(positions=positions, choices=tuple(single(self.menu.members[0]) for _ in positions))
 
@@ -186,7 +186,7 @@ class Space:
     def random_middle(self, rng: Random) -> Candidate:
         """The base without layers drawn from its middle: neither the first tenth nor the last, as far as possible.
 
-        Where layers stand twice they are drawn so too; a fusion starts from the base.
+        In a stack the doubled layers are drawn so; a fusion starts from the base.
         """
         spare = max(min(self.depth // 10, (self.depth - self.changes) // 2), 0)
         return self.plain(rng.sample(range(spare, self.depth - spare), self.changes))

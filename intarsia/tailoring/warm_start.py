@@ -127,7 +127,7 @@ def from_search(
             where its candidate is the same recipe here as it was there.
     """
     space = translator.space
-    heard = [
+    reused = [
         replace(trial, origin=f"{name}, {trial.origin}")
         for trial in trials
         if same
@@ -136,12 +136,12 @@ def from_search(
         and content_hash(translator.recipe(trial.candidate)) == trial.recipe
     ]
     # A candidate whose costs are known need not be tried again at the least budget.
-    known = {trial.candidate for trial in heard}
+    known = {trial.candidate for trial in reused}
     points = [] if front is None else [point.candidate for point in front.points]
     starts = [candidate for candidate in points if space.has(candidate) and candidate not in known]
     return WarmStart(
         starts=tuple(Start(candidate=candidate, origin=f"warm start: {name}") for candidate in starts),
-        earlier=tuple(heard),
+        earlier=tuple(reused),
     )
 
 

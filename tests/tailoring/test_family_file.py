@@ -47,18 +47,16 @@ def test_defaults() -> None:
 def test_the_demo_family() -> None:
     found = read_family_file(RECIPES / "tailor-demo.yaml")
     assert found.target.layers == 23
-    assert found.operations == ("remove", "select", "merge", "concat")
-    assert found.methods == ("task_arithmetic", "linear", "slerp", "ties")
+    defaults = parse()
+    assert found.operations == defaults.operations and found.methods == defaults.methods
+    assert found.heal == "finalists"
     assert found.objectives[0] == ObjectiveSpec(
         name="science", task="../shared/data/tasks/arc_easy.jsonl", split=(0.0, 0.33)
     )
     assert found.search == SearchSpec(
-        engine="smac",
-        trials=200,
-        min_budget=16,
-        max_budget=256,
-        eta=3,
-        warm_start=("random-middle", "shortgpt", "sleb", "come"),
+        min_budget=9,
+        max_budget=81,
+        warm_start=("random-middle", "sleb", "come-p"),
     )
 
 

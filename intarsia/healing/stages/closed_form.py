@@ -22,7 +22,7 @@ _TRIAL = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class FinalFitSettings(ClosedFormSettings):
-    """How the closed form fits the final model: other text judges it, so few held-out sequences are enough."""
+    """How the closed form fits the final model. Other text decides about it, so few held-out sequences suffice."""
 
     # Layers that are fitted: those that were changed, or also every layer after the first of them.
     layers: Layers = flag(LAST.layers, "--fit-layers")
