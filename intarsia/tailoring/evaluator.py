@@ -109,7 +109,7 @@ class Evaluator:
             )
         check(recipe, dict.fromkeys((self.model.base, *self.model.others), self.model.architecture))
         if healed is None:
-            healed = self._file.heals(budget) and not recipe.fitted
+            healed = self._heal_on is not None and self._file.heals(budget) and not recipe.fitted
         fitting = 0.0
         with self._failing():
             if healed:
@@ -218,7 +218,7 @@ def open_evaluator(
     runtime: Runtime | None = None,
     *,
     seq_len: int = _SEQ_LEN,
-    tokenizer: Any | None = None,
+    examples: int | None = None,
     probe: bool = True,
     fits: KeptFits | None = None,
 ) -> Evaluator:
@@ -229,7 +229,7 @@ def open_evaluator(
         runtime: its memory is for caches (layers that were made, and states after shared first layers), beside the
             family's own tensors; without it 1 GiB on the CPU, and three tenths of what is free elsewhere.
         seq_len: tokens of a window of text.
-        tokenizer: the base's; None to read it from its folder.
+        examples: windows that are drawn of a text, where they are not those of a search; nothing is healed then.
         probe: measure the base at the largest budget, and refuse objectives on which models cannot differ.
         fits: where what is fitted for trials is kept.
 
@@ -240,21 +240,17 @@ def open_evaluator(
     runtime, search = runtime or Runtime(), file.search
     device = default_device() if runtime.device is None else torch.device(runtime.device)
     checkpoint = family.checkpoints()[family.names[0]]
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     positions = positions_of(SimpleNamespace(**checkpoint.config))
     seq_len = min(seq_len, positions or seq_len)
+    heals = file.heal != "none" and examples is None
+    windows = examples or search.max_budget + (heal_windows(seq_len) if heals else 0)
     objectives = read_objectives(
-        file.objectives,
-        tokenizer,
-        windows=search.max_budget + (heal_windows(seq_len) if file.heal != "none" else 0),
-        seq_len=seq_len,
-        max_length=positions,
-        seed=search.seed,
+        file.objectives, tokenizer, windows=windows, seq_len=seq_len, max_length=positions, seed=search.seed
     )
-    check_budgets(objectives, search.max_budget)
-    heal_on = None
-    if file.heal != "none":
-        heal_on = heal_corpus(objectives, seq_len=seq_len, eos=tokenizer.eos_token_id)
+    if examples is None:
+        check_budgets(objectives, search.max_budget)
+    heal_on = heal_corpus(objectives, seq_len=seq_len, eos=tokenizer.eos_token_id) if heals else None
     cache_bytes = runtime.memory_bytes or _cache_bytes(device)
     with current().task("loading the base", total=1) as task:
         dtype = None if runtime.dtype is None else getattr(torch, runtime.dtype)
@@ -275,24 +271,6 @@ def open_evaluator(
             made.probe(search.max_budget)
             task.advance()
     return made
-
-
-def examples_there(file: FamilyFile, family: Family, most: int) -> int:
-    """How many examples the largest objective has, up to `most`.
-
-    Raises:
-        UserError: an objective cannot be read.
-    """
-    checkpoint = family.checkpoints()[family.names[0]]
-    objectives = read_objectives(
-        file.objectives,
-        AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False),
-        windows=most,
-        seq_len=_SEQ_LEN,
-        max_length=positions_of(SimpleNamespace(**checkpoint.config)),
-        seed=file.search.seed,
-    )
-    return min(most, max(len(objective.examples) for objective in objectives))
 
 
 def _cache_bytes(device: torch.device) -> int:

@@ -195,7 +195,7 @@ class ObjectiveSpec(Strict):
 
 
 class SearchSpec(Strict):
-    """How to search; what the defaults rest on is in docs/TAILOR.md. Budgets are numbers of examples of an objective."""
+    """How to search; docs/TAILOR.md says what the defaults rest on. Budgets are numbers of examples of an objective."""
 
     # An engine, with options as in `smac[challengers=100]`.
     engine: str = "evolve"

@@ -222,21 +222,15 @@ class HarnessQuestion:
     source: str = ""
 
 
-def harness_questions(name: str, part: Range) -> list[HarnessQuestion]:
+def questions_of(task: Task, part: Range) -> list[HarnessQuestion]:
     """The questions of a task of lm-eval, or of all tasks of a group.
 
     Args:
         part: of each task's items; item i of n is in it if start * n <= i < end * n.
 
     Raises:
-        UserError: lm-eval is not installed, there is no such task, or it is none of choices with one right answer.
+        UserError: it is none of choices with one right answer.
     """
-    (task,) = load_tasks([name])
-    return questions_of(task, part)
-
-
-def questions_of(task: Task, part: Range) -> list[HarnessQuestion]:
-    """The questions of a task that is loaded; see `harness_questions`."""
     found = [question for leaf in task.leaves for question in _of_leaf(leaf, part)]
     if not found:
         raise _refused(task.name, "without a question in this part of it")
@@ -323,7 +317,8 @@ def _examples(
     spec: ObjectiveSpec, tokenizer: Any, windows: int, seq_len: int, max_length: int | None, seed: int
 ) -> list[Example]:
     if spec.kind == "task" and not names_a_file(spec.source):
-        return _asked(harness_questions(spec.source, spec.split), tokenizer, max_length, spec.name)
+        (task,) = load_tasks([spec.source])
+        return _asked(questions_of(task, spec.split), tokenizer, max_length, spec.name)
     if spec.kind == "task":
         _, questions = read_questions(part_of(spec))
         return _asked([_as_asked(question) for question in questions], tokenizer, max_length, spec.name)

@@ -278,11 +278,11 @@ def test_the_example_of_13_billion_parameters(tmp_path: Path, monkeypatch: pytes
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
     result = tailor(recipe, configs=tmp_path, dry_run=True)
-    assert (result.predicted.layers, result.predicted.target) == (40, 30)  # a quarter
+    assert (result.predicted.space.depth, result.predicted.space.target) == (40, 30)  # a quarter
     # C(40, 10) subsets; a layer: 4 whole members, or task arithmetic of 1 to 3 variants with 15 values other than 0
     # (14 for one variant, whose whole difference is a member), each with one of 9 scales.
     keeps = (4 + 3 * 14 + 3 * 15 + 15) * 9
-    assert result.predicted.log10_size == pytest.approx(log10(comb(40, 10)) + 30 * log10(keeps))
+    assert result.predicted.space.log10_size == pytest.approx(log10(comb(40, 10)) + 30 * log10(keeps))
     (tmp_path / file.variants["math"].model / "config.json").write_text(
         json.dumps({**LLAMA, "num_hidden_layers": 32}), encoding="utf-8"
     )

@@ -114,7 +114,7 @@ def test_every_mistake_at_once(tmp_path: Path) -> None:
         read(*specs)
     found = [str(problem) for problem in caught.value.problems]
     assert len(found) == 3
-    assert "bad.jsonl:1, choices" in found[0] and "gone.txt" in found[1] and "no split" in found[2]
+    assert "bad.jsonl:1, choices" in found[0] and "gone.txt" in found[1] and "has a split" in found[2]
 
 
 METRICS = "metric_list:\n  - metric: acc_norm\n    aggregation: mean\n    higher_is_better: true\n"
