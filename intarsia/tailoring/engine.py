@@ -237,6 +237,6 @@ def predict(file: FamilyFile, space: Space, budgets: Sequence[int], trials: int)
         objectives=objectives,
         stages=tuple(
             {"budget": budget, "trials": count, "examples": budget * count * len(objectives)}
-            for budget, count in counts
+            for budget, count in expected_trials(budgets, trials, file.search.eta).items()
         ),
     )
