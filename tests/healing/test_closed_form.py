@@ -19,6 +19,7 @@ from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
+from intarsia.healing.closed_form import _seen
 from intarsia.healing.layer_fit import fittable
 from intarsia.healing.layer_map import fit_forwards, fitted_parts, taught
 from intarsia.healing.quality import Chain, quality
@@ -247,6 +248,28 @@ def test_batches_do_not_matter(cut: Cut, resident_of: InMemory, tokens: Tokens) 
     for index, tensors in first.fitted.items():
         for name, tensor in tensors.items():
             np.testing.assert_allclose(tensor, second.fitted[index][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_batches_side_by_side_do_not_matter(family: str, cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
+    _, recipe = cut(family)
+    train, _ = tokens(padded=True)
+    first, reports = fit_on(recipe, resident_of(family), train, settings=PLAIN)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        second, again = fit_on(recipe, resident_of(family), train, settings=PLAIN)
+    finally:
+        torch.set_num_threads(threads)
+    assert first.fitted.keys() == second.fitted.keys() != set()
+    for one, other in zip(reports, again, strict=True):
+        assert (one["layer"], one["module"]) == (other["layer"], other["module"])
+        assert one["error_after"] == pytest.approx(other["error_after"], rel=1e-3)
+
+
+def test_sequences_between_those_not_seen() -> None:
+    assert _seen(6, [0, 3]) == [slice(1, 3), slice(4, 6)] and _seen(4, [3, 1, 0]) == [slice(2, 3)]
+    assert _seen(3, ()) == [slice(0, 3)] and _seen(1, [0]) == []
 
 
 def test_massive_tokens(tmp_path: Path, tokens: Tokens) -> None:

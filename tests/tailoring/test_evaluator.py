@@ -177,6 +177,22 @@ def test_caches_change_nothing(trio: Family, objectives: Sequence[ObjectiveSpec]
     assert tiny.runner.prefixes.states.nbytes <= 1000
 
 
+def test_batches_side_by_side_change_nothing(trio: Family, objectives: Sequence[ObjectiveSpec]) -> None:
+    made = [recipe(trio, select(1, "math"), merged(3), select(layer)) for layer in (4, 5)]
+    alone = opened(trio, objectives, least=3)
+    expected = [alone.evaluate(each, BUDGET) for each in made]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        two = opened(trio, objectives, least=3)
+        found = [two.evaluate(each, BUDGET) for each in made]
+    finally:
+        torch.set_num_threads(threads)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.costs == pytest.approx(theirs.costs, rel=1e-6)
+        assert (ours.layer_forwards, ours.examples) == (theirs.layer_forwards, theirs.examples)
+
+
 def test_a_trial_costs_what_is_new_in_it(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
     members = pair("llama")
     evaluator = opened(members, objectives[:4], least=4, probe=False)
