@@ -10,9 +10,13 @@ after the other, or windows of text.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from intarsia.activations.batches import Batches
@@ -24,6 +28,7 @@ from intarsia.healing.closed_form import fit
 from intarsia.healing.layer_map import fit_forwards
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
+from intarsia.healing.training import load_state, save_state
 from intarsia.recipe import schema
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.recipe import Recipe
@@ -99,35 +104,37 @@ def _windows(objective: Objective, seq_len: int, eos: int | None, most: int) -> 
 
 
 class KeptFits:
-    """The healed recipes in a folder; nothing is kept where there is no such folder."""
+    """Fitted tensors of trials in a folder, by the hash of the recipe; nothing is kept where there is no folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def find(self, recipe: Recipe) -> Recipe | None:
         """A recipe as it was healed before, if it was."""
-        path = self._path(schema.content_hash(recipe))
-        if not path.exists():
-            return None
         try:
-            return schema.load(path)
-        except UserError:  # a kill or a full disk left half of it
+            state = load_state(self._path(schema.content_hash(recipe)))
+        except UserError:  # damaged; it is fitted again
             return None
+        if state is None:
+            return None
+        fitted: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
+        for key, tensor in state[0].items():
+            index, _, name = key.partition(" ")
+            fitted.setdefault(int(index), {})[name] = tensor.numpy()
+        return replace(recipe, fitted=fitted)
 
     def keep(self, recipe: Recipe, healed: Recipe) -> None:
         """Keep what was fitted. On a full disk nothing is kept, and the fit is made again."""
         if self._folder.is_dir():
-            name = schema.content_hash(recipe)
-            self._forget(name)  # half of a file would be refused as another's
-            try:
-                schema.save(healed, self._path(name))
-            except (UserError, OSError):
-                self._forget(name)
+            fitted = healed.fitted.items()
+            tensors = {f"{i} {name}": torch.from_numpy(array) for i, arrays in fitted for name, array in arrays.items()}
+            with suppress(UserError, OSError):
+                save_state(self._path(schema.content_hash(recipe)), tensors, {})
 
-    def drop(self, hashes: Set[str]) -> None:
-        """Delete some of them."""
-        for name in {path.stem for path in self._folder.glob("*")} & hashes:
-            self._forget(name)
+    def drop(self, hashes: Iterable[str]) -> None:
+        """Delete the fits of some recipes."""
+        for name in hashes:
+            self._path(name).unlink(missing_ok=True)
 
     def start(self) -> None:
         """Make the folder: from now on fits are kept."""
@@ -137,9 +144,5 @@ class KeptFits:
         """Delete all of them."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _forget(self, name: str) -> None:
-        for suffix in (".yaml", ".safetensors"):
-            self._path(name).with_suffix(suffix).unlink(missing_ok=True)
-
     def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.yaml"
+        return self._folder / f"{name}.safetensors"
