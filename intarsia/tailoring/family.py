@@ -25,7 +25,7 @@ from intarsia.tailoring.family_file import MemberSpec
 _MOST_NAMED = 3
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Member:
     """A model of a family. Without `checkpoint` only its config is known."""
 
@@ -275,12 +275,11 @@ def open_family(specs: Mapping[str, MemberSpec], *, weights: bool = True, config
 
 def _member(name: str, spec: MemberSpec, base: Member | None, weights: bool, configs: Path | None) -> Member:
     checkpoint: Checkpoint | None = None
+    config: Mapping[str, Any]
     if weights:
         over = None if base is None else base.checkpoint
         checkpoint = open_variant(spec.model, revision=spec.revision, base=over, progress=current())
-        read: tuple[Mapping[str, Any], Architecture] = checkpoint.config, checkpoint.architecture
+        config, architecture = checkpoint.config, checkpoint.architecture
     else:
-        read = read_config_only(spec.model, spec.revision, base, configs=configs)
-    config, architecture = read
-    facts = {"model": spec.model, "revision": spec.revision, "config": config, "architecture": architecture}
-    return Member(name=name, checkpoint=checkpoint, **facts)
+        config, architecture = read_config_only(spec.model, spec.revision, base, configs=configs)
+    return Member(name, spec.model, spec.revision, config, architecture, checkpoint)

@@ -26,7 +26,7 @@ from tests import families
 from tests.healing.conftest import Cut, Tokens
 
 CPU = torch.device("cpu")
-QUICK = EndToEndSettings(batch_tokens=64, micro_tokens=32, evaluations=3, lr=3e-3)
+QUICK = EndToEndSettings(batch_tokens=64, micro_tokens=32, evaluations=3, patience=3, lr=3e-3)
 
 
 def heal(
