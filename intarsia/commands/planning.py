@@ -139,6 +139,7 @@ class Planning:
         elif self._model.kept:
             self._model.rewind()
         self._model.look_at(self.planner.plan_tokens)
+        self._model.criterion = self.planner.criterion
         return self._model
 
     def states(self) -> TeacherStates | None:
@@ -156,7 +157,7 @@ class Planning:
             ladder.run.write_json(name, {"blocks": best_blocks(model, removed, self.planner.blocks)})
         remedy = "Delete it; the blocks are then compared again."
         found = read_json(ladder.path / name, expected="blocks of layers", remedy=remedy)
-        return starts_of(recipe, found["blocks"])
+        return starts_of(recipe, found["blocks"], self.job.checkpoint.architecture)
 
     def settings(self, run: RunDir) -> dict[str, Any]:
         """What decides the plan; `Runtime` does not.

@@ -15,6 +15,7 @@ from torch import Tensor
 from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.loop import Loop, Passed
+from intarsia.activations.loss import Likeliest
 from intarsia.activations.statistics import LayerMeasure, cosines, last_real
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Layer, RecipeLayers, is_whole
@@ -22,8 +23,12 @@ from intarsia.data.corpus import Corpus
 from intarsia.healing.teacher import TeacherStates
 from intarsia.progress import Progress, current
 from intarsia.pruning.scores import angular_distance
+from intarsia.pruning.step import Criterion
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import Fitted
+
+# Tokens of the original's next-token distribution that are known, beside the mass of all others.
+_LIKELIEST = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,8 @@ class Intermediate(RecipeLayers):
         rows: the first sequences of the calibration text, which everything but the original's hidden states is
             measured on; see `look_at`.
         measures: what each current layer does on them.
+        criterion: what candidates are compared by: their loss, or their divergence (KL) from the original's next-token
+            distribution.
     """
 
     def __init__(
@@ -85,6 +92,8 @@ class Intermediate(RecipeLayers):
         self._distances: dict[tuple[int, int, str], float] = {}
         self._kept: _Kept | None = None
         self._original: TeacherStates | None = None
+        self.criterion: Criterion = "loss"
+        self._likeliest: Likeliest | None = None
         self._held_original = False
 
     @property
@@ -265,6 +274,21 @@ class Intermediate(RecipeLayers):
             self._original = TeacherStates(self.loop, known=known, keep=True)
             self._original.learn(range(self.architecture.n_layers + 1))
         return self._original
+
+    @torch.inference_mode()
+    def expected(self) -> Likeliest:
+        """The original's likeliest next tokens, of `rows`."""
+        if self._likeliest is None or len(self._likeliest.log_p) < self.rows.stop:
+            states, k = self.original(), min(_LIKELIEST, self.architecture.vocabulary)
+            found: list[Likeliest] = []
+
+            def look(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
+                h_BTD = states.at(self.architecture.n_layers, rows)
+                found.append(self.loop.stream.likeliest(h_BTD, ids, mask, k))
+
+            self.batches.each(look, self.rows)
+            self._likeliest = Likeliest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        return self._likeliest
 
     def close(self) -> None:
         """Free the hidden states, the original's with them."""
