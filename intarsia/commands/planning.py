@@ -139,6 +139,7 @@ class Planning:
         elif self._model.kept:
             self._model.rewind()
         self._model.look_at(self.planner.plan_tokens)
+        self._model.criterion = self.planner.criterion
         return self._model
 
     def states(self) -> TeacherStates | None:
@@ -156,7 +157,7 @@ class Planning:
             ladder.run.write_json(name, {"blocks": best_blocks(model, removed, self.planner.blocks)})
         remedy = "Delete it; the blocks are then compared again."
         found = read_json(ladder.path / name, expected="blocks of layers", remedy=remedy)
-        return starts_of(recipe, found["blocks"])
+        return starts_of(recipe, found["blocks"], self.job.checkpoint.architecture)
 
     def settings(self, run: RunDir) -> dict[str, Any]:
         """What decides the plan; `Runtime` does not.
@@ -249,6 +250,10 @@ class Planning:
         return whole.with_layers(whole.layers, provenance=provenance)
 
 
+# What comparing blocks takes, as a share of a heal stage, about.
+_BLOCKS = 0.1
+
+
 def heal_recipe(
     planning: Planning, ladder: Ladder, recipe: Recipe, stages: Sequence[Chosen], *, states: TeacherStates | None = None
 ) -> Healed | None:
@@ -264,9 +269,9 @@ def heal_recipe(
         return None
     job = planning.job
     pin_text(ladder.run, job)
-    with progress.current().task("", 1 + len(stages)) as task:
+    with progress.current().task("", _BLOCKS + len(stages)) as task:
         starts = planning.blocks(ladder, recipe)
-        task.advance()
+        task.advance(_BLOCKS)
         context = HealContext(
             run=ladder.run,
             variants={recipe.base: job.checkpoint},

@@ -58,6 +58,7 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
     from intarsia.healing.closed_form import fit
     from intarsia.healing.layer_map import fit_forwards
     from intarsia.healing.restarts import AS_IT_IS, fit_each, starts
+    from intarsia.progress import current
 
     architecture = context.variants[recipe.base].architecture
     text = _first(context.calibration, settings.tokens)
@@ -68,20 +69,24 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
     }
     points, forwards = [*starts(recipe, architecture), *context.starts], 0.0
     start, found, fits = points[0], None, []
-    if len(points) > 1:
-        trial = _first(text, settings.trial_tokens or int(text.tokens * _TRIAL))
-        with context.original_states(trial, fits=len(points)) as teacher:
-            ranked = fit_each(points, teacher, context.held_out, folder=context.folder, **common)
-        start = ranked[0].start
-        context.facts |= {"starts": {each.start.name: each.perplexity for each in ranked}, "start": start.name}
-        context.facts["from_scratch"] = start.name != AS_IT_IS
-        forwards = sum(fit_forwards(each.recipe, settings, architecture) for each in points) * len(trial) / len(text)
-        if trial is text:
-            found, fits = ranked[0].recipe, ranked[0].fits
-    if found is None:  # whether it is accepted is decided after the stage
-        with context.original_states(text) as teacher:
-            found, fits = fit(start.recipe, teacher, **common)
-        forwards += fit_forwards(start.recipe, settings, architecture)
+    trial = text if len(points) == 1 else _first(text, settings.trial_tokens or int(text.tokens * _TRIAL))
+    units = (len(points) > 1) * len(points) * len(trial) / len(text)
+    with current().task("", units + 1.0) as task:
+        if len(points) > 1:
+            with context.original_states(trial, fits=len(points)) as teacher, current().task("", 1.0, units=units):
+                ranked = fit_each(points, teacher, context.held_out, folder=context.folder, **common)
+            task.advance(units)
+            start = ranked[0].start
+            context.facts |= {"starts": {each.start.name: each.perplexity for each in ranked}, "start": start.name}
+            context.facts["from_scratch"] = start.name != AS_IT_IS
+            tried = sum(fit_forwards(each.recipe, settings, architecture) for each in points)
+            forwards = tried * len(trial) / len(text)
+            if trial is text:
+                found, fits = ranked[0].recipe, ranked[0].fits
+        if found is None:  # whether it is accepted is decided after the stage
+            with context.original_states(text) as teacher:
+                found, fits = fit(start.recipe, teacher, **common)
+            forwards += fit_forwards(start.recipe, settings, architecture)
     context.details += fits
     context.facts |= {"tokens": text.tokens, "forwards": forwards}
     return found
