@@ -13,26 +13,12 @@ from types import TracebackType
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with an input.
-
-    The last four fields make up `message` and `hint` where those are left out.
-    """
+    """One thing that is wrong with an input."""
 
     # What is wrong, as one sentence.
-    message: str = ""
+    message: str
     # What to do about it, as one sentence.
     hint: str = ""
-
-    where: str = ""
-    expected: str = ""
-    found: str = ""
-    remedy: str = ""
-
-    def __post_init__(self) -> None:
-        if self.where or not self.message:
-            message = f"{self.where}: expected {self.expected}; found {self.found}."
-            object.__setattr__(self, "message", message)
-            object.__setattr__(self, "hint", self.remedy)
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".rstrip()
@@ -45,11 +31,6 @@ class UserError(ValueError):
         self.problems = (Problem(problems, hint),) if isinstance(problems, str) else tuple(problems)
         assert self.problems, "a UserError states at least one problem"
         super().__init__("\n".join(str(problem) for problem in self.problems))
-
-    @classmethod
-    def of(cls, *, where: str, expected: str, found: str, remedy: str) -> UserError:
-        """An error with a single problem, from a place, what is expected there, and what was found."""
-        return cls([Problem(where=where, expected=expected, found=found, remedy=remedy)])
 
     def __reduce__(self) -> tuple[type[UserError], tuple[tuple[Problem, ...]]]:
         return type(self), (self.problems,)

@@ -162,10 +162,10 @@ def _check(checkpoint: Checkpoint, absent: Iterable[str]) -> None:
     layers = f"{checkpoint.architecture.family.layers_module}."
     problems = [
         Problem(
-            where=f"{checkpoint.folder}: {name}",
-            expected="a tensor, as the model has such a parameter outside its layers",
-            found="none of that name",
-            remedy="Get the checkpoint again.",
+            f"{checkpoint.folder}: {name}: "
+            "expected a tensor, as the model has such a parameter outside its layers; "
+            "found none of that name.",
+            "Get the checkpoint again.",
         )
         for name in absent
         if not name.startswith(layers)

@@ -99,7 +99,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         faults.append(("init_lora_weights", "one that leaves the base's weights as they are", start))
     if faults:
         raise UserError(
-            Problem(where=f"{file}: {key}", expected=expected, found=repr(found)[:60], remedy=_MERGE)
+            Problem(f"{file}: {key}: expected {expected}; found {found!r:.60}.", _MERGE)
             for key, expected, found in faults
         )
     return config
@@ -108,30 +108,25 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def _named_base(folder: Path, model: str, config: Mapping[str, Any], progress: Progress | None) -> Checkpoint:
     named = config.get("base_model_name_or_path")
     if not named:
-        raise UserError.of(
-            where=f"{folder / CONFIG_FILE}: base_model_name_or_path",
-            expected="the model that the adapter is for",
-            found="none",
-            remedy="Name its base beside it, as the base of the recipe or family.",
+        raise UserError(
+            f"{folder / CONFIG_FILE}: base_model_name_or_path: expected the model that the adapter is for; found none.",
+            "Name its base beside it, as the base of the recipe or family.",
         )
     try:
         return open_checkpoint(str(named), progress=progress)
     except UserError as error:
-        raise UserError.of(
-            where=f"adapter {model}",
-            expected=f"its base {named!r}, which it names",
-            found=error.problems[0].found,
-            remedy="Name a base that is there, as the base of the recipe or family.",
+        raise UserError(
+            f"adapter {model}: names {named!r} as its base, which cannot be used: {error.problems[0].message}",
+            "Name a base that is there, as the base of the recipe or family.",
         ) from error
 
 
 def _sha256(folder: Path, config: Mapping[str, Any]) -> str:
     if not (folder / WEIGHTS_FILE).is_file():
-        raise UserError.of(
-            where=str(folder),
-            expected=WEIGHTS_FILE,
-            found="pickled weights" if (folder / "adapter_model.bin").exists() else "no weights",
-            remedy="If you trust the adapter, load it with peft once and save it with save_pretrained().",
+        raise UserError(
+            f"{folder}: expected {WEIGHTS_FILE}; "
+            f"found {'pickled weights' if (folder / 'adapter_model.bin').exists() else 'no weights'}.",
+            "If you trust the adapter, load it with peft once and save it with save_pretrained().",
         )
     deciding = {key: value for key, value in sorted(config.items()) if key not in _IDLE and value is not None}
     return hashlib.sha256(json.dumps([deciding, sha256_of(folder / WEIGHTS_FILE)]).encode()).hexdigest()
@@ -151,10 +146,9 @@ def _merged_folder(folder: Path, sha256: str, base: Checkpoint, progress: Progre
 def _check_finite(file: Path) -> None:
     problems = [
         Problem(
-            where=f"{file}: {header.name}",
-            expected="finite numbers",
-            found=f"NaN or infinity in {bad:,} of {header.numel:,} entries",
-            remedy="The adapter is damaged, or comes from a training run that diverged; get it again.",
+            f"{file}: {header.name}: expected finite numbers; "
+            f"found NaN or infinity in {bad:,} of {header.numel:,} entries.",
+            "The adapter is damaged, or comes from a training run that diverged; get it again.",
         )
         for header in read_headers(file)
         if (bad := not_finite(map_tensor(header)))

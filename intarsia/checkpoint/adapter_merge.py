@@ -120,11 +120,11 @@ class Merged:
             return ours
         both = self._head in whole or self.base.architecture.tied
         if len(rows) > 1 or partial or self._embedding not in whole or not both or min(rows) < ours:
-            raise UserError.of(
-                where=self._where,
-                expected=f"the base's vocabulary of {ours:,} rows, or a larger embedding and head saved whole",
-                found=f"a vocabulary of {', '.join(f'{count:,}' for count in sorted(rows))} rows",
-                remedy="Train it with modules_to_save for both, or merge it with peft (merge_and_unload) first.",
+            raise UserError(
+                f"{self._where}: "
+                f"expected the base's vocabulary of {ours:,} rows, or a larger embedding and head saved whole; "
+                f"found a vocabulary of {', '.join(f'{count:,}' for count in sorted(rows))} rows.",
+                "Train it with modules_to_save for both, or merge it with peft (merge_and_unload) first.",
             )
         return rows.pop()
 
@@ -186,8 +186,8 @@ class Merged:
         return torch.equal(self.tensor(self._embedding), self.tensor(self._head))
 
     def _unfit(self, found: str) -> UserError:
-        return UserError.of(
-            where=self._where, expected="an adapter that peft can put on the base", found=found, remedy=_OTHER_BASE
+        return UserError(
+            f"{self._where}: expected an adapter that peft can put on the base; found {found}.", _OTHER_BASE
         )
 
 

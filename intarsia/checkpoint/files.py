@@ -26,11 +26,9 @@ def require_folder(folder: Path) -> None:
         UserError: it is a file, or nothing.
     """
     if not folder.is_dir():
-        raise UserError.of(
-            where=str(folder),
-            expected="a model folder",
-            found="a file" if folder.exists() else "nothing",
-            remedy="Pass the folder that holds config.json and the .safetensors files.",
+        raise UserError(
+            f"{folder}: expected a model folder; found {'a file' if folder.exists() else 'nothing'}.",
+            "Pass the folder that holds config.json and the .safetensors files.",
         )
 
 
@@ -45,14 +43,10 @@ def read_config(folder: Path, *, quantised: bool = False) -> dict[str, Any]:
     """
     file = folder / "config.json"
     if not file.exists() and (folder / "adapter_config.json").exists():
-        raise UserError.of(
-            where=str(folder),
-            expected="a whole model",
-            found="a PEFT adapter",
-            remedy=(
-                "Name it as a variant beside its base in a recipe, or merge it into its base first: merge_and_unload() "
-                "of peft, then save_pretrained()."
-            ),
+        raise UserError(
+            f"{folder}: expected a whole model; found a PEFT adapter.",
+            "Name it as a variant beside its base in a recipe, or merge it into its base first: merge_and_unload() "
+            "of peft, then save_pretrained().",
         )
     remedy = "Pass a model folder with the config.json that belongs to its weights."
     config = read_json(file, expected=_OBJECT, remedy=remedy)
@@ -104,11 +98,9 @@ def _read_index(file: Path) -> dict[str, Any]:
     index = read_json(file, expected=_OBJECT, remedy=remedy)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError.of(where=f"{file}: weight_map", expected="tensors and files", found="none", remedy=remedy)
+        raise UserError(f"{file}: weight_map: expected tensors and files; found none.", remedy)
     problems = [
-        Problem(
-            where=f"{file}: {name}", expected="the name of a shard in this folder", found=repr(shard), remedy=remedy
-        )
+        Problem(f"{file}: {name}: expected the name of a shard in this folder; found {shard!r}.", remedy)
         for name, shard in weight_map.items()
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors")
     ]
@@ -124,12 +116,7 @@ def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Tenso
         file = folder / shard
         if not file.exists():
             problems.append(
-                Problem(
-                    where=str(file),
-                    expected="a shard that the index names",
-                    found="no such file",
-                    remedy="Get this file again.",
-                )
+                Problem(f"{file}: expected a shard that the index names; found no such file.", "Get this file again.")
             )
             continue
         try:
@@ -145,10 +132,8 @@ def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Tenso
         if absent:
             problems.append(
                 Problem(
-                    where=str(file),
-                    expected="the tensors that the index places there",
-                    found=f"no {_few(absent)}",
-                    remedy="Index and shards do not belong together; get the checkpoint again.",
+                    f"{file}: expected the tensors that the index places there; found no {_few(absent)}.",
+                    "Index and shards do not belong together; get the checkpoint again.",
                 )
             )
     if problems:
@@ -175,4 +160,4 @@ def _no_weights(folder: Path) -> UserError:
         remedy = f"Name the file itself: {folder / ggufs[0]}."
     else:
         found, remedy = "no weights", "Get the .safetensors files of the model."
-    return UserError.of(where=str(folder), expected=f"{SINGLE_FILE} or {INDEX_FILE}", found=found, remedy=remedy)
+    return UserError(f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}; found {found}.", remedy)

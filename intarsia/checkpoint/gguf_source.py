@@ -117,11 +117,10 @@ def only_gguf(folder: Path) -> Path | None:
     if not files or (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
         return None
     if len(files) > 1:
-        raise UserError.of(
-            where=str(folder),
-            expected="one GGUF file, or the name of one",
-            found=", ".join(file.name for file in files[:5]) + (" ..." if len(files) > 5 else ""),
-            remedy=f"Name one of them: {files[0]}, or --gguf-file {files[0].name}.",
+        raise UserError(
+            f"{folder}: expected one GGUF file, or the name of one; "
+            f"found {', '.join(file.name for file in files[:5]) + (' ...' if len(files) > 5 else '')}.",
+            f"Name one of them: {files[0]}, or --gguf-file {files[0].name}.",
         )
     return files[0]
 
@@ -135,11 +134,10 @@ def need_gguf_reader(where: str, *, extra: str) -> None:
     need_gguf(where, extra=extra)
     found = version("transformers")
     if tuple(map(int, found.split(".")[:2])) < OLDEST_READER:
-        raise UserError.of(
-            where=where,
-            expected=f"transformers {'.'.join(map(str, OLDEST_READER))} or later to read GGUF with",
-            found=f"{found}, which mistakes the special tokens of GGUF files",
-            remedy=f"Run `pip install 'intarsia[{extra}]'`.",
+        raise UserError(
+            f"{where}: expected transformers {'.'.join(map(str, OLDEST_READER))} or later to read GGUF with; "
+            f"found {found}, which mistakes the special tokens of GGUF files.",
+            f"Run `pip install 'intarsia[{extra}]'`.",
         )
 
 
@@ -185,11 +183,10 @@ def convert(file: Path, out: Path, dtype: torch.dtype, progress: Progress, *, ti
             RuntimeError,
         ) as error:
             # Which of these a file raises that transformers cannot read is documented nowhere.
-            raise UserError.of(
-                where=str(file),
-                expected="a GGUF file that transformers can read",
-                found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-                remedy=f"{_ORIGINAL}, or a later version of transformers.",
+            raise UserError(
+                f"{file}: expected a GGUF file that transformers can read; "
+                f"found {type(error).__name__}: {' '.join(str(error).split())[:300]}.",
+                f"{_ORIGINAL}, or a later version of transformers.",
             ) from error
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -211,9 +208,7 @@ def _check(file: Path) -> None:
     else:
         found = None if first == _MAGIC else f"a file that begins with {first!r}"
     if found is not None:
-        raise UserError.of(
-            where=str(file), expected="a GGUF file", found=found, remedy="Get the file again, or name another one."
-        )
+        raise UserError(f"{file}: expected a GGUF file; found {found}.", "Get the file again, or name another one.")
 
 
 def _sha256(file: Path, progress: Progress) -> str:
@@ -276,11 +271,9 @@ def _number(fields: Any, architecture: str, name: str, default: float) -> float:
 
 
 def _unknown(file: Path, found: str) -> UserError:
-    return UserError.of(
-        where=str(file),
-        expected="a rotary embedding that is not scaled, or scaled linearly or as in Llama 3",
-        found=found,
-        remedy="Use the checkpoint that the file was made from.",
+    return UserError(
+        f"{file}: expected a rotary embedding that is not scaled, or scaled linearly or as in Llama 3; found {found}.",
+        "Use the checkpoint that the file was made from.",
     )
 
 

@@ -142,11 +142,10 @@ def read_sums(folder: Path) -> dict[str, str] | None:
         path = Path(name)
         hexadecimal = len(digest) == 64 and not digest.strip("0123456789abcdef")
         if not hexadecimal or not name or path.is_absolute() or ".." in path.parts:
-            raise UserError.of(
-                where=f"{file}: line {number}",
-                expected="a sha256, two spaces and the name of a file in this folder",
-                found=repr(line[:120]),
-                remedy=f"Get {SUMS_FILE} again.",
+            raise UserError(
+                f"{file}: line {number}: expected a sha256, two spaces and the name of a file in this folder; "
+                f"found {line[:120]!r}.",
+                f"Get {SUMS_FILE} again.",
             )
         found[name] = digest
     return found
@@ -160,17 +159,13 @@ def differing(folder: Path, sums: Mapping[str, str], advance: Callable[[int], No
         found = sha256_of(file, advance) if file.is_file() else "no such file"
         if found != digest:
             problems.append(
-                Problem(
-                    where=str(file), expected=f"sha256 {digest}", found=found, remedy="Get or build the folder again."
-                )
+                Problem(f"{file}: expected sha256 {digest}; found {found}.", "Get or build the folder again.")
             )
     there = {file.relative_to(folder).as_posix() for file in listed_files(folder)}
     problems += [
         Problem(
-            where=str(folder / name),
-            expected=f"only weights that {SUMS_FILE} lists",
-            found="a file that it does not list",
-            remedy="Remove the file, or build the folder again.",
+            f"{folder / name}: expected only weights that {SUMS_FILE} lists; found a file that it does not list.",
+            "Remove the file, or build the folder again.",
         )
         for name in sorted(there - sums.keys())
         if name.endswith(".safetensors")
@@ -213,10 +208,9 @@ def scan(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
 
 def _not_finite_in(header: TensorHeader, bad: int) -> Problem:
     return Problem(
-        where=f"{header.file}: {header.name}",
-        expected="finite numbers",
-        found=f"NaN or infinity in {bad:,} of {header.numel:,} entries",
-        remedy="The checkpoint is damaged, or comes from a training run that diverged; get it again.",
+        f"{header.file}: {header.name}: expected finite numbers; "
+        f"found NaN or infinity in {bad:,} of {header.numel:,} entries.",
+        "The checkpoint is damaged, or comes from a training run that diverged; get it again.",
     )
 
 

@@ -75,10 +75,9 @@ def unscaled(
         if scale is None or block is None:
             problems.append(
                 Problem(
-                    where=f"{where}: {name}",
-                    expected="a scale for the tensor, for its rows or for its blocks",
-                    found="none" if scale is None else f"{scale.name} of shape {list(scale.shape)}",
-                    remedy="Use the checkpoint that this one was quantised from.",
+                    f"{where}: {name}: expected a scale for the tensor, for its rows or for its blocks; "
+                    f"found {'none' if scale is None else f'{scale.name} of shape {list(scale.shape)}'}.",
+                    "Use the checkpoint that this one was quantised from.",
                 )
             )
             continue
@@ -145,6 +144,4 @@ def refuse(key: str, quantization: Mapping[str, Any], file: Path) -> UserError:
         )
     else:
         remedy = f"Use the model that it was made from, {_AFTERWARDS}."
-    return UserError.of(
-        where=f"{file}: {key}", expected="weights that are not quantised", found=f"{method} weights", remedy=remedy
-    )
+    return UserError(f"{file}: {key}: expected weights that are not quantised; found {method} weights.", remedy)

@@ -206,11 +206,11 @@ def _check_head(architecture: Architecture, headers: Mapping[str, TensorHeader],
     embedding = headers.get(f"{architecture.family.embedding_module}.weight")
     if embedding is None or (head is None and architecture.tied) or (head and head.shape == embedding.shape):
         return
-    raise UserError.of(
-        where=f"{where}: {architecture.family.head_module}.weight",
-        expected=f"the shape of the embedding, {list(embedding.shape)}",
-        found=f"shape {list(head.shape)}" if head else "no such tensor, though the config does not tie it",
-        remedy="The config and the weights do not belong together; get the checkpoint again.",
+    raise UserError(
+        f"{where}: {architecture.family.head_module}.weight: "
+        f"expected the shape of the embedding, {list(embedding.shape)}; "
+        f"found {f'shape {list(head.shape)}' if head else 'no such tensor, though the config does not tie it'}.",
+        "The config and the weights do not belong together; get the checkpoint again.",
     )
 
 
@@ -276,10 +276,9 @@ def _check_dtypes(architecture: Architecture, headers: Mapping[str, TensorHeader
     ]
     problems = [
         Problem(
-            where=f"{where}: {name}",
-            expected="float16, bfloat16, float32 or float64",
-            found=str(headers[name].dtype).removeprefix("torch."),
-            remedy="Use a checkpoint that is not quantised.",
+            f"{where}: {name}: expected float16, bfloat16, float32 or float64; "
+            f"found {str(headers[name].dtype).removeprefix('torch.')}.",
+            "Use a checkpoint that is not quantised.",
         )
         for name in names
         if headers[name].dtype not in _WEIGHT_DTYPES

@@ -62,11 +62,10 @@ def resolve(model: str, *, revision: str | None = None, progress: Progress | Non
         _refuse_revision(model, revision)
         return gguf_folder(path, progress)
     if path is not None or hub_id(name) is None:
-        raise UserError.of(
-            where=f"model {model!r}",
-            expected="a model folder, a GGUF file, a hub id or `demo`",
-            found="no such file or folder" if path is None else "a file",
-            remedy="Check the path; a model is the folder that holds config.json and the .safetensors files.",
+        raise UserError(
+            f"model {model!r}: expected a model folder, a GGUF file, a hub id or `demo`; "
+            f"found {'no such file or folder' if path is None else 'a file'}.",
+            "Check the path; a model is the folder that holds config.json and the .safetensors files.",
         )
     on_hub = hub_gguf(name)
     if on_hub is not None:
@@ -141,11 +140,10 @@ def hub_gguf(model: str) -> tuple[str, str] | None:
 
 def _refuse_revision(model: str, revision: str | None) -> None:
     if revision is not None:
-        raise UserError.of(
-            where=f"revision {revision!r}",
-            expected="a revision only with a hub id",
-            found=f"{model!r}, which is not looked up on the hub",
-            remedy="Leave the revision out.",
+        raise UserError(
+            f"revision {revision!r}: expected a revision only with a hub id; "
+            f"found {model!r}, which is not looked up on the hub.",
+            "Leave the revision out.",
         )
 
 
@@ -160,14 +158,10 @@ def _download(model: str, revision: str | None, progress: Progress) -> Path:
 
     folder = _fetched(fetch, model, revision, progress)
     if not any(folder.glob("*.safetensors")):
-        raise UserError.of(
-            where=f"hub model {model}",
-            expected="weights in safetensors files",
-            found="none",
-            remedy=(
-                f"{_GGUF_ONLY} Where a model has only pickled weights and you trust them, load it with transformers "
-                "and save it to a local folder with save_pretrained(), then pass that folder."
-            ),
+        raise UserError(
+            f"hub model {model}: expected weights in safetensors files; found none.",
+            f"{_GGUF_ONLY} Where a model has only pickled weights and you trust them, load it with transformers "
+            "and save it to a local folder with save_pretrained(), then pass that folder.",
         )
     return folder
 
@@ -212,4 +206,4 @@ def not_downloaded(model: str, revision: str | None, error: Exception) -> UserEr
     else:
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         remedy = f"Try again. {_OTHER_WAYS}, {fetch}."
-    return UserError.of(where=where, expected=expected, found=found, remedy=remedy)
+    return UserError(f"{where}: expected {expected}; found {found}.", remedy)

@@ -135,41 +135,32 @@ def check_room(out: Path, nbytes: int) -> None:
 def _check_replaceable(out: Path, place: Path, overwrite: bool, sign: str) -> None:
     remedy = "Choose another output folder."
     if not place.is_dir():
-        raise UserError.of(where=str(out), expected="a folder that can be made", found="a file", remedy=remedy)
+        raise UserError(f"{out}: expected a folder that can be made; found a file.", remedy)
     if not overwrite:
-        raise UserError.of(
-            where=str(out),
-            expected="an output folder that does not exist yet",
-            found="a folder",
-            remedy="Choose another one, or pass --overwrite to replace it.",
+        raise UserError(
+            f"{out}: expected an output folder that does not exist yet; found a folder.",
+            "Choose another one, or pass --overwrite to replace it.",
         )
     here = Path.cwd()
     if place == here or place in here.parents:
-        raise UserError.of(
-            where=str(out), expected="a folder to replace", found="the folder you are working in", remedy=remedy
-        )
+        raise UserError(f"{out}: expected a folder to replace; found the folder you are working in.", remedy)
     if any(place.iterdir()) and not (place / sign).exists():
-        raise UserError.of(
-            where=str(out),
-            expected=f"a folder with a {sign}, because --overwrite deletes what it replaces",
-            found="a folder of something else",
-            remedy=remedy,
+        raise UserError(
+            f"{out}: expected a folder with a {sign}, because --overwrite deletes what it replaces; "
+            "found a folder of something else.",
+            remedy,
         )
 
 
 def _cannot_write(place: Path, error: OSError) -> UserError:
     if error.errno in _FULL:
-        return UserError.of(
-            where=str(place),
-            expected="room on the disk until the folder is complete",
-            found="a full disk",
-            remedy="Nothing was left there. Free some space, or choose an output folder on another disk.",
+        return UserError(
+            f"{place}: expected room on the disk until the folder is complete; found a full disk.",
+            "Nothing was left there. Free some space, or choose an output folder on another disk.",
         )
-    return UserError.of(
-        where=str(place),
-        expected="an output folder that can be written",
-        found=error.strerror or str(error),
-        remedy="Choose another output folder.",
+    return UserError(
+        f"{place}: expected an output folder that can be written; found {error.strerror or str(error)}.",
+        "Choose another output folder.",
     )
 
 

@@ -97,17 +97,15 @@ def plan_gguf(
         UserError: the package `gguf` is not there, or the model cannot be written as GGUF.
     """
     if kind not in KINDS:
-        raise UserError.of(
-            where="--gguf", expected=f"one of {', '.join(KINDS)}", found=repr(kind), remedy="Choose one of them."
-        )
+        raise UserError(f"--gguf: expected one of {', '.join(KINDS)}; found {kind!r}.", "Choose one of them.")
     need_gguf("export --gguf", extra="gguf")
     family = str(checkpoint.config["model_type"])
     if family not in _GRAPHS:
-        raise UserError.of(
-            where=f"{checkpoint.folder}: model_type",
-            expected=f"a family that is exported to GGUF: {', '.join(_GRAPHS)}",
-            found=family,
-            remedy="Use llama.cpp's own converter, convert_hf_to_gguf.py, on the folder: it is a stock checkpoint.",
+        raise UserError(
+            f"{checkpoint.folder}: model_type: "
+            f"expected a family that is exported to GGUF: {', '.join(_GRAPHS)}; "
+            f"found {family}.",
+            "Use llama.cpp's own converter, convert_hf_to_gguf.py, on the folder: it is a stock checkpoint.",
         )
     config: Any = stock_config(checkpoint)
     _refuse_unsupported(checkpoint, config)
@@ -134,10 +132,8 @@ def _refuse_unsupported(checkpoint: Checkpoint, config: Any) -> None:
     qk_biases = any(name.endswith(("q_proj.bias", "o_proj.bias")) for name in checkpoint.headers)
     problems = [
         Problem(
-            where=str(checkpoint.folder),
-            expected="only what GGUF and llama.cpp have a place for",
-            found=found,
-            remedy="Run the folder with transformers or vLLM instead.",
+            f"{checkpoint.folder}: expected only what GGUF and llama.cpp have a place for; found {found}.",
+            "Run the folder with transformers or vLLM instead.",
         )
         for wrong, found in (
             (config.hidden_act != "silu", f"the activation {config.hidden_act}"),
@@ -212,13 +208,11 @@ def check_file(out: Path, *, overwrite: bool, nbytes: int = 0) -> None:
     """
     remedy = "Choose another name for the file."
     if out.is_dir():
-        raise UserError.of(where=str(out), expected="a file that can be made", found="a folder", remedy=remedy)
+        raise UserError(f"{out}: expected a file that can be made; found a folder.", remedy)
     if out.exists() and not overwrite:
-        raise UserError.of(
-            where=str(out),
-            expected="an output file that does not exist yet",
-            found="a file",
-            remedy="Choose another one, or pass --overwrite to replace it.",
+        raise UserError(
+            f"{out}: expected an output file that does not exist yet; found a file.",
+            "Choose another one, or pass --overwrite to replace it.",
         )
     check_room(out, nbytes)
 
@@ -326,11 +320,10 @@ def _converted(part: Tensor, tensor: GgufTensor) -> npt.NDArray[Any]:
     if tensor.kind == "F16":
         part = part.to(torch.float16)
     if not bool(torch.isfinite(part).all()):
-        raise UserError.of(
-            where=f"tensor {tensor.source}",
-            expected=f"numbers that {tensor.kind} can hold",
-            found="larger ones, NaN or infinity",
-            remedy="Export as BF16 or F32.",
+        raise UserError(
+            f"tensor {tensor.source}: expected numbers that {tensor.kind} can hold; "
+            "found larger ones, NaN or infinity.",
+            "Export as BF16 or F32.",
         )
     if tensor.kind == "F16":
         return part.contiguous().numpy()

@@ -121,9 +121,6 @@ def _not_reached(repository: str, error: Exception, then: str) -> UserError:
     else:
         text = str(error).splitlines()[0] if str(error) else "no message"
         found, remedy = f"{type(error).__name__}: {text}", "Look at the network, and try again."
-    return UserError.of(
-        where=f"hub repository {repository}",
-        expected="a hub that takes the model",
-        found=found,
-        remedy=f"{remedy} {then}",
+    return UserError(
+        f"hub repository {repository}: expected a hub that takes the model; found {found}.", f"{remedy} {then}"
     )

@@ -219,7 +219,7 @@ def sums_right(folder: Path, *, built_here: bool, progress: Progress) -> str:
 
 
 def _problem(where: str, expected: str, found: str, remedy: str = _BUILD_AGAIN) -> Problem:
-    return Problem(where=where, expected=expected, found=found, remedy=remedy)
+    return Problem(f"{where}: expected {expected}; found {found}.", remedy)
 
 
 def _stray(file: Path, expected: str) -> Problem:

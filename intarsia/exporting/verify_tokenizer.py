@@ -153,4 +153,4 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _problem(where: str, expected: str, found: str, remedy: str = _AGAIN) -> Problem:
-    return Problem(where=where, expected=expected, found=found, remedy=remedy)
+    return Problem(f"{where}: expected {expected}; found {found}.", remedy)

@@ -108,10 +108,8 @@ def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
         problems += problems_of(error, RecipeFile, where=where, remedy=_REMEDY)
     problems += [
         Problem(
-            where=f"{where}: tensors",
-            expected="only tensors that the recipe names",
-            found=shown(name),
-            remedy="Use the side file it came with.",
+            f"{where}: tensors: expected only tensors that the recipe names; found {shown(name)}.",
+            "Use the side file it came with.",
         )
         for name in sorted(set(tensors or ()) - context.used)
     ]
