@@ -6,7 +6,7 @@ any other exception is a defect of ours (code 1).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -61,10 +61,15 @@ class Problems(list[Problem]):
         """Add one problem."""
         self.append(Problem(message, hint))
 
-    def raise_any(self) -> None:
-        """Raise them all as one error, if there are any."""
+    def raise_any(self, *, most: int | None = None) -> None:
+        """Raise them as one error, if there are any; all of them, or the first `most`."""
         if self:
-            raise UserError(dict.fromkeys(self))
+            raise UserError(list(dict.fromkeys(self))[:most])
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def missing_package(

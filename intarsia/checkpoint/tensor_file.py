@@ -84,7 +84,7 @@ def read_headers(file: Path) -> list[TensorHeader]:
     unknown = [f"{name} in {kind}" for name, kind, _ in found if kind not in DTYPES]
     if unknown:
         raise UserError(
-            f"{file}: expected dtypes out of {', '.join(DTYPES)}; found {unknown[0]}.",
+            f"{file} holds {unknown[0]}, which is none of the known dtypes: {', '.join(DTYPES)}.",
             "Use a checkpoint in an ordinary dtype, float16, bfloat16 or float32 for weights.",
         )
     headers: list[TensorHeader] = []
@@ -114,7 +114,7 @@ def map_tensor(header: TensorHeader) -> torch.Tensor:
         if os.fstat(stream.fileno()).st_size < header.start + header.nbytes:
             # Touching pages after the end would kill the process.
             raise UserError(
-                f"{header.file}: expected the file as it was when it was opened; found a shorter one.",
+                f"{header.file} has become shorter since it was opened.",
                 "Something writes to the model folder; let it finish and start again.",
             )
         if header.start % header.dtype.itemsize:
@@ -145,8 +145,7 @@ def _opened(header: TensorHeader) -> BinaryIO:
         return header.file.open("rb")
     except OSError as error:
         raise UserError(
-            f"{header.file}: expected the weight file that was there when the model was opened; "
-            f"found {error.strerror or str(error)}.",
+            f"{header.file} cannot be read any more: {error.strerror or error}.",
             "Put the file back and give the same command again.",
         ) from error
 

@@ -27,7 +27,7 @@ from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.building.loading import check_config
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.resolve import asked_for, open_checkpoint
+from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.data.corpus import limited
 from intarsia.data.text import TextParts, draw
 from intarsia.errors import Problems, UserError, check
@@ -98,7 +98,7 @@ class Job:
     """A model to work on. Nothing heavy is read before it is needed, and nothing twice.
 
     Attributes:
-        model: its name with its options, as recipes keep it; `revision` of a hub id.
+        model: its name, as recipes keep it; `revision` of a hub id.
         checkpoint: its files.
         runtime: as asked for; `placement` is that on this machine.
         others: further checkpoints that recipes may take layers of, by the variants' names.
@@ -127,9 +127,10 @@ class Job:
             self.checkpoint, self.model, self.revision = model, model.model, model.revision
         else:
             ref = ModelRef.of(model)
-            self.model = asked_for(ref.model, dequantize=ref.dequantize, gguf_file=ref.gguf_file)
-            self.revision = ref.revision
-            self.checkpoint = open_checkpoint(self.model, revision=ref.revision, progress=progress.current())
+            self.checkpoint = open_checkpoint(
+                ref.model, revision=ref.revision, gguf_file=ref.gguf_file, dequantize=ref.dequantize
+            )
+            self.model, self.revision = self.checkpoint.model, ref.revision
         check_config(self.checkpoint)
         self._text = text
         if text is not None:

@@ -112,7 +112,7 @@ class SearchStart:
         base, tokens = self.file.base, self.search.tokens
         while True:
             seq_len = min(_SEQ_LEN, max(tokens // (4 * len(sources)), 16))
-            job = Job(ModelRef(model=base.model, revision=base.revision), runtime=self.runtime)
+            job = Job(ModelRef(model=base.model, revision=base.revision, dequantize=True), runtime=self.runtime)
             positions = job.checkpoint.architecture.config.get("max_position_embeddings")
             seq_len = min(seq_len, positions) if isinstance(positions, int) else seq_len
             text = TextSpec(sources=sources, tokens=tokens, seq_len=seq_len, seed=self.file.search.seed)

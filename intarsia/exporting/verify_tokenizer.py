@@ -10,7 +10,7 @@ from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.files import read_config
 from intarsia.checkpoint.gguf_source import kept_folder
 from intarsia.checkpoint.hashing import cache_folder
-from intarsia.checkpoint.resolve import DEMO, GGUF, hub_id, local_path, split_name
+from intarsia.checkpoint.resolve import DEMO, GGUF, hub_id, local_path
 from intarsia.checkpoint.writer import TOKENIZER_FILES, side_files, without_code
 from intarsia.errors import Problem, UserError
 from intarsia.exporting.verify import Skipped, fail_if
@@ -91,7 +91,7 @@ def source_folder(folder: Path) -> Path | None:
         return None
     recipe = schema.load(folder / RECIPE_FILE)
     variant = recipe.variant(recipe.base)
-    if split_name(variant.model)[0] == DEMO:
+    if variant.model == DEMO:
         found = cache_folder() / "demo"
         return found if found.is_dir() else None
     path = local_path(variant.model)

@@ -286,7 +286,7 @@ def test_cache_that_changes_what_is_written(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_nothing_to_check(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected a model folder; found nothing"):
+    with pytest.raises(UserError, match="is not there"):
         verify(tmp_path / "absent")
     with pytest.raises(UserError, match=r"config.json: expected a file with one JSON object"):
         verify(tmp_path)
