@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.errors import UserError
+from intarsia.errors import UserError, few
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -94,7 +94,7 @@ def _read(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UserError(
-            f"{folder}: expected a tokenizer.json; found none.",
+            f"{folder} has no tokenizer.json.",
             "Save it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER).",
         )
     data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -103,9 +103,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _unsupported(folder: Path, found: str) -> UserError:
     return UserError(
-        f"{folder / 'tokenizer.json'}: "
-        "expected byte-level BPE, or BPE with byte fallback as SentencePiece has it; "
-        f"found {found}.",
+        f"{folder / 'tokenizer.json'} is {found}; byte-level BPE, and BPE with byte fallback, are written.",
         "Use llama.cpp's own converter, convert_hf_to_gguf.py, on the folder: it is a stock checkpoint.",
     )
 
@@ -119,9 +117,7 @@ def _tokens(folder: Path, vocab: Mapping[str, int], added: Mapping[int, Any], vo
     beyond = [token for index, token in pairs if index >= vocabulary]
     if beyond:
         raise UserError(
-            f"{folder / 'tokenizer.json'}: "
-            f"expected at most {vocabulary:,} tokens, one for each row of the embedding; "
-            f"found {beyond[0]!r} and {len(beyond) - 1} more after them.",
+            f"{folder / 'tokenizer.json'}: the embedding has {vocabulary:,} rows, and none for {few(beyond)}.",
             "Tokenizer and weights do not belong together; get the checkpoint again.",
         )
     for index, token in pairs:
@@ -197,9 +193,8 @@ def _pre(folder: Path, data: Mapping[str, Any]) -> str:
     if name is None or others:
         text = " then ".join([*(str(step) for step in others), *steps]) or "nothing"
         raise UserError(
-            f"{folder / 'tokenizer.json'}: "
-            f"expected a rule for splitting text that is known: {', '.join(_SPLITS.values())}; "
-            f"found {text if len(text) < 300 else text[:300] + ' ...'}.",
+            f"{folder / 'tokenizer.json'} splits text by a rule that is none of {', '.join(_SPLITS.values())}: "
+            f"{text if len(text) < 300 else text[:300] + ' ...'}.",
             "Where you know what llama.cpp calls this rule, pass --tokenizer-pre NAME.",
         )
     return name

@@ -238,7 +238,10 @@ def test_an_adapter_for_another_base(saved: dict[str, Path], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"), "lacks .*lora_A"),
+        (
+            lambda tensors: tensors.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
+            "lacks .*lora_A",
+        ),
         (
             lambda tensors: tensors.update(
                 {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(3, 32)}

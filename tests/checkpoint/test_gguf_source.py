@@ -61,7 +61,8 @@ def test_dtypes(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
 def test_folder_with_several(file: Path) -> None:
     other = Path(shutil.copy(file, file.parent / "a.gguf"))
     with pytest.raises(
-        UserError, match=r"has several GGUF files: F32.gguf, a.gguf. Name one of them: .*F32.gguf, or --gguf-file F32.gguf"
+        UserError,
+        match=r"several GGUF files: F32.gguf, a.gguf. Name one of them: .*F32.gguf, or --gguf-file F32.gguf",
     ):
         open_checkpoint(str(file.parent))
     name = plain_name(f"{file.parent}/", gguf_file="a.gguf")

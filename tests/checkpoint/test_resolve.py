@@ -63,7 +63,7 @@ def test_local_folder(saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch, h
 )
 def test_paths_that_do_not_exist(model: str, hub: Hub) -> None:
     asked = hub(AssertionError())
-    with pytest.raises(UserError, match="There is no model .* no hub id, and not `demo`"):
+    with pytest.raises(UserError, match=r"There is no model .* no hub id, and not `demo`"):
         resolve(model)
     assert not asked
 
