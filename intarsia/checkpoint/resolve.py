@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from intarsia.checkpoint.demo import demo_folder
@@ -16,7 +16,9 @@ from intarsia.checkpoint.gguf_source import gguf_folder, only_gguf
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.writer import TEMPLATES
 from intarsia.errors import UserError
+from intarsia.options import ModelRef
 from intarsia.progress import Progress, current
+from intarsia.recipe.recipe import Recipe
 
 DEMO = "demo"
 GGUF = ".gguf"
@@ -113,6 +115,34 @@ def lasting(model: str) -> str:
     """The name as a recipe keeps it: a local path is made absolute."""
     path = local_path(model)
     return plain_name(model) if path is None else str(path.resolve())
+
+
+def inputs_of(
+    *,
+    models: Iterable[ModelRef | str | Path] = (),
+    recipe: Recipe | None = None,
+    texts: Iterable[str] = (),
+    files: Iterable[str | Path] = (),
+) -> list[Path]:
+    """The files and folders here that a verb reads; what is on the hub is left out. No verb writes to them.
+
+    Args:
+        models: models, variants, adapters.
+        recipe: its variants are models.
+        texts: text as `--calibration` and `--eval-text` name it: FILE, NAME=FILE, FILE#0:0.9.
+        files: anything else, such as run folders, recipes and family files.
+    """
+    named = [model.model if isinstance(model, ModelRef) else str(model) for model in models]
+    named += [] if recipe is None else [variant.model for variant in recipe.variants]
+    found = [path for path in map(local_path, named) if path is not None]
+    found += [path for text in texts for path in _text_files(text)]
+    return [*found, *map(Path, files)]
+
+
+def _text_files(text: str) -> list[Path]:
+    # A name may itself hold `=` or `#`, so every reading that is a file counts.
+    names = {text, text.partition("=")[2], text.rpartition("#")[0], text.partition("=")[2].rpartition("#")[0]}
+    return [Path(name) for name in sorted(names) if name and Path(name).exists()]
 
 
 def hub_id(model: str) -> str | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from intarsia.commands.evaluate import check_one_device
+from intarsia.commands.result import Result
 from intarsia.errors import Problems, check
 from intarsia.flags import Flag
 from intarsia.options import Runtime
@@ -49,7 +50,7 @@ class BenchRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchResult:
+class BenchResult(Result):
     """Every model at every setting."""
 
     device: str
@@ -59,10 +60,6 @@ class BenchResult:
     repeats: int
     rows: tuple[BenchRow, ...]
     seconds: float
-
-    def to_dict(self) -> dict[str, object]:
-        """As plain data."""
-        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
 
 def bench(

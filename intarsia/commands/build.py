@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from intarsia.commands.push import push_later, without_push
+from intarsia.commands.push import push_later
+from intarsia.commands.result import Result
 from intarsia.errors import UserError
 from intarsia.flags import Flag
 from intarsia.options import NewModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildResult:
+class BuildResult(Result):
     """A built model."""
 
     out: Path
@@ -27,10 +28,6 @@ class BuildResult:
     peak_memory_bytes: int
     # what was sent to the hub
     push: Mapping[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**without_push(asdict(self)), "out": str(self.out)}
 
 
 def build(
@@ -52,8 +49,8 @@ def build(
         UserError: the recipe cannot be read or does not fit its models, a model has changed since the recipe was
             made, or the output cannot be written.
     """
+    from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_out
-    from intarsia.commands.inputs import inputs_of
     from intarsia.commands.recipes import build_recipe, read_recipe
     from intarsia.tailoring.final import trial_recipe
     from intarsia.tailoring.run import TailorRun, is_tailor_run

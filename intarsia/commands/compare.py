@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from intarsia import progress
+from intarsia.commands.result import Result
 from intarsia.errors import Problems, check
 from intarsia.flags import Flag, flag, plain
 from intarsia.options import ModelRef, Runtime, TextSpec
@@ -101,7 +102,7 @@ class CompareEval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareResult:
+class CompareResult(Result):
     """What a comparison gave."""
 
     model: str
@@ -121,7 +122,7 @@ class CompareResult:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        data = {**asdict(self), "out": str(self.out), "files": [str(file) for file in self.files]}
+        data = super().to_dict()
         if self.rows is None:
             return {name: data[name] for name in ("model", "out", "estimate", "seconds")}
         return {name: value for name, value in data.items() if name != "estimate"}
@@ -146,10 +147,10 @@ def compare(
     Raises:
         UserError: something about the input cannot be used. Nothing has been written then.
     """
+    from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_no_input
     from intarsia.commands.compare_ladders import Ladders, in_order
     from intarsia.commands.compare_rows import Rows, missed
-    from intarsia.commands.inputs import inputs_of
     from intarsia.commands.job import Job, pin_text
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.evaluation.tasks import plan_tasks

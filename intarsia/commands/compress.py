@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from intarsia import progress
-from intarsia.commands.push import push_later, without_push
+from intarsia.commands.push import push_later
+from intarsia.commands.result import Result
 from intarsia.errors import UserError
 from intarsia.options import EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
 from intarsia.pruning.efforts import method_of
@@ -61,7 +62,7 @@ class Measures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressResult:
+class CompressResult(Result):
     """What a compression gave. A dry run only estimates: what is measured is None then."""
 
     model: str
@@ -91,8 +92,7 @@ class CompressResult:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        data = {**without_push(asdict(self)), "out": str(self.out), "run": str(self.run)}
-        data["report"] = None if self.report is None else str(self.report)
+        data = super().to_dict()
         for key in ("before", "after"):
             measures: Measures | None = getattr(self, key)
             data[key] = None if measures is None else measures.to_dict()
@@ -120,10 +120,9 @@ def compress(
         UserError: something about the input cannot be used, or the method cannot reach the target.
     """
     from intarsia.building.materialize import RECIPE_FILE
-    from intarsia.checkpoint.resolve import open_checkpoint
+    from intarsia.checkpoint.resolve import inputs_of, open_checkpoint
     from intarsia.checkpoint.staging import check_no_input, check_out
     from intarsia.commands.before_after import Evaluation, measured
-    from intarsia.commands.inputs import inputs_of
     from intarsia.commands.job import Job
     from intarsia.commands.planning import Planning, heal_recipe
     from intarsia.commands.recipes import build_recipe, card_facts

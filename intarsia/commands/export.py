@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from intarsia import progress
-from intarsia.commands.push import push_later, without_push
+from intarsia.commands.push import push_later
+from intarsia.commands.result import Result
 from intarsia.flags import Flag
 from intarsia.options import ModelRef
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportResult:
+class ExportResult(Result):
     """A written file."""
 
     model: str
@@ -31,10 +32,6 @@ class ExportResult:
     seconds: float
     # what was sent to the hub
     push: Mapping[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**without_push(asdict(self)), "out": str(self.out)}
 
 
 def export(
@@ -59,9 +56,8 @@ def export(
     Raises:
         UserError: the model cannot be written as GGUF, or the file cannot be written.
     """
-    from intarsia.checkpoint.resolve import open_checkpoint
+    from intarsia.checkpoint.resolve import inputs_of, open_checkpoint
     from intarsia.checkpoint.staging import check_no_input
-    from intarsia.commands.inputs import inputs_of
     from intarsia.commands.job import load_tokenizer
     from intarsia.exporting.gguf import check_file, plan_gguf, write_gguf
 

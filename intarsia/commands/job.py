@@ -186,11 +186,6 @@ class Job:
         for part in ("calibration", "selection", "test"):
             getattr(self.text, part)
 
-    @property
-    def writes_text(self) -> bool:
-        """Whether the model writes some of the text."""
-        return _writes(",".join(self.spec.sources))
-
     @cached_property
     def text(self) -> TextParts:
         """The calibration text, with what is held out of it.
@@ -198,16 +193,7 @@ class Job:
         Raises:
             UserError: there are more sources than sequences, or a streamed model would have to write it.
         """
-        writes = self.writes_text
-        streamed = "--calibration self lets the model write, and with --stream it is read anew for every token."
-        check(
-            (
-                not (writes and self.runtime.stream),
-                streamed,
-                "Give a file or data set, or let it write once without --stream: what it writes is kept.",
-            )
-        )
-        key = self.sha256 if writes else None
+        key = self.sha256 if check_streamed_text(self.spec, self.runtime, option="--calibration") else None
         return draw(self.spec, self.tokenizer, writer=lambda: self.resident.model, writer_key=key)
 
 
@@ -240,6 +226,23 @@ def check_seq_len(checkpoint: Checkpoint, seq_len: int) -> None:
     most = checkpoint.architecture.config.get("max_position_embeddings")
     fits = not isinstance(most, int) or seq_len <= most
     check((fits, f"--seq-len is {seq_len}; the model has {most} positions.", "Use shorter sequences."))
+
+
+def check_streamed_text(text: TextSpec, runtime: Runtime, *, option: str) -> bool:
+    """Whether the model writes some of the text.
+
+    Raises:
+        UserError: it would have to, and it is streamed.
+    """
+    writes = writes_some(",".join(text.sources))
+    check(
+        (
+            not (writes and runtime.stream),
+            f"{option} self lets the model write, and with --stream it is read anew for every token.",
+            "Give a file or data set, or let it write once without --stream: what it writes is kept.",
+        )
+    )
+    return writes
 
 
 def device_of(name: str | None) -> torch.device:
@@ -295,12 +298,12 @@ def calibration_of(run: RunDir, job: Job) -> str:
     if not (run.path / f"{_TEXT}.json").is_file():
         return given
     started = str(run.pinned()["calibration"])
-    if started == given or _writes(started) or _writes(given):
+    if started == given or writes_some(started) or writes_some(given):
         return given
     return started if job.text.calibration.sha256 == run.pinned(_TEXT)["sha256"] else given
 
 
-def _writes(calibration: str) -> bool:
+def writes_some(calibration: str) -> bool:
     """Whether the model writes some of a text, as settings name it."""
     return "self" in [name.strip() for name in calibration.split(",")]
 

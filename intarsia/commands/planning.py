@@ -11,7 +11,7 @@ from intarsia import progress
 from intarsia.building.recipe_layers import original_ops
 from intarsia.checkpoint.hashing import acting_config
 from intarsia.checkpoint.resolve import lasting
-from intarsia.commands.job import Job, calibration_of, pin_text, target_depth, versions
+from intarsia.commands.job import Job, calibration_of, pin_text, target_depth, versions, writes_some
 from intarsia.commands.plan import PlanResult
 from intarsia.disk import read_json
 from intarsia.evaluation.speed import peak_memory_bytes
@@ -82,7 +82,7 @@ class Planning:
 
     def weights(self, stages: Sequence[Chosen]) -> dict[str, float]:
         """Passes over the calibration text that each part of a compression takes, roughly."""
-        writing = 2.5 * (1 + 2 / 8) if self.job.writes_text else 0.1
+        writing = 2.5 * (1 + 2 / 8) if writes_some(",".join(self.job.spec.sources)) else 0.1
         healing = self.heal_passes_at_most(stages)
         planning = 1.0 + (self.estimate.passes_at_most - 1.0) / 2  # most candidates leave the race early
         return {"text": writing, "planning": planning, "healing": healing, "building": 0.2, "evaluation": 1.0}

@@ -89,8 +89,3 @@ def push_later(repository: str | None, *, private: bool, dry_run: bool = False) 
         return dataclasses.replace(result, push=facts)  # type: ignore[type-var]
 
     return send_off
-
-
-def without_push(data: dict[str, Any]) -> dict[str, Any]:
-    """A result as plain data; `push` only where something was sent."""
-    return {key: value for key, value in data.items() if key != "push" or value is not None}

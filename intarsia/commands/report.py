@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from intarsia.commands.result import Result
 from intarsia.errors import UserError, check
 from intarsia.flags import Flag
 from intarsia.options import Runtime
@@ -31,7 +32,7 @@ PROMPTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportResult:
+class ReportResult(Result):
     """A written report."""
 
     out: Path
@@ -40,10 +41,6 @@ class ReportResult:
     # prompts that models answered for it
     written: int
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**asdict(self), "out": str(self.out), "runs": list(self.runs)}
 
 
 def report(
@@ -70,8 +67,8 @@ def report(
         UserError: a run or the file cannot be used; nothing has been written then.
     """
     from intarsia.building.materialize import RECIPE_FILE
+    from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_no_input
-    from intarsia.commands.inputs import inputs_of
     from intarsia.commands.job import Placement
     from intarsia.reporting.model_report import is_model_folder
     from intarsia.reporting.page import report_html, write_report

@@ -259,7 +259,7 @@ def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, ru
 
 def _inputs(file: FamilyFile, texts: Iterable[str], files: Iterable[Path]) -> list[Path]:
     """All files and folders that a search reads: members, objectives' sources, earlier runs, texts."""
-    from intarsia.commands.inputs import inputs_of
+    from intarsia.checkpoint.resolve import inputs_of
 
     return inputs_of(
         models=[member.model for member in file.members.values()],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
+from intarsia.commands.result import Result
 from intarsia.flags import Flag
 from intarsia.options import NewModel
 from intarsia.progress import current
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyResult:
+class VerifyResult(Result):
     """What came of every check."""
 
     folder: Path
@@ -29,10 +30,6 @@ class VerifyResult:
     def passed(self) -> bool:
         """Whether the command ends with exit code 0."""
         return self.kept
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**asdict(self), "folder": str(self.folder), "checks": [asdict(each) for each in self.checks]}
 
 
 def verify(

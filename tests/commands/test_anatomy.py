@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoConfig
 
 from intarsia.architecture.families import known_families
-from intarsia.commands.architecture import FamilyCheck, check_family
-from intarsia.commands.architecture import families as listed
+from intarsia.commands.anatomy import FamilyCheck, check_family
+from intarsia.commands.anatomy import families as listed
 from intarsia.errors import UserError
 from tests import families
 from tests.command import invoke
