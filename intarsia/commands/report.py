@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from intarsia.commands.job import Placement
-    from intarsia.data.corpus import Corpus
 
 REPORT = "report.html"
 PROMPTS = (
@@ -98,29 +97,6 @@ def report(
         written=sum(map(len, found.values())),
         seconds=time.perf_counter() - started,
     )
-
-
-def report_compression(out: Path, facts: Mapping[str, Any], corpus: Corpus | None) -> Path:
-    """Keep what a compression measured in the folder that it made, and write the report beside the model card.
-
-    Args:
-        facts: `CompressResult.to_dict()`.
-        corpus: what perplexity was measured on.
-    """
-    from intarsia.reporting.model_report import keep_measures
-    from intarsia.reporting.page import write_report
-
-    measured = ("model", "method", "before", "after", "healed", "layer_forwards", "seconds", "peak_memory_bytes")
-    kept = {name: facts[name] for name in measured} | {"run": Path(str(facts["run"])).name}
-    if facts.get("seconds_by_part"):
-        kept["seconds_by_part"] = facts["seconds_by_part"]
-    evaluation: dict[str, Any] | None = None
-    if corpus is not None:
-        evaluation = {"text": corpus.description, "sha256": corpus.sha256}
-        evaluation |= {"windows": len(corpus), "seq_len": corpus.seq_len}
-    keep_measures(out, {**kept, "evaluation": evaluation})
-    write_report([out], out / REPORT)
-    return out / REPORT
 
 
 def _side_by_side(
