@@ -119,15 +119,7 @@ class Planning:
         if self._shared is not None:
             self._model = self._shared(self.planner)
         elif self._model is None:
-            placed = self.job.placement
-            model = self._model = Intermediate(
-                self.job.resident,
-                self.job.text.calibration,
-                original_ops(BASE, self.job.checkpoint.architecture.n_layers),
-                batch_tokens=placed.batch_tokens,
-                memory_budget=placed.memory_budget(scratch),
-                after_final_norm=self.planner.after_final_norm,
-            )
+            model = self._model = original(self.job, scratch, after_final_norm=self.planner.after_final_norm)
             model.look_at(self.planner.plan_tokens)
             if self.planner.measures or self.planner.progressive or self.planner.blocks:
                 model.refresh()
@@ -247,6 +239,23 @@ class Planning:
         if job.checkpoint.architecture.is_mixture("mlp"):
             provenance["mlp_pieces"] = mlp_pieces(True)  # the recipe itself has their numbers alone
         return whole.with_layers(whole.layers, provenance=provenance)
+
+
+def original(job: Job, scratch: Path, *, after_final_norm: bool) -> Intermediate:
+    """The whole model, not measured yet.
+
+    Args:
+        scratch: where hidden states go that do not fit into memory.
+        after_final_norm: whether the last layer is measured after the final norm.
+    """
+    return Intermediate(
+        job.resident,
+        job.text.calibration,
+        original_ops(BASE, job.checkpoint.architecture.n_layers),
+        batch_tokens=job.placement.batch_tokens,
+        memory_budget=job.placement.memory_budget(scratch),
+        after_final_norm=after_final_norm,
+    )
 
 
 def heal_recipe(
