@@ -73,7 +73,7 @@ class FamilyCheck(Result):
 
 
 FamilyFile: TypeAlias = Annotated[
-    Path | None, Flag(metavar="FILE.toml", help="A family that is not in the package yet; it goes before the others.")
+    Path | None, Flag(metavar="FILE.toml", help="A family file of your own; it is tried before the others.")
 ]
 
 
@@ -103,8 +103,8 @@ def check_family(
         str,
         Flag(
             positional=True,
-            metavar="CONFIG_OR_FOLDER",
-            help="A config.json or a folder with one (a hub id or `demo` will do). Weights are not needed.",
+            metavar="CONFIG|FOLDER",
+            help="A config.json, a folder with one, a hub id, or `demo`. Weights are not needed.",
         ),
     ],
     *,

@@ -65,11 +65,11 @@ class BenchResult(Result):
 def bench(
     *models: Annotated[
         str,
-        Flag(metavar="MODEL", help="Local folders, hub ids, or `demo`; the others are compared with the first."),
+        Flag(metavar="MODEL", help="Local folders, hub ids, or `demo`; the first is the reference."),
     ],
     batch: Annotated[
         tuple[int, ...] | int,
-        Flag(metavar="N", help="Sequences per batch; combined with every --prompt-len."),
+        Flag(metavar="N", help="Sequences per batch; each is combined with every --prompt-len."),
     ] = (1,),
     prompt_len: Annotated[tuple[int, ...] | int, Flag(metavar="N", help="Tokens per prompt.")] = (256,),
     new_tokens: Annotated[int, Flag(metavar="N", help="Tokens generated after each prompt.")] = 64,

@@ -36,14 +36,14 @@ def build(
     ],
     out: NewModel | str | Path,
     *,
-    layers: Annotated[int | None, Flag(metavar="N", help="Depth to build of a plan (default: the least).")] = None,
-    best: Annotated[str | None, Flag(metavar="NAME", help="Of a search: the best trial in an objective.")] = None,
-    knee: Annotated[bool, Flag(help="Of a search: the knee of its Pareto front, which is the default.")] = False,
-    trial: Annotated[int | None, Flag(metavar="N", help="Of a search: any trial, by its number.")] = None,
+    layers: Annotated[int | None, Flag(metavar="N", help="Of a plan: this depth (default: the smallest).")] = None,
+    best: Annotated[str | None, Flag(metavar="NAME", help="Of a search: the best trial in this objective.")] = None,
+    knee: Annotated[bool, Flag(help="Of a search: the knee of its Pareto front (the default).")] = False,
+    trial: Annotated[int | None, Flag(metavar="N", help="Of a search: the trial of this number.")] = None,
 ) -> BuildResult:
-    """Build the model that a recipe describes: of a file, a depth of a plan, or a trial of a search.
+    """Build the model that a recipe describes: a recipe file, a depth of a plan, or a trial of a search.
 
-    Nothing is calibrated. Building a recipe twice gives the same bytes.
+    Building a recipe twice gives the same bytes.
 
     Raises:
         UserError: the recipe cannot be read or does not fit its models, a model has changed since the recipe was

@@ -46,14 +46,13 @@ PLANS = "plans"
 class Entrants:
     """Comparison: the methods, depths and heal stages."""
 
-    # Methods of `intarsia plan`, with options that are not the defaults in brackets:
-    # come,come-p[spans=1],come[norm=average].
+    # Methods of `intarsia plan`, with their options in brackets: come,come-p[spans=1],come[norm=average].
     methods: tuple[str, ...] = flag(MISSING, metavar="NAMES", commas=False)
     # Depths: 27,25,23.
     layers: tuple[int, ...] = flag(MISSING, metavar="N,N")
-    # How each model is healed: none, closed-form, or stages one after the other, as closed-form+layerwise. Each of
-    # several, comma-separated, is a row.
-    heal: tuple[str, ...] = flag(("none",), metavar="KINDS", commas=False)
+    # How to heal each model: none, closed-form, or several stages in a row, as closed-form+layerwise. Every
+    # comma-separated entry is a row of the table.
+    heal: tuple[str, ...] = flag(("none",), metavar="NAMES", commas=False)
 
     def __post_init__(self) -> None:
         for name in ("methods", "heal"):
@@ -86,8 +85,8 @@ class CompareEval:
     """Evaluation: what is measured of each model."""
 
     # Text for perplexity, as FILE or NAME=FILE.
-    text: tuple[str, ...] = flag((), "--eval-text", metavar="[NAME=]FILE")
-    # Sequences of the evaluation texts: one number, or one for each text.
+    text: tuple[str, ...] = flag((), "--eval-text", metavar="FILE")
+    # Sequences to use of the evaluation texts: one number, or one for each text.
     windows: tuple[int, ...] = flag((64,), "--eval-windows", metavar="N")
     # Tasks of lm-eval, and task files (.jsonl).
     tasks: tuple[str, ...] = flag((), metavar="NAMES")
@@ -156,12 +155,12 @@ def compare(
     *,
     text: TextSpec = TextSpec(),
     runtime: Runtime = Runtime(),
-    dry_run: Annotated[bool, Flag(help="Print an estimate of the cost, and write nothing.")] = False,
+    dry_run: Annotated[bool, Flag(help="Print an estimate of the cost; write nothing.")] = False,
 ) -> CompareResult:
     """Compare methods on one model, at several depths, pruned and healed: perplexity, tasks, speed, cost.
 
-    The methods share one pass over the model, and each pruned model is measured in memory, without being built. Stopped
-    at any point, the same command resumes with the next row; more methods, depths, heals and tasks may be added later.
+    The methods share one pass over the model, and each pruned model is measured in memory, without being built. If it
+    is interrupted, the same command resumes; more methods, depths, heals and tasks may be added later.
     `intarsia build OUT/plans/METHOD --layers N` builds any of the models.
 
     Raises:

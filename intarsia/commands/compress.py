@@ -123,7 +123,7 @@ def compress(
 ) -> CompressResult:
     """Make a model shallower: plan, heal, build and measure in one go.
 
-    Give either --layers or --sparsity. Killed at any point, the same command resumes.
+    Give either --layers or --sparsity. If it is interrupted, the same command resumes.
 
     Raises:
         UserError: something about the input cannot be used, or the method cannot reach the target.

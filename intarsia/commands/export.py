@@ -36,20 +36,25 @@ class ExportResult(Result):
 
 def export(
     model: ModelRef | str | Path,
-    out: Annotated[Path, Flag(names=("--out", "-o"), metavar="FILE", help="File for the exported model.")],
+    out: Annotated[Path, Flag(names=("--out", "-o"), metavar="FILE", help="The GGUF file to write.")],
     *,
     gguf: Annotated[
-        Literal["F16", "Q8_0", "F32", "BF16"], Flag(help="How the file stores matrices; vectors are in F32.")
+        Literal["F16", "Q8_0", "F32", "BF16"], Flag(help="Type of the matrices in the file; vectors are F32.")
     ] = "F16",
     tokenizer_pre: Annotated[
         str | None,
-        Flag(metavar="NAME", help="What llama.cpp calls the tokenizer's rule for splitting text (default: found out)."),
+        Flag(metavar="NAME", help="llama.cpp's name of the tokenizer's splitting rule (default: detected)."),
     ] = None,
     overwrite: Annotated[bool, Flag(help="Replace the file if it exists.")] = False,
     push_to: Annotated[
-        str | None, Flag(names=("--push-to-hub",), metavar="NAME", help="Send the file to the hub when it is written.")
+        str | None,
+        Flag(
+            names=("--push-to-hub",),
+            metavar="NAME",
+            help="Upload the file to the HuggingFace hub, as `name` or `owner/name`.",
+        ),
     ] = None,
-    private: Annotated[bool, Flag(help="Make a new repository on the hub private.")] = False,
+    private: Annotated[bool, Flag(help="Make a new hub repository private.")] = False,
 ) -> ExportResult:
     """Write a model as a GGUF file, for llama.cpp and Ollama (Llama, Mistral, Qwen2 and Qwen3 families).
 

@@ -92,7 +92,7 @@ def heal(
         Flag(
             positional=True,
             metavar="MODEL|RECIPE",
-            help="A folder that intarsia has built, a recipe (.yaml), or a run folder of `plan` (its least depth).",
+            help="A model that intarsia has built, a recipe (.yaml), or a run folder of `plan` (its smallest depth).",
         ),
     ],
     out: HealedModel | str | Path,
@@ -103,8 +103,8 @@ def heal(
         str | None,
         Flag(
             metavar="MODEL",
-            help="What stages that train learn from (default: the recipe's base; of several models, their blend with "
-            "no layer removed). The closed form always learns from that default.",
+            help="The model that training stages learn from (default: the recipe's base, or the blend of its models "
+            "with no layer removed). The closed form always uses the default.",
         ),
     ] = None,
     evaluation: PerplexityTexts = PerplexityTexts(),
@@ -112,7 +112,7 @@ def heal(
 ) -> HealResult:
     """Heal a pruned model: in closed form, layer by layer, or as a whole.
 
-    Stopped at any point, the same command resumes. Under `accelerate launch -m intarsia heal ...` the end-to-end stage
+    If it is interrupted, the same command resumes. Under `accelerate launch -m intarsia heal ...` the end-to-end stage
     uses all processes.
 
     Raises:

@@ -63,10 +63,10 @@ def plan(
     runtime: Runtime = Runtime(),
     dry_run: Annotated[bool, Flag(help="Print an estimate of the cost; write nothing.")] = False,
 ) -> PlanResult:
-    """Decide what to make: a recipe for every depth down to the target, none of them built yet.
+    """Plan the pruning: one recipe for every depth down to the target. Nothing is built.
 
-    Give either --layers or --sparsity. `intarsia build RUN --layers N` builds any of the depths later. Killed at any
-    point, the same command resumes; a deeper target continues in the same run.
+    Give either --layers or --sparsity. `intarsia build RUN --layers N` builds any of the depths later. If it is
+    interrupted, the same command resumes; the same run can be continued to fewer layers.
 
     Raises:
         UserError: something about the input cannot be used. Nothing has been written then.

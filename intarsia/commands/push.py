@@ -43,8 +43,8 @@ def push(
     source: Annotated[Path, Flag(positional=True, metavar="FOLDER|FILE", help="A built model, or an exported file.")],
     repository: Annotated[str, Flag(positional=True, metavar="NAME", help="`name` or `owner/name`.")],
     *,
-    private: Annotated[bool, Flag(help="Make a new repository private.")] = False,
-    dry_run: Annotated[bool, Flag(help="Say what would be sent, and send nothing.")] = False,
+    private: Annotated[bool, Flag(help="Make a new hub repository private.")] = False,
+    dry_run: Annotated[bool, Flag(help="Print what would be sent; send nothing.")] = False,
 ) -> PushResult:
     """Send a model folder with its card, or a GGUF file, to the HuggingFace hub.
 

@@ -48,11 +48,12 @@ def report(
         Flag(metavar="RUN", commas=False, help="Run folders, comparisons, and models that intarsia has built."),
     ],
     out: Annotated[Path, Flag(names=("--out", "-o"), metavar="FILE", help="The HTML file.")] = Path("report.html"),
-    generate: Annotated[bool, Flag(help="Let each model and its original answer prompts, side by side.")] = False,
+    generate: Annotated[bool, Flag(help="Show answers of each model and its original to some prompts.")] = False,
     prompt: Annotated[
-        tuple[str, ...], Flag(metavar="TEXT", commas=False, help="A prompt to answer; may be given several times.")
-    ] = PROMPTS,
-    new_tokens: Annotated[int, Flag(metavar="N", help="Most tokens of an answer.")] = 96,
+        tuple[str, ...],
+        Flag(metavar="TEXT", commas=False, help="A prompt to answer; may be given several times (default: three)."),
+    ] = (),
+    new_tokens: Annotated[int, Flag(metavar="N", help="Tokens per answer, at most.")] = 96,
     device: Annotated[str | None, Flag(help="Device: cpu, cuda, cuda:1 ... (default: the best available).")] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
@@ -72,7 +73,7 @@ def report(
     from intarsia.reporting.model_report import is_model_folder
     from intarsia.reporting.page import report_html, write_report
 
-    started = time.perf_counter()
+    started, prompt = time.perf_counter(), prompt or PROMPTS
     out, paths = Path(out), [Path(run) for run in runs]
     if not paths:
         raise UserError("There is no run to report on.", "Name a run folder, or a model that intarsia has made.")

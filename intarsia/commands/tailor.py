@@ -42,19 +42,19 @@ class SearchOptions:
 
     # Trials to make (default: what the family file says).
     trials: int | None = flag(None, metavar="N")
-    # Of a finished search: this many more trials. One that is not finished continues to its end first.
+    # Trials to add to a finished search; an unfinished one is finished first.
     more_trials: int | None = flag(None, metavar="N")
-    # Text for planners and for concatenation (default: what the objectives show the search).
+    # Text for planners and channel scores (default: the examples that the objectives search on).
     calibration: tuple[str, ...] = flag((), metavar="SPEC")
     # Tokens of that text, at most.
     tokens: int = flag(8192, metavar="N", parse=token_count)
-    # Trials at once, each in a process of its own (default: 1, in this one).
+    # Trials at a time, each in a process of its own (default: 1, in this process).
     workers: int | None = flag(None, metavar="N")
     # Run trials on the workers of a Dask scheduler, such as tcp://host:8786.
     scheduler: str | None = flag(None, metavar="ADDRESS")
-    # For a dry run: where config files of models on the hub are, as DIR/ORGANISATION/NAME/config.json.
+    # For a dry run: config files of hub models, as DIR/ORGANISATION/NAME/config.json.
     configs: Path | None = flag(None, metavar="DIR")
-    # Print the size of the space, the budgets and the cost; only config files are read.
+    # Print the size of the search space, the budgets and the cost; only config files are read.
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -77,9 +77,9 @@ class FinalOptions:
 
     # Build the incumbent into RUN/best.
     build: bool = True
-    # Score the incumbent on examples that the search has not seen.
+    # Score the incumbent on unseen examples.
     judge: bool = True
-    # Unseen examples of each objective to score it on, at most.
+    # Unseen examples per objective, at most.
     judge_examples: int = flag(1000, metavar="N")
 
     def __post_init__(self) -> None:
@@ -90,9 +90,9 @@ class FinalOptions:
 def tailor(
     source: Annotated[
         Path,
-        Flag(positional=True, metavar="FAMILY.yaml|RUN", help="A family file, or the folder of a search to resume."),
+        Flag(positional=True, metavar="FAMILY.yaml|RUN", help="A family file, or the run folder of a search."),
     ],
-    out: Annotated[Path | None, Flag(names=("--out", "-o"), metavar="RUN", help="Folder of the search.")] = None,
+    out: Annotated[Path | None, Flag(names=("--out", "-o"), metavar="DIR", help="Run folder of the search.")] = None,
     *,
     engine: Engine = None,
     search: SearchOptions = SearchOptions(),
@@ -101,7 +101,7 @@ def tailor(
 ) -> TailorResult:
     """Search for the best small model that can be made of a family: remove, select, merge and join layers.
 
-    Stopped at any point, the same command resumes; with one worker the log is then that of an undisturbed search.
+    If it is interrupted, the same command resumes.
     `intarsia build RUN --best NAME` (or --knee, --trial N) builds any trial.
 
     Raises:

@@ -36,14 +36,14 @@ def verify(
     folder: Annotated[Path, Flag(positional=True, metavar="FOLDER", help="A local model folder.")],
     *,
     shard_size: Annotated[
-        str, Flag(names=("--max-shard-size",), metavar="SIZE", help="Size of a weight file at most, such as 5GB.")
+        str, Flag(names=("--max-shard-size",), metavar="SIZE", help="Largest size of a weight file.")
     ] = "5GB",
-    load: Annotated[bool, Flag(help="Also load the model, and compare generation with and without cache.")] = True,
+    load: Annotated[bool, Flag(help="Also load the model, and generate with and without cache.")] = True,
 ) -> VerifyResult:
     """Check that a model folder is a stock checkpoint: whole, consistent, and loading everywhere.
 
-    Exit code 0: it is. 1: a check failed. 2: there is nothing to check. A weight file with a single tensor may be
-    larger than the size given. Loading takes memory for the weights in float32.
+    Exit code 0: all checks passed; 1: a check failed; 2: there is no model folder. A weight file with a single tensor
+    may be larger than --max-shard-size. Loading takes memory for the weights in float32.
 
     Raises:
         UserError: there is no such folder, or it has no config that can be read.
