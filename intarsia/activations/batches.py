@@ -178,8 +178,7 @@ class Batches:
     def _halve(self, rows: int) -> None:
         if rows == 1:
             raise UserError(
-                f"{self.device}: expected memory for one sequence of {self.corpus.seq_len} tokens in one layer; "
-                "found less, with one sequence at a time.",
+                f"{self.device} has no memory for one sequence of {self.corpus.seq_len} tokens in one layer.",
                 "Use shorter sequences (--seq-len), --stream, --dtype bfloat16, or a device with more memory.",
             ) from None
         self.size = (rows + 1) // 2

@@ -110,9 +110,7 @@ def reserve(path: Path, nbytes: int) -> None:
             raise
         path.unlink(missing_ok=True)
         raise UserError(
-            f"{path.parent}: "
-            f"expected {nbytes / 1e9:.2f} GB for hidden states that do not fit in memory; "
-            "found a full disk.",
+            f"{path.parent} is on a full disk: hidden states that do not fit in memory take {nbytes / 1e9:.2f} GB.",
             "Free some space, name a run folder on another disk, give more --memory, or use fewer tokens.",
         ) from error
 

@@ -101,7 +101,7 @@ def require_finite(tensor: Tensor, where: str) -> None:
     """
     if not bool(torch.isfinite(tensor).all()):
         raise UserError(
-            f"{where}: expected finite numbers; found NaN or infinity.",
+            f"{where} has NaN or infinity.",
             "The model overflows in this dtype; try --dtype bfloat16 or float32.",
         )
 

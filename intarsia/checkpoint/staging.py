@@ -155,7 +155,7 @@ def _check_replaceable(out: Path, place: Path, overwrite: bool, sign: str) -> No
 def _cannot_write(place: Path, error: OSError) -> UserError:
     if error.errno in _FULL:
         return UserError(
-            f"The disk is full, and {place} is not complete.",
+            f"{place} is on a full disk.",
             "Nothing was left there. Free some space, or choose an output folder on another disk.",
         )
     return UserError(
