@@ -173,6 +173,7 @@ def compare(
     from intarsia.evaluation.tasks import plan_tasks
     from intarsia.healing.pipeline import check_stages
     from intarsia.reporting.comparison import ROWS, SETTINGS, Row, cells, load
+    from intarsia.reporting.wording import command
 
     started, out = time.perf_counter(), Path(out)
     run = RunDir(out, option="-o")
@@ -227,13 +228,12 @@ def compare(
             pin_text(run, job)
             if tasks is not None:
                 run.pin("tasks", task_facts)
-            asked: dict[str, Any] = {
-                "methods": [method.label for method in methods],
-                "layers": depths,
-                "heal": list(heals),
-            }
+            asked = {"methods": [method.label for method in methods], "layers": depths, "heal": list(heals)}
             asked |= {"task_layers": evaluation.task_layers, "speed": evaluation.speed}
-            run.write_json(SETTINGS, _report_facts(job, run, texts, evaluation, asked))
+            words = [str(settings["model"]), "-o", out.name]
+            words += [] if job.revision is None else ["--revision", job.revision]
+            again = {"command": command("compare", *words, given=(entrants, evaluation, text))}
+            run.write_json(SETTINGS, _report_facts(job, run, texts, evaluation) | {"asked": asked} | again)
             task.advance(1 + len(wanted) - len(missing))
             try:
                 # The original first: it also shows whether the tasks can be scored.
@@ -322,10 +322,8 @@ def _task_facts(tasks: TaskPlan, evaluation: CompareEval) -> dict[str, Any]:
     return {task.name: fact(task) for task in tasks.tasks}
 
 
-def _report_facts(
-    job: Job, run: RunDir, texts: Mapping[str, Corpus], evaluation: CompareEval, asked: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What the report and the command that makes the comparison again need."""
+def _report_facts(job: Job, run: RunDir, texts: Mapping[str, Corpus], evaluation: CompareEval) -> dict[str, Any]:
+    """What the report says of how the rows were made."""
     from intarsia.commands.job import versions
 
     settings = run.pinned()
@@ -344,7 +342,6 @@ def _report_facts(
         "tasks": [
             {"name": name, "spec": spec, **fact} for spec, (name, fact) in zip(specs, named_tasks.items(), strict=True)
         ],
-        "asked": asked,
         "versions": versions(),
     }
 
