@@ -49,7 +49,7 @@ def require_room(folder: Path, nbytes: int, what: str, *, where: Path | None = N
     """Refuse a disk that is too small, before any work.
 
     Args:
-        folder: where `what` shall be; it need not be there yet.
+        folder: where `what` will be; it need not exist yet.
         where: the place for the message, if it is another.
         option: the option that sets it, if there is one.
 

@@ -144,7 +144,7 @@ class Pace:
     """How fast a task advances, and so how long the rest takes.
 
     The rate is that of the last two minutes, or of the last third of the task where that is longer. Work that was
-    taken over from an earlier run takes no time; it does not count. The time left is shown only after three seconds,
+    done in an earlier run takes no time; it does not count. The time left is shown only after three seconds,
     and moves toward a new estimate by at most a factor of two in half a minute.
     """
 

@@ -158,7 +158,7 @@ class LoadedModel:
     def _values(
         self, op: Op, fitted: Mapping[str, npt.NDArray[np.float32]], dtypes: Mapping[str, torch.dtype]
     ) -> dict[str, Tensor]:
-        """The values of a layer that is made, let go of one by one as they are turned into the model's dtype."""
+        """The values of a layer that is made, in the model's dtype; its tensors are freed one by one."""
         tensors = self._made(op, fitted)
         values = {name: _own(tensors.pop(name).to(dtype)) for name, dtype in dtypes.items()}
         for array in fitted.values():

@@ -93,7 +93,7 @@ def gguf_folder(file: Path, progress: Progress) -> Path:
 
 
 def kept_folder(file: Path) -> Path | None:
-    """The checkpoint folder of a GGUF file, where it was made before; nothing is read for it."""
+    """The checkpoint folder of a GGUF file, where it was made before. The file is not read."""
     known = recall(_hash_place(file))
     folder = None if known is None else _place(known)
     return folder if folder is not None and (folder / "config.json").exists() else None
@@ -125,7 +125,7 @@ def only_gguf(folder: Path) -> Path | None:
 
 
 def need_gguf_reader(where: str, *, extra: str) -> None:
-    """Refuse to go on without what reads GGUF files rightly.
+    """Check that GGUF files can be read, and rightly.
 
     Raises:
         UserError: a package is not installed, or transformers is too old.
@@ -141,7 +141,7 @@ def need_gguf_reader(where: str, *, extra: str) -> None:
 
 
 def need_gguf(where: str, *, extra: str) -> None:
-    """Refuse to go on without the package that reads and writes GGUF.
+    """Check that the packages that read and write GGUF are installed.
 
     Raises:
         UserError: it is not installed, or transformers lacks accelerate to read with it.

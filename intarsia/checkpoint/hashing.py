@@ -204,7 +204,7 @@ def scan(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
 
 
 def not_finite_in(header: TensorHeader, bad: int) -> Problem:
-    """The problem of a tensor with so many entries that are not finite."""
+    """The problem of a tensor of which `bad` entries are not finite."""
     return Problem(
         f"{header.file}: {header.name} has NaN or infinity in {bad:,} of {header.numel:,} entries.",
         "The file is damaged, or comes from a training run that diverged; get it again.",

@@ -3,7 +3,7 @@
 Such a checkpoint (Gemma 3, LLaVA, Mistral 3 ...) nests the text model's config under `text_config` and keeps its
 tensors under a prefix. Read through a `Wrapper` it has the text model's own config and names, so that everything
 else in this package sees an ordinary text model; what is written gets the names and the nesting back, and every
-other tensor goes along byte for byte.
+other tensor is copied byte for byte.
 """
 
 from __future__ import annotations

@@ -32,14 +32,14 @@ def staged_folder(
     sign: str = "config.json",
     inputs: Collection[Path] = (),
 ) -> Iterator[Path]:
-    """Give a staging folder to fill; when the block ends without an error it becomes `out`.
+    """A staging folder to fill, which becomes `out` when the block ends without an error.
 
     Args:
-        out: where the folder shall be. Missing parents are made.
+        out: the folder. Missing parents are made.
         overwrite: replace a folder that is there. The old one stays until the new one is complete.
-        nbytes: how much will be written, to refuse a disk that is too small before any work.
+        nbytes: its size, to refuse a disk that is too small before any work.
         sign: `overwrite` only replaces folders that are empty or hold a file of this name.
-        inputs: files and folders that are read, and stay.
+        inputs: files and folders that are read, which `out` must not touch.
 
     Raises:
         UserError: `out` exists, is an input, cannot be made, or the disk is full.

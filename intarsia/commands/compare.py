@@ -223,7 +223,7 @@ def compare(
     wanted = [(method.label, depth, heal) for method in methods for depth in depths for heal in heals]
     ladders = Ladders(job, out)
     if missing := [key for key in (rows.dense_key, *wanted) if not rows.has(key)]:
-        _ = job.text.calibration  # a mistyped text must not leave a folder behind
+        _ = job.text.calibration  # a mistyped text must leave no folder
         with run.opened(settings), progress.current().task("comparing", 1 + len(wanted)) as task:
             pin_text(run, job)
             if tasks is not None:
@@ -585,7 +585,7 @@ class Rows:
         self.dense_key: Key = (DENSE, job.checkpoint.architecture.n_layers, "none")
 
     def has(self, key: Key) -> bool:
-        """Whether a row is measured, with everything that is asked for."""
+        """Whether a row has all measures that this call asks for."""
         return key in self.rows and self._is_whole(self.rows[key])
 
     def add(self, row: Row) -> None:

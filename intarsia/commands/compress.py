@@ -257,7 +257,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, job: Job, spec: EvalSpec) -> Evaluation:
-        """What is asked for, read and checked.
+        """The texts and tasks of `--eval-text` and `--tasks`, read and checked.
 
         Raises:
             UserError: a text or task cannot be used.
@@ -311,7 +311,7 @@ class Evaluation:
 def _measured(
     job: Job, small: Checkpoint, evaluation: Evaluation, *, unhealed: Recipe | None
 ) -> tuple[Measures, Measures]:
-    """Measures of the job's model and of what was built from it; the former is let go of.
+    """Measures of the job's model and of what was built from it; the former is freed.
 
     Speeds are measured in turns where memory holds both models, else one after the other. Those of a streamed model are
     not measured: they say nothing of how fast it is in memory.

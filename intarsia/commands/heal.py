@@ -169,7 +169,7 @@ def heal(
         if main:
             run.check(settings)
             if not subject.writes_text:
-                _ = subject.text_parts  # too little text must leave no run folder behind
+                _ = subject.text_parts  # too little text must leave no run folder
             opened.enter_context(run.opened(settings))
             corpora = dict(zip(("train", "held_out"), subject.text_parts, strict=True))
             facts: dict[str, Any] = {n: {"sha256": c.sha256, "tokens": c.tokens} for n, c in corpora.items()}

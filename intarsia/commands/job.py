@@ -42,7 +42,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 class Placement:
     """Where a model and its hidden states are while it is worked on: `Runtime`, looked up on this machine."""
 
-    # The first has embedding and head; layers are laid over all of them.
+    # The first has embedding and head; the layers are spread over all of them.
     devices: tuple[torch.device, ...]
     # None for the checkpoint's own.
     dtype: torch.dtype | None = None
@@ -55,7 +55,7 @@ class Placement:
 
     @classmethod
     def of(cls, runtime: Runtime) -> Placement:
-        """What is asked for, checked.
+        """The devices and dtype of a `Runtime`, looked up.
 
         Raises:
             UserError: there is no such device.
@@ -167,7 +167,7 @@ class Job:
         return "resident" in self.__dict__
 
     def release(self) -> None:
-        """Let go of the model; it is loaded anew when it is needed again."""
+        """Free the model; it is loaded again when it is needed."""
         if self.__dict__.pop("resident", None) is not None:
             gc.collect()  # streamed layers and the model refer to one another
 

@@ -35,7 +35,7 @@ BASE = "base"
 
 
 class Planning:
-    """A plan that is asked for, checked.
+    """A checked plan, ready to be worked on.
 
     Attributes:
         target: the depth to come to.
@@ -97,7 +97,7 @@ class Planning:
         settings, ladder = self.settings(run), Ladder(run)
         run.check(settings)
         if not ladder.reaches(self.target):
-            _ = self.job.text.calibration  # a mistyped text must leave no folder behind
+            _ = self.job.text.calibration  # a mistyped text must leave no folder
         try:
             with run.opened(settings):
                 yield ladder
@@ -105,7 +105,7 @@ class Planning:
             self.close()
 
     def close(self) -> None:
-        """Let go of the model that is planned with."""
+        """Free the model that is planned with."""
         if self._model is not None and self._shared is None:
             self._model.close()
         self._model = None

@@ -61,7 +61,7 @@ def push(
         raise UserError(f"{source} is {found}.", "Pass what `build`, `compress`, `heal` or `export` has written.")
     wanted = parcel(source, repository, private=private, account=account_for(repository))
     for place in wanted.mentions:
-        progress.current().say(f"the recipe that goes along names a place on this machine: {place}")
+        progress.current().say(f"the uploaded recipe names a place on this machine: {place}")
     return PushResult(source=source, parcel=wanted, address=None if dry_run else send(source, wanted))
 
 

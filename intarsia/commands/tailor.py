@@ -224,7 +224,7 @@ class _Plan:
 
 
 def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, runtime: Runtime) -> _Plan:
-    """Read and check what is asked for; nothing is opened yet.
+    """Read and check the options and the family file; nothing is opened yet.
 
     Raises:
         UserError: with everything that is wrong with the options or the family file.
