@@ -228,7 +228,11 @@ def compare(
             pin_text(run, job)
             if tasks is not None:
                 run.pin("tasks", task_facts)
-            asked = {"methods": [method.label for method in methods], "layers": depths, "heal": list(heals)}
+            asked: dict[str, Any] = {
+                "methods": [method.label for method in methods],
+                "layers": depths,
+                "heal": list(heals),
+            }
             asked |= {"task_layers": evaluation.task_layers, "speed": evaluation.speed}
             words = [str(settings["model"]), "-o", out.name]
             words += [] if job.revision is None else ["--revision", job.revision]
