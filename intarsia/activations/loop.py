@@ -23,6 +23,7 @@ from torch import Tensor
 from intarsia.activations.batches import Batch, Batches
 from intarsia.activations.hidden_store import HiddenStore, MemoryBudget
 from intarsia.activations.hooks import output_projections
+from intarsia.activations.loss import Likeliest
 from intarsia.activations.statistics import require_finite
 from intarsia.activations.stream import LayerCall, LayerStream
 from intarsia.architecture.spec import Part
@@ -220,8 +221,18 @@ class Loop:
         for number, path in enumerate(paths):
             self._batch_by_batch(path, partial(end, number), sequences, advance)
 
-    def losses(self, paths: Iterable[Path], *, sequences: slice = slice(None)) -> Iterator[Tensor]:
-        """The summed loss of each sequence at the end of one path after the other: float64, on the CPU."""
+    def losses(
+        self,
+        paths: Iterable[Path],
+        *,
+        sequences: slice = slice(None),
+        expected: Callable[[slice], Likeliest] | None = None,
+    ) -> Iterator[Tensor]:
+        """The summed loss of each sequence at the end of one path after the other: float64, on the CPU.
+
+        Args:
+            expected: gives another model's likeliest tokens of some sequences; the loss is then the KL to them.
+        """
         for group in [list(paths)] if self.resident.streams else ([path] for path in paths):
             found: list[list[Tensor]] = [[] for _ in group]
 
@@ -233,7 +244,8 @@ class Loop:
                 h_BTD: Tensor,
                 found: list[list[Tensor]] = found,
             ) -> None:
-                found[number].append(self.stream.losses(h_BTD, ids, mask)[0])
+                likely = None if expected is None else expected(rows)
+                found[number].append(self.stream.losses(h_BTD, ids, mask, expected=likely)[0])
 
             with torch.inference_mode():
                 self.run(group, end, sequences=sequences)

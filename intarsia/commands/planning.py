@@ -30,6 +30,8 @@ from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.registry import Chosen
 from intarsia.run_dir import RunDir
 
+_BLOCKS = 0.1
+"""What comparing blocks takes, as a share of a heal stage, about."""
 BASE = "base"
 """What the model is called in the recipes of a plan."""
 
@@ -131,6 +133,7 @@ class Planning:
         elif self._model.kept:
             self._model.rewind()
         self._model.look_at(self.planner.plan_tokens)
+        self._model.criterion = self.planner.criterion
         return self._model
 
     def states(self) -> TeacherStates | None:
@@ -148,7 +151,7 @@ class Planning:
             ladder.run.write_json(name, {"blocks": best_blocks(model, removed, self.planner.blocks)})
         remedy = "Delete it; the blocks are then compared again."
         found = read_json(ladder.path / name, expected="blocks of layers", remedy=remedy)
-        return starts_of(recipe, found["blocks"])
+        return starts_of(recipe, found["blocks"], self.job.checkpoint.architecture)
 
     def settings(self, run: RunDir) -> dict[str, Any]:
         """What decides the plan; `Runtime` does not.
@@ -273,9 +276,9 @@ def heal_recipe(
         return None
     job = planning.job
     pin_text(ladder.run, job)
-    with progress.current().task("", 1 + len(stages)) as task:
+    with progress.current().task("", _BLOCKS + len(stages)) as task:
         starts = planning.blocks(ladder, recipe)
-        task.advance()
+        task.advance(_BLOCKS)
         context = HealContext(
             run=ladder.run,
             variants={recipe.base: job.checkpoint},

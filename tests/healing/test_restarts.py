@@ -137,7 +137,7 @@ def test_a_ladder_s_recipe_starts_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
         found = planned.healed(recipe)
         cut, result = found.stages
         blocks = json.loads((ladder.path / f"blocks/layers-{depth:03d}.json").read_text())["blocks"]
-        points = [*starts(recipe, architecture), *starts_of(recipe, blocks)]
+        points = [*starts(recipe, architecture), *starts_of(recipe, blocks, architecture)]
         several += len(points) > 2
         assert len(points) <= 4
         assert all(not start.recipe.fitted for start in points[1:])
