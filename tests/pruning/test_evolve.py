@@ -16,7 +16,7 @@ from intarsia.recipe.ops import Op
 from intarsia.recipe.schema import content_hash
 from tests import families
 from tests.conftest import InMemory
-from tests.pruning.by_hand import ladder_of, planner_of
+from tests.pruning.by_hand import ladder_in, ladder_of, planner_of
 from tests.pruning.conftest import corpus_of
 from tests.recipes_by_hand import select
 
@@ -94,7 +94,7 @@ def test_a_stopped_search_resumes(family: str, resident_of: InMemory, tmp_path: 
     # Killed in the middle of a line.
     lines = (tmp_path / "whole" / "search.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     half = len(lines) // 2
-    (tmp_path / "half").mkdir()
+    ladder_in(tmp_path / "half")
     (tmp_path / "half" / "search.jsonl").write_text("".join(lines[:half]) + lines[half][:9], encoding="utf-8")
     resumed, _, second = ladder_of("evolve", resident, corpus, tmp_path / "half", TARGET, settings)
     assert content_hash(resumed.recipe(TARGET)) == content_hash(whole.recipe(TARGET))

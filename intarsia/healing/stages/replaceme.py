@@ -63,7 +63,8 @@ def replaceme(context: HealContext, recipe: Recipe, settings: ReplaceMeSettings)
         if index not in own:  # of a streamed model they are there only now
             own[index] = {name: each.detach().clone() for name, each in down.named_parameters()}
             moments[index] = _Moments()
-        added_BTD = linear(passed.inputs["mlp"], *own[index].values())
+        x_BTC = passed.inputs["mlp"].reshape(*passed.after.shape[:2], -1)
+        added_BTD = linear(x_BTC, *own[index].values())
         missing_BTD = (wanted_BTD.float() - passed.after.float()) / scale
         moments[index].add(added_BTD[counts_BT], missing_BTD[counts_BT])
 
