@@ -32,11 +32,11 @@ class Likeliest(NamedTuple):
     """The K likeliest next tokens at every position `[B, T, K]`."""
 
     log_p: Tensor
-    index: Tensor
+    tokens: Tensor
 
     def rows(self, rows: slice) -> Likeliest:
         """Those of some sequences."""
-        return Likeliest(self.log_p[rows], self.index[rows])
+        return Likeliest(self.log_p[rows], self.tokens[rows])
 
 
 def next_token_losses(
@@ -72,7 +72,7 @@ def next_token_losses(
             return -log_p_NV.gather(1, targets_N[part, None])[:, 0]
     else:
         log_t_NK = expected.log_p.to(logits_BTV.device)[rows_N, cols_N].float()
-        index_NK = expected.index.to(logits_BTV.device)[rows_N, cols_N].long()
+        index_NK = expected.tokens.to(logits_BTV.device)[rows_N, cols_N].long()
 
         def of_rows(log_p_NV: Tensor, part: slice) -> Tensor:
             return divergence(log_t_NK[part], log_p_NV.gather(1, index_NK[part]))

@@ -259,6 +259,10 @@ class Planning:
         return whole.with_layers(whole.layers, provenance=provenance)
 
 
+# What comparing blocks takes, as a share of a heal stage, about.
+_BLOCKS = 0.1
+
+
 def heal_recipe(
     planning: Planning, ladder: Ladder, recipe: Recipe, stages: Sequence[Chosen], *, states: TeacherStates | None = None
 ) -> Healed | None:
@@ -274,9 +278,9 @@ def heal_recipe(
         return None
     job = planning.job
     pin_text(ladder.run, job)
-    with progress.current().task("", 1 + len(stages)) as task:
+    with progress.current().task("", _BLOCKS + len(stages)) as task:
         starts = planning.starts(ladder, recipe)
-        task.advance()
+        task.advance(_BLOCKS)
         context = HealContext(
             run=ladder.run,
             variants={recipe.base: job.checkpoint},

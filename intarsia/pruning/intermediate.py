@@ -27,6 +27,8 @@ from intarsia.pruning.step import Criterion
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import Fitted
 
+# Sequences that the loss of the model after a step is measured on.
+_LOSS_SEQUENCES = 32
 # Tokens of the original's next-token distribution that are known, beside the mass of all others.
 _LIKELIEST = 64
 
@@ -86,8 +88,9 @@ class Intermediate(RecipeLayers):
         self.hidden = self.loop.store()
         self.measures: list[LayerMeasure] = []
         self.rows = slice(0, len(corpus))
-        self._losses_N = torch.zeros(len(corpus), dtype=torch.float64)
-        self._counts_N = torch.zeros(len(corpus), dtype=torch.int64)
+        self._losses_N = torch.zeros(min(len(corpus), _LOSS_SEQUENCES), dtype=torch.float64)
+        real_NT = torch.ones_like(corpus.input_ids, dtype=torch.bool) if corpus.mask is None else corpus.mask
+        self._counts_N = (real_NT[:, :-1] & real_NT[:, 1:]).sum(dim=1)
         self._measured: list[Layer] = []
         self._distances: dict[tuple[int, int, str], float] = {}
         self._kept: _Kept | None = None
@@ -118,7 +121,10 @@ class Intermediate(RecipeLayers):
 
     @property
     def losses_N(self) -> Tensor:
-        """Summed next-token loss of each sequence of `rows`, in nats: float64."""
+        """Summed next-token loss of each of the first sequences of `rows`, in nats: float64.
+
+        It decides nothing, so it is measured on as many as tell models apart.
+        """
         return self._losses_N[self.rows]
 
     @property
@@ -128,8 +134,9 @@ class Intermediate(RecipeLayers):
 
     @property
     def loss(self) -> float:
-        """Mean next-token loss on `rows`, in nats."""
-        return float(self.losses_N.sum() / self.counts_N.sum())
+        """Mean next-token loss on the first sequences of `rows`, in nats."""
+        losses_N = self.losses_N
+        return float(losses_N.sum() / self.counts_N[: len(losses_N)].sum())
 
     def look_at(self, tokens: int | None) -> None:
         """Decide on the first `tokens` of the calibration text, in whole sequences; None: on all.
@@ -184,7 +191,7 @@ class Intermediate(RecipeLayers):
                 self.measures.append(found[number])
             if whole:
                 task.note("loss")
-                self.batches.each(self._lose, self.rows)
+                self.batches.each(self._lose, slice(0, len(self.losses_N)))
                 task.advance()
         self._measured = self._now()[:stop]
 
@@ -317,7 +324,7 @@ class Intermediate(RecipeLayers):
     def _lose(self, rows: slice, ids: Tensor, mask: Tensor | None) -> None:
         """Measure the loss of some sequences, from the hidden states after the last layer."""
         h_BTD = self.hidden_at(self.depth, rows)
-        self._losses_N[rows], self._counts_N[rows] = self.loop.stream.losses(h_BTD, ids, mask)
+        self._losses_N[rows], _ = self.loop.stream.losses(h_BTD, ids, mask)
 
     def _output(self, depth: int, rows: slice, ids: Tensor, mask: Tensor | None) -> Tensor:
         """H^depth of some sequences; of the last layer after the final norm, where that is wanted."""
