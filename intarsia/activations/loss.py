@@ -129,11 +129,10 @@ def _by_sequence(losses_N: Tensor, rows_N: Tensor, n_sequences: int, where: str)
     bad_N = ~losses_N.isfinite()
     if bool(bad_N.any()):
         first = int(rows_N[bad_N][0])
-        raise UserError.of(
-            where=f"{where}, sequence {first} of the batch",
-            expected="finite losses",
-            found=f"{int(bad_N.sum())} of {losses_N.numel()} losses that are NaN or infinite",
-            remedy="Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
+        raise UserError(
+            f"{where}, sequence {first} of the batch: expected finite losses; "
+            f"found {int(bad_N.sum())} of {losses_N.numel()} losses that are NaN or infinite.",
+            "Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
         )
     # Accumulated on the CPU: index_add in float64 is not deterministic on CUDA and does not exist on MPS.
     rows_cpu_N = rows_N.cpu()
