@@ -24,18 +24,15 @@ def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Architec
             return _resolve(family, config, where)
     if isinstance(model_type, str) and model_type in uncovered():
         entry = uncovered()[model_type]
-        raise UserError.of(
-            where=f"{where}: model_type {model_type!r}",
-            expected="a model whose layers can be described",
-            found=entry["feature"],
-            remedy=entry["remedy"],
+        raise UserError(
+            f"{where}: model_type {model_type!r}: expected a model whose layers can be described; "
+            f"found {entry['feature']}.",
+            entry["remedy"],
         )
     known = ", ".join(sorted({kind for family in known_families().values() for kind in family.model_types}))
-    raise UserError.of(
-        where=f"{where}: model_type",
-        expected=f"one of {known}",
-        found=repr(model_type),
-        remedy="Use a model of a known family, or describe this one in a family file: docs/ADD_A_FAMILY.md says how, "
+    raise UserError(
+        f"{where}: model_type: expected one of {known}; found {model_type!r}.",
+        "Use a model of a known family, or describe this one in a family file: docs/ADD_A_FAMILY.md says how, "
         "and `intarsia anatomy check --family-file` tries it.",
     )
 
@@ -58,10 +55,10 @@ def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Architect
     if not problems and numbers["query_heads"] % numbers["kv_heads"]:
         problems.append(
             Problem(
-                where=f"{where}: {family.fields['query_heads']}",
-                expected=f"a multiple of the {numbers['kv_heads']} key/value heads",
-                found=str(numbers["query_heads"]),
-                remedy="The config does not describe grouped-query attention; correct it.",
+                f"{where}: {family.fields['query_heads']}: "
+                f"expected a multiple of the {numbers['kv_heads']} key/value heads; "
+                f"found {numbers['query_heads']}.",
+                "The config does not describe grouped-query attention; correct it.",
             )
         )
     per_layer = lists(family.per_layer, values, numbers["layers"], where, problems)
@@ -110,10 +107,8 @@ def _values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
 def _refusals(family: Family, values: Mapping[str, Any], where: str) -> list[Problem]:
     return [
         Problem(
-            where=where,
-            expected=f"a {family.title} model that the family file covers",
-            found=entry.feature,
-            remedy=entry.remedy,
+            f"{where}: expected a {family.title} model that the family file covers; found {entry.feature}.",
+            entry.remedy,
         )
         for entry in family.refusals
         if _holds(entry.when, values)
@@ -138,10 +133,7 @@ def _number(
 
 def _not_expected(where: str, expected: str, found: Any) -> Problem:
     return Problem(
-        where=where,
-        expected=expected,
-        found="nothing" if found is None else repr(found),
-        remedy="Complete the config.",
+        f"{where}: expected {expected}; found {'nothing' if found is None else repr(found)}.", "Complete the config."
     )
 
 

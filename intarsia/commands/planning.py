@@ -11,7 +11,7 @@ from intarsia import progress
 from intarsia.building.recipe_layers import original_ops
 from intarsia.checkpoint.hashing import acting_config
 from intarsia.checkpoint.resolve import lasting
-from intarsia.commands.job import Job, calibration_of, pin_text, target_depth, versions
+from intarsia.commands.job import Job, calibration_of, pin_text, target_depth, versions, writes_some
 from intarsia.commands.plan import PlanResult
 from intarsia.disk import read_json
 from intarsia.evaluation.speed import peak_memory_bytes
@@ -30,12 +30,14 @@ from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.registry import Chosen
 from intarsia.run_dir import RunDir
 
+_BLOCKS = 0.1
+"""What comparing blocks takes, as a share of a heal stage, about."""
 BASE = "base"
 """What the model is called in the recipes of a plan."""
 
 
 class Planning:
-    """A plan that is asked for, checked.
+    """A checked plan, ready to be worked on.
 
     Attributes:
         target: the depth to come to.
@@ -82,7 +84,7 @@ class Planning:
 
     def weights(self, stages: Sequence[Chosen]) -> dict[str, float]:
         """Passes over the calibration text that each part of a compression takes, roughly."""
-        writing = 2.5 * (1 + 2 / 8) if self.job.writes_text else 0.1
+        writing = 2.5 * (1 + 2 / 8) if writes_some(",".join(self.job.spec.sources)) else 0.1
         healing = self.heal_passes_at_most(stages)
         planning = 1.0 + (self.estimate.passes_at_most - 1.0) / 2  # most candidates leave the race early
         return {"text": writing, "planning": planning, "healing": healing, "building": 0.2, "evaluation": 1.0}
@@ -97,7 +99,7 @@ class Planning:
         settings, ladder = self.settings(run), Ladder(run)
         run.check(settings)
         if not ladder.reaches(self.target):
-            _ = self.job.text.calibration  # a mistyped text must leave no folder behind
+            _ = self.job.text.calibration  # a mistyped text must leave no folder
         try:
             with run.opened(settings):
                 yield ladder
@@ -105,7 +107,7 @@ class Planning:
             self.close()
 
     def close(self) -> None:
-        """Let go of the model that is planned with."""
+        """Free the model that is planned with."""
         if self._model is not None and self._shared is None:
             self._model.close()
         self._model = None
@@ -119,15 +121,7 @@ class Planning:
         if self._shared is not None:
             self._model = self._shared(self.planner)
         elif self._model is None:
-            placed = self.job.placement
-            model = self._model = Intermediate(
-                self.job.resident,
-                self.job.text.calibration,
-                original_ops(BASE, self.job.checkpoint.architecture.n_layers),
-                batch_tokens=placed.batch_tokens,
-                memory_budget=placed.memory_budget(scratch),
-                after_final_norm=self.planner.after_final_norm,
-            )
+            model = self._model = original(self.job, scratch, after_final_norm=self.planner.after_final_norm)
             model.look_at(self.planner.plan_tokens)
             if self.planner.measures or self.planner.progressive or self.planner.blocks:
                 model.refresh()
@@ -259,8 +253,21 @@ class Planning:
         return whole.with_layers(whole.layers, provenance=provenance)
 
 
-# What comparing blocks takes, as a share of a heal stage, about.
-_BLOCKS = 0.1
+def original(job: Job, scratch: Path, *, after_final_norm: bool) -> Intermediate:
+    """The whole model, not measured yet.
+
+    Args:
+        scratch: where hidden states go that do not fit into memory.
+        after_final_norm: whether the last layer is measured after the final norm.
+    """
+    return Intermediate(
+        job.resident,
+        job.text.calibration,
+        original_ops(BASE, job.checkpoint.architecture.n_layers),
+        batch_tokens=job.placement.batch_tokens,
+        memory_budget=job.placement.memory_budget(scratch),
+        after_final_norm=after_final_norm,
+    )
 
 
 def heal_recipe(

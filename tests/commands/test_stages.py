@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import intarsia
 from intarsia import registry
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.commands import before_after
 from intarsia.errors import UserError
 from intarsia.options import NewModel
 from intarsia.progress import Silent, reporting_to
@@ -309,7 +308,7 @@ def test_stopped_while_judging(
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(before_after, "compare_speed", stop)
+    monkeypatch.setattr("intarsia.evaluation.speed.compare_speed", stop)
     with pytest.raises(KeyboardInterrupt):
         verbs.compress(model, out, layers=4, **sizes)
     monkeypatch.undo()
