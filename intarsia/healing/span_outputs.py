@@ -54,9 +54,9 @@ def span_outputs(context: HealContext, recipe: Recipe, look: Look, *, inputs: bo
                 wanted_BTD = teacher.at(stop, passed.rows)
                 look(index, module, passed, wanted_BTD, _counts(context, passed))
 
-            source = recipe.layers[index].sources[0].layer
-            name = f"output of layer {index}"
-            loop.layer(Placed(module, source), partial(teacher.at, start), then, inputs=inputs, name=name)
+            layer = Placed(module, recipe.layers[index].sources[0].layer)
+            measure = (lambda passed: None) if inputs else None  # where there is one, inputs are handed over
+            loop.layer(layer, partial(teacher.at, start), then, measure=measure, name=f"output of layer {index}")
         return teacher.cost - before + len(changed)
 
 
