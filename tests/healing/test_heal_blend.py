@@ -23,7 +23,7 @@ from intarsia.data.text import draw
 from intarsia.errors import UserError
 from intarsia.healing import blend, closed_form, end_to_end
 from intarsia.healing.blend import BLEND, over_its_blend
-from intarsia.healing.settings import LAST
+from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.options import TextSpec
 from intarsia.progress import Silent
 from intarsia.recipe import schema
@@ -148,7 +148,11 @@ def test_the_closed_form_is_the_one_towards_the_blend(
     simple, checkpoints = over_its_blend(made, variants, tmp_path / "blend")
     assert [op.sources[0].variant for op in simple.layers] == ["uncut"] * 4
     expected = fit_on(
-        replace(made, layers=simple.layers), _named(resident, "uncut", teacher), train, settings=LAST, layers=teacher
+        replace(made, layers=simple.layers),
+        _named(resident, "uncut", teacher),
+        train,
+        settings=FinalFitSettings(),
+        layers=teacher,
     )[0].fitted
     assert found.keys() == expected.keys() and found
     for index, tensors in expected.items():
