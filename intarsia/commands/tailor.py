@@ -461,7 +461,7 @@ def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final
         evaluator.close()
         models: dict[str, Recipe] = {"incumbent": recipe}
         if plan.file.heals(front.knee.budget):
-            models = {"incumbent as cut": trial_recipe(run, front.knee, healed=False), **models}
+            models = {"incumbent as pruned": trial_recipe(run, front.knee, healed=False), **models}
         found = final_scores(plan.file, family, models, plan.runtime, examples=asked)
         if found is not None:
             evaluated = {"recipe": sha256, "trial": front.knee.number, "asked": asked, **found}
