@@ -17,7 +17,7 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.writer import TEMPLATES
 from intarsia.errors import UserError
 from intarsia.options import ModelRef
-from intarsia.progress import Progress, current
+from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe
 
 DEMO = "demo"
@@ -42,7 +42,7 @@ _OTHER_WAYS = "Pass a local model folder or `demo`"
 _GGUF_ONLY = "--gguf-file NAME, or OWNER/NAME/FILE.gguf, names a GGUF file of a hub model."
 
 
-def resolve(model: str, *, revision: str | None = None, progress: Progress | None = None) -> Path:
+def resolve(model: str, *, revision: str | None = None) -> Path:
     """The folder of a model; a hub model is downloaded when it is not in the hub's cache yet.
 
     A local folder counts before a hub id of the same name; a local folder called `demo` is `./demo`. A GGUF file is
@@ -51,7 +51,7 @@ def resolve(model: str, *, revision: str | None = None, progress: Progress | Non
     Raises:
         UserError: there is no such folder, file or hub model, the hub cannot be reached, or a GGUF file cannot be read.
     """
-    progress, name = progress or current(), plain_name(model)
+    name = plain_name(model)
     path = local_path(name)
     here = name == DEMO or (path is not None and (path.is_dir() or path.suffix == GGUF))
     if here and revision is not None:
@@ -59,10 +59,10 @@ def resolve(model: str, *, revision: str | None = None, progress: Progress | Non
             f"--revision is given, and the model {name!r} is not looked up on the hub.", "Leave the revision out."
         )
     if name == DEMO:
-        return demo_folder(progress)
+        return demo_folder()
     if here and path is not None:
         file = only_gguf(path) if path.is_dir() else path
-        return path if file is None else gguf_folder(file, progress)
+        return path if file is None else gguf_folder(file)
     if path is not None or hub_id(name) is None:
         raise UserError(
             f"There is no model {model!r}: it is "
@@ -71,8 +71,8 @@ def resolve(model: str, *, revision: str | None = None, progress: Progress | Non
         )
     on_hub = hub_gguf(name)
     if on_hub is not None:
-        return gguf_folder(_download_file(*on_hub, revision, progress), progress)
-    return _download(name, revision, progress)
+        return gguf_folder(_download_file(*on_hub, revision))
+    return _download(name, revision)
 
 
 def open_checkpoint(
@@ -81,7 +81,6 @@ def open_checkpoint(
     revision: str | None = None,
     gguf_file: str | None = None,
     dequantize: bool = False,
-    progress: Progress | None = None,
 ) -> Checkpoint:
     """A model opened for reading, wherever it is.
 
@@ -94,7 +93,7 @@ def open_checkpoint(
     """
     dequantize = dequantize or model != plain_name(model)
     model = plain_name(model, gguf_file=gguf_file)
-    folder = resolve(model, revision=revision, progress=progress)
+    folder = resolve(model, revision=revision)
     return Checkpoint.open(folder, model=model, revision=revision, dequantize=dequantize)
 
 
@@ -162,7 +161,7 @@ def hub_gguf(model: str) -> tuple[str, str] | None:
     return None if found is None else (found[1], found[2])
 
 
-def _download(model: str, revision: str | None, progress: Progress) -> Path:
+def _download(model: str, revision: str | None) -> Path:
     # Imported here because it takes longer than everything that a local folder needs.
     from huggingface_hub import snapshot_download
 
@@ -171,7 +170,7 @@ def _download(model: str, revision: str | None, progress: Progress) -> Path:
         snapshot_download(model, revision=revision, allow_patterns=[f"{TEMPLATES}/*.jinja"])
         return snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
 
-    folder = _fetched(fetch, model, revision, progress)
+    folder = _fetched(fetch, model, revision)
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"The hub model {model} has no weights in safetensors files.",
@@ -181,14 +180,14 @@ def _download(model: str, revision: str | None, progress: Progress) -> Path:
     return folder
 
 
-def _download_file(model: str, file: str, revision: str | None, progress: Progress) -> Path:
+def _download_file(model: str, file: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
-    return _fetched(lambda: hf_hub_download(model, file, revision=revision), model, revision, progress)
+    return _fetched(lambda: hf_hub_download(model, file, revision=revision), model, revision)
 
 
-def _fetched(fetch: Callable[[], str], model: str, revision: str | None, progress: Progress) -> Path:
-    progress.say(f"Looking up {model} on the HuggingFace hub")
+def _fetched(fetch: Callable[[], str], model: str, revision: str | None) -> Path:
+    current().say(f"Looking up {model} on the HuggingFace hub")
     try:
         return Path(fetch())
     except Exception as error:

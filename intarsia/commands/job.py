@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from intarsia import __version__, progress
+from intarsia import __version__
 from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import LoadedModel, default_device
@@ -154,7 +154,7 @@ class Job:
     @cached_property
     def sha256(self) -> str:
         """The hash of its weights, all of them finite."""
-        return scan(self.checkpoint, progress.current())
+        return scan(self.checkpoint)
 
     @cached_property
     def resident(self) -> LoadedModel:
