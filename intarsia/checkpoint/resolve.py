@@ -75,32 +75,24 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
     return _download(name, revision)
 
 
-def open_checkpoint(
-    model: str,
-    *,
-    revision: str | None = None,
-    gguf_file: str | None = None,
-    dequantize: bool = False,
-) -> Checkpoint:
+def open_checkpoint(model: ModelRef | str) -> Checkpoint:
     """A model opened for reading, wherever it is.
-
-    Args:
-        gguf_file: the file of that name in a folder or hub model.
-        dequantize: read weights of 8 bits as ordinary ones.
 
     Raises:
         UserError: it cannot be found, or is no checkpoint that can be used.
     """
-    dequantize = dequantize or model != plain_name(model)
-    model = plain_name(model, gguf_file=gguf_file)
-    folder = resolve(model, revision=revision)
-    return Checkpoint.open(folder, model=model, revision=revision, dequantize=dequantize)
+    ref = ModelRef.of(model)
+    name = plain_name(ref.model)
+    dequantize = ref.dequantize or name != ref.model
+    if ref.gguf_file is not None:
+        name = f"{name.rstrip('/')}/{ref.gguf_file}"
+    folder = resolve(name, revision=ref.revision)
+    return Checkpoint.open(folder, model=name, revision=ref.revision, dequantize=dequantize)
 
 
-def plain_name(model: str, *, gguf_file: str | None = None) -> str:
-    """A model's name as recipes keep it: with the GGUF file, and without `dequantize:`."""
-    name = model.removeprefix(_DEQUANTIZE)
-    return name if gguf_file is None else f"{name.rstrip('/')}/{gguf_file}"
+def plain_name(model: str) -> str:
+    """A model's name as recipes keep it, without `dequantize:`."""
+    return model.removeprefix(_DEQUANTIZE)
 
 
 def local_path(model: str) -> Path | None:

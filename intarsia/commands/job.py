@@ -126,11 +126,8 @@ class Job:
         if isinstance(model, Checkpoint):
             self.checkpoint, self.model, self.revision = model, model.model, model.revision
         else:
-            ref = ModelRef.of(model)
-            self.checkpoint = open_checkpoint(
-                ref.model, revision=ref.revision, gguf_file=ref.gguf_file, dequantize=ref.dequantize
-            )
-            self.model, self.revision = self.checkpoint.model, ref.revision
+            self.checkpoint = open_checkpoint(ModelRef.of(model))
+            self.model, self.revision = self.checkpoint.model, self.checkpoint.revision
         check_config(self.checkpoint)
         self._text = text
         if text is not None:
