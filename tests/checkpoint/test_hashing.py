@@ -16,7 +16,7 @@ from intarsia.checkpoint import hashing as module
 from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.progress import Silent, Task
+from intarsia.progress import Silent, Task, reporting_to
 
 Make = Callable[..., Path]
 
@@ -123,7 +123,8 @@ def test_integers_are_not_asked(model: Make) -> None:
 def test_second_scan_is_remembered(model: Make, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     folder = model("sharded")
     first = Watched()
-    digest = scan(opened(folder), first)
+    with reporting_to(first):
+        digest = scan(opened(folder))
     assert first.done == first.totals[0] == opened(folder).nbytes
 
     def never(self: Checkpoint, name: str) -> torch.Tensor:
@@ -136,7 +137,8 @@ def test_second_scan_is_remembered(model: Make, monkeypatch: pytest.MonkeyPatch,
     shard = next(folder.glob("*.safetensors"))
     os.utime(shard, ns=(1, 1))
     second = Watched()
-    assert scan(opened(folder), second) == digest
+    with reporting_to(second):
+        assert scan(opened(folder)) == digest
     assert second.done == first.done
     for file in (cache / "scan").iterdir():
         file.write_text("{")
