@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from intarsia.activations.batches import side_by_side, workers_for
 from intarsia.errors import UserError
 
 _CPU_BLOCK = 8 * 49152  # float32 entries of one block: 1.5 MB, inside a core's cache
@@ -81,9 +82,13 @@ def next_token_losses(
     losses_N = torch.empty(rows_N.numel(), dtype=torch.float32, device=logits_BTV.device)
     with torch.no_grad():
         if dense:  # views: nothing is copied before a block is converted
-            width = ids_BT.shape[1] - 1
-            for b in range(ids_BT.shape[0]):
+            width, rows = ids_BT.shape[1] - 1, range(ids_BT.shape[0])
+
+            def sequence(b: int) -> None:
                 _block_losses(logits_BTV[b, :-1], of_rows, b * width, losses_N)
+
+            for _ in side_by_side(rows, sequence, workers_for(logits_BTV.device, len(rows))):
+                pass
         else:
             for start in range(0, rows_N.numel(), _HEAD_ROWS):
                 part = slice(start, start + _HEAD_ROWS)

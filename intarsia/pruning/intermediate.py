@@ -173,9 +173,15 @@ class Intermediate(RecipeLayers):
                 self.measures[-1] = self._new_last()
             found = [LayerMeasure() for _ in range(start, stop)]
 
+            def measure(number: int, passed: Passed) -> LayerMeasure | None:
+                # The final norm is no work for several threads.
+                normed = self.after_final_norm and start + number + 1 == self.depth
+                wanted = passed.rows.start < self.rows.stop and not normed
+                return self._measure_of(start + number, passed) if wanted else None
+
             def observe(number: int, passed: Passed) -> None:
                 if passed.rows.start < self.rows.stop:
-                    found[number].include(self._measure_of(start + number, passed))
+                    found[number].include(passed.measured or self._measure_of(start + number, passed))
                 part = (passed.rows.stop - passed.rows.start) / len(self.corpus)
                 task.note(f"layer {start + number + 1} of {self.depth}")
                 task.advance(part)
@@ -184,6 +190,7 @@ class Intermediate(RecipeLayers):
                 self.placed(start, stop),
                 self.hidden,
                 at=range(start, stop + 1),
+                measure=measure,
                 observe=observe,
                 sequences=parts,
                 name=lambda number: f"output of layer {start + number}",
