@@ -137,7 +137,7 @@ def _send(what: Path, repository: str, names: list[str], *, private: bool) -> st
 
     api = huggingface_hub.HfApi()
     again = f"{what} is complete; try again with `intarsia push {what} {repository}`."
-    commit = {"repo_id": repository, "commit_message": f"Upload {what.name} with intarsia"}
+    commit: dict[str, Any] = {"repo_id": repository, "commit_message": f"Upload {what.name} with intarsia"}
     with current().task(f"sending to {repository}", 1) as task:
         try:
             address = str(api.create_repo(repository, private=private, exist_ok=True))
