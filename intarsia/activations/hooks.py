@@ -7,7 +7,7 @@ with the routing that the model chose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,14 +20,16 @@ Receive = Callable[[Part, Tensor], None]
 
 
 @contextmanager
-def output_projections(layer: nn.Module, architecture: Architecture, receive: Receive) -> Iterator[None]:
+def output_projections(
+    layer: nn.Module, architecture: Architecture, receive: Receive, parts: Sequence[Part] = PARTS
+) -> Iterator[None]:
     """While open, every forward of `layer` hands the inputs of o_proj and down_proj to `receive`.
 
     The inputs are `[..., C]` with C the query-head channels (attention) or the MLP channels. Of a mixture it is
     `[tokens, experts]`, what each expert adds.
     """
     handles = []
-    for part in PARTS:
+    for part in parts:
 
         def hook(module: nn.Module, args: tuple[Any, ...], part: Part = part) -> None:
             receive(part, args[0])

@@ -77,7 +77,7 @@ class Planning:
 
     def heal_passes_at_most(self, stages: Sequence[Chosen]) -> float:
         """Passes over the calibration text of those heal stages that say how many they take."""
-        starts = 1 + self.planner.blocks + (self.planner.in_loop is not None)
+        starts = self.planner.finalists + self.planner.blocks + (self.planner.in_loop is not None)
         known = [each.settings.passes_at_most for each in stages if hasattr(each.settings, "passes_at_most")]
         architecture, tokens = self.job.checkpoint.architecture, self.job.spec.tokens
         return sum(passes(architecture, starts=starts, tokens=tokens) for passes in known)
@@ -140,7 +140,16 @@ class Planning:
         """The original's hidden states, where they were measured and kept."""
         return self._model.original() if self._model is not None and self._model.kept else None
 
-    def blocks(self, ladder: Ladder, recipe: Recipe) -> tuple[Start, ...]:
+    def starts(self, ladder: Ladder, recipe: Recipe) -> tuple[Start, ...]:
+        """Other models of the same depth that the final heal starts from too: finalists of the method, and blocks."""
+        architecture = self.job.checkpoint.architecture
+        whole = identity(recipe.variant(recipe.base), recipe.depth).layers
+        steps = [entry["evidence"] for entry in ladder.log() if entry["layers"] == len(recipe.layers)]
+        others = self.planner.other_finalists(steps[0], whole, architecture) if steps else {}
+        found = (Start(name=name, recipe=recipe.with_layers(layers)) for name, layers in others.items())
+        return (*found, *self._blocks(ladder, recipe))
+
+    def _blocks(self, ladder: Ladder, recipe: Recipe) -> tuple[Start, ...]:
         """The original without each of the best blocks of layers, as far as the method asks for them; recorded."""
         removed = recipe.depth - len(recipe.layers)
         if not self.planner.blocks or removed < 1:
@@ -277,7 +286,7 @@ def heal_recipe(
     job = planning.job
     pin_text(ladder.run, job)
     with progress.current().task("", _BLOCKS + len(stages)) as task:
-        starts = planning.blocks(ladder, recipe)
+        starts = planning.starts(ladder, recipe)
         task.advance(_BLOCKS)
         context = HealContext(
             run=ladder.run,

@@ -15,6 +15,7 @@ from intarsia.recipe.ops import Concat, Merge, NormMode, Op
 
 if TYPE_CHECKING:
     from intarsia.pruning.intermediate import Intermediate
+    from intarsia.run_dir import Log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +90,14 @@ class Planner:
     # decided (None: all).
     blocks = 0
     plan_tokens: int | None = None
+    # How many models of the target depth the final heal starts from (see `other_finalists`).
+    finalists = 1
     # What candidates and blocks are compared by.
     criterion: Criterion = "loss"
     # How the layers that a step changes are healed before the next one; for progressive methods.
     in_loop: ClosedFormSettings | None = None
+    # Where a long decision may log what it measures, and find what it had measured before a restart.
+    journal: Log | None = None
 
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Sequence[Step]:
         """The next step towards `target` layers; none where nothing more is allowed.
@@ -107,6 +112,17 @@ class Planner:
     def reason(self) -> str:
         """Why nothing more is allowed, for the user."""
         return "no layer is left"
+
+    def other_finalists(
+        self, evidence: Mapping[str, Any], whole: Sequence[Op], architecture: Architecture
+    ) -> Mapping[str, Sequence[Op]]:
+        """Other models of the depth that a step led to, from which the final heal starts too, by what they are called.
+
+        Args:
+            evidence: of the step.
+            whole: the original's layers.
+        """
+        return {}
 
     def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> float:
         """Layer-forwards over the calibration text from the whole model down to `target` layers, at most.

@@ -351,7 +351,7 @@ def test_no_way_down_to_the_target(model_folder: Folder, sizes: Sizes, tmp_path:
     ("change", "message"),
     [
         ({"heal": "magic"}, "closed-form, end-to-end, layerwise"),
-        ({"method": "magic"}, "come, come-p, laco"),
+        ({"method": "magic"}, "come, come-p, evolve, laco"),
         ({"layers": 6}, "the model has 6 layers"),
         ({"layers": None}, "Neither --layers nor --sparsity"),
         ({"layers": None, "sparsity": 0.95}, "all layers but one hold"),
