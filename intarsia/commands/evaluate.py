@@ -186,7 +186,8 @@ class AgreementResult:
             {"model": name, **found.measures()}
             for name, found in ((self.against, self.original), (self.model, self.agreement))
         ]
-        facts = {"prompts": self.agreement.source, "tokens": self.agreement.tokens, "seconds": self.seconds}
+        prompts = f"{self.agreement.prompts} ({self.agreement.source})"
+        facts = {"prompts": prompts, "tokens": self.agreement.tokens, "seconds": self.seconds}
         return {"agreement": rows, **facts}
 
 

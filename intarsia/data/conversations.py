@@ -53,6 +53,11 @@ class Conversation:
         """Its characters."""
         return sum(len(message["content"]) for message in self.messages)
 
+    @property
+    def question(self) -> str:
+        """What the user says last."""
+        return next((each["content"] for each in reversed(self.messages) if each["role"] == "user"), "")
+
     def plain(self) -> str:
         """Speaker and words, for a model without a chat template."""
         lines = []

@@ -50,6 +50,8 @@ class Prompts:
     """Prompts as tokens, ready to be answered."""
 
     ids: tuple[Ids, ...]
+    # For a person: the questions alone.
+    texts: tuple[str, ...]
     # Tokens that end an answer.
     enders: frozenset[int]
     source: str
@@ -62,9 +64,14 @@ class Prompts:
     @classmethod
     def of(cls, given: Iterable[str | Conversation], tokenizer: Any, *, source: str) -> Prompts:
         """Questions, or conversations up to their last question, as the model's chat template writes them."""
-        texts = [prompt_of(each, tokenizer) for each in given]
-        ids = tuple(tuple(tokenizer(text, add_special_tokens=special)["input_ids"]) for text, special in texts)
-        return cls(ids=ids, enders=_enders(tokenizer), source=source)
+        known = list(given)
+        written = [prompt_of(each, tokenizer) for each in known]
+        return cls(
+            ids=tuple(tuple(tokenizer(text, add_special_tokens=special)["input_ids"]) for text, special in written),
+            texts=tuple(each if isinstance(each, str) else each.question for each in known),
+            enders=_enders(tokenizer),
+            source=source,
+        )
 
     @classmethod
     def read(cls, spec: str, tokenizer: Any, *, n: int, answer_tokens: int, positions: int | None) -> Prompts:
@@ -113,12 +120,16 @@ class Prompts:
             cache_key=key,
             sampling=Sampling(longest_question=question),
         )
-        rows = [tuple(row) for row in corpus.input_ids.tolist()]
+        rows, start, answer = [tuple(row) for row in corpus.input_ids.tolist()], 0, ()
         if turns is not None:
             start, answer = len(turns.opening), turns.to_assistant
-            rows = [(*row[: row.index(answer[0], start)], *answer) for row in rows if answer[0] in row[start:]]
-        source = f"{len(rows)} prompts that the original wrote"
-        return cls(ids=tuple(rows), enders=_enders(tokenizer), source=source)
+            rows = [row[: row.index(answer[0], start)] for row in rows if answer[0] in row[start:]]
+        return cls(
+            ids=tuple((*row, *answer) for row in rows),
+            texts=tuple(tokenizer.decode(row[start:], skip_special_tokens=True) for row in rows),
+            enders=_enders(tokenizer),
+            source="written by the original",
+        )
 
 
 def _enders(tokenizer: Any) -> frozenset[int]:
@@ -236,8 +247,10 @@ class Reference:
         return range(min(_EXAMPLES, len(self.answers)))
 
     def _example(self, number: int, answer: Ids) -> dict[str, Any]:
-        prompt = self.tokenizer.decode(self.prompts.ids[number], skip_special_tokens=True).strip()
-        return {"prompt": prompt, **side_by_side(self.tokenizer, self.answers[number], answer)}
+        return {
+            "prompt": self.prompts.texts[number].strip(),
+            **side_by_side(self.tokenizer, self.answers[number], answer),
+        }
 
 
 def side_by_side(tokenizer: Any, original: Ids, answer: Ids) -> dict[str, Any]:

@@ -96,7 +96,8 @@ def test_a_random_model_agrees_by_chance() -> None:
     """One in V next tokens, within four standard errors of a binomial."""
     original, other = families.make_model("llama"), families.make_model("llama", seed=9)
     tokenizer = families.make_tokenizer()
-    prompts = Prompts(ids=tuple((5 + n, 6 + n % 7) for n in range(200)), enders=frozenset(), source="random")
+    ids = tuple((5 + n, 6 + n % 7) for n in range(200))
+    prompts = Prompts(ids=ids, texts=("",) * 200, enders=frozenset(), source="random")
     reference = Reference.of(original, tokenizer, prompts, answer_tokens=8)
     found = reference.judge(reference.follow(other), original)
     chance = 1 / families.VOCABULARY
@@ -141,6 +142,7 @@ def test_prompts_of_files(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         how: dict[str, Any] = {"n": 9, "answer_tokens": 5, "positions": 60, **limits}
         found = Prompts.read(str(tmp_path / name), tokenizer, **how)
+        assert all(question in tokenizer.decode(ids) for question, ids in zip(found.texts, found.ids, strict=True))
         return [tokenizer.decode(ids) for ids in found.ids]
 
     asked = ["<|user|>one</s><|assistant|>", "<|user|>two</s><|assistant|>"]
@@ -173,6 +175,8 @@ def test_prompts_that_the_original_writes(chat: bool) -> None:
         if chat:
             text = tokenizer.decode(prompt)
             assert text.startswith("<|user|>") and text.endswith("</s><|assistant|>")
+    shown = [each["prompt"] for each in first.itself().examples]
+    assert shown == [text.strip() for text in first.prompts.texts] and "<|" not in "".join(shown)
     assert Asked.of(AnswerSpec(answers=0), tokenizer) is Asked.of(AnswerSpec(), tokenizer, stream=True) is None
     with pytest.raises(UserError, match="--prompts is given with --stream"):
         Asked.of(AnswerSpec(prompts="a.txt"), tokenizer, stream=True)
