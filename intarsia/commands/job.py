@@ -9,6 +9,7 @@ job.text.calibration, job.text.selection, job.text.test
 from __future__ import annotations
 
 import gc
+import json
 import math
 import platform
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from intarsia import __version__, progress
+from intarsia import __version__
 from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import LoadedModel, default_device
@@ -28,13 +29,18 @@ from intarsia.building.loading import check_config
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.data.corpus import limited
+from intarsia.data.chat import learn_turns, rows_of_messages
+from intarsia.data.corpus import Corpus, limited
 from intarsia.data.text import TextParts, draw
+from intarsia.disk import write_whole
 from intarsia.errors import Problems, UserError, check
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.run_dir import RunDir
 
 _TEXT = "calibration"
+WRITTEN = "self.jsonl"
+"""What a model wrote itself, in the run folder."""
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -123,14 +129,8 @@ class Job:
         self.runtime = runtime or Runtime()
         self.placement = Placement.of(self.runtime)
         self.others = dict(others or {})
-        if isinstance(model, Checkpoint):
-            self.checkpoint, self.model, self.revision = model, model.model, model.revision
-        else:
-            ref = ModelRef.of(model)
-            self.checkpoint = open_checkpoint(
-                ref.model, revision=ref.revision, gguf_file=ref.gguf_file, dequantize=ref.dequantize
-            )
-            self.model, self.revision = self.checkpoint.model, ref.revision
+        self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(ModelRef.of(model))
+        self.model, self.revision = self.checkpoint.model, self.checkpoint.revision
         check_config(self.checkpoint)
         self._text = text
         if text is not None:
@@ -154,7 +154,7 @@ class Job:
     @cached_property
     def sha256(self) -> str:
         """The hash of its weights, all of them finite."""
-        return scan(self.checkpoint, progress.current())
+        return scan(self.checkpoint)
 
     @cached_property
     def resident(self) -> LoadedModel:
@@ -215,6 +215,25 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             "Put tokenizer.json and tokenizer_config.json beside the weights; one with code of its own is not run.",
         ) from error
     return limited(tokenizer, checkpoint.architecture.vocabulary)
+
+
+def check_same_tokenizer(first: Job, other: Job) -> None:
+    """Refuse two models whose tokens are not the same.
+
+    Raises:
+        UserError: their tokenizers differ.
+    """
+    sample = "Tokens, 1234 of them:\n\tthe same ones?"
+    same = first.tokenizer.get_vocab() == other.tokenizer.get_vocab() and (
+        first.tokenizer(sample)["input_ids"] == other.tokenizer(sample)["input_ids"]
+    )
+    check(
+        (
+            same,
+            f"{other.model} has another tokenizer than {first.model}.",
+            "Give two models with one tokenizer, such as a model and what was made from it.",
+        )
+    )
 
 
 def check_seq_len(checkpoint: Checkpoint, seq_len: int) -> None:
@@ -316,6 +335,15 @@ def pin_text(run: RunDir, job: Job) -> None:
     """
     corpus = job.text.calibration
     run.pin(_TEXT, {"sha256": corpus.sha256, "tokens": corpus.tokens})
+    keep_written(run, job.text.written, job.tokenizer)
+
+
+def keep_written(run: RunDir, corpus: Corpus | None, tokenizer: Any) -> None:
+    """Keep what the model wrote itself in the run folder, as JSON lines of messages that can be given as text again."""
+    path = run.path / WRITTEN
+    if corpus is not None and not path.is_file():
+        rows = rows_of_messages(corpus.input_ids, tokenizer, learn_turns(tokenizer))
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def versions() -> dict[str, str]:

@@ -456,7 +456,7 @@ def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final
         evaluated = None
     run.write_front(front, evaluated)
     if final.build and not run.has_built(sha256):
-        build_recipe(recipe, run.best, overwrite=True, progress=current())
+        build_recipe(recipe, run.best, overwrite=True)
     if evaluated is None and asked is not None:
         evaluator.close()
         models: dict[str, Recipe] = {"incumbent": recipe}

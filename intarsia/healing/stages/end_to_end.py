@@ -94,13 +94,13 @@ def end_to_end(context: HealContext, recipe: Recipe, settings: EndToEndSettings)
     checkpoint = context.teacher or context.variants[recipe.base]
     teacher = TeacherSource(
         load=lambda: Teacher(context.teaching.model, checkpoint.architecture, lesson_depths(recipe, settings)),
-        sha256=scan(checkpoint, progress.current()),
+        sha256=scan(checkpoint),
         cache=cache_folder() / "teachers",
     )
     found, reports = train(
         recipe,
         context.variants,
-        Text.of(context.training, context.held_out),
+        Text.of(context.training, context.held_out, turns=context.turns(settings.loss_on)),
         teacher,
         settings=settings,
         folder=context.folder,
