@@ -120,7 +120,8 @@ class Prompts:
             cache_key=key,
             sampling=Sampling(longest_question=question),
         )
-        rows, start, answer = [tuple(row) for row in corpus.input_ids.tolist()], 0, ()
+        rows, start = [tuple(row) for row in corpus.input_ids.tolist()], 0
+        answer: Ids = ()
         if turns is not None:
             start, answer = len(turns.opening), turns.to_assistant
             rows = [row[: row.index(answer[0], start)] for row in rows if answer[0] in row[start:]]
