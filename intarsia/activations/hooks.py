@@ -35,6 +35,8 @@ def output_projections(layer: nn.Module, architecture: Architecture, receive: Re
         def routed(module: nn.Module, args: tuple[Any, ...], part: Part = part) -> None:
             receive(part, added_by_experts(module, *args, experts=architecture.n_experts))
 
+        if architecture.removal_only:  # no pieces, whose scores the inputs are for
+            break
         if architecture.is_mixture(part):
             target = layer.get_submodule(architecture.family.experts_module)
             handles.append(target.register_forward_pre_hook(routed))

@@ -11,6 +11,10 @@ from intarsia.architecture.spec import Architecture, Linear, Norm
 from intarsia.errors import Problem, UserError
 
 
+class Undescribed(UserError):
+    """No family file describes the layers of a model; it is none of what a family file refuses by mistake."""
+
+
 def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Architecture:
     """The architecture of the model that a config describes.
 
@@ -24,14 +28,14 @@ def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Architec
             return _resolve(family, config, where)
     if isinstance(model_type, str) and model_type in uncovered():
         entry = uncovered()[model_type]
-        raise UserError.of(
+        raise Undescribed.of(
             where=f"{where}: model_type {model_type!r}",
             expected="a model whose layers can be described",
             found=entry["feature"],
             remedy=entry["remedy"],
         )
     known = ", ".join(sorted({kind for family in known_families().values() for kind in family.model_types}))
-    raise UserError.of(
+    raise Undescribed.of(
         where=f"{where}: model_type",
         expected=f"one of {known}",
         found=repr(model_type),
@@ -42,7 +46,8 @@ def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Architec
 
 def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Architecture:
     values = _values(family, config)
-    problems = list(_refusals(family, values, where))
+    not_covered = _refusals(family, values, where)
+    problems = list(not_covered)
     numbers: dict[str, int] = {}
     for key in ("layers", "width", "query_heads", "vocabulary"):
         numbers[key] = _number(values, family.fields[key], where, problems)
@@ -72,7 +77,7 @@ def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Architect
         problems.append(_not_expected(f"{where}: {family.fields['residual_scale']}", "a number", scale))
     linears = tuple(_linear(entry, values, where, problems) for entry in family.linears)
     if problems:
-        raise UserError(problems)
+        raise Undescribed(problems) if problems == not_covered else UserError(problems)
     return Architecture(
         family=family,
         linears=linears,

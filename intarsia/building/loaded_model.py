@@ -46,7 +46,7 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
         dtype: defaults to the dtype of the embedding in the file (nothing is converted).
     """
     stored = checkpoint.headers[f"{checkpoint.architecture.family.embedding_module}.weight"].dtype
-    with _no_bars():
+    with no_bars():
         model = as_transformers(checkpoint, dtype or stored)
     model.requires_grad_(False)
     nn.Module.to(model, device)
@@ -54,7 +54,7 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """transformers shows bars of its own, also in pipes and where the user asked for quiet."""
     from transformers.utils import logging as module
 
@@ -105,7 +105,7 @@ class LoadedModel:
         else:
             start = torch.device("cpu") if len(devices) > 1 else device
             self.model = load_model(checkpoint, device=start, dtype=dtype)
-        layers = self.model.get_submodule(self.architecture.family.layers_module)
+        layers = self.model.get_submodule(self.architecture.layers_in_memory)
         assert isinstance(layers, nn.ModuleList)
         self.layers: list[nn.Module] = list(layers)
         if len(devices) > 1:
@@ -165,7 +165,7 @@ class LoadedModel:
 
     def _original_values(self, layer: int) -> dict[str, Tensor]:
         """An original layer's values: mapped from the files, as `transformers` itself has them."""
-        stored = {name: self.checkpoint.layer_tensor(layer, name) for name in self.architecture.layer_shapes()}
+        stored = {name: self.checkpoint.layer_tensor(layer, name) for name in self.architecture.layer_shapes(layer)}
         found = to_parameters(stored, self.architecture)
         return {name: found[name].to(parameter.dtype) for name, parameter in self.layers[layer].named_parameters()}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from intarsia.architecture.detect import detect
+from intarsia.architecture.detect import Undescribed, detect
 from intarsia.architecture.per_layer import unknown_settings
 from intarsia.architecture.spec import Architecture
 from intarsia.architecture.verify import verify
@@ -100,13 +100,14 @@ class Checkpoint:
             config, headers, scaled = _without_quantization(config, headers, folder / "config.json")
         if is_wrapped(config):
             config, headers, wrapper = unwrap(config, headers, where=str(folder))
-        architecture = detect(config, where=str(folder / "config.json"))
+        architecture = architecture_of(config, headers, where=str(folder / "config.json"))
         if wrapper is not None:
             outer = {key: value for key, value in wrapper.config.items() if not isinstance(value, Mapping)}
             found = unknown_settings(architecture.family, outer, architecture.n_layers, str(folder / "config.json"))
             if found:
                 raise UserError(found)
-        verify(architecture, {name: header.shape for name, header in headers.items()}, where=str(folder))
+        if not architecture.removal_only:
+            verify(architecture, {name: header.shape for name, header in headers.items()}, where=str(folder))
         _check_head(architecture, headers, str(folder))
         _check_dtypes(architecture, headers, str(folder))
         checkpoint = cls(
@@ -158,6 +159,15 @@ class Checkpoint:
         prefix = f"{self.architecture.family.layers_module}."
         return [name for name in self.headers if not name.startswith(prefix) and name != self._tied_head]
 
+    def further_names(self, depth: int) -> dict[str, str]:
+        """Tensors of layers after the last one, that predict further tokens; with their names in a model of `depth`."""
+        prefix, found = f"{self.architecture.family.layers_module}.", {}
+        for name in self.headers:
+            index, _, local = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and index.isdigit() and int(index) >= self.architecture.n_layers:
+                found[name] = f"{prefix}{int(index) - self.architecture.n_layers + depth}.{local}"
+        return found
+
     @property
     def _tied_head(self) -> str | None:
         """A copy of the embedding, if the files hold one."""
@@ -177,6 +187,29 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors as they are read."""
         return sum(header.nbytes for header in [*self.headers.values(), *self.kept.values()])
+
+
+def architecture_of(
+    config: Mapping[str, Any], headers: Mapping[str, TensorHeader] | None = None, *, where: str
+) -> Architecture:
+    """The architecture by a family file, or else by what transformers has; then layers can only be removed.
+
+    Args:
+        headers: of the tensors; None where there are only configs.
+
+    Raises:
+        UserError: there is neither, or config, class and tensors do not fit together.
+    """
+    try:
+        return detect(config, where=where)
+    except Undescribed as error:
+        # It takes seconds, as the modules of transformers are imported.
+        from intarsia.inspection.structure import inspected
+
+        found = error.problems[0].found
+        reason = "no family file describes its layers" if found == repr(config.get("model_type")) else found
+        shapes = None if headers is None else {name: header.shape for name, header in headers.items()}
+        return inspected(config, shapes, where=where, reason=reason)
 
 
 def _without_quantization(
@@ -272,7 +305,7 @@ def _check_dtypes(architecture: Architecture, headers: Mapping[str, TensorHeader
     names = [
         architecture.tensor_name(layer, local)
         for layer in range(architecture.n_layers)
-        for local in architecture.layer_shapes()
+        for local in architecture.layer_shapes(layer)
     ]
     problems = [
         Problem(

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from intarsia.architecture.detect import detect
 from intarsia.architecture.families import Family, known_families, with_family_file
 from intarsia.disk import read_json
 from intarsia.flags import Flag
@@ -117,11 +116,13 @@ def check_family(
     Raises:
         UserError: there is no config, no family for it, or it has a feature that the family does not cover.
     """
+    from intarsia.building.loaded_model import no_bars
+    from intarsia.checkpoint.reader import architecture_of
     from intarsia.commands.family_check import check_rows
 
-    with with_family_file(family_file), tempfile.TemporaryDirectory(prefix="intarsia-anatomy-") as folder:
+    with no_bars(), with_family_file(family_file), tempfile.TemporaryDirectory(prefix="intarsia-anatomy-") as folder:
         config = _config(source)
-        large = detect(config, where=source)
+        large = architecture_of(config, where=source)
         with current().task("checking", 8) as task:
             rows = []
             for row in check_rows(large, Path(folder)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,11 +12,13 @@ import torch
 
 from intarsia.activations import architecture_trials as trials
 from intarsia.architecture.spec import PARTS, Architecture
-from intarsia.building.loaded_model import LoadedModel
+from intarsia.building.loaded_model import LoadedModel, no_bars
 from intarsia.building.tiny_model import shrunken, small_model
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands.architecture import CheckRow
 from intarsia.errors import UserError
+from intarsia.inspection.structure import problem_of
+from intarsia.progress import current
 
 _EXACT = 1e-4
 """Relative error of float32 arithmetic in another order, through a few layers."""
@@ -36,6 +40,9 @@ def check_rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
     yield CheckRow(check="tensors", result="ok", error=None, note=f"{len(shapes)} in a layer, of the expected shapes")
     resident = LoadedModel(checkpoint, device=torch.device("cpu"))
     trial = trials.Trial.of(resident)
+    if checkpoint.architecture.removal_only:
+        yield from _removal_rows(trial, folder)
+        return
     same = _same_kind(checkpoint.architecture)
     declared = bool(checkpoint.architecture.approximations)
     yield _row("parity", "layer by layer is the model's own forward", partial(trials.parity, trial))
@@ -50,8 +57,86 @@ def check_rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
     yield from _round_trip(partial(trials.round_trip, trial, same, folder / "built"))
 
 
+@torch.no_grad()
+def verified(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, where a small model of its kind passes every check; layers that can only be removed are checked
+    before work.
+
+    Raises:
+        UserError: a check fails.
+    """
+    architecture = checkpoint.architecture
+    if architecture.inspected is None or architecture.inspected.writers is not None:
+        return checkpoint
+    with no_bars(), tempfile.TemporaryDirectory(prefix="intarsia-check-") as folder:
+        failed = [row for row in check_rows(architecture, Path(folder)) if row.result == "failed"]
+        if failed:
+            raise UserError(
+                f"Layers of {checkpoint.model} cannot be removed: on a small model of its kind, "
+                + "; ".join(f"{row.check} fails ({row.note})" for row in failed[:2])
+                + ".",
+                f"`intarsia anatomy check {checkpoint.folder / 'config.json'}` shows every check. Use another model.",
+            )
+        small = Checkpoint.open(Path(folder) / "small", model="small")
+        trial = trials.Trial.of(LoadedModel(small, device=torch.device("cpu")))
+        found, without = known_writers(trial)
+    if without:
+        current().say(
+            f"closed form: no output projection is recognised in {', '.join(without)}; these layers stay as they are"
+        )
+    return replace(
+        checkpoint, architecture=replace(architecture, inspected=replace(architecture.inspected, writers=found))
+    )
+
+
+def known_writers(trial: trials.Trial) -> tuple[dict[str, float], list[str]]:
+    """The modules that write to the residual stream, and the kinds of layers in which there is none."""
+    architecture, found, wrong, without = trial.architecture, dict[str, float](), set[str](), []
+    assert architecture.inspected is not None
+    in_files = {parameter for parameter, _ in architecture.inspected.rows.values()}
+    for kind, layer in _one_of_each(architecture).items():
+        own = {name: scale for name, scale in trials.writers(trial, layer).items() if f"{name}.weight" in in_files}
+        names = {name for name, _ in trial.resident.layers[layer].named_modules()}
+        wrong |= {name for name in found if name in names and abs(own.get(name, 0.0) - found[name]) > _EXACT}
+        found |= own
+        if not own:
+            without.append(kind or "its layers")
+    return {name: scale for name, scale in found.items() if name not in wrong}, without
+
+
+def removals(architecture: Architecture) -> list[list[int]]:
+    """Layers of a model that may stay by themselves: without one of the first, and without two of the others."""
+    whole = list(range(architecture.n_layers))
+
+    def without(layers: list[int], order: Iterable[int]) -> list[int]:
+        kinds = architecture.layer_types or ("",) * architecture.n_layers
+        for dropped in order:
+            left = [layer for layer in layers if layer != dropped]
+            if len({kinds[layer] for layer in left}) == len(set(kinds)) and problem_of(architecture, left) is None:
+                return left
+        return layers
+
+    one = without(whole, whole)
+    middle = len(whole) // 2
+    two = without(without(whole, [*whole[middle:], *whole[:middle]]), reversed(whole))
+    return [kept for kept in (one, two) if kept != whole]
+
+
+def _removal_rows(trial: trials.Trial, folder: Path) -> Iterator[CheckRow]:
+    yield _row("parity", "layer by layer is the model's own forward", partial(trials.loop_parity, trial))
+    yield _row("causal", "no token reads a later one", partial(trials.foresight, trial))
+    found = removals(trial.architecture)
+    if not found:
+        note = "each layer is the last of its kind, or the config cannot describe a model without it"
+        yield CheckRow(check="removal", result="failed", error=None, note=note)
+    for number, kept in enumerate(found):
+        yield from _round_trip(partial(trials.removal, trial, kept, folder / f"built-{number}"))
+    yield _row("streaming", "layers read one by one give what the model gives", partial(trials.streamed, trial))
+
+
 def _round_trip(work: Callable[[], Mapping[str, float]]) -> Iterator[CheckRow]:
     notes = {
+        "removal": ("removal", "a model without layers is the original in which they are skipped"),
         "logits": ("build and load", "a shallower model from disk is the one in memory"),
         "generation": ("generation", "with the cache as without"),
         "config": ("config", "its per-layer lists follow the layers"),

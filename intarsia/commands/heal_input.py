@@ -16,6 +16,7 @@ from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.commands.family_check import verified
 from intarsia.commands.job import Placement, load_tokenizer
 from intarsia.commands.recipes import open_variants, read_recipe
 from intarsia.data.corpus import Corpus
@@ -68,7 +69,8 @@ class Subject:
         Raises:
             UserError: one cannot be opened, or the teacher does not fit.
         """
-        variants, placed = open_variants(recipe, progress.current()), Placement.of(runtime)
+        variants = {name: verified(each) for name, each in open_variants(recipe, progress.current()).items()}
+        placed = Placement.of(runtime)
         own = launch.own_device(placed.device)
         found = None if teacher is None else open_checkpoint(teacher, progress=progress.current())
         if found is not None:

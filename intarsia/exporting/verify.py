@@ -7,6 +7,7 @@ itself and with the weights, and files that are whole. `verify_tokenizer` compar
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +16,10 @@ from typing import Any, Literal
 
 import torch
 
-from intarsia.architecture.detect import detect
 from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_all_headers, read_config
 from intarsia.checkpoint.hashing import SUMS_FILE, differing, read_sums
 from intarsia.checkpoint.multimodal import NESTED, is_wrapped, unwrap
-from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.reader import Checkpoint, architecture_of
 from intarsia.checkpoint.tensor_file import TensorHeader, read_headers
 from intarsia.checkpoint.writer import CODE, stock_classes
 from intarsia.errors import Problem, UserError
@@ -108,13 +108,13 @@ def architecture(folder: Path) -> str:
 
 
 def config_agrees(folder: Path) -> str:
-    """The config is one of a known family, has every layer's entries, and transformers reads the same out of it."""
+    """The config is one of a known decoder, has every layer's entries, and transformers reads the same out of it."""
     from transformers import AutoConfig
 
     config = read_config(folder)
     if is_wrapped(config):
         config = unwrap(config, read_all_headers(folder), where=str(folder))[0]
-    architecture = detect(config, where=str(folder / "config.json"))
+    architecture = architecture_of(config, where=str(folder / "config.json"))
     try:
         read: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except Exception as error:  # what comes out of a config that a class refuses differs from class to class
@@ -250,6 +250,8 @@ def loads(folder: Path) -> tuple[str, Any]:
         ("mismatched_keys", "other shape"),
     ):
         names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get(key) or ())
+        depth = model.config.get_text_config().num_hidden_layers
+        names = [name for name in names if not _beyond(name, depth)]
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             problems.append(
@@ -258,6 +260,13 @@ def loads(folder: Path) -> tuple[str, Any]:
     if problems:
         raise UserError(problems)
     return f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')}", model.eval()
+
+
+def _beyond(name: str, depth: int) -> bool:
+    """Whether a tensor is one of the layers after the last, which predict further tokens; transformers loads them
+    apart."""
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return found is not None and int(found[1]) >= depth
 
 
 @torch.no_grad()

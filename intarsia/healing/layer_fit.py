@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from intarsia.activations.stream import LayerCall, LayerStream
 from intarsia.architecture.spec import Architecture, Part
+from intarsia.building.layer import tensor_names
 from intarsia.checkpoint.tensor_file import give_back
 from intarsia.healing.post_norm_fit import Passed, PostNorm, fit_norm, fit_weight
 from intarsia.healing.ridge import Fit, Gram, choose
@@ -61,6 +62,20 @@ def fittable(parts: Sequence[Part], architecture: Architecture) -> tuple[Part, .
     return tuple(part for place, part in enumerate(able) if place == 0 or part != able[place - 1])
 
 
+def writer_of(module: nn.Module, part: Part, architecture: Architecture) -> tuple[str, float] | None:
+    """The output projection of a part of a layer, and what its output is multiplied by before the residual sum.
+
+    Where layers can only be removed: the last linear module that is known to write to the residual stream (`mlp`), and
+    the one before it (`attention`); None where a layer has none.
+    """
+    if architecture.inspected is None:
+        return architecture.writer(part).module, architecture.residual_scale
+    names = {name for name, _ in module.named_modules()}
+    own = [(name, scale) for name, scale in (architecture.inspected.writers or {}).items() if name in names]
+    place = 1 if part == "mlp" else 2
+    return own[-place] if len(own) >= place else None
+
+
 def passes(architecture: Architecture, parts: Sequence[Part]) -> int:
     """How often a layer is run to fit output projections."""
     return sum(
@@ -98,6 +113,8 @@ def fit_layer(
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     fits: list[LayerFit] = []
     for part in fittable(parts, architecture):
+        if writer_of(module, part, architecture) is None:
+            continue
         fitter = PartFit(module, part, feed, stream=stream, architecture=architecture, settings=settings)
         steps = (fitter.norm, fitter.projection) if architecture.norm_after(part) else (fitter.projection,)
         for step in steps:
@@ -106,7 +123,7 @@ def fit_layer(
                 weight, found = fitter.measured(weight, found)
             if weight is not None:
                 module.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
-                tensors[f"{name}.weight"] = _kept(weight, spool)
+                tensors[tensor_names(f"{name}.weight", architecture)[0]] = _kept(weight, spool)
             fits.append(
                 LayerFit(
                     layer=index,
@@ -134,8 +151,9 @@ class PartFit:
         settings: ClosedFormSettings,
     ) -> None:
         self.module, self.feed, self.stream, self.settings = module, feed, stream, settings
-        self.scale = architecture.residual_scale
-        self.name = architecture.writer(part).module
+        writer = writer_of(module, part, architecture)
+        assert writer is not None, "asked for parts with an output projection only"
+        self.name, self.scale = writer
         target = module.get_submodule(self.name)
         assert isinstance(target, nn.Linear)
         self.target = target
@@ -213,7 +231,8 @@ class PartFit:
 def _measured_again(part: Part, architecture: Architecture) -> bool:
     """Whether the layer is run once more after a fit: the experts after o_proj are chosen by what they read, which no
     regression foresees, and are not fitted themselves."""
-    return part == "attention" and architecture.is_mixture("mlp") and not architecture.parallel
+    mixture = architecture.is_mixture("mlp") or architecture.removal_only
+    return part == "attention" and mixture and not architecture.parallel
 
 
 def _kept(weight: Tensor, spool: Path | None) -> npt.NDArray[np.float32]:

@@ -33,6 +33,7 @@ from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Placed
 from intarsia.data.corpus import Corpus
 from intarsia.disk import require_room
+from intarsia.errors import UserError
 from intarsia.healing.layer_map import Correspondence, correspondences, taught
 from intarsia.healing.layer_training import LayerTask, Trained, finished, train_layer, trained_names
 from intarsia.healing.stages.layerwise import LayerwiseSettings
@@ -173,6 +174,12 @@ class _Work:
         inputs = partial(states.rows, layer.start, device=cpu)
         if self.student is not None:
             inputs = partial(self.student.store.rows, 0, device=cpu)
+        if self.stream.by_tokens:
+            raise UserError(
+                "Layers of this model get arguments that depend on the tokens, which layerwise training does not keep.",
+                "Heal with closed-form or end-to-end.",
+            )
+        own = {name for name, _ in module.named_parameters()}
         with torch.no_grad():
             calls = {size: self.stream.calls(self.text.ids_NT[:size], None)[donor] for size in sizes}
         return LayerTask(
@@ -182,7 +189,7 @@ class _Work:
             targets=partial(states.rows, layer.stop, device=cpu),
             text=self.text,
             calls=calls,
-            names=self.names,
+            names=tuple(name for name in self.names if name in own),
             settings=self.settings,
             folder=self.folder,
             device=self.resident.device,

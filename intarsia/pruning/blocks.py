@@ -29,7 +29,9 @@ def best_blocks(model: Intermediate, removed: int, number: int) -> list[dict[str
         The first layer of each (`start`), the layer after its last (`end`), and the loss without it in nats, as far as
         it was measured (`loss`).
     """
-    starts = range(model.depth - removed + 1)
+    starts = model.droppable(removed)
+    if not starts:
+        return []
     _, sums = race(
         starts,
         lambda some, part: losses_of(

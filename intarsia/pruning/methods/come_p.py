@@ -82,6 +82,7 @@ class ComeP(Come):
 
     def __init__(self, settings: ComePSettings) -> None:
         super().__init__(settings)
+        self.joins = not settings.removals
 
     def choose(
         self, model: Intermediate, ranked: Sequence[int], count: int, pieces: Callable[[int], Scores]
@@ -94,6 +95,8 @@ class ComeP(Come):
             start: [pieces(index) for index in range(start, start + count)] for start in ranked[: self.settings.spans]
         }
         tried = distinct(model, [*(removals(model, count - 1) if drops else ()), *self._merges(model, spans)])
+        if not tried:
+            return [], {}
         title = f"trying {len(tried)} ratios" + (f" of {len(spans)} spans" if len(spans) > 1 else "")
         title += " and removals" if drops else ""
         best, shown = raced(model, tried, self.settings.finalists, racing=self.settings.racing, title=title)
@@ -122,7 +125,7 @@ class ComeP(Come):
 
 def removals(model: Intermediate, count: int) -> Iterable[Candidate]:
     """Every removal of `count` adjacent layers."""
-    for start in range(model.depth - count + 1):
+    for start in model.droppable(count):
         yield Candidate(start=start, count=count, op=None)
 
 

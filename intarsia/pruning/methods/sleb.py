@@ -42,18 +42,21 @@ class Sleb(Progressive):
         """Try the model without each layer."""
         from intarsia.pruning.candidates import Change, losses_of
 
+        free = model.droppable()
+        if not free:
+            return []
         best, sums = race(
-            range(model.depth),
+            free,
             lambda starts, part: losses_of(
                 model, [Change(start=start, count=1, ops=()) for start in starts], sequences=part
             ),
             model.counts_N,
             racing=self.settings.racing,
-            title=f"skipping each of {model.depth} layers",
+            title=f"skipping each of {len(free)} layers",
         )
         evidence = {
-            "losses": [mean_loss(sums[start], model.counts_N) for start in range(model.depth)],
-            "sequences": [sums[start].numel() for start in range(model.depth)],
+            "losses": [mean_loss(sums[start], model.counts_N) for start in free],
+            "sequences": [sums[start].numel() for start in free],
             "dropped": sources_of([model.ops[best]]),
         }
         return [Step(start=best, count=1, op=None, evidence=evidence)]
