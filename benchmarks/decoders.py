@@ -13,8 +13,9 @@ from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -39,6 +40,20 @@ random models: {counts}. A multimodal model is what its text model is; the rest 
 """
 
 
+_MIXTURE = {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}
+_OWN: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {**_MIXTURE, "first_k_dense_replace": 1, "moe_intermediate_size": 64},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "granitemoehybrid": {"layer_types": [*["linear_attention"] * 3, "full_attention"] * 8},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"] * 6},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+}
+"""What the config of a class lacks to be that of a model as people have them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
     """One model type."""
@@ -53,10 +68,15 @@ def kinds() -> list[str]:
     return sorted(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind in CONFIG_MAPPING)
 
 
+def config_of(kind: str) -> PreTrainedConfig:
+    """The config of a model type."""
+    return CONFIG_MAPPING[kind](**_OWN.get(kind, {}))
+
+
 def decoder(kind: str) -> Decoder:
     """What can be done with a model type, tried on a small model with its class's own config."""
     try:
-        made = CONFIG_MAPPING[kind]()
+        made = config_of(kind)
         if made.get_text_config() is not made:
             return Decoder(kind=kind, tier="", note=f"around a text model: {made.get_text_config().model_type}")
         architecture = architecture_of(made.to_dict(), where=kind)
@@ -64,11 +84,11 @@ def decoder(kind: str) -> Decoder:
             failed = [row for row in check_rows(architecture, Path(folder)) if row.result == "failed"]
     except UserError as error:
         problem = error.problems[0]
-        return Decoder(kind=kind, tier=REFUSED, note=problem.found or problem.message.removeprefix(f"{kind}: "))
+        return Decoder(kind=kind, tier=REFUSED, note=problem.message.removeprefix(f"{kind}: ").rstrip("."))
     except Exception as error:  # one of a hundred classes of others
         return Decoder(kind=kind, tier=REFUSED, note=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     if failed:
-        return Decoder(kind=kind, tier=REFUSED, note=f"{failed[0].check}: {failed[0].note}")
+        return Decoder(kind=kind, tier=REFUSED, note=f"{failed[0].check}: {failed[0].note.replace(folder, '')}")
     found = ", ".join(dict.fromkeys(architecture.layer_types or ("one",)))
     return Decoder(kind=kind, tier=REMOVAL if architecture.removal_only else KNOWN, note=found)
 

@@ -24,8 +24,8 @@ from intarsia.activations.loss import next_token_losses
 from intarsia.architecture.spec import Architecture
 
 LOGIT_BYTES = 128 * 1024**2
-_RETURNS_TUPLES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
-"""Whether a model's layers return tuples: looked at once, as a streamed model reads a layer for it."""
+_RETURNS_TUPLES: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+"""Values that a model's layers return, 0 for a tensor: looked at once, as a streamed model reads a layer for it."""
 _BY_TOKENS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 """Whether what a model passes to its layers depends on the tokens, and not on their number alone."""
 
@@ -57,10 +57,10 @@ class Entry:
 class _StandIn(nn.Module):
     """Takes a layer's place in a model's forward. Attributes of the layer itself remain readable."""
 
-    def __init__(self, layer: nn.Module, *, returns_tuple: bool, inject: Tensor | None = None) -> None:
+    def __init__(self, layer: nn.Module, *, returns: int, inject: Tensor | None = None) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)
-        self.returns_tuple = returns_tuple
+        self.returns = returns
         self.inject = inject
         self.seen: LayerCall | None = None
         self.received: Tensor | None = None
@@ -75,7 +75,7 @@ class _StandIn(nn.Module):
         self.seen = LayerCall(args=args, kwargs=kwargs)
         self.received = hidden_states
         out = hidden_states if self.inject is None else self.inject
-        return (out,) if self.returns_tuple else out
+        return (out, *[None] * (self.returns - 1)) if self.returns else out
 
 
 class LayerStream:
@@ -99,7 +99,7 @@ class LayerStream:
         self.device = next(embedding.parameters()).device
         if model not in _RETURNS_TUPLES:
             _RETURNS_TUPLES[model] = self._probe()
-        self._returns_tuple = _RETURNS_TUPLES[model]
+        self._returns = _RETURNS_TUPLES[model]
         if architecture.removal_only and model not in _BY_TOKENS:
             _BY_TOKENS[model] = self._probe_tokens()
         self.by_tokens = _BY_TOKENS.get(model, False)
@@ -144,7 +144,7 @@ class LayerStream:
         if device != h_BTD.device and device.type != "meta":
             h_BTD, call = h_BTD.to(device), call.on(device)
         out = layer(h_BTD, *call.args, **call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple | list) else out
 
     def logits(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         """`[B, T, V]` logits from H^L, through the model's own final norm and head."""
@@ -195,7 +195,7 @@ class LayerStream:
     @contextmanager
     def _stand_ins(self, inject: Tensor | None = None) -> Iterator[list[_StandIn]]:
         stand_ins = [
-            _StandIn(layer, returns_tuple=self._returns_tuple, inject=inject if index == 0 else None)
+            _StandIn(layer, returns=self._returns, inject=inject if index == 0 else None)
             for index, layer in enumerate(self._layers)
         ]
         setattr(self._owner, self._name, nn.ModuleList(stand_ins))
@@ -204,12 +204,12 @@ class LayerStream:
         finally:
             setattr(self._owner, self._name, self._layers)
 
-    def _probe(self) -> bool:
-        """Whether this model's layers return tuples, found by running the model on two tokens up to its first layer."""
-        seen: list[bool] = []
+    def _probe(self) -> int:
+        """How many values this model's layers return, 0 for a tensor, found by running the model on two tokens up to its first layer."""
+        seen: list[int] = []
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(isinstance(output, tuple))
+            seen.append(len(output) if isinstance(output, tuple | list) else 0)
             raise _Seen
 
         handle = self._layers[0].register_forward_hook(look)

@@ -315,7 +315,7 @@ def _check_dtypes(architecture: Architecture, headers: Mapping[str, TensorHeader
             remedy="Use a checkpoint that is not quantised.",
         )
         for name in names
-        if headers[name].dtype not in _WEIGHT_DTYPES
+        if headers[name].dtype not in _WEIGHT_DTYPES and not architecture.removal_only
     ]
     if problems:
         raise UserError(problems[:_MOST_NAMED])

@@ -39,7 +39,11 @@ def check_rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
     shapes = checkpoint.architecture.layer_shapes()
     yield CheckRow(check="tensors", result="ok", error=None, note=f"{len(shapes)} in a layer, of the expected shapes")
     resident = LoadedModel(checkpoint, device=torch.device("cpu"))
-    trial = trials.Trial.of(resident)
+    try:
+        trial = trials.Trial.of(resident)
+    except Exception as error:  # whatever breaks here is what the user wants to see in the table
+        yield _broken("parity", error)
+        return
     if checkpoint.architecture.removal_only:
         yield from _removal_rows(trial, folder)
         return
@@ -127,7 +131,9 @@ def _removal_rows(trial: trials.Trial, folder: Path) -> Iterator[CheckRow]:
     yield _row("causal", "no token reads a later one", partial(trials.foresight, trial))
     found = removals(trial.architecture)
     if not found:
-        note = "each layer is the last of its kind, or the config cannot describe a model without it"
+        whole = range(trial.architecture.n_layers)
+        reason = problem_of(trial.architecture, [layer for layer in whole if layer != whole[len(whole) // 2]])
+        note = f"no layer can go: {reason or 'each is the last of its kind'}"
         yield CheckRow(check="removal", result="failed", error=None, note=note)
     for number, kept in enumerate(found):
         yield from _round_trip(partial(trials.removal, trial, kept, folder / f"built-{number}"))

@@ -212,19 +212,25 @@ def structure_of(layer: nn.Module) -> str:
 
 
 def _kinds(config: PreTrainedConfig, layers: Sequence[nn.Module]) -> tuple[str, ...] | None:
-    """What each layer is called: by the config, and with a number where equal names are of different layers."""
+    """What each layer is called: by the config, and by its parts where equal names are of different layers."""
     stated: Any = getattr(config, "layer_types", None)
     named = stated if isinstance(stated, list | tuple) and len(stated) == len(layers) else ["layer"] * len(layers)
+    variants: dict[str, dict[str, list[str]]] = {}
     structures = list(map(structure_of, layers))
-    variants: dict[str, list[str]] = {}
-    for name, structure in zip(named, structures, strict=True):
-        if structure not in variants.setdefault(str(name), []):
-            variants[str(name)].append(structure)
-    found = []
-    for name, structure in zip(map(str, named), structures, strict=True):
-        number = variants[name].index(structure)
-        found.append(name if len(variants[name]) == 1 else f"{name} {number + 1}")
-    return tuple(found) if len(set(found)) > 1 else None
+    for name, structure, layer in zip(map(str, named), structures, layers, strict=True):
+        parts = [type(part).__name__ for part in layer.children()]
+        variants.setdefault(name, {}).setdefault(structure, parts)
+    words: dict[tuple[str, str], str] = {}
+    for name, found in variants.items():
+        common = set.intersection(*map(set, found.values()))
+        own = [", ".join(part for part in parts if part not in common) for parts in found.values()]
+        told = own if len(set(own)) == len(own) else [str(number + 1) for number in range(len(own))]
+        words |= {
+            (name, each): f"{name} ({word})" if word and len(own) > 1 else name
+            for each, word in zip(found, told, strict=True)
+        }
+    kinds = tuple(words[str(name), structure] for name, structure in zip(named, structures, strict=True))
+    return kinds if len(set(kinds)) > 1 else None
 
 
 class _Files:
@@ -241,11 +247,15 @@ class _Files:
         self.firsts = {structure: index for index, structure in reversed(list(enumerate(self.structures)))}
         prefix = f"{layers_module}."
         wanted = {f"{prefix}{index}." for index in self.firsts.values()}
-        state = {
+        once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+        state = {  # what is tied counts once, as in files
             name: tensor
             for name, tensor in model.state_dict().items()
-            if not name.startswith(prefix) or any(name.startswith(each) for each in wanted)
+            if name in once and (not name.startswith(prefix) or any(name.startswith(each) for each in wanted))
         }
+        shared = sorted(name for name in model.state_dict() if name not in once and name.startswith(prefix))
+        if shared:
+            raise _refused(where, "layers with weights of their own", f"layers that share theirs ({shared[0]})")
         starts: dict[str, int] = {}
         numbered: dict[str, Tensor] = {}
         number = 0
