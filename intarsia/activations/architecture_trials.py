@@ -174,7 +174,7 @@ def writers(trial: Trial, layer: int) -> dict[str, float]:
     found: dict[str, float] = {}
     with ExitStack() as stack:
         for name, part in linears.items():
-            handle = part.register_forward_hook(lambda *_, name=name: run.append(name))  # type: ignore[misc]
+            handle = part.register_forward_hook(lambda *_, name=name: run.append(name))
             stack.callback(handle.remove)
         trial.stream.run(module, h_BTD, entry.calls[layer])
     for name in dict.fromkeys(run):

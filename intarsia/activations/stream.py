@@ -205,7 +205,7 @@ class LayerStream:
             setattr(self._owner, self._name, self._layers)
 
     def _probe(self) -> int:
-        """How many values this model's layers return, 0 for a tensor, found by running the model on two tokens up to its first layer."""
+        """How many values its layers return, 0 for a tensor; its first layer is run on two tokens for that."""
         seen: list[int] = []
 
         def look(module: nn.Module, args: Any, output: Any) -> None:

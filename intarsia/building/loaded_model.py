@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from intarsia.building.loading import as_transformers, skeleton
 from intarsia.building.offload import Offload, place_layers
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import give_back
+from intarsia.inspection.structure import quiet
 from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.recipe.side_file import let_go
 
@@ -46,26 +47,11 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
         dtype: defaults to the dtype of the embedding in the file (nothing is converted).
     """
     stored = checkpoint.headers[f"{checkpoint.architecture.family.embedding_module}.weight"].dtype
-    with no_bars():
+    with quiet():
         model = as_transformers(checkpoint, dtype or stored)
     model.requires_grad_(False)
     nn.Module.to(model, device)
     return model.eval()
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """transformers shows bars of its own, also in pipes and where the user asked for quiet."""
-    from transformers.utils import logging as module
-
-    logging: Any = module  # it has no annotations
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 class LoadedModel:

@@ -116,11 +116,11 @@ def check_family(
     Raises:
         UserError: there is no config, no family for it, or it has a feature that the family does not cover.
     """
-    from intarsia.building.loaded_model import no_bars
     from intarsia.checkpoint.reader import architecture_of
     from intarsia.commands.family_check import check_rows
+    from intarsia.inspection.structure import quiet
 
-    with no_bars(), with_family_file(family_file), tempfile.TemporaryDirectory(prefix="intarsia-anatomy-") as folder:
+    with quiet(), with_family_file(family_file), tempfile.TemporaryDirectory(prefix="intarsia-anatomy-") as folder:
         config = _config(source)
         large = architecture_of(config, where=source)
         with current().task("checking", 8) as task:

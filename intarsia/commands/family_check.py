@@ -12,12 +12,12 @@ import torch
 
 from intarsia.activations import architecture_trials as trials
 from intarsia.architecture.spec import PARTS, Architecture
-from intarsia.building.loaded_model import LoadedModel, no_bars
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.tiny_model import shrunken, small_model
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands.architecture import CheckRow
 from intarsia.errors import UserError
-from intarsia.inspection.structure import problem_of
+from intarsia.inspection.structure import problem_of, quiet
 from intarsia.progress import current
 
 _EXACT = 1e-4
@@ -72,7 +72,7 @@ def verified(checkpoint: Checkpoint) -> Checkpoint:
     architecture = checkpoint.architecture
     if architecture.inspected is None or architecture.inspected.writers is not None:
         return checkpoint
-    with no_bars(), tempfile.TemporaryDirectory(prefix="intarsia-check-") as folder:
+    with quiet(), tempfile.TemporaryDirectory(prefix="intarsia-check-") as folder:
         failed = [row for row in check_rows(architecture, Path(folder)) if row.result == "failed"]
         if failed:
             raise UserError(

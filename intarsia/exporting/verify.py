@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from intarsia.checkpoint.reader import Checkpoint, architecture_of
 from intarsia.checkpoint.tensor_file import TensorHeader, read_headers
 from intarsia.checkpoint.writer import CODE, stock_classes
 from intarsia.errors import Problem, UserError
+from intarsia.inspection.structure import quiet
 from intarsia.progress import Progress
 
 Outcome = Literal["ok", "failed", "skipped"]
@@ -236,7 +236,7 @@ def loads(folder: Path) -> tuple[str, Any]:
 
     auto: Any = AutoModelForImageTextToText if is_wrapped(read_config(folder)) else AutoModelForCausalLM
     try:
-        with _quiet():
+        with quiet():
             model, info = auto.from_pretrained(
                 folder, dtype="auto", trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
             )
@@ -306,20 +306,3 @@ def _prompt(folder: Path, vocabulary: int) -> torch.Tensor:
         ids = []
     ids = [index for index in ids if index < vocabulary]
     return torch.tensor([ids or [index % vocabulary for index in range(3, 19)]])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What transformers says about keys is in the check's own words."""
-    from transformers.utils import logging as module
-
-    logging: Any = module  # it has no annotations
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

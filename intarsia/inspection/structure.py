@@ -8,7 +8,8 @@ whether that is right is seen from the class, built from the changed config: its
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from intarsia.architecture.families import Family, Modules, PerLayer, rules
 from intarsia.architecture.per_layer import OF_NO_LAYER, for_layers, unknown_settings
 from intarsia.architecture.spec import Architecture, Inspected
 from intarsia.errors import UserError
 
+logging: Any = transformers_logging  # it has no annotations
 Shapes = Mapping[str, tuple[int, ...]]
 
 _NUMBERED = re.compile(r"idx|index|layer_id|layer_number|^training$|^_")
@@ -44,8 +47,9 @@ def inspected(config: Mapping[str, Any], shapes: Shapes | None, *, where: str, r
     depth = int(made.num_hidden_layers)
     layers_module, layers = _layer_list(model, depth, where)
     names = {id(module): name for name, module in model.named_modules()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding is None or head is None or id(embedding) not in names or id(head) not in names:
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if id(embedding) not in names or id(head) not in names:
         raise _refused(where, "one embedding and one head", "none that transformers names")
     held = _Files(model, layers_module, layers, where)
     tied = bool(getattr(made, "tie_word_embeddings", False))
@@ -88,7 +92,7 @@ def inspected(config: Mapping[str, Any], shapes: Shapes | None, *, where: str, r
         n_channels=1,
         vocabulary=int(embedding.weight.shape[0]),
         tied=tied,
-        layer_types=_kinds(made, layers),
+        layer_types=_kinds(made, list(layers)),
         config=dict(config),
         per_layer=per_layer,
         inspected=Inspected(
@@ -116,6 +120,20 @@ _FIELDS = {
 }
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """While open, transformers says only what is an error, and shows no bars: the rest is in this package's words."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def config_of(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     """The config object of a decoder.
 
@@ -133,7 +151,8 @@ def config_of(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
             else f"Use a version of transformers that has it{_since(config)}, or correct model_type.",
         )
     try:
-        made = CONFIG_MAPPING[str(kind)].from_dict({key: _number(value) for key, value in config.items()})
+        with quiet():
+            made = CONFIG_MAPPING[str(kind)].from_dict({key: _number(value) for key, value in config.items()})
     except Exception as error:  # what a config class objects to, and how, differs from class to class
         words = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
         raise UserError(f"{where}: transformers refuses this config of type {kind}: {words}.", "Correct it.") from error
@@ -171,8 +190,9 @@ def on_meta(config: PreTrainedConfig, where: str) -> PreTrainedModel:
         UserError: its class refuses the config.
     """
     try:
-        with torch.device("meta"):
-            model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        with quiet(), torch.device("meta"):
+            classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+            model = classes[type(config)](config)
     except Exception as error:  # as above
         words = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
         raise UserError(f"{where}: transformers makes no model of this config: {words}.", "Correct it.") from error
