@@ -42,6 +42,7 @@ random models: {counts}. A multimodal model is what its text model is; the rest 
 
 _MIXTURE = {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}
 _OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [3, 7, 11, 15, 19, 23, 27, 31]},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {**_MIXTURE, "first_k_dense_replace": 1, "moe_intermediate_size": 64},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},

@@ -52,7 +52,7 @@ def unknown_settings(
     problems = [
         Problem(
             where=f"{where}: {path}",
-            expected=f"only per-layer settings that the family file of {family.title} covers",
+            expected="only per-layer settings that are known",
             found=_shown(value),
             remedy="It would be false for another depth. Name it in a family file (docs/ADD_A_FAMILY.md), or, if the "
             "model does not depend on it, remove it from the config.",

@@ -44,7 +44,9 @@ def inspected(config: Mapping[str, Any], shapes: Shapes | None, *, where: str, r
     """
     made = config_of(config, where)
     model = on_meta(made, where)
-    depth = int(made.num_hidden_layers)
+    depth = getattr(made, "num_hidden_layers", None)
+    if not isinstance(depth, int):
+        raise _refused(where, "a number of layers in the config", "none")
     layers_module, layers = _layer_list(model, depth, where)
     names = {id(module): name for name, module in model.named_modules()}
     embedding: Any = model.get_input_embeddings()
@@ -306,7 +308,8 @@ class _Files:
                 continue
             index, _, memory = owner.removeprefix(prefix).partition(".")
             before, mark, local = name.partition(f".{index}.")
-            assert mark, f"{name} is in no numbered layer"
+            if not mark:
+                raise _refused(where, "tensors of a layer under its number", name)
             self.layers_module = before
             contiguous = bool((flat == torch.arange(first, first + flat.numel())).all())
             if contiguous:
@@ -399,5 +402,7 @@ def problem_of(architecture: Architecture, kept: Sequence[int]) -> str | None:
     layers = model.get_submodule(architecture.layers_in_memory)
     assert isinstance(layers, nn.ModuleList)
     if [structure_of(layer) for layer in layers] != [architecture.inspected.structures[index] for index in kept]:
-        return "transformers would make other layers of the config than those that stay"
+        return (
+            "what its layers are like depends on their number or on the depth, and the config cannot say it otherwise"
+        )
     return None
