@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from intarsia.checkpoint.reader import architecture_of
-from intarsia.commands.family_check import check_rows
+from intarsia.commands.anatomy import check_rows
 from intarsia.errors import UserError
 
 KNOWN, REMOVAL, REFUSED = "known", "removal", "refused"

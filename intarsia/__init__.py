@@ -57,46 +57,7 @@ _EXPORTS = {
 }
 _MODULES = {name: f"intarsia.{module}" for module, names in _EXPORTS.items() for name in names.split()}
 
-__all__ = [
-    "BenchResult",
-    "BuildResult",
-    "CompareEval",
-    "CompareResult",
-    "CompressResult",
-    "Entrants",
-    "EvalSpec",
-    "ExportResult",
-    "HealResult",
-    "ModelRef",
-    "Output",
-    "PlanResult",
-    "PushResult",
-    "Recipe",
-    "ReportResult",
-    "Runtime",
-    "TailorResult",
-    "Target",
-    "TaskResults",
-    "TaskSpec",
-    "TextSpec",
-    "TrainingText",
-    "UserError",
-    "VerifyResult",
-    "bench",
-    "build",
-    "compare",
-    "compress",
-    "evaluate_perplexity",
-    "evaluate_tasks",
-    "export",
-    "heal",
-    "inspect",
-    "plan",
-    "push",
-    "report",
-    "tailor",
-    "verify",
-]
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -93,7 +93,7 @@ def problems_of(error: ValidationError, model: type[BaseModel], *, where: str, r
         place = place_of(path)
         expected, found, own_remedy = _expectation(detail, model, path)
         yield Problem(
-            where=f"{where}: {place}" if place else where, expected=expected, found=found, remedy=own_remedy or remedy
+            f"{f'{where}: {place}' if place else where}: expected {expected}; found {found}.", own_remedy or remedy
         )
 
 
@@ -102,9 +102,7 @@ def refusal(problems: Iterable[Problem], *, where: str, most: int = 50) -> UserE
     listed = list(problems)
     rest = len(listed) - most
     if rest > 0:
-        more = Problem(
-            where=where, expected="no more of these", found=f"{rest} more problems", remedy="Correct the first ones."
-        )
+        more = Problem(f"{where}: expected no more of these; found {rest} more problems.", "Correct the first ones.")
         listed[most:] = [more]
     return UserError(listed)
 

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def require_room(folder: Path, nbytes: int, what: str, *, where: Path | None = N
     """Refuse a disk that is too small, before any work.
 
     Args:
-        folder: where `what` shall be; it need not be there yet.
+        folder: where `what` will be; it need not exist yet.
         where: the place for the message, if it is another.
         option: the option that sets it, if there is one.
 
@@ -88,16 +88,12 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries to disk: without it a rename may be lost in a power failure."""
-    if os.name == "nt":
-        return  # a folder cannot be opened there
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot
-            raise
-    finally:
-        os.close(handle)
+    with suppress(OSError):  # Windows and some network file systems cannot
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -6,33 +6,19 @@ any other exception is a defect of ours (code 1).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with an input.
-
-    The last four fields make up `message` and `hint` where those are left out.
-    """
+    """One thing that is wrong with an input."""
 
     # What is wrong, as one sentence.
-    message: str = ""
+    message: str
     # What to do about it, as one sentence.
     hint: str = ""
-
-    where: str = ""
-    expected: str = ""
-    found: str = ""
-    remedy: str = ""
-
-    def __post_init__(self) -> None:
-        if self.where or not self.message:
-            message = f"{self.where}: expected {self.expected}; found {self.found}."
-            object.__setattr__(self, "message", message)
-            object.__setattr__(self, "hint", self.remedy)
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".rstrip()
@@ -45,11 +31,6 @@ class UserError(ValueError):
         self.problems = (Problem(problems, hint),) if isinstance(problems, str) else tuple(problems)
         assert self.problems, "a UserError states at least one problem"
         super().__init__("\n".join(str(problem) for problem in self.problems))
-
-    @classmethod
-    def of(cls, *, where: str, expected: str, found: str, remedy: str) -> UserError:
-        """An error with a single problem, from a place, what is expected there, and what was found."""
-        return cls([Problem(where=where, expected=expected, found=found, remedy=remedy)])
 
     def __reduce__(self) -> tuple[type[UserError], tuple[tuple[Problem, ...]]]:
         return type(self), (self.problems,)
@@ -80,10 +61,15 @@ class Problems(list[Problem]):
         """Add one problem."""
         self.append(Problem(message, hint))
 
-    def raise_any(self) -> None:
-        """Raise them all as one error, if there are any."""
+    def raise_any(self, *, most: int | None = None) -> None:
+        """Raise them as one error, if there are any; all of them, or the first `most`."""
         if self:
-            raise UserError(dict.fromkeys(self))
+            raise UserError(list(dict.fromkeys(self))[:most])
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def missing_package(

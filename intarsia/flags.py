@@ -248,7 +248,7 @@ def plain(value: Any) -> Any:
 
 
 def field_comments(kind: type) -> dict[str, str]:
-    """The help of each field, inherited ones too: the comment above it, or the string below it."""
+    """The help of each field, inherited ones too: the comment above it."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if dataclasses.is_dataclass(base):
@@ -271,9 +271,9 @@ def _comments(file: str) -> dict[str, dict[str, str]]:
         if not isinstance(node, ast.ClassDef):
             continue
         comments: dict[str, str] = {}
-        for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
+        for statement in node.body:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                comments[statement.target.id] = _above(lines, statement.lineno - 1) or _string(after)
+                comments[statement.target.id] = _above(lines, statement.lineno - 1)
         found[node.name] = comments
     return found
 
@@ -283,12 +283,6 @@ def _above(lines: Sequence[str], index: int) -> str:
     while first > 0 and lines[first - 1].lstrip().startswith("#"):
         first -= 1
     return " ".join(line.strip().lstrip("#").strip() for line in lines[first:index])
-
-
-def _string(node: ast.stmt | None) -> str:
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-        return " ".join(node.value.value.split())
-    return ""
 
 
 def _without_none(annotation: Any) -> Any:

@@ -48,7 +48,7 @@ class TextSpec:
     # hub:DATASET:SPLIT:COLUMN (with a configuration hub:DATASET/CONFIG:SPLIT:COLUMN), or `self`: the model writes it.
     # `file.txt#0:0.9` is the first nine tenths of a file. Several take equal parts.
     sources: tuple[str, ...] = flag(("self",), "--calibration", metavar="SPEC")
-    # Calibration tokens: 65536, 500k, 2M.
+    # Tokens of text: 65536, 500k, 2M.
     tokens: int = flag(65_536, metavar="N", parse=token_count)
     # Tokens in a sequence.
     seq_len: int = flag(512, metavar="N")
@@ -80,8 +80,8 @@ class Target:
     # Layers to keep.
     layers: int | None = flag(None, metavar="N")
     # Share of all parameters to remove, between 0 and 1, rounded up to whole layers.
-    sparsity: float | None = flag(None, metavar="S")
-    # How much work: it chooses the method and its settings, where no --method is given (default: standard).
+    sparsity: float | None = flag(None, metavar="X")
+    # How much work to do: chooses the method and its settings where no --method is given (default: standard).
     effort: Literal["quick", "standard", "thorough"] | None = None
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class Runtime:
     # Device: cpu, cuda, cuda:1 ... (default: the best available).
     device: str | None = None
     # Devices to spread the layers over, such as cuda:0,cuda:1; the first also has embedding and head.
-    devices: tuple[str, ...] = flag((), metavar="LIST")
+    devices: tuple[str, ...] = flag((), metavar="NAMES")
     # Data type of the weights (default: the checkpoint's own).
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     # Keep one layer in memory at a time, read from disk when it is needed: same result, less memory.
@@ -217,7 +217,7 @@ class NewModel:
 class Output(NewModel):
     """Output: the folder of a long job's model, and the job's run folder."""
 
-    # Run folder, with progress, log and ladder (default: beside the output).
+    # Run folder, with log and ladder (default: beside the output).
     run: Path | None = flag(None, metavar="DIR")
     # Print the plan and an estimate of its cost; write nothing.
     dry_run: bool = False

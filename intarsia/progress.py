@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 LINE_EVERY_SECONDS = 30.0
 
@@ -91,6 +91,23 @@ def shown(*, quiet: bool = False, stream: TextIO | None = None) -> AbstractConte
     return reporting_to(Silent() if quiet else Display(stream or sys.stderr))
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars and warnings from transformers, in pipes neither: ours stand for them."""
+    from transformers.utils import logging as module
+
+    logging: Any = module  # it has no annotations
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 class Job:
     """A job of named parts, which are worked on in their order; a part may be left out or entered again."""
 
@@ -127,7 +144,7 @@ class Pace:
     """How fast a task advances, and so how long the rest takes.
 
     The rate is that of the last two minutes, or of the last third of the task where that is longer. Work that was
-    taken over from an earlier run takes no time; it does not count. The time left is shown only after three seconds,
+    done in an earlier run takes no time; it does not count. The time left is shown only after three seconds,
     and moves toward a new estimate by at most a factor of two in half a minute.
     """
 

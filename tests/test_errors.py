@@ -8,10 +8,10 @@ from intarsia.errors import Problem, UserError, missing_package
 
 
 def test_all_problems_are_told_also_behind_a_pickle() -> None:
-    problems = [Problem(where=f"file:{line}", expected="a", found="b", remedy="Mend it.") for line in (1, 2)]
+    problems = [Problem(f"file:{line}: is wrong.", "Mend it.") for line in (1, 2)]
     error = pickle.loads(pickle.dumps(UserError(problems)))
     assert error.problems == tuple(problems)
-    assert str(error) == "file:1: expected a; found b. Mend it.\nfile:2: expected a; found b. Mend it."
+    assert str(error) == "file:1: is wrong. Mend it.\nfile:2: is wrong. Mend it."
 
 
 def test_a_missing_package_names_the_extra() -> None:

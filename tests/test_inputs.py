@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import intarsia
+from intarsia.checkpoint.resolve import inputs_of
 from intarsia.checkpoint.staging import check_out
 from intarsia.commands.compare import CompareEval, Entrants
-from intarsia.commands.inputs import inputs_of
 from intarsia.commands.tailor import SearchOptions
 from intarsia.errors import UserError
 from intarsia.options import ModelRef, NewModel, TextSpec

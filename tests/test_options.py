@@ -92,7 +92,7 @@ class Base:
     # in two lines.
     first: int = 1
     second: Literal["a", "b"] = "a"
-    """Said below."""
+    # Said too.
     third: float = 0.5  # not this
 
 
@@ -106,7 +106,7 @@ class Derived(Base):
 def test_help_is_the_comment_of_a_field() -> None:
     assert field_comments(Derived) == {
         "first": "Said above, in two lines.",
-        "second": "Said below.",
+        "third": "Said too.",
         "depths": "A list of numbers.",
     }
     assert [(option.key, option.names, option.default) for option in options_of(Derived)] == [

@@ -177,11 +177,9 @@ class Batches:
 
     def _halve(self, rows: int) -> None:
         if rows == 1:
-            raise UserError.of(
-                where=f"{self.device}",
-                expected=f"memory for one sequence of {self.corpus.seq_len} tokens in one layer",
-                found="less, with one sequence at a time",
-                remedy="Use shorter sequences (--seq-len), --stream, --dtype bfloat16, or a device with more memory.",
+            raise UserError(
+                f"{self.device} has no memory for one sequence of {self.corpus.seq_len} tokens in one layer.",
+                "Use shorter sequences (--seq-len), --stream, --dtype bfloat16, or a device with more memory.",
             ) from None
         self.size = (rows + 1) // 2
         gc.collect()

@@ -109,11 +109,9 @@ def reserve(path: Path, nbytes: int) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         path.unlink(missing_ok=True)
-        raise UserError.of(
-            where=str(path.parent),
-            expected=f"{nbytes / 1e9:.2f} GB for hidden states that do not fit in memory",
-            found="a full disk",
-            remedy="Free some space, name a run folder on another disk, give more --memory, or use fewer tokens.",
+        raise UserError(
+            f"{path.parent} is on a full disk: hidden states that do not fit in memory take {nbytes / 1e9:.2f} GB.",
+            "Free some space, name a run folder on another disk, give more --memory, or use fewer tokens.",
         ) from error
 
 

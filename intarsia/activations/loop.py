@@ -13,9 +13,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from intarsia.activations.batches import Batch, Batches
 from intarsia.activations.hidden_store import HiddenStore, MemoryBudget
 from intarsia.activations.hooks import output_projections
+from intarsia.activations.loss import Likeliest
 from intarsia.activations.statistics import require_finite
 from intarsia.activations.stream import LayerCall, LayerStream
 from intarsia.architecture.spec import Part
@@ -49,6 +50,8 @@ class Passed:
     after: Tensor
     # The inputs of the layer's output projections, where they were asked for.
     inputs: Mapping[Part, Tensor]
+    # What was measured on it, beside other batches.
+    measured: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +122,14 @@ class Loop:
         then: Callable[[Passed], None],
         *,
         sequences: slice = slice(None),
-        inputs: bool = False,
+        measure: Callable[[Passed], Any] | None = None,
         name: str | None = None,
     ) -> None:
         """Run one layer, which has its values, from given hidden states.
 
         Args:
             then: takes what came out, batch after batch; it alone may change anything.
-            inputs: hand over the inputs of output projections too.
+            measure: what to measure on a batch, in any thread; it gets the inputs of output projections too.
             name: of the layer's output, to refuse NaN and infinity in it; None: they are not looked for.
 
         Raises:
@@ -134,24 +137,26 @@ class Loop:
         """
         here = threading.local()
 
-        def prepare(rows: slice, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, LayerCall]:
-            return read(rows), self.stream.calls(ids, mask)[layer.source]
+        def prepare(rows: slice, ids: Tensor, mask: Tensor | None) -> tuple[Batch, Tensor, LayerCall]:
+            return (rows, ids, mask), read(rows), self.stream.calls(ids, mask)[layer.source]
 
-        def work(given: tuple[Tensor, LayerCall]) -> tuple[Tensor, dict[Part, Tensor]]:
+        def work(given: tuple[Batch, Tensor, LayerCall]) -> Passed:
+            (rows, ids, mask), before, call = given
             here.inputs = {}
-            return self.stream.run(layer.module, *given), here.inputs
-
-        def finish(batch: Batch, given: tuple[Tensor, LayerCall], found: tuple[Tensor, dict[Part, Tensor]]) -> None:
-            rows, ids, mask = batch
+            after = self.stream.run(layer.module, before, call)
             if name is not None:
-                require_finite(found[0], name)
-            then(Passed(rows=rows, ids=ids, mask=mask, before=given[0], after=found[0], inputs=found[1]))
-            self.spend(1, rows)
+                require_finite(after, name)
+            passed = Passed(rows=rows, ids=ids, mask=mask, before=before, after=after, inputs=here.inputs)
+            return passed if measure is None else replace(passed, measured=measure(passed))
+
+        def finish(batch: Batch, _: tuple[Batch, Tensor, LayerCall], passed: Passed) -> None:
+            then(passed)
+            self.spend(1, batch[0])
 
         def receive(part: Part, x: Tensor) -> None:
             here.inputs[part] = x
 
-        hooks = output_projections(layer.module, self.resident.architecture, receive) if inputs else nullcontext()
+        hooks = output_projections(layer.module, self.resident.architecture, receive) if measure else nullcontext()
         with hooks:
             self.batches.side_by_side(prepare, work, finish, sequences)
 
@@ -162,6 +167,7 @@ class Loop:
         *,
         read: Read | None = None,
         at: Sequence[int] | None = None,
+        measure: Callable[[int, Passed], Any] | None = None,
         observe: Callable[[int, Passed], None] | None = None,
         sequences: Sequence[slice] = (slice(None),),
         name: Callable[[int], str] = "output of layer {}".format,
@@ -172,7 +178,8 @@ class Loop:
             states: where hidden states are read and stored.
             read: where those before the first layer are, if not in `states`.
             at: the depth in `states` before each layer and after the last; default: 0, overwritten all the time.
-            observe: takes what came out of every layer; the inputs of output projections are in it.
+            measure: what to measure on a batch of every layer, in any thread; see `layer`.
+            observe: takes what came out of every layer, batch after batch.
             sequences: parts of the text; no batch crosses from one into the next.
             name: of the output of a layer by its number, for errors.
 
@@ -190,7 +197,8 @@ class Loop:
 
             source = read if read is not None and number == 0 else self.reader(states, depths[number])
             for part in sequences:
-                self.layer(layer, source, then, sequences=part, inputs=observe is not None, name=name(number))
+                own = None if measure is None else partial(measure, number)
+                self.layer(layer, source, then, sequences=part, measure=own, name=name(number))
             yield number
 
     def reader(self, states: HiddenStore, depth: int = 0) -> Read:
@@ -220,8 +228,18 @@ class Loop:
         for number, path in enumerate(paths):
             self._batch_by_batch(path, partial(end, number), sequences, advance)
 
-    def losses(self, paths: Iterable[Path], *, sequences: slice = slice(None)) -> Iterator[Tensor]:
-        """The summed loss of each sequence at the end of one path after the other: float64, on the CPU."""
+    def losses(
+        self,
+        paths: Iterable[Path],
+        *,
+        sequences: slice = slice(None),
+        expected: Callable[[slice], Likeliest] | None = None,
+    ) -> Iterator[Tensor]:
+        """The summed loss of each sequence at the end of one path after the other: float64, on the CPU.
+
+        Args:
+            expected: gives another model's likeliest tokens of some sequences; the loss is then the KL to them.
+        """
         for group in [list(paths)] if self.resident.streams else ([path] for path in paths):
             found: list[list[Tensor]] = [[] for _ in group]
 
@@ -233,7 +251,8 @@ class Loop:
                 h_BTD: Tensor,
                 found: list[list[Tensor]] = found,
             ) -> None:
-                found[number].append(self.stream.losses(h_BTD, ids, mask)[0])
+                likely = None if expected is None else expected(rows)
+                found[number].append(self.stream.losses(h_BTD, ids, mask, expected=likely)[0])
 
             with torch.inference_mode():
                 self.run(group, end, sequences=sequences)

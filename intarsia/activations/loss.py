@@ -1,6 +1,6 @@
-"""The loss of the next token, sequence by sequence.
+"""The loss of the next token, and the divergence from another model's distribution of it, sequence by sequence.
 
-Shapes: B sequences, T tokens, V vocabulary, D width, N predicted positions.
+Shapes: B sequences, T tokens, V vocabulary, D width, N predicted positions, K likeliest tokens.
 
 Logits over a large vocabulary are the largest tensor of a forward pass. Their float32 copy is never made: a few
 rows at a time are converted and normalised, on the CPU few enough to stay in cache. With bfloat16 logits of 4096
@@ -9,9 +9,13 @@ tokens over a vocabulary of 49,152 that is about ten times as fast on one core a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
 import torch
 from torch import Tensor
 
+from intarsia.activations.batches import side_by_side, workers_for
 from intarsia.errors import UserError
 
 _CPU_BLOCK = 8 * 49152  # float32 entries of one block: 1.5 MB, inside a core's cache
@@ -19,8 +23,30 @@ _GPU_BLOCK = 64 * 1024 * 1024  # large enough to fill the device, small against 
 _HEAD_ROWS = 512  # positions that go through the head at once: efficient as a product, small as a tensor
 
 
+_LEAST_REST = 1e-6
+
+OfRows: TypeAlias = Callable[[Tensor, slice], Tensor]
+"""From log-probabilities `[n, V]` of some predicted positions, and which these are, to a number for each."""
+
+
+class Likeliest(NamedTuple):
+    """The K likeliest next tokens at every position `[B, T, K]`."""
+
+    log_p: Tensor
+    tokens: Tensor
+
+    def rows(self, rows: slice) -> Likeliest:
+        """Those of some sequences."""
+        return Likeliest(self.log_p[rows], self.tokens[rows])
+
+
 def next_token_losses(
-    logits_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor | None = None, *, where: str = "next-token loss"
+    logits_BTV: Tensor,
+    ids_BT: Tensor,
+    mask_BT: Tensor | None = None,
+    *,
+    expected: Likeliest | None = None,
+    where: str = "next-token loss",
 ) -> tuple[Tensor, Tensor]:
     """Summed loss (nats) and number of predicted tokens of every sequence.
 
@@ -31,6 +57,7 @@ def next_token_losses(
         logits_BTV: the model's logits, any float dtype.
         ids_BT: the tokens that the model was given.
         mask_BT: True at real tokens; None when all are.
+        expected: measure KL(another model || this one) instead, of which these are the likeliest tokens.
         where: what is measured, for the message when a loss is not finite.
 
     Returns:
@@ -40,18 +67,32 @@ def next_token_losses(
         UserError: a loss is NaN or infinite.
     """
     rows_N, cols_N, targets_N = _predicted(ids_BT, mask_BT, logits_BTV.device)
+    if expected is None:
+
+        def of_rows(log_p_NV: Tensor, part: slice) -> Tensor:
+            return -log_p_NV.gather(1, targets_N[part, None])[:, 0]
+    else:
+        log_t_NK = expected.log_p.to(logits_BTV.device)[rows_N, cols_N].float()
+        index_NK = expected.tokens.to(logits_BTV.device)[rows_N, cols_N].long()
+
+        def of_rows(log_p_NV: Tensor, part: slice) -> Tensor:
+            return divergence(log_t_NK[part], log_p_NV.gather(1, index_NK[part]))
+
     dense = rows_N.numel() == ids_BT.shape[0] * max(ids_BT.shape[1] - 1, 0)
     losses_N = torch.empty(rows_N.numel(), dtype=torch.float32, device=logits_BTV.device)
     with torch.no_grad():
         if dense:  # views: nothing is copied before a block is converted
-            width = ids_BT.shape[1] - 1
-            for b in range(ids_BT.shape[0]):
-                part = slice(b * width, (b + 1) * width)
-                _block_losses(logits_BTV[b, :-1], targets_N[part], losses_N[part])
+            width, rows = ids_BT.shape[1] - 1, range(ids_BT.shape[0])
+
+            def sequence(b: int) -> None:
+                _block_losses(logits_BTV[b, :-1], of_rows, b * width, losses_N)
+
+            for _ in side_by_side(rows, sequence, workers_for(logits_BTV.device, len(rows))):
+                pass
         else:
             for start in range(0, rows_N.numel(), _HEAD_ROWS):
                 part = slice(start, start + _HEAD_ROWS)
-                _block_losses(logits_BTV[rows_N[part], cols_N[part]], targets_N[part], losses_N[part])
+                _block_losses(logits_BTV[rows_N[part], cols_N[part]], of_rows, start, losses_N)
     return _by_sequence(losses_N, rows_N, ids_BT.shape[0], where)
 
 
@@ -63,24 +104,35 @@ def _predicted(ids_BT: Tensor, mask_BT: Tensor | None, device: torch.device) -> 
     return rows_N.to(device), cols_N.to(device), targets_N.to(device)
 
 
-def _block_losses(logits_NV: Tensor, targets_N: Tensor, out_N: Tensor) -> None:
+def _block_losses(logits_NV: Tensor, of_rows: OfRows, first: int, out_N: Tensor) -> None:
+    """Losses of consecutive predicted positions from `first` on."""
     budget = _CPU_BLOCK if logits_NV.device.type == "cpu" else _GPU_BLOCK
     rows = max(1, budget // logits_NV.shape[1])
     for start in range(0, logits_NV.shape[0], rows):
-        part = slice(start, start + rows)
-        log_p_NV = torch.log_softmax(logits_NV[part], dim=-1, dtype=torch.float32)
-        out_N[part] = -log_p_NV.gather(1, targets_N[part, None])[:, 0]
+        log_p_NV = torch.log_softmax(logits_NV[start : start + rows], dim=-1, dtype=torch.float32)
+        part = slice(first + start, first + start + log_p_NV.shape[0])
+        out_N[part] = of_rows(log_p_NV, part)
+
+
+def divergence(log_t_NK: Tensor, log_s_NK: Tensor) -> Tensor:
+    """KL(teacher || student) over the teacher's K likeliest tokens and one bucket for the rest, in nats: `[N]`.
+
+    A lower bound of the KL over the whole vocabulary.
+    """
+    kept = (log_t_NK.exp() * (log_t_NK - log_s_NK)).sum(dim=-1)
+    rest_t = (1.0 - log_t_NK.exp().sum(dim=-1)).clamp_min(_LEAST_REST)
+    rest_s = (1.0 - log_s_NK.exp().sum(dim=-1)).clamp_min(_LEAST_REST)
+    return kept + rest_t * (rest_t.log() - rest_s.log())
 
 
 def _by_sequence(losses_N: Tensor, rows_N: Tensor, n_sequences: int, where: str) -> tuple[Tensor, Tensor]:
     bad_N = ~losses_N.isfinite()
     if bool(bad_N.any()):
         first = int(rows_N[bad_N][0])
-        raise UserError.of(
-            where=f"{where}, sequence {first} of the batch",
-            expected="finite losses",
-            found=f"{int(bad_N.sum())} of {losses_N.numel()} losses that are NaN or infinite",
-            remedy="Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
+        raise UserError(
+            f"{where}, sequence {first} of the batch: expected finite losses; "
+            f"found {int(bad_N.sum())} of {losses_N.numel()} losses that are NaN or infinite.",
+            "Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
         )
     # Accumulated on the CPU: index_add in float64 is not deterministic on CUDA and does not exist on MPS.
     rows_cpu_N = rows_N.cpu()

@@ -100,11 +100,9 @@ def require_finite(tensor: Tensor, where: str) -> None:
         UserError: naming `where` they appeared.
     """
     if not bool(torch.isfinite(tensor).all()):
-        raise UserError.of(
-            where=where,
-            expected="finite numbers",
-            found="NaN or infinity",
-            remedy="The model overflows in this dtype; try --dtype bfloat16 or float32.",
+        raise UserError(
+            f"{where} has NaN or infinity.",
+            "The model overflows in this dtype; try --dtype bfloat16 or float32.",
         )
 
 

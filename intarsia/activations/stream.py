@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from intarsia.activations.loss import next_token_losses
+from intarsia.activations.loss import Likeliest, next_token_losses
 from intarsia.architecture.spec import Architecture
 
 LOGIT_BYTES = 128 * 1024**2
@@ -155,26 +155,53 @@ class LayerStream:
         return logits
 
     def losses(
-        self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None, *, where: str = "next-token loss"
+        self,
+        h_BTD: Tensor,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None,
+        *,
+        expected: Likeliest | None = None,
+        where: str = "next-token loss",
     ) -> tuple[Tensor, Tensor]:
         """Summed next-token loss of each sequence from H^L, and the tokens predicted in it, on the CPU.
 
         No more logits than `LOGIT_BYTES` are held at a time, or those of one sequence.
 
+        Args:
+            expected: measure the KL to this distribution instead.
+
         Raises:
             UserError: a loss is NaN or infinite, `where` says of what.
         """
-        rows, width = ids_BT.shape
-        step = max(1, LOGIT_BYTES // (width * self._vocabulary * h_BTD.element_size()))
         sums, counts = [], []
-        for first in range(0, rows, step):
-            part = slice(first, first + step)
-            keep = None if mask_BT is None else mask_BT[part]
-            logits = self.logits(h_BTD[part], ids_BT[part], keep)
-            total, number = next_token_losses(logits, ids_BT[part].to(logits.device), keep, where=where)
+        for part, keep, logits in self._logits_of(h_BTD, ids_BT, mask_BT):
+            own = None if expected is None else expected.rows(part)
+            ids = ids_BT[part].to(logits.device)
+            total, number = next_token_losses(logits, ids, keep, expected=own, where=where)
             sums.append(total.cpu())
             counts.append(number.cpu())
         return torch.cat(sums), torch.cat(counts)
+
+    def likeliest(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None, k: int) -> Likeliest:
+        """The `k` likeliest next tokens at every position from H^L, on the CPU; anything at padding."""
+        log_p, index = [], []
+        for _, _, logits in self._logits_of(h_BTD, ids_BT, mask_BT):
+            for row_TV in logits:
+                found = torch.log_softmax(row_TV, dim=-1, dtype=torch.float32).topk(k, dim=-1)
+                log_p.append(found.values.cpu())
+                index.append(found.indices.to(torch.int32).cpu())
+        return Likeliest(torch.stack(log_p), torch.stack(index))
+
+    def _logits_of(
+        self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None
+    ) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
+        """Logits of some sequences at a time, which these are, and their mask."""
+        rows, width = ids_BT.shape
+        step = max(1, LOGIT_BYTES // (width * self._vocabulary * h_BTD.element_size()))
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            keep = None if mask_BT is None else mask_BT[part]
+            yield part, keep, self.logits(h_BTD[part], ids_BT[part], keep)
 
     def final_norm(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         """H^L after the final norm, `[B, T, D]` (what transformers reports as the last hidden state)."""

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from intarsia.architecture.families import Family, LinearEntry, NormEntry, known_families, uncovered
+from intarsia.architecture.families import Family, LinearEntry, NormEntry, Refusal, known_families, uncovered
 from intarsia.architecture.per_layer import kinds, lists, unknown_settings
 from intarsia.architecture.spec import Architecture, Linear, Norm
 from intarsia.errors import Problem, UserError
 
 
 class Undescribed(UserError):
-    """No family file describes the layers of a model; it is none of what a family file refuses by mistake."""
+    """No family file describes the layers of a model; it is none of what a family file refuses by mistake.
+
+    Attributes:
+        reason: what is in the way.
+    """
+
+    def __init__(
+        self,
+        problems: str | Iterable[Problem],
+        hint: str = "",
+        *,
+        reason: str = "no family file describes its layers",
+    ) -> None:
+        super().__init__(problems, hint)
+        self.reason = reason
 
 
 def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Architecture:
@@ -28,18 +42,16 @@ def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Architec
             return _resolve(family, config, where)
     if isinstance(model_type, str) and model_type in uncovered():
         entry = uncovered()[model_type]
-        raise Undescribed.of(
-            where=f"{where}: model_type {model_type!r}",
-            expected="a model whose layers can be described",
-            found=entry["feature"],
-            remedy=entry["remedy"],
+        raise Undescribed(
+            f"{where}: model_type {model_type!r}: expected a model whose layers can be described; "
+            f"found {entry['feature']}.",
+            entry["remedy"],
+            reason=entry["feature"],
         )
     known = ", ".join(sorted({kind for family in known_families().values() for kind in family.model_types}))
-    raise Undescribed.of(
-        where=f"{where}: model_type",
-        expected=f"one of {known}",
-        found=repr(model_type),
-        remedy="Use a model of a known family, or describe this one in a family file: docs/ADD_A_FAMILY.md says how, "
+    raise Undescribed(
+        f"{where}: model_type: expected one of {known}; found {model_type!r}.",
+        "Use a model of a known family, or describe this one in a family file: docs/ADD_A_FAMILY.md says how, "
         "and `intarsia anatomy check --family-file` tries it.",
     )
 
@@ -63,10 +75,10 @@ def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Architect
     if not problems and numbers["query_heads"] % numbers["kv_heads"]:
         problems.append(
             Problem(
-                where=f"{where}: {family.fields['query_heads']}",
-                expected=f"a multiple of the {numbers['kv_heads']} key/value heads",
-                found=str(numbers["query_heads"]),
-                remedy="The config does not describe grouped-query attention; correct it.",
+                f"{where}: {family.fields['query_heads']}: "
+                f"expected a multiple of the {numbers['kv_heads']} key/value heads; "
+                f"found {numbers['query_heads']}.",
+                "The config does not describe grouped-query attention; correct it.",
             )
         )
     per_layer = lists(family.per_layer, values, numbers["layers"], where, problems)
@@ -77,7 +89,8 @@ def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Architect
         problems.append(_not_expected(f"{where}: {family.fields['residual_scale']}", "a number", scale))
     linears = tuple(_linear(entry, values, where, problems) for entry in family.linears)
     if problems:
-        raise Undescribed(problems) if problems == not_covered else UserError(problems)
+        reason = "; ".join(entry.feature for entry in _refused_by(family, values))
+        raise Undescribed(problems, reason=reason) if problems == not_covered else UserError(problems)
     return Architecture(
         family=family,
         linears=linears,
@@ -115,11 +128,16 @@ def _values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
 def _refusals(family: Family, values: Mapping[str, Any], where: str) -> list[Problem]:
     return [
         Problem(
-            where=where,
-            expected=f"a {family.title} model that the family file covers",
-            found=entry.feature,
-            remedy=entry.remedy,
+            f"{where}: expected a {family.title} model that the family file covers; found {entry.feature}.",
+            entry.remedy,
         )
+        for entry in _refused_by(family, values)
+    ]
+
+
+def _refused_by(family: Family, values: Mapping[str, Any]) -> list[Refusal]:
+    return [
+        entry
         for entry in family.refusals
         if _holds(entry.when, values)
         and not (entry.when_not is not None and _holds(entry.when_not, values))
@@ -143,10 +161,7 @@ def _number(
 
 def _not_expected(where: str, expected: str, found: Any) -> Problem:
     return Problem(
-        where=where,
-        expected=expected,
-        found="nothing" if found is None else repr(found),
-        remedy="Complete the config.",
+        f"{where}: expected {expected}; found {'nothing' if found is None else repr(found)}.", "Complete the config."
     )
 
 

@@ -325,10 +325,9 @@ def _read(path: Path) -> Family:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError.of(
-            where=str(path),
-            expected="a family file in TOML (docs/ADD_A_FAMILY.md)",
-            found=getattr(error, "strerror", None) or str(error),
-            remedy="Copy one of intarsia/architecture/families/ and change it.",
+        raise UserError(
+            f"{path}: expected a family file in TOML (docs/ADD_A_FAMILY.md); "
+            f"found {getattr(error, 'strerror', None) or str(error)}.",
+            "Copy one of intarsia/architecture/families/ and change it.",
         ) from error
     return _family(path.stem, data, where=str(path))

@@ -51,10 +51,8 @@ def unknown_settings(
     }
     problems = [
         Problem(
-            where=f"{where}: {path}",
-            expected="only per-layer settings that are known",
-            found=_shown(value),
-            remedy="It would be false for another depth. Name it in a family file (docs/ADD_A_FAMILY.md), or, if the "
+            f"{where}: {path}: expected only per-layer settings that are known; found {_shown(value)}.",
+            "It would be false for another depth. Name it in a family file (docs/ADD_A_FAMILY.md), or, if the "
             "model does not depend on it, remove it from the config.",
         )
         for path, key, value in _entries(config)
@@ -62,21 +60,14 @@ def unknown_settings(
     ]
     problems += [
         Problem(
-            where=f"{where}: {key}",
-            expected=f"{n_layers} layers, as {family.fields['layers']} says",
-            found=repr(config[key]),
-            remedy=f"Remove {key}: {family.fields['layers']} counts.",
+            f"{where}: {key}: expected {n_layers} layers, as {family.fields['layers']} says; found {config[key]!r}.",
+            f"Remove {key}: {family.fields['layers']} counts.",
         )
         for key in _DEPTHS
         if config.get(key) is not None and config[key] != n_layers
     ]
     return problems + [
-        Problem(
-            where=f"{where}: {key}",
-            expected="a number of layers",
-            found=_shown(config[key]),
-            remedy="Complete the config.",
-        )
+        Problem(f"{where}: {key}: expected a number of layers; found {_shown(config[key])}.", "Complete the config.")
         for key in rules().leading
         if config.get(key) is not None and not _whole(config[key])
     ]
@@ -212,10 +203,10 @@ def lists(
 
 def _wrong_length(entry: PerLayer, value: Any, n_layers: int, where: str) -> Problem:
     return Problem(
-        where=f"{where}: {entry.field}",
-        expected=f"a list of {n_layers} {'names' if entry.field == 'layer_types' else 'entries'}, one a layer",
-        found=f"a list of {len(value)}" if isinstance(value, list) else repr(value),
-        remedy=f"Make {entry.field} as long as the model is deep.",
+        f"{where}: {entry.field}: "
+        f"expected a list of {n_layers} {'names' if entry.field == 'layer_types' else 'entries'}, one a layer; "
+        f"found {f'a list of {len(value)}' if isinstance(value, list) else repr(value)}.",
+        f"Make {entry.field} as long as the model is deep.",
     )
 
 
@@ -247,10 +238,9 @@ def _made(
         return _by_rule(entry, every, n_layers)
     problems.append(
         Problem(
-            where=f"{where}: {entry.every}",
-            expected=f"a positive whole number, for there is no {entry.field}",
-            found=repr(stated),
-            remedy=f"Give the config its {entry.field}: load it with transformers 5 and save it again.",
+            f"{where}: {entry.every}: expected a positive whole number, for there is no {entry.field}; "
+            f"found {stated!r}.",
+            f"Give the config its {entry.field}: load it with transformers 5 and save it again.",
         )
     )
     return None

@@ -31,10 +31,9 @@ def verify(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], *,
             expected[architecture.tensor_name(layer, local)] = shape
     problems = [
         Problem(
-            where=f"{where}: {name}",
-            expected=f"shape {list(shape)} by the config",
-            found=f"shape {list(shapes[name])}" if name in shapes else "no such tensor",
-            remedy="The config and the weights do not belong together; get the checkpoint again.",
+            f"{where}: {name}: expected shape {list(shape)} by the config; "
+            f"found {f'shape {list(shapes[name])}' if name in shapes else 'no such tensor'}.",
+            "The config and the weights do not belong together; get the checkpoint again.",
         )
         for name, shape in expected.items()
         if tuple(shapes.get(name, ())) != tuple(shape)
@@ -43,10 +42,10 @@ def verify(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], *,
     prefix = f"{architecture.family.layers_module}."
     problems += [
         Problem(
-            where=f"{where}: {name}",
-            expected=f"only tensors that the family file of {architecture.family.title} covers",
-            found=f"shape {list(shapes[name])}",
-            remedy="Its layers hold something that would be lost; it cannot be pruned.",
+            f"{where}: {name}: "
+            f"expected only tensors that the family file of {architecture.family.title} covers; "
+            f"found shape {list(shapes[name])}.",
+            "Its layers hold something that would be lost; it cannot be pruned.",
         )
         for name in sorted(shapes)
         if name.startswith(prefix) and not _covered(name.removeprefix(prefix), known, architecture)

@@ -117,9 +117,21 @@ def _norm_tensors(norm: Norm, op: Concat, architecture: Architecture, read: Read
         return {name: _rows(norm, norm.rows, name, op, architecture, read) for name in names.values()}
     if norm.place != "before" or op.norm == "average":
         return {name: _average(name, norm, op, read) for name in names.values()}
+    source = _only_source(norm, op, architecture)
+    if source is not None:
+        return {name: read(source, name) for name in names.values()}
     # A bias that no linear layer can take goes into their weights, which then read ones (`fold_centred_norm`).
     neutral = {"weight": 1.0 - norm.offset, "bias": 0.0 if architecture.shift_folds(norm.part) else 1.0}
     return {name: torch.full_like(read(op.cuts[0].source, name), neutral[kind]) for kind, name in names.items()}
+
+
+def _only_source(norm: Norm, op: Concat, architecture: Architecture) -> LayerRef | None:
+    """The layer whose pieces are all that reads a norm: the norm stays as it is, to the bit."""
+    for cut in op.cuts:
+        whole = all(len(cut.pieces(part)) == architecture.n_pieces(part) for part in norm.parts)
+        if whole and not op.fuse and all(cut.weights.get(part) == 1.0 for part in norm.parts):
+            return cut.source
+    return None
 
 
 def _rows(norm: Norm, segment: str, name: str, op: Concat, architecture: Architecture, read: Read) -> Tensor:
@@ -193,7 +205,7 @@ def _fold(cut: Cut, linear: Linear, op: Concat, architecture: Architecture, read
     """How rows (and entries of their bias) take in the norm of their own layer, where it is to be folded in."""
     folds = linear.side == "reads" and op.norm == "fold"
     norm = architecture.norm_before(linear.part) if folds else None
-    if norm is None:
+    if norm is None or _only_source(norm, op, architecture) is not None:
         return lambda weight, bias: (weight, bias)
     scale = read(cut.source, f"{norm.module}.weight").float() + norm.offset if norm.weight else None
     shift = read(cut.source, f"{norm.module}.bias") if norm.bias else None

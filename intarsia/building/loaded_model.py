@@ -28,7 +28,7 @@ from intarsia.building.loading import as_transformers, skeleton
 from intarsia.building.offload import Offload, place_layers
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import give_back
-from intarsia.inspection.structure import quiet
+from intarsia.progress import quiet_transformers
 from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.recipe.side_file import let_go
 
@@ -47,7 +47,7 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
         dtype: defaults to the dtype of the embedding in the file (nothing is converted).
     """
     stored = checkpoint.headers[f"{checkpoint.architecture.family.embedding_module}.weight"].dtype
-    with quiet():
+    with quiet_transformers():
         model = as_transformers(checkpoint, dtype or stored)
     model.requires_grad_(False)
     nn.Module.to(model, device)
@@ -158,7 +158,7 @@ class LoadedModel:
     def _values(
         self, op: Op, fitted: Mapping[str, npt.NDArray[np.float32]], dtypes: Mapping[str, torch.dtype]
     ) -> dict[str, Tensor]:
-        """The values of a layer that is made, let go of one by one as they are turned into the model's dtype."""
+        """The values of a layer that is made, in the model's dtype; its tensors are freed one by one."""
         tensors = self._made(op, fitted)
         values = {name: _own(tensors.pop(name).to(dtype)) for name, dtype in dtypes.items()}
         for array in fitted.values():

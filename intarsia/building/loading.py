@@ -25,7 +25,7 @@ from transformers import (
 
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import let_go
-from intarsia.errors import Problem, UserError
+from intarsia.errors import Problem, Problems, UserError
 
 
 @contextmanager
@@ -152,15 +152,8 @@ def _let_go(module: nn.Module, args: Any, output: Any) -> None:
 def _check(checkpoint: Checkpoint, absent: Iterable[str]) -> None:
     """Refuse a checkpoint that lacks one of the parameters outside the layers."""
     layers = f"{checkpoint.architecture.layers_in_memory}."
-    problems = [
-        Problem(
-            where=f"{checkpoint.folder}: {name}",
-            expected="a tensor, as the model has such a parameter outside its layers",
-            found="none of that name",
-            remedy="Get the checkpoint again.",
-        )
+    Problems(
+        Problem(f"{checkpoint.folder} has no tensor {name}, and the model has this parameter.", "Get it again.")
         for name in absent
         if not name.startswith(layers)
-    ]
-    if problems:
-        raise UserError(problems[:_MOST_NAMED])
+    ).raise_any(most=_MOST_NAMED)

@@ -1,4 +1,4 @@
-"""Layers that are in memory only while they are used, and layers laid over several devices."""
+"""Layers that are in memory only while they are used, and layers spread over several devices."""
 
 from __future__ import annotations
 

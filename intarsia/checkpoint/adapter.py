@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from intarsia.checkpoint.adapter_merge import Merged
-from intarsia.checkpoint.hashing import cache_folder, fingerprint, not_finite, sha256_of
+from intarsia.checkpoint.hashing import cache_folder, fingerprint, not_finite, not_finite_in, sha256_of
 from intarsia.checkpoint.reader import Adapter, Checkpoint
-from intarsia.checkpoint.resolve import asked_for, open_checkpoint, resolve, split_name
+from intarsia.checkpoint.resolve import open_checkpoint, plain_name, resolve
 from intarsia.checkpoint.tensor_file import map_tensor, read_headers
 from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files
 from intarsia.disk import read_json
-from intarsia.errors import Problem, UserError
+from intarsia.errors import Problem, Problems, UserError
 from intarsia.progress import Progress, current
 
 CONFIG_FILE = "adapter_config.json"
@@ -47,25 +47,24 @@ def open_variant(
     model: str,
     *,
     revision: str | None = None,
-    gguf_file: str | None = None,
-    dequantize: bool = False,
     base: Checkpoint | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """A variant, wherever it is: a folder, a hub id, `demo`, or the folder or hub id of a PEFT adapter.
 
+    Weights of 8 bits are read as ordinary ones: who planned with them has said so.
+
     Args:
-        gguf_file, dequantize: see `open_checkpoint`.
         base: what an adapter is merged into; by default the base that its config names. Where the base is an adapter
             itself, it is that one's base.
 
     Raises:
         UserError: it cannot be found, is no checkpoint that can be used, or is an adapter for another base.
     """
-    model = asked_for(model, dequantize=dequantize, gguf_file=gguf_file)
+    model = plain_name(model)
     folder = resolve(model, revision=revision, progress=progress)
     if not is_adapter(folder):
-        return Checkpoint.open(folder, model=model, revision=revision, dequantize=split_name(model)[1])
+        return Checkpoint.open(folder, model=model, revision=revision, dequantize=True)
     config = read_adapter_config(folder)
     base = base or _named_base(folder, model, config, progress)
     base = base if base.adapter is None else base.adapter.base
@@ -93,13 +92,13 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     faults = []
     if config.get("peft_type") != "LORA":
         faults.append(("peft_type", "LORA", config.get("peft_type")))
-    faults += [(key, "none, for it cannot be merged here", config[key]) for key in _REFUSED if config.get(key)]
+    faults += [(key, "left out: it cannot be merged here", config[key]) for key in _REFUSED if config.get(key)]
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
         faults.append(("init_lora_weights", "one that leaves the base's weights as they are", start))
     if faults:
         raise UserError(
-            Problem(where=f"{file}: {key}", expected=expected, found=repr(found)[:60], remedy=_MERGE)
+            Problem(f"{file}: {key} is {repr(found)[:60]}, and should be {expected}.", _MERGE)
             for key, expected, found in faults
         )
     return config
@@ -108,30 +107,25 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def _named_base(folder: Path, model: str, config: Mapping[str, Any], progress: Progress | None) -> Checkpoint:
     named = config.get("base_model_name_or_path")
     if not named:
-        raise UserError.of(
-            where=f"{folder / CONFIG_FILE}: base_model_name_or_path",
-            expected="the model that the adapter is for",
-            found="none",
-            remedy="Name its base beside it, as the base of the recipe or family.",
+        raise UserError(
+            f"{folder / CONFIG_FILE} names no base_model_name_or_path, the model that the adapter is for.",
+            "Name its base beside it, as the base of the recipe or family.",
         )
     try:
         return open_checkpoint(str(named), progress=progress)
     except UserError as error:
-        raise UserError.of(
-            where=f"adapter {model}",
-            expected=f"its base {named!r}, which it names",
-            found=error.problems[0].found,
-            remedy="Name a base that is there, as the base of the recipe or family.",
+        raise UserError(
+            f"The adapter {model} names {str(named)!r} as its base, which cannot be used: {error.problems[0].message}",
+            "Name a base that is there, as the base of the recipe or family.",
         ) from error
 
 
 def _sha256(folder: Path, config: Mapping[str, Any]) -> str:
     if not (folder / WEIGHTS_FILE).is_file():
-        raise UserError.of(
-            where=str(folder),
-            expected=WEIGHTS_FILE,
-            found="pickled weights" if (folder / "adapter_model.bin").exists() else "no weights",
-            remedy="If you trust the adapter, load it with peft once and save it with save_pretrained().",
+        raise UserError(
+            f"{folder} has no {WEIGHTS_FILE}, "
+            f"{'only pickled weights' if (folder / 'adapter_model.bin').exists() else 'and no other weights'}.",
+            "If you trust the adapter, load it with peft once and save it with save_pretrained().",
         )
     deciding = {key: value for key, value in sorted(config.items()) if key not in _IDLE and value is not None}
     return hashlib.sha256(json.dumps([deciding, sha256_of(folder / WEIGHTS_FILE)]).encode()).hexdigest()
@@ -149,18 +143,8 @@ def _merged_folder(folder: Path, sha256: str, base: Checkpoint, progress: Progre
 
 
 def _check_finite(file: Path) -> None:
-    problems = [
-        Problem(
-            where=f"{file}: {header.name}",
-            expected="finite numbers",
-            found=f"NaN or infinity in {bad:,} of {header.numel:,} entries",
-            remedy="The adapter is damaged, or comes from a training run that diverged; get it again.",
-        )
-        for header in read_headers(file)
-        if (bad := not_finite(map_tensor(header)))
-    ]
-    if problems:
-        raise UserError(problems[:_MOST_NAMED])
+    checked = ((header, not_finite(map_tensor(header))) for header in read_headers(file))
+    Problems(not_finite_in(header, bad) for header, bad in checked if bad).raise_any(most=_MOST_NAMED)
 
 
 def _write(model: Merged, adapter: Path, out: Path, progress: Progress) -> None:

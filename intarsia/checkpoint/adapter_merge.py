@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import read_headers
-from intarsia.errors import UserError, missing_package
+from intarsia.errors import UserError, few, missing_package
 
-_MOST_NAMED = 5
 _PREFIX = "base_model.model."
 _OTHER_BASE = "Use an adapter that was trained on this base, or merge it with peft (merge_and_unload) first."
 
@@ -120,11 +119,10 @@ class Merged:
             return ours
         both = self._head in whole or self.base.architecture.tied
         if len(rows) > 1 or partial or self._embedding not in whole or not both or min(rows) < ours:
-            raise UserError.of(
-                where=self._where,
-                expected=f"the base's vocabulary of {ours:,} rows, or a larger embedding and head saved whole",
-                found=f"a vocabulary of {', '.join(f'{count:,}' for count in sorted(rows))} rows",
-                remedy="Train it with modules_to_save for both, or merge it with peft (merge_and_unload) first.",
+            raise UserError(
+                f"{self._where}: the adapter's vocabulary has {' and '.join(f'{n:,}' for n in sorted(rows))} rows, the "
+                f"base's {ours:,}; a larger one must be saved whole, embedding and head.",
+                "Train it with modules_to_save for both, or merge it with peft (merge_and_unload) first.",
             )
         return rows.pop()
 
@@ -147,11 +145,11 @@ class Merged:
                 raise self._unfit(f"{type(error).__name__}: {reason[:400]}") from error
         lacking = [name for name in loaded.missing_keys if "lora_" in name or "modules_to_save" in name]
         if lacking:
-            raise self._unfit(f"no {_some(lacking)} in it")
+            raise self._unfit(f"it lacks {few(lacking)}")
         # peft saves resized embeddings a second time, under this name.
         unexpected = [name for name in loaded.unexpected_keys if not name.endswith(".modules_to_save.weight")]
         if unexpected:
-            raise self._unfit(f"{_some(unexpected)}, which belongs to nothing in the base")
+            raise self._unfit(f"the base has nothing that {few(unexpected)} belongs to")
         inner: nn.Module = adapted.base_model.model
         return inner
 
@@ -177,7 +175,7 @@ class Merged:
         tied = {self._head} if self.base.architecture.tied else set()
         unknown = sorted(self._places.keys() - self.base.headers.keys() - tied)
         if unknown:
-            raise self._unfit(f"changes of {_some(unknown)}, which no file of the base holds by that name")
+            raise self._unfit(f"it changes {few(unknown)}, which no file of the base holds by that name")
 
     def _still_tied(self) -> bool:
         if not self.resized and not self._places.keys() & {self._embedding, self._head}:
@@ -186,9 +184,7 @@ class Merged:
         return torch.equal(self.tensor(self._embedding), self.tensor(self._head))
 
     def _unfit(self, found: str) -> UserError:
-        return UserError.of(
-            where=self._where, expected="an adapter that peft can put on the base", found=found, remedy=_OTHER_BASE
-        )
+        return UserError(f"{self._where}: peft cannot put the adapter on the base: {found}.", _OTHER_BASE)
 
 
 class _Modules(nn.Module):
@@ -237,8 +233,3 @@ class _Modules(nn.Module):
                     )
             parent.add_module(last, module)
         return parent.get_submodule(last)
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")

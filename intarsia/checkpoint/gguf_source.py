@@ -28,8 +28,8 @@ from intarsia.checkpoint.hashing import cache_folder, fingerprint, recall, remem
 from intarsia.checkpoint.staging import check_out, staged_folder
 from intarsia.checkpoint.tensor_file import give_back
 from intarsia.disk import damage_named
-from intarsia.errors import UserError, missing_package
-from intarsia.progress import Progress
+from intarsia.errors import UserError, few, missing_package
+from intarsia.progress import Progress, quiet_transformers
 
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The numbers that all published Llama 3 models have in common."""
@@ -93,7 +93,7 @@ def gguf_folder(file: Path, progress: Progress) -> Path:
 
 
 def kept_folder(file: Path) -> Path | None:
-    """The checkpoint folder of a GGUF file, where it was made before; nothing is read for it."""
+    """The checkpoint folder of a GGUF file, where it was made before. The file is not read."""
     known = recall(_hash_place(file))
     folder = None if known is None else _place(known)
     return folder if folder is not None and (folder / "config.json").exists() else None
@@ -117,17 +117,15 @@ def only_gguf(folder: Path) -> Path | None:
     if not files or (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
         return None
     if len(files) > 1:
-        raise UserError.of(
-            where=str(folder),
-            expected="one GGUF file, or the name of one",
-            found=", ".join(file.name for file in files[:5]) + (" ..." if len(files) > 5 else ""),
-            remedy=f"Name one of them: {files[0]}, or --gguf-file {files[0].name}.",
+        raise UserError(
+            f"{folder} has several GGUF files: {few([file.name for file in files])}.",
+            f"Name one of them: {files[0]}, or --gguf-file {files[0].name}.",
         )
     return files[0]
 
 
 def need_gguf_reader(where: str, *, extra: str) -> None:
-    """Refuse to go on without what reads GGUF files rightly.
+    """Check that GGUF files can be read, and rightly.
 
     Raises:
         UserError: a package is not installed, or transformers is too old.
@@ -135,16 +133,15 @@ def need_gguf_reader(where: str, *, extra: str) -> None:
     need_gguf(where, extra=extra)
     found = version("transformers")
     if tuple(map(int, found.split(".")[:2])) < OLDEST_READER:
-        raise UserError.of(
-            where=where,
-            expected=f"transformers {'.'.join(map(str, OLDEST_READER))} or later to read GGUF with",
-            found=f"{found}, which mistakes the special tokens of GGUF files",
-            remedy=f"Run `pip install 'intarsia[{extra}]'`.",
+        raise UserError(
+            f"{where} needs transformers {'.'.join(map(str, OLDEST_READER))} or later to read GGUF; version {found} "
+            "mistakes the special tokens.",
+            f"Run `pip install 'intarsia[{extra}]'`.",
         )
 
 
 def need_gguf(where: str, *, extra: str) -> None:
-    """Refuse to go on without the package that reads and writes GGUF.
+    """Check that the packages that read and write GGUF are installed.
 
     Raises:
         UserError: it is not installed, or transformers lacks accelerate to read with it.
@@ -170,7 +167,7 @@ def convert(file: Path, out: Path, dtype: torch.dtype, progress: Progress, *, ti
         options["quantization_config"] = kind(dequantize=True)
     where, name = str(file.parent), file.name
     # Most of the time goes into parsing the GGUF file, which happens three times.
-    with _quiet_transformers(), progress.task(title, 6) as task:
+    with quiet_transformers(), _no_bar_of_the_reader(), progress.task(title, 6) as task:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
             task.advance(2)
@@ -185,11 +182,9 @@ def convert(file: Path, out: Path, dtype: torch.dtype, progress: Progress, *, ti
             RuntimeError,
         ) as error:
             # Which of these a file raises that transformers cannot read is documented nowhere.
-            raise UserError.of(
-                where=str(file),
-                expected="a GGUF file that transformers can read",
-                found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-                remedy=f"{_ORIGINAL}, or a later version of transformers.",
+            raise UserError(
+                f"transformers cannot read {file}: {type(error).__name__}: {' '.join(str(error).split())[:300]}.",
+                f"{_ORIGINAL}, or a later version of transformers.",
             ) from error
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -209,11 +204,9 @@ def _check(file: Path) -> None:
     except OSError as error:
         found: str | None = error.strerror or str(error)
     else:
-        found = None if first == _MAGIC else f"a file that begins with {first!r}"
+        found = None if first == _MAGIC else f"it begins with {first!r}"
     if found is not None:
-        raise UserError.of(
-            where=str(file), expected="a GGUF file", found=found, remedy="Get the file again, or name another one."
-        )
+        raise UserError(f"{file} is no GGUF file: {found}.", "Get the file again, or name another one.")
 
 
 def _sha256(file: Path, progress: Progress) -> str:
@@ -276,35 +269,22 @@ def _number(fields: Any, architecture: str, name: str, default: float) -> float:
 
 
 def _unknown(file: Path, found: str) -> UserError:
-    return UserError.of(
-        where=str(file),
-        expected="a rotary embedding that is not scaled, or scaled linearly or as in Llama 3",
-        found=found,
-        remedy="Use the checkpoint that the file was made from.",
+    return UserError(
+        f"{file} scales its rotary embedding neither linearly nor as Llama 3 does: it has {found}.",
+        "Use the checkpoint that the file was made from.",
     )
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No bars and warnings from transformers: the task on display stands for them."""
-    from transformers.utils import logging as module
-
-    logging: Any = module  # it has no annotations
-    # The GGUF reader's bar goes by no switch of transformers.
-    reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    level, bars, bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), getattr(reader, "tqdm", None)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if bar is not None:
-        setattr(reader, "tqdm", partial(bar, disable=True))  # noqa: B010
+def _no_bar_of_the_reader() -> Iterator[None]:
+    """transformers' GGUF reader shows a bar that none of its switches turns off."""
+    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    bar = getattr(reader, "tqdm", None)
+    reader.tqdm = bar and partial(bar, disable=True)
     try:
         yield
     finally:
-        if bar is not None:
-            setattr(reader, "tqdm", bar)  # noqa: B010
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        reader.tqdm = bar
 
 
 def clean(file: Path) -> None:

@@ -27,7 +27,7 @@ import torch
 
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import TensorHeader
-from intarsia.errors import Problem, UserError
+from intarsia.errors import Problem, Problems, UserError
 from intarsia.progress import Progress, Task, current
 
 SUMS_FILE = "SHA256SUMS"
@@ -142,11 +142,9 @@ def read_sums(folder: Path) -> dict[str, str] | None:
         path = Path(name)
         hexadecimal = len(digest) == 64 and not digest.strip("0123456789abcdef")
         if not hexadecimal or not name or path.is_absolute() or ".." in path.parts:
-            raise UserError.of(
-                where=f"{file}: line {number}",
-                expected="a sha256, two spaces and the name of a file in this folder",
-                found=repr(line[:120]),
-                remedy=f"Get {SUMS_FILE} again.",
+            raise UserError(
+                f"{file}, line {number}: {line[:120]!r} is not a sha256, two spaces and a file's name in this folder.",
+                f"Get {SUMS_FILE} again.",
             )
         found[name] = digest
     return found
@@ -154,23 +152,18 @@ def read_sums(folder: Path) -> dict[str, str] | None:
 
 def differing(folder: Path, sums: Mapping[str, str], advance: Callable[[int], None] | None = None) -> list[Problem]:
     """What in a folder is not as its sums say: files that are missing or changed, or weights that are not listed."""
-    problems = []
+    problems = Problems()
     for name, digest in sums.items():
         file = folder / name
-        found = sha256_of(file, advance) if file.is_file() else "no such file"
+        found = sha256_of(file, advance) if file.is_file() else None
         if found != digest:
-            problems.append(
-                Problem(
-                    where=str(file), expected=f"sha256 {digest}", found=found, remedy="Get or build the folder again."
-                )
-            )
+            fault = "is not there" if found is None else f"has sha256 {found}, not {digest}"
+            problems.add(f"{file} {fault}.", "Get or build the folder again.")
     there = {file.relative_to(folder).as_posix() for file in listed_files(folder)}
     problems += [
         Problem(
-            where=str(folder / name),
-            expected=f"only weights that {SUMS_FILE} lists",
-            found="a file that it does not list",
-            remedy="Remove the file, or build the folder again.",
+            f"{folder / name} holds weights, and {SUMS_FILE} does not list it.",
+            "Remove the file, or build the folder again.",
         )
         for name in sorted(there - sums.keys())
         if name.endswith(".safetensors")
@@ -193,7 +186,7 @@ def scan(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
     if known is not None:
         return known
     total = hashlib.sha256()
-    problems: list[Problem] = []
+    problems = Problems()
     with (progress or current()).task("Checking the weights", checkpoint.nbytes) as task:
         for name in [*sorted(checkpoint.headers), *sorted(checkpoint.kept)]:
             outside = name not in checkpoint.headers
@@ -202,21 +195,19 @@ def scan(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
             total.update(json.dumps(label).encode() + b"\n")
             bad = _read_through(tensor, total, task)
             if bad:
-                problems.append(_not_finite_in((checkpoint.kept if outside else checkpoint.headers)[name], bad))
+                problems.append(not_finite_in((checkpoint.kept if outside else checkpoint.headers)[name], bad))
             if len(problems) == _MOST_NAMED:
                 break
-    if problems:
-        raise UserError(problems)
+    problems.raise_any()
     remember(kept, total.hexdigest())
     return total.hexdigest()
 
 
-def _not_finite_in(header: TensorHeader, bad: int) -> Problem:
+def not_finite_in(header: TensorHeader, bad: int) -> Problem:
+    """The problem of a tensor of which `bad` entries are not finite."""
     return Problem(
-        where=f"{header.file}: {header.name}",
-        expected="finite numbers",
-        found=f"NaN or infinity in {bad:,} of {header.numel:,} entries",
-        remedy="The checkpoint is damaged, or comes from a training run that diverged; get it again.",
+        f"{header.file}: {header.name} has NaN or infinity in {bad:,} of {header.numel:,} entries.",
+        "The file is damaged, or comes from a training run that diverged; get it again.",
     )
 
 

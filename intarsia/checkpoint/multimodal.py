@@ -3,7 +3,7 @@
 Such a checkpoint (Gemma 3, LLaVA, Mistral 3 ...) nests the text model's config under `text_config` and keeps its
 tensors under a prefix. Read through a `Wrapper` it has the text model's own config and names, so that everything
 else in this package sees an ordinary text model; what is written gets the names and the nesting back, and every
-other tensor goes along byte for byte.
+other tensor is copied byte for byte.
 """
 
 from __future__ import annotations
@@ -107,11 +107,9 @@ def _layout(headers: Mapping[str, TensorHeader], where: str) -> tuple[str, str]:
         if f"{base}embed_tokens.weight" in headers:
             return base, head
     tried = ", ".join(f"{base}embed_tokens.weight" for base, _ in _LAYOUTS)
-    raise UserError.of(
-        where=where,
-        expected=f"a text model inside the multimodal one, with one of {tried}",
-        found="none of them",
-        remedy="Save the text model alone with transformers, and compress that.",
+    raise UserError(
+        f"{where}: the text model inside the multimodal one is not found: there is none of {tried}.",
+        "Save the text model alone with transformers, and compress that.",
     )
 
 
@@ -122,11 +120,9 @@ def _completed(nested: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     kind = nested.get("model_type")
     if kind not in CONFIG_MAPPING:
-        raise UserError.of(
-            where=f"{where}: {NESTED}.model_type",
-            expected="a text model that transformers knows",
-            found=repr(kind),
-            remedy="Use a wrapper whose nested config names its text model.",
+        raise UserError(
+            f"{where}: {NESTED}.model_type is {kind!r}, which transformers does not know.",
+            "Use a wrapper whose nested config names its text model.",
         )
     defaults = CONFIG_MAPPING[str(kind)].from_dict(dict(nested)).to_dict()
     # `tie_word_embeddings` is left out of saved configs where it is the class's own default.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from intarsia.checkpoint.tensor_file import TensorHeader, map_tensor
-from intarsia.errors import Problem, UserError
+from intarsia.errors import Problems, UserError
 
 KEYS = ("quantization_config", "compression_config")
 _AFTERWARDS = "and quantise the result afterwards"
@@ -66,26 +66,21 @@ def unscaled(
     """
     shown = {name: header for name, header in headers.items() if not _is_scale(name)}
     scaled: dict[str, Scaled] = {}
-    problems: list[Problem] = []
+    problems = Problems()
     for name, header in shown.items():
         if header.dtype != torch.float8_e4m3fn:
             continue
         scale = _scale_of(name, headers)
         block = None if scale is None else _block(quantization, header, scale)
         if scale is None or block is None:
-            problems.append(
-                Problem(
-                    where=f"{where}: {name}",
-                    expected="a scale for the tensor, for its rows or for its blocks",
-                    found="none" if scale is None else f"{scale.name} of shape {list(scale.shape)}",
-                    remedy="Use the checkpoint that this one was quantised from.",
-                )
+            fault = "no scale" if scale is None else f"a scale of unknown shape: {scale.name} {list(scale.shape)}"
+            problems.add(
+                f"{where}: the 8-bit weight {name} has {fault}.", "Use the checkpoint that this one was quantised from."
             )
             continue
         scaled[name] = Scaled(weight=header, scale=scale, block=block, dtype=dtype)
         shown[name] = replace(header, dtype=dtype)
-    if problems:
-        raise UserError(problems[:_MOST_NAMED])
+    problems.raise_any(most=_MOST_NAMED)
     return shown, scaled
 
 
@@ -145,6 +140,4 @@ def refuse(key: str, quantization: Mapping[str, Any], file: Path) -> UserError:
         )
     else:
         remedy = f"Use the model that it was made from, {_AFTERWARDS}."
-    return UserError.of(
-        where=f"{file}: {key}", expected="weights that are not quantised", found=f"{method} weights", remedy=remedy
-    )
+    return UserError(f"{file}: {key} describes {method} weights.", remedy)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from intarsia.architecture.detect import Undescribed, detect
+from intarsia.architecture.families import rules
 from intarsia.architecture.per_layer import unknown_settings
 from intarsia.architecture.spec import Architecture
 from intarsia.architecture.verify import verify
@@ -21,7 +22,7 @@ from intarsia.checkpoint.files import read_all_headers, read_config, require_fol
 from intarsia.checkpoint.multimodal import NESTED, Wrapper, is_wrapped, unwrap
 from intarsia.checkpoint.quantised import KEYS, Scaled, quantization_of, readable, refuse, unscaled
 from intarsia.checkpoint.tensor_file import TensorHeader, map_tensor
-from intarsia.errors import Problem, UserError
+from intarsia.errors import Problem, Problems, UserError
 from intarsia.progress import current
 
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -81,19 +82,12 @@ class Checkpoint:
             UserError: the folder is no complete safetensors checkpoint of a known family, or its parts disagree.
         """
         require_folder(folder)
-        problems: list[Problem] = []
-        config: dict[str, Any] = {}
-        headers: dict[str, TensorHeader] = {}
-        try:
+        problems = Problems()
+        with problems:
             config = read_config(folder, quantised=dequantize)
-        except UserError as error:
-            problems += error.problems
-        try:
+        with problems:
             headers = read_all_headers(folder)
-        except UserError as error:
-            problems += error.problems
-        if problems:
-            raise UserError(problems)
+        problems.raise_any()
         scaled: dict[str, Scaled] = {}
         wrapper: Wrapper | None = None
         if quantization_of(config) is not None:
@@ -103,9 +97,10 @@ class Checkpoint:
         architecture = architecture_of(config, headers, where=str(folder / "config.json"))
         if wrapper is not None:
             outer = {key: value for key, value in wrapper.config.items() if not isinstance(value, Mapping)}
-            found = unknown_settings(architecture.family, outer, architecture.n_layers, str(folder / "config.json"))
-            if found:
-                raise UserError(found)
+            file = str(folder / "config.json")
+            named = rules().names if architecture.removal_only else ()
+            found = unknown_settings(architecture.family, outer, architecture.n_layers, file, named=named)
+            Problems(found).raise_any()
         if not architecture.removal_only:  # or else it was compared with its class
             verify(architecture, {name: header.shape for name, header in headers.items()}, where=str(folder))
             _check_head(architecture, headers, str(folder))
@@ -206,10 +201,8 @@ def architecture_of(
         # It takes seconds, as the modules of transformers are imported.
         from intarsia.inspection.structure import inspected
 
-        found = error.problems[0].found
-        reason = "no family file describes its layers" if found == repr(config.get("model_type")) else found
         shapes = None if headers is None else {name: header.shape for name, header in headers.items()}
-        return inspected(config, shapes, where=where, reason=reason)
+        return inspected(config, shapes, where=where, reason=error.reason)
 
 
 def _without_quantization(
@@ -239,11 +232,14 @@ def _check_head(architecture: Architecture, headers: Mapping[str, TensorHeader],
     embedding = headers.get(f"{architecture.family.embedding_module}.weight")
     if embedding is None or (head is None and architecture.tied) or (head and head.shape == embedding.shape):
         return
-    raise UserError.of(
-        where=f"{where}: {architecture.family.head_module}.weight",
-        expected=f"the shape of the embedding, {list(embedding.shape)}",
-        found=f"shape {list(head.shape)}" if head else "no such tensor, though the config does not tie it",
-        remedy="The config and the weights do not belong together; get the checkpoint again.",
+    fault = (
+        f"has shape {list(head.shape)}, and the embedding {list(embedding.shape)}"
+        if head
+        else "is missing, and the config does not tie it to the embedding"
+    )
+    raise UserError(
+        f"{where}: {architecture.family.head_module}.weight {fault}.",
+        "The config and the weights do not belong together; get the checkpoint again.",
     )
 
 
@@ -307,15 +303,12 @@ def _check_dtypes(architecture: Architecture, headers: Mapping[str, TensorHeader
         for layer in range(architecture.n_layers)
         for local in architecture.layer_shapes(layer)
     ]
-    problems = [
+    Problems(
         Problem(
-            where=f"{where}: {name}",
-            expected="float16, bfloat16, float32 or float64",
-            found=str(headers[name].dtype).removeprefix("torch."),
-            remedy="Use a checkpoint that is not quantised.",
+            f"{where}: {name} is stored in {str(headers[name].dtype).removeprefix('torch.')}, which is no dtype of "
+            "ordinary weights.",
+            "Use a checkpoint that is not quantised.",
         )
         for name in names
         if headers[name].dtype not in _WEIGHT_DTYPES and not architecture.removal_only
-    ]
-    if problems:
-        raise UserError(problems[:_MOST_NAMED])
+    ).raise_any(most=_MOST_NAMED)

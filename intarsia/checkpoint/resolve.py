@@ -1,14 +1,14 @@
 """From what a user calls a model to a folder: `demo`, a local folder, a GGUF file, or a hub id.
 
-A GGUF file on the hub is `OWNER/NAME/FILE.gguf`. Recipes and family files of the first version write `dequantize:` in
-front of a folder or hub id whose weights of 8 bits are to be read as ordinary ones.
+A GGUF file on the hub is `OWNER/NAME/FILE.gguf`. In front of a folder or hub id, `dequantize:` lets 8-bit weights be
+read as ordinary ones; recipes of the first version have it in their models' names.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from intarsia.checkpoint.demo import demo_folder
@@ -16,7 +16,9 @@ from intarsia.checkpoint.gguf_source import gguf_folder, only_gguf
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.writer import TEMPLATES
 from intarsia.errors import UserError
+from intarsia.options import ModelRef
 from intarsia.progress import Progress, current
+from intarsia.recipe.recipe import Recipe
 
 DEMO = "demo"
 GGUF = ".gguf"
@@ -49,24 +51,23 @@ def resolve(model: str, *, revision: str | None = None, progress: Progress | Non
     Raises:
         UserError: there is no such folder, file or hub model, the hub cannot be reached, or a GGUF file cannot be read.
     """
-    progress, name = progress or current(), split_name(model)[0]
-    if name == DEMO:
-        _refuse_revision(model, revision)
-        return demo_folder(progress)
+    progress, name = progress or current(), plain_name(model)
     path = local_path(name)
-    if path is not None and path.is_dir():
-        _refuse_revision(model, revision)
-        file = only_gguf(path)
+    here = name == DEMO or (path is not None and (path.is_dir() or path.suffix == GGUF))
+    if here and revision is not None:
+        raise UserError(
+            f"--revision is given, and the model {name!r} is not looked up on the hub.", "Leave the revision out."
+        )
+    if name == DEMO:
+        return demo_folder(progress)
+    if here and path is not None:
+        file = only_gguf(path) if path.is_dir() else path
         return path if file is None else gguf_folder(file, progress)
-    if path is not None and path.suffix == GGUF:
-        _refuse_revision(model, revision)
-        return gguf_folder(path, progress)
     if path is not None or hub_id(name) is None:
-        raise UserError.of(
-            where=f"model {model!r}",
-            expected="a model folder, a GGUF file, a hub id or `demo`",
-            found="no such file or folder" if path is None else "a file",
-            remedy="Check the path; a model is the folder that holds config.json and the .safetensors files.",
+        raise UserError(
+            f"There is no model {model!r}: it is "
+            f"{'no file or folder here' if path is None else 'a file, but no GGUF file'}, no hub id, and not `demo`.",
+            "Check the path; a model is the folder that holds config.json and the .safetensors files.",
         )
     on_hub = hub_gguf(name)
     if on_hub is not None:
@@ -91,27 +92,21 @@ def open_checkpoint(
     Raises:
         UserError: it cannot be found, or is no checkpoint that can be used.
     """
-    model = asked_for(model, dequantize=dequantize, gguf_file=gguf_file)
+    dequantize = dequantize or model != plain_name(model)
+    model = plain_name(model, gguf_file=gguf_file)
     folder = resolve(model, revision=revision, progress=progress)
-    return Checkpoint.open(folder, model=model, revision=revision, dequantize=split_name(model)[1])
+    return Checkpoint.open(folder, model=model, revision=revision, dequantize=dequantize)
 
 
-def split_name(model: str) -> tuple[str, bool]:
-    """A model's name without `dequantize:`, and whether it had it."""
-    return model.removeprefix(_DEQUANTIZE), model.startswith(_DEQUANTIZE)
-
-
-def asked_for(model: str, *, dequantize: bool = False, gguf_file: str | None = None) -> str:
-    """One name for a model and its options, as recipes keep it."""
-    name, dequantized = split_name(model)
-    if gguf_file is not None:
-        name = f"{name.rstrip('/')}/{gguf_file}"
-    return f"{_DEQUANTIZE}{name}" if dequantize or dequantized else name
+def plain_name(model: str, *, gguf_file: str | None = None) -> str:
+    """A model's name as recipes keep it: with the GGUF file, and without `dequantize:`."""
+    name = model.removeprefix(_DEQUANTIZE)
+    return name if gguf_file is None else f"{name.rstrip('/')}/{gguf_file}"
 
 
 def local_path(model: str) -> Path | None:
     """The file or folder of that name; None where there is none. `demo` is never one, but `./demo` is."""
-    name, _ = split_name(model)
+    name = plain_name(model)
     path = Path(os.path.expanduser(name))
     return path if name and name != DEMO and path.exists() else None
 
@@ -119,12 +114,40 @@ def local_path(model: str) -> Path | None:
 def lasting(model: str) -> str:
     """The name as a recipe keeps it: a local path is made absolute."""
     path = local_path(model)
-    return model if path is None else asked_for(str(path.resolve()), dequantize=split_name(model)[1])
+    return plain_name(model) if path is None else str(path.resolve())
+
+
+def inputs_of(
+    *,
+    models: Iterable[ModelRef | str | Path] = (),
+    recipe: Recipe | None = None,
+    texts: Iterable[str] = (),
+    files: Iterable[str | Path] = (),
+) -> list[Path]:
+    """The files and folders here that a verb reads; what is on the hub is left out. No verb writes to them.
+
+    Args:
+        models: models, variants, adapters.
+        recipe: its variants are models.
+        texts: text as `--calibration` and `--eval-text` name it: FILE, NAME=FILE, FILE#0:0.9.
+        files: anything else, such as run folders, recipes and family files.
+    """
+    named = [model.model if isinstance(model, ModelRef) else str(model) for model in models]
+    named += [] if recipe is None else [variant.model for variant in recipe.variants]
+    found = [path for path in map(local_path, named) if path is not None]
+    found += [path for text in texts for path in _text_files(text)]
+    return [*found, *map(Path, files)]
+
+
+def _text_files(text: str) -> list[Path]:
+    # A name may itself hold `=` or `#`, so every reading that is a file counts.
+    names = {text, text.partition("=")[2], text.rpartition("#")[0], text.partition("=")[2].rpartition("#")[0]}
+    return [Path(name) for name in sorted(names) if name and Path(name).exists()]
 
 
 def hub_id(model: str) -> str | None:
     """The model's id on the hub; None for a local one and for what is no such id."""
-    name, _ = split_name(model)
+    name = plain_name(model)
     if name == DEMO or local_path(model) is not None:
         return None
     found = hub_gguf(name)
@@ -139,16 +162,6 @@ def hub_gguf(model: str) -> tuple[str, str] | None:
     return None if found is None else (found[1], found[2])
 
 
-def _refuse_revision(model: str, revision: str | None) -> None:
-    if revision is not None:
-        raise UserError.of(
-            where=f"revision {revision!r}",
-            expected="a revision only with a hub id",
-            found=f"{model!r}, which is not looked up on the hub",
-            remedy="Leave the revision out.",
-        )
-
-
 def _download(model: str, revision: str | None, progress: Progress) -> Path:
     # Imported here because it takes longer than everything that a local folder needs.
     from huggingface_hub import snapshot_download
@@ -160,14 +173,10 @@ def _download(model: str, revision: str | None, progress: Progress) -> Path:
 
     folder = _fetched(fetch, model, revision, progress)
     if not any(folder.glob("*.safetensors")):
-        raise UserError.of(
-            where=f"hub model {model}",
-            expected="weights in safetensors files",
-            found="none",
-            remedy=(
-                f"{_GGUF_ONLY} Where a model has only pickled weights and you trust them, load it with transformers "
-                "and save it to a local folder with save_pretrained(), then pass that folder."
-            ),
+        raise UserError(
+            f"The hub model {model} has no weights in safetensors files.",
+            f"{_GGUF_ONLY} Where a model has only pickled weights and you trust them, load it with transformers "
+            "and save it to a local folder with save_pretrained(), then pass that folder.",
         )
     return folder
 
@@ -194,22 +203,21 @@ def not_downloaded(model: str, revision: str | None, error: Exception) -> UserEr
 
     where = f"hub model {model}" + (f" at {revision}" if revision else "") + " (no local folder is called so)"
     fetch = f"or fetch it where there is a network: hf download {model} --local-dir FOLDER"
-    expected = "a model that can be downloaded"
     if isinstance(error, errors.GatedRepoError):
-        found, remedy = "a gated model", "Ask for access on its hub page and run `hf auth login`."
+        found, remedy = "it is gated", "Ask for access on its hub page and run `hf auth login`."
     elif isinstance(error, errors.RepositoryNotFoundError):
-        found = "no such model on the hub, or a private one"
+        found = "it is not on the hub, or private"
         remedy = f"Check the spelling (for a private model run `hf auth login`). {_OTHER_WAYS}."
     elif isinstance(error, errors.RevisionNotFoundError):
-        found, remedy = "no such revision", "Look up the branches and tags on the model's hub page."
+        found, remedy = "it has no such revision", "Look up the branches and tags on the model's hub page."
     elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        found, remedy = "no file of that name in it", f"Look up its files on the hub page. {_GGUF_ONLY}"
+        found, remedy = "it has no file of that name", f"Look up its files on the hub page. {_GGUF_ONLY}"
     elif isinstance(error, errors.HFValidationError):
-        found, remedy = "not a hub id", f"A hub id looks like `owner/name`. {_OTHER_WAYS}."
+        found, remedy = "this is no hub id", f"A hub id looks like `owner/name`. {_OTHER_WAYS}."
     elif isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
         found = "the hub cannot be reached (or HF_HUB_OFFLINE is set), and the model is not in the hub's cache"
         remedy = f"{_OTHER_WAYS}, {fetch}."
     else:
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         remedy = f"Try again. {_OTHER_WAYS}, {fetch}."
-    return UserError.of(where=where, expected=expected, found=found, remedy=remedy)
+    return UserError(f"The {where} cannot be downloaded: {found}.", remedy)

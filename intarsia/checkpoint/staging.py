@@ -8,6 +8,7 @@ same place. A lock on the staging folder shows whether its run is alive.
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 import sys
@@ -16,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
-from intarsia.disk import require_room
+from intarsia.disk import require_room, sync_folder
 from intarsia.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -31,14 +32,14 @@ def staged_folder(
     sign: str = "config.json",
     inputs: Collection[Path] = (),
 ) -> Iterator[Path]:
-    """Give a staging folder to fill; when the block ends without an error it becomes `out`.
+    """A staging folder to fill, which becomes `out` when the block ends without an error.
 
     Args:
-        out: where the folder shall be. Missing parents are made.
+        out: the folder. Missing parents are made.
         overwrite: replace a folder that is there. The old one stays until the new one is complete.
-        nbytes: how much will be written, to refuse a disk that is too small before any work.
+        nbytes: its size, to refuse a disk that is too small before any work.
         sign: `overwrite` only replaces folders that are empty or hold a file of this name.
-        inputs: files and folders that are read, and stay.
+        inputs: files and folders that are read, which `out` must not touch.
 
     Raises:
         UserError: `out` exists, is an input, cannot be made, or the disk is full.
@@ -135,41 +136,31 @@ def check_room(out: Path, nbytes: int) -> None:
 def _check_replaceable(out: Path, place: Path, overwrite: bool, sign: str) -> None:
     remedy = "Choose another output folder."
     if not place.is_dir():
-        raise UserError.of(where=str(out), expected="a folder that can be made", found="a file", remedy=remedy)
+        raise UserError(f"The output {out} is a file.", remedy)
     if not overwrite:
-        raise UserError.of(
-            where=str(out),
-            expected="an output folder that does not exist yet",
-            found="a folder",
-            remedy="Choose another one, or pass --overwrite to replace it.",
+        raise UserError(
+            f"The output folder {out} exists already.",
+            "Choose another one, or pass --overwrite to replace it.",
         )
     here = Path.cwd()
     if place == here or place in here.parents:
-        raise UserError.of(
-            where=str(out), expected="a folder to replace", found="the folder you are working in", remedy=remedy
-        )
+        raise UserError(f"The output {out} is or holds the folder that you are working in.", remedy)
     if any(place.iterdir()) and not (place / sign).exists():
-        raise UserError.of(
-            where=str(out),
-            expected=f"a folder with a {sign}, because --overwrite deletes what it replaces",
-            found="a folder of something else",
-            remedy=remedy,
+        raise UserError(
+            f"{out} has no {sign}, so it holds something else, and --overwrite deletes what it replaces.",
+            remedy,
         )
 
 
 def _cannot_write(place: Path, error: OSError) -> UserError:
     if error.errno in _FULL:
-        return UserError.of(
-            where=str(place),
-            expected="room on the disk until the folder is complete",
-            found="a full disk",
-            remedy="Nothing was left there. Free some space, or choose an output folder on another disk.",
+        return UserError(
+            f"{place} is on a full disk.",
+            "Nothing was left there. Free some space, or choose an output folder on another disk.",
         )
-    return UserError.of(
-        where=str(place),
-        expected="an output folder that can be written",
-        found=error.strerror or str(error),
-        remedy="Choose another output folder.",
+    return UserError(
+        f"{place} cannot be written to: {error.strerror or error}.",
+        "Choose another output folder.",
     )
 
 
@@ -210,12 +201,12 @@ def _make_staging(place: Path) -> tuple[Path, int | None]:
 
 def _recover(place: Path) -> None:
     """Put right what killed runs for the same place left."""
-    for old in place.parent.glob(f".{_literal(place.name)}.old-*"):
+    for old in place.parent.glob(f".{glob.escape(place.name)}.old-*"):
         if place.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:  # killed between the two renames
             old.rename(place)
-    for staging in place.parent.glob(f".{_literal(place.name)}.staging-*"):
+    for staging in place.parent.glob(f".{glob.escape(place.name)}.staging-*"):
         with suppress(OSError):
             lock = _lock(staging)
             if lock is not None:
@@ -223,29 +214,12 @@ def _recover(place: Path) -> None:
                 os.close(lock)
 
 
-def _literal(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
 def _sync(folder: Path) -> None:
     for inner, _, names in os.walk(folder):
         for name in names:
-            _sync_one(Path(inner) / name)
-        _sync_folder(Path(inner))
-
-
-def _sync_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_folder(folder: Path) -> None:
-    # Not every system can flush a folder; its files are flushed by then.
-    with suppress(OSError):
-        _sync_one(folder)
+            with (Path(inner) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(inner))
 
 
 def _publish(staging: Path, place: Path, *, replace: bool) -> None:
@@ -258,11 +232,11 @@ def _publish(staging: Path, place: Path, *, replace: bool) -> None:
             if not place.exists():
                 old.rename(place)
             raise
-        _sync_folder(place.parent)
+        sync_folder(place.parent)
         shutil.rmtree(old, ignore_errors=True)
         return
     try:
         staging.rename(place)
     except OSError as error:
         raise _cannot_write(place, error) from error
-    _sync_folder(place.parent)
+    sync_folder(place.parent)

@@ -83,11 +83,9 @@ def read_headers(file: Path) -> list[TensorHeader]:
         raise _damaged(file, "a whole safetensors file", f"{size:,} bytes, truncated or damaged ({error})") from error
     unknown = [f"{name} in {kind}" for name, kind, _ in found if kind not in DTYPES]
     if unknown:
-        raise UserError.of(
-            where=str(file),
-            expected=f"dtypes out of {', '.join(DTYPES)}",
-            found=unknown[0],
-            remedy="Use a checkpoint in an ordinary dtype, float16, bfloat16 or float32 for weights.",
+        raise UserError(
+            f"{file} holds {unknown[0]}, which is none of the known dtypes: {', '.join(DTYPES)}.",
+            "Use a checkpoint in an ordinary dtype, float16, bfloat16 or float32 for weights.",
         )
     headers: list[TensorHeader] = []
     # The library refuses gaps, so the tensors are the last bytes of the file.
@@ -99,7 +97,7 @@ def read_headers(file: Path) -> list[TensorHeader]:
 
 
 def _damaged(file: Path, expected: str, found: str) -> UserError:
-    return UserError.of(where=str(file), expected=expected, found=found, remedy="Get this file again.")
+    return UserError(f"{file}: expected {expected}; found {found}.", "Get this file again.")
 
 
 def map_tensor(header: TensorHeader) -> torch.Tensor:
@@ -115,11 +113,9 @@ def map_tensor(header: TensorHeader) -> torch.Tensor:
     with _opened(header) as stream:
         if os.fstat(stream.fileno()).st_size < header.start + header.nbytes:
             # Touching pages after the end would kill the process.
-            raise UserError.of(
-                where=str(header.file),
-                expected="the file as it was when it was opened",
-                found="a shorter one",
-                remedy="Something writes to the model folder; let it finish and start again.",
+            raise UserError(
+                f"{header.file} has become shorter since it was opened.",
+                "Something writes to the model folder; let it finish and start again.",
             )
         if header.start % header.dtype.itemsize:
             # Kernels expect aligned entries; writers other than safetensors' own may leave them unaligned.
@@ -148,11 +144,9 @@ def _opened(header: TensorHeader) -> BinaryIO:
     try:
         return header.file.open("rb")
     except OSError as error:
-        raise UserError.of(
-            where=str(header.file),
-            expected="the weight file that was there when the model was opened",
-            found=error.strerror or str(error),
-            remedy="Put the file back and give the same command again.",
+        raise UserError(
+            f"{header.file} cannot be read any more: {error.strerror or error}.",
+            "Put the file back and give the same command again.",
         ) from error
 
 

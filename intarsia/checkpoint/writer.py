@@ -76,7 +76,7 @@ class TensorPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class _Shard:
-    """One file to come: its header (with the length in front) and where each of its tensors goes."""
+    """One file: its header, with its length before it, and where each of its tensors starts."""
 
     file: str
     header: bytes

@@ -13,7 +13,6 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
@@ -39,10 +38,9 @@ def debugging() -> bool:
 
 
 @contextmanager
-def guard(*, run: Path | None = None, resumes: bool = False) -> Iterator[TextIO]:
+def guard() -> Iterator[TextIO]:
     """Run a verb inside this; gives the stream for its result.
 
-    `run` is the run folder, named after a defect; `resumes` says that an interrupted verb continues where it was.
     What libraries print meanwhile goes to stderr: stdout is for the result alone.
     """
     stdout = sys.stdout
@@ -55,7 +53,7 @@ def guard(*, run: Path | None = None, resumes: bool = False) -> Iterator[TextIO]
         report(error.problems)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
-        resumes = resumes or bool(getattr(stop, "__notes__", ()))  # a run folder notes itself
+        resumes = bool(getattr(stop, "__notes__", ()))  # a run folder notes itself
         then = "The same command continues where this one was." if resumes else "The same command starts it again."
         _say(f"Interrupted. {then}")
         raise SystemExit(130) from None
@@ -63,7 +61,7 @@ def guard(*, run: Path | None = None, resumes: bool = False) -> Iterator[TextIO]
         if isinstance(error, OSError) and error.errno in _SURROUNDINGS:
             report([_surroundings(error)])
             raise SystemExit(2) from None
-        _defect(error, run)
+        _defect(error)
         raise SystemExit(1) from None
 
 
@@ -87,7 +85,7 @@ def _surroundings(error: OSError) -> Problem:
     )
 
 
-def _defect(error: Exception, run: Path | None) -> None:
+def _defect(error: Exception) -> None:
     """Report a defect: one line, what to do about it, and where the traceback is."""
     words = " ".join(str(error).split()) or "no message"
     if len(words) > 300:
@@ -99,8 +97,6 @@ def _defect(error: Exception, run: Path | None) -> None:
         _say(f"error: internal error in intarsia: {type(error).__name__}: {words}")
     for note in getattr(error, "__notes__", ()):
         _say(f"  {note}")
-    if run is not None:
-        _say(f"  run folder: {run}")
     if debugging():
         traceback.print_exception(error)
     else:

@@ -44,8 +44,8 @@ VERBS = {
     "verify": "verify:verify",
     "export": "export:export",
     "push": "push:push",
-    "anatomy list": "architecture:families",
-    "anatomy check": "architecture:check_family",
+    "anatomy list": "anatomy:families",
+    "anatomy check": "anatomy:check_family",
 }
 """Each verb, and its function: module of `intarsia.commands` and name."""
 

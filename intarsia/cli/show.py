@@ -1,6 +1,6 @@
 """A result as JSON for a machine, or as tables for a person.
 
-Both come from the result's `to_dict()` (or its fields, if it is a plain dataclass). Keys decide how a value is
+Both come from the result's `to_dict()`, or its fields. Keys decide how a value is
 written: `bytes` as a size, `seconds` as a time, `per_s` and perplexities with few digits. A list of mappings is a table
 of its own. A model before and after is one short table (`_compressed`): all the rest is in its report and in the JSON.
 """
@@ -9,35 +9,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from intarsia.flags import plain
 from intarsia.progress import duration
 from intarsia.reporting.wording import MEASURES, change, is_measure, text_of, title_of
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
-
-class Result(Protocol):
-    """What most stages return."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result in plain, JSON-able values."""
-
-
-def show(result: Result | DataclassInstance, *, to: TextIO, as_json: bool) -> None:
+def show(result: Any, *, to: TextIO, as_json: bool) -> None:
     """Write a result to a stream: one JSON object, or tables."""
-    if is_dataclass(result) and not hasattr(result, "to_dict"):
-        data = asdict(result)
-    elif not as_json and hasattr(result, "summary"):  # where there is more than a person wants to read
+    if not as_json and hasattr(result, "summary"):  # where there is more than a person wants to read
         data = result.summary()
     else:
-        data = cast(Result, result).to_dict()
+        data = result.to_dict() if hasattr(result, "to_dict") else plain(result)
     if as_json:
         print(json.dumps(data, indent=2, allow_nan=False), file=to, flush=True)
         return

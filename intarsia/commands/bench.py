@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from intarsia.commands.evaluate import check_one_device
+from intarsia.commands.result import Result
 from intarsia.errors import Problems, check
 from intarsia.flags import Flag
 from intarsia.options import Runtime
@@ -49,7 +50,7 @@ class BenchRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchResult:
+class BenchResult(Result):
     """Every model at every setting."""
 
     device: str
@@ -60,19 +61,15 @@ class BenchResult:
     rows: tuple[BenchRow, ...]
     seconds: float
 
-    def to_dict(self) -> dict[str, object]:
-        """As plain data."""
-        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
-
 
 def bench(
     *models: Annotated[
         str,
-        Flag(metavar="MODEL", help="Local folders, hub ids, or `demo`; the others are compared with the first."),
+        Flag(metavar="MODEL", help="Local folders, hub ids, or `demo`; the first is the reference."),
     ],
     batch: Annotated[
         tuple[int, ...] | int,
-        Flag(metavar="N", help="Sequences per batch; combined with every --prompt-len."),
+        Flag(metavar="N", help="Sequences per batch; each is combined with every --prompt-len."),
     ] = (1,),
     prompt_len: Annotated[tuple[int, ...] | int, Flag(metavar="N", help="Tokens per prompt.")] = (256,),
     new_tokens: Annotated[int, Flag(metavar="N", help="Tokens generated after each prompt.")] = 64,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from intarsia.commands.push import push_later, without_push
+from intarsia.commands.push import push_later
+from intarsia.commands.result import Result
 from intarsia.errors import UserError
 from intarsia.flags import Flag
 from intarsia.options import NewModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildResult:
+class BuildResult(Result):
     """A built model."""
 
     out: Path
@@ -28,10 +29,6 @@ class BuildResult:
     # what was sent to the hub
     push: Mapping[str, Any] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**without_push(asdict(self)), "out": str(self.out)}
-
 
 def build(
     source: Annotated[
@@ -39,21 +36,21 @@ def build(
     ],
     out: NewModel | str | Path,
     *,
-    layers: Annotated[int | None, Flag(metavar="N", help="Depth to build of a plan (default: the least).")] = None,
-    best: Annotated[str | None, Flag(metavar="NAME", help="Of a search: the best trial in an objective.")] = None,
-    knee: Annotated[bool, Flag(help="Of a search: the knee of its Pareto front, which is the default.")] = False,
-    trial: Annotated[int | None, Flag(metavar="N", help="Of a search: any trial, by its number.")] = None,
+    layers: Annotated[int | None, Flag(metavar="N", help="Of a plan: this depth (default: the smallest).")] = None,
+    best: Annotated[str | None, Flag(metavar="NAME", help="Of a search: the best trial in this objective.")] = None,
+    knee: Annotated[bool, Flag(help="Of a search: the knee of its Pareto front (the default).")] = False,
+    trial: Annotated[int | None, Flag(metavar="N", help="Of a search: the trial of this number.")] = None,
 ) -> BuildResult:
-    """Build the model that a recipe describes: of a file, a depth of a plan, or a trial of a search.
+    """Build the model that a recipe describes: a recipe file, a depth of a plan, or a trial of a search.
 
-    Nothing is calibrated. Building a recipe twice gives the same bytes.
+    Building a recipe twice gives the same bytes.
 
     Raises:
         UserError: the recipe cannot be read or does not fit its models, a model has changed since the recipe was
             made, or the output cannot be written.
     """
+    from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_out
-    from intarsia.commands.inputs import inputs_of
     from intarsia.commands.recipes import build_recipe, read_recipe
     from intarsia.tailoring.final import trial_recipe
     from intarsia.tailoring.run import TailorRun, is_tailor_run

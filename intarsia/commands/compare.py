@@ -1,38 +1,58 @@
-"""`intarsia compare`: several methods on one model, at every depth, pruned and healed, in one table."""
+"""`intarsia compare`: several methods on one model, at every depth, pruned and healed, in one table.
+
+One pass over the whole model serves all methods: it is kept, so a method that changes the model leaves the next one the
+original's hidden states and measures. A recipe's model is measured in memory; it shares every layer that it does not
+change with the original, and gives the numbers of the folder that `intarsia build` would write.
+"""
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from intarsia import progress
-from intarsia.errors import Problems, check
+from intarsia.commands.result import Result
+from intarsia.errors import Problems, UserError, check
 from intarsia.flags import Flag, flag, plain
-from intarsia.options import ModelRef, Runtime, TextSpec
+from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.registry import Chosen, heal_stages, planners, words_of
-from intarsia.run_dir import RunDir
+from intarsia.run_dir import Log, RunDir
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from intarsia.checkpoint.reader import Checkpoint
     from intarsia.commands.job import Job
+    from intarsia.commands.plan import PlanResult
+    from intarsia.commands.planning import Planning
     from intarsia.data.corpus import Corpus
+    from intarsia.evaluation.results import TaskResults
     from intarsia.evaluation.tasks import Task, TaskPlan
+    from intarsia.healing.teacher import TeacherStates
+    from intarsia.pruning.intermediate import Intermediate
+    from intarsia.pruning.ladder import Ladder
+    from intarsia.pruning.step import Planner
+    from intarsia.recipe.recipe import Recipe
+    from intarsia.reporting.comparison import Key, Row
+
+PLANS = "plans"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entrants:
     """Comparison: the methods, depths and heal stages."""
 
-    # Methods of `intarsia plan`, with options that are not the defaults in brackets:
-    # come,come-p[spans=1],come[norm=average].
+    # Methods of `intarsia plan`, with their options in brackets: come,come-p[spans=1],come[norm=average].
     methods: tuple[str, ...] = flag(MISSING, metavar="NAMES", commas=False)
     # Depths: 27,25,23.
     layers: tuple[int, ...] = flag(MISSING, metavar="N,N")
-    # How each model is healed: none, closed-form, or stages one after the other, as closed-form+layerwise. Each of
-    # several, comma-separated, is a row.
-    heal: tuple[str, ...] = flag(("none",), metavar="KINDS", commas=False)
+    # How to heal each model: none, closed-form, or several stages in a row, as closed-form+layerwise. Every
+    # comma-separated entry is a row of the table.
+    heal: tuple[str, ...] = flag(("none",), metavar="NAMES", commas=False)
 
     def __post_init__(self) -> None:
         for name in ("methods", "heal"):
@@ -65,8 +85,8 @@ class CompareEval:
     """Evaluation: what is measured of each model."""
 
     # Text for perplexity, as FILE or NAME=FILE.
-    text: tuple[str, ...] = flag((), "--eval-text", metavar="[NAME=]FILE")
-    # Sequences of the evaluation texts: one number, or one for each text.
+    text: tuple[str, ...] = flag((), "--eval-text", metavar="FILE")
+    # Sequences to use of the evaluation texts: one number, or one for each text.
     windows: tuple[int, ...] = flag((64,), "--eval-windows", metavar="N")
     # Tasks of lm-eval, and task files (.jsonl).
     tasks: tuple[str, ...] = flag((), metavar="NAMES")
@@ -101,7 +121,7 @@ class CompareEval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareResult:
+class CompareResult(Result):
     """What a comparison gave."""
 
     model: str
@@ -121,7 +141,7 @@ class CompareResult:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        data = {**asdict(self), "out": str(self.out), "files": [str(file) for file in self.files]}
+        data = super().to_dict()
         if self.rows is None:
             return {name: data[name] for name in ("model", "out", "estimate", "seconds")}
         return {name: value for name, value in data.items() if name != "estimate"}
@@ -135,26 +155,25 @@ def compare(
     *,
     text: TextSpec = TextSpec(),
     runtime: Runtime = Runtime(),
-    dry_run: Annotated[bool, Flag(help="Print an estimate of the cost, and write nothing.")] = False,
+    dry_run: Annotated[bool, Flag(help="Print an estimate of the cost; write nothing.")] = False,
 ) -> CompareResult:
     """Compare methods on one model, at several depths, pruned and healed: perplexity, tasks, speed, cost.
 
-    The methods share one pass over the model, and each pruned model is measured in memory, without being built. Stopped
-    at any point, the same command resumes with the next row; more methods, depths, heals and tasks may be added later.
+    The methods share one pass over the model, and each pruned model is measured in memory, without being built. If it
+    is interrupted, the same command resumes; more methods, depths, heals and tasks may be added later.
     `intarsia build OUT/plans/METHOD --layers N` builds any of the models.
 
     Raises:
         UserError: something about the input cannot be used. Nothing has been written then.
     """
+    from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_no_input
-    from intarsia.commands.compare_ladders import Ladders, in_order
-    from intarsia.commands.compare_rows import Rows, missed
-    from intarsia.commands.inputs import inputs_of
     from intarsia.commands.job import Job, pin_text
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.evaluation.tasks import plan_tasks
     from intarsia.healing.pipeline import check_stages
-    from intarsia.reporting.comparison import ROWS, SETTINGS, cells, load
+    from intarsia.reporting.comparison import ROWS, SETTINGS, Row, cells, load
+    from intarsia.reporting.wording import command
 
     started, out = time.perf_counter(), Path(out)
     run = RunDir(out, option="-o")
@@ -204,7 +223,7 @@ def compare(
     wanted = [(method.label, depth, heal) for method in methods for depth in depths for heal in heals]
     ladders = Ladders(job, out)
     if missing := [key for key in (rows.dense_key, *wanted) if not rows.has(key)]:
-        _ = job.text.calibration  # a mistyped text must not leave a folder behind
+        _ = job.text.calibration  # a mistyped text must leave no folder
         with run.opened(settings), progress.current().task("comparing", 1 + len(wanted)) as task:
             pin_text(run, job)
             if tasks is not None:
@@ -215,23 +234,27 @@ def compare(
                 "heal": list(heals),
             }
             asked |= {"task_layers": evaluation.task_layers, "speed": evaluation.speed}
-            run.write_json(SETTINGS, _report_facts(job, run, texts, evaluation, asked))
+            words = [str(settings["model"]), "-o", out.name]
+            words += [] if job.revision is None else ["--revision", job.revision]
+            again = {"command": command("compare", *words, given=(entrants, evaluation, text))}
+            run.write_json(SETTINGS, _report_facts(job, run, texts, evaluation) | {"asked": asked} | again)
             task.advance(1 + len(wanted) - len(missing))
             try:
                 # The original first: it also shows whether the tasks can be scored.
                 if rows.dense_key in missing:
                     rows.add(rows.dense())
                     task.advance()
-                for method in in_order(methods):
+                # Those that share a pass over the whole model one after the other.
+                for method in sorted(methods, key=lambda method: bool(method.create().after_final_norm)):
                     task.note(method.label)
                     ours = [key for key in missing if key[0] == method.label]
                     for rung in ladders.rungs(method, depths) if ours else ():
                         rows.add_shared(ladders.shared_forwards)
-                        for _, _, heal in (key for key in ours if key[1] == rung.layers):
-                            if rung.recipe is None:
-                                rows.add(missed(method.label, rung, heal))
-                            else:
-                                rows.add(rows.measured(method.label, rung, heal, ladders.healed(rung, heals[heal])))
+                        for _, layers, heal in (key for key in ours if key[1] == rung.layers):
+                            row = Row(method=method.label, layers=layers, heal=heal, note=rung.note)
+                            if rung.recipe is not None:
+                                row = rows.measured(row, rung, *ladders.healed(rung, heals[heal]))
+                            rows.add(row)
                             task.advance()
             finally:
                 ladders.close()
@@ -303,10 +326,8 @@ def _task_facts(tasks: TaskPlan, evaluation: CompareEval) -> dict[str, Any]:
     return {task.name: fact(task) for task in tasks.tasks}
 
 
-def _report_facts(
-    job: Job, run: RunDir, texts: Mapping[str, Corpus], evaluation: CompareEval, asked: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What the report and the command that makes the comparison again need."""
+def _report_facts(job: Job, run: RunDir, texts: Mapping[str, Corpus], evaluation: CompareEval) -> dict[str, Any]:
+    """What the report says of how the rows were made."""
     from intarsia.commands.job import versions
 
     settings = run.pinned()
@@ -325,7 +346,6 @@ def _report_facts(
         "tasks": [
             {"name": name, "spec": spec, **fact} for spec, (name, fact) in zip(specs, named_tasks.items(), strict=True)
         ],
-        "asked": asked,
         "versions": versions(),
     }
 
@@ -335,7 +355,6 @@ def _estimate(
 ) -> dict[str, Any]:
     """Passes over the calibration text that a method takes at most, without the one that all methods share."""
     from intarsia.commands.planning import Planning
-    from intarsia.options import Target
 
     planning = Planning(job, Target(layers=min(depths)), method)
     planner, architecture = planning.planner, job.checkpoint.architecture
@@ -389,3 +408,304 @@ def _with_errors(cells: Mapping[str, Any]) -> dict[str, Any]:
 
 def _listed(values: Any) -> str:
     return ", ".join(map(str, values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """A depth of a method's ladder, or why the method does not come to it."""
+
+    layers: int
+    # None where there is no such model.
+    ladder: Ladder | None = None
+    planning: Planning | None = None
+    recipe: Recipe | None = None
+    # Of all steps down to it, without the shared pass.
+    layer_forwards: float = 0.0
+    seconds: float = 0.0
+    note: str | None = None
+
+
+class Ladders:
+    """Makes ladders one after the other, each in a run folder of its own.
+
+    Attributes:
+        passes: how often the whole model was measured; `shared_forwards` is what that cost.
+        layer_forwards: cost of all ladders that were made, without that.
+    """
+
+    def __init__(self, job: Job, out: Path) -> None:
+        self.job, self.out = job, out
+        self.passes = 0
+        self.shared_forwards = 0.0
+        self.layer_forwards = 0.0
+        self._current: Intermediate | None = None
+        self._is_kept = False
+        self._original: TeacherStates | None = None
+
+    def rungs(self, method: Chosen, depths: Sequence[int]) -> Iterator[Rung]:
+        """The rungs at these depths, deepest model first.
+
+        Where a step may take several layers, the ladder can pass a depth by; such a depth has a ladder of its own.
+        """
+        # The folder of `come[norm=average]` is `come-norm-average`.
+        least, name = min(depths), re.sub(r"[\[,=]", "-", method.label.rstrip("]"))
+        leaps = method.create().layers_at_once > 2
+        planned = self._plan(method, f"{name}-to-{least:03d}" if leaps else name, least)
+        for depth in sorted(depths, reverse=True):
+            found, note = planned, None
+            if leaps and depth not in (*planned[2].depths, least):
+                found, note = self._plan(method, f"{name}-to-{depth:03d}", depth), "a ladder of its own"
+            yield _rung(*found, depth, note)
+
+    def healed(self, rung: Rung, stages: Sequence[Chosen]) -> tuple[Recipe, Path, dict[str, Any]]:
+        """The recipe of a rung with these heal stages, its file, and what a row says of the healing.
+
+        Their common teacher is measured once, where there is memory for it.
+        """
+        from intarsia.commands.planning import heal_recipe
+
+        assert rung.recipe is not None and rung.ladder is not None and rung.planning is not None
+        started = time.perf_counter()
+        if not stages:
+            return rung.recipe, rung.ladder.recipe_path(rung.layers), {}
+        with rung.ladder.run.opened():
+            found = heal_recipe(rung.planning, rung.ladder, rung.recipe, stages, states=self._states())
+        assert found is not None
+        results = found.stages[1:]
+        kept = None if found.taken else "the fit is no better, so it stays as it was pruned"
+        facts = {
+            "heal_forwards": sum(result.facts.get("forwards", 0) for result in results) or None,
+            "heal_seconds": time.perf_counter() - started if all(result.fresh for result in results) else None,
+            "note": "; ".join(filter(None, [rung.note, kept])) or None,
+        }
+        return found.recipe, found.path, facts
+
+    def close(self) -> None:
+        """Free the hidden states."""
+        self._close_current()
+        if self._original is not None:
+            self._original.close()
+            self._original = None
+
+    def _plan(self, method: Chosen, name: str, target: int) -> tuple[Planning, Ladder, PlanResult]:
+        from intarsia.commands.planning import Planning
+        from intarsia.pruning.ladder import Ladder
+
+        planning = Planning(self.job, Target(layers=target), method, whole=self._measured)
+        run = RunDir(self.out / PLANS / name)
+        before = Ladder(run).log()
+        with planning.opened(run) as ladder:
+            planned = planning.work(ladder)
+        self.layer_forwards += planned.layer_forwards - sum(entry["layer_forwards"] for entry in before)
+        return planning, ladder, planned
+
+    def _measured(self, planner: Planner) -> Intermediate:
+        """The original; measured where the planner needs that, once for all methods that measure it alike."""
+        current = self._model(planner.after_final_norm)
+        if self._is_kept:
+            current.rewind()
+        if self._is_kept or not (planner.progressive or planner.measures or planner.blocks):
+            return current
+        current.look_at(None)
+        if self.passes:
+            progress.current().say("another pass over the whole model: this method measures it after the final norm")
+        before = current.layer_forwards
+        current.refresh()
+        current.keep()
+        self._is_kept = True
+        self.passes += 1
+        self.shared_forwards += current.layer_forwards - before
+        return current
+
+    def _states(self) -> TeacherStates | None:
+        """The original's hidden states: as the ladders measured it, or run once where there is memory for all."""
+        from intarsia.activations.batches import Batches
+        from intarsia.activations.loop import Loop
+        from intarsia.healing.teacher import TeacherStates, fits_in_memory
+
+        corpus, resident = self.job.text.calibration, self.job.resident
+        if self._current is not None and self._is_kept and (found := self._current.original()) is not None:
+            return found
+        if self._original is None:
+            placed = self.job.placement
+            batches = Batches(corpus, resident.device, batch_tokens=placed.batch_tokens)
+            memory_budget = placed.memory_budget(RunDir(self.out).scratch)
+            if fits_in_memory(resident, batches, memory_budget):
+                self._original = TeacherStates(Loop(resident, batches, memory_budget=memory_budget), keep=True)
+        return self._original
+
+    def _close_current(self) -> None:
+        if self._current is not None:
+            self._current.close()
+        self._current, self._is_kept = None, False
+
+    def _model(self, after_final_norm: bool) -> Intermediate:
+        if self._current is not None and self._current.after_final_norm != after_final_norm:
+            self._close_current()
+        if self._current is None:
+            from intarsia.commands.planning import original
+
+            self._current = original(self.job, RunDir(self.out).scratch, after_final_norm=after_final_norm)
+        return self._current
+
+
+def _rung(planning: Planning, ladder: Ladder, planned: PlanResult, depth: int, note: str | None) -> Rung:
+    if depth not in planned.depths:
+        least = planned.depths[-1] if planned.depths else planned.layers
+        why = planned.stopped or f"the ladder passes from above it to {least}"
+        return Rung(layers=depth, note=f"not reached: {why}")
+    steps: list[Mapping[str, Any]] = [entry for entry in ladder.log() if entry["layers"] >= depth]
+    return Rung(
+        layers=depth,
+        planning=planning,
+        ladder=ladder,
+        recipe=ladder.recipe(depth),
+        layer_forwards=sum(step["layer_forwards"] for step in steps),
+        seconds=sum(step["seconds"] for step in steps),
+        note=note,
+    )
+
+
+class Rows:
+    """The measured rows, and the measuring of new ones.
+
+    Attributes:
+        dense_key: of the original's row.
+    """
+
+    def __init__(
+        self, job: Job, log: Log, texts: Mapping[str, Corpus], tasks: TaskPlan | None, evaluation: CompareEval
+    ) -> None:
+        """
+        Args:
+            log: a line for each row; of two about the same model the later one counts.
+            texts: what perplexity is measured on, by name.
+            tasks: what accuracy is measured on; None for nothing.
+        """
+        from intarsia.reporting.comparison import DENSE, read_rows
+
+        self.job, self.log, self.texts, self.tasks, self.evaluation = job, log, texts, tasks, evaluation
+        self.rows = {row.key: row for row in read_rows(log.path)}
+        self.dense_key: Key = (DENSE, job.checkpoint.architecture.n_layers, "none")
+
+    def has(self, key: Key) -> bool:
+        """Whether a row has all measures that this call asks for."""
+        return key in self.rows and self._is_whole(self.rows[key])
+
+    def add(self, row: Row) -> None:
+        """Record a row."""
+        self._keep(row)
+        progress.current().say(row.line)
+
+    def add_shared(self, layer_forwards: float) -> None:
+        """Record the cost of the shared pass in the original's row; no method's row contains it."""
+        dense = self.rows[self.dense_key]
+        if layer_forwards > (dense.layer_forwards or 0.0):
+            self._keep(replace(dense, layer_forwards=layer_forwards))
+
+    def _keep(self, row: Row) -> None:
+        self.log.append(asdict(row))
+        self.rows[row.key] = row
+
+    def dense(self) -> Row:
+        """The row of the original."""
+        from intarsia.reporting.comparison import Row
+
+        checkpoint, (method, layers, heal) = self.job.checkpoint, self.dense_key
+        row = Row(method=method, layers=layers, heal=heal, parameters=checkpoint.parameters, bytes=checkpoint.nbytes)
+        return self._with_measures(row, self.job.resident.model, self.job.model, dense=None)
+
+    def measured(self, row: Row, rung: Rung, recipe: Recipe, path: Path, facts: Mapping[str, Any]) -> Row:
+        """The row of a recipe's model; the measures of an equal model in an earlier row are reused.
+
+        Args:
+            path: the recipe's file.
+            facts: of its healing.
+        """
+        from intarsia.building.assembled import assembled
+        from intarsia.recipe import schema
+
+        checkpoint = self.job.checkpoint
+        row = replace(
+            row,
+            parameters=checkpoint.parameters - (recipe.depth - row.layers) * checkpoint.architecture.layer_parameters,
+            bytes=_built_bytes(recipe, checkpoint),
+            layer_forwards=rung.layer_forwards,
+            plan_seconds=rung.seconds,
+            recipe=path.relative_to(self.log.path.parent).as_posix(),
+            recipe_sha256=schema.content_hash(recipe),
+            **facts,
+        )
+        for other in self.rows.values():
+            if other.recipe_sha256 == row.recipe_sha256 and self._is_whole(other):
+                return replace(row, perplexity=other.perplexity, tasks=other.tasks, speed=other.speed)
+        model = assembled(recipe, self.job.resident)
+        return self._with_measures(row, model, row.full_name, dense=self.rows[self.dense_key])
+
+    def _wants_tasks(self, layers: int) -> bool:
+        """Whether models of this depth are scored on tasks; the original is."""
+        depths = self.evaluation.task_layers
+        return self.tasks is not None and (depths is None or layers in (*depths, self.dense_key[1]))
+
+    def _is_whole(self, row: Row) -> bool:
+        if row.recipe is None and row.key != self.dense_key:
+            return True  # there is no such model
+        tasks = row.tasks is not None or not self._wants_tasks(row.layers)
+        return tasks and (row.speed is not None or not self.evaluation.speed)
+
+    def _with_measures(self, row: Row, model: PreTrainedModel, name: str, dense: Row | None) -> Row:
+        from intarsia.evaluation.perplexity import perplexity
+
+        perplexities = {}
+        for text, corpus in self.texts.items():
+            found = perplexity(model, corpus)
+            perplexities[text] = {
+                "value": found.value,
+                "nll": found.nll,
+                "stderr": found.stderr if found.windows > 1 else None,  # one window has no scatter
+                "windows": found.windows,
+                "sha256": found.text_sha256,
+            }
+        return replace(
+            row,
+            perplexity=perplexities,
+            tasks=self._tasks(model, name, dense).to_dict() if self._wants_tasks(row.layers) else None,
+            speed=self._speed(model, dense) if self.evaluation.speed else None,
+        )
+
+    def _tasks(self, model: PreTrainedModel, name: str, dense: Row | None) -> TaskResults:
+        from intarsia.evaluation.results import TaskResults, retention
+        from intarsia.evaluation.tasks import score_tasks
+
+        assert self.tasks is not None
+        found = score_tasks(self.tasks, model, self.job.tokenizer, name=name)
+        if dense is None or dense.tasks is None:
+            return found
+        kept = TaskResults.from_dict(dense.tasks)
+        try:
+            return replace(found, retention=retention(kept.scores, found.scores, against=self.job.model))
+        except UserError as error:  # a metric that is no mean over items
+            progress.current().say(f"no retention: {error}")
+            return found
+
+    def _speed(self, model: PreTrainedModel, dense: Row | None) -> dict[str, Any]:
+        """Measured in turns with the original, so that other load on the machine affects both."""
+        from intarsia.evaluation.speed import compare_speed
+
+        models = {"this": model, **({} if dense is None else {"dense": self.job.resident.model})}
+        found = {name: asdict(speed) for name, speed in compare_speed(models).items()}
+        return {**found.pop("this"), **found}
+
+
+def _built_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """Bytes of the weights that a build writes."""
+    architecture = checkpoint.architecture
+
+    def layer(index: int) -> int:
+        return sum(
+            checkpoint.headers[architecture.tensor_name(index, local)].nbytes
+            for local in architecture.layer_shapes(index)
+        )
+
+    outside = checkpoint.nbytes - sum(layer(index) for index in range(architecture.n_layers))
+    return outside + sum(layer(op.sources[0].layer) for op in recipe.layers)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from intarsia import progress
-from intarsia.commands.push import push_later, without_push
-from intarsia.errors import UserError
+from intarsia.commands.push import push_later
+from intarsia.commands.result import Result
+from intarsia.errors import UserError, check
 from intarsia.options import EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
 from intarsia.pruning.efforts import method_of
 from intarsia.pruning.estimate import Estimate
@@ -18,9 +19,18 @@ from intarsia.registry import HealStages, Planner, heal_stages
 from intarsia.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from intarsia.evaluation.results import Perplexity
+    from torch import nn
+
+    from intarsia.building.loaded_model import LoadedModel
+    from intarsia.checkpoint.reader import Checkpoint
+    from intarsia.commands.job import Job
+    from intarsia.data.corpus import Corpus
+    from intarsia.evaluation.results import Perplexity, Speed, TaskResults
+    from intarsia.evaluation.tasks import TaskPlan
     from intarsia.healing.pipeline import Healed
     from intarsia.recipe.recipe import Recipe
+
+_SHARE_OF_FREE = 0.8
 
 _UNMEASURED = "built"  # in the run folder from before the build until the result has been measured
 
@@ -61,7 +71,7 @@ class Measures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressResult:
+class CompressResult(Result):
     """What a compression gave. A dry run only estimates: what is measured is None then."""
 
     model: str
@@ -91,8 +101,7 @@ class CompressResult:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        data = {**without_push(asdict(self)), "out": str(self.out), "run": str(self.run)}
-        data["report"] = None if self.report is None else str(self.report)
+        data = super().to_dict()
         for key in ("before", "after"):
             measures: Measures | None = getattr(self, key)
             data[key] = None if measures is None else measures.to_dict()
@@ -114,25 +123,25 @@ def compress(
 ) -> CompressResult:
     """Make a model shallower: plan, heal, build and measure in one go.
 
-    Give either --layers or --sparsity. Killed at any point, the same command resumes.
+    Give either --layers or --sparsity. If it is interrupted, the same command resumes.
 
     Raises:
         UserError: something about the input cannot be used, or the method cannot reach the target.
     """
     from intarsia.building.materialize import RECIPE_FILE
-    from intarsia.checkpoint.resolve import open_checkpoint
+    from intarsia.checkpoint.resolve import inputs_of, open_checkpoint
     from intarsia.checkpoint.staging import check_no_input, check_out
-    from intarsia.commands.before_after import Evaluation, measured
-    from intarsia.commands.inputs import inputs_of
     from intarsia.commands.job import Job
     from intarsia.commands.planning import Planning, heal_recipe
     from intarsia.commands.recipes import build_recipe, card_facts
-    from intarsia.commands.report import REPORT, report_compression
+    from intarsia.commands.report import REPORT
     from intarsia.disk import write_whole
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.healing.pipeline import check_stages
     from intarsia.recipe import schema
     from intarsia.reporting.card import model_card
+    from intarsia.reporting.model_report import keep_measures
+    from intarsia.reporting.page import write_report
 
     started, report = time.perf_counter(), progress.current()
     out, run, stages = Output.of(out), RunDir(Output.of(out).run_path), heal_stages.choose_all(heal)
@@ -199,7 +208,7 @@ def compress(
             small = open_checkpoint(str(built.out), progress=report)
             bare = replace(recipe, fitted={}) if recipe.fitted else None
             with work.part("evaluation", 4):
-                before, after = measured(job, small, measuring, unhealed=bare)
+                before, after = _measured(job, small, measuring, unhealed=bare)
 
             # Report.
             done = replace(
@@ -219,7 +228,8 @@ def compress(
             facts = card_facts(recipe, job.checkpoint, built, title=out.path.name)
             facts |= {"before": before.to_dict(), "after": after.to_dict(), "evaluation": measuring.words}
             write_whole(out.path / "README.md", model_card(facts))
-            report_compression(out.path, done.to_dict(), measuring.text)
+            keep_measures(out.path, _kept(done, measuring.text))
+            write_report([out.path], out.path / REPORT)
             (run.path / _UNMEASURED).unlink(missing_ok=True)
     return send_off(done, out.path)
 
@@ -232,6 +242,147 @@ def _built_but_not_measured(marker: Path, carried: Path) -> str | None:
         return None
     found = schema.content_hash(schema.load(carried))
     return found if marker.read_text(encoding="utf-8") == found else None
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """What is measured before and after, and what came of it."""
+
+    # Texts for perplexity, by name; the first one is the one in the table.
+    texts: dict[str, Corpus]
+    tasks: TaskPlan | None
+    speed: bool
+    # Accuracy of the new model on the tasks, and what it kept of the original's.
+    accuracy: dict[str, Any] | None = field(default=None, init=False)
+
+    @classmethod
+    def of(cls, job: Job, spec: EvalSpec) -> Evaluation:
+        """The texts and tasks of `--eval-text` and `--tasks`, read and checked.
+
+        Raises:
+            UserError: a text or task cannot be used.
+        """
+        from intarsia.evaluation.perplexity import eval_corpus
+        from intarsia.evaluation.tasks import plan_tasks
+
+        check(
+            (
+                not (spec.tasks and job.runtime.stream),
+                "--tasks is given with --stream, and tasks need the whole model in memory.",
+                "Leave one of them out.",
+            )
+        )
+        texts = {
+            spec_of.rpartition("=")[0] or spec_of: eval_corpus(
+                spec_of.rpartition("=")[2], job.tokenizer, seq_len=job.spec.seq_len, windows=spec.windows or None
+            )
+            for spec_of in spec.text
+        }
+        tasks = plan_tasks(list(spec.tasks), limit=spec.limit, include_path=spec.include_path) if spec.tasks else None
+        if tasks is not None:
+            tasks.check_tokens(job.tokenizer)
+        return cls(texts=texts, tasks=tasks, speed=spec.speed and not job.runtime.stream)
+
+    @property
+    def text(self) -> Corpus | None:
+        """The text of the table."""
+        return next(iter(self.texts.values()), None)
+
+    @property
+    def words(self) -> str | None:
+        """What was measured on, for a person."""
+        if self.text is None:
+            return None
+        return f"{self.text.description}, {len(self.text)} windows of {self.text.seq_len} tokens"
+
+    def perplexities(self, model: nn.Module) -> dict[str, Perplexity]:
+        """On every text."""
+        from intarsia.evaluation.perplexity import perplexity
+
+        return {name: perplexity(model, corpus) for name, corpus in self.texts.items()}
+
+    def scores(self, model: nn.Module, job: Job, name: str) -> TaskResults | None:
+        """On the tasks; None where there are none."""
+        from intarsia.evaluation.tasks import score_tasks
+
+        return None if self.tasks is None else score_tasks(self.tasks, model, job.tokenizer, name=name)
+
+
+def _measured(
+    job: Job, small: Checkpoint, evaluation: Evaluation, *, unhealed: Recipe | None
+) -> tuple[Measures, Measures]:
+    """Measures of the job's model and of what was built from it; the former is freed.
+
+    Speeds are measured in turns where memory holds both models, else one after the other. Those of a streamed model are
+    not measured: they say nothing of how fast it is in memory.
+
+    Args:
+        unhealed: the recipe before it was healed, whose perplexity is measured too; None where nothing was healed.
+    """
+    from intarsia.building.loaded_model import load_model
+    from intarsia.building.offload import free_bytes
+    from intarsia.evaluation.perplexity import Chain
+    from intarsia.evaluation.results import retention
+    from intarsia.evaluation.speed import compare_speed
+    from intarsia.recipe.recipe import Variant, identity
+
+    streams, report = job.runtime.stream, progress.current()
+
+    def chain(recipe: Recipe, resident: LoadedModel) -> nn.Module:
+        return Chain(recipe, resident, memory_budget=job.placement.memory_budget() if streams else None)
+
+    def streamed(checkpoint: Checkpoint, resident: LoadedModel) -> nn.Module:
+        whole = identity(Variant(name="base", model=checkpoint.model), checkpoint.architecture.n_layers)
+        return chain(whole, resident)
+
+    def load_small() -> nn.Module:
+        if streams:
+            return streamed(small, job.placement.resident(small))
+        return load_model(small, device=job.device, dtype=job.dtype)
+
+    if streams:
+        report.say("the models are streamed: their speeds are not measured")
+    more = small.nbytes + (0 if job.in_memory else job.checkpoint.nbytes)
+    together = not streams and more < free_bytes(job.device) * _SHARE_OF_FREE
+    models = {"before": streamed(job.checkpoint, job.resident) if streams else job.resident.model}
+    models |= {"after": load_small()} if together else {}
+    speeds: dict[str, Speed] = {}
+    if evaluation.speed:
+        if not together:
+            report.say("both models do not fit into memory: their speeds are measured one after the other")
+        speeds = compare_speed(models)
+    before = evaluation.perplexities(models["before"])
+    dense = evaluation.scores(models.pop("before"), job, job.model)
+    without = {} if unhealed is None else evaluation.perplexities(chain(unhealed, job.resident))
+    job.release()
+    model = models.pop("after") if together else load_small()
+    if evaluation.speed and not together:
+        speeds |= compare_speed({"after": model})
+    after = evaluation.perplexities(model)
+    pruned = evaluation.scores(model, job, small.model)
+    if dense is not None and pruned is not None:
+        kept = retention(dense.scores, pruned.scores, against=job.model)
+        evaluation.accuracy = replace(pruned, retention=kept).to_dict()
+
+    def measures(
+        checkpoint: Checkpoint, found: Mapping[str, Perplexity], speed: Speed | None, scored: TaskResults | None
+    ) -> Measures:
+        return Measures(
+            layers=checkpoint.architecture.n_layers,
+            parameters=checkpoint.parameters,
+            bytes=checkpoint.nbytes,
+            perplexity=next(iter(found.values()), None),
+            other_perplexities=dict(list(found.items())[1:]),
+            accuracy=None if scored is None else scored.mean,
+            prefill_per_s=None if speed is None else speed.prefill_tokens_per_s,
+            decode_per_s=None if speed is None else speed.decode_tokens_per_s,
+        )
+
+    healed = measures(small, after, speeds.get("after"), pruned)
+    return (
+        measures(job.checkpoint, before, speeds.get("before"), dense),
+        replace(healed, perplexity_without_heal=next(iter(without.values()), None)),
+    )
 
 
 def _healed(healed: Healed | None, pruned: Recipe, before: Measures, after: Measures) -> dict[str, Any] | None:
@@ -257,3 +408,17 @@ def _healed(healed: Healed | None, pruned: Recipe, before: Measures, after: Meas
     if whole is not None and bare is not None and now is not None and bare.nll > whole.nll:
         found["gap_closed"] = (bare.nll - now.nll) / (bare.nll - whole.nll)
     return found
+
+
+def _kept(result: CompressResult, corpus: Corpus | None) -> dict[str, Any]:
+    """What the new model's folder keeps of what was measured, for its report."""
+    facts = result.to_dict()
+    measured = ("model", "method", "before", "after", "healed", "layer_forwards", "seconds", "peak_memory_bytes")
+    kept = {name: facts[name] for name in measured} | {"run": result.run.name}
+    if facts.get("seconds_by_part"):
+        kept["seconds_by_part"] = facts["seconds_by_part"]
+    evaluation: dict[str, Any] | None = None
+    if corpus is not None:
+        evaluation = {"text": corpus.description, "sha256": corpus.sha256}
+        evaluation |= {"windows": len(corpus), "seq_len": corpus.seq_len}
+    return {**kept, "evaluation": evaluation}

@@ -30,7 +30,7 @@ class TaskSpec:
     # Folder with lm-eval task definitions of your own.
     include_path: Path | None = flag(None, metavar="DIR")
     # Examples before each question (default: the task's own number).
-    num_fewshot: int | None = flag(None, metavar="K")
+    num_fewshot: int | None = flag(None, metavar="N")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", _names(self.tasks))
@@ -49,7 +49,7 @@ def evaluate_tasks(
         Any,
         Flag(
             metavar="MODEL",
-            help="Reference model: the accuracy kept of it on the same items, with 95 % intervals.",
+            help="Reference model: report how much of its accuracy is kept, with 95 % intervals.",
         ),
     ] = None,
     seed: Annotated[int, Flag(metavar="N", help="Random seed of the intervals.")] = 0,

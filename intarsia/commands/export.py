@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from intarsia import progress
-from intarsia.commands.push import push_later, without_push
+from intarsia.commands.push import push_later
+from intarsia.commands.result import Result
 from intarsia.flags import Flag
 from intarsia.options import ModelRef
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportResult:
+class ExportResult(Result):
     """A written file."""
 
     model: str
@@ -32,36 +33,36 @@ class ExportResult:
     # what was sent to the hub
     push: Mapping[str, Any] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**without_push(asdict(self)), "out": str(self.out)}
-
 
 def export(
     model: ModelRef | str | Path,
-    out: Annotated[Path, Flag(names=("--out", "-o"), metavar="FILE", help="File for the exported model.")],
+    out: Annotated[Path, Flag(names=("--out", "-o"), metavar="FILE", help="The GGUF file to write.")],
     *,
     gguf: Annotated[
-        Literal["F16", "Q8_0", "F32", "BF16"], Flag(help="How the file stores matrices; vectors are in F32.")
+        Literal["F16", "Q8_0", "F32", "BF16"], Flag(help="Type of the matrices in the file; vectors are F32.")
     ] = "F16",
     tokenizer_pre: Annotated[
         str | None,
-        Flag(metavar="NAME", help="What llama.cpp calls the tokenizer's rule for splitting text (default: found out)."),
+        Flag(metavar="NAME", help="llama.cpp's name of the tokenizer's splitting rule (default: detected)."),
     ] = None,
     overwrite: Annotated[bool, Flag(help="Replace the file if it exists.")] = False,
     push_to: Annotated[
-        str | None, Flag(names=("--push-to-hub",), metavar="NAME", help="Send the file to the hub when it is written.")
+        str | None,
+        Flag(
+            names=("--push-to-hub",),
+            metavar="NAME",
+            help="Upload the file to the HuggingFace hub, as `name` or `owner/name`.",
+        ),
     ] = None,
-    private: Annotated[bool, Flag(help="Make a new repository on the hub private.")] = False,
+    private: Annotated[bool, Flag(help="Make a new hub repository private.")] = False,
 ) -> ExportResult:
     """Write a model as a GGUF file, for llama.cpp and Ollama (Llama, Mistral, Qwen2 and Qwen3 families).
 
     Raises:
         UserError: the model cannot be written as GGUF, or the file cannot be written.
     """
-    from intarsia.checkpoint.resolve import open_checkpoint
+    from intarsia.checkpoint.resolve import inputs_of, open_checkpoint
     from intarsia.checkpoint.staging import check_no_input
-    from intarsia.commands.inputs import inputs_of
     from intarsia.commands.job import load_tokenizer
     from intarsia.exporting.gguf import check_file, plan_gguf, write_gguf
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import MISSING, asdict, dataclass, replace
+from dataclasses import MISSING, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from intarsia.commands.push import push_later, without_push
-from intarsia.errors import check
+from intarsia.commands.push import push_later
+from intarsia.commands.result import Result
+from intarsia.errors import UserError, check
 from intarsia.flags import Flag, flag, plain
 from intarsia.options import NewModel, Runtime, TextSpec
+from intarsia.progress import current
 from intarsia.registry import heal_stages
 from intarsia.run_dir import RunDir
 
 if TYPE_CHECKING:
+    from intarsia.building.loaded_model import LoadedModel
+    from intarsia.checkpoint.reader import Checkpoint
+    from intarsia.data.corpus import Corpus
     from intarsia.healing.pipeline import Healed
     from intarsia.recipe.recipe import Recipe
+
+_HELD_OUT, _MOST_HELD_OUT = 16, 16_384
+"""One sequence in 16 is held out, up to 16,384 tokens: measuring must not take longer than training."""
 
 Stages: TypeAlias = Annotated[Any, heal_stages.by("stages")]
 """Heal stages: their names or settings, in order."""
@@ -56,7 +65,7 @@ class HealedModel(NewModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealResult:
+class HealResult(Result):
     """What healing gave."""
 
     source: Path
@@ -76,10 +85,6 @@ class HealResult:
     # What was sent to the hub.
     push: Mapping[str, Any] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**without_push(asdict(self)), "source": str(self.source), "out": str(self.out), "run": str(self.run)}
-
 
 def heal(
     source: Annotated[
@@ -87,7 +92,7 @@ def heal(
         Flag(
             positional=True,
             metavar="MODEL|RECIPE",
-            help="A folder that intarsia has built, a recipe (.yaml), or a run folder of `plan` (its least depth).",
+            help="A model that intarsia has built, a recipe (.yaml), or a run folder of `plan` (its smallest depth).",
         ),
     ],
     out: HealedModel | str | Path,
@@ -98,8 +103,8 @@ def heal(
         str | None,
         Flag(
             metavar="MODEL",
-            help="What stages that train learn from (default: the recipe's base; of several models, their blend with "
-            "no layer removed). The closed form always learns from that default.",
+            help="The model that training stages learn from (default: the recipe's base, or the blend of its models "
+            "with no layer removed). The closed form always uses the default.",
         ),
     ] = None,
     evaluation: PerplexityTexts = PerplexityTexts(),
@@ -107,17 +112,16 @@ def heal(
 ) -> HealResult:
     """Heal a pruned model: in closed form, layer by layer, or as a whole.
 
-    Stopped at any point, the same command resumes. Under `accelerate launch -m intarsia heal ...` the end-to-end stage
+    If it is interrupted, the same command resumes. Under `accelerate launch -m intarsia heal ...` the end-to-end stage
     uses all processes.
 
     Raises:
         UserError: something about the input cannot be used.
     """
+    from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_no_input, check_out
-    from intarsia.commands.heal_input import Subject, Texts, read_source
-    from intarsia.commands.inputs import inputs_of
-    from intarsia.commands.job import check_seq_len
     from intarsia.commands.recipes import build_recipe
+    from intarsia.evaluation.perplexity import eval_corpus
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.healing import launch
     from intarsia.healing.blend import back, forget
@@ -127,21 +131,27 @@ def heal(
     started, source, out = time.perf_counter(), Path(source), HealedModel.of(out)
     text = text if isinstance(text, TrainingText) else TrainingText(sources=(str(text),))
     main, run = launch.rank() == 0, RunDir(out.run_path)
+
+    # Input: everything that can be wrong is found before any work.
     chosen = heal_stages.choose_all(stages)
     check((bool(chosen), "--stages names no heal stage.", f"Name some of {', '.join(heal_stages.names)}."))
     check_stages(chosen, runtime)
     send_off = push_later(out.push_to, private=out.private)
-    recipe = read_source(source)
-    models = [] if teacher is None else [teacher]
-    files = [source, source.with_suffix(".safetensors")]  # a recipe has a side file
-    inputs = inputs_of(models=models, recipe=recipe, texts=[*text.sources, *evaluation.text], files=files)
+    recipe = _read_source(source)
+    inputs = inputs_of(
+        models=[] if teacher is None else [teacher],
+        recipe=recipe,
+        texts=[*text.sources, *evaluation.text],
+        files=[source, source.with_suffix(".safetensors")],  # a recipe has a side file
+    )
     if main:
         check_out(out.path, overwrite=out.overwrite, inputs=inputs)
         check_no_input(run.path, inputs)
-    subject = Subject.opened(recipe, run, teacher, runtime)
-
-    check_seq_len(subject.base, text.seq_len)
-    texts = Texts(subject, text, evaluation.text, windows=evaluation.windows)
+    subject = Subject(recipe, run.path, teacher, text, runtime)
+    reported = tuple(
+        eval_corpus(name, subject.tokenizer, seq_len=text.seq_len, windows=evaluation.windows)
+        for name in evaluation.text
+    )
     settings = {
         **subject.facts(),
         **{name: value for name, value in plain(text).items() if name != "sources"},
@@ -152,24 +162,32 @@ def heal(
         "stages": [each.name for each in chosen],
         **{each.name: {key: value for key, value in pinned(each).items() if key != "name"} for each in chosen},
     }
-    wait = launch.barrier(subject.device)
+
+    # The run folder. With several processes the first one writes what the others find there and in caches.
+    wait = launch.barrier(subject.placement.device)
     with ExitStack() as opened:
         if main:
             run.check(settings)
-            texts.check()  # a mistake in it must not leave a run folder
+            if not subject.writes_text:
+                _ = subject.text_parts  # too little text must leave no run folder
             opened.enter_context(run.opened(settings))
-            run.pin("text", texts.facts())
+            corpora = dict(zip(("train", "held_out"), subject.text_parts, strict=True))
+            facts: dict[str, Any] = {n: {"sha256": c.sha256, "tokens": c.tokens} for n, c in corpora.items()}
+            run.pin("text", facts | {"evaluation": {corpus.description: corpus.sha256 for corpus in reported}})
             _ = subject.over_its_teacher
-        wait()  # the first process has written what the others find in caches
+        wait()
+
+        # Heal.
         recipe, variants = subject.over_its_teacher
+        train, held_out = subject.text_parts
         context = HealContext(
             run=run,
             variants=variants,
             load=lambda: subject.resident,
-            device=subject.device,
-            calibration=texts.train,
-            selection=texts.held_out,
-            evaluation=texts.evaluation,
+            device=subject.placement.device,
+            calibration=train,
+            selection=held_out,
+            evaluation=reported,
             layer_errors=True,
             teacher=subject.teacher,
             load_teacher=subject.load_teacher,
@@ -177,18 +195,15 @@ def heal(
             batch_tokens=runtime.batch_tokens,
         )
         healed = run_stages(context, recipe, chosen)
+
+        # Build, over the models that the recipe was given with.
         account = healed.recipe.provenance["heal"] | {
             "settings": {k: v for k, v in settings.items() if "config" not in k}
         }
         given = subject.recipe
         final = replace(back(given, healed.recipe), provenance={**given.provenance, "heal": account})
         if main:
-            build_recipe(
-                final,
-                out.path,
-                overwrite=out.overwrite,
-                max_shard_bytes=out.shard_bytes,
-            )
+            build_recipe(final, out.path, overwrite=out.overwrite, max_shard_bytes=out.shard_bytes)
             forget(run.path)
         wait()
     result = HealResult(
@@ -204,6 +219,154 @@ def heal(
         peak_memory_bytes=peak_memory_bytes(),
     )
     return send_off(result, out.path) if main else result
+
+
+def _read_source(source: Path) -> Recipe:
+    """The recipe of a built model, in a file, or of a run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    from intarsia.building.materialize import RECIPE_FILE
+    from intarsia.commands.recipes import read_recipe
+    from intarsia.recipe import schema
+
+    if (source / RECIPE_FILE).is_file():
+        return schema.load(source / RECIPE_FILE)
+    if source.is_dir() and (source / "config.json").exists():
+        raise UserError(
+            f"{source} is a model without a recipe.",
+            "Heal what `intarsia compress` or `intarsia build` has made, or a recipe file.",
+        )
+    return read_recipe(source)
+
+
+class Subject:
+    """What is healed: a recipe over opened checkpoints, what it learns from, and the text.
+
+    Attributes:
+        recipe: as it was given; `variants` are the checkpoints of its models.
+        teacher: another teacher than the recipe's base, or than the blend of its models.
+        placement: where models are: on the device of this process.
+    """
+
+    def __init__(self, recipe: Recipe, run: Path, teacher: str | None, text: TextSpec, runtime: Runtime) -> None:
+        """Open all checkpoints.
+
+        Raises:
+            UserError: one cannot be opened, the teacher does not fit, or a streamed model would have to write text.
+        """
+        from intarsia.checkpoint.resolve import open_checkpoint
+        from intarsia.commands.job import Placement, check_seq_len, check_streamed_text, load_tokenizer
+        from intarsia.commands.recipes import open_variants
+        from intarsia.commands.removal import verified
+        from intarsia.healing import launch
+        from intarsia.healing.layer_map import check_teacher
+
+        self.recipe, self.text, self._run = recipe, text, run
+        placed = Placement.of(runtime)
+        self.placement = replace(placed, devices=(launch.own_device(placed.device), *placed.devices[1:]))
+        self.variants = {name: verified(each) for name, each in open_variants(recipe, current()).items()}
+        self.base = self.variants[recipe.base]
+        self.teacher = None if teacher is None else open_checkpoint(teacher)
+        if self.teacher is not None:
+            check_teacher(recipe, self.base.architecture, self.teacher.architecture, name=str(teacher))
+        check_seq_len(self.base, text.seq_len)
+        self.tokenizer = load_tokenizer(self.base)
+        self.writes_text = check_streamed_text(text, runtime, option="--data")
+
+    @property
+    def _blended(self) -> bool:
+        """Whether several models are in it."""
+        return len(self.variants) > 1
+
+    @property
+    def teacher_name(self) -> str:
+        """The teacher, for a person."""
+        from intarsia.healing.blend import BLEND
+
+        return BLEND if self._blended and self.teacher is None else (self.teacher or self.base).model
+
+    @cached_property
+    def _members(self) -> dict[str, str]:
+        """The hash of the weights of each variant."""
+        from intarsia.checkpoint.hashing import scan
+
+        return {name: scan(checkpoint) for name, checkpoint in self.variants.items()}
+
+    @cached_property
+    def sha256(self) -> str:
+        """Which model it learns from, unless another teacher is given."""
+        from intarsia.healing.blend import blend_sha256
+
+        return blend_sha256(self.recipe, self._members) if self._blended else self._members[self.recipe.base]
+
+    def facts(self) -> dict[str, Any]:
+        """What a run folder pins of it."""
+        from intarsia.checkpoint.hashing import acting_config, scan
+        from intarsia.recipe import schema
+
+        return {
+            "recipe": schema.content_hash(self.recipe),
+            "config": acting_config(self.base.config),
+            "teacher": self.sha256 if self.teacher is None else scan(self.teacher),
+            "teacher_config": acting_config((self.teacher or self.base).config),
+            **({"members": self._members} if self._blended else {}),
+        }
+
+    @cached_property
+    def over_its_teacher(self) -> tuple[Recipe, Mapping[str, Checkpoint]]:
+        """The recipe over what it learns from; for several models that is their blend, in the run folder."""
+        from intarsia.healing.blend import over_its_blend
+
+        if not self._blended:
+            return self.recipe, self.variants
+        return over_its_blend(self.recipe, self.variants, self._run)
+
+    @cached_property
+    def resident(self) -> LoadedModel:
+        """What it learns from by default, in memory, with all its variants beside it."""
+        recipe, variants = self.over_its_teacher
+        others = {name: checkpoint for name, checkpoint in variants.items() if name != recipe.base}
+        return self.placement.resident(variants[recipe.base], others)
+
+    @property
+    def load_teacher(self) -> Callable[[], LoadedModel] | None:
+        """Loads the other teacher, if there is one."""
+        teacher = self.teacher
+        return None if teacher is None else lambda: self.placement.resident(teacher)
+
+    @cached_property
+    def text_parts(self) -> tuple[Corpus, Corpus]:
+        """What is fitted and trained on, and what results are accepted by: not what the recipe was fitted on, either.
+
+        Raises:
+            UserError: there is too little text.
+        """
+        corpus, seq_len = self._draw(self.text.tokens), self.text.seq_len
+        number = max(1, min(round(len(corpus) / _HELD_OUT), _MOST_HELD_OUT // seq_len))
+        train, held_out = corpus.split(1.0 - number / len(corpus) if len(corpus) > 1 else 0.5)
+        seen = _seen_tokens(self.recipe, corpus, self.text.seed)
+        if seen > train.tokens:
+            current().say(f"{seen} tokens of this text were fitted on before: later ones are held out")
+            # A longer draw has the same sequences first.
+            longer = self._draw(seen + len(held_out) * seq_len)
+            held_out = longer.split(1.0 - len(held_out) / len(longer))[1]
+        return train, replace(held_out, description="held-out text")
+
+    def _draw(self, tokens: int) -> Corpus:
+        from intarsia.data.text import draw
+
+        text = replace(self.text, tokens=tokens)
+        return draw(text, self.tokenizer, writer=lambda: self.resident.model, writer_key=self.sha256).calibration
+
+
+def _seen_tokens(recipe: Recipe, corpus: Corpus, seed: int) -> int:
+    """Tokens of this very text, from the first on, that what a recipe holds was fitted on."""
+    said = recipe.provenance.get("calibration") or {}
+    same = {"text": corpus.description, "seq_len": corpus.seq_len, "seed": seed}
+    fits = bool(recipe.fitted) and all(said.get(name) == value for name, value in same.items())
+    return int(said.get("tokens", 0)) if fits else 0
 
 
 def _layers(recipe: Recipe, healed: Healed) -> tuple[dict[str, Any], ...]:

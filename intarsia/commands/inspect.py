@@ -99,7 +99,7 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _removal_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    from intarsia.commands.family_check import removals
+    from intarsia.inspection.structure import removals
 
     architecture, parameters = checkpoint.architecture, checkpoint.parameters
     assert architecture.inspected is not None

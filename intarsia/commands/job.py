@@ -27,7 +27,7 @@ from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.building.loading import check_config
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.resolve import asked_for, open_checkpoint
+from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.data.corpus import limited
 from intarsia.data.text import TextParts, draw
 from intarsia.errors import Problems, UserError, check
@@ -42,7 +42,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 class Placement:
     """Where a model and its hidden states are while it is worked on: `Runtime`, looked up on this machine."""
 
-    # The first has embedding and head; layers are laid over all of them.
+    # The first has embedding and head; the layers are spread over all of them.
     devices: tuple[torch.device, ...]
     # None for the checkpoint's own.
     dtype: torch.dtype | None = None
@@ -55,7 +55,7 @@ class Placement:
 
     @classmethod
     def of(cls, runtime: Runtime) -> Placement:
-        """What is asked for, checked.
+        """The devices and dtype of a `Runtime`, looked up.
 
         Raises:
             UserError: there is no such device.
@@ -98,7 +98,7 @@ class Job:
     """A model to work on. Nothing heavy is read before it is needed, and nothing twice.
 
     Attributes:
-        model: its name with its options, as recipes keep it; `revision` of a hub id.
+        model: its name, as recipes keep it; `revision` of a hub id.
         checkpoint: its files.
         runtime: as asked for; `placement` is that on this machine.
         others: further checkpoints that recipes may take layers of, by the variants' names.
@@ -127,9 +127,10 @@ class Job:
             self.checkpoint, self.model, self.revision = model, model.model, model.revision
         else:
             ref = ModelRef.of(model)
-            self.model = asked_for(ref.model, dequantize=ref.dequantize, gguf_file=ref.gguf_file)
-            self.revision = ref.revision
-            self.checkpoint = open_checkpoint(self.model, revision=ref.revision, progress=progress.current())
+            self.checkpoint = open_checkpoint(
+                ref.model, revision=ref.revision, gguf_file=ref.gguf_file, dequantize=ref.dequantize
+            )
+            self.model, self.revision = self.checkpoint.model, ref.revision
         check_config(self.checkpoint)
         self._text = text
         if text is not None:
@@ -166,7 +167,7 @@ class Job:
         return "resident" in self.__dict__
 
     def release(self) -> None:
-        """Let go of the model; it is loaded anew when it is needed again."""
+        """Free the model; it is loaded again when it is needed."""
         if self.__dict__.pop("resident", None) is not None:
             gc.collect()  # streamed layers and the model refer to one another
 
@@ -185,11 +186,6 @@ class Job:
         for part in ("calibration", "selection", "test"):
             getattr(self.text, part)
 
-    @property
-    def writes_text(self) -> bool:
-        """Whether the model writes some of the text."""
-        return _writes(",".join(self.spec.sources))
-
     @cached_property
     def text(self) -> TextParts:
         """The calibration text, with what is held out of it.
@@ -197,16 +193,7 @@ class Job:
         Raises:
             UserError: there are more sources than sequences, or a streamed model would have to write it.
         """
-        writes = self.writes_text
-        streamed = "--calibration self lets the model write, and with --stream it is read anew for every token."
-        check(
-            (
-                not (writes and self.runtime.stream),
-                streamed,
-                "Give a file or data set, or let it write once without --stream: what it writes is kept.",
-            )
-        )
-        key = self.sha256 if writes else None
+        key = self.sha256 if check_streamed_text(self.spec, self.runtime, option="--calibration") else None
         return draw(self.spec, self.tokenizer, writer=lambda: self.resident.model, writer_key=key)
 
 
@@ -239,6 +226,23 @@ def check_seq_len(checkpoint: Checkpoint, seq_len: int) -> None:
     most = checkpoint.architecture.config.get("max_position_embeddings")
     fits = not isinstance(most, int) or seq_len <= most
     check((fits, f"--seq-len is {seq_len}; the model has {most} positions.", "Use shorter sequences."))
+
+
+def check_streamed_text(text: TextSpec, runtime: Runtime, *, option: str) -> bool:
+    """Whether the model writes some of the text.
+
+    Raises:
+        UserError: it would have to, and it is streamed.
+    """
+    writes = writes_some(",".join(text.sources))
+    check(
+        (
+            not (writes and runtime.stream),
+            f"{option} self lets the model write, and with --stream it is read anew for every token.",
+            "Give a file or data set, or let it write once without --stream: what it writes is kept.",
+        )
+    )
+    return writes
 
 
 def device_of(name: str | None) -> torch.device:
@@ -294,12 +298,12 @@ def calibration_of(run: RunDir, job: Job) -> str:
     if not (run.path / f"{_TEXT}.json").is_file():
         return given
     started = str(run.pinned()["calibration"])
-    if started == given or _writes(started) or _writes(given):
+    if started == given or writes_some(started) or writes_some(given):
         return given
     return started if job.text.calibration.sha256 == run.pinned(_TEXT)["sha256"] else given
 
 
-def _writes(calibration: str) -> bool:
+def writes_some(calibration: str) -> bool:
     """Whether the model writes some of a text, as settings name it."""
     return "self" in [name.strip() for name in calibration.split(",")]
 

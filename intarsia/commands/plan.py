@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from intarsia import progress
+from intarsia.commands.result import Result
 from intarsia.flags import Flag
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.pruning.efforts import method_of
@@ -17,7 +18,7 @@ from intarsia.run_dir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanResult:
+class PlanResult(Result):
     """What a plan gave."""
 
     model: str
@@ -42,8 +43,7 @@ class PlanResult:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        data = asdict(self)
-        data["run"] = None if self.run is None else str(self.run)
+        data = super().to_dict()
         data["ladder"] = [
             {"layers": depth, "calibration_loss": loss} for depth, loss in zip(self.depths, self.losses, strict=True)
         ]
@@ -63,16 +63,16 @@ def plan(
     runtime: Runtime = Runtime(),
     dry_run: Annotated[bool, Flag(help="Print an estimate of the cost; write nothing.")] = False,
 ) -> PlanResult:
-    """Decide what to make: a recipe for every depth down to the target, none of them built yet.
+    """Plan the pruning: one recipe for every depth down to the target. Nothing is built.
 
-    Give either --layers or --sparsity. `intarsia build RUN --layers N` builds any of the depths later. Killed at any
-    point, the same command resumes; a deeper target continues in the same run.
+    Give either --layers or --sparsity. `intarsia build RUN --layers N` builds any of the depths later. If it is
+    interrupted, the same command resumes; the same run can be continued to fewer layers.
 
     Raises:
         UserError: something about the input cannot be used. Nothing has been written then.
     """
+    from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_no_input
-    from intarsia.commands.inputs import inputs_of
     from intarsia.commands.job import Job
     from intarsia.commands.planning import Planning
 

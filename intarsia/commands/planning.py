@@ -11,9 +11,9 @@ from intarsia import progress
 from intarsia.building.recipe_layers import original_ops
 from intarsia.checkpoint.hashing import acting_config
 from intarsia.checkpoint.resolve import lasting
-from intarsia.commands.family_check import verified
-from intarsia.commands.job import Job, calibration_of, pin_text, target_depth, versions
+from intarsia.commands.job import Job, calibration_of, pin_text, target_depth, versions, writes_some
 from intarsia.commands.plan import PlanResult
+from intarsia.commands.removal import verified
 from intarsia.disk import read_json
 from intarsia.errors import UserError
 from intarsia.evaluation.speed import peak_memory_bytes
@@ -32,12 +32,14 @@ from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.registry import Chosen
 from intarsia.run_dir import RunDir
 
+_BLOCKS = 0.1
+"""What comparing blocks takes, as a share of a heal stage, about."""
 BASE = "base"
 """What the model is called in the recipes of a plan."""
 
 
 class Planning:
-    """A plan that is asked for, checked.
+    """A checked plan, ready to be worked on.
 
     Attributes:
         target: the depth to come to.
@@ -83,14 +85,14 @@ class Planning:
 
     def heal_passes_at_most(self, stages: Sequence[Chosen]) -> float:
         """Passes over the calibration text of those heal stages that say how many they take."""
-        starts = 1 + self.planner.blocks + (self.planner.in_loop is not None)
+        starts = self.planner.finalists + self.planner.blocks + (self.planner.in_loop is not None)
         known = [each.settings.passes_at_most for each in stages if hasattr(each.settings, "passes_at_most")]
         architecture, tokens = self.job.checkpoint.architecture, self.job.spec.tokens
         return sum(passes(architecture, starts=starts, tokens=tokens) for passes in known)
 
     def weights(self, stages: Sequence[Chosen]) -> dict[str, float]:
         """Passes over the calibration text that each part of a compression takes, roughly."""
-        writing = 2.5 * (1 + 2 / 8) if self.job.writes_text else 0.1
+        writing = 2.5 * (1 + 2 / 8) if writes_some(",".join(self.job.spec.sources)) else 0.1
         healing = self.heal_passes_at_most(stages)
         planning = 1.0 + (self.estimate.passes_at_most - 1.0) / 2  # most candidates leave the race early
         return {"text": writing, "planning": planning, "healing": healing, "building": 0.2, "evaluation": 1.0}
@@ -105,7 +107,7 @@ class Planning:
         settings, ladder = self.settings(run), Ladder(run)
         run.check(settings)
         if not ladder.reaches(self.target):
-            _ = self.job.text.calibration  # a mistyped text must leave no folder behind
+            _ = self.job.text.calibration  # a mistyped text must leave no folder
         try:
             with run.opened(settings):
                 yield ladder
@@ -113,7 +115,7 @@ class Planning:
             self.close()
 
     def close(self) -> None:
-        """Let go of the model that is planned with."""
+        """Free the model that is planned with."""
         if self._model is not None and self._shared is None:
             self._model.close()
         self._model = None
@@ -127,15 +129,7 @@ class Planning:
         if self._shared is not None:
             self._model = self._shared(self.planner)
         elif self._model is None:
-            placed = self.job.placement
-            model = self._model = Intermediate(
-                self.job.resident,
-                self.job.text.calibration,
-                original_ops(BASE, self.job.checkpoint.architecture.n_layers),
-                batch_tokens=placed.batch_tokens,
-                memory_budget=placed.memory_budget(scratch),
-                after_final_norm=self.planner.after_final_norm,
-            )
+            model = self._model = original(self.job, scratch, after_final_norm=self.planner.after_final_norm)
             model.look_at(self.planner.plan_tokens)
             if self.planner.measures or self.planner.progressive or self.planner.blocks:
                 model.refresh()
@@ -147,13 +141,23 @@ class Planning:
         elif self._model.kept:
             self._model.rewind()
         self._model.look_at(self.planner.plan_tokens)
+        self._model.criterion = self.planner.criterion
         return self._model
 
     def states(self) -> TeacherStates | None:
         """The original's hidden states, where they were measured and kept."""
         return self._model.original() if self._model is not None and self._model.kept else None
 
-    def blocks(self, ladder: Ladder, recipe: Recipe) -> tuple[Start, ...]:
+    def starts(self, ladder: Ladder, recipe: Recipe) -> tuple[Start, ...]:
+        """Other models of the same depth that the final heal starts from too: finalists of the method, and blocks."""
+        architecture = self.job.checkpoint.architecture
+        whole = identity(recipe.variant(recipe.base), recipe.depth).layers
+        steps = [entry["evidence"] for entry in ladder.log() if entry["layers"] == len(recipe.layers)]
+        others = self.planner.other_finalists(steps[0], whole, architecture) if steps else {}
+        found = (Start(name=name, recipe=recipe.with_layers(layers)) for name, layers in others.items())
+        return (*found, *self._blocks(ladder, recipe))
+
+    def _blocks(self, ladder: Ladder, recipe: Recipe) -> tuple[Start, ...]:
         """The original without each of the best blocks of layers, as far as the method asks for them; recorded."""
         removed = recipe.depth - len(recipe.layers)
         if not self.planner.blocks or removed < 1:
@@ -164,7 +168,7 @@ class Planning:
             ladder.run.write_json(name, {"blocks": best_blocks(model, removed, self.planner.blocks)})
         remedy = "Delete it; the blocks are then compared again."
         found = read_json(ladder.path / name, expected="blocks of layers", remedy=remedy)
-        return starts_of(recipe, found["blocks"])
+        return starts_of(recipe, found["blocks"], self.job.checkpoint.architecture)
 
     def settings(self, run: RunDir) -> dict[str, Any]:
         """What decides the plan; `Runtime` does not.
@@ -257,6 +261,23 @@ class Planning:
         return whole.with_layers(whole.layers, provenance=provenance)
 
 
+def original(job: Job, scratch: Path, *, after_final_norm: bool) -> Intermediate:
+    """The whole model, not measured yet.
+
+    Args:
+        scratch: where hidden states go that do not fit into memory.
+        after_final_norm: whether the last layer is measured after the final norm.
+    """
+    return Intermediate(
+        job.resident,
+        job.text.calibration,
+        original_ops(BASE, job.checkpoint.architecture.n_layers),
+        batch_tokens=job.placement.batch_tokens,
+        memory_budget=job.placement.memory_budget(scratch),
+        after_final_norm=after_final_norm,
+    )
+
+
 def heal_recipe(
     planning: Planning, ladder: Ladder, recipe: Recipe, stages: Sequence[Chosen], *, states: TeacherStates | None = None
 ) -> Healed | None:
@@ -272,9 +293,9 @@ def heal_recipe(
         return None
     job = planning.job
     pin_text(ladder.run, job)
-    with progress.current().task("", 1 + len(stages)) as task:
-        starts = planning.blocks(ladder, recipe)
-        task.advance()
+    with progress.current().task("", _BLOCKS + len(stages)) as task:
+        starts = planning.starts(ladder, recipe)
+        task.advance(_BLOCKS)
         context = HealContext(
             run=ladder.run,
             variants={recipe.base: job.checkpoint},

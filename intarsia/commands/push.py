@@ -43,8 +43,8 @@ def push(
     source: Annotated[Path, Flag(positional=True, metavar="FOLDER|FILE", help="A built model, or an exported file.")],
     repository: Annotated[str, Flag(positional=True, metavar="NAME", help="`name` or `owner/name`.")],
     *,
-    private: Annotated[bool, Flag(help="Make a new repository private.")] = False,
-    dry_run: Annotated[bool, Flag(help="Say what would be sent, and send nothing.")] = False,
+    private: Annotated[bool, Flag(help="Make a new hub repository private.")] = False,
+    dry_run: Annotated[bool, Flag(help="Print what would be sent; send nothing.")] = False,
 ) -> PushResult:
     """Send a model folder with its card, or a GGUF file, to the HuggingFace hub.
 
@@ -61,7 +61,7 @@ def push(
         raise UserError(f"{source} is {found}.", "Pass what `build`, `compress`, `heal` or `export` has written.")
     wanted = parcel(source, repository, private=private, account=account_for(repository))
     for place in wanted.mentions:
-        progress.current().say(f"the recipe that goes along names a place on this machine: {place}")
+        progress.current().say(f"the uploaded recipe names a place on this machine: {place}")
     return PushResult(source=source, parcel=wanted, address=None if dry_run else send(source, wanted))
 
 
@@ -89,8 +89,3 @@ def push_later(repository: str | None, *, private: bool, dry_run: bool = False) 
         return dataclasses.replace(result, push=facts)  # type: ignore[type-var]
 
     return send_off
-
-
-def without_push(data: dict[str, Any]) -> dict[str, Any]:
-    """A result as plain data; `push` only where something was sent."""
-    return {key: value for key, value in data.items() if key != "push" or value is not None}

@@ -100,7 +100,7 @@ def open_variants(recipe: Recipe, progress: Progress | None = None) -> dict[str,
     """
     variants: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
-    # The base first: adapters among the others are laid over it.
+    # The base first: adapters among the others are merged into it.
     for variant in sorted(recipe.variants, key=lambda variant: variant.name != recipe.base):
         base = variants.get(recipe.base)
         checkpoint = open_variant(variant.model, revision=variant.revision, base=base, progress=progress)

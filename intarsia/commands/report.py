@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from intarsia.commands.result import Result
 from intarsia.errors import UserError, check
 from intarsia.flags import Flag
 from intarsia.options import Runtime
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from intarsia.commands.job import Placement
-    from intarsia.data.corpus import Corpus
 
 REPORT = "report.html"
 PROMPTS = (
@@ -31,7 +31,7 @@ PROMPTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportResult:
+class ReportResult(Result):
     """A written report."""
 
     out: Path
@@ -41,10 +41,6 @@ class ReportResult:
     written: int
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**asdict(self), "out": str(self.out), "runs": list(self.runs)}
-
 
 def report(
     *runs: Annotated[
@@ -52,11 +48,12 @@ def report(
         Flag(metavar="RUN", commas=False, help="Run folders, comparisons, and models that intarsia has built."),
     ],
     out: Annotated[Path, Flag(names=("--out", "-o"), metavar="FILE", help="The HTML file.")] = Path("report.html"),
-    generate: Annotated[bool, Flag(help="Let each model and its original answer prompts, side by side.")] = False,
+    generate: Annotated[bool, Flag(help="Show answers of each model and its original to some prompts.")] = False,
     prompt: Annotated[
-        tuple[str, ...], Flag(metavar="TEXT", commas=False, help="A prompt to answer; may be given several times.")
-    ] = PROMPTS,
-    new_tokens: Annotated[int, Flag(metavar="N", help="Most tokens of an answer.")] = 96,
+        tuple[str, ...],
+        Flag(metavar="TEXT", commas=False, help="A prompt to answer; may be given several times (default: three)."),
+    ] = (),
+    new_tokens: Annotated[int, Flag(metavar="N", help="Tokens per answer, at most.")] = 96,
     device: Annotated[str | None, Flag(help="Device: cpu, cuda, cuda:1 ... (default: the best available).")] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
@@ -70,13 +67,13 @@ def report(
         UserError: a run or the file cannot be used; nothing has been written then.
     """
     from intarsia.building.materialize import RECIPE_FILE
+    from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_no_input
-    from intarsia.commands.inputs import inputs_of
     from intarsia.commands.job import Placement
     from intarsia.reporting.model_report import is_model_folder
     from intarsia.reporting.page import report_html, write_report
 
-    started = time.perf_counter()
+    started, prompt = time.perf_counter(), prompt or PROMPTS
     out, paths = Path(out), [Path(run) for run in runs]
     if not paths:
         raise UserError("There is no run to report on.", "Name a run folder, or a model that intarsia has made.")
@@ -101,29 +98,6 @@ def report(
         written=sum(map(len, found.values())),
         seconds=time.perf_counter() - started,
     )
-
-
-def report_compression(out: Path, facts: Mapping[str, Any], corpus: Corpus | None) -> Path:
-    """Keep what a compression measured in the folder that it made, and write the report beside the model card.
-
-    Args:
-        facts: `CompressResult.to_dict()`.
-        corpus: what perplexity was measured on.
-    """
-    from intarsia.reporting.model_report import keep_measures
-    from intarsia.reporting.page import write_report
-
-    measured = ("model", "method", "before", "after", "healed", "layer_forwards", "seconds", "peak_memory_bytes")
-    kept = {name: facts[name] for name in measured} | {"run": Path(str(facts["run"])).name}
-    if facts.get("seconds_by_part"):
-        kept["seconds_by_part"] = facts["seconds_by_part"]
-    evaluation: dict[str, Any] | None = None
-    if corpus is not None:
-        evaluation = {"text": corpus.description, "sha256": corpus.sha256}
-        evaluation |= {"windows": len(corpus), "seq_len": corpus.seq_len}
-    keep_measures(out, {**kept, "evaluation": evaluation})
-    write_report([out], out / REPORT)
-    return out / REPORT
 
 
 def _side_by_side(

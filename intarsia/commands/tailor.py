@@ -5,26 +5,35 @@ Source: GPTailor, arXiv 2506.20480. All of a search is in its run folder (`intar
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from intarsia.errors import Problems, check
+from intarsia.disk import write_whole
+from intarsia.errors import Problems, UserError, check
 from intarsia.flags import Flag, flag, token_count
-from intarsia.options import Runtime
+from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.progress import current
 from intarsia.registry import Chosen, Engine, engines, loaded_plugins, planners
-from intarsia.tailoring.family_file import BASE, RANDOM_MIDDLE, FamilyFile, read_family_file
+from intarsia.run_dir import RunDir
+from intarsia.tailoring.family_file import BASE, RANDOM_MIDDLE, FamilyFile, ObjectiveSpec, read_family_file
 from intarsia.tailoring.run import FAMILY, TailorRun, is_tailor_run
 
 if TYPE_CHECKING:
+    from intarsia.commands.job import Job
     from intarsia.recipe.recipe import Recipe
     from intarsia.tailoring.engine import Predicted
     from intarsia.tailoring.evaluator import Evaluator
     from intarsia.tailoring.family import Family
     from intarsia.tailoring.history import Front
+    from intarsia.tailoring.translate import Translator
+    from intarsia.tailoring.warm_start import WarmStart
+
+_LEAST_TOKENS, _SEQ_LEN = 128, 512
+"""Of the text that planners and sensitivities are measured on: the fewest tokens, and those of a sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +42,19 @@ class SearchOptions:
 
     # Trials to make (default: what the family file says).
     trials: int | None = flag(None, metavar="N")
-    # Of a finished search: this many more trials. One that is not finished continues to its end first.
+    # Trials to add to a finished search; an unfinished one is finished first.
     more_trials: int | None = flag(None, metavar="N")
-    # Text for planners and for concatenation (default: what the objectives show the search).
+    # Text for planners and channel scores (default: the examples that the objectives search on).
     calibration: tuple[str, ...] = flag((), metavar="SPEC")
     # Tokens of that text, at most.
     tokens: int = flag(8192, metavar="N", parse=token_count)
-    # Trials at once, each in a process of its own (default: 1, in this one).
+    # Trials at a time, each in a process of its own (default: 1, in this process).
     workers: int | None = flag(None, metavar="N")
     # Run trials on the workers of a Dask scheduler, such as tcp://host:8786.
     scheduler: str | None = flag(None, metavar="ADDRESS")
-    # For a dry run: where config files of models on the hub are, as DIR/ORGANISATION/NAME/config.json.
+    # For a dry run: config files of hub models, as DIR/ORGANISATION/NAME/config.json.
     configs: Path | None = flag(None, metavar="DIR")
-    # Print the size of the space, the budgets and the cost; only config files are read.
+    # Print the size of the search space, the budgets and the cost; only config files are read.
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -68,9 +77,9 @@ class FinalOptions:
 
     # Build the incumbent into RUN/best.
     build: bool = True
-    # Score the incumbent on examples that the search has not seen.
+    # Score the incumbent on unseen examples.
     judge: bool = True
-    # Unseen examples of each objective to score it on, at most.
+    # Unseen examples per objective, at most.
     judge_examples: int = flag(1000, metavar="N")
 
     def __post_init__(self) -> None:
@@ -81,9 +90,9 @@ class FinalOptions:
 def tailor(
     source: Annotated[
         Path,
-        Flag(positional=True, metavar="FAMILY.yaml|RUN", help="A family file, or the folder of a search to resume."),
+        Flag(positional=True, metavar="FAMILY.yaml|RUN", help="A family file, or the run folder of a search."),
     ],
-    out: Annotated[Path | None, Flag(names=("--out", "-o"), metavar="RUN", help="Folder of the search.")] = None,
+    out: Annotated[Path | None, Flag(names=("--out", "-o"), metavar="DIR", help="Run folder of the search.")] = None,
     *,
     engine: Engine = None,
     search: SearchOptions = SearchOptions(),
@@ -92,7 +101,7 @@ def tailor(
 ) -> TailorResult:
     """Search for the best small model that can be made of a family: remove, select, merge and join layers.
 
-    Stopped at any point, the same command resumes; with one worker the log is then that of an undisturbed search.
+    If it is interrupted, the same command resumes.
     `intarsia build RUN --best NAME` (or --knee, --trial N) builds any trial.
 
     Raises:
@@ -101,7 +110,6 @@ def tailor(
     from intarsia.checkpoint.hashing import acting_config
     from intarsia.checkpoint.staging import check_no_input
     from intarsia.commands.job import Placement, versions
-    from intarsia.commands.tailor_start import SearchStart
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.reporting.page import write_report
     from intarsia.tailoring.engine import Task, budget_ladder, predict
@@ -216,7 +224,7 @@ class _Plan:
 
 
 def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, runtime: Runtime) -> _Plan:
-    """Read and check what is asked for; nothing is opened yet.
+    """Read and check the options and the family file; nothing is opened yet.
 
     Raises:
         UserError: with everything that is wrong with the options or the family file.
@@ -259,13 +267,166 @@ def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, ru
 
 def _inputs(file: FamilyFile, texts: Iterable[str], files: Iterable[Path]) -> list[Path]:
     """All files and folders that a search reads: members, objectives' sources, earlier runs, texts."""
-    from intarsia.commands.inputs import inputs_of
+    from intarsia.checkpoint.resolve import inputs_of
 
     return inputs_of(
         models=[member.model for member in file.members.values()],
         texts=[*texts, *(objective.source for objective in file.objectives)],
         files=[*files, *(name for name in file.search.warm_start if name not in (RANDOM_MIDDLE, *planners.names))],
     )
+
+
+class SearchStart:
+    """What a search starts with: sensitivities of pieces, and sensible candidates. Each is made once and kept.
+
+    Planners and sensitivities are measured on the same text: what the objectives show of their sources to the search.
+    """
+
+    def __init__(self, file: FamilyFile, search: SearchOptions, runtime: Runtime, run: TailorRun) -> None:
+        self.file, self.search, self.runtime, self.run = file, search, runtime, run
+        self._job: Job | None = None
+
+    def sensitivities(self, family: Family) -> dict[Any, Any]:
+        """The sensitivities of all members' pieces.
+
+        Raises:
+            UserError: something measured is not finite, or the disk is full.
+        """
+        from intarsia.tailoring import warm_start
+        from intarsia.tailoring.final import SENSITIVITIES
+
+        path = self.run.path / SENSITIVITIES
+        if not path.exists():
+            corpus = self.job.text.calibration
+            self.job.release()
+            found = warm_start.measure(family.checkpoints(), corpus, device=self.job.device, dtype=self.job.dtype)
+            warm_start.save(found, path)
+        return warm_start.load(path)
+
+    def start(self, translator: Translator) -> WarmStart:
+        """The candidates to start with, and trials of earlier searches.
+
+        Raises:
+            UserError: an earlier run cannot be read.
+        """
+        from intarsia.tailoring.warm_start import WarmStart
+
+        path = self.run.path / "warm_start.json"
+        if not path.exists():
+            parts = []
+            for name in self.file.search.warm_start:
+                found = self._one(name, translator)
+                if not found.starts and not found.earlier:
+                    current().say(f"warm start {name}: nothing in it fits this space")
+                parts.append(found)
+            if self._job is not None:
+                self._job.release()
+            WarmStart.joined(parts).save(path)
+        return WarmStart.load(path)
+
+    def _one(self, name: str, translator: Translator) -> WarmStart:
+        from intarsia.tailoring.warm_start import WarmStart, from_search, random_middles
+
+        space = translator.space
+        if name == RANDOM_MIDDLE:
+            return WarmStart(starts=tuple(random_middles(space, self.file.search.seed)))
+        if name in planners:
+            if space.kind != "cut":
+                return WarmStart()
+            return _of_ladder(self._planned(name, space.target), translator, name)
+        if not is_tailor_run(Path(name)):
+            return _of_ladder(Path(name), translator, name)
+        earlier = TailorRun(name)
+        return from_search(
+            earlier.trials, earlier.front, translator, name, same=_measured(earlier) == _measured(self.run)
+        )
+
+    def _planned(self, method: str, layers: int) -> Path:
+        """The run folder of a planner, down to that depth."""
+        from intarsia.commands.planning import Planning
+
+        run = self.run.path / "plans" / method
+        planning = Planning(self.job, Target(layers=layers), planners.choose(method))
+        with planning.opened(RunDir(run)) as ladder:
+            planning.work(ladder)
+        return run
+
+    @property
+    def job(self) -> Job:
+        """The base with its calibration text: as many tokens as there are; shorter sequences where they are few."""
+        if self._job is None:
+            sources = self.search.calibration or tuple(self._shown()) or ("self",)
+            self._job = self._with_text(sources)
+        return self._job
+
+    def _with_text(self, sources: tuple[str, ...]) -> Job:
+        from intarsia.commands.job import Job
+
+        base, tokens = self.file.base, self.search.tokens
+        while True:
+            seq_len = min(_SEQ_LEN, max(tokens // (4 * len(sources)), 16))
+            job = Job(ModelRef(model=base.model, revision=base.revision, dequantize=True), runtime=self.runtime)
+            positions = job.checkpoint.architecture.config.get("max_position_embeddings")
+            seq_len = min(seq_len, positions) if isinstance(positions, int) else seq_len
+            text = TextSpec(sources=sources, tokens=tokens, seq_len=seq_len, seed=self.file.search.seed)
+            job = Job(job.checkpoint, text, self.runtime)
+            try:
+                _ = job.text.calibration
+            except UserError:
+                if tokens // 2 < _LEAST_TOKENS:
+                    raise
+                tokens //= 2
+                continue
+            return job
+
+    def _shown(self) -> Iterator[str]:
+        """What the objectives show of their sources, as specs; items of tasks in a file of the run folder."""
+        from intarsia.tailoring.objective import part_of
+
+        lines: list[str] = []
+        for objective in self.file.objectives:
+            texts = _items(objective)
+            if texts is None and objective.kind != "task":
+                yield part_of(objective)
+            lines += [json.dumps({"text": text}) for text in texts or ()]
+        if lines:
+            path = self.run.artifact("calibration.jsonl")
+            write_whole(path, "\n".join(lines) + "\n")
+            yield str(path)
+
+
+def _of_ladder(path: Path, translator: Translator, name: str) -> WarmStart:
+    from intarsia.pruning.ladder import Ladder
+    from intarsia.tailoring.warm_start import WarmStart, from_recipe
+
+    ladder, target = Ladder.existing(path), translator.space.target
+    if target not in ladder.depths():
+        return WarmStart()
+    return WarmStart(starts=tuple(from_recipe(ladder.recipe(target), translator, name)))
+
+
+def _measured(run: TailorRun) -> list[object]:
+    """What two searches must share for their costs to be comparable."""
+    facts = run.settings
+    objectives = [[entry[key] for key in ("name", "kind", "metric", "sha256")] for entry in facts["objectives"]]
+    hashes = {name: member["sha256"] for name, member in facts["members"].items()}
+    return [objectives, hashes, facts["config"], facts["heal"], facts["dtype"]]
+
+
+def _items(objective: ObjectiveSpec) -> list[str] | None:
+    """The items that an objective shows, as text; None where its source is no file of items."""
+    from intarsia.evaluation.task_file import names_a_file, read_questions, read_targets
+    from intarsia.tailoring.objective import part_of
+
+    if not names_a_file(objective.source):
+        return None
+    part = part_of(objective)
+    if objective.kind == "task":
+        return [f"{question.query} {question.choices[question.gold]}" for question in read_questions(part)[1]]
+    try:
+        return [f"{target.query} {target.target}" for target in read_targets(part)[1]]
+    except UserError:
+        return None  # a file of texts, which is read as such
 
 
 def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final: FinalOptions) -> dict[str, Any]:

@@ -72,11 +72,11 @@ class Corpus:
             UserError: there are fewer.
         """
         if not 1 <= n <= len(self):
-            raise UserError.of(
-                where=f"corpus {self.description}",
-                expected=f"at least {n} sequences of {self.seq_len} tokens (and at least 1)",
-                found=str(len(self)),
-                remedy="Ask for fewer sequences, or give more tokens.",
+            raise UserError(
+                f"corpus {self.description}: "
+                f"expected at least {n} sequences of {self.seq_len} tokens (and at least 1); "
+                f"found {len(self)}.",
+                "Ask for fewer sequences, or give more tokens.",
             )
         return self._part(slice(0, n), f"the first {n} sequences of {self.description}")
 
@@ -88,11 +88,10 @@ class Corpus:
         """
         assert 0.0 < fraction < 1.0
         if len(self) < 2:
-            raise UserError.of(
-                where=f"corpus {self.description}",
-                expected="at least 2 sequences, so that some can be held out",
-                found=str(len(self)),
-                remedy="Give more tokens, or a smaller sequence length.",
+            raise UserError(
+                f"corpus {self.description}: expected at least 2 sequences, so that some can be held out; "
+                f"found {len(self)}.",
+                "Give more tokens, or a smaller sequence length.",
             )
         n = min(max(round(len(self) * fraction), 1), len(self) - 1)
         rest = len(self) - n
@@ -134,11 +133,11 @@ def tokenize(
             has no embedding of (see `limited`).
     """
     if seq_len < 2 or tokens < seq_len:
-        raise UserError.of(
-            where=f"sizes of {description}",
-            expected="a sequence length of at least 2, and at least as many tokens as one sequence has",
-            found=f"a sequence length of {seq_len} and {tokens} tokens",
-            remedy="Ask for more tokens or shorter sequences.",
+        raise UserError(
+            f"sizes of {description}: "
+            "expected a sequence length of at least 2, and at least as many tokens as one sequence has; "
+            f"found a sequence length of {seq_len} and {tokens} tokens.",
+            "Ask for more tokens or shorter sequences.",
         )
     bos = _own_bos(tokenizer)
     body = seq_len - len(bos)
@@ -148,11 +147,10 @@ def tokenize(
     there, least = stream.size // body, wanted if least is None else least
     if there < least:
         most = f" Pass at most {there * seq_len} tokens," if there else " Use shorter sequences,"
-        raise UserError.of(
-            where=description,
-            expected=f"at least {least * body} tokens ({least} sequences of {seq_len})",
-            found=f"{stream.size} tokens",
-            remedy=f"Pass a longer text.{most} or several sources.",
+        raise UserError(
+            f"{description}: expected at least {least * body} tokens ({least} sequences of {seq_len}); "
+            f"found {stream.size} tokens.",
+            f"Pass a longer text.{most} or several sources.",
         )
     chosen = torch.arange(min(wanted, there))
     if shuffle:

@@ -216,11 +216,10 @@ def _draw(logits_BV: Tensor, answering_B: Tensor, chance: torch.Generator, sampl
     """One token a row: top-k, then top-p of what that leaves, by inversion of the summed probabilities."""
     top_BK, ids_BK = logits_BV.topk(min(sampling.top_k, logits_BV.shape[1]), dim=-1)  # a NaN counts as the greatest
     if not bool(top_BK[:, 0].isfinite().all()):
-        raise UserError.of(
-            where="calibration text self: the logits of the model that writes",
-            expected="finite numbers",
-            found="NaN or infinity",
-            remedy="Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
+        raise UserError(
+            "calibration text self: the logits of the model that writes: expected finite numbers; "
+            "found NaN or infinity.",
+            "Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
         )
     heat_B = torch.where(answering_B, sampling.answer_temperature, sampling.temperature)
     p_BK = (top_BK.float() / heat_B[:, None]).softmax(-1)

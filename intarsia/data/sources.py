@@ -86,7 +86,7 @@ def _parse_hub(spec: str) -> Source:
 
 def source_error(where: str, expected: str, found: str, remedy: str) -> UserError:
     """An error in a source."""
-    return UserError.of(where=f"text source {where}", expected=expected, found=found, remedy=remedy)
+    return UserError(f"text source {where}: expected {expected}; found {found}.", remedy)
 
 
 Reader: TypeAlias = Callable[[Source, int | None, int | None], Iterator[str]]

@@ -172,4 +172,4 @@ def _records_of(plain: BinaryIO, where: str) -> BinaryIO:
 
 
 def _wrong(where: str, expected: str, found: str, remedy: str) -> UserError:
-    return UserError.of(where=f"text source {where}", expected=expected, found=found, remedy=remedy)
+    return UserError(f"text source {where}: expected {expected}; found {found}.", remedy)

@@ -24,7 +24,7 @@ from intarsia.checkpoint.gguf_source import divisors, need_gguf
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.staging import check_room
 from intarsia.disk import replaced
-from intarsia.errors import Problem, UserError
+from intarsia.errors import Problem, Problems, UserError
 from intarsia.exporting.gguf_tokenizer import GgufTokenizer, add_tokenizer, gguf_tokenizer
 from intarsia.progress import Progress, current
 
@@ -97,17 +97,13 @@ def plan_gguf(
         UserError: the package `gguf` is not there, or the model cannot be written as GGUF.
     """
     if kind not in KINDS:
-        raise UserError.of(
-            where="--gguf", expected=f"one of {', '.join(KINDS)}", found=repr(kind), remedy="Choose one of them."
-        )
+        raise UserError(f"--gguf is {kind!r}.", f"Choose one of {', '.join(KINDS)}.")
     need_gguf("export --gguf", extra="gguf")
     family = str(checkpoint.config["model_type"])
     if family not in _GRAPHS:
-        raise UserError.of(
-            where=f"{checkpoint.folder}: model_type",
-            expected=f"a family that is exported to GGUF: {', '.join(_GRAPHS)}",
-            found=family,
-            remedy="Use llama.cpp's own converter, convert_hf_to_gguf.py, on the folder: it is a stock checkpoint.",
+        raise UserError(
+            f"{checkpoint.folder}: models of type {family} are not exported to GGUF, only {', '.join(_GRAPHS)}.",
+            "Use llama.cpp's own converter, convert_hf_to_gguf.py, on the folder: it is a stock checkpoint.",
         )
     config: Any = stock_config(checkpoint)
     _refuse_unsupported(checkpoint, config)
@@ -132,12 +128,10 @@ def plan_gguf(
 def _refuse_unsupported(checkpoint: Checkpoint, config: Any) -> None:
     rope = config.rope_parameters
     qk_biases = any(name.endswith(("q_proj.bias", "o_proj.bias")) for name in checkpoint.headers)
-    problems = [
+    Problems(
         Problem(
-            where=str(checkpoint.folder),
-            expected="only what GGUF and llama.cpp have a place for",
-            found=found,
-            remedy="Run the folder with transformers or vLLM instead.",
+            f"{checkpoint.folder}: GGUF and llama.cpp have no place for {found}.",
+            "Run the folder with transformers or vLLM instead.",
         )
         for wrong, found in (
             (config.hidden_act != "silu", f"the activation {config.hidden_act}"),
@@ -146,9 +140,7 @@ def _refuse_unsupported(checkpoint: Checkpoint, config: Any) -> None:
             (checkpoint.config["model_type"] == "qwen3" and qk_biases, "biases of attention in Qwen3"),
         )
         if wrong
-    ]
-    if problems:
-        raise UserError(problems)
+    ).raise_any()
 
 
 def _context(layer_types: tuple[str, ...] | None, config: Any) -> tuple[int, str | None]:
@@ -212,13 +204,11 @@ def check_file(out: Path, *, overwrite: bool, nbytes: int = 0) -> None:
     """
     remedy = "Choose another name for the file."
     if out.is_dir():
-        raise UserError.of(where=str(out), expected="a file that can be made", found="a folder", remedy=remedy)
+        raise UserError(f"The output {out} is a folder.", remedy)
     if out.exists() and not overwrite:
-        raise UserError.of(
-            where=str(out),
-            expected="an output file that does not exist yet",
-            found="a file",
-            remedy="Choose another one, or pass --overwrite to replace it.",
+        raise UserError(
+            f"The output file {out} exists already.",
+            "Choose another one, or pass --overwrite to replace it.",
         )
     check_room(out, nbytes)
 
@@ -326,11 +316,9 @@ def _converted(part: Tensor, tensor: GgufTensor) -> npt.NDArray[Any]:
     if tensor.kind == "F16":
         part = part.to(torch.float16)
     if not bool(torch.isfinite(part).all()):
-        raise UserError.of(
-            where=f"tensor {tensor.source}",
-            expected=f"numbers that {tensor.kind} can hold",
-            found="larger ones, NaN or infinity",
-            remedy="Export as BF16 or F32.",
+        raise UserError(
+            f"The tensor {tensor.source} has NaN, infinity or numbers that {tensor.kind} cannot hold.",
+            "Export as BF16 or F32.",
         )
     if tensor.kind == "F16":
         return part.contiguous().numpy()

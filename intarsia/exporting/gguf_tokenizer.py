@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.errors import UserError
+from intarsia.errors import UserError, few
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -93,22 +93,18 @@ def gguf_tokenizer(folder: Path, tokenizer: Any, vocabulary: int, *, pre: str | 
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise UserError.of(
-            where=str(folder),
-            expected="a tokenizer.json",
-            found="none",
-            remedy="Save it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER).",
+        raise UserError(
+            f"{folder} has no tokenizer.json.",
+            "Save it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER).",
         )
     data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return data
 
 
 def _unsupported(folder: Path, found: str) -> UserError:
-    return UserError.of(
-        where=str(folder / "tokenizer.json"),
-        expected="byte-level BPE, or BPE with byte fallback as SentencePiece has it",
-        found=found,
-        remedy="Use llama.cpp's own converter, convert_hf_to_gguf.py, on the folder: it is a stock checkpoint.",
+    return UserError(
+        f"{folder / 'tokenizer.json'} is {found}; byte-level BPE, and BPE with byte fallback, are written.",
+        "Use llama.cpp's own converter, convert_hf_to_gguf.py, on the folder: it is a stock checkpoint.",
     )
 
 
@@ -120,11 +116,9 @@ def _tokens(folder: Path, vocab: Mapping[str, int], added: Mapping[int, Any], vo
     ]
     beyond = [token for index, token in pairs if index >= vocabulary]
     if beyond:
-        raise UserError.of(
-            where=str(folder / "tokenizer.json"),
-            expected=f"at most {vocabulary:,} tokens, one for each row of the embedding",
-            found=f"{beyond[0]!r} and {len(beyond) - 1} more after them",
-            remedy="Tokenizer and weights do not belong together; get the checkpoint again.",
+        raise UserError(
+            f"{folder / 'tokenizer.json'}: the embedding has {vocabulary:,} rows, and none for {few(beyond)}.",
+            "Tokenizer and weights do not belong together; get the checkpoint again.",
         )
     for index, token in pairs:
         tokens[index] = token
@@ -198,11 +192,10 @@ def _pre(folder: Path, data: Mapping[str, Any]) -> str:
     others = [step for step in _steps(data.get("normalizer"), "normalizers") if step["type"] != "NFC"]
     if name is None or others:
         text = " then ".join([*(str(step) for step in others), *steps]) or "nothing"
-        raise UserError.of(
-            where=str(folder / "tokenizer.json"),
-            expected=f"a rule for splitting text that is known: {', '.join(_SPLITS.values())}",
-            found=text if len(text) < 300 else text[:300] + " ...",
-            remedy="Where you know what llama.cpp calls this rule, pass --tokenizer-pre NAME.",
+        raise UserError(
+            f"{folder / 'tokenizer.json'} splits text by a rule that is none of {', '.join(_SPLITS.values())}: "
+            f"{text if len(text) < 300 else text[:300] + ' ...'}.",
+            "Where you know what llama.cpp calls this rule, pass --tokenizer-pre NAME.",
         )
     return name
 

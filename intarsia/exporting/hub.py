@@ -110,20 +110,15 @@ def _not_reached(repository: str, error: Exception, then: str) -> UserError:
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.HFValidationError):
-        found, remedy = "a name that the hub does not take", _OWNER
+        found, remedy = "it is no name of a repository", _OWNER
     elif isinstance(error, errors.LocalTokenNotFoundError) or status == 401:
         found, remedy = "nobody is logged in", "Run `hf auth login` with a token that may write."
     elif status == 403:
-        found = "an account that may not write there"
+        found = "this account may not write there"
         remedy = "Use a token that may write, and a repository of your own or of an organisation you belong to."
     elif isinstance(error, errors.OfflineModeIsEnabled):
         found, remedy = "HF_HUB_OFFLINE is set", "Unset it."
     else:
         text = str(error).splitlines()[0] if str(error) else "no message"
         found, remedy = f"{type(error).__name__}: {text}", "Look at the network, and try again."
-    return UserError.of(
-        where=f"hub repository {repository}",
-        expected="a hub that takes the model",
-        found=found,
-        remedy=f"{remedy} {then}",
-    )
+    return UserError(f"The hub does not take {repository}: {found}.", f"{remedy} {then}")

@@ -1,36 +1,37 @@
 """What every runtime may expect of a model folder, checked on its files and by loading and running it.
 
-A folder that keeps this contract is a stock checkpoint: a class that transformers has, a config that agrees with
-itself and with the weights, and files that are whole. `verify_tokenizer` compares with the model it was made from.
+A folder that passes is a stock checkpoint: a class that transformers has, a config that agrees with itself and with
+the weights, and files that are whole. A check is a function of a `Subject`: it returns what it found, and raises
+`UserError` where something is wrong, or `Skipped`. Those of the tokenizer are in `verify_tokenizer`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_all_headers, read_config
-from intarsia.checkpoint.hashing import SUMS_FILE, differing, read_sums
+from intarsia.checkpoint.hashing import SUMS_FILE, differing, read_sums, scan
 from intarsia.checkpoint.multimodal import NESTED, is_wrapped, unwrap
 from intarsia.checkpoint.reader import Checkpoint, architecture_of
 from intarsia.checkpoint.tensor_file import TensorHeader, read_headers
 from intarsia.checkpoint.writer import CODE, stock_classes
-from intarsia.errors import Problem, UserError
-from intarsia.inspection.structure import quiet
-from intarsia.progress import Progress
+from intarsia.errors import Problem, Problems, UserError, check, few
+from intarsia.progress import current, quiet_transformers
 
 Outcome = Literal["ok", "failed", "skipped"]
 _MOST_NAMED = 5
 _BUILD_AGAIN = "Build the folder again."
 _TEXT = "A model that was made shallower should still say what it said before, word by word"
 _NEW_TOKENS = 12
-UNTIED = (
+_UNTIED = (
     "The config ties the head to the embedding, and the files hold another one.",
     "Set tie_word_embeddings to false: runtimes differ in which of the two they use.",
 )
@@ -52,36 +53,45 @@ class Skipped(Exception):
     """Raised inside a check that has nothing to look at; its text says why."""
 
 
-def checked(name: str, look: Callable[[], str]) -> Check:
-    """What `look` finds; the problems of a `UserError` that it raises are the failure."""
+class Subject:
+    """The folder that is checked, with what earlier checks have opened."""
+
+    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
+        self.folder, self.max_shard_bytes = folder, max_shard_bytes
+        self.opened: Checkpoint | None = None
+        self.model: Any = None
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The folder as a checkpoint.
+
+        Raises:
+            Skipped: the check `tensors` has failed.
+        """
+        if self.opened is None:
+            raise Skipped("the tensors are not those of the config")
+        return self.opened
+
+
+def checked(name: str, look: Callable[[Subject], str], subject: Subject) -> Check:
+    """The outcome of one check."""
     try:
-        return Check(check=name, outcome="ok", found=look())
+        return Check(check=name, outcome="ok", found=look(subject))
     except Skipped as reason:
         return Check(check=name, outcome="skipped", found=str(reason))
     except UserError as error:
         named = [problem.message.removesuffix(".") for problem in error.problems]
-        more = len(named) - _MOST_NAMED
-        text = "; ".join([*named[:_MOST_NAMED], *([f"and {more} more"] if more > 0 else [])])
-        return Check(check=name, outcome="failed", found=text, remedy=error.problems[0].hint)
+        more = [f"and {len(named) - _MOST_NAMED} more"] if len(named) > _MOST_NAMED else []
+        found = "; ".join([*named[:_MOST_NAMED], *more])
+        return Check(check=name, outcome="failed", found=found, remedy=error.problems[0].hint)
 
 
-def fail_if(problems: Sequence[Problem]) -> None:
-    """Fail the current check, if there are problems.
-
-    Raises:
-        UserError: there are.
-    """
-    if problems:
-        raise UserError(problems)
-
-
-def architecture(folder: Path) -> str:
+def architecture(subject: Subject) -> str:
     """The model's class is one of transformers' own, and the folder brings no code."""
     import transformers
 
-    config = read_config(folder)
-    where = str(folder / "config.json")
-    problems = []
+    folder = subject.folder
+    config, where, problems = read_config(folder), str(folder / "config.json"), Problems()
     for file in sorted(folder.glob("*.json")):
         named = json.loads(file.read_text(encoding="utf-8")) if file.name != INDEX_FILE else {}
         for holder in (named, named.get(NESTED)) if isinstance(named, dict) else ():
@@ -102,15 +112,16 @@ def architecture(folder: Path) -> str:
         problems.append(
             _problem(f"{where}: architectures", f"{stock}, as model_type is {kind}", classes[0], "Correct the config.")
         )
-    fail_if(problems)
+    problems.raise_any()
     assert isinstance(classes, list)
     return str(classes[0])
 
 
-def config_agrees(folder: Path) -> str:
+def config_agrees(subject: Subject) -> str:
     """The config is one of a known decoder, has every layer's entries, and transformers reads the same out of it."""
     from transformers import AutoConfig
 
+    folder = subject.folder
     config = read_config(folder)
     if is_wrapped(config):
         config = unwrap(config, read_all_headers(folder), where=str(folder))[0]
@@ -122,37 +133,34 @@ def config_agrees(folder: Path) -> str:
         raise UserError([_problem(str(folder / "config.json"), "a config that transformers reads", found)]) from error
     lists = {name: len(value) for name, value in (("layer_types", getattr(read, "layer_types", None)),) if value}
     depths = {"num_hidden_layers": read.num_hidden_layers, **lists}
-    fail_if(
-        [
-            _problem(f"{folder / 'config.json'}: {name}", f"{architecture.n_layers}, as in the file", str(depth))
-            for name, depth in depths.items()
-            if depth != architecture.n_layers
-        ]
-    )
+    Problems(
+        _problem(f"{folder / 'config.json'}: {name}", f"{architecture.n_layers}, as in the file", str(depth))
+        for name, depth in depths.items()
+        if depth != architecture.n_layers
+    ).raise_any()
     per_layer = [name for name in architecture.per_layer if name in config]
     return f"{architecture.n_layers} layers" + (f"; {', '.join(per_layer)} with an entry for each" if per_layer else "")
 
 
-def index_right(folder: Path, max_shard_bytes: int) -> str:
+def index_right(subject: Subject) -> str:
     """Every tensor is in the file that the index names, every file is named, and none is larger than asked for."""
+    folder, problems = subject.folder, Problems()
     headers = read_all_headers(folder)
     if (folder / SINGLE_FILE).exists():
         stray = [folder / INDEX_FILE] if (folder / INDEX_FILE).exists() else []
         files = {folder / SINGLE_FILE}
         beside = sorted(set(folder.glob("*.safetensors")) - files)
-        fail_if([_stray(file, f"no other weights beside {SINGLE_FILE}") for file in [*stray, *beside]])
+        problems += [_stray(file, f"no other weights beside {SINGLE_FILE}") for file in [*stray, *beside]]
     else:
         files = {header.file for header in headers.values()}
-        fail_if([*_index_problems(folder, headers, files)])
-    large = []
+        problems += _index_problems(folder, headers, files)
+    problems.raise_any()
     for file in sorted(files):
-        size = file.stat().st_size
+        most, size = subject.max_shard_bytes, file.stat().st_size
         alone = sum(header.file == file for header in headers.values()) == 1
-        if size > max_shard_bytes + _header_bytes(file) and not alone:
-            large.append(
-                _problem(str(file), f"at most {max_shard_bytes:,} bytes", f"{size:,}", "Use --max-shard-size.")
-            )
-    fail_if(large)
+        if size > most + _header_bytes(file) and not alone:
+            problems.append(_problem(str(file), f"at most {most:,} bytes", f"{size:,}", "Use --max-shard-size."))
+    problems.raise_any()
     return f"{len(headers)} tensors in {len(files)} file{'s' if len(files) > 1 else ''}"
 
 
@@ -165,7 +173,7 @@ def _index_problems(folder: Path, headers: Mapping[str, TensorHeader], files: se
         found = [header.name for header in read_headers(file)]
         extra = [name for name in found if name not in headers or headers[name].file != file]
         if extra:
-            problems.append(_problem(str(file), "only tensors that the index names", ", ".join(extra[:_MOST_NAMED])))
+            problems.append(_problem(str(file), "only tensors that the index names", few(extra)))
     index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
     metadata = index.get("metadata")
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
@@ -181,8 +189,22 @@ def _header_bytes(file: Path) -> int:
         return 8 + int.from_bytes(stream.read(8), "little")
 
 
-def dtype_kept(checkpoint: Checkpoint) -> str:
+def tensors(subject: Subject) -> str:
+    """All tensors of the config are there, in the right shapes, and no others."""
+    checkpoint = subject.opened = Checkpoint.open(subject.folder, model=str(subject.folder))
+    check((not checkpoint.untied, *_UNTIED))
+    return f"{len(checkpoint.headers) + len(checkpoint.kept)} tensors, {checkpoint.parameters:,} parameters"
+
+
+def finite(subject: Subject) -> str:
+    """No weight is NaN or infinite."""
+    scan(subject.checkpoint)
+    return "no NaN, no infinity"
+
+
+def dtype_kept(subject: Subject) -> str:
     """The embedding and most matrices have the config's dtype, in which transformers loads all of them."""
+    checkpoint = subject.checkpoint
     config = read_config(checkpoint.folder)
     holders = [config, config[NESTED]] if is_wrapped(config) else [config]
     names = {each.get("dtype") or each.get("torch_dtype") for each in holders} - {None}
@@ -192,74 +214,63 @@ def dtype_kept(checkpoint: Checkpoint) -> str:
     matrices = [each for each in checkpoint.headers.values() if len(each.shape) > 1 and each.dtype.is_floating_point]
     wanted = str(embedding.dtype).removeprefix("torch.")
     others = [header for header in matrices if header.dtype != embedding.dtype]
-    fail_if(
-        [
-            _problem(f"{checkpoint.folder / 'config.json'}: dtype", f"{wanted}, as the embedding has", str(name))
-            for name in sorted(map(str, names))
-            if name.removeprefix("torch.") != wanted
-        ]
-    )
+    Problems(
+        _problem(f"{checkpoint.folder / 'config.json'}: dtype", f"{wanted}, as the embedding has", str(name))
+        for name in sorted(map(str, names))
+        if name.removeprefix("torch.") != wanted
+    ).raise_any()
     if 2 * len(others) > len(matrices):
         found = f"{str(others[0].dtype).removeprefix('torch.')} for {len(others)} of {len(matrices)} matrices"
         raise UserError([_problem(str(checkpoint.folder), f"{wanted}, as the config says", found)])
     return wanted + (f", and {len(others)} matrices of another one" if others else "")
 
 
-def sums_right(folder: Path, *, built_here: bool, progress: Progress) -> str:
+def sums_right(subject: Subject) -> str:
     """Every listed file is there and has its hash."""
+    folder = subject.folder
     sums = read_sums(folder)
     if sums is None:
-        if not built_here:
+        if not (folder / RECIPE_FILE).is_file():
             raise Skipped(f"no {SUMS_FILE}, as the folder was not built by intarsia")
         raise UserError([_problem(str(folder), f"a {SUMS_FILE}", "none")])
     total = sum((folder / name).stat().st_size for name in sums if (folder / name).is_file())
-    with progress.task(f"checking {SUMS_FILE}", total) as task:
-        fail_if(differing(folder, sums, task.advance))
+    with current().task(f"checking {SUMS_FILE}", total) as task:
+        Problems(differing(folder, sums, task.advance)).raise_any()
     return f"{len(sums)} files"
 
 
 def _problem(where: str, expected: str, found: str, remedy: str = _BUILD_AGAIN) -> Problem:
-    return Problem(where=where, expected=expected, found=found, remedy=remedy)
+    return Problem(f"{where}: expected {expected}; found {found}.", remedy)
 
 
 def _stray(file: Path, expected: str) -> Problem:
     return _problem(str(file.parent), expected, file.name, "Remove the file: runtimes that load every one take it in.")
 
 
-def loads(folder: Path) -> tuple[str, Any]:
-    """What the auto class says while it loads the folder, and the model.
-
-    Raises:
-        UserError: it does not load, or tensors are missing, too many or of another shape.
-    """
+def loads(subject: Subject) -> str:
+    """The auto class loads the folder: no tensor is missing, too many or of another shape."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    folder, problems = subject.folder, Problems()
     auto: Any = AutoModelForImageTextToText if is_wrapped(read_config(folder)) else AutoModelForCausalLM
     try:
-        with quiet():
+        with quiet_transformers():
             model, info = auto.from_pretrained(
                 folder, dtype="auto", trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except Exception as error:  # loading fails in many ways, and each of them is the folder's failure
         found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError([_problem(str(folder), f"a folder that {auto.__name__} loads", found)]) from error
-    problems = []
-    for key, what in (
-        ("missing_keys", "missing"),
-        ("unexpected_keys", "unexpected"),
-        ("mismatched_keys", "other shape"),
-    ):
+    faults = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "other shape"}
+    for key, what in faults.items():
         names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get(key) or ())
         depth = model.config.get_text_config().num_hidden_layers
         names = [name for name in names if not _beyond(name, depth)]
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            problems.append(
-                _problem(str(folder), "just the tensors of the model", f"{what}: {', '.join(names[:5])}{more}")
-            )
-    if problems:
-        raise UserError(problems)
-    return f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')}", model.eval()
+            problems.append(_problem(str(folder), "just the tensors of the model", f"{what}: {few(names)}"))
+    problems.raise_any()
+    subject.model = model.eval()
+    return f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')}"
 
 
 def _beyond(name: str, depth: int) -> bool:
@@ -270,15 +281,13 @@ def _beyond(name: str, depth: int) -> bool:
 
 
 @torch.no_grad()
-def generates(folder: Path, model: Any) -> str:
-    """Greedy tokens with the cache are those without; in float32, where no rounding decides.
-
-    Raises:
-        UserError: they differ, or a logit is not finite.
-    """
+def generates(subject: Subject) -> str:
+    """Greedy tokens with the cache are those without; in float32, where no rounding decides."""
     from transformers import GenerationConfig
 
-    model = model.float()
+    if subject.model is None:
+        raise Skipped("the model does not load")
+    folder, model = subject.folder, subject.model.float()
     prompt = _prompt(folder, model.config.get_text_config().vocab_size)
     logits = model(input_ids=prompt).logits
     if not bool(torch.isfinite(logits).all()):

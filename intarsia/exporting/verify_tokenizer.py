@@ -7,40 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.files import read_config
 from intarsia.checkpoint.gguf_source import kept_folder
 from intarsia.checkpoint.hashing import cache_folder
-from intarsia.checkpoint.resolve import DEMO, GGUF, hub_id, local_path, split_name
+from intarsia.checkpoint.resolve import DEMO, GGUF, hub_id, local_path
 from intarsia.checkpoint.writer import TOKENIZER_FILES, side_files, without_code
-from intarsia.errors import Problem, UserError
-from intarsia.exporting.verify import Skipped, fail_if
+from intarsia.errors import Problem, Problems, UserError
+from intarsia.exporting.verify import Skipped, Subject
 from intarsia.recipe import schema
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _AGAIN = "Copy the tokenizer's files from the model that this one was made from, or build it again."
 
 
-def tokenizer_kept(folder: Path, vocabulary: int) -> str:
-    """The tokenizer loads, has no more tokens than the embedding has rows, and is the source's where that can be read.
-
-    Raises:
-        UserError: one of these does not hold.
-        Skipped: there is no tokenizer, and there should be none.
-    """
+def tokenizer_kept(subject: Subject) -> str:
+    """The tokenizer loads, fits the embedding, and is the source's where that can be read."""
+    folder, vocabulary = subject.folder, subject.checkpoint.architecture.vocabulary
     source = source_folder(folder)
     theirs = set() if source is None else _names(source)
     ours = _names(folder)
     if not ours and not theirs:
         raise Skipped("there is no tokenizer" + ("" if source is None else ", nor has the model that it was made from"))
-    fail_if(
-        [
-            _problem(
-                str(folder / name), "the file of the source", "no such file" if name not in ours else "another one"
-            )
-            for name in sorted(theirs)
-            if source is not None and (name not in ours or (folder / name).read_bytes() != without_code(source / name))
-        ]
-    )
+    Problems(
+        _problem(str(folder / name), "the file of the source", "no such file" if name not in ours else "another one")
+        for name in sorted(theirs)
+        if source is not None and (name not in ours or (folder / name).read_bytes() != without_code(source / name))
+    ).raise_any()
     tokenizer = _loaded(folder)
     highest = max(tokenizer.get_vocab().values(), default=0)
     if source is not None:
@@ -52,15 +43,11 @@ def tokenizer_kept(folder: Path, vocabulary: int) -> str:
     return f"{highest + 1:,} tokens; the model that it was made from cannot be read"
 
 
-def generation_config_valid(folder: Path, vocabulary: int) -> str:
-    """The generation config can be used, and its tokens exist.
-
-    Raises:
-        UserError: it cannot.
-        Skipped: there is none.
-    """
+def generation_config_valid(subject: Subject) -> str:
+    """The generation config can be used, and its tokens exist."""
     from transformers import GenerationConfig
 
+    folder, vocabulary = subject.folder, subject.checkpoint.architecture.vocabulary
     file = folder / "generation_config.json"
     if not file.is_file():
         raise Skipped("there is none: transformers takes its defaults")
@@ -81,7 +68,8 @@ def generation_config_valid(folder: Path, vocabulary: int) -> str:
     source = source_folder(folder)
     if beyond and source is not None and _json(source / file.name) == _json(file):
         return f"as in the source, which has {', '.join(beyond)}"
-    fail_if([_problem(str(file), f"tokens below {vocabulary:,}", found, "Correct the file.") for found in beyond])
+    expected = f"tokens below {vocabulary:,}"
+    Problems(_problem(str(file), expected, found, "Correct the file.") for found in beyond).raise_any()
     return "valid"
 
 
@@ -91,7 +79,7 @@ def source_folder(folder: Path) -> Path | None:
         return None
     recipe = schema.load(folder / RECIPE_FILE)
     variant = recipe.variant(recipe.base)
-    if split_name(variant.model)[0] == DEMO:
+    if variant.model == DEMO:
         found = cache_folder() / "demo"
         return found if found.is_dir() else None
     path = local_path(variant.model)
@@ -127,24 +115,14 @@ def _loaded(folder: Path) -> Any:
 
 
 def _compare_ids(folder: Path, source: Path) -> None:
-    ours, theirs = read_config(folder), _json(source / "config.json")
-    pairs = [("config.json", ours, theirs)]
-    if (source / "generation_config.json").is_file():
-        pairs.append(
-            (
-                "generation_config.json",
-                _json(folder / "generation_config.json"),
-                _json(source / "generation_config.json"),
-            )
-        )
-    fail_if(
-        [
-            _problem(f"{folder / name}: {key}", f"{there.get(key)!r}, as in the source", repr(here.get(key)))
-            for name, here, there in pairs
-            for key in (*_IDS, "vocab_size")
-            if here.get(key) != there.get(key)
-        ]
-    )
+    files = ["config.json", "generation_config.json"]
+    pairs = [(name, _json(folder / name), _json(source / name)) for name in files if (source / name).is_file()]
+    Problems(
+        _problem(f"{folder / name}: {key}", f"{there.get(key)!r}, as in the source", repr(here.get(key)))
+        for name, here, there in pairs
+        for key in (*_IDS, "vocab_size")
+        if here.get(key) != there.get(key)
+    ).raise_any()
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -153,4 +131,4 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _problem(where: str, expected: str, found: str, remedy: str = _AGAIN) -> Problem:
-    return Problem(where=where, expected=expected, found=found, remedy=remedy)
+    return Problem(f"{where}: expected {expected}; found {found}.", remedy)

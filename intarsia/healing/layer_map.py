@@ -74,10 +74,8 @@ def check_teacher(recipe: Recipe, base: Architecture, teacher: Architecture, *, 
     )
     problems = [
         Problem(
-            where=f"teacher {name}: {what}",
-            expected=f"{ours}, as in the recipe's base",
-            found=str(theirs),
-            remedy="Leave --teacher out to learn from the recipe's own base, or name a fine-tune of it.",
+            f"teacher {name}: {what}: expected {ours}, as in the recipe's base; found {theirs}.",
+            "Leave --teacher out to learn from the recipe's own base, or name a fine-tune of it.",
         )
         for what, ours, theirs in compared
         if ours != theirs

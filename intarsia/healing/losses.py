@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from intarsia.activations.loss import divergence
 from intarsia.healing.settings import Weighting
 
 CLIP = 4.0
@@ -111,7 +112,6 @@ LossOfRows = Callable[[Tensor, slice], Tensor]
 
 _CPU_ROWS = 128
 _CUDA_ROWS = 2048
-_LEAST_REST = 1e-6
 
 
 def logit_kl(teacher_NV: Tensor, student_NV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -135,11 +135,7 @@ def top_k_kl(log_p_NK: Tensor, index_NK: Tensor, student_NV: Tensor, temperature
         float32 `[N]`: T^2 * KL of the distributions over K + 1 outcomes, a lower bound of the full KL.
     """
     log_s = torch.log_softmax(student_NV.float() / temperature, dim=-1).gather(1, index_NK.long())
-    log_t = log_p_NK.float()
-    kept = (log_t.exp() * (log_t - log_s)).sum(dim=-1)
-    rest_t = (1.0 - log_t.exp().sum(dim=-1)).clamp_min(_LEAST_REST)
-    rest_s = (1.0 - log_s.exp().sum(dim=-1)).clamp_min(_LEAST_REST)
-    return temperature**2 * (kept + rest_t * (rest_t.log() - rest_s.log()))
+    return temperature**2 * divergence(log_p_NK.float(), log_s)
 
 
 def top_k_of(teacher_NV: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

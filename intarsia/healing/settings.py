@@ -72,12 +72,7 @@ class Pace:
 
     def __post_init__(self) -> None:
         problems = [
-            Problem(
-                where=name,
-                expected=expected,
-                found=repr(found),
-                remedy="Give such a value, or leave the setting out.",
-            )
+            Problem(f"{name}: expected {expected}; found {found!r}.", "Give such a value, or leave the setting out.")
             for name, expected, found, right in self.checks()
             if not right
         ]

@@ -8,8 +8,7 @@ whether that is right is seen from the class, built from the changed config: its
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -17,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from intarsia.architecture.families import Family, Modules, PerLayer, rules
 from intarsia.architecture.per_layer import OF_NO_LAYER, for_layers, unknown_settings
 from intarsia.architecture.spec import Architecture, Inspected
 from intarsia.errors import UserError
+from intarsia.progress import quiet_transformers
 
-logging: Any = transformers_logging  # it has no annotations
 Shapes = Mapping[str, tuple[int, ...]]
 
 _NUMBERED = re.compile(r"idx|index|layer_id|layer_number|^training$|^_")
@@ -122,20 +120,6 @@ _FIELDS = {
 }
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """While open, transformers says only what is an error, and shows no bars: the rest is in this package's words."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def config_of(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     """The config object of a decoder.
 
@@ -153,7 +137,7 @@ def config_of(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
             else f"Use a version of transformers that has it{_since(config)}, or correct model_type.",
         )
     try:
-        with quiet():
+        with quiet_transformers():
             made = CONFIG_MAPPING[str(kind)].from_dict({key: _number(value) for key, value in config.items()})
     except Exception as error:  # what a config class objects to, and how, differs from class to class
         words = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
@@ -192,7 +176,7 @@ def on_meta(config: PreTrainedConfig, where: str) -> PreTrainedModel:
         UserError: its class refuses the config.
     """
     try:
-        with quiet(), torch.device("meta"):
+        with quiet_transformers(), torch.device("meta"):
             classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
             model = classes[type(config)](config)
     except Exception as error:  # as above
@@ -203,7 +187,7 @@ def on_meta(config: PreTrainedConfig, where: str) -> PreTrainedModel:
 
 
 def _refused(where: str, expected: str, found: str) -> UserError:
-    return UserError.of(where=where, expected=expected, found=found, remedy="It cannot be made shallower; use another.")
+    return UserError(f"{where}: expected {expected}; found {found}.", "It cannot be made shallower; use another model.")
 
 
 def _layer_list(model: PreTrainedModel, depth: int, where: str) -> tuple[str, nn.ModuleList]:
@@ -406,3 +390,20 @@ def problem_of(architecture: Architecture, kept: Sequence[int]) -> str | None:
             "what its layers are like depends on their number or on the depth, and the config cannot say it otherwise"
         )
     return None
+
+
+def removals(architecture: Architecture) -> list[list[int]]:
+    """Layers of a model that may stay by themselves: without one of the first, and without two of the others."""
+    whole = list(range(architecture.n_layers))
+    kinds = architecture.layer_types or ("",) * architecture.n_layers
+
+    def without(layers: list[int], order: Iterable[int]) -> list[int]:
+        for dropped in order:
+            left = [layer for layer in layers if layer != dropped]
+            if len({kinds[layer] for layer in left}) == len(set(kinds)) and problem_of(architecture, left) is None:
+                return left
+        return layers
+
+    middle = len(whole) // 2
+    two = without(without(whole, [*whole[middle:], *whole[:middle]]), reversed(whole))
+    return [kept for kept in (without(whole, whole), two) if kept != whole]

@@ -7,53 +7,71 @@ calibration loss; arXiv 2403.17887 takes the one across which the residual strea
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from intarsia.architecture.spec import Architecture
 from intarsia.healing.restarts import Start
 from intarsia.pruning.candidates import Change, losses_of
 from intarsia.pruning.race import best_of_groups, mean_loss, race
+from intarsia.pruning.step import without_half_layers
+from intarsia.recipe.algebra import half_layers
+from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import Recipe, identity
 
 if TYPE_CHECKING:
     from intarsia.pruning.intermediate import Intermediate
 
 
-def best_blocks(model: Intermediate, removed: int, number: int) -> list[dict[str, float]]:
+def best_blocks(model: Intermediate, removed: int, number: int) -> list[dict[str, Any]]:
     """The blocks of `removed` layers without which the calibration loss is least, the best first.
+
+    A block begins with a layer, or with its MLP and ends with the attention of a later layer.
 
     Args:
         model: the original, measured.
         number: how many of them.
 
     Returns:
-        The first layer of each (`start`), the layer after its last (`end`), and the loss without it in nats, as far as
-        it was measured (`loss`).
+        The first layer of each (`start`), the layer after its last (`end`), whether it is shifted by half a layer
+        (`half`: the attention of the first and the MLP of the last stay), and the loss without it in nats, as far as it
+        was measured (`loss`).
     """
-    starts = model.droppable(removed)
-    if not starts:
-        return []
+    blocks = [Change(start=start, count=removed, ops=()) for start in model.droppable(removed)]
+    for start in () if model.architecture.removal_only else range(model.depth - removed):
+        half = without_half_layers(model, start, removed + 1)
+        blocks += [] if half is None else [Change(start=start, count=removed + 1, ops=(half,))]
     _, sums = race(
-        starts,
-        lambda some, part: losses_of(
-            model, [Change(start=start, count=removed, ops=()) for start in some], sequences=part
-        ),
+        range(len(blocks)),
+        lambda some, part: losses_of(model, [blocks[index] for index in some], sequences=part),
         model.counts_N,
         racing=True,
         keep=number,
         title=f"dropping {removed} adjacent layers",
     )
-    best = best_of_groups(sums, number)
-    return [{"start": start, "end": start + removed, "loss": mean_loss(sums[start], model.counts_N)} for start in best]
+    return [
+        {
+            "start": blocks[index].start,
+            "end": blocks[index].start + blocks[index].count,
+            "half": bool(blocks[index].ops),
+            "loss": mean_loss(sums[index], model.counts_N),
+        }
+        for index in best_of_groups(sums, number)
+    ]
 
 
-def starts_of(recipe: Recipe, blocks: list[dict[str, float]]) -> tuple[Start, ...]:
+def starts_of(recipe: Recipe, blocks: Sequence[Mapping[str, Any]], architecture: Architecture) -> tuple[Start, ...]:
     """The original without each block, where that is not the recipe itself."""
     whole = identity(recipe.variant(recipe.base), recipe.depth).layers
     found: list[Start] = []
     for block in blocks:
-        first, end = int(block["start"]), int(block["end"])
-        layers = [*whole[:first], *whole[end:]]
+        first, end = block["start"], block["end"]
+        name = f"that leaves {first} to {end - 1} out of the original"
+        joined: tuple[Op, ...] = ()
+        if block.get("half"):
+            joined = (half_layers(whole[first], whole[end - 1], "fold", architecture),)
+            name = f"that leaves the MLP of {first} to the attention of {end - 1} out of the original"
+        layers = [*whole[:first], *joined, *whole[end:]]
         if tuple(layers) != tuple(recipe.layers) or recipe.fitted:
-            start = recipe.with_layers(layers)
-            found.append(Start(name=f"that leaves {first} to {end - 1} out of the original", recipe=start))
+            found.append(Start(name=name, recipe=recipe.with_layers(layers)))
     return tuple(found)

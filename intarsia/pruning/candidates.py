@@ -33,14 +33,18 @@ class Change:
 def losses_with(
     model: Intermediate, start: int, count: int, ops: Sequence[Op], *, sequences: slice | None = None
 ) -> Tensor:
-    """Summed loss of each sequence if `ops` stood in the place of `count` layers: float64, `[N]` of the slice."""
+    """Summed loss of each sequence if `ops` stood in the place of `count` layers: float64, `[N]` of the slice.
+
+    Where the model's criterion is `kl`, it is the divergence from the original's next-token distribution.
+    """
     return next(losses_of(model, [Change(start=start, count=count, ops=tuple(ops))], sequences=sequences))
 
 
 def losses_of(model: Intermediate, changes: Sequence[Change], *, sequences: slice | None = None) -> Iterator[Tensor]:
     """`losses_with` of one change after the other."""
     sequences = model.rows if sequences is None else sequences
-    return model.loop.losses((_path(model, change) for change in changes), sequences=sequences)
+    expected = model.expected().rows if model.criterion == "kl" else None
+    return model.loop.losses((_path(model, change) for change in changes), sequences=sequences, expected=expected)
 
 
 @torch.inference_mode()

@@ -73,8 +73,8 @@ def estimate(
     forwards = planner.forwards_at_most(architecture, target, rows)
     first = min(depth, forwards)
     if planner.blocks:
-        raced = share_at_most(target + 1, rows, racing=True, keep=planner.blocks)
-        forwards += raced * target * (target + 1) / 2
+        raced = share_at_most(2 * target + 1, rows, racing=True, keep=planner.blocks)
+        forwards += raced * target * (target + 1)  # blocks of whole layers, and those shifted by half a layer
     return Estimate(
         parameters_before=parameters,
         parameters_after=after,

@@ -74,7 +74,7 @@ class StepHealer:
         unrepaired = {index: model.fitted[index] for index in due}
         fits, reached = self.fit(first, due, original)
         model.measure(reached)
-        after = float(model.losses_N[held_out].sum())
+        after = float(losses_after(model, model.depth, held_out).sum())
         changed = [index for index in due if model.fitted[index] is not unrepaired[index]]
         if changed and after >= before:
             for index in changed:

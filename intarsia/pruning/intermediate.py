@@ -15,6 +15,7 @@ from torch import Tensor
 from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.loop import Loop, Passed
+from intarsia.activations.loss import Likeliest
 from intarsia.activations.statistics import LayerMeasure, cosines, last_real
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Layer, RecipeLayers, is_whole
@@ -23,8 +24,14 @@ from intarsia.healing.teacher import TeacherStates
 from intarsia.inspection.structure import problem_of
 from intarsia.progress import Progress, current
 from intarsia.pruning.scores import angular_distance
+from intarsia.pruning.step import Criterion
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import Fitted
+
+# Sequences that the loss of the model after a step is measured on.
+_LOSS_SEQUENCES = 32
+# Tokens of the original's next-token distribution that are known, beside the mass of all others.
+_LIKELIEST = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,8 @@ class Intermediate(RecipeLayers):
         rows: the first sequences of the calibration text, which everything but the original's hidden states is
             measured on; see `look_at`.
         measures: what each current layer does on them.
+        criterion: what candidates are compared by: their loss, or their divergence (KL) from the original's next-token
+            distribution.
     """
 
     def __init__(
@@ -80,12 +89,15 @@ class Intermediate(RecipeLayers):
         self.hidden = self.loop.store()
         self.measures: list[LayerMeasure] = []
         self.rows = slice(0, len(corpus))
-        self._losses_N = torch.zeros(len(corpus), dtype=torch.float64)
-        self._counts_N = torch.zeros(len(corpus), dtype=torch.int64)
+        self._losses_N = torch.zeros(min(len(corpus), _LOSS_SEQUENCES), dtype=torch.float64)
+        real_NT = torch.ones_like(corpus.input_ids, dtype=torch.bool) if corpus.mask is None else corpus.mask
+        self._counts_N = (real_NT[:, :-1] & real_NT[:, 1:]).sum(dim=1)
         self._measured: list[Layer] = []
         self._distances: dict[tuple[int, int, str], float] = {}
         self._kept: _Kept | None = None
         self._original: TeacherStates | None = None
+        self.criterion: Criterion = "loss"
+        self._likeliest: Likeliest | None = None
         self._held_original = False
         self._problems: dict[tuple[int, ...], str | None] = {}
 
@@ -111,7 +123,10 @@ class Intermediate(RecipeLayers):
 
     @property
     def losses_N(self) -> Tensor:
-        """Summed next-token loss of each sequence of `rows`, in nats: float64."""
+        """Summed next-token loss of each of the first sequences of `rows`, in nats: float64.
+
+        It decides nothing, so it is measured on as many as tell models apart.
+        """
         return self._losses_N[self.rows]
 
     @property
@@ -121,8 +136,9 @@ class Intermediate(RecipeLayers):
 
     @property
     def loss(self) -> float:
-        """Mean next-token loss on `rows`, in nats."""
-        return float(self.losses_N.sum() / self.counts_N.sum())
+        """Mean next-token loss on the first sequences of `rows`, in nats."""
+        losses_N = self.losses_N
+        return float(losses_N.sum() / self.counts_N[: len(losses_N)].sum())
 
     def may_become(self, layers: Sequence[int]) -> bool:
         """Whether the model may consist of just these layers of the original.
@@ -181,9 +197,15 @@ class Intermediate(RecipeLayers):
                 self.measures[-1] = self._new_last()
             found = [LayerMeasure() for _ in range(start, stop)]
 
+            def measure(number: int, passed: Passed) -> LayerMeasure | None:
+                # The final norm is no work for several threads.
+                normed = self.after_final_norm and start + number + 1 == self.depth
+                wanted = passed.rows.start < self.rows.stop and not normed
+                return self._measure_of(start + number, passed) if wanted else None
+
             def observe(number: int, passed: Passed) -> None:
                 if passed.rows.start < self.rows.stop:
-                    found[number].include(self._measure_of(start + number, passed))
+                    found[number].include(passed.measured or self._measure_of(start + number, passed))
                 part = (passed.rows.stop - passed.rows.start) / len(self.corpus)
                 task.note(f"layer {start + number + 1} of {self.depth}")
                 task.advance(part)
@@ -192,6 +214,7 @@ class Intermediate(RecipeLayers):
                 self.placed(start, stop),
                 self.hidden,
                 at=range(start, stop + 1),
+                measure=measure,
                 observe=observe,
                 sequences=parts,
                 name=lambda number: f"output of layer {start + number}",
@@ -199,7 +222,7 @@ class Intermediate(RecipeLayers):
                 self.measures.append(found[number])
             if whole:
                 task.note("loss")
-                self.batches.each(self._lose, self.rows)
+                self.batches.each(self._lose, slice(0, len(self.losses_N)))
                 task.advance()
         self._measured = self._now()[:stop]
 
@@ -290,6 +313,21 @@ class Intermediate(RecipeLayers):
             self._original.learn(range(self.architecture.n_layers + 1))
         return self._original
 
+    @torch.inference_mode()
+    def expected(self) -> Likeliest:
+        """The original's likeliest next tokens, of `rows`."""
+        if self._likeliest is None or len(self._likeliest.log_p) < self.rows.stop:
+            states, k = self.original(), min(_LIKELIEST, self.architecture.vocabulary)
+            found: list[Likeliest] = []
+
+            def look(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
+                h_BTD = states.at(self.architecture.n_layers, rows)
+                found.append(self.loop.stream.likeliest(h_BTD, ids, mask, k))
+
+            self.batches.each(look, self.rows)
+            self._likeliest = Likeliest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        return self._likeliest
+
     def close(self) -> None:
         """Free the hidden states, the original's with them."""
         if self._original is not None:
@@ -317,7 +355,7 @@ class Intermediate(RecipeLayers):
     def _lose(self, rows: slice, ids: Tensor, mask: Tensor | None) -> None:
         """Measure the loss of some sequences, from the hidden states after the last layer."""
         h_BTD = self.hidden_at(self.depth, rows)
-        self._losses_N[rows], self._counts_N[rows] = self.loop.stream.losses(h_BTD, ids, mask)
+        self._losses_N[rows], _ = self.loop.stream.losses(h_BTD, ids, mask)
 
     def _output(self, depth: int, rows: slice, ids: Tensor, mask: Tensor | None) -> Tensor:
         """H^depth of some sequences; of the last layer after the final norm, where that is wanted."""

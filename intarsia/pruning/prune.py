@@ -33,6 +33,7 @@ def prune(
     report = progress.current()
     recipe, first = start, start.depth
     history = [entry["evidence"] for entry in ladder.log()]
+    planner.journal = ladder.run.log("search")
     if model.depth > target:
         ladder.want(Wanted(layers=target))
         if history:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_origin
 
 from intarsia.architecture.spec import Architecture
 from intarsia.errors import Problems
 from intarsia.flags import flag, options_of, token_count
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.recipe.ops import Concat, Op
+from intarsia.recipe.algebra import half_layers
+from intarsia.recipe.ops import Concat, Merge, NormMode, Op
 
 if TYPE_CHECKING:
     from intarsia.pruning.intermediate import Intermediate
+    from intarsia.run_dir import Log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,9 @@ class Step:
         return self.count - (0 if self.op is None else 1)
 
 
+Criterion: TypeAlias = Literal["loss", "kl"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
     """Settings of methods whose plan is followed by a comparison of blocks."""
@@ -43,6 +48,8 @@ class PlanSettings:
     plan_tokens: int | None = flag(None, metavar="N", parse=token_count)
     # Blocks of adjacent layers, of least loss, without each of which the original is healed too; the best is kept.
     blocks: int = 0
+    # What candidates and blocks are compared by: their loss, or KL(original || candidate) of the next token.
+    criterion: Criterion = "loss"
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -85,8 +92,14 @@ class Planner:
     # decided (None: all).
     blocks = 0
     plan_tokens: int | None = None
+    # How many models of the target depth the final heal starts from (see `other_finalists`).
+    finalists = 1
+    # What candidates and blocks are compared by.
+    criterion: Criterion = "loss"
     # How the layers that a step changes are healed before the next one; for progressive methods.
     in_loop: ClosedFormSettings | None = None
+    # Where a long decision may log what it measures, and find what it had measured before a restart.
+    journal: Log | None = None
 
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Sequence[Step]:
         """The next step towards `target` layers; none where nothing more is allowed.
@@ -101,6 +114,17 @@ class Planner:
     def reason(self) -> str:
         """Why nothing more is allowed, for the user."""
         return "no layer is left"
+
+    def other_finalists(
+        self, evidence: Mapping[str, Any], whole: Sequence[Op], architecture: Architecture
+    ) -> Mapping[str, Sequence[Op]]:
+        """Other models of the depth that a step led to, from which the final heal starts too, by what they are called.
+
+        Args:
+            evidence: of the step.
+            whole: the original's layers.
+        """
+        return {}
 
     def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> float:
         """Layer-forwards over the calibration text from the whole model down to `target` layers, at most.
@@ -118,7 +142,7 @@ class Progressive(Planner):
 
     def __init__(self, settings: ProgressiveSettings) -> None:
         self.in_loop = ClosedFormSettings() if settings.heal_in_loop else None
-        self.blocks, self.plan_tokens = settings.blocks, settings.plan_tokens
+        self.blocks, self.plan_tokens, self.criterion = settings.blocks, settings.plan_tokens, settings.criterion
 
 
 def strides(depth: int, target: int, merge: int) -> Iterator[tuple[int, int]]:
@@ -133,6 +157,21 @@ def one_attention_type(model: Intermediate, ops: Sequence[Op]) -> bool:
     """Whether all sources of these layers attend in one way (fully, or over a sliding window): others do not merge."""
     types = model.architecture.layer_types
     return types is None or len({types[source.layer] for op in ops for source in op.sources}) == 1
+
+
+def without_half_layers(model: Intermediate, start: int, count: int, norm: NormMode = "fold") -> Op | None:
+    """The attention of the first with the MLP of the last of `count` layers: what is between them is dropped.
+
+    Returns:
+        None where the two layers are no pieces of originals, or attend in different ways.
+    """
+    if model.architecture.removal_only:
+        return None
+    first, last = model.ops[start], model.ops[start + count - 1]
+    modes = {op.norm for op in (first, last) if isinstance(op, Concat)}
+    if isinstance(first, Merge) or isinstance(last, Merge) or modes - {norm}:
+        return None
+    return half_layers(first, last, norm, model.architecture) if one_attention_type(model, [first, last]) else None
 
 
 def describe(op: Op) -> Mapping[str, Any]:

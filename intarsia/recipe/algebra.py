@@ -52,6 +52,20 @@ def concat_of(
     return replace(op, fuse=fuse) if isinstance(op, Concat) else op
 
 
+def half_layers(first: Op, last: Op, norm: NormMode, architecture: Architecture) -> Op:
+    """The attention of one layer with the MLP of a later one: the model without what is between them.
+
+    Exact where a layer is attention, then MLP.
+
+    Raises:
+        UserError: as `concat_of`.
+    """
+    kept: list[Mapping[Part, Sequence[int]]] = [{part: _whole(architecture, part)} for part in PARTS]
+    return concat_of(
+        [first, last], kept, weights=[dict.fromkeys(part, 1.0) for part in kept], norm=norm, architecture=architecture
+    )
+
+
 def merge_of(ops: Sequence[Op], weights: Sequence[float]) -> Op:
     """One flat op that is the weighted sum of whole current layers, each given as an op over original layers.
 

@@ -44,7 +44,7 @@ class Select:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Pieces taken out of one layer, in the order in which they are laid down."""
+    """Pieces taken out of one layer, in their new order."""
 
     source: LayerRef
     kv_groups: tuple[int, ...]

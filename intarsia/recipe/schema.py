@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from intarsia.data_file import (
     shown,
 )
 from intarsia.disk import replaced, write_whole
-from intarsia.errors import Problem, UserError
+from intarsia.errors import Problem, Problems, UserError
 from intarsia.recipe.form import (
     ConcatEntry,
     ConcatLayer,
@@ -63,20 +64,15 @@ def load(path: Path) -> Recipe:
         UserError: with everything that is wrong with it.
     """
     data = read_yaml(path, what="a recipe")
-    problems: list[Problem] = []
+    problems = Problems()
     tensors: Arrays | None = {}
     if isinstance(data, dict) and data.get("tensors") is not None:
-        try:
+        tensors = None
+        # A form that is wrong is reported with the rest of the recipe.
+        with problems, suppress(ValidationError):
             tensors = _side_tensors(path, SideFile.model_validate(data["tensors"]))
-        except ValidationError:
-            tensors = None  # Reported with the rest of the recipe.
-        except UserError as error:
-            tensors = None
-            problems += error.problems
-    try:
+    with problems:
         recipe = parse_recipe(data, tensors, where=str(path))
-    except UserError as error:
-        problems += error.problems
     if problems:
         raise refusal(problems, where=str(path))
     return recipe
@@ -108,10 +104,8 @@ def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
         problems += problems_of(error, RecipeFile, where=where, remedy=_REMEDY)
     problems += [
         Problem(
-            where=f"{where}: tensors",
-            expected="only tensors that the recipe names",
-            found=shown(name),
-            remedy="Use the side file it came with.",
+            f"{where}: tensors: expected only tensors that the recipe names; found {shown(name)}.",
+            "Use the side file it came with.",
         )
         for name in sorted(set(tensors or ()) - context.used)
     ]
@@ -122,10 +116,7 @@ def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
 
 def _side_tensors(path: Path, entry: SideFile) -> Arrays:
     def unusable(place: str, expected: str, found: str, remedy: str) -> UserError:
-        return UserError(
-            f"{path}: tensors.{place}: expected {expected}; found {found}.",
-            remedy,
-        )
+        return UserError(f"{path}: tensors.{place}: expected {expected}; found {found}.", remedy)
 
     try:
         tensors = read_tensors(path.parent / entry.file)

@@ -45,7 +45,7 @@ def check(recipe: Recipe, architectures: Mapping[str, Architecture]) -> None:
 
 
 def _problem(where: str, expected: str, found: str, remedy: str = "Correct the recipe.") -> Problem:
-    return Problem(where=where, expected=expected, found=found, remedy=remedy)
+    return Problem(f"{where}: expected {expected}; found {found}.", remedy)
 
 
 def _check_variants(recipe: Recipe, architectures: Mapping[str, Architecture]) -> Iterator[Problem]:

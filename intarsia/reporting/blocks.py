@@ -46,14 +46,6 @@ class Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Note:
-    """A sentence that must not be overlooked."""
-
-    text: str
-    kind: Literal["note"] = "note"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Code:
     """Something to copy."""
 
@@ -96,7 +88,7 @@ class Written:
     kind: Literal["written"] = "written"
 
 
-Block: TypeAlias = Figure | Table | Facts | Note | Code | Pictures | Written
+Block: TypeAlias = Figure | Table | Facts | Code | Pictures | Written
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,7 @@ class Row:
     heal_seconds: float | None = None
     # Its recipe, relative to the folder; None where the method did not reach this depth.
     recipe: str | None = None
+    recipe_sha256: str | None = None
     # A remark on it, or why the method did not reach this depth.
     note: str | None = None
 
@@ -69,6 +70,24 @@ class Row:
     def name(self) -> str:
         """The method, and whether it was healed."""
         return self.method if self.heal == "none" else f"{self.method}, healed"
+
+    @property
+    def full_name(self) -> str:
+        """The method, the depth and how it was healed."""
+        return f"{self.method}, {self.layers} layers" + ("" if self.heal == "none" else f", {self.heal}")
+
+    @property
+    def line(self) -> str:
+        """All of it on one line, for a person."""
+        words = []
+        for text, found in self.perplexity.items():
+            digits = ".2f" if found["value"] < 1e5 else ".3g"
+            words.append(f"{text} {found['value']:{digits}}" + (f" ± {found['stderr']:.2g}" if found["stderr"] else ""))
+        if self.tasks is not None:
+            words.append(f"mean accuracy {self.tasks['mean']:.4f}")
+        if self.speed is not None:
+            words.append(f"{self.speed['decode_tokens_per_s']:.1f} tokens/s")
+        return f"{self.full_name}: " + ", ".join([*words, *([self.note] if self.note else [])])
 
     @property
     def decode_tokens_per_s(self) -> float | None:

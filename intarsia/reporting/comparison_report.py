@@ -14,7 +14,7 @@ from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Sectio
 from intarsia.reporting.comparison import DENSE, MEAN, Comparison, Measure, Row
 from intarsia.reporting.figures import Axis, Interval, Point, Series, chart, intervals, layers_axis, standalone
 from intarsia.reporting.puzzle import pieces_of, puzzle_svg
-from intarsia.reporting.wording import compare_command, model_name, short, written
+from intarsia.reporting.wording import model_name, short, written
 
 _ERRORS = 1.96  # standard errors to either side are a 95 % interval
 _BROKEN = 30.0  # times the original's perplexity: by how much more does not matter
@@ -299,6 +299,5 @@ def _origin(found: Comparison) -> Section:
     pairs += [(name.replace("_", " "), written(value)) for name, value in found.settings.items() if value is not None]
     for text in found.eval_texts:
         pairs.append((f"text {text['name']}", written({k: v for k, v in text.items() if k != "name"})))
-    command = compare_command(found.facts, out=found.path.name)
-    code = [] if command is None else [Code(text=command)]
+    code = [Code(text=str(found.facts["command"]))] if found.facts.get("command") else []
     return Section(title="How to reproduce it", blocks=[*code, Facts(pairs=pairs)])

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from intarsia import __version__
 from intarsia.disk import write_whole
-from intarsia.errors import Problem, UserError
+from intarsia.errors import Problems, UserError
 from intarsia.reporting import comparison_report, model_report, plan_report, tailor_report
 from intarsia.reporting.blocks import Ladder, Section, Subject, Written
 from intarsia.reporting.figures import variables
@@ -124,8 +124,8 @@ def _distinct(ladders: Sequence[Ladder]) -> list[Ladder]:
     found = []
     for ladder in ladders:
         seen[ladder.name] += 1
-        number = seen[ladder.name]
-        found.append(ladder if number == 1 else replace(ladder, name=f"{ladder.name} ({number})"))
+        again = f" ({seen[ladder.name]})" if seen[ladder.name] > 1 else ""
+        found.append(replace(ladder, name=ladder.name + again))
     return found
 
 
@@ -136,15 +136,11 @@ def _named(texts: Mapping[str, str]) -> str:
 def _subjects(paths: Sequence[Path], generations: Generations) -> list[Subject]:
     if not paths:
         raise UserError("There is no run to report on.", "Name one.")
-    subjects: list[Subject] = []
-    problems: list[Problem] = []
+    subjects, problems = list[Subject](), Problems()
     for path in paths:
-        try:
+        with problems:
             subjects.append(_subject(path, generations))
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
+    problems.raise_any()
     return subjects
 
 

@@ -2,7 +2,7 @@
 
 Original layers stand in one row and output layers in another. A ribbon leads from a layer to where its pieces are, and
 is as wide as their share. On a page the rows are columns, and the page's script shows what the layer that is pointed at
-is made of and what a run has measured of it; in a file beside a model card they lie one above the other.
+is made of and what a run has measured of it; in a file beside a model card they are one above the other.
 """
 
 from __future__ import annotations

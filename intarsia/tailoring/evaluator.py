@@ -131,11 +131,9 @@ class Evaluator:
             with self._failing():
                 scored = self._scorer.score(uncut, budget)
         except TrialFailed as error:
-            raise UserError.of(
-                where="the family's base",
-                expected="a model that can be scored on every objective",
-                found=error.reason,
-                remedy="Use bfloat16 or float32, a smaller model, or more memory.",
+            raise UserError(
+                f"the family's base: expected a model that can be scored on every objective; found {error.reason}.",
+                "Use bfloat16 or float32, a smaller model, or more memory.",
             ) from error
         check_varied(self.measured, dict(zip(self.objectives, scored.examples, strict=True)))
         self.base = self._outcome(scored, 0.0, len(uncut.layers), 0, start)
@@ -154,11 +152,9 @@ class Evaluator:
 
     def _check(self, recipe: Recipe, budget: int) -> None:
         if not 1 <= budget <= self.most:
-            raise UserError.of(
-                where="budget",
-                expected=f"1 to {self.most} examples",
-                found=str(budget),
-                remedy="Choose another budget, or widen the objectives' splits.",
+            raise UserError(
+                f"budget: expected 1 to {self.most} examples; found {budget}.",
+                "Choose another budget, or widen the objectives' splits.",
             )
         architecture = self._layers.resident.architecture
         check(recipe, dict.fromkeys((self._layers.base, *self._layers.resident.others), architecture))

@@ -41,10 +41,9 @@ def compare(base: Member, other: Member) -> tuple[list[Problem], list[str]]:
     """What makes `other` no fine-tune of the base, and what is worth saying."""
     problems = [
         Problem(
-            where=f"variant {other.name} ({other.model}): {what}",
-            expected=f"{ours}, as in the base {base.model}",
-            found=str(theirs),
-            remedy=remedy,
+            f"variant {other.name} ({other.model}): {what}: expected {ours}, as in the base {base.model}; "
+            f"found {theirs}.",
+            remedy,
         )
         for what, ours, theirs, remedy in _differences(base, other)
     ]
@@ -53,10 +52,8 @@ def compare(base: Member, other: Member) -> tuple[list[Problem], list[str]]:
         wrong, said = _compare_tokens(base.checkpoint, other.checkpoint)
         problems += [
             Problem(
-                where=f"variant {other.name} ({other.model}): tokenizer",
-                expected="the base's tokens",
-                found=found,
-                remedy="A variant must read text as the base does; leave this one out.",
+                f"variant {other.name} ({other.model}): tokenizer: expected the base's tokens; found {found}.",
+                "A variant must read text as the base does; leave this one out.",
             )
             for found in wrong
         ]
@@ -207,11 +204,8 @@ def _download(model: str, revision: str | None) -> dict[str, Any]:
         # Which errors come out of a failed download differs between versions of the hub's client.
         raise not_downloaded(model, revision, error) from error
     if not isinstance(found, dict):
-        raise UserError.of(
-            where=f"config.json of {model}",
-            expected="a JSON object",
-            found=type(found).__name__,
-            remedy="Check the name.",
+        raise UserError(
+            f"config.json of {model}: expected a JSON object; found {type(found).__name__}.", "Check the name."
         )
     return found
 

@@ -179,11 +179,11 @@ def check_budgets(objectives: Sequence[Objective], most: int) -> None:
     if most <= max(sizes.values()):
         return
     there = ", ".join(f"{name}: {size}" for name, size in sizes.items())
-    raise UserError.of(
-        where="search.max_budget",
-        expected=f"at most {max(sizes.values())}, the examples of the largest objective",
-        found=f"{most} ({there})",
-        remedy="Lower max_budget, or widen a split.",
+    raise UserError(
+        "search.max_budget: "
+        f"expected at most {max(sizes.values())}, the examples of the largest objective; "
+        f"found {most} ({there}).",
+        "Lower max_budget, or widen a split.",
     )
 
 
@@ -213,7 +213,7 @@ def check_varied(objectives: Sequence[Objective], scores: Mapping[str, npt.NDArr
 
 
 def _same(where: str, found: str, remedy: str) -> Problem:
-    return Problem(where=where, expected="examples that tell models apart", found=found, remedy=remedy)
+    return Problem(f"{where}: expected examples that tell models apart; found {found}.", remedy)
 
 
 _KIND = "multiple_choice"
@@ -281,11 +281,9 @@ def _question(leaf: Any, name: str, instances: list[Any]) -> HarnessQuestion:
 
 
 def _refused(name: str, found: str) -> UserError:
-    return UserError.of(
-        where=f"task {name}",
-        expected="multiple choice with one right answer to each question",
-        found=found,
-        remedy="Choose such a task, or pass a local file of query, choices and gold (.jsonl); "
+    return UserError(
+        f"task {name}: expected multiple choice with one right answer to each question; found {found}.",
+        "Choose such a task, or pass a local file of query, choices and gold (.jsonl); "
         "for texts that are written, use loss on a file of query and target.",
     )
 
@@ -403,11 +401,9 @@ def part_of(spec: ObjectiveSpec) -> str:
     if spec.split == _WHOLE:
         return spec.source
     if spec.source.startswith("hub:"):
-        raise UserError.of(
-            where=f"objective {spec.name}",
-            expected="no split for a data set of the hub",
-            found=spec.source,
-            remedy="Name another split of the data set itself, such as train[:10%].",
+        raise UserError(
+            f"objective {spec.name}: expected no split for a data set of the hub; found {spec.source}.",
+            "Name another split of the data set itself, such as train[:10%].",
         )
     joint = "&" if "#" in spec.source else "#"
     return f"{spec.source}{joint}{spec.split[0]:g}:{spec.split[1]:g}"

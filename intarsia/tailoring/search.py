@@ -204,11 +204,10 @@ class _Run:
         if len(trials) < min(_DOOMED, self._goal.trials) or any(trial.status == "ok" for trial in trials):
             return
         reasons = list(dict.fromkeys(str(trial.reason) for trial in trials))
-        raise UserError.of(
-            where=str(self._history.path),
-            expected="candidates that can be scored",
-            found=f"the first {len(trials)} trials all failed: {'; '.join(reasons)}",
-            remedy="Remove the cause and search into another folder: with --dtype float32 where numbers overflow, with "
+        raise UserError(
+            f"{self._history.path}: expected candidates that can be scored; "
+            f"found the first {len(trials)} trials all failed: {'; '.join(reasons)}.",
+            "Remove the cause and search into another folder: with --dtype float32 where numbers overflow, with "
             "fewer --workers or a smaller max_budget where memory is short.",
         )
 

@@ -236,7 +236,7 @@ def space_of(file: FamilyFile, architecture: Architecture, parameters: int | Non
     depth = architecture.n_layers
     target = target_layers(file, architecture, parameters)
     problems = [
-        Problem(where=f"family: {where}", expected=expected, found=found, remedy=remedy)
+        Problem(f"family: {where}: expected {expected}; found {found}.", remedy)
         for where, expected, found, remedy in _misfits(file, depth, target)
     ]
     if problems:
@@ -250,11 +250,10 @@ def space_of(file: FamilyFile, architecture: Architecture, parameters: int | Non
     unused = [method for method in menu.methods if method not in menu.usable]
     menu = replace(menu, methods=menu.usable)
     if unused and not menu.methods:
-        raise UserError.of(
-            where="family: merge.methods",
-            expected="a method for as many models as there are",
-            found=f"{', '.join(unused)}, and {len(file.variants)} variants",
-            remedy="Add variants, or choose other methods.",
+        raise UserError(
+            "family: merge.methods: expected a method for as many models as there are; "
+            f"found {', '.join(unused)}, and {len(file.variants)} variants.",
+            "Add variants, or choose other methods.",
         )
     return Space(
         depth=depth,

@@ -54,11 +54,10 @@ def heal_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | Non
     parts = [list(_windows(objective, seq_len, eos, wanted)) for objective in objectives]
     order = sorted((place, number) for number, part in enumerate(parts) for place in range(len(part)))
     if len(order) < _LEAST_WINDOWS:
-        raise UserError.of(
-            where="heal",
-            expected=f"at least {_LEAST_WINDOWS * seq_len} tokens of examples for the closed form",
-            found=f"{len(order)} windows of {seq_len} tokens",
-            remedy="Widen the splits, add an objective on a text, or leave heal out.",
+        raise UserError(
+            f"heal: expected at least {_LEAST_WINDOWS * seq_len} tokens of examples for the closed form; "
+            f"found {len(order)} windows of {seq_len} tokens.",
+            "Widen the splits, add an objective on a text, or leave heal out.",
         )
     ids = torch.tensor([parts[number][place] for place, number in order])
     names = ", ".join(objective.name for objective in objectives)

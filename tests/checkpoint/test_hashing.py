@@ -86,7 +86,7 @@ def test_not_finite(model: Make, monkeypatch: pytest.MonkeyPatch, value: float, 
     remembered = sorted((cache / "scan").iterdir())
     with pytest.raises(UserError) as caught:
         scan(opened(folder), Silent())
-    assert [problem.where.rpartition(": ")[2] for problem in caught.value.problems] == [
+    assert [problem.message.split(": ")[1].split()[0] for problem in caught.value.problems] == [
         "model.layers.1.mlp.up_proj.weight",
         "model.norm.weight",
     ]

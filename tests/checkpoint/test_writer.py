@@ -126,12 +126,12 @@ def test_existing_output(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("kept")
-    with pytest.raises(UserError, match=r"does not exist yet.*--overwrite"):
+    with pytest.raises(UserError, match=r"exists already.*--overwrite"):
         write(out, some_tensors())
     assert (out / "mine").read_text() == "kept"
     (tmp_path / "file").write_text("kept")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="found a file"):
+        with pytest.raises(UserError, match="is a file"):
             write(tmp_path / "file", some_tensors(), overwrite=overwrite)
     with pytest.raises(UserError):
         write(tmp_path / "file" / "below", some_tensors())
@@ -160,7 +160,7 @@ def test_overwrite_deletes_only_models(tmp_path: Path, monkeypatch: pytest.Monke
     out = tmp_path / "photos"
     out.mkdir()
     (out / "a.jpg").write_text("x")
-    with pytest.raises(UserError, match=r"a folder with a config.json"):
+    with pytest.raises(UserError, match=r"has no config.json"):
         check_out(out, overwrite=True)
     (out / "config.json").write_text("{}")
     assert check_out(out, overwrite=True) == out
@@ -238,7 +238,7 @@ def test_disk_fills_up_in_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(writer, "FileIO", Small)
     tensors = {f"t{i}": torch.ones(40) for i in range(10)}
-    with pytest.raises(UserError, match=r"full disk.*Nothing was left there"):
+    with pytest.raises(UserError, match=r"a full disk.*Nothing was left there"):
         write(tmp_path / "new" / "out", tensors)
     assert nothing_left(tmp_path)
 
@@ -249,7 +249,7 @@ def test_disk_fills_up_while_the_index_is_written(tmp_path: Path, monkeypatch: p
 
     tensors = some_tensors()
     with (
-        pytest.raises(UserError, match="full disk"),
+        pytest.raises(UserError, match="a full disk"),
         CheckpointWriter(tmp_path / "out", planned(tensors), max_shard_bytes=1) as target,
     ):
         for name, tensor in tensors.items():
@@ -263,7 +263,7 @@ def test_disk_fills_up_at_the_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="full disk"):
+    with pytest.raises(UserError, match="a full disk"):
         write(tmp_path / "out", some_tensors())
     assert nothing_left(tmp_path)
 
@@ -275,7 +275,7 @@ def test_other_errors_are_not_dressed_up(tmp_path: Path) -> None:
 
 
 def test_place_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="can be written"):
+    with pytest.raises(UserError, match="cannot be written to"):
         write(tmp_path / ("x" * 300), some_tensors())
     assert nothing_left(tmp_path)
 
@@ -321,7 +321,7 @@ def test_run_killed_between_the_two_renames(tmp_path: Path) -> None:
     old = tmp_path / ".out.old-1234"
     old.mkdir()
     (old / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="does not exist yet"), staged_folder(tmp_path / "out"):
+    with pytest.raises(UserError, match="exists already"), staged_folder(tmp_path / "out"):
         raise AssertionError("not reached")
     assert (tmp_path / "out" / "config.json").exists()
     (tmp_path / "out").rename(old)

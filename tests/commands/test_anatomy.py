@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoConfig
 
 from intarsia.architecture.families import known_families
-from intarsia.commands.architecture import FamilyCheck, check_family
-from intarsia.commands.architecture import families as listed
+from intarsia.commands.anatomy import FamilyCheck, check_family
+from intarsia.commands.anatomy import families as listed
 from intarsia.errors import UserError
 from tests import families
 from tests.command import invoke
@@ -135,8 +135,8 @@ def test_a_model_type_that_no_family_has(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         check_family(source)
     (problem,) = caught.value.problems
-    assert problem.where == f"{source}: model_type" and problem.found == "'unheard-of'"
-    assert "docs/ADD_A_FAMILY.md" in problem.remedy and "--family-file" in problem.remedy
+    assert problem.message.startswith(f"{source}: model_type: ") and problem.message.endswith("found 'unheard-of'.")
+    assert "docs/ADD_A_FAMILY.md" in problem.hint and "--family-file" in problem.hint
 
 
 def test_a_model_type_that_transformers_has_not(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from intarsia.building.assembled import assembled
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli import main
 from intarsia.commands import compare as verb
-from intarsia.commands import compare_rows
 from intarsia.commands.compare import CompareEval, CompareResult, Entrants
 from intarsia.errors import Problem, UserError
 from intarsia.options import EvalSpec, NewModel, Output, Target, TextSpec
@@ -231,7 +230,7 @@ def test_more_may_be_asked_for_and_nothing_is_measured_twice(
         judged.append(len(recipe.layers))
         return assembled(recipe, resident)
 
-    monkeypatch.setattr(compare_rows, "assembled", counted)
+    monkeypatch.setattr("intarsia.building.assembled.assembled", counted)
     compare(model, out, methods="sleb,sleb[racing=false]", layers=[5], **halves)
     assert judged == [5]  # two ways to one model
     rows = rows_of(out)

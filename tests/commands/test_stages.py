@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import intarsia
 from intarsia import registry
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.commands import before_after
 from intarsia.errors import UserError
 from intarsia.options import NewModel
 from intarsia.progress import Silent, reporting_to
@@ -309,7 +308,7 @@ def test_stopped_while_judging(
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(before_after, "compare_speed", stop)
+    monkeypatch.setattr("intarsia.evaluation.speed.compare_speed", stop)
     with pytest.raises(KeyboardInterrupt):
         verbs.compress(model, out, layers=4, **sizes)
     monkeypatch.undo()
@@ -352,7 +351,7 @@ def test_no_way_down_to_the_target(model_folder: Folder, sizes: Sizes, tmp_path:
     ("change", "message"),
     [
         ({"heal": "magic"}, "closed-form, end-to-end, layerwise"),
-        ({"method": "magic"}, "come, come-p, laco"),
+        ({"method": "magic"}, "come, come-p, evolve, laco"),
         ({"layers": 6}, "the model has 6 layers"),
         ({"layers": None}, "Neither --layers nor --sparsity"),
         ({"layers": None, "sparsity": 0.95}, "all layers but one hold"),

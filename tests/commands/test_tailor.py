@@ -288,7 +288,7 @@ def test_the_example_of_13_billion_parameters(tmp_path: Path, monkeypatch: pytes
     )
     with pytest.raises(UserError) as caught:
         tailor(recipe, configs=tmp_path, dry_run=True)
-    assert caught.value.problems[0].where.startswith("variant math (WizardLMTeam/WizardMath-13B-V1.0)")
+    assert caught.value.problems[0].message.startswith("variant math (WizardLMTeam/WizardMath-13B-V1.0)")
 
 
 def test_a_changed_family_is_refused_before_a_model_is_loaded(

@@ -59,7 +59,7 @@ def test_8_bits(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     compressed(Path("model"), tmp_path / "out", text_file, "--dequantize")
     recipe = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml")
-    assert recipe.variants[0].model == f"dequantize:{model}"
+    assert recipe.variants[0].model == str(model)
     more = ("--data", text_file, "--tokens", 1024, "--seq-len", 64, "--max-shard-size", "40KB")
     run("heal", tmp_path / "out", "-o", tmp_path / "healed", *more)
     assert run("verify", tmp_path / "healed", "--max-shard-size", "40KB")["kept"]

@@ -202,12 +202,12 @@ def test_sums(folder: Path) -> None:
     assert failed(folder) == {}
     text = (folder / "generation_config.json").read_text()
     (folder / "generation_config.json").write_text(text + "\n")
-    assert "generation_config.json: expected sha256" in failed(folder)["sha256"]
+    assert "generation_config.json has sha256" in failed(folder)["sha256"]
     (folder / "generation_config.json").unlink()
-    assert "found no such file" in failed(folder)["sha256"]
+    assert "is not there" in failed(folder)["sha256"]
     (folder / "generation_config.json").write_text(text)
     (folder / SUMS_FILE).write_text("0" * 64 + "  ../elsewhere\n")
-    assert "line 1: expected a sha256" in failed(folder)["sha256"]
+    assert "line 1: " in failed(folder)["sha256"]
     (folder / SUMS_FILE).unlink()
     assert "expected a SHA256SUMS; found none" in failed(folder)["sha256"]
 
@@ -286,7 +286,7 @@ def test_cache_that_changes_what_is_written(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_nothing_to_check(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected a model folder; found nothing"):
+    with pytest.raises(UserError, match="is not there"):
         verify(tmp_path / "absent")
     with pytest.raises(UserError, match=r"config.json: expected a file with one JSON object"):
         verify(tmp_path)

@@ -142,13 +142,11 @@ def refused(family: str, folder: Path, match: str, kind: str = "F16", **changes:
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    refused(
-        "opt", tmp_path / "1", "expected a family that is exported to GGUF: llama, mistral, qwen2, qwen3; found opt"
-    )
-    refused("llama", tmp_path / "2", "found the activation gelu", hidden_act="gelu")
+    refused("opt", tmp_path / "1", "type opt are not exported to GGUF, only llama, mistral, qwen2, qwen3")
+    refused("llama", tmp_path / "2", "no place for the activation gelu", hidden_act="gelu")
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     refused("llama", tmp_path / "3", "rotary embedding of type dynamic", rope_parameters=rope)
-    refused("llama", tmp_path / "4", "expected one of F16, Q8_0, F32, BF16; found 'Q4_K'", kind="Q4_K")
+    refused("llama", tmp_path / "4", "--gguf is 'Q4_K'. Choose one of F16, Q8_0, F32, BF16", kind="Q4_K")
 
 
 def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
@@ -157,6 +155,6 @@ def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
     source = families.save(model, tmp_path / "model")
     checkpoint = Checkpoint.open(source, model=str(source))
     plan = plan_gguf(checkpoint, AutoTokenizer.from_pretrained(source), "F16", name="tiny")
-    with pytest.raises(UserError, match=r"up_proj.weight: expected numbers that F16 can hold.*Export as BF16 or F32"):
+    with pytest.raises(UserError, match=r"up_proj.weight has .* numbers that F16 cannot hold.*Export as BF16 or F32"):
         write_gguf(checkpoint, plan, tmp_path / "model.gguf")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]

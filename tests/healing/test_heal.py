@@ -20,7 +20,7 @@ import intarsia
 from intarsia import registry
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.cli import main
-from intarsia.commands.heal_input import read_source
+from intarsia.commands.heal import _read_source as read_source
 from intarsia.commands.job import load_tokenizer
 from intarsia.data.corpus import Corpus
 from intarsia.data.text import draw

@@ -17,7 +17,6 @@ from intarsia import registry
 from intarsia.building import loaded_model
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli import main
-from intarsia.commands import before_after
 from intarsia.errors import UserError
 from intarsia.healing import closed_form
 from intarsia.progress import Silent, reporting_to
@@ -129,7 +128,7 @@ def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, m
 
             patched.setattr(schema, "to_yaml_text", half)
         else:
-            patched.setattr(before_after, "compare_speed", stop)
+            patched.setattr("intarsia.evaluation.speed.compare_speed", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(run=run)
     if where == "behind":
@@ -169,11 +168,10 @@ def test_every_model_is_loaded_once(heal: str, compress: Compress, monkeypatch: 
         return load(checkpoint, **more)
 
     monkeypatch.setattr(loaded_model, "load_model", counted)
-    monkeypatch.setattr(before_after, "load_model", counted)
     compress(heal=heal)
     assert loaded == [6, 4]
     # Where they do not fit into memory together, the first one is let go of before the second one comes.
-    monkeypatch.setattr(before_after, "free_bytes", lambda device: 0)
+    monkeypatch.setattr("intarsia.building.offload.free_bytes", lambda device: 0)
     result = compress(heal=heal, overwrite=True)
     assert loaded == [6, 4, 6, 4]
     assert result.before.decode_per_s > 0 and result.after.decode_per_s > 0

@@ -26,6 +26,7 @@ from intarsia.pruning.blocks import starts_of
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComePSettings
+from intarsia.pruning.methods.evolve import EvolveSettings, words_of
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Fitted, Recipe
 from intarsia.registry import heal_stages, planners
@@ -137,7 +138,7 @@ def test_a_ladder_s_recipe_starts_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
         found = planned.healed(recipe)
         cut, result = found.stages
         blocks = json.loads((ladder.path / f"blocks/layers-{depth:03d}.json").read_text())["blocks"]
-        points = [*starts(recipe, architecture), *starts_of(recipe, blocks)]
+        points = [*starts(recipe, architecture), *starts_of(recipe, blocks, architecture)]
         several += len(points) > 2
         assert len(points) <= 4
         assert all(not start.recipe.fitted for start in points[1:])
@@ -189,12 +190,22 @@ def test_of_several_starts_the_best_on_a_few_tokens_is_fitted_on_all(plan: Plan)
         (ComeSettings(heal_in_loop=True), "closed-form", 3 * (2 / 4 + 1)),
         (ComePSettings(blocks=2), "closed-form[fit-trial-tokens=512]", 9),
         (ComePSettings(blocks=2), "closed-form[fit-trial-tokens=128]", 3 * (3 / 4 + 1)),
+        (EvolveSettings(blocks=1, finalists=2), "closed-form[fit-trial-tokens=512]", 9),
     ],
 )
 def test_passes_are_those_of_every_start(method: Any, stage: str, passes: float, plan: Plan) -> None:
     job = plan(layers=5, settings=ComeSettings()).job
     planning = Planning(job, Target(layers=3), planners.choose(method))
     assert planning.heal_passes_at_most(heal_stages.choose_all(stage)) == passes
+
+
+def test_finalists_of_a_search_are_starts(plan: Plan) -> None:
+    planned = plan(layers=4, settings=EvolveSettings(generations=2, offspring=4, initial=2, finalists=3, blocks=1))
+    recipe, (entry,) = planned.folder.recipe(4), planned.folder.log()
+    found = planned.healed(recipe).stages[-1].facts["starts"]
+    others = [f"without {words_of(kept, 6)}" for kept in entry["evidence"]["others"]]
+    assert len(others) == 2 and {"as it is", *others} <= set(found)
+    assert len(found) in (3, 4)  # the best block may be one of them
 
 
 def test_heal_goes_on_behind_the_fits_that_were_finished(

@@ -16,6 +16,7 @@ from intarsia.data.corpus import Corpus
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
+from intarsia.pruning.methods.evolve import EvolveSettings
 from intarsia.pruning.prune import prune
 from intarsia.pruning.step import Planner
 from intarsia.recipe.recipe import Recipe, Variant, identity
@@ -58,11 +59,12 @@ def with_layers(resident: LoadedModel, states: list[dict[str, torch.Tensor]]) ->
 
 
 METHODS = planners.names
+QUICK = {"evolve": EvolveSettings(generations=2, offspring=4, initial=2)}
 
 
 def planner_of(method: str, settings: Any = None, in_loop: ClosedFormSettings | None = None) -> Any:
     """A planner with these settings, where they are the method's."""
-    chosen = planners.choose(method)
+    chosen, settings = planners.choose(method), settings or QUICK.get(method)
     if chosen.entry.settings is not None and isinstance(settings, chosen.entry.settings):
         chosen = replace(chosen, settings=settings)
     planner = chosen.create()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from intarsia.building.assembled import assembled
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.shortgpt import ShortGpt
@@ -65,6 +67,34 @@ def test_sleb_drops_what_costs_least(family: str, resident_of: InMemory, tmp_pat
         assert entry["evidence"]["losses"] == pytest.approx(list(losses.values()), rel=1e-6)
         assert layers_of(run, entry["layers"]) == left
         assert entry["loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+
+
+def test_sleb_by_divergence_drops_what_changes_the_distribution_least(resident_of: InMemory, tmp_path) -> None:
+    """KL over the whole vocabulary, of the models by themselves; the loss that is reported stays the loss."""
+    resident, corpus = resident_of("llama"), corpus_of()
+
+    def log_p(layers: list[int]) -> torch.Tensor:
+        recipe = identity(Variant(name="base", model="m"), families.DEPTH).with_layers([select(at) for at in layers])
+        with torch.no_grad():
+            return assembled(recipe, resident)(corpus.input_ids).logits[:, :-1].double().log_softmax(-1)
+
+    whole = log_p(list(range(families.DEPTH)))
+    run = ladder_in(tmp_path / "run", {})
+    model = Intermediate(resident, corpus, WHOLE)
+    model.criterion = "kl"
+    start = identity(Variant(name="base", model="m"), families.DEPTH)
+    assert climb(Sleb(SlebSettings(criterion="kl", racing=False)), model, start, 4, run) is None
+    left = list(range(families.DEPTH))
+    for entry in run.log():
+        without = {layer: log_p([other for other in left if other != layer]) for layer in left}
+        kl = {layer: float((whole.exp() * (whole - found)).sum(-1).mean()) for layer, found in without.items()}
+        shown = dict(zip(left, entry["evidence"]["losses"], strict=True))
+        for layer in left:  # the least likely tokens are one bucket: a lower bound
+            assert 0.5 * kl[layer] < shown[layer] <= kl[layer] * (1 + 1e-5)
+        dropped = min(left, key=lambda layer: shown[layer])
+        assert entry["evidence"]["dropped"] == f"base:{dropped}"
+        left.remove(dropped)
+        assert entry["loss"] > 1.0
 
 
 def test_sleb_races_for_less(resident_of: InMemory) -> None:

@@ -15,6 +15,7 @@ from intarsia.pruning.blocks import best_blocks, starts_of
 from intarsia.pruning.candidates import losses_with
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.methods.sleb import SlebSettings
+from intarsia.recipe.algebra import half_layers
 from intarsia.recipe.schema import content_hash
 from intarsia.registry import heal_stages, planners
 from intarsia.run_dir import RunDir
@@ -35,20 +36,37 @@ def measured(resident: LoadedModel, sequences: int = 32) -> Intermediate:
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_the_best_blocks_are_those_of_least_loss(family: str, resident_of: InMemory) -> None:
     model = measured(resident_of(family), 8)  # too few to race on
-    tokens = float(model.counts_N.sum())
-    by_hand = {start: float(losses_with(model, start, 2, []).sum()) / tokens for start in range(families.DEPTH - 1)}
-    found = best_blocks(model, 2, number=3)
-    assert [block["start"] for block in found] == sorted(by_hand, key=lambda start: by_hand[start])[:3]
+    tokens, whole = float(model.counts_N.sum()), model.ops
+    by_hand = {(start, False): losses_with(model, start, 2, []) for start in range(families.DEPTH - 1)}
+    for start in range(families.DEPTH - 2):
+        half = half_layers(whole[start], whole[start + 2], "fold", model.architecture)
+        by_hand[start, True] = losses_with(model, start, 3, [half])
+    losses = {block: float(sums_N.sum()) / tokens for block, sums_N in by_hand.items()}
+    found = best_blocks(model, 2, number=9)
+    assert [(block["start"], block["half"]) for block in found] == sorted(losses, key=lambda block: losses[block])
     for block in found:
-        assert block["end"] == block["start"] + 2
-        assert block["loss"] == pytest.approx(by_hand[int(block["start"])], rel=1e-9)
+        assert block["end"] == block["start"] + 2 + block["half"]
+        assert block["loss"] == pytest.approx(losses[block["start"], block["half"]], rel=1e-9)
 
 
-def test_a_block_that_is_the_recipe_itself_is_no_other_start() -> None:
+def test_a_block_that_is_the_recipe_itself_is_no_other_start(resident_of: InMemory) -> None:
     recipe = recipe_of("llama", [select(layer) for layer in (0, 1, 4, 5)])
-    found = starts_of(recipe, [{"start": 2, "end": 4, "loss": 1.0}, {"start": 1, "end": 3, "loss": 2.0}])
-    assert [list(start.recipe.layers) for start in found] == [[select(layer) for layer in (0, 3, 4, 5)]]
-    assert found[0].name == "that leaves 1 to 2 out of the original"
+    blocks = [
+        {"start": 2, "end": 4, "half": False, "loss": 1.0},
+        {"start": 1, "end": 3, "half": False, "loss": 2.0},
+        {"start": 1, "end": 4, "half": True, "loss": 3.0},
+    ]
+    architecture = resident_of("llama").architecture
+    found = starts_of(recipe, blocks, architecture)
+    half = half_layers(select(1), select(3), "fold", architecture)
+    assert [list(start.recipe.layers) for start in found] == [
+        [select(layer) for layer in (0, 3, 4, 5)],
+        [select(0), half, select(4), select(5)],
+    ]
+    assert [start.name for start in found] == [
+        "that leaves 1 to 2 out of the original",
+        "that leaves the MLP of 1 to the attention of 3 out of the original",
+    ]
 
 
 def test_the_final_heal_starts_from_blocks_too(tmp_path: Path, model_folder: Folder, text_file: Path) -> None:

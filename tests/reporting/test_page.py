@@ -7,18 +7,22 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from intarsia.cli.parse import parse
+from intarsia.commands.compare import CompareEval, Entrants, compare
 from intarsia.errors import UserError
+from intarsia.options import TextSpec
 from intarsia.pruning.ladder import Ladder, Wanted
 from intarsia.reporting.blocks import Pictures, Table
 from intarsia.reporting.page import report_html, write_report
 from intarsia.reporting.plan_report import load_run, puzzle_sections, score_sections, steps_section
-from intarsia.reporting.wording import compare_command, compress_command, plan_command
+from intarsia.reporting.wording import command, compress_command, plan_command
 from tests.reporting.runs import CHANNELS, GROUPS, comparison, plan_run, row, scores
 
 VOID = {"meta", "input", "br", "link", "img"}
@@ -268,31 +272,21 @@ def test_commands_name_what_is_not_the_default() -> None:
 
 
 def test_the_command_of_a_comparison(tmp_path: Path) -> None:
-    facts = {
-        "model": "some/model",
-        "revision": "v2",
-        "settings": {"calibration": "a b.txt,c.txt", "tokens": 4096, "seq_len": 512, "seed": 0, "dtype": None},
-        "asked": {
-            "methods": ["come", "come-p[spans=1]"],
-            "layers": [5, 4],
-            "heal": ["none", "closed-form"],
-            "task_layers": [4],
-            "speed": True,
-        },
-        "eval_texts": [
-            {"name": "wiki", "spec": "w.txt", "windows": 64},
-            {"name": "news 0.9:1", "spec": "news.txt#0.9:1", "windows": 16},
-        ],
-        "tasks": [{"name": "piqa", "spec": "piqa", "limit": 20}, {"name": "q", "spec": "q.jsonl#0.5:1", "limit": 20}],
-    }
-    wanted = (
-        "intarsia compare some/model -o out --methods 'come,come-p[spans=1]' --layers 5,4 --heal none,closed-form "
-        "--eval-text wiki=w.txt --eval-text 'news.txt#0.9:1' --eval-windows 64 --eval-windows 16 "
-        "--tasks 'piqa,q.jsonl#0.5:1' --task-layers 4 --limit 20 --speed --revision v2 --calibration 'a b.txt,c.txt' "
-        "--tokens 4096"
+    given = (
+        Entrants(methods=("come", "come-p[spans=1]"), layers=(4, 5), heal=("none", "closed-form")),
+        CompareEval(
+            text=("wiki=w.txt", "news.txt#0.9:1"), windows=(64, 16), tasks=("piqa",), task_layers=(4,), speed=True
+        ),
+        TextSpec(sources=("a b.txt", "c.txt"), tokens=4096),
     )
-    assert compare_command(facts, out="out") == wanted
-    assert compare_command({**facts, "asked": {}}, out="out") is None  # a folder that does not say what was asked for
-    folder = comparison(tmp_path / "out", [row("come", 5, "none", 40.0)], **facts)
+    wanted = (
+        "intarsia compare some/model -o out --methods come --methods 'come-p[spans=1]' --layers 5,4 --heal none "
+        "--heal closed-form --eval-text 'wiki=w.txt,news.txt#0.9:1' --eval-windows 64,16 --tasks piqa --task-layers 4 "
+        "--speed --calibration 'a b.txt,c.txt' --tokens 4096"
+    )
+    assert command("compare", "some/model", "-o", "out", given=given) == wanted
+    call = parse(compare, "compare", shlex.split(wanted)[2:])
+    assert (call.arguments["entrants"], call.arguments["evaluation"], call.arguments["text"]) == given
+    folder = comparison(tmp_path / "out", [row("come", 5, "none", 40.0)], command=wanted)
     _, reader = page(folder)
     assert wanted in reader.text

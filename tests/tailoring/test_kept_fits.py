@@ -72,7 +72,7 @@ def test_half_of_it_counts_for_nothing(fits: KeptFits, tmp_path: Path) -> None:
     assert fits.find(recipe) is None
 
 
-@pytest.mark.parametrize("error", [UserError.of(where="", expected="", found="", remedy=""), PermissionError()])
+@pytest.mark.parametrize("error", [UserError("It is unknown."), PermissionError()])
 def test_no_room_for_it(error: Exception, fits: KeptFits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(recipe: Recipe, path: Path) -> None:
         path.with_suffix(".safetensors").write_bytes(b"")

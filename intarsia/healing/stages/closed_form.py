@@ -70,20 +70,27 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
     }
     points, forwards = [*starts(recipe, architecture), *context.starts], 0.0
     start, found, fits = points[0], None, []
-    if len(points) > 1:
-        trial = _first(text, settings.trial_tokens or int(text.tokens * _TRIAL))
-        with context.original_states(trial, fits=len(points)) as teacher:
-            best = best_fit(points, teacher, context.held_out, folder=context.folder, **common)
-        start = best.start
-        context.facts |= {"starts": best.perplexities, "start": start.name}
-        context.facts["from_scratch"] = start.name != AS_IT_IS
-        forwards = sum(fit_forwards(each.recipe, settings, architecture) for each in points) * len(trial) / len(text)
-        if trial is text:
-            found, fits = best.recipe, best.fits
-    if found is None:  # whether it is taken is decided after the stage
-        with context.original_states(text) as teacher:
-            found, fits = fit(start.recipe, teacher, **common)
-        forwards += fit_forwards(start.recipe, settings, architecture)
+    trial = text if len(points) == 1 else _first(text, settings.trial_tokens or int(text.tokens * _TRIAL))
+    units = (len(points) > 1) * len(points) * len(trial) / len(text)
+    with progress.current().task("", units + 1.0) as task:
+        if len(points) > 1:
+            with (
+                context.original_states(trial, fits=len(points)) as teacher,
+                progress.current().task("", 1.0, units=units),
+            ):
+                best = best_fit(points, teacher, context.held_out, folder=context.folder, **common)
+            task.advance(units)
+            start = best.start
+            context.facts |= {"starts": best.perplexities, "start": start.name}
+            context.facts["from_scratch"] = start.name != AS_IT_IS
+            tried = sum(fit_forwards(each.recipe, settings, architecture) for each in points)
+            forwards = tried * len(trial) / len(text)
+            if trial is text:
+                found, fits = best.recipe, best.fits
+        if found is None:  # whether it is taken is decided after the stage
+            with context.original_states(text) as teacher:
+                found, fits = fit(start.recipe, teacher, **common)
+            forwards += fit_forwards(start.recipe, settings, architecture)
     context.details += fits
     context.facts["tokens"] = text.tokens
     context.facts["forwards"] = forwards

@@ -88,7 +88,9 @@ class Candidate:
     start: int
     count: int
     op: Op | None
+    # Of each layer's attention, and of its MLP.
     shares: Sequence[float] = ()
+    mlp_shares: Sequence[float] = ()
     counts: Counts = ()
 
 
@@ -148,14 +150,24 @@ class Come(Progressive):
         return [self.candidate(model, start, scores, self._shares(model, start, count))], {}
 
     def candidate(
-        self, model: Intermediate, start: int, scores: Sequence[Scores], shares: Sequence[float]
+        self,
+        model: Intermediate,
+        start: int,
+        scores: Sequence[Scores],
+        shares: Sequence[float],
+        mlp_shares: Sequence[float] | None = None,
     ) -> Candidate:
-        """The layer that keeps each merged layer's most sensitive pieces; with `weight-sum`, their sum by share."""
+        """The layer that keeps each merged layer's most sensitive pieces; with `weight-sum`, their sum by share.
+
+        Args:
+            shares: of each layer; of its attention, where there are `mlp_shares`.
+        """
+        mlp_shares = shares if mlp_shares is None else mlp_shares
         groups = allocate.counts(shares, model.architecture.n_kv_heads)
-        channels = allocate.counts(shares, model.architecture.n_pieces("mlp"))
+        channels = allocate.counts(mlp_shares, model.architecture.n_pieces("mlp"))
         counts = tuple(zip(groups, channels, strict=True))
         op = self._op(model, start, scores, counts, shares)
-        return Candidate(start=start, count=len(shares), op=op, shares=shares, counts=counts)
+        return Candidate(start=start, count=len(shares), op=op, shares=shares, mlp_shares=mlp_shares, counts=counts)
 
     def reason(self) -> str:
         """Why nothing more can be merged."""

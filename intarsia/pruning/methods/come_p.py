@@ -10,6 +10,7 @@ removal is what is tried.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from intarsia.errors import check
 from intarsia.pruning import scores as allocate
 from intarsia.pruning.methods.come import Candidate, Come, ComeSettings, Scores
 from intarsia.pruning.race import best_of_groups, mean_loss, race, share_at_most
+from intarsia.pruning.step import without_half_layers
 from intarsia.recipe.ops import Op
 from intarsia.registry import planner
 
@@ -37,6 +39,8 @@ class ComePSettings(ComeSettings):
     spans: int = 3
     # Also try to drop each layer, wherever it is (with --merge M, each M - 1 adjacent ones).
     removals: bool = False
+    # Give attention and MLP shares of their own: try each removal shifted by half a layer, and ratios around the best.
+    half_layers: bool = False
     # Give a candidate up as soon as it is clearly worse than the best on part of the calibration text.
     racing: bool = True
     # With --heal-in-loop: heal this many of the best candidates of each step, and take the one of least held-out loss.
@@ -47,10 +51,12 @@ class ComePSettings(ComeSettings):
             **ComeSettings.presets["paper"],
             "spans": 1,
             "removals": False,
+            "half_layers": False,
             "racing": False,
             "finalists": 1,
             "blocks": 0,
             "plan_tokens": None,
+            "criterion": "loss",
         },
     }
 
@@ -65,6 +71,11 @@ class ComePSettings(ComeSettings):
                     "Give a greater number.",
                 )
                 for name, least in counts
+            ),
+            (
+                not self.half_layers or self.combine != "weight-sum",
+                "--half-layers joins pieces of layers, which --combine weight-sum does not.",
+                "Leave one of them out.",
             ),
             (
                 self.heal_in_loop or self.finalists == 1,
@@ -88,24 +99,41 @@ class ComeP(Come):
         self, model: Intermediate, ranked: Sequence[int], count: int, pieces: Callable[[int], Scores]
     ) -> tuple[list[Candidate], dict[str, Any]]:
         """The ratios of some spans, and removals, raced by calibration loss."""
-        drops = self.settings.removals
+        drops, halves = self.settings.removals, self.settings.half_layers
         if not ranked and not drops:
             return [], {}
         spans = {
             start: [pieces(index) for index in range(start, start + count)] for start in ranked[: self.settings.spans]
         }
-        tried = distinct(model, [*(removals(model, count - 1) if drops else ()), *self._merges(model, spans)])
+        tried = distinct(
+            model,
+            [
+                *(removals(model, count - 1) if drops else ()),
+                *(self._half_removals(model, ranked, count) if halves else ()),
+                *self._merges(model, spans),
+            ],
+        )
         if not tried:
             return [], {}
         title = f"trying {len(tried)} ratios" + (f" of {len(spans)} spans" if len(spans) > 1 else "")
         title += " and removals" if drops else ""
-        best, shown = raced(model, tried, self.settings.finalists, racing=self.settings.racing, title=title)
+        best, shown = self._raced(model, tried, title)
+        if halves and count == 2:
+            around = distinct(model, [*best, *self._around(model, best[0], pieces)])
+            if len(around) > len(best):
+                best, more = self._raced(model, around, f"trying {len(around)} ratios around the best")
+                shown += more
         return best, {"grid": shown}
+
+    def _raced(
+        self, model: Intermediate, tried: Sequence[Candidate], title: str
+    ) -> tuple[list[Candidate], list[dict[str, Any]]]:
+        return raced(model, tried, self.settings.finalists, racing=self.settings.racing, title=title)
 
     def tried_forwards(self, after: int, count: int, sequences: int) -> float:
         """Each ratio and removal that is tried re-runs what is after it, as long as it is in the race."""
         ratios = min(self.settings.spans, after) * math.comb(self.settings.granularity + count - 1, count - 1)
-        drops = after + 1 if self.settings.removals else 0
+        drops = (after + 1 if self.settings.removals else 0) + (after + 16 if self.settings.half_layers else 0)
         racing, finalists = self.settings.racing, self.settings.finalists
         share = share_at_most(max(ratios + drops, 1), sequences, racing=racing, keep=finalists)
         return share * (ratios * after + drops * after / 2)
@@ -115,6 +143,41 @@ class ComeP(Come):
         from intarsia.pruning.heal_in_loop import step_heal_forwards
 
         return step_heal_forwards(architecture, self.in_loop, current, finalists=self.settings.finalists)
+
+    def _half_removals(self, model: Intermediate, starts: Sequence[int], count: int) -> Iterator[Candidate]:
+        """Every removal from the MLP of a layer to the attention of the last of `count` layers."""
+        groups, channels = model.architecture.n_kv_heads, model.architecture.n_pieces("mlp")
+        between = [0.0] * (count - 2)
+        for start in starts:
+            op = without_half_layers(model, start, count, self.settings.norm)
+            if op is not None:
+                yield Candidate(
+                    start=start,
+                    count=count,
+                    op=op,
+                    shares=[1.0, *between, 0.0],
+                    mlp_shares=[0.0, *between, 1.0],
+                    counts=((groups, 0), *[(0, 0) for _ in between], (0, channels)),
+                )
+
+    def _around(self, model: Intermediate, best: Candidate, pieces: Callable[[int], Scores]) -> Iterator[Candidate]:
+        """The neighbours of the best on the grid of attention and MLP shares of two layers.
+
+        A removed layer is a corner of two squares: that with the layer before it, and that with the layer after it.
+        """
+        centres = [(best.start, best.shares[0], best.mlp_shares[0])] if best.op is not None else []
+        if best.op is None:
+            centres = [(best.start - 1, 1.0, 1.0), (best.start, 0.0, 0.0)]
+        step = 1.0 / self.settings.granularity
+        for start, attention, mlp in centres:
+            if not (0 <= start < model.depth - 1 and self._allowed(model, start, 2)):
+                continue
+            scores = [pieces(start), pieces(start + 1)]
+            for a, m in itertools.product(
+                (attention - step, attention, attention + step), (mlp - step, mlp, mlp + step)
+            ):
+                if -1e-9 < a < 1 + 1e-9 and -1e-9 < m < 1 + 1e-9:
+                    yield self.candidate(model, start, scores, (a, 1.0 - a), (m, 1.0 - m))
 
     def _merges(self, model: Intermediate, spans: Mapping[int, Sequence[Scores]]) -> Iterator[Candidate]:
         """Every ratio of the grid, of every span."""
@@ -166,6 +229,7 @@ def raced(
             "start": each.start,
             **({"dropped": each.count} if each.op is None else {}),
             "ratios": list(each.shares),
+            **({"mlp_ratios": list(each.mlp_shares)} if each.mlp_shares != each.shares else {}),
             "sequences": sums[index].numel(),
             "loss": losses[index],
         }
@@ -180,5 +244,10 @@ def _removed(candidate: Candidate) -> Hashable:
     span = range(candidate.start, candidate.start + candidate.count)
     if candidate.op is None:
         return tuple(span), True
-    largest = max(range(candidate.count), key=lambda index: candidate.shares[index])
-    return tuple(index for index in span if index != candidate.start + largest), False
+    attention, mlp = (
+        max(range(candidate.count), key=lambda index: shares[index])
+        for shares in (candidate.shares, candidate.mlp_shares)
+    )
+    if attention != mlp:
+        return candidate.start, "half a layer each"
+    return tuple(index for index in span if index != candidate.start + attention), False

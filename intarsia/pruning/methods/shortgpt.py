@@ -21,7 +21,7 @@ class ShortGpt(OneShot):
     scored = "influence"
 
     def __init__(self, settings: PlanSettings) -> None:
-        self.blocks, self.plan_tokens = settings.blocks, settings.plan_tokens
+        self.blocks, self.plan_tokens, self.criterion = settings.blocks, settings.plan_tokens, settings.criterion
 
     def score(self, model: Intermediate) -> list[float]:
         """The influence of each layer."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from intarsia.architecture.spec import Architecture
 from intarsia.pruning.race import mean_loss, race, share_at_most
-from intarsia.pruning.step import Progressive, ProgressiveSettings, Step, strides
+from intarsia.pruning.step import Progressive, ProgressiveSettings, Step, strides, without_half_layers
 from intarsia.recipe.ops import sources_of
 from intarsia.registry import planner
 
@@ -26,8 +26,10 @@ class SlebSettings(ProgressiveSettings):
 
     # Give a candidate up as soon as it is clearly worse than the best on part of the calibration text.
     racing: bool = True
+    # Also try to drop the MLP of each layer with the attention of the next one.
+    half_layers: bool = False
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"racing": False}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"racing": False, "half_layers": False}}
 
 
 @planner("sleb", settings=SlebSettings, paper="2402.09025")
@@ -39,34 +41,44 @@ class Sleb(Progressive):
         self.settings = settings
 
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
-        """Try the model without each layer."""
+        """Try the model without each layer, and without the half-layers between two, where that is wanted."""
         from intarsia.pruning.candidates import Change, losses_of
 
-        free = model.droppable()
-        if not free:
+        tried = [Change(start=start, count=1, ops=()) for start in model.droppable()]
+        if not tried:
             return []
+        whole = len(tried)
+        for start in range(model.depth - 1) if self.settings.half_layers else ():
+            half = without_half_layers(model, start, 2)
+            tried += [] if half is None else [Change(start=start, count=2, ops=(half,))]
         best, sums = race(
-            free,
-            lambda starts, part: losses_of(
-                model, [Change(start=start, count=1, ops=()) for start in starts], sequences=part
-            ),
+            range(len(tried)),
+            lambda some, part: losses_of(model, [tried[index] for index in some], sequences=part),
             model.counts_N,
             racing=self.settings.racing,
-            title=f"skipping each of {len(free)} layers",
+            title=f"skipping each of {whole} layers",
         )
+        losses = [mean_loss(sums[index], model.counts_N) for index in range(len(tried))]
+        halves = {str(each.start): loss for each, loss in zip(tried, losses, strict=True) if each.ops}
+        change = tried[best]
         evidence = {
-            "losses": [mean_loss(sums[start], model.counts_N) for start in free],
-            "sequences": [sums[start].numel() for start in free],
-            "dropped": sources_of([model.ops[best]]),
+            "losses": losses[:whole],
+            **({"half_losses": halves} if halves else {}),
+            "sequences": [sums[index].numel() for index in range(len(tried))],
+            "dropped": sources_of(model.ops[change.start : change.start + 1]),
         }
-        return [Step(start=best, count=1, op=None, evidence=evidence)]
+        op = change.ops[0] if change.ops else None
+        if op is not None:
+            evidence["dropped"] = f"the MLP of layer {change.start}, the attention of layer {change.start + 1}"
+        return [Step(start=change.start, count=change.count, op=op, evidence=evidence)]
 
     def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> float:
         """Every layer is tried, at the cost of those after it; then the model is measured."""
         from intarsia.pruning.heal_in_loop import step_heal_forwards
 
+        tried = 2 if self.settings.half_layers else 1
         return architecture.n_layers + sum(
-            share_at_most(current, sequences, racing=self.settings.racing) * current * (current - 1) / 2
+            tried * share_at_most(tried * current, sequences, racing=self.settings.racing) * current * (current - 1) / 2
             + current
             - 1
             + step_heal_forwards(architecture, self.in_loop, current)

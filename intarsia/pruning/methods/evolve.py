@@ -1,0 +1,314 @@
+"""Evolve: search for the attention and MLP sub-blocks to keep, by mutation and selection.
+
+Source: Sieberling et al., EvoPress, arXiv 2410.14649: the best model so far is mutated by level switches (one dropped
+sub-block comes back, another one is dropped), offspring are selected in stages on growing samples of text, by KL to
+the original's next tokens, and the parent stays unless one of them is better on all of it.
+
+Deviations: sub-blocks are dropped so that whole layers are left, each an attention and a later or its own MLP, which
+makes the result a stock checkpoint (published: any, as many attentions as MLPs); so a switch moves a pair of adjacent
+ones. The search starts from the best of random choices, the layers of least influence and every block of adjacent
+layers (published: random choices). Stages see parts of one calibration text, and what a model lost on a sequence is not
+measured twice (published: samples of a large text).
+
+A model is run from the original's hidden states before its first change. What was evaluated is logged, so a search that
+was stopped repeats none of it.
+
+Shape suffix: `N` sequences.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from intarsia.architecture.spec import Architecture
+from intarsia.errors import check
+from intarsia.pruning.step import Criterion, Planner, PlanSettings, Step, without_half_layers
+from intarsia.recipe.algebra import half_layers
+from intarsia.recipe.ops import Op
+from intarsia.registry import planner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from intarsia.pruning.candidates import Change
+    from intarsia.pruning.intermediate import Intermediate
+
+Kept: TypeAlias = tuple[int, ...]
+"""The sub-blocks of a model, ascending: 2 i is the attention of layer i, 2 i + 1 its MLP."""
+
+_STAGES = ((1 / 8, 1 / 4), (1 / 2, 1 / 8))
+"""For each stage but the last, the share of the text that is seen, and the share of models that are left after it."""
+_TRIES = 50
+"""A mutation that gives a model which is known, or none, is drawn again this many times."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvolveSettings(PlanSettings):
+    """How the search goes."""
+
+    # Generations of the search.
+    generations: int = 60
+    # Mutations of the best model so far that each generation tries.
+    offspring: int = 16
+    # Level switches of a mutation, at most.
+    switches: int = 3
+    # Random models among those that the search starts from.
+    initial: int = 16
+    # Drop runs of attention and MLP that begin in the middle of a layer too, not whole layers alone.
+    half_layers: bool = True
+    # What models are compared by: their loss, or KL(original || model) of the next token.
+    criterion: Criterion = "kl"
+    # Heal this many of the best models of the search; the one of least perplexity on the selection text is kept.
+    finalists: int = 1
+    # Seed of the search.
+    search_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = [("generations", 0), ("offspring", 1), ("switches", 1), ("initial", 0), ("finalists", 1)]
+        check(
+            *(
+                (
+                    getattr(self, name) >= least,
+                    f"--{name} is {getattr(self, name)}; it is at least {least}.",
+                    "Give a greater number.",
+                )
+                for name, least in counts
+            )
+        )
+
+
+@planner("evolve", settings=EvolveSettings, paper="2410.14649")
+class Evolve(Planner):
+    """Search for the attention and MLP sub-blocks to keep, by mutation and selection."""
+
+    # From the original to the target: every depth is a search of its own.
+    layers_at_once = 1_000_000
+
+    def __init__(self, settings: EvolveSettings) -> None:
+        self.settings, self.finalists = settings, settings.finalists
+        self.blocks, self.plan_tokens, self.criterion = settings.blocks, settings.plan_tokens, settings.criterion
+
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
+        """The best model of the search, in one step."""
+        search = _Search(self, model, target)
+        best, losses = search.run()
+        ops = search.ops(best)
+        assert ops is not None
+        first = next(place for place in range(2 * model.depth) if place not in best)
+        evidence = {
+            "dropped": words_of(best, model.depth),
+            "losses": losses,
+            "evaluated": len(search.sums),
+            "others": [kept for kept in search.ranked() if kept != best][: self.finalists - 1],
+        }
+        model.progress.say(f"dropped: {evidence['dropped']}")
+        return [Step(start=first // 2, count=model.depth - target, op=None, whole=ops, evidence=evidence)]
+
+    def other_finalists(
+        self, evidence: Mapping[str, Any], whole: Sequence[Op], architecture: Architecture
+    ) -> dict[str, list[Op]]:
+        """The models that came next in the search."""
+
+        def layers(kept: Kept) -> list[Op]:
+            pairs = ((first // 2, second // 2) for first, second in zip(kept[::2], kept[1::2], strict=True))
+            return [whole[i] if i == j else half_layers(whole[i], whole[j], "fold", architecture) for i, j in pairs]
+
+        return {f"without {words_of(kept, len(whole))}": layers(tuple(kept)) for kept in evidence["others"]}
+
+    def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> float:
+        """The models of every stage, run as a whole; and the original."""
+        depth = architecture.n_layers
+        first = self.settings.initial + 2 + 2 * target
+        models = _passes(first, sequences) + self.settings.generations * _passes(self.settings.offspring, sequences)
+        return depth + models * target
+
+
+class _Search:
+    """One search under way.
+
+    Attributes:
+        sums: of every model so far, its summed loss on each sequence `[N]`; NaN where it was not evaluated.
+        logged: what an earlier run of the same search found, by model and sequences.
+    """
+
+    def __init__(self, planner: Evolve, model: Intermediate, target: int) -> None:
+        self.settings, self.journal, self.model, self.target = planner.settings, planner.journal, model, target
+        self.depth, self.number = model.depth, model.rows.stop
+        assert self.depth == model.architecture.n_layers, "the search starts from the whole model"
+        self.random = random.Random(self.settings.search_seed)
+        self.sums: dict[Kept, Tensor] = {}
+        entries = [] if self.journal is None else self.journal.entries()
+        self.logged = {(tuple(entry["kept"]), *entry["rows"]): entry["sums"] for entry in entries}
+        self._joined: dict[tuple[int, int], Op | None] = {}
+
+    def run(self) -> tuple[Kept, list[float]]:
+        """The best model, and the loss of the best one after each generation."""
+        generations = self.settings.generations
+        with self.model.progress.task("evolving", 1 + generations) as task:
+            best = self._select(self._initial(), None)
+            losses = [self._loss(best)]
+            for _ in range(generations):
+                task.note(f"{self.settings.criterion} {losses[-1]:.4f}")
+                task.advance()
+                best = self._select(self._offspring(best), best)
+                losses.append(self._loss(best))
+            task.advance()
+        return best, losses
+
+    def ranked(self) -> list[Kept]:
+        """The models that were evaluated on all of the text, the best first."""
+        known = [kept for kept, sums_N in self.sums.items() if not bool(sums_N.isnan().any())]
+        return sorted(known, key=self._loss)
+
+    def ops(self, kept: Kept) -> tuple[Op, ...] | None:
+        """The layers of a model; None where some of them cannot be joined."""
+        found = tuple(
+            self._join(attention // 2, mlp // 2) for attention, mlp in zip(kept[::2], kept[1::2], strict=True)
+        )
+        return None if None in found else found  # type: ignore[return-value]
+
+    def _join(self, attention: int, mlp: int) -> Op | None:
+        if attention == mlp:
+            return self.model.ops[attention]
+        if (attention, mlp) not in self._joined:
+            self._joined[attention, mlp] = without_half_layers(self.model, attention, mlp - attention + 1)
+        return self._joined[attention, mlp]
+
+    def _initial(self) -> list[Kept]:
+        """What the search starts from: least influence, blocks of adjacent layers, and random layers."""
+        removed = self.depth - self.target
+        influence = [measure.influence for measure in self.model.measures]
+        dropped: list[Iterable[int]] = [sorted(range(self.depth), key=lambda layer: influence[layer])[:removed]]
+        dropped += [range(start, start + removed) for start in range(self.target + 1)]
+        dropped += [self.random.sample(range(self.depth), removed) for _ in range(self.settings.initial)]
+        left = [{2 * layer + part for layer in layers for part in (0, 1)} for layers in dropped]
+        if self.settings.half_layers:
+            left += [set(range(2 * start + 1, 2 * (start + removed) + 1)) for start in range(self.target)]
+        found = (tuple(place for place in range(2 * self.depth) if place not in gone) for gone in left)
+        return [kept for kept in dict.fromkeys(found) if self.ops(kept) is not None]
+
+    def _offspring(self, parent: Kept) -> list[Kept]:
+        """Distinct mutations of a model, none of which was evaluated on all of the text; fewer where there are none."""
+        found: dict[Kept, None] = {}
+        for _ in range(self.settings.offspring):
+            for _ in range(_TRIES):
+                most, kept = self.settings.switches, parent
+                for _ in range(min(self.random.randint(1, most), self.random.randint(1, most))):
+                    kept = self._switched(kept)
+                known = kept in self.sums and not bool(self.sums[kept].isnan().any())
+                if kept not in found and not known and self.ops(kept) is not None:
+                    found[kept] = None
+                    break
+        return list(found)
+
+    def _switched(self, kept: Kept) -> Kept:
+        """Drop two adjacent sub-blocks, and bring two back."""
+        half = self.settings.half_layers
+        place = self.random.randrange(0, len(kept) - 1, 1 if half else 2)
+        left = kept[:place] + kept[place + 2 :]
+        return self.random.choice([tuple(sorted((*left, *pair))) for pair in pairs(left, self.depth, half=half)])
+
+    def _select(self, tried: list[Kept], parent: Kept | None) -> Kept:
+        """The best of some models and their parent: ever fewer see ever more of the text."""
+        number = len(tried)
+        for size, left in _sizes(number, self.number):
+            start = self.random.randrange(self.number - size + 1)
+            rows = slice(start, start + size)
+            self._evaluate(tried, rows)
+            sums = {kept: float(self.sums[kept][rows].sum()) for kept in tried}
+            tried = sorted(tried, key=sums.__getitem__)[:left]
+        whole = slice(0, self.number)
+        self._evaluate(tried, whole)
+        return min([*([] if parent is None else [parent]), *tried], key=self._loss)
+
+    def _loss(self, kept: Kept) -> float:
+        """What it lost a token, on all of the text."""
+        return float(self.sums[kept].sum() / self.model.counts_N.sum())
+
+    def _evaluate(self, tried: Sequence[Kept], rows: slice) -> None:
+        """Run models on the sequences on which they were not."""
+        import torch
+
+        from intarsia.pruning.candidates import losses_of
+
+        missing: dict[tuple[int, int], list[Kept]] = {}
+        for kept in tried:
+            sums_N = self.sums.setdefault(kept, torch.full((self.number,), math.nan, dtype=torch.float64))
+            for run in _runs([row for row in range(rows.start, rows.stop) if sums_N[row].isnan()]):
+                missing.setdefault(run, []).append(kept)
+        for run, models in missing.items():
+            part, new = slice(*run), [kept for kept in models if (kept, *run) not in self.logged]
+            found = losses_of(self.model, [self._change(kept) for kept in new], sequences=part) if new else ()
+            for kept, sums_N in zip(new, found, strict=True):
+                self.logged[(kept, *run)] = sums_N.tolist()
+                if self.journal is not None:
+                    self.journal.append({"kept": kept, "rows": run, "sums": self.logged[(kept, *run)]})
+            for kept in models:
+                self.sums[kept][part] = torch.tensor(self.logged[(kept, *run)], dtype=torch.float64)
+
+    def _change(self, kept: Kept) -> Change:
+        """A model, as what it is after the layers that it has in common with the original."""
+        from intarsia.pruning.candidates import Change
+
+        ops = self.ops(kept)
+        assert ops is not None
+        first = next((index for index, op in enumerate(ops) if op != self.model.ops[index]), len(ops))
+        return Change(start=first, count=self.depth - first, ops=ops[first:])
+
+
+def words_of(kept: Sequence[int], depth: int) -> str:
+    """What a model of a number of layers lacks, for a person: `layers 4 to 6; MLP of 9 to attention of 11`."""
+    words = []
+    for first, end in _runs([place for place in range(2 * depth) if place not in kept]):
+        start, last = first // 2, (end - 1) // 2
+        if first % 2:
+            words.append(f"MLP of {start} to attention of {last}")
+        else:
+            words.append(f"layer {start}" if start == last else f"layers {start} to {last}")
+    return "; ".join(words)
+
+
+def pairs(kept: Kept, depth: int, *, half: bool) -> list[tuple[int, int]]:
+    """Sub-blocks that can come back, two at a time, so that every attention is followed by an MLP again.
+
+    Args:
+        kept: those of a model of whole layers, ascending.
+        depth: the original's number of layers.
+        half: whether the two may be parts of different layers.
+    """
+    found = []
+    for first in range(2 * depth):
+        before = bisect_left(kept, first)
+        end = kept[before] if before < len(kept) else 2 * depth
+        if first % 2 == before % 2 and first < end:
+            found += [(first, second) for second in range(first + 1, end, 2)]
+    return found if half else [(first, second) for first, second in found if first // 2 == second // 2]
+
+
+def _sizes(number: int, sequences: int) -> list[tuple[int, int]]:
+    """For each stage but the last, the sequences that are seen, and how many models are left after it."""
+    return [(math.ceil(sequences * size), math.ceil(number * left)) for size, left in _STAGES]
+
+
+def _passes(number: int, sequences: int) -> float:
+    """Models on all of the text that a selection among a number of them runs, at most."""
+    run = 0
+    for size, left in _sizes(number, sequences):
+        run += number * size
+        number = left
+    return run / sequences + number
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Runs of adjacent numbers, as first and one after the last."""
+    start = 0
+    for place, row in enumerate(rows, start=1):
+        if place == len(rows) or rows[place] != row + 1:
+            yield rows[start], row + 1
+            start = place
