@@ -25,7 +25,7 @@ _RULES = re.compile(r"every|interval|period|pattern|freq|step|stride")
 """Those of them that are without effect at 1."""
 OF_NO_LAYER = re.compile(
     r"layer_?norm|layer_scale|rope|rotary|token|quantization|compression|^architectures$|^id2label$|^label2id$|^auto_map$"
-    r"|^keys_to_ignore|^task_specific|image|vision|video|audio|_block_size$"
+    r"|^keys_to_ignore|^task_specific|image|vision|video|audio|_block_size$|_limit$|_section$"
 )
 """Keys of what says nothing about layers, however long it is."""
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks.decoders import KNOWN, REFUSED, REMOVAL, Decoder, config_of, decoder, kinds, page
+from intarsia.building.materialize import materialize
 from intarsia.building.tiny_model import small_model
 from intarsia.checkpoint.reader import Checkpoint, architecture_of
 from intarsia.errors import UserError
 from intarsia.inspection.small import small_config
 from intarsia.inspection.structure import inspected, problem_of
+from intarsia.recipe.recipe import Variant, identity
 from tests import families
 from tests.command import invoke
 
@@ -93,6 +97,59 @@ def test_methods(method: str, folder_of: Any, text_file: Path, tmp_path: Path) -
 def test_methods_that_join_layers_are_refused(method: str, folder_of: Any, tmp_path: Path) -> None:
     done = invoke("compress", folder_of("lfm2"), "-o", tmp_path / "out", "--layers", 4, "--method", method)
     assert done.exit_code == 2 and "can only be removed" in done.stderr and "shortgpt" in done.stderr
+
+
+def built(folder: Path, kept: list[int], out: Path) -> Path:
+    checkpoint = Checkpoint.open(folder, model=str(folder))
+    whole = identity(Variant(name="base", model=str(folder)), checkpoint.architecture.n_layers)
+    materialize(whole.with_layers([whole.layers[layer] for layer in kept]), {"base": checkpoint}, out)
+    return out
+
+
+def test_layers_that_predict_further_tokens_are_numbered_anew(folder_of: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(folder_of("glm4_moe"), tmp_path / "model")
+    depth = Checkpoint.open(folder, model="m").architecture.n_layers
+    tensors = load_file(folder / "model.safetensors")
+    further = torch.rand(3, 4)
+    save_file({**tensors, f"model.layers.{depth}.eh_proj.weight": further}, folder / "model.safetensors")
+    out = built(folder, [0, *range(2, depth)], tmp_path / "out")
+    found = load_file(out / "model.safetensors")
+    assert torch.equal(found[f"model.layers.{depth - 1}.eh_proj.weight"], further)
+    assert torch.equal(found["model.layers.1.input_layernorm.weight"], tensors["model.layers.2.input_layernorm.weight"])
+    assert json.loads((out / "config.json").read_text())["first_k_dense_replace"] == 1
+
+
+def test_a_table_with_a_part_for_each_layer(folder_of: Any, tmp_path: Path) -> None:
+    folder = folder_of("gemma4_text")
+    architecture = Checkpoint.open(folder, model="m").architecture
+    assert architecture.inspected is not None
+    name = "model.embed_tokens_per_layer.weight"
+    assert architecture.inspected.tables == {name: 1, "model.per_layer_model_projection.weight": 0}
+    kept = [layer for layer in range(architecture.n_layers) if layer != 1]
+    found, whole = (
+        load_file(each / "model.safetensors")[name] for each in (built(folder, kept, tmp_path / "out"), folder)
+    )
+    parts = whole.chunk(architecture.n_layers, dim=1)
+    assert torch.equal(found, torch.cat([parts[layer] for layer in kept], dim=1))
+
+
+def test_the_text_model_of_a_multimodal_one(folder_of: Any, text_file: Path, tmp_path: Path) -> None:
+    text = json.loads((folder_of("qwen3_5_text") / "config.json").read_text())
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    ids = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+    config = CONFIG_MAPPING["qwen3_5"](text_config=text, vision_config={**vision, "num_position_embeddings": 16}, **ids)
+    model = AutoModelForImageTextToText.from_config(config)
+    families.randomise(model, 0)
+    families.save(model, tmp_path / "model")
+    small = ["--calibration", text_file, "--tokens", 512, "--seq-len", 64, "--no-speed", "--heal", "none"]
+    done = invoke("compress", tmp_path / "model", "-o", tmp_path / "out", "--layers", 6, "--method", "shortgpt", *small)
+    assert done.exit_code == 0, done.output
+    verified = invoke("verify", tmp_path / "out")
+    assert verified.exit_code == 0, verified.output
+    before, after = (load_file(tmp_path / each / "model.safetensors") for each in ("model", "out"))
+    seen = [name for name in before if "visual" in name]
+    assert seen and all(torch.equal(before[name], after[name]) for name in seen)
+    assert len(json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]["layer_types"]) == 6
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
