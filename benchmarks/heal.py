@@ -38,9 +38,9 @@ COMPRESSED = {
 CUTS = ("come-p", "sleb")
 METHODS = (*CUTS, "angular", *COMPRESSED)
 TEXTS = ("WikiText-2", "news")
-# Found on the model cut to 21 layers (dev/LOG.md); the learning rates are those of a small model.
-LAYERWISE = LayerwiseSettings(inputs="student", kl=0.0, lr=1e-3, patience=10)
-END_TO_END = EndToEndSettings(lr=3e-4, batch_tokens=2048, patience=10)
+# Found on the model pruned to 21 layers (dev/LOG.md).
+LAYERWISE = LayerwiseSettings()
+END_TO_END = EndToEndSettings(lr=3e-4)
 # A model that is near the original bears smaller steps only.
 SMALLER_STEPS = {27: 1e-4, 25: 2e-4}
 WITH_TEXT = replace(END_TO_END, lr=2e-4, cross_entropy=0.5)

@@ -22,16 +22,16 @@ from intarsia.activations.hidden_store import HiddenStore
 from intarsia.activations.stream import LayerStream
 from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.healing.layer_training import LayerTask, on_device, train_layer, trained_names
+from intarsia.healing.layer_training import LayerTask, train_layer, trained_names
 from intarsia.healing.stages.layerwise import LayerwiseSettings
-from intarsia.healing.training import Text
+from intarsia.healing.training import Standing, Text
 
 _LAYER = 14
 _WARM_UP = 3
 
 
 def task_of(resident: LoadedModel, settings: LayerwiseSettings, *, steps: int, seq_len: int) -> LayerTask:
-    """Training of a layer from random hidden states towards the output of it and the next; a batch is held out."""
+    """Training of a layer from random hidden states toward the output of it and the next; a batch is held out."""
     batch = settings.batch_tokens // seq_len
     store = HiddenStore((batch * (steps + 1), seq_len, resident.architecture.width), resident.model.dtype)
     stream = LayerStream(resident.model, resident.architecture)
@@ -68,7 +68,7 @@ def bare_pass(task: LayerTask) -> Callable[[], None]:
     module = copy.deepcopy(task.module).to(device).requires_grad_(True)
     dtype = next(module.parameters()).dtype
     (size,) = task.calls
-    call = on_device(task.calls[size], device, dtype)
+    call = task.calls[size].on(device, dtype)
     h_BTD = task.inputs(range(size)).to(device)
     gradient_BTD = torch.randn_like(h_BTD)
 
@@ -88,7 +88,7 @@ def measure(task: LayerTask) -> tuple[list[float], list[float]]:
     synchronise = torch.cuda.synchronize if task.device.type == "cuda" else lambda: None
     started = 0.0
 
-    def tell(tokens: int, loss: float) -> None:
+    def after_step(standing: Standing, loss: float) -> None:
         nonlocal started
         synchronise()
         ended = time.perf_counter()
@@ -99,7 +99,7 @@ def measure(task: LayerTask) -> tuple[list[float], list[float]]:
         bare.append(started - ended)
 
     started = time.perf_counter()
-    train_layer(task, tell)
+    train_layer(task, after_step)
     return steps[_WARM_UP:], bare[_WARM_UP:]
 
 

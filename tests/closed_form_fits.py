@@ -30,4 +30,4 @@ def fit_on(
     """The closed form toward the resident model's own hidden states, or those of other layers in it."""
     batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
     with TeacherStates(Loop(resident, batches), layers=layers) as teacher:
-        return fit(recipe, teacher, progress=progress, **kwargs)
+        return fit(recipe, teacher, **kwargs)

@@ -85,18 +85,22 @@ IN_LOOP: dict[str, list[str]] = {
     "laco": ["--method", "laco", "--laco-merge", "2"],
 }
 LAYERS = ["--layer-batch-tokens", "256", "--evaluations", "4"]
-WHOLE = ["--step-tokens", "256", "--evaluations", "4"]
+WHOLE = ["--step-tokens", "256", "--evaluations", "4", "--patience", "3"]
+# As published, with steps of the size that the values were recorded with.
+PUBLISHED = ["--layer-inputs", "teacher", "--layer-kl", "1", "--layer-lr", "3e-4", *LAYERS, "--patience", "3"]
+STUDENT = ["--layer-inputs", "student", "--layer-lr", "3e-4", *LAYERS, "--patience", "3"]
 HEALS: dict[str, tuple[str, list[str]]] = {
     "closed-form": ("llama", ["--stages", "closed-form"]),
-    "layerwise": ("llama", ["--stages", "layerwise", *LAYERS]),
-    "layerwise-student": ("llama", ["--stages", "layerwise", "--layer-inputs", "student", "--layer-kl", "0", *LAYERS]),
+    "layerwise": ("llama", ["--stages", "layerwise", *PUBLISHED]),
+    "layerwise-student": ("llama", ["--stages", "layerwise", *STUDENT]),
     "end-to-end": ("llama", ["--stages", "end-to-end", "--hidden", "1", *WHOLE]),
     "end-to-end-top-k": ("llama", ["--stages", "end-to-end", "--top-k", "16", "--cross-entropy", "0.5", *WHOLE]),
     "lora": ("llama", ["--stages", "end-to-end", "--lora", "4", "--lr", "1e-3", *WHOLE]),
-    "all": ("llama", ["--stages", "closed-form,layerwise,end-to-end", *LAYERS, *WHOLE[:2]]),
+    "all": ("llama", ["--stages", "closed-form,layerwise,end-to-end", *PUBLISHED, *WHOLE[:2]]),
     "closed-form-opt": ("opt", ["--stages", "closed-form"]),
     "closed-form-mixtral": ("mixtral", ["--stages", "closed-form"]),
-    "closed-form-gemma3": ("gemma3", ["--stages", "closed-form,layerwise", *LAYERS]),
+    "closed-form-gemma3": ("gemma3", ["--stages", "closed-form,layerwise", *PUBLISHED]),
+    "layerwise-defaults": ("llama", ["--stages", "layerwise", *LAYERS]),
 }
 COMPRESSES = {"none": ["--heal", "none"], "closed-form": ["--heal", "closed-form"]}
 
@@ -481,11 +485,11 @@ def searched(family: Path, run: Path, name: str) -> Record:
     record: Record = {key: found[key] for key in ("trials", "failed")}
     if name == "smac":  # what its forests propose depends on the last digits
         return {**record, "front": len(found["front"]) > 0}
-    rows = found["judged"]["rows"]
+    rows = found["evaluated"]["rows"]
     record |= {
         "knee": found["knee"],
         "front": {str(row["trial"]): [row["prose"], row["quiz"]] for row in found["front"]},
-        "judged": {row["model"]: [row["prose"]["value"], row["quiz"]["value"]] for row in rows},
+        "evaluated": {row["model"]: [row["prose"]["value"], row["quiz"]["value"]] for row in rows},
     }
     if name != "evolve-heal":
         recipes = [built(run, run.with_name("trial"), "--trial", str(trial)) for trial in TRIALS]

@@ -219,8 +219,8 @@ def test_healed_tensors_are_the_same(family: str, checkpoint_of: Opened, residen
     assert content_hash(found) == content_hash(wanted)
     assert same == reports and any(report["ridge"] is not None for report in reports)
     assert other.offload is not None and other.offload.most <= 2
-    judged = quality(wanted, resident, corpus, [corpus_of()], progress=Silent())
-    assert quality(found, other, corpus, [corpus_of()], progress=Silent()) == judged
+    judged = quality(wanted, resident, [corpus, corpus_of()])
+    assert quality(found, other, [corpus, corpus_of()]) == judged
 
 
 @pytest.mark.parametrize("inputs", ["teacher", "student"])

@@ -57,7 +57,7 @@ class Judge:
         outcome = self._evaluator.evaluate(recipe, min(self._setting.items, self._evaluator.most))
         found = dict(zip(self._evaluator.objectives, outcome.costs, strict=True))
         measures = {task: 1.0 - found[task] for task in TASKS} | {"math_cot": math.exp(found["math_cot"])}
-        chain = Chain(recipe, self._evaluator.resident)
+        chain = Chain(recipe, self._evaluator.model)
         for name, corpus in self._texts.items():
             measures[name] = perplexity(chain, corpus).value
         measures["cpu_seconds"] = time.process_time() - begun
@@ -66,10 +66,10 @@ class Judge:
 
     def healed(self, recipe: Recipe) -> Recipe:
         """The recipe with its output projections fitted on the objectives' text, toward the same blend unpruned."""
-        resident = self._evaluator.resident
+        resident = self._evaluator.model
         layers = [resident.module(op) for op in reference_layers(recipe)]
         with TeacherStates(Loop(resident, Batches(self.corpus, resident.device)), layers=layers) as teacher:
-            return fit(recipe, teacher, progress=self._setting.progress)[0]
+            return fit(recipe, teacher)[0]
 
     @cached_property
     def corpus(self) -> Corpus:

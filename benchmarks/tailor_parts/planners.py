@@ -97,4 +97,4 @@ def _fitted(judge: Judge, setting: Setting, member: str, cut: Recipe) -> Fitted:
     checkpoint = open_checkpoint(setting.folder(member), progress=setting.progress)
     resident = LoadedModel(checkpoint, device=default_device())
     with TeacherStates(Loop(resident, Batches(judge.corpus, resident.device))) as teacher:
-        return fit(cut, teacher, progress=setting.progress)[0].fitted
+        return fit(cut, teacher)[0].fitted

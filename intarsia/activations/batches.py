@@ -149,13 +149,23 @@ class Batches:
             given = prepare(rows, ids, mask)
             finish((rows, ids, mask), given, work(given))
 
-        workers = workers_for(self.device, self.size)
-        if workers == 1:
+        if workers_for(self.device, self.size) == 1:
             self.each(all_of_it, sequences)
             return
+        for batch, given, found in self.results(prepare, work, sequences):
+            finish(batch, given, found)
+
+    def results(
+        self,
+        prepare: Callable[[slice, Tensor, Tensor | None], Given],
+        work: Callable[[Given], Found],
+        sequences: slice = slice(None),
+    ) -> Iterator[tuple[Batch, Given, Found]]:
+        """Batches with what `prepare` and `work` give, in order; batches are not halved where memory runs out."""
+        workers = workers_for(self.device, self.size)
         parts = ((batch, prepare(*batch)) for batch in self.over(sequences, math.ceil(self.size / workers)))
         for (batch, given), found in side_by_side(parts, lambda part: work(part[1]), workers):
-            finish(batch, given, found)
+            yield batch, given, found
 
     def whole(self, work: Callable[[], Found]) -> Found:
         """Do something that goes through the batches itself; all of it again, with halves, where memory runs out.

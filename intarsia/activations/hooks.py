@@ -7,7 +7,7 @@ with the routing that the model chose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,15 +19,31 @@ from intarsia.architecture.spec import PARTS, Architecture, Part
 Receive = Callable[[Part, Tensor], None]
 
 
+def writer_of(module: nn.Module, part: Part, architecture: Architecture) -> tuple[str, float] | None:
+    """The output projection of a part of a layer, and what its output is multiplied by before the residual sum.
+
+    Where layers can only be removed: the last linear module that is known to write to the residual stream (`mlp`), and
+    the one before it (`attention`); None where a layer has none.
+    """
+    if architecture.inspected is None:
+        return architecture.writer(part).module, architecture.residual_scale
+    names = {name for name, _ in module.named_modules()}
+    own = [(name, scale) for name, scale in (architecture.inspected.writers or {}).items() if name in names]
+    place = 1 if part == "mlp" else 2
+    return own[-place] if len(own) >= place else None
+
+
 @contextmanager
-def output_projections(layer: nn.Module, architecture: Architecture, receive: Receive) -> Iterator[None]:
+def output_projections(
+    layer: nn.Module, architecture: Architecture, receive: Receive, parts: Sequence[Part] = PARTS
+) -> Iterator[None]:
     """While open, every forward of `layer` hands the inputs of o_proj and down_proj to `receive`.
 
     The inputs are `[..., C]` with C the query-head channels (attention) or the MLP channels. Of a mixture it is
     `[tokens, experts]`, what each expert adds.
     """
     handles = []
-    for part in PARTS:
+    for part in parts:
 
         def hook(module: nn.Module, args: tuple[Any, ...], part: Part = part) -> None:
             receive(part, args[0])
@@ -35,13 +51,12 @@ def output_projections(layer: nn.Module, architecture: Architecture, receive: Re
         def routed(module: nn.Module, args: tuple[Any, ...], part: Part = part) -> None:
             receive(part, added_by_experts(module, *args, experts=architecture.n_experts))
 
-        if architecture.removal_only:  # no pieces, whose scores the inputs are for
-            break
+        writer = writer_of(layer, part, architecture)
         if architecture.is_mixture(part):
             target = layer.get_submodule(architecture.family.experts_module)
             handles.append(target.register_forward_pre_hook(routed))
-        else:
-            target = layer.get_submodule(architecture.writer(part).module)
+        elif writer is not None:
+            target = layer.get_submodule(writer[0])
             handles.append(target.register_forward_pre_hook(hook))
     try:
         yield

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -26,7 +26,7 @@ from intarsia.activations.hooks import output_projections
 from intarsia.activations.loss import Likeliest
 from intarsia.activations.statistics import require_finite
 from intarsia.activations.stream import LayerCall, LayerStream
-from intarsia.architecture.spec import Part
+from intarsia.architecture.spec import PARTS, Part
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Placed
 from intarsia.data.corpus import Corpus
@@ -36,6 +36,9 @@ Read: TypeAlias = Callable[[slice], Tensor]
 
 End: TypeAlias = Callable[[int, slice, Tensor, "Tensor | None", Tensor], None]
 """Takes the number of a path, and which sequences, their tokens, mask and H^L."""
+
+_Given: TypeAlias = tuple[Batch, Tensor, LayerCall]
+"""A batch, its hidden states before a layer, and the layer's other arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,30 +138,57 @@ class Loop:
         Raises:
             UserError: the output is not finite, or memory does not suffice for one sequence.
         """
+
+        def finish(batch: Batch, given: _Given, passed: Passed) -> None:
+            then(passed)
+            self.spend(1, passed.rows)
+
+        with self._running(layer, read, PARTS if measure else ()) as (prepare, run):
+
+            def work(given: _Given) -> Passed:
+                passed = run(given)
+                if name is not None:
+                    require_finite(passed.after, name)
+                return passed if measure is None else replace(passed, measured=measure(passed))
+
+            self.batches.side_by_side(prepare, work, finish, sequences)
+
+    def outputs(
+        self, layer: Placed, read: Read, *, sequences: Sequence[slice] = (slice(None),), inputs: Sequence[Part] = ()
+    ) -> Iterator[Passed]:
+        """One layer's outputs, batch after batch, for a caller that starts again with smaller batches where memory
+        runs out (`Batches.whole`).
+
+        Args:
+            inputs: parts, the inputs of whose output projections are handed over too.
+        """
+        with self._running(layer, read, inputs) as (prepare, work):
+            for part in sequences:
+                for _, _, passed in self.batches.results(prepare, work, part):
+                    self.spend(1, passed.rows)
+                    yield passed
+
+    @contextmanager
+    def _running(
+        self, layer: Placed, read: Read, inputs: Sequence[Part]
+    ) -> Iterator[tuple[Callable[[slice, Tensor, Tensor | None], _Given], Callable[[_Given], Passed]]]:
+        """What is prepared for a batch, and what runs one layer on it, in any thread."""
         here = threading.local()
 
-        def prepare(rows: slice, ids: Tensor, mask: Tensor | None) -> tuple[Batch, Tensor, LayerCall]:
+        def prepare(rows: slice, ids: Tensor, mask: Tensor | None) -> _Given:
             return (rows, ids, mask), read(rows), self.stream.calls(ids, mask)[layer.source]
 
-        def work(given: tuple[Batch, Tensor, LayerCall]) -> Passed:
+        def run(given: _Given) -> Passed:
             (rows, ids, mask), before, call = given
             here.inputs = {}
             after = self.stream.run(layer.module, before, call)
-            if name is not None:
-                require_finite(after, name)
-            passed = Passed(rows=rows, ids=ids, mask=mask, before=before, after=after, inputs=here.inputs)
-            return passed if measure is None else replace(passed, measured=measure(passed))
-
-        def finish(batch: Batch, _: tuple[Batch, Tensor, LayerCall], passed: Passed) -> None:
-            then(passed)
-            self.spend(1, batch[0])
+            return Passed(rows=rows, ids=ids, mask=mask, before=before, after=after, inputs=here.inputs)
 
         def receive(part: Part, x: Tensor) -> None:
             here.inputs[part] = x
 
-        hooks = output_projections(layer.module, self.resident.architecture, receive) if measure else nullcontext()
-        with hooks:
-            self.batches.side_by_side(prepare, work, finish, sequences)
+        with output_projections(layer.module, self.resident.architecture, receive, inputs):
+            yield prepare, run
 
     def through(
         self,

@@ -41,9 +41,9 @@ class LayerCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
-    def on(self, device: torch.device) -> LayerCall:
-        """The same on a device."""
-        return LayerCall(args=_moved(self.args, device), kwargs=_moved(dict(self.kwargs), device))
+    def on(self, device: torch.device, dtype: torch.dtype | None = None) -> LayerCall:
+        """The same on a device, floating-point tensors in another dtype if one is given."""
+        return LayerCall(args=_moved(self.args, device, dtype), kwargs=_moved(dict(self.kwargs), device, dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,14 +265,14 @@ def _same(first: Any, second: Any) -> bool:
     return True
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     """Arguments of a layer, with every tensor in them on a device."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, dtype if value.is_floating_point() else None)
     if isinstance(value, tuple | list):
-        return type(value)(_moved(entry, device) for entry in value)
+        return type(value)(_moved(entry, device, dtype) for entry in value)
     if isinstance(value, dict):
-        return {key: _moved(entry, device) for key, entry in value.items()}
+        return {key: _moved(entry, device, dtype) for key, entry in value.items()}
     return value
 
 

@@ -124,7 +124,7 @@ def heal(
     from intarsia.evaluation.perplexity import eval_corpus
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.healing import launch
-    from intarsia.healing.blend import back, forget
+    from intarsia.healing.blend import forget
     from intarsia.healing.pipeline import HealContext, check_stages, pinned, run_stages
     from intarsia.recipe import schema
 
@@ -201,7 +201,7 @@ def heal(
             "settings": {k: v for k, v in settings.items() if "config" not in k}
         }
         given = subject.recipe
-        final = replace(back(given, healed.recipe), provenance={**given.provenance, "heal": account})
+        final = replace(given, fitted=healed.recipe.fitted, provenance={**given.provenance, "heal": account})
         if main:
             build_recipe(final, out.path, overwrite=out.overwrite, max_shard_bytes=out.shard_bytes)
             forget(run.path)

@@ -451,22 +451,22 @@ def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final
     recipe = trial_recipe(run, front.knee, evaluator)
     sha256 = content_hash(recipe)
     asked = final.judge_examples if final.judge else None
-    judged = run.final
-    if judged is not None and (judged["recipe"], judged["asked"]) != (sha256, asked):
-        judged = None
-    run.write_front(front, judged)
+    evaluated = run.final
+    if evaluated is not None and (evaluated["recipe"], evaluated["asked"]) != (sha256, asked):
+        evaluated = None
+    run.write_front(front, evaluated)
     if final.build and not run.has_built(sha256):
         build_recipe(recipe, run.best, overwrite=True, progress=current())
-    if judged is None and asked is not None:
+    if evaluated is None and asked is not None:
         evaluator.close()
         models: dict[str, Recipe] = {"incumbent": recipe}
         if plan.file.heals(front.knee.budget):
             models = {"incumbent as cut": trial_recipe(run, front.knee, healed=False), **models}
         found = final_scores(plan.file, family, models, plan.runtime, examples=asked)
         if found is not None:
-            judged = {"recipe": sha256, "trial": front.knee.number, "asked": asked, **found}
-            run.write_front(front, judged)
-    return {"front": front, "judged": judged, "best": run.best if final.build else None}
+            evaluated = {"recipe": sha256, "trial": front.knee.number, "asked": asked, **found}
+            run.write_front(front, evaluated)
+    return {"front": front, "evaluated": evaluated, "best": run.best if final.build else None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -481,7 +481,7 @@ class TailorResult:
     failed: int = 0
     front: Front | None = None
     # Final scores of the incumbent and the base on unseen examples; None without them.
-    judged: Mapping[str, Any] | None = None
+    evaluated: Mapping[str, Any] | None = None
     # The folder of the built incumbent.
     best: Path | None = None
     report: Path | None = None
@@ -502,7 +502,7 @@ class TailorResult:
             "front": [] if front is None else front.rows(),
             "budget": None if front is None else front.budget,
             "knee": None if front is None else front.knee.number,
-            **{name: getattr(self, name) for name in ("judged", "trials", "failed", "stopped")},
+            **{name: getattr(self, name) for name in ("evaluated", "trials", "failed", "stopped")},
             "best": None if self.best is None else str(self.best),
             "report": None if self.report is None else str(self.report),
             **{n: getattr(self, n) for n in ("layer_forwards", "trial_seconds", "seconds", "peak_memory_bytes")},

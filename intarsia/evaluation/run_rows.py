@@ -62,7 +62,7 @@ def forward_of(model: torch.nn.Module) -> Forward:
     weight = next(model.parameters())
     family = _family_of(model)
     head = None if family is None else model.get_submodule(family.head_in_memory)
-    if head is not None and not _makes_the_logits(head, model):
+    if head is not None and not makes_the_logits(head, model):
         head = None
 
     def run(rows: Rows) -> Tensor:
@@ -80,7 +80,7 @@ def forward_of(model: torch.nn.Module) -> Forward:
 
 
 @torch.no_grad()
-def _makes_the_logits(head: torch.nn.Module, model: torch.nn.Module) -> bool:
+def makes_the_logits(head: torch.nn.Module, model: torch.nn.Module) -> bool:
     """Whether a model's logits are its head's output and nothing else, found on a few tokens."""
     ids_BT = torch.arange(4, device=next(model.parameters()).device)[None]
     base: Any = model.base_model

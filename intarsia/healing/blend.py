@@ -80,11 +80,6 @@ def over_its_blend(
     return made, {name: blend, **variants}
 
 
-def back(recipe: Recipe, healed: Recipe) -> Recipe:
-    """The recipe as it was, with what was fitted or trained on it over its blend."""
-    return replace(recipe, fitted=healed.fitted)
-
-
 def forget(run: Path) -> None:
     """Delete the blend when nothing learns from it any more; what a kill leaves of it does not count as whole."""
     folder, leaving = run / _NAME, run / f".{_NAME}"

@@ -2,7 +2,7 @@
 
 An output layer with span (a, b] should turn the output of the healed layers before it into the original's H^b. Its
 output projections (down_proj, o_proj) are fitted by ridge regression on their own inputs toward what is still missing
-of H^b, and shrink towards the weights as they are: down_proj, then o_proj, then down_proj again after the changed
+of H^b, and shrink toward the weights as they are: down_proj, then o_proj, then down_proj again after the changed
 attention.
 Layers after the first merge that stand for themselves alone have down_proj fitted, and o_proj where that is asked for:
 they correct what those before left. With a plain removal and down_proj alone this is the special case of arXiv
@@ -20,34 +20,32 @@ the removed layers' attention read is not what this layer's MLP can use (dev/LOG
 
 An output projection with a norm after it is fitted otherwise (`intarsia.healing.post_norm_fit`). The experts of a
 mixture are not fitted; o_proj is, in their place.
-
-Shape suffixes: `B` sequences of a batch, `T` tokens, `D` residual width.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.loop import Loop, Passed
-from intarsia.activations.stream import LayerCall
 from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.building.recipe_layers import Placed, RecipeLayers
-from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer
+from intarsia.healing.layer_fit import LayerFit, LayerText, fit_layer
 from intarsia.healing.layer_map import fitted_parts
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
-from intarsia.progress import Progress, Silent
+from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe
 
 
@@ -58,7 +56,6 @@ def fit(
     settings: ClosedFormSettings | None = None,
     unseen: Collection[int] = (),
     memory_budget: MemoryBudget | None = None,
-    progress: Progress | None = None,
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """A recipe with fitted output projections, and a report for every one of them.
 
@@ -74,9 +71,9 @@ def fit(
     work = _Work(recipe, teacher, settings or ClosedFormSettings(), frozenset(unseen), memory_budget or MemoryBudget())
     try:
         with torch.inference_mode():
-            fitted, fits = work.run(progress or Silent())
+            fitted, fits = work.run()
     finally:
-        work.close()
+        work.student.close()
     merged = {index: {**recipe.fitted.get(index, {}), **tensors} for index, tensors in fitted.items()}
     return replace(recipe, fitted={**recipe.fitted, **merged}), [asdict(entry) for entry in fits]
 
@@ -98,37 +95,26 @@ class _Work:
         unseen: frozenset[int],
         memory_budget: MemoryBudget,
     ) -> None:
-        self.recipe, self.teacher, self.settings, self.unseen, self.memory_budget = (
-            recipe,
-            teacher,
-            settings,
-            unseen,
-            memory_budget,
-        )
+        self.recipe, self.teacher, self.settings = recipe, teacher, settings
         self.resident, self.batches = teacher.resident, teacher.batches
-        self.architecture = self.resident.architecture
         self.loop = Loop(self.resident, self.batches, memory_budget=memory_budget)
-        self.stream = self.loop.stream
-        self.parts = fitted_parts(recipe, settings, self.architecture)
-        self.indices = list(self.parts)
+        self.parts = fitted_parts(recipe, settings, self.resident.architecture)
+        self.sequences = _seen(len(self.batches.corpus), unseen)
         self.student = self.loop.store()
+        self.spool = spool_of(self.resident, memory_budget)
 
-    def close(self) -> None:
-        self.student.close()
-
-    def run(self, progress: Progress) -> tuple[dict[int, dict[str, npt.NDArray[np.float32]]], list[LayerFit]]:
+    def run(self) -> tuple[dict[int, dict[str, npt.NDArray[np.float32]]], list[LayerFit]]:
         fitted: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
         fits: list[LayerFit] = []
-        if not self.indices:
+        if not self.parts:
             return fitted, fits
-        last = self.indices[-1]
-        layers = RecipeLayers(self.resident, self.recipe.layers[: last + 1], self.recipe.fitted)
-        modules = layers.modules
+        last = max(self.parts)
+        modules = RecipeLayers(self.resident, self.recipe.layers[: last + 1], self.recipe.fitted).modules
         first = self._first(modules)
         # Spans of layers with a target do not overlap: no two have the same last layer.
-        targets = {index: self.recipe.spans[index][1] for index in self.indices}
+        targets = {index: self.recipe.spans[index][1] for index in self.parts}
         self.teacher.learn({first, *targets.values()})
-        with progress.task("closed form", last + 1 - first) as task:
+        with current().task("closed form", last + 1 - first) as task:
             for rows, _, _ in self.batches.over():
                 self.student.put(0, rows.start, self.teacher.at(first, rows))
             if first not in targets.values():
@@ -140,7 +126,8 @@ class _Work:
                     fits += reports
                     if tensors:
                         fitted[index] = tensors
-                self._through(index, module)
+                layer = Placed(module, self.recipe.layers[index].sources[0].layer)
+                self.loop.layer(layer, self.loop.reader(self.student), self._put)
                 if index in targets:
                     self.teacher.forget(targets[index])
                 task.advance()
@@ -150,53 +137,29 @@ class _Work:
         self, index: int, unfitted: nn.Module
     ) -> tuple[nn.Module, dict[str, npt.NDArray[np.float32]], list[LayerFit]]:
         module = twin(unfitted)  # fitting must leave the original model alone
-        tensors, reports = fit_layer(
-            module,
-            self.parts[index],
-            partial(self._feed, index),
-            index=index,
-            stream=self.stream,
-            architecture=self.architecture,
-            settings=self.settings,
-            spool=spool_of(self.resident, self.memory_budget),
+        text = LayerText(
+            loop=self.loop,
+            inputs=self.loop.reader(self.student),
+            targets=partial(self.teacher.at, self.recipe.spans[index][1]),
+            source=self.recipe.layers[index].sources[0].layer,
+            sequences=self.sequences,
         )
-        return module, tensors, reports
+        parts, settings = self.parts[index], self.settings
+        return module, *fit_layer(module, parts, text, index=index, settings=settings, spool=self.spool)
 
     def _first(self, modules: Sequence[nn.Module]) -> int:
         """The first layer that is not the teacher's own, or is fitted: before it the student's hidden states are the
         teacher's."""
-        start, layers = self.indices[0], self.teacher.layers
+        start, layers = min(self.parts), self.teacher.layers
         own = zip(modules[:start], layers, strict=False)  # of a stack, there are more of ours
         differs = (index for index, (ours, theirs) in enumerate(own) if ours is not theirs)
         return next(differs, min(start, len(layers)))
 
-    def _through(self, index: int, module: nn.Module) -> None:
-        """The student's hidden states go through an output layer."""
-        layer = Placed(module, self.recipe.layers[index].sources[0].layer)
-        self.loop.layer(layer, self.loop.reader(self.student), self._put)
-
     def _put(self, passed: Passed) -> None:
         self.student.put(0, passed.rows.start, passed.after)
 
-    def _feed(self, index: int) -> Iterator[FitBatch]:
-        """Inputs and targets of output layer `index`."""
-        for rows, ids, mask in self.batches.over():
-            h_BTD = self.student.get(0, rows.start, rows.stop, self.resident.device)
-            wanted_BTD = self.teacher.at(self.recipe.spans[index][1], rows)
-            number_B = torch.arange(rows.start, rows.stop)
-            if self.unseen:
-                seen = [place for place, number in enumerate(number_B.tolist()) if number not in self.unseen]
-                if not seen:
-                    continue
-                number_B, ids, h_BTD, wanted_BTD = number_B[seen], ids[seen], h_BTD[seen], wanted_BTD[seen]
-                mask = None if mask is None else mask[seen]
-            yield FitBatch(
-                h_BTD=h_BTD,
-                wanted_BTD=wanted_BTD,
-                call=self._call(index, ids, mask),
-                mask=mask,
-                held_B=number_B % self.settings.held_out == 0,
-            )
 
-    def _call(self, index: int, ids: Tensor, mask: Tensor | None) -> LayerCall:
-        return self.stream.calls(ids, mask)[self.recipe.layers[index].sources[0].layer]
+def _seen(sequences: int, unseen: Collection[int]) -> list[slice]:
+    """The runs of sequences between those that a fit must not see."""
+    ends = sorted({-1, *unseen, sequences})
+    return [slice(before + 1, end) for before, end in pairwise(ends) if end > before + 1]

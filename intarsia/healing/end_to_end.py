@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,14 @@ from torch import Tensor
 
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.disk import require_room, write_whole
-from intarsia.errors import UserError
 from intarsia.healing.launch import accelerator as make_accelerator
 from intarsia.healing.layer_map import correspondences
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import PARTS, Distiller, Lesson, build_student, load_student, with_trained
 from intarsia.healing.teacher import TeacherSource, TopK, top_k_folder, write_top_k
 from intarsia.healing.training import (
-    Clock,
     Curve,
-    Patience,
+    Standing,
     Text,
     load_snapshot,
     load_state,
@@ -41,7 +38,7 @@ from intarsia.healing.training import (
     save_state,
     schedule_of,
 )
-from intarsia.progress import Progress, Silent, Task
+from intarsia.progress import Progress, Silent
 from intarsia.recipe.recipe import Recipe
 
 _DONE = "done.json"
@@ -102,12 +99,6 @@ def train(
     return with_trained(recipe, opened.architecture, opened, best[0]), [report]
 
 
-def clear(folder: Path) -> None:
-    """Delete what a finished training needs no more."""
-    for path in [folder / "student", *folder.glob("state-*")]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def lesson_depths(recipe: Recipe, settings: EndToEndSettings) -> tuple[int, ...]:
     """Depths of the teacher whose hidden states are learnt from."""
     return tuple(layer.stop for layer in correspondences(recipe) if layer.trainable) if settings.hidden else ()
@@ -142,9 +133,8 @@ class WholeTraining:
         )
         needed = depths or (settings.logits and self.top_k is None)
         self.teacher = teacher.load() if needed else None
-        stored = (
-            Checkpoint.open(student, model=str(student)).headers[f"{architecture.family.embedding_module}.weight"].dtype
-        )
+        embedding = f"{architecture.family.embedding_module}.weight"
+        stored = Checkpoint.open(student, model=str(student)).headers[embedding].dtype
         distiller = Distiller(
             model,
             architecture,
@@ -166,81 +156,60 @@ class WholeTraining:
     def _top_k(self, teacher: TeacherSource, vocabulary: int) -> TopK:
         place = top_k_folder(teacher.cache or self.folder, teacher, self.text, self.settings)
         if self.accelerator.is_main_process:
-            write_top_k(
-                place,
-                self.text,
-                teacher,
-                self.settings,
-                vocabulary=vocabulary,
-                batch=self.micro,
-                progress=self.progress,
-            )
+            write_top_k(place, self.text, teacher, self.settings, vocabulary=vocabulary, batch=self.micro)
         self.accelerator.wait_for_everyone()
         return TopK(place)
 
     def run(self) -> dict[str, Any]:
         """Train to the end; the report."""
-        facts = load_snapshot(self.accelerator, self.folder) or self._start()
-        patience = Patience(self.settings.patience, facts["first"], bad=facts["bad"], best=facts["best"])
-        step, stopped = facts["next"], facts["stopped"]
-        clock = Clock(done=step, seconds=facts["seconds"], started=time.perf_counter())
-        self.curve.start(step)
-        if step == 0:
-            self.curve.held_out(0, patience.first)
+        facts = load_snapshot(self.accelerator, self.folder)
+        standing = Standing(**facts) if facts else Standing.start(self._held_out_loss(), "end-to-end training")
+        started = time.perf_counter() - standing.seconds
+        self.curve.start(standing.next)
+        if standing.next == 0:
+            self.curve.write(0, {"held_out": standing.first})
         with self.progress.task("end-to-end training", self.schedule.steps * self.tokens) as task:
-            task.advance(step * self.tokens)
-            while step < self.schedule.steps and stopped is None:
-                parts = self._step(step)
-                if not math.isfinite(parts["loss"]):
-                    stopped = f"the loss was {parts['loss']:.4g} at step {step + 1}"
+            task.advance(standing.next * self.tokens)
+            while standing.next < self.schedule.steps and standing.stopped is None:
+                losses = self._step(standing.next)
+                standing.seconds = time.perf_counter() - started
+                if not math.isfinite(losses["loss"]):
+                    standing.failed(losses["loss"])
                     break
-                step += 1
-                self._report(task, step, parts, clock)
-                if self.schedule.is_measured_after(step - 1):
-                    stopped = self._measure(step, patience)
-                    save_snapshot(self.accelerator, self.folder, _facts(step, stopped, patience, clock.all_seconds))
+                lr = self.schedule.lr(standing.next)
+                standing.next += 1
+                task.advance(self.tokens)
+                title = f"step {standing.next} of {self.schedule.steps}"
+                task.note(standing.note(title, losses["loss"], self.tokens))
+                self.curve.write(standing.next, {**losses, "lr": lr, "tokens": standing.next * self.tokens})
+                if self.schedule.is_measured_after(standing.next - 1):
+                    self._measure(standing)
+                    standing.seconds = time.perf_counter() - started
+                    save_snapshot(self.accelerator, self.folder, asdict(standing))
         self.curve.end()
-        if stopped is not None:
-            self.progress.say(f"end-to-end training stopped: {stopped}; its best state is kept")
-        return {
-            "loss_before": patience.first,
-            "loss_after": patience.best,
-            "steps": step,
-            "tokens": step * self.tokens,
-            "seconds": clock.all_seconds,
-            "stopped": stopped,
-        }
+        if standing.stopped is not None:
+            self.progress.say(f"end-to-end training stopped: {standing.stopped}; its best state is kept")
+        return standing.report(self.tokens)
 
-    def _start(self) -> dict[str, Any]:
-        first = self._held_out_loss()
-        if not math.isfinite(first):
-            raise UserError(
-                f"The loss of end-to-end training is {first} before the first step.",
-                "The student or the teacher is damaged, or overflows in its dtype; check both.",
-            )
-        return _facts(0, None, Patience(self.settings.patience, first), 0.0)
-
-    def _measure(self, step: int, patience: Patience) -> str | None:
-        """Measure the held-out loss and keep the best state; why to stop, if that is so."""
-        found = self._held_out_loss()
-        self.curve.held_out(step, found)
-        if patience.diverged(found):
-            return f"the held-out loss was {found:.4g} at step {step}"
-        if patience.improved(found):
-            self._keep_best(step, found)
-        elif patience.over:
-            return f"no better held-out loss in {patience.bad} measurements, one every {self.schedule.every} steps"
-        return None
+    def _measure(self, standing: Standing) -> None:
+        """Measure the held-out loss, and keep the best state."""
+        loss = self._held_out_loss()
+        self.curve.write(standing.next, {"held_out": loss if math.isfinite(loss) else None})
+        if standing.measured(loss, self.schedule):
+            state = self.accelerator.get_state_dict(self.model)
+            if self.accelerator.is_main_process:
+                tensors = {name.removeprefix("student."): state[name].detach().cpu() for name in self.names}
+                save_state(self.folder / BEST, tensors, {"step": standing.next, "loss": loss})
 
     def _step(self, step: int) -> dict[str, float]:
         """One step of the optimiser; its losses. Where they or the gradient are not finite nothing is changed."""
-        self.curve.lr = self.schedule.lr(step)
         share = self.schedule.rows(step)[self.rank :: self.world]
         total = torch.zeros(len(PARTS), device=self.device)
         for start in range(0, len(share), self.micro):
             rows = share[start : start + self.micro]
             last = start + self.micro >= len(share)
-            with _sync(self.accelerator, self.model, last):
+            # Gradients travel between processes with the last part of a step alone.
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
                 parts = self._forward(rows)
                 self.accelerator.backward(parts[0] * (len(rows) / len(share)))
             total += parts.detach() * (len(rows) / len(share))
@@ -251,7 +220,7 @@ class WholeTraining:
             found["loss"] = found["loss"] if found["loss"] != found["loss"] else float("inf")
         elif torch.isfinite(total[0]):
             for group in self.optimiser.param_groups:
-                group["lr"] = self.curve.lr
+                group["lr"] = self.schedule.lr(step)
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return found
@@ -283,32 +252,3 @@ class WholeTraining:
             )
         sums = self.accelerator.reduce(sums, reduction="sum")
         return float(sums[0] / sums[1])
-
-    def _keep_best(self, step: int, loss: float) -> None:
-        state = self.accelerator.get_state_dict(self.model)
-        if self.accelerator.is_main_process:
-            tensors = {name.removeprefix("student."): state[name].detach().cpu() for name in self.names}
-            save_state(self.folder / BEST, tensors, {"step": step, "loss": loss})
-
-    def _report(self, task: Task, step: int, parts: dict[str, float], clock: Clock) -> None:
-        task.advance(self.tokens)
-        speed = (step - clock.done) * self.tokens / max(clock.seconds_now, 1e-9)
-        task.note(f"step {step} of {self.schedule.steps}: loss {parts['loss']:.4f}, {speed:,.0f} tokens/s")
-        self.curve.step(step, parts, step * self.tokens)
-
-
-def _facts(step: int, stopped: str | None, patience: Patience, seconds: float) -> dict[str, Any]:
-    """What a snapshot says beside the tensors."""
-    return {
-        "next": step,
-        "stopped": stopped,
-        "first": patience.first,
-        "best": patience.best,
-        "bad": patience.bad,
-        "seconds": seconds,
-    }
-
-
-def _sync(accelerator: Any, model: torch.nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Gradients travel between processes with the last part of a step alone."""
-    return nullcontext() if last else accelerator.no_sync(model)

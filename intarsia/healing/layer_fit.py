@@ -1,12 +1,11 @@
-"""One layer, fitted in closed form from given inputs towards given outputs. Knows nothing of the other layers.
+"""One layer, fitted in closed form from given inputs toward given outputs. Knows nothing of the other layers.
 
 Shape suffixes: `B` sequences of a batch, `T` tokens, `N` tokens, `C` features, `D` residual width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,11 +14,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from intarsia.activations.stream import LayerCall, LayerStream
+from intarsia.activations.hooks import writer_of
+from intarsia.activations.loop import Loop, Read
 from intarsia.architecture.spec import Architecture, Part
 from intarsia.building.layer import tensor_names
+from intarsia.building.recipe_layers import Placed
 from intarsia.checkpoint.tensor_file import give_back
-from intarsia.healing.post_norm_fit import Passed, PostNorm, fit_norm, fit_weight
+from intarsia.healing.post_norm_fit import FitTokens, PostNorm, fit_norm, fit_weight
 from intarsia.healing.ridge import Fit, Gram, choose
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.recipe.side_file import spooled
@@ -39,41 +40,23 @@ class LayerFit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitBatch:
-    """Inputs and targets of a layer, for some sequences."""
+class LayerText:
+    """The text that a layer is fitted on. The layer is run over it once for every output projection."""
 
-    h_BTD: Tensor
-    wanted_BTD: Tensor
-    # The layer's other arguments.
-    call: LayerCall
-    # True at real tokens; None where all are.
-    mask: Tensor | None
-    # True for sequences that choose the ridge strength; the others are fitted on.
-    held_B: Tensor
-
-
-Feed = Callable[[], Iterable[FitBatch]]
-"""Gives all batches, again every time it is called: a layer is run once for every output projection."""
+    loop: Loop
+    # The hidden states before the layer, and those that it should give.
+    inputs: Read
+    targets: Read
+    # The original layer whose other arguments it takes.
+    source: int
+    # The sequences that may be used.
+    sequences: Sequence[slice] = (slice(None),)
 
 
 def fittable(parts: Sequence[Part], architecture: Architecture) -> tuple[Part, ...]:
     """The parts whose output projection is fitted, in order. A mixture has no single one: o_proj takes its place."""
     able: list[Part] = ["attention" if architecture.is_mixture(part) else part for part in parts]
     return tuple(part for place, part in enumerate(able) if place == 0 or part != able[place - 1])
-
-
-def writer_of(module: nn.Module, part: Part, architecture: Architecture) -> tuple[str, float] | None:
-    """The output projection of a part of a layer, and what its output is multiplied by before the residual sum.
-
-    Where layers can only be removed: the last linear module that is known to write to the residual stream (`mlp`), and
-    the one before it (`attention`); None where a layer has none.
-    """
-    if architecture.inspected is None:
-        return architecture.writer(part).module, architecture.residual_scale
-    names = {name for name, _ in module.named_modules()}
-    own = [(name, scale) for name, scale in (architecture.inspected.writers or {}).items() if name in names]
-    place = 1 if part == "mlp" else 2
-    return own[-place] if len(own) >= place else None
 
 
 def passes(architecture: Architecture, parts: Sequence[Part]) -> int:
@@ -87,15 +70,13 @@ def passes(architecture: Architecture, parts: Sequence[Part]) -> int:
 def fit_layer(
     module: nn.Module,
     parts: Sequence[Part],
-    feed: Feed,
+    text: LayerText,
     *,
     index: int,
-    stream: LayerStream,
-    architecture: Architecture,
     settings: ClosedFormSettings,
     spool: Path | None = None,
 ) -> tuple[dict[str, npt.NDArray[np.float32]], list[LayerFit]]:
-    """Fit a layer's output projections in place, one after the other, each towards what is then missing.
+    """Fit a layer's output projections in place, one after the other, each toward what is then missing.
 
     A norm after an output projection is fitted before it (see `post_norm_fit`).
 
@@ -112,10 +93,11 @@ def fit_layer(
     """
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     fits: list[LayerFit] = []
+    architecture = text.loop.resident.architecture
     for part in fittable(parts, architecture):
         if writer_of(module, part, architecture) is None:
             continue
-        fitter = PartFit(module, part, feed, stream=stream, architecture=architecture, settings=settings)
+        fitter = PartFit(module, part, text, settings)
         steps = (fitter.norm, fitter.projection) if architecture.norm_after(part) else (fitter.projection,)
         for step in steps:
             name, weight, found = step(f"closed form, layer {index}")
@@ -124,15 +106,8 @@ def fit_layer(
             if weight is not None:
                 module.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
                 tensors[tensor_names(f"{name}.weight", architecture)[0]] = _kept(weight, spool)
-            fits.append(
-                LayerFit(
-                    layer=index,
-                    module=name,
-                    ridge=found.ridge,
-                    error_before=found.error_before,
-                    error_after=found.error_after,
-                )
-            )
+            errors = {"error_before": found.error_before, "error_after": found.error_after}
+            fits.append(LayerFit(layer=index, module=name, ridge=found.ridge, **errors))
     return tensors, fits
 
 
@@ -140,17 +115,9 @@ class PartFit:
     """The output projection of one part. Each step gives a module's name, its new weight if it is better, and the
     fit."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        part: Part,
-        feed: Feed,
-        *,
-        stream: LayerStream,
-        architecture: Architecture,
-        settings: ClosedFormSettings,
-    ) -> None:
-        self.module, self.feed, self.stream, self.settings = module, feed, stream, settings
+    def __init__(self, module: nn.Module, part: Part, text: LayerText, settings: ClosedFormSettings) -> None:
+        self.module, self.part, self.text, self.settings = module, part, text, settings
+        architecture = text.loop.resident.architecture
         writer = writer_of(module, part, architecture)
         assert writer is not None, "asked for parts with an output projection only"
         self.name, self.scale = writer
@@ -171,7 +138,7 @@ class PartFit:
         """
         assert self.post_norm is not None
         where = f"{where}, {self.norm_name}"
-        return self.norm_name, *fit_norm(self.post_norm, self._passes, self.settings.ridges, where=where)
+        return self.norm_name, *fit_norm(self.post_norm, self._tokens, self.settings.ridges, where=where)
 
     def projection(self, where: str) -> tuple[str, Tensor | None, Fit]:
         """The weight of the output projection.
@@ -181,7 +148,7 @@ class PartFit:
         """
         own, ridges, where = self.target.weight, self.settings.ridges, f"{where}, {self.name}"
         if self.post_norm is not None:
-            return self.name, *fit_weight(self.post_norm, own, self._passes, ridges, where=where)
+            return self.name, *fit_weight(self.post_norm, own, self._tokens, ridges, where=where)
         found = choose(*self._moments(), ridges, where=where)
         give_back()
         return self.name, found.applied(own), replace(found, change_DC=None)  # as large as the weight in float32
@@ -192,9 +159,9 @@ class PartFit:
         own = self.target.weight
         self.target.weight = nn.Parameter(weight, requires_grad=False)
         total, tokens = 0.0, 0
-        for passed in self._passes():
-            weight_N = passed.weight_N[passed.held_N]
-            total += float((weight_N * passed.missing_ND[passed.held_N].square().sum(-1)).sum())
+        for batch in self._tokens():
+            weight_N = batch.weight_N[batch.held_N]
+            total += float((weight_N * batch.missing_ND[batch.held_N].square().sum(-1)).sum())
             tokens += int((weight_N > 0).sum())
         self.target.weight = own
         after = total / max(tokens, 1)
@@ -205,26 +172,28 @@ class PartFit:
     def _moments(self) -> tuple[Gram, Gram]:
         """Moments of the inputs and of what is missing: to fit on, and of held-out sequences."""
         width, features = self.target.weight.shape
-        fitted, held_out = (Gram(features, width, self.stream.device) for _ in range(2))
-        for passed in self._passes():
-            for gram, chosen_N in ((fitted, ~passed.held_N), (held_out, passed.held_N)):
+        fitted, held_out = (Gram(features, width, self.text.loop.stream.device) for _ in range(2))
+        for batch in self._tokens():
+            for gram, chosen_N in ((fitted, ~batch.held_N), (held_out, batch.held_N)):
                 if bool(chosen_N.any()):
-                    weight_N = passed.weight_N[chosen_N] * self.scale**2
-                    gram.add(passed.x_NC[chosen_N], passed.missing_ND[chosen_N] / self.scale, weight_N)
+                    weight_N = batch.weight_N[chosen_N] * self.scale**2
+                    gram.add(batch.x_NC[chosen_N], batch.missing_ND[chosen_N] / self.scale, weight_N)
         return fitted, held_out
 
-    def _passes(self) -> Iterator[Passed]:
-        for batch in self.feed():
-            with _seen(self.target) as seen:
-                out_BTD = self.stream.run(self.module, batch.h_BTD, batch.call)
-            x_BTC, y_BTD = seen[0]
-            missing_BTD = batch.wanted_BTD.float() - out_BTD.float()
-            yield Passed(
+    def _tokens(self) -> Iterator[FitTokens]:
+        """The text's tokens after the layer as it is now, batch by batch."""
+        text = self.text
+        layer = Placed(self.module, text.source)
+        for passed in text.loop.outputs(layer, text.inputs, sequences=text.sequences, inputs=(self.part,)):
+            wanted_BTD, x_BTC = text.targets(passed.rows).float(), passed.inputs[self.part]
+            missing_BTD = wanted_BTD - passed.after.float()
+            held_B = torch.arange(passed.rows.start, passed.rows.stop) % self.settings.held_out == 0
+            yield FitTokens(
+                projection=self.target,
                 x_NC=x_BTC.reshape(-1, x_BTC.shape[-1]),
-                y_ND=y_BTD.reshape(-1, y_BTD.shape[-1]),
                 missing_ND=missing_BTD.reshape(-1, missing_BTD.shape[-1]),
-                weight_N=_weights(batch, self.settings.weighting).reshape(-1),
-                held_N=batch.held_B[:, None].expand(out_BTD.shape[:2]).reshape(-1).to(out_BTD.device),
+                weight_N=_weights(wanted_BTD, passed.mask, self.settings.weighting).reshape(-1),
+                held_N=held_B[:, None].expand(passed.ids.shape).reshape(-1).to(wanted_BTD.device),
             )
 
 
@@ -243,20 +212,10 @@ def _kept(weight: Tensor, spool: Path | None) -> npt.NDArray[np.float32]:
     return spooled(rows, tuple(weight.shape), spool)
 
 
-def _weights(batch: FitBatch, weighting: str) -> Tensor:
+def _weights(wanted_BTD: Tensor, mask: Tensor | None, weighting: str) -> Tensor:
+    """What each token counts, `[B, T]`."""
     if weighting == "relative":
-        weight_BT = batch.wanted_BTD.float().square().sum(dim=-1).clamp_min(1e-12).reciprocal()
+        weight_BT = wanted_BTD.square().sum(dim=-1).clamp_min(1e-12).reciprocal()
     else:
-        weight_BT = torch.ones(batch.wanted_BTD.shape[:2], device=batch.wanted_BTD.device)
-    return weight_BT if batch.mask is None else weight_BT * batch.mask
-
-
-@contextmanager
-def _seen(target: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Inputs and outputs of an output projection while the layer runs."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    handle = target.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
-    try:
-        yield seen
-    finally:
-        handle.remove()
+        weight_BT = torch.ones(wanted_BTD.shape[:2], device=wanted_BTD.device)
+    return weight_BT if mask is None else weight_BT * mask

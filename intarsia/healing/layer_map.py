@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from intarsia.architecture.spec import PARTS, Architecture, Part
-from intarsia.errors import Problem, UserError
+from intarsia.errors import check
 from intarsia.healing.layer_fit import passes
 from intarsia.healing.settings import ClosedFormSettings, Layers
 from intarsia.recipe.ops import Op, Select
@@ -32,13 +32,8 @@ class Correspondence:
 def correspondences(recipe: Recipe) -> tuple[Correspondence, ...]:
     """One for every output layer, in order."""
     return tuple(
-        Correspondence(
-            index=index,
-            start=start,
-            stop=stop,
-            trainable=trainable(op, (start, stop)),
-        )
-        for index, (op, (start, stop)) in enumerate(zip(recipe.layers, recipe.spans, strict=True))
+        Correspondence(index=index, start=span[0], stop=span[1], trainable=trainable(op, span))
+        for index, (op, span) in enumerate(zip(recipe.layers, recipe.spans, strict=True))
     )
 
 
@@ -70,18 +65,15 @@ def check_teacher(recipe: Recipe, base: Architecture, teacher: Architecture, *, 
     compared = (
         ("vocabulary", base.vocabulary, teacher.vocabulary),
         ("width", base.width, teacher.width),
-        ("number of layers (the spans of the recipe count them)", recipe.depth, teacher.n_layers),
+        ("number of layers", recipe.depth, teacher.n_layers),
     )
-    problems = [
-        Problem(
-            f"teacher {name}: {what}: expected {ours}, as in the recipe's base; found {theirs}.",
-            "Leave --teacher out to learn from the recipe's own base, or name a fine-tune of it.",
+    hint = "Leave --teacher out to learn from the recipe's own base, or name a fine-tune of it."
+    check(
+        *(
+            (ours == theirs, f"The teacher {name} has {what} {theirs}, the recipe's base {ours}.", hint)
+            for what, ours, theirs in compared
         )
-        for what, ours, theirs in compared
-        if ours != theirs
-    ]
-    if problems:
-        raise UserError(problems)
+    )
 
 
 MOST_PASSES = 3

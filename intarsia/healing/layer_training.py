@@ -1,4 +1,4 @@
-"""One layer, trained from given inputs towards given outputs. Knows nothing of the other layers.
+"""One layer, trained from given inputs toward given outputs. Knows nothing of the other layers.
 
 The layer computes in the dtype that it will be stored in; its parameters and the optimiser's state are float32. So the
 held-out loss, by which the best state is chosen, is that of the tensors as they will be built. Nothing is random but
@@ -12,12 +12,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -25,13 +23,13 @@ from intarsia.activations.stream import LayerCall
 from intarsia.errors import UserError
 from intarsia.healing.losses import hidden_loss
 from intarsia.healing.stages.layerwise import LayerwiseSettings
-from intarsia.healing.training import Patience, Text, load_state, save_state, schedule_of
+from intarsia.healing.training import Standing, Text, load_state, save_state, schedule_of
 
 Rows: TypeAlias = Callable[[Sequence[int]], Tensor]
 """Gives the hidden states of some sequences, `[B, T, D]`: a copy."""
 
-AfterStep: TypeAlias = Callable[[int, float], None]
-"""Called after every step with the tokens of the step, and its loss."""
+AfterStep: TypeAlias = Callable[[Standing, float], None]
+"""Called after every step with where the training stands, and the loss of the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,25 +54,11 @@ class LayerTask:
     device: torch.device
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerReport:
-    """What the training of one layer gave. Losses are held-out ones; `stopped` says why it ended early, if it did."""
+class Trained(NamedTuple):
+    """The new tensors of a layer, none where nothing was better than what it had; and a report (see `Standing`)."""
 
-    layer: int
-    loss_before: float
-    loss_after: float
-    steps: int
-    tokens: int
-    seconds: float
-    stopped: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """A trained layer: its new tensors, or none where nothing was better than what it had."""
-
-    report: LayerReport
-    tensors: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor]
+    report: dict[str, Any]
 
 
 def train_layer(task: LayerTask, after_step: AfterStep | None = None) -> Trained:
@@ -86,12 +70,9 @@ def train_layer(task: LayerTask, after_step: AfterStep | None = None) -> Trained
     done = finished(task.folder, task.index)
     if done is not None:
         return done
-    training = _Training(task)
-    training.run(after_step)
-    found = training.result()
+    found = _Training(task).run(after_step)
     if task.folder is not None:
-        tensors = {name: torch.from_numpy(array) for name, array in found.tensors.items()}
-        save_state(_state_path(task.folder, task.index, "done"), tensors, asdict(found.report))
+        save_state(_state_path(task.folder, task.index, "done"), found.tensors, found.report)
         _state_path(task.folder, task.index, "state").unlink(missing_ok=True)
     return found
 
@@ -99,12 +80,7 @@ def train_layer(task: LayerTask, after_step: AfterStep | None = None) -> Trained
 def finished(folder: Path | None, index: int) -> Trained | None:
     """What an earlier run has finished of a layer."""
     found = None if folder is None else load_state(_state_path(folder, index, "done"))
-    if found is None:
-        return None
-    tensors, facts = found
-    return Trained(
-        report=LayerReport(**facts), tensors={name: np.asarray(tensor.numpy()) for name, tensor in tensors.items()}
-    )
+    return None if found is None else Trained(*found)
 
 
 def trained_names(parameters: Sequence[str], only: Sequence[str]) -> tuple[str, ...]:
@@ -128,11 +104,8 @@ def trained_names(parameters: Sequence[str], only: Sequence[str]) -> tuple[str, 
 
 class _Training:
     def __init__(self, task: LayerTask) -> None:
-        self.task = task
-        self.settings = task.settings
-        self.device = task.device
-        self.module = task.module.to(self.device).eval()
-        self.module.requires_grad_(False)
+        self.task, self.settings, self.device = task, task.settings, task.device
+        self.module = task.module.to(self.device).eval().requires_grad_(False)
         parameters = dict(self.module.named_parameters())
         self.used = {name: parameters[name].requires_grad_(True) for name in task.names}
         self.dtype = next(iter(self.used.values())).dtype
@@ -141,57 +114,41 @@ class _Training:
             name: parameter if self.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
             for name, parameter in self.used.items()
         }
-        self.calls = {size: on_device(call, self.device, self.dtype) for size, call in task.calls.items()}
+        self.calls = {size: call.on(self.device, self.dtype) for size, call in task.calls.items()}
         self.optimiser = torch.optim.AdamW(
             self.master.values(), lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=self.settings.weight_decay
         )
         self.schedule = schedule_of(self.settings, sequences=task.text.train, seq_len=task.text.seq_len)
-        self.next = 0
-        self.seconds = 0.0
-        self.stopped: str | None = None
         self.best: dict[str, Tensor] = {}
         found = None if task.folder is None else load_state(_state_path(task.folder, task.index, "state"))
         if found is None:
-            first = self.held_out_loss()
-            self.patience = Patience(self.settings.patience, first)
-            if not math.isfinite(first):
-                raise UserError(
-                    f"The loss of layerwise training of output layer {task.index} is {first} before the first step.",
-                    "The layer's weights or the teacher's hidden states are damaged; check the model.",
-                )
+            self.standing = Standing.start(self._held_out_loss(), f"layerwise training of output layer {task.index}")
         else:
-            self._restore(*found)
+            self.standing = Standing(**found[1])
+            self._restore(found[0])
 
-    def run(self, after_step: AfterStep | None) -> None:
-        started, before = time.perf_counter(), self.seconds
-        tokens = self.schedule.batch * self.task.text.seq_len
-        while self.next < self.schedule.steps and self.stopped is None:
-            loss = self._step(self.next)
+    def run(self, after_step: AfterStep | None) -> Trained:
+        standing, schedule = self.standing, self.schedule
+        started = time.perf_counter() - standing.seconds
+        while standing.next < schedule.steps and standing.stopped is None:
+            loss = self._step(standing.next)
+            standing.seconds = time.perf_counter() - started
             if not math.isfinite(loss):
-                self.stopped = f"the loss was {loss:.4g} at step {self.next + 1}"
+                standing.failed(loss)
                 break
+            standing.next += 1
             if after_step is not None:
-                after_step(tokens, loss)
-            self.next += 1
-            if self.schedule.is_measured_after(self.next - 1):
-                self._measure()
-                self.seconds = before + time.perf_counter() - started
+                after_step(standing, loss)
+            if schedule.is_measured_after(standing.next - 1):
+                if standing.measured(self._held_out_loss(), schedule):
+                    # On the CPU and float32 as it is, this would otherwise be the parameter itself.
+                    self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.master.items()}
+                standing.seconds = time.perf_counter() - started
                 self._save()
-        self.seconds = before + time.perf_counter() - started
+        report = standing.report(schedule.batch * self.task.text.seq_len)
+        return Trained(tensors=self.best, report={"layer": self.task.index, **report})
 
-    def result(self) -> Trained:
-        report = LayerReport(
-            layer=self.task.index,
-            loss_before=self.patience.first,
-            loss_after=self.patience.best,
-            steps=self.next,
-            tokens=self.next * self.schedule.batch * self.task.text.seq_len,
-            seconds=self.seconds,
-            stopped=self.stopped,
-        )
-        return Trained(report=report, tensors={name: np.asarray(tensor.numpy()) for name, tensor in self.best.items()})
-
-    def held_out_loss(self) -> float:
+    def _held_out_loss(self) -> float:
         """Mean loss of the held-out sequences, each counting the same."""
         text, sums = self.task.text, []
         with torch.no_grad():
@@ -200,26 +157,13 @@ class _Training:
                 sums.append(float(self._loss(rows)) * len(rows))
         return math.fsum(sums) / text.held_out
 
-    def _measure(self) -> None:
-        loss = self.held_out_loss()
-        if self.patience.diverged(loss):
-            self.stopped = f"the held-out loss was {loss:.4g} at step {self.next}"
-        elif self.patience.improved(loss):
-            # On the CPU and float32 as it is, this would otherwise be the parameter itself.
-            self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.master.items()}
-        elif self.patience.over:
-            self.stopped = (
-                f"no better held-out loss in {self.patience.bad} measurements, one every {self.schedule.every} steps"
-            )
-
     def _loss(self, rows: Sequence[int]) -> Tensor:
         h_BTD = self.task.inputs(rows).to(self.device, self.dtype)
         wanted_BTD = self.task.targets(rows).to(self.device)
         mask_NT = self.task.text.mask_NT
         mask_BT = None if mask_NT is None else mask_NT[list(rows)].to(self.device)
-        call = self.calls[len(rows)]
+        call, settings = self.calls[len(rows)], self.settings
         out = self.module(h_BTD, *call.args, **call.kwargs)
-        settings = self.settings
         return hidden_loss(
             wanted_BTD,
             out[0] if isinstance(out, tuple) else out,
@@ -264,19 +208,9 @@ class _Training:
         for name, parameter in self.master.items():
             state = self.optimiser.state.get(parameter, {})
             tensors |= {f"adam.{key}.{name}": torch.as_tensor(value).cpu() for key, value in state.items()}
-        facts = {
-            "next": self.next,
-            "seconds": self.seconds,
-            "stopped": self.stopped,
-            "first": self.patience.first,
-            "best": self.patience.best,
-            "bad": self.patience.bad,
-        }
-        save_state(_state_path(self.task.folder, self.task.index, "state"), tensors, facts)
+        save_state(_state_path(self.task.folder, self.task.index, "state"), tensors, asdict(self.standing))
 
-    def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self.next, self.seconds, self.stopped = facts["next"], facts["seconds"], facts["stopped"]
-        self.patience = Patience(self.settings.patience, facts["first"], bad=facts["bad"], best=facts["best"])
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in self.master.items():
             with torch.no_grad():
                 parameter.copy_(tensors[f"master.{name}"])
@@ -289,22 +223,6 @@ class _Training:
                 }
         self.best = {key.removeprefix("best."): tensor for key, tensor in tensors.items() if key.startswith("best.")}
         self._publish()
-
-
-def on_device(call: LayerCall, device: torch.device, dtype: torch.dtype) -> LayerCall:
-    """A layer's arguments on a device, floating ones in a dtype."""
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device, dtype if value.is_floating_point() else value.dtype)
-        if isinstance(value, (tuple, list)):
-            return type(value)(moved(entry) for entry in value)
-        return value
-
-    return LayerCall(
-        args=tuple(moved(value) for value in call.args),
-        kwargs={key: moved(value) for key, value in call.kwargs.items()},
-    )
 
 
 def _state_path(folder: Path, index: int, kind: str) -> Path:

@@ -1,8 +1,8 @@
-"""Layerwise distillation: every output layer that needs it is trained from the original's H^start towards H^stop.
+"""Layerwise distillation: every output layer that needs it is trained from the original's H^start toward H^stop.
 
 Layers are trained one after the other, and do not depend on one another, unless their inputs are those of the
-trained layers before them (`inputs="student"`). The teacher is run once, only as deep as the next layer needs; a depth
-is dropped when no layer needs it any more, so that two depths are stored at a time.
+trained layers before them (`inputs="student"`, the default). The teacher is run once, only as deep as the next layer
+needs; a depth is dropped when no layer needs it any more, so that two depths are stored at a time.
 
 Padding is on the right and attention looks back only, so real tokens are the same with and without the padding mask. It
 is left out, which makes a layer's arguments the same for every batch of a size; the losses skip padding.
@@ -13,21 +13,18 @@ Shape suffixes: `N` sequences, `T` tokens, `D` residual width.
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from intarsia.activations.batches import Batches
-from intarsia.activations.hidden_store import PREFIX, HiddenStore, MemoryBudget
+from intarsia.activations.hidden_store import PREFIX, MemoryBudget
 from intarsia.activations.loop import Loop
-from intarsia.architecture.spec import Architecture
 from intarsia.building.layer import parameter_names, to_tensors
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Placed
@@ -35,12 +32,12 @@ from intarsia.data.corpus import Corpus
 from intarsia.disk import require_room
 from intarsia.errors import UserError
 from intarsia.healing.layer_map import Correspondence, correspondences, taught
-from intarsia.healing.layer_training import LayerTask, Trained, finished, train_layer, trained_names
+from intarsia.healing.layer_training import AfterStep, LayerTask, Trained, finished, train_layer, trained_names
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.teacher import TeacherStates
-from intarsia.healing.training import Text, schedule_of
+from intarsia.healing.training import Standing, Text, schedule_of
 from intarsia.progress import Progress, Silent, Task
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Fitted, Recipe
 
 
 def train(
@@ -75,40 +72,27 @@ def train(
         most = 20 * resident.architecture.layer_parameters
         require_room(folder, most, "the state of one layer's training", option="--run")
     known = correspondences(recipe)
-    found: dict[int, Trained] = {}
-    todo: list[Correspondence] = []
-    for index in taught(recipe, settings.layers):
-        earlier = finished(folder, index)
-        if earlier is None:
-            todo.append(known[index])
-        else:
-            found[index] = earlier
+    indices = taught(recipe, settings.layers)
+    found = {index: done for index in indices if (done := finished(folder, index)) is not None}
+    todo = [index for index in indices if index not in found]
     work = _Work(recipe, resident, teacher or resident, text, settings, folder, MemoryBudget(memory_bytes, folder))
     try:
         with progress.task("layerwise training", len(todo) * work.tokens) as task:
-            for number, layer in enumerate(todo):
-                work.reach(layer, found, task)
-                meter = _Meter(task, f"layer {layer.index} ({number + 1} of {len(todo)})")
-                trained = found[layer.index] = train_layer(work.task(layer), meter)
-                task.advance(work.tokens - meter.tokens)
-                _report(trained, progress)
+            for number, index in enumerate(todo, start=1):
+                work.reach(known[index], found, task)
+                trained = train_layer(
+                    work.task(known[index]), work.shown(task, f"layer {index} ({number} of {len(todo)})")
+                )
+                task.advance(work.tokens - trained.report["tokens"])
+                found[index] = trained
+                if not trained.tensors:
+                    progress.say(f"layer {index}: no training lowered the held-out loss; it stays as it was")
+                stopped = trained.report["stopped"]
+                if stopped is not None and "loss was" in stopped:
+                    progress.say(f"layer {index} diverged: {stopped}; its best state before that is kept")
     finally:
         work.close()
-    reports = [asdict(found[index].report) for index in sorted(found)]
-    return replace(recipe, fitted=_fitted(recipe, found, resident.architecture)), reports
-
-
-def _fitted(
-    recipe: Recipe, found: Mapping[int, Trained], architecture: Architecture
-) -> dict[int, Mapping[str, npt.NDArray[np.float32]]]:
-    """What is fitted in a recipe, with what was trained."""
-
-    def stored(trained: Trained) -> dict[str, npt.NDArray[np.float32]]:
-        parameters = {name: torch.from_numpy(array) for name, array in trained.tensors.items()}
-        return {name: np.asarray(tensor.numpy()) for name, tensor in to_tensors(parameters, architecture).items()}
-
-    fitted = {index: {**recipe.fitted.get(index, {}), **stored(trained)} for index, trained in found.items()}
-    return {**recipe.fitted, **{index: tensors for index, tensors in fitted.items() if tensors}}
+    return replace(recipe, fitted=work.fitted(found)), [found[index].report for index in sorted(found)]
 
 
 class _Work:
@@ -131,33 +115,56 @@ class _Work:
         """
         self.recipe, self.resident, self.text, self.settings, self.folder = recipe, resident, text, settings, folder
         self.schedule = schedule_of(settings, sequences=text.train, seq_len=text.seq_len)
+        self.step_tokens = self.schedule.batch * text.seq_len
         # Tokens that one layer is trained on, if it is not stopped early.
-        self.tokens = self.schedule.steps * self.schedule.batch * text.seq_len
+        self.tokens = self.schedule.steps * self.step_tokens
         self.names = trained_names(parameter_names(resident.architecture), settings.only)
-        self.teacher = TeacherStates(Loop(teacher, _without_mask(teacher, text), memory_budget=memory_budget))
-        self.stream = self.teacher.loop.stream
-        self.student: _StudentStates | None = None
-        if settings.inputs == "student":
-            store = HiddenStore(self.teacher.store.shape, resident.model.dtype, memory_budget=memory_budget)
-            self.student = _StudentStates(recipe, resident, text, store)
+        corpus = Corpus.of(text.ids_NT, description="training text", documents=1)
+        self.teacher = TeacherStates(Loop(teacher, Batches(corpus, teacher.device), memory_budget=memory_budget))
+        # Runs the trained layers, whose hidden states are stored at the depth that was reached.
+        self.loop = Loop(resident, Batches(corpus, resident.device), memory_budget=memory_budget)
+        self.student = self.loop.store()
+        self.reached: int | None = None
 
     def close(self) -> None:
         """Free the hidden states."""
         self.teacher.close()
-        if self.student is not None:
-            self.student.store.close()
+        self.student.close()
 
     def reach(self, layer: Correspondence, found: Mapping[int, Trained], task: Task) -> None:
         """Store a layer's inputs and targets."""
-        if self.student is None:
-            self._reach(layer.start, task)
-            self._drop_before(layer.start)
-            self._reach(layer.stop, task)
-            return
-        self._reach(layer.stop, task)
-        self._drop_before(layer.stop)
-        task.note(f"the trained layers' hidden states before layer {layer.index}")
-        self.student.reach(layer.index, _fitted(self.recipe, found, self.resident.architecture))
+        follows = self.settings.inputs == "student"
+        for depth in (layer.stop,) if follows else (layer.start, layer.stop):
+            task.note(f"the original's hidden states after layer {depth}")
+            self.teacher.learn([depth])
+            for stored in self.teacher.store.depths():
+                if stored < (layer.stop if follows else layer.start):
+                    self.teacher.store.drop(stored)
+        if follows:
+            task.note(f"the trained layers' hidden states before layer {layer.index}")
+            self._follow(layer.index, self.fitted(found))
+
+    @torch.no_grad()
+    def _follow(self, index: int, fitted: Fitted) -> None:
+        """Store the hidden states before output layer `index`, with `fitted` in the layers before it.
+
+        Raises:
+            UserError: they are not finite, or the disk is full.
+        """
+        first = self.reached or 0
+        layers = [
+            Placed(self.resident.module(op, fitted.get(number)), op.sources[0].layer)
+            for number, op in enumerate(self.recipe.layers[first:index], first)
+        ]
+        if self.reached is None:
+            self.loop.embed(self.student)
+
+        def name(number: int) -> str:
+            return f"the student's hidden states after layer {first + number}"
+
+        for _ in self.loop.through(layers, self.student, name=name):
+            pass
+        self.reached = index
 
     def task(self, layer: Correspondence) -> LayerTask:
         """The training of a layer that was reached."""
@@ -170,98 +177,47 @@ class _Work:
             module = module.to(torch.bfloat16)  # gradients overflow in float16
         batch, held_out = self.schedule.batch, self.text.held_out
         sizes = {batch, held_out % batch, min(batch, held_out)} - {0}
-        states, cpu = self.teacher.store, torch.device("cpu")
-        inputs = partial(states.rows, layer.start, device=cpu)
-        if self.student is not None:
-            inputs = partial(self.student.store.rows, 0, device=cpu)
-        if self.stream.by_tokens:
+        if self.loop.stream.by_tokens:
             raise UserError(
                 "Layers of this model get arguments that depend on the tokens, which layerwise training does not keep.",
                 "Heal with closed-form or end-to-end.",
             )
-        own = {name for name, _ in module.named_parameters()}
+        trained = {name for name, _ in module.named_parameters()}
         with torch.no_grad():
-            calls = {size: self.stream.calls(self.text.ids_NT[:size], None)[donor] for size in sizes}
+            calls = {size: self.loop.stream.calls(self.text.ids_NT[:size], None)[donor] for size in sizes}
+        states, cpu = self.teacher.store, torch.device("cpu")
+        own = partial(self.student.rows, 0, device=cpu)
         return LayerTask(
             index=layer.index,
             module=module,
-            inputs=inputs,
+            inputs=own if self.settings.inputs == "student" else partial(states.rows, layer.start, device=cpu),
             targets=partial(states.rows, layer.stop, device=cpu),
             text=self.text,
             calls=calls,
-            names=tuple(name for name in self.names if name in own),
+            names=tuple(name for name in self.names if name in trained),
             settings=self.settings,
             folder=self.folder,
             device=self.resident.device,
         )
 
-    def _reach(self, depth: int, task: Task) -> None:
-        task.note(f"the original's hidden states after layer {depth}")
-        self.teacher.learn([depth])
+    def shown(self, task: Task, title: str) -> AfterStep:
+        """Shows the steps of a layer's training, those of an earlier process with the first one."""
+        steps = 0
 
-    def _drop_before(self, depth: int) -> None:
-        for stored in self.teacher.store.depths():
-            if stored < depth:
-                self.teacher.store.drop(stored)
+        def after_step(standing: Standing, loss: float) -> None:
+            nonlocal steps
+            task.advance((standing.next - steps) * self.step_tokens)
+            steps = standing.next
+            task.note(standing.note(title, loss, self.step_tokens))
 
+        return after_step
 
-class _StudentStates:
-    """What the output layers before the next one give, on all sequences: one depth, overwritten as it gets deeper."""
-
-    def __init__(self, recipe: Recipe, resident: LoadedModel, text: Text, store: HiddenStore) -> None:
-        self.recipe = recipe
-        self.resident = resident
-        self.store = store
-        self.loop = Loop(resident, _without_mask(resident, text))
-        self.at: int | None = None
-
-    @torch.no_grad()
-    def reach(self, index: int, fitted: Mapping[int, Mapping[str, npt.NDArray[np.float32]]]) -> None:
-        """Store the inputs of output layer `index`, with `fitted` in the layers before it.
-
-        Raises:
-            UserError: the hidden states are not finite, or the disk is full.
-        """
-        first = self.at or 0
-        layers = [
-            Placed(self.resident.module(op, fitted.get(number)), op.sources[0].layer)
-            for number, op in enumerate(self.recipe.layers[first:index], first)
-        ]
-        if self.at is None:
-            self.loop.embed(self.store)
-        for _ in self.loop.through(
-            layers,
-            self.store,
-            name=lambda number: f"the student's hidden states after layer {first + number}",
-        ):
-            pass
-        self.at = index
-
-
-def _without_mask(resident: LoadedModel, text: Text) -> Batches:
-    return Batches(Corpus.of(text.ids_NT, description="training text", documents=1), resident.device)
-
-
-class _Meter:
-    """Turns steps into progress: a running mean of the losses, and tokens a second."""
-
-    def __init__(self, task: Task, title: str) -> None:
-        self.task, self.title = task, title
-        self.tokens = 0
-        self.started = time.perf_counter()
-        self.loss: float | None = None
-
-    def __call__(self, tokens: int, loss: float) -> None:
-        self.tokens += tokens
-        self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
-        speed = self.tokens / max(time.perf_counter() - self.started, 1e-9)
-        self.task.advance(tokens)
-        self.task.note(f"{self.title}: loss {self.loss:.4g}, {speed:,.0f} tokens/s")
-
-
-def _report(trained: Trained, progress: Progress) -> None:
-    report = trained.report
-    if not trained.tensors:
-        progress.say(f"layer {report.layer}: no training lowered the held-out loss; it stays as it was")
-    if report.stopped is not None and "loss was" in report.stopped:
-        progress.say(f"layer {report.layer} diverged: {report.stopped}; its best state before that is kept")
+    def fitted(self, found: Mapping[int, Trained]) -> Fitted:
+        """What is fitted in the recipe, with what was trained."""
+        fitted = dict(self.recipe.fitted)
+        for index, trained in found.items():
+            if trained.tensors:
+                stored = to_tensors(dict(trained.tensors), self.resident.architecture)
+                own = {name: np.asarray(tensor.numpy()) for name, tensor in stored.items()}
+                fitted[index] = {**fitted.get(index, {}), **own}
+        return fitted

@@ -138,17 +138,12 @@ class HealContext:
         if self.states is not None and text.sha256 == self.calibration.sha256:
             yield self.states
             return
-        batches = Batches(text, self.resident.device, batch_tokens=self.batch_tokens)
-        keep, memory_budget = (
-            fits > 1 and fits_in_memory(self.resident, batches, self.memory_budget),
-            self.memory_budget,
-        )
+        batches, memory_budget = Batches(text, self.resident.device, batch_tokens=self.batch_tokens), self.memory_budget
+        keep = fits > 1 and fits_in_memory(self.resident, batches, memory_budget)
         known = None if self.states is None else self.states.known(self.resident.architecture.n_layers)
-        states = TeacherStates(Loop(self.resident, batches, memory_budget=memory_budget), known=known, keep=keep)
-        try:
+        loop = Loop(self.resident, batches, memory_budget=memory_budget)
+        with TeacherStates(loop, known=known, keep=keep) as states:
             yield states
-        finally:
-            states.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,8 +253,7 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
             started = time.perf_counter()
             found = before if chosen is None else _run(context, before, chosen, path.with_suffix(""), key)
             if main:
-                seconds = time.perf_counter() - started if results else 0.0
-                result = _measured(context, name, path, found, results, seconds)
+                result = _measured(context, name, path, found, results, time.perf_counter() - started)
                 _write(context, result, results, stages, key)
         wait()
         results.append(_read(path, fresh=not done))
@@ -292,28 +286,21 @@ def _measured(
     if before is not None and schema.content_hash(found) == schema.content_hash(before.recipe):
         measured = before.quality  # it changed nothing
     else:
-        texts, errors = context.evaluation, context.layer_errors
-        measured = quality(
-            found,
-            context.resident,
-            context.held_out,
-            texts,
-            errors=errors,
-            memory_budget=context.memory_budget,
-            progress=progress.current(),
-        ).to_dict()
+        errors, memory_budget = context.layer_errors, context.memory_budget
+        texts = (context.held_out, *context.evaluation)
+        measured = quality(found, context.resident, texts, errors=errors, memory_budget=memory_budget).to_dict()
+    if before is None:
+        return StageResult(stage=name, path=path, recipe=found, quality=measured)
     result = StageResult(
         stage=name,
         path=path,
         recipe=found,
         quality=measured,
-        tokens=0 if before is None else context.facts.pop("tokens", context.training.tokens),
+        tokens=context.facts.pop("tokens", context.training.tokens),
         seconds=seconds,
-        details=[] if before is None else context.details,
-        facts={} if before is None else context.facts,
+        details=context.details,
+        facts=context.facts,
     )
-    if before is None:
-        return result
     taken = result.perplexity < before.perplexity
     change = f"held-out perplexity {before.perplexity:.2f} -> {result.perplexity:.2f}"
     progress.current().say(f"{name}: {change}" + ("" if taken else "; no better, so the model stays as it was"))
@@ -380,10 +367,10 @@ def _clear(folder: Path) -> None:
     def holds_tensors(path: Path) -> bool:
         return any(file.suffix in _TENSORS for file in (path.rglob("*") if path.is_dir() else (path,)))
 
-    for path in folder.glob("*"):
-        if path.is_dir() and holds_tensors(path):
+    for path in filter(holds_tensors, list(folder.glob("*"))):
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.is_file() and holds_tensors(path):
+        else:
             path.unlink()
 
 

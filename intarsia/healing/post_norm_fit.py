@@ -28,12 +28,12 @@ _SMALL = 0.05  # of the root mean square of g: rows that the norm scales by less
 
 
 @dataclass(frozen=True, kw_only=True)
-class Passed:
-    """A batch that went through the layer, all its tokens in a row."""
+class FitTokens:
+    """The tokens of a batch that went through the layer."""
 
-    # What goes into the output projection, and what comes out of it.
+    # The output projection, and what goes into it.
+    projection: nn.Module
     x_NC: Tensor
-    y_ND: Tensor
     # What is missing after the layer.
     missing_ND: Tensor
     # What a token counts.
@@ -41,8 +41,14 @@ class Passed:
     # True at held-out tokens.
     held_N: Tensor
 
+    @property
+    def y_ND(self) -> Tensor:
+        """What comes out of the output projection."""
+        y_ND: Tensor = self.projection(self.x_NC)
+        return y_ND
 
-Passes = Callable[[], Iterator[Passed]]
+
+Passes = Callable[[], Iterator[FitTokens]]
 """Runs the layer over all batches, again every time it is called."""
 
 
@@ -88,11 +94,11 @@ def fit_norm(norm: PostNorm, passes: Passes, ridges: Sequence[float], *, where: 
     # Per row: squares of the features, features times residuals; squares of the residuals; tokens: fitted and held out.
     sums = [[torch.zeros(own_D.shape[0], dtype=torch.float64, device=own_D.device) for _ in range(2)] for _ in range(2)]
     squares, tokens = [0.0, 0.0], [0, 0]
-    for passed in passes():
-        feature_ND = norm.scale * norm.unit(passed.y_ND)
-        for part, chosen_N in enumerate((~passed.held_N, passed.held_N)):
-            weight_N1 = passed.weight_N[chosen_N][:, None]
-            x_ND, r_ND = feature_ND[chosen_N], passed.missing_ND[chosen_N]
+    for batch in passes():
+        feature_ND = norm.scale * norm.unit(batch.y_ND)
+        for part, chosen_N in enumerate((~batch.held_N, batch.held_N)):
+            weight_N1 = batch.weight_N[chosen_N][:, None]
+            x_ND, r_ND = feature_ND[chosen_N], batch.missing_ND[chosen_N]
             sums[part][0] += (weight_N1 * x_ND.square()).sum(0).double()
             sums[part][1] += (weight_N1 * x_ND * r_ND).sum(0).double()
             squares[part] += float((weight_N1 * r_ND.square()).sum())
@@ -124,12 +130,12 @@ def fit_weight(
     """
     width, features = own_DC.shape
     gram = Gram(features, width, own_DC.device)
-    for passed in passes():
-        chosen_N = ~passed.held_N
+    for batch in passes():
+        chosen_N = ~batch.held_N
         if bool(chosen_N.any()):
-            rms_N1 = passed.y_ND[chosen_N].float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-            weight_N = passed.weight_N[chosen_N] * norm.scale**2
-            gram.add(passed.x_NC[chosen_N].float() / rms_N1, passed.missing_ND[chosen_N] / norm.scale, weight_N)
+            rms_N1 = batch.y_ND[chosen_N].float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+            weight_N = batch.weight_N[chosen_N] * norm.scale**2
+            gram.add(batch.x_NC[chosen_N].float() / rms_N1, batch.missing_ND[chosen_N] / norm.scale, weight_N)
     gram.require_finite(where)
     g_D = norm.weight.float() + norm.offset
     small = _SMALL * float(g_D.square().mean().sqrt())
@@ -155,12 +161,12 @@ def _held_out_errors(
     """Weighted squared error per held-out token, with the weight as it is and with each of the others."""
     before, tokens = 0.0, 0
     after_K = [0.0] * len(weights_KDC)
-    for passed in passes():
-        chosen_N = passed.held_N
+    for batch in passes():
+        chosen_N = batch.held_N
         if not bool(chosen_N.any()):
             continue
-        x_NC, y_ND, missing_ND = passed.x_NC[chosen_N].float(), passed.y_ND[chosen_N], passed.missing_ND[chosen_N]
-        weight_N1 = passed.weight_N[chosen_N][:, None]
+        x_NC, y_ND, missing_ND = batch.x_NC[chosen_N].float(), batch.y_ND[chosen_N], batch.missing_ND[chosen_N]
+        weight_N1 = batch.weight_N[chosen_N][:, None]
         given_ND = norm.added(y_ND)
         before += float((weight_N1 * missing_ND.square()).sum())
         tokens += int((weight_N1 > 0).sum())

@@ -1,18 +1,15 @@
 """Closed-form fits of a whole model from several starting points; the best one is kept.
 
 What was fitted inside the progressive loop was fitted to the model of that time. A fit over all layers gains little
-upon it, and the same layers with nothing fitted may end at a lower loss (dev/LOG.md): held-out text decides.
-
-Each finished fit is kept in a folder until the best is known, so that a killed job continues after it.
+over it, and the same layers with nothing fitted may end at a lower loss (dev/LOG.md): held-out text decides.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.architecture.spec import PARTS, Architecture
@@ -24,7 +21,7 @@ from intarsia.evaluation.perplexity import Chain, perplexity
 from intarsia.healing.closed_form import fit
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
-from intarsia.progress import Progress, current
+from intarsia.progress import current
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 
@@ -39,25 +36,13 @@ class Start:
     recipe: Recipe
 
 
-@dataclass(frozen=True, kw_only=True)
-class Best:
-    """The fit with the lowest perplexity on held-out text."""
+class FromStart(NamedTuple):
+    """A fit from a start: the recipe, what was fitted, and the perplexity on held-out text."""
 
     start: Start
     recipe: Recipe
     fits: list[dict[str, Any]]
-    # Of every fit, by the name of its start; the lowest first.
-    perplexities: dict[str, float]
-
-    @property
-    def perplexity(self) -> float:
-        """The lowest of all."""
-        return self.perplexities[self.start.name]
-
-    def summary(self) -> str:
-        """For a person, the best first."""
-        rows = ", ".join(f"{name} {value:.2f}" for name, value in self.perplexities.items())
-        return f"held-out perplexity from the recipe {rows}"
+    perplexity: float
 
 
 def starts(recipe: Recipe, architecture: Architecture) -> list[Start]:
@@ -72,7 +57,7 @@ def starts(recipe: Recipe, architecture: Architecture) -> list[Start]:
     return found
 
 
-def best_fit(
+def fit_each(
     points: Sequence[Start],
     teacher: TeacherStates,
     held_out: Corpus,
@@ -81,67 +66,37 @@ def best_fit(
     folder: Path,
     unseen: Collection[int] = (),
     memory_budget: MemoryBudget,
-    progress: Progress,
-) -> Best:
-    """Fit from every start, and keep the best. A fit that is finished is read from the folder; `forget` clears it.
+) -> list[FromStart]:
+    """Fit from every start: the best fit comes first, of equal ones the earlier start's.
 
     Args:
         teacher: its hidden states on the calibration text, which all fits share.
         held_out: text whose perplexity decides.
+        folder: where finished fits are kept, and found again.
         unseen: sequences of the calibration text that no fit sees.
 
     Raises:
         UserError: activations are not finite, or the disk is full.
     """
-    several = len(points) > 1
-
-    def fitted(start: Recipe) -> tuple[Recipe, list[dict[str, Any]]]:
-        path = folder / f"{schema.content_hash(start)[:16]}.yaml"
-        if several and path.exists():
-            found = schema.load(path)
-            return found, found.provenance["output_projections"]
-        found, fits = fit(
-            start, teacher, settings=settings, unseen=unseen, memory_budget=memory_budget, progress=progress
-        )
-        if several:
-            with full_disk_named(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                schema.save(replace(found, provenance={"output_projections": fits}), path)
-        return found, fits
-
-    def measured(found: Recipe) -> float:
-        return held_out_perplexity(teacher.resident, held_out, found, memory_budget=memory_budget)
-
-    best = best_of(points, fitted, measured)
-    if several:
-        progress.say(f"closed form: {best.summary()}")
-    return best
-
-
-def best_of(
-    points: Sequence[Start],
-    fit: Callable[[Recipe], tuple[Recipe, list[dict[str, Any]]]],
-    measure: Callable[[Recipe], float],
-) -> Best:
-    """Fit from every start, and keep the best; of equal ones the earlier start's."""
-    best: tuple[Start, Recipe, list[dict[str, Any]]] | None = None
-    found: dict[str, float] = {}
+    found: list[FromStart] = []
     with current().task("", len(points)) as task:
         for start in points:
-            recipe, fits = fit(start.recipe)
-            value = measure(recipe)
-            if best is None or value < found[best[0].name]:
-                best = start, recipe, fits
-            found[start.name] = value
+            path = folder / f"{schema.content_hash(start.recipe)[:16]}.yaml"
+            if path.exists():
+                recipe = schema.load(path)
+                fits = recipe.provenance["output_projections"]
+            else:
+                recipe, fits = fit(start.recipe, teacher, settings=settings, unseen=unseen, memory_budget=memory_budget)
+                with full_disk_named(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    schema.save(replace(recipe, provenance={"output_projections": fits}), path)
+            value = held_out_perplexity(teacher.resident, held_out, recipe, memory_budget=memory_budget)
+            found.append(FromStart(start=start, recipe=recipe, fits=fits, perplexity=value))
             task.advance()
-    assert best is not None, "no start"
-    ranked = dict(sorted(found.items(), key=lambda row: row[1]))
-    return Best(start=best[0], recipe=best[1], fits=best[2], perplexities=ranked)
-
-
-def forget(folder: Path) -> None:
-    """Delete the fits that were kept."""
-    shutil.rmtree(folder, ignore_errors=True)
+    found.sort(key=lambda each: each.perplexity)
+    said = ", ".join(f"{each.start.name} {each.perplexity:.2f}" for each in found)
+    current().say(f"closed form: held-out perplexity from the recipe {said}")
+    return found
 
 
 def held_out_perplexity(resident: LoadedModel, corpus: Corpus, recipe: Recipe, *, memory_budget: MemoryBudget) -> float:

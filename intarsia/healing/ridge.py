@@ -2,7 +2,7 @@
 
 A linear layer `y = W x` is changed by `D` so that `(W + D) x` comes closer to a target: with the residual
 `r = target - W x`, minimise `sum_n w_n |r_n - D x_n|^2 + ridge * s * |D|^2`. `s` is the mean of the features' weighted
-second moments, so `ridge` is relative to their scale. As `ridge` grows `D` goes to zero: shrinkage is towards the
+second moments, so `ridge` is relative to their scale. As `ridge` grows `D` goes to zero: shrinkage is toward the
 weights as they are.
 
 Shape suffixes: `N` tokens, `C` features, `D` residual width.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 from intarsia.architecture.spec import Part
-from intarsia.errors import Problem, UserError
+from intarsia.errors import check
+from intarsia.flags import options_of
 
 Layers: TypeAlias = Literal["spans", "after"]
 """Which output layers a stage changes. `spans`: those that stand for more than one original layer, or were merged;
@@ -16,8 +17,8 @@ Layers: TypeAlias = Literal["spans", "after"]
 Weighting: TypeAlias = Literal["relative", "clip", "uniform"]
 """What a token counts in a squared error, see `intarsia.healing.losses`."""
 
-Check: TypeAlias = tuple[str, str, object, bool]
-"""A setting's name, what is expected, what was found, and whether it is right."""
+Check: TypeAlias = tuple[bool, tuple[str, ...], str]
+"""Whether settings are right, their names, and what is expected of them."""
 
 RIDGES = tuple(10.0**exponent for exponent in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 
@@ -41,8 +42,8 @@ class ClosedFormSettings:
 
 
 LAST = ClosedFormSettings(unchanged=("mlp", "attention"), held_out=32)
-"""How the final model is fitted, where other text judges it: held-out sequences only choose the strength then, and few
-are enough."""
+"""How the final model is fitted. Other text decides about it, so held-out sequences only choose the strength, and few
+suffice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,37 +66,41 @@ class Pace:
     clip: float = 1.0
     # How often the held-out loss is measured, and state saved, on the way.
     evaluations: int = 10
-    # Stop after this many measurements without a new best.
-    patience: int = 3
+    # Stop after this many measurements without a new best. The first steps often raise the loss (dev/LOG.md).
+    patience: int = 10
     # Seed of everything random.
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = [
-            Problem(f"{name}: expected {expected}; found {found!r}.", "Give such a value, or leave the setting out.")
-            for name, expected, found, right in self.checks()
-            if not right
-        ]
-        if problems:
-            raise UserError(problems)
+        flags = {option.attribute: f"--{option.key}" for option in options_of(type(self))}
+        check(
+            *(
+                (
+                    right,
+                    f"{' + '.join(flags[name] for name in names)} is"
+                    f" {' + '.join(str(getattr(self, name)) for name in names)}; expected is {expected}.",
+                    "Give such a value, or leave the option out.",
+                )
+                for right, names, expected in self.checks()
+            )
+        )
 
-    def checks(self) -> Iterable[Check]:
+    def checks(self) -> Iterator[Check]:
         """What must hold."""
         for name in ("epochs", "batch_tokens", "evaluations", "patience"):
-            yield name, "a whole number, 1 or more", getattr(self, name), getattr(self, name) >= 1
-        yield "lr", "a number above 0", self.lr, 0.0 < self.lr < float("inf")
-        yield "clip", "a number above 0", self.clip, self.clip > 0.0
-        yield "weight_decay", "a number, 0 or more", self.weight_decay, 0.0 <= self.weight_decay < float("inf")
+            yield getattr(self, name) >= 1, (name,), "a whole number, 1 or more"
+        for name in ("lr", "clip"):
+            yield 0.0 < getattr(self, name) < float("inf"), (name,), "a number above 0"
+        yield 0.0 <= self.weight_decay < float("inf"), ("weight_decay",), "a number, 0 or more"
         for name in ("least_lr", "warmup"):
-            yield name, "a number from 0 to 1", getattr(self, name), 0.0 <= getattr(self, name) <= 1.0
+            yield 0.0 <= getattr(self, name) <= 1.0, (name,), "a number from 0 to 1"
+
+    def weights(self, *names: str) -> Check:
+        """That weights of losses are none below 0, and one above."""
+        found = [getattr(self, name) for name in names]
+        right = all(0.0 <= weight < float("inf") for weight in found) and any(found)
+        return right, names, "weights of 0 or more, at least one of them above 0"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for the run folder."""
         return asdict(self)
-
-
-def weight_checks(settings: object, names: tuple[str, ...]) -> Iterable[Check]:
-    """That weights of losses are none below 0, and one above."""
-    found = {name: getattr(settings, name) for name in names}
-    right = all(0.0 <= weight < float("inf") for weight in found.values()) and any(found.values())
-    yield " + ".join(names), "weights of 0 or more, at least one of them above 0", found, right

@@ -31,6 +31,7 @@ from intarsia.building.loaded_model import load_model
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import missing_package
+from intarsia.evaluation.run_rows import makes_the_logits
 from intarsia.healing.losses import cross_entropy, hidden_mse, logit_kl, over_rows, top_k_kl
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.recipe.recipe import Recipe
@@ -140,8 +141,8 @@ class SplitModel:
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
         self.model = model
-        self._head: nn.Module | None = model.get_submodule(architecture.family.head_in_memory)
-        self._check()
+        head = model.get_submodule(architecture.family.head_in_memory)
+        self._head = head if makes_the_logits(head, model) else None
 
     def trunk(
         self, ids_BT: Tensor, mask_BT: Tensor | None, *, hidden: bool = False
@@ -165,14 +166,6 @@ class SplitModel:
     def head(self, rows: Tensor) -> Tensor:
         """Logits `[N, V]` of rows of what `trunk` gave."""
         return rows if self._head is None else self._head(rows)
-
-    @torch.no_grad()
-    def _check(self) -> None:
-        ids_BT = torch.arange(4, device=next(self.model.parameters()).device)[None]
-        rows, _ = self.trunk(ids_BT, None)
-        whole = self.model(input_ids=ids_BT, use_cache=False).logits
-        if not torch.allclose(self.head(rows).float(), whole.float(), rtol=1e-2, atol=1e-2):
-            self._head = None
 
 
 PARTS = ("loss", "logits", "hidden", "text")
@@ -219,18 +212,19 @@ class Distiller(nn.Module):
         """The losses of `PARTS`, `[4]`, means over real tokens."""
         with self._precision(ids_BT.device):
             rows, hidden = self.split.trunk(ids_BT, mask_BT, hidden=bool(lesson.hidden))
-        logits, text = self._through_head(rows, ids_BT, mask_BT, lesson)
+        through_head, logits, text = self._through_head(rows, ids_BT, mask_BT, lesson)
         between = torch.zeros((), device=ids_BT.device)
         if lesson.hidden:
             pairs = zip(self.layers, lesson.hidden, strict=True)
             found = [hidden_mse(theirs, hidden[index + 1], mask_BT) for index, theirs in pairs]
             between = torch.stack(found).mean()
-        total = logits.total + self.settings.hidden * between
-        return torch.stack([total, logits.part, between.detach(), text])
+        total = through_head + self.settings.hidden * between
+        return torch.stack([total, logits, between.detach(), text])
 
     def _through_head(
         self, rows: Tensor, ids_BT: Tensor, mask_BT: Tensor | None, lesson: Lesson
-    ) -> tuple[_Logits, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted loss of what goes through the head, and its two parts: of the logits, and of the text."""
         settings, temperature = self.settings, self.settings.temperature
         real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT
         # Position t predicts token t + 1; both must be real.
@@ -272,15 +266,7 @@ class Distiller(nn.Module):
             total = torch.zeros((), device=rows.device)
         else:
             total = over_rows(rows_ND, head, losses, torch.ones(len(rows_ND), device=rows.device))
-        return _Logits(total=total, part=sums[0]), sums[1]
+        return total, sums[0], sums[1]
 
     def _precision(self, device: torch.device) -> AbstractContextManager[object]:
         return torch.autocast(device.type, dtype=torch.bfloat16) if self.autocast else nullcontext()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Logits:
-    """Weighted total of what goes through the head, and the distillation's part of it."""
-
-    total: Tensor
-    part: Tensor

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from intarsia.healing.losses import top_k_of
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import Lesson, SplitModel
 from intarsia.healing.training import Text
-from intarsia.progress import Progress, current
+from intarsia.progress import current
 
 _SIGN = "facts.json"
 _ROWS = 256
@@ -199,7 +199,6 @@ def write_top_k(
     *,
     vocabulary: int,
     batch: int,
-    progress: Progress,
 ) -> None:
     """Run the teacher over a text and keep its K likeliest tokens; a cache that is there is left as it is.
 
@@ -218,24 +217,20 @@ def write_top_k(
     shape = (*ids_NT.shape, k)
     nbytes = ids_NT.numel() * k * 8
     with staged_folder(folder, nbytes=nbytes, sign=_SIGN) as staging:
-        log_p = np.lib.format.open_memmap(staging / "log_p.npy", mode="w+", dtype=np.float32, shape=shape)
-        index = np.lib.format.open_memmap(staging / "index.npy", mode="w+", dtype=np.int32, shape=shape)
-        for name in ("log_p.npy", "index.npy"):
-            if hasattr(os, "posix_fallocate"):  # a disk that runs full under a memory map kills the process
-                with (staging / name).open("rb+") as file:
-                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         model = teacher.load()
         device = next(model.split.model.parameters()).device
-        with progress.task(f"the teacher's {k} likeliest tokens", len(ids_NT)) as task:
+        task_name = f"the teacher's {k} likeliest tokens"
+        with current().task(task_name, len(ids_NT)) as task, ExitStack() as stack:
+            files = [stack.enter_context((staging / f"{name}.npy").open("wb")) for name in ("log_p", "index")]
+            for file, dtype in zip(files, ("<f4", "<i4"), strict=True):
+                np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
             for start in range(0, len(ids_NT), batch):
                 part = slice(start, min(start + batch, len(ids_NT)))
                 mask_BT = None if mask_NT is None else mask_NT[part].to(device)
                 found = _likeliest(model, ids_NT[part].to(device), mask_BT, k, temperature)
-                log_p[part] = found[0].reshape(-1, *shape[1:]).numpy()
-                index[part] = found[1].reshape(-1, *shape[1:]).numpy()
+                for file, rows in zip(files, found, strict=True):
+                    file.write(rows.numpy().tobytes())
                 task.advance(part.stop - part.start)
-        log_p.flush()
-        index.flush()
         facts = {"k": k, "temperature": temperature, "sequences": shape[0], "seq_len": shape[1]}
         (staging / _SIGN).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,31 +137,68 @@ def schedule_of(pace: Pace, *, sequences: int, seq_len: int, multiple: int = 1) 
     return Schedule(sequences=sequences, batch=batch, pace=pace)
 
 
-class Patience:
-    """Notices when the held-out loss has not improved for too long."""
+@dataclass(kw_only=True)
+class Standing:
+    """Where a training stands."""
 
-    def __init__(self, patience: int, first: float, *, bad: int = 0, best: float | None = None) -> None:
-        self.patience = patience
-        self.first = first
-        self.best = first if best is None else best
-        self.bad = bad
+    # The held-out loss before the first step, and the least one so far.
+    first: float
+    best: float
+    # Steps that are done.
+    next: int = 0
+    # Measurements since the best one.
+    bad: int = 0
+    # Why the training ended early, if it did.
+    stopped: str | None = None
+    # Over all processes that trained, one after the other.
+    seconds: float = 0.0
 
-    def improved(self, loss: float) -> bool:
-        """Count a measurement; whether it is a new best."""
+    @classmethod
+    def start(cls, loss: float, what: str) -> Standing:
+        """Before the first step.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        if not math.isfinite(loss):
+            raise UserError(
+                f"The loss of {what} is {loss} before the first step.",
+                "The model or the teacher is damaged, or overflows in its dtype; check both.",
+            )
+        return cls(first=loss, best=loss)
+
+    def failed(self, loss: float) -> None:
+        """Stop: the loss of the step after the last one is not finite."""
+        self.stopped = f"the loss was {loss:.4g} at step {self.next + 1}"
+
+    def measured(self, loss: float, schedule: Schedule) -> bool:
+        """Count a measurement of the held-out loss; True where it is a new best. Stop where there is no hope."""
+        if not math.isfinite(loss) or loss > 10.0 * self.first + 1e-6:
+            self.stopped = f"the held-out loss was {loss:.4g} at step {self.next}"
+            return False
         if loss < self.best:
             self.best, self.bad = loss, 0
             return True
         self.bad += 1
+        if self.bad >= schedule.pace.patience:
+            every = f"one every {schedule.every} steps"
+            self.stopped = f"no better held-out loss in {self.bad} measurements, {every}"
         return False
 
-    @property
-    def over(self) -> bool:
-        """Whether to stop."""
-        return self.bad >= self.patience
+    def report(self, step_tokens: int) -> dict[str, Any]:
+        """What the training gave, as plain data."""
+        return {
+            "loss_before": self.first,
+            "loss_after": self.best,
+            "steps": self.next,
+            "tokens": self.next * step_tokens,
+            "seconds": self.seconds,
+            "stopped": self.stopped,
+        }
 
-    def diverged(self, loss: float) -> bool:
-        """Whether a held-out loss is not a number, or far above the first one."""
-        return not math.isfinite(loss) or loss > 10.0 * self.first + 1e-6
+    def note(self, what: str, loss: float, step_tokens: int) -> str:
+        """For a person, after a step."""
+        return f"{what}: loss {loss:.4g}, {self.next * step_tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -241,43 +277,32 @@ def _snapshots(folder: Path) -> list[Path]:
 
 
 class Curve:
-    """Written by the first process. After a restart the lines of steps that are done again are dropped."""
+    """Losses by step, written by the first process. After a restart the lines of steps that are done again go."""
 
     def __init__(self, path: Path, accelerator: Any, settings: EndToEndSettings) -> None:
-        self.path = path
-        self.accelerator = accelerator
-        self.settings = settings
-        self.lr = 0.0
+        self.path, self.accelerator, self.settings = path, accelerator, settings
 
     def start(self, step: int) -> None:
         """Continue after `step` finished steps."""
         if self.settings.log is not None:
             config = {key: value for key, value in self.settings.to_dict().items() if value is not None}
             self.accelerator.init_trackers("intarsia", config=config)
-        if not self.accelerator.is_main_process:
-            return
-        kept = [line for line in read_curve(self.path) if 0 < step >= line["step"]]
-        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        if self.accelerator.is_main_process:
+            kept = [line for line in read_curve(self.path) if 0 < step >= line["step"]]
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def step(self, step: int, losses: Mapping[str, float], tokens: int) -> None:
-        """A step is done."""
-        self._write({"step": step, **losses, "lr": self.lr, "tokens": tokens}, step)
-
-    def held_out(self, step: int, loss: float) -> None:
-        """The held-out loss was measured."""
-        self._write({"step": step, "held_out": loss if math.isfinite(loss) else None}, step)
+    def write(self, step: int, line: Mapping[str, Any]) -> None:
+        """Write a line."""
+        if self.settings.log is not None:
+            self.accelerator.log(dict(line), step=step)
+        if self.accelerator.is_main_process:
+            with full_disk_named(self.path.parent), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **line}) + "\n")
 
     def end(self) -> None:
         """Nothing more comes."""
         if self.settings.log is not None:
             self.accelerator.end_training()
-
-    def _write(self, line: dict[str, Any], step: int) -> None:
-        if self.settings.log is not None:
-            self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=step)
-        if self.accelerator.is_main_process:
-            with full_disk_named(self.path.parent), self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
@@ -286,24 +311,3 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
         return []
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     return [json.loads(line) for line in whole.splitlines()]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clock:
-    """The time that a training takes, over several processes one after the other."""
-
-    # Steps of earlier processes, and the seconds that they took.
-    done: int
-    seconds: float
-    # When this process started.
-    started: float
-
-    @property
-    def seconds_now(self) -> float:
-        """Seconds of this process."""
-        return time.perf_counter() - self.started
-
-    @property
-    def all_seconds(self) -> float:
-        """Seconds of all of them."""
-        return self.seconds + self.seconds_now

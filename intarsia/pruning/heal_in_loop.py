@@ -10,7 +10,7 @@ layers. Where only a layer's span has grown, its fitted tensors are the starting
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from intarsia.activations.loop import Path
 from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import twin
 from intarsia.healing.closed_form import spool_of
-from intarsia.healing.layer_fit import FitBatch, LayerFit, fit_layer, passes
+from intarsia.healing.layer_fit import LayerFit, LayerText, fit_layer, passes
 from intarsia.healing.layer_map import trainable
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
@@ -131,34 +131,18 @@ class StepHealer:
         model = self.model
         with model.resident.awake(model.modules[index]) as awake:
             module = twin(awake)  # fitting must leave the original model alone
-            tensors, fits = fit_layer(
-                module,
-                self.settings.changed,
-                partial(_feed, model, index, model.ops[index], original, depth, self.settings.held_out),
-                index=index,
-                stream=model.loop.stream,
-                architecture=model.architecture,
-                settings=self.settings,
-                spool=spool_of(model.resident, model.loop.memory_budget),
+            text = LayerText(
+                loop=model.loop,
+                inputs=partial(model.hidden_at, index),
+                targets=partial(original.at, depth),
+                source=model.ops[index].sources[0].layer,
+                sequences=(model.rows,),
             )
+            parts, spool = self.settings.changed, spool_of(model.resident, model.loop.memory_budget)
+            tensors, fits = fit_layer(module, parts, text, index=index, settings=self.settings, spool=spool)
         if tensors:
             model.fit(index, {**(model.fitted[index] or {}), **tensors}, module)
         return fits
-
-
-def _feed(
-    model: Intermediate, start: int, op: Op, original: TeacherStates, depth: int, held_out: int
-) -> Iterator[FitBatch]:
-    """Inputs of the layer in the place of layer `start`, and its target, H^depth of the original."""
-    for part, ids, mask in model.batches.over(model.rows):
-        model.loop.spend(1, part)
-        yield FitBatch(
-            h_BTD=model.hidden_at(start, part),
-            wanted_BTD=original.at(depth, part),
-            call=model.loop.stream.calls(ids, mask)[op.sources[0].layer],
-            mask=mask,
-            held_B=torch.arange(part.start, part.stop) % held_out == 0,
-        )
 
 
 def losses_after(model: Intermediate, start: int, rows: Sequence[int]) -> Tensor:

@@ -76,7 +76,7 @@ Choice: TypeAlias = Keep | Join
 class Candidate:
     """What each output layer is. `positions[i]` is the layer of the base at which `choices[i]` stands.
 
-    Positions ascend. A layer that is not among them is removed; in a stack some stand there twice. Where the space has
+    Positions ascend. A layer that is not among them is removed; in a stack some occur twice. Where the space has
     groups of layers, a position is the first layer of a group.
     """
 

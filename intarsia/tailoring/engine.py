@@ -192,25 +192,25 @@ def ranked(stage: Stage, candidates: Sequence[Candidate], weights: Sequence[floa
 class Predicted:
     """What a search is, before it starts."""
 
-    # cut, fusion or stack; from `layers` to `target`.
-    kind: str
-    layers: int
-    target: int
-    # How many candidates there are, as a power of ten.
-    log10_size: float
+    space: Space
     engine: str
     trials: int
     objectives: tuple[str, ...]
     # For each budget about how many trials, and the examples of all objectives that they are scored on.
     stages: tuple[dict[str, int], ...]
-    # Examples times layers run on each, if nothing is shared between trials.
-    layer_passes: int
+
+    @property
+    def layer_passes(self) -> int:
+        """Examples times layers run on each, if nothing is shared between trials."""
+        return sum(stage["examples"] for stage in self.stages) * self.space.target
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
+        space = self.space
+        size = f"about 10^{space.log10_size:.1f} candidates"
         return {
-            "space": f"{self.kind}: {self.layers} to {self.target} layers, about 10^{self.log10_size:.1f} candidates",
-            "log10_size": self.log10_size,
+            "space": f"{space.kind}: {space.depth} to {space.target} layers, {size}",
+            "log10_size": space.log10_size,
             "engine": self.engine,
             "trials": self.trials,
             "objectives": list(self.objectives),
@@ -222,26 +222,21 @@ class Predicted:
         """In a line."""
         budgets = ", ".join(f"{stage['trials']} at {stage['budget']}" for stage in self.stages)
         return (
-            f"{self.layers} to {self.target} layers: about 10^{self.log10_size:.1f} candidates; "
+            f"{self.space.depth} to {self.space.target} layers: about 10^{self.space.log10_size:.1f} candidates; "
             f"{self.trials} trials by {self.engine}, about {budgets} examples"
         )
 
 
 def predict(file: FamilyFile, space: Space, budgets: Sequence[int], trials: int) -> Predicted:
     """Space, budgets and cost of a search."""
-    counts = expected_trials(budgets, trials, file.search.eta)
-    objectives = len(file.objectives)
+    objectives = tuple(objective.name for objective in file.objectives)
     return Predicted(
-        kind=space.kind,
-        layers=space.depth,
-        target=space.target,
-        log10_size=space.log10_size,
+        space=space,
         engine=file.engine.name,
         trials=trials,
-        objectives=tuple(objective.name for objective in file.objectives),
+        objectives=objectives,
         stages=tuple(
-            {"budget": budget, "trials": count, "examples": budget * count * objectives}
-            for budget, count in counts.items()
+            {"budget": budget, "trials": count, "examples": budget * count * len(objectives)}
+            for budget, count in expected_trials(budgets, trials, file.search.eta).items()
         ),
-        layer_passes=sum(budget * count for budget, count in counts.items()) * objectives * space.target,
     )

@@ -34,7 +34,7 @@ from intarsia.tailoring.family_file import FamilyFile
 from intarsia.tailoring.history import Outcome, TrialFailed
 from intarsia.tailoring.objective import QUESTIONS, Objective, check_budgets, check_varied, cuts_of, read_objectives
 from intarsia.tailoring.trial_heal import KeptFits, heal_corpus, heal_trial, heal_windows, heal_work
-from intarsia.tailoring.trial_run import ResidentFamily, Runner
+from intarsia.tailoring.trial_run import FamilyModel, Runner
 from intarsia.tailoring.trial_scores import Scored, Scorer
 
 
@@ -45,16 +45,17 @@ class Evaluator:
         objectives: their names, in the order of the costs.
         most: the largest budget; an objective with fewer examples is measured on all that it has.
         measured: the objectives, with their examples.
-        runner: runs the family's layers.
+        model: the base in memory, which makes the layers of any recipe over the family.
+        runner: runs them.
         base: what the uncut base costs at the largest budget of the search; None where that was not measured.
     """
 
     def __init__(
         self,
-        layers: ResidentFamily,
+        model: FamilyModel,
         objectives: Sequence[Objective],
+        file: FamilyFile,
         *,
-        cuts: Sequence[int],
         pack: bool,
         batch_tokens: int,
         cache_bytes: int,
@@ -64,20 +65,23 @@ class Evaluator:
         """Most callers want `open_evaluator`.
 
         Args:
-            cuts, pack, batch_tokens: see `Scorer`.
+            pack, batch_tokens: see `Scorer`.
             cache_bytes: for states and arguments; layers have a cache of their own.
-            repair_on: tokens for the closed form, where candidates may be healed.
+            heal_on: tokens for the closed form, where candidates may be healed.
             fits: where what was fitted is kept, and found again.
         """
         self.objectives = tuple(objective.name for objective in objectives)
         self.most = max(len(objective.examples) for objective in objectives)
-        self.base: Outcome | None = None
         self.measured = tuple(objectives)
-        self._layers = layers
-        self._heal_on, self._fits = heal_on, fits
-        self.runner = Runner(layers, prefix_bytes=cache_bytes * 3 // 4, entry_bytes=cache_bytes // 4)
+        self.model = model
+        self.runner = Runner(model, prefix_bytes=cache_bytes * 3 // 4, entry_bytes=cache_bytes // 4)
+        self.base: Outcome | None = None
+        self._file, self._heal_on, self._fits = file, heal_on, fits
+        self.uncut = identity(Variant(name=model.base, model=model.checkpoint.model), model.architecture.n_layers)
+        search = file.search
+        cuts = cuts_of(search.min_budget, search.max_budget, search.eta)
         self._scorer = Scorer(
-            self.runner, objectives, cuts=cuts, pack=pack, batch_tokens=batch_tokens, uncut=self.uncut()
+            self.runner, objectives, cuts=cuts, pack=pack, batch_tokens=batch_tokens, uncut=self.uncut
         )
 
     @property
@@ -85,31 +89,35 @@ class Evaluator:
         """The hash of each objective's examples in their order: costs are comparable where these are the same."""
         return {objective.name: objective.sha256 for objective in self.measured}
 
-    @property
-    def resident(self) -> LoadedModel:
-        """The base in memory, from which layers of any recipe over the family can be made."""
-        return self._layers.resident
-
-    def evaluate(self, recipe: Recipe, budget: int, *, healed: bool = False) -> Outcome:
+    def evaluate(self, recipe: Recipe, budget: int, *, healed: bool | None = None) -> Outcome:
         """What a recipe costs on the first `budget` examples of every objective.
 
         Args:
             recipe: over the family, its variants called as the family's members are.
-            healed: fit its output projections first, in closed form.
+            healed: fit its output projections first, in closed form; None: as the family file says, unless something
+                is fitted already.
 
         Raises:
             TrialFailed: something is not finite, or memory does not suffice.
             UserError: there is no such budget, or the recipe is none of this family.
         """
-        start = time.perf_counter()
-        self._check(recipe, budget)
-        made = self._layers.made
+        start, made = time.perf_counter(), self.model.made
+        if not 1 <= budget <= self.most:
+            raise UserError(
+                f"The budget is {budget}; the objectives have 1 to {self.most} examples.",
+                "Choose another budget, or widen the objectives' splits.",
+            )
+        check(recipe, dict.fromkeys((self.model.base, *self.model.others), self.model.architecture))
+        if healed is None:
+            healed = self._heal_on is not None and self._file.heals(budget) and not recipe.fitted
+        fitting = 0.0
         with self._failing():
-            fitting = 0.0
             if healed:
-                recipe, fitting = self._repaired(recipe)
+                assert self._heal_on is not None, "opened for candidates that are healed"
+                fitting = heal_work(recipe, self.model, self._heal_on)
+                recipe = self._healed(recipe)
             scored = self._scorer.score(recipe, budget)
-        return self._outcome(scored, fitting, len(recipe.layers), self._layers.made - made, start)
+        return self._outcome(scored, fitting, len(recipe.layers), self.model.made - made, start)
 
     def heal(self, recipe: Recipe) -> Recipe:
         """The recipe that `evaluate` scores with `healed`, its fitted tensors in it.
@@ -118,7 +126,7 @@ class Evaluator:
             TrialFailed: activations are not finite, or memory does not suffice.
         """
         with self._failing():
-            return self._repaired(recipe)[0]
+            return self._healed(recipe)
 
     def probe(self, budget: int) -> None:
         """Measure the uncut base, and refuse objectives on which models cannot differ.
@@ -126,48 +134,31 @@ class Evaluator:
         Raises:
             UserError: the base cannot be scored, or naming these objectives.
         """
-        start, uncut = time.perf_counter(), self.uncut()
+        start = time.perf_counter()
         try:
             with self._failing():
-                scored = self._scorer.score(uncut, budget)
+                scored = self._scorer.score(self.uncut, budget)
         except TrialFailed as error:
             raise UserError(
-                f"the family's base: expected a model that can be scored on every objective; found {error.reason}.",
+                f"The family's base cannot be scored on every objective: {error.reason}.",
                 "Use bfloat16 or float32, a smaller model, or more memory.",
             ) from error
         check_varied(self.measured, dict(zip(self.objectives, scored.examples, strict=True)))
-        self.base = self._outcome(scored, 0.0, len(uncut.layers), 0, start)
-
-    def uncut(self) -> Recipe:
-        """The base as it is, as a recipe."""
-        resident = self._layers.resident
-        return identity(
-            Variant(name=self._layers.base, model=resident.checkpoint.model), resident.architecture.n_layers
-        )
+        self.base = self._outcome(scored, 0.0, len(self.uncut.layers), 0, start)
 
     def close(self) -> None:
         """Release all that is cached."""
         self.runner.clear()
         self._scorer.clear()
 
-    def _check(self, recipe: Recipe, budget: int) -> None:
-        if not 1 <= budget <= self.most:
-            raise UserError(
-                f"budget: expected 1 to {self.most} examples; found {budget}.",
-                "Choose another budget, or widen the objectives' splits.",
-            )
-        architecture = self._layers.resident.architecture
-        check(recipe, dict.fromkeys((self._layers.base, *self._layers.resident.others), architecture))
-
-    def _repaired(self, recipe: Recipe) -> tuple[Recipe, float]:
+    def _healed(self, recipe: Recipe) -> Recipe:
         assert self._heal_on is not None, "opened for candidates that are healed"
-        work = heal_work(recipe, self._layers, self._heal_on)
-        healed = None if self._fits is None else self._fits.find(recipe)
-        if healed is None:
-            healed = heal_trial(recipe, self._layers, self._heal_on)
+        found = None if self._fits is None else self._fits.find(recipe)
+        if found is None:
+            found = heal_trial(recipe, self.model, self._heal_on)
             if self._fits is not None:
-                self._fits.keep(recipe, healed)
-        return healed, work
+                self._fits.keep(recipe, found)
+        return found
 
     def _outcome(self, scored: Scored, fitting: float, depth: int, made: int, start: float) -> Outcome:
         pairs = [objective.cost(found) for objective, found in zip(self.measured, scored.examples, strict=True)]
@@ -227,7 +218,7 @@ def open_evaluator(
     runtime: Runtime | None = None,
     *,
     seq_len: int = _SEQ_LEN,
-    tokenizer: Any | None = None,
+    examples: int | None = None,
     probe: bool = True,
     fits: KeptFits | None = None,
 ) -> Evaluator:
@@ -238,7 +229,7 @@ def open_evaluator(
         runtime: its memory is for caches (layers that were made, and states after shared first layers), beside the
             family's own tensors; without it 1 GiB on the CPU, and three tenths of what is free elsewhere.
         seq_len: tokens of a window of text.
-        tokenizer: the base's; None to read it from its folder.
+        examples: windows that are drawn of a text, where they are not those of a search; nothing is healed then.
         probe: measure the base at the largest budget, and refuse objectives on which models cannot differ.
         fits: where what is fitted for trials is kept.
 
@@ -249,32 +240,28 @@ def open_evaluator(
     runtime, search = runtime or Runtime(), file.search
     device = default_device() if runtime.device is None else torch.device(runtime.device)
     checkpoint = family.checkpoints()[family.names[0]]
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     positions = positions_of(SimpleNamespace(**checkpoint.config))
     seq_len = min(seq_len, positions or seq_len)
+    heals = file.heal != "none" and examples is None
+    windows = examples or search.max_budget + (heal_windows(seq_len) if heals else 0)
     objectives = read_objectives(
-        file.objectives,
-        tokenizer,
-        windows=search.max_budget + (heal_windows(seq_len) if file.heal != "none" else 0),
-        seq_len=seq_len,
-        max_length=positions,
-        seed=search.seed,
+        file.objectives, tokenizer, windows=windows, seq_len=seq_len, max_length=positions, seed=search.seed
     )
-    check_budgets(objectives, search.max_budget)
-    heal_on = None
-    if file.heal != "none":
-        heal_on = heal_corpus(objectives, seq_len=seq_len, eos=tokenizer.eos_token_id)
+    if examples is None:
+        check_budgets(objectives, search.max_budget)
+    heal_on = heal_corpus(objectives, seq_len=seq_len, eos=tokenizer.eos_token_id) if heals else None
     cache_bytes = runtime.memory_bytes or _cache_bytes(device)
     with current().task("loading the base", total=1) as task:
         dtype = None if runtime.dtype is None else getattr(torch, runtime.dtype)
-        layers = ResidentFamily(family, device=device, dtype=dtype, memory_bytes=cache_bytes // 3)
+        model = FamilyModel(family, device=device, dtype=dtype, memory_bytes=cache_bytes // 3)
         task.advance()
     made = Evaluator(
-        layers,
+        model,
         objectives,
-        cuts=cuts_of(search.min_budget, search.max_budget, search.eta),
-        pack=takes_packed_rows(layers.resident.model, _longest_row(objectives)),
-        batch_tokens=runtime.batch_tokens or _batch_tokens(layers),
+        file,
+        pack=takes_packed_rows(model.model, _longest_row(objectives)),
+        batch_tokens=runtime.batch_tokens or _batch_tokens(model),
         cache_bytes=cache_bytes * 2 // 3,
         heal_on=heal_on,
         fits=fits,
@@ -284,24 +271,6 @@ def open_evaluator(
             made.probe(search.max_budget)
             task.advance()
     return made
-
-
-def examples_there(file: FamilyFile, family: Family, most: int) -> int:
-    """How many examples the largest objective has, up to `most`.
-
-    Raises:
-        UserError: an objective cannot be read.
-    """
-    checkpoint = family.checkpoints()[family.names[0]]
-    objectives = read_objectives(
-        file.objectives,
-        AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False),
-        windows=most,
-        seq_len=_SEQ_LEN,
-        max_length=positions_of(SimpleNamespace(**checkpoint.config)),
-        seed=file.search.seed,
-    )
-    return min(most, max(len(objective.examples) for objective in objectives))
 
 
 def _cache_bytes(device: torch.device) -> int:
@@ -322,10 +291,9 @@ def _longest_row(objectives: Sequence[Objective]) -> int:
     return max(lengths, default=0)
 
 
-def _batch_tokens(layers: ResidentFamily) -> int:
+def _batch_tokens(model: LoadedModel) -> int:
     """As for evaluation; on a GPU so few that the logits of a batch stay within 1 GiB."""
-    resident = layers.resident
-    usual = default_batch_tokens(resident.device)
-    if resident.device.type == "cpu":
+    usual = default_batch_tokens(model.device)
+    if model.device.type == "cpu":
         return usual
-    return max(1, min(usual, _GPU_LOGITS // (resident.architecture.vocabulary * resident.model.dtype.itemsize)))
+    return max(1, min(usual, _GPU_LOGITS // (model.architecture.vocabulary * model.model.dtype.itemsize)))

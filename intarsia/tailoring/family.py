@@ -25,7 +25,7 @@ from intarsia.tailoring.family_file import MemberSpec
 _MOST_NAMED = 3
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Member:
     """A model of a family. Without `checkpoint` only its config is known."""
 
@@ -39,29 +39,22 @@ class Member:
 
 def compare(base: Member, other: Member) -> tuple[list[Problem], list[str]]:
     """What makes `other` no fine-tune of the base, and what is worth saying."""
+    differs = f"Variant {other.name} ({other.model}) differs from the base {base.model} in"
     problems = [
-        Problem(
-            f"variant {other.name} ({other.model}): {what}: expected {ours}, as in the base {base.model}; "
-            f"found {theirs}.",
-            remedy,
-        )
-        for what, ours, theirs, remedy in _differences(base, other)
+        Problem(f"{differs} {what}: {theirs}{'' if ours is None else f', not {ours}'}.", hint)
+        for what, ours, theirs, hint in _differences(base, other)
     ]
-    notes = [f"{other.name}: {note}" for note in _remarks(base, other)]
+    notes = list(_remarks(base, other))
     if base.checkpoint is not None and other.checkpoint is not None:
         wrong, said = _compare_tokens(base.checkpoint, other.checkpoint)
-        problems += [
-            Problem(
-                f"variant {other.name} ({other.model}): tokenizer: expected the base's tokens; found {found}.",
-                "A variant must read text as the base does; leave this one out.",
-            )
-            for found in wrong
-        ]
-        notes += [f"{other.name}: {note}" for note in said]
-    return problems, notes
+        hint = "A variant must read text as the base does; leave this one out."
+        problems += [Problem(f"{differs} its tokenizer: {found}.", hint) for found in wrong]
+        notes += said
+    return problems, [f"{other.name}: {note}" for note in notes]
 
 
 def _differences(base: Member, other: Member) -> Iterator[tuple[str, object, object, str]]:
+    """What differs, the base's and the variant's, and a hint."""
     a, b = base.architecture, other.architecture
     leave = "Variants must be fine-tunes of one base; leave this one out."
     if a.family.name != b.family.name:
@@ -74,14 +67,14 @@ def _differences(base: Member, other: Member) -> Iterator[tuple[str, object, obj
     if ours != theirs:
         lacks, more = ", ".join(sorted(ours - theirs)), ", ".join(sorted(theirs - ours))
         found = "; ".join(text for text in (lacks and f"without {lacks}", more and f"with {more}") if text)
-        yield "tensors of a layer", "the same", found, leave
+        yield "the tensors of a layer", None, found, leave
     if a.layer_types != b.layer_types:
-        yield "layer_types", "the same attention types", "others", leave
+        yield "layer_types", None, "other attention types", leave
     for what, value in (("rotary embedding", _rotary), ("activation", _activation)):
         if value(base.config) != value(other.config):
             yield what, value(base.config), value(other.config), leave
     if b.vocabulary < a.vocabulary:
-        yield "vocabulary", f"{a.vocabulary} rows or more", b.vocabulary, leave
+        yield "vocabulary", f"{a.vocabulary} or more", f"{b.vocabulary} rows", leave
     if a.tied != b.tied:
         words = {True: "an embedding that is also the head", False: "a head of its own"}
         yield "tied embeddings", words[a.tied], words[b.tied], leave
@@ -185,14 +178,13 @@ def read_config_only(
         if is_adapter(folder) and base is not None:
             read_adapter_config(folder)
             return base.config, base.architecture
-        config = text_config(read_config(folder), where=str(folder))
-        return config, detect(config, where=str(folder / "config.json"))
-    if configs is not None and (configs / model / "config.json").is_file():
+    elif configs is not None and (configs / model / "config.json").is_file():
         folder = configs / model
-        config = text_config(read_config(folder), where=str(folder))
-        return config, detect(config, where=str(folder / "config.json"))
-    config = _download(model, revision)
-    return config, detect(config, where=f"config.json of {model}")
+    else:
+        config = _download(model, revision)
+        return config, detect(config, where=f"config.json of {model}")
+    config = text_config(read_config(folder), where=str(folder))
+    return config, detect(config, where=str(folder / "config.json"))
 
 
 def _download(model: str, revision: str | None) -> dict[str, Any]:
@@ -204,9 +196,7 @@ def _download(model: str, revision: str | None) -> dict[str, Any]:
         # Which errors come out of a failed download differs between versions of the hub's client.
         raise not_downloaded(model, revision, error) from error
     if not isinstance(found, dict):
-        raise UserError(
-            f"config.json of {model}: expected a JSON object; found {type(found).__name__}.", "Check the name."
-        )
+        raise UserError(f"config.json of {model} is no JSON object.", "Check the name.")
     return found
 
 
@@ -270,17 +260,13 @@ def open_family(specs: Mapping[str, MemberSpec], *, weights: bool = True, config
         UserError: naming everything in which members cannot be found or read, or differ from the base.
     """
     notes: list[str] = [] if weights else ["Only config files were read: weights and tokenizers are not checked."]
-    members: list[Member] = []
-    problems = Problems()
-    for name, spec in specs.items():
-        first = members[0] if members else None
-        if first is None:
-            members.append(_member(name, spec, None, weights, configs))
-            continue
+    (name, spec), *variants = specs.items()
+    base = _member(name, spec, None, weights, configs)
+    members, problems = [base], Problems()
+    for name, spec in variants:
         with problems:
-            member = _member(name, spec, first, weights, configs)
-            members.append(member)
-            wrong, said = compare(first, member)
+            members.append(_member(name, spec, base, weights, configs))
+            wrong, said = compare(base, members[-1])
             problems += wrong
             notes += said
     problems.raise_any()
@@ -296,11 +282,4 @@ def _member(name: str, spec: MemberSpec, base: Member | None, weights: bool, con
         config, architecture = checkpoint.config, checkpoint.architecture
     else:
         config, architecture = read_config_only(spec.model, spec.revision, base, configs=configs)
-    return Member(
-        name=name,
-        model=spec.model,
-        revision=spec.revision,
-        config=config,
-        architecture=architecture,
-        checkpoint=checkpoint,
-    )
+    return Member(name, spec.model, spec.revision, config, architecture, checkpoint)

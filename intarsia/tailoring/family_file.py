@@ -111,10 +111,6 @@ class MemberSpec(Strict):
     revision: Text | None = None
 
 
-def _mapping(value: Any) -> Any:
-    return {} if value is None else value
-
-
 def _member(value: Any) -> Any:
     return {"model": value} if isinstance(value, str) else value
 
@@ -140,7 +136,7 @@ class MergeSpec(Strict):
     """How layers are merged."""
 
     # Merge operators to choose from.
-    methods: Annotated[_Words, _known(lambda: METHODS)] = ("task_arithmetic",)
+    methods: Annotated[_Words, _known(lambda: METHODS)] = ("linear", "slerp", "task_arithmetic", "ties")
     # How much of a difference to the base a merge adds; None for what the operators say.
     scale: Annotated[Range, _range(-10.0, 10.0)] | None = None
     # How much of a difference is kept; None for what the operators say.
@@ -199,11 +195,11 @@ class ObjectiveSpec(Strict):
 
 
 class SearchSpec(Strict):
-    """How to search. Budgets are numbers of examples over the whole of an objective."""
+    """How to search; docs/TAILOR.md says what the defaults rest on. Budgets are numbers of examples of an objective."""
 
     # An engine, with options as in `smac[challengers=100]`.
     engine: str = "evolve"
-    trials: _Number = 100
+    trials: _Number = 120
     min_budget: _Number = 16
     max_budget: _Number = 256
     # One of this many candidates at a budget is promoted to the next.

@@ -10,11 +10,11 @@ from intarsia.architecture.spec import Architecture
 from intarsia.options import Runtime
 from intarsia.progress import current
 from intarsia.recipe import schema
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.recipe import Recipe, Variant
 from intarsia.tailoring import warm_start
-from intarsia.tailoring.evaluator import Evaluator, examples_there, open_evaluator
+from intarsia.tailoring.evaluator import Evaluator, open_evaluator
 from intarsia.tailoring.family import Family, open_family, read_config_only
-from intarsia.tailoring.family_file import BASE, FamilyFile, ObjectiveSpec, Range, TargetSpec, read_family_file
+from intarsia.tailoring.family_file import FamilyFile, ObjectiveSpec, Range, TargetSpec, read_family_file
 from intarsia.tailoring.history import Front, Trial
 from intarsia.tailoring.run import FAMILY, TailorRun
 from intarsia.tailoring.space import space_of
@@ -50,66 +50,43 @@ def final_scores(
         examples: items of each objective, at most.
 
     Returns:
-        See `scores`.
+        `rows`: for each model its name and its cost in each objective, `value` with `stderr`; where objectives ask
+        questions, `accuracy` of each of those, and after the base `kept`, which is accuracy as a share of the base's,
+        with the mean of these as `mean_kept`. `examples` by objective; `without`: objectives whose source the search
+        saw whole.
     """
     rest, without = unseen(file)
     if not rest.objectives:
         current().say("No final scores: the search sees all of every objective's source; give them a split.")
         return None
-    count = examples_there(rest, family, examples)
-    # Budgets of the search say nothing about how much there is to score on.
-    search = rest.search.model_copy(update={"min_budget": count, "max_budget": count})
-    rest = rest.model_copy(update={"heal": "none", "search": search})
-    evaluator = open_evaluator(family, rest, runtime, probe=False)
-    try:
-        base = identity(Variant(name=BASE, model=file.base.model), family.architecture.n_layers)
-        return scores(evaluator, {"base": base, **models}, examples=count, without=without)
-    finally:
-        evaluator.close()
-
-
-def scores(
-    evaluator: Evaluator, models: Mapping[str, Recipe], *, examples: int, without: tuple[str, ...]
-) -> dict[str, Any]:
-    """What recipes cost.
-
-    Args:
-        models: the first one is what the others are compared with.
-
-    Returns:
-        `rows`: for each model its name and its cost in each objective, `value` with `stderr`; where objectives ask
-        questions, `accuracy` of each of those, and after the first model `kept`, which is accuracy as a share of the
-        first's, with the mean of these as `mean_kept`. `examples` by objective; `without`: objectives whose source the
-        search saw whole.
-    """
-    budget = min(examples, evaluator.most)
+    evaluator = open_evaluator(family, rest, runtime, examples=examples, probe=False)
     rows: list[dict[str, Any]] = []
     counts: dict[str, int] = {}
-    with current().task("final scores on unseen items", len(models)) as task:
-        for name, recipe in models.items():
-            task.note(name)
-            outcome = evaluator.evaluate(recipe, budget)
-            errors = outcome.details.get("stderr", [None] * len(outcome.costs))
-            measures = {
-                objective: {"value": cost, "stderr": stderr}
-                for objective, cost, stderr in zip(evaluator.objectives, outcome.costs, errors, strict=True)
-            }
-            row = {"model": name, "layers": len(recipe.layers), **measures}
-            rows.append(row | _accuracies(outcome.details.get("accuracy", {}), rows[0] if rows else None))
-            counts = dict(zip(evaluator.objectives, outcome.examples, strict=True))
-            task.advance()
+    try:
+        with current().task("final scores on unseen items", len(models) + 1) as task:
+            for name, recipe in {"base": evaluator.uncut, **models}.items():
+                task.note(name)
+                outcome = evaluator.evaluate(recipe, min(examples, evaluator.most))
+                costs = zip(evaluator.objectives, outcome.costs, outcome.details["stderr"], strict=True)
+                measures = {objective: {"value": cost, "stderr": stderr} for objective, cost, stderr in costs}
+                row = {"model": name, "layers": len(recipe.layers), **measures}
+                rows.append(row | _accuracies(outcome.details["accuracy"], rows[0] if rows else None))
+                counts = dict(zip(evaluator.objectives, outcome.examples, strict=True))
+                task.advance()
+    finally:
+        evaluator.close()
     return {"rows": rows, "examples": counts, "without": list(without)}
 
 
-def _accuracies(found: Mapping[str, tuple[float, float]], first: Mapping[str, Any] | None) -> dict[str, Any]:
+def _accuracies(found: Mapping[str, tuple[float, float]], base: Mapping[str, Any] | None) -> dict[str, Any]:
     """Of objectives that ask questions. What is kept of nothing is left out."""
     if not found:
         return {}
     row: dict[str, Any] = {
         "accuracy": {name: {"value": value, "stderr": error} for name, (value, error) in found.items()}
     }
-    if first is not None:
-        before = {name: first["accuracy"][name]["value"] for name in found}
+    if base is not None:
+        before = {name: base["accuracy"][name]["value"] for name in found}
         kept = {name: value / before[name] for name, (value, _) in found.items() if before[name]}
         row |= {"kept": kept, "mean_kept": sum(kept.values()) / len(kept)} if kept else {}
     return row

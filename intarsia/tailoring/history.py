@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -15,40 +15,37 @@ from intarsia.tailoring.candidate import Candidate, from_plain, to_plain
 
 TRIALS = "trials.jsonl"
 EARLIER = "earlier"
-"""The engine of trials that were taken over from an earlier search. They do not count towards the goal."""
+"""The engine of trials that were taken over from an earlier search. They do not count toward the goal."""
 Key = tuple[str, int]
 """A recipe's hash and a budget: what is never evaluated twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A candidate that was evaluated at a budget, or that failed.
+    """A candidate that was evaluated at a budget, or that failed."""
 
-    Attributes:
-        number: its place in the log, from 0.
-        engine: who asked for it; `origin` how it came to be: `warm start: sleb`, `random`, `promotion`, ...
-        recipe: the content hash of its recipe.
-        costs: one for each objective, less is better; None where it failed.
-        examples: on how many examples of each objective.
-        layer_forwards: the cost of the trial, in passes of one layer over the tokens of the budget.
-        attempts: how often it was tried; `reason` why it failed at last.
-    """
-
+    # Its place in the log, from 0.
     number: int
+    # Who asked for it, and how it came to be: `warm start: sleb`, `random`, `promotion`, ...
     engine: str
     origin: str
-    candidate: Candidate
+    # The content hash of its recipe.
     recipe: str
     budget: int
     seed: int
     status: Literal["ok", "failed"]
+    # One for each objective, less is better; None where it failed.
     costs: tuple[float, ...] | None = None
+    # The number of examples of each objective.
     examples: tuple[int, ...] = ()
+    # The cost of the trial, in passes of one layer over the tokens of the budget.
     layer_forwards: float = 0.0
     seconds: float = 0.0
     worker: str = "0"
+    # How often it was tried, and why it failed at last.
     attempts: int = 1
     reason: str | None = None
+    candidate: Candidate
 
     def __post_init__(self) -> None:
         assert (self.status == "ok") == (self.costs is not None) == (self.reason is None)
@@ -60,23 +57,8 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data: a line of the log."""
-        return {
-            "number": self.number,
-            "engine": self.engine,
-            "origin": self.origin,
-            "recipe": self.recipe,
-            "budget": self.budget,
-            "seed": self.seed,
-            "status": self.status,
-            "costs": None if self.costs is None else list(self.costs),
-            "examples": list(self.examples),
-            "layer_forwards": self.layer_forwards,
-            "seconds": round(self.seconds, 4),
-            "worker": self.worker,
-            "attempts": self.attempts,
-            "reason": self.reason,
-            "candidate": to_plain(self.candidate),
-        }
+        plain = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {**plain, "candidate": to_plain(self.candidate), "seconds": round(self.seconds, 4)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Trial:
@@ -156,24 +138,21 @@ class TrialFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a candidate costs, objective by objective, in the evaluator's order of them.
+    """What a candidate costs, objective by objective, in the evaluator's order of them."""
 
-    Attributes:
-        costs: to be minimised (accuracy is 1 - accuracy).
-        examples: how many each objective was measured on.
-        layer_forwards: the cost of the trial, in forward passes of one layer over all tokens of the budget.
-        details: of each objective its standard error; `accuracy` of those that ask questions, with standard errors;
-            what was found in the caches.
-    """
-
+    # To be minimised (accuracy is 1 - accuracy).
     costs: tuple[float, ...]
+    # The number of examples of each objective.
     examples: tuple[int, ...]
+    # The cost of the trial, in forward passes of one layer over all tokens of the budget.
     layer_forwards: float
     seconds: float
+    # The standard error of each objective; `accuracy` of those that ask questions, with standard errors; what was found
+    # in the caches.
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-ALPHA = 0.05
+ALPHA = 0.05  # of ParEGO's function
 
 Costs = Sequence[float]
 
@@ -189,11 +168,6 @@ def draw_weights(count: int, rng: Random) -> tuple[float, ...]:
     drawn = [-math.log(1.0 - rng.random()) for _ in range(count)]
     total = sum(drawn)
     return tuple(value / total for value in drawn) if total > 0.0 else (1.0 / count,) * count
-
-
-def equal_weights(count: int) -> tuple[float, ...]:
-    """Every objective counts as much."""
-    return (1.0 / count,) * count
 
 
 def scaled(costs: Sequence[Costs], among: Sequence[Costs] = ()) -> list[tuple[float, ...]]:
@@ -259,10 +233,10 @@ class Front:
         """The trial of the front that is best for equal weights: least in the augmented Chebyshev function of the
         costs, each scaled from the least to the greatest of all trials at this budget.
 
-        Scaled by the front alone, a hair's breadth between two points would count as much as any other difference.
+        Scaled by the front alone, the smallest difference between two points would count as much as any other.
         """
         costs, among = [_costs(trial) for trial in self.points], [_costs(trial) for trial in self.rivals]
-        return self.points[order(costs, equal_weights(len(self.objectives)), among)[0]]
+        return self.points[order(costs, [1.0 / len(self.objectives)] * len(self.objectives), among)[0]]
 
     def best(self, objective: str) -> Trial:
         """The trial of least cost in an objective."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from intarsia.data.corpus import tokenize
 from intarsia.data.sources import documents
-from intarsia.errors import Problem, UserError
+from intarsia.errors import Problems, UserError
 from intarsia.evaluation.likelihood import Batch, Request, batches_of, encode_pairs
 from intarsia.evaluation.task_file import Question, names_a_file, read_questions, read_targets
 from intarsia.evaluation.tasks import Task, load_tasks
@@ -180,9 +180,7 @@ def check_budgets(objectives: Sequence[Objective], most: int) -> None:
         return
     there = ", ".join(f"{name}: {size}" for name, size in sizes.items())
     raise UserError(
-        "search.max_budget: "
-        f"expected at most {max(sizes.values())}, the examples of the largest objective; "
-        f"found {most} ({there}).",
+        f"search.max_budget is {most}; the objectives have at most {max(sizes.values())} examples ({there}).",
         "Lower max_budget, or widen a split.",
     )
 
@@ -196,24 +194,19 @@ def check_varied(objectives: Sequence[Objective], scores: Mapping[str, npt.NDArr
     Raises:
         UserError: naming all of them.
     """
-    problems = []
+    problems = Problems()
     for objective in objectives:
         found = scores[objective.name]
-        where = f"objective {objective.name} ({objective.source})"
+        which = f"The examples of objective {objective.name} ({objective.source}) do not tell models apart"
         if len(objective.examples) > 1 and len({example.requests for example in objective.examples}) == 1:
-            problems.append(_same(where, f"the same one {len(objective.examples)} times", "Give it other data."))
+            problems.add(f"{which}: all {len(objective.examples)} are the same.", "Give it other data.")
         elif objective.measure == "accuracy" and len(found) > 1 and len(set(found.tolist())) == 1:
             answer = "wrong" if found[0] else "right"
-            remedy = "Use metric: likelihood or metric: margin, which vary more, or other questions."
-            problems.append(_same(where, f"the base's answer is {answer} to each of {len(found)}", remedy))
+            hint = "Use metric: likelihood or metric: margin, which vary more, or other questions."
+            problems.add(f"{which}: the base's answer is {answer} to each of {len(found)}.", hint)
         elif objective.measure != "kl" and len(found) > 1 and float(np.ptp(found)) == 0.0:
-            problems.append(_same(where, f"the same score for each of {len(found)}", "Give it other data."))
-    if problems:
-        raise UserError(problems)
-
-
-def _same(where: str, found: str, remedy: str) -> Problem:
-    return Problem(f"{where}: expected examples that tell models apart; found {found}.", remedy)
+            problems.add(f"{which}: the base's score is the same for each of {len(found)}.", "Give it other data.")
+    problems.raise_any()
 
 
 _KIND = "multiple_choice"
@@ -229,24 +222,18 @@ class HarnessQuestion:
     source: str = ""
 
 
-def harness_questions(name: str, part: Range) -> list[HarnessQuestion]:
+def questions_of(task: Task, part: Range) -> list[HarnessQuestion]:
     """The questions of a task of lm-eval, or of all tasks of a group.
 
     Args:
         part: of each task's items; item i of n is in it if start * n <= i < end * n.
 
     Raises:
-        UserError: lm-eval is not installed, there is no such task, or it is none of choices with one right answer.
+        UserError: it is none of choices with one right answer.
     """
-    (task,) = load_tasks([name])
-    return questions_of(task, part)
-
-
-def questions_of(task: Task, part: Range) -> list[HarnessQuestion]:
-    """The questions of a task that is loaded; see `harness_questions`."""
     found = [question for leaf in task.leaves for question in _of_leaf(leaf, part)]
     if not found:
-        raise _refused(task.name, "an empty part of it")
+        raise _refused(task.name, "without a question in this part of it")
     return found
 
 
@@ -272,19 +259,19 @@ def _question(leaf: Any, name: str, instances: list[Any]) -> HarnessQuestion:
     if isinstance(gold, str) and gold in choices:
         gold = choices.index(gold)
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
-        raise _refused(name, f"a question whose answer is {gold!r}")
+        raise _refused(name, f"one with the answer {gold!r} to a question")
     # After the choices there may be others, without context, for mutual information.
     pairs = tuple((str(instance.args[0]), str(instance.args[1])) for instance in instances[: len(choices)])
     if not all(context.strip() and continuation.strip() for context, continuation in pairs):
-        raise _refused(name, "a question that is blank")
+        raise _refused(name, "one with a blank question")
     return HarnessQuestion(pairs=pairs, characters=tuple(map(len, choices)), gold=gold, source=name)
 
 
 def _refused(name: str, found: str) -> UserError:
     return UserError(
-        f"task {name}: expected multiple choice with one right answer to each question; found {found}.",
-        "Choose such a task, or pass a local file of query, choices and gold (.jsonl); "
-        "for texts that are written, use loss on a file of query and target.",
+        f"A search needs multiple choice with one right answer to each question; task {name} is {found}.",
+        "Choose such a task, or pass a local file of query, choices and gold (.jsonl); for texts that are written, use "
+        "loss on a file of query and target.",
     )
 
 
@@ -313,27 +300,16 @@ def read_objectives(
     Raises:
         UserError: with everything that is wrong with their sources.
     """
-    problems: list[Problem] = []
-    found: list[Objective] = []
+    problems, found = Problems(), list[Objective]()
     with current().task("objectives", total=len(specs)) as task:
         for spec in specs:
             task.note(spec.name)
-            try:
-                examples = _examples(spec, tokenizer, windows, seq_len, max_length, seed)
-            except UserError as error:
-                problems += error.problems
-                continue
-            found.append(
-                Objective(
-                    name=spec.name,
-                    measure=spec.metric if spec.kind == "task" else spec.kind,
-                    source=part_of(spec),
-                    examples=in_order(examples, seed),
-                )
-            )
+            with problems:
+                examples = in_order(_examples(spec, tokenizer, windows, seq_len, max_length, seed), seed)
+                measure = spec.metric if spec.kind == "task" else spec.kind
+                found.append(Objective(name=spec.name, measure=measure, source=part_of(spec), examples=examples))
             task.advance()
-    if problems:
-        raise UserError(problems)
+    problems.raise_any()
     return tuple(found)
 
 
@@ -341,7 +317,8 @@ def _examples(
     spec: ObjectiveSpec, tokenizer: Any, windows: int, seq_len: int, max_length: int | None, seed: int
 ) -> list[Example]:
     if spec.kind == "task" and not names_a_file(spec.source):
-        return _asked(harness_questions(spec.source, spec.split), tokenizer, max_length, spec.name)
+        (task,) = load_tasks([spec.source])
+        return _asked(questions_of(task, spec.split), tokenizer, max_length, spec.name)
     if spec.kind == "task":
         _, questions = read_questions(part_of(spec))
         return _asked([_as_asked(question) for question in questions], tokenizer, max_length, spec.name)
@@ -402,8 +379,8 @@ def part_of(spec: ObjectiveSpec) -> str:
         return spec.source
     if spec.source.startswith("hub:"):
         raise UserError(
-            f"objective {spec.name}: expected no split for a data set of the hub; found {spec.source}.",
-            "Name another split of the data set itself, such as train[:10%].",
+            f"Objective {spec.name} has a split, and {spec.source} is a data set of the hub.",
+            "Name a split of the data set itself, such as train[:10%].",
         )
     joint = "&" if "#" in spec.source else "#"
     return f"{spec.source}{joint}{spec.split[0]:g}:{spec.split[1]:g}"

@@ -6,7 +6,7 @@
 - `wanted.json`: how many trials are asked for.
 - `sensitivities.safetensors`, `warm_start.json`, `plans/METHOD/`: what the search starts with.
 - `trials.jsonl`: the log (`intarsia.tailoring.history.Trial`).
-- `front.json`: the Pareto front (`Front.to_dict`), written whenever it changes; `judged` are the final scores.
+- `front.json`: the Pareto front (`Front.to_dict`), written whenever it changes; `evaluated` are the final scores.
 - `fits/`: during the search, healed recipes of trials that are running or lead at their budget.
 - `front/trial-N.yaml`: the recipes of the front; `best/`: the incumbent, built; `report.html`: the report.
 """
@@ -101,12 +101,12 @@ class TailorRun(RunDir):
     @property
     def final(self) -> dict[str, Any] | None:
         """The final scores on examples that the search has not seen."""
-        found = self._json(FRONT).get("judged") if (self.path / FRONT).is_file() else None
+        found = self._json(FRONT).get("evaluated") if (self.path / FRONT).is_file() else None
         return found if isinstance(found, dict) else None
 
     def write_front(self, front: Front, final: Mapping[str, Any] | None = None) -> None:
         """Write `front.json`."""
-        self.write_json(FRONT, {**front.to_dict(), **({} if final is None else {"judged": final})})
+        self.write_json(FRONT, {**front.to_dict(), **({} if final is None else {"evaluated": final})})
 
     @property
     def wanted(self) -> int:

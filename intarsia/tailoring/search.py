@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Any
 
 from intarsia.errors import UserError
 from intarsia.progress import Task, current
@@ -66,7 +67,7 @@ def search(
     run = _Run(engine, history, workers, goal, recipe_of)
     if len(history.made) >= goal.trials:
         return None
-    run.hear_earlier()
+    run.tell_earlier()
     with current().task(f"{goal.trials} trials", goal.trials) as task:
         task.advance(len(history.made))
         task.note(words(history.trials, goal))
@@ -96,7 +97,7 @@ class _Run:
         self._caught_up = False
         self._ends = [time.monotonic()]
 
-    def hear_earlier(self) -> None:
+    def tell_earlier(self) -> None:
         """Give the engine the trials of earlier searches, before its first question."""
         for trial in self._history.trials:
             if trial.engine == EARLIER:
@@ -157,7 +158,9 @@ class _Run:
     def collect(self, done: Done, task: Task) -> None:
         """A trial came back: into the log, then to the engine."""
         (recipe, budget), asks = self.open.pop(done.number)
-        outcome = done.outcome
+        found: dict[str, Any] = {"reason": done.reason}
+        if done.outcome is not None:
+            found = {name: getattr(done.outcome, name) for name in ("costs", "examples", "layer_forwards", "seconds")}
         trial = Trial(
             number=len(self._history),
             engine=self._goal.engine,
@@ -166,14 +169,10 @@ class _Run:
             recipe=recipe,
             budget=budget,
             seed=self._goal.seed,
-            status="failed" if outcome is None else "ok",
-            costs=None if outcome is None else tuple(outcome.costs),
-            examples=() if outcome is None else tuple(outcome.examples),
-            layer_forwards=0.0 if outcome is None else outcome.layer_forwards,
-            seconds=0.0 if outcome is None else outcome.seconds,
+            status="failed" if done.outcome is None else "ok",
             worker=done.worker,
             attempts=done.attempts,
-            reason=done.reason if outcome is None else None,
+            **found,
         )
         self._history.append(trial)
         self._replayed.add(trial.number)
@@ -205,10 +204,9 @@ class _Run:
             return
         reasons = list(dict.fromkeys(str(trial.reason) for trial in trials))
         raise UserError(
-            f"{self._history.path}: expected candidates that can be scored; "
-            f"found the first {len(trials)} trials all failed: {'; '.join(reasons)}.",
-            "Remove the cause and search into another folder: with --dtype float32 where numbers overflow, with "
-            "fewer --workers or a smaller max_budget where memory is short.",
+            f"The first {len(trials)} trials in {self._history.path} all failed: {'; '.join(reasons)}.",
+            "Remove the cause and search into another folder: with --dtype float32 where numbers overflow, with fewer "
+            "--workers or a smaller max_budget where memory is short.",
         )
 
 

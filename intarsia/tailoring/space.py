@@ -1,7 +1,7 @@
 """The search space: which candidates there are, how many, and what is near what.
 
-Which layers are removed is a subset of the base's layers, never a sequence of indices; in a stack, which layers stand
-there twice is one too. A kept layer whose follower is removed may be joined with it. Everything else about a layer is
+Which layers are removed is a subset of the base's layers, never a sequence of indices; in a stack, which layers occur
+twice is one too. A kept layer whose follower is removed may be joined with it. Everything else about a layer is
 chosen from the menu. Where the space has groups (layer-wise fusion at full depth), the layers of a group share a
 choice.
 """
@@ -16,7 +16,7 @@ from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from intarsia.architecture.spec import Architecture
-from intarsia.errors import Problem, UserError
+from intarsia.errors import Problem, Problems, UserError
 from intarsia.recipe.methods import METHODS
 from intarsia.recipe.ops import MergeMethod
 from intarsia.tailoring.candidate import Candidate, Choice, Join, Keep, Menu, single
@@ -115,14 +115,14 @@ class Space:
     # Subsets and positions
 
     def changed(self, positions: Sequence[int]) -> tuple[int, ...]:
-        """The removed layers, or in a stack those that stand there twice."""
+        """The removed layers, or in a stack those that occur twice."""
         if self.kind == "stack":
             return tuple(layer for layer in range(self.depth) if list(positions).count(layer) == 2)
         return tuple(layer for layer in range(self.depth) if layer not in positions) if self.kind == "cut" else ()
 
     @property
     def changes(self) -> int:
-        """How many layers are removed, or stand there twice."""
+        """How many layers are removed, or occur twice."""
         return abs(self.depth - self.target)
 
     def positions(self, changed: Sequence[int]) -> tuple[int, ...]:
@@ -134,7 +134,7 @@ class Space:
     # Candidates
 
     def plain(self, changed: Sequence[int] = ()) -> Candidate:
-        """The base's own layers, without (or with twice) these."""
+        """The base's own layers, without these, or with these twice."""
         positions = self.positions(changed)
         return Candidate(positions=positions, choices=tuple(single(self.menu.members[0]) for _ in positions))
 
@@ -186,7 +186,7 @@ class Space:
     def random_middle(self, rng: Random) -> Candidate:
         """The base without layers drawn from its middle: neither the first tenth nor the last, as far as possible.
 
-        Where layers stand twice they are drawn so too; a fusion starts from the base.
+        In a stack the doubled layers are drawn so; a fusion starts from the base.
         """
         spare = max(min(self.depth // 10, (self.depth - self.changes) // 2), 0)
         return self.plain(rng.sample(range(spare, self.depth - spare), self.changes))
@@ -235,12 +235,8 @@ def space_of(file: FamilyFile, architecture: Architecture, parameters: int | Non
     """
     depth = architecture.n_layers
     target = target_layers(file, architecture, parameters)
-    problems = [
-        Problem(f"family: {where}: expected {expected}; found {found}.", remedy)
-        for where, expected, found, remedy in _misfits(file, depth, target)
-    ]
-    if problems:
-        raise UserError(problems)
+    problems = Problems(Problem(f"Family file: {message}.", hint) for message, hint in _misfits(file, depth, target))
+    problems.raise_any()
     menu = Menu(
         members=tuple(file.members),
         select="select" in file.operations,
@@ -251,8 +247,7 @@ def space_of(file: FamilyFile, architecture: Architecture, parameters: int | Non
     menu = replace(menu, methods=menu.usable)
     if unused and not menu.methods:
         raise UserError(
-            "family: merge.methods: expected a method for as many models as there are; "
-            f"found {', '.join(unused)}, and {len(file.variants)} variants.",
+            f"Family file: no method of merge.methods ({', '.join(unused)}) takes {len(file.variants)} variants.",
             "Add variants, or choose other methods.",
         )
     return Space(
@@ -282,26 +277,28 @@ def _grids(method: MergeMethod, file: FamilyFile) -> dict[str, tuple[float, ...]
     return found
 
 
-def _misfits(file: FamilyFile, depth: int, target: int) -> Iterator[tuple[str, str, str, str]]:
-    where = "target.layers" if file.target.layers is not None else "target.sparsity"
-    given = str(file.target.layers if file.target.layers is not None else file.target.sparsity)
+def _misfits(file: FamilyFile, depth: int, target: int) -> Iterator[tuple[str, str]]:
+    """What does not fit together, and a hint."""
+    name = "layers" if file.target.layers is not None else "sparsity"
+    asked = f"target.{name} is {getattr(file.target, name)}"
     if target < 1:
-        yield where, f"at least one of {depth} layers to stay", given, "Ask for less."
+        yield f"{asked}; at least one of {depth} layers must stay", "Ask for less."
     elif target < depth and "remove" not in file.operations:
-        yield where, f"the base's {depth} layers, for 'remove' is not among the operations", given, "Add remove."
+        yield f"{asked}; the base has {depth} layers, and 'remove' is not among the operations", "Add remove."
     elif target > depth and "stack" not in file.operations:
-        yield where, f"at most {depth}, the base's depth, without the operation 'stack'", given, "Add stack."
+        yield f"{asked}; the base has {depth} layers, and 'stack' is not among the operations", "Add stack."
     elif target > 2 * depth:
-        yield where, f"at most {2 * depth}: each layer stands there twice at most", given, "Ask for fewer layers."
+        yield f"{asked}; a layer occurs twice at most, so {2 * depth} is the most", "Ask for fewer layers."
     if "stack" in file.operations and target <= depth:
-        yield "operations", f"no stack for a target of {target} of {depth} layers", "stack", "Remove it."
+        yield f"'stack' is among the operations, and the target is {target} of {depth} layers", "Remove it."
     if "concat" in file.operations and target >= depth:
-        yield "operations", "no concat where no layer is removed", "concat", "Remove it."
-    if file.fusion.groups is not None and target != depth:
-        yield "fusion.groups", f"groups only at full depth, {depth} layers", f"a target of {target}", "Remove them."
-    elif file.fusion.groups is not None and file.fusion.groups > depth:
-        yield "fusion.groups", f"at most {depth}, the base's layers", str(file.fusion.groups), "Use fewer groups."
+        yield "'concat' is among the operations, and no layer is removed", "Remove it."
+    groups = file.fusion.groups
+    if groups is not None and target != depth:
+        yield f"fusion.groups is {groups}, and the target is {target} of {depth} layers", "Remove the groups."
+    elif groups is not None and groups > depth:
+        yield f"fusion.groups is {groups}; the base has {depth} layers", "Use fewer groups."
     if not file.variants and {"select", "merge"} & set(file.operations) and "concat" not in file.operations:
-        yield "variants", "at least one variant to select or merge", "none", "Add one, or search with remove alone."
+        yield "there are no variants to select or merge", "Add one, or search with remove alone."
     if file.merge.scale == (0.0, 0.0) and file.methods:
-        yield "merge.scale", "something other than 0, which adds nothing", "0", "Widen the range."
+        yield "merge.scale is 0, which adds nothing", "Widen the range."

@@ -1,7 +1,7 @@
 """Candidates become recipes, and recipes candidates.
 
-A recipe that says more than the space can (three layers joined, counts off the grid) has a nearest candidate; whether
-that is the same model is known by the recipes' hashes.
+A recipe that says more than the space can (three layers joined, counts off the grid) has a nearest candidate, which is
+the same model where the recipes' hashes are the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.methods import METHODS, with_defaults
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Mix, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
-from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single, usual
 from intarsia.tailoring.space import Space
 
@@ -117,13 +116,6 @@ class Translator:
         )
 
     # From recipes to candidates
-
-    def exact(self, recipe: Recipe) -> Candidate | None:
-        """The candidate that is this recipe's model, if there is one."""
-        found = self.nearest(recipe)
-        if found is None or recipe.fitted or recipe.depth != self.space.depth:
-            return None
-        return found if content_hash(self.recipe(found)) == content_hash(recipe) else None
 
     def nearest(self, recipe: Recipe) -> Candidate | None:
         """The candidate closest to a recipe; None where its layers are not those of any candidate.

@@ -1,4 +1,4 @@
-"""The closed form inside the search, on tokens of the search's own examples, towards the same blend uncut.
+"""The closed form inside the search, on tokens of the search's own examples, toward the same blend uncut.
 
 A fit makes a candidate look better on what it was fitted to than elsewhere. So it takes examples from the end of the
 order, and of texts windows are drawn for it that no budget of the search reaches. Where an objective's examples are
@@ -10,25 +10,29 @@ after the other, or windows of text.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
 
 from intarsia.activations.batches import Batches
 from intarsia.activations.loop import Loop
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing.closed_form import fit
 from intarsia.healing.layer_map import fit_forwards
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
+from intarsia.healing.training import load_state, save_state
 from intarsia.recipe import schema
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.objective import Objective
-from intarsia.tailoring.trial_run import ResidentFamily
 
 TOKENS = 16384
 _SETTINGS = ClosedFormSettings()
@@ -55,34 +59,29 @@ def heal_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | Non
     order = sorted((place, number) for number, part in enumerate(parts) for place in range(len(part)))
     if len(order) < _LEAST_WINDOWS:
         raise UserError(
-            f"heal: expected at least {_LEAST_WINDOWS * seq_len} tokens of examples for the closed form; "
-            f"found {len(order)} windows of {seq_len} tokens.",
-            "Widen the splits, add an objective on a text, or leave heal out.",
+            f"The examples have {len(order) * seq_len} tokens; healing trials in closed form needs at least "
+            f"{_LEAST_WINDOWS * seq_len}.",
+            "Widen the splits, add an objective on a text, or set heal: none.",
         )
     ids = torch.tensor([parts[number][place] for place, number in order])
     names = ", ".join(objective.name for objective in objectives)
     return Corpus.of(ids, description=f"examples of {names}", documents=len(order))
 
 
-def heal_trial(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> Recipe:
-    """A recipe with its output projections fitted towards what it would be uncut.
+def heal_trial(recipe: Recipe, model: LoadedModel, corpus: Corpus) -> Recipe:
+    """A recipe with its output projections fitted toward what it would be with no layer removed.
 
     Raises:
         UserError: activations are not finite.
     """
-    batches = Batches(corpus, layers.resident.device)
-    with TeacherStates(Loop(layers.resident, batches), layers=teacher_of(recipe, layers)) as teacher:
+    teacher_layers = [model.module(op) for op in reference_layers(recipe)]
+    with TeacherStates(Loop(model, Batches(corpus, model.device)), layers=teacher_layers) as teacher:
         return fit(recipe, teacher, settings=_SETTINGS)[0]
 
 
-def heal_work(recipe: Recipe, layers: ResidentFamily, corpus: Corpus) -> float:
+def heal_work(recipe: Recipe, model: LoadedModel, corpus: Corpus) -> float:
     """What that fit takes, in layer-forwards times tokens."""
-    return float(fit_forwards(recipe, _SETTINGS, layers.resident.architecture) * corpus.tokens)
-
-
-def teacher_of(recipe: Recipe, layers: ResidentFamily) -> list[nn.Module]:
-    """The layers of what a recipe would be uncut."""
-    return [layers.module(op) for op in reference_layers(recipe)]
+    return float(fit_forwards(recipe, _SETTINGS, model.architecture) * corpus.tokens)
 
 
 def _windows(objective: Objective, seq_len: int, eos: int | None, most: int) -> Iterator[list[int]]:
@@ -105,35 +104,37 @@ def _windows(objective: Objective, seq_len: int, eos: int | None, most: int) -> 
 
 
 class KeptFits:
-    """The healed recipes in a folder; nothing is kept where there is no such folder."""
+    """Fitted tensors of trials in a folder, by the hash of the recipe; nothing is kept where there is no folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def find(self, recipe: Recipe) -> Recipe | None:
         """A recipe as it was healed before, if it was."""
-        path = self._path(schema.content_hash(recipe))
-        if not path.exists():
-            return None
         try:
-            return schema.load(path)
-        except UserError:  # a kill or a full disk left half of it
+            state = load_state(self._path(schema.content_hash(recipe)))
+        except UserError:  # damaged; it is fitted again
             return None
+        if state is None:
+            return None
+        fitted: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
+        for key, tensor in state[0].items():
+            index, _, name = key.partition(" ")
+            fitted.setdefault(int(index), {})[name] = tensor.numpy()
+        return replace(recipe, fitted=fitted)
 
     def keep(self, recipe: Recipe, healed: Recipe) -> None:
         """Keep what was fitted. On a full disk nothing is kept, and the fit is made again."""
         if self._folder.is_dir():
-            name = schema.content_hash(recipe)
-            self._forget(name)  # half of a file would be refused as another's
-            try:
-                schema.save(healed, self._path(name))
-            except (UserError, OSError):
-                self._forget(name)
+            fitted = healed.fitted.items()
+            tensors = {f"{i} {name}": torch.from_numpy(array) for i, arrays in fitted for name, array in arrays.items()}
+            with suppress(UserError, OSError):
+                save_state(self._path(schema.content_hash(recipe)), tensors, {})
 
-    def drop(self, hashes: Set[str]) -> None:
-        """Delete some of them."""
-        for name in {path.stem for path in self._folder.glob("*")} & hashes:
-            self._forget(name)
+    def drop(self, hashes: Iterable[str]) -> None:
+        """Delete the fits of some recipes."""
+        for name in hashes:
+            self._path(name).unlink(missing_ok=True)
 
     def start(self) -> None:
         """Make the folder: from now on fits are kept."""
@@ -143,9 +144,5 @@ class KeptFits:
         """Delete all of them."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _forget(self, name: str) -> None:
-        for suffix in (".yaml", ".safetensors"):
-            self._path(name).with_suffix(suffix).unlink(missing_ok=True)
-
     def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.yaml"
+        return self._folder / f"{name}.safetensors"

@@ -1,8 +1,9 @@
-"""How far a candidate's next tokens are from the base's, with little kept of the base.
+"""The scores of recipes on examples, batch by batch, each computed once.
 
-Of each position the base's `TOP` likeliest tokens are kept, 8 bytes each, and the rest is one bucket. Keeping the
-base's hidden state instead would cost another product with the head a trial, as much time as several layers.
-The divergence over these outcomes is a lower bound of the full one, and 0 where the full one is.
+How far a candidate's next tokens are from the base's is measured with little kept of the base: of each position its
+`TOP` likeliest tokens, 8 bytes each, and the rest as one bucket. Keeping the base's hidden state instead would cost
+another product with the head a trial, as much time as several layers. The divergence over these outcomes is a lower
+bound of the full one, and 0 where the full one is.
 
 Shapes: N positions, V vocabulary, K tokens kept.
 """
@@ -27,40 +28,32 @@ from intarsia.tailoring.trial_run import ByteCache, Runner, path_of
 TOP = 64
 _CPU_ROWS = 32
 _GPU_ROWS = 2048
+_RESULT_BYTES = 32 * 1024 * 1024
+_RESULT_OVERHEAD = 400  # bytes of a small array with its key
+
+Values = npt.NDArray[np.float64]
+BatchId = tuple[int, int, int, int]
+"""Number of the objective, its segment's two ends, and the number of the batch in it."""
+Likeliest = tuple[Tensor, Tensor]
+"""Of every position the base's likeliest tokens: log-probabilities and tokens, `[N, K]` each."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Teacher:
-    """Of every position the base's likeliest tokens: `log_p_NK` (float32) and `index_NK` (int32)."""
+def likeliest(logits_NV: Tensor) -> Likeliest:
+    """The likeliest tokens, from the base's logits."""
+    found = [top_k_of(block_NV, min(TOP, block_NV.shape[-1])) for block_NV in logits_NV.split(_rows(logits_NV))]
+    log_p, index = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return log_p, index.to(torch.int32)
 
-    log_p_NK: Tensor
-    index_NK: Tensor
 
-    @classmethod
-    def of(cls, logits_NV: Tensor) -> Teacher:
-        """From the base's logits."""
-        kept = [top_k_of(block_NV, min(TOP, block_NV.shape[-1])) for block_NV in logits_NV.split(_rows(logits_NV))]
-        return cls(
-            log_p_NK=torch.cat([log_p for log_p, _ in kept]),
-            index_NK=torch.cat([index for _, index in kept]).to(torch.int32),
-        )
-
-    def divergence(self, logits_NV: Tensor) -> Tensor:
-        """Of every position, in nats: float32 `[N]`."""
-        step = _rows(logits_NV)
-        blocks = zip(self.log_p_NK.split(step), self.index_NK.split(step), logits_NV.split(step), strict=True)
-        return torch.cat([top_k_kl(log_p_NK, index_NK, block_NV) for log_p_NK, index_NK, block_NV in blocks])
+def divergence(base: Likeliest, logits_NV: Tensor) -> Tensor:
+    """The divergence from the base at every position, in nats: float32 `[N]`."""
+    step = _rows(logits_NV)
+    blocks = zip(base[0].split(step), base[1].split(step), logits_NV.split(step), strict=True)
+    return torch.cat([top_k_kl(log_p_NK, index_NK, block_NV) for log_p_NK, index_NK, block_NV in blocks])
 
 
 def _rows(logits_NV: Tensor) -> int:
     return _CPU_ROWS if logits_NV.device.type == "cpu" else _GPU_ROWS
-
-
-_RESULT_BYTES = 32 * 1024 * 1024
-_RESULT_OVERHEAD = 400  # bytes of a small array with its key
-
-BatchId = tuple[int, int, int, int]
-"""Number of the objective, its segment's two ends, and the number of the batch in it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,16 +73,13 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scored:
-    """Of one recipe at one budget.
+    """Of one recipe at one budget."""
 
-    Attributes:
-        examples: each example's score, by objective.
-        right: of an objective of questions whether each is answered rightly, else None.
-        work: layer-forwards times tokens that were run for it; `tokens` of the budget.
-    """
-
-    examples: tuple[npt.NDArray[np.float64], ...]
-    right: tuple[npt.NDArray[np.float64] | None, ...]
+    # Each example's score, by objective.
+    examples: tuple[Values, ...]
+    # Of an objective of questions whether each is answered rightly, else None.
+    right: tuple[Values | None, ...]
+    # Layer-forwards times tokens that were run for it; tokens of the budget.
     work: int
     tokens: int
 
@@ -115,23 +105,16 @@ class Scorer:
             batch_tokens: rows times columns of a batch, at most.
             uncut: the base as it is, from which divergences are taken.
         """
-        self._runner = runner
-        self._objectives = tuple(objectives)
+        self._runner, self._objectives, self._uncut = runner, tuple(objectives), uncut
         self._cuts, self._pack, self._batch_tokens = tuple(cuts), pack, batch_tokens
-        self._uncut = uncut
         self._batches: dict[tuple[int, Segment], tuple[Prepared, ...]] = {}
-        self._teachers: dict[BatchId, Teacher] = {}
-        self._results: ByteCache[tuple[str, BatchId], npt.NDArray[np.float64]] = ByteCache(_RESULT_BYTES)
-
-    def prepared(self, budget: int) -> list[Prepared]:
-        """All batches of a budget."""
-        numbers = range(len(self._objectives))
-        return [one for number in numbers for _, found in self._segments(number, budget) for one in found]
+        self._base: dict[BatchId, Likeliest] = {}
+        self._results: ByteCache[tuple[str, BatchId], Values] = ByteCache(_RESULT_BYTES)
 
     def clear(self) -> None:
         """Drop all caches."""
         self._batches.clear()
-        self._teachers.clear()
+        self._base.clear()
         self._results.clear()
 
     def score(self, recipe: Recipe, budget: int) -> Scored:
@@ -140,26 +123,31 @@ class Scorer:
         Raises:
             TrialFailed: something is not finite.
         """
-        batches = [list(self._segments(number, budget)) for number in range(len(self._objectives))]
-        everything = self.prepared(budget)
+        segments_of = [list(self._segments(number, budget)) for number in range(len(self._objectives))]
+        everything = [one for found in segments_of for _, batches in found for one in batches]
         tokens = sum(one.tokens for one in everything)
-        self._teach(everything, tokens)
-        path = path_of(recipe)
-        self._runner.begin(recipe, path, tokens=tokens)
-        try:
-            values = [
-                np.concatenate([self._segment_values(number, path[-1], *entry) for entry in found])
-                for number, found in enumerate(batches)
-            ]
-            both = list(zip(self._objectives, values, strict=True))
-            return Scored(
-                examples=tuple(objective.scores(values_R) for objective, values_R in both),
-                right=tuple(objective.right(values_R) for objective, values_R in both),
-                work=self._runner.work,
-                tokens=tokens,
-            )
-        finally:
-            self._runner.end()
+        # What divergences are taken from.
+        unknown = [one for one in everything if self._measures_kl(one) and one.id not in self._base]
+        for one, logits_NV in zip(unknown, self._logits(self._uncut, unknown, tokens), strict=True):
+            self._base[one.id] = likeliest(logits_NV)
+        work = self._runner.work
+        key = path_of(recipe)[-1]
+        found = {one.id: self._results.get((key, one.id)) for one in everything}
+        new = [one for one in everything if found[one.id] is None]
+        for one, logits_NV in zip(new, self._logits(recipe, new, tokens), strict=True):
+            values_U = found[one.id] = self._values(one, logits_NV)
+            self._results.put((key, one.id), values_U, values_U.nbytes + _RESULT_OVERHEAD)
+        values = [
+            np.concatenate([self._joined(number, *entry, found) for entry in entries])
+            for number, entries in enumerate(segments_of)
+        ]
+        both = list(zip(self._objectives, values, strict=True))
+        return Scored(
+            examples=tuple(objective.scores(values_R) for objective, values_R in both),
+            right=tuple(objective.right(values_R) for objective, values_R in both),
+            work=self._runner.work - work,
+            tokens=tokens,
+        )
 
     def _segments(self, number: int, budget: int) -> Iterator[tuple[Segment, tuple[Prepared, ...]]]:
         """An objective's batches for a budget, segment by segment."""
@@ -168,51 +156,41 @@ class Scorer:
             if (number, segment) not in self._batches:
                 made = objective.batches(segment, pack=self._pack, batch_tokens=self._batch_tokens)
                 self._batches[number, segment] = tuple(
-                    _prepare((number, *segment, place), batch) for place, batch in enumerate(made)
+                    _prepared((number, *segment, place), batch) for place, batch in enumerate(made)
                 )
             yield segment, self._batches[number, segment]
 
-    def _segment_values(
-        self, number: int, key: str, segment: Segment, batches: Sequence[Prepared]
-    ) -> npt.NDArray[np.float64]:
+    def _measures_kl(self, one: Prepared) -> bool:
+        return self._objectives[one.id[0]].measure == "kl"
+
+    def _logits(self, recipe: Recipe, batches: Sequence[Prepared], tokens: int) -> Iterator[Tensor]:
+        rows = [(one.id, one.batch.rows) for one in batches]
+        return self._runner.logits(recipe, path_of(recipe), rows, tokens=tokens)
+
+    def _values(self, one: Prepared, logits_NV: Tensor) -> Values:
+        """Of every request of a batch its log-likelihood, or its divergence from the base."""
+        if self._measures_kl(one):
+            value_N = divergence(self._base[one.id], logits_NV)
+            value_M = value_N[one.batch.position_M.to(value_N.device)]
+        else:
+            value_M, _ = score_batch(logits_NV, one.batch)
+        value_M = value_M.cpu().double()
+        if not bool(value_M.isfinite().all()):
+            raise TrialFailed(f"NaN or infinity in {self._objectives[one.id[0]].name}")
+        sums_U = torch.zeros(len(one.request_U), dtype=torch.float64)
+        return sums_U.index_add_(0, one.place_M, value_M).numpy()
+
+    def _joined(
+        self, number: int, segment: Segment, batches: Sequence[Prepared], found: dict[BatchId, Values | None]
+    ) -> Values:
         """The value of every request of a segment."""
         examples = self._objectives[number].examples[slice(*segment)]
         values_R = np.full(sum(len(example.requests) for example in examples), np.nan)
-        for prepared in batches:
-            found_U = self._results.get((key, prepared.id))
-            if found_U is None:
-                found_U = self._values(number, prepared)
-                self._results.put((key, prepared.id), found_U, found_U.nbytes + _RESULT_OVERHEAD)
-            values_R[prepared.request_U] = found_U
+        for one in batches:
+            values_R[one.request_U] = found[one.id]
         return values_R
 
-    def _values(self, number: int, prepared: Prepared) -> npt.NDArray[np.float64]:
-        """Of every request of a batch its log-likelihood, or its divergence from the base."""
-        logits_NV = self._runner.logits(prepared.id, prepared.batch.rows)
-        if self._objectives[number].measure == "kl":
-            value_N = self._teachers[prepared.id].divergence(logits_NV)
-            value_M = value_N[prepared.batch.position_M.to(value_N.device)]
-        else:
-            value_M, _ = score_batch(logits_NV, prepared.batch)
-        value_M = value_M.cpu().double()
-        if not bool(value_M.isfinite().all()):
-            raise TrialFailed(f"NaN or infinity in {self._objectives[number].name}")
-        sums_U = torch.zeros(len(prepared.request_U), dtype=torch.float64)
-        return sums_U.index_add_(0, prepared.place_M, value_M).numpy()
 
-    def _teach(self, batches: Sequence[Prepared], tokens: int) -> None:
-        """See that what divergences are taken from is known."""
-        missing = [
-            one for one in batches if self._objectives[one.id[0]].measure == "kl" and one.id not in self._teachers
-        ]
-        if not missing:
-            return
-        self._runner.begin(self._uncut, tokens=tokens)
-        for one in missing:
-            self._teachers[one.id] = Teacher.of(self._runner.logits(one.id, one.batch.rows))
-        self._runner.end()
-
-
-def _prepare(number: BatchId, batch: Batch) -> Prepared:
+def _prepared(number: BatchId, batch: Batch) -> Prepared:
     request_U, place_M = np.unique(batch.request_M.numpy(), return_inverse=True)
     return Prepared(id=number, batch=batch, request_U=request_U, place_M=torch.from_numpy(place_M))

@@ -16,14 +16,14 @@ from pathlib import Path
 from random import Random
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from intarsia.architecture.spec import PARTS, Part
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
-from intarsia.disk import damage_named, full_disk_named, write_whole
+from intarsia.disk import damage_named, replaced, write_whole
 from intarsia.progress import current
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.scores import part_scores
@@ -127,7 +127,7 @@ def from_search(
             where its candidate is the same recipe here as it was there.
     """
     space = translator.space
-    heard = [
+    reused = [
         replace(trial, origin=f"{name}, {trial.origin}")
         for trial in trials
         if same
@@ -136,12 +136,12 @@ def from_search(
         and content_hash(translator.recipe(trial.candidate)) == trial.recipe
     ]
     # A candidate whose costs are known need not be tried again at the least budget.
-    known = {trial.candidate for trial in heard}
+    known = {trial.candidate for trial in reused}
     points = [] if front is None else [point.candidate for point in front.points]
     starts = [candidate for candidate in points if space.has(candidate) and candidate not in known]
     return WarmStart(
         starts=tuple(Start(candidate=candidate, origin=f"warm start: {name}") for candidate in starts),
-        earlier=tuple(heard),
+        earlier=tuple(reused),
     )
 
 
@@ -178,17 +178,11 @@ def measure(
 
 def save(scores: PieceScores, path: Path) -> None:
     """Write scores to a file that is there whole or not at all."""
-    from safetensors.torch import save_file
-
     tensors = {
-        f"{ref.variant}:{ref.layer}:{part}": tensor.contiguous()
-        for ref, parts in scores.items()
-        for part, tensor in parts.items()
+        f"{ref.variant}:{ref.layer}:{part}": tensor for ref, parts in scores.items() for part, tensor in parts.items()
     }
-    staging = path.with_name(f".{path.name}")
-    with full_disk_named(path.parent):
-        save_file(tensors, staging)
-        staging.replace(path)
+    with replaced(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def load(path: Path) -> Scores:

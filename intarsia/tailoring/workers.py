@@ -60,22 +60,6 @@ class Opener(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialScorer:
-    """Scores the recipes of a search, healed where the family file says so."""
-
-    evaluator: Evaluator
-    file: FamilyFile
-
-    def evaluate(self, recipe: Recipe, budget: int) -> Outcome:
-        """See `Scorer`."""
-        return self.evaluator.evaluate(recipe, budget, healed=self.file.heals(budget))
-
-    def close(self) -> None:
-        """Release what is cached."""
-        self.evaluator.close()
-
-
-@dataclass(frozen=True, kw_only=True)
 class OpenScorer:
     """Opens the family in a worker's process. Paths are absolute: the worker may run in another folder."""
 
@@ -86,7 +70,7 @@ class OpenScorer:
     # Files that register the user's merge operators.
     plugins: tuple[str, ...] = ()
 
-    def __call__(self, place: Place) -> TrialScorer:
+    def __call__(self, place: Place) -> Evaluator:
         """A scorer with its worker's share of the memory, on a GPU of its own where there are several."""
         for plugin in self.plugins:
             load_plugin(plugin)
@@ -99,8 +83,7 @@ class OpenScorer:
         if runtime.memory_bytes is not None:
             runtime = replace(runtime, memory=str(runtime.memory_bytes // place.count))
         fits = None if self.fits is None else KeptFits(self.fits)
-        evaluator = open_evaluator(open_family(self.file.members), self.file, runtime, probe=False, fits=fits)
-        return TrialScorer(evaluator=evaluator, file=self.file)
+        return open_evaluator(open_family(self.file.members), self.file, runtime, probe=False, fits=fits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +121,7 @@ def open_workers(
         UserError: see `dask_workers`.
     """
     if scheduler is None and (count or 1) == 1:
-        yield InProcess(TrialScorer(evaluator=evaluator, file=opener.file))
+        yield InProcess(evaluator)
         return
     evaluator.close()
     with dask_workers(opener, scheduler=scheduler, count=count) as workers:
@@ -163,29 +146,28 @@ class InProcess:
         """Run it."""
         assert self._next is not None
         (number, recipe, budget), self._next = self._next, None
-        attempt, outcome, reason = 0, None, None
-        while outcome is None and attempt < ATTEMPTS:
-            attempt += 1
-            outcome, reason = scored(self._scorer, recipe, budget)
-        return Done(number=number, outcome=outcome, reason=reason, attempts=attempt, worker="0")
+        outcome, reason, attempts = scored(self._scorer, recipe, budget)
+        return Done(number=number, outcome=outcome, reason=reason, attempts=attempts, worker="0")
 
 
-def scored(scorer: Scorer, recipe: Recipe, budget: int) -> tuple[Outcome | None, str | None]:
-    """An outcome, or why there is none.
+def scored(scorer: Scorer, recipe: Recipe, budget: int) -> tuple[Outcome | None, str | None, int]:
+    """An outcome, or why there is none though it was tried again; and how often it was tried.
 
     Raises:
         UserError: something that every trial would meet.
     """
-    try:
-        return scorer.evaluate(recipe, budget), None
-    except TrialFailed as failure:
-        return None, failure.reason[:_LONGEST]
-    except UserError:
-        raise
-    except Exception as error:
-        # Whatever error a candidate causes in a library, the search continues; it stops if the first trials all fail.
-        words = " ".join(str(error).split())
-        return None, f"{type(error).__name__}: {words}"[:_LONGEST]
+    reason = ""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return scorer.evaluate(recipe, budget), None, attempt
+        except TrialFailed as failure:
+            reason = failure.reason
+        except UserError:
+            raise
+        except Exception as error:
+            # Whatever error a candidate causes in a library, the search continues; it stops if the first trials fail.
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None, reason[:_LONGEST], ATTEMPTS
 
 
 class OnDask:
@@ -195,15 +177,15 @@ class OnDask:
         self.count = count
         self._client, self._opener, self._threads = client, opener, threads
         self._key = uuid4().hex
-        self._open: dict[Any, tuple[int, Recipe, int, int]] = {}
+        # The numbers of running trials.
+        self._open: dict[Any, int] = {}
 
-    def submit(self, number: int, recipe: Recipe, budget: int, attempt: int = 1) -> None:
+    def submit(self, number: int, recipe: Recipe, budget: int) -> None:
         """Submit it to Dask."""
         place = Place(count=self.count if self._threads is not None else 1, threads=self._threads)
-        # A unique key: Dask must not take two tasks for the same because their arguments look alike.
-        key = f"intarsia-{uuid4().hex}"
         work = (_score_here, self._key, self._opener, place, recipe, budget)
-        self._open[self._client.submit(*work, key=key, pure=False, retries=0)] = (number, recipe, budget, attempt)
+        # A unique key: Dask must not take two tasks for the same because their arguments look alike.
+        self._open[self._client.submit(*work, key=f"intarsia-{uuid4().hex}", pure=False, retries=0)] = number
 
     def next(self) -> Done:
         """Of the finished trials, the one that was submitted first.
@@ -213,17 +195,14 @@ class OnDask:
         """
         from distributed import KilledWorker
 
-        while True:
-            future = self._first_done()
-            number, recipe, budget, attempt = self._open.pop(future)
-            try:
-                outcome, reason, worker = future.result()
-            except KilledWorker:
-                reason = "every worker that tried it died"
-                return Done(number=number, outcome=None, reason=reason, attempts=ATTEMPTS, worker="lost")
-            if outcome is not None or attempt >= ATTEMPTS:
-                return Done(number=number, outcome=outcome, reason=reason, attempts=attempt, worker=worker)
-            self.submit(number, recipe, budget, attempt + 1)
+        future = self._first_done()
+        number = self._open.pop(future)
+        try:
+            outcome, reason, attempts, worker = future.result()
+        except KilledWorker:
+            reason = "every worker that tried it died"
+            return Done(number=number, outcome=None, reason=reason, attempts=ATTEMPTS, worker="lost")
+        return Done(number=number, outcome=outcome, reason=reason, attempts=attempts, worker=worker)
 
     def _first_done(self) -> Any:
         from distributed import TimeoutError as NotYet
@@ -237,10 +216,10 @@ class OnDask:
                 patience = _PATIENCE_SECONDS if self._client.nthreads() else patience - 1
             if patience <= 0:
                 raise UserError(
-                    f"workers: expected at least one worker; found none for {_PATIENCE_SECONDS} seconds.",
+                    f"There was no worker for {_PATIENCE_SECONDS} seconds.",
                     "Start workers (dask worker ADDRESS); the same command resumes.",
                 )
-        return min(done, key=lambda future: self._open[future][0])
+        return min(done, key=lambda future: self._open[future])
 
     def cancel(self) -> None:
         """Cancel what is running."""
@@ -294,7 +273,7 @@ _SCORERS: dict[str, Scorer] = {}
 
 def _score_here(
     key: str, opener: Opener, place: Place, recipe: Recipe, budget: int
-) -> tuple[Outcome | None, str | None, str]:
+) -> tuple[Outcome | None, str | None, int, str]:
     """Runs in a worker."""
     from distributed import get_worker
 
@@ -304,8 +283,7 @@ def _score_here(
             old.close()
         _SCORERS.clear()
         _SCORERS[key] = opener(replace(place, index=int(name) if name.isdecimal() else 0))
-    outcome, reason = scored(_SCORERS[key], recipe, budget)
-    return outcome, reason, name
+    return *scored(_SCORERS[key], recipe, budget), name
 
 
 @contextmanager
@@ -320,8 +298,7 @@ def _connected(scheduler: str) -> Iterator[Any]:
         client = Client(scheduler, timeout="20s")
     except (OSError, ValueError) as error:
         raise UserError(
-            "--scheduler: expected the address of a Dask scheduler, such as tcp://host:8786; "
-            f"found {scheduler!r}: {error}.",
+            f"--scheduler {scheduler} is no Dask scheduler that can be reached (such as tcp://host:8786): {error}.",
             "Start one with `dask scheduler`, and workers with `dask worker ADDRESS`.",
         ) from error
     with client:
@@ -329,8 +306,7 @@ def _connected(scheduler: str) -> Iterator[Any]:
             client.wait_for_workers(1, timeout=30)
         except NotYet as error:
             raise UserError(
-                "--scheduler: expected a scheduler with at least one worker; "
-                f"found none at {scheduler} within 30 seconds.",
+                f"The scheduler at {scheduler} has no worker within 30 seconds.",
                 f"Start workers: dask worker {scheduler}",
             ) from error
         yield client

@@ -134,16 +134,16 @@ def test_a_search(searched: tuple[Path, TailorResult]) -> None:
 
 def test_the_incumbent_is_built_and_judged(searched: tuple[Path, TailorResult], parts: dict[str, Path]) -> None:
     run, result = searched
-    assert result.front is not None and result.judged is not None and result.best == run / "best"
+    assert result.front is not None and result.evaluated is not None and result.best == run / "best"
     knee = result.front.knee
     built = Checkpoint.open(run / "best", model="best")
     assert built.architecture.n_layers == 4
     recipe = schema.load(run / "best" / "recipe" / "recipe.yaml")
-    assert schema.content_hash(recipe) == knee.recipe == result.judged["recipe"]
+    assert schema.content_hash(recipe) == knee.recipe == result.evaluated["recipe"]
     assert recipe.provenance["settings"]["trial"] == knee.number
-    rows = {row["model"]: row for row in result.judged["rows"]}
+    rows = {row["model"]: row for row in result.evaluated["rows"]}
     assert (rows["base"]["layers"], rows["incumbent"]["layers"]) == (6, 4)
-    assert result.judged["examples"]["quiz"] == 24  # the other half of 48
+    assert result.evaluated["examples"]["quiz"] == 24  # the other half of 48
     assert rows["base"]["prose"]["value"] != rows["incumbent"]["prose"]["value"]
 
 
@@ -278,17 +278,17 @@ def test_the_example_of_13_billion_parameters(tmp_path: Path, monkeypatch: pytes
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
     result = tailor(recipe, configs=tmp_path, dry_run=True)
-    assert (result.predicted.layers, result.predicted.target) == (40, 30)  # a quarter
+    assert (result.predicted.space.depth, result.predicted.space.target) == (40, 30)  # a quarter
     # C(40, 10) subsets; a layer: 4 whole members, or task arithmetic of 1 to 3 variants with 15 values other than 0
     # (14 for one variant, whose whole difference is a member), each with one of 9 scales.
     keeps = (4 + 3 * 14 + 3 * 15 + 15) * 9
-    assert result.predicted.log10_size == pytest.approx(log10(comb(40, 10)) + 30 * log10(keeps))
+    assert result.predicted.space.log10_size == pytest.approx(log10(comb(40, 10)) + 30 * log10(keeps))
     (tmp_path / file.variants["math"].model / "config.json").write_text(
         json.dumps({**LLAMA, "num_hidden_layers": 32}), encoding="utf-8"
     )
     with pytest.raises(UserError) as caught:
         tailor(recipe, configs=tmp_path, dry_run=True)
-    assert caught.value.problems[0].message.startswith("variant math (WizardLMTeam/WizardMath-13B-V1.0)")
+    assert caught.value.problems[0].message.startswith("Variant math (WizardLMTeam/WizardMath-13B-V1.0)")
 
 
 def test_a_changed_family_is_refused_before_a_model_is_loaded(
@@ -439,14 +439,14 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
         wanted = evaluator.heal(cut) if heal == "every" or trial.budget == 72 else cut
         assert trial.costs == evaluator.evaluate(wanted, trial.budget).costs
         if wanted is not cut:
-            assert trial.costs != evaluator.evaluate(cut, trial.budget).costs
+            assert trial.costs != evaluator.evaluate(cut, trial.budget, healed=False).costs
 
     # Judged before and after, on the other halves.
-    assert result.judged is not None
-    rows = {row["model"]: row for row in result.judged["rows"]}
+    assert result.evaluated is not None
+    rows = {row["model"]: row for row in result.evaluated["rows"]}
     assert list(rows) == ["base", "incumbent as cut", "incumbent"]
     rest, _ = unseen(file)
-    search = rest.search.model_copy(update={"max_budget": max(result.judged["examples"].values())})
+    search = rest.search.model_copy(update={"max_budget": max(result.evaluated["examples"].values())})
     rest = rest.model_copy(update={"heal": "none", "search": search})
     judge = open_evaluator(family, rest, Runtime(device="cpu"), probe=False)
     for name, model in (
@@ -460,8 +460,8 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
 def test_accuracy_beside_the_likelihood(searched: tuple[Path, TailorResult], parts: dict[str, Path]) -> None:
     """The search's measure of the questions is the likelihood; what is told beside it is the share of right answers."""
     run, result = searched
-    assert result.judged is not None
-    rows = {row["model"]: row for row in result.judged["rows"]}
+    assert result.evaluated is not None
+    rows = {row["model"]: row for row in result.evaluated["rows"]}
     for name, model in (("base", parts["base"]), ("incumbent", run / "best")):
         found = intarsia.evaluate_tasks(str(model), [f"{parts['quiz']}#0.5:1"])
         expected = found.scores[0].metrics["acc_norm"]
@@ -488,9 +488,9 @@ def test_killed_and_started_again(searched: tuple[Path, TailorResult], family: P
     again = tailor(family, run)
     whole = searched[1]
     assert trials_of(run) == trials_of(searched[0])
-    assert again.front is not None and whole.front is not None and again.judged is not None
+    assert again.front is not None and whole.front is not None and again.evaluated is not None
     assert again.front.to_dict() == whole.front.to_dict()
-    assert again.judged == whole.judged
+    assert again.evaluated == whole.evaluated
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
+from intarsia.healing.closed_form import _seen
 from intarsia.healing.layer_fit import fittable
 from intarsia.healing.layer_map import fit_forwards, fitted_parts, taught
 from intarsia.healing.quality import Chain, quality
 from intarsia.healing.settings import LAST, ClosedFormSettings
-from intarsia.progress import Silent
 from intarsia.recipe import schema
 from intarsia.recipe.ops import Merge, Op
 from intarsia.recipe.recipe import Recipe, identity
@@ -133,10 +133,10 @@ def test_removals_and_joined_layers_are_repaired(
     assert [(row["layer"], row["module"]) for row in fits] == [(layer, name) for layer in (2, 3) for name in modules]
     assert all(row["error_after"] <= row["error_before"] for row in fits)
     assert all(name.removesuffix(".weight") in modules for names in healed.fitted.values() for name in names)
-    judged = quality(healed, resident, held_out_rows(train), progress=Silent())
+    judged = quality(healed, resident, [held_out_rows(train)])
     for row in (fits[len(modules) - 1], fits[-1]):
         assert row["error_after"] == pytest.approx(judged.errors[row["layer"]], rel=1e-3)
-    errors = [quality(each, resident, fresh, progress=Silent()).errors for each in (recipe, healed)]
+    errors = [quality(each, resident, [fresh]).errors for each in (recipe, healed)]
     assert errors[1][2] < 0.9 * errors[0][2] and errors[1][3] < 0.9 * errors[0][3]
     assert all(torch.equal(before[name], tensor) for name, tensor in resident.model.state_dict().items())
 
@@ -217,7 +217,7 @@ def test_layers_behind_make_good_what_is_left(
     assert sorted(near.fitted) == [1] and sorted(far.fitted) == [1, 2, 3]
     changed, rest = (len(steps(resident.architecture, parts)) for parts in (PLAIN.changed, PLAIN.unchanged))
     assert [row["layer"] for row in fits] == [1] * changed + [2] * rest + [3] * rest
-    errors = [quality(each, resident, fresh, progress=Silent()).errors for each in (near, far)]
+    errors = [quality(each, resident, [fresh]).errors for each in (near, far)]
     assert errors[1][1] == errors[0][1]
     assert errors[1][3] < errors[0][3]
 
@@ -250,6 +250,28 @@ def test_batches_do_not_matter(cut: Cut, resident_of: InMemory, tokens: Tokens) 
             np.testing.assert_allclose(tensor, second.fitted[index][name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_batches_side_by_side_do_not_matter(family: str, cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
+    _, recipe = cut(family)
+    train, _ = tokens(padded=True)
+    first, reports = fit_on(recipe, resident_of(family), train, settings=PLAIN)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        second, again = fit_on(recipe, resident_of(family), train, settings=PLAIN)
+    finally:
+        torch.set_num_threads(threads)
+    assert first.fitted.keys() == second.fitted.keys() != set()
+    for one, other in zip(reports, again, strict=True):
+        assert (one["layer"], one["module"]) == (other["layer"], other["module"])
+        assert one["error_after"] == pytest.approx(other["error_after"], rel=1e-3)
+
+
+def test_sequences_between_those_not_seen() -> None:
+    assert _seen(6, [0, 3]) == [slice(1, 3), slice(4, 6)] and _seen(4, [3, 1, 0]) == [slice(2, 3)]
+    assert _seen(3, ()) == [slice(0, 3)] and _seen(1, [0]) == []
+
+
 def test_massive_tokens(tmp_path: Path, tokens: Tokens) -> None:
     """Every sequence begins with a token of a thousand times the norm: ordinary tokens are fitted all the same."""
     model = families.make_model("llama")
@@ -261,7 +283,7 @@ def test_massive_tokens(tmp_path: Path, tokens: Tokens) -> None:
     train.input_ids[:, 0] = fresh.input_ids[:, 0] = 1
     recipe = removal(checkpoint)
     plain, relative, uniform = (
-        quality(each, resident, fresh, progress=Silent()).errors[1]
+        quality(each, resident, [fresh]).errors[1]
         for each in (
             recipe,
             fit_on(recipe, resident, train, settings=DOWN)[0],

@@ -21,13 +21,12 @@ from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import Distiller, Lesson, build_student, load_student, with_trained
 from intarsia.healing.teacher import Teacher, TeacherSource, TopK
 from intarsia.healing.training import Text, read_curve
-from intarsia.progress import Silent
 from intarsia.recipe.recipe import Recipe
 from tests import families
 from tests.healing.conftest import Cut, Tokens
 
 CPU = torch.device("cpu")
-QUICK = EndToEndSettings(batch_tokens=64, micro_tokens=32, evaluations=3, lr=3e-3)
+QUICK = EndToEndSettings(batch_tokens=64, micro_tokens=32, evaluations=3, patience=3, lr=3e-3)
 
 
 def heal(
@@ -344,10 +343,10 @@ def test_quality_is_of_the_built_model(family: str, cut: Cut, tokens: Tokens, tm
 
     checkpoint, recipe = cut(family)
     _, held_out = tokens(padded=True)
-    found = quality(recipe, LoadedModel(checkpoint, device=CPU), held_out, progress=Silent())
+    found = quality(recipe, LoadedModel(checkpoint, device=CPU), [held_out])
     build_student(recipe, {"base": checkpoint}, tmp_path / "student")
     built = load_model(Checkpoint.open(tmp_path / "student", model="student"), device=CPU)
-    assert found.held_out.value == pytest.approx(perplexity(built, held_out).value, rel=1e-4)
+    assert found.texts[0].value == pytest.approx(perplexity(built, held_out).value, rel=1e-4)
     # Layers 0 and 1 are the original's; their hidden states are the original's own.
     assert found.errors[:2] == pytest.approx([0.0, 0.0], abs=1e-10)
     assert min(found.errors[2:]) > 1e-3

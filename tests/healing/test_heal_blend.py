@@ -22,7 +22,7 @@ from intarsia.commands.recipes import open_variants
 from intarsia.data.text import draw
 from intarsia.errors import UserError
 from intarsia.healing import blend, closed_form, end_to_end
-from intarsia.healing.blend import BLEND, back, over_its_blend
+from intarsia.healing.blend import BLEND, over_its_blend
 from intarsia.healing.settings import LAST
 from intarsia.options import TextSpec
 from intarsia.progress import Silent
@@ -199,7 +199,6 @@ def test_what_cannot_be_a_layer_of_the_blend_stays(members: Mapping[str, Path], 
     assert [op.sources[0].variant for op in found.layers] == ["uncut", "base", "math", "uncut"]
     assert found.layers[1:3] == made.layers[1:3] and found.spans == made.spans
     assert set(checkpoints) == {"uncut", "base", "math", "lora"}
-    assert back(made, replace(found, fitted={0: {}})) == replace(made, fitted={0: {}})
 
 
 def test_a_folder_of_something_else_is_left_alone(members: Mapping[str, Path], text_file: Path, tmp_path: Path) -> None:

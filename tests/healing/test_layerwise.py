@@ -21,7 +21,7 @@ from tests.conftest import InMemory
 from tests.healing.conftest import Cut, Tokens
 from tests.recipes_by_hand import recipe_of, select
 
-QUICK = LayerwiseSettings(batch_tokens=64, evaluations=3, lr=1e-2, kl=0.0, mse=1.0)
+QUICK = LayerwiseSettings(batch_tokens=64, evaluations=3, lr=1e-2, inputs="teacher")
 
 
 def same(first: Recipe, second: Recipe) -> bool:

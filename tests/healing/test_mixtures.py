@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from intarsia.activations.stream import LayerStream
+from intarsia.activations.batches import Batches
+from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import load_model, twin
+from intarsia.data.corpus import Corpus
 from intarsia.healing import end_to_end, layerwise
-from intarsia.healing.layer_fit import FitBatch, PartFit, fittable, passes
+from intarsia.healing.layer_fit import LayerText, PartFit, fittable, passes
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.stages.layerwise import LayerwiseSettings
@@ -36,20 +38,18 @@ def test_o_proj_takes_the_place_of_the_experts(checkpoint_of: Opened) -> None:
 def test_a_fit_counts_by_the_error_that_it_leaves(resident_of: InMemory) -> None:
     """Weights that really help are taken with that error, and others are not, whatever was predicted of them."""
     resident = resident_of("mixtral")
-    stream, architecture = LayerStream(resident.model, resident.architecture), resident.architecture
     ids = torch.randint(2, families.VOCABULARY, (8, 9), generator=torch.Generator().manual_seed(0))
+    loop = Loop(resident, Batches(Corpus.of(ids, description="", documents=1), CPU))
+    stream = loop.stream
     with torch.no_grad():
         entry = stream.enter(ids, None)
         wanted = stream.run(resident.layers[2], entry.h_BTD, entry.calls[2])
         module = twin(resident.layers[2])
         own = module.self_attn.o_proj.weight.detach().clone()
         module.self_attn.o_proj.weight = torch.nn.Parameter(0.5 * own, requires_grad=False)
-        held_B = torch.arange(8) % 4 == 0
-        batch = FitBatch(h_BTD=entry.h_BTD, wanted_BTD=wanted, call=entry.calls[2], mask=None, held_B=held_B)
-        settings = ClosedFormSettings(weighting="uniform", ridges=(1e-3,))
-        fitter = PartFit(
-            module, "attention", lambda: [batch], stream=stream, architecture=architecture, settings=settings
-        )
+        text = LayerText(loop=loop, inputs=lambda rows: entry.h_BTD[rows], targets=lambda rows: wanted[rows], source=2)
+        settings = ClosedFormSettings(weighting="uniform", ridges=(1e-3,), held_out=4)
+        fitter = PartFit(module, "attention", text, settings)
         _, weight, found = fitter.projection("here")
         assert weight is not None
         before = (stream.run(module, entry.h_BTD, entry.calls[2]) - wanted)[::4].square().sum(-1).mean()

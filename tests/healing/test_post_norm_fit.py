@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.errors import UserError
-from intarsia.healing.post_norm_fit import Passed, PostNorm, fit_norm, fit_weight
+from intarsia.healing.post_norm_fit import FitTokens, PostNorm, fit_norm, fit_weight
 
 TOKENS, FEATURES, WIDTH = 600, 10, 8
 RIDGES = (1e-9, 1e-4, 1e-2, 1.0)
@@ -35,17 +35,18 @@ def post_norm(seed: int = 1) -> PostNorm:
     return PostNorm(OffsetNorm(0.3 * normal(WIDTH, seed=seed)), offset=1.0, scale=0.7)
 
 
-def passes_over(weight_DC: Tensor, missing: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Iterator[Passed]]:
+def passes_over(weight_DC: Tensor, missing: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Iterator[FitTokens]]:
     """Two batches of tokens, a quarter of them held out; `missing(x, y)` is what is missing after the layer."""
+    projection = nn.Linear(FEATURES, WIDTH, bias=False).requires_grad_(False)
+    projection.weight.copy_(weight_DC)
     x_NC = normal(TOKENS, FEATURES, seed=3)
-    y_ND = x_NC @ weight_DC.T
-    missing_ND = missing(x_NC, y_ND)
+    missing_ND = missing(x_NC, projection(x_NC))
 
-    def passes() -> Iterator[Passed]:
+    def passes() -> Iterator[FitTokens]:
         for part in (slice(0, 200), slice(200, TOKENS)):
-            yield Passed(
+            yield FitTokens(
+                projection=projection,
                 x_NC=x_NC[part],
-                y_ND=y_ND[part],
                 missing_ND=missing_ND[part],
                 weight_N=1.0 / (1.0 + torch.arange(TOKENS)[part] % 3),
                 held_N=torch.arange(TOKENS)[part] % 4 == 0,
@@ -54,13 +55,13 @@ def passes_over(weight_DC: Tensor, missing: Callable[[Tensor, Tensor], Tensor]) 
     return passes
 
 
-def true_error(norm: PostNorm, weight_DC: Tensor, other_DC: Tensor, passes: Callable[[], Iterator[Passed]]) -> float:
+def true_error(norm: PostNorm, weight_DC: Tensor, other_DC: Tensor, passes: Callable[[], Iterator[FitTokens]]) -> float:
     total, tokens = 0.0, 0
-    for passed in passes():
-        held = passed.held_N
-        change = norm.added(passed.x_NC @ other_DC.T) - norm.added(passed.x_NC @ weight_DC.T)
-        squared = (passed.missing_ND - change)[held].square().sum(-1)
-        total, tokens = total + float((passed.weight_N[held] * squared).sum()), tokens + int(held.sum())
+    for batch in passes():
+        held = batch.held_N
+        change = norm.added(batch.x_NC @ other_DC.T) - norm.added(batch.x_NC @ weight_DC.T)
+        squared = (batch.missing_ND - change)[held].square().sum(-1)
+        total, tokens = total + float((batch.weight_N[held] * squared).sum()), tokens + int(held.sum())
     return total / tokens
 
 

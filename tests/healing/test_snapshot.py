@@ -75,7 +75,7 @@ def test_a_full_disk_leaves_the_curve_as_it_was(tmp_path: Path, monkeypatch: pyt
     curve = Curve(path, SimpleNamespace(is_main_process=True), EndToEndSettings())
     curve.start(0)
     for step in (1, 2, 3):
-        curve.step(step, {"loss": 1.0 / step}, 8)
+        curve.write(step, {"loss": 1.0 / step})
     before = path.read_bytes()
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)

@@ -8,7 +8,7 @@ from intarsia.errors import UserError
 from intarsia.healing.settings import Pace
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.stages.layerwise import LayerwiseSettings
-from intarsia.healing.training import Patience, Schedule, schedule_of
+from intarsia.healing.training import Schedule, Standing, schedule_of
 
 
 def test_every_sequence_once_an_epoch_in_another_order() -> None:
@@ -40,28 +40,34 @@ def test_batch_is_a_multiple_and_too_little_text_is_refused() -> None:
         schedule_of(Pace(batch_tokens=100), sequences=5, seq_len=16)
 
 
-def test_patience() -> None:
-    patience = Patience(2, 1.0)
-    assert [patience.improved(loss) for loss in (0.9, 0.95, 0.8, 0.8)] == [True, False, True, False]
-    assert not patience.over
-    assert not patience.improved(0.81) and patience.over
-    assert patience.best == 0.8
-    assert [patience.diverged(loss) for loss in (9.0, 11.0, math.nan, math.inf)] == [False, True, True, True]
+def test_standing() -> None:
+    schedule = Schedule(sequences=10, batch=1, pace=Pace(evaluations=5, patience=2))
+    standing = Standing.start(1.0, "it")
+    assert [standing.measured(loss, schedule) for loss in (0.9, 0.95, 0.8, 0.8)] == [True, False, True, False]
+    assert standing.stopped is None
+    assert not standing.measured(0.81, schedule) and standing.best == 0.8
+    assert standing.stopped == "no better held-out loss in 2 measurements, one every 2 steps"
+    for loss, stops in ((9.0, False), (11.0, True), (math.nan, True), (math.inf, True)):
+        standing = Standing.start(1.0, "it")
+        assert not standing.measured(loss, schedule) and (standing.stopped is not None) == stops
+    with pytest.raises(UserError, match="loss of it is nan before the first step"):
+        Standing.start(math.nan, "it")
 
 
-def test_bad_settings_are_told_at_once() -> None:
+def test_bad_settings_are_reported_at_once() -> None:
     with pytest.raises(UserError) as caught:
         LayerwiseSettings(epochs=0, lr=-1.0, kl=0.0, mse=0.0, weighting="loud")  # type: ignore[arg-type]
-    assert [problem.message.partition(": expected ")[0] for problem in caught.value.problems] == [
-        "epochs",
-        "lr",
-        "kl + mse + cosine",
-        "weighting",
+    assert [problem.message.partition(" is ")[0] for problem in caught.value.problems] == [
+        "--epochs",
+        "--layer-lr",
+        "--layer-kl + --layer-mse + --layer-cosine",
+        "--weighting",
     ]
     with pytest.raises(UserError) as caught:
         EndToEndSettings(temperature=0.0, top_k=0, logits=-1.0)
-    assert [problem.message.partition(": expected ")[0] for problem in caught.value.problems] == [
-        "logits + hidden + cross_entropy",
-        "temperature",
-        "top_k",
+    assert [problem.message for problem in caught.value.problems] == [
+        "--logits + --hidden + --cross-entropy is -1.0 + 0.0 + 0.0; "
+        "expected is weights of 0 or more, at least one of them above 0.",
+        "--temperature is 0.0; expected is a number above 0.",
+        "--top-k is 0; expected is a whole number, 1 or more.",
     ]

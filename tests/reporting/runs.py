@@ -187,7 +187,7 @@ TRIALS = (
 """Of those at 12 examples, 1, 2 and 4 are the front."""
 
 
-def search(folder: Path, *, trials: tuple[Trial, ...] = TRIALS, wanted: int = 7, judged: bool = True) -> Path:
+def search(folder: Path, *, trials: tuple[Trial, ...] = TRIALS, wanted: int = 7, evaluated: bool = True) -> Path:
     """A run folder, as `intarsia tailor` leaves it."""
     (folder / "front").mkdir(parents=True)
     settings = {
@@ -230,7 +230,7 @@ def search(folder: Path, *, trials: tuple[Trial, ...] = TRIALS, wanted: int = 7,
         },
     ]
     found = {"rows": [{"layers": 4, **row} for row in rows], "examples": {"science": 40}, "without": ["prose"]}
-    (folder / "front.json").write_text(json.dumps({"judged": found} if judged else {}), encoding="utf-8")
+    (folder / "front.json").write_text(json.dumps({"evaluated": found} if evaluated else {}), encoding="utf-8")
     whole = [Select(source=of(layer)) for layer in (0, 1, 2, 5)]
     for number, layers in ((1, (whole[0], MERGED, JOINED, Select(source=of(5, "math")))), (2, whole), (4, whole)):
         schema.save(recipe(*layers), folder / "front" / f"trial-{number:05d}.yaml")

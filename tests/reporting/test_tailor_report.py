@@ -110,7 +110,7 @@ def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:
 
 
 def test_a_search_without_trials(tmp_path: Path) -> None:
-    subject = read(search(tmp_path / "run", trials=(), judged=False))
+    subject = read(search(tmp_path / "run", trials=(), evaluated=False))
     assert [each.title for each in subject.sections] == ["The search", "How to reproduce it"]
     assert subject.notes == [
         "This search is not finished: 0 of 7 trials are done.",

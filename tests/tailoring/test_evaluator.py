@@ -174,7 +174,23 @@ def test_caches_change_nothing(trio: Family, objectives: Sequence[ObjectiveSpec]
             assert alone.layer_forwards == 4.0 and alone.details["reused"] == 0.0
             assert shared.evaluate(made, budget).costs == alone.costs
             assert tiny.evaluate(made, budget).costs == alone.costs
-    assert tiny.runner.prefixes.nbytes <= 1000
+    assert tiny.runner.prefixes.states.nbytes <= 1000
+
+
+def test_batches_side_by_side_change_nothing(trio: Family, objectives: Sequence[ObjectiveSpec]) -> None:
+    made = [recipe(trio, select(1, "math"), merged(3), select(layer)) for layer in (4, 5)]
+    alone = opened(trio, objectives, least=3)
+    expected = [alone.evaluate(each, BUDGET) for each in made]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        two = opened(trio, objectives, least=3)
+        found = [two.evaluate(each, BUDGET) for each in made]
+    finally:
+        torch.set_num_threads(threads)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.costs == pytest.approx(theirs.costs, rel=1e-6)
+        assert (ours.layer_forwards, ours.examples) == (theirs.layer_forwards, theirs.examples)
 
 
 def test_a_trial_costs_what_is_new_in_it(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
@@ -214,11 +230,11 @@ def test_the_base_and_what_the_data_are(pair: Pair, objectives: Sequence[Objecti
     evaluator = opened(members, objectives)
     assert evaluator.objectives == ("right", "sure", "cot", "prose", "near")
     assert evaluator.base is not None
-    assert evaluator.evaluate(evaluator.uncut(), BUDGET).costs == evaluator.base.costs
+    assert evaluator.evaluate(evaluator.uncut, BUDGET).costs == evaluator.base.costs
     assert evaluator.data["right"] == evaluator.data["sure"] != evaluator.data["cot"]
     evaluator.close()
-    assert evaluator.runner.prefixes.nbytes == 0
-    assert evaluator.evaluate(evaluator.uncut(), BUDGET).costs == evaluator.base.costs
+    assert evaluator.runner.prefixes.states.nbytes == 0
+    assert evaluator.evaluate(evaluator.uncut, BUDGET).costs == evaluator.base.costs
 
 
 def test_healed(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
@@ -252,9 +268,7 @@ def test_healed_towards_the_same_blend_uncut(trio: Family, objectives: Sequence[
     assert evaluator._heal_on is not None
     member = LoadedModel(trio.checkpoints()["lora"], device=torch.device("cpu"))
     expected, _ = fit_on(alone, member, evaluator._heal_on)
-    to_base, _ = fit_on(
-        recipe(trio, *(select(layer, "lora") for layer in kept)), evaluator.resident, evaluator._heal_on
-    )
+    to_base, _ = fit_on(recipe(trio, *(select(layer, "lora") for layer in kept)), evaluator.model, evaluator._heal_on)
     assert expected.fitted.keys() == fitted.fitted.keys() != set()
     differs = False
     for index, tensors in expected.fitted.items():
@@ -293,7 +307,7 @@ def test_a_fit_does_not_see_the_windows_that_are_scored(pair: Pair, objectives: 
 
 
 def test_healing_needs_tokens(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
-    with pytest.raises(UserError, match=r"heal: expected at least 384 tokens .* found \d+ windows of 24 tokens"):
+    with pytest.raises(UserError, match=r"The examples have \d+ tokens; .* at least 384"):
         opened(pair("llama"), objectives[:1], heal="every")
 
 
@@ -331,7 +345,7 @@ def test_a_lack_of_memory_is_a_failure(
     evaluator = opened(members, objectives[3:])
     made = recipe(members, select(0), select(1), select(5))
     before = evaluator.evaluate(made, 4)
-    assert evaluator.runner.prefixes.nbytes > 0
+    assert evaluator.runner.prefixes.states.nbytes > 0
     new = recipe(members, select(0), select(1), merged(5))
 
     def fails(*_: Any) -> None:
@@ -341,7 +355,7 @@ def test_a_lack_of_memory_is_a_failure(
         patched.setattr(evaluator.runner.stream, "logits", fails)
         with pytest.raises(TrialFailed, match=message):
             evaluator.evaluate(new, 4)
-    assert evaluator.runner.prefixes.nbytes == 0
+    assert evaluator.runner.prefixes.states.nbytes == 0
     assert evaluator.evaluate(made, 4).costs == before.costs
     with monkeypatch.context() as patched:
         error = RuntimeError("shapes differ")
@@ -355,13 +369,11 @@ def test_bad_input(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
     evaluator = opened(members, objectives[:3], probe=False)
     good = recipe(members, select(0), select(1), select(5))
     for budget in (0, 21):
-        with pytest.raises(UserError, match=rf"budget: expected 1 to 20 examples; found {budget}"):
+        with pytest.raises(UserError, match=f"The budget is {budget}; the objectives have 1 to 20 examples"):
             evaluator.evaluate(good, budget)
     with pytest.raises(UserError, match="code"):
         evaluator.evaluate(recipe(members, select(0), select(1, "code")), 4)
-    with pytest.raises(
-        UserError, match=r"max_budget: expected at most 20, .* found 21 \(right: 20, sure: 20, cot: 9\)"
-    ):
+    with pytest.raises(UserError, match=r"max_budget is 21; .* at most 20 examples \(right: 20, sure: 20, cot: 9\)"):
         opened(members, objectives[:3], most=21)
 
 
@@ -369,7 +381,7 @@ def test_an_objective_whose_every_answer_is_the_same(
     pair: Pair, objectives: Sequence[ObjectiveSpec], tmp_path: Path
 ) -> None:
     members = pair("llama")
-    scores = opened(members, objectives[:1])._scorer.score(opened(members, objectives[:1]).uncut(), 20).examples[0]
+    scores = opened(members, objectives[:1])._scorer.score(opened(members, objectives[:1]).uncut, 20).examples[0]
     order = objective_of(opened(members, objectives[:1]), "right").examples
     wrong = {example.requests for example, score in zip(order, scores, strict=True) if score}
     lines = Path(objectives[0].source).read_text().splitlines()

@@ -114,7 +114,7 @@ def test_every_mistake_at_once(tmp_path: Path) -> None:
         read(*specs)
     found = [str(problem) for problem in caught.value.problems]
     assert len(found) == 3
-    assert "bad.jsonl:1, choices" in found[0] and "gone.txt" in found[1] and "no split" in found[2]
+    assert "bad.jsonl:1, choices" in found[0] and "gone.txt" in found[1] and "has a split" in found[2]
 
 
 METRICS = "metric_list:\n  - metric: acc_norm\n    aggregation: mean\n    higher_is_better: true\n"
@@ -160,7 +160,7 @@ def test_a_task_of_the_harness_without_choices_is_refused(tmp_path: Path) -> Non
         "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n",
     )
     (task,) = load_tasks(["written"], include_path=tmp_path)
-    with pytest.raises(UserError, match=r"task written: expected multiple choice .* found a task of type generate_u"):
+    with pytest.raises(UserError, match=r"needs multiple choice .* task written is a task of type generate_u"):
         questions_of(task, (0.0, 1.0))
 
 

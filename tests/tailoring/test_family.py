@@ -130,12 +130,11 @@ def test_every_mismatch_of_every_variant_at_once(llama: Path, model_folder: Fold
         )
     found = "\n".join(str(problem) for problem in caught.value.problems)
     for line in (
-        f"variant shallow ({shallow}): n_layers: expected 6, as in the base {llama}; found 4",
-        "n_channels: expected 40",
-        "rotary embedding: expected default with base 10000, as in the base",
-        "found default with base 500000",
-        "architecture: expected Llama",
-        "found with mlp.down_proj.bias",
+        f"Variant shallow ({shallow}) differs from the base {llama} in n_layers: 4, not 6.",
+        "in n_channels: 24, not 40",
+        "in rotary embedding: default with base 500000, not default with base 10000",
+        "in architecture: OPT, not Llama",
+        "in the tensors of a layer: with mlp.down_proj.bias",
         "gone",
     ):
         assert line in found, line
@@ -148,16 +147,15 @@ def test_tied_and_dtype(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         opened(llama, tied=tied, narrow=narrow)
     found = str(caught.value)
-    assert "tied embeddings: expected a head of its own" in found
-    assert "found an embedding that is also the head" in found
-    assert "dtype: expected float32" in found and "found bfloat16. Convert it once" in found
+    assert "tied embeddings: an embedding that is also the head, not a head of its own" in found
+    assert "dtype: bfloat16, not float32. Convert it once" in found
 
 
 def test_larger_vocabularies_are_cut_and_smaller_refused(llama: Path, tmp_path: Path) -> None:
     larger = variant(tmp_path / "larger", vocab_size=families.VOCABULARY + 2)
     family = opened(llama, larger=larger)
     assert family.notes == ("larger: the last 2 rows of its vocabulary are not used, for the base has none of them",)
-    with pytest.raises(UserError, match=rf"vocabulary: expected {families.VOCABULARY + 2} rows or more.*found 320"):
+    with pytest.raises(UserError, match=f"vocabulary: 320 rows, not {families.VOCABULARY + 2} or more"):
         opened(larger, smaller=llama)
 
 
@@ -173,7 +171,7 @@ def test_another_tokenizer(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         opened(llama, other=other)
     text = str(caught.value)
-    assert "tokenizer: expected the base's tokens; found other rows for" in text
+    assert "in its tokenizer: other rows for" in text
     assert repr(first) in text and repr(second) in text
 
 
@@ -198,7 +196,7 @@ def test_config_files_alone(llama: Path, adapter: Path, tmp_path: Path) -> None:
     assert len(family.notes) == 2 and "Only config files" in family.notes[0] and "2 rows" in family.notes[1]
     assert [entry.sha256 for entry in family.variants()] == [None, None, None]
     shutil.copy(variant(tmp_path / "deep", num_hidden_layers=8) / "config.json", tmp_path / "configs" / "math")
-    with pytest.raises(UserError, match=r"n_layers: expected 6, .* found 8"):
+    with pytest.raises(UserError, match="n_layers: 8, not 6"):
         open_family(members, weights=False)
     with pytest.raises(UserError, match="no local folder is called so"):
         open_family({**members, "gone": MemberSpec(model=str(tmp_path / "gone"))}, weights=False)

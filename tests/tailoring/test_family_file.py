@@ -47,18 +47,16 @@ def test_defaults() -> None:
 def test_the_demo_family() -> None:
     found = read_family_file(RECIPES / "tailor-demo.yaml")
     assert found.target.layers == 23
-    assert found.operations == ("remove", "select", "merge", "concat")
-    assert found.methods == ("task_arithmetic", "linear", "slerp", "ties")
+    defaults = parse()
+    assert found.operations == defaults.operations and found.methods == defaults.methods
+    assert found.heal == "finalists"
     assert found.objectives[0] == ObjectiveSpec(
         name="science", task="../shared/data/tasks/arc_easy.jsonl", split=(0.0, 0.33)
     )
     assert found.search == SearchSpec(
-        engine="smac",
-        trials=200,
-        min_budget=16,
-        max_budget=256,
-        eta=3,
-        warm_start=("random-middle", "shortgpt", "sleb", "come"),
+        min_budget=9,
+        max_budget=81,
+        warm_start=("random-middle", "sleb", "come-p"),
     )
 
 
@@ -191,17 +189,29 @@ def test_space_by_hand() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target": {"layers": 5}, "operations": ["select"]}, "'remove' is not among the operations; found 5"),
-        ({"target": {"layers": 7}}, "at most 6, the base's depth, without the operation 'stack'; found 7"),
-        ({"target": {"layers": 13}, "operations": ["select", "stack"]}, "at most 12: each layer stands there twice"),
-        ({"target": {"sparsity": 0.9}}, "at least one of 6 layers to stay; found 0.9"),
-        ({"target": {"layers": 6}, "operations": ["select", "concat"]}, "no concat where no layer is removed"),
-        ({"operations": ["remove", "stack"]}, "no stack for a target of 4 of 6 layers"),
-        ({"fusion": {"groups": 2}}, "groups only at full depth, 6 layers; found a target of 4"),
-        ({"target": {"layers": 6}, "fusion": {"groups": 7}}, "at most 6, the base's layers; found 7"),
-        ({"variants": {}}, "at least one variant to select or merge; found none"),
-        ({"merge": {"scale": 0.0}}, "something other than 0"),
-        ({"variants": {"math": "a"}, "merge": {"methods": ["model_stock"]}}, "found model_stock, and 1 variants"),
+        (
+            {"target": {"layers": 5}, "operations": ["select"]},
+            "layers is 5; the base has 6 layers, and 'remove' is not among",
+        ),
+        ({"target": {"layers": 7}}, "layers is 7; the base has 6 layers, and 'stack' is not among"),
+        (
+            {"target": {"layers": 13}, "operations": ["select", "stack"]},
+            "layers is 13; a layer occurs twice at most, so 12",
+        ),
+        ({"target": {"sparsity": 0.9}}, "sparsity is 0.9; at least one of 6 layers must stay"),
+        (
+            {"target": {"layers": 6}, "operations": ["select", "concat"]},
+            "'concat' is among the operations, and no layer is removed",
+        ),
+        ({"operations": ["remove", "stack"]}, "'stack' is among the operations, and the target is 4 of 6 layers"),
+        ({"fusion": {"groups": 2}}, "groups is 2, and the target is 4 of 6 layers"),
+        ({"target": {"layers": 6}, "fusion": {"groups": 7}}, "groups is 7; the base has 6 layers"),
+        ({"variants": {}}, "no variants to select or merge"),
+        ({"merge": {"scale": 0.0}}, "merge.scale is 0, which adds nothing"),
+        (
+            {"variants": {"math": "a"}, "merge": {"methods": ["model_stock"]}},
+            r"no method of merge.methods \(model_stock\) takes 1 variants",
+        ),
     ],
 )
 def test_targets_and_operations_that_do_not_meet(changes: dict[str, Any], message: str) -> None:

@@ -20,7 +20,6 @@ from intarsia.tailoring.history import (
     chebyshev,
     dominates,
     draw_weights,
-    equal_weights,
     front_of,
     leading,
     non_dominated,
@@ -196,7 +195,6 @@ def test_front_of_nothing() -> None:
 
 def test_chebyshev_by_hand() -> None:
     assert chebyshev((0.5, 1.0), (0.8, 0.2), alpha=0.05) == pytest.approx(0.4 + 0.05 * 0.6)
-    assert equal_weights(4) == (0.25,) * 4
 
 
 def test_scaled() -> None:

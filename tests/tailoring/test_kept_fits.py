@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from intarsia.errors import UserError
+from intarsia.healing import training
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.trial_heal import KeptFits
@@ -72,13 +74,12 @@ def test_half_of_it_counts_for_nothing(fits: KeptFits, tmp_path: Path) -> None:
     assert fits.find(recipe) is None
 
 
-@pytest.mark.parametrize("error", [UserError("It is unknown."), PermissionError()])
+@pytest.mark.parametrize("error", [UserError("A full disk."), PermissionError()])
 def test_no_room_for_it(error: Exception, fits: KeptFits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(recipe: Recipe, path: Path) -> None:
-        path.with_suffix(".safetensors").write_bytes(b"")
+    def full(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(schema, "save", full)
+    monkeypatch.setattr(training, "save_file", full)
     recipe = cut(0, 2, 3)
     fits.keep(recipe, healed(recipe, 1.0))
     assert fits.find(recipe) is None and not list((tmp_path / "fits").iterdir())

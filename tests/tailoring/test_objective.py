@@ -93,7 +93,7 @@ def test_budgets_larger_than_the_data() -> None:
     small = Objective(name="quiz", measure="margin", source="quiz.jsonl", examples=ASKED)
     large = Objective(name="text", measure="loss", source="text.txt", examples=ASKED * 4)
     check_budgets([small, large], 8)
-    with pytest.raises(UserError, match=r"max_budget: expected at most 8, .* found 9 \(quiz: 2, text: 8\)"):
+    with pytest.raises(UserError, match=r"max_budget is 9; .* at most 8 examples \(quiz: 2, text: 8\)"):
         check_budgets([small, large], 9)
 
 
@@ -119,10 +119,10 @@ def test_objectives_that_tell_nothing() -> None:
         check_varied([alike, wrong, right, flat, fine], scores)
     found = [str(problem) for problem in caught.value.problems]
     assert len(found) == 4
-    assert "alike (alike.jsonl)" in found[0] and "the same one 2 times" in found[0]
+    assert "alike (alike.jsonl)" in found[0] and "all 2 are the same" in found[0]
     assert "the base's answer is wrong to each of 2" in found[1]
     assert "the base's answer is right to each of 2" in found[2]
-    assert "the same score for each of 2" in found[3]
+    assert "score is the same for each of 2" in found[3]
     check_varied([fine], scores)
     # One question is no reason to refuse, and a base is never far from itself.
     check_varied([made("wrong", "accuracy", ASKED[:1])], {"wrong": np.array([1.0])})

@@ -16,7 +16,7 @@ from intarsia.recipe.ops import LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.history import TrialFailed
-from intarsia.tailoring.trial_run import ByteCache, Prefixes, ResidentFamily, layer_key, path_of
+from intarsia.tailoring.trial_run import ByteCache, FamilyModel, Prefixes, layer_key, path_of
 
 MATH = Select(source=LayerRef(variant="math", layer=2))
 MERGED = Merge(
@@ -27,8 +27,8 @@ MERGED = Merge(
 )
 
 
-def made(family: Family, memory_bytes: int = 2**20, dtype: torch.dtype | None = None) -> ResidentFamily:
-    return ResidentFamily(family, device=torch.device("cpu"), dtype=dtype, memory_bytes=memory_bytes)
+def made(family: Family, memory_bytes: int = 2**20, dtype: torch.dtype | None = None) -> FamilyModel:
+    return FamilyModel(family, device=torch.device("cpu"), dtype=dtype, memory_bytes=memory_bytes)
 
 
 def reader(family: Family) -> Read:
@@ -49,7 +49,7 @@ def test_tensors_are_those_that_are_built(trio: Family) -> None:
 
 def test_what_is_made_once(trio: Family) -> None:
     layers = made(trio)
-    assert layers.module(Select(source=LayerRef(variant="base", layer=2))) is layers.resident.layers[2]
+    assert layers.module(Select(source=LayerRef(variant="base", layer=2))) is layers.layers[2]
     assert layers.made == 0
     first = layers.module(MATH)
     assert layers.module(MATH) is first and layers.made == 1
@@ -62,7 +62,7 @@ def test_what_is_made_once(trio: Family) -> None:
 def test_an_adapter_shares_what_it_leaves_alone(trio: Family) -> None:
     layers = made(trio)
     module = layers.module(Select(source=LayerRef(variant="lora", layer=2)))
-    own = layers.resident.layers[2]
+    own = layers.layers[2]
     changed = {"self_attn.q_proj.weight", "self_attn.o_proj.weight", "mlp.down_proj.weight"}
     for name, parameter in module.named_parameters():
         assert (parameter is own.get_parameter(name)) == (name not in changed)
@@ -80,8 +80,8 @@ def test_fitted_tensors(trio: Family) -> None:
     base = Select(source=LayerRef(variant="base", layer=1))
     found = layers.module(base, {"mlp.down_proj.weight": array})
     assert torch.equal(found.get_parameter("mlp.down_proj.weight"), torch.from_numpy(array))
-    assert found.get_parameter("mlp.up_proj.weight") is layers.resident.layers[1].get_parameter("mlp.up_proj.weight")
-    assert not torch.equal(layers.resident.layers[1].get_parameter("mlp.down_proj.weight"), torch.from_numpy(array))
+    assert found.get_parameter("mlp.up_proj.weight") is layers.layers[1].get_parameter("mlp.up_proj.weight")
+    assert not torch.equal(layers.layers[1].get_parameter("mlp.down_proj.weight"), torch.from_numpy(array))
 
 
 def test_a_layer_that_is_not_finite(broken: Callable[[], Family]) -> None:
@@ -136,15 +136,19 @@ def test_paths_agree_as_far_as_recipes_do() -> None:
     assert path_of(fitted)[0] == one[0] and path_of(fitted)[1] != one[1]
 
 
+def kept(prefixes: Prefixes, *, batch: int = 0, depths: int = 4) -> None:
+    for depth in filter(prefixes.keeps, range(1, depths + 1)):
+        prefixes.keep(depth, batch, state(depth))
+
+
 def test_the_deepest_known_state() -> None:
     prefixes = Prefixes(1000)
-    prefixes.begin("abcd", 16)
+    prefixes.start("abcd", 16)
     assert prefixes.deepest(0) == (0, None)
-    for depth in (1, 2, 3, 4):
-        prefixes.keep(depth, 0, state(depth))
+    kept(prefixes)
     prefixes.keep(1, 1, state(10))
-    assert len(prefixes) == 3 and prefixes.nbytes == 4 * 16  # behind the last layer nothing is kept
-    prefixes.begin("abxd", 16)
+    assert prefixes.states.nbytes == 4 * 16  # after the last layer nothing is kept
+    prefixes.start("abxd", 16)
     depth, found = prefixes.deepest(0)
     assert depth == 2 and found is not None and found.tolist() == [2.0] * 4
     depth, found = prefixes.deepest(1)
@@ -154,35 +158,28 @@ def test_the_deepest_known_state() -> None:
 
 def test_a_path_takes_a_quarter_at_most() -> None:
     prefixes = Prefixes(16 * 8)
-    prefixes.begin("abcdefgh", 16)  # eight depths, room for two: every fourth
-    for depth in range(1, 9):
-        prefixes.keep(depth, 0, state(depth))
-    assert prefixes.nbytes == 16 and prefixes.deepest(0)[0] == 4
+    prefixes.start("abcdefgh", 16)  # eight depths, room for two: every fourth
+    kept(prefixes, depths=8)
+    assert prefixes.states.nbytes == 16 and prefixes.deepest(0)[0] == 4
 
 
-def test_old_nodes_go_whole_and_never_those_of_the_path() -> None:
-    prefixes = Prefixes(16 * 8)
-    for path in ("ab", "cd", "ef", "gh"):
-        prefixes.begin(path, 16)
+def test_first_layers_stay_longest_and_what_was_used() -> None:
+    prefixes = Prefixes(16 * 16)
+    for path in ("abc", "def"):
+        prefixes.start(path, 16)
         for batch in range(2):
-            prefixes.keep(1, batch, state(batch))
-    assert prefixes.nbytes == 16 * 8
-    prefixes.begin("ax", 16)  # is used again, and so newer than c
-    assert prefixes.deepest(1)[0] == 1
-    prefixes.begin("ij", 16)
-    prefixes.keep(1, 0, state(5))
-    assert prefixes.nbytes == 16 * 7
-    for path, depth in (("ab", 1), ("cd", 0), ("ef", 1), ("ij", 1)):
-        prefixes.begin(path, 16)
-        assert prefixes.deepest(0)[0] == depth
-    # One that is run on more than there is room for keeps what it has.
-    prefixes.begin("kl", 16)
-    for batch in range(20):
-        prefixes.keep(1, batch, state(batch))
-    assert prefixes.nbytes == 16 * 8 and len(prefixes) == 1
-    assert prefixes.deepest(7)[0] == 1 and prefixes.deepest(8)[0] == 0
-    prefixes.clear()
-    assert prefixes.nbytes == 0 and prefixes.deepest(0) == (0, None)
+            kept(prefixes, batch=batch)
+    prefixes.start("abx", 16)  # is used again, and so newer than d, its first layer newer than its second
+    assert [prefixes.deepest(batch)[0] for batch in range(2)] == [2, 2]
+    for number in range(5):
+        prefixes.start((f"new {number}", f"more {number}", "last"), 16)
+        kept(prefixes)
+    assert prefixes.states.nbytes == 16 * 16
+    depths = {}
+    for path in ("def", "abc"):
+        prefixes.start(path, 16)
+        depths[path] = [prefixes.deepest(batch)[0] for batch in range(2)]
+    assert depths == {"def": [0, 2], "abc": [2, 2]}
 
 
 def test_byte_cache() -> None:

@@ -93,7 +93,7 @@ def test_an_error_of_a_library_is_a_failed_trial(tmp_path: Path) -> None:
 def test_where_all_fail_the_search_stops(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         run(tmp_path / "log", InProcess(Known(fails=lambda recipe, budget: "NaN in late")))
-    assert "the first 5 trials all failed: NaN in late" in caught.value.problems[0].message
+    assert "all failed: NaN in late" in str(caught.value)
     assert len(History(tmp_path / "log")) == 5
     with pytest.raises(UserError):  # and it stays stopped
         run(tmp_path / "log", InProcess(Known()))
@@ -298,4 +298,4 @@ def test_an_existing_scheduler(tmp_path: Path) -> None:
 def test_a_scheduler_that_is_not_there() -> None:
     with pytest.raises(UserError) as caught:
         check_scheduler("nowhere:xyz")
-    assert caught.value.problems[0].message.startswith("--scheduler: ")
+    assert "--scheduler nowhere:xyz" in str(caught.value)

@@ -22,7 +22,7 @@ _TRIAL = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class FinalFitSettings(ClosedFormSettings):
-    """How the closed form fits the final model: other text judges it, so few held-out sequences are enough."""
+    """How the closed form fits the final model. Other text decides about it, so few held-out sequences suffice."""
 
     # Layers that are fitted: those that were changed, or also every layer after the first of them.
     layers: Layers = flag(LAST.layers, "--fit-layers")
@@ -55,10 +55,10 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
     Of several starting points each is fitted on a few tokens, and the one with the lowest perplexity on the selection
     text is fitted on all.
     """
-    from intarsia import progress
     from intarsia.healing.closed_form import fit
     from intarsia.healing.layer_map import fit_forwards
-    from intarsia.healing.restarts import AS_IT_IS, best_fit, starts
+    from intarsia.healing.restarts import AS_IT_IS, fit_each, starts
+    from intarsia.progress import current
 
     architecture = context.variants[recipe.base].architecture
     text = _first(context.calibration, settings.tokens)
@@ -66,34 +66,29 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
         "settings": settings,
         "unseen": context.unseen,
         "memory_budget": context.memory_budget,
-        "progress": progress.current(),
     }
     points, forwards = [*starts(recipe, architecture), *context.starts], 0.0
     start, found, fits = points[0], None, []
     trial = text if len(points) == 1 else _first(text, settings.trial_tokens or int(text.tokens * _TRIAL))
     units = (len(points) > 1) * len(points) * len(trial) / len(text)
-    with progress.current().task("", units + 1.0) as task:
+    with current().task("", units + 1.0) as task:
         if len(points) > 1:
-            with (
-                context.original_states(trial, fits=len(points)) as teacher,
-                progress.current().task("", 1.0, units=units),
-            ):
-                best = best_fit(points, teacher, context.held_out, folder=context.folder, **common)
+            with context.original_states(trial, fits=len(points)) as teacher, current().task("", 1.0, units=units):
+                ranked = fit_each(points, teacher, context.held_out, folder=context.folder, **common)
             task.advance(units)
-            start = best.start
-            context.facts |= {"starts": best.perplexities, "start": start.name}
+            start = ranked[0].start
+            context.facts |= {"starts": {each.start.name: each.perplexity for each in ranked}, "start": start.name}
             context.facts["from_scratch"] = start.name != AS_IT_IS
             tried = sum(fit_forwards(each.recipe, settings, architecture) for each in points)
             forwards = tried * len(trial) / len(text)
             if trial is text:
-                found, fits = best.recipe, best.fits
-        if found is None:  # whether it is taken is decided after the stage
+                found, fits = ranked[0].recipe, ranked[0].fits
+        if found is None:  # whether it is accepted is decided after the stage
             with context.original_states(text) as teacher:
                 found, fits = fit(start.recipe, teacher, **common)
             forwards += fit_forwards(start.recipe, settings, architecture)
     context.details += fits
-    context.facts["tokens"] = text.tokens
-    context.facts["forwards"] = forwards
+    context.facts |= {"tokens": text.tokens, "forwards": forwards}
     return found
 
 

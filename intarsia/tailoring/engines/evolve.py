@@ -211,10 +211,10 @@ def _everywhere(space: Space, candidate: Candidate, old: Choice, new: Choice) ->
     return space.arrange(space.changed(candidate.positions), choices)
 
 
-def _swapped(space: Space, candidate: Candidate, gone: int, new: int, moved: Choice | None) -> Candidate:
-    """`new` is removed (or stands twice) in place of `gone`; `moved` is then what `gone` becomes."""
-    changed = [layer for layer in space.changed(candidate.positions) if layer != gone] + [new]
+def _swapped(space: Space, candidate: Candidate, old: int, new: int, moved: Choice | None) -> Candidate:
+    """`new` is removed (or doubled) in place of `old`, which becomes `moved`."""
+    changed = [layer for layer in space.changed(candidate.positions) if layer != old] + [new]
     choices = _by_occurrence(candidate)
     if moved is not None and space.kind == "cut":
-        choices[gone, 0] = moved
+        choices[old, 0] = moved
     return space.arrange(changed, choices)
