@@ -62,7 +62,6 @@ def build(folder: Path, out: Path, depth: int) -> None:
     from intarsia.architecture.spec import Part
     from intarsia.commands.recipes import build_recipe
     from intarsia.evaluation.speed import peak_memory_bytes
-    from intarsia.progress import Silent
     from intarsia.recipe.algebra import concat_of
     from intarsia.recipe.recipe import Variant, identity
 
@@ -78,7 +77,7 @@ def build(folder: Path, out: Path, depth: int) -> None:
         for index in range(0, depth, 2)
     ]
     before = psutil.Process().memory_info().rss
-    build_recipe(whole.with_layers(layers), out, overwrite=True, progress=Silent())
+    build_recipe(whole.with_layers(layers), out, overwrite=True)
     print(peak_memory_bytes() - before)
 
 

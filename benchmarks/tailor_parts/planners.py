@@ -94,7 +94,7 @@ def _in_family(cut: Recipe, member: Recipe) -> Recipe:
 
 
 def _fitted(judge: Judge, setting: Setting, member: str, cut: Recipe) -> Fitted:
-    checkpoint = open_checkpoint(setting.folder(member), progress=setting.progress)
+    checkpoint = open_checkpoint(setting.folder(member))
     resident = LoadedModel(checkpoint, device=default_device())
     with TeacherStates(Loop(resident, Batches(judge.corpus, resident.device))) as teacher:
         return fit(cut, teacher)[0].fitted

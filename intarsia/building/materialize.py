@@ -19,7 +19,7 @@ from intarsia.checkpoint.tensor_file import TensorHeader
 from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files, write_config
 from intarsia.errors import UserError
 from intarsia.inspection.structure import problem_of
-from intarsia.progress import Progress, current
+from intarsia.progress import current
 from intarsia.recipe import schema
 from intarsia.recipe.ops import LayerRef
 from intarsia.recipe.recipe import Recipe
@@ -39,7 +39,6 @@ def materialize(
     overwrite: bool = False,
     max_shard_bytes: int = 5 * 10**9,
     finish: Callable[[Path], None] | None = None,
-    progress: Progress | None = None,
 ) -> None:
     """Build a recipe into a model folder, which appears whole or not at all.
 
@@ -84,7 +83,7 @@ def materialize(
     inputs += [checkpoint.adapter.folder for checkpoint in variants.values() if checkpoint.adapter is not None]
     with (
         CheckpointWriter(out, plans, overwrite=overwrite, max_shard_bytes=max_shard_bytes, inputs=inputs) as writer,
-        (progress or current()).task("building", len(recipe.layers)) as task,
+        current().task("building", len(recipe.layers)) as task,
     ):
         for name in outside:
             writer.write(base.stored_name(name), outside_tensor(base, name, kept))

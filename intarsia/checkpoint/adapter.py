@@ -22,7 +22,7 @@ from intarsia.checkpoint.tensor_file import map_tensor, read_headers
 from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files
 from intarsia.disk import read_json
 from intarsia.errors import Problem, Problems, UserError
-from intarsia.progress import Progress, current
+from intarsia.progress import current
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -48,7 +48,6 @@ def open_variant(
     *,
     revision: str | None = None,
     base: Checkpoint | None = None,
-    progress: Progress | None = None,
 ) -> Checkpoint:
     """A variant, wherever it is: a folder, a hub id, `demo`, or the folder or hub id of a PEFT adapter.
 
@@ -62,14 +61,14 @@ def open_variant(
         UserError: it cannot be found, is no checkpoint that can be used, or is an adapter for another base.
     """
     model = plain_name(model)
-    folder = resolve(model, revision=revision, progress=progress)
+    folder = resolve(model, revision=revision)
     if not is_adapter(folder):
         return Checkpoint.open(folder, model=model, revision=revision, dequantize=True)
     config = read_adapter_config(folder)
-    base = base or _named_base(folder, model, config, progress)
+    base = base or _named_base(folder, model, config)
     base = base if base.adapter is None else base.adapter.base
     sha256 = _sha256(folder, config)
-    merged = _merged_folder(folder, sha256, base, progress or current())
+    merged = _merged_folder(folder, sha256, base)
     changed = read_json(merged / _CHANGED_FILE, expected="names of tensors", remedy=f"Remove {merged}.")["changed"]
     adapter = Adapter(
         folder=folder,
@@ -104,7 +103,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _named_base(folder: Path, model: str, config: Mapping[str, Any], progress: Progress | None) -> Checkpoint:
+def _named_base(folder: Path, model: str, config: Mapping[str, Any]) -> Checkpoint:
     named = config.get("base_model_name_or_path")
     if not named:
         raise UserError(
@@ -112,7 +111,7 @@ def _named_base(folder: Path, model: str, config: Mapping[str, Any], progress: P
             "Name its base beside it, as the base of the recipe or family.",
         )
     try:
-        return open_checkpoint(str(named), progress=progress)
+        return open_checkpoint(str(named))
     except UserError as error:
         raise UserError(
             f"The adapter {model} names {str(named)!r} as its base, which cannot be used: {error.problems[0].message}",
@@ -131,14 +130,14 @@ def _sha256(folder: Path, config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([deciding, sha256_of(folder / WEIGHTS_FILE)]).encode()).hexdigest()
 
 
-def _merged_folder(folder: Path, sha256: str, base: Checkpoint, progress: Progress) -> Path:
+def _merged_folder(folder: Path, sha256: str, base: Checkpoint) -> Path:
     """The folder of the merged model; made the first time."""
     files = {header.file for header in [*base.headers.values(), *base.kept.values()]} | {base.folder / "config.json"}
     key = hashlib.sha256(json.dumps([fingerprint(files, _VERSION), sha256]).encode()).hexdigest()
     merged = cache_folder() / "merged" / key
     if not (merged / _CHANGED_FILE).exists():
         _check_finite(folder / WEIGHTS_FILE)
-        _write(Merged(folder / WEIGHTS_FILE, base), folder, merged, progress)
+        _write(Merged(folder / WEIGHTS_FILE, base), folder, merged)
     return merged
 
 
@@ -147,7 +146,7 @@ def _check_finite(file: Path) -> None:
     Problems(not_finite_in(header, bad) for header, bad in checked if bad).raise_any(most=_MOST_NAMED)
 
 
-def _write(model: Merged, adapter: Path, out: Path, progress: Progress) -> None:
+def _write(model: Merged, adapter: Path, out: Path) -> None:
     base, tensors = model.base, model.plan()
     plans = [TensorPlan(name=base.stored_name(name), dtype=dtype, shape=shape) for name, dtype, shape in tensors]
     kept = [TensorPlan(name=header.name, dtype=header.dtype, shape=header.shape) for header in base.kept.values()]
@@ -155,7 +154,7 @@ def _write(model: Merged, adapter: Path, out: Path, progress: Progress) -> None:
     title = f"Merging {adapter.name}"
     with (
         CheckpointWriter(out, [*plans, *kept], overwrite=True) as writer,
-        progress.task(title, sum(plan.nbytes for plan in plans)) as task,
+        current().task(title, sum(plan.nbytes for plan in plans)) as task,
     ):
         for plan, (name, _, _) in zip(plans, tensors, strict=True):
             tensor = model.tensor(name)

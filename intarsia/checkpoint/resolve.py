@@ -17,7 +17,7 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.writer import TEMPLATES
 from intarsia.errors import UserError
 from intarsia.options import ModelRef
-from intarsia.progress import Progress, current
+from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe
 
 DEMO = "demo"
@@ -42,7 +42,7 @@ _OTHER_WAYS = "Pass a local model folder or `demo`"
 _GGUF_ONLY = "--gguf-file NAME, or OWNER/NAME/FILE.gguf, names a GGUF file of a hub model."
 
 
-def resolve(model: str, *, revision: str | None = None, progress: Progress | None = None) -> Path:
+def resolve(model: str, *, revision: str | None = None) -> Path:
     """The folder of a model; a hub model is downloaded when it is not in the hub's cache yet.
 
     A local folder counts before a hub id of the same name; a local folder called `demo` is `./demo`. A GGUF file is
@@ -51,7 +51,7 @@ def resolve(model: str, *, revision: str | None = None, progress: Progress | Non
     Raises:
         UserError: there is no such folder, file or hub model, the hub cannot be reached, or a GGUF file cannot be read.
     """
-    progress, name = progress or current(), plain_name(model)
+    name = plain_name(model)
     path = local_path(name)
     here = name == DEMO or (path is not None and (path.is_dir() or path.suffix == GGUF))
     if here and revision is not None:
@@ -59,10 +59,10 @@ def resolve(model: str, *, revision: str | None = None, progress: Progress | Non
             f"--revision is given, and the model {name!r} is not looked up on the hub.", "Leave the revision out."
         )
     if name == DEMO:
-        return demo_folder(progress)
+        return demo_folder()
     if here and path is not None:
         file = only_gguf(path) if path.is_dir() else path
-        return path if file is None else gguf_folder(file, progress)
+        return path if file is None else gguf_folder(file)
     if path is not None or hub_id(name) is None:
         raise UserError(
             f"There is no model {model!r}: it is "
@@ -71,37 +71,28 @@ def resolve(model: str, *, revision: str | None = None, progress: Progress | Non
         )
     on_hub = hub_gguf(name)
     if on_hub is not None:
-        return gguf_folder(_download_file(*on_hub, revision, progress), progress)
-    return _download(name, revision, progress)
+        return gguf_folder(_download_file(*on_hub, revision))
+    return _download(name, revision)
 
 
-def open_checkpoint(
-    model: str,
-    *,
-    revision: str | None = None,
-    gguf_file: str | None = None,
-    dequantize: bool = False,
-    progress: Progress | None = None,
-) -> Checkpoint:
+def open_checkpoint(model: ModelRef | str) -> Checkpoint:
     """A model opened for reading, wherever it is.
-
-    Args:
-        gguf_file: the file of that name in a folder or hub model.
-        dequantize: read weights of 8 bits as ordinary ones.
 
     Raises:
         UserError: it cannot be found, or is no checkpoint that can be used.
     """
-    dequantize = dequantize or model != plain_name(model)
-    model = plain_name(model, gguf_file=gguf_file)
-    folder = resolve(model, revision=revision, progress=progress)
-    return Checkpoint.open(folder, model=model, revision=revision, dequantize=dequantize)
+    ref = ModelRef.of(model)
+    name = plain_name(ref.model)
+    dequantize = ref.dequantize or name != ref.model
+    if ref.gguf_file is not None:
+        name = f"{name.rstrip('/')}/{ref.gguf_file}"
+    folder = resolve(name, revision=ref.revision)
+    return Checkpoint.open(folder, model=name, revision=ref.revision, dequantize=dequantize)
 
 
-def plain_name(model: str, *, gguf_file: str | None = None) -> str:
-    """A model's name as recipes keep it: with the GGUF file, and without `dequantize:`."""
-    name = model.removeprefix(_DEQUANTIZE)
-    return name if gguf_file is None else f"{name.rstrip('/')}/{gguf_file}"
+def plain_name(model: str) -> str:
+    """A model's name as recipes keep it, without `dequantize:`."""
+    return model.removeprefix(_DEQUANTIZE)
 
 
 def local_path(model: str) -> Path | None:
@@ -162,7 +153,7 @@ def hub_gguf(model: str) -> tuple[str, str] | None:
     return None if found is None else (found[1], found[2])
 
 
-def _download(model: str, revision: str | None, progress: Progress) -> Path:
+def _download(model: str, revision: str | None) -> Path:
     # Imported here because it takes longer than everything that a local folder needs.
     from huggingface_hub import snapshot_download
 
@@ -171,7 +162,7 @@ def _download(model: str, revision: str | None, progress: Progress) -> Path:
         snapshot_download(model, revision=revision, allow_patterns=[f"{TEMPLATES}/*.jinja"])
         return snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
 
-    folder = _fetched(fetch, model, revision, progress)
+    folder = _fetched(fetch, model, revision)
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"The hub model {model} has no weights in safetensors files.",
@@ -181,14 +172,14 @@ def _download(model: str, revision: str | None, progress: Progress) -> Path:
     return folder
 
 
-def _download_file(model: str, file: str, revision: str | None, progress: Progress) -> Path:
+def _download_file(model: str, file: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
-    return _fetched(lambda: hf_hub_download(model, file, revision=revision), model, revision, progress)
+    return _fetched(lambda: hf_hub_download(model, file, revision=revision), model, revision)
 
 
-def _fetched(fetch: Callable[[], str], model: str, revision: str | None, progress: Progress) -> Path:
-    progress.say(f"Looking up {model} on the HuggingFace hub")
+def _fetched(fetch: Callable[[], str], model: str, revision: str | None) -> Path:
+    current().say(f"Looking up {model} on the HuggingFace hub")
     try:
         return Path(fetch())
     except Exception as error:

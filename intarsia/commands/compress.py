@@ -205,7 +205,7 @@ def compress(
                 measuring.texts = {"test": job.text.test}
             if not measuring.texts:
                 report.say("no perplexity: the calibration text has nothing left to test on; give --eval-text")
-            small = open_checkpoint(str(built.out), progress=report)
+            small = open_checkpoint(str(built.out))
             bare = replace(recipe, fitted={}) if recipe.fitted else None
             with work.part("evaluation", 4):
                 before, after = _measured(job, small, measuring, unhealed=bare)

@@ -71,7 +71,7 @@ def export(
     check_no_input(out, inputs_of(models=[ref]))
     check_file(out, overwrite=overwrite)
     send_off = push_later(push_to, private=private)
-    checkpoint = open_checkpoint(ref.model, revision=ref.revision, gguf_file=ref.gguf_file, dequantize=ref.dequantize)
+    checkpoint = open_checkpoint(ref)
     check_no_input(out, [checkpoint.folder])
     name = checkpoint.folder.resolve().name
     plan = plan_gguf(checkpoint, load_tokenizer(checkpoint), gguf, name=name, tokenizer_pre=tokenizer_pre)

@@ -266,7 +266,7 @@ class Subject:
         self.recipe, self.text, self._run = recipe, text, run
         placed = Placement.of(runtime)
         self.placement = replace(placed, devices=(launch.own_device(placed.device), *placed.devices[1:]))
-        self.variants = {name: verified(each) for name, each in open_variants(recipe, current()).items()}
+        self.variants = {name: verified(each) for name, each in open_variants(recipe).items()}
         self.base = self.variants[recipe.base]
         self.teacher = None if teacher is None else open_checkpoint(teacher)
         if self.teacher is not None:

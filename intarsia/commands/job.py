@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from intarsia import __version__, progress
+from intarsia import __version__
 from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import LoadedModel, default_device
@@ -123,14 +123,8 @@ class Job:
         self.runtime = runtime or Runtime()
         self.placement = Placement.of(self.runtime)
         self.others = dict(others or {})
-        if isinstance(model, Checkpoint):
-            self.checkpoint, self.model, self.revision = model, model.model, model.revision
-        else:
-            ref = ModelRef.of(model)
-            self.checkpoint = open_checkpoint(
-                ref.model, revision=ref.revision, gguf_file=ref.gguf_file, dequantize=ref.dequantize
-            )
-            self.model, self.revision = self.checkpoint.model, ref.revision
+        self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(ModelRef.of(model))
+        self.model, self.revision = self.checkpoint.model, self.checkpoint.revision
         check_config(self.checkpoint)
         self._text = text
         if text is not None:
@@ -154,7 +148,7 @@ class Job:
     @cached_property
     def sha256(self) -> str:
         """The hash of its weights, all of them finite."""
-        return scan(self.checkpoint, progress.current())
+        return scan(self.checkpoint)
 
     @cached_property
     def resident(self) -> LoadedModel:

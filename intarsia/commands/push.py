@@ -6,37 +6,33 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from intarsia import progress
+from intarsia.commands.result import Result
 from intarsia.errors import UserError
 from intarsia.flags import Flag
-
-if TYPE_CHECKING:
-    from intarsia.exporting.hub import Parcel
+from intarsia.progress import current
 
 R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PushResult:
-    """What was sent."""
+class PushResult(Result):
+    """What was sent, or would be."""
 
     source: Path
-    parcel: Parcel
-    # None for a dry run, which sends nothing
+    repository: str
+    private: bool
+    account: str
+    # `file` and `bytes` of each.
+    files: tuple[dict[str, Any], ...]
+    # Places on this machine that the recipe names, which everyone can read; None where there are none.
+    mentions: tuple[str, ...] | None
+    # Of all files.
+    bytes: int
+    # False for a dry run, which sends nothing.
+    sent: bool
     address: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        mentions = list(self.parcel.mentions) or None
-        return {
-            "source": str(self.source),
-            **self.parcel.to_dict(),
-            "mentions": mentions,
-            "sent": self.address is not None,
-            "address": self.address,
-        }
 
 
 def push(
@@ -53,16 +49,40 @@ def push(
     Raises:
         UserError: there is nothing to send, nobody is logged in, or the hub cannot be reached.
     """
-    from intarsia.exporting.hub import account_for, parcel, send
+    from intarsia.building.materialize import RECIPE_FILE
+    from intarsia.checkpoint.resolve import local_path
+    from intarsia.recipe import schema
 
     source = Path(source)
     if not source.is_file() and not (source / "config.json").is_file():
         found = "a folder without a config.json" if source.is_dir() else "no file or folder"
         raise UserError(f"{source} is {found}.", "Pass what `build`, `compress`, `heal` or `export` has written.")
-    wanted = parcel(source, repository, private=private, account=account_for(repository))
-    for place in wanted.mentions:
-        progress.current().say(f"the uploaded recipe names a place on this machine: {place}")
-    return PushResult(source=source, parcel=wanted, address=None if dry_run else send(source, wanted))
+    account = _account(repository)
+    repository = repository if "/" in repository else f"{account}/{repository}"
+    if source.is_file():
+        files = {source.name: source}
+    else:
+        every = {file.relative_to(source).as_posix(): file for file in sorted(source.rglob("*")) if file.is_file()}
+        files = {name: file for name, file in every.items() if not any(p.startswith(".") for p in Path(name).parts)}
+    mentions: tuple[str, ...] = ()
+    if (source / RECIPE_FILE).is_file():
+        variants = schema.load(source / RECIPE_FILE).variants
+        mentions = tuple(variant.model for variant in variants if local_path(variant.model) is not None)
+    for place in mentions:
+        current().say(f"the uploaded recipe names a place on this machine: {place}")
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    address = None if dry_run else _send(source, repository, list(files), private=private)
+    return PushResult(
+        source=source,
+        repository=repository,
+        private=private,
+        account=account,
+        files=tuple({"file": name, "bytes": size} for name, size in sizes.items()),
+        mentions=mentions or None,
+        bytes=sum(sizes.values()),
+        sent=address is not None,
+        address=address,
+    )
 
 
 def push_later(repository: str | None, *, private: bool, dry_run: bool = False) -> Callable[[R, Path], R]:
@@ -78,9 +98,7 @@ def push_later(repository: str | None, *, private: bool, dry_run: bool = False) 
     """
     if repository is None:
         return lambda result, out: result
-    from intarsia.exporting.hub import account_for
-
-    account = account_for(repository)
+    account = _account(repository)
 
     def send_off(result: R, out: Path) -> R:
         wanted = {"repository": repository, "private": private, "account": account, "sent": False}
@@ -89,3 +107,64 @@ def push_later(repository: str | None, *, private: bool, dry_run: bool = False) 
         return dataclasses.replace(result, push=facts)  # type: ignore[type-var]
 
     return send_off
+
+
+def _account(repository: str) -> str:
+    """The account that is logged in, checked before the work.
+
+    Raises:
+        UserError: nobody is, the hub cannot be reached, or the name is none that it takes.
+    """
+    import huggingface_hub
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+        return str(huggingface_hub.HfApi().whoami()["name"])
+    except Exception as error:
+        # Which errors come out of a failed call differs between versions of the hub's client and of the HTTP library
+        # below it. None of them is a defect of this package.
+        raise _not_reached(repository, error, "Nothing was sent.") from error
+
+
+def _send(what: Path, repository: str, names: list[str], *, private: bool) -> str:
+    """Make the repository where it does not exist, and send everything in one commit; its address.
+
+    Raises:
+        UserError: the hub did not take it. The folder stays as it is.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    again = f"{what} is complete; try again with `intarsia push {what} {repository}`."
+    commit: dict[str, Any] = {"repo_id": repository, "commit_message": f"Upload {what.name} with intarsia"}
+    with current().task(f"sending to {repository}", 1) as task:
+        try:
+            address = str(api.create_repo(repository, private=private, exist_ok=True))
+            if what.is_file():
+                api.upload_file(path_or_fileobj=what, path_in_repo=what.name, **commit)
+            else:
+                api.upload_folder(folder_path=what, allow_patterns=names, **commit)
+        except Exception as error:  # see `_account`
+            raise _not_reached(repository, error, again) from error
+        task.advance()
+    return address
+
+
+def _not_reached(repository: str, error: Exception, then: str) -> UserError:
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.HFValidationError):
+        found, remedy = "it is no name of a repository", "A repository is called `name`, or `owner/name`."
+    elif isinstance(error, errors.LocalTokenNotFoundError) or status == 401:
+        found, remedy = "nobody is logged in", "Run `hf auth login` with a token that may write."
+    elif status == 403:
+        found = "this account may not write there"
+        remedy = "Use a token that may write, and a repository of your own or of an organisation you belong to."
+    elif isinstance(error, errors.OfflineModeIsEnabled):
+        found, remedy = "HF_HUB_OFFLINE is set", "Unset it."
+    else:
+        text = str(error).splitlines()[0] if str(error) else "no message"
+        found, remedy = f"{type(error).__name__}: {text}", "Look at the network, and try again."
+    return UserError(f"The hub does not take {repository}: {found}.", f"{remedy} {then}")

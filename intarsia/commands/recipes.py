@@ -16,7 +16,6 @@ from intarsia.commands.build import BuildResult
 from intarsia.commands.job import versions
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.speed import peak_memory_bytes
-from intarsia.progress import Progress
 from intarsia.pruning.ladder import Ladder
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
@@ -56,11 +55,10 @@ def build_recipe(
     *,
     overwrite: bool,
     max_shard_bytes: int = 5 * 10**9,
-    progress: Progress | None = None,
 ) -> BuildResult:
     """Build a recipe into a model folder with its card."""
     started = time.perf_counter()
-    variants = open_variants(recipe, progress)
+    variants = open_variants(recipe)
     base = variants[recipe.base]
     removed = recipe.depth - len(recipe.layers)
 
@@ -87,12 +85,11 @@ def build_recipe(
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,
         finish=finish,
-        progress=progress,
     )
     return result(out)
 
 
-def open_variants(recipe: Recipe, progress: Progress | None = None) -> dict[str, Checkpoint]:
+def open_variants(recipe: Recipe) -> dict[str, Checkpoint]:
     """Every variant of a recipe, opened, and the same as when the recipe was made.
 
     Raises:
@@ -103,9 +100,9 @@ def open_variants(recipe: Recipe, progress: Progress | None = None) -> dict[str,
     # The base first: adapters among the others are merged into it.
     for variant in sorted(recipe.variants, key=lambda variant: variant.name != recipe.base):
         base = variants.get(recipe.base)
-        checkpoint = open_variant(variant.model, revision=variant.revision, base=base, progress=progress)
+        checkpoint = open_variant(variant.model, revision=variant.revision, base=base)
         variants[variant.name] = checkpoint
-        found = scan(checkpoint, progress)
+        found = scan(checkpoint)
         if variant.sha256 not in (None, found):
             problems.append(
                 Problem(

@@ -456,12 +456,12 @@ def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final
         evaluated = None
     run.write_front(front, evaluated)
     if final.build and not run.has_built(sha256):
-        build_recipe(recipe, run.best, overwrite=True, progress=current())
+        build_recipe(recipe, run.best, overwrite=True)
     if evaluated is None and asked is not None:
         evaluator.close()
         models: dict[str, Recipe] = {"incumbent": recipe}
         if plan.file.heals(front.knee.budget):
-            models = {"incumbent as cut": trial_recipe(run, front.knee, healed=False), **models}
+            models = {"incumbent as pruned": trial_recipe(run, front.knee, healed=False), **models}
         found = final_scores(plan.file, family, models, plan.runtime, examples=asked)
         if found is not None:
             evaluated = {"recipe": sha256, "trial": front.knee.number, "asked": asked, **found}

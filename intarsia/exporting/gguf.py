@@ -26,7 +26,7 @@ from intarsia.checkpoint.staging import check_room
 from intarsia.disk import replaced
 from intarsia.errors import Problem, Problems, UserError
 from intarsia.exporting.gguf_tokenizer import GgufTokenizer, add_tokenizer, gguf_tokenizer
-from intarsia.progress import Progress, current
+from intarsia.progress import current
 
 KINDS = ("F16", "Q8_0", "F32", "BF16")
 _GRAPHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -213,7 +213,7 @@ def check_file(out: Path, *, overwrite: bool, nbytes: int = 0) -> None:
     check_room(out, nbytes)
 
 
-def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, out: Path, progress: Progress | None = None) -> None:
+def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, out: Path) -> None:
     """Write the file; a few rows of one tensor are in memory at a time.
 
     Raises:
@@ -224,7 +224,7 @@ def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, out: Path, progress: Prog
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         replaced(out) as staged,
-        (progress or current()).task(f"writing {out.name}", plan.nbytes) as task,
+        current().task(f"writing {out.name}", plan.nbytes) as task,
     ):
         writer = gguf.GGUFWriter(staged, plan.graph)
         try:

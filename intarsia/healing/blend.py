@@ -61,7 +61,7 @@ def over_its_blend(
     if not folder.exists():
         require_room(run, variants[recipe.base].nbytes, f"the model that it learns from, {BLEND}", option="--run")
         progress.current().say(f"made of several models: it learns from {BLEND}")
-        materialize(blend_of(recipe), variants, folder, progress=progress.current())
+        materialize(blend_of(recipe), variants, folder)
     blend = Checkpoint.open(folder, model=str(folder))
     name = _NAME
     while name in variants:
@@ -73,7 +73,7 @@ def over_its_blend(
 
     made = replace(
         recipe,
-        variants=(Variant(name=name, model=str(folder), sha256=scan(blend, progress.current())), *recipe.variants),
+        variants=(Variant(name=name, model=str(folder), sha256=scan(blend)), *recipe.variants),
         base=name,
         layers=tuple(over(op) for op in recipe.layers),
     )

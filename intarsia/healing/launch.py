@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from intarsia.errors import UserError, missing_package
+from intarsia.errors import missing_package
 
 _LONGEST_WAIT = timedelta(days=7)
 """Other processes wait while the first one does what only one can do."""
@@ -47,8 +47,11 @@ def accelerator(*, device: torch.device, log: str | None = None, folder: Path | 
 
     Precision is ours (`Distiller`), so that it is the same on one CPU and under FSDP.
 
+    Args:
+        log: a tracker that Accelerate knows (see `stages.end_to_end.check`).
+
     Raises:
-        UserError: accelerate is not installed, or it cannot log with that tracker.
+        UserError: accelerate is not installed.
     """
     try:
         from accelerate import Accelerator
@@ -57,24 +60,9 @@ def accelerator(*, device: torch.device, log: str | None = None, folder: Path | 
         raise missing_package("accelerate", where="end-to-end training", extra="train", error=error) from error
     # It warns that a tied head is stored once, at every snapshot.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    try:
-        made = Accelerator(
-            cpu=device.type == "cpu",
-            log_with=log,
-            project_config=None if folder is None else ProjectConfiguration(project_dir=str(folder)),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
-        )
-    except ValueError as error:
-        if log is None:
-            raise
-        raise _unknown_tracker(log, str(error)) from error
-    if log is not None and not made.log_with:
-        raise _unknown_tracker(log, "its package is not installed")
-    return made
-
-
-def _unknown_tracker(log: str, found: str) -> UserError:
-    return UserError(
-        f"--log {log} is not a tracker that Accelerate can use: {found}.",
-        "Install its package, or choose another, such as tensorboard.",
+    return Accelerator(
+        cpu=device.type == "cpu",
+        log_with=log,
+        project_config=None if folder is None else ProjectConfiguration(project_dir=str(folder)),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
     )

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from intarsia.architecture.spec import Part
 from intarsia.errors import check
-from intarsia.flags import options_of
+from intarsia.flags import flag, options_of
 
 Layers: TypeAlias = Literal["spans", "after"]
 """Which output layers a stage changes. `spans`: those that stand for more than one original layer, or were merged;
@@ -27,23 +27,19 @@ RIDGES = tuple(10.0**exponent for exponent in (-4, -3.5, -3, -2.5, -2, -1.5, -1,
 class ClosedFormSettings:
     """How the closed form fits."""
 
-    layers: Layers = "after"
-    # Output projections to fit on layers that stand for more than themselves, in this order.
-    changed: tuple[Part, ...] = ("mlp", "attention", "mlp")
-    # Output projections to fit on the layers after them, in this order. All but the first only on as many layers, from
-    # the front, as keep the cost of the fit within `closed_form.MOST_PASSES` of the model.
-    unchanged: tuple[Part, ...] = ("mlp",)
-    # `relative`: a token counts with 1 / |H^b|^2; `uniform`: all the same.
-    weighting: Literal["relative", "uniform"] = "relative"
-    # Every n-th sequence is held out, to choose the ridge strength by.
-    held_out: int = 8
-    # Strengths to choose from, relative to the feature scale, ascending.
+    # Layers that are fitted: those that were changed, or also every layer after the first of them.
+    layers: Layers = flag("after", "--fit-layers")
+    # Output projections that are fitted on changed layers, in this order.
+    changed: tuple[Part, ...] = flag(("mlp", "attention", "mlp"), "--fit-changed")
+    # Output projections that are fitted on the layers after them, in this order; all but the first only on as many
+    # layers, from the front, as keep the cost of the fit within three passes of the model.
+    unchanged: tuple[Part, ...] = flag(("mlp",), "--fit-unchanged")
+    # What a token counts in a fit: less where its hidden state is large, or all the same.
+    weighting: Literal["relative", "uniform"] = flag("relative", "--fit-weighting")
+    # Every n-th sequence chooses the ridge strength.
+    held_out: int = flag(8, "--fit-held-out")
+    # Ridge strengths to choose from, relative to the feature scale, ascending.
     ridges: tuple[float, ...] = RIDGES
-
-
-LAST = ClosedFormSettings(unchanged=("mlp", "attention"), held_out=32)
-"""How the final model is fitted. Other text decides about it, so held-out sequences only choose the strength, and few
-suffice."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,6 +70,13 @@ class Join:
 
 
 Choice: TypeAlias = Keep | Join
+Slot: TypeAlias = tuple[int, int]
+"""A position, and how often it occurs before: in a stack some positions occur twice."""
+
+
+def slots(positions: Sequence[int]) -> list[Slot]:
+    """The slots of a candidate with these positions."""
+    return [(position, positions[:index].count(position)) for index, position in enumerate(positions)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +93,10 @@ class Candidate:
     def items(self) -> tuple[tuple[int, Choice], ...]:
         """Positions with their choices."""
         return tuple(zip(self.positions, self.choices, strict=True))
+
+    def by_slot(self) -> dict[Slot, Choice]:
+        """Choices by slot."""
+        return dict(zip(slots(self.positions), self.choices, strict=True))
 
 
 def single(member: str) -> Keep:

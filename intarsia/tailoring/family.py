@@ -18,7 +18,6 @@ from intarsia.checkpoint.multimodal import text_config
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import DEMO, lasting, not_downloaded, resolve
 from intarsia.errors import Problem, Problems, UserError
-from intarsia.progress import current
 from intarsia.recipe.recipe import Variant
 from intarsia.tailoring.family_file import MemberSpec
 
@@ -174,7 +173,7 @@ def read_config_only(
     """
     folder = Path(os.path.expanduser(model))
     if model == DEMO or folder.is_dir():
-        folder = resolve(model, revision=revision, progress=current())
+        folder = resolve(model, revision=revision)
         if is_adapter(folder) and base is not None:
             read_adapter_config(folder)
             return base.config, base.architecture
@@ -243,7 +242,7 @@ class Family:
         found = []
         for member in self.members:
             model = lasting(member.model)
-            sha256 = None if member.checkpoint is None else scan(member.checkpoint, current())
+            sha256 = None if member.checkpoint is None else scan(member.checkpoint)
             found.append(Variant(name=member.name, model=model, revision=member.revision, sha256=sha256))
         return tuple(found)
 
@@ -278,7 +277,7 @@ def _member(name: str, spec: MemberSpec, base: Member | None, weights: bool, con
     config: Mapping[str, Any]
     if weights:
         over = None if base is None else base.checkpoint
-        checkpoint = open_variant(spec.model, revision=spec.revision, base=over, progress=current())
+        checkpoint = open_variant(spec.model, revision=spec.revision, base=over)
         config, architecture = checkpoint.config, checkpoint.architecture
     else:
         config, architecture = read_config_only(spec.model, spec.revision, base, configs=configs)

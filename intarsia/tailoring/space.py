@@ -19,7 +19,7 @@ from intarsia.architecture.spec import Architecture
 from intarsia.errors import Problem, Problems, UserError
 from intarsia.recipe.methods import METHODS
 from intarsia.recipe.ops import MergeMethod
-from intarsia.tailoring.candidate import Candidate, Choice, Join, Keep, Menu, single
+from intarsia.tailoring.candidate import Candidate, Choice, Join, Keep, Menu, Slot, single, slots
 
 if TYPE_CHECKING:
     from intarsia.tailoring.family_file import FamilyFile, Range
@@ -138,18 +138,17 @@ class Space:
         positions = self.positions(changed)
         return Candidate(positions=positions, choices=tuple(single(self.menu.members[0]) for _ in positions))
 
-    def arrange(self, changed: Sequence[int], choices: Mapping[tuple[int, int], Choice]) -> Candidate:
-        """A candidate from the removed (or doubled) layers and choices by position and occurrence.
+    def arrange(self, changed: Sequence[int], choices: Mapping[Slot, Choice]) -> Candidate:
+        """A candidate from the removed (or doubled) layers and choices by slot.
 
         A position without a choice is the base's layer; a join that is not possible there is its first layer, whole.
         """
         positions = self.positions(changed)
         base = single(self.menu.members[0])
         found: list[Choice] = []
-        for index, position in enumerate(positions):
-            occurrence = positions[:index].count(position)
-            choice = choices.get((position, occurrence), base)
-            if isinstance(choice, Join) and not self.joined(position, positions):
+        for slot in slots(positions):
+            choice = choices.get(slot, base)
+            if isinstance(choice, Join) and not self.joined(slot[0], positions):
                 choice = single(choice.first)
             elif isinstance(choice, Keep) and choice.mlp == choice.attention:
                 choice = Keep(attention=choice.attention, scale=choice.scale)
@@ -177,10 +176,7 @@ class Space:
         """Layers drawn evenly; each is kept or, where that is possible, joined with equal chance."""
         changed = rng.sample(range(self.depth), self.changes)
         positions = self.positions(changed)
-        choices = {
-            (position, positions[:index].count(position)): self.random_choice(rng, self.joined(position, positions))
-            for index, position in enumerate(positions)
-        }
+        choices = {slot: self.random_choice(rng, self.joined(slot[0], positions)) for slot in slots(positions)}
         return self.arrange(changed, choices)
 
     def random_middle(self, rng: Random) -> Candidate:

@@ -18,7 +18,7 @@ from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.methods import METHODS, with_defaults
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Mix, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
-from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single, usual
+from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single, slots, usual
 from intarsia.tailoring.space import Space
 
 PieceScores = Mapping[LayerRef, Mapping[Part, Tensor]]
@@ -138,10 +138,8 @@ class Translator:
         whole = tuple(range(self.space.depth)) if fusion else self.space.positions(changed)
         if tuple(positions) != whole or len(changed) != self.space.changes:
             return None
-        found: dict[tuple[int, int], Choice] = {}
-        for index, (position, op) in enumerate(zip(positions, recipe.layers, strict=True)):
-            if position in self.space.starts:
-                found[position, positions[:index].count(position)] = self._choice(op, known)
+        places = zip(slots(positions), recipe.layers, strict=True)
+        found = {slot: self._choice(op, known) for slot, op in places if slot[0] in self.space.starts}
         return self.space.arrange(changed, found)
 
     @cached_property

@@ -30,7 +30,7 @@ from intarsia.pruning.scores import part_scores
 from intarsia.recipe.ops import LayerRef, MergeMethod
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.schema import content_hash
-from intarsia.tailoring.candidate import Blend, Choice, Keep, Menu, from_plain, single, to_plain
+from intarsia.tailoring.candidate import Blend, Keep, Menu, from_plain, single, slots, to_plain
 from intarsia.tailoring.engine import Start
 from intarsia.tailoring.history import Front, Trial
 from intarsia.tailoring.space import Space
@@ -98,14 +98,12 @@ def from_recipe(recipe: Recipe, translator: Translator, name: str) -> list[Start
 def _with_members(start: Start, space: Space, name: str) -> Iterator[Start]:
     yield start
     changed = space.changed(start.candidate.positions)
-    positions = space.positions(changed)
+    places = slots(space.positions(changed))
     everywhere = {f"on {member}": single(member) for member in space.menu.singles[1:]}
     everywhere |= {f"merged by {method}": Keep(attention=blend) for method, blend in _merged(space.menu)}
     for how, choice in everywhere.items():
-        choices: dict[tuple[int, int], Choice] = {
-            (position, positions[:index].count(position)): choice for index, position in enumerate(positions)
-        }
-        yield Start(candidate=space.arrange(changed, choices), origin=f"warm start: {name} {how}")
+        candidate = space.arrange(changed, dict.fromkeys(places, choice))
+        yield Start(candidate=candidate, origin=f"warm start: {name} {how}")
 
 
 def _merged(menu: Menu) -> Iterator[tuple[MergeMethod, Blend]]:

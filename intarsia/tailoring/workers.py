@@ -145,13 +145,12 @@ class InProcess:
     def next(self) -> Done:
         """Run it."""
         assert self._next is not None
-        (number, recipe, budget), self._next = self._next, None
-        outcome, reason, attempts = scored(self._scorer, recipe, budget)
-        return Done(number=number, outcome=outcome, reason=reason, attempts=attempts, worker="0")
+        trial, self._next = self._next, None
+        return scored(self._scorer, *trial, worker="0")
 
 
-def scored(scorer: Scorer, recipe: Recipe, budget: int) -> tuple[Outcome | None, str | None, int]:
-    """An outcome, or why there is none though it was tried again; and how often it was tried.
+def scored(scorer: Scorer, number: int, recipe: Recipe, budget: int, *, worker: str) -> Done:
+    """A trial: its outcome, or why there is none though it was tried again.
 
     Raises:
         UserError: something that every trial would meet.
@@ -159,7 +158,8 @@ def scored(scorer: Scorer, recipe: Recipe, budget: int) -> tuple[Outcome | None,
     reason = ""
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return scorer.evaluate(recipe, budget), None, attempt
+            outcome = scorer.evaluate(recipe, budget)
+            return Done(number=number, outcome=outcome, reason=None, attempts=attempt, worker=worker)
         except TrialFailed as failure:
             reason = failure.reason
         except UserError:
@@ -167,7 +167,7 @@ def scored(scorer: Scorer, recipe: Recipe, budget: int) -> tuple[Outcome | None,
         except Exception as error:
             # Whatever error a candidate causes in a library, the search continues; it stops if the first trials fail.
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return None, reason[:_LONGEST], ATTEMPTS
+    return Done(number=number, outcome=None, reason=reason[:_LONGEST], attempts=ATTEMPTS, worker=worker)
 
 
 class OnDask:
@@ -183,7 +183,7 @@ class OnDask:
     def submit(self, number: int, recipe: Recipe, budget: int) -> None:
         """Submit it to Dask."""
         place = Place(count=self.count if self._threads is not None else 1, threads=self._threads)
-        work = (_score_here, self._key, self._opener, place, recipe, budget)
+        work = (_score_here, self._key, self._opener, place, number, recipe, budget)
         # A unique key: Dask must not take two tasks for the same because their arguments look alike.
         self._open[self._client.submit(*work, key=f"intarsia-{uuid4().hex}", pure=False, retries=0)] = number
 
@@ -198,11 +198,11 @@ class OnDask:
         future = self._first_done()
         number = self._open.pop(future)
         try:
-            outcome, reason, attempts, worker = future.result()
+            done: Done = future.result()
         except KilledWorker:
             reason = "every worker that tried it died"
             return Done(number=number, outcome=None, reason=reason, attempts=ATTEMPTS, worker="lost")
-        return Done(number=number, outcome=outcome, reason=reason, attempts=attempts, worker=worker)
+        return done
 
     def _first_done(self) -> Any:
         from distributed import TimeoutError as NotYet
@@ -223,9 +223,7 @@ class OnDask:
 
     def cancel(self) -> None:
         """Cancel what is running."""
-        if self._open:
-            self._client.cancel(list(self._open))
-        self._open.clear()
+        self._client.cancel(list(self._open))
 
 
 @contextmanager
@@ -271,9 +269,7 @@ _SCORERS: dict[str, Scorer] = {}
 """The scorer of this worker process, by search."""
 
 
-def _score_here(
-    key: str, opener: Opener, place: Place, recipe: Recipe, budget: int
-) -> tuple[Outcome | None, str | None, int, str]:
+def _score_here(key: str, opener: Opener, place: Place, number: int, recipe: Recipe, budget: int) -> Done:
     """Runs in a worker."""
     from distributed import get_worker
 
@@ -283,7 +279,7 @@ def _score_here(
             old.close()
         _SCORERS.clear()
         _SCORERS[key] = opener(replace(place, index=int(name) if name.isdecimal() else 0))
-    return *scored(_SCORERS[key], recipe, budget), name
+    return scored(_SCORERS[key], number, recipe, budget, worker=name)
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import UserError
-from intarsia.progress import Silent
 
 peft = pytest.importorskip("peft")
 
@@ -140,7 +139,7 @@ def test_the_demo_familys_adapters(which: str) -> None:
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
     try:
-        demo = demo_folder(Silent())
+        demo = demo_folder()
     except UserError as error:
         pytest.skip(str(error))
     base = Checkpoint.open(demo, model="demo")

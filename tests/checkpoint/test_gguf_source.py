@@ -15,6 +15,7 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import hub_id, lasting, open_checkpoint, plain_name
 from intarsia.errors import UserError
 from intarsia.exporting.gguf import plan_gguf, write_gguf
+from intarsia.options import ModelRef
 from tests import families
 
 gguf = pytest.importorskip("gguf")
@@ -65,9 +66,9 @@ def test_folder_with_several(file: Path) -> None:
         match=r"several GGUF files: F32.gguf, a.gguf. Name one of them: .*F32.gguf, or --gguf-file F32.gguf",
     ):
         open_checkpoint(str(file.parent))
-    name = plain_name(f"{file.parent}/", gguf_file="a.gguf")
-    assert Path(name) == other
-    assert open_checkpoint(name).architecture.n_layers == families.DEPTH
+    found = open_checkpoint(ModelRef(model=f"{file.parent}/", gguf_file="a.gguf"))
+    assert Path(found.model) == other
+    assert found.architecture.n_layers == families.DEPTH
 
 
 def test_file_of_a_hub_model(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +79,10 @@ def test_file_of_a_hub_model(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return str(file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert open_checkpoint("owner/name/tiny.Q8_0.gguf", revision="main").architecture.n_layers == families.DEPTH
+    assert (
+        open_checkpoint(ModelRef(model="owner/name/tiny.Q8_0.gguf", revision="main")).architecture.n_layers
+        == families.DEPTH
+    )
     assert asked == [("owner/name", "tiny.Q8_0.gguf", "main")]
 
 

@@ -16,7 +16,7 @@ from intarsia.checkpoint import hashing as module
 from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.progress import Silent, Task
+from intarsia.progress import Silent, Task, reporting_to
 
 Make = Callable[..., Path]
 
@@ -52,10 +52,10 @@ def poison(folder: Path, **values: float) -> None:
 
 
 def test_hash_does_not_depend_on_shards(saved: dict[str, Path]) -> None:
-    single, sharded = scan(opened(saved["single"]), Silent()), scan(opened(saved["sharded"]), Silent())
+    single, sharded = scan(opened(saved["single"])), scan(opened(saved["sharded"]))
     assert single == sharded
     assert re.fullmatch("[0-9a-f]{64}", single)
-    assert scan(opened(saved["tied"]), Silent()) != single
+    assert scan(opened(saved["tied"])) != single
 
 
 def test_hash_depends_on_name_dtype_shape_and_bytes(model: Make) -> None:
@@ -72,7 +72,7 @@ def test_hash_depends_on_name_dtype_shape_and_bytes(model: Make) -> None:
     hashes = set()
     for change in changes:
         save_file({**plain, **change}, folder / "model.safetensors")
-        hashes.add(scan(opened(folder), Silent()))
+        hashes.add(scan(opened(folder)))
     assert len(hashes) == len(changes)
 
 
@@ -81,11 +81,11 @@ def test_hash_depends_on_name_dtype_shape_and_bytes(model: Make) -> None:
 def test_not_finite(model: Make, monkeypatch: pytest.MonkeyPatch, value: float, chunk: int, cache: Path) -> None:
     monkeypatch.setattr(module, "_BLOCK", chunk)
     folder = model()
-    scan(opened(folder), Silent())
+    scan(opened(folder))
     poison(folder, model__layers__1__mlp__up_proj__weight=value, model__norm__weight=value)
     remembered = sorted((cache / "scan").iterdir())
     with pytest.raises(UserError) as caught:
-        scan(opened(folder), Silent())
+        scan(opened(folder))
     assert [problem.message.split(": ")[1].split()[0] for problem in caught.value.problems] == [
         "model.layers.1.mlp.up_proj.weight",
         "model.norm.weight",
@@ -93,14 +93,14 @@ def test_not_finite(model: Make, monkeypatch: pytest.MonkeyPatch, value: float, 
     assert "in 1 of 1,280 entries" in str(caught.value)
     assert sorted((cache / "scan").iterdir()) == remembered
     with pytest.raises(UserError):
-        scan(opened(folder), Silent())
+        scan(opened(folder))
 
 
 def test_only_the_first_few_are_named(model: Make) -> None:
     folder = model()
     poison(folder, **{name.replace(".", "__"): float("nan") for name in load_file(folder / "model.safetensors")})
     with pytest.raises(UserError) as caught:
-        scan(opened(folder), Silent())
+        scan(opened(folder))
     assert len(caught.value.problems) == 5
 
 
@@ -117,13 +117,14 @@ def test_integers_are_not_asked(model: Make) -> None:
     folder = model()
     tensors = load((folder / "model.safetensors").read_bytes())
     save_file({**tensors, "model.buffer": torch.full((4,), -1)}, folder / "model.safetensors")
-    scan(opened(folder), Silent())
+    scan(opened(folder))
 
 
 def test_second_scan_is_remembered(model: Make, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     folder = model("sharded")
     first = Watched()
-    digest = scan(opened(folder), first)
+    with reporting_to(first):
+        digest = scan(opened(folder))
     assert first.done == first.totals[0] == opened(folder).nbytes
 
     def never(self: Checkpoint, name: str) -> torch.Tensor:
@@ -131,22 +132,23 @@ def test_second_scan_is_remembered(model: Make, monkeypatch: pytest.MonkeyPatch,
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "tensor", never)
-        assert scan(opened(folder), Silent()) == digest
+        assert scan(opened(folder)) == digest
     # Touched or changed files are read again.
     shard = next(folder.glob("*.safetensors"))
     os.utime(shard, ns=(1, 1))
     second = Watched()
-    assert scan(opened(folder), second) == digest
+    with reporting_to(second):
+        assert scan(opened(folder)) == digest
     assert second.done == first.done
     for file in (cache / "scan").iterdir():
         file.write_text("{")
-    assert scan(opened(folder), Silent()) == digest
+    assert scan(opened(folder)) == digest
 
 
 def test_cache_that_cannot_be_written(saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("INTARSIA_CACHE", str(tmp_path / "file" / "below"))
-    assert len(scan(opened(saved["single"]), Silent())) == 64
+    assert len(scan(opened(saved["single"]))) == 64
 
 
 def test_what_of_a_config_changes_the_numbers() -> None:

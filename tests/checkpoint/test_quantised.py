@@ -17,6 +17,7 @@ from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import UserError
+from intarsia.options import ModelRef
 from tests import families, wrappers
 from tests.recipes_by_hand import recipe_of, select
 
@@ -102,7 +103,7 @@ def test_hash_is_that_of_the_ordinary_weights(folder: Path, tmp_path: Path) -> N
 
 
 def test_dequantize_changes_nothing_else(folder: Path) -> None:
-    one, other = open_checkpoint(str(folder)), open_checkpoint(str(folder), dequantize=True)
+    one, other = open_checkpoint(str(folder)), open_checkpoint(ModelRef(model=str(folder), dequantize=True))
     assert one.model == other.model == open_checkpoint(f"dequantize:{folder}").model == str(folder)
     assert one.headers == other.headers
     assert not other.scaled

@@ -14,6 +14,7 @@ from huggingface_hub import constants, errors
 from intarsia.checkpoint import resolve as module
 from intarsia.checkpoint.resolve import open_checkpoint, resolve
 from intarsia.errors import UserError
+from intarsia.options import ModelRef
 
 Make = Callable[..., Path]
 Hub = Callable[[Any], list[dict[str, Any]]]
@@ -77,7 +78,7 @@ def test_file_instead_of_folder(tmp_path: Path) -> None:
 def test_hub_model(model: Make, hub: Hub) -> None:
     folder = model()
     asked = hub(folder)
-    opened = open_checkpoint("owner/name-1.5B", revision="main")
+    opened = open_checkpoint(ModelRef(model="owner/name-1.5B", revision="main"))
     assert (opened.folder, opened.model, opened.revision) == (folder, "owner/name-1.5B", "main")
     assert asked[0]["model"] == "owner/name-1.5B"
     assert asked[0]["revision"] == "main"
@@ -147,7 +148,7 @@ def test_offline_with_the_real_client(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_demo(saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shutil.copytree(saved["tied"], tmp_path / "demo")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "demo_folder", lambda progress: saved["single"])
+    monkeypatch.setattr(module, "demo_folder", lambda: saved["single"])
     assert resolve("demo") == saved["single"]
     assert open_checkpoint("demo").model == "demo"
     assert resolve("./demo") == Path("demo")

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import intarsia
 from intarsia.checkpoint.demo import demo_folder
-from intarsia.progress import Silent
 from intarsia.recipe import schema
 from intarsia.recipe.ops import Concat
 from tests import verbs
@@ -38,7 +37,7 @@ in the end the members decided to ask the citizens themselves. The vote will tak
 @pytest.mark.registry
 def test_compress_the_demo_model(tmp_path: Path) -> None:
     try:
-        demo_folder(Silent())
+        demo_folder()
     except intarsia.UserError as error:
         pytest.skip(f"the demo model is not to be had: {error}")
     text = tmp_path / "licence.txt"

@@ -444,13 +444,13 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
     # Judged before and after, on the other halves.
     assert result.evaluated is not None
     rows = {row["model"]: row for row in result.evaluated["rows"]}
-    assert list(rows) == ["base", "incumbent as cut", "incumbent"]
+    assert list(rows) == ["base", "incumbent as pruned", "incumbent"]
     rest, _ = unseen(file)
     search = rest.search.model_copy(update={"max_budget": max(result.evaluated["examples"].values())})
     rest = rest.model_copy(update={"heal": "none", "search": search})
     judge = open_evaluator(family, rest, Runtime(device="cpu"), probe=False)
     for name, model in (
-        ("incumbent as cut", trial_recipe(folder, result.front.knee, healed=False)),
+        ("incumbent as pruned", trial_recipe(folder, result.front.knee, healed=False)),
         ("incumbent", recipe),
     ):
         costs = judge.evaluate(model, judge.most).costs

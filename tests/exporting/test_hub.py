@@ -76,12 +76,12 @@ def built(model_folder: Folder, tmp_path: Path) -> Path:
 def test_dry_run_says_what_would_be_sent(hub: Hub, built: Path, model_folder: Folder) -> None:
     result = push(built, "small", private=True, dry_run=True)
     assert [call for call, _ in hub.calls] == ["whoami"]
-    assert (result.address, result.parcel.repository, result.parcel.private) == (None, "ada/small", True)
-    found = {file["file"]: file["bytes"] for file in result.parcel.files}
+    assert (result.address, result.repository, result.private) == (None, "ada/small", True)
+    found = {file["file"]: file["bytes"] for file in result.files}
     assert {"README.md", "config.json", "model.safetensors", "recipe/recipe.yaml", "SHA256SUMS"} <= set(found)
     assert ".hidden" not in found
     assert found["model.safetensors"] == (built / "model.safetensors").stat().st_size
-    assert result.parcel.mentions == (str(model_folder("llama")),)
+    assert result.mentions == (str(model_folder("llama")),)
     assert result.to_dict()["bytes"] == sum(found.values())
 
 

@@ -23,9 +23,8 @@ from intarsia.data.text import draw
 from intarsia.errors import UserError
 from intarsia.healing import blend, closed_form, end_to_end
 from intarsia.healing.blend import BLEND, over_its_blend
-from intarsia.healing.settings import LAST
+from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.options import TextSpec
-from intarsia.progress import Silent
 from intarsia.recipe import schema
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.ops import Concat, LayerRef, Merge, Op, Select
@@ -136,7 +135,7 @@ def test_the_closed_form_is_the_one_towards_the_blend(
     made = recipe_of(members, select(0, "math"), average(1), select(3, "lora"), select(5))
     heal(saved(made, tmp_path), tmp_path / "out", data=str(text_file), tokens=4096, seq_len=32)
     found = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml").fitted
-    variants = open_variants(made, Silent())
+    variants = open_variants(made)
     others = {name: checkpoint for name, checkpoint in variants.items() if name != "base"}
     resident = LoadedModel(variants["base"], device=torch.device("cpu"), others=others)
     corpus = draw(
@@ -148,7 +147,11 @@ def test_the_closed_form_is_the_one_towards_the_blend(
     simple, checkpoints = over_its_blend(made, variants, tmp_path / "blend")
     assert [op.sources[0].variant for op in simple.layers] == ["uncut"] * 4
     expected = fit_on(
-        replace(made, layers=simple.layers), _named(resident, "uncut", teacher), train, settings=LAST, layers=teacher
+        replace(made, layers=simple.layers),
+        _named(resident, "uncut", teacher),
+        train,
+        settings=FinalFitSettings(),
+        layers=teacher,
     )[0].fitted
     assert found.keys() == expected.keys() and found
     for index, tensors in expected.items():
@@ -194,7 +197,7 @@ def test_with_nothing_removed_there_is_nothing_to_heal(
 def test_what_cannot_be_a_layer_of_the_blend_stays(members: Mapping[str, Path], tmp_path: Path) -> None:
     """Joins, scaled merges and layers out of their place are made from the members as before."""
     made = recipe_of(members, average(0), joined(members), average(4, 0.9), select(5, "math"))
-    variants = open_variants(made, Silent())
+    variants = open_variants(made)
     found, checkpoints = over_its_blend(made, variants, tmp_path)
     assert [op.sources[0].variant for op in found.layers] == ["uncut", "base", "math", "uncut"]
     assert found.layers[1:3] == made.layers[1:3] and found.spans == made.spans

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from intarsia.architecture.spec import Architecture, Part
 from intarsia.flags import flag, token_count
-from intarsia.healing.settings import LAST, ClosedFormSettings, Layers
+from intarsia.healing.settings import ClosedFormSettings
 from intarsia.registry import heal_stage
 
 if TYPE_CHECKING:
@@ -24,16 +24,11 @@ _TRIAL = 0.25
 class FinalFitSettings(ClosedFormSettings):
     """How the closed form fits the final model. Other text decides about it, so few held-out sequences suffice."""
 
-    # Layers that are fitted: those that were changed, or also every layer after the first of them.
-    layers: Layers = flag(LAST.layers, "--fit-layers")
-    # Output projections that are fitted on changed layers, in this order.
-    changed: tuple[Part, ...] = flag(LAST.changed, "--fit-changed")
-    # Output projections that are fitted on the others; all but the first only while the fit costs little.
-    unchanged: tuple[Part, ...] = flag(LAST.unchanged, "--fit-unchanged")
-    # What a token counts in a fit: less where its hidden state is large, or all the same.
-    weighting: Literal["relative", "uniform"] = flag(LAST.weighting, "--fit-weighting")
+    # Output projections that are fitted on the layers after the changed ones, in this order; all but the first only
+    # while the fit costs little.
+    unchanged: tuple[Part, ...] = flag(("mlp", "attention"), "--fit-unchanged")
     # Every n-th sequence chooses the ridge strength.
-    held_out: int = flag(LAST.held_out, "--fit-held-out")
+    held_out: int = flag(32, "--fit-held-out")
     # Tokens of the calibration text that it uses at most.
     tokens: int = flag(131_072, "--fit-tokens", metavar="N", parse=token_count)
     # Where there are several recipes to start from: tokens that each is fitted on, to choose one (default: a quarter).

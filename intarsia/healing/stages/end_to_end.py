@@ -94,7 +94,7 @@ def end_to_end(context: HealContext, recipe: Recipe, settings: EndToEndSettings)
     checkpoint = context.teacher or context.variants[recipe.base]
     teacher = TeacherSource(
         load=lambda: Teacher(context.teaching.model, checkpoint.architecture, lesson_depths(recipe, settings)),
-        sha256=scan(checkpoint, progress.current()),
+        sha256=scan(checkpoint),
         cache=cache_folder() / "teachers",
     )
     found, reports = train(

@@ -149,8 +149,8 @@ class _Search:
 
     def run(self) -> tuple[Kept, list[float]]:
         """The best model, and the loss of the best one after each generation."""
-        generations = self.settings.generations
-        with self.model.progress.task("evolving", 1 + generations) as task:
+        generations, removed = self.settings.generations, self.depth - self.target
+        with self.model.progress.task("evolving", 1 + generations, units=removed) as task:
             best = self._select(self._initial(), None)
             losses = [self._loss(best)]
             for _ in range(generations):

@@ -8,7 +8,7 @@ from random import Random
 
 from intarsia.errors import check
 from intarsia.registry import engine
-from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
+from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single, slots
 from intarsia.tailoring.engine import Stage, Staged, Task, ranked
 from intarsia.tailoring.history import draw_weights
 from intarsia.tailoring.space import Space
@@ -106,7 +106,7 @@ def mutate(space: Space, candidate: Candidate, rng: Random) -> Candidate:
             if changed and kept:
                 new = rng.choice(kept)
                 # The new layer is the base's at first, or takes over what was chosen for the one it replaces.
-                moved = dict(_by_occurrence(candidate)).get((new, 0)) if rng.random() < 0.5 else None
+                moved = candidate.by_slot().get((new, 0)) if rng.random() < 0.5 else None
                 return _swapped(space, candidate, rng.choice(changed), new, moved)
             continue
         for index in indices:
@@ -124,11 +124,9 @@ def crossover(space: Space, first: Candidate, second: Candidate, rng: Random) ->
     ours, theirs = set(space.changed(first.positions)), set(space.changed(second.positions))
     common = sorted(ours & theirs)
     changed = [*common, *rng.sample(sorted(ours ^ theirs), space.changes - len(common))]
-    parents = [_by_occurrence(first), _by_occurrence(second)]
-    choices: dict[tuple[int, int], Choice] = {}
-    for key in sorted({*parents[0], *parents[1]}):
-        having = [parent[key] for parent in parents if key in parent]
-        choices[key] = rng.choice(having)
+    parents = [first.by_slot(), second.by_slot()]
+    keys = sorted({*parents[0], *parents[1]})
+    choices = {key: rng.choice([parent[key] for parent in parents if key in parent]) for key in keys}
     return space.arrange(changed, choices)
 
 
@@ -187,17 +185,8 @@ def _beside(grid: tuple[float, ...], value: float) -> list[float]:
     return [grid[index] for index in (at - 1, at + 1) if 0 <= index < len(grid)]
 
 
-def _by_occurrence(candidate: Candidate) -> dict[tuple[int, int], Choice]:
-    return {
-        (position, candidate.positions[:index].count(position)): choice
-        for index, (position, choice) in enumerate(candidate.items())
-    }
-
-
 def _with_choice(space: Space, candidate: Candidate, index: int, choice: Choice) -> Candidate:
-    choices = _by_occurrence(candidate)
-    position = candidate.positions[index]
-    choices[position, candidate.positions[:index].count(position)] = choice
+    choices = {**candidate.by_slot(), slots(candidate.positions)[index]: choice}
     return space.arrange(space.changed(candidate.positions), choices)
 
 
@@ -207,14 +196,14 @@ def _is_merged(choice: Choice) -> bool:
 
 def _everywhere(space: Space, candidate: Candidate, old: Choice, new: Choice) -> Candidate:
     """With another choice for every layer that has this one."""
-    choices = {key: new if choice == old else choice for key, choice in _by_occurrence(candidate).items()}
+    choices = {key: new if choice == old else choice for key, choice in candidate.by_slot().items()}
     return space.arrange(space.changed(candidate.positions), choices)
 
 
 def _swapped(space: Space, candidate: Candidate, old: int, new: int, moved: Choice | None) -> Candidate:
     """`new` is removed (or doubled) in place of `old`, which becomes `moved`."""
     changed = [layer for layer in space.changed(candidate.positions) if layer != old] + [new]
-    choices = _by_occurrence(candidate)
+    choices = candidate.by_slot()
     if moved is not None and space.kind == "cut":
         choices[old, 0] = moved
     return space.arrange(changed, choices)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from intarsia.errors import check, missing_package
 from intarsia.registry import engine
-from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, from_plain, to_plain
+from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, Slot, from_plain, to_plain
 from intarsia.tailoring.engine import Ask, Task
 from intarsia.tailoring.space import Space
 
@@ -68,7 +68,7 @@ class ConfigurationMap:
         """The candidate that a configuration means."""
         values = dict(configuration)
         changed = self._changed(values)
-        choices: dict[tuple[int, int], Choice] = {}
+        choices: dict[Slot, Choice] = {}
         for position in self.space.starts:
             choices[position, 0] = self._choice(_name(position), values)
             if position in changed and self.space.kind == "stack":
@@ -86,8 +86,8 @@ class ConfigurationMap:
             values |= {
                 f"{_name(layer)}.layer": other if layer in changed else usual for layer in range(self.space.depth)
             }
-        for index, (position, choice) in enumerate(candidate.items()):
-            values |= self._values(_name(position, candidate.positions[:index].count(position)), choice)
+        for slot, choice in candidate.by_slot().items():
+            values |= self._values(_name(*slot), choice)
         return Configuration(space, values={name: value for name, value in values.items() if name in space})
 
     # Reading
