@@ -5,9 +5,9 @@
 
     result = intarsia.compress("demo", "out/demo-25", Target(layers=25))
 
-Every verb of the command line is a function of the same name (`eval` is `evaluate_perplexity` and `evaluate_tasks`);
-its options are value objects. Input that cannot be used raises `UserError`. `intarsia.registry` has the decorators for
-planners, heal stages, merge operators and search engines of your own.
+Every verb of the command line is a function of the same name (`eval` is `evaluate_tasks`, `evaluate_perplexity` and
+`evaluate_agreement`); its options are value objects. Input that cannot be used raises `UserError`. `intarsia.registry`
+has the decorators for planners, heal stages, merge operators and search engines of your own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from intarsia.commands.build import BuildResult, build
     from intarsia.commands.compare import CompareEval, CompareResult, Entrants, compare
     from intarsia.commands.compress import CompressResult, compress
-    from intarsia.commands.evaluate import TaskSpec, evaluate_perplexity, evaluate_tasks
+    from intarsia.commands.evaluate import TaskSpec, evaluate_agreement, evaluate_perplexity, evaluate_tasks
     from intarsia.commands.export import ExportResult, export
     from intarsia.commands.heal import HealResult, TrainingText, heal
     from intarsia.commands.inspect import inspect
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from intarsia.commands.verify import VerifyResult, verify
     from intarsia.errors import UserError
     from intarsia.evaluation.results import TaskResults
-    from intarsia.options import EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
+    from intarsia.options import AnswerSpec, EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
     from intarsia.recipe.recipe import Recipe
 
 __version__ = "0.2.0"
@@ -41,7 +41,7 @@ _EXPORTS = {
     "commands.build": "BuildResult build",
     "commands.compare": "CompareEval CompareResult Entrants compare",
     "commands.compress": "CompressResult compress",
-    "commands.evaluate": "TaskSpec evaluate_perplexity evaluate_tasks",
+    "commands.evaluate": "TaskSpec evaluate_agreement evaluate_perplexity evaluate_tasks",
     "commands.export": "ExportResult export",
     "commands.heal": "HealResult TrainingText heal",
     "commands.inspect": "inspect",
@@ -52,7 +52,7 @@ _EXPORTS = {
     "commands.verify": "VerifyResult verify",
     "errors": "UserError",
     "evaluation.results": "TaskResults",
-    "options": "EvalSpec ModelRef Output Runtime Target TextSpec",
+    "options": "AnswerSpec EvalSpec ModelRef Output Runtime Target TextSpec",
     "recipe.recipe": "Recipe",
 }
 _MODULES = {name: f"intarsia.{module}" for module, names in _EXPORTS.items() for name in names.split()}

@@ -45,7 +45,8 @@ class TextSpec:
     """Text: one draw of tokens, in three disjoint parts for calibration, selection and test."""
 
     # Calibration text: a .txt, .jsonl, .json or .parquet file (also compressed), a folder of such files,
-    # hub:DATASET:SPLIT:COLUMN (with a configuration hub:DATASET/CONFIG:SPLIT:COLUMN), or `self`: the model writes it.
+    # hub:DATASET[/CONFIG]:SPLIT[:COLUMN], or `self`: the model writes it. Rows of messages, or of a question
+    # and its answer, are conversations, written with the model's chat template; `#column=NAME` takes another column.
     # `file.txt#0:0.9` is the first nine tenths of a file. Several take equal parts.
     sources: tuple[str, ...] = flag(("self",), "--calibration", metavar="SPEC")
     # Tokens of text: 65536, 500k, 2M.
@@ -145,23 +146,53 @@ class Runtime:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSpec:
+class AnswerSpec:
+    """Agreement: prompts that the original and the new model answer, to compare them token by token."""
+
+    # Prompts that both models answer (0: none): next tokens that agree, and answers that loop.
+    answers: int = flag(32, metavar="N")
+    # Prompts: a .txt file with one a line, or rows of conversations or questions (default: the original writes them).
+    prompts: str | None = flag(None, metavar="FILE")
+    # Most tokens of an answer.
+    answer_tokens: int = flag(64, metavar="N")
+
+    def __post_init__(self) -> None:
+        check(
+            (self.answers >= 0, f"--answers is {self.answers}; it is at least 0.", "Give 0 to leave agreement out."),
+            (
+                self.answer_tokens >= 2,
+                f"--answer-tokens is {self.answer_tokens}; it is at least 2.",
+                "Give a larger one, such as 64.",
+            ),
+            (
+                self.answers > 0 or self.prompts is None,
+                "--prompts is given with --answers 0.",
+                "Leave one of them out.",
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSpec(AnswerSpec):
     """Evaluation: what is measured, before and after."""
 
     # Evaluation text for perplexity, as FILE or NAME=FILE; `file.txt#0.9:1` is the last tenth of a file.
     text: tuple[str, ...] = flag((), "--eval-text", "--text", metavar="FILE")
     # Sequences to use of each evaluation text; 0 for all.
     windows: int = flag(64, "--eval-windows", "--windows", metavar="N")
-    # Tasks of lm-eval (arc_easy, hellaswag, ...), and .jsonl files of query, choices and gold.
+    # Tasks of lm-eval (arc_easy, gsm8k, ...), and .jsonl files of query, choices and gold, or of query and answer.
     tasks: tuple[str, ...] = flag((), metavar="NAMES")
     # Use only the first N items of each task.
     limit: int | None = flag(None, metavar="N")
+    # Write the prompts of tasks as conversations, with the model's chat template.
+    chat_template: bool = False
     # Folder with lm-eval task definitions of your own.
     include_path: Path | None = flag(None, metavar="DIR")
     # Measure tokens per second too.
     speed: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "text", _words(self.text))
         object.__setattr__(self, "tasks", _words(self.tasks))
         check(

@@ -22,7 +22,8 @@ def plan(model: str, run: Path, *, dry_run: bool = False, **options: Any) -> Pla
 
 def compress(model: str, out: Path, *, eval_text: Path | str | None = None, **options: Any) -> CompressResult:
     texts = () if eval_text is None else (str(eval_text),)
-    evaluation = EvalSpec(text=texts, **{key: options.pop(key) for key in ("windows", "tasks") if key in options})
+    given = {key: options.pop(key) for key in ("windows", "tasks", "answers") if key in options}
+    evaluation = EvalSpec(text=texts, **{"answers": 2, **given})
     output = Output(path=out, **taken(Output, options))
     heal = options.pop("heal", ("closed-form",))
     target = target_of(options)

@@ -24,20 +24,46 @@ _HEAD_ROWS = 512  # positions that go through the head at once: efficient as a p
 
 
 _LEAST_REST = 1e-6
+TOP = 64
+_CPU_ROWS = 32
+_GPU_ROWS = 2048
 
 OfRows: TypeAlias = Callable[[Tensor, slice], Tensor]
 """From log-probabilities `[n, V]` of some predicted positions, and which these are, to a number for each."""
 
 
 class Likeliest(NamedTuple):
-    """The K likeliest next tokens at every position `[B, T, K]`."""
+    """The K likeliest next tokens at every position, `[B, T, K]` or `[N, K]`: log-probabilities, and which they are."""
 
     log_p: Tensor
     tokens: Tensor
 
+    @classmethod
+    def of(cls, logits_NV: Tensor, k: int = TOP) -> Likeliest:
+        """By a model's logits at some positions."""
+        parts = []
+        for block_NV in logits_NV.split(_rows(logits_NV)):
+            found = torch.log_softmax(block_NV.float(), dim=-1).topk(min(k, block_NV.shape[-1]), dim=-1)
+            parts.append((found.values, found.indices.to(torch.int32)))
+        return cls(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+    def divergence(self, logits_NV: Tensor) -> Tensor:
+        """KL of another model's next token, by its logits at these positions `[N]`; see the function."""
+        found, step = [], _rows(logits_NV)
+        log_p_NK, index_NK = (each.to(logits_NV.device) for each in self)
+        for start in range(0, len(logits_NV), step):
+            part = slice(start, start + step)
+            log_s = torch.log_softmax(logits_NV[part].float(), dim=-1).gather(1, index_NK[part].long())
+            found.append(divergence(log_p_NK[part].float(), log_s))
+        return torch.cat(found)
+
     def rows(self, rows: slice) -> Likeliest:
         """Those of some sequences."""
         return Likeliest(self.log_p[rows], self.tokens[rows])
+
+
+def _rows(logits_NV: Tensor) -> int:
+    return _CPU_ROWS if logits_NV.device.type == "cpu" else _GPU_ROWS
 
 
 def next_token_losses(

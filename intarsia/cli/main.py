@@ -38,6 +38,7 @@ VERBS = {
     "compare": "compare:compare",
     "eval tasks": "evaluate:evaluate_tasks",
     "eval perplexity": "evaluate:evaluate_perplexity",
+    "eval agreement": "evaluate:evaluate_agreement",
     "bench": "bench:bench",
     "inspect": "inspect:inspect",
     "report": "report:report",

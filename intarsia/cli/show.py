@@ -45,15 +45,18 @@ def _compressed(data: Mapping[str, Any], console: Console) -> None:
     table = Table(show_edge=False, pad_edge=False, box=None, padding=(0, 2, 0, 0))
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="right" if column else "left")
+    details = ["next_token_kl", "loops", "answer_length", "answer_perplexity"]  # in the report
+    details += ["perplexity_without_heal"] if data.get("warning") else []  # a line for a line
     others = [key for key in after if key.startswith("perplexity of ")]
     for key, name in (MEASURES | {key: key for key in others}).items():
         old, new = before.get(key), after.get(key)
-        if new is not None:
+        if new is not None and key not in details:
             cells = (name, text_of(key, old), text_of(key, new), change(old, new))
             table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
     parts = [f"{name} {part:,.0f}" for name, part in (data.get("seconds_by_part") or {}).items() if part >= 0.5]
     lines: dict[str, Any] = {"on": data.get("evaluation")}
+    lines["but"] = data.get("warning")
     lines["time"] = duration(data["seconds"]) + (f" (seconds: {', '.join(parts)})" if parts else "")
     lines |= {"model": data["out"], "report": data.get("report")}
     lines["try it"] = f'transformers.pipeline("text-generation", "{data["out"]}")("Hello")'

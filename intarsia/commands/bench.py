@@ -1,4 +1,4 @@
-"""`intarsia bench`: speed and memory of several models, side by side in one run."""
+"""`intarsia bench`: speed and memory of several models, side by side in one run; and of a model with a draft."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from intarsia.commands.evaluate import check_one_device
 from intarsia.commands.result import Result
 from intarsia.errors import Problems, check
 from intarsia.flags import Flag
-from intarsia.options import Runtime
+from intarsia.options import AnswerSpec, Runtime
 from intarsia.progress import current
 
 if TYPE_CHECKING:
     from intarsia.commands.job import Job
+    from intarsia.evaluation.agreement import Asked
+    from intarsia.evaluation.drafts import Drafting
     from intarsia.evaluation.results import Speed
     from intarsia.evaluation.speed import Footprint
 
 _SHARE_OF_FREE = 0.8
+_PROMPTS = 8  # that a draft is tried on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,8 @@ class BenchResult(Result):
     threads: int
     repeats: int
     rows: tuple[BenchRow, ...]
+    # Generation assisted by the draft; None without one.
+    draft: Drafting | None = None
     seconds: float
 
 
@@ -74,11 +79,20 @@ def bench(
     prompt_len: Annotated[tuple[int, ...] | int, Flag(metavar="N", help="Tokens per prompt.")] = (256,),
     new_tokens: Annotated[int, Flag(metavar="N", help="Tokens generated after each prompt.")] = 64,
     repeats: Annotated[int, Flag(metavar="N", help="Measured rounds; the median is reported.")] = 5,
+    draft: Annotated[
+        str | None,
+        Flag(metavar="MODEL", help="Let this model propose tokens to MODEL: acceptance, and speed against plain."),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        Flag(metavar="FILE", help="Prompts for --draft: one a line, or conversations (default: MODEL writes 8)."),
+    ] = None,
     runtime: Runtime = Runtime(),
 ) -> BenchResult:
     """Measure tokens per second of prefill and decoding, time to the first token, and memory.
 
-    Models are measured in turns, after one warm-up round.
+    Models are measured in turns, after one warm-up round. With --draft, the model also generates with and without the
+    draft, by assisted generation of transformers.
 
     Raises:
         UserError: a model, a size or a device cannot be used.
@@ -90,9 +104,15 @@ def bench(
     started = time.perf_counter()
     check_one_device(runtime)
     jobs = _opened(models, runtime)
+    assistant = None if draft is None else _draft(draft, list(jobs.values()), runtime)
+    check(
+        (prompts is None or draft is not None, "--prompts is given without --draft.", "Leave it out, or give --draft.")
+    )
+    first = next(iter(jobs.values()))
+    asked = None if assistant is None else _asked(first, assistant, prompts, new_tokens)
     settings = list(itertools.product(_several(batch), _several(prompt_len)))
     _check(jobs, settings, new_tokens, repeats)
-    device, dtype = next(iter(jobs.values())).device, next(iter(jobs.values())).dtype
+    device, dtype = first.device, first.dtype
     together = sum(job.checkpoint.nbytes for job in jobs.values()) < free_bytes(device) * _SHARE_OF_FREE
     if not together and len(jobs) > 1:
         current().say("the models do not fit into memory together: they are measured one after the other")
@@ -115,8 +135,41 @@ def bench(
         threads=speed.threads,
         repeats=repeats,
         rows=tuple(_rows(jobs, settings, measured)),
+        draft=None if assistant is None or asked is None else _drafting(first, assistant, asked),
         seconds=time.perf_counter() - started,
     )
+
+
+def _draft(name: str, jobs: Sequence[Job], runtime: Runtime) -> Job:
+    """The draft, checked against its model.
+
+    Raises:
+        UserError: there are several models, or the draft has another tokenizer.
+    """
+    from intarsia.commands.job import Job, check_same_tokenizer
+
+    check((len(jobs) == 1, "--draft is given with several models.", "Name the one that the draft is for."))
+    found = Job(name, runtime=runtime)
+    check_same_tokenizer(jobs[0], found)
+    return found
+
+
+def _asked(job: Job, draft: Job, prompts: str | None, new_tokens: int) -> Asked:
+    from intarsia.evaluation.agreement import Asked
+
+    spec = AnswerSpec(answers=_PROMPTS, prompts=prompts, answer_tokens=new_tokens)
+    found = Asked.of(spec, job.tokenizer, *(each.checkpoint.architecture.config for each in (job, draft)))
+    assert found is not None
+    return found
+
+
+def _drafting(job: Job, draft: Job, asked: Asked) -> Drafting:
+    from intarsia.building.loaded_model import load_model
+    from intarsia.evaluation.drafts import assisted
+
+    model, small = (load_model(each.checkpoint, device=job.device, dtype=job.dtype) for each in (job, draft))
+    prompts = asked.ready(model, seed=0, key=job.sha256)
+    return assisted(model, small, prompts.ids, new_tokens=asked.answer_tokens, enders=sorted(prompts.enders))
 
 
 def _rows(

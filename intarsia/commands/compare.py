@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,7 @@ from intarsia import progress
 from intarsia.commands.result import Result
 from intarsia.errors import Problems, UserError, check
 from intarsia.flags import Flag, flag, plain
-from intarsia.options import ModelRef, Runtime, Target, TextSpec
+from intarsia.options import AnswerSpec, ModelRef, Runtime, Target, TextSpec
 from intarsia.registry import Chosen, heal_stages, planners, words_of
 from intarsia.run_dir import Log, RunDir
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from intarsia.commands.plan import PlanResult
     from intarsia.commands.planning import Planning
     from intarsia.data.corpus import Corpus
+    from intarsia.evaluation.agreement import Asked, Reference
     from intarsia.evaluation.results import TaskResults
     from intarsia.evaluation.tasks import Task, TaskPlan
     from intarsia.healing.teacher import TeacherStates
@@ -81,7 +83,7 @@ class Entrants:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareEval:
+class CompareEval(AnswerSpec):
     """Evaluation: what is measured of each model."""
 
     # Text for perplexity, as FILE or NAME=FILE.
@@ -96,10 +98,13 @@ class CompareEval:
     limit: int | None = flag(None, metavar="N")
     # Folder with lm-eval task definitions of your own.
     include_path: Path | None = flag(None, metavar="DIR")
+    # Write the prompts of tasks as conversations, with the model's chat template.
+    chat_template: bool = False
     # Measure tokens per second too, each model in turns with the original.
     speed: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("text", "tasks"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
@@ -169,9 +174,10 @@ def compare(
     from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_no_input
     from intarsia.commands.job import Job, pin_text
+    from intarsia.evaluation.agreement import Asked
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.evaluation.tasks import plan_tasks
-    from intarsia.healing.pipeline import check_stages
+    from intarsia.healing.pipeline import check_stages, check_turns
     from intarsia.reporting.comparison import ROWS, SETTINGS, Row, cells, load
     from intarsia.reporting.wording import command
 
@@ -182,10 +188,12 @@ def compare(
     methods, heals = planners.choose_all(",".join(entrants.methods)), entrants.heals()
     for stages in heals.values():
         check_stages(stages, runtime)
-    read = [*text.sources, *evaluation.text, *evaluation.tasks]
+    read = [*text.sources, *evaluation.text, *evaluation.tasks, *filter(None, [evaluation.prompts])]
     own = [] if evaluation.include_path is None else [evaluation.include_path]
     check_no_input(out, inputs_of(models=[model], texts=read, files=own))
     job = Job(model, text, runtime)
+    for stages in heals.values():
+        check_turns(stages, job.tokenizer)
     check_no_input(out, [job.checkpoint.folder])
     whole, depths = job.checkpoint.architecture.n_layers, entrants.layers
     strangers = sorted({*(evaluation.task_layers or ())} - {*depths})
@@ -197,8 +205,10 @@ def compare(
     texts = _texts(evaluation, job)
     tasks = None
     if evaluation.tasks:
-        tasks = plan_tasks(list(evaluation.tasks), limit=evaluation.limit, include_path=evaluation.include_path)
+        how: dict[str, Any] = {"include_path": evaluation.include_path, "chat": evaluation.chat_template}
+        tasks = plan_tasks(list(evaluation.tasks), limit=evaluation.limit, **how)
         tasks.check_tokens(job.tokenizer)
+    asked = Asked.of(evaluation, job.tokenizer, job.checkpoint.architecture.config, stream=runtime.stream)
     estimate = tuple(_estimate(method, job, depths, heals) for method in methods)
 
     def result(**more: Any) -> CompareResult:
@@ -219,7 +229,7 @@ def compare(
     if tasks is not None:
         run.check(task_facts, name="tasks")
 
-    rows = Rows(job, run.log(Path(ROWS).stem), texts, tasks, evaluation)
+    rows = Rows(job, run.log(Path(ROWS).stem), texts, tasks, asked, evaluation)
     wanted = [(method.label, depth, heal) for method in methods for depth in depths for heal in heals]
     ladders = Ladders(job, out)
     if missing := [key for key in (rows.dense_key, *wanted) if not rows.has(key)]:
@@ -228,16 +238,16 @@ def compare(
             pin_text(run, job)
             if tasks is not None:
                 run.pin("tasks", task_facts)
-            asked: dict[str, Any] = {
+            wishes: dict[str, Any] = {
                 "methods": [method.label for method in methods],
                 "layers": depths,
                 "heal": list(heals),
             }
-            asked |= {"task_layers": evaluation.task_layers, "speed": evaluation.speed}
+            wishes |= {"task_layers": evaluation.task_layers, "speed": evaluation.speed}
             words = [str(settings["model"]), "-o", out.name]
             words += [] if job.revision is None else ["--revision", job.revision]
             again = {"command": command("compare", *words, given=(entrants, evaluation, text))}
-            run.write_json(SETTINGS, _report_facts(job, run, texts, evaluation) | {"asked": asked} | again)
+            run.write_json(SETTINGS, _report_facts(job, run, texts, evaluation) | {"asked": wishes} | again)
             task.advance(1 + len(wanted) - len(missing))
             try:
                 # The original first: it also shows whether the tasks can be scored.
@@ -319,9 +329,10 @@ def _task_facts(tasks: TaskPlan, evaluation: CompareEval) -> dict[str, Any]:
     from hashlib import sha256
 
     def fact(task: Task) -> dict[str, Any]:
+        chat = {"chat_template": True} if tasks.chat else {}
         if task.questions:
-            return {"limit": tasks.limit, "sha256": sha256(repr(task.questions).encode()).hexdigest()}
-        return {"limit": tasks.limit, "include_path": plain(evaluation.include_path)}
+            return {"limit": tasks.limit, **chat, "sha256": sha256(repr(task.questions).encode()).hexdigest()}
+        return {"limit": tasks.limit, **chat, "include_path": plain(evaluation.include_path)}
 
     return {task.name: fact(task) for task in tasks.tasks}
 
@@ -574,16 +585,24 @@ class Rows:
     """
 
     def __init__(
-        self, job: Job, log: Log, texts: Mapping[str, Corpus], tasks: TaskPlan | None, evaluation: CompareEval
+        self,
+        job: Job,
+        log: Log,
+        texts: Mapping[str, Corpus],
+        tasks: TaskPlan | None,
+        asked: Asked | None,
+        evaluation: CompareEval,
     ) -> None:
         """
         Args:
             log: a line for each row; of two about the same model the later one counts.
             texts: what perplexity is measured on, by name.
             tasks: what accuracy is measured on; None for nothing.
+            asked: the prompts that every model answers; None for none.
         """
         from intarsia.reporting.comparison import DENSE, read_rows
 
+        self.asked = asked
         self.job, self.log, self.texts, self.tasks, self.evaluation = job, log, texts, tasks, evaluation
         self.rows = {row.key: row for row in read_rows(log.path)}
         self.dense_key: Key = (DENSE, job.checkpoint.architecture.n_layers, "none")
@@ -638,7 +657,8 @@ class Rows:
         )
         for other in self.rows.values():
             if other.recipe_sha256 == row.recipe_sha256 and self._is_whole(other):
-                return replace(row, perplexity=other.perplexity, tasks=other.tasks, speed=other.speed)
+                names = ("perplexity", "answers", "tasks", "speed")
+                return replace(row, **{name: getattr(other, name) for name in names})
         model = assembled(recipe, self.job.resident)
         return self._with_measures(row, model, row.full_name, dense=self.rows[self.dense_key])
 
@@ -651,7 +671,31 @@ class Rows:
         if row.recipe is None and row.key != self.dense_key:
             return True  # there is no such model
         tasks = row.tasks is not None or not self._wants_tasks(row.layers)
-        return tasks and (row.speed is not None or not self.evaluation.speed)
+        return tasks and self._is_answered(row) and (row.speed is not None or not self.evaluation.speed)
+
+    def _is_answered(self, row: Row) -> bool:
+        """Whether a row's answers are to the prompts that this call asks for."""
+        found, asked = row.answers, self.asked
+        if asked is None:
+            return True
+        if found is None or found["asked"] != [asked.answers, asked.answer_tokens]:
+            return False
+        return asked.prompts is None or found["sha256"] == asked.prompts.sha256
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The original's answers, written once a command."""
+        assert self.asked is not None
+        return self.asked.answered(self.job.resident.model, seed=self.job.spec.seed, key=self.job.sha256)
+
+    def _answers(self, model: PreTrainedModel, dense: Row | None) -> dict[str, Any] | None:
+        if self.asked is None:
+            return None
+        followed = None if dense is None else self.reference.follow(model)
+        original = self.job.resident.model
+        found = self.reference.itself() if followed is None else self.reference.judge(followed, original)
+        facts = {name: value for name, value in asdict(found).items() if name != "examples"}
+        return {**facts, "asked": [self.asked.answers, self.asked.answer_tokens]}
 
     def _with_measures(self, row: Row, model: PreTrainedModel, name: str, dense: Row | None) -> Row:
         from intarsia.evaluation.perplexity import perplexity
@@ -669,6 +713,7 @@ class Rows:
         return replace(
             row,
             perplexity=perplexities,
+            answers=self._answers(model, dense),
             tasks=self._tasks(model, name, dense).to_dict() if self._wants_tasks(row.layers) else None,
             speed=self._speed(model, dense) if self.evaluation.speed else None,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from intarsia.checkpoint.reader import Checkpoint
     from intarsia.commands.job import Job
     from intarsia.data.corpus import Corpus
-    from intarsia.evaluation.results import Perplexity, Speed, TaskResults
+    from intarsia.evaluation.agreement import Asked
+    from intarsia.evaluation.results import Agreement, Perplexity, Speed, TaskResults
     from intarsia.evaluation.tasks import TaskPlan
     from intarsia.healing.pipeline import Healed
     from intarsia.recipe.recipe import Recipe
@@ -48,6 +49,8 @@ class Measures:
     perplexity_without_heal: Perplexity | None = None
     # On further evaluation texts, by name.
     other_perplexities: Mapping[str, Perplexity] = field(default_factory=dict)
+    # Of next tokens with the original's, and of answers.
+    answers: Agreement | None = None
     # Mean over the tasks.
     accuracy: float | None = None
     # Tokens a second; None where they are not measured.
@@ -63,10 +66,13 @@ class Measures:
                 None if found is None else {"value": found.value, "stderr": found.stderr if found.windows > 1 else None}
             )
 
-        data = asdict(self)
-        data["perplexity"] = plain(self.perplexity)
-        data["perplexity_without_heal"] = plain(self.perplexity_without_heal)
-        del data["other_perplexities"]
+        data: dict[str, Any] = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if name == "answers":
+                data |= {} if value is None else value.measures()
+            elif name != "other_perplexities":
+                data[name] = plain(value) if name.startswith("perplexity") else value
         return data | {f"perplexity of {name}": plain(found) for name, found in self.other_perplexities.items()}
 
 
@@ -87,6 +93,10 @@ class CompressResult(Result):
     tasks: dict[str, Any] | None = None
     # What perplexity was measured on.
     evaluation: str | None = None
+    # The new model's answers beside the original's.
+    answers: Agreement | None = None
+    # One sentence, where perplexity or tasks look well and the answers do not.
+    warning: str | None = None
     layer_forwards: float | None = None
     seconds: float = 0.0
     # Of text, planning, healing, building and evaluation.
@@ -137,7 +147,7 @@ def compress(
     from intarsia.commands.report import REPORT
     from intarsia.disk import write_whole
     from intarsia.evaluation.speed import peak_memory_bytes
-    from intarsia.healing.pipeline import check_stages
+    from intarsia.healing.pipeline import check_stages, check_turns
     from intarsia.recipe import schema
     from intarsia.reporting.card import model_card
     from intarsia.reporting.model_report import keep_measures
@@ -150,10 +160,12 @@ def compress(
     check_stages(stages, runtime)
     send_off = push_later(out.push_to, private=out.private, dry_run=out.dry_run)
     unmeasured = _built_but_not_measured(run.path / _UNMEASURED, out.path / RECIPE_FILE)
-    inputs = inputs_of(models=[model], texts=[*text.sources, *evaluation.text, *evaluation.tasks])
+    read = [*text.sources, *evaluation.text, *evaluation.tasks, *filter(None, [evaluation.prompts])]
+    inputs = inputs_of(models=[model], texts=read)
     check_out(out.path, overwrite=out.overwrite or unmeasured is not None, inputs=inputs)
     check_no_input(run.path, inputs)
     job = Job(model, text, runtime)
+    check_turns(stages, job.tokenizer)
     planning = Planning(job, target, method_of(method, target.effort), heals=bool(stages))
     measuring = Evaluation.of(job, evaluation)
     result = CompressResult(
@@ -218,6 +230,8 @@ def compress(
                 healed=_healed(healed, pruned, before, after),
                 tasks=measuring.accuracy,
                 evaluation=measuring.words,
+                answers=after.answers,
+                warning=_doubt(before, after),
                 layer_forwards=planned.layer_forwards,
                 seconds=time.perf_counter() - started,
                 seconds_by_part=work.seconds,
@@ -227,6 +241,7 @@ def compress(
             )
             facts = card_facts(recipe, job.checkpoint, built, title=out.path.name)
             facts |= {"before": before.to_dict(), "after": after.to_dict(), "evaluation": measuring.words}
+            facts["warning"] = done.warning
             write_whole(out.path / "README.md", model_card(facts))
             keep_measures(out.path, _kept(done, measuring.text))
             write_report([out.path], out.path / REPORT)
@@ -252,6 +267,8 @@ class Evaluation:
     texts: dict[str, Corpus]
     tasks: TaskPlan | None
     speed: bool
+    # Prompts that both models answer.
+    asked: Asked | None
     # Accuracy of the new model on the tasks, and what it kept of the original's.
     accuracy: dict[str, Any] | None = field(default=None, init=False)
 
@@ -262,6 +279,7 @@ class Evaluation:
         Raises:
             UserError: a text or task cannot be used.
         """
+        from intarsia.evaluation.agreement import Asked
         from intarsia.evaluation.perplexity import eval_corpus
         from intarsia.evaluation.tasks import plan_tasks
 
@@ -278,10 +296,13 @@ class Evaluation:
             )
             for spec_of in spec.text
         }
-        tasks = plan_tasks(list(spec.tasks), limit=spec.limit, include_path=spec.include_path) if spec.tasks else None
-        if tasks is not None:
+        tasks = None
+        if spec.tasks:
+            how: dict[str, Any] = {"include_path": spec.include_path, "chat": spec.chat_template}
+            tasks = plan_tasks(list(spec.tasks), limit=spec.limit, **how)
             tasks.check_tokens(job.tokenizer)
-        return cls(texts=texts, tasks=tasks, speed=spec.speed and not job.runtime.stream)
+        asked = Asked.of(spec, job.tokenizer, job.checkpoint.architecture.config, stream=job.runtime.stream)
+        return cls(texts=texts, tasks=tasks, speed=spec.speed and not job.runtime.stream, asked=asked)
 
     @property
     def text(self) -> Corpus | None:
@@ -341,7 +362,7 @@ def _measured(
         return load_model(small, device=job.device, dtype=job.dtype)
 
     if streams:
-        report.say("the models are streamed: their speeds are not measured")
+        report.say("the models are streamed: speed and agreement are not measured")
     more = small.nbytes + (0 if job.in_memory else job.checkpoint.nbytes)
     together = not streams and more < free_bytes(job.device) * _SHARE_OF_FREE
     models = {"before": streamed(job.checkpoint, job.resident) if streams else job.resident.model}
@@ -352,6 +373,10 @@ def _measured(
             report.say("both models do not fit into memory: their speeds are measured one after the other")
         speeds = compare_speed(models)
     before = evaluation.perplexities(models["before"])
+    reference, answers = None, None
+    if evaluation.asked is not None:
+        reference = evaluation.asked.answered(models["before"], seed=job.spec.seed, key=job.sha256)
+        answers = reference.judge(reference.follow(models["after"]), models["before"]) if together else None
     dense = evaluation.scores(models.pop("before"), job, job.model)
     without = {} if unhealed is None else evaluation.perplexities(chain(unhealed, job.resident))
     job.release()
@@ -360,6 +385,11 @@ def _measured(
         speeds |= compare_speed({"after": model})
     after = evaluation.perplexities(model)
     pruned = evaluation.scores(model, job, small.model)
+    if reference is not None and answers is None:
+        followed = reference.follow(model)
+        del model
+        answers = reference.judge(followed, job.resident.model)
+        job.release()
     if dense is not None and pruned is not None:
         kept = retention(dense.scores, pruned.scores, against=job.model)
         evaluation.accuracy = replace(pruned, retention=kept).to_dict()
@@ -378,11 +408,26 @@ def _measured(
             decode_per_s=None if speed is None else speed.decode_tokens_per_s,
         )
 
+    whole = measures(job.checkpoint, before, speeds.get("before"), dense)
     healed = measures(small, after, speeds.get("after"), pruned)
     return (
-        measures(job.checkpoint, before, speeds.get("before"), dense),
-        replace(healed, perplexity_without_heal=next(iter(without.values()), None)),
+        replace(whole, answers=None if reference is None else reference.itself()),
+        replace(healed, perplexity_without_heal=next(iter(without.values()), None), answers=answers),
     )
+
+
+def _doubt(before: Measures, after: Measures) -> str | None:
+    """One sentence, where perplexity or tasks look well and the answers do not."""
+    from intarsia.evaluation.agreement import doubt
+
+    if before.answers is None or after.answers is None:
+        return None
+    ratio, kept = None, None
+    if before.perplexity is not None and after.perplexity is not None:
+        ratio = after.perplexity.value / before.perplexity.value
+    if before.accuracy and after.accuracy is not None:
+        kept = after.accuracy / before.accuracy
+    return doubt(before.answers, after.answers, perplexity=ratio, kept=kept)
 
 
 def _healed(healed: Healed | None, pruned: Recipe, before: Measures, after: Measures) -> dict[str, Any] | None:
@@ -413,7 +458,8 @@ def _healed(healed: Healed | None, pruned: Recipe, before: Measures, after: Meas
 def _kept(result: CompressResult, corpus: Corpus | None) -> dict[str, Any]:
     """What the new model's folder keeps of what was measured, for its report."""
     facts = result.to_dict()
-    measured = ("model", "method", "before", "after", "healed", "layer_forwards", "seconds", "peak_memory_bytes")
+    measured = ["model", "method", "before", "after", "answers", "warning", "healed"]
+    measured += ["layer_forwards", "seconds", "peak_memory_bytes"]
     kept = {name: facts[name] for name in measured} | {"run": result.run.name}
     if facts.get("seconds_by_part"):
         kept["seconds_by_part"] = facts["seconds_by_part"]

@@ -1,16 +1,17 @@
-"""`intarsia eval`: a model's accuracy on tasks, or its perplexity on a text."""
+"""`intarsia eval`: a model's accuracy on tasks, its perplexity on a text, or its agreement with another model."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from intarsia.errors import check
-from intarsia.evaluation.results import Perplexity, TaskResults, retention
+from intarsia.evaluation.results import Agreement, Perplexity, TaskResults, retention
 from intarsia.flags import Flag, flag
-from intarsia.options import ModelRef, Runtime
+from intarsia.options import AnswerSpec, ModelRef, Runtime
 from intarsia.recipe.recipe import Variant, identity
 
 if TYPE_CHECKING:
@@ -22,15 +23,17 @@ if TYPE_CHECKING:
 class TaskSpec:
     """Tasks: the questions that a model is scored on."""
 
-    # Names of lm-eval (arc_easy, hellaswag, mmlu, ...), and .jsonl files of query, choices and gold;
-    # `piqa.jsonl#0.33:1` is the last two thirds of its items.
+    # Names of lm-eval (arc_easy, mmlu, gsm8k, ...), and .jsonl files of query, choices and gold, or of query and answer
+    # (the model then writes one); `piqa.jsonl#0.33:1` is the last two thirds of its items.
     tasks: tuple[str, ...] = flag(MISSING, metavar="NAMES")
     # Use only the first N items of each task.
     limit: int | None = flag(None, metavar="N")
     # Folder with lm-eval task definitions of your own.
     include_path: Path | None = flag(None, metavar="DIR")
-    # Examples before each question (default: the task's own number).
-    num_fewshot: int | None = flag(None, metavar="N")
+    # Examples before each question (default: the task's own number); of a file of answers its first items.
+    num_fewshot: int | None = flag(None, metavar="K")
+    # Write the prompts as conversations, with the model's chat template.
+    chat_template: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", _names(self.tasks))
@@ -69,7 +72,13 @@ def evaluate_tasks(
 
     spec = tasks if isinstance(tasks, TaskSpec) else TaskSpec(tasks=_names(tasks))
     check_one_device(runtime)
-    plan = plan_tasks(spec.tasks, limit=spec.limit, include_path=spec.include_path, num_fewshot=spec.num_fewshot)
+    plan = plan_tasks(
+        spec.tasks,
+        limit=spec.limit,
+        include_path=spec.include_path,
+        num_fewshot=spec.num_fewshot,
+        chat=spec.chat_template,
+    )
     entrant = _Entrant(model, runtime)
     other = None if against is None or isinstance(against, TaskResults) else _Entrant(against, runtime)
     for each in filter(None, (entrant, other)):
@@ -154,3 +163,66 @@ def evaluate_perplexity(
     assert job.sha256
     whole = identity(Variant(name="base", model=job.model), job.checkpoint.architecture.n_layers)
     return perplexity(Chain(whole, job.resident, memory_budget=job.placement.memory_budget()), corpus, **batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreementResult:
+    """Two models' answers to the same prompts."""
+
+    model: str
+    against: str
+    # Of the reference model.
+    original: Agreement
+    agreement: Agreement
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    def summary(self) -> dict[str, Any]:
+        """A row a model, without the answers themselves."""
+        rows = [
+            {"model": name, **found.measures()}
+            for name, found in ((self.against, self.original), (self.model, self.agreement))
+        ]
+        prompts = f"{self.agreement.prompts} ({self.agreement.source})"
+        facts = {"prompts": prompts, "tokens": self.agreement.tokens, "seconds": self.seconds}
+        return {"agreement": rows, **facts}
+
+
+def evaluate_agreement(
+    model: ModelRef | str | Path,
+    against: Annotated[str, Flag(metavar="MODEL", help="The original: its answers are the reference.")],
+    answers: AnswerSpec = AnswerSpec(),
+    *,
+    seed: Annotated[int, Flag(metavar="N", help="Random seed of prompts that the original writes.")] = 0,
+    runtime: Runtime = Runtime(),
+) -> AgreementResult:
+    """Measure how often a model's next token is the original's, and how the model's own answers are.
+
+    Both answer the same prompts, greedily. One model is in memory at a time.
+
+    Raises:
+        UserError: a model or the prompts cannot be used, or the models have different tokenizers.
+    """
+    from intarsia.commands.job import Job, check_same_tokenizer
+    from intarsia.evaluation.agreement import Asked
+
+    started = time.perf_counter()
+    check_one_device(runtime)
+    check((answers.answers > 0, "--answers is 0, so there is nothing to measure.", "Give a number of prompts."))
+    original, small = Job(against, runtime=runtime), Job(model, runtime=runtime)
+    check_same_tokenizer(original, small)
+    configs = [job.checkpoint.architecture.config for job in (original, small)]
+    asked = Asked.of(answers, original.tokenizer, *configs)
+    assert asked is not None
+    reference = asked.answered(load_whole(original), seed=seed, key=original.sha256)
+    followed = reference.follow(load_whole(small))
+    return AgreementResult(
+        model=small.model,
+        against=original.model,
+        original=reference.itself(),
+        agreement=reference.judge(followed, load_whole(original)),
+        seconds=time.perf_counter() - started,
+    )

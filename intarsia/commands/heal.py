@@ -14,7 +14,7 @@ from intarsia.commands.push import push_later
 from intarsia.commands.result import Result
 from intarsia.errors import UserError, check
 from intarsia.flags import Flag, flag, plain
-from intarsia.options import NewModel, Runtime, TextSpec
+from intarsia.options import AnswerSpec, NewModel, Runtime, TextSpec
 from intarsia.progress import current
 from intarsia.registry import heal_stages
 from intarsia.run_dir import RunDir
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from intarsia.building.loaded_model import LoadedModel
     from intarsia.checkpoint.reader import Checkpoint
     from intarsia.data.corpus import Corpus
-    from intarsia.healing.pipeline import Healed
+    from intarsia.evaluation.agreement import Asked
+    from intarsia.healing.pipeline import HealContext, Healed
     from intarsia.recipe.recipe import Recipe
 
 _HELD_OUT, _MOST_HELD_OUT = 16, 16_384
@@ -42,8 +43,8 @@ class TrainingText(TextSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityTexts:
-    """Evaluation: texts whose perplexity is reported after every stage."""
+class PerplexityTexts(AnswerSpec):
+    """Evaluation: what is reported beside the held-out perplexity."""
 
     # Text whose perplexity is reported after every stage.
     text: tuple[str, ...] = flag((), "--eval-text", metavar="FILE")
@@ -80,6 +81,9 @@ class HealResult(Result):
     # What the stages themselves report.
     details: dict[str, list[dict[str, Any]]]
     recipe_sha256: str
+    # A row for the original, the model as it came, and as it is healed: agreement with the original's answers, and how
+    # its own are; empty where it is not measured.
+    answers: tuple[dict[str, Any], ...] = ()
     seconds: float
     peak_memory_bytes: int
     # What was sent to the hub.
@@ -120,12 +124,14 @@ def heal(
     """
     from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_no_input, check_out
+    from intarsia.commands.job import keep_written
     from intarsia.commands.recipes import build_recipe
+    from intarsia.evaluation.agreement import Asked
     from intarsia.evaluation.perplexity import eval_corpus
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.healing import launch
     from intarsia.healing.blend import forget
-    from intarsia.healing.pipeline import HealContext, check_stages, pinned, run_stages
+    from intarsia.healing.pipeline import HealContext, check_stages, check_turns, pinned, run_stages
     from intarsia.recipe import schema
 
     started, source, out = time.perf_counter(), Path(source), HealedModel.of(out)
@@ -141,7 +147,7 @@ def heal(
     inputs = inputs_of(
         models=[] if teacher is None else [teacher],
         recipe=recipe,
-        texts=[*text.sources, *evaluation.text],
+        texts=[*text.sources, *evaluation.text, *filter(None, [evaluation.prompts])],
         files=[source, source.with_suffix(".safetensors")],  # a recipe has a side file
     )
     if main:
@@ -152,6 +158,8 @@ def heal(
         eval_corpus(name, subject.tokenizer, seq_len=text.seq_len, windows=evaluation.windows)
         for name in evaluation.text
     )
+    check_turns(chosen, subject.tokenizer)
+    asked = Asked.of(evaluation, subject.tokenizer, subject.base.architecture.config, stream=runtime.stream)
     settings = {
         **subject.facts(),
         **{name: value for name, value in plain(text).items() if name != "sources"},
@@ -174,6 +182,7 @@ def heal(
             corpora = dict(zip(("train", "held_out"), subject.text_parts, strict=True))
             facts: dict[str, Any] = {n: {"sha256": c.sha256, "tokens": c.tokens} for n, c in corpora.items()}
             run.pin("text", facts | {"evaluation": {corpus.description: corpus.sha256 for corpus in reported}})
+            keep_written(run, subject.written, subject.tokenizer)
             _ = subject.over_its_teacher
         wait()
 
@@ -191,10 +200,12 @@ def heal(
             layer_errors=True,
             teacher=subject.teacher,
             load_teacher=subject.load_teacher,
+            tokenizer=subject.tokenizer,
             memory_bytes=runtime.memory_bytes,
             batch_tokens=runtime.batch_tokens,
         )
         healed = run_stages(context, recipe, chosen)
+        answers = _answers(context, healed, asked, seed=text.seed, key=subject.sha256) if main else ()
 
         # Build, over the models that the recipe was given with.
         account = healed.recipe.provenance["heal"] | {
@@ -215,6 +226,7 @@ def heal(
         layers=_layers(given, healed),
         details={result.stage: result.details for result in healed.stages[1:]},
         recipe_sha256=schema.content_hash(final),
+        answers=answers,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
     )
@@ -248,6 +260,7 @@ class Subject:
         recipe: as it was given; `variants` are the checkpoints of its models.
         teacher: another teacher than the recipe's base, or than the blend of its models.
         placement: where models are: on the device of this process.
+        written: the text that the model wrote itself, once it is drawn.
     """
 
     def __init__(self, recipe: Recipe, run: Path, teacher: str | None, text: TextSpec, runtime: Runtime) -> None:
@@ -264,6 +277,7 @@ class Subject:
         from intarsia.healing.layer_map import check_teacher
 
         self.recipe, self.text, self._run = recipe, text, run
+        self.written: Corpus | None = None
         placed = Placement.of(runtime)
         self.placement = replace(placed, devices=(launch.own_device(placed.device), *placed.devices[1:]))
         self.variants = {name: verified(each) for name, each in open_variants(recipe).items()}
@@ -358,7 +372,9 @@ class Subject:
         from intarsia.data.text import draw
 
         text = replace(self.text, tokens=tokens)
-        return draw(text, self.tokenizer, writer=lambda: self.resident.model, writer_key=self.sha256).calibration
+        parts = draw(text, self.tokenizer, writer=lambda: self.resident.model, writer_key=self.sha256)
+        corpus, self.written = parts.calibration, self.written or parts.written
+        return corpus
 
 
 def _seen_tokens(recipe: Recipe, corpus: Corpus, seed: int) -> int:
@@ -367,6 +383,24 @@ def _seen_tokens(recipe: Recipe, corpus: Corpus, seed: int) -> int:
     same = {"text": corpus.description, "seq_len": corpus.seq_len, "seed": seed}
     fits = bool(recipe.fitted) and all(said.get(name) == value for name, value in same.items())
     return int(said.get("tokens", 0)) if fits else 0
+
+
+def _answers(
+    context: HealContext, healed: Healed, asked: Asked | None, *, seed: int, key: str
+) -> tuple[dict[str, Any], ...]:
+    """Agreement of the model as it came, and as it is healed."""
+    from intarsia.building.assembled import assembled
+
+    if asked is None:
+        return ()
+    original = context.resident.model
+    reference = asked.answered(original, seed=seed, key=key)
+    rows = [{"model": "original", **reference.itself().measures()}]
+    first, last = healed.stages[0].recipe, healed.recipe
+    for name, recipe in [("as it came", first), *([("healed", last)] if healed.taken else [])]:
+        found = reference.judge(reference.follow(assembled(recipe, context.resident)), original)
+        rows.append({"model": name, **found.measures()})
+    return tuple(rows)
 
 
 def _layers(recipe: Recipe, healed: Healed) -> tuple[dict[str, Any], ...]:

@@ -9,6 +9,7 @@ job.text.calibration, job.text.selection, job.text.test
 from __future__ import annotations
 
 import gc
+import json
 import math
 import platform
 from collections.abc import Mapping
@@ -28,13 +29,18 @@ from intarsia.building.loading import check_config
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.data.corpus import limited
+from intarsia.data.chat import learn_turns, rows_of_messages
+from intarsia.data.corpus import Corpus, limited
 from intarsia.data.text import TextParts, draw
+from intarsia.disk import write_whole
 from intarsia.errors import Problems, UserError, check
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.run_dir import RunDir
 
 _TEXT = "calibration"
+WRITTEN = "self.jsonl"
+"""What a model wrote itself, in the run folder."""
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -211,6 +217,25 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     return limited(tokenizer, checkpoint.architecture.vocabulary)
 
 
+def check_same_tokenizer(first: Job, other: Job) -> None:
+    """Refuse two models whose tokens are not the same.
+
+    Raises:
+        UserError: their tokenizers differ.
+    """
+    sample = "Tokens, 1234 of them:\n\tthe same ones?"
+    same = first.tokenizer.get_vocab() == other.tokenizer.get_vocab() and (
+        first.tokenizer(sample)["input_ids"] == other.tokenizer(sample)["input_ids"]
+    )
+    check(
+        (
+            same,
+            f"{other.model} has another tokenizer than {first.model}.",
+            "Give two models with one tokenizer, such as a model and what was made from it.",
+        )
+    )
+
+
 def check_seq_len(checkpoint: Checkpoint, seq_len: int) -> None:
     """Refuse sequences that the model has no positions for.
 
@@ -310,6 +335,15 @@ def pin_text(run: RunDir, job: Job) -> None:
     """
     corpus = job.text.calibration
     run.pin(_TEXT, {"sha256": corpus.sha256, "tokens": corpus.tokens})
+    keep_written(run, job.text.written, job.tokenizer)
+
+
+def keep_written(run: RunDir, corpus: Corpus | None, tokenizer: Any) -> None:
+    """Keep what the model wrote itself in the run folder, as JSON lines of messages that can be given as text again."""
+    path = run.path / WRITTEN
+    if corpus is not None and not path.is_file():
+        rows = rows_of_messages(corpus.input_ids, tokenizer, learn_turns(tokenizer))
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def versions() -> dict[str, str]:

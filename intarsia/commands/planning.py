@@ -305,6 +305,7 @@ def heal_recipe(
             selection=job.text.selection,
             starts=starts,
             states=planning.states() or states,
+            tokenizer=job.tokenizer,
             memory_bytes=job.placement.memory_bytes,
             batch_tokens=job.placement.batch_tokens,
             name=f"healed-{len(recipe.layers):03d}",

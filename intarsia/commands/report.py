@@ -6,20 +6,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from intarsia.commands.result import Result
 from intarsia.errors import UserError, check
 from intarsia.flags import Flag
 from intarsia.options import Runtime
-from intarsia.progress import current
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Written
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from intarsia.commands.job import Placement
 
 REPORT = "report.html"
@@ -112,45 +109,21 @@ def _side_by_side(
     from intarsia.checkpoint.resolve import open_checkpoint
     from intarsia.commands.job import load_tokenizer
     from intarsia.commands.recipes import open_variants
+    from intarsia.evaluation.agreement import Prompts, greedy_answers, side_by_side
+    from intarsia.reporting.model_report import parted
 
     dense, small = open_variants(recipe)[recipe.base], open_checkpoint(str(folder))
-    columns, tokenizer = [], load_tokenizer(dense)
-    for name, checkpoint in (("original", dense), (f"{len(recipe.layers)} layers", small)):
-        with current().task(f"answers of {name}", len(prompts)) as task:
-            model, answers = load_model(checkpoint, device=place.device, dtype=place.dtype), []
-            for prompt in prompts:
-                answers.append(answer(model, tokenizer, prompt, new_tokens))
-                task.advance()
-            del model
-        columns.append((name, answers))
+    tokenizer = load_tokenizer(dense)
+    asked = Prompts.of(prompts, tokenizer, source="the report's")
+    columns = []
+    for checkpoint in (dense, small):
+        model = load_model(checkpoint, device=place.device, dtype=place.dtype)
+        columns.append(greedy_answers(model, tokenizer, asked, new_tokens))
+        del model
     return [
-        Written(prompt=prompt, answers=[(name, answers[index]) for name, answers in columns])
-        for index, prompt in enumerate(prompts)
+        parted({"prompt": prompt, **side_by_side(tokenizer, *answers)}, new=f"{len(recipe.layers)} layers")
+        for prompt, *answers in zip(prompts, *columns, strict=True)
     ]
-
-
-def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, new_tokens: int) -> str:
-    """The likeliest continuation of a prompt, or answer to it where the model has a chat template."""
-    import torch
-
-    text = prompt
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    given = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
-    generator: Any = model  # generate() is typed for a class that this one is only at run time
-    with torch.inference_mode():
-        ids = generator.generate(
-            input_ids=given["input_ids"],
-            attention_mask=given["attention_mask"],
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-        )
-    written: str = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
-    return written.strip() or "(nothing)"
 
 
 def _check_generation(folders: Sequence[Path], prompts: Sequence[str], new_tokens: int) -> None:

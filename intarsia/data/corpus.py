@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from intarsia.checkpoint.tensor_file import give_back
+from intarsia.data.chat import render
+from intarsia.data.conversations import Conversation
 from intarsia.errors import UserError
+from intarsia.progress import current
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,7 @@ class Corpus:
 
 
 def tokenize(
-    documents: Iterable[str],
+    documents: Iterable[str | Conversation],
     tokenizer: Any,
     *,
     tokens: int,
@@ -118,8 +121,11 @@ def tokenize(
     Each document is tokenised whole and without special tokens; documents are joined by the EOS token. A sequence
     begins with BOS only where the tokenizer puts one by itself.
 
+    A conversation is written by the model's chat template, special tokens included. A sequence of conversations begins
+    with the start of one, and nothing is put between them: of the last one, what no longer fits is left out.
+
     Args:
-        documents: the texts.
+        documents: the texts, or conversations.
         tokenizer: a `transformers` tokenizer.
         tokens: how many are wanted, BOS included.
         seq_len: tokens a sequence.
@@ -142,22 +148,26 @@ def tokenize(
     bos = _own_bos(tokenizer)
     body = seq_len - len(bos)
     wanted = tokens // seq_len
-    stream, count = _token_stream(documents, tokenizer, None if shuffle else wanted * body)
+    stream, talks, count = _token_stream(documents, tokenizer, seq_len, None if shuffle else wanted * body, description)
     give_back()  # tokenising frees many times the size of the text in small pieces
-    there, least = stream.size // body, wanted if least is None else least
+    of_text, least = stream.size // body, wanted if least is None else least
+    there = of_text + len(talks)
     if there < least:
         most = f" Pass at most {there * seq_len} tokens," if there else " Use shorter sequences,"
         raise UserError(
             f"{description}: expected at least {least * body} tokens ({least} sequences of {seq_len}); "
-            f"found {stream.size} tokens.",
+            f"found {stream.size + len(talks) * seq_len} tokens.",
             f"Pass a longer text.{most} or several sources.",
         )
+    windows = torch.from_numpy(stream[: of_text * body].reshape(of_text, body))
+    if talks:
+        whole = torch.tensor(bos, dtype=torch.int32).expand(of_text, len(bos))
+        windows, bos = torch.cat([torch.cat([whole, windows], dim=1), torch.from_numpy(np.stack(talks))]), []
     chosen = torch.arange(min(wanted, there))
     if shuffle:
         chosen = torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:wanted]
-    windows = torch.from_numpy(stream[: there * body].reshape(there, body))[chosen].to(torch.int64)
-    first = torch.tensor(bos, dtype=torch.int64).expand(len(windows), len(bos))
-    ids = torch.cat([first, windows], dim=1)
+    first = torch.tensor(bos, dtype=torch.int64).expand(len(chosen), len(bos))
+    ids = torch.cat([first, windows[chosen].to(torch.int64)], dim=1)
     check_ids(int(ids.max()), tokenizer, description)
     return Corpus.of(ids, description=description, documents=count)
 
@@ -190,17 +200,38 @@ def _own_bos(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and ids and ids[0] == bos else []
 
 
-def _token_stream(documents: Iterable[str], tokenizer: Any, enough: int | None) -> tuple[np.ndarray, int]:
-    """All tokens in a row (at least `enough` of them, if there are), and the number of documents read."""
+def _token_stream(
+    documents: Iterable[str | Conversation], tokenizer: Any, seq_len: int, enough: int | None, description: str
+) -> tuple[np.ndarray, list[np.ndarray], int]:
+    """All tokens of the texts in a row, sequences of conversations, and the number of documents read.
+
+    Args:
+        enough: how many tokens are needed; None reads everything.
+    """
     pieces: list[np.ndarray] = []
+    talks: list[np.ndarray] = []
+    talk: list[np.ndarray] = []
     count = size = 0
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    texts = iter(documents)
+    given, template = iter(documents), bool(getattr(tokenizer, "chat_template", None))
     # A text file is one large document; then a batch should not read on. Small documents are quicker together.
-    while (batch := list(islice(texts, 1 if count == 0 else 256))) and (enough is None or size < enough):
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            piece = np.asarray((eos if count else []) + ids, dtype=np.int32)
-            pieces.append(piece)
-            size += piece.size
+    while (batch := list(islice(given, 1 if count == 0 else 256))) and (enough is None or size < enough):
+        if count == 0 and isinstance(batch[0], Conversation):
+            form = "the model's chat template" if template else "names of the speakers: the model has no chat template"
+            current().say(f"{description}: conversations (column {batch[0].columns}), written with {form}")
+        texts = [
+            each if isinstance(each, str) else render(each, tokenizer) if template else each.plain() for each in batch
+        ]
+        rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for document, ids in zip(batch, rows, strict=True):
+            if template and isinstance(document, Conversation):
+                talk.append(np.asarray(ids, dtype=np.int32))
+                if sum(piece.size for piece in talk) >= seq_len:
+                    talks.append(np.concatenate(talk)[:seq_len])
+                    talk, size = [], size + seq_len
+            else:
+                piece = np.asarray((eos if pieces else []) + ids, dtype=np.int32)
+                pieces.append(piece)
+                size += piece.size
             count += 1
-    return (np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)), count
+    return (np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)), talks, count

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -119,31 +119,47 @@ def write_sequences(
     sampling: Sampling,
 ) -> tuple[Tensor, int]:
     """n sequences of seq_len tokens [N, T], and the number of documents in them."""
-    was_training = model.training
-    model.eval()
-    rows = min(n, rows_at_once(_row_bytes(model, seq_len), sampling))
+    rows = min(n, rows_at_once(row_bytes(model, seq_len), sampling))
     parts, documents = [], 0
+    with current().task("writing calibration text", total=n * seq_len) as task:
+        for start in range(0, n, rows):
+            chance = seed * 1_000_003 + start
+            ids_BT, count = _write_batch(model, tokenizer, turns, min(rows, n - start), seq_len, chance, sampling, task)
+            parts.append(ids_BT)
+            documents += count
+    return torch.cat(parts), documents
+
+
+Choose: TypeAlias = Callable[[Tensor, int], Tensor | None]
+"""The next token of every row, from the logits `[B, V]` of its last one and the column that it goes to; None ends."""
+
+
+def write_on(model: Any, ids_BT: Tensor, done: int, choose: Choose, task: Task) -> None:
+    """Fill rows of tokens from column `done` on, a column at a time, with a cache."""
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    cache, seen = preallocated_cache(model.config, ids_BT.shape[1]), 0
     # For rows that are cut out of a longer tensor PyTorch copies the head's matrix, once for each of them.
-    hook = cast(Any, model).get_output_embeddings().register_forward_pre_hook(_contiguous)
+    hook = model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     try:
-        with torch.inference_mode(), current().task("writing calibration text", total=n * seq_len) as task:
-            for start in range(0, n, rows):
-                ids_BT, count = _write_batch(
-                    model,
-                    tokenizer,
-                    turns,
-                    min(rows, n - start),
-                    seq_len,
-                    seed * 1_000_003 + start,
-                    sampling,
-                    task,
-                )
-                parts.append(ids_BT)
-                documents += count
+        with torch.inference_mode():
+            while done < ids_BT.shape[1]:
+                logits_BV = model(
+                    input_ids=ids_BT[:, seen:done].to(device),
+                    attention_mask=_mask(model, device, seen, done),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits[:, -1]
+                next_B = choose(logits_BV, done)
+                if next_B is None:
+                    return
+                ids_BT[:, done] = next_B
+                seen, done = done, done + 1
+                task.advance(len(ids_BT))
     finally:
         hook.remove()
         model.train(was_training)
-    return torch.cat(parts), documents
 
 
 def _contiguous(_: torch.nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
@@ -178,24 +194,18 @@ def _write_batch(
     done = start_BS.shape[1]
     ids_BT[:, :done] = start_BS
     task.advance(n_rows * done)
-    cache, seen = preallocated_cache(model.config, seq_len), 0
-    while done < seq_len:
-        logits_BV = model(
-            input_ids=ids_BT[:, seen:done].to(device),
-            attention_mask=_mask(model, device, seen, done),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1, : len(tokenizer)]
+
+    def choose(logits_BV: Tensor, _: int) -> Tensor:
+        logits_BV = logits_BV[:, : len(tokenizer)]
         logits_BV.index_fill_(1, banned, -torch.inf)
         early = [b for b, row in enumerate(rows) if not row.may_end(sampling)]
         if early and enders:
             logits_BV[torch.tensor(early, device=device)[:, None], enders_E] = -torch.inf
         answering = [turns is not None and not row.user for row in rows]
         drawn = _draw(logits_BV, torch.tensor(answering, device=device), chance, sampling)
-        ids_BT[:, done] = torch.tensor([row.next(token, sampling) for row, token in zip(rows, drawn, strict=True)])
-        seen, done = done, done + 1
-        task.advance(n_rows)
+        return torch.tensor([row.next(token, sampling) for row, token in zip(rows, drawn, strict=True)])
+
+    write_on(model, ids_BT, done, choose, task)
     return ids_BT, sum(row.documents for row in rows)
 
 
@@ -239,7 +249,8 @@ def rows_at_once(row_bytes: int, sampling: Sampling) -> int:
     return max(1, min(sampling.most_rows, sampling.cache_bytes // row_bytes))
 
 
-def _row_bytes(model: Any, seq_len: int) -> int:
+def row_bytes(model: Any, seq_len: int) -> int:
+    """Bytes of keys and values of a row."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

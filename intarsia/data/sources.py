@@ -1,15 +1,19 @@
-"""Text sources: what names a text, and the reader of each kind (text, JSON lines, Parquet, folders, data sets)."""
+"""Text sources: what names a text, and the reader of each kind (text, JSON lines, Parquet, folders, data sets).
+
+A reader gives texts, or conversations where the rows hold those (`intarsia.data.conversations`).
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from intarsia.data.conversations import Columns, Conversation, missing_column, row_error
 from intarsia.data.text_files import ACCEPTED, Kind, files_in, kind_of, open_plain, remedy_for
 from intarsia.errors import UserError
 from intarsia.progress import current
@@ -42,9 +46,9 @@ def parse(spec: str) -> Source:
     kind: Kind | None = "folder" if name and path.is_dir() else kind_of(path)
     if kind is None:
         found = f"the suffix {path.suffix!r}" if path.suffix else repr(spec)
-        raise source_error(spec, ACCEPTED, found, remedy_for(path))
+        raise row_error(spec, ACCEPTED, found, remedy_for(path))
     if not path.exists():
-        raise source_error(spec, "an existing file", "nothing there", "Check the path.")
+        raise row_error(spec, "an existing file", "nothing there", "Check the path.")
     share, column = (0.0, 1.0), None
     for option in filter(None, options.split("&")):
         if option.startswith("column="):
@@ -52,7 +56,7 @@ def parse(spec: str) -> Source:
         else:
             share = parse_share(option, where=spec)
     if column is not None and kind == "text":
-        raise source_error(spec, "no column for a text file", f"column {column!r}", "Leave `column=` out.")
+        raise row_error(spec, "no column for a text file", f"column {column!r}", "Leave `column=` out.")
     return Source(spec=spec, kind=kind, path=path, share=share, column=column)
 
 
@@ -67,29 +71,27 @@ def parse_share(text: str, *, where: str) -> tuple[float, float]:
     except ValueError:
         start, end = 1.0, 0.0
     if not 0.0 <= start < end <= 1.0:
-        raise source_error(where, "a share START:END with 0 <= START < END <= 1", repr(text), "Write it like 0:0.9.")
+        raise row_error(where, "a share START:END with 0 <= START < END <= 1", repr(text), "Write it like 0:0.9.")
     return start, end
 
 
 def _parse_hub(spec: str) -> Source:
     body = spec.removeprefix("hub:").rsplit(":", 2)
-    if len(body) != 3 or not all(body):
-        form = "hub:DATASET[/CONFIG]:SPLIT:COLUMN"
-        raise source_error(spec, form, repr(spec), "For example hub:Salesforce/wikitext/wikitext-2-raw-v1:train:text")
-    dataset, split, column = body
-    config = None
+    if len(body) < 2 or not all(body):
+        form = "hub:DATASET[/CONFIG]:SPLIT[:COLUMN]"
+        raise row_error(spec, form, repr(spec), "For example hub:Salesforce/wikitext/wikitext-2-raw-v1:train:text")
+    dataset, split = body[:2]
+    column, config = body[2] if len(body) > 2 else None, None
     if not Path(dataset).is_dir() and dataset.count("/") >= 2:
         org, name, config = dataset.split("/", 2)
         dataset = f"{org}/{name}"
     return Source(spec=spec, kind="hub", dataset=dataset, config=config, split=split, column=column)
 
 
-def source_error(where: str, expected: str, found: str, remedy: str) -> UserError:
-    """An error in a source."""
-    return UserError(f"text source {where}: expected {expected}; found {found}.", remedy)
-
-
-Reader: TypeAlias = Callable[[Source, int | None, int | None], Iterator[str]]
+Document: TypeAlias = str | Conversation
+Reader: TypeAlias = Callable[[Source, int | None, int | None], Iterator[Document]]
+Rows: TypeAlias = Iterable[tuple[str, dict[str, Any]]]
+"""Rows of a data set, each with its place for errors."""
 
 _BLOCK = 256 * 1024  # bytes of one sampled stretch of a large file
 _LONGEST_LINE = 64 * 1024  # bytes of running text that are searched for a line end
@@ -139,7 +141,7 @@ def _decode(source: Source, offset: int, data: bytes) -> str:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         at = offset + error.start
-        raise source_error(
+        raise row_error(
             source.spec,
             "UTF-8 text",
             f"byte 0x{data[error.start]:02x} at offset {at}, which is not UTF-8",
@@ -155,8 +157,11 @@ def _read_text(source: Source, limit: int | None, seed: int | None) -> Iterator[
         yield _decode(source, offset, data)
 
 
-def _read_jsonl(source: Source, limit: int | None, seed: int | None) -> Iterator[str]:
-    column = source.column
+def _read_jsonl(source: Source, limit: int | None, seed: int | None) -> Iterator[Document]:
+    yield from _documents_of(source, _json_rows(source, limit, seed))
+
+
+def _json_rows(source: Source, limit: int | None, seed: int | None) -> Rows:
     for offset, data in _stretches(source, limit, seed):
         for number, line in enumerate(_decode(source, offset, data).split("\n"), start=1):
             if not line.strip():
@@ -165,21 +170,37 @@ def _read_jsonl(source: Source, limit: int | None, seed: int | None) -> Iterator
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise source_error(where, "a JSON object", f"{line[:60]!r} ({error})", "Correct this line.") from None
+                raise row_error(where, "a JSON object", f"{line[:60]!r} ({error})", "Correct this line.") from None
             if not isinstance(record, dict):
-                raise source_error(where, "a JSON object", f"{line[:60]!r}", "Correct this line.")
-            if column is None:
-                column = _pick_column(where, [key for key, value in record.items() if isinstance(value, str)])
-            yield _text_of(where, record, column)
+                raise row_error(where, "a JSON object", f"{line[:60]!r}", "Correct this line.")
+            yield where, record
 
 
-def _read_folder(source: Source, limit: int | None, seed: int | None) -> Iterator[str]:
+def _documents_of(
+    source: Source, rows: Rows, *, columns: Columns | None = None, limit: int | None = None
+) -> Iterator[Document]:
+    """Rows as texts or conversations, up to about `limit` bytes; columns that are not given are found in the first."""
+    given, empty = 0, True
+    for where, record in rows:
+        if columns is None:
+            name = source.column
+            columns = Columns.of_record(where, record) if name is None else Columns(question=name)
+        document = columns.read(record, where)
+        given += document.size if isinstance(document, Conversation) else len(document)
+        empty = empty and not document
+        yield document
+        if limit is not None and given >= limit:
+            return
+    if empty and columns is not None and columns.answer is not None:
+        column = columns.answer
+        raise row_error(source.spec, f"answers in column {column!r}", "none", "Name another column: FILE#column=NAME")
+
+
+def _read_folder(source: Source, limit: int | None, seed: int | None) -> Iterator[Document]:
     """Every text file below a folder, in the order of their names, each by its share of the bytes."""
     files, others = files_in(source.path)
     if not files:
-        raise source_error(
-            source.spec, "a folder with text files", f"none ({others} of other kinds)", "Check the path."
-        )
+        raise row_error(source.spec, "a folder with text files", f"none ({others} of other kinds)", "Check the path.")
     if others:
         current().say(f"{source.path}: {len(files)} text files; {others} files of other kinds are left out")
     total = max(1, sum(file.stat().st_size for file in files))
@@ -192,33 +213,44 @@ def _read_folder(source: Source, limit: int | None, seed: int | None) -> Iterato
         yield from READERS[kind](one, part, seed)
 
 
-def _read_parquet(source: Source, limit: int | None, seed: int | None) -> Iterator[str]:
+def _read_parquet(source: Source, limit: int | None, seed: int | None) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(source.path) as file:
-            fields = [field.name for field in file.schema_arrow if field.type in (pa.string(), pa.large_string())]
-            column = source.column or _pick_column(source.spec, fields)
-            if column not in file.schema_arrow.names:
-                raise _missing(source.spec, column, file.schema_arrow.names)
-            rows = file.metadata.num_rows
-            first, last = (int(rows * share) for share in source.share)
-            kept = _kept_share(file, source, limit) if limit is not None else 1.0
-            chance = None if seed is None else random.Random(seed)
-            row = given = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for record in batch.to_pylist():
-                    row += 1
-                    if not first < row <= last or (chance is not None and chance.random() >= kept):
-                        continue
-                    text = _text_of(f"{source.spec}, row {row}", record, column)
-                    given += len(text)
-                    yield text
-                    if chance is None and limit is not None and given >= limit:
-                        return
+            kinds = {field.name: _kind(field.type) for field in file.schema_arrow}
+            if source.column is not None and source.column not in kinds:
+                raise missing_column(source.spec, source.column, list(kinds))
+            columns = Columns.found(source.spec, kinds) if source.column is None else Columns(question=source.column)
+            rows = _parquet_rows(file, source, columns, limit, seed)
+            yield from _documents_of(source, rows, columns=columns, limit=limit if seed is None else None)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise source_error(source.spec, "a Parquet file", str(error).splitlines()[0], "Write the file again.") from None
+        raise row_error(source.spec, "a Parquet file", str(error).splitlines()[0], "Write the file again.") from None
+
+
+def _parquet_rows(file: Any, source: Source, columns: Columns, limit: int | None, seed: int | None) -> Rows:
+    total = file.metadata.num_rows
+    first, last = (int(total * share) for share in source.share)
+    kept = _kept_share(file, source, limit) if limit is not None else 1.0
+    chance = None if seed is None else random.Random(seed)
+    row = 0
+    for batch in file.iter_batches(batch_size=1024, columns=columns.read_from(file.schema_arrow.names)):
+        for record in batch.to_pylist():
+            row += 1
+            if first < row <= last and (chance is None or chance.random() < kept):
+                yield f"{source.spec}, row {row}", record
+
+
+def _kind(found: Any) -> str:
+    """What a Parquet column of this type holds, as `Columns` says it."""
+    import pyarrow as pa
+
+    if found in (pa.string(), pa.large_string()):
+        return "text"
+    if pa.types.is_list(found) or pa.types.is_large_list(found):
+        return "messages" if pa.types.is_struct(found.value_type) else str(found)
+    return str(found)
 
 
 def _kept_share(file: Any, source: Source, limit: int) -> float:
@@ -228,14 +260,9 @@ def _kept_share(file: Any, source: Source, limit: int) -> float:
     return min(1.0, limit / max(1.0, size * (source.share[1] - source.share[0])))
 
 
-def _read_hub(source: Source, limit: int | None, seed: int | None) -> Iterator[str]:
-    given = 0
-    for row, record in enumerate(_hub_records(source, seed)):
-        text = _text_of(f"{source.spec}, row {row}", record, str(source.column))
-        given += len(text)
-        yield text
-        if limit is not None and given >= limit:
-            return
+def _read_hub(source: Source, limit: int | None, seed: int | None) -> Iterator[Document]:
+    rows = ((f"{source.spec}, row {number}", record) for number, record in enumerate(_hub_records(source, seed)))
+    yield from _documents_of(source, rows, limit=limit)
 
 
 def _hub_records(source: Source, seed: int | None) -> Iterator[dict[str, Any]]:
@@ -262,39 +289,7 @@ def _unreadable(source: Source, error: Exception) -> UserError:
     """An unknown name, a gated one and a network that is down come in errors of `datasets`, of the hub's library and
     of whatever HTTP client that one uses in its present version; so all of them are taken."""
     found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    return source_error(source.spec, "a data set that can be read", found, _HUB_REMEDY)
-
-
-def _pick_column(where: str, strings: Sequence[str]) -> str:
-    if "text" in strings:
-        return "text"
-    if len(strings) == 1:
-        return strings[0]
-    found = f"the string columns {', '.join(strings)}" if strings else "no string column"
-    raise source_error(where, "a column `text`, or one string column", found, "Name the column: FILE#column=NAME")
-
-
-def _text_of(where: str, record: dict[str, Any], column: str) -> str:
-    if column not in record:
-        raise _missing(where, column, list(record))
-    text = record[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise source_error(
-            where, f"text in column {column!r}", f"a {type(text).__name__}", "Name a column that holds text."
-        )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no tokenizer takes
-        raise source_error(where, "text", "a lone surrogate (\\ud800 to \\udfff)", "Correct this record.") from None
-    return text
-
-
-def _missing(where: str, column: str, columns: Sequence[str]) -> UserError:
-    return source_error(
-        where, f"a column {column!r}", f"the columns {', '.join(columns) or '(none)'}", "Name one of these."
-    )
+    return row_error(source.spec, "a data set that can be read", found, _HUB_REMEDY)
 
 
 READERS: Mapping[Kind, Reader] = {
@@ -306,8 +301,8 @@ READERS: Mapping[Kind, Reader] = {
 }
 
 
-def documents(spec: str, *, limit_bytes: int | None = None, seed: int | None = None) -> Iterator[str]:
-    """The documents of a source, in its order; those without any text are left out.
+def documents(spec: str, *, limit_bytes: int | None = None, seed: int | None = None) -> Iterator[Document]:
+    """The texts or conversations of a source, in its order; those without any text are left out.
 
     Args:
         spec: see `intarsia.data.sources`.
@@ -320,9 +315,9 @@ def documents(spec: str, *, limit_bytes: int | None = None, seed: int | None = N
     """
     source = parse(spec)
     found = False
-    for text in READERS[source.kind](source, limit_bytes, seed):
-        if text.strip():
+    for document in READERS[source.kind](source, limit_bytes, seed):
+        if isinstance(document, Conversation) or document.strip():
             found = True
-            yield text
+            yield document
     if not found:
-        raise source_error(spec, "text", "none (empty, or nothing but white space)", "Pass a source that holds text.")
+        raise row_error(spec, "text", "none (empty, or nothing but white space)", "Pass a source that holds text.")

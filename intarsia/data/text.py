@@ -56,6 +56,11 @@ class TextParts:
         """What candidates and fits are accepted by, as large as the test part; None where the text has no more."""
         return self._part(self._test, self._selection, f"selection part of {', '.join(self._names)}")
 
+    @property
+    def written(self) -> Corpus | None:
+        """All that the model wrote, of every part; None before it has."""
+        return next((each.corpus for each in self._sources if isinstance(each, _Written)), None)
+
     def _part(self, start: int, end: int, description: str) -> Corpus | None:
         """The sequences from `start` to `end` of the draw."""
         if start >= end:
@@ -101,7 +106,7 @@ class _Written:
 
     def __init__(self, write: Callable[[int], Corpus], n: int) -> None:
         self._write, self._n = write, n
-        self._corpus: Corpus | None = None
+        self.corpus: Corpus | None = None
 
     def __len__(self) -> int:
         return self._n
@@ -109,10 +114,10 @@ class _Written:
     def sequences(self, start: int, end: int) -> Tensor:
         if start >= end:
             return torch.empty(0, 0, dtype=torch.int64)
-        if self._corpus is None:
-            self._corpus = self._write(self._n)
-            self.documents = self._corpus.documents
-        return self._corpus.input_ids[start:end]
+        if self.corpus is None:
+            self.corpus = self._write(self._n)
+            self.documents = self.corpus.documents
+        return self.corpus.input_ids[start:end]
 
 
 def draw(
@@ -184,7 +189,7 @@ def _names(sources: Sequence[str]) -> list[str]:
         (
             bool(names) and all(names),
             f"The calibration text {', '.join(sources)!r} names a source that is empty.",
-            "Give a text file, hub:DATASET[/CONFIG]:SPLIT:COLUMN, or self.",
+            "Give a text file, hub:DATASET[/CONFIG]:SPLIT[:COLUMN], or self.",
         ),
         (
             len(set(names)) == len(names),

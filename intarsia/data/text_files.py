@@ -30,7 +30,7 @@ _KINDS: dict[str, Kind] = {
 }
 ACCEPTED = (
     "a .txt, .jsonl, .json or .parquet file (the first three also with .gz, .bz2 or .xz), a folder of such files, "
-    "hub:DATASET[/CONFIG]:SPLIT:COLUMN, or self"
+    "hub:DATASET[/CONFIG]:SPLIT[:COLUMN], or self"
 )
 _COMPRESSED: dict[bytes, tuple[str, Callable[..., Any]]] = {
     b"\x1f\x8b": (".gz", gzip.open),
@@ -158,9 +158,10 @@ def _records_of(plain: BinaryIO, where: str) -> BinaryIO:
         if data.lstrip().startswith(b"{") and b"\n" in data.strip():
             return plain  # JSON lines under another name; the reader names the line if one is wrong
         raise _wrong(where, "a JSON array of records, or JSON lines", str(error), "Correct the file.") from None
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not any(name in value for name in ("messages", "conversations")):
         arrays = [each for each in value.values() if isinstance(each, list)]
         value = arrays[0] if len(arrays) == 1 and not any(isinstance(each, str) for each in value.values()) else [value]
+    value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
         raise _wrong(where, "a JSON array of records", repr(value)[:60], "Write an array of records with text.")
     lines = (json.dumps({"text": each} if isinstance(each, str) else each) for each in value)

@@ -132,7 +132,7 @@ def perplexity(model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int = 40
             "Use longer windows or another text.",
         )
     nll = float(sums_W.sum()) / tokens
-    nll_stderr = _ratio_stderr(sums_W, counts_W, nll)
+    nll_stderr = ratio_stderr(sums_W, counts_W, nll)
     value = math.exp(nll) if nll < 700 else math.inf
     return Perplexity(
         value=value,
@@ -179,7 +179,7 @@ def _batch_losses(
     return next_token_losses(logits_BTV, ids_BT, mask_BT, where=where)
 
 
-def _ratio_stderr(sums_W: Tensor, counts_W: Tensor, mean: float) -> float:
+def ratio_stderr(sums_W: Tensor, counts_W: Tensor, mean: float) -> float:
     """Standard error of sum(sums) / sum(counts), windows being the independent draws."""
     n = len(sums_W)
     if n < 2:

@@ -94,6 +94,40 @@ class Metric:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How far a model's words are the original's.
+
+    On the original's answers: `agreement` is the share of next tokens that are the same, `kl` the divergence of next
+    tokens from the original's, in nats. Of the model's own answers: `loops` is the share that ends in repeating
+    itself, `length` the mean number of tokens, `perplexity` what the original makes of them. All are means over
+    `prompts`, with standard errors. `examples` are answers side by side.
+    """
+
+    agreement: Metric
+    kl: Metric
+    loops: Metric
+    length: Metric
+    perplexity: Metric
+    prompts: int
+    # Of the original's answers.
+    tokens: int
+    # Where the prompts come from, and the hash of their tokens.
+    source: str
+    sha256: str
+    examples: tuple[Mapping[str, Any], ...] = ()
+
+    def measures(self) -> dict[str, dict[str, Any]]:
+        """The five numbers by their keys in tables, with standard errors."""
+        return {
+            "agreement": asdict(self.agreement),
+            "next_token_kl": asdict(self.kl),
+            "loops": asdict(self.loops),
+            "answer_length": asdict(self.length),
+            "answer_perplexity": asdict(self.perplexity),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskScore:
     """A model's score on one task."""
 

@@ -1,4 +1,7 @@
-"""Tasks in local files: JSON lines of `query`, `choices`, `gold`, or of `query`, `target`.
+"""Tasks in local files: JSON lines of `query`, `choices`, `gold`; of `query`, `answer`; or of `query`, `target`.
+
+An answer is written by the model. It is right if its last number is that of the answer, where the answer ends in one;
+else if both are the same text apart from case, punctuation, articles and white space.
 
 A spec is a path with an optional part, as of text sources (`intarsia.data.sources`): `piqa.jsonl#0.33:1` is the last
 two thirds. Shares are of the file's items here: item i of n (from 0) is in START:END if START * n <= i < END * n, so
@@ -7,6 +10,8 @@ that adjacent parts share no item and lose none.
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -46,6 +51,13 @@ class Question(_Item):
         return self
 
 
+class Solved(_Item):
+    """A query, and the answer that should be written."""
+
+    query: _Text
+    answer: _Text
+
+
 class Target(_Item):
     """A query, and the text that should follow it."""
 
@@ -53,12 +65,49 @@ class Target(_Item):
     target: _Text
 
 
-Item = TypeVar("Item", Question, Target)
+Item = TypeVar("Item", Question, Solved, Target)
 
 
 def names_a_file(spec: str) -> bool:
     """Whether a task is a local file rather than one of lm-eval."""
     return _split(spec)[0].suffix.lower() == _SUFFIX
+
+
+def wants_text(spec: str) -> bool:
+    """Whether a file's items have an answer that is written, rather than choices; by its first one."""
+    first = next((line for line in _lines(_split(spec)[0]) if line.strip()), "")
+    try:
+        item = json.loads(first)
+    except ValueError:
+        return False
+    return isinstance(item, dict) and "answer" in item and "choices" not in item
+
+
+def read_solved(spec: str, *, limit: int | None = None) -> tuple[str, tuple[Solved, ...]]:
+    """Name and items of a file of `query` and `answer`; else as `read_questions`."""
+    return _read(spec, limit, Solved)
+
+
+def is_right(written: str, answer: str) -> bool:
+    """Whether what a model wrote is the answer."""
+    wanted = _NUMBER.findall(answer)
+    if wanted and not any(letter.isalnum() for letter in answer[answer.rindex(wanted[-1]) + len(wanted[-1]) :]):
+        found = _NUMBER.findall(written)
+        return bool(found) and _number(found[-1]) == _number(wanted[-1])
+    lines = [line for line in written.splitlines() if line.strip()]
+    return _bare(answer) in (_bare(written), *map(_bare, lines[:1]))
+
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def _bare(text: str) -> str:
+    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
 def read_questions(spec: str, *, limit: int | None = None) -> tuple[str, tuple[Question, ...]]:

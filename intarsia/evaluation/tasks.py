@@ -28,11 +28,21 @@ from intarsia.errors import Problems, UserError, check, missing_package
 from intarsia.evaluation.likelihood import Request, fit
 from intarsia.evaluation.results import Metric, TaskResults, TaskScore
 from intarsia.evaluation.run_rows import evaluating, score_requests
-from intarsia.evaluation.task_file import Question, names_a_file, read_questions
+from intarsia.evaluation.task_file import (
+    Question,
+    Solved,
+    is_right,
+    names_a_file,
+    read_questions,
+    read_solved,
+    wants_text,
+)
 
 _SEED = 1234  # lm-eval's own for few-shot examples: with another one the prompts would differ from published ones
 _DRAWS = 1000  # for the standard error of metrics that are no mean
 _NEAREST = 5
+_MOST_WRITTEN = 256  # tokens of an answer
+_ROWS_WRITTEN = 8  # answers that are written side by side
 _SAME = 1e-9  # two ways to sum the same outcomes
 
 
@@ -45,7 +55,7 @@ class Task:
     # What lm-eval made of it: a task, a group, or the tasks of a tag.
     found: Mapping[str, Any]
     # Of a local file.
-    questions: tuple[Question, ...] = ()
+    questions: tuple[Question | Solved, ...] = ()
 
     @property
     def leaves(self) -> tuple[Any, ...]:
@@ -62,6 +72,8 @@ class TaskPlan:
     limit: int | None
     # Examples before each question; None for what the tasks say.
     num_fewshot: int | None
+    # Write prompts as conversations, with the model's chat template.
+    chat: bool = False
 
     def check_tokens(self, tokenizer: Any) -> None:
         """Refuse items with a token that the model has no embedding of (`intarsia.data.corpus.limited`).
@@ -86,6 +98,7 @@ def plan_tasks(
     limit: int | None = None,
     include_path: str | Path | None = None,
     num_fewshot: int | None = None,
+    chat: bool = False,
 ) -> TaskPlan:
     """Find tasks and read their items.
 
@@ -93,12 +106,15 @@ def plan_tasks(
         tasks: paths of `.jsonl` files, with `#START:END` for a part, and names of lm-eval's tasks, groups and tags.
         limit: the first items of each (of the part).
         include_path: a folder with YAML tasks of the user's, for lm-eval.
-        num_fewshot: examples before each question, for lm-eval's tasks.
+        num_fewshot: examples before each question, for lm-eval's tasks and files of answers, whose first items they are
+            then.
+        chat: write prompts as conversations, with the model's chat template.
 
     Raises:
         UserError: a number is impossible, a task is unknown, named twice, cannot be read or has no items.
     """
     files = [spec for spec in tasks if names_a_file(spec)]
+    solved = [spec for spec in files if Path(spec.partition("#")[0]).is_file() and wants_text(spec)]
     check(
         (bool(tasks) and all(task.strip() for task in tasks), "--tasks names no task, or a blank one.", "Name one."),
         (limit is None or limit >= 1, f"--limit is {limit}; it is at least 1.", "Leave it out for all items."),
@@ -108,12 +124,13 @@ def plan_tasks(
             "Leave it out for what the task says.",
         ),
         (
-            not num_fewshot or not tasks or len(files) < len(tasks),
-            "--num-fewshot is given, and the prompts of local files are what they are.",
+            not num_fewshot or not tasks or len(files) - len(solved) < len(tasks),
+            "--num-fewshot is given, and the prompts of local files with choices are what they are.",
             "Leave it out, or name a task of lm-eval.",
         ),
     )
-    found = {spec: _local(*read_questions(spec, limit=limit)) for spec in files}
+    found = {spec: _local(*read_questions(spec, limit=limit)) for spec in files if spec not in solved}
+    found |= {spec: _solved(spec, limit, num_fewshot or 0, chat=chat) for spec in solved}
     others = [name for name in tasks if name not in found]
     if others:
         found |= {task.name: task for task in load_tasks(others, include_path=include_path, num_fewshot=num_fewshot)}
@@ -121,7 +138,7 @@ def plan_tasks(
     names = [task.name for task in planned]
     twice = sorted({name for name in names if names.count(name) > 1})
     check((not twice, f"--tasks has {', '.join(twice)} more than once.", "Leave one out, or rename its file."))
-    return TaskPlan(tasks=planned, limit=limit, num_fewshot=num_fewshot)
+    return TaskPlan(tasks=planned, limit=limit, num_fewshot=num_fewshot, chat=chat)
 
 
 def score_tasks(
@@ -138,13 +155,16 @@ def score_tasks(
     Raises:
         UserError: a log-likelihood is not finite, or lm-eval cannot run a task on this model.
     """
+    if plan.chat and not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"--chat-template is given, and {name} has no chat template.", "Leave it out.")
+    form: dict[str, Any] = {"apply_chat_template": True, "fewshot_as_multiturn": True} if plan.chat else {}
     lm_eval = _lm_eval()
     scores: list[TaskScore] = []
     for task in plan.tasks:
         with _quiet(), _own_chance(), evaluating(model):
             lm = _in_memory(model, tokenizer, task.name, batch_tokens)
             try:
-                answer = lm_eval.evaluator.evaluate(lm, task.found, limit=plan.limit, bootstrap_iters=_DRAWS)
+                answer = lm_eval.evaluator.evaluate(lm, task.found, limit=plan.limit, bootstrap_iters=_DRAWS, **form)
             except UserError:
                 raise
             except (ValueError, NotImplementedError) as error:  # of unsafe code, pictures, or a kind of request
@@ -220,6 +240,49 @@ def _local(name: str, questions: tuple[Question, ...]) -> Task:
     return Task(name=name, found={"tasks": {name: task}, "groups": {}, "group_map": {}}, questions=questions)
 
 
+def _solved(spec: str, limit: int | None, examples: int, *, chat: bool) -> Task:
+    """A file of answers as a task of lm-eval: text is written greedily, up to an empty line without a chat template.
+
+    Its first items are the examples before each question, and are not scored.
+    """
+    _lm_eval()
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    name, items = read_solved(spec, limit=None if limit is None else limit + examples)
+    check(
+        (
+            len(items) > examples,
+            f"--num-fewshot is {examples}, and {spec} has {len(items)} items.",
+            "Give fewer examples, or a longer file.",
+        )
+    )
+    parts = {"test": items[examples:], **({"train": items[:examples]} if examples else {})}
+
+    def score(item: Mapping[str, Any], written: Sequence[str]) -> dict[str, float]:
+        return {"exact_match": float(is_right(written[0], item["answer"]))}
+
+    config = {
+        "task": name,
+        "custom_dataset": lambda **_: {
+            part: Dataset.from_list([each.model_dump() for each in of]) for part, of in parts.items()
+        },
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "query",
+        "doc_to_target": "answer",
+        "process_results": score,
+        "generation_kwargs": {"until": [] if chat else ["\n\n"], "max_gen_toks": _MOST_WRITTEN, "do_sample": False},
+        "num_fewshot": examples,
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    if examples:
+        config |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
+    with _quiet(), _own_chance():
+        task = ConfigurableTask(config=config)
+    return Task(name=name, found={"tasks": {name: task}, "groups": {}, "group_map": {}}, questions=items[examples:])
+
+
 def _lm_eval() -> Any:
     try:
         import lm_eval
@@ -236,6 +299,14 @@ def _in_memory(model: torch.nn.Module, tokenizer: Any, name: str, batch_tokens: 
 
     class InMemory(HFLM):
         """Everything but log-likelihoods is lm-eval's."""
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+            for each in requests:  # half of the positions are left to the prompt
+                context, how = each.arguments
+                most = min(how.get("max_gen_toks", self.max_gen_toks), self.max_length // 2)
+                each.arguments = (context, {**how, "max_gen_toks": most})
+            written: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
+            return written
 
         def _loglikelihood_tokens(
             self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -257,7 +328,7 @@ def _in_memory(model: torch.nn.Module, tokenizer: Any, name: str, batch_tokens: 
             return list(zip(found.sums_R.tolist(), found.greedy_R.tolist(), strict=True))
 
     # lm-eval sets a padding token on the tokenizer that it is given.
-    return InMemory(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=1)
+    return InMemory(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=_ROWS_WRITTEN)
 
 
 def _manager(names: Sequence[str], include_path: str | None) -> Any:

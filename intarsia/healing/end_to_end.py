@@ -234,6 +234,8 @@ class WholeTraining:
             lesson = self.teacher.lesson(ids_BT, mask_BT, logits=logits)
         if self.top_k is not None:
             lesson = replace(lesson, top_k=self.top_k.rows(rows, self.device))
+        if self.text.counted_NT is not None:
+            lesson = replace(lesson, counted_BT=self.text.counted_NT[rows].to(self.device))
         losses: Tensor = self.model(ids_BT, mask_BT, lesson)
         return losses
 

@@ -160,7 +160,8 @@ class _Training:
     def _loss(self, rows: Sequence[int]) -> Tensor:
         h_BTD = self.task.inputs(rows).to(self.device, self.dtype)
         wanted_BTD = self.task.targets(rows).to(self.device)
-        mask_NT = self.task.text.mask_NT
+        text = self.task.text
+        mask_NT = text.mask_NT if text.counted_NT is None else text.counted_NT
         mask_BT = None if mask_NT is None else mask_NT[list(rows)].to(self.device)
         call, settings = self.calls[len(rows)], self.settings
         out = self.module(h_BTD, *call.args, **call.kwargs)

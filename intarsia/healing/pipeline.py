@@ -33,6 +33,7 @@ from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.data.chat import Turns, learn_turns
 from intarsia.data.corpus import Corpus
 from intarsia.disk import full_disk_named, read_json
 from intarsia.errors import Problems, UserError
@@ -86,6 +87,8 @@ class HealContext:
     # What hidden states may take in memory, and tokens in a batch; None by the memory there is.
     memory_bytes: int | None = None
     batch_tokens: int | None = None
+    # The model's, for what depends on its chat template.
+    tokenizer: Any = None
     # Where the stages are recorded, inside the run folder.
     name: str = "stages"
 
@@ -114,6 +117,14 @@ class HealContext:
     def teaching(self) -> LoadedModel:
         """What stages that train learn from, in memory."""
         return self.resident if self.load_teacher is None else self.load_teacher()
+
+    def turns(self, loss_on: str) -> Turns | None:
+        """What tells the assistant's tokens apart, where losses count on them alone.
+
+        Raises:
+            UserError: the chat template does not.
+        """
+        return None if loss_on == "all" else assistant_turns(self.tokenizer)
 
     @property
     def memory_budget(self) -> MemoryBudget:
@@ -206,6 +217,31 @@ class Healed:
     def taken(self) -> bool:
         """Whether any stage was accepted."""
         return any(result.taken for result in self.stages[1:])
+
+
+def assistant_turns(tokenizer: Any) -> Turns:
+    """How the model's chat template marks turns.
+
+    Raises:
+        UserError: it has none, or none whose turns can be told apart.
+    """
+    found = learn_turns(tokenizer)
+    if found is None:
+        raise UserError(
+            "--loss-on assistant needs a chat template that marks turns, and this model has none.",
+            "Leave it out: losses then count on all tokens.",
+        )
+    return found
+
+
+def check_turns(stages: Sequence[Chosen], tokenizer: Any) -> None:
+    """Check that stages whose losses count on the assistant's tokens can tell them apart.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if any(getattr(chosen.settings, "loss_on", "all") == "assistant" for chosen in stages):
+        assistant_turns(tokenizer)
 
 
 def check_stages(stages: Sequence[Chosen], runtime: Runtime) -> None:

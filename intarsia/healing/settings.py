@@ -66,6 +66,8 @@ class Pace:
     patience: int = 10
     # Seed of everything random.
     seed: int = 0
+    # Tokens that losses count on: `all`, or those that the `assistant` wrote, which takes a chat template.
+    loss_on: Literal["all", "assistant"] = "all"
 
     def __post_init__(self) -> None:
         flags = {option.attribute: f"--{option.key}" for option in options_of(type(self))}
@@ -88,6 +90,7 @@ class Pace:
         for name in ("lr", "clip"):
             yield 0.0 < getattr(self, name) < float("inf"), (name,), "a number above 0"
         yield 0.0 <= self.weight_decay < float("inf"), ("weight_decay",), "a number, 0 or more"
+        yield self.loss_on in ("all", "assistant"), ("loss_on",), "all or assistant"
         for name in ("least_lr", "warmup"):
             yield 0.0 <= getattr(self, name) <= 1.0, (name,), "a number from 0 to 1"
 

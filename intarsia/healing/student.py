@@ -182,6 +182,8 @@ class Lesson:
     top_k: tuple[Tensor, Tensor] | None = None
     # Its hidden states after each span, `[B, T, D]` each.
     hidden: tuple[Tensor, ...] = ()
+    # Where losses count; None at all real tokens.
+    counted_BT: Tensor | None = None
 
 
 class Distiller(nn.Module):
@@ -209,14 +211,15 @@ class Distiller(nn.Module):
         self.teacher_head = teacher_head
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor | None, lesson: Lesson) -> Tensor:
-        """The losses of `PARTS`, `[4]`, means over real tokens."""
+        """The losses of `PARTS`, `[4]`, means over real tokens, or over those that the lesson counts."""
         with self._precision(ids_BT.device):
             rows, hidden = self.split.trunk(ids_BT, mask_BT, hidden=bool(lesson.hidden))
         through_head, logits, text = self._through_head(rows, ids_BT, mask_BT, lesson)
         between = torch.zeros((), device=ids_BT.device)
         if lesson.hidden:
+            here_BT = mask_BT if lesson.counted_BT is None else lesson.counted_BT
             pairs = zip(self.layers, lesson.hidden, strict=True)
-            found = [hidden_mse(theirs, hidden[index + 1], mask_BT) for index, theirs in pairs]
+            found = [hidden_mse(theirs, hidden[index + 1], here_BT) for index, theirs in pairs]
             between = torch.stack(found).mean()
         total = through_head + self.settings.hidden * between
         return torch.stack([total, logits, between.detach(), text])
@@ -229,6 +232,8 @@ class Distiller(nn.Module):
         real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT
         # Position t predicts token t + 1; both must be real.
         next_BT = torch.cat([real_BT[:, :-1] & real_BT[:, 1:], torch.zeros_like(real_BT[:, :1])], dim=1)
+        if lesson.counted_BT is not None:
+            real_BT = next_BT = lesson.counted_BT
         target_N = torch.cat([ids_BT[:, 1:], ids_BT[:, :1]], dim=1).reshape(-1)
         real_N = real_BT.reshape(-1).float() / real_BT.sum().clamp_min(1)
         next_N = next_BT.reshape(-1).float() / next_BT.sum().clamp_min(1)

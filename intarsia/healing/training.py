@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from intarsia.data.chat import Turns, answers_in
 from intarsia.data.corpus import Corpus
 from intarsia.disk import damage_named, full_disk_named, replaced, write_whole
 from intarsia.errors import UserError
@@ -41,17 +42,37 @@ class Text:
     train: int
     # Names all of them.
     sha256: str
+    # True where the next token is one that losses count on; None where they count everywhere.
+    counted_NT: Tensor | None = None
 
     @classmethod
-    def of(cls, corpus: Corpus, held_out: Corpus) -> Text:
-        """Two corpora as one text."""
+    def of(cls, corpus: Corpus, held_out: Corpus, *, turns: Turns | None = None) -> Text:
+        """Two corpora as one text.
+
+        Args:
+            turns: how the assistant's tokens are marked, where losses count on them alone.
+
+        Raises:
+            UserError: no token is the assistant's.
+        """
         assert corpus.seq_len == held_out.seq_len
         masks = [
             part.mask if part.mask is not None else torch.ones_like(part.input_ids, dtype=torch.bool)
             for part in (corpus, held_out)
         ]
+        ids_NT, counted_NT = torch.cat([corpus.input_ids, held_out.input_ids]), None
+        if turns is not None:
+            counted_NT = answers_in(ids_NT, turns).roll(-1, dims=1)
+            counted_NT[:, -1] = False
+            for part, counted in ((corpus, counted_NT[: len(corpus)]), (held_out, counted_NT[len(corpus) :])):
+                if not bool(counted.any()):
+                    raise UserError(
+                        f"--loss-on assistant: no token of {part.description} is the assistant's.",
+                        "Give conversations as text, or leave it out.",
+                    )
         return cls(
-            ids_NT=torch.cat([corpus.input_ids, held_out.input_ids]),
+            ids_NT=ids_NT,
+            counted_NT=counted_NT,
             mask_NT=None if corpus.mask is None and held_out.mask is None else torch.cat(masks),
             train=len(corpus),
             sha256=f"{corpus.sha256}-{held_out.sha256}",

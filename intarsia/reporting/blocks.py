@@ -84,7 +84,8 @@ class Written:
     """What models generate after one prompt."""
 
     prompt: str
-    answers: Sequence[tuple[str, str]]
+    # By model: the text that both share, the token where they part, and the rest.
+    answers: Sequence[tuple[str, Sequence[str]]]
     kind: Literal["written"] = "written"
 
 

@@ -14,6 +14,7 @@
                     being a number or a mapping with `value` and `stderr`
     calibration     a description, or a mapping of settings
     evaluation      the same
+    warning         a sentence where perplexity looks well and the answers do not
     settings        mapping of the planner's settings
     heal            mapping of how the pruned model was healed, `stages` first; None where it was not
     approximations  sentences about what is not exact in this family
@@ -92,6 +93,7 @@ def model_card(results: Mapping[str, Any]) -> str:
         ],
         evaluation=_described(results.get("evaluation")),
         facts=[(name, text) for name, text in facts.items() if text],
+        warning=results.get("warning"),
         approximations=results.get("approximations", ()),
     )
 

@@ -25,6 +25,8 @@ SETTINGS = "compare.json"
 ROWS = "rows.jsonl"
 DENSE = "dense"
 MEAN = "mean"
+ANSWERS = {"agreement": "agreement", "next-token KL": "kl", "answers that loop": "loops"}
+"""Columns of the table, and what they are in a row's answers."""
 
 Key = tuple[str, int, str]
 """Method, layers and heal, which identify a row."""
@@ -46,6 +48,8 @@ class Row:
     bytes: int | None = None
     # By name of the text: `value`, `nll`, `stderr`, `windows`, `sha256`.
     perplexity: Mapping[str, Measure] = field(default_factory=dict)
+    # The fields of `evaluation.results.Agreement`, without examples.
+    answers: Mapping[str, Any] | None = None
     # `TaskResults.to_dict()`.
     tasks: Mapping[str, Any] | None = None
     # The fields of `evaluation.result.Speed`.
@@ -83,6 +87,8 @@ class Row:
         for text, found in self.perplexity.items():
             digits = ".2f" if found["value"] < 1e5 else ".3g"
             words.append(f"{text} {found['value']:{digits}}" + (f" ± {found['stderr']:.2g}" if found["stderr"] else ""))
+        if self.answers is not None:
+            words.append(f"agreement {self.answers['agreement']['value']:.3f}")
         if self.tasks is not None:
             words.append(f"mean accuracy {self.tasks['mean']:.4f}")
         if self.speed is not None:
@@ -274,6 +280,8 @@ def _cells(row: Row, comparison: Comparison) -> dict[str, Any]:
     found: dict[str, Any] = {"method": row.method, "layers": row.layers, "heal": row.heal}
     found |= {"parameters": row.parameters, "bytes": row.bytes}
     measures = {text: row.perplexity.get(text) for text in comparison.texts or tuple(row.perplexity)}
+    if row.answers is not None:
+        measures |= {name: row.answers[key] for name, key in ANSWERS.items()}
     if row.tasks is not None:
         measures |= {task: row.score(task) for task in (*comparison.tasks, MEAN)}
     for name, measure in measures.items():

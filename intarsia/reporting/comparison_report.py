@@ -11,7 +11,7 @@ from intarsia.errors import UserError
 from intarsia.recipe import schema
 from intarsia.reporting import comparison
 from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Table, Tile
-from intarsia.reporting.comparison import DENSE, MEAN, Comparison, Measure, Row
+from intarsia.reporting.comparison import ANSWERS, DENSE, MEAN, Comparison, Measure, Row
 from intarsia.reporting.figures import Axis, Interval, Point, Series, chart, intervals, layers_axis, standalone
 from intarsia.reporting.puzzle import pieces_of, puzzle_svg
 from intarsia.reporting.wording import model_name, short, written
@@ -45,6 +45,7 @@ def read(path: Path) -> Subject:
         notes=_notes(found),
         sections=[
             *_quality(found),
+            *_agreement(found),
             *_tasks(found),
             *_speed(found),
             *_table(found),
@@ -70,11 +71,13 @@ def figure(found: Comparison, *, against: str = "parameters", quality: str) -> M
 
     Args:
         against: `parameters`, `layers` or `decode_tokens_per_s`.
-        quality: the name of an evaluation text (perplexity), of a task, or `mean` (of the tasks).
+        quality: the name of an evaluation text (perplexity), of a task, `mean` (of the tasks), or a key of `ANSWERS`.
     """
     is_text = any(quality in row.perplexity for row in found.rows)
 
     def measure(row: Row) -> Measure:
+        if quality in ANSWERS:
+            return (row.answers or {}).get(ANSWERS[quality]) or {}
         measured = row.perplexity.get(quality) if is_text else row.score(quality)
         return measured or {}
 
@@ -103,7 +106,7 @@ def figure(found: Comparison, *, against: str = "parameters", quality: str) -> M
         for (method, heal), rows in grouped.items()
     ]
     dense = None if found.dense is None else measure(found.dense).get("value")
-    label = f"perplexity, {quality}" if is_text else f"accuracy, {quality}"
+    label = f"perplexity, {quality}" if is_text else quality if quality in ANSWERS else f"accuracy, {quality}"
     most = _BROKEN * dense if is_text and dense is not None else None
     notes = ["dashed, hollow: healed"] if any(each.dashed for each in series) else []
     if most is not None and any(point.y > most for each in series for point in each.points):
@@ -166,6 +169,20 @@ def _quality(found: Comparison) -> list[Section]:
         svg = figure(found, against="parameters", quality=text)
         figures.append(Figure(svg=svg, caption=f"{text}, against the size of the model."))
     return [Section(title="Perplexity", blocks=figures, intro="Lower is better.")] if figures else []
+
+
+def _agreement(found: Comparison) -> list[Section]:
+    """Agreement with the original's answers, and the share of the models' own that loop."""
+    if not any(row.answers for row in found.rows):
+        return []
+    blocks = [
+        Figure(svg=figure(found, against="layers", quality=name), caption=f"{name}; bars are one standard error.")
+        for name in ("agreement", "answers that loop")
+    ]
+    intro = (
+        "How often the next token is the original's along its own answers, and how many of a model's own answers end "
+    )
+    return [Section(title="Answers", blocks=blocks, intro=f"{intro}in repeating themselves.")]
 
 
 def _tasks(found: Comparison) -> list[Section]:

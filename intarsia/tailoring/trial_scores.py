@@ -18,42 +18,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from intarsia.activations.loss import Likeliest
 from intarsia.evaluation.likelihood import Batch, score_batch
-from intarsia.healing.losses import top_k_kl, top_k_of
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.history import TrialFailed
 from intarsia.tailoring.objective import Objective, Segment, segments
 from intarsia.tailoring.trial_run import ByteCache, Runner, path_of
 
-TOP = 64
-_CPU_ROWS = 32
-_GPU_ROWS = 2048
 _RESULT_BYTES = 32 * 1024 * 1024
 _RESULT_OVERHEAD = 400  # bytes of a small array with its key
 
 Values = npt.NDArray[np.float64]
 BatchId = tuple[int, int, int, int]
 """Number of the objective, its segment's two ends, and the number of the batch in it."""
-Likeliest = tuple[Tensor, Tensor]
-"""Of every position the base's likeliest tokens: log-probabilities and tokens, `[N, K]` each."""
-
-
-def likeliest(logits_NV: Tensor) -> Likeliest:
-    """The likeliest tokens, from the base's logits."""
-    found = [top_k_of(block_NV, min(TOP, block_NV.shape[-1])) for block_NV in logits_NV.split(_rows(logits_NV))]
-    log_p, index = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return log_p, index.to(torch.int32)
-
-
-def divergence(base: Likeliest, logits_NV: Tensor) -> Tensor:
-    """The divergence from the base at every position, in nats: float32 `[N]`."""
-    step = _rows(logits_NV)
-    blocks = zip(base[0].split(step), base[1].split(step), logits_NV.split(step), strict=True)
-    return torch.cat([top_k_kl(log_p_NK, index_NK, block_NV) for log_p_NK, index_NK, block_NV in blocks])
-
-
-def _rows(logits_NV: Tensor) -> int:
-    return _CPU_ROWS if logits_NV.device.type == "cpu" else _GPU_ROWS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,7 +106,7 @@ class Scorer:
         # What divergences are taken from.
         unknown = [one for one in everything if self._measures_kl(one) and one.id not in self._base]
         for one, logits_NV in zip(unknown, self._logits(self._uncut, unknown, tokens), strict=True):
-            self._base[one.id] = likeliest(logits_NV)
+            self._base[one.id] = Likeliest.of(logits_NV)
         work = self._runner.work
         key = path_of(recipe)[-1]
         found = {one.id: self._results.get((key, one.id)) for one in everything}
@@ -170,7 +147,7 @@ class Scorer:
     def _values(self, one: Prepared, logits_NV: Tensor) -> Values:
         """Of every request of a batch its log-likelihood, or its divergence from the base."""
         if self._measures_kl(one):
-            value_N = divergence(self._base[one.id], logits_NV)
+            value_N = self._base[one.id].divergence(logits_NV)
             value_M = value_N[one.batch.position_M.to(value_N.device)]
         else:
             value_M, _ = score_batch(logits_NV, one.batch)

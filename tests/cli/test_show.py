@@ -41,12 +41,13 @@ def test_a_compression_is_a_short_table() -> None:
         "prefill_per_s": 1834.5,
         "decode_per_s": 61.2,
     }
+    answers = {"agreement": {"value": 0.55, "stderr": 0.02}, "loops": {"value": 0.4, "stderr": 0.1}}
     healed = {"perplexity": {"value": 56.4, "stderr": 1.0}, "perplexity_without_heal": {"value": 93.1, "stderr": 2.0}}
     data: dict[str, Any] = {
         "model": "demo",
         "estimate": {"bytes": 1},
         "before": {"layers": 30, **measures},
-        "after": {"layers": 25, **measures, "parameters": 116815008, **healed},
+        "after": {"layers": 25, **measures, "parameters": 116815008, **healed, **answers},
         "healed": {"gap_closed": 0.5},
         "evaluation": "text of the model's own, 64 windows of 512 tokens",
         "seconds": 271.0,
@@ -55,21 +56,26 @@ def test_a_compression_is_a_short_table() -> None:
         "out": "out/demo-25",
     }
     text = shown(data)
-    rows = {line[:25].strip(): line[25:].split() for line in text.splitlines()[1:9]}
+    rows = {line[:25].strip(): line[25:].split() for line in text.splitlines()[1:10]}
     assert rows["layers"] == ["30", "25", "-16.7%"]
     assert rows["parameters"] == ["134,515,008", "116,815,008", "-13.2%"]
     assert rows["size"] == ["269", "MB", "269", "MB", "+0.0%"]
     assert rows["perplexity"] == ["28.2", "±", "0.51", "56.4", "±", "1", "+100.0%"]
     assert rows["perplexity before healing"] == ["93.1", "±", "2"]
+    assert rows["agreement"] == ["0.55", "±", "0.02"]
     assert rows["accuracy on tasks"] == ["0.42", "0.42", "+0.0%"]
-    lines = dict(line.split(maxsplit=1) for line in text.splitlines()[9:])
+    lines = dict(line.split(maxsplit=1) for line in text.splitlines()[10:])
     assert lines["on"] == data["evaluation"] and lines["model"] == "out/demo-25"
     assert lines["time"] == "4 min 31 s (seconds: text 12, planning 190, healing 40, evaluation 29)"
     assert lines["try"].endswith('transformers.pipeline("text-generation", "out/demo-25")("Hello")')
     assert len(text.splitlines()) <= 15 and max(map(len, text.splitlines())) <= 80
+    warned = shown({**data, "warning": "answers differ more than perplexity says: 55% of tokens agree, 40% loop"})
+    assert "\nbut     answers differ more" in warned and "before healing" not in warned
+    assert len(warned.splitlines()) <= 15 and max(map(len, warned.splitlines())) <= 80
     # Without speeds, tasks, healing and parts there is less.
     for measured in (data["before"], data["after"]):
         measured.update(dict.fromkeys(("accuracy", "prefill_per_s", "decode_per_s", "perplexity_without_heal")))
+        measured.pop("agreement", None)
     assert len(shown({**data, "seconds_by_part": {}, "evaluation": None}).splitlines()) == 9
 
 

@@ -86,3 +86,34 @@ def test_command_line(shallow: str, command: Command) -> None:
     assert all(row["decode_per_s"] > 0 and row["working_bytes"] >= 0 for row in found["rows"])
     wrong = command("bench", shallow, "--batch", "two")
     assert wrong.code == 2 and "--batch" in wrong.err
+
+
+def test_a_model_is_its_own_best_draft(model_folder: Folder, tmp_path: Path) -> None:
+    """All proposals of an equal model are accepted, and the tokens are those of plain generation."""
+    folder = str(model_folder("llama"))
+    found = intarsia.bench(folder, prompt_len=4, new_tokens=16, repeats=1, draft=folder).draft
+    assert found is not None and found.prompts == 8
+    assert found.same_output == 1.0 and found.tokens <= 8 * 16
+    assert found.acceptance == 1.0 and found.tokens_per_pass >= 2.0
+    assert found.speedup == pytest.approx(found.assisted_per_s / found.plain_per_s)
+    other = str(families.save(families.make_model("llama", seed=5), tmp_path / "other"))
+    (tmp_path / "prompts.txt").write_text("roti sa\nkana\n")
+    poor = intarsia.bench(
+        folder, prompt_len=4, new_tokens=16, repeats=1, draft=other, prompts=str(tmp_path / "prompts.txt")
+    ).draft
+    assert poor is not None and (poor.prompts, poor.same_output) == (2, 1.0)
+    assert poor.acceptance < found.acceptance and poor.tokens_per_pass >= 1.0
+
+
+def test_a_draft_must_have_the_same_tokens(model_folder: Folder, tmp_path: Path) -> None:
+    folder = str(model_folder("llama"))
+    other = families.save(families.make_model("llama"), tmp_path / "other")
+    tokenizer = families.make_tokenizer()
+    tokenizer.add_tokens(["<|more|>"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(UserError, match="other has another tokenizer than"):
+        intarsia.bench(folder, draft=str(other))
+    with pytest.raises(UserError, match="--draft is given with several models"):
+        intarsia.bench(folder, folder, draft=folder)
+    with pytest.raises(UserError, match="--prompts is given without --draft"):
+        intarsia.bench(folder, prompts="a.txt")

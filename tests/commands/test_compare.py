@@ -18,7 +18,7 @@ from intarsia.cli import main
 from intarsia.commands import compare as verb
 from intarsia.commands.compare import CompareEval, CompareResult, Entrants
 from intarsia.errors import Problem, UserError
-from intarsia.options import EvalSpec, NewModel, Output, Target, TextSpec
+from intarsia.options import AnswerSpec, EvalSpec, NewModel, Output, Target, TextSpec
 from intarsia.pruning.ladder import Ladder
 from intarsia.recipe import schema
 from intarsia.registry import planners
@@ -70,7 +70,12 @@ def compare(model: str, out: Path, **given: Any) -> CompareResult:
             parts[name not in ("methods", "layers", "heal")][names.get(name, name)] = value
     spec = text_of(given)
     return verb.compare(
-        model, out, Entrants(**parts[0]), CompareEval(**parts[1]), text=spec, dry_run=given.get("dry_run", False)
+        model,
+        out,
+        Entrants(**parts[0]),
+        CompareEval(**{"answers": 4, **parts[1]}),
+        text=spec,
+        dry_run=given.get("dry_run", False),
     )
 
 
@@ -173,6 +178,16 @@ def test_what_stands_beside_the_rows(model_folder: Folder, halves: Sizes, text_f
         ("reverse", 4),
     ]
     assert float(table[1]["words"]) == rows["shortgpt", 5, "none"]["perplexity"]["words"]["value"]
+    answers = rows["shortgpt", 5, "none"]["answers"]
+    assert rows["dense", 6, "none"]["answers"]["agreement"]["value"] == float(table[0]["agreement"]) == 1.0
+    assert float(table[1]["agreement"]) == answers["agreement"]["value"] < 1.0
+    assert float(table[1]["answers that loop"]) == answers["loops"]["value"]
+    intarsia.build(out / "plans" / "shortgpt", tmp_path / "five", layers=5)
+    alone = intarsia.evaluate_agreement(
+        str(tmp_path / "five"), str(model_folder("llama")), AnswerSpec(answers=4)
+    ).agreement
+    assert answers["agreement"]["value"] == alone.agreement.value and answers["sha256"] == alone.sha256
+    assert "<h3>Answers</h3>" in (out / "report.html").read_text(encoding="utf-8")
     assert (out / "table.md").read_text(encoding="utf-8").count("\n") == 2 + 5
     assert all(file.stat().st_size > 0 for file in result.files)
 

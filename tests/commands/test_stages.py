@@ -18,7 +18,7 @@ import intarsia
 from intarsia import registry
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.options import NewModel
+from intarsia.options import AnswerSpec, NewModel
 from intarsia.progress import Silent, reporting_to
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come import ComeSettings
@@ -251,7 +251,7 @@ def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Pa
     source = Checkpoint.open(model_folder(family), model=family)
     share = 1.5 * source.architecture.layer_parameters / source.parameters
     result = verbs.compress(
-        str(source.folder), tmp_path / "out", sparsity=share, eval_text=str(text_file), windows=4, **sizes
+        str(source.folder), tmp_path / "out", sparsity=share, eval_text=str(text_file), windows=4, answers=8, **sizes
     )
     assert result.target == 4 and result.before is not None and result.after is not None
     assert (result.before.layers, result.after.layers) == (6, 4)
@@ -263,11 +263,19 @@ def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Pa
         alone = intarsia.evaluate_perplexity(str(folder), str(text_file), seq_len=32, windows=4)
         assert measures.perplexity.value == pytest.approx(alone.value)
         assert measures.decode_per_s > 0 and measures.prefill_per_s > 0
+    agreed = intarsia.evaluate_agreement(str(tmp_path / "out"), str(source.folder), AnswerSpec(answers=8))
+    assert (result.before.answers, result.after.answers) == (agreed.original, agreed.agreement)
+    assert agreed.original.agreement.value == 1.0 and agreed.original.examples[0]["same_tokens"] > 0
+    assert agreed.agreement.prompts == 8 and agreed.agreement.kl.value > 0.0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<h3>Answers of both</h3>" in page and 'class="same"' in page
+    assert ("<mark>" in page) == any(each["new"][1] for each in agreed.agreement.examples)
     assert result.run == tmp_path / "out.run"
     assert names(tmp_path / "out") >= {"config.json", "model.safetensors", "tokenizer.json", "README.md", "recipe"}
     assert names(tmp_path / "out") >= {"generation_config.json"}
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert result.recipe_sha256 is not None and result.recipe_sha256 in card
+    assert f"| agreement | 1 ± 0 | {result.after.answers.agreement.value:.4g} ±" in card
     (row,) = (line for line in card.splitlines() if line.startswith("| perplexity |"))
     told = [float(cell.split()[0].replace(",", "")) for cell in row.split("|")[2:4]]
     measured = [measures.perplexity.value for measures in (result.before, result.after) if measures.perplexity]

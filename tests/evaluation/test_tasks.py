@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from intarsia.errors import UserError
 from intarsia.evaluation.likelihood import Likelihoods
 from intarsia.evaluation.results import TaskScore, retention
-from intarsia.evaluation.task_file import Question, read_questions
+from intarsia.evaluation.task_file import Question, is_right, read_questions
 from intarsia.evaluation.tasks import Task, TaskPlan, load_tasks, plan_tasks, score_tasks
 from tests import families
 
@@ -339,3 +339,51 @@ def test_plans_are_checked_at_once(tmp_path: Path) -> None:
         write_task(tmp_path / folder, "quiz", some_questions(3))
     with pytest.raises(UserError, match="quiz more than once"):
         plan_tasks([str(tmp_path / folder / "quiz.jsonl") for folder in ("a", "b")])
+
+
+@pytest.mark.parametrize(
+    ("written", "answer", "expected"),
+    [
+        ("3 and 4 make 7.", "7", True),
+        ("It is 1,000 dollars", "#### 1000", True),
+        ("so 5.0", "The sum is 5.", True),
+        ("-3", "3", False),
+        ("none", "3", False),
+        ("The Paris!", "paris", True),
+        ("Paris\nis a town", "Paris", True),
+        ("It is Paris", "Paris", False),
+        ("in 1990 he left", "1990 was the year", False),
+        ("1990 was the year.", "1990 was the year", True),
+    ],
+)
+def test_what_counts_as_the_answer(written: str, answer: str, expected: bool) -> None:
+    assert is_right(written, answer) is expected
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_answers_that_are_written(tmp_path: Path, chat: bool) -> None:
+    """What the model would write itself, after the file's first item as an example, is right, and nothing else is."""
+    model, tokenizer = families.make_model("llama"), families.make_tokenizer(chat=True)
+    items = [{"query": f"roti {word}", "answer": word} for word in ("sa", "lu", "mi", "ka")]
+    form = "<|user|>{query}</s><|assistant|>{answer}</s>" if chat else "{query} {answer}\n\n"
+    ask = "<|user|>{query}</s><|assistant|>" if chat else "{query}"
+    ids = tokenizer(form.format(**items[0]) + ask.format(**items[1]), return_tensors="pt")["input_ids"]
+    out = model.generate(input_ids=ids, do_sample=False, max_new_tokens=256, pad_token_id=1)
+    items[1]["answer"] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).split("\n\n")[0]
+    file = tmp_path / "quiz.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in items))
+    plan = plan_tasks([str(file)], limit=2, num_fewshot=1, chat=chat)
+    (score,) = score_tasks(plan, model, tokenizer, name="tiny").scores
+    assert (score.primary, score.n, score.chance, score.source) == ("exact_match", 2, None, "local")
+    assert score.outcomes["exact_match"] == (1.0, 0.0)
+    kept = retention([score], [score], against="tiny").mean
+    assert kept.accuracy is not None and (kept.accuracy.value, kept.above_chance) == (1.0, None)
+    with pytest.raises(UserError, match=r"--num-fewshot is 4, and .* has 4 items"):
+        plan_tasks([str(file)], num_fewshot=4)
+    tokenizer.chat_template = None
+    if chat:
+        with pytest.raises(UserError, match="--chat-template is given, and tiny has no chat template"):
+            score_tasks(plan, model, tokenizer, name="tiny")
+    file.write_text('{"query": "a", "answer": " "}\n')
+    with pytest.raises(UserError, match=r"quiz\.jsonl:1, answer: text is blank"):
+        plan_tasks([str(file)])

@@ -84,8 +84,10 @@ def test_every_family_learns(family: str, cut: Cut, tokens: Tokens, tmp_path: Pa
     assert report["loss_after"] == pytest.approx(kl_by_hand(checkpoint, healed, held_out), rel=1e-3)
 
 
-def test_losses_by_hand(cut: Cut, tokens: Tokens, tmp_path: Path) -> None:
-    """Every part of the loss against the plain formulas on whole logits and hidden states, with padding."""
+@pytest.mark.parametrize("assistant", [False, True])
+def test_losses_by_hand(assistant: bool, cut: Cut, tokens: Tokens, tmp_path: Path) -> None:
+    """Every part of the loss against the plain formulas on whole logits and hidden states: with padding, and where
+    losses count before the assistant's tokens alone."""
     checkpoint, recipe = cut("qwen2")
     corpus, _ = tokens(padded=True, sequences=3)
     ids, mask = corpus.input_ids, corpus.mask
@@ -97,19 +99,23 @@ def test_losses_by_hand(cut: Cut, tokens: Tokens, tmp_path: Path) -> None:
     distiller = Distiller(
         student, architecture, settings, layers=[2, 3], teacher_head=teacher.split.head, autocast=False
     )
+    counted = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    counted[:, -1] = False
     with torch.no_grad():
-        found = distiller(ids, mask, teacher.lesson(ids, mask, logits=True))
+        lesson = teacher.lesson(ids, mask, logits=True)
+        found = distiller(ids, mask, replace(lesson, counted_BT=counted) if assistant else lesson)
         ours = student(ids, attention_mask=mask, output_hidden_states=True)
         theirs = teacher.split.model(ids, attention_mask=mask, output_hidden_states=True)
     t, s = ((out.logits / 1.5).log_softmax(-1) for out in (theirs, ours))
-    kl = float((t.exp() * (t - s)).sum(-1)[mask].mean()) * 1.5**2
-    predicted = mask[:, 1:] & mask[:, :-1]
+    here = counted if assistant else mask
+    kl = float((t.exp() * (t - s)).sum(-1)[here].mean()) * 1.5**2
+    predicted = counted[:, :-1] if assistant else mask[:, 1:] & mask[:, :-1]
     log_p = ours.logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
     text = -float(log_p[predicted].mean())
     between = []
     for index, depth in ((2, 4), (3, 6)):
         a, b = ours.hidden_states[index + 1], theirs.hidden_states[depth]
-        between.append(float(((a - b).square().sum(-1) / b.square().sum(-1))[mask].mean()))
+        between.append(float(((a - b).square().sum(-1) / b.square().sum(-1))[here].mean()))
     hidden = sum(between) / 2
     assert found.tolist() == pytest.approx([2 * kl + 3 * hidden + 5 * text, kl, hidden, text], rel=1e-4)
 

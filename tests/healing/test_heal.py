@@ -20,6 +20,8 @@ import intarsia
 from intarsia import registry
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.cli import main
+from intarsia.commands import heal as verb
+from intarsia.commands.heal import HealResult, PerplexityTexts, TrainingText
 from intarsia.commands.heal import _read_source as read_source
 from intarsia.commands.job import load_tokenizer
 from intarsia.data.corpus import Corpus
@@ -32,7 +34,7 @@ from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from tests import families
 from tests.conftest import Folder
-from tests.healing.conftest import LAYERWISE, Cut, heal
+from tests.healing.conftest import LAYERWISE, WHOLE, Cut, heal
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = ("closed-form", "layerwise", "end-to-end")
@@ -72,6 +74,41 @@ def test_all_stages(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
     assert schema.content_hash(read_source(out)) == found.recipe_sha256
     again = heal(recipe_file, tmp_path / "copy", run=tmp_path / "healed.heal", stages=ALL, **given)
     assert again.stages == found.stages and again.recipe_sha256 == found.recipe_sha256
+
+
+@pytest.mark.parametrize("talk", [True, False])
+def test_losses_on_the_assistants_tokens(talk: bool, learned: tuple[Path, Recipe], tmp_path: Path) -> None:
+    """Conversations as text, answers to questions of a file before and after, and what is refused."""
+    folder, recipe = learned
+    model = shutil.copytree(folder, tmp_path / "chat")
+    families.make_tokenizer(chat=talk).save_pretrained(model)
+    schema.save(replace(recipe, variants=(replace(recipe.variants[0], model=str(model)),)), tmp_path / "r.yaml")
+    lines = families.sample_text(4000).splitlines()
+    rows = [{"prompt": line[:12], "response": line[12:]} for line in lines if len(line) > 20]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained = (replace(LAYERWISE, loss_on="assistant"), replace(WHOLE, loss_on="assistant"))
+    text = TrainingText(sources=(str(tmp_path / "talks.jsonl"),), tokens=2048, seq_len=32)
+    asked = PerplexityTexts(answers=3, answer_tokens=4, prompts=str(tmp_path / "talks.jsonl"))
+
+    def run() -> HealResult:
+        return verb.heal(tmp_path / "r.yaml", tmp_path / "out", text, stages=trained, evaluation=asked)
+
+    if not talk:
+        with pytest.raises(UserError, match="--loss-on assistant needs a chat template"):
+            run()
+        assert not (tmp_path / "out.heal").exists()
+        return
+    found = run()
+    assert (tmp_path / "out" / "config.json").is_file()
+    taken = any(stage["taken"] for stage in found.stages[1:])
+    assert [row["model"] for row in found.answers] == ["original", "as it came", *(["healed"] if taken else [])]
+    assert found.answers[0]["agreement"]["value"] == 1.0 and found.answers[1]["next_token_kl"]["value"] > 0.0
+    plain = [replace(stage, loss_on="all") for stage in trained]
+    other = verb.heal(tmp_path / "r.yaml", tmp_path / "all", text, stages=plain, evaluation=PerplexityTexts(answers=0))
+    assert other.answers == ()
+    for stage in ("layerwise", "end-to-end"):
+        ours, theirs = (each.details[stage][0] for each in (found, other))
+        assert ours["loss_after"] < ours["loss_before"] and ours["loss_before"] != theirs["loss_before"]
 
 
 def test_what_judges_is_behind_what_was_fitted_on(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:

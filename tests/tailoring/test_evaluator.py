@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from benchmarks.tailor_trial import Meter
+from intarsia.activations.loss import TOP
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import materialize
 from intarsia.data.corpus import Corpus
@@ -30,7 +31,6 @@ from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile, MemberSpec, ObjectiveSpec, SearchSpec, TargetSpec
 from intarsia.tailoring.history import Outcome, TrialFailed
 from intarsia.tailoring.objective import Objective
-from intarsia.tailoring.trial_scores import TOP
 from tests import families
 from tests.closed_form_fits import fit_on
 

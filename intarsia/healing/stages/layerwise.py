@@ -60,7 +60,7 @@ def layerwise(context: HealContext, recipe: Recipe, settings: LayerwiseSettings)
     found, reports = train(
         recipe,
         context.resident,
-        Text.of(context.training, context.held_out),
+        Text.of(context.training, context.held_out, turns=context.turns(settings.loss_on)),
         settings=settings,
         teacher=context.teaching,
         folder=context.folder,

@@ -1,0 +1,425 @@
+"""How far a model's words are the original's: the original's answers token by token, and the model's own answers.
+
+    reference = Reference.of(original, tokenizer, prompts, answer_tokens=64)
+    followed = reference.follow(model)           # one pass along the original's answers, and its own answers
+    found = reference.judge(followed, original)  # what the original makes of these
+
+Answers are greedy. The original's next token is the likeliest by its own pass along its answers, so that a model agrees
+with itself wholly. An answer loops when it has not ended and its last tokens are one passage three times in a row.
+
+Shape suffixes: `B` prompts of a batch, `T` tokens, `V` vocabulary, `M` tokens of the answers, `P` prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intarsia.activations.loss import Likeliest
+from intarsia.data.chat import learn_turns, prompt_of
+from intarsia.data.conversations import Conversation
+from intarsia.data.corpus import check_ids
+from intarsia.data.self_text import Sampling, row_bytes, rows_at_once, self_corpus, write_on
+from intarsia.data.sources import documents, parse
+from intarsia.errors import UserError, check
+from intarsia.evaluation.likelihood import Request, batches_of, score_batch
+from intarsia.evaluation.perplexity import ratio_stderr
+from intarsia.evaluation.results import Agreement, Metric
+from intarsia.evaluation.run_rows import default_batch_tokens, evaluating, forward_of
+from intarsia.options import AnswerSpec
+from intarsia.progress import current
+
+_PROMPT = 32  # tokens of a prompt, where the model writes running text
+_QUESTION = 64  # most tokens of a question that the model writes
+_SEED = 7919  # apart from the calibration text's
+_EXAMPLES = 4
+_REPEATS, _LEAST = 3, 12  # a loop has a passage three times, in at least so many tokens
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompts as tokens, ready to be answered."""
+
+    ids: tuple[Ids, ...]
+    # For a person: the questions alone.
+    texts: tuple[str, ...]
+    # Tokens that end an answer.
+    enders: frozenset[int]
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        """The hash of their tokens."""
+        return hashlib.sha256(repr(self.ids).encode()).hexdigest()
+
+    @classmethod
+    def of(cls, given: Iterable[str | Conversation], tokenizer: Any, *, source: str) -> Prompts:
+        """Questions, or conversations up to their last question, as the model's chat template writes them."""
+        known = list(given)
+        written = [prompt_of(each, tokenizer) for each in known]
+        return cls(
+            ids=tuple(tuple(tokenizer(text, add_special_tokens=special)["input_ids"]) for text, special in written),
+            texts=tuple(each if isinstance(each, str) else each.question for each in known),
+            enders=_enders(tokenizer),
+            source=source,
+        )
+
+    @classmethod
+    def read(cls, spec: str, tokenizer: Any, *, n: int, answer_tokens: int, positions: int | None) -> Prompts:
+        """The first prompts of a file: a .txt has one a line; of a conversation, all before the last answer.
+
+        Args:
+            positions: of the model; None where it has no limit.
+
+        Raises:
+            UserError: the file cannot be read, or a prompt with its answer is too long for the model.
+        """
+        found = cls.of(islice(_lines(spec), n), tokenizer, source=spec)
+        for number, each in enumerate(found.ids, start=1):
+            check_ids(max(each, default=0), tokenizer, f"Prompt {number} of {spec}")
+            check(
+                (bool(each), f"Prompt {number} of {spec} has no token.", "Leave it out."),
+                (
+                    positions is None or len(each) + answer_tokens <= positions,
+                    f"Prompt {number} of {spec} has {len(each)} tokens and an answer up to {answer_tokens}; the model "
+                    f"has {positions} positions.",
+                    "Shorten it, or give fewer --answer-tokens.",
+                ),
+            )
+        return found
+
+    @classmethod
+    def written(cls, model: Any, tokenizer: Any, *, n: int, seed: int, longest: int, key: str | None) -> Prompts:
+        """Prompts that a model writes: questions of a user, or beginnings of texts where it has no chat template.
+
+        Args:
+            model: or a function that loads it.
+            longest: most tokens of a prompt.
+            key: the hash of its weights, under which they are kept; None keeps nothing.
+        """
+        turns = learn_turns(tokenizer)
+        around = 0 if turns is None else len(turns.opening) + len(turns.to_assistant)
+        if longest < around + 8:
+            turns, around = None, 0
+        question = max(1, min(_PROMPT if turns is None else _QUESTION, longest - around))
+        corpus = self_corpus(
+            model,
+            tokenizer,
+            n=n,
+            seq_len=max(2, around + question),
+            seed=seed + _SEED,
+            cache_key=key,
+            sampling=Sampling(longest_question=question),
+        )
+        rows, start = [tuple(row) for row in corpus.input_ids.tolist()], 0
+        answer: Ids = ()
+        if turns is not None:
+            start, answer = len(turns.opening), turns.to_assistant
+            rows = [row[: row.index(answer[0], start)] for row in rows if answer[0] in row[start:]]
+        return cls(
+            ids=tuple((*row, *answer) for row in rows),
+            texts=tuple(tokenizer.decode(row[start:], skip_special_tokens=True) for row in rows),
+            enders=_enders(tokenizer),
+            source="written by the original",
+        )
+
+
+def _enders(tokenizer: Any) -> frozenset[int]:
+    turns, eos = learn_turns(tokenizer), tokenizer.eos_token_id
+    return turns.enders if turns is not None else frozenset(() if eos is None else (eos,))
+
+
+def _lines(spec: str) -> Iterator[str | Conversation]:
+    kind = parse(spec).kind
+    for document in documents(spec):
+        if isinstance(document, str) and kind == "text":
+            yield from (line for line in document.splitlines() if line.strip())
+        else:
+            yield document
+
+
+@dataclass(frozen=True, kw_only=True)
+class Followed:
+    """What a model says along the original's answers, and its own answers."""
+
+    # For each prompt: tokens that agree, and the summed KL.
+    agree_P: Tensor
+    kl_P: Tensor
+    answers: tuple[Ids, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The original's answers, and its next tokens along them."""
+
+    prompts: Prompts
+    answers: tuple[Ids, ...]
+    # Of the same tokens in the order of `batches`.
+    likeliest: tuple[Likeliest, ...]
+    # The original's summed loss on its own answers, for each prompt.
+    loss_P: Tensor
+    answer_tokens: int
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, original: Any, tokenizer: Any, prompts: Prompts, *, answer_tokens: int) -> Reference:
+        """Let the original answer, and run it once along its answers."""
+        answers = greedy_answers(original, tokenizer, prompts, answer_tokens)
+        kept, loss_P = [], torch.zeros(len(answers), dtype=torch.float64)
+        with evaluating(original), torch.inference_mode():
+            forward = forward_of(original)
+            for batch in _batches(prompts, answers, original):
+                logits_NV = forward(batch.rows)
+                kept.append(Likeliest.of(logits_NV))
+                loss_P.index_add_(0, batch.request_M, -score_batch(logits_NV, batch)[0].cpu().double())
+        return cls(
+            prompts=prompts,
+            answers=answers,
+            likeliest=tuple(kept),
+            loss_P=loss_P,
+            answer_tokens=answer_tokens,
+            tokenizer=tokenizer,
+        )
+
+    def itself(self) -> Agreement:
+        """The original's own row of a table: full agreement, and how its answers are."""
+        counts_P = _counts(self.answers)
+        whole = Followed(agree_P=counts_P, kl_P=torch.zeros_like(counts_P), answers=self.answers)
+        return self._result(whole, self.loss_P)
+
+    def follow(self, model: Any) -> Followed:
+        """One pass of a model along the original's answers, and its own answers to the same prompts."""
+        agree_P, kl_P = torch.zeros(len(self.answers), dtype=torch.float64), torch.zeros_like(self.loss_P)
+        with evaluating(model), torch.inference_mode():
+            forward = forward_of(model)
+            for batch, theirs in zip(_batches(self.prompts, self.answers, model), self.likeliest, strict=True):
+                logits_NV = forward(batch.rows)
+                next_N1 = theirs.tokens[:, :1].to(logits_NV.device).long()
+                same_N = logits_NV.gather(1, next_N1)[:, 0] >= logits_NV.amax(-1)  # of equal ones any may come first
+                kl_N = theirs.divergence(logits_NV)
+                if not bool(kl_N.isfinite().all()):
+                    raise UserError(
+                        "Agreement: a next-token probability is NaN or infinite.",
+                        "Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
+                    )
+                agree_P.index_add_(0, batch.request_M, same_N.cpu().double()[batch.position_M])
+                kl_P.index_add_(0, batch.request_M, kl_N.cpu().double()[batch.position_M])
+        answers = greedy_answers(model, self.tokenizer, self.prompts, self.answer_tokens)
+        return Followed(agree_P=agree_P, kl_P=kl_P, answers=answers)
+
+    def judge(self, followed: Followed, original: Any) -> Agreement:
+        """The measures of a model, with what the original makes of its answers."""
+        loss_P = torch.zeros(len(self.answers), dtype=torch.float64)
+        with evaluating(original), torch.inference_mode():
+            forward = forward_of(original)
+            for batch in _batches(self.prompts, followed.answers, original):
+                loss_P.index_add_(0, batch.request_M, -score_batch(forward(batch.rows), batch)[0].cpu().double())
+        return self._result(followed, loss_P)
+
+    def _result(self, followed: Followed, loss_P: Tensor) -> Agreement:
+        counts_P, own_P = _counts(self.answers), _counts(followed.answers)
+        enders = self.prompts.enders
+        loops_P = torch.tensor([loops(answer, enders) for answer in followed.answers], dtype=torch.float64)
+        nll = _ratio(loss_P, own_P)
+        value = math.exp(min(nll.value, 700.0))
+        return Agreement(
+            agreement=_ratio(followed.agree_P, counts_P),
+            kl=_ratio(followed.kl_P, counts_P),
+            loops=_ratio(loops_P, torch.ones_like(loops_P)),
+            length=_ratio(own_P, torch.ones_like(own_P)),
+            perplexity=Metric(value=value, stderr=None if nll.stderr is None else value * nll.stderr),
+            prompts=len(self.answers),
+            tokens=int(counts_P.sum()),
+            source=self.prompts.source,
+            sha256=self.prompts.sha256,
+            examples=tuple(self._example(number, followed.answers[number]) for number in self._shown()),
+        )
+
+    def _shown(self) -> range:
+        return range(min(_EXAMPLES, len(self.answers)))
+
+    def _example(self, number: int, answer: Ids) -> dict[str, Any]:
+        return {
+            "prompt": self.prompts.texts[number].strip(),
+            **side_by_side(self.tokenizer, self.answers[number], answer),
+        }
+
+
+def side_by_side(tokenizer: Any, original: Ids, answer: Ids) -> dict[str, Any]:
+    """Two answers, each as the text that they share, the first token that differs, and the rest."""
+    pairs = zip(original, answer, strict=False)
+    same = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(original), len(answer)))
+
+    def parts(ids: Ids) -> list[str]:
+        shared, first, whole = (
+            tokenizer.decode(ids[:end], skip_special_tokens=True) for end in (same, same + 1, len(ids))
+        )
+        return [shared, first[len(shared) :], whole[max(len(first), len(shared)) :]]
+
+    return {"same_tokens": same, "original": parts(original), "new": parts(answer)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The prompts that models are asked, as far as they are known before the original is loaded."""
+
+    tokenizer: Any
+    # Those of a file; None where the original writes them.
+    prompts: Prompts | None
+    answers: int
+    answer_tokens: int
+    # Most tokens of a prompt.
+    longest: int
+
+    @classmethod
+    def of(cls, spec: AnswerSpec, tokenizer: Any, *configs: Mapping[str, Any], stream: bool = False) -> Asked | None:
+        """What is asked for; None for nothing, and where models are streamed, which cannot write.
+
+        Args:
+            configs: of the models that answer; the smallest number of positions is the limit.
+
+        Raises:
+            UserError: the file of prompts cannot be used.
+        """
+        check(
+            (
+                not (stream and spec.prompts),
+                "--prompts is given with --stream, and to answer the whole model must be in memory.",
+                "Leave one of them out.",
+            )
+        )
+        if stream or not spec.answers:
+            return None
+        known = [config.get("max_position_embeddings") for config in configs]
+        positions = min((count for count in known if isinstance(count, int)), default=None)
+        tokens = spec.answer_tokens if positions is None else max(2, min(spec.answer_tokens, positions // 2))
+        prompts = None
+        if spec.prompts is not None:
+            tokens = spec.answer_tokens
+            prompts = Prompts.read(spec.prompts, tokenizer, n=spec.answers, answer_tokens=tokens, positions=positions)
+        longest = 2**20 if positions is None else positions - tokens
+        return cls(tokenizer=tokenizer, prompts=prompts, answers=spec.answers, answer_tokens=tokens, longest=longest)
+
+    def answered(self, original: Any, *, seed: int, key: str | None) -> Reference:
+        """The original's answers; first it writes the prompts, where no file has them.
+
+        Args:
+            key: the hash of its weights, under which prompts are kept; None keeps nothing.
+        """
+        prompts = self.ready(original, seed=seed, key=key)
+        return Reference.of(original, self.tokenizer, prompts, answer_tokens=self.answer_tokens)
+
+    def ready(self, original: Any, *, seed: int, key: str | None) -> Prompts:
+        """The prompts alone, written by the original where no file has them."""
+        return self.prompts or Prompts.written(
+            original, self.tokenizer, n=self.answers, seed=seed, longest=self.longest, key=key
+        )
+
+
+_WELL, _KEPT = 1.5, 0.9
+_LEAST_AGREEMENT, _MOST_LOOPS = 0.6, 0.25
+
+
+def doubt(before: Agreement, after: Agreement, *, perplexity: float | None, kept: float | None) -> str | None:
+    """One sentence where perplexity or choices look well, and the answers do not; else None.
+
+    Args:
+        perplexity: the new model's, as a multiple of the original's.
+        kept: share of the original's accuracy on tasks.
+    """
+    if perplexity is not None and perplexity <= _WELL:
+        well = "perplexity"
+    elif kept is not None and kept >= _KEPT:
+        well = "accuracy"
+    else:
+        return None
+    agree, loop = after.agreement.value, after.loops.value
+    if agree >= _LEAST_AGREEMENT and loop - before.loops.value <= _MOST_LOOPS:
+        return None
+    return f"answers differ more than {well} says: {agree:.0%} of tokens agree, {loop:.0%} loop"
+
+
+def greedy_answers(model: Any, tokenizer: Any, prompts: Prompts, answer_tokens: int) -> tuple[Ids, ...]:
+    """A model's likeliest answers, each with the token that ends it, or cut at its greatest length.
+
+    Prompts of similar length are answered side by side: in a row whose prompt is not over, its tokens come next.
+    """
+    known, found = prompts.ids, dict[int, Ids]()
+    order = sorted(range(len(known)), key=lambda number: len(known[number]))
+    longest = max(map(len, known)) + answer_tokens
+    size = rows_at_once(row_bytes(model, longest), Sampling())
+    forced = max(map(len, known)) - min(map(len, known))  # at most: rows wait for the longest prompt among them
+    with current().task("answers", total=len(known) * (answer_tokens + forced)) as task:
+        for start in range(0, len(order), size):
+            batch = [known[number] for number in order[start : start + size]]
+            rows = _greedy(model, len(tokenizer), batch, prompts.enders, answer_tokens, task)
+            found |= dict(zip(order[start : start + size], rows, strict=True))
+    return tuple(found[number] for number in range(len(known)))
+
+
+def _greedy(
+    model: Any, vocabulary: int, prompts: Sequence[Ids], enders: frozenset[int], answer_tokens: int, task: Any
+) -> list[Ids]:
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    ids_BT = torch.zeros(len(prompts), longest + answer_tokens, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, : len(prompt)] = torch.tensor(prompt)
+    ended = [False] * len(prompts)
+
+    def choose(logits_BV: Tensor, column: int) -> Tensor | None:
+        likeliest = logits_BV[:, :vocabulary].argmax(-1).tolist()
+        for row, prompt in enumerate(prompts):
+            if column < len(prompt):
+                likeliest[row] = prompt[column]
+            else:
+                ended[row] |= column >= len(prompt) + answer_tokens
+                if not ended[row]:
+                    ids_BT[row, column] = likeliest[row]
+                    ended[row] = likeliest[row] in enders
+        return None if all(ended) else torch.tensor(likeliest)
+
+    write_on(model, ids_BT, shortest, choose, task)
+    answers = []
+    for row, prompt in zip(ids_BT.tolist(), prompts, strict=True):
+        answer = row[len(prompt) : len(prompt) + answer_tokens]
+        end = next((index + 1 for index, token in enumerate(answer) if token in enders), len(answer))
+        answers.append(tuple(answer[:end]))
+    return answers
+
+
+def loops(answer: Ids, enders: frozenset[int]) -> bool:
+    """Whether an answer ends in repeating itself: it has not ended, and its last tokens are one passage three times."""
+    if not answer or answer[-1] in enders:
+        return False
+    for period in range(1, len(answer) // _REPEATS + 1):
+        tail = answer[-max(_REPEATS * period, _LEAST) :]
+        if len(tail) >= _LEAST and tail[period:] == tail[:-period]:
+            return True
+    return False
+
+
+def _batches(prompts: Prompts, answers: Sequence[Ids], model: Any) -> Iterator[Any]:
+    requests = [
+        Request(context=prompt, continuation=answer) for prompt, answer in zip(prompts.ids, answers, strict=True)
+    ]
+    device = next(model.parameters()).device
+    yield from batches_of(requests, pack=False, batch_tokens=default_batch_tokens(device))
+
+
+def _counts(answers: Sequence[Ids]) -> Tensor:
+    return torch.tensor([len(answer) for answer in answers], dtype=torch.float64)
+
+
+def _ratio(sums_P: Tensor, counts_P: Tensor) -> Metric:
+    """A mean over tokens, with the standard error that prompts as independent draws give; None of a single one."""
+    value = float(sums_P.sum() / counts_P.sum())
+    return Metric(value=value, stderr=ratio_stderr(sums_P, counts_P, value) if len(sums_P) > 1 else None)

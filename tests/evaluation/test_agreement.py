@@ -1,0 +1,218 @@
+"""Agreement: of a model with itself, of a random one, by hand; prompts from files; loops; greedy answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from intarsia.errors import UserError
+from intarsia.evaluation.agreement import Asked, Prompts, Reference, doubt, greedy_answers, loops, side_by_side
+from intarsia.evaluation.results import Agreement, Metric
+from intarsia.options import AnswerSpec
+from tests import families
+
+TOKENS = 6
+
+
+@pytest.fixture(autouse=True)
+def cache_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTARSIA_CACHE", str(tmp_path / "cache"))
+
+
+def _prompts(tokenizer: Any, *texts: str) -> Prompts:
+    return Prompts.of(texts or ("roti sa", "a", "kana roti lu mi"), tokenizer, source="by hand")
+
+
+def _reference(model: Any, tokenizer: Any, **how: Any) -> Reference:
+    return Reference.of(model, tokenizer, _prompts(tokenizer), answer_tokens=TOKENS, **how)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_greedy_answers_are_those_of_generate(family: str) -> None:
+    """Of prompts of different lengths side by side, each alone."""
+    model, tokenizer = families.make_model(family), families.make_tokenizer()
+    prompts = _prompts(tokenizer)
+    found = greedy_answers(model, tokenizer, prompts, TOKENS)
+    for prompt, answer in zip(prompts.ids, found, strict=True):
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        whole = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=TOKENS)
+        wanted = whole[0, len(prompt) :].tolist()
+        assert list(answer) == (wanted[: wanted.index(0) + 1] if 0 in wanted else wanted)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_model_agrees_with_itself(family: str) -> None:
+    model, tokenizer = families.make_model(family), families.make_tokenizer()
+    reference = _reference(model, tokenizer)
+    found, itself = reference.judge(reference.follow(model), model), reference.itself()
+    assert found.agreement == itself.agreement == Metric(value=1.0, stderr=0.0)
+    assert found.kl.value == pytest.approx(0.0, abs=1e-6)
+    assert (found.prompts, found.tokens) == (3, sum(map(len, reference.answers)))
+    assert found.length == itself.length and found.length.value == found.tokens / 3
+    assert found.perplexity.value == pytest.approx(itself.perplexity.value)
+    assert found.examples[0]["new"] == found.examples[0]["original"] and found.examples[0]["new"][1:] == ["", ""]
+
+
+def test_by_hand() -> None:
+    """Agreement, KL and perplexity from whole logits of each answer by itself."""
+    original, other = (families.make_model("llama", seed=seed) for seed in (0, 1))
+    with torch.no_grad():  # near enough to agree on some tokens and not on all
+        for mine, theirs in zip(other.parameters(), original.parameters(), strict=True):
+            mine.copy_(0.1 * mine + 0.9 * theirs)
+    tokenizer = families.make_tokenizer()
+    reference = _reference(original, tokenizer)
+    followed = reference.follow(other)
+    found = reference.judge(followed, original)
+    agree, kl, own = [], [], []
+    for prompt, answer, theirs in zip(reference.prompts.ids, reference.answers, followed.answers, strict=True):
+        ids, start = torch.tensor([[*prompt, *answer]]), len(prompt) - 1
+        with torch.no_grad():
+            t, s = (model(ids).logits[0, start:-1].log_softmax(-1) for model in (original, other))
+            judged = original(torch.tensor([[*prompt, *theirs]])).logits[0, start:-1].log_softmax(-1)
+        agree.append((t.argmax(-1) == s.argmax(-1)).double())
+        top_p, top = t.topk(64)
+        s_p = s.gather(1, top)
+        rest = [(1 - p.exp().sum(-1)).clamp_min(1e-6) for p in (top_p, s_p)]
+        kl.append((top_p.exp() * (top_p - s_p)).sum(-1) + rest[0] * (rest[0].log() - rest[1].log()))
+        own.append(-judged.gather(1, torch.tensor(theirs)[:, None])[:, 0])
+    assert found.agreement.value == pytest.approx(float(torch.cat(agree).mean()))
+    assert 0.0 < found.agreement.value < 1.0
+    assert found.kl.value == pytest.approx(float(torch.cat(kl).mean()), rel=1e-4)
+    assert found.perplexity.value == pytest.approx(math.exp(float(torch.cat(own).mean())), rel=1e-4)
+    sizes = torch.tensor([len(each) for each in agree])
+    gaps = torch.tensor([float(each.sum()) for each in agree]) - found.agreement.value * sizes
+    assert found.agreement.stderr == pytest.approx(
+        math.sqrt(float(gaps.square().sum()) / (3 * 2)) / float(sizes.double().mean()), rel=1e-5
+    )
+
+
+def test_a_random_model_agrees_by_chance() -> None:
+    """One in V next tokens, within four standard errors of a binomial."""
+    original, other = families.make_model("llama"), families.make_model("llama", seed=9)
+    tokenizer = families.make_tokenizer()
+    ids = tuple((5 + n, 6 + n % 7) for n in range(200))
+    prompts = Prompts(ids=ids, texts=("",) * 200, enders=frozenset(), source="random")
+    reference = Reference.of(original, tokenizer, prompts, answer_tokens=8)
+    found = reference.judge(reference.follow(other), original)
+    chance = 1 / families.VOCABULARY
+    assert found.tokens == 1600
+    # Greedy answers of a random model repeat themselves, so tokens are far from independent.
+    assert found.agreement.value < chance + 4 * math.sqrt(chance / 1600) + 4 * (found.agreement.stderr or 0.0)
+    assert found.kl.value > 0.01
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ([7] * 12, True),
+        ([7] * 11, False),
+        ([1, 2, 3] * 4, True),
+        ([9, 9, *[1, 2, 3, 4, 5] * 3], True),
+        ([1, 2, 3, 4, 5] * 2, False),
+        ([*[1, 2, 3] * 4, 0], False),  # it has ended
+        ([*[1, 2, 3] * 4, 1, 2], True),
+        (list(range(60)), False),
+        ([], False),
+    ],
+)
+def test_loops(answer: list[int], expected: bool) -> None:
+    assert loops(tuple(answer), frozenset({0})) is expected
+
+
+def test_answers_side_by_side() -> None:
+    tokenizer = families.make_tokenizer()
+    first, second = (tuple(tokenizer(text)["input_ids"]) for text in ("roti sa x", "roti sa y z"))
+    found = side_by_side(tokenizer, first, second)
+    assert "".join(found["original"]) == "roti sa x" and "".join(found["new"]) == "roti sa y z"
+    assert found["original"][0] == found["new"][0] and found["original"][0].startswith("roti sa")
+    assert found["original"][1] != found["new"][1]
+    assert first[: found["same_tokens"]] == second[: found["same_tokens"]]
+
+
+def test_prompts_of_files(tmp_path: Path) -> None:
+    tokenizer = families.make_tokenizer(chat=True)
+
+    def read(name: str, text: str, **limits: Any) -> list[str]:
+        (tmp_path / name).write_text(text)
+        how: dict[str, Any] = {"n": 9, "answer_tokens": 5, "positions": 60, **limits}
+        found = Prompts.read(str(tmp_path / name), tokenizer, **how)
+        assert all(question in tokenizer.decode(ids) for question, ids in zip(found.texts, found.ids, strict=True))
+        return [tokenizer.decode(ids) for ids in found.ids]
+
+    asked = ["<|user|>one</s><|assistant|>", "<|user|>two</s><|assistant|>"]
+    assert read("a.txt", "one\n\ntwo\n") == asked
+    assert read("a.jsonl", '{"query": "one", "answer": "x"}\n{"query": "two", "answer": "y"}\n') == asked
+    assert read("b.jsonl", '{"prompt": "one"}\n{"prompt": "two"}\n', n=1) == asked[:1]
+    talk = [{"role": role, "content": role[:1]} for role in ("user", "assistant", "user", "assistant")]
+    messages = json.dumps({"messages": talk}) + "\n"
+    assert read("c.jsonl", messages) == ["<|user|>u</s><|assistant|>a</s><|user|>u</s><|assistant|>"]
+    tokenizer.chat_template = None
+    assert read("a.txt", "one\ntwo\n") == ["one", "two"]
+    with pytest.raises(UserError, match=r"Prompt 2 of .*a\.txt has \d+ tokens and an answer up to 5.*60 positions"):
+        read("a.txt", f"one\n{'two ' * 60}\n")
+    with pytest.raises(UserError, match="no message is the user's"):
+        read("d.jsonl", json.dumps({"messages": talk[1:2]}) + "\n")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompts_that_the_original_writes(chat: bool) -> None:
+    model, tokenizer = families.make_model("llama"), families.make_tokenizer(chat=chat)
+    config = {"max_position_embeddings": 90}
+    asked = Asked.of(AnswerSpec(answers=3, answer_tokens=100), tokenizer, config)
+    assert asked is not None and asked.answer_tokens == 45
+    first, again = (asked.answered(model, seed=0, key="abc") for _ in range(2))
+    assert first.prompts == again.prompts and len(first.prompts.ids) == 3
+    assert first.prompts != asked.answered(model, seed=1, key="abc").prompts
+    assert first.answers == again.answers
+    for prompt in first.prompts.ids:
+        assert len(prompt) + asked.answer_tokens <= 90
+        if chat:
+            text = tokenizer.decode(prompt)
+            assert text.startswith("<|user|>") and text.endswith("</s><|assistant|>")
+    shown = [each["prompt"] for each in first.itself().examples]
+    assert shown == [text.strip() for text in first.prompts.texts] and "<|" not in "".join(shown)
+    assert Asked.of(AnswerSpec(answers=0), tokenizer) is Asked.of(AnswerSpec(), tokenizer, stream=True) is None
+    with pytest.raises(UserError, match="--prompts is given with --stream"):
+        Asked.of(AnswerSpec(prompts="a.txt"), tokenizer, stream=True)
+
+
+def test_a_prompt_may_be_alone() -> None:
+    model, tokenizer = families.make_model("llama"), families.make_tokenizer()
+    reference = Reference.of(model, tokenizer, _prompts(tokenizer, "roti"), answer_tokens=TOKENS)
+    assert reference.itself().agreement == Metric(value=1.0, stderr=None)
+
+
+def test_numbers_that_are_not_finite() -> None:
+    model, tokenizer = families.make_model("llama"), families.make_tokenizer()
+    reference = _reference(model, tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = torch.nan
+    with pytest.raises(UserError, match="Agreement: a next-token probability is NaN"):
+        reference.follow(model)
+
+
+@pytest.mark.parametrize(
+    ("agreement", "loop", "perplexity", "kept", "expected"),
+    [
+        (0.9, 0.1, 1.2, None, None),
+        (0.4, 0.1, 9.0, None, None),  # nothing looks well
+        (0.4, 0.1, 1.2, None, "answers differ more than perplexity says: 40% of tokens agree, 10% loop"),
+        (0.9, 0.6, 9.0, 0.95, "answers differ more than accuracy says: 90% of tokens agree, 60% loop"),
+        (0.4, 0.6, 9.0, 0.5, None),
+    ],
+)
+def test_the_warning(
+    agreement: float, loop: float, perplexity: float | None, kept: float | None, expected: str | None
+) -> None:
+    def measured(agreement: float, loop: float) -> Agreement:
+        numbers = {name: Metric(value=1.0, stderr=None) for name in ("kl", "length", "perplexity")}
+        ours = {"agreement": Metric(value=agreement, stderr=0.01), "loops": Metric(value=loop, stderr=0.01)}
+        return Agreement(**numbers, **ours, prompts=1, tokens=1, source="", sha256="")
+
+    assert doubt(measured(1.0, 0.1), measured(agreement, loop), perplexity=perplexity, kept=kept) == expected
