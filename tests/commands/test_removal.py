@@ -137,7 +137,8 @@ def test_the_text_model_of_a_multimodal_one(folder_of: Any, text_file: Path, tmp
     text = json.loads((folder_of("qwen3_5_text") / "config.json").read_text())
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
     ids = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
-    config = CONFIG_MAPPING["qwen3_5"](text_config=text, vision_config={**vision, "num_position_embeddings": 16}, **ids)
+    parts = {"text_config": text, "vision_config": {**vision, "num_position_embeddings": 16}}
+    config = CONFIG_MAPPING["qwen3_5"].from_dict({**parts, **ids})
     model = AutoModelForImageTextToText.from_config(config)
     families.randomise(model, 0)
     families.save(model, tmp_path / "model")
