@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from intarsia.recipe.recipe import Recipe, Variant, derive_spans
 
 NAME = "model"
 _SEQUENCES, _TOKENS, _WRITTEN = 3, 20, 12
+_NOISE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,112 @@ def parity(trial: Trial) -> float:
         h_BTD = trial.stream.run(layer, h_BTD, entry.calls[index])
     logits = trial.stream.logits(h_BTD, trial.ids_BT, trial.mask_BT)
     return max(worst, difference(logits[trial.mask_BT], own.logits[trial.mask_BT]))
+
+
+def loop_parity(trial: Trial) -> float:
+    """Layer by layer, two texts in turns and one of them padded, against the model's own forward: logits.
+
+    So layers that leave something behind for others are found out.
+    """
+    texts = [(trial.ids_BT, trial.mask_BT), (trial.ids_BT.flip(0, 1), None)]
+    calls = [trial.stream.calls(*text) for text in texts]
+    states = [trial.stream.enter(*text).h_BTD for text in texts]
+    for index, layer in enumerate(trial.resident.layers):
+        states = [trial.stream.run(layer, h, call[index]) for h, call in zip(states, calls, strict=True)]
+    worst = 0.0
+    for h_BTD, (ids_BT, mask_BT) in zip(states, texts, strict=True):
+        keep = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT
+        own = trial.resident.model(ids_BT, attention_mask=None if mask_BT is None else mask_BT.long(), use_cache=False)
+        worst = max(worst, difference(trial.stream.logits(h_BTD, ids_BT, mask_BT)[keep], own.logits[keep]))
+    return worst
+
+
+def foresight(trial: Trial) -> float:
+    """By how much later tokens change the logits of earlier ones."""
+    changed = trial.ids_BT.clone()
+    half = _TOKENS // 2
+    changed[:, half:] = changed[:, half:].flip(1)
+    logits, others = (trial.resident.model(ids, use_cache=False).logits[:, :half] for ids in (trial.ids_BT, changed))
+    return difference(others, logits)
+
+
+def streamed(trial: Trial) -> float:
+    """A model whose layers are read one by one, against the one in memory."""
+    other = LoadedModel(trial.resident.checkpoint, device=trial.resident.device, stream=True)
+    return difference(other.model(trial.ids_BT).logits, trial.resident.model(trial.ids_BT).logits)
+
+
+def removal(trial: Trial, kept: Sequence[int], folder: Path) -> dict[str, float]:
+    """A model of some of the layers, built to disk and loaded, against the original in which the others are skipped."""
+    architecture = trial.architecture
+    ops = [_select(layer) for layer in kept]
+    recipe = Recipe(
+        variants=(Variant(name=NAME, model=trial.resident.checkpoint.model),),
+        base=NAME,
+        depth=architecture.n_layers,
+        layers=tuple(ops),
+        spans=derive_spans(ops, architecture.n_layers),
+    )
+    materialize(recipe, {NAME: trial.resident.checkpoint}, folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    entry = trial.stream.enter(trial.ids_BT, None)
+    h_BTD = entry.h_BTD
+    for layer in kept:
+        h_BTD = trial.stream.run(trial.resident.layers[layer], h_BTD, entry.calls[layer])
+    logits = loaded(trial.ids_BT).logits
+    in_memory = assembled(recipe, trial.resident)(trial.ids_BT).logits
+    return {
+        "removal": max(
+            difference(logits, trial.stream.logits(h_BTD, trial.ids_BT, None)), difference(in_memory, logits)
+        ),
+        "generation": _generation(loaded, trial.ids_BT[:1, :9]),
+        "config": float(len(list(_wrong_lists(loaded, architecture, kept)))),
+    }
+
+
+def writers(trial: Trial, layer: int) -> dict[str, float]:
+    """The linear modules of a layer whose output is added to the residual stream times a number, in the order in which
+    they are run.
+
+    Each is tried with everything beside the part of the layer that holds it switched off: a change of its output must
+    then be a change of the layer's.
+    """
+    module, width = trial.resident.layers[layer], trial.architecture.width
+    entry = trial.stream.enter(trial.ids_BT, None)
+    h_BTD = entry.h_BTD
+    for index in range(layer):
+        h_BTD = trial.stream.run(trial.resident.layers[index], h_BTD, entry.calls[index])
+    shift_D = torch.randn(width, generator=torch.Generator().manual_seed(1))
+    linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    run: list[str] = []
+    found: dict[str, float] = {}
+    with ExitStack() as stack:
+        for name, part in linears.items():
+            handle = part.register_forward_hook(lambda *_, name=name: run.append(name))
+            stack.callback(handle.remove)
+        trial.stream.run(module, h_BTD, entry.calls[layer])
+    for name in dict.fromkeys(run):
+        if linears[name].out_features != width:
+            continue
+        outputs = []
+        for shift in (torch.zeros(width), shift_D):
+            with ExitStack() as stack:
+                for child_name, child in module.named_children():
+                    if not f"{name}.".startswith(f"{child_name}."):
+                        stack.callback(child.register_forward_hook(_nothing).remove)
+                moved = linears[name].register_forward_hook(lambda _, args, out, by=shift: out + by)
+                stack.callback(moved.remove)
+                outputs.append(trial.stream.run(module, h_BTD, entry.calls[layer]))
+        change_BTD = outputs[1] - outputs[0]
+        scale = float((change_BTD * shift_D).sum() / (shift_D.square().sum() * change_BTD[..., 0].numel()))
+        if abs(scale) > _NOISE and difference(change_BTD, scale * shift_D.expand_as(change_BTD)) < _NOISE:
+            found[name] = scale
+    return found
+
+
+def _nothing(module: nn.Module, args: object, out: Any) -> Any:
+    """In the place of what a module gives: zeros."""
+    return (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
 
 
 def order(trial: Trial, layer: int) -> float:

@@ -19,6 +19,20 @@ from intarsia.architecture.spec import PARTS, Architecture, Part
 Receive = Callable[[Part, Tensor], None]
 
 
+def writer_of(module: nn.Module, part: Part, architecture: Architecture) -> tuple[str, float] | None:
+    """The output projection of a part of a layer, and what its output is multiplied by before the residual sum.
+
+    Where layers can only be removed: the last linear module that is known to write to the residual stream (`mlp`), and
+    the one before it (`attention`); None where a layer has none.
+    """
+    if architecture.inspected is None:
+        return architecture.writer(part).module, architecture.residual_scale
+    names = {name for name, _ in module.named_modules()}
+    own = [(name, scale) for name, scale in (architecture.inspected.writers or {}).items() if name in names]
+    place = 1 if part == "mlp" else 2
+    return own[-place] if len(own) >= place else None
+
+
 @contextmanager
 def output_projections(
     layer: nn.Module, architecture: Architecture, receive: Receive, parts: Sequence[Part] = PARTS
@@ -37,11 +51,12 @@ def output_projections(
         def routed(module: nn.Module, args: tuple[Any, ...], part: Part = part) -> None:
             receive(part, added_by_experts(module, *args, experts=architecture.n_experts))
 
+        writer = writer_of(layer, part, architecture)
         if architecture.is_mixture(part):
             target = layer.get_submodule(architecture.family.experts_module)
             handles.append(target.register_forward_pre_hook(routed))
-        else:
-            target = layer.get_submodule(architecture.writer(part).module)
+        elif writer is not None:
+            target = layer.get_submodule(writer[0])
             handles.append(target.register_forward_pre_hook(hook))
     try:
         yield

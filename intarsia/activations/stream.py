@@ -24,8 +24,10 @@ from intarsia.activations.loss import Likeliest, next_token_losses
 from intarsia.architecture.spec import Architecture
 
 LOGIT_BYTES = 128 * 1024**2
-_RETURNS_TUPLES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
-"""Whether a model's layers return tuples: looked at once, as a streamed model reads a layer for it."""
+_RETURNS_TUPLES: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+"""Values that a model's layers return, 0 for a tensor: looked at once, as a streamed model reads a layer for it."""
+_BY_TOKENS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+"""Whether what a model passes to its layers depends on the tokens, and not on their number alone."""
 
 
 class _Seen(Exception):
@@ -55,10 +57,10 @@ class Entry:
 class _StandIn(nn.Module):
     """Takes a layer's place in a model's forward. Attributes of the layer itself remain readable."""
 
-    def __init__(self, layer: nn.Module, *, returns_tuple: bool, inject: Tensor | None = None) -> None:
+    def __init__(self, layer: nn.Module, *, returns: int, inject: Tensor | None = None) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)
-        self.returns_tuple = returns_tuple
+        self.returns = returns
         self.inject = inject
         self.seen: LayerCall | None = None
         self.received: Tensor | None = None
@@ -73,7 +75,7 @@ class _StandIn(nn.Module):
         self.seen = LayerCall(args=args, kwargs=kwargs)
         self.received = hidden_states
         out = hidden_states if self.inject is None else self.inject
-        return (out,) if self.returns_tuple else out
+        return (out, *[None] * (self.returns - 1)) if self.returns else out
 
 
 class LayerStream:
@@ -82,21 +84,25 @@ class LayerStream:
     Attributes:
         model: the transformers model; its layers may be run in any order, and others in their place.
         n_calls: layers of the original model, each with its own arguments.
+        by_tokens: whether these depend on the tokens, and not on their number alone.
     """
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
         self.model = model
-        path, _, name = architecture.family.layers_module.rpartition(".")
+        path, _, name = architecture.layers_in_memory.rpartition(".")
         self._owner = model.get_submodule(path)
         self._name = name
         self._layers: nn.ModuleList = getattr(self._owner, name)
         self.n_calls = len(self._layers)
         self._vocabulary = architecture.vocabulary
-        embedding: nn.Module = model.get_submodule(architecture.family.embedding_module)
+        embedding: nn.Module = model.get_submodule(architecture.embedding_in_memory)
         self.device = next(embedding.parameters()).device
         if model not in _RETURNS_TUPLES:
             _RETURNS_TUPLES[model] = self._probe()
-        self._returns_tuple = _RETURNS_TUPLES[model]
+        self._returns = _RETURNS_TUPLES[model]
+        if architecture.removal_only and model not in _BY_TOKENS:
+            _BY_TOKENS[model] = self._probe_tokens()
+        self.by_tokens = _BY_TOKENS.get(model, False)
         self._unpadded: dict[tuple[int, int], tuple[LayerCall, ...]] = {}
 
     def enter(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Entry:
@@ -125,7 +131,7 @@ class LayerStream:
         """
         # Made outside inference mode, so that autograd takes them too.
         with torch.inference_mode(False), torch.no_grad():
-            if mask_BT is not None:
+            if mask_BT is not None or self.by_tokens:
                 return self.enter(ids_BT, mask_BT).calls
             shape = (ids_BT.shape[0], ids_BT.shape[1])
             if shape not in self._unpadded:
@@ -138,7 +144,7 @@ class LayerStream:
         if device != h_BTD.device and device.type != "meta":
             h_BTD, call = h_BTD.to(device), call.on(device)
         out = layer(h_BTD, *call.args, **call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple | list) else out
 
     def logits(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         """`[B, T, V]` logits from H^L, through the model's own final norm and head."""
@@ -216,7 +222,7 @@ class LayerStream:
     @contextmanager
     def _stand_ins(self, inject: Tensor | None = None) -> Iterator[list[_StandIn]]:
         stand_ins = [
-            _StandIn(layer, returns_tuple=self._returns_tuple, inject=inject if index == 0 else None)
+            _StandIn(layer, returns=self._returns, inject=inject if index == 0 else None)
             for index, layer in enumerate(self._layers)
         ]
         setattr(self._owner, self._name, nn.ModuleList(stand_ins))
@@ -225,12 +231,12 @@ class LayerStream:
         finally:
             setattr(self._owner, self._name, self._layers)
 
-    def _probe(self) -> bool:
-        """Whether this model's layers return tuples, found by running the model on two tokens up to its first layer."""
-        seen: list[bool] = []
+    def _probe(self) -> int:
+        """How many values its layers return, 0 for a tensor; its first layer is run on two tokens for that."""
+        seen: list[int] = []
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(isinstance(output, tuple))
+            seen.append(len(output) if isinstance(output, tuple | list) else 0)
             raise _Seen
 
         handle = self._layers[0].register_forward_hook(look)
@@ -240,6 +246,23 @@ class LayerStream:
         finally:
             handle.remove()
         return seen[0]
+
+    def _probe_tokens(self) -> bool:
+        """Whether other tokens give the layers other arguments."""
+        with torch.no_grad():
+            one, other = (self.enter(torch.full((1, 2), token), None).calls for token in (0, 1))
+        return not all(_same((a.args, a.kwargs), (b.args, b.kwargs)) for a, b in zip(one, other, strict=True))
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two arguments of a layer are equal, as far as tensors in them tell."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, tuple | list):
+        return len(first) == len(second) and all(map(_same, first, second))
+    if isinstance(first, Mapping):
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    return True
 
 
 def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:

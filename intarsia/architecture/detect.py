@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from intarsia.architecture.families import Family, LinearEntry, NormEntry, known_families, uncovered
+from intarsia.architecture.families import Family, LinearEntry, NormEntry, Refusal, known_families, uncovered
 from intarsia.architecture.per_layer import kinds, lists, unknown_settings
 from intarsia.architecture.spec import Architecture, Linear, Norm
 from intarsia.errors import Problem, UserError
+
+
+class Undescribed(UserError):
+    """No family file describes the layers of a model; it is none of what a family file refuses by mistake.
+
+    Attributes:
+        reason: what is in the way.
+    """
+
+    def __init__(
+        self,
+        problems: str | Iterable[Problem],
+        hint: str = "",
+        *,
+        reason: str = "no family file describes its layers",
+    ) -> None:
+        super().__init__(problems, hint)
+        self.reason = reason
 
 
 def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Architecture:
@@ -24,13 +42,14 @@ def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Architec
             return _resolve(family, config, where)
     if isinstance(model_type, str) and model_type in uncovered():
         entry = uncovered()[model_type]
-        raise UserError(
+        raise Undescribed(
             f"{where}: model_type {model_type!r}: expected a model whose layers can be described; "
             f"found {entry['feature']}.",
             entry["remedy"],
+            reason=entry["feature"],
         )
     known = ", ".join(sorted({kind for family in known_families().values() for kind in family.model_types}))
-    raise UserError(
+    raise Undescribed(
         f"{where}: model_type: expected one of {known}; found {model_type!r}.",
         "Use a model of a known family, or describe this one in a family file: docs/ADD_A_FAMILY.md says how, "
         "and `intarsia anatomy check --family-file` tries it.",
@@ -39,7 +58,8 @@ def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Architec
 
 def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Architecture:
     values = _values(family, config)
-    problems = list(_refusals(family, values, where))
+    not_covered = _refusals(family, values, where)
+    problems = list(not_covered)
     numbers: dict[str, int] = {}
     for key in ("layers", "width", "query_heads", "vocabulary"):
         numbers[key] = _number(values, family.fields[key], where, problems)
@@ -69,7 +89,8 @@ def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Architect
         problems.append(_not_expected(f"{where}: {family.fields['residual_scale']}", "a number", scale))
     linears = tuple(_linear(entry, values, where, problems) for entry in family.linears)
     if problems:
-        raise UserError(problems)
+        reason = "; ".join(entry.feature for entry in _refused_by(family, values))
+        raise Undescribed(problems, reason=reason) if problems == not_covered else UserError(problems)
     return Architecture(
         family=family,
         linears=linears,
@@ -110,6 +131,13 @@ def _refusals(family: Family, values: Mapping[str, Any], where: str) -> list[Pro
             f"{where}: expected a {family.title} model that the family file covers; found {entry.feature}.",
             entry.remedy,
         )
+        for entry in _refused_by(family, values)
+    ]
+
+
+def _refused_by(family: Family, values: Mapping[str, Any]) -> list[Refusal]:
+    return [
+        entry
         for entry in family.refusals
         if _holds(entry.when, values)
         and not (entry.when_not is not None and _holds(entry.when_not, values))

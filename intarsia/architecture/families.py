@@ -178,8 +178,6 @@ class Family(Strict):
     refusals: list[Refusal] = Field(default_factory=list, alias="refuse")
     plain_lists: _Texts = Field(default=(), alias="per_layer_fields")
     lists: list[PerLayer] = Field(default_factory=list, alias="per_layer")
-    # Counts of the first layers of another kind, which have an effect only beside `layer_types`.
-    leading: _Texts = Field(default=(), alias="leading_layers")
     always: _Texts = Field(alias="approximations")
     sometimes: list[Approximation] = Field(default_factory=list, alias="approximation")
 
@@ -237,6 +235,31 @@ class Family(Strict):
         return (*self.always, *(f"{entry.text} (where {_condition(entry.when)})" for entry in self.sometimes))
 
 
+class Rules(Strict):
+    """`per_layer.toml`: how settings of any config follow its layers, by the name of the field."""
+
+    indices: _Texts
+    leading: _Texts
+    trailing: _Texts
+    patterns: _Texts
+    maps: _Texts
+    periods: list[_Texts]
+    steps: list[_Texts]
+    written_out: _Texts
+    others: _Texts
+
+    @property
+    def follow(self) -> set[str]:
+        """The fields that are true of any layers once they are changed."""
+        lists = (self.indices, self.leading, self.trailing, self.patterns, self.maps, *self.periods, *self.steps)
+        return {name for names in lists for name in names}
+
+    @property
+    def names(self) -> set[str]:
+        """Every field that is named."""
+        return {*self.follow, *self.written_out, *self.others}
+
+
 _tried: dict[str, Family] = {}
 
 
@@ -267,6 +290,13 @@ def uncovered() -> dict[str, dict[str, str]]:
     """Model types that cannot be described yet: the feature that prevents it, and what to do instead."""
     text = (files("intarsia.architecture") / "uncovered.toml").read_text(encoding="utf-8")
     return {kind: entry for entry in tomllib.loads(text)["family"] for kind in entry["model_types"]}
+
+
+@cache
+def rules() -> Rules:
+    """The rules for fields that several families share."""
+    text = (files("intarsia.architecture") / "per_layer.toml").read_text(encoding="utf-8")
+    return checked(Rules, tomllib.loads(text), where="per_layer.toml", remedy="See its comments.")
 
 
 @cache

@@ -1,17 +1,17 @@
 """What a config says layer by layer, and how it stays true for a model of another depth.
 
 Lists with an entry a layer (attention types, which layers have a rotary embedding, ...), the rules by which
-transformers makes a list that is missing, and counts of layers. The family files name those that are known; whatever
-else looks like one is refused, because it would silently be false in a shallower model.
+transformers makes a list that is missing, and counts and numbers of layers. The family files and `per_layer.toml` name
+those that are known; whatever else looks like one is refused, because it would silently be false in a shallower model.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from intarsia.architecture.families import Family, PerLayer
+from intarsia.architecture.families import Family, PerLayer, rules
 from intarsia.architecture.spec import Architecture
 from intarsia.errors import Problem, UserError
 
@@ -23,30 +23,35 @@ _COUNTS = re.compile(
 """Keys of numbers that count or number layers."""
 _RULES = re.compile(r"every|interval|period|pattern|freq|step|stride")
 """Those of them that are without effect at 1."""
-_OTHERS = re.compile(
+OF_NO_LAYER = re.compile(
     r"layer_?norm|layer_scale|rope|rotary|token|quantization|compression|^architectures$|^id2label$|^label2id$|^auto_map$"
-    r"|^keys_to_ignore|^task_specific|image|vision|video|audio|_block_size$"
+    r"|^keys_to_ignore|^task_specific|image|vision|video|audio|_block_size$|_limit$|_section$"
 )
 """Keys of what says nothing about layers, however long it is."""
 
 
-def unknown_settings(family: Family, config: Mapping[str, Any], n_layers: int, where: str) -> list[Problem]:
+def unknown_settings(
+    family: Family, config: Mapping[str, Any], n_layers: int, where: str, *, named: Collection[str] = ()
+) -> list[Problem]:
     """What counts, numbers or lists layers in a config, and is not in the family file; problems to report.
 
     Looked for are lists as long as the model is deep, maps whose keys are numbers, and numbers, patterns and lists of
     numbers under a name that speaks of layers; in nested configs, too.
+
+    Args:
+        named: further fields that are known.
     """
     known = {
         *family.fields.values(),
         *family.aliases,
-        *family.leading,
+        *rules().follow,
+        *named,
         *(key for entry in family.refusals for key in (*entry.when, *(entry.when_not or {}))),
         *(key for entry in family.per_layer for key in (entry.field, str(entry.every), *entry.instead_of)),
     }
     problems = [
         Problem(
-            f"{where}: {path}: expected only per-layer settings that the family file of {family.title} covers; "
-            f"found {_shown(value)}.",
+            f"{where}: {path}: expected only per-layer settings that are known; found {_shown(value)}.",
             "It would be false for another depth. Name it in a family file (docs/ADD_A_FAMILY.md), or, if the "
             "model does not depend on it, remove it from the config.",
         )
@@ -63,7 +68,7 @@ def unknown_settings(family: Family, config: Mapping[str, Any], n_layers: int, w
     ]
     return problems + [
         Problem(f"{where}: {key}: expected a number of layers; found {_shown(config[key])}.", "Complete the config.")
-        for key in family.leading
+        for key in rules().leading
         if config.get(key) is not None and not _whole(config[key])
     ]
 
@@ -71,7 +76,7 @@ def unknown_settings(family: Family, config: Mapping[str, Any], n_layers: int, w
 def _entries(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
     """Path, key and value of everything in a config that may speak of layers."""
     for key, value in values.items():
-        if _OTHERS.search(key):
+        if OF_NO_LAYER.search(str(key)):
             continue
         yield f"{prefix}{key}", key, value
         if isinstance(value, Mapping):
@@ -109,7 +114,8 @@ def for_layers(
     stay as they are.
 
     Raises:
-        UserError: a per-layer list is not as long as the model is deep.
+        UserError: a per-layer list is not as long as the model is deep, or no value of a setting says of these layers
+            what it said before.
     """
     assert sources and all(0 <= layer < architecture.n_layers for layer in sources)
     found, family = dict(config), architecture.family
@@ -129,15 +135,46 @@ def for_layers(
         for name in entry.instead_of:
             if changed and name in found and not regenerates(entry, found, name, found[entry.field]):
                 del found[name]
-    for name in family.leading:
-        if found.get(name) is None or found[name] > architecture.n_layers:  # it holds of all layers at any depth
-            continue
-        leading = [layer < found[name] for layer in sources]
-        if leading == sorted(leading, reverse=True):
-            found[name] = sum(leading)
-        else:  # there is no such number; it only has an effect beside `layer_types`, which says more
-            del found[name]
+    _follow(found, sources, architecture.n_layers, where)
     return found
+
+
+def _follow(found: dict[str, Any], sources: Sequence[int], depth: int, where: str) -> None:
+    """Change the settings that `rules` names to what they are for these layers of a model of `depth`."""
+    known = rules()
+    for step, listed in known.steps:
+        if _whole(found.get(step)) and found[step] > 1:
+            others = (layer for layer in range(depth) if (layer + 1) % found[step])
+            found[listed], found[step] = sorted({*(found.get(listed) or ()), *others}), 1
+    for name, value in list(found.items()):
+        if name in known.indices and isinstance(value, list | tuple):
+            found[name] = [index for index, layer in enumerate(sources) if layer in value]
+        elif name in known.patterns and isinstance(value, str) and len(value) == depth:
+            found[name] = "".join(value[layer] for layer in sources)
+        elif name in known.leading and _whole(value) and value <= depth:  # a greater one holds of all, at any depth
+            leading = [layer < value for layer in sources]
+            if leading == sorted(leading, reverse=True):
+                found[name] = sum(leading)
+            else:  # there is no such number; beside `layer_types`, which says more, it has no effect
+                del found[name]
+        elif name in known.trailing and _whole(value):
+            found[name] = sum(layer >= depth - value for layer in sources)
+        elif name in known.maps and isinstance(value, Mapping):
+            own = {int(key): entry for key, entry in value.items()}
+            found[name] = {str(index): own[layer] for index, layer in enumerate(sources) if layer in own}
+    for period, offset in known.periods:
+        if _whole(found.get(period)) and list(sources) != list(range(depth)):
+            every, start = found[period], found.get(offset, 0)
+            wanted = [(layer - start) % every == 0 for layer in sources]
+            tried = ((p, o) for p in (every, *range(1, len(sources) + 2)) for o in range(p))
+            fits = ((p, o) for p, o in tried if [(index - o) % p == 0 for index in range(len(sources))] == wanted)
+            try:
+                found[period], found[offset] = next(fits)
+            except StopIteration:
+                raise UserError(
+                    f"{where}: no {period} and {offset} say of the layers that stay what they are.",
+                    f"Keep layers at equal distances, as every {every}th is of another kind.",
+                ) from None
 
 
 def lists(

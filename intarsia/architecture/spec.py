@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 from intarsia.architecture.families import PARTS, Family, Part
@@ -81,6 +82,33 @@ class Norm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Inspected:
+    """What was read from a class of `transformers` whose layers no family file describes: they can only be removed."""
+
+    # Why its layers cannot be joined.
+    reason: str
+    # Every tensor of each layer by its name inside the layer, with its shape.
+    shapes: tuple[Mapping[str, tuple[int, ...]], ...]
+    # What each layer is built like; equal where one layer can stand in the place of the other.
+    structures: tuple[str, ...]
+    # The parameter of a layer that each tensor is in, by name inside the layer, and the first of the rows that it has
+    # there. Empty: the files hold something else than the parameters.
+    rows: Mapping[str, tuple[str, int]]
+    # Parameters that are a stack of matrices, whose rows all together are those of the tensors: how many matrices.
+    stacks: Mapping[str, int]
+    # What tensors outside the layers are called in memory.
+    outside: Mapping[str, str]
+    # Tensors outside the layers with an equal part for each layer, and the axis along which these lie.
+    tables: Mapping[str, int]
+    # Linear modules whose output is added to the residual stream times a number, in the order in which they are run;
+    # None as long as nobody looked.
+    writers: Mapping[str, float] | None = None
+    # The module in memory that holds the layers, and the embedding.
+    layers_module: str
+    embedding_module: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """What the layers of one model are made of: its family, with the numbers of its config."""
 
@@ -108,6 +136,31 @@ class Architecture:
     residual_scale: float = 1.0
     # What is not exact when layers of this model are joined.
     approximations: tuple[str, ...] = ()
+    # None: a family file describes the layers, and pieces of them can be joined.
+    inspected: Inspected | None = None
+
+    @property
+    def removal_only(self) -> bool:
+        """Whether layers can be removed, and not joined."""
+        return self.inspected is not None
+
+    @property
+    def layers_in_memory(self) -> str:
+        """The module in memory that holds the layers."""
+        return self.inspected.layers_module if self.inspected else self.family.layers_module
+
+    @property
+    def embedding_in_memory(self) -> str:
+        """The embedding's module in memory."""
+        return self.inspected.embedding_module if self.inspected else self.family.embedding_module
+
+    def in_memory(self, name: str) -> str:
+        """What a tensor outside the layers is called in memory."""
+        if self.inspected is not None:
+            return self.inspected.outside.get(name, name)
+        if name.startswith(f"{self.family.head_module}."):
+            return self.family.head_in_memory + name.removeprefix(self.family.head_module)
+        return name
 
     @property
     def heads_per_group(self) -> int:
@@ -191,8 +244,11 @@ class Architecture:
         size = self.norm_size(norm)
         return (size, self.head_dim) if norm.rows in ("head", "kv_head") else (size,)
 
-    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of a layer, by its name inside the layer, with its shape."""
+    def layer_shapes(self, layer: int = 0) -> dict[str, tuple[int, ...]]:
+        """Every tensor of a layer, by its name inside the layer, with its shape; where a family file describes the
+        layers, all have the same."""
+        if self.inspected is not None:
+            return dict(self.inspected.shapes[layer])
         shapes: dict[str, tuple[int, ...]] = {}
         for norm in self.norms:
             if norm.weight:
@@ -213,11 +269,6 @@ class Architecture:
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one layer."""
-        total = 0
-        for shape in self.layer_shapes().values():
-            size = 1
-            for extent in shape:
-                size *= extent
-            total += size
-        return total
+        """Parameters of one layer; the mean, where layers differ."""
+        layers = range(self.n_layers if self.inspected else 1)
+        return sum(prod(shape) for layer in layers for shape in self.layer_shapes(layer).values()) // len(layers)

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from intarsia.building.loaded_model import LoadedModel, twin
+from intarsia.building.materialize import outside_tensor
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.writer import shallower_config
 from intarsia.recipe.recipe import Recipe
@@ -44,10 +45,22 @@ def assembled(recipe: Recipe, resident: LoadedModel) -> PreTrainedModel:
             if isinstance(getattr(part, "layer_idx", None), int):
                 part.layer_idx = index
         layers.append(layer)
-    owner, _, name = resident.architecture.family.layers_module.rpartition(".")
+    owner, _, name = resident.architecture.layers_in_memory.rpartition(".")
     setattr(model.get_submodule(owner), name, layers)
+    _slice_tables(model, recipe, resident)
     _configure(model, _config(recipe, resident))
     return model.eval()
+
+
+def _slice_tables(model: PreTrainedModel, recipe: Recipe, resident: LoadedModel) -> None:
+    """Leave of tensors outside the layers with a part for each layer those of the layers that there are."""
+    kept = [op.sources[0].layer for op in recipe.layers]
+    for name in resident.architecture.inspected.tables if resident.architecture.inspected else ():
+        memory = resident.architecture.in_memory(name)
+        own = model.get_parameter(memory)
+        value = outside_tensor(resident.checkpoint, name, kept).to(own)
+        owner, _, attribute = memory.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
 
 
 def _as_built(index: int, recipe: Recipe, checkpoint: Checkpoint) -> Mapping[str, npt.NDArray[np.float32]]:

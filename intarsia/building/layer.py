@@ -91,7 +91,7 @@ def layer_tensors(op: Op, architecture: Architecture, read: Read) -> dict[str, T
         are the source's own tensors, not copies.
     """
     if isinstance(op, Select):
-        return {name: read(op.source, name) for name in architecture.layer_shapes()}
+        return {name: read(op.source, name) for name in architecture.layer_shapes(op.source.layer)}
     if isinstance(op, Merge):
         return merge_tensors(op, architecture, read)
     tensors: dict[str, Tensor] = {}
@@ -221,6 +221,8 @@ def _fold(cut: Cut, linear: Linear, op: Concat, architecture: Architecture, read
 
 def parameter_name(local: str, architecture: Architecture) -> str:
     """The parameter in which a tensor of the files is in memory, both by names inside the layer."""
+    if architecture.inspected is not None:
+        return architecture.inspected.rows[local][0]
     for stacked in architecture.family.stacked:
         if local in _members(stacked, architecture):
             return stacked.parameter
@@ -228,7 +230,10 @@ def parameter_name(local: str, architecture: Architecture) -> str:
 
 
 def tensor_names(parameter: str, architecture: Architecture) -> tuple[str, ...]:
-    """The tensors of the files that a parameter holds."""
+    """The tensors of the files that a parameter holds, in the order of its rows."""
+    if architecture.inspected is not None:
+        held = [(row, name) for name, (owner, row) in architecture.inspected.rows.items() if owner == parameter]
+        return tuple(name for _, name in sorted(held))
     for stacked in architecture.family.stacked:
         if stacked.parameter == parameter:
             return tuple(_members(stacked, architecture))
@@ -236,13 +241,17 @@ def tensor_names(parameter: str, architecture: Architecture) -> tuple[str, ...]:
 
 
 def parameter_names(architecture: Architecture) -> tuple[str, ...]:
-    """Every parameter of a layer in memory, in the order of the files' tensors."""
+    """Every parameter of a layer in memory, in the order of the files' tensors; of some layers, where they differ."""
+    if architecture.inspected is not None:
+        return tuple(dict.fromkeys(parameter for parameter, _ in architecture.inspected.rows.values()))
     return tuple(dict.fromkeys(parameter_name(local, architecture) for local in _stems(architecture)))
 
 
 def to_parameters(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """A layer's parameters in memory from its tensors in files; what is not stacked is the same tensor."""
     found = dict(tensors)
+    if architecture.inspected is not None:
+        return _joined_rows(found, architecture)
     for stacked in architecture.family.stacked if architecture.n_experts else ():
         experts = [
             torch.cat([found.pop(name.format(expert=expert)) for name in stacked.tensors])
@@ -254,6 +263,8 @@ def to_parameters(tensors: Mapping[str, Tensor], architecture: Architecture) -> 
 
 def to_tensors(parameters: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """The way back: a layer's tensors as in files, from all of its parameters or some."""
+    if architecture.inspected is not None:
+        return _split_rows(parameters, architecture)
     shapes = architecture.layer_shapes()
     found: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
@@ -265,6 +276,30 @@ def to_tensors(parameters: Mapping[str, Tensor], architecture: Architecture) -> 
             names = [part.format(expert=expert) for part in stacked.tensors]
             sizes = [shapes[part][0] for part in names]
             found |= zip(names, parameter[expert].split(sizes), strict=True)
+    return found
+
+
+def _joined_rows(tensors: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """Parameters of a layer that can only be removed: where several tensors are rows of one, they are put together."""
+    found: dict[str, Tensor] = {}
+    for parameter in dict.fromkeys(parameter_name(name, architecture) for name in tensors):
+        parts = [tensors[name] for name in tensor_names(parameter, architecture) if name in tensors]
+        stacks = architecture.inspected.stacks.get(parameter, 0) if architecture.inspected else 0
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        found[parameter] = joined.unflatten(0, (stacks, -1)) if stacks else joined
+    return found
+
+
+def _split_rows(parameters: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """The way back from `_joined_rows`."""
+    assert architecture.inspected is not None
+    found: dict[str, Tensor] = {}
+    for parameter, tensor in parameters.items():
+        names = tensor_names(parameter, architecture)
+        starts = [architecture.inspected.rows[name][1] for name in names]
+        flat = tensor.flatten(0, 1) if parameter in architecture.inspected.stacks else tensor
+        stops = [*starts[1:], len(flat)]
+        found |= {name: flat[start:stop] for name, start, stop in zip(names, starts, stops, strict=True)}
     return found
 
 

@@ -91,7 +91,7 @@ class LoadedModel:
         else:
             start = torch.device("cpu") if len(devices) > 1 else device
             self.model = load_model(checkpoint, device=start, dtype=dtype)
-        layers = self.model.get_submodule(self.architecture.family.layers_module)
+        layers = self.model.get_submodule(self.architecture.layers_in_memory)
         assert isinstance(layers, nn.ModuleList)
         self.layers: list[nn.Module] = list(layers)
         if len(devices) > 1:
@@ -151,7 +151,7 @@ class LoadedModel:
 
     def _original_values(self, layer: int) -> dict[str, Tensor]:
         """An original layer's values: mapped from the files, as `transformers` itself has them."""
-        stored = {name: self.checkpoint.layer_tensor(layer, name) for name in self.architecture.layer_shapes()}
+        stored = {name: self.checkpoint.layer_tensor(layer, name) for name in self.architecture.layer_shapes(layer)}
         found = to_parameters(stored, self.architecture)
         return {name: found[name].to(parameter.dtype) for name, parameter in self.layers[layer].named_parameters()}
 

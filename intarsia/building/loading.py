@@ -64,7 +64,7 @@ def check_config(checkpoint: Checkpoint) -> None:
                 ids = getattr(generation, name, None)
                 if any(type(each) is not int for each in (ids if isinstance(ids, list) else [ids]) if each is not None):
                     raise ValueError(f"{name} of generation_config.json is {ids!r}")
-    held = {_in_memory(name, checkpoint) for name in checkpoint.outside_names()}
+    held = {checkpoint.architecture.in_memory(name) for name in checkpoint.outside_names()}
     _check(checkpoint, (name for name, _ in model.named_parameters() if name not in held))
 
 
@@ -120,9 +120,9 @@ def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
         model = AutoModelForCausalLM.from_config(stock_config(checkpoint), dtype=dtype, trust_remote_code=False)
     assert isinstance(model, PreTrainedModel)
     parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
-    family = checkpoint.architecture.family
+    architecture = checkpoint.architecture
     for stored in checkpoint.outside_names():
-        name = _in_memory(stored, checkpoint)
+        name = architecture.in_memory(stored)
         if name in parameters:
             value = checkpoint.tensor(stored).to(device=device, dtype=dtype)
             _place(model, name, nn.Parameter(value, requires_grad=False))
@@ -133,18 +133,10 @@ def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
         model.get_submodule(owner)._buffers[attribute] = buffer.to(device)
     model.tie_weights()
     _check(checkpoint, (name for name, parameter in model.named_parameters() if parameter.is_meta))
-    for name in (family.embedding_module, family.head_in_memory):
+    for name in (architecture.embedding_in_memory, architecture.family.head_in_memory):
         model.get_submodule(name).register_forward_hook(_let_go)
     model.requires_grad_(False)
     return model.eval()
-
-
-def _in_memory(name: str, checkpoint: Checkpoint) -> str:
-    """What a tensor outside the layers is called in the model; the head of some has another name there."""
-    family = checkpoint.architecture.family
-    if name.startswith(f"{family.head_module}."):
-        return family.head_in_memory + name.removeprefix(family.head_module)
-    return name
 
 
 def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -159,7 +151,7 @@ def _let_go(module: nn.Module, args: Any, output: Any) -> None:
 
 def _check(checkpoint: Checkpoint, absent: Iterable[str]) -> None:
     """Refuse a checkpoint that lacks one of the parameters outside the layers."""
-    layers = f"{checkpoint.architecture.family.layers_module}."
+    layers = f"{checkpoint.architecture.layers_in_memory}."
     Problems(
         Problem(f"{checkpoint.folder} has no tensor {name}, and the model has this parameter.", "Get it again.")
         for name in absent

@@ -6,7 +6,7 @@ tensor, and every tensor is written and let go before the next layer is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import TensorHeader
 from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files, write_config
 from intarsia.errors import UserError
+from intarsia.inspection.structure import problem_of
 from intarsia.progress import current
 from intarsia.recipe import schema
 from intarsia.recipe.ops import LayerRef
@@ -52,13 +53,25 @@ def materialize(
     check(recipe, {name: checkpoint.architecture for name, checkpoint in variants.items()})
     base = variants[recipe.base]
     check_config(base)
+    kept = [op.sources[0].layer for op in recipe.layers]
+    if (reason := problem_of(base.architecture, kept)) is not None:
+        raise UserError(f"The layers of this recipe make no model: {reason}.", "Remove others.")
     outside = base.outside_names()
-    plans = [_plan(base.stored_name(name), base.headers[name]) for name in outside]
+    plans = [
+        TensorPlan(
+            name=base.stored_name(name),
+            dtype=base.headers[name].dtype,
+            shape=tuple(outside_tensor(base, name, kept, meta=True).shape),
+        )
+        for name in outside
+    ]
     plans += [_plan(name, header) for name, header in base.kept.items()]
+    further = base.further_names(len(recipe.layers))
+    plans += [_plan(base.stored_name(new), base.headers[name]) for name, new in further.items()]
     for index, op in enumerate(recipe.layers):
         first = op.sources[0]
         source = variants[first.variant]
-        for local, shape in base.architecture.layer_shapes().items():
+        for local, shape in source.architecture.layer_shapes(first.layer).items():
             dtype = source.headers[source.architecture.tensor_name(first.layer, local)].dtype
             name = base.stored_name(base.architecture.tensor_name(index, local))
             plans.append(TensorPlan(name=name, dtype=dtype, shape=shape))
@@ -73,16 +86,18 @@ def materialize(
         current().task("building", len(recipe.layers)) as task,
     ):
         for name in outside:
-            writer.write(base.stored_name(name), base.tensor(name))
+            writer.write(base.stored_name(name), outside_tensor(base, name, kept))
         for name in base.kept:
             writer.write(name, base.kept_tensor(name))
+        for name, new in further.items():
+            writer.write(base.stored_name(new), base.tensor(name))
         for index, op in enumerate(recipe.layers):
             tensors = layer_tensors(op, base.architecture, read)
             for local, fitted in recipe.fitted.get(index, {}).items():
                 tensors[local] = torch.from_numpy(fitted).to(tensors[local].dtype)
                 if tensors[local].dtype != torch.float32:
                     let_go(fitted)
-            for local in base.architecture.layer_shapes():
+            for local in base.architecture.layer_shapes(op.sources[0].layer):
                 tensor = tensors.pop(local).contiguous()
                 name = base.stored_name(base.architecture.tensor_name(index, local))
                 if not bool(torch.isfinite(tensor).all()):
@@ -92,12 +107,26 @@ def materialize(
                     )
                 writer.write(name, tensor)
             task.advance()
-        write_config(base, [op.sources[0].layer for op in recipe.layers], writer.folder)
+        write_config(base, kept, writer.folder)
         copy_side_files(base.folder, writer.folder)
         (writer.folder / RECIPE_FILE).parent.mkdir()
         schema.save(recipe, writer.folder / RECIPE_FILE)
         if finish is not None:
             finish(writer.folder)
+
+
+def outside_tensor(checkpoint: Checkpoint, name: str, kept: Sequence[int], *, meta: bool = False) -> Tensor:
+    """A tensor outside the layers for a model of these layers; one with a part for each layer has those of theirs.
+
+    Args:
+        meta: without its values.
+    """
+    architecture, header = checkpoint.architecture, checkpoint.headers[name]
+    tensor = torch.empty(header.shape, dtype=header.dtype, device="meta") if meta else checkpoint.tensor(name)
+    axis = None if architecture.inspected is None else architecture.inspected.tables.get(name)
+    if axis is None or list(kept) == list(range(architecture.n_layers)):
+        return tensor
+    return torch.cat([tensor.chunk(architecture.n_layers, dim=axis)[layer] for layer in kept], dim=axis)
 
 
 def _plan(name: str, header: TensorHeader) -> TensorPlan:

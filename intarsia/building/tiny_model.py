@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from intarsia.architecture.spec import Architecture
 from intarsia.errors import UserError
+from intarsia.inspection.small import small_config
 
 VOCABULARY = 160
 _LAYERS, _KV_HEADS, _GROUP, _HEAD, _CHANNELS, _EXPERTS, _WINDOW = 6, 4, 3, 16, 48, 6, 6
@@ -24,6 +25,8 @@ _LEFT_OUT = ("dtype", "torch_dtype", "quantization_config", "auto_map", "transfo
 
 def shrunken(architecture: Architecture) -> dict[str, Any]:
     """The config of a small model like the one that an architecture is of."""
+    if architecture.removal_only:
+        return small_config(architecture)
     fields = architecture.family.fields
     small = {key: value for key, value in architecture.config.items() if key not in _LEFT_OUT}
     heads = min(architecture.n_kv_heads, _KV_HEADS)

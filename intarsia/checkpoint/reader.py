@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from intarsia.architecture.detect import detect
+from intarsia.architecture.detect import Undescribed, detect
+from intarsia.architecture.families import rules
 from intarsia.architecture.per_layer import unknown_settings
 from intarsia.architecture.spec import Architecture
 from intarsia.architecture.verify import verify
@@ -93,13 +94,16 @@ class Checkpoint:
             config, headers, scaled = _without_quantization(config, headers, folder / "config.json")
         if is_wrapped(config):
             config, headers, wrapper = unwrap(config, headers, where=str(folder))
-        architecture = detect(config, where=str(folder / "config.json"))
+        architecture = architecture_of(config, headers, where=str(folder / "config.json"))
         if wrapper is not None:
             outer = {key: value for key, value in wrapper.config.items() if not isinstance(value, Mapping)}
             file = str(folder / "config.json")
-            Problems(unknown_settings(architecture.family, outer, architecture.n_layers, file)).raise_any()
-        verify(architecture, {name: header.shape for name, header in headers.items()}, where=str(folder))
-        _check_head(architecture, headers, str(folder))
+            named = rules().names if architecture.removal_only else ()
+            found = unknown_settings(architecture.family, outer, architecture.n_layers, file, named=named)
+            Problems(found).raise_any()
+        if not architecture.removal_only:  # or else it was compared with its class
+            verify(architecture, {name: header.shape for name, header in headers.items()}, where=str(folder))
+            _check_head(architecture, headers, str(folder))
         _check_dtypes(architecture, headers, str(folder))
         checkpoint = cls(
             folder=folder,
@@ -150,6 +154,15 @@ class Checkpoint:
         prefix = f"{self.architecture.family.layers_module}."
         return [name for name in self.headers if not name.startswith(prefix) and name != self._tied_head]
 
+    def further_names(self, depth: int) -> dict[str, str]:
+        """Tensors of layers after the last one, that predict further tokens; with their names in a model of `depth`."""
+        prefix, found = f"{self.architecture.family.layers_module}.", {}
+        for name in self.headers:
+            index, _, local = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and index.isdigit() and int(index) >= self.architecture.n_layers:
+                found[name] = f"{prefix}{int(index) - self.architecture.n_layers + depth}.{local}"
+        return found
+
     @property
     def _tied_head(self) -> str | None:
         """A copy of the embedding, if the files hold one."""
@@ -169,6 +182,27 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors as they are read."""
         return sum(header.nbytes for header in [*self.headers.values(), *self.kept.values()])
+
+
+def architecture_of(
+    config: Mapping[str, Any], headers: Mapping[str, TensorHeader] | None = None, *, where: str
+) -> Architecture:
+    """The architecture by a family file, or else by what transformers has; then layers can only be removed.
+
+    Args:
+        headers: of the tensors; None where there are only configs.
+
+    Raises:
+        UserError: there is neither, or config, class and tensors do not fit together.
+    """
+    try:
+        return detect(config, where=where)
+    except Undescribed as error:
+        # It takes seconds, as the modules of transformers are imported.
+        from intarsia.inspection.structure import inspected
+
+        shapes = None if headers is None else {name: header.shape for name, header in headers.items()}
+        return inspected(config, shapes, where=where, reason=error.reason)
 
 
 def _without_quantization(
@@ -267,7 +301,7 @@ def _check_dtypes(architecture: Architecture, headers: Mapping[str, TensorHeader
     names = [
         architecture.tensor_name(layer, local)
         for layer in range(architecture.n_layers)
-        for local in architecture.layer_shapes()
+        for local in architecture.layer_shapes(layer)
     ]
     Problems(
         Problem(
@@ -276,5 +310,5 @@ def _check_dtypes(architecture: Architecture, headers: Mapping[str, TensorHeader
             "Use a checkpoint that is not quantised.",
         )
         for name in names
-        if headers[name].dtype not in _WEIGHT_DTYPES
+        if headers[name].dtype not in _WEIGHT_DTYPES and not architecture.removal_only
     ).raise_any(most=_MOST_NAMED)

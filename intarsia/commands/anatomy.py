@@ -6,23 +6,27 @@ A family is checked on a small random model, whose layers are pruned, joined, bu
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from intarsia.architecture.detect import detect
 from intarsia.architecture.families import Family, known_families, with_family_file
 from intarsia.architecture.spec import PARTS, Architecture
 from intarsia.commands.result import Result
 from intarsia.disk import read_json
 from intarsia.errors import UserError
 from intarsia.flags import Flag
-from intarsia.progress import current
+from intarsia.progress import current, quiet_transformers
+
+if TYPE_CHECKING:
+    from intarsia.activations.architecture_trials import Trial
 
 _EXACT = 1e-4
 """Relative error of float32 arithmetic in another order, through a few layers."""
+_LEAK = 3e-5
+"""The same of sums over tokens that a later one must not change at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,16 +121,19 @@ def check_family(
     """
     import torch
 
+    from intarsia.checkpoint.reader import architecture_of
+
     with (
+        quiet_transformers(),
         with_family_file(family_file),
         tempfile.TemporaryDirectory(prefix="intarsia-anatomy-") as folder,
         torch.no_grad(),
     ):
         config = _config(source)
-        large = detect(config, where=source)
+        large = architecture_of(config, where=source)
         with current().task("checking", 8) as task:
             rows = []
-            for row in _check_rows(large, Path(folder)):
+            for row in check_rows(large, Path(folder)):
                 rows.append(row)
                 task.advance()
         return FamilyCheck(
@@ -140,7 +147,7 @@ def check_family(
         )
 
 
-def _check_rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
+def check_rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
     """Every check of a family, on a small model like `large`; files go into `folder`."""
     import torch
 
@@ -160,7 +167,14 @@ def _check_rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
     small = checkpoint.architecture
     note = f"{len(small.layer_shapes())} in a layer, of the expected shapes"
     yield CheckRow(check="tensors", result="ok", error=None, note=note)
-    trial = trials.Trial.of(LoadedModel(checkpoint, device=torch.device("cpu")))
+    try:
+        trial = trials.Trial.of(LoadedModel(checkpoint, device=torch.device("cpu")))
+    except Exception as error:  # as below
+        yield _broken("parity", error)
+        return
+    if small.removal_only:
+        yield from _removal_rows(trial, folder)
+        return
     kinds = small.layer_types or ("",) * small.n_layers
     # Two neighbours of one kind may be merged.
     first_of_two = next(index for index in range(small.n_layers - 1) if kinds[index] == kinds[index + 1])
@@ -175,22 +189,46 @@ def _check_rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
         if not small.is_mixture(part):
             work = partial(trials.own_inputs, trial, part, same)
             yield _row(f"merge, {part}", "pieces of two layers compute what they did", work, approximated=approximated)
+    yield from _round_trip(partial(trials.round_trip, trial, same, folder / "built"))
+
+
+def _removal_rows(trial: Trial, folder: Path) -> Iterator[CheckRow]:
+    """Where no family file describes the layers: removing some is skipping them."""
+    from intarsia.activations import architecture_trials as trials
+    from intarsia.inspection.structure import problem_of, removals
+
+    yield _row("parity", "layer by layer is the model's own forward", partial(trials.loop_parity, trial))
+    yield _row("causal", "no token reads a later one", partial(trials.foresight, trial), least=_LEAK)
+    found, whole = removals(trial.architecture), range(trial.architecture.n_layers)
+    if not found:
+        reason = problem_of(trial.architecture, [layer for layer in whole if layer != len(whole) // 2])
+        note = f"no layer can go: {reason or 'each is the last of its kind'}"
+        yield CheckRow(check="removal", result="failed", error=None, note=note)
+    for number, kept in enumerate(found):
+        yield from _round_trip(partial(trials.removal, trial, kept, folder / f"built-{number}"))
+    yield _row("streaming", "layers read one by one give what the model gives", partial(trials.streamed, trial))
+
+
+def _round_trip(work: Callable[[], Mapping[str, float]]) -> Iterator[CheckRow]:
     notes = {
+        "removal": ("removal", "a model without layers is the original in which they are skipped"),
         "logits": ("build and load", "a shallower model from disk is the one in memory"),
         "generation": ("generation", "with the cache as without"),
         "config": ("config", "its per-layer lists follow the layers"),
     }
     try:
-        found = trials.round_trip(trial, same, folder / "built")
+        found = work()
     except Exception as error:  # whatever breaks here is what the user wants to see in the table
         yield _broken("build and load", error)
     else:
         yield from (_judged(*notes[key], value) for key, value in found.items())
 
 
-def _row(check: str, note: str, work: Callable[[], float], *, approximated: bool = False) -> CheckRow:
+def _row(
+    check: str, note: str, work: Callable[[], float], *, approximated: bool = False, least: float = _EXACT
+) -> CheckRow:
     try:
-        return _judged(check, note, work(), approximated=approximated)
+        return _judged(check, note, work() * _EXACT / least, approximated=approximated)
     except Exception as error:  # whatever breaks here is what the user wants to see in the table
         return _broken(check, error)
 

@@ -45,7 +45,7 @@ class BenchRow:
     # Keys and values after the last token, measured.
     cache_bytes: int
     # The same, computed from the config.
-    cache_predicted_bytes: int
+    cache_predicted_bytes: int | None
     # The most memory beside the weights, cache included.
     working_bytes: int
     # With the weights.

@@ -748,7 +748,8 @@ def _built_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
 
     def layer(index: int) -> int:
         return sum(
-            checkpoint.headers[architecture.tensor_name(index, local)].nbytes for local in architecture.layer_shapes()
+            checkpoint.headers[architecture.tensor_name(index, local)].nbytes
+            for local in architecture.layer_shapes(index)
         )
 
     outside = checkpoint.nbytes - sum(layer(index) for index in range(architecture.n_layers))

@@ -272,6 +272,7 @@ class Subject:
         from intarsia.checkpoint.resolve import open_checkpoint
         from intarsia.commands.job import Placement, check_seq_len, check_streamed_text, load_tokenizer
         from intarsia.commands.recipes import open_variants
+        from intarsia.commands.removal import verified
         from intarsia.healing import launch
         from intarsia.healing.layer_map import check_teacher
 
@@ -279,7 +280,7 @@ class Subject:
         self.written: Corpus | None = None
         placed = Placement.of(runtime)
         self.placement = replace(placed, devices=(launch.own_device(placed.device), *placed.devices[1:]))
-        self.variants = open_variants(recipe)
+        self.variants = {name: verified(each) for name, each in open_variants(recipe).items()}
         self.base = self.variants[recipe.base]
         self.teacher = None if teacher is None else open_checkpoint(teacher)
         if self.teacher is not None:

@@ -70,8 +70,11 @@ def inspect(
 
 def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     architecture = checkpoint.architecture
+    if architecture.inspected is not None:
+        return _removal_facts(checkpoint)
     facts: dict[str, Any] = {
         "family": architecture.family.title,
+        "tier": "known: its layers can be removed, merged and joined from pieces",
         "layers": architecture.n_layers,
         "width": architecture.width,
         "parameters": checkpoint.parameters,
@@ -93,6 +96,28 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     if architecture.approximations:
         facts["not_exact_when_merged"] = list(architecture.approximations)
     return facts
+
+
+def _removal_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    from intarsia.inspection.structure import removals
+
+    architecture, parameters = checkpoint.architecture, checkpoint.parameters
+    assert architecture.inspected is not None
+    kinds = architecture.layer_types or ("layer",) * architecture.n_layers
+    possible = removals(architecture)
+    return {
+        "family": architecture.family.title,
+        "tier": "removal: its layers can be removed, and not joined",
+        "why": architecture.inspected.reason,
+        "layers": f"{architecture.n_layers}, of width {architecture.width}",
+        "kinds": ", ".join(f"{kind}: {kinds.count(kind)}" for kind in dict.fromkeys(kinds)),
+        "parameters": parameters,
+        "share_of_a_layer": f"{architecture.layer_parameters / parameters:.2%} of all parameters, in the mean",
+        "follows_the_layers": ", ".join([*architecture.per_layer, *architecture.inspected.tables]) or "nothing else",
+        "can_be_removed": "layers of which others of their kind stay" if possible else "none",
+        "exact": "a model without layers is the one in which they are skipped; "
+        "`intarsia anatomy check` verifies it on a small one",
+    }
 
 
 def _recipe_facts(recipe: Recipe, *, mixture: bool = False) -> dict[str, Any]:

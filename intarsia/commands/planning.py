@@ -13,7 +13,9 @@ from intarsia.checkpoint.hashing import acting_config
 from intarsia.checkpoint.resolve import lasting
 from intarsia.commands.job import Job, calibration_of, pin_text, target_depth, versions, writes_some
 from intarsia.commands.plan import PlanResult
+from intarsia.commands.removal import verified
 from intarsia.disk import read_json
+from intarsia.errors import UserError
 from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.flags import plain
 from intarsia.healing.pipeline import HealContext, Healed, run_stages
@@ -63,8 +65,14 @@ class Planning:
         """
         self.job, self.method = job, method
         self.planner: Planner = method.create()
+        if (inspected := job.checkpoint.architecture.inspected) is not None and self.planner.joins:
+            raise UserError(
+                f"{method.name} joins layers, and those of {job.model} can only be removed: {inspected.reason}.",
+                "Choose shortgpt, angular, sleb, reverse, taylor, magnitude or come-p[removals=true].",
+            )
         self.heals, self._shared = heals, whole
         self._model: Intermediate | None = None
+        job.checkpoint = verified(job.checkpoint)
         self.target = target_depth(target, job.checkpoint.architecture, job.checkpoint.parameters)
         self.estimate = estimate(
             job.checkpoint,

@@ -181,7 +181,9 @@ def _write_batch(
     chance = torch.Generator().manual_seed(seed % 2**63)
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     enders = sorted(turns.enders) if turns else [] if eos is None else [eos]
-    banned = torch.tensor(sorted(set(tokenizer.all_special_ids) - set(enders)), dtype=torch.long, device=device)
+    size = model.get_output_embeddings().weight.shape[0]  # some tokenizers have marks that the model has no logits of
+    marks = sorted(each for each in set(tokenizer.all_special_ids) - set(enders) if each < size)
+    banned = torch.tensor(marks, dtype=torch.long, device=device)
     enders_E = torch.tensor(enders, dtype=torch.long, device=device)
     if turns is not None:
         start_BS = torch.tensor([turns.opening[:seq_len]]).expand(n_rows, -1)

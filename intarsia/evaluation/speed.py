@@ -76,8 +76,11 @@ def growth(device: torch.device) -> Iterator[Growth]:
     found.bytes = max(0, highest[0] - before)
 
 
-def kv_cache_bytes(architecture: Architecture, *, batch: int, tokens: int, itemsize: int) -> int:
-    """What keys and values of `tokens` tokens take, as the config says; a sliding layer holds its window less one."""
+def kv_cache_bytes(architecture: Architecture, *, batch: int, tokens: int, itemsize: int) -> int | None:
+    """What keys and values of `tokens` tokens take, as the config says; a sliding layer holds its window less one. None
+    where nothing is known of the layers' heads."""
+    if architecture.removal_only:
+        return None
     window = architecture.config.get("sliding_window")
     kinds = architecture.layer_types
     if kinds is None:  # one kind for all: a window that the config does not switch off
@@ -88,14 +91,14 @@ def kv_cache_bytes(architecture: Architecture, *, batch: int, tokens: int, items
     return 2 * batch * heads * architecture.head_dim * itemsize * sum(held)
 
 
+_CACHED = ("keys", "values", "conv_states", "recurrent_states")
+
+
 def cache_bytes(cache: Any) -> int:
     """What the keys and values in a cache of `transformers` take."""
-    return sum(
-        tensor.nbytes
-        for layer in cache.layers
-        for tensor in (layer.keys, layer.values)
-        if isinstance(tensor, torch.Tensor)
-    )
+    held = (getattr(layer, name, None) for layer in cache.layers for name in _CACHED)
+    parts = (part for each in held for part in (each.values() if isinstance(each, dict) else (each,)))
+    return sum(tensor.nbytes for tensor in parts if isinstance(tensor, torch.Tensor))
 
 
 def reset_peak() -> bool:

@@ -8,6 +8,7 @@ the weights, and files that are whole. A check is a function of a `Subject`: it 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,11 @@ from typing import Any, Literal
 
 import torch
 
-from intarsia.architecture.detect import detect
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_all_headers, read_config
 from intarsia.checkpoint.hashing import SUMS_FILE, differing, read_sums, scan
 from intarsia.checkpoint.multimodal import NESTED, is_wrapped, unwrap
-from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.reader import Checkpoint, architecture_of
 from intarsia.checkpoint.tensor_file import TensorHeader, read_headers
 from intarsia.checkpoint.writer import CODE, stock_classes
 from intarsia.errors import Problem, Problems, UserError, check, few
@@ -118,14 +118,14 @@ def architecture(subject: Subject) -> str:
 
 
 def config_agrees(subject: Subject) -> str:
-    """The config is one of a known family, has every layer's entries, and transformers reads the same out of it."""
+    """The config is one of a known decoder, has every layer's entries, and transformers reads the same out of it."""
     from transformers import AutoConfig
 
     folder = subject.folder
     config = read_config(folder)
     if is_wrapped(config):
         config = unwrap(config, read_all_headers(folder), where=str(folder))[0]
-    architecture = detect(config, where=str(folder / "config.json"))
+    architecture = architecture_of(config, where=str(folder / "config.json"))
     try:
         read: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except Exception as error:  # what comes out of a config that a class refuses differs from class to class
@@ -264,11 +264,20 @@ def loads(subject: Subject) -> str:
     faults = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "other shape"}
     for key, what in faults.items():
         names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get(key) or ())
+        depth = model.config.get_text_config().num_hidden_layers
+        names = [name for name in names if not _beyond(name, depth)]
         if names:
             problems.append(_problem(str(folder), "just the tensors of the model", f"{what}: {few(names)}"))
     problems.raise_any()
     subject.model = model.eval()
     return f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')}"
+
+
+def _beyond(name: str, depth: int) -> bool:
+    """Whether a tensor is one of the layers after the last, which predict further tokens; transformers loads them
+    apart."""
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return found is not None and int(found[1]) >= depth
 
 
 @torch.no_grad()

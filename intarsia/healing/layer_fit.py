@@ -14,8 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from intarsia.activations.hooks import writer_of
 from intarsia.activations.loop import Loop, Read
 from intarsia.architecture.spec import Architecture, Part
+from intarsia.building.layer import tensor_names
 from intarsia.building.recipe_layers import Placed
 from intarsia.checkpoint.tensor_file import give_back
 from intarsia.healing.post_norm_fit import FitTokens, PostNorm, fit_norm, fit_weight
@@ -93,6 +95,8 @@ def fit_layer(
     fits: list[LayerFit] = []
     architecture = text.loop.resident.architecture
     for part in fittable(parts, architecture):
+        if writer_of(module, part, architecture) is None:
+            continue
         fitter = PartFit(module, part, text, settings)
         steps = (fitter.norm, fitter.projection) if architecture.norm_after(part) else (fitter.projection,)
         for step in steps:
@@ -101,7 +105,7 @@ def fit_layer(
                 weight, found = fitter.measured(weight, found)
             if weight is not None:
                 module.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
-                tensors[f"{name}.weight"] = _kept(weight, spool)
+                tensors[tensor_names(f"{name}.weight", architecture)[0]] = _kept(weight, spool)
             errors = {"error_before": found.error_before, "error_after": found.error_after}
             fits.append(LayerFit(layer=index, module=name, ridge=found.ridge, **errors))
     return tensors, fits
@@ -114,8 +118,9 @@ class PartFit:
     def __init__(self, module: nn.Module, part: Part, text: LayerText, settings: ClosedFormSettings) -> None:
         self.module, self.part, self.text, self.settings = module, part, text, settings
         architecture = text.loop.resident.architecture
-        self.scale = architecture.residual_scale
-        self.name = architecture.writer(part).module
+        writer = writer_of(module, part, architecture)
+        assert writer is not None, "asked for parts with an output projection only"
+        self.name, self.scale = writer
         target = module.get_submodule(self.name)
         assert isinstance(target, nn.Linear)
         self.target = target
@@ -195,7 +200,8 @@ class PartFit:
 def _measured_again(part: Part, architecture: Architecture) -> bool:
     """Whether the layer is run once more after a fit: the experts after o_proj are chosen by what they read, which no
     regression foresees, and are not fitted themselves."""
-    return part == "attention" and architecture.is_mixture("mlp") and not architecture.parallel
+    mixture = architecture.is_mixture("mlp") or architecture.removal_only
+    return part == "attention" and mixture and not architecture.parallel
 
 
 def _kept(weight: Tensor, spool: Path | None) -> npt.NDArray[np.float32]:

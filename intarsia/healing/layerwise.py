@@ -30,6 +30,7 @@ from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Placed
 from intarsia.data.corpus import Corpus
 from intarsia.disk import require_room
+from intarsia.errors import UserError
 from intarsia.healing.layer_map import Correspondence, correspondences, taught
 from intarsia.healing.layer_training import AfterStep, LayerTask, Trained, finished, train_layer, trained_names
 from intarsia.healing.stages.layerwise import LayerwiseSettings
@@ -176,6 +177,12 @@ class _Work:
             module = module.to(torch.bfloat16)  # gradients overflow in float16
         batch, held_out = self.schedule.batch, self.text.held_out
         sizes = {batch, held_out % batch, min(batch, held_out)} - {0}
+        if self.loop.stream.by_tokens:
+            raise UserError(
+                "Layers of this model get arguments that depend on the tokens, which layerwise training does not keep.",
+                "Heal with closed-form or end-to-end.",
+            )
+        trained = {name for name, _ in module.named_parameters()}
         with torch.no_grad():
             calls = {size: self.loop.stream.calls(self.text.ids_NT[:size], None)[donor] for size in sizes}
         states, cpu = self.teacher.store, torch.device("cpu")
@@ -187,7 +194,7 @@ class _Work:
             targets=partial(states.rows, layer.stop, device=cpu),
             text=self.text,
             calls=calls,
-            names=self.names,
+            names=tuple(name for name in self.names if name in trained),
             settings=self.settings,
             folder=self.folder,
             device=self.resident.device,

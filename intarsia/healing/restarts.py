@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.architecture.spec import PARTS, Architecture
+from intarsia.building.layer import tensor_names
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.disk import full_disk_named
@@ -109,6 +110,9 @@ def held_out_perplexity(resident: LoadedModel, corpus: Corpus, recipe: Recipe, *
 
 def _closed_form_names(architecture: Architecture) -> set[str]:
     """The tensors that a closed form fits."""
+    if architecture.inspected is not None:
+        names = (f"{module}.weight" for module in architecture.inspected.writers or ())
+        return {tensor for name in names for tensor in tensor_names(name, architecture)}
     norms = (architecture.norm_after(part) for part in PARTS)
     modules = {architecture.writer(part).module for part in PARTS} | {norm.module for norm in norms if norm is not None}
     return {f"{module}.weight" for module in modules}

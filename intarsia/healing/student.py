@@ -54,7 +54,7 @@ def load_student(
     full = settings.lora is None
     model = load_model(checkpoint, device=device, dtype=torch.float32 if full else None)
     if full:
-        layers = model.get_submodule(checkpoint.architecture.family.layers_module)
+        layers = model.get_submodule(checkpoint.architecture.layers_in_memory)
         layers.requires_grad_(True)
     else:
         _add_lora(model, checkpoint.architecture, settings.lora or 1)
@@ -81,12 +81,12 @@ def with_trained(recipe: Recipe, architecture: Architecture, base: Checkpoint, t
         index: dict(tensors) for index, tensors in recipe.fitted.items()
     }
     for index in range(len(recipe.layers)):
-        prefix = architecture.tensor_name(index, "")
+        prefix = f"{architecture.layers_in_memory}.{index}."
         own = {name.removeprefix(prefix): tensor for name, tensor in trained.items() if name.startswith(prefix)}
         own = to_tensors({name: tensor for name, tensor in own.items() if ".lora_" not in name}, architecture)
-        for local in architecture.layer_shapes():
+        for local in architecture.layer_shapes(index):
             name = architecture.tensor_name(index, local)
-            module = name.removesuffix(".weight")
+            module = prefix + local.removesuffix(".weight")
             if local in own:
                 tensor = own[local]
             elif f"{module}.lora_A.{_ADAPTER}.weight" in trained:
@@ -107,11 +107,9 @@ def _add_lora(model: PreTrainedModel, architecture: Architecture, rank: int) -> 
     except ImportError as error:
         instead = "train all parameters (without --lora)"
         raise missing_package("peft", where="--lora", extra="train", instead=instead, error=error) from error
-    targets = [
-        f"{architecture.family.layers_module}.{index}.{linear.module}"
-        for index in range(architecture.n_layers)
-        for linear in architecture.linears
-        if linear.segments != ("expert",)  # experts and their router are no linear modules in memory
+    layers = f"{architecture.layers_in_memory}."
+    targets = [  # experts are no linear modules in memory, and their router is none of the targets
+        name for name, module in model.named_modules() if name.startswith(layers) and isinstance(module, nn.Linear)
     ]
     config = LoraConfig(r=rank, lora_alpha=int(_SCALE * rank), lora_dropout=0.0, bias="none", target_modules=targets)
     torch.manual_seed(0)  # A starts random, B as zeros

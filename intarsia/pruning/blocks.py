@@ -37,8 +37,8 @@ def best_blocks(model: Intermediate, removed: int, number: int) -> list[dict[str
         (`half`: the attention of the first and the MLP of the last stay), and the loss without it in nats, as far as it
         was measured (`loss`).
     """
-    blocks = [Change(start=start, count=removed, ops=()) for start in range(model.depth - removed + 1)]
-    for start in range(model.depth - removed):
+    blocks = [Change(start=start, count=removed, ops=()) for start in model.droppable(removed)]
+    for start in () if model.architecture.removal_only else range(model.depth - removed):
         half = without_half_layers(model, start, removed + 1)
         blocks += [] if half is None else [Change(start=start, count=removed + 1, ops=(half,))]
     _, sums = race(

@@ -21,6 +21,7 @@ from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Layer, RecipeLayers, is_whole
 from intarsia.data.corpus import Corpus
 from intarsia.healing.teacher import TeacherStates
+from intarsia.inspection.structure import problem_of
 from intarsia.progress import Progress, current
 from intarsia.pruning.scores import angular_distance
 from intarsia.pruning.step import Criterion
@@ -98,6 +99,7 @@ class Intermediate(RecipeLayers):
         self.criterion: Criterion = "loss"
         self._likeliest: Likeliest | None = None
         self._held_original = False
+        self._problems: dict[tuple[int, ...], str | None] = {}
 
     @property
     def corpus(self) -> Corpus:
@@ -137,6 +139,28 @@ class Intermediate(RecipeLayers):
         """Mean next-token loss on the first sequences of `rows`, in nats."""
         losses_N = self.losses_N
         return float(losses_N.sum() / self.counts_N[: len(losses_N)].sum())
+
+    def may_become(self, layers: Sequence[int]) -> bool:
+        """Whether the model may consist of just these layers of the original.
+
+        Where layers can only be removed: whether its config can describe that, and every kind of layer is there.
+        """
+        kinds, kept = self.architecture.layer_types, tuple(layers)
+        if not self.architecture.removal_only:
+            return True
+        if not kept or (kinds and {kinds[layer] for layer in kept} != set(kinds)):
+            return False
+        if kept not in self._problems:
+            self._problems[kept] = problem_of(self.architecture, kept)
+        return self._problems[kept] is None
+
+    def may_drop(self, start: int, count: int = 1) -> bool:
+        """Whether the model may do without `count` layers from `start` on; see `may_become`."""
+        return self.may_become([op.sources[0].layer for op in (*self.ops[:start], *self.ops[start + count :])])
+
+    def droppable(self, count: int = 1) -> list[int]:
+        """Where `count` adjacent layers may be dropped."""
+        return [start for start in range(self.depth - count + 1) if self.may_drop(start, count)]
 
     def look_at(self, tokens: int | None) -> None:
         """Decide on the first `tokens` of the calibration text, in whole sequences; None: on all.

@@ -48,8 +48,11 @@ def prune(
         while model.depth > target:
             steps = planner.decide(model, target, history)
             if not steps:
-                ladder.want(Wanted(layers=target, stopped=planner.reason()))
-                return planner.reason()
+                reason = planner.reason()
+                if model.architecture.removal_only and not model.droppable():
+                    reason = "every layer is the last of its kind, or the config cannot describe the model without it"
+                ladder.want(Wanted(layers=target, stopped=reason))
+                return reason
             before = model.depth
             step, evidence = _take(planner, model, healer, steps)
             recipe = recipe.with_layers(

@@ -84,6 +84,8 @@ class Planner:
     measures = True
     # Whether the last layer's influence is measured after the final norm.
     after_final_norm = False
+    # Whether it cannot do without joining layers, or pieces of them.
+    joins = False
     # Layers that become one in a step, at most. With more than two, the last step depends on the target.
     layers_at_once = 2
     # How many blocks of the original the final heal starts from too, and on how many tokens steps and blocks are
@@ -163,6 +165,8 @@ def without_half_layers(model: Intermediate, start: int, count: int, norm: NormM
     Returns:
         None where the two layers are no pieces of originals, or attend in different ways.
     """
+    if model.architecture.removal_only:
+        return None
     first, last = model.ops[start], model.ops[start + count - 1]
     modes = {op.norm for op in (first, last) if isinstance(op, Concat)}
     if isinstance(first, Merge) or isinstance(last, Merge) or modes - {norm}:
@@ -237,7 +241,8 @@ class OneShot(Planner):
         scores: list[float] = history[0][self.scored] if history else self.score(model)
         first, last = self.protect
         left = [op.sources[0].layer for op in model.ops]
-        free = [index for index, layer in enumerate(left) if first <= layer < len(scores) - last]
+        inner = [index for index, layer in enumerate(left) if first <= layer < len(scores) - last]
+        free = [index for index in inner if model.may_drop(index)]
         if not free:
             return []
         start = min(free, key=lambda index: (scores[left[index]], left[index]))

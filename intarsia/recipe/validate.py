@@ -13,7 +13,7 @@ from intarsia.architecture.spec import Architecture, Part
 from intarsia.data_file import refusal
 from intarsia.errors import Problem
 from intarsia.recipe.methods import METHODS, Method
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, NormMode, Op
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, NormMode, Op, Select
 from intarsia.recipe.recipe import VARIANT_NAME, Recipe
 from intarsia.recipe.side_file import let_go
 
@@ -106,10 +106,13 @@ def _check_depth(recipe: Recipe, base: Architecture) -> Iterator[Problem]:
 
 
 def _check_fitted(recipe: Recipe, base: Architecture) -> Iterator[Problem]:
-    shapes = base.layer_shapes()
     for layer, tensors in recipe.fitted.items():
-        if not 0 <= layer < len(recipe.layers):
+        first = None
+        if 0 <= layer < len(recipe.layers):
+            first = next(iter(recipe.layers[layer].sources), None)
+        else:
             yield _problem(f"fitted.{layer}", f"an output layer from 0 to {len(recipe.layers) - 1}", str(layer))
+        shapes = base.layer_shapes(first.layer if first is not None and 0 <= first.layer < base.n_layers else 0)
         for name, tensor in tensors.items():
             where = f"fitted.{layer}.{name}"
             if name not in shapes:
@@ -140,6 +143,10 @@ def _check_op(
     if len(types) > 1:
         found = ", ".join(f"{source} is {kind}" for kind, source in types.items())
         yield _problem(where, "sources of one layer type", found, "Join layers of one type only.")
+    if base is not None and base.inspected is not None and not isinstance(op, Select):
+        reason = f"{type(op).__name__.lower()}, and layers of this model can only be removed: {base.inspected.reason}"
+        yield _problem(where, "a whole layer", reason, "Select layers, or leave them out.")
+        return
     if isinstance(op, Concat):
         yield from _check_concat(op, f"{where}.concat", base)
     elif isinstance(op, Merge):

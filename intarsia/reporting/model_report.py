@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intarsia.architecture.detect import detect
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.multimodal import text_config
+from intarsia.checkpoint.reader import architecture_of
 from intarsia.disk import damage_named, read_json, write_whole
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
@@ -100,7 +100,7 @@ def _puzzle(path: Path, recipe: Recipe, run: PlanRun | None) -> Section:
 
 def _pieces(config: Path) -> Pieces:
     found = read_json(config, expected="the config of a model", remedy="Build the model again.")
-    return pieces_of_architecture(detect(text_config(found, where=str(config)), where=str(config)))
+    return pieces_of_architecture(architecture_of(text_config(found, where=str(config)), where=str(config)))
 
 
 def _before_and_after(facts: Mapping[str, Any]) -> list[Section]:

@@ -272,10 +272,7 @@ def test_a_config_of_another_depth(depth: int, folder: Path) -> None:
 UNKNOWN = {
     "block_configs": [{"attention": {"n_heads_in_group": 4}}] * 6,
     "ffn_multipliers": [1.0] * 6,
-    "first_k_dense_replace": 1,
-    "attn_layer_period": 2,
     "global_attn_every_n_layers": 3,
-    "hybrid_override_pattern": "MM*MM*",
     "skip_layers": [1, 3],
     "pruned_heads": {"3": [0]},
     "attn_config": {"window_pattern": 4},
@@ -306,6 +303,24 @@ def test_other_names_of_the_depth(name: str, folder: Path) -> None:
     set_json(folder / "config.json", **{name: 7})
     with pytest.raises(UserError, match="6 layers, as num_hidden_layers says; found 7"):
         Checkpoint.open(folder, model="m")
+
+
+# Layers 0, 2 and 5 stay, of six.
+FOLLOWING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "numbers": ({"mlp_only_layers": [1, 2, 5]}, {"mlp_only_layers": [1, 2]}),
+    "the first": ({"first_k_dense_replace": 3}, {"first_k_dense_replace": 2}),
+    "a pattern": ({"hybrid_override_pattern": "MM*MM-"}, {"hybrid_override_pattern": "M*-"}),
+    "a period": ({"attn_layer_period": 5, "attn_layer_offset": 0}, {"attn_layer_period": 2, "attn_layer_offset": 0}),
+    "a step": ({"decoder_sparse_step": 3}, {"decoder_sparse_step": 1, "mlp_only_layers": [0]}),
+}
+
+
+@pytest.mark.parametrize("kind", FOLLOWING)
+def test_settings_that_follow_the_layers(kind: str, folder: Path) -> None:
+    given, expected = FOLLOWING[kind]
+    set_json(folder / "config.json", **given)
+    config = json.loads((build(folder, (0, 2, 5)) / "config.json").read_text())
+    assert {name: config[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(

@@ -46,15 +46,16 @@ def replaceme(context: HealContext, recipe: Recipe, settings: ReplaceMeSettings)
     from intarsia.healing.span_outputs import span_outputs
 
     architecture = context.variants[recipe.base].architecture
-    writer = architecture.writer("mlp").module
     check(
         (
-            not architecture.is_mixture("mlp") and architecture.norm_after("mlp") is None,
+            not architecture.removal_only
+            and not architecture.is_mixture("mlp")
+            and architecture.norm_after("mlp") is None,
             f"replaceme needs an MLP whose down_proj is added as it is; in {architecture.family.title} it is not.",
             "Use closed-form, which fits these models too.",
         )
     )
-    scale = architecture.residual_scale
+    writer, scale = architecture.writer("mlp").module, architecture.residual_scale
     moments: dict[int, _Moments] = {}
     own: dict[int, dict[str, Tensor]] = {}
 

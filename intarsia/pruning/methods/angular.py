@@ -29,8 +29,11 @@ class Angular(Planner):
         depth = len(table) + 1
         count = depth - model.depth + 1
         found = table[count - 1]
-        start = min(range(len(found)), key=lambda index: (found[index], index))
         variant = model.ops[0].sources[0].variant
+        free = [index for index in range(len(found)) if model.may_become([*range(index), *range(index + count, depth)])]
+        if not free:
+            return []
+        start = min(free, key=lambda index: (found[index], index))
         kept = [layer for layer in range(depth) if not start <= layer < start + count]
         evidence: dict[str, Any] = {"dropped": [start, start + count], "distance": found[start]}
         if not history:

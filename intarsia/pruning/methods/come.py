@@ -99,6 +99,7 @@ class Come(Progressive):
     """Concatenate adjacent layers, at ratios by block influence."""
 
     settings: ComeSettings
+    joins = True
 
     def __init__(self, settings: ComeSettings) -> None:
         super().__init__(settings)
@@ -122,7 +123,11 @@ class Come(Progressive):
             "span_scores": {str(index): value for index, value in distances.items()},
             **shown,
             # Of the whole model, for people to look at.
-            **({} if history else {"sensitivity": allocate.sensitivity_map(map(pieces, range(model.depth)))}),
+            **(
+                {}
+                if history or model.architecture.removal_only
+                else {"sensitivity": allocate.sensitivity_map(map(pieces, range(model.depth)))}
+            ),
         }
         return [
             Step(start=each.start, count=each.count, op=each.op, evidence={**evidence, **self._about(model, each)})
@@ -205,6 +210,8 @@ class Come(Progressive):
 
     def _allowed(self, model: Intermediate, start: int, count: int) -> bool:
         ops = model.ops[start : start + count]
+        if model.architecture.removal_only:
+            return False
         if self.settings.no_repeat and not all(isinstance(op, Select) for op in ops):
             return False
         return one_attention_type(model, ops)

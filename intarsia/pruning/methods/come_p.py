@@ -93,6 +93,7 @@ class ComeP(Come):
 
     def __init__(self, settings: ComePSettings) -> None:
         super().__init__(settings)
+        self.joins = not settings.removals
 
     def choose(
         self, model: Intermediate, ranked: Sequence[int], count: int, pieces: Callable[[int], Scores]
@@ -112,6 +113,8 @@ class ComeP(Come):
                 *self._merges(model, spans),
             ],
         )
+        if not tried:
+            return [], {}
         title = f"trying {len(tried)} ratios" + (f" of {len(spans)} spans" if len(spans) > 1 else "")
         title += " and removals" if drops else ""
         best, shown = self._raced(model, tried, title)
@@ -185,7 +188,7 @@ class ComeP(Come):
 
 def removals(model: Intermediate, count: int) -> Iterable[Candidate]:
     """Every removal of `count` adjacent layers."""
-    for start in range(model.depth - count + 1):
+    for start in model.droppable(count):
         yield Candidate(start=start, count=count, op=None)
 
 

@@ -83,6 +83,8 @@ class LacoSettings(ProgressiveSettings):
 class Laco(Progressive):
     """Merge differences of layers, accepted by the similarity of final hidden states."""
 
+    joins = True
+
     def __init__(self, settings: LacoSettings) -> None:
         super().__init__(settings)
         self.settings = settings

@@ -48,6 +48,8 @@ def linear_weights(model: Intermediate, index: int) -> list[Tensor]:
     from intarsia.building.layer import parameter_name
 
     architecture = model.architecture
+    if architecture.removal_only:
+        return [each for each in model.modules[index].parameters() if each.dim() > 1 and each.is_floating_point()]
     names = [f"{architecture.modules(linear)[0]}.weight" for linear in architecture.linears]
     parameters = dict.fromkeys(parameter_name(name, architecture) for name in names)
     return [model.modules[index].get_parameter(name) for name in parameters]

@@ -45,6 +45,8 @@ _SAMPLES_A_CELL = 5
 class Mka(Planner):
     """Merge from the end, with weights from how alike two layers are."""
 
+    joins = True
+
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
         """Merge the deepest two adjacent layers that may be."""
         similarities: list[float] = history[0]["similarities"] if history else adjacent_similarities(model)

@@ -44,7 +44,10 @@ class Sleb(Progressive):
         """Try the model without each layer, and without the half-layers between two, where that is wanted."""
         from intarsia.pruning.candidates import Change, losses_of
 
-        tried = [Change(start=start, count=1, ops=()) for start in range(model.depth)]
+        tried = [Change(start=start, count=1, ops=()) for start in model.droppable()]
+        if not tried:
+            return []
+        whole = len(tried)
         for start in range(model.depth - 1) if self.settings.half_layers else ():
             half = without_half_layers(model, start, 2)
             tried += [] if half is None else [Change(start=start, count=2, ops=(half,))]
@@ -53,13 +56,13 @@ class Sleb(Progressive):
             lambda some, part: losses_of(model, [tried[index] for index in some], sequences=part),
             model.counts_N,
             racing=self.settings.racing,
-            title=f"skipping each of {model.depth} layers",
+            title=f"skipping each of {whole} layers",
         )
         losses = [mean_loss(sums[index], model.counts_N) for index in range(len(tried))]
         halves = {str(each.start): loss for each, loss in zip(tried, losses, strict=True) if each.ops}
         change = tried[best]
         evidence = {
-            "losses": losses[: model.depth],
+            "losses": losses[:whole],
             **({"half_losses": halves} if halves else {}),
             "sequences": [sums[index].numel() for index in range(len(tried))],
             "dropped": sources_of(model.ops[change.start : change.start + 1]),

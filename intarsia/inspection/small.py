@@ -1,0 +1,81 @@
+"""The config of a small model like one whose class was inspected: some of its layers, of every kind, and small sizes.
+
+`sizes.toml` has the sizes by the names of the fields.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from intarsia.architecture.per_layer import for_layers
+from intarsia.architecture.spec import Architecture
+from intarsia.inspection.structure import config_of, problem_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_LEAST_LAYERS = 6
+_STORED = ("dtype", "torch_dtype", "quantization_config", "auto_map", "transformers_version", "architectures")
+"""Fields about the stored weights."""
+
+
+@cache
+def _sizes() -> Mapping[str, Any]:
+    return tomllib.loads((files("intarsia.inspection") / "sizes.toml").read_text(encoding="utf-8"))
+
+
+def small_config(architecture: Architecture) -> dict[str, Any]:
+    """The config of a small model like the one that an architecture is of."""
+    config = config_of(architecture.config, "the config").to_dict() | dict(architecture.config)
+    return shrunken_sizes(for_layers(architecture, config, some_layers(architecture), "the config"))
+
+
+def some_layers(architecture: Architecture) -> Sequence[int]:
+    """The first layers of a model, with each of its kinds twice where it has two, that make a model by themselves."""
+    depth = architecture.n_layers
+    kinds = architecture.layer_types or ("",) * depth
+    for length in range(min(_LEAST_LAYERS, depth), depth):
+        some = kinds[:length]
+        whole = all(some.count(kind) >= min(2, kinds.count(kind)) for kind in set(kinds))
+        if whole and problem_of(architecture, range(length)) is None:
+            return range(length)
+    return range(depth)
+
+
+def shrunken_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with small sizes instead of its own."""
+    sizes = _sizes()
+    own = sizes["models"].get(str(config.get("model_type")), {})
+    return {**_small(config, sizes), **own}
+
+
+def _small(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _STORED:
+            continue
+        if isinstance(value, Mapping):
+            found[key] = _small(value, sizes)
+        elif key in sizes["fields"] and isinstance(value, int) and not isinstance(value, bool):
+            found[key] = min(value, sizes["fields"][key]) if value else value
+        elif re.search(r"token_id$|token_index$", str(key)) and value is not None:
+            found[key] = [1] if isinstance(value, list) else min(value, 2)
+        else:
+            found[key] = value
+    if "head_dim" in found and "qk_rope_head_dim" in found:  # latent attention, which computes it
+        found["head_dim"] = found["qk_rope_head_dim"]
+    heads, groups = (next((found[name] for name in sizes[kind] if found.get(name)), 0) for kind in ("heads", "groups"))
+    if groups and heads:  # the ratio's kind stays: one group, some, or a group for each head
+        whole = next(config[name] for name in sizes["heads"] if config.get(name))
+        own = next(config[name] for name in sizes["groups"] if config.get(name))
+        for name in sizes["groups"]:
+            if found.get(name):
+                found[name] = heads if own == whole else 1 if own == 1 else max(heads // 2, 1)
+    return found

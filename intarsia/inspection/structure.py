@@ -1,0 +1,409 @@
+"""Architectures read from a class of `transformers`, for models of which no family file describes the layers.
+
+The class is built on the meta device, without weights. What it must have: one list of layers, as long as the model is
+deep. What a config says layer by layer follows the layers as for every model (`intarsia.architecture.per_layer`);
+whether that is right is seen from the class, built from the changed config: its layers must be those that stay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from intarsia.architecture.families import Family, Modules, PerLayer, rules
+from intarsia.architecture.per_layer import OF_NO_LAYER, for_layers, unknown_settings
+from intarsia.architecture.spec import Architecture, Inspected
+from intarsia.errors import UserError
+from intarsia.progress import quiet_transformers
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_NUMBERED = re.compile(r"idx|index|layer_id|layer_number|^training$|^_")
+"""Attributes of modules that differ from layer to layer, whatever these are."""
+
+
+def inspected(config: Mapping[str, Any], shapes: Shapes | None, *, where: str, reason: str) -> Architecture:
+    """The architecture of a model whose layers can be removed.
+
+    Args:
+        shapes: of the tensors in the files; None where there are no files: those that the class would write.
+        reason: why its layers cannot be joined.
+
+    Raises:
+        UserError: transformers has no such decoder, its layers are no list of the right length, the config has
+            settings of which nobody knows how they follow the layers, or the tensors are not the model's.
+    """
+    made = config_of(config, where)
+    model = on_meta(made, where)
+    depth = getattr(made, "num_hidden_layers", None)
+    if not isinstance(depth, int):
+        raise _refused(where, "a number of layers in the config", "none")
+    layers_module, layers = _layer_list(model, depth, where)
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if id(embedding) not in names or id(head) not in names:
+        raise _refused(where, "one embedding and one head", "none that transformers names")
+    held = _Files(model, layers_module, layers, where)
+    tied = bool(getattr(made, "tie_word_embeddings", False))
+    at = {memory: file for file, memory in held.outside.items()}
+    in_files = {
+        key: at.get(f"{names[id(each)]}.weight", f"{names[id(each)]}.weight").removesuffix(".weight")
+        for key, each in (("embedding", embedding), ("head", head))
+    }
+    fields = {what: str(made.attribute_map.get(name, name)) for what, name in _FIELDS.items()}
+    per_layer = {
+        key: tuple(value)
+        for key, value in made.to_dict().items()
+        if isinstance(value, list | tuple)
+        and len(value) == depth
+        and key not in rules().names
+        and not OF_NO_LAYER.search(str(key))
+    }
+    family = Family.model_construct(
+        title=str(config["model_type"]),
+        model_types=(str(config["model_type"]),),
+        modules=Modules(layers=held.layers_module, **in_files, head_in_memory=names[id(head)]),
+        fields=fields,
+        linears=[],
+        norms=[],
+        lists=[PerLayer(field=key) for key in per_layer],
+        always=(),
+    )
+    problems = unknown_settings(family, {**made.to_dict(), **config}, depth, where, named=rules().names)
+    if problems:
+        raise UserError(problems)
+    found = Architecture(
+        family=family,
+        linears=(),
+        norms=(),
+        n_layers=depth,
+        width=int(made.hidden_size),
+        n_query_heads=1,
+        n_kv_heads=1,
+        head_dim=1,
+        n_channels=1,
+        vocabulary=int(embedding.weight.shape[0]),
+        tied=tied,
+        layer_types=_kinds(made, list(layers)),
+        config=dict(config),
+        per_layer=per_layer,
+        inspected=Inspected(
+            reason=reason,
+            shapes=held.layer_shapes(shapes, tied=f"{in_files['head']}.weight" if tied else None),
+            structures=tuple(map(structure_of, layers)),
+            rows=held.rows,
+            stacks=held.stacks,
+            outside=held.outside,
+            tables={},
+            layers_module=layers_module,
+            embedding_module=names[id(embedding)],
+        ),
+    )
+    return _with_tables(found, model)
+
+
+_FIELDS = {
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "query_heads": "num_attention_heads",
+    "channels": "intermediate_size",
+    "vocabulary": "vocab_size",
+    "tied": "tie_word_embeddings",
+}
+
+
+def config_of(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
+    """The config object of a decoder.
+
+    Raises:
+        UserError: transformers does not know the model type, refuses the config, or it is that of no decoder.
+    """
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        code = "auto_map" in config
+        raise UserError(
+            f"{where}: transformers {version('transformers')} has no model type {kind!r}"
+            + (", which comes with code of its own that is not run." if code else "."),
+            "Use a model that transformers has a class for."
+            if code
+            else f"Use a version of transformers that has it{_since(config)}, or correct model_type.",
+        )
+    try:
+        with quiet_transformers():
+            made = CONFIG_MAPPING[str(kind)].from_dict({key: _number(value) for key, value in config.items()})
+    except Exception as error:  # what a config class objects to, and how, differs from class to class
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
+        raise UserError(f"{where}: transformers refuses this config of type {kind}: {words}.", "Correct it.") from error
+    assert isinstance(made, PreTrainedConfig)
+    if getattr(made, "is_encoder_decoder", False):
+        raise _refused(where, "a decoder", f"an encoder-decoder ({kind})")
+    if type(made) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _refused(where, "a language model", f"{kind}, for which transformers has no causal language model")
+    shared = getattr(made, "num_kv_shared_layers", 0)
+    if shared:
+        raise _refused(
+            where,
+            "layers that read the residual stream alone",
+            f"{shared} layers that read the keys and values of other layers (num_kv_shared_layers)",
+        )
+    return made
+
+
+def _number(value: Any) -> Any:
+    """A value of a config.json, in which transformers writes an infinity as an object of its own."""
+    if isinstance(value, list):
+        return [_number(each) for each in value]
+    return float(value["__float__"]) if isinstance(value, Mapping) and set(value) == {"__float__"} else value
+
+
+def _since(config: Mapping[str, Any]) -> str:
+    stated = config.get("transformers_version")
+    return f" (the config was written by {stated})" if isinstance(stated, str) else ""
+
+
+def on_meta(config: PreTrainedConfig, where: str) -> PreTrainedModel:
+    """The model of a config, without weights.
+
+    Raises:
+        UserError: its class refuses the config.
+    """
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+            model = classes[type(config)](config)
+    except Exception as error:  # as above
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
+        raise UserError(f"{where}: transformers makes no model of this config: {words}.", "Correct it.") from error
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _refused(where: str, expected: str, found: str) -> UserError:
+    return UserError(f"{where}: expected {expected}; found {found}.", "It cannot be made shallower; use another model.")
+
+
+def _layer_list(model: PreTrainedModel, depth: int, where: str) -> tuple[str, nn.ModuleList]:
+    """The one list of layers, and its name."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == depth and not inside:
+            found[name] = module
+    if len(found) == 1:
+        return next(iter(found.items()))
+    lists = ", ".join(found) if found else "none"
+    raise _refused(where, f"one list of {depth} layers in {type(model).__name__}", lists)
+
+
+def structure_of(layer: nn.Module) -> str:
+    """What a layer is built like: its modules, the shapes of their parameters, and their settings."""
+    parts: list[object] = []
+    for name, module in layer.named_modules():
+        settings = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str) and not _NUMBERED.search(key)
+        }
+        own = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
+        parts.append((name, type(module).__name__, sorted(settings.items()), sorted(own.items())))
+    return repr(parts)
+
+
+def _kinds(config: PreTrainedConfig, layers: Sequence[nn.Module]) -> tuple[str, ...] | None:
+    """What each layer is called: by the config, and by its parts where equal names are of different layers."""
+    stated: Any = getattr(config, "layer_types", None)
+    named = stated if isinstance(stated, list | tuple) and len(stated) == len(layers) else ["layer"] * len(layers)
+    variants: dict[str, dict[str, list[str]]] = {}
+    structures = list(map(structure_of, layers))
+    for name, structure, layer in zip(map(str, named), structures, layers, strict=True):
+        parts = [type(part).__name__ for part in layer.children()]
+        variants.setdefault(name, {}).setdefault(structure, parts)
+    words: dict[tuple[str, str], str] = {}
+    for name, found in variants.items():
+        common = set.intersection(*map(set, found.values()))
+        own = [", ".join(part for part in parts if part not in common) for parts in found.values()]
+        told = own if len(set(own)) == len(own) else [str(number + 1) for number in range(len(own))]
+        words |= {
+            (name, each): f"{name} ({word})" if word and len(own) > 1 else name
+            for each, word in zip(found, told, strict=True)
+        }
+    kinds = tuple(words[str(name), structure] for name, structure in zip(named, structures, strict=True))
+    return kinds if len(set(kinds)) > 1 else None
+
+
+class _Files:
+    """What the tensors of a model are called in files, and which rows of which parameter each of them holds.
+
+    transformers knows how it writes parameters; here it writes the numbers of their rows.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers_module: str, layers: nn.ModuleList, where: str) -> None:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        self.where, self.depth = where, len(layers)
+        self.structures = list(map(structure_of, layers))
+        self.firsts = {structure: index for index, structure in reversed(list(enumerate(self.structures)))}
+        prefix = f"{layers_module}."
+        wanted = {f"{prefix}{index}." for index in self.firsts.values()}
+        once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+        state = {  # what is tied counts once, as in files
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if name in once and (not name.startswith(prefix) or any(name.startswith(each) for each in wanted))
+        }
+        shared = sorted(name for name in model.state_dict() if name not in once and name.startswith(prefix))
+        if shared:
+            raise _refused(where, "layers with weights of their own", f"layers that share theirs ({shared[0]})")
+        starts: dict[str, int] = {}
+        numbered: dict[str, Tensor] = {}
+        number = 0
+        for name, tensor in state.items():
+            shape = (*tensor.shape[:-1], 1) if tensor.dim() > 1 else tuple(tensor.shape)
+            count = int(torch.Size(shape).numel())
+            starts[name], numbered[name] = number, torch.arange(number, number + count).reshape(shape)
+            number += count
+        try:
+            written = revert_weight_conversion(model, numbered)
+        except Exception as error:  # a conversion that needs whole tensors
+            raise _refused(where, "files that hold the parameters", f"a conversion that {error}") from error
+        self.rows: dict[str, tuple[str, int]] = {}
+        self.stacks: dict[str, int] = {}
+        self.outside: dict[str, str] = {}
+        self.layers_module = layers_module
+        self.expected: dict[str, tuple[int, ...]] = {}
+        owners = sorted(starts, key=lambda name: starts[name])
+        for name, tensor in written.items():
+            flat = tensor.reshape(-1)
+            first = int(flat[0]) if flat.numel() else 0
+            owner = next(each for each in reversed(owners) if starts[each] <= first)
+            whole = state[owner]
+            shape = (*tensor.shape[:-1], whole.shape[-1]) if whole.dim() > 1 else tuple(tensor.shape)
+            self.expected[name] = shape
+            if not owner.startswith(prefix):
+                self.outside[name] = owner
+                continue
+            index, _, memory = owner.removeprefix(prefix).partition(".")
+            before, mark, local = name.partition(f".{index}.")
+            if not mark:
+                raise _refused(where, "tensors of a layer under its number", name)
+            self.layers_module = before
+            contiguous = bool((flat == torch.arange(first, first + flat.numel())).all())
+            if contiguous:
+                self.rows[local] = (memory, first - starts[owner])
+                if whole.dim() == 3 and tensor.dim() == 2:
+                    self.stacks[memory] = whole.shape[0]
+
+    def layer_shapes(self, shapes: Shapes | None, *, tied: str | None) -> tuple[Shapes, ...]:
+        """Every tensor of each layer, with its shape in files.
+
+        Raises:
+            UserError: the files lack one, or have another shape or another one.
+        """
+        prefix = f"{self.layers_module}."
+        expected: dict[str, tuple[int, ...]] = {
+            name: shape for name, shape in self.expected.items() if not name.startswith(prefix) and name != tied
+        }
+        layers: list[Shapes] = []
+        for index, structure in enumerate(self.structures):
+            first = f"{prefix}{self.firsts[structure]}."
+            own = {name.removeprefix(first): shape for name, shape in self.expected.items() if name.startswith(first)}
+            layers.append(own)
+            expected |= {f"{prefix}{index}.{local}": shape for local, shape in own.items()}
+        if shapes is not None:
+            self._check(expected, shapes)
+        return tuple(layers)
+
+    def _check(self, expected: Shapes, shapes: Shapes) -> None:
+        prefix = f"{self.layers_module}."
+        wrong = [name for name, shape in expected.items() if tuple(shapes.get(name, ())) != tuple(shape)]
+        more = [
+            name
+            for name in shapes
+            if name.startswith(prefix)
+            and name not in expected
+            and not name.endswith("inv_freq")
+            and int(name.removeprefix(prefix).partition(".")[0]) < self.depth
+        ]
+        found_of = {name: f"shape {list(shapes[name])}" if name in shapes else "no such tensor" for name in wrong}
+        problems = [(name, f"shape {list(expected[name])}", found) for name, found in found_of.items()]
+        problems += [(name, "only tensors of the model's class", f"shape {list(shapes[name])}") for name in more]
+        if problems:
+            name, wanted, found = problems[0]
+            others = f", and {len(problems) - 1} more like this" if len(problems) > 1 else ""
+            raise UserError(
+                f"{self.where}: {name}: expected {wanted}, found {found}{others}.",
+                "Load it with transformers and save it again, or get config and weights that belong together.",
+            )
+
+
+def _with_tables(found: Architecture, model: PreTrainedModel) -> Architecture:
+    """The architecture with the tensors outside the layers that have a part for each layer: they become smaller with
+    the model."""
+    assert found.inspected is not None
+    depth, in_files = found.n_layers, {memory: file for file, memory in found.inspected.outside.items()}
+    ordinary = (found.embedding_in_memory, found.family.head_in_memory)
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if name in in_files and name.rpartition(".")[0] not in ordinary
+    }
+    if not any(size % depth == 0 for shape in shapes.values() for size in shape if size > 1):
+        return found
+    one_less = ([*range(dropped), *range(dropped + 1, depth)] for dropped in reversed(range(depth)))
+    kept = next((kept for kept in one_less if problem_of(found, kept) is None), None)
+    if kept is None:
+        return found
+    smaller = on_meta(config_of(for_layers(found, found.config, kept, "the config"), "the config"), "the config")
+    tables: dict[str, int] = {}
+    for name, shape in shapes.items():
+        other = smaller.get_parameter(name).shape
+        changed = [axis for axis, (old, new) in enumerate(zip(shape, other, strict=True)) if old != new]
+        if changed:
+            tables[in_files[name]] = changed[0]
+    return replace(found, inspected=replace(found.inspected, tables=tables))
+
+
+def problem_of(architecture: Architecture, kept: Sequence[int]) -> str | None:
+    """Why a model cannot consist of just these of its layers, in order; None where it can.
+
+    Where a family file describes the layers, it can.
+    """
+    if architecture.inspected is None:
+        return None
+    try:
+        config = for_layers(architecture, architecture.config, kept, "the config")
+        model = on_meta(config_of(config, "the config"), "the config")
+    except UserError as error:
+        return str(error.problems[0].message)
+    layers = model.get_submodule(architecture.layers_in_memory)
+    assert isinstance(layers, nn.ModuleList)
+    if [structure_of(layer) for layer in layers] != [architecture.inspected.structures[index] for index in kept]:
+        return (
+            "what its layers are like depends on their number or on the depth, and the config cannot say it otherwise"
+        )
+    return None
+
+
+def removals(architecture: Architecture) -> list[list[int]]:
+    """Layers of a model that may stay by themselves: without one of the first, and without two of the others."""
+    whole = list(range(architecture.n_layers))
+    kinds = architecture.layer_types or ("",) * architecture.n_layers
+
+    def without(layers: list[int], order: Iterable[int]) -> list[int]:
+        for dropped in order:
+            left = [layer for layer in layers if layer != dropped]
+            if len({kinds[layer] for layer in left}) == len(set(kinds)) and problem_of(architecture, left) is None:
+                return left
+        return layers
+
+    middle = len(whole) // 2
+    two = without(without(whole, [*whole[middle:], *whole[:middle]]), reversed(whole))
+    return [kept for kept in (without(whole, whole), two) if kept != whole]
