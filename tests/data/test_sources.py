@@ -122,7 +122,11 @@ def test_running_text_without_line_ends_is_cut_between_characters(tmp_path: Path
         ("a.txt", "roti".encode("utf-16-le"), "UTF-16 without a byte-order mark.*iconv -f UTF-16LE"),
         ("a.jsonl", '{"text": "roti"}'.encode("utf-16-be"), "UTF-16 without a byte-order mark.*iconv -f UTF-16BE"),
         ("a.txt", "roti".encode("utf-16")[:-1], "text in utf-16, as its byte-order mark says"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:40], "a whole compressed file.*Get this file again"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:40],
+            "a whole compressed file.*Get this file again",
+        ),
         ("a.jsonl.gz", gzip.compress(b"roti", mtime=0), "a.jsonl.gz:1: expected a JSON object"),
         ("a.json", '[{"text": "a"}', "a JSON array of records, or JSON lines"),
         ("a.json", "3", "a JSON array of records"),
