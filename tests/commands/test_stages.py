@@ -39,8 +39,9 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-# LaCo merges several layers at once; the plus variants drop none of the first four and last two layers.
-ANY_DEPTH = [method for method in METHODS if method not in ("laco", "taylor+", "magnitude+")]
+# LaCo merges several layers at once, and the evolutionary search goes to its target in one step; the plus variants drop
+# none of the first four and last two layers.
+ANY_DEPTH = [method for method in METHODS if method not in ("laco", "evolve", "taylor+", "magnitude+")]
 MEASURED = ("come", "come-p", "sleb")
 
 
