@@ -182,10 +182,14 @@ class Loop:
             (rows, ids, mask), before, call = given
             here.inputs = {}
             after = self.stream.run(layer.module, before, call)
-            return Passed(rows=rows, ids=ids, mask=mask, before=before, after=after, inputs=here.inputs)
+            passed = Passed(rows=rows, ids=ids, mask=mask, before=before, after=after, inputs=here.inputs)
+            here.inputs = None
+            return passed
 
         def receive(part: Part, x: Tensor) -> None:
-            here.inputs[part] = x
+            inputs = getattr(here, "inputs", None)
+            if inputs is not None:  # else somebody runs the projection alone, on what was handed over
+                inputs[part] = x
 
         with output_projections(layer.module, self.resident.architecture, receive, inputs):
             yield prepare, run

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from intarsia.checkpoint.hashing import cache_folder
 from intarsia.data.chat import Turns, learn_turns
-from intarsia.data.corpus import Corpus
+from intarsia.data.corpus import Corpus, check_ids
 from intarsia.disk import replaced
 from intarsia.errors import UserError
 from intarsia.progress import Task, current
@@ -179,18 +179,19 @@ def _write_batch(
     """One batch of rows, and the number of documents in them."""
     device = next(model.parameters()).device
     chance = torch.Generator().manual_seed(seed % 2**63)
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    enders = sorted(turns.enders) if turns else [] if eos is None else [eos]
     size = model.get_output_embeddings().weight.shape[0]  # some tokenizers have marks that the model has no logits of
+    ends = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    eos, bos = (each if each is not None and each < size else None for each in ends)
+    enders = sorted(each for each in turns.enders if each < size) if turns else [] if eos is None else [eos]
     marks = sorted(each for each in set(tokenizer.all_special_ids) - set(enders) if each < size)
     banned = torch.tensor(marks, dtype=torch.long, device=device)
     enders_E = torch.tensor(enders, dtype=torch.long, device=device)
     if turns is not None:
         start_BS = torch.tensor([turns.opening[:seq_len]]).expand(n_rows, -1)
-    elif bos is not None or eos is not None:
-        start_BS = torch.full((n_rows, 1), eos if bos is None else bos)
+    elif (first := eos if bos is None else bos) is not None:
+        start_BS = torch.full((n_rows, 1), first)
     else:
-        start_BS = torch.randint(len(tokenizer), (n_rows, 1), generator=chance)
+        start_BS = torch.randint(min(len(tokenizer), size), (n_rows, 1), generator=chance)
     rows = [_Row(turns, () if bos in (None, eos) else (bos,), eos) for _ in range(n_rows)]
     ids_BT = torch.empty(n_rows, seq_len, dtype=torch.int64)
     done = start_BS.shape[1]
@@ -285,10 +286,12 @@ def self_corpus(
         sampling: how text is drawn.
 
     Raises:
-        UserError: the model's logits are not finite.
+        UserError: the model's logits are not finite, or the chat template holds a token beyond the embedding.
     """
     sampling = sampling or Sampling()
     turns = learn_turns(tokenizer)
+    if turns is not None:
+        check_ids(max(*turns.opening, *turns.to_assistant, *turns.to_user), tokenizer, "The chat template")
     path = None if cache_key is None else _cache_path(cache_key, [n, seq_len, seed], sampling, turns)
     written = None if path is None else _read(path, (n, seq_len))
     if written is None:
