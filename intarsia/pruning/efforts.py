@@ -8,7 +8,7 @@ from intarsia.errors import check
 from intarsia.registry import Chosen, planners
 
 METHODS: dict[str, str] = {
-    "quick": "shortgpt[plan-tokens=4096,blocks=1]",
+    "quick": "shortgpt[plan-tokens=5120,blocks=1]",
     "standard": "come-p[spans=3,granularity=5,removals=true,plan-tokens=16384,blocks=3]",
     "thorough": "come-p[spans=5,granularity=5,removals=true,heal-in-loop=true,finalists=4,blocks=5]",
 }
