@@ -25,7 +25,7 @@ from intarsia.building.materialize import materialize
 from intarsia.building.slicing import positions
 from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+from intarsia.recipe.recipe import Recipe, Variant, identity
 
 NAME = "model"
 _SEQUENCES, _TOKENS, _WRITTEN = 3, 20, 12
@@ -130,15 +130,7 @@ def removal(trial: Trial, kept: Sequence[int], folder: Path) -> dict[str, float]
     """A model of some of the layers, built to disk and loaded, against the original in which the others are skipped."""
     architecture = trial.architecture
     ops = [_select(layer) for layer in kept]
-    recipe = Recipe(
-        variants=(Variant(name=NAME, model=trial.resident.checkpoint.model),),
-        base=NAME,
-        depth=architecture.n_layers,
-        layers=tuple(ops),
-        spans=derive_spans(ops, architecture.n_layers),
-    )
-    materialize(recipe, {NAME: trial.resident.checkpoint}, folder)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    recipe, loaded = _built(trial, ops, folder)
     entry = trial.stream.enter(trial.ids_BT, None)
     h_BTD = entry.h_BTD
     for layer in kept:
@@ -252,15 +244,7 @@ def round_trip(trial: Trial, layers: tuple[int, int], folder: Path) -> dict[str,
     rest = [_select(layer) for layer in range(architecture.n_layers) if layer not in layers]
     # One layer is dropped, so that all after it have new places.
     ops: list[Op] = [*rest[1:2], merged, *rest[2:]]
-    recipe = Recipe(
-        variants=(Variant(name=NAME, model=trial.resident.checkpoint.model),),
-        base=NAME,
-        depth=architecture.n_layers,
-        layers=tuple(ops),
-        spans=derive_spans(ops, architecture.n_layers),
-    )
-    materialize(recipe, {NAME: trial.resident.checkpoint}, folder)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    recipe, loaded = _built(trial, ops, folder)
     in_memory = assembled(recipe, trial.resident)
     logits = difference(loaded(trial.ids_BT).logits, in_memory(trial.ids_BT).logits)
     return {
@@ -268,6 +252,14 @@ def round_trip(trial: Trial, layers: tuple[int, int], folder: Path) -> dict[str,
         "generation": _generation(loaded, trial.ids_BT[:1, :9]),
         "config": float(len(list(_wrong_lists(loaded, architecture, [op.sources[0].layer for op in ops])))),
     }
+
+
+def _built(trial: Trial, ops: Sequence[Op], folder: Path) -> tuple[Recipe, Any]:
+    """The recipe of some layers, and its model: built to disk and loaded."""
+    variant = Variant(name=NAME, model=trial.resident.checkpoint.model)
+    recipe = identity(variant, trial.architecture.n_layers).with_layers(ops)
+    materialize(recipe, {NAME: trial.resident.checkpoint}, folder)
+    return recipe, AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
 
 
 def halves(architecture: Architecture, layers: tuple[int, int]) -> Concat:

@@ -125,6 +125,7 @@ class Loop:
         then: Callable[[Passed], None],
         *,
         sequences: slice = slice(None),
+        inputs: Sequence[Part] = (),
         measure: Callable[[Passed], Any] | None = None,
         name: str | None = None,
     ) -> None:
@@ -132,7 +133,8 @@ class Loop:
 
         Args:
             then: takes what came out, batch after batch; it alone may change anything.
-            measure: what to measure on a batch, in any thread; it gets the inputs of output projections too.
+            inputs: parts, the inputs of whose output projections are handed over too.
+            measure: what to measure on a batch, in any thread.
             name: of the layer's output, to refuse NaN and infinity in it; None: they are not looked for.
 
         Raises:
@@ -143,7 +145,7 @@ class Loop:
             then(passed)
             self.spend(1, passed.rows)
 
-        with self._running(layer, read, PARTS if measure else ()) as (prepare, run):
+        with self._running(layer, read, inputs) as (prepare, run):
 
             def work(given: _Given) -> Passed:
                 passed = run(given)
@@ -212,7 +214,7 @@ class Loop:
             states: where hidden states are read and stored.
             read: where those before the first layer are, if not in `states`.
             at: the depth in `states` before each layer and after the last; default: 0, overwritten all the time.
-            measure: what to measure on a batch of every layer, in any thread; see `layer`.
+            measure: what to measure on a batch of every layer, in any thread; it gets the inputs of output projections.
             observe: takes what came out of every layer, batch after batch.
             sequences: parts of the text; no batch crosses from one into the next.
             name: of the output of a layer by its number, for errors.
@@ -232,7 +234,8 @@ class Loop:
             source = read if read is not None and number == 0 else self.reader(states, depths[number])
             for part in sequences:
                 own = None if measure is None else partial(measure, number)
-                self.layer(layer, source, then, sequences=part, measure=own, name=name(number))
+                inputs = PARTS if measure else ()
+                self.layer(layer, source, then, sequences=part, inputs=inputs, measure=own, name=name(number))
             yield number
 
     def reader(self, states: HiddenStore, depth: int = 0) -> Read:

@@ -8,7 +8,7 @@ Shape suffixes: `B` sequences of a batch, `T` tokens, `D` residual width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.activations.loop import Loop, Passed
+from intarsia.architecture.spec import Part
 from intarsia.building.recipe_layers import Placed
 from intarsia.errors import check
 from intarsia.healing.pipeline import HealContext
@@ -27,11 +28,11 @@ Look: TypeAlias = Callable[[int, nn.Module, Passed, Tensor, Tensor], None]
 
 
 @torch.inference_mode()
-def span_outputs(context: HealContext, recipe: Recipe, look: Look, *, inputs: bool = False) -> int:
+def span_outputs(context: HealContext, recipe: Recipe, look: Look, *, inputs: Sequence[Part] = ()) -> int:
     """Run every layer that stands for several of the original over the calibration text.
 
     Args:
-        inputs: whether `look` also gets the inputs of output projections.
+        inputs: parts, the inputs of whose output projections `look` gets too.
 
     Returns:
         Layer-forwards over the text.
@@ -55,8 +56,8 @@ def span_outputs(context: HealContext, recipe: Recipe, look: Look, *, inputs: bo
                 look(index, module, passed, wanted_BTD, _counts(context, passed))
 
             layer = Placed(module, recipe.layers[index].sources[0].layer)
-            measure = (lambda passed: None) if inputs else None  # where there is one, inputs are handed over
-            loop.layer(layer, partial(teacher.at, start), then, measure=measure, name=f"output of layer {index}")
+            name = f"output of layer {index}"
+            loop.layer(layer, partial(teacher.at, start), then, inputs=inputs, name=name)
         return teacher.cost - before + len(changed)
 
 

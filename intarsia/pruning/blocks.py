@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 def best_blocks(model: Intermediate, removed: int, number: int) -> list[dict[str, Any]]:
     """The blocks of `removed` layers without which the calibration loss is least, the best first.
 
-    A block begins with a layer, or with its MLP and ends with the attention of a later layer.
+    Blocks of whole layers are raced; then the best of them with the same shifted by half a layer, either way: such a
+    block begins with the MLP of a layer and ends with the attention of a later one.
 
     Args:
         model: the original, measured.
@@ -37,27 +38,36 @@ def best_blocks(model: Intermediate, removed: int, number: int) -> list[dict[str
         (`half`: the attention of the first and the MLP of the last stay), and the loss without it in nats, as far as it
         was measured (`loss`).
     """
-    blocks = [Change(start=start, count=removed, ops=()) for start in model.droppable(removed)]
-    for start in () if model.architecture.removal_only else range(model.depth - removed):
-        half = without_half_layers(model, start, removed + 1)
-        blocks += [] if half is None else [Change(start=start, count=removed + 1, ops=(half,))]
+    whole = [Change(start=start, count=removed, ops=()) for start in model.droppable(removed)]
+    if not whole:
+        return []
+    found = _raced(model, whole, number, f"dropping {removed} adjacent layers")
+    shifted = {start for block, _ in found for start in (block.start - 1, block.start)}
+    halves = [
+        Change(start=start, count=removed + 1, ops=(op,))
+        for start in sorted(shifted.intersection(range(model.depth - removed)))
+        if (op := without_half_layers(model, start, removed + 1)) is not None
+    ]
+    if halves:
+        both = [*(block for block, _ in found), *halves]
+        found = _raced(model, both, number, f"dropping {removed} layers, from half a layer on")
+    return [
+        {"start": block.start, "end": block.start + block.count, "half": bool(block.ops), "loss": loss}
+        for block, loss in found
+    ]
+
+
+def _raced(model: Intermediate, blocks: Sequence[Change], number: int, title: str) -> list[tuple[Change, float]]:
+    """The blocks of least loss, the best first, and the loss without each as far as it was measured."""
     _, sums = race(
         range(len(blocks)),
         lambda some, part: losses_of(model, [blocks[index] for index in some], sequences=part),
         model.counts_N,
         racing=True,
         keep=number,
-        title=f"dropping {removed} adjacent layers",
+        title=title,
     )
-    return [
-        {
-            "start": blocks[index].start,
-            "end": blocks[index].start + blocks[index].count,
-            "half": bool(blocks[index].ops),
-            "loss": mean_loss(sums[index], model.counts_N),
-        }
-        for index in best_of_groups(sums, number)
-    ]
+    return [(blocks[index], mean_loss(sums[index], model.counts_N)) for index in best_of_groups(sums, number)]
 
 
 def starts_of(recipe: Recipe, blocks: Sequence[Mapping[str, Any]], architecture: Architecture) -> tuple[Start, ...]:

@@ -73,8 +73,9 @@ def estimate(
     forwards = planner.forwards_at_most(architecture, target, rows)
     first = min(depth, forwards)
     if planner.blocks:
-        raced = share_at_most(2 * target + 1, rows, racing=True, keep=planner.blocks)
-        forwards += raced * target * (target + 1)  # blocks of whole layers, and those shifted by half a layer
+        raced = share_at_most(target + 1, rows, racing=True, keep=planner.blocks)
+        # Blocks of whole layers, then the best of them and each of these shifted by half a layer, either way.
+        forwards += raced * target * (target + 1) / 2 + 3 * min(planner.blocks, target + 1) * target
     return Estimate(
         parameters_before=parameters,
         parameters_after=after,

@@ -163,7 +163,7 @@ def without_half_layers(model: Intermediate, start: int, count: int, norm: NormM
     """The attention of the first with the MLP of the last of `count` layers: what is between them is dropped.
 
     Returns:
-        None where the two layers are no pieces of originals, or attend in different ways.
+        None where the two layers are no pieces of originals, attend in different ways, or can only be removed.
     """
     if model.architecture.removal_only:
         return None

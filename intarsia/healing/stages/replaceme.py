@@ -69,7 +69,7 @@ def replaceme(context: HealContext, recipe: Recipe, settings: ReplaceMeSettings)
         missing_BTD = (wanted_BTD.float() - passed.after.float()) / scale
         moments[index].add(added_BTD[counts_BT], missing_BTD[counts_BT])
 
-    context.facts["forwards"] = span_outputs(context, recipe, look, inputs=True)
+    context.facts["forwards"] = span_outputs(context, recipe, look, inputs=("mlp",))
     fitted = {index: dict(tensors) for index, tensors in recipe.fitted.items()}
     for index, each in moments.items():
         map_CD = each.map(settings.ridge)
