@@ -59,7 +59,7 @@ $(VENV)/.stamp-llama: constraints.txt | $(VENV)/.stamp-dev
 	@touch $@
 
 demo: $(VENV)/.stamp-demo
-	$(BIN)/intarsia compress demo --layers 25 -o out/demo-25 --effort quick --calibration self --tokens 8192 --answers 8 --overwrite
+	$(BIN)/intarsia compress demo --layers 25 -o out/demo-25 --effort quick --calibration self --tokens 8192 --answers 16 --answer-tokens 32 --overwrite
 
 test: lint
 	$(TEST_ENV) $(PYTEST) -n 2 -q

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from intarsia.architecture.spec import Architecture, Part
@@ -57,30 +57,28 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
 
     architecture = context.variants[recipe.base].architecture
     text = _first(context.calibration, settings.tokens)
-    common: dict[str, Any] = {
-        "settings": settings,
-        "unseen": context.unseen,
-        "memory_budget": context.memory_budget,
-    }
+    common: dict[str, Any] = {"unseen": context.unseen, "memory_budget": context.memory_budget}
     points, forwards = [*starts(recipe, architecture), *context.starts], 0.0
     start, found, fits = points[0], None, []
     trial = text if len(points) == 1 else _first(text, settings.trial_tokens or int(text.tokens * _TRIAL))
+    # What ranks the starts need not be the whole fit: one output projection of an unchanged layer is enough.
+    trying = settings if trial is text else replace(settings, unchanged=settings.unchanged[:1])
     units = (len(points) > 1) * len(points) * len(trial) / len(text)
     with current().task("", units + 1.0) as task:
         if len(points) > 1:
             with context.original_states(trial, fits=len(points)) as teacher, current().task("", 1.0, units=units):
-                ranked = fit_each(points, teacher, context.held_out, folder=context.folder, **common)
+                ranked = fit_each(points, teacher, context.held_out, settings=trying, folder=context.folder, **common)
             task.advance(units)
             start = ranked[0].start
             context.facts |= {"starts": {each.start.name: each.perplexity for each in ranked}, "start": start.name}
             context.facts["from_scratch"] = start.name != AS_IT_IS
-            tried = sum(fit_forwards(each.recipe, settings, architecture) for each in points)
+            tried = sum(fit_forwards(each.recipe, trying, architecture) for each in points)
             forwards = tried * len(trial) / len(text)
             if trial is text:
                 found, fits = ranked[0].recipe, ranked[0].fits
         if found is None:  # whether it is accepted is decided after the stage
             with context.original_states(text) as teacher:
-                found, fits = fit(start.recipe, teacher, **common)
+                found, fits = fit(start.recipe, teacher, settings=settings, **common)
             forwards += fit_forwards(start.recipe, settings, architecture)
     context.details += fits
     context.facts |= {"tokens": text.tokens, "forwards": forwards}
