@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,15 +46,17 @@ PLANS = "plans"
 
 @dataclass(frozen=True, kw_only=True)
 class Entrants:
-    """Comparison: the methods, depths and heal stages."""
+    """Comparison: the methods, depths and heal stages, and models that exist already."""
 
     # Methods of `intarsia plan`, with their options in brackets: come,come-p[spans=1],come[norm=average].
-    methods: tuple[str, ...] = flag(MISSING, metavar="NAMES", commas=False)
+    methods: tuple[str, ...] = flag((), metavar="NAMES", commas=False)
     # Depths: 27,25,23.
-    layers: tuple[int, ...] = flag(MISSING, metavar="N,N")
+    layers: tuple[int, ...] = flag((), metavar="N,N")
     # How to heal each model: none, closed-form, or several stages in a row, as closed-form+layerwise. Every
     # comma-separated entry is a row of the table.
     heal: tuple[str, ...] = flag(("none",), metavar="NAMES", commas=False)
+    # Models with the same tokenizer that exist already, as MODEL or NAME=MODEL: a row each, beside the methods' rows.
+    models: tuple[str, ...] = flag((), metavar="MODELS")
 
     def __post_init__(self) -> None:
         for name in ("methods", "heal"):
@@ -62,9 +64,12 @@ class Entrants:
             given = [given] if isinstance(given, str) else given
             object.__setattr__(self, name, tuple(word for text in given for word in words_of(text)))
         object.__setattr__(self, "layers", tuple(sorted(set(self.layers), reverse=True)))
+        object.__setattr__(self, "models", (self.models,) if isinstance(self.models, str) else tuple(self.models))
+        known, planned = ", ".join(planners.names), bool(self.methods)
         check(
-            (bool(self.methods), "--methods names no method.", f"Name some of {', '.join(planners.names)}."),
-            (bool(self.layers), "--layers names no depth.", "Write them like 27,25,23."),
+            (planned or bool(self.models), "--methods names no method.", f"Name some of {known}; or give --models."),
+            (planned or not self.layers, "--layers is given without --methods.", "Give both, or leave it out."),
+            (bool(self.layers) or not planned, "--layers names no depth.", "Write them like 27,25,23."),
             (bool(self.heal), "--heal names nothing.", "Write none, or none,closed-form."),
         )
 
@@ -162,10 +167,10 @@ def compare(
     runtime: Runtime = Runtime(),
     dry_run: Annotated[bool, Flag(help="Print an estimate of the cost; write nothing.")] = False,
 ) -> CompareResult:
-    """Compare methods on one model, at several depths, pruned and healed: perplexity, tasks, speed, cost.
+    """Compare methods on one model, at several depths, pruned and healed: perplexity, answers, tasks, speed, cost.
 
     The methods share one pass over the model, and each pruned model is measured in memory, without being built. If it
-    is interrupted, the same command resumes; more methods, depths, heals and tasks may be added later.
+    is interrupted, the same command resumes; more methods, depths, heals, models and tasks may be added later.
     `intarsia build OUT/plans/METHOD --layers N` builds any of the models.
 
     Raises:
@@ -178,29 +183,36 @@ def compare(
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.evaluation.tasks import plan_tasks
     from intarsia.healing.pipeline import check_stages, check_turns
-    from intarsia.reporting.comparison import ROWS, SETTINGS, Row, cells, load
+    from intarsia.reporting.comparison import DENSE, ROWS, SETTINGS, Row, cells, load
     from intarsia.reporting.wording import command
 
     started, out = time.perf_counter(), Path(out)
     run = RunDir(out, option="-o")
 
     # Input: everything that can be wrong is found before any work.
-    methods, heals = planners.choose_all(",".join(entrants.methods)), entrants.heals()
+    methods = planners.choose_all(",".join(entrants.methods)) if entrants.methods else ()
+    heals, given = entrants.heals(), [_named(each) for each in entrants.models]
     for stages in heals.values():
         check_stages(stages, runtime)
     read = [*text.sources, *evaluation.text, *evaluation.tasks, *filter(None, [evaluation.prompts])]
     own = [] if evaluation.include_path is None else [evaluation.include_path]
-    check_no_input(out, inputs_of(models=[model], texts=read, files=own))
+    check_no_input(out, inputs_of(models=[model, *(source for _, source in given)], texts=read, files=own))
     job = Job(model, text, runtime)
+    models = _models(given, job, [DENSE, *(method.label for method in methods)])
     for stages in heals.values():
         check_turns(stages, job.tokenizer)
-    check_no_input(out, [job.checkpoint.folder])
+    check_no_input(out, [each.checkpoint.folder for each in (job, *models.values())])
     whole, depths = job.checkpoint.architecture.n_layers, entrants.layers
     strangers = sorted({*(evaluation.task_layers or ())} - {*depths})
     deep = [depth for depth in depths if not 1 <= depth < whole]
     check(
         (not deep, f"--layers names {_listed(deep)}; the model has {whole} layers.", "Keep fewer, and at least 1."),
         (not strangers, f"--task-layers names {_listed(strangers)}.", "Add them to --layers."),
+        (
+            not (models and runtime.stream),
+            "--models is given with --stream, and these models must be in memory.",
+            "Leave one of them out.",
+        ),
     )
     texts = _texts(evaluation, job)
     tasks = None
@@ -208,7 +220,8 @@ def compare(
         how: dict[str, Any] = {"include_path": evaluation.include_path, "chat": evaluation.chat_template}
         tasks = plan_tasks(list(evaluation.tasks), limit=evaluation.limit, **how)
         tasks.check_tokens(job.tokenizer)
-    asked = Asked.of(evaluation, job.tokenizer, job.checkpoint.architecture.config, stream=runtime.stream)
+    configs = [each.checkpoint.architecture.config for each in (job, *models.values())]
+    asked = Asked.of(evaluation, job.tokenizer, *configs, stream=runtime.stream)
     estimate = tuple(_estimate(method, job, depths, heals) for method in methods)
 
     def result(**more: Any) -> CompareResult:
@@ -232,10 +245,14 @@ def compare(
     rows = Rows(job, run.log(Path(ROWS).stem), texts, tasks, asked, evaluation)
     wanted = [(method.label, depth, heal) for method in methods for depth in depths for heal in heals]
     ladders = Ladders(job, out)
-    if missing := [key for key in (rows.dense_key, *wanted) if not rows.has(key)]:
-        _ = job.text.calibration  # a mistyped text must leave no folder
-        with run.opened(settings), progress.current().task("comparing", 1 + len(wanted)) as task:
-            pin_text(run, job)
+    missing = [key for key in (rows.dense_key, *wanted) if not rows.has(key)]
+    unknown = {name: each for name, each in models.items() if not rows.has_model(name, each)}
+    if missing or unknown:
+        if methods:
+            _ = job.text.calibration  # a mistyped text must leave no folder
+        with run.opened(settings), progress.current().task("comparing", len(missing) + len(unknown)) as task:
+            if methods:
+                pin_text(run, job)
             if tasks is not None:
                 run.pin("tasks", task_facts)
             wishes: dict[str, Any] = {
@@ -248,7 +265,6 @@ def compare(
             words += [] if job.revision is None else ["--revision", job.revision]
             again = {"command": command("compare", *words, given=(entrants, evaluation, text))}
             run.write_json(SETTINGS, _report_facts(job, run, texts, evaluation) | {"asked": wishes} | again)
-            task.advance(1 + len(wanted) - len(missing))
             try:
                 # The original first: it also shows whether the tasks can be scored.
                 if rows.dense_key in missing:
@@ -266,6 +282,9 @@ def compare(
                                 row = rows.measured(row, rung, *ladders.healed(rung, heals[heal]))
                             rows.add(row)
                             task.advance()
+                for name, each in unknown.items():
+                    rows.add(rows.existing(name, each))
+                    task.advance()
             finally:
                 ladders.close()
     return result(
@@ -294,8 +313,29 @@ def _texts(evaluation: CompareEval, job: Job) -> dict[str, Corpus]:
     return found
 
 
+def _models(given: Sequence[tuple[str, str]], job: Job, taken: Sequence[str]) -> dict[str, Job]:
+    """The models that exist already, by the names of their rows.
+
+    Args:
+        taken: names of other rows.
+
+    Raises:
+        UserError: one cannot be opened, has another tokenizer, or its name is taken.
+    """
+    from intarsia.commands.job import Job, check_same_tokenizer
+
+    problems, found = Problems(), dict[str, Job]()
+    for name, source in given:
+        with problems:
+            check((name not in (*found, *taken), f"Two rows are called {name!r}.", "Give names: --models NAME=MODEL."))
+            found[name] = Job(source, runtime=job.runtime)
+            check_same_tokenizer(job, found[name])
+    problems.raise_any()
+    return found
+
+
 def _named(text: str) -> tuple[str, str]:
-    """Name and source of an evaluation text."""
+    """Name and source of an evaluation text, or of a model."""
     name, equals, source = text.partition("=")
     if equals and name and not any(mark in name for mark in "/\\#:") and not Path(text.partition("#")[0]).exists():
         return name, source
@@ -346,10 +386,11 @@ def _report_facts(job: Job, run: RunDir, texts: Mapping[str, Corpus], evaluation
     sources = [_named(given)[1] for given in evaluation.text]
     named_tasks = run.pinned("tasks") if (run.path / "tasks.json").is_file() else {}
     specs = evaluation.tasks or named_tasks
+    read = (run.path / "calibration.json").is_file()  # not where there are only models that existed already
     return {
         **{name: value for name, value in settings.items() if name not in nested},
         "settings": {name: settings[name] for name in nested},
-        "calibration": {"text": job.text.calibration.description, **run.pinned("calibration")},
+        "calibration": {"text": settings["calibration"], **run.pinned("calibration")} if read else None,
         "eval_texts": [
             {"name": name, "spec": source, **settings["eval_texts"][name], "seq_len": text.seq_len}
             for (name, text), source in zip(texts.items(), sources, strict=True)
@@ -611,6 +652,11 @@ class Rows:
         """Whether a row has all measures that this call asks for."""
         return key in self.rows and self._is_whole(self.rows[key])
 
+    def has_model(self, name: str, job: Job) -> bool:
+        """The same of a model that existed already, while it has the same weights."""
+        row = self.rows.get((name, job.checkpoint.architecture.n_layers, "none"))
+        return row is not None and row.weights_sha256 == job.sha256 and self._is_whole(row)
+
     def add(self, row: Row) -> None:
         """Record a row."""
         self._keep(row)
@@ -633,6 +679,21 @@ class Rows:
         checkpoint, (method, layers, heal) = self.job.checkpoint, self.dense_key
         row = Row(method=method, layers=layers, heal=heal, parameters=checkpoint.parameters, bytes=checkpoint.nbytes)
         return self._with_measures(row, self.job.resident.model, self.job.model, dense=None)
+
+    def existing(self, name: str, job: Job) -> Row:
+        """The row of a model that existed already."""
+        from intarsia.commands.evaluate import load_whole
+        from intarsia.reporting.comparison import Row
+
+        checkpoint = job.checkpoint
+        row = Row(
+            method=name,
+            layers=checkpoint.architecture.n_layers,
+            parameters=checkpoint.parameters,
+            bytes=checkpoint.nbytes,
+            weights_sha256=job.sha256,
+        )
+        return self._doubted(self._with_measures(row, load_whole(job), name, dense=self.rows[self.dense_key]))
 
     def measured(self, row: Row, rung: Rung, recipe: Recipe, path: Path, facts: Mapping[str, Any]) -> Row:
         """The row of a recipe's model; the measures of an equal model in an earlier row are reused.
@@ -658,9 +719,23 @@ class Rows:
         for other in self.rows.values():
             if other.recipe_sha256 == row.recipe_sha256 and self._is_whole(other):
                 names = ("perplexity", "answers", "tasks", "speed")
-                return replace(row, **{name: getattr(other, name) for name in names})
+                return self._doubted(replace(row, **{name: getattr(other, name) for name in names}))
         model = assembled(recipe, self.job.resident)
-        return self._with_measures(row, model, row.full_name, dense=self.rows[self.dense_key])
+        return self._doubted(self._with_measures(row, model, row.full_name, dense=self.rows[self.dense_key]))
+
+    def _doubted(self, row: Row) -> Row:
+        """A row that says where perplexity or tasks look well and the answers do not."""
+        from intarsia.evaluation.agreement import doubt
+
+        dense, text = self.rows[self.dense_key], next(iter(self.texts), None)
+        if row.answers is None or dense.answers is None:
+            return row
+        ratio = None if text is None else row.perplexity[text]["value"] / dense.perplexity[text]["value"]
+        kept = row.tasks["mean"] / dense.tasks["mean"] if row.tasks and dense.tasks and dense.tasks["mean"] else None
+        loops = row.answers["loops"]["value"]
+        more = loops - dense.answers["loops"]["value"]
+        found = doubt(row.answers["agreement"]["value"], loops, more_loops=more, perplexity=ratio, kept=kept)
+        return replace(row, note="; ".join(filter(None, [row.note, found])) or None)
 
     def _wants_tasks(self, layers: int) -> bool:
         """Whether models of this depth are scored on tasks; the original is."""
@@ -668,7 +743,7 @@ class Rows:
         return self.tasks is not None and (depths is None or layers in (*depths, self.dense_key[1]))
 
     def _is_whole(self, row: Row) -> bool:
-        if row.recipe is None and row.key != self.dense_key:
+        if row.parameters is None:
             return True  # there is no such model
         tasks = row.tasks is not None or not self._wants_tasks(row.layers)
         return tasks and self._is_answered(row) and (row.speed is not None or not self.evaluation.speed)
@@ -694,8 +769,7 @@ class Rows:
         followed = None if dense is None else self.reference.follow(model)
         original = self.job.resident.model
         found = self.reference.itself() if followed is None else self.reference.judge(followed, original)
-        facts = {name: value for name, value in asdict(found).items() if name != "examples"}
-        return {**facts, "asked": [self.asked.answers, self.asked.answer_tokens]}
+        return {**asdict(found), "asked": [self.asked.answers, self.asked.answer_tokens]}
 
     def _with_measures(self, row: Row, model: PreTrainedModel, name: str, dense: Row | None) -> Row:
         from intarsia.evaluation.perplexity import perplexity

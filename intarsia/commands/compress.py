@@ -427,7 +427,8 @@ def _doubt(before: Measures, after: Measures) -> str | None:
         ratio = after.perplexity.value / before.perplexity.value
     if before.accuracy and after.accuracy is not None:
         kept = after.accuracy / before.accuracy
-    return doubt(before.answers, after.answers, perplexity=ratio, kept=kept)
+    agreement, loops = after.answers.agreement.value, after.answers.loops.value
+    return doubt(agreement, loops, more_loops=loops - before.answers.loops.value, perplexity=ratio, kept=kept)
 
 
 def _healed(healed: Healed | None, pruned: Recipe, before: Measures, after: Measures) -> dict[str, Any] | None:

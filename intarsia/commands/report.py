@@ -42,7 +42,11 @@ class ReportResult(Result):
 def report(
     *runs: Annotated[
         Path,
-        Flag(metavar="RUN", commas=False, help="Run folders, comparisons, and models that intarsia has built."),
+        Flag(
+            metavar="RUN",
+            commas=False,
+            help="Run folders, comparisons, models that intarsia has built, files of `bench --json`.",
+        ),
     ],
     out: Annotated[Path, Flag(names=("--out", "-o"), metavar="FILE", help="The HTML file.")] = Path("report.html"),
     generate: Annotated[bool, Flag(help="Show answers of each model and its original to some prompts.")] = False,

@@ -329,10 +329,14 @@ _WELL, _KEPT = 1.5, 0.9
 _LEAST_AGREEMENT, _MOST_LOOPS = 0.6, 0.25
 
 
-def doubt(before: Agreement, after: Agreement, *, perplexity: float | None, kept: float | None) -> str | None:
+def doubt(
+    agreement: float, loops: float, *, more_loops: float, perplexity: float | None, kept: float | None
+) -> str | None:
     """One sentence where perplexity or choices look well, and the answers do not; else None.
 
     Args:
+        agreement: the new model's.
+        loops: the share of its answers that loop, which is `more_loops` above the original's.
         perplexity: the new model's, as a multiple of the original's.
         kept: share of the original's accuracy on tasks.
     """
@@ -342,10 +346,9 @@ def doubt(before: Agreement, after: Agreement, *, perplexity: float | None, kept
         well = "accuracy"
     else:
         return None
-    agree, loop = after.agreement.value, after.loops.value
-    if agree >= _LEAST_AGREEMENT and loop - before.loops.value <= _MOST_LOOPS:
+    if agreement >= _LEAST_AGREEMENT and more_loops <= _MOST_LOOPS:
         return None
-    return f"answers differ more than {well} says: {agree:.0%} of tokens agree, {loop:.0%} loop"
+    return f"answers differ more than {well} says: {agreement:.0%} of tokens agree, {loops:.0%} loop"
 
 
 def greedy_answers(model: Any, tokenizer: Any, prompts: Prompts, answer_tokens: int) -> tuple[Ids, ...]:
