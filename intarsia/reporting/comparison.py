@@ -81,11 +81,6 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The method, and whether it was healed."""
-        return self.method if self.heal == "none" else f"{self.method}, healed"
-
-    @property
-    def name_with_stages(self) -> str:
         """The method, and how it was healed."""
         return self.method if self.heal == "none" else f"{self.method}, {self.heal}"
 

@@ -202,7 +202,7 @@ def _written(found: Comparison) -> list[Written]:
     blocks = []
     for layers in sorted({row.layers for row in found.rows if row.method != DENSE}, reverse=True):
         shown = {
-            row.name_with_stages: row.answers["examples"][0]
+            row.name: row.answers["examples"][0]
             for row in found.rows
             if row.layers == layers and row.method != DENSE and row.answers and row.answers.get("examples")
         }
