@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import MISSING, asdict, dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -22,17 +22,12 @@ from intarsia.run_dir import RunDir
 if TYPE_CHECKING:
     from intarsia.building.loaded_model import LoadedModel
     from intarsia.checkpoint.reader import Checkpoint
-    from intarsia.commands.build import BuildResult
     from intarsia.data.corpus import Corpus
-    from intarsia.evaluation.agreement import Asked
-    from intarsia.evaluation.results import Agreement
-    from intarsia.healing.pipeline import HealContext, Healed
+    from intarsia.healing.pipeline import Healed
     from intarsia.recipe.recipe import Recipe
 
 _HELD_OUT, _MOST_HELD_OUT = 16, 16_384
 """One sequence in 16 is held out, up to 16,384 tokens: measuring must not take longer than training."""
-
-_ORIGINAL = "original"
 
 Stages: TypeAlias = Annotated[Any, heal_stages.by("stages")]
 """Heal stages: their names or settings, in order."""
@@ -131,6 +126,7 @@ def heal(
     """
     from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_no_input, check_out
+    from intarsia.commands.heal_measures import Measured, report
     from intarsia.commands.job import keep_written
     from intarsia.commands.recipes import build_recipe
     from intarsia.commands.report import REPORT
@@ -141,7 +137,6 @@ def heal(
     from intarsia.healing.blend import forget
     from intarsia.healing.pipeline import HealContext, check_stages, check_turns, pinned, run_stages
     from intarsia.recipe import schema
-    from intarsia.reporting.page import write_report
 
     started, source, out = time.perf_counter(), Path(source), HealedModel.of(out)
     text = text if isinstance(text, TrainingText) else TrainingText(sources=(str(text),))
@@ -214,7 +209,9 @@ def heal(
             batch_tokens=runtime.batch_tokens,
         )
         healed = run_stages(context, recipe, chosen)
-        judged = _judged(context, healed, asked, seed=text.seed, key=subject.sha256) if main else {}
+        measured = None
+        if main and asked is not None:
+            measured = Measured.of(context, healed, asked, seed=text.seed, key=subject.sha256)
 
         # Build, over the models that the recipe was given with.
         account = healed.recipe.provenance["heal"] | {
@@ -224,9 +221,7 @@ def heal(
         final = replace(given, fitted=healed.recipe.fitted, provenance={**given.provenance, "heal": account})
         if main:
             built = build_recipe(final, out.path, overwrite=out.overwrite, max_shard_bytes=out.shard_bytes)
-            if judged:
-                _keep(built, final, subject.base, judged, held_out)
-            write_report([out.path], out.path / REPORT)
+            report(built, final, subject.base, measured, held_out)
             forget(run.path)
         wait()
     result = HealResult(
@@ -238,8 +233,8 @@ def heal(
         layers=_layers(given, healed),
         details={result.stage: result.details for result in healed.stages[1:]},
         recipe_sha256=schema.content_hash(final),
-        answers=tuple({"model": name, **row} for name, (row, _) in judged.items()),
-        warning=_doubt(judged),
+        answers=() if measured is None else measured.table,
+        warning=None if measured is None else measured.warning,
         report=out.path / REPORT if main else None,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
@@ -397,62 +392,6 @@ def _seen_tokens(recipe: Recipe, corpus: Corpus, seed: int) -> int:
     same = {"text": corpus.description, "seq_len": corpus.seq_len, "seed": seed}
     fits = bool(recipe.fitted) and all(said.get(name) == value for name, value in same.items())
     return int(said.get("tokens", 0)) if fits else 0
-
-
-_Judged: TypeAlias = Mapping[str, tuple[dict[str, Any], "Agreement"]]
-"""By model (the original, as it came, healed): its measures, and the answers behind them."""
-
-
-def _judged(context: HealContext, healed: Healed, asked: Asked | None, *, seed: int, key: str) -> _Judged:
-    """The original, the model as it came, and as it is healed; nothing where they do not answer."""
-    from intarsia.building.assembled import assembled
-    from intarsia.evaluation.perplexity import perplexity
-
-    if asked is None:
-        return {}
-    original = context.resident.model
-    reference = asked.answered(original, seed=seed, key=key)
-    whole = perplexity(original, context.held_out)
-    found = {_ORIGINAL: (_row(asdict(whole), reference.itself()), reference.itself())}
-    for name, stage in [("as it came", healed.stages[0]), *([("healed", healed.stages[-1])] if healed.taken else [])]:
-        answers = reference.judge(reference.follow(assembled(stage.recipe, context.resident)), original)
-        found[name] = (_row(stage.quality["texts"][0], answers), answers)
-    return found
-
-
-def _row(perplexity: Mapping[str, Any], answers: Agreement) -> dict[str, Any]:
-    return {"perplexity": {name: perplexity[name] for name in ("value", "stderr")}, **answers.measures()}
-
-
-def _doubt(judged: _Judged) -> str | None:
-    from intarsia.evaluation.agreement import doubt
-
-    if not judged:
-        return None
-    (whole, _), (last, _) = judged[_ORIGINAL], list(judged.values())[-1]
-    loops = last["loops"]["value"]
-    more = loops - whole["loops"]["value"]
-    ratio = last["perplexity"]["value"] / whole["perplexity"]["value"]
-    return doubt(last["agreement"]["value"], loops, more_loops=more, perplexity=ratio, kept=None)
-
-
-def _keep(built: BuildResult, recipe: Recipe, base: Checkpoint, judged: _Judged, text: Corpus) -> None:
-    """Write what was measured into the new model's folder: its card, and what its report reads."""
-    from intarsia.commands.recipes import card_facts
-    from intarsia.disk import write_whole
-    from intarsia.reporting.card import model_card
-    from intarsia.reporting.model_report import keep_measures
-
-    rows = {name: row for name, (row, _) in judged.items()}
-    last, answers = list(judged.values())[-1]
-    facts = card_facts(recipe, base, built, title=built.out.name)
-    facts |= {"before": {**facts["before"], **rows[_ORIGINAL]}, "after": {**facts["after"], **last}}
-    facts |= {"warning": _doubt(judged), "evaluation": text.description}
-    write_whole(built.out / "README.md", model_card(facts))
-    windows = {"windows": len(text), "seq_len": text.seq_len}
-    kept = {name: facts[name] for name in ("model", "before", "after", "warning")}
-    kept |= {"answers": plain(answers), "evaluation": {"text": text.description, "sha256": text.sha256, **windows}}
-    keep_measures(built.out, kept | {"judged": [{"model": name, **row} for name, row in rows.items()]})
 
 
 def _layers(recipe: Recipe, healed: Healed) -> tuple[dict[str, Any], ...]:

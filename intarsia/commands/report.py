@@ -113,7 +113,8 @@ def _side_by_side(
     from intarsia.checkpoint.resolve import open_checkpoint
     from intarsia.commands.job import load_tokenizer
     from intarsia.commands.recipes import open_variants
-    from intarsia.evaluation.agreement import Prompts, greedy_answers, side_by_side
+    from intarsia.evaluation.answers import greedy_answers, side_by_side
+    from intarsia.evaluation.prompts import Prompts
     from intarsia.reporting.model_report import parted
 
     dense, small = open_variants(recipe)[recipe.base], open_checkpoint(str(folder))

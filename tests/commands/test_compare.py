@@ -253,7 +253,7 @@ def test_more_may_be_asked_for_and_nothing_is_measured_twice(
         judged.append(len(recipe.layers))
         return assembled(recipe, resident)
 
-    monkeypatch.setattr("intarsia.building.assembled.assembled", counted)
+    monkeypatch.setattr("intarsia.commands.compare_rows.assembled", counted)
     compare(model, out, methods="sleb,sleb[racing=false]", layers=[5], **halves)
     assert judged == [5]  # two ways to one model
     rows = rows_of(out)
