@@ -76,7 +76,8 @@ class Prompts:
 
     @classmethod
     def written(cls, model: Any, tokenizer: Any, *, n: int, seed: int, longest: int, key: str | None) -> Prompts:
-        """Prompts that a model writes: questions of a user, or beginnings of texts where it has no chat template.
+        """Prompts that a model writes: questions of a user, or the first tokens of texts where it has no chat
+        template.
 
         Args:
             model: or a function that loads it.

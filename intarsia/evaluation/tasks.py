@@ -230,26 +230,14 @@ def load_tasks(
 
 def _local(name: str, questions: tuple[Question, ...]) -> Task:
     """Questions of a file as a task of lm-eval: a choice is scored as the continuation " " + choice of the query."""
-    _lm_eval()
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
-
     config = {
-        "task": name,
-        "custom_dataset": lambda **_: {"test": Dataset.from_list([each.model_dump() for each in questions])},
-        "test_split": "test",
         "output_type": "multiple_choice",
-        "doc_to_text": "query",
         "doc_to_choice": "choices",
         "doc_to_target": "gold",
         "num_fewshot": 0,
-        "metric_list": [
-            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
-        ],
+        "metric_list": [_mean("acc"), _mean("acc_norm")],
     }
-    with _quiet(), _own_chance():
-        task = ConfigurableTask(config=config)
-    return Task(name=name, found={"tasks": {name: task}, "groups": {}, "group_map": {}}, questions=questions)
+    return _task(name, {"test": questions}, config)
 
 
 def _solved(spec: str, limit: int | None, examples: int, *, chat: bool) -> Task:
@@ -257,10 +245,6 @@ def _solved(spec: str, limit: int | None, examples: int, *, chat: bool) -> Task:
 
     Its first items are the examples before each question, and are not scored.
     """
-    _lm_eval()
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
-
     name, items = read_solved(spec, limit=None if limit is None else limit + examples)
     check(
         (
@@ -269,30 +253,43 @@ def _solved(spec: str, limit: int | None, examples: int, *, chat: bool) -> Task:
             "Give fewer examples, or a longer file.",
         )
     )
-    parts = {"test": items[examples:], **({"train": items[:examples]} if examples else {})}
 
     def score(item: Mapping[str, Any], written: Sequence[str]) -> dict[str, float]:
         return {"exact_match": float(is_right(written[0], item["answer"]))}
 
-    config = {
-        "task": name,
-        "custom_dataset": lambda **_: {
-            part: Dataset.from_list([each.model_dump() for each in of]) for part, of in parts.items()
-        },
-        "test_split": "test",
+    config: dict[str, Any] = {
         "output_type": "generate_until",
-        "doc_to_text": "query",
         "doc_to_target": "answer",
         "process_results": score,
         "generation_kwargs": {"until": [] if chat else ["\n\n"], "max_gen_toks": _MOST_WRITTEN, "do_sample": False},
         "num_fewshot": examples,
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [_mean("exact_match")],
     }
+    parts = {"test": items[examples:]}
     if examples:
+        parts["train"] = items[:examples]
         config |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
+    return _task(name, parts, config)
+
+
+def _mean(metric: str) -> dict[str, Any]:
+    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+
+
+def _task(name: str, parts: Mapping[str, Sequence[Question | Solved]], config: Mapping[str, Any]) -> Task:
+    """Items of a file as a task of lm-eval, which asks the part `test`."""
+    _lm_eval()
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    def data(**_: Any) -> dict[str, Any]:
+        return {part: Dataset.from_list([each.model_dump() for each in items]) for part, items in parts.items()}
+
+    whole = {"task": name, "custom_dataset": data, "test_split": "test", "doc_to_text": "query", **config}
     with _quiet(), _own_chance():
-        task = ConfigurableTask(config=config)
-    return Task(name=name, found={"tasks": {name: task}, "groups": {}, "group_map": {}}, questions=items[examples:])
+        task = ConfigurableTask(config=whole)
+    found = {"tasks": {name: task}, "groups": {}, "group_map": {}}
+    return Task(name=name, found=found, questions=tuple(parts["test"]))
 
 
 def _lm_eval() -> Any:

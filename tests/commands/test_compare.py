@@ -206,7 +206,9 @@ def test_a_method_that_stops_early_has_rows_that_say_why(model_folder: Folder, h
     for _ in range(2):  # and the second time it is known
         compare(model, out, methods=methods, layers=[3, 2], **halves)
     rows = rows_of(out)
-    assert len((out / "rows.jsonl").read_text(encoding="utf-8").splitlines()) == len(rows) + 1  # dense told its cost
+    assert (
+        len((out / "rows.jsonl").read_text(encoding="utf-8").splitlines()) == len(rows) + 1
+    )  # the original's again, with its cost
     for layers in (3, 2):
         row = rows["taylor+", layers, "none"]
         assert row["note"].startswith("not reached: this method never drops the first 4")
@@ -230,7 +232,7 @@ def test_methods_share_a_pass(model_folder: Folder, halves: Sizes, tmp_path: Pat
     ]
     result = compare(model, tmp_path / "compare", methods=methods, layers=[4], **halves)
     rows = rows_of(tmp_path / "compare")
-    assert result.passes == 2  # one of them behind the final norm
+    assert result.passes == 2  # one of them after the final norm
     assert result.shared_layer_forwards == rows["dense", 6, "none"]["layer_forwards"] == 12
     assert result.layer_forwards == pytest.approx(sum(row["layer_forwards"] for row in rows.values()) - 12)
     for name in ("shortgpt", "mka", "reverse"):

@@ -1,4 +1,4 @@
-"""Tasks through lm-eval: local YAML over local files, and our own scores held against the harness's."""
+"""Tasks through lm-eval: local YAML over local files, and our own scores beside the harness's."""
 
 from __future__ import annotations
 
