@@ -187,8 +187,7 @@ def compare(
     )
     texts = _texts(evaluation, job)
     tasks = TaskPlan.of(evaluation, job.tokenizer)
-    configs = [each.checkpoint.architecture.config for each in (job, *models.values())]
-    asked = Asked.of(evaluation, job.tokenizer, *configs, stream=runtime.stream)
+    asked = Asked.of(evaluation, job.tokenizer, job.checkpoint.architecture.config, stream=runtime.stream)
     estimate = tuple(_estimate(method, job, depths, heals) for method in methods)
 
     def result(**more: Any) -> CompareResult:
