@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from intarsia.data.corpus import Corpus
     from intarsia.evaluation.tasks import Task, TaskPlan
 
+_DETAILS = {"next-token KL", "tokens of an answer", "perplexity of answers", "bytes", "layer forwards"}
+_DETAILS |= {"plan seconds", "heal forwards", "heal seconds"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entrants:
@@ -47,7 +50,8 @@ class Entrants:
             given = [given] if isinstance(given, str) else given
             object.__setattr__(self, name, tuple(word for text in given for word in words_of(text)))
         object.__setattr__(self, "layers", tuple(sorted(set(self.layers), reverse=True)))
-        object.__setattr__(self, "models", (self.models,) if isinstance(self.models, str) else tuple(self.models))
+        models: Any = self.models
+        object.__setattr__(self, "models", (models,) if isinstance(models, str) else tuple(models))
         known, planned = ", ".join(planners.names), bool(self.methods)
         check(
             (planned or bool(self.models), "--methods names no method.", f"Name some of {known}; or give --models."),
@@ -124,6 +128,15 @@ class CompareResult(Result):
         if self.rows is None:
             return {name: data[name] for name in ("model", "out", "estimate", "seconds")}
         return {name: value for name, value in data.items() if name != "estimate"}
+
+    def summary(self) -> dict[str, Any]:
+        """The table without its details, which are in the report."""
+        data = self.to_dict()
+        if self.rows is None:
+            return data
+        rows = [{name: value for name, value in row.items() if name not in _DETAILS} for row in self.rows]
+        kept = {name: data[name] for name in ("model", "passes", "seconds", "out")}
+        return {"rows": rows, **kept, "report": str(self.files[-1])}
 
 
 def compare(

@@ -139,8 +139,8 @@ def test_the_numbers_are_those_of_the_stages_one_by_one(
                     assert row["tasks"]["scores"][0][key] == alone.to_dict()["scores"][0][key]
                 assert alone.retention is not None
                 assert row["tasks"]["retention"]["mean"] == asdict(alone.retention)["mean"]
-    assert rows["laco[laco-merge=3]", 5, "none"]["note"] == "a ladder of its own"
-    assert rows["laco[laco-merge=3]", 4, "none"]["note"] is None
+    assert rows["laco[laco-merge=3]", 5, "none"]["note"].startswith("a ladder of its own; answers differ more than")
+    assert rows["laco[laco-merge=3]", 4, "none"]["note"].startswith("answers differ more than perplexity says: ")
     assert Ladder(out / "plans" / "laco-laco-merge-3-to-003").depths() == [4, 3]
     assert Ladder(out / "plans" / "laco-laco-merge-3-to-005").depths() == [5]
     assert Ladder(out / "plans" / "come").depths() == [5, 4, 3]
@@ -195,7 +195,8 @@ def test_what_stands_beside_the_rows(model_folder: Folder, halves: Sizes, text_f
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "<h3>Answers</h3>" in page and "<h3>Answers side by side</h3>" in page
     assert f"5 layers: {answers['examples'][0]['prompt']}" in page and "4 layers: " in page
-    assert f"agreement {answers['agreement']['value']:.3f}" in page
+    agreements = [rows[name, 5, "none"]["answers"]["agreement"]["value"] for name in ("shortgpt", "reverse")]
+    assert any(f", agreement {value:.3f}" in page for value in agreements)
     assert (out / "table.md").read_text(encoding="utf-8").count("\n") == 2 + 5
     assert all(file.stat().st_size > 0 for file in result.files)
 
@@ -213,7 +214,7 @@ def test_a_method_that_stops_early_has_rows_that_say_why(model_folder: Folder, h
         row = rows["taylor+", layers, "none"]
         assert row["note"].startswith("not reached: this method never drops the first 4")
         assert (row["recipe"], row["parameters"], row["perplexity"]) == (None, None, {})
-    assert rows["come[no-repeat=true]", 3, "none"]["note"] is None
+    assert "not reached" not in (rows["come[no-repeat=true]", 3, "none"]["note"] or "")
     assert "not reached" in rows["come[no-repeat=true]", 2, "none"]["note"]
     assert "not reached" in (out / "table.md").read_text(encoding="utf-8")
 
