@@ -28,7 +28,7 @@ from tests.recipes_by_hand import recipe_of, select
 
 peft = pytest.importorskip("peft")
 
-QUICK, MORE = 40, 500
+QUICK, MORE = 15, 500
 INDEX = "model.safetensors.index.json"
 FILES = ("config.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "weights")
 VALUES: tuple[Any, ...] = (None, -1, 0, 1, 3, 2.5, 1e40, "", "fancy", True, False, [], [1], {}, {"type": "fancy"})

@@ -430,7 +430,7 @@ compare(
 @pytest.mark.parametrize(
     ("name", "count", "cut"),
     [
-        ("rows.jsonl", 1, 50),
+        pytest.param("rows.jsonl", 1, 50, marks=pytest.mark.exhaustive),
         pytest.param("rows.jsonl", 4, 80, marks=pytest.mark.exhaustive),
         pytest.param("log.jsonl", 4, 60, marks=pytest.mark.exhaustive),
         ("log.jsonl", 9, 0),

@@ -119,7 +119,6 @@ def test_help_names_both(command: Command) -> None:
         (["--tasks", "QUIZ", "--limit", "0"], "--limit"),
         (["--tasks", "none.jsonl"], "no such file"),
         (["--tasks", "QUIZ#0.9:0.1"], "a share START:END"),
-        (["--tasks", "arc_eazy"], "Did you mean arc_easy"),
         (["--tasks", "QUIZ", "--against", "./nowhere"], "nowhere"),
         (["--tasks", "QUIZ", "--dtype", "int3"], "int3"),
         (["--tasks", "QUIZ", "--stream"], "--stream is for perplexity"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,27 @@ from intarsia.evaluation.task_file import Question, is_right, read_questions
 from intarsia.evaluation.tasks import Task, TaskPlan, load_tasks, plan_tasks, score_tasks
 from tests import families
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+lm_eval_tasks = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed")
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tasks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def list_of_tasks() -> Iterator[None]:
+    """Reads the 14,000 YAML files of lm-eval once."""
+    from lm_eval.tasks._index import TaskIndex
+
+    build = TaskIndex.build
+    listed = cache(lambda folder: build([folder]))
+
+    def build_once(paths: Iterable[Path], **_: Any) -> dict[str, Any]:
+        own = Path(lm_eval_tasks.__file__).parent
+        found = [listed(path) if path == own else build([path]) for path in paths]
+        return {name: entry for entries in found for name, entry in entries.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(build_once))
+        yield
+
 
 WORDS = families.sample_text(200, seed=9).replace(".", "").split()
 

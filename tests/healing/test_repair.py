@@ -185,7 +185,7 @@ def test_text_of_the_models_own(learned: tuple[Path, Recipe], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_every_family_and_what_it_costs(family: str, model_folder: Any, text_file: Path, tmp_path: Path) -> None:
+def test_what_healing_costs_every_family(family: str, model_folder: Any, text_file: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"calibration": str(text_file), "tokens": 2048, "seq_len": 32, "layers": 3}
     model = str(model_folder(family))
     dry = verbs.compress(model, tmp_path / "out", dry_run=True, **given)
@@ -203,9 +203,6 @@ def test_every_family_and_what_it_costs(family: str, model_folder: Any, text_fil
         verbs.plan(model, tmp_path / "run", dry_run=True, **given).estimate
     )
     assert list(tmp_path.iterdir()) == []
-    result = verbs.compress(model, tmp_path / "out", **given)
-    assert result.healed is not None
-    assert result.after is not None and result.after.layers == 3
 
 
 MINE = """
