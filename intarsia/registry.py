@@ -235,7 +235,7 @@ class Kind:
             if error.name is None or not f"{self._package}.".startswith(f"{error.name}."):
                 raise
         else:
-            for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda each: each.name):
+            for module in sorted(pkgutil.iter_modules(getattr(package, "__path__", [])), key=lambda each: each.name):
                 import_module(f"{self._package}.{module.name}")
         _load_announced()
 
