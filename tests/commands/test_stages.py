@@ -251,9 +251,8 @@ def test_perplexity_by_hand(model_folder: Folder, text_file: Path) -> None:
 def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path) -> None:
     source = Checkpoint.open(model_folder(family), model=family)
     share = 1.5 * source.architecture.layer_parameters / source.parameters
-    result = verbs.compress(
-        str(source.folder), tmp_path / "out", sparsity=share, eval_text=str(text_file), windows=4, answers=8, **sizes
-    )
+    judged: Sizes = {"eval_text": str(text_file), "windows": 4, "answers": 8, "speed": family == "llama"}
+    result = verbs.compress(str(source.folder), tmp_path / "out", sparsity=share, **judged, **sizes)
     assert result.target == 4 and result.before is not None and result.after is not None
     assert (result.before.layers, result.after.layers) == (6, 4)
     assert result.before.parameters == source.parameters
@@ -263,7 +262,7 @@ def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Pa
         assert measures.perplexity is not None
         alone = intarsia.evaluate_perplexity(str(folder), str(text_file), seq_len=32, windows=4)
         assert measures.perplexity.value == pytest.approx(alone.value)
-        assert measures.decode_per_s > 0 and measures.prefill_per_s > 0
+        assert family != "llama" or (measures.decode_per_s > 0 and measures.prefill_per_s > 0)
     agreed = intarsia.evaluate_agreement(str(tmp_path / "out"), str(source.folder), AnswerSpec(answers=8))
     assert (result.before.answers, result.after.answers) == (agreed.original, agreed.agreement)
     assert agreed.original.agreement.value == 1.0 and agreed.original.examples[0]["same_tokens"] > 0
@@ -312,7 +311,7 @@ def test_stopped_while_judging(
     model_folder: Folder, sizes: Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model is there but not judged yet: the same call goes on instead of refusing the folder."""
-    model, out = str(model_folder("llama")), tmp_path / "out"
+    model, out, sizes = str(model_folder("llama")), tmp_path / "out", {**sizes, "speed": True}
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt

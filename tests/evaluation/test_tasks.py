@@ -193,6 +193,7 @@ def test_a_choice_longer_than_the_model(tmp_path: Path) -> None:
         local_scores(tmp_path, [long], families.make_model("llama"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.registry
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data/tasks here")
 @pytest.mark.parametrize("name", ["piqa", "arc_easy"])
@@ -236,6 +237,7 @@ def test_fewshot_prompts_change_the_items(tmp_path: Path) -> None:
         plan_tasks([str(file)], num_fewshot=2)
 
 
+@pytest.mark.exhaustive
 def test_a_group_is_aggregated_as_lm_eval_does(tmp_path: Path) -> None:
     questions = some_questions(30)
     write_task(tmp_path, "quiz_a", questions[:7])
@@ -261,6 +263,7 @@ def test_a_group_is_aggregated_as_lm_eval_does(tmp_path: Path) -> None:
     assert uneven.outcomes == {}, "no mean over items"
 
 
+@pytest.mark.exhaustive
 def test_a_tag_is_several_tasks(tmp_path: Path) -> None:
     for name in ("quiz_a", "quiz_b"):
         write_task(tmp_path, name, some_questions(4), "tag: both\n")
@@ -326,6 +329,7 @@ def test_random_numbers_of_others_stay(tmp_path: Path) -> None:
     assert (random.random(), float(np.random.rand()), torch.rand(1).item()) == expected
 
 
+@pytest.mark.exhaustive
 def test_unknown_names_come_with_the_nearest() -> None:
     with pytest.raises(UserError) as raised:
         load_tasks(["arc_eazy", "helaswag", "piqa"])

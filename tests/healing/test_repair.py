@@ -130,10 +130,10 @@ def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, m
         else:
             patched.setattr("intarsia.evaluation.speed.compare_speed", stop)
         with pytest.raises(KeyboardInterrupt):
-            compress(run=run)
+            compress(run=run, speed=where == "behind")
     if where == "behind":
         monkeypatch.setattr(closed_form, "fit", no_fit)
-    found = compress(run=run)
+    found = compress(run=run, speed=where == "behind")
     assert found.recipe_sha256 == wanted.recipe_sha256
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "undisturbed")]
     assert weights[0] == weights[1]
@@ -168,12 +168,12 @@ def test_every_model_is_loaded_once(heal: str, compress: Compress, monkeypatch: 
         return load(checkpoint, **more)
 
     monkeypatch.setattr(loaded_model, "load_model", counted)
-    compress(heal=heal)
+    compress(heal=heal, speed=True)
     assert loaded == [6, 4]
     # Where they do not fit into memory together, the first one is let go of before the second one comes, and comes back
     # to read what the second one wrote.
     monkeypatch.setattr("intarsia.building.offload.free_bytes", lambda device: 0)
-    result = compress(heal=heal, overwrite=True)
+    result = compress(heal=heal, overwrite=True, speed=True)
     assert loaded == [6, 4, 6, 4, 6]
     assert result.before.decode_per_s > 0 and result.after.decode_per_s > 0
 
