@@ -436,7 +436,7 @@ def heal_case(shop: Shop, model: str, flags: list[str]) -> Record:
 
 def compress_case(shop: Shop, flags: list[str]) -> Record:
     out = shop.new("compressed")
-    words = ["--sparsity", "0.3", *COME, *shop.calibration, *shop.judging, *flags]
+    words = ["--sparsity", "0.3", *COME, *shop.calibration, *shop.judging, "--answers", "2", "--no-speed", *flags]
     run_cli(["compress", shop.model("llama"), "-o", out, *words])
     recipe = recipe_in(out / "recipe" / "recipe.yaml")
     return {"layers": recipe["layers"], "perplexity": perplexity(out, shop.eval_text)}
@@ -450,7 +450,7 @@ def tasks_case(shop: Shop) -> Record:
 
 def compared(shop: Shop, out: Path) -> Record:
     flags = ["--methods", "come,sleb", "--layers", "5,4,3", "--heal", "none,closed-form"]
-    judging = ["--eval-text", f"words={shop.eval_text}", "--eval-windows", "16"]
+    judging = ["--eval-text", f"words={shop.eval_text}", "--eval-windows", "16", "--answers", "2"]
     found = run_json("compare", shop.model("llama"), "-o", out, *flags, *shop.calibration, *judging)
     return {f"{row['method']} {row['layers']} {row['heal']}": row["words"]["value"] for row in found["rows"]}
 

@@ -276,7 +276,7 @@ def test_it_heals_as_compress_does_by_any_stages(model_folder: Folder, halves: S
     compare(model, out, heal=("none", "closed-form", light), **given)
     rows = rows_of(out)
     for heal in ("closed-form", light):
-        evaluation = EvalSpec(text=(halves["eval_text"].partition("=")[2],), speed=False)
+        evaluation = EvalSpec(text=(halves["eval_text"].partition("=")[2],), speed=False, answers=2)
         alone = intarsia.compress(
             model,
             Output(path=tmp_path / heal),
@@ -479,7 +479,7 @@ def test_command(model_folder: Folder, halves: Sizes, tmp_path: Path, capsys: py
         "--eval-windows",
         "4",
     ]
-    words += ["--calibration", halves["calibration"], "--tokens", "256", "--seq-len", "32"]
+    words += ["--calibration", halves["calibration"], "--tokens", "256", "--seq-len", "32", "--answers", "2"]
     main.run([*words, "--dry-run", "--json"])
     assert [line["method"] for line in json.loads(capsys.readouterr().out)["estimate"]] == [
         "shortgpt",

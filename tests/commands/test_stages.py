@@ -27,7 +27,7 @@ from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.run_dir import RunDir
 from tests import families, verbs
-from tests.command import invoke
+from tests.command import LITTLE, invoke
 from tests.conftest import Folder
 from tests.pruning.by_hand import METHODS
 from tests.recipes_by_hand import recipe_of, select, shared
@@ -512,7 +512,7 @@ def run(*words: Any) -> Any:
 def test_compress_on_the_command_line(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:
     words = ["compress", model_folder("llama"), "-o", tmp_path / "out", "--layers", 4, "--calibration", text_file]
     words += ["--tokens", 256, "--seq-len", 32, "--eval-text", text_file, "--eval-windows", 4, "--json"]
-    words += ["--method", "come"]
+    words += ["--method", "come", "--answers", 4]
     dry = run(*words, "--dry-run")
     assert dry.exit_code == 0, dry.output
     assert json.loads(dry.stdout)["estimate"]["passes_at_most"] == (6 + 5 + 4) / 6
@@ -581,7 +581,7 @@ def test_a_method_and_a_stage_of_a_file_of_ones_own(model_folder: Folder, text_f
     plugin.write_text(PLUGIN, encoding="utf-8")
     before = [dict(kind._entries) for kind in registry.KINDS]
     words = ["compress", model_folder("llama"), "-o", tmp_path / "out", "--layers", 4, "--calibration", text_file]
-    words += ["--tokens", 512, "--seq-len", 32, "--no-speed", "--json"]
+    words += ["--tokens", 512, "--seq-len", 32, *LITTLE, "--json"]
     try:
         done = run(*words, "--plugin", plugin, "--method", "mine", "--off-by", 1, "--heal", "closed-form,mine")
         assert done.exit_code == 0, done.output
