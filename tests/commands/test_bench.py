@@ -105,9 +105,9 @@ def test_a_model_is_its_own_best_draft(model_folder: Folder, tmp_path: Path) -> 
     assert poor.acceptance < found.acceptance and poor.tokens_per_pass >= 1.0
 
 
-def test_the_row_of_a_draft_in_a_report(shallow: str, tmp_path: Path, command: Command) -> None:
+def test_the_row_of_a_draft_in_a_report(shallow: str, tmp_path: Path) -> None:
     words = ["bench", shallow, "--prompt-len", "4", "--new-tokens", "3", "--repeats", "1", "--draft", shallow, "--json"]
-    (tmp_path / "bench.json").write_text(command(*words).out)
+    (tmp_path / "bench.json").write_text(invoke(*words).stdout)
     draft = json.loads((tmp_path / "bench.json").read_text())["draft"]
     intarsia.report(tmp_path / "bench.json", out=tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()

@@ -410,6 +410,7 @@ def test_input_that_cannot_be_used(model_folder: Folder, halves: Sizes, quiz: Pa
     assert f"{quiz}:13" in refused(tasks=[str(quiz)])
 
 
+@pytest.mark.exhaustive
 def test_a_dry_run_writes_nothing_and_bounds_the_cost(model_folder: Folder, halves: Sizes, tmp_path: Path) -> None:
     model, out = str(model_folder("llama")), tmp_path / "compare"
     methods = (
@@ -445,12 +446,13 @@ compare(
 
 
 @needs_proc
+@pytest.mark.exhaustive  # Ctrl-C in the midst of it: test_golden.py
 @pytest.mark.parametrize(
     ("name", "count", "cut"),
     [
-        pytest.param("rows.jsonl", 1, 50, marks=pytest.mark.exhaustive),
-        pytest.param("rows.jsonl", 4, 80, marks=pytest.mark.exhaustive),
-        pytest.param("log.jsonl", 4, 60, marks=pytest.mark.exhaustive),
+        ("rows.jsonl", 1, 50),
+        ("rows.jsonl", 4, 80),
+        ("log.jsonl", 4, 60),
         ("log.jsonl", 9, 0),
     ],
     ids=["first row", "in a row", "in a ladder", "in a ladder of its own"],

@@ -251,7 +251,7 @@ def test_perplexity_by_hand(model_folder: Folder, text_file: Path) -> None:
 def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path) -> None:
     source = Checkpoint.open(model_folder(family), model=family)
     share = 1.5 * source.architecture.layer_parameters / source.parameters
-    judged: Sizes = {"eval_text": str(text_file), "windows": 4, "answers": 8, "speed": family == "llama"}
+    judged: Sizes = {"eval_text": str(text_file), "windows": 4, "answers": 4, "speed": family == "llama"}
     result = verbs.compress(str(source.folder), tmp_path / "out", sparsity=share, **judged, **sizes)
     assert result.target == 4 and result.before is not None and result.after is not None
     assert (result.before.layers, result.after.layers) == (6, 4)
@@ -263,10 +263,10 @@ def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Pa
         alone = intarsia.evaluate_perplexity(str(folder), str(text_file), seq_len=32, windows=4)
         assert measures.perplexity.value == pytest.approx(alone.value)
         assert family != "llama" or (measures.decode_per_s > 0 and measures.prefill_per_s > 0)
-    agreed = intarsia.evaluate_agreement(str(tmp_path / "out"), str(source.folder), AnswerSpec(answers=8))
+    agreed = intarsia.evaluate_agreement(str(tmp_path / "out"), str(source.folder), AnswerSpec(answers=4))
     assert (result.before.answers, result.after.answers) == (agreed.original, agreed.agreement)
     assert agreed.original.agreement.value == 1.0 and agreed.original.examples[0]["same_tokens"] > 0
-    assert agreed.agreement.prompts == 8 and agreed.agreement.kl.value > 0.0
+    assert agreed.agreement.prompts == 4 and agreed.agreement.kl.value > 0.0
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "<h3>Answers of both</h3>" in page and 'class="same"' in page
     assert ("<mark>" in page) == any(each["new"][1] for each in agreed.agreement.examples)
@@ -285,6 +285,8 @@ def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Pa
     json.dumps(result.to_dict())
     with pytest.raises(UserError, match="out"):  # what is there is not overwritten
         verbs.compress(str(source.folder), tmp_path / "out", sparsity=share, **sizes)
+    if family != "llama":
+        return
     again = verbs.compress(str(source.folder), tmp_path / "out", sparsity=share, overwrite=True, **sizes)
     assert again.recipe_sha256 == result.recipe_sha256
 

@@ -388,7 +388,7 @@ def stop(*args: Any, **kwargs: Any) -> Any:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("heal", ["finalists", "every"])
+@pytest.mark.parametrize("heal", ["finalists", pytest.param("every", marks=pytest.mark.exhaustive)])
 def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials are ranked by what the repaired model costs; that model is what is built and judged, fitted once."""
     path = write_family(
