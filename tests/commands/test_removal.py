@@ -23,7 +23,7 @@ from intarsia.inspection.small import small_config
 from intarsia.inspection.structure import inspected, problem_of
 from intarsia.recipe.recipe import Variant, identity
 from tests import families
-from tests.command import invoke
+from tests.command import LITTLE, invoke
 
 SHAPES = ("qwen3_5_text", "gemma4_text", "glm4_moe", "lfm2")
 QUICK = (*SHAPES, "nemotron_h")
@@ -65,11 +65,13 @@ def test_the_table_has_every_decoder() -> None:
     assert list(rows) == kinds() and {each.tier for each in rows.values()} == {KNOWN, REMOVAL, REFUSED, ""}
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize(
+    "kind", ["gemma4_text", "lfm2", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in SHAPES[::2])]
+)
 def test_compress(kind: str, folder_of: Any, text_file: Path, tmp_path: Path) -> None:
     folder, out = folder_of(kind), tmp_path / "out"
     depth = Checkpoint.open(folder, model="m").architecture.n_layers
-    small = ["--calibration", text_file, "--tokens", 1024, "--seq-len", 64, "--eval-windows", 2, "--no-speed"]
+    small = ["--calibration", text_file, "--tokens", 1024, "--seq-len", 64, "--eval-windows", 2, *LITTLE]
     done = invoke("compress", folder, "-o", out, "--layers", depth - 2, *small)
     assert done.exit_code == 0, done.output
     verified = invoke("verify", out, "--json")
@@ -83,11 +85,19 @@ def test_compress(kind: str, folder_of: Any, text_file: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "method", ["shortgpt", "angular", "sleb", "reverse", "taylor", "magnitude", "shortgpt --stream"]
+    "method",
+    [
+        "taylor",
+        "shortgpt --stream",
+        *(
+            pytest.param(each, marks=pytest.mark.exhaustive)
+            for each in ("shortgpt", "angular", "sleb", "reverse", "magnitude")
+        ),
+    ],
 )
 def test_methods(method: str, folder_of: Any, text_file: Path, tmp_path: Path) -> None:
     name, *more = method.split()
-    small = ["--calibration", text_file, "--tokens", 512, "--seq-len", 64, "--no-speed", "--heal", "none"]
+    small = ["--calibration", text_file, "--tokens", 512, "--seq-len", 64, *LITTLE, "--heal", "none"]
     done = invoke("compress", folder_of("lfm2"), "-o", tmp_path / "out", "--layers", 4, "--method", name, *small, *more)
     assert done.exit_code == 0, done.output
     assert Checkpoint.open(tmp_path / "out", model="m").architecture.n_layers == 4
@@ -142,7 +152,7 @@ def test_the_text_model_of_a_multimodal_one(folder_of: Any, text_file: Path, tmp
     model = AutoModelForImageTextToText.from_config(config)
     families.randomise(model, 0)
     families.save(model, tmp_path / "model")
-    small = ["--calibration", text_file, "--tokens", 512, "--seq-len", 64, "--no-speed", "--heal", "none"]
+    small = ["--calibration", text_file, "--tokens", 512, "--seq-len", 64, *LITTLE, "--heal", "none"]
     done = invoke("compress", tmp_path / "model", "-o", tmp_path / "out", "--layers", 6, "--method", "shortgpt", *small)
     assert done.exit_code == 0, done.output
     verified = invoke("verify", tmp_path / "out")
