@@ -367,7 +367,7 @@ def test_lm_evals_own_tasks_that_write_text(name: str, tmp_path: Path) -> None:
     import lm_eval.tasks
 
     pytest.importorskip("langdetect", reason="lm-eval[ifeval] is not installed")
-    rows = {
+    known: dict[str, list[dict[str, Any]]] = {
         "gsm8k": [
             {"question": f"How many are {n} and 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(7)
         ],
@@ -375,7 +375,8 @@ def test_lm_evals_own_tasks_that_write_text(name: str, tmp_path: Path) -> None:
             {"key": n, "prompt": word, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
             for n, word in enumerate(WORDS[:7])
         ],
-    }[name]
+    }
+    rows = known[name]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     here = Path(lm_eval.tasks.__file__).parent / name / f"{name}.yaml"
     files = ", ".join(f"{part}: {tmp_path / 'rows.jsonl'}" for part in ("train", "test"))
