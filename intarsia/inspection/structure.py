@@ -220,13 +220,12 @@ def _kinds(config: PreTrainedConfig, layers: Sequence[nn.Module]) -> tuple[str, 
         variants.setdefault(name, {}).setdefault(structure, layer)
     words: dict[tuple[str, str], str] = {}
     for name, found in variants.items():
-        tried = (_own([each(layer) for layer in found.values()]) for each in (_parts, _flags))
-        numbers = [str(number + 1) for number in range(len(found))]
-        told = next((own for own in tried if len(set(own)) == len(own)), numbers)
-        words |= {
-            (name, each): f"{name} ({word})" if word and len(told) > 1 else name
-            for each, word in zip(found, told, strict=True)
-        }
+        own = _own([_parts(layer) for layer in found.values()])
+        if len(set(own)) < len(own):
+            own = _own([_flags(layer) for layer in found.values()])
+        for number, (each, word) in enumerate(zip(found, own, strict=True)):
+            told = f"{word} {own[:number].count(word) + 1}".lstrip() if own.count(word) > 1 else word
+            words[name, each] = f"{name} ({told})" if told and len(own) > 1 else name
     kinds = tuple(words[str(name), structure] for name, structure in zip(named, structures, strict=True))
     return kinds if len(set(kinds)) > 1 else None
 
