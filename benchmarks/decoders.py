@@ -60,7 +60,9 @@ _OWN: dict[str, dict[str, Any]] = {
     "dots1": {**_MIXTURE, "first_k_dense_replace": 1, "moe_intermediate_size": 64},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000.0}},
-    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
+    "gemma4_assistant": {
+        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    },
     "granitemoehybrid": {"layer_types": [*["linear_attention"] * 3, "full_attention"] * 8},
     "hunyuan_v1_moe": {"head_dim": 128},
     "qwen4_exp": {"text_config": _INDEXER},

@@ -98,13 +98,12 @@ def check_rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
 
 def _removal_rows(trial: trials.Trial, folder: Path) -> Iterator[CheckRow]:
     """Where no family file describes the layers: removing some is skipping them."""
-    yield _row("parity", "layer by layer is the model's own forward", partial(trials.loop_parity, trial))
-    yield _row("causal", "no token reads a later one", partial(trials.foresight, trial), least=_LEAK)
     found, whole = removals(trial.architecture), range(trial.architecture.n_layers)
     if not found:
         reason = problem_of(trial.architecture, [layer for layer in whole if layer != len(whole) // 2])
-        note = reason or "each is the last of its kind"
-        yield CheckRow(check="layers", result="failed", error=None, note=note)
+        yield CheckRow(check="layers", result="failed", error=None, note=reason or "each is the last of its kind")
+    yield _row("parity", "layer by layer is the model's own forward", partial(trials.loop_parity, trial))
+    yield _row("causal", "no token reads a later one", partial(trials.foresight, trial), least=_LEAK)
     for number, kept in enumerate(found):
         yield from _round_trip(partial(trials.removal, trial, kept, folder / f"built-{number}"))
     yield _row("streaming", "layers read one by one give what the model gives", partial(trials.streamed, trial))

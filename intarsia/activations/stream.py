@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intarsia.activations.loss import Likeliest, next_token_losses
-from intarsia.activations.state import State, shared_by
+from intarsia.activations.state import State
 from intarsia.architecture.spec import Architecture
 
 LOGIT_BYTES = 128 * 1024**2
-_FIRST_LAYER: WeakKeyDictionary[PreTrainedModel, tuple[int, int]] = WeakKeyDictionary()
-"""Values that a model's layers return, 0 for a tensor, and residual streams that they take, 0 for a plain one: looked
-at once, as a streamed model reads a layer for it."""
+_FIRST_LAYER: WeakKeyDictionary[PreTrainedModel, tuple[int, tuple[int, ...]]] = WeakKeyDictionary()
+"""Values that a model's layers return, 0 for a tensor, and the shape of the hidden states that they take, of one
+sequence of two tokens: looked at once, as a streamed model reads a layer for it."""
 _BY_TOKENS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 """Whether what a model passes to its layers depends on the tokens, and not on their number alone."""
 
@@ -102,9 +102,8 @@ class LayerStream:
         self.device = next(embedding.parameters()).device
         if model not in _FIRST_LAYER:
             _FIRST_LAYER[model] = self._probe()
-        self._returns, streams = _FIRST_LAYER[model]
-        shared = shared_by(self._layers) if architecture.removal_only else {}
-        self.state = State(width=architecture.width, streams=streams, shared=shared)
+        self._returns, shape = _FIRST_LAYER[model]
+        self.state = State.of(shape, architecture.width, self._layers if architecture.removal_only else ())
         if architecture.removal_only and model not in _BY_TOKENS:
             _BY_TOKENS[model] = self._probe_tokens()
         self.by_tokens = _BY_TOKENS.get(model, False)
@@ -243,14 +242,13 @@ class LayerStream:
         finally:
             setattr(self._owner, self._name, self._layers)
 
-    def _probe(self) -> tuple[int, int]:
+    def _probe(self) -> tuple[int, tuple[int, ...]]:
         """What is known of layers from running the first one on two tokens; see `_FIRST_LAYER`."""
-        seen: list[tuple[int, int]] = []
+        seen: list[tuple[int, tuple[int, ...]]] = []
 
         def look(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            returns = len(output) if isinstance(output, tuple | list) else 0
-            seen.append((returns, hidden.shape[0] if hidden.dim() > 3 else 0))
+            seen.append((len(output) if isinstance(output, tuple | list) else 0, tuple(hidden.shape)))
             raise _Seen
 
         handle = self._layers[0].register_forward_hook(look, with_kwargs=True)

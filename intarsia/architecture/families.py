@@ -254,7 +254,7 @@ class Rules(Strict):
     def follow(self) -> set[str]:
         """The fields that are true of any layers once they are changed."""
         lists = (self.indices, self.leading, self.trailing, self.patterns, self.maps, self.roots)
-        lists = (*lists, *self.periods, *self.steps, *self.repeats)
+        lists = (*lists, *self.periods, *self.steps, [groups for groups, _ in self.repeats])
         return {name for names in lists for name in names}
 
     @property

@@ -146,7 +146,11 @@ def config_of(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     if getattr(made, "is_encoder_decoder", False):
         raise _refused(where, "a decoder", f"an encoder-decoder ({kind})")
     if type(made) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise _refused(where, "a language model", f"{kind}, for which transformers has no causal language model")
+        raise _refused(where, "a language model", f"{kind}, which AutoModelForCausalLM of transformers does not load")
+    if 0 < (getattr(made, "num_hidden_layers", 0) or 0) <= (getattr(made, "num_kv_shared_layers", 0) or 0):
+        raise _refused(
+            where, "layers with keys and values of their own", "only layers that read those of another model"
+        )
     return made
 
 

@@ -180,7 +180,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no such type": ({"model_type": "llama9", "transformers_version": "6.0"}, "no model type 'llama9'.*written by 6.0"),
     "code of its own": ({"model_type": "mine", "auto_map": {}}, "code of its own that is not run"),
     "an encoder-decoder": (CONFIG_MAPPING["bart"]().to_dict(), "an encoder-decoder"),
-    "no language model": (CONFIG_MAPPING["vit"]().to_dict(), "no causal language model"),
+    "no language model": (CONFIG_MAPPING["vit"]().to_dict(), "AutoModelForCausalLM of transformers does not load"),
     "a refused config": ({"model_type": "lfm2", "hidden_size": "wide"}, "transformers refuses this config"),
     "several lists of layers": (CONFIG_MAPPING["xlm"]().to_dict(), "one list of 12 layers"),
 }
