@@ -173,13 +173,11 @@ class AnswerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSpec(AnswerSpec):
-    """Evaluation: what is measured, before and after."""
+class TextsAndTasks(AnswerSpec):
+    """Evaluation: what is measured of a model."""
 
     # Evaluation text for perplexity, as FILE or NAME=FILE; `file.txt#0.9:1` is the last tenth of a file.
     text: tuple[str, ...] = flag((), "--eval-text", "--text", metavar="FILE")
-    # Sequences to use of each evaluation text; 0 for all.
-    windows: int = flag(64, "--eval-windows", "--windows", metavar="N")
     # Tasks of lm-eval (arc_easy, gsm8k, ...), and .jsonl files of query, choices and gold, or of query and answer.
     tasks: tuple[str, ...] = flag((), metavar="NAMES")
     # Use only the first N items of each task.
@@ -188,20 +186,33 @@ class EvalSpec(AnswerSpec):
     chat_template: bool = False
     # Folder with lm-eval task definitions of your own.
     include_path: Path | None = flag(None, metavar="DIR")
-    # Measure tokens per second too.
-    speed: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "text", _words(self.text))
         object.__setattr__(self, "tasks", _words(self.tasks))
         check(
-            (self.windows >= 0, f"--eval-windows is {self.windows}; it is at least 0.", "Give 0 for the whole text."),
             (
                 self.limit is None or self.limit >= 1,
                 f"--limit is {self.limit}; it is at least 1.",
                 "Leave it out for all items.",
             ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSpec(TextsAndTasks):
+    """Evaluation: what is measured, before and after."""
+
+    # Sequences to use of each evaluation text; 0 for all.
+    windows: int = flag(64, "--eval-windows", "--windows", metavar="N")
+    # Measure tokens per second too.
+    speed: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            (self.windows >= 0, f"--eval-windows is {self.windows}; it is at least 0.", "Give 0 for the whole text."),
         )
 
 

@@ -7,54 +7,42 @@ change with the original, and gives the numbers of the folder that `intarsia bui
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from intarsia import progress
 from intarsia.commands.result import Result
-from intarsia.errors import Problems, UserError, check
+from intarsia.errors import Problems, check
 from intarsia.flags import Flag, flag, plain
-from intarsia.options import AnswerSpec, ModelRef, Runtime, Target, TextSpec
+from intarsia.options import ModelRef, Runtime, Target, TextsAndTasks, TextSpec
 from intarsia.registry import Chosen, heal_stages, planners, words_of
-from intarsia.run_dir import Log, RunDir
+from intarsia.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from intarsia.checkpoint.reader import Checkpoint
     from intarsia.commands.job import Job
-    from intarsia.commands.plan import PlanResult
-    from intarsia.commands.planning import Planning
     from intarsia.data.corpus import Corpus
-    from intarsia.evaluation.agreement import Asked, Reference
-    from intarsia.evaluation.results import TaskResults
     from intarsia.evaluation.tasks import Task, TaskPlan
-    from intarsia.healing.teacher import TeacherStates
-    from intarsia.pruning.intermediate import Intermediate
-    from intarsia.pruning.ladder import Ladder
-    from intarsia.pruning.step import Planner
-    from intarsia.recipe.recipe import Recipe
-    from intarsia.reporting.comparison import Key, Row
 
-PLANS = "plans"
+_DETAILS = {"next-token KL", "tokens of an answer", "perplexity of answers", "bytes", "layer forwards"}
+_DETAILS |= {"plan seconds", "heal forwards", "heal seconds"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entrants:
-    """Comparison: the methods, depths and heal stages."""
+    """Comparison: the methods, depths and heal stages, and models that exist already."""
 
     # Methods of `intarsia plan`, with their options in brackets: come,come-p[spans=1],come[norm=average].
-    methods: tuple[str, ...] = flag(MISSING, metavar="NAMES", commas=False)
+    methods: tuple[str, ...] = flag((), metavar="NAMES", commas=False)
     # Depths: 27,25,23.
-    layers: tuple[int, ...] = flag(MISSING, metavar="N,N")
+    layers: tuple[int, ...] = flag((), metavar="N,N")
     # How to heal each model: none, closed-form, or several stages in a row, as closed-form+layerwise. Every
     # comma-separated entry is a row of the table.
     heal: tuple[str, ...] = flag(("none",), metavar="NAMES", commas=False)
+    # Models with the same tokenizer that exist already, as MODEL or NAME=MODEL: a row each, beside the methods' rows.
+    models: tuple[str, ...] = flag((), metavar="MODELS")
 
     def __post_init__(self) -> None:
         for name in ("methods", "heal"):
@@ -62,9 +50,13 @@ class Entrants:
             given = [given] if isinstance(given, str) else given
             object.__setattr__(self, name, tuple(word for text in given for word in words_of(text)))
         object.__setattr__(self, "layers", tuple(sorted(set(self.layers), reverse=True)))
+        models: Any = self.models
+        object.__setattr__(self, "models", (models,) if isinstance(models, str) else tuple(models))
+        known, planned = ", ".join(planners.names), bool(self.methods)
         check(
-            (bool(self.methods), "--methods names no method.", f"Name some of {', '.join(planners.names)}."),
-            (bool(self.layers), "--layers names no depth.", "Write them like 27,25,23."),
+            (planned or bool(self.models), "--methods names no method.", f"Name some of {known}; or give --models."),
+            (planned or not self.layers, "--layers is given without --methods.", "Give both, or leave it out."),
+            (bool(self.layers) or not planned, "--layers names no depth.", "Write them like 27,25,23."),
             (bool(self.heal), "--heal names nothing.", "Write none, or none,closed-form."),
         )
 
@@ -83,31 +75,18 @@ class Entrants:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareEval(AnswerSpec):
+class CompareEval(TextsAndTasks):
     """Evaluation: what is measured of each model."""
 
-    # Text for perplexity, as FILE or NAME=FILE.
-    text: tuple[str, ...] = flag((), "--eval-text", metavar="FILE")
     # Sequences to use of the evaluation texts: one number, or one for each text.
     windows: tuple[int, ...] = flag((64,), "--eval-windows", metavar="N")
-    # Tasks of lm-eval, and task files (.jsonl).
-    tasks: tuple[str, ...] = flag((), metavar="NAMES")
     # Depths whose models are scored on tasks (default: all).
     task_layers: tuple[int, ...] | None = flag(None, metavar="N,N")
-    # Use only the first N items of each task.
-    limit: int | None = flag(None, metavar="N")
-    # Folder with lm-eval task definitions of your own.
-    include_path: Path | None = flag(None, metavar="DIR")
-    # Write the prompts of tasks as conversations, with the model's chat template.
-    chat_template: bool = False
     # Measure tokens per second too, each model in turns with the original.
     speed: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("text", "tasks"):
-            given = getattr(self, name)
-            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         numbers: Any = self.windows
         windows: tuple[int, ...] = (numbers,) if isinstance(numbers, int) else tuple(numbers)
         object.__setattr__(self, "windows", windows)
@@ -121,7 +100,6 @@ class CompareEval(AnswerSpec):
                 "Give one number, or one for each --eval-text, in the same order.",
             ),
             (not alone, "--task-layers is given without --tasks.", "Give --tasks, or leave it out."),
-            (self.limit is None or self.limit >= 1, f"--limit is {self.limit}.", "Leave it out for all items."),
         )
 
 
@@ -151,6 +129,15 @@ class CompareResult(Result):
             return {name: data[name] for name in ("model", "out", "estimate", "seconds")}
         return {name: value for name, value in data.items() if name != "estimate"}
 
+    def summary(self) -> dict[str, Any]:
+        """The table without its details, which are in the report."""
+        data = self.to_dict()
+        if self.rows is None:
+            return data
+        rows = [{name: value for name, value in row.items() if name not in _DETAILS} for row in self.rows]
+        kept = {name: data[name] for name in ("model", "passes", "seconds", "out")}
+        return {"rows": rows, **kept, "report": str(self.files[-1])}
+
 
 def compare(
     model: ModelRef | str,
@@ -162,10 +149,10 @@ def compare(
     runtime: Runtime = Runtime(),
     dry_run: Annotated[bool, Flag(help="Print an estimate of the cost; write nothing.")] = False,
 ) -> CompareResult:
-    """Compare methods on one model, at several depths, pruned and healed: perplexity, tasks, speed, cost.
+    """Compare methods on one model, at several depths, pruned and healed: perplexity, answers, tasks, speed, cost.
 
     The methods share one pass over the model, and each pruned model is measured in memory, without being built. If it
-    is interrupted, the same command resumes; more methods, depths, heals and tasks may be added later.
+    is interrupted, the same command resumes; more methods, depths, heals, models and tasks may be added later.
     `intarsia build OUT/plans/METHOD --layers N` builds any of the models.
 
     Raises:
@@ -173,41 +160,46 @@ def compare(
     """
     from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_no_input
+    from intarsia.commands.compare_ladders import Ladders
+    from intarsia.commands.compare_rows import Rows
     from intarsia.commands.job import Job, pin_text
     from intarsia.evaluation.agreement import Asked
     from intarsia.evaluation.speed import peak_memory_bytes
-    from intarsia.evaluation.tasks import plan_tasks
+    from intarsia.evaluation.tasks import TaskPlan
     from intarsia.healing.pipeline import check_stages, check_turns
-    from intarsia.reporting.comparison import ROWS, SETTINGS, Row, cells, load
+    from intarsia.reporting.comparison import DENSE, ROWS, SETTINGS, Row, cells, load
     from intarsia.reporting.wording import command
 
     started, out = time.perf_counter(), Path(out)
     run = RunDir(out, option="-o")
 
     # Input: everything that can be wrong is found before any work.
-    methods, heals = planners.choose_all(",".join(entrants.methods)), entrants.heals()
+    methods = planners.choose_all(",".join(entrants.methods)) if entrants.methods else ()
+    heals, given = entrants.heals(), [_named(each) for each in entrants.models]
     for stages in heals.values():
         check_stages(stages, runtime)
     read = [*text.sources, *evaluation.text, *evaluation.tasks, *filter(None, [evaluation.prompts])]
     own = [] if evaluation.include_path is None else [evaluation.include_path]
-    check_no_input(out, inputs_of(models=[model], texts=read, files=own))
+    check_no_input(out, inputs_of(models=[model, *(source for _, source in given)], texts=read, files=own))
     job = Job(model, text, runtime)
+    models = _models(given, job, [DENSE, *(method.label for method in methods)])
     for stages in heals.values():
         check_turns(stages, job.tokenizer)
-    check_no_input(out, [job.checkpoint.folder])
+    check_no_input(out, [each.checkpoint.folder for each in (job, *models.values())])
     whole, depths = job.checkpoint.architecture.n_layers, entrants.layers
     strangers = sorted({*(evaluation.task_layers or ())} - {*depths})
     deep = [depth for depth in depths if not 1 <= depth < whole]
     check(
         (not deep, f"--layers names {_listed(deep)}; the model has {whole} layers.", "Keep fewer, and at least 1."),
         (not strangers, f"--task-layers names {_listed(strangers)}.", "Add them to --layers."),
+        (
+            not (models and runtime.stream),
+            "--models is given with --stream, and these models must be in memory.",
+            "Leave one of them out.",
+        ),
     )
     texts = _texts(evaluation, job)
-    tasks = None
-    if evaluation.tasks:
-        how: dict[str, Any] = {"include_path": evaluation.include_path, "chat": evaluation.chat_template}
-        tasks = plan_tasks(list(evaluation.tasks), limit=evaluation.limit, **how)
-        tasks.check_tokens(job.tokenizer)
+    tasks = TaskPlan.of(evaluation, job.tokenizer)
     asked = Asked.of(evaluation, job.tokenizer, job.checkpoint.architecture.config, stream=runtime.stream)
     estimate = tuple(_estimate(method, job, depths, heals) for method in methods)
 
@@ -232,10 +224,14 @@ def compare(
     rows = Rows(job, run.log(Path(ROWS).stem), texts, tasks, asked, evaluation)
     wanted = [(method.label, depth, heal) for method in methods for depth in depths for heal in heals]
     ladders = Ladders(job, out)
-    if missing := [key for key in (rows.dense_key, *wanted) if not rows.has(key)]:
-        _ = job.text.calibration  # a mistyped text must leave no folder
-        with run.opened(settings), progress.current().task("comparing", 1 + len(wanted)) as task:
-            pin_text(run, job)
+    missing = [key for key in (rows.dense_key, *wanted) if not rows.has(key)]
+    unknown = {name: each for name, each in models.items() if not rows.has_model(name, each)}
+    if missing or unknown:
+        if methods:
+            _ = job.text.calibration  # a mistyped text must leave no folder
+        with run.opened(settings), progress.current().task("comparing", len(missing) + len(unknown)) as task:
+            if methods:
+                pin_text(run, job)
             if tasks is not None:
                 run.pin("tasks", task_facts)
             wishes: dict[str, Any] = {
@@ -248,7 +244,6 @@ def compare(
             words += [] if job.revision is None else ["--revision", job.revision]
             again = {"command": command("compare", *words, given=(entrants, evaluation, text))}
             run.write_json(SETTINGS, _report_facts(job, run, texts, evaluation) | {"asked": wishes} | again)
-            task.advance(1 + len(wanted) - len(missing))
             try:
                 # The original first: it also shows whether the tasks can be scored.
                 if rows.dense_key in missing:
@@ -266,6 +261,9 @@ def compare(
                                 row = rows.measured(row, rung, *ladders.healed(rung, heals[heal]))
                             rows.add(row)
                             task.advance()
+                for name, each in unknown.items():
+                    rows.add(rows.existing(name, each))
+                    task.advance()
             finally:
                 ladders.close()
     return result(
@@ -294,8 +292,29 @@ def _texts(evaluation: CompareEval, job: Job) -> dict[str, Corpus]:
     return found
 
 
+def _models(given: Sequence[tuple[str, str]], job: Job, taken: Sequence[str]) -> dict[str, Job]:
+    """The models that exist already, by the names of their rows.
+
+    Args:
+        taken: names of other rows.
+
+    Raises:
+        UserError: one cannot be opened, has another tokenizer, or its name is taken.
+    """
+    from intarsia.commands.job import Job, check_same_tokenizer
+
+    problems, found = Problems(), dict[str, Job]()
+    for name, source in given:
+        with problems:
+            check((name not in (*found, *taken), f"Two rows are called {name!r}.", "Give names: --models NAME=MODEL."))
+            found[name] = Job(source, runtime=job.runtime)
+            check_same_tokenizer(job, found[name])
+    problems.raise_any()
+    return found
+
+
 def _named(text: str) -> tuple[str, str]:
-    """Name and source of an evaluation text."""
+    """Name and source of an evaluation text, or of a model."""
     name, equals, source = text.partition("=")
     if equals and name and not any(mark in name for mark in "/\\#:") and not Path(text.partition("#")[0]).exists():
         return name, source
@@ -346,10 +365,11 @@ def _report_facts(job: Job, run: RunDir, texts: Mapping[str, Corpus], evaluation
     sources = [_named(given)[1] for given in evaluation.text]
     named_tasks = run.pinned("tasks") if (run.path / "tasks.json").is_file() else {}
     specs = evaluation.tasks or named_tasks
+    read = (run.path / "calibration.json").is_file()  # not where there are only models that existed already
     return {
         **{name: value for name, value in settings.items() if name not in nested},
         "settings": {name: settings[name] for name in nested},
-        "calibration": {"text": job.text.calibration.description, **run.pinned("calibration")},
+        "calibration": {"text": settings["calibration"], **run.pinned("calibration")} if read else None,
         "eval_texts": [
             {"name": name, "spec": source, **settings["eval_texts"][name], "seq_len": text.seq_len}
             for (name, text), source in zip(texts.items(), sources, strict=True)
@@ -419,338 +439,3 @@ def _with_errors(cells: Mapping[str, Any]) -> dict[str, Any]:
 
 def _listed(values: Any) -> str:
     return ", ".join(map(str, values))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rung:
-    """A depth of a method's ladder, or why the method does not come to it."""
-
-    layers: int
-    # None where there is no such model.
-    ladder: Ladder | None = None
-    planning: Planning | None = None
-    recipe: Recipe | None = None
-    # Of all steps down to it, without the shared pass.
-    layer_forwards: float = 0.0
-    seconds: float = 0.0
-    note: str | None = None
-
-
-class Ladders:
-    """Makes ladders one after the other, each in a run folder of its own.
-
-    Attributes:
-        passes: how often the whole model was measured; `shared_forwards` is what that cost.
-        layer_forwards: cost of all ladders that were made, without that.
-    """
-
-    def __init__(self, job: Job, out: Path) -> None:
-        self.job, self.out = job, out
-        self.passes = 0
-        self.shared_forwards = 0.0
-        self.layer_forwards = 0.0
-        self._current: Intermediate | None = None
-        self._is_kept = False
-        self._original: TeacherStates | None = None
-
-    def rungs(self, method: Chosen, depths: Sequence[int]) -> Iterator[Rung]:
-        """The rungs at these depths, deepest model first.
-
-        Where a step may take several layers, the ladder can pass a depth by; such a depth has a ladder of its own.
-        """
-        # The folder of `come[norm=average]` is `come-norm-average`.
-        least, name = min(depths), re.sub(r"[\[,=]", "-", method.label.rstrip("]"))
-        leaps = method.create().layers_at_once > 2
-        planned = self._plan(method, f"{name}-to-{least:03d}" if leaps else name, least)
-        for depth in sorted(depths, reverse=True):
-            found, note = planned, None
-            if leaps and depth not in (*planned[2].depths, least):
-                found, note = self._plan(method, f"{name}-to-{depth:03d}", depth), "a ladder of its own"
-            yield _rung(*found, depth, note)
-
-    def healed(self, rung: Rung, stages: Sequence[Chosen]) -> tuple[Recipe, Path, dict[str, Any]]:
-        """The recipe of a rung with these heal stages, its file, and what a row says of the healing.
-
-        Their common teacher is measured once, where there is memory for it.
-        """
-        from intarsia.commands.planning import heal_recipe
-
-        assert rung.recipe is not None and rung.ladder is not None and rung.planning is not None
-        started = time.perf_counter()
-        if not stages:
-            return rung.recipe, rung.ladder.recipe_path(rung.layers), {}
-        with rung.ladder.run.opened():
-            found = heal_recipe(rung.planning, rung.ladder, rung.recipe, stages, states=self._states())
-        assert found is not None
-        results = found.stages[1:]
-        kept = None if found.taken else "the fit is no better, so it stays as it was pruned"
-        facts = {
-            "heal_forwards": sum(result.facts.get("forwards", 0) for result in results) or None,
-            "heal_seconds": time.perf_counter() - started if all(result.fresh for result in results) else None,
-            "note": "; ".join(filter(None, [rung.note, kept])) or None,
-        }
-        return found.recipe, found.path, facts
-
-    def close(self) -> None:
-        """Free the hidden states."""
-        self._close_current()
-        if self._original is not None:
-            self._original.close()
-            self._original = None
-
-    def _plan(self, method: Chosen, name: str, target: int) -> tuple[Planning, Ladder, PlanResult]:
-        from intarsia.commands.planning import Planning
-        from intarsia.pruning.ladder import Ladder
-
-        planning = Planning(self.job, Target(layers=target), method, whole=self._measured)
-        run = RunDir(self.out / PLANS / name)
-        before = Ladder(run).log()
-        with planning.opened(run) as ladder:
-            planned = planning.work(ladder)
-        self.layer_forwards += planned.layer_forwards - sum(entry["layer_forwards"] for entry in before)
-        return planning, ladder, planned
-
-    def _measured(self, planner: Planner) -> Intermediate:
-        """The original; measured where the planner needs that, once for all methods that measure it alike."""
-        current = self._model(planner.after_final_norm)
-        if self._is_kept:
-            current.rewind()
-        if self._is_kept or not (planner.progressive or planner.measures or planner.blocks):
-            return current
-        current.look_at(None)
-        if self.passes:
-            progress.current().say("another pass over the whole model: this method measures it after the final norm")
-        before = current.layer_forwards
-        current.refresh()
-        current.keep()
-        self._is_kept = True
-        self.passes += 1
-        self.shared_forwards += current.layer_forwards - before
-        return current
-
-    def _states(self) -> TeacherStates | None:
-        """The original's hidden states: as the ladders measured it, or run once where there is memory for all."""
-        from intarsia.activations.batches import Batches
-        from intarsia.activations.loop import Loop
-        from intarsia.healing.teacher import TeacherStates, fits_in_memory
-
-        corpus, resident = self.job.text.calibration, self.job.resident
-        if self._current is not None and self._is_kept and (found := self._current.original()) is not None:
-            return found
-        if self._original is None:
-            placed = self.job.placement
-            batches = Batches(corpus, resident.device, batch_tokens=placed.batch_tokens)
-            memory_budget = placed.memory_budget(RunDir(self.out).scratch)
-            if fits_in_memory(resident, batches, memory_budget):
-                self._original = TeacherStates(Loop(resident, batches, memory_budget=memory_budget), keep=True)
-        return self._original
-
-    def _close_current(self) -> None:
-        if self._current is not None:
-            self._current.close()
-        self._current, self._is_kept = None, False
-
-    def _model(self, after_final_norm: bool) -> Intermediate:
-        if self._current is not None and self._current.after_final_norm != after_final_norm:
-            self._close_current()
-        if self._current is None:
-            from intarsia.commands.planning import original
-
-            self._current = original(self.job, RunDir(self.out).scratch, after_final_norm=after_final_norm)
-        return self._current
-
-
-def _rung(planning: Planning, ladder: Ladder, planned: PlanResult, depth: int, note: str | None) -> Rung:
-    if depth not in planned.depths:
-        least = planned.depths[-1] if planned.depths else planned.layers
-        why = planned.stopped or f"the ladder passes from above it to {least}"
-        return Rung(layers=depth, note=f"not reached: {why}")
-    steps: list[Mapping[str, Any]] = [entry for entry in ladder.log() if entry["layers"] >= depth]
-    return Rung(
-        layers=depth,
-        planning=planning,
-        ladder=ladder,
-        recipe=ladder.recipe(depth),
-        layer_forwards=sum(step["layer_forwards"] for step in steps),
-        seconds=sum(step["seconds"] for step in steps),
-        note=note,
-    )
-
-
-class Rows:
-    """The measured rows, and the measuring of new ones.
-
-    Attributes:
-        dense_key: of the original's row.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        log: Log,
-        texts: Mapping[str, Corpus],
-        tasks: TaskPlan | None,
-        asked: Asked | None,
-        evaluation: CompareEval,
-    ) -> None:
-        """
-        Args:
-            log: a line for each row; of two about the same model the later one counts.
-            texts: what perplexity is measured on, by name.
-            tasks: what accuracy is measured on; None for nothing.
-            asked: the prompts that every model answers; None for none.
-        """
-        from intarsia.reporting.comparison import DENSE, read_rows
-
-        self.asked = asked
-        self.job, self.log, self.texts, self.tasks, self.evaluation = job, log, texts, tasks, evaluation
-        self.rows = {row.key: row for row in read_rows(log.path)}
-        self.dense_key: Key = (DENSE, job.checkpoint.architecture.n_layers, "none")
-
-    def has(self, key: Key) -> bool:
-        """Whether a row has all measures that this call asks for."""
-        return key in self.rows and self._is_whole(self.rows[key])
-
-    def add(self, row: Row) -> None:
-        """Record a row."""
-        self._keep(row)
-        progress.current().say(row.line)
-
-    def add_shared(self, layer_forwards: float) -> None:
-        """Record the cost of the shared pass in the original's row; no method's row contains it."""
-        dense = self.rows[self.dense_key]
-        if layer_forwards > (dense.layer_forwards or 0.0):
-            self._keep(replace(dense, layer_forwards=layer_forwards))
-
-    def _keep(self, row: Row) -> None:
-        self.log.append(asdict(row))
-        self.rows[row.key] = row
-
-    def dense(self) -> Row:
-        """The row of the original."""
-        from intarsia.reporting.comparison import Row
-
-        checkpoint, (method, layers, heal) = self.job.checkpoint, self.dense_key
-        row = Row(method=method, layers=layers, heal=heal, parameters=checkpoint.parameters, bytes=checkpoint.nbytes)
-        return self._with_measures(row, self.job.resident.model, self.job.model, dense=None)
-
-    def measured(self, row: Row, rung: Rung, recipe: Recipe, path: Path, facts: Mapping[str, Any]) -> Row:
-        """The row of a recipe's model; the measures of an equal model in an earlier row are reused.
-
-        Args:
-            path: the recipe's file.
-            facts: of its healing.
-        """
-        from intarsia.building.assembled import assembled
-        from intarsia.recipe import schema
-
-        checkpoint = self.job.checkpoint
-        row = replace(
-            row,
-            parameters=checkpoint.parameters - (recipe.depth - row.layers) * checkpoint.architecture.layer_parameters,
-            bytes=_built_bytes(recipe, checkpoint),
-            layer_forwards=rung.layer_forwards,
-            plan_seconds=rung.seconds,
-            recipe=path.relative_to(self.log.path.parent).as_posix(),
-            recipe_sha256=schema.content_hash(recipe),
-            **facts,
-        )
-        for other in self.rows.values():
-            if other.recipe_sha256 == row.recipe_sha256 and self._is_whole(other):
-                names = ("perplexity", "answers", "tasks", "speed")
-                return replace(row, **{name: getattr(other, name) for name in names})
-        model = assembled(recipe, self.job.resident)
-        return self._with_measures(row, model, row.full_name, dense=self.rows[self.dense_key])
-
-    def _wants_tasks(self, layers: int) -> bool:
-        """Whether models of this depth are scored on tasks; the original is."""
-        depths = self.evaluation.task_layers
-        return self.tasks is not None and (depths is None or layers in (*depths, self.dense_key[1]))
-
-    def _is_whole(self, row: Row) -> bool:
-        if row.recipe is None and row.key != self.dense_key:
-            return True  # there is no such model
-        tasks = row.tasks is not None or not self._wants_tasks(row.layers)
-        return tasks and self._is_answered(row) and (row.speed is not None or not self.evaluation.speed)
-
-    def _is_answered(self, row: Row) -> bool:
-        """Whether a row's answers are to the prompts that this call asks for."""
-        found, asked = row.answers, self.asked
-        if asked is None:
-            return True
-        if found is None or found["asked"] != [asked.answers, asked.answer_tokens]:
-            return False
-        return asked.prompts is None or found["sha256"] == asked.prompts.sha256
-
-    @cached_property
-    def reference(self) -> Reference:
-        """The original's answers, written once a command."""
-        assert self.asked is not None
-        return self.asked.answered(self.job.resident.model, seed=self.job.spec.seed, key=self.job.sha256)
-
-    def _answers(self, model: PreTrainedModel, dense: Row | None) -> dict[str, Any] | None:
-        if self.asked is None:
-            return None
-        followed = None if dense is None else self.reference.follow(model)
-        original = self.job.resident.model
-        found = self.reference.itself() if followed is None else self.reference.judge(followed, original)
-        facts = {name: value for name, value in asdict(found).items() if name != "examples"}
-        return {**facts, "asked": [self.asked.answers, self.asked.answer_tokens]}
-
-    def _with_measures(self, row: Row, model: PreTrainedModel, name: str, dense: Row | None) -> Row:
-        from intarsia.evaluation.perplexity import perplexity
-
-        perplexities = {}
-        for text, corpus in self.texts.items():
-            found = perplexity(model, corpus)
-            perplexities[text] = {
-                "value": found.value,
-                "nll": found.nll,
-                "stderr": found.stderr if found.windows > 1 else None,  # one window has no scatter
-                "windows": found.windows,
-                "sha256": found.text_sha256,
-            }
-        return replace(
-            row,
-            perplexity=perplexities,
-            answers=self._answers(model, dense),
-            tasks=self._tasks(model, name, dense).to_dict() if self._wants_tasks(row.layers) else None,
-            speed=self._speed(model, dense) if self.evaluation.speed else None,
-        )
-
-    def _tasks(self, model: PreTrainedModel, name: str, dense: Row | None) -> TaskResults:
-        from intarsia.evaluation.results import TaskResults, retention
-        from intarsia.evaluation.tasks import score_tasks
-
-        assert self.tasks is not None
-        found = score_tasks(self.tasks, model, self.job.tokenizer, name=name)
-        if dense is None or dense.tasks is None:
-            return found
-        kept = TaskResults.from_dict(dense.tasks)
-        try:
-            return replace(found, retention=retention(kept.scores, found.scores, against=self.job.model))
-        except UserError as error:  # a metric that is no mean over items
-            progress.current().say(f"no retention: {error}")
-            return found
-
-    def _speed(self, model: PreTrainedModel, dense: Row | None) -> dict[str, Any]:
-        """Measured in turns with the original, so that other load on the machine affects both."""
-        from intarsia.evaluation.speed import compare_speed
-
-        models = {"this": model, **({} if dense is None else {"dense": self.job.resident.model})}
-        found = {name: asdict(speed) for name, speed in compare_speed(models).items()}
-        return {**found.pop("this"), **found}
-
-
-def _built_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
-    """Bytes of the weights that a build writes."""
-    architecture = checkpoint.architecture
-
-    def layer(index: int) -> int:
-        return sum(
-            checkpoint.headers[architecture.tensor_name(index, local)].nbytes
-            for local in architecture.layer_shapes(index)
-        )
-
-    outside = checkpoint.nbytes - sum(layer(index) for index in range(architecture.n_layers))
-    return outside + sum(layer(op.sources[0].layer) for op in recipe.layers)

@@ -281,7 +281,7 @@ class Evaluation:
         """
         from intarsia.evaluation.agreement import Asked
         from intarsia.evaluation.perplexity import eval_corpus
-        from intarsia.evaluation.tasks import plan_tasks
+        from intarsia.evaluation.tasks import TaskPlan
 
         check(
             (
@@ -296,11 +296,7 @@ class Evaluation:
             )
             for spec_of in spec.text
         }
-        tasks = None
-        if spec.tasks:
-            how: dict[str, Any] = {"include_path": spec.include_path, "chat": spec.chat_template}
-            tasks = plan_tasks(list(spec.tasks), limit=spec.limit, **how)
-            tasks.check_tokens(job.tokenizer)
+        tasks = TaskPlan.of(spec, job.tokenizer)
         asked = Asked.of(spec, job.tokenizer, job.checkpoint.architecture.config, stream=job.runtime.stream)
         return cls(texts=texts, tasks=tasks, speed=spec.speed and not job.runtime.stream, asked=asked)
 
@@ -427,7 +423,8 @@ def _doubt(before: Measures, after: Measures) -> str | None:
         ratio = after.perplexity.value / before.perplexity.value
     if before.accuracy and after.accuracy is not None:
         kept = after.accuracy / before.accuracy
-    return doubt(before.answers, after.answers, perplexity=ratio, kept=kept)
+    agreement, loops = after.answers.agreement.value, after.answers.loops.value
+    return doubt(agreement, loops, more_loops=loops - before.answers.loops.value, perplexity=ratio, kept=kept)
 
 
 def _healed(healed: Healed | None, pruned: Recipe, before: Measures, after: Measures) -> dict[str, Any] | None:

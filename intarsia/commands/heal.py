@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from intarsia.building.loaded_model import LoadedModel
     from intarsia.checkpoint.reader import Checkpoint
     from intarsia.data.corpus import Corpus
-    from intarsia.evaluation.agreement import Asked
-    from intarsia.healing.pipeline import HealContext, Healed
+    from intarsia.healing.pipeline import Healed
     from intarsia.recipe.recipe import Recipe
 
 _HELD_OUT, _MOST_HELD_OUT = 16, 16_384
@@ -81,9 +80,12 @@ class HealResult(Result):
     # What the stages themselves report.
     details: dict[str, list[dict[str, Any]]]
     recipe_sha256: str
-    # A row for the original, the model as it came, and as it is healed: agreement with the original's answers, and how
-    # its own are; empty where it is not measured.
+    # A row for the original, the model as it came, and as it is healed: perplexity of the held-out text, agreement with
+    # the original's answers, and how its own are; empty where it is not measured.
     answers: tuple[dict[str, Any], ...] = ()
+    # One sentence, where perplexity looks well and the answers do not.
+    warning: str | None = None
+    report: Path | None = None
     seconds: float
     peak_memory_bytes: int
     # What was sent to the hub.
@@ -124,8 +126,10 @@ def heal(
     """
     from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_no_input, check_out
+    from intarsia.commands.heal_measures import Measured, report
     from intarsia.commands.job import keep_written
     from intarsia.commands.recipes import build_recipe
+    from intarsia.commands.report import REPORT
     from intarsia.evaluation.agreement import Asked
     from intarsia.evaluation.perplexity import eval_corpus
     from intarsia.evaluation.speed import peak_memory_bytes
@@ -205,7 +209,9 @@ def heal(
             batch_tokens=runtime.batch_tokens,
         )
         healed = run_stages(context, recipe, chosen)
-        answers = _answers(context, healed, asked, seed=text.seed, key=subject.sha256) if main else ()
+        measured = None
+        if main and asked is not None:
+            measured = Measured.of(context, healed, asked, seed=text.seed, key=subject.sha256)
 
         # Build, over the models that the recipe was given with.
         account = healed.recipe.provenance["heal"] | {
@@ -214,7 +220,8 @@ def heal(
         given = subject.recipe
         final = replace(given, fitted=healed.recipe.fitted, provenance={**given.provenance, "heal": account})
         if main:
-            build_recipe(final, out.path, overwrite=out.overwrite, max_shard_bytes=out.shard_bytes)
+            built = build_recipe(final, out.path, overwrite=out.overwrite, max_shard_bytes=out.shard_bytes)
+            report(built, final, subject.base, measured, held_out)
             forget(run.path)
         wait()
     result = HealResult(
@@ -226,7 +233,9 @@ def heal(
         layers=_layers(given, healed),
         details={result.stage: result.details for result in healed.stages[1:]},
         recipe_sha256=schema.content_hash(final),
-        answers=answers,
+        answers=() if measured is None else measured.table,
+        warning=None if measured is None else measured.warning,
+        report=out.path / REPORT if main else None,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
     )
@@ -383,24 +392,6 @@ def _seen_tokens(recipe: Recipe, corpus: Corpus, seed: int) -> int:
     same = {"text": corpus.description, "seq_len": corpus.seq_len, "seed": seed}
     fits = bool(recipe.fitted) and all(said.get(name) == value for name, value in same.items())
     return int(said.get("tokens", 0)) if fits else 0
-
-
-def _answers(
-    context: HealContext, healed: Healed, asked: Asked | None, *, seed: int, key: str
-) -> tuple[dict[str, Any], ...]:
-    """Agreement of the model as it came, and as it is healed."""
-    from intarsia.building.assembled import assembled
-
-    if asked is None:
-        return ()
-    original = context.resident.model
-    reference = asked.answered(original, seed=seed, key=key)
-    rows = [{"model": "original", **reference.itself().measures()}]
-    first, last = healed.stages[0].recipe, healed.recipe
-    for name, recipe in [("as it came", first), *([("healed", last)] if healed.taken else [])]:
-        found = reference.judge(reference.follow(assembled(recipe, context.resident)), original)
-        rows.append({"model": name, **found.measures()})
-    return tuple(rows)
 
 
 def _layers(recipe: Recipe, healed: Healed) -> tuple[dict[str, Any], ...]:

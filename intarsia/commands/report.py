@@ -42,7 +42,11 @@ class ReportResult(Result):
 def report(
     *runs: Annotated[
         Path,
-        Flag(metavar="RUN", commas=False, help="Run folders, comparisons, and models that intarsia has built."),
+        Flag(
+            metavar="RUN",
+            commas=False,
+            help="Run folders, comparisons, models that intarsia has built, files of `bench --json`.",
+        ),
     ],
     out: Annotated[Path, Flag(names=("--out", "-o"), metavar="FILE", help="The HTML file.")] = Path("report.html"),
     generate: Annotated[bool, Flag(help="Show answers of each model and its original to some prompts.")] = False,
@@ -109,7 +113,8 @@ def _side_by_side(
     from intarsia.checkpoint.resolve import open_checkpoint
     from intarsia.commands.job import load_tokenizer
     from intarsia.commands.recipes import open_variants
-    from intarsia.evaluation.agreement import Prompts, greedy_answers, side_by_side
+    from intarsia.evaluation.answers import greedy_answers, side_by_side
+    from intarsia.evaluation.prompts import Prompts
     from intarsia.reporting.model_report import parted
 
     dense, small = open_variants(recipe)[recipe.base], open_checkpoint(str(folder))

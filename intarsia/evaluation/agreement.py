@@ -12,139 +12,25 @@ Shape suffixes: `B` prompts of a batch, `T` tokens, `V` vocabulary, `M` tokens o
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from intarsia.activations.loss import Likeliest
-from intarsia.data.chat import learn_turns, prompt_of
-from intarsia.data.conversations import Conversation
-from intarsia.data.corpus import check_ids
-from intarsia.data.self_text import Sampling, row_bytes, rows_at_once, self_corpus, write_on
-from intarsia.data.sources import documents, parse
 from intarsia.errors import UserError, check
+from intarsia.evaluation.answers import greedy_answers, loops, side_by_side
 from intarsia.evaluation.likelihood import Request, batches_of, score_batch
 from intarsia.evaluation.perplexity import ratio_stderr
+from intarsia.evaluation.prompts import Ids, Prompts
 from intarsia.evaluation.results import Agreement, Metric
 from intarsia.evaluation.run_rows import default_batch_tokens, evaluating, forward_of
 from intarsia.options import AnswerSpec
-from intarsia.progress import current
 
-_PROMPT = 32  # tokens of a prompt, where the model writes running text
-_QUESTION = 64  # most tokens of a question that the model writes
-_SEED = 7919  # apart from the calibration text's
 _EXAMPLES = 4
-_REPEATS, _LEAST = 3, 12  # a loop has a passage three times, in at least so many tokens
-
-Ids = tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """Prompts as tokens, ready to be answered."""
-
-    ids: tuple[Ids, ...]
-    # For a person: the questions alone.
-    texts: tuple[str, ...]
-    # Tokens that end an answer.
-    enders: frozenset[int]
-    source: str
-
-    @property
-    def sha256(self) -> str:
-        """The hash of their tokens."""
-        return hashlib.sha256(repr(self.ids).encode()).hexdigest()
-
-    @classmethod
-    def of(cls, given: Iterable[str | Conversation], tokenizer: Any, *, source: str) -> Prompts:
-        """Questions, or conversations up to their last question, as the model's chat template writes them."""
-        known = list(given)
-        written = [prompt_of(each, tokenizer) for each in known]
-        return cls(
-            ids=tuple(tuple(tokenizer(text, add_special_tokens=special)["input_ids"]) for text, special in written),
-            texts=tuple(each if isinstance(each, str) else each.question for each in known),
-            enders=_enders(tokenizer),
-            source=source,
-        )
-
-    @classmethod
-    def read(cls, spec: str, tokenizer: Any, *, n: int, answer_tokens: int, positions: int | None) -> Prompts:
-        """The first prompts of a file: a .txt has one a line; of a conversation, all before the last answer.
-
-        Args:
-            positions: of the model; None where it has no limit.
-
-        Raises:
-            UserError: the file cannot be read, or a prompt with its answer is too long for the model.
-        """
-        found = cls.of(islice(_lines(spec), n), tokenizer, source=spec)
-        for number, each in enumerate(found.ids, start=1):
-            check_ids(max(each, default=0), tokenizer, f"Prompt {number} of {spec}")
-            check(
-                (bool(each), f"Prompt {number} of {spec} has no token.", "Leave it out."),
-                (
-                    positions is None or len(each) + answer_tokens <= positions,
-                    f"Prompt {number} of {spec} has {len(each)} tokens and an answer up to {answer_tokens}; the model "
-                    f"has {positions} positions.",
-                    "Shorten it, or give fewer --answer-tokens.",
-                ),
-            )
-        return found
-
-    @classmethod
-    def written(cls, model: Any, tokenizer: Any, *, n: int, seed: int, longest: int, key: str | None) -> Prompts:
-        """Prompts that a model writes: questions of a user, or beginnings of texts where it has no chat template.
-
-        Args:
-            model: or a function that loads it.
-            longest: most tokens of a prompt.
-            key: the hash of its weights, under which they are kept; None keeps nothing.
-        """
-        turns = learn_turns(tokenizer)
-        around = 0 if turns is None else len(turns.opening) + len(turns.to_assistant)
-        if longest < around + 8:
-            turns, around = None, 0
-        question = max(1, min(_PROMPT if turns is None else _QUESTION, longest - around))
-        corpus = self_corpus(
-            model,
-            tokenizer,
-            n=n,
-            seq_len=max(2, around + question),
-            seed=seed + _SEED,
-            cache_key=key,
-            sampling=Sampling(longest_question=question),
-        )
-        rows, start = [tuple(row) for row in corpus.input_ids.tolist()], 0
-        answer: Ids = ()
-        if turns is not None:
-            start, answer = len(turns.opening), turns.to_assistant
-            rows = [row[: row.index(answer[0], start)] for row in rows if answer[0] in row[start:]]
-        return cls(
-            ids=tuple((*row, *answer) for row in rows),
-            texts=tuple(tokenizer.decode(row[start:], skip_special_tokens=True) for row in rows),
-            enders=_enders(tokenizer),
-            source="written by the original",
-        )
-
-
-def _enders(tokenizer: Any) -> frozenset[int]:
-    turns, eos = learn_turns(tokenizer), tokenizer.eos_token_id
-    return turns.enders if turns is not None else frozenset(() if eos is None else (eos,))
-
-
-def _lines(spec: str) -> Iterator[str | Conversation]:
-    kind = parse(spec).kind
-    for document in documents(spec):
-        if isinstance(document, str) and kind == "text":
-            yield from (line for line in document.splitlines() if line.strip())
-        else:
-            yield document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,20 +140,6 @@ class Reference:
         }
 
 
-def side_by_side(tokenizer: Any, original: Ids, answer: Ids) -> dict[str, Any]:
-    """Two answers, each as the text that they share, the first token that differs, and the rest."""
-    pairs = zip(original, answer, strict=False)
-    same = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(original), len(answer)))
-
-    def parts(ids: Ids) -> list[str]:
-        shared, first, whole = (
-            tokenizer.decode(ids[:end], skip_special_tokens=True) for end in (same, same + 1, len(ids))
-        )
-        return [shared, first[len(shared) :], whole[max(len(first), len(shared)) :]]
-
-    return {"same_tokens": same, "original": parts(original), "new": parts(answer)}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """The prompts that models are asked, as far as they are known before the original is loaded."""
@@ -329,10 +201,14 @@ _WELL, _KEPT = 1.5, 0.9
 _LEAST_AGREEMENT, _MOST_LOOPS = 0.6, 0.25
 
 
-def doubt(before: Agreement, after: Agreement, *, perplexity: float | None, kept: float | None) -> str | None:
+def doubt(
+    agreement: float, loops: float, *, more_loops: float, perplexity: float | None, kept: float | None
+) -> str | None:
     """One sentence where perplexity or choices look well, and the answers do not; else None.
 
     Args:
+        agreement: the new model's.
+        loops: the share of its answers that loop, which is `more_loops` above the original's.
         perplexity: the new model's, as a multiple of the original's.
         kept: share of the original's accuracy on tasks.
     """
@@ -342,69 +218,9 @@ def doubt(before: Agreement, after: Agreement, *, perplexity: float | None, kept
         well = "accuracy"
     else:
         return None
-    agree, loop = after.agreement.value, after.loops.value
-    if agree >= _LEAST_AGREEMENT and loop - before.loops.value <= _MOST_LOOPS:
+    if agreement >= _LEAST_AGREEMENT and more_loops <= _MOST_LOOPS:
         return None
-    return f"answers differ more than {well} says: {agree:.0%} of tokens agree, {loop:.0%} loop"
-
-
-def greedy_answers(model: Any, tokenizer: Any, prompts: Prompts, answer_tokens: int) -> tuple[Ids, ...]:
-    """A model's likeliest answers, each with the token that ends it, or cut at its greatest length.
-
-    Prompts of similar length are answered side by side: in a row whose prompt is not over, its tokens come next.
-    """
-    known, found = prompts.ids, dict[int, Ids]()
-    order = sorted(range(len(known)), key=lambda number: len(known[number]))
-    longest = max(map(len, known)) + answer_tokens
-    size = rows_at_once(row_bytes(model, longest), Sampling())
-    forced = max(map(len, known)) - min(map(len, known))  # at most: rows wait for the longest prompt among them
-    with current().task("answers", total=len(known) * (answer_tokens + forced)) as task:
-        for start in range(0, len(order), size):
-            batch = [known[number] for number in order[start : start + size]]
-            rows = _greedy(model, len(tokenizer), batch, prompts.enders, answer_tokens, task)
-            found |= dict(zip(order[start : start + size], rows, strict=True))
-    return tuple(found[number] for number in range(len(known)))
-
-
-def _greedy(
-    model: Any, vocabulary: int, prompts: Sequence[Ids], enders: frozenset[int], answer_tokens: int, task: Any
-) -> list[Ids]:
-    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
-    ids_BT = torch.zeros(len(prompts), longest + answer_tokens, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, : len(prompt)] = torch.tensor(prompt)
-    ended = [False] * len(prompts)
-
-    def choose(logits_BV: Tensor, column: int) -> Tensor | None:
-        likeliest = logits_BV[:, :vocabulary].argmax(-1).tolist()
-        for row, prompt in enumerate(prompts):
-            if column < len(prompt):
-                likeliest[row] = prompt[column]
-            else:
-                ended[row] |= column >= len(prompt) + answer_tokens
-                if not ended[row]:
-                    ids_BT[row, column] = likeliest[row]
-                    ended[row] = likeliest[row] in enders
-        return None if all(ended) else torch.tensor(likeliest)
-
-    write_on(model, ids_BT, shortest, choose, task)
-    answers = []
-    for row, prompt in zip(ids_BT.tolist(), prompts, strict=True):
-        answer = row[len(prompt) : len(prompt) + answer_tokens]
-        end = next((index + 1 for index, token in enumerate(answer) if token in enders), len(answer))
-        answers.append(tuple(answer[:end]))
-    return answers
-
-
-def loops(answer: Ids, enders: frozenset[int]) -> bool:
-    """Whether an answer ends in repeating itself: it has not ended, and its last tokens are one passage three times."""
-    if not answer or answer[-1] in enders:
-        return False
-    for period in range(1, len(answer) // _REPEATS + 1):
-        tail = answer[-max(_REPEATS * period, _LEAST) :]
-        if len(tail) >= _LEAST and tail[period:] == tail[:-period]:
-            return True
-    return False
+    return f"answers differ more than {well} says: {agreement:.0%} of tokens agree, {loops:.0%} loop"
 
 
 def _batches(prompts: Prompts, answers: Sequence[Ids], model: Any) -> Iterator[Any]:

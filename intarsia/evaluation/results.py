@@ -1,8 +1,9 @@
 """Scores on tasks, item by item, and how much of one model's accuracy another one keeps.
 
 Where one number stands for a task (`TaskScore.primary`), it is `acc_norm` if the task has it, else `acc`, else the
-first metric: lm-eval's tasks define `acc_norm` where choices differ in length (ARC, HellaSwag, OpenBookQA, PIQA), and
-only `acc` where they do not (WinoGrande, MMLU).
+match of the last number (GSM8K's other metric wants the form of its examples too), else the first metric. lm-eval's
+tasks define `acc_norm` where choices differ in length (ARC, HellaSwag, OpenBookQA, PIQA), and only `acc` where they do
+not (WinoGrande, MMLU).
 
 Retention is the second model's accuracy divided by the first's, on the same items; above chance, both minus what
 guessing gives. Over several tasks it is the ratio of the means over tasks. The interval is a paired bootstrap: it holds
@@ -23,7 +24,7 @@ from pydantic import BeforeValidator, TypeAdapter
 
 from intarsia.errors import Problems, UserError
 
-_PREFERRED = ("acc_norm", "acc")
+_PREFERRED = ("acc_norm", "acc", "exact_match,flexible-extract")
 _DRAWS = 10_000
 _LEVELS = (2.5, 97.5)
 _MOST_UNSOUND = 1e-3  # share of draws with nothing to divide by; they are left out

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ import torch
 from intarsia.data.corpus import check_ids
 from intarsia.errors import Problems, UserError, check, missing_package
 from intarsia.evaluation.likelihood import Request, fit
-from intarsia.evaluation.results import Metric, TaskResults, TaskScore
+from intarsia.evaluation.results import TaskResults, TaskScore
 from intarsia.evaluation.run_rows import evaluating, score_requests
 from intarsia.evaluation.task_file import (
     Question,
@@ -37,13 +35,14 @@ from intarsia.evaluation.task_file import (
     read_solved,
     wants_text,
 )
+from intarsia.evaluation.task_scores import scores_of
+from intarsia.options import TextsAndTasks
 
 _SEED = 1234  # lm-eval's own for few-shot examples: with another one the prompts would differ from published ones
 _DRAWS = 1000  # for the standard error of metrics that are no mean
 _NEAREST = 5
 _MOST_WRITTEN = 256  # tokens of an answer
 _ROWS_WRITTEN = 8  # answers that are written side by side
-_SAME = 1e-9  # two ways to sum the same outcomes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +73,19 @@ class TaskPlan:
     num_fewshot: int | None
     # Write prompts as conversations, with the model's chat template.
     chat: bool = False
+
+    @classmethod
+    def of(cls, spec: TextsAndTasks, tokenizer: Any) -> TaskPlan | None:
+        """The tasks asked for, checked against a model's tokenizer; None for nothing.
+
+        Raises:
+            UserError: a task cannot be used.
+        """
+        if not spec.tasks:
+            return None
+        plan = plan_tasks(spec.tasks, limit=spec.limit, include_path=spec.include_path, chat=spec.chat_template)
+        plan.check_tokens(tokenizer)
+        return plan
 
     def check_tokens(self, tokenizer: Any) -> None:
         """Refuse items with a token that the model has no embedding of (`intarsia.data.corpus.limited`).
@@ -171,7 +183,7 @@ def score_tasks(
                 raise UserError(
                     f"lm-eval cannot run the task {task.name} on this model: {_first_line(error)}.", "Leave it out."
                 ) from error
-        scores += scores_of(task, answer)
+        scores += scores_of(task.name, answer, local=bool(task.questions))
     return TaskResults(
         model=name,
         scores=tuple(scores),
@@ -218,26 +230,14 @@ def load_tasks(
 
 def _local(name: str, questions: tuple[Question, ...]) -> Task:
     """Questions of a file as a task of lm-eval: a choice is scored as the continuation " " + choice of the query."""
-    _lm_eval()
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
-
     config = {
-        "task": name,
-        "custom_dataset": lambda **_: {"test": Dataset.from_list([each.model_dump() for each in questions])},
-        "test_split": "test",
         "output_type": "multiple_choice",
-        "doc_to_text": "query",
         "doc_to_choice": "choices",
         "doc_to_target": "gold",
         "num_fewshot": 0,
-        "metric_list": [
-            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
-        ],
+        "metric_list": [_mean("acc"), _mean("acc_norm")],
     }
-    with _quiet(), _own_chance():
-        task = ConfigurableTask(config=config)
-    return Task(name=name, found={"tasks": {name: task}, "groups": {}, "group_map": {}}, questions=questions)
+    return _task(name, {"test": questions}, config)
 
 
 def _solved(spec: str, limit: int | None, examples: int, *, chat: bool) -> Task:
@@ -245,10 +245,6 @@ def _solved(spec: str, limit: int | None, examples: int, *, chat: bool) -> Task:
 
     Its first items are the examples before each question, and are not scored.
     """
-    _lm_eval()
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
-
     name, items = read_solved(spec, limit=None if limit is None else limit + examples)
     check(
         (
@@ -257,30 +253,43 @@ def _solved(spec: str, limit: int | None, examples: int, *, chat: bool) -> Task:
             "Give fewer examples, or a longer file.",
         )
     )
-    parts = {"test": items[examples:], **({"train": items[:examples]} if examples else {})}
 
     def score(item: Mapping[str, Any], written: Sequence[str]) -> dict[str, float]:
         return {"exact_match": float(is_right(written[0], item["answer"]))}
 
-    config = {
-        "task": name,
-        "custom_dataset": lambda **_: {
-            part: Dataset.from_list([each.model_dump() for each in of]) for part, of in parts.items()
-        },
-        "test_split": "test",
+    config: dict[str, Any] = {
         "output_type": "generate_until",
-        "doc_to_text": "query",
         "doc_to_target": "answer",
         "process_results": score,
         "generation_kwargs": {"until": [] if chat else ["\n\n"], "max_gen_toks": _MOST_WRITTEN, "do_sample": False},
         "num_fewshot": examples,
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [_mean("exact_match")],
     }
+    parts = {"test": items[examples:]}
     if examples:
+        parts["train"] = items[:examples]
         config |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
+    return _task(name, parts, config)
+
+
+def _mean(metric: str) -> dict[str, Any]:
+    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+
+
+def _task(name: str, parts: Mapping[str, Sequence[Question | Solved]], config: Mapping[str, Any]) -> Task:
+    """Items of a file as a task of lm-eval, which asks the part `test`."""
+    _lm_eval()
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    def data(**_: Any) -> dict[str, Any]:
+        return {part: Dataset.from_list([each.model_dump() for each in items]) for part, items in parts.items()}
+
+    whole = {"task": name, "custom_dataset": data, "test_split": "test", "doc_to_text": "query", **config}
     with _quiet(), _own_chance():
-        task = ConfigurableTask(config=config)
-    return Task(name=name, found={"tasks": {name: task}, "groups": {}, "group_map": {}}, questions=items[examples:])
+        task = ConfigurableTask(config=whole)
+    found = {"tasks": {name: task}, "groups": {}, "group_map": {}}
+    return Task(name=name, found=found, questions=tuple(parts["test"]))
 
 
 def _lm_eval() -> Any:
@@ -385,90 +394,3 @@ def _own_chance() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def scores_of(task: Task, answer: Mapping[str, Any]) -> list[TaskScore]:
-    """Scores from lm-eval's results, with every item's (`samples`).
-
-    Returns:
-        One score for a task, or for a group with a mean of its own; else one for every task in it.
-    """
-    parts = [_score(name, answer, local=bool(task.questions)) for name in answer["samples"]]
-    metrics = _metrics(answer.get("groups", {}).get(task.name, {}))
-    return [_group_score(task.name, metrics, parts, answer)] if metrics else parts
-
-
-def _score(name: str, answer: Mapping[str, Any], *, local: bool) -> TaskScore:
-    samples = answer["samples"][name]
-    metrics = _metrics(answer["results"][name])
-    items = list({sample["doc_id"]: sample for sample in samples}.values())  # with several filters a sample a filter
-    chance = None
-    if answer["configs"][name].get("output_type") == "multiple_choice":
-        asked = 2 if any("acc_mutual_info" in item["metrics"] for item in items) else 1  # each choice, also alone
-        chance = sum(asked / len(item["arguments"]) for item in items) / len(items)
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(f"{item['doc_hash']} {item['target_hash']} {item['arguments']!r}\n".encode())
-    return TaskScore(
-        name=name,
-        metrics=metrics,
-        n=len(items),
-        chance=chance,
-        outcomes=_outcomes(metrics, samples),
-        items_sha256=digest.hexdigest(),
-        source="local" if local else f"lm-eval {version('lm_eval')}",
-        version=None if local else str(answer["versions"].get(name)),
-    )
-
-
-def _group_score(
-    name: str, metrics: Mapping[str, Metric], parts: Sequence[TaskScore], answer: Mapping[str, Any]
-) -> TaskScore:
-    """A group as lm-eval aggregates it. Items are those of all its tasks; a metric keeps their outcomes if it is their
-    mean (weighted by size, as MMLU's)."""
-    parts = sorted(parts, key=lambda part: part.name)
-    n = sum(part.n for part in parts)
-    outcomes = {}
-    for metric, whole in metrics.items():
-        if all(metric in part.outcomes for part in parts):
-            joined = tuple(value for part in parts for value in part.outcomes[metric])
-            if abs(sum(joined) / n - whole.value) < _SAME:
-                outcomes[metric] = joined
-    known = [part.chance * part.n for part in parts if part.chance is not None]
-    items = "\n".join(f"{part.name} {part.items_sha256}" for part in parts)
-    return TaskScore(
-        name=name,
-        metrics=metrics,
-        n=n,
-        chance=sum(known) / n if len(known) == len(parts) else None,
-        outcomes=outcomes,
-        items_sha256=hashlib.sha256(items.encode()).hexdigest(),
-        source=parts[0].source,
-        version=str(answer["versions"].get(name)),
-    )
-
-
-def _metrics(row: Mapping[str, Any]) -> dict[str, Metric]:
-    """`acc,none` and `acc_stderr,none` become `acc`; a filter's name stays: `exact_match,flexible-extract`."""
-    found = {}
-    for key, value in row.items():
-        metric, comma, chosen = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-            continue
-        error = row.get(f"{metric}_stderr,{chosen}")
-        stderr = float(error) if isinstance(error, int | float) and np.isfinite(error) else None
-        found[metric if chosen == "none" else key] = Metric(value=float(value), stderr=stderr)
-    return found
-
-
-def _outcomes(metrics: Mapping[str, Metric], samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, ...]]:
-    """Item by item, for every metric that is the mean of them."""
-    found = {}
-    for name, metric in metrics.items():
-        key, _, chosen = name.partition(",")
-        values = [sample.get(key) for sample in samples if sample["filter"] == (chosen or "none")]
-        if values and all(isinstance(value, int | float | np.number) for value in values):
-            numbers = tuple(float(value) for value in values if value is not None)
-            if abs(sum(numbers) / len(numbers) - metric.value) < _SAME:
-                found[name] = numbers
-    return found

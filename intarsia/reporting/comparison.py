@@ -25,7 +25,13 @@ SETTINGS = "compare.json"
 ROWS = "rows.jsonl"
 DENSE = "dense"
 MEAN = "mean"
-ANSWERS = {"agreement": "agreement", "next-token KL": "kl", "answers that loop": "loops"}
+ANSWERS = {
+    "agreement": "agreement",
+    "next-token KL": "kl",
+    "answers that loop": "loops",
+    "tokens of an answer": "length",
+    "perplexity of answers": "perplexity",
+}
 """Columns of the table, and what they are in a row's answers."""
 
 Key = tuple[str, int, str]
@@ -39,7 +45,8 @@ Measure = Mapping[str, Any]
 class Row:
     """One model of a comparison."""
 
-    # The planner's name, with its changed settings where there are any; `dense` for the original.
+    # The planner's name, with its changed settings where there are any; `dense` for the original; the name of a model
+    # that existed already.
     method: str
     layers: int
     # `none` or `closed-form`.
@@ -48,7 +55,7 @@ class Row:
     bytes: int | None = None
     # By name of the text: `value`, `nll`, `stderr`, `windows`, `sha256`.
     perplexity: Mapping[str, Measure] = field(default_factory=dict)
-    # The fields of `evaluation.results.Agreement`, without examples.
+    # The fields of `evaluation.results.Agreement`.
     answers: Mapping[str, Any] | None = None
     # `TaskResults.to_dict()`.
     tasks: Mapping[str, Any] | None = None
@@ -62,6 +69,8 @@ class Row:
     # Its recipe, relative to the folder; None where the method did not reach this depth.
     recipe: str | None = None
     recipe_sha256: str | None = None
+    # Of the weights of a model that existed already.
+    weights_sha256: str | None = None
     # A remark on it, or why the method did not reach this depth.
     note: str | None = None
 
@@ -72,8 +81,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The method, and whether it was healed."""
-        return self.method if self.heal == "none" else f"{self.method}, healed"
+        """The method, and how it was healed."""
+        return self.method if self.heal == "none" else f"{self.method}, {self.heal}"
 
     @property
     def full_name(self) -> str:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from intarsia.errors import UserError
 from intarsia.recipe import schema
 from intarsia.reporting import comparison
-from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Table, Tile
+from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Table, Tile, Written
 from intarsia.reporting.comparison import ANSWERS, DENSE, MEAN, Comparison, Measure, Row
 from intarsia.reporting.figures import Axis, Interval, Point, Series, chart, intervals, layers_axis, standalone
 from intarsia.reporting.puzzle import pieces_of, puzzle_svg
@@ -154,7 +154,8 @@ def _tiles(found: Comparison) -> list[Tile]:
         if rows:
             best = min(rows, key=lambda row: float(row.perplexity[text]["value"]))
             value = short(best.perplexity[text]["value"])
-            tiles.append(Tile(name=f"best at {layers} layers", now=value, change=best.name))
+            agree = "" if best.answers is None else f", agreement {best.answers['agreement']['value']:.3f}"
+            tiles.append(Tile(name=f"best at {layers} layers", now=value, change=f"{best.name}{agree}"))
     return tiles
 
 
@@ -182,7 +183,34 @@ def _agreement(found: Comparison) -> list[Section]:
     intro = (
         "How often the next token is the original's along its own answers, and how many of a model's own answers end "
     )
-    return [Section(title="Answers", blocks=blocks, intro=f"{intro}in repeating themselves.")]
+    sections = [Section(title="Answers", blocks=blocks, intro=f"{intro}in repeating themselves.")]
+    if written := _written(found):
+        title = "Answers side by side"
+        sections.append(
+            Section(
+                title=title,
+                blocks=written,
+                intro="By greedy decoding. Grey is what the original "
+                "answers too; marked is the first token that differs.",
+            )
+        )
+    return sections
+
+
+def _written(found: Comparison) -> list[Written]:
+    """What the models of every depth answer to the first prompt."""
+    blocks = []
+    for layers in sorted({row.layers for row in found.rows if row.method != DENSE}, reverse=True):
+        shown = {
+            row.name: row.answers["examples"][0]
+            for row in found.rows
+            if row.layers == layers and row.method != DENSE and row.answers and row.answers.get("examples")
+        }
+        for example in list(shown.values())[:1]:
+            original = ("original", ["".join(example["original"]), "", ""])
+            answers = [original, *((name, each["new"]) for name, each in shown.items())]
+            blocks.append(Written(prompt=f"{layers} layers: {example['prompt']}", answers=answers))
+    return blocks
 
 
 def _tasks(found: Comparison) -> list[Section]:

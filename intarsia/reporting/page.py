@@ -22,7 +22,7 @@ from markupsafe import Markup
 from intarsia import __version__
 from intarsia.disk import write_whole
 from intarsia.errors import Problems, UserError
-from intarsia.reporting import comparison_report, model_report, plan_report, tailor_report
+from intarsia.reporting import bench_report, comparison_report, model_report, plan_report, tailor_report
 from intarsia.reporting.blocks import Ladder, Section, Subject, Written
 from intarsia.reporting.figures import variables
 from intarsia.reporting.plan_report import ladder_figure
@@ -35,15 +35,17 @@ _KINDS: Sequence[tuple[Callable[[Path], bool], Callable[[Path], Subject]]] = (
     (is_tailor_run, tailor_report.read),
     (plan_report.is_plan_run, plan_report.read),
     (model_report.is_model_folder, model_report.read),
+    (bench_report.is_bench, bench_report.read),
 )
-"""For each kind of folder: what recognises it, and what reads it."""
+"""For each kind of folder or file: what recognises it, and what reads it."""
 
 
 def write_report(paths: Sequence[Path], out: Path, *, generations: Generations | None = None) -> None:
     """Write the report of some runs; the file appears whole or stays as it was.
 
     Args:
-        paths: run folders of `plan` and `tailor`, comparisons, and model folders that intarsia has built.
+        paths: run folders of `plan` and `tailor`, comparisons, model folders that intarsia has built, and what
+            `bench --json` printed.
         generations: what models generated, by the path of their folder.
 
     Raises:
@@ -151,7 +153,8 @@ def _subject(path: Path, generations: Generations) -> Subject:
         if known(path):
             return read(path)
     raise UserError(
-        f"{path} is no run folder of `plan` or `tailor`, no comparison, and no model that intarsia has built."
+        f"{path} is no run folder of `plan` or `tailor`, no comparison, no model that intarsia has built, and not what "
+        "`bench --json` printed."
         if path.exists()
         else f"There is no folder {path}.",
         "Give the folder of a run; for a healing, the model that it wrote.",

@@ -105,13 +105,25 @@ def test_a_model_is_its_own_best_draft(model_folder: Folder, tmp_path: Path) -> 
     assert poor.acceptance < found.acceptance and poor.tokens_per_pass >= 1.0
 
 
+def test_the_row_of_a_draft_in_a_report(shallow: str, tmp_path: Path, command: Command) -> None:
+    words = ["bench", shallow, "--prompt-len", "4", "--new-tokens", "3", "--repeats", "1", "--draft", shallow, "--json"]
+    (tmp_path / "bench.json").write_text(command(*words).out)
+    draft = json.loads((tmp_path / "bench.json").read_text())["draft"]
+    intarsia.report(tmp_path / "bench.json", out=tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<h3>As a draft</h3>" in page and f"{draft['assisted_per_s']:.4g}"[:4] in page
+    (tmp_path / "bench.json").write_text('{"rows": [{}], "repeats": 1, "draft": null}')
+    with pytest.raises(UserError, match=r"bench\.json: expected what `bench --json` printed"):
+        intarsia.report(tmp_path / "bench.json", out=tmp_path / "other.html")
+
+
 def test_a_draft_must_have_the_same_tokens(model_folder: Folder, tmp_path: Path) -> None:
     folder = str(model_folder("llama"))
     other = families.save(families.make_model("llama"), tmp_path / "other")
     tokenizer = families.make_tokenizer()
     tokenizer.add_tokens(["<|more|>"])
     tokenizer.save_pretrained(other)
-    with pytest.raises(UserError, match="other has another tokenizer than"):
+    with pytest.raises(UserError, match=f"^{other} has another tokenizer than {folder}\\."):
         intarsia.bench(folder, draft=str(other))
     with pytest.raises(UserError, match="--draft is given with several models"):
         intarsia.bench(folder, folder, draft=folder)

@@ -22,6 +22,7 @@ from intarsia.options import AnswerSpec, EvalSpec, NewModel, Output, Target, Tex
 from intarsia.pruning.ladder import Ladder
 from intarsia.recipe import schema
 from intarsia.registry import planners
+from intarsia.reporting.comparison import ANSWERS
 from tests import families
 from tests.conftest import Folder
 from tests.killing import kill_within, needs_proc
@@ -67,7 +68,7 @@ def compare(model: str, out: Path, **given: Any) -> CompareResult:
     names = {"eval_text": "text", "eval_windows": "windows"}
     for name, value in given.items():
         if name not in ("calibration", "tokens", "seq_len", "seed", "dry_run"):
-            parts[name not in ("methods", "layers", "heal")][names.get(name, name)] = value
+            parts[name not in ("methods", "layers", "heal", "models")][names.get(name, name)] = value
     spec = text_of(given)
     return verb.compare(
         model,
@@ -138,8 +139,8 @@ def test_the_numbers_are_those_of_the_stages_one_by_one(
                     assert row["tasks"]["scores"][0][key] == alone.to_dict()["scores"][0][key]
                 assert alone.retention is not None
                 assert row["tasks"]["retention"]["mean"] == asdict(alone.retention)["mean"]
-    assert rows["laco[laco-merge=3]", 5, "none"]["note"] == "a ladder of its own"
-    assert rows["laco[laco-merge=3]", 4, "none"]["note"] is None
+    assert rows["laco[laco-merge=3]", 5, "none"]["note"].startswith("a ladder of its own; answers differ more than")
+    assert rows["laco[laco-merge=3]", 4, "none"]["note"].startswith("answers differ more than perplexity says: ")
     assert Ladder(out / "plans" / "laco-laco-merge-3-to-003").depths() == [4, 3]
     assert Ladder(out / "plans" / "laco-laco-merge-3-to-005").depths() == [5]
     assert Ladder(out / "plans" / "come").depths() == [5, 4, 3]
@@ -181,13 +182,21 @@ def test_what_stands_beside_the_rows(model_folder: Folder, halves: Sizes, text_f
     answers = rows["shortgpt", 5, "none"]["answers"]
     assert rows["dense", 6, "none"]["answers"]["agreement"]["value"] == float(table[0]["agreement"]) == 1.0
     assert float(table[1]["agreement"]) == answers["agreement"]["value"] < 1.0
-    assert float(table[1]["answers that loop"]) == answers["loops"]["value"]
     intarsia.build(out / "plans" / "shortgpt", tmp_path / "five", layers=5)
     alone = intarsia.evaluate_agreement(
         str(tmp_path / "five"), str(model_folder("llama")), AnswerSpec(answers=4)
     ).agreement
-    assert answers["agreement"]["value"] == alone.agreement.value and answers["sha256"] == alone.sha256
-    assert "<h3>Answers</h3>" in (out / "report.html").read_text(encoding="utf-8")
+    assert answers == {**json.loads(json.dumps(asdict(alone))), "asked": [4, 64]}
+    assert result.rows is not None
+    for column, name in ANSWERS.items():
+        assert float(table[1][column]) == answers[name]["value"]
+        assert float(table[1][f"{column} stderr"]) == answers[name]["stderr"]
+        assert result.rows[1][column] == {"value": answers[name]["value"], "stderr": answers[name]["stderr"]}
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "<h3>Answers</h3>" in page and "<h3>Answers side by side</h3>" in page
+    assert f"5 layers: {answers['examples'][0]['prompt']}" in page and "4 layers: " in page
+    agreements = [rows[name, 5, "none"]["answers"]["agreement"]["value"] for name in ("shortgpt", "reverse")]
+    assert any(f", agreement {value:.3f}" in page for value in agreements)
     assert (out / "table.md").read_text(encoding="utf-8").count("\n") == 2 + 5
     assert all(file.stat().st_size > 0 for file in result.files)
 
@@ -198,12 +207,14 @@ def test_a_method_that_stops_early_has_rows_that_say_why(model_folder: Folder, h
     for _ in range(2):  # and the second time it is known
         compare(model, out, methods=methods, layers=[3, 2], **halves)
     rows = rows_of(out)
-    assert len((out / "rows.jsonl").read_text(encoding="utf-8").splitlines()) == len(rows) + 1  # dense told its cost
+    assert (
+        len((out / "rows.jsonl").read_text(encoding="utf-8").splitlines()) == len(rows) + 1
+    )  # the original's again, with its cost
     for layers in (3, 2):
         row = rows["taylor+", layers, "none"]
         assert row["note"].startswith("not reached: this method never drops the first 4")
         assert (row["recipe"], row["parameters"], row["perplexity"]) == (None, None, {})
-    assert rows["come[no-repeat=true]", 3, "none"]["note"] is None
+    assert "not reached" not in (rows["come[no-repeat=true]", 3, "none"]["note"] or "")
     assert "not reached" in rows["come[no-repeat=true]", 2, "none"]["note"]
     assert "not reached" in (out / "table.md").read_text(encoding="utf-8")
 
@@ -222,7 +233,7 @@ def test_methods_share_a_pass(model_folder: Folder, halves: Sizes, tmp_path: Pat
     ]
     result = compare(model, tmp_path / "compare", methods=methods, layers=[4], **halves)
     rows = rows_of(tmp_path / "compare")
-    assert result.passes == 2  # one of them behind the final norm
+    assert result.passes == 2  # one of them after the final norm
     assert result.shared_layer_forwards == rows["dense", 6, "none"]["layer_forwards"] == 12
     assert result.layer_forwards == pytest.approx(sum(row["layer_forwards"] for row in rows.values()) - 12)
     for name in ("shortgpt", "mka", "reverse"):
@@ -245,7 +256,7 @@ def test_more_may_be_asked_for_and_nothing_is_measured_twice(
         judged.append(len(recipe.layers))
         return assembled(recipe, resident)
 
-    monkeypatch.setattr("intarsia.building.assembled.assembled", counted)
+    monkeypatch.setattr("intarsia.commands.compare_rows.assembled", counted)
     compare(model, out, methods="sleb,sleb[racing=false]", layers=[5], **halves)
     assert judged == [5]  # two ways to one model
     rows = rows_of(out)
@@ -382,6 +393,13 @@ def test_input_that_cannot_be_used(model_folder: Folder, halves: Sizes, quiz: Pa
     assert refused(layers=[6, 0, 5]) == "--layers names 6, 0; the model has 6 layers."
     assert refused(tasks=[str(quiz)], task_layers=[9]) == "--task-layers names 9."
     assert refused(eval_text=[]) == "There is nothing to measure."
+    assert refused(methods=[], layers=[]) == "--methods names no method."
+    assert refused(methods=[]).splitlines()[-1] == "--layers is given without --methods."
+    assert refused(models=[f"come={model}"]) == "Two rows are called 'come'."
+    other, tokenizer = families.save(families.make_model("llama"), tmp_path / "other"), families.make_tokenizer()
+    tokenizer.add_tokens(["<|more|>"])
+    tokenizer.save_pretrained(other)
+    assert "has another tokenizer than" in refused(models=[str(other)])
     assert refused(eval_text=[halves["eval_text"]] * 2) == "Two --eval-text are called 'words'."
     for name in ("eval_text", "calibration"):
         assert "gone.txt" in refused(**{name: "gone.txt"})
@@ -503,6 +521,30 @@ def test_help_shows_how_options_of_methods_are_written(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         main.run(["compare", "--help"])
     assert "come-p[spans=1]" in "".join(capsys.readouterr())
+
+
+def test_models_that_exist_already(model_folder: Folder, halves: Sizes, quiz: Path, tmp_path: Path) -> None:
+    """Each has the row that its recipe has; one that has changed is measured again."""
+    model, out, five = str(model_folder("llama")), tmp_path / "compare", tmp_path / "five"
+    compare(model, out, methods="shortgpt", layers=[5], tasks=[str(quiz)], **halves)
+    intarsia.build(out / "plans" / "shortgpt", five, layers=5)
+    compare(model, out, models=[f"mine={five}", str(five)], tasks=[str(quiz)], **halves)
+    rows = rows_of(out)
+    assert set(rows) == {("dense", 6, "none"), ("shortgpt", 5, "none"), ("mine", 5, "none"), ("five", 5, "none")}
+    planned, mine = rows["shortgpt", 5, "none"], rows["mine", 5, "none"]
+    for name in ("perplexity", "answers", "parameters", "bytes"):
+        assert mine[name] == rows["five", 5, "none"][name] == planned[name]
+    assert mine["tasks"]["scores"] == planned["tasks"]["scores"]
+    assert mine["tasks"]["retention"]["mean"] == planned["tasks"]["retention"]["mean"]
+    lines = (out / "rows.jsonl").read_bytes()
+    compare(model, out, models=[f"mine={five}"], tasks=[str(quiz)], **halves)
+    assert (out / "rows.jsonl").read_bytes() == lines
+    other = families.save(families.make_model("llama", seed=3), tmp_path / "other")
+    compare(model, tmp_path / "alone", models=[f"mine={other}"], **halves)
+    facts = json.loads((tmp_path / "alone" / "compare.json").read_text(encoding="utf-8"))
+    assert facts["calibration"] is None  # nothing was calibrated, so no text was read
+    compare(model, out, models=[f"mine={other}"], **halves)
+    assert rows_of(out)["mine", 6, "none"]["perplexity"] == rows_of(tmp_path / "alone")["mine", 6, "none"]["perplexity"]
 
 
 def _setting(problem: Problem) -> str:

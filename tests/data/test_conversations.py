@@ -30,6 +30,11 @@ TEMPLATE = (
 )
 
 
+NO_COLUMN = (
+    r"(?s)a\.jsonl:1: expected messages, a question and its answer, a column `text`, or one string column; found "
+)
+
+
 def _jsonl(path: Path, *records: Any) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
@@ -60,6 +65,14 @@ def _written(spec: str, template: str | None = TEMPLATE) -> list[str]:
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, "i"]}, SAID[1]]}, TALK),
         (
             {
+                "messages": [
+                    {"role": each["role"], "content": [{"type": "text", "text": each["content"]}]} for each in SAID
+                ]
+            },
+            TALK,
+        ),
+        (
+            {
                 "messages": [SAID[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}],
                 "tools": [{"type": "function", "function": {"name": "add"}}],
             },
@@ -86,7 +99,7 @@ def test_every_form_of_a_row(tmp_path: Path, record: dict[str, Any], expected: s
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(Path(spec).read_bytes()))
     (tmp_path / "a.json").write_text(json.dumps([record]))
     assert _written(spec) == _written(f"{spec}.gz") == _written(str(tmp_path / "a.json")) == [expected]
-    if not any(isinstance(part, dict) and isinstance(part.get("content"), list) for part in record.get("messages", ())):
+    if len({type(each.get("content") or "") for each in record.get("messages", ())}) < 2:  # a column has one type
         pq.write_table(pa.Table.from_pylist([record]), tmp_path / "a.parquet")
         assert _written(str(tmp_path / "a.parquet")) == [expected]
 
@@ -170,8 +183,8 @@ def test_what_a_model_wrote_can_be_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"id": "a", "meta": {}, "n": 1, "note": "b"}], "string columns id, note.*#column=NAME"),
-        ([{"n": 1, "meta": {}}], r"no string column \(columns: n, meta\)"),
+        ([{"id": "a", "meta": {}, "n": 1, "note": "b"}], NO_COLUMN + r"the string columns id, note\..*#column=NAME"),
+        ([{"n": 1, "meta": {}}], NO_COLUMN + r"no string column \(columns: n, meta\)"),
         (
             [{"messages": SAID}, {"messages": [{"role": "narrator", "content": "x"}]}],
             r"a\.jsonl:2, message 1: expected a role: system, user, assistant or tool; found 'narrator'",
@@ -186,7 +199,7 @@ def test_what_a_model_wrote_can_be_read_again(tmp_path: Path) -> None:
         ([{"messages": SAID}, {"other": 1}], r"a\.jsonl:2: expected a column 'messages'; found the columns other"),
         (
             [{"prompt": "a", "response": ""}, {"prompt": "b", "response": None}],
-            "answers in column 'response'; found none",
+            r"a\.jsonl: expected answers in column 'response'; found none\.",
         ),
         ([{"messages": SAID, "tools": "{"}], "a JSON list in column 'tools'"),
         ([{"messages": [{"role": "user", "content": "\ud800"}]}], "lone surrogate"),
@@ -204,5 +217,7 @@ def test_bad_rows(tmp_path: Path, records: list[Any], message: str | None) -> No
 def test_a_template_that_refuses_a_row(tmp_path: Path) -> None:
     spec = _jsonl(tmp_path / "a.jsonl", {"messages": SAID}, {"messages": SAID[1:]})
     refusing = "{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}x"
-    with pytest.raises(UserError, match=r"a\.jsonl:2: the model's chat template refuses .*\(roles must alternate\)"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:2: .* chat template refuses this conversation \(roles must alternate\)\."
+    ):
         _written(spec, refusing)

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from intarsia.errors import UserError
-from intarsia.evaluation.agreement import Asked, Prompts, Reference, doubt, greedy_answers, loops, side_by_side
-from intarsia.evaluation.results import Agreement, Metric
+from intarsia.evaluation.agreement import Asked, Reference, doubt
+from intarsia.evaluation.answers import greedy_answers, loops, side_by_side
+from intarsia.evaluation.prompts import Prompts
+from intarsia.evaluation.results import Metric
 from intarsia.options import AnswerSpec
 from tests import families
 
@@ -92,19 +94,18 @@ def test_by_hand() -> None:
     )
 
 
-def test_a_random_model_agrees_by_chance() -> None:
-    """One in V next tokens, within four standard errors of a binomial."""
+def test_a_random_model_agrees_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in V next tokens: exactly, as the mean over all V ways to turn the numbers of its tokens around."""
     original, other = families.make_model("llama"), families.make_model("llama", seed=9)
-    tokenizer = families.make_tokenizer()
-    ids = tuple((5 + n, 6 + n % 7) for n in range(200))
-    prompts = Prompts(ids=ids, texts=("",) * 200, enders=frozenset(), source="random")
-    reference = Reference.of(original, tokenizer, prompts, answer_tokens=8)
-    found = reference.judge(reference.follow(other), original)
-    chance = 1 / families.VOCABULARY
-    assert found.tokens == 1600
-    # Greedy answers of a random model repeat themselves, so tokens are far from independent.
-    assert found.agreement.value < chance + 4 * math.sqrt(chance / 1600) + 4 * (found.agreement.stderr or 0.0)
-    assert found.kl.value > 0.01
+    reference = _reference(original, families.make_tokenizer())
+    monkeypatch.setattr("intarsia.evaluation.agreement.greedy_answers", lambda *_: reference.answers)
+    rows, agreed = other.lm_head.weight.detach().clone(), []
+    for turn in range(families.VOCABULARY):
+        other.lm_head.weight.data = rows.roll(turn, 0)
+        followed = reference.follow(other)
+        agreed.append(float(followed.agree_P.sum()) / sum(map(len, reference.answers)))
+        assert bool((followed.kl_P > 0.0).all())
+    assert sum(agreed) / families.VOCABULARY == pytest.approx(1 / families.VOCABULARY)
 
 
 @pytest.mark.parametrize(
@@ -210,9 +211,4 @@ def test_numbers_that_are_not_finite() -> None:
 def test_the_warning(
     agreement: float, loop: float, perplexity: float | None, kept: float | None, expected: str | None
 ) -> None:
-    def measured(agreement: float, loop: float) -> Agreement:
-        numbers = {name: Metric(value=1.0, stderr=None) for name in ("kl", "length", "perplexity")}
-        ours = {"agreement": Metric(value=agreement, stderr=0.01), "loops": Metric(value=loop, stderr=0.01)}
-        return Agreement(**numbers, **ours, prompts=1, tokens=1, source="", sha256="")
-
-    assert doubt(measured(1.0, 0.1), measured(agreement, loop), perplexity=perplexity, kept=kept) == expected
+    assert doubt(agreement, loop, more_loops=loop - 0.1, perplexity=perplexity, kept=kept) == expected

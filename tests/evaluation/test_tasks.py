@@ -1,4 +1,4 @@
-"""Tasks through lm-eval: local YAML over local files, and our own scores held against the harness's."""
+"""Tasks through lm-eval: local YAML over local files, and our own scores beside the harness's."""
 
 from __future__ import annotations
 
@@ -275,20 +275,67 @@ def test_a_task_without_items(tmp_path: Path) -> None:
         load_tasks(["quiz"], include_path=tmp_path)
 
 
-def test_a_task_that_writes_text(tmp_path: Path) -> None:
-    """What is not a log-likelihood is the harness's own work."""
-    write_task(tmp_path, "quiz", some_questions(3))
-    (tmp_path / "quiz.yaml").write_text(
-        (tmp_path / "quiz.yaml").read_text().split("output_type")[0]
-        + "output_type: generate_until\ntest_split: test\n"
-        + 'doc_to_text: "{{query}}"\ndoc_to_target: "{{choices[gold]}}"\n'
-        + "generation_kwargs:\n  until: ['.']\n  max_gen_toks: 3\n"
-        + "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
+def write_sums(folder: Path, items: Sequence[dict[str, str]]) -> None:
+    """A YAML task as lm-eval's gsm8k: examples of a training part, and two filters of what is written."""
+    for part, rows in (("train", items[:2]), ("test", items[2:])):
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "sums.yaml").write_text(
+        f"""
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: {folder}/train.jsonl, test: {folder}/test.jsonl}}, cache_dir: {folder}/cache}}
+output_type: generate_until
+training_split: train
+fewshot_split: train
+test_split: test
+doc_to_text: "Q: {{{{query}}}}\\nA:"
+doc_to_target: "{{{{answer}}}}"
+fewshot_config: {{sampler: first_n}}
+generation_kwargs: {{until: ["Q:"], max_gen_toks: 12, do_sample: false}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+filter_list:
+  - name: strict-match
+    filter: [{{function: regex, regex_pattern: "#### (.)"}}, {{function: take_first}}]
+  - name: flexible-extract
+    filter: [{{function: regex, regex_pattern: "(\\\\S)", group_select: -1}}, {{function: take_first}}]
+metadata: {{version: 1.0}}
+"""
     )
-    (task,) = load_tasks(["quiz"], include_path=tmp_path)
-    (score,) = run_task(task, families.make_model("llama"), families.make_tokenizer())
-    assert (score.primary, score.n, score.chance) == ("exact_match", 3, None)
-    assert score.outcomes == {"exact_match": (0.0, 0.0, 0.0)}
+
+
+def test_a_task_that_writes_text(tmp_path: Path) -> None:
+    """As gsm8k: with examples, a filter's name in each metric, and what another model keeps of it on the same items."""
+    tokenizer = families.make_tokenizer()
+    models = [families.make_model("llama", seed=seed) for seed in (0, 1)]
+    items = [{"query": query, "answer": "x"} for query in WORDS[:14]]
+    before = "".join(f"Q: {item['query']}\nA: {item['answer']}\n\n" for item in items[:2])
+    last: list[list[str]] = []  # the last character that each model writes
+    for model in models:
+        last.append([])
+        for item in items[2:]:
+            ids = torch.tensor([tokenizer(f"{before}Q: {item['query']}\nA:")["input_ids"]])
+            out = model.generate(input_ids=ids, do_sample=False, max_new_tokens=12, pad_token_id=1)
+            written = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).split("Q:")[0]
+            last[-1].append(written.strip()[-1:] or "[invalid]")
+    for number, (item, said) in enumerate(zip(items[2:], last[0], strict=True)):
+        item["answer"] = said if number % 3 else "never this"
+    write_sums(tmp_path, items)
+    plan = plan_tasks(["sums"], include_path=tmp_path, num_fewshot=2)
+    name = "exact_match,flexible-extract"
+    scores = [score_tasks(plan, model, tokenizer, name="tiny").scores[0] for model in models]
+    for score, said in zip(scores, last, strict=True):
+        assert score.outcomes[name] == tuple(
+            float(a == item["answer"]) for a, item in zip(said, items[2:], strict=True)
+        )
+        assert score.outcomes["exact_match,strict-match"] == (0.0,) * 12
+        assert (score.n, score.chance, score.version) == (12, None, "1.0")
+    assert scores[0].metrics[name].value == pytest.approx(8 / 12)
+    assert scores[0].primary == name
+    kept = retention(scores[:1], scores[1:], against="tiny").tasks[0]
+    assert kept.accuracy is not None and kept.accuracy.value == sum(scores[1].outcomes[name]) / 8
+    assert kept.metric == name and kept.n == 12 and kept.above_chance is None
+    assert kept.accuracy.low is not None and kept.accuracy.low <= kept.accuracy.value <= (kept.accuracy.high or 0.0)
 
 
 def test_random_numbers_of_others_stay(tmp_path: Path) -> None:

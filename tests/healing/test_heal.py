@@ -103,6 +103,17 @@ def test_losses_on_the_assistants_tokens(talk: bool, learned: tuple[Path, Recipe
     taken = any(stage["taken"] for stage in found.stages[1:])
     assert [row["model"] for row in found.answers] == ["original", "as it came", *(["healed"] if taken else [])]
     assert found.answers[0]["agreement"]["value"] == 1.0 and found.answers[1]["next_token_kl"]["value"] > 0.0
+    assert [row["perplexity"]["value"] for row in found.answers[1:]] == [
+        stage["held_out_perplexity"] for stage in (found.stages[0], found.stages[-1])[: 1 + taken]
+    ]
+    # The same as of the folder; the card and the report say it.
+    alone = intarsia.evaluate_agreement(tmp_path / "out", str(model), asked).agreement
+    last = found.answers[-1]
+    assert {name: last[name] for name in alone.measures()} == alone.measures()
+    card, page = ((tmp_path / "out" / name).read_text() for name in ("README.md", "report.html"))
+    assert f"| agreement | 1 ± 0 | {alone.agreement.value:.4g} ±" in card
+    assert "| perplexity | " in card and "<h3>Answers of both</h3>" in page and "<td>as it came</td>" in page
+    assert found.report == tmp_path / "out" / "report.html"
     plain = [replace(stage, loss_on="all") for stage in trained]
     other = verb.heal(tmp_path / "r.yaml", tmp_path / "all", text, stages=plain, evaluation=PerplexityTexts(answers=0))
     assert other.answers == ()

@@ -33,7 +33,7 @@ def test_rows_and_names(tmp_path: Path) -> None:
     ]
     assert found.dense is not None and found.dense.parameters == 30000
     assert (found.texts, found.tasks) == (("news",), ("piqa", "mine"))
-    assert found.rows[2].name == "come, healed"
+    assert found.rows[2].name == "come, closed-form"
     assert found.rows[1].score("piqa") == {"value": 0.5, "stderr": 0.02}
     assert found.rows[1].score("mean") == {"value": 0.5, "stderr": None}  # one of the tasks has no error
     assert found.rows[1].score("mine") == {"value": 0.5, "stderr": None}
@@ -118,7 +118,7 @@ def test_figures(tmp_path: Path, against: str, quality: str) -> None:
 def test_healed_points_are_hollow(tmp_path: Path) -> None:
     svg = figure(load(comparison(tmp_path / "run", ROWS)), against="layers", quality="news")
     hollow = re.findall(r'<use (?![^>]*fill="var)[^>]*stroke="var\(--s0\)"[^>]*><title>(.*?)</title>', svg)
-    assert hollow == ["come, healed, 27 layers: 40"]
+    assert hollow == ["come, closed-form, 27 layers: 40"]
     assert "dashed, hollow: healed" in svg
 
 

@@ -1,0 +1,225 @@
+"""Rows of a comparison: what is measured of each model, and what an earlier call has measured already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from intarsia import progress
+from intarsia.building.assembled import assembled
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.commands.compare_ladders import Rung
+from intarsia.commands.evaluate import load_whole
+from intarsia.commands.job import Job
+from intarsia.data.corpus import Corpus
+from intarsia.errors import UserError
+from intarsia.evaluation.agreement import Asked, Reference, doubt
+from intarsia.evaluation.perplexity import perplexity
+from intarsia.evaluation.results import TaskResults, retention
+from intarsia.evaluation.speed import compare_speed
+from intarsia.evaluation.tasks import TaskPlan, score_tasks
+from intarsia.recipe import schema
+from intarsia.recipe.recipe import Recipe
+from intarsia.reporting.comparison import DENSE, Key, Row, read_rows
+from intarsia.run_dir import Log
+
+if TYPE_CHECKING:
+    from intarsia.commands.compare import CompareEval
+
+
+class Rows:
+    """The measured rows, and the measuring of new ones.
+
+    Attributes:
+        dense_key: of the original's row.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        log: Log,
+        texts: Mapping[str, Corpus],
+        tasks: TaskPlan | None,
+        asked: Asked | None,
+        evaluation: CompareEval,
+    ) -> None:
+        """
+        Args:
+            log: a line for each row; of two about the same model the later one counts.
+            texts: what perplexity is measured on, by name.
+            tasks: what accuracy is measured on; None for nothing.
+            asked: the prompts that every model answers; None for none.
+        """
+        self.asked = asked
+        self.job, self.log, self.texts, self.tasks, self.evaluation = job, log, texts, tasks, evaluation
+        self.rows = {row.key: row for row in read_rows(log.path)}
+        self.dense_key: Key = (DENSE, job.checkpoint.architecture.n_layers, "none")
+
+    def has(self, key: Key) -> bool:
+        """Whether a row has all measures that this call asks for."""
+        return key in self.rows and self._is_whole(self.rows[key])
+
+    def has_model(self, name: str, job: Job) -> bool:
+        """The same of a model that existed already, while it has the same weights."""
+        row = self.rows.get((name, job.checkpoint.architecture.n_layers, "none"))
+        return row is not None and row.weights_sha256 == job.sha256 and self._is_whole(row)
+
+    def add(self, row: Row) -> None:
+        """Record a row."""
+        self._keep(row)
+        progress.current().say(row.line)
+
+    def add_shared(self, layer_forwards: float) -> None:
+        """Record the cost of the shared pass in the original's row; no method's row contains it."""
+        dense = self.rows[self.dense_key]
+        if layer_forwards > (dense.layer_forwards or 0.0):
+            self._keep(replace(dense, layer_forwards=layer_forwards))
+
+    def _keep(self, row: Row) -> None:
+        self.log.append(asdict(row))
+        self.rows[row.key] = row
+
+    def dense(self) -> Row:
+        """The row of the original."""
+        checkpoint, (method, layers, heal) = self.job.checkpoint, self.dense_key
+        row = Row(method=method, layers=layers, heal=heal, parameters=checkpoint.parameters, bytes=checkpoint.nbytes)
+        return self._with_measures(row, self.job.resident.model, self.job.model, dense=None)
+
+    def existing(self, name: str, job: Job) -> Row:
+        """The row of a model that existed already."""
+        checkpoint = job.checkpoint
+        row = Row(
+            method=name,
+            layers=checkpoint.architecture.n_layers,
+            parameters=checkpoint.parameters,
+            bytes=checkpoint.nbytes,
+            weights_sha256=job.sha256,
+        )
+        return self._doubted(self._with_measures(row, load_whole(job), name, dense=self.rows[self.dense_key]))
+
+    def measured(self, row: Row, rung: Rung, recipe: Recipe, path: Path, facts: Mapping[str, Any]) -> Row:
+        """The row of a recipe's model; the measures of an equal model in an earlier row are reused.
+
+        Args:
+            path: the recipe's file.
+            facts: of its healing.
+        """
+        checkpoint = self.job.checkpoint
+        row = replace(
+            row,
+            parameters=checkpoint.parameters - (recipe.depth - row.layers) * checkpoint.architecture.layer_parameters,
+            bytes=_built_bytes(recipe, checkpoint),
+            layer_forwards=rung.layer_forwards,
+            plan_seconds=rung.seconds,
+            recipe=path.relative_to(self.log.path.parent).as_posix(),
+            recipe_sha256=schema.content_hash(recipe),
+            **facts,
+        )
+        for other in self.rows.values():
+            if other.recipe_sha256 == row.recipe_sha256 and self._is_whole(other):
+                names = ("perplexity", "answers", "tasks", "speed")
+                return self._doubted(replace(row, **{name: getattr(other, name) for name in names}))
+        model = assembled(recipe, self.job.resident)
+        return self._doubted(self._with_measures(row, model, row.full_name, dense=self.rows[self.dense_key]))
+
+    def _doubted(self, row: Row) -> Row:
+        """A row that says where perplexity or tasks look well and the answers do not."""
+        dense, text = self.rows[self.dense_key], next(iter(self.texts), None)
+        if row.answers is None or dense.answers is None:
+            return row
+        ratio = None if text is None else row.perplexity[text]["value"] / dense.perplexity[text]["value"]
+        kept = row.tasks["mean"] / dense.tasks["mean"] if row.tasks and dense.tasks and dense.tasks["mean"] else None
+        loops = row.answers["loops"]["value"]
+        more = loops - dense.answers["loops"]["value"]
+        found = doubt(row.answers["agreement"]["value"], loops, more_loops=more, perplexity=ratio, kept=kept)
+        return replace(row, note="; ".join(filter(None, [row.note, found])) or None)
+
+    def _wants_tasks(self, layers: int) -> bool:
+        """Whether models of this depth are scored on tasks; the original is."""
+        depths = self.evaluation.task_layers
+        return self.tasks is not None and (depths is None or layers in (*depths, self.dense_key[1]))
+
+    def _is_whole(self, row: Row) -> bool:
+        if row.parameters is None:
+            return True  # there is no such model
+        tasks = row.tasks is not None or not self._wants_tasks(row.layers)
+        return tasks and self._is_answered(row) and (row.speed is not None or not self.evaluation.speed)
+
+    def _is_answered(self, row: Row) -> bool:
+        """Whether a row's answers are to the prompts that this call asks for."""
+        found, asked = row.answers, self.asked
+        if asked is None:
+            return True
+        if found is None or found["asked"] != [asked.answers, asked.answer_tokens]:
+            return False
+        return asked.prompts is None or found["sha256"] == asked.prompts.sha256
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The original's answers, written once a command."""
+        assert self.asked is not None
+        return self.asked.answered(self.job.resident.model, seed=self.job.spec.seed, key=self.job.sha256)
+
+    def _answers(self, model: PreTrainedModel, dense: Row | None) -> dict[str, Any] | None:
+        if self.asked is None:
+            return None
+        followed = None if dense is None else self.reference.follow(model)
+        original = self.job.resident.model
+        found = self.reference.itself() if followed is None else self.reference.judge(followed, original)
+        return {**asdict(found), "asked": [self.asked.answers, self.asked.answer_tokens]}
+
+    def _with_measures(self, row: Row, model: PreTrainedModel, name: str, dense: Row | None) -> Row:
+        perplexities = {}
+        for text, corpus in self.texts.items():
+            found = perplexity(model, corpus)
+            perplexities[text] = {
+                "value": found.value,
+                "nll": found.nll,
+                "stderr": found.stderr if found.windows > 1 else None,  # one window has no scatter
+                "windows": found.windows,
+                "sha256": found.text_sha256,
+            }
+        return replace(
+            row,
+            perplexity=perplexities,
+            answers=self._answers(model, dense),
+            tasks=self._tasks(model, name, dense).to_dict() if self._wants_tasks(row.layers) else None,
+            speed=self._speed(model, dense) if self.evaluation.speed else None,
+        )
+
+    def _tasks(self, model: PreTrainedModel, name: str, dense: Row | None) -> TaskResults:
+        assert self.tasks is not None
+        found = score_tasks(self.tasks, model, self.job.tokenizer, name=name)
+        if dense is None or dense.tasks is None:
+            return found
+        kept = TaskResults.from_dict(dense.tasks)
+        try:
+            return replace(found, retention=retention(kept.scores, found.scores, against=self.job.model))
+        except UserError as error:  # a metric that is no mean over items
+            progress.current().say(f"no retention: {error}")
+            return found
+
+    def _speed(self, model: PreTrainedModel, dense: Row | None) -> dict[str, Any]:
+        """Measured in turns with the original, so that other load on the machine affects both."""
+        models = {"this": model, **({} if dense is None else {"dense": self.job.resident.model})}
+        found = {name: asdict(speed) for name, speed in compare_speed(models).items()}
+        return {**found.pop("this"), **found}
+
+
+def _built_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """Bytes of the weights that a build writes."""
+    architecture = checkpoint.architecture
+
+    def layer(index: int) -> int:
+        return sum(
+            checkpoint.headers[architecture.tensor_name(index, local)].nbytes
+            for local in architecture.layer_shapes(index)
+        )
+
+    outside = checkpoint.nbytes - sum(layer(index) for index in range(architecture.n_layers))
+    return outside + sum(layer(op.sources[0].layer) for op in recipe.layers)
