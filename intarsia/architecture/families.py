@@ -253,8 +253,8 @@ class Rules(Strict):
     @property
     def follow(self) -> set[str]:
         """The fields that are true of any layers once they are changed."""
-        lists = (self.indices, self.leading, self.trailing, self.patterns, self.maps, self.roots)
-        lists = (*lists, *self.periods, *self.steps, [groups for groups, _ in self.repeats])
+        own = (self.indices, self.leading, self.trailing, self.patterns, self.maps, self.roots)
+        lists = [*own, *self.periods, *self.steps, *(each[:1] for each in self.repeats)]
         return {name for names in lists for name in names}
 
     @property
