@@ -62,10 +62,10 @@ demo: $(VENV)/.stamp-demo
 	$(BIN)/intarsia compress demo --layers 25 -o out/demo-25 --effort quick --calibration self --tokens 8192 --answers 16 --answer-tokens 32 --overwrite
 
 test: lint
-	$(TEST_ENV) $(PYTEST) -n 2 -q
+	$(TEST_ENV) $(PYTEST) -n 2 --dist worksteal -q
 
 test-rest: $(VENV)/.stamp-dev $(if $(filter yes,$(LLAMA_CPP)),$(VENV)/.stamp-llama)
-	$(TEST_ENV) $(PYTEST) -n 2 -q --cases rest
+	$(TEST_ENV) $(PYTEST) -n 2 --dist worksteal -q --cases rest
 
 test-all: test test-rest
 

@@ -229,14 +229,9 @@ class Kind:
         if self._found:
             return
         self._found = True
-        try:
-            package = import_module(self._package)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{self._package}.".startswith(f"{error.name}."):
-                raise
-        else:
-            for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda each: each.name):
-                import_module(f"{self._package}.{module.name}")
+        package = import_module(self._package)  # or a module
+        for module in sorted(pkgutil.iter_modules(getattr(package, "__path__", [])), key=lambda each: each.name):
+            import_module(f"{self._package}.{module.name}")
         _load_announced()
 
 

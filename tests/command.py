@@ -9,6 +9,9 @@ from typing import Any
 
 from intarsia.cli import main
 
+LITTLE = ("--answers", 2, "--no-speed")
+"""Options of `compress` that measure little."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -44,6 +45,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     selected = [item for item in items if quick(item) == (cases == "quick")]
     config.hook.pytest_deselected(items=[item for item in items if quick(item) != (cases == "quick")])
     items[:] = selected
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: from now on garbage is looked for in what tests make."""
+    gc.freeze()
 
 
 Folder = Callable[[str], Path]

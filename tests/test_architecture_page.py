@@ -14,6 +14,7 @@ from intarsia import registry
 from intarsia.cli import main
 from intarsia.recipe import schema
 from tests import families
+from tests.command import LITTLE
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "ARCHITECTURE.md"
 EXAMPLES = {
@@ -81,7 +82,7 @@ def test_every_kind_has_an_example() -> None:
 
 
 def compress(model: Path, out: Path, text: Path, *words: object) -> list[object]:
-    fixed = ("--calibration", text, "--tokens", 512, "--seq-len", 32, "--no-speed")
+    fixed = ("--calibration", text, "--tokens", 512, "--seq-len", 32, *LITTLE)
     return ["compress", model, "--layers", 4, "-o", out, *fixed, *words]
 
 

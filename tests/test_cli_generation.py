@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +16,6 @@ from intarsia.errors import UserError
 from intarsia.flags import Flag
 from intarsia.options import EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
 from intarsia.registry import HealStages, Planner
-
-ROOT = Path(__file__).resolve().parents[1]
 
 PLUGIN = """
 from dataclasses import dataclass
@@ -304,10 +300,3 @@ def test_exit_codes(
     out = capsys.readouterr()
     assert found == code and words in out.err and "Traceback" not in out.err
     assert out.out == ('{\n  "passed": true\n}\n' if code == 0 else '{\n  "passed": false\n}\n' if not words else "")
-
-
-def test_help_is_quick_and_imports_no_torch() -> None:
-    code = "import sys\nfrom intarsia.cli.main import run\nrun(['--help'])\nassert 'torch' not in sys.modules\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "compress" in done.stdout and "anatomy check" in done.stdout

@@ -131,7 +131,7 @@ operations: [{operations}]
 objectives:
   - {{name: prose, loss: {text}, split: "0:0.3"}}
   - {{name: quiz, task: {quiz}, split: "0:0.5"}}
-search: {{engine: {engine}, trials: 20, min_budget: 4, max_budget: 12, seed: 0, warm_start: [{starts}]}}
+search: {{engine: {engine}, trials: {trials}, min_budget: 4, max_budget: 12, seed: 0, warm_start: [{starts}]}}
 """
 SEARCHES: dict[str, dict[str, str]] = {
     "evolve": {
@@ -436,7 +436,7 @@ def heal_case(shop: Shop, model: str, flags: list[str]) -> Record:
 
 def compress_case(shop: Shop, flags: list[str]) -> Record:
     out = shop.new("compressed")
-    words = ["--sparsity", "0.3", *COME, *shop.calibration, *shop.judging, *flags]
+    words = ["--sparsity", "0.3", *COME, *shop.calibration, *shop.judging, "--answers", "2", "--no-speed", *flags]
     run_cli(["compress", shop.model("llama"), "-o", out, *words])
     recipe = recipe_in(out / "recipe" / "recipe.yaml")
     return {"layers": recipe["layers"], "perplexity": perplexity(out, shop.eval_text)}
@@ -450,7 +450,7 @@ def tasks_case(shop: Shop) -> Record:
 
 def compared(shop: Shop, out: Path) -> Record:
     flags = ["--methods", "come,sleb", "--layers", "5,4,3", "--heal", "none,closed-form"]
-    judging = ["--eval-text", f"words={shop.eval_text}", "--eval-windows", "16"]
+    judging = ["--eval-text", f"words={shop.eval_text}", "--eval-windows", "16", "--answers", "2"]
     found = run_json("compare", shop.model("llama"), "-o", out, *flags, *shop.calibration, *judging)
     return {f"{row['method']} {row['layers']} {row['heal']}": row["words"]["value"] for row in found["rows"]}
 
@@ -471,10 +471,17 @@ def merge_case(shop: Shop, layer: str) -> Record:
     return {**copies(found), "perplexity": perplexity(folder / "out", shop.eval_text)}
 
 
-def family_file(shop: Shop, name: str) -> Path:
+def family_file(shop: Shop, name: str, trials: str = "20") -> Path:
     path = shop.new("family").with_name("family.yaml")
     models = {shop.model(model).parent for model in ("llama", "math", "code")}.pop()
-    entries = {"target": "4", "models": models, "text": shop.words, "quiz": shop.quiz, **SEARCHES[name]}
+    entries = {
+        "target": "4",
+        "trials": trials,
+        "models": models,
+        "text": shop.words,
+        "quiz": shop.quiz,
+        **SEARCHES[name],
+    }
     path.write_text(FAMILY.format(**entries), encoding="utf-8")
     return path
 
@@ -565,7 +572,7 @@ JOBS: dict[str, Callable[[Shop], Callable[[Path], Record]]] = {
     "plan": lambda shop: partial(planned, shop, model="llama", layers=3, flags=PLANS["come-p-grid"]),
     "heal": lambda shop: partial(healed, shop, model="llama", flags=HEALS["all"][1]),
     "compare": lambda shop: partial(compared, shop),
-    "tailor": lambda shop: partial(searched, family_file(shop, "evolve-heal"), name="evolve-heal"),
+    "tailor": lambda shop: partial(searched, family_file(shop, "evolve-heal", trials="8"), name="evolve-heal"),
 }
 
 

@@ -23,12 +23,12 @@ from intarsia.recipe import schema
 from intarsia.recipe.ops import LayerRef, Select
 from intarsia.recipe.recipe import Variant
 from tests import families
-from tests.command import invoke
+from tests.command import LITTLE, invoke
 from tests.recipes_by_hand import recipe_of, select
 
 peft = pytest.importorskip("peft")
 
-QUICK, MORE = 40, 500
+QUICK, MORE = 15, 500
 INDEX = "model.safetensors.index.json"
 FILES = ("config.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "weights")
 VALUES: tuple[Any, ...] = (None, -1, 0, 1, 3, 2.5, 1e40, "", "fancy", True, False, [], [1], {}, {"type": "fancy"})
@@ -148,7 +148,7 @@ def fault(originals: dict[str, Path], text: Path, place: Path, seed: int) -> str
     else:
         small = ("--layers", 4, "--method", "shortgpt", "--calibration", text, "--tokens", 256, "--seq-len", 32, "-q")
         how = rng.choice(((), ("--stream",)))
-        words = ["compress", folder, "-o", out, *small, *how, "--heal", "none", "--no-speed"]
+        words = ["compress", folder, "-o", out, *small, *how, "--heal", "none", *LITTLE]
     before = state(folder)
     done = invoke(*words)
     said = done.stderr[-400:]

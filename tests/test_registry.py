@@ -53,7 +53,7 @@ class More(Settings):
 
 @pytest.fixture
 def kind() -> Kind:
-    kind = Kind("method", "method", "intarsia.no.such.package")
+    kind = Kind("method", "method", "intarsia.errors")
 
     @kind.register("alpha", Settings)
     class Alpha:
@@ -196,7 +196,7 @@ def test_installed_packages_announce_theirs(monkeypatch: pytest.MonkeyPatch, kin
     points[0] = EntryPoint(name="theirs", value="no_such_module", group=registry.GROUP)
     monkeypatch.setattr(registry, "_ANNOUNCED", [])
     with pytest.raises(UserError, match=r"The plugin theirs \(no_such_module\) fails with ModuleNotFoundError"):
-        assert Kind("method", "method", "intarsia.no.such.package").names
+        assert Kind("method", "method", "intarsia.errors").names
 
 
 def test_a_chosen_thing_records_nothing_but_its_name_without_settings(kind: Kind) -> None:

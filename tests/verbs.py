@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import intarsia
-from intarsia.cli import main
 from intarsia.commands.compress import CompressResult
 from intarsia.commands.plan import PlanResult
 from intarsia.options import EvalSpec, Output, Runtime, Target, TextSpec
@@ -22,8 +19,8 @@ def plan(model: str, run: Path, *, dry_run: bool = False, **options: Any) -> Pla
 
 def compress(model: str, out: Path, *, eval_text: Path | str | None = None, **options: Any) -> CompressResult:
     texts = () if eval_text is None else (str(eval_text),)
-    given = {key: options.pop(key) for key in ("windows", "tasks", "answers") if key in options}
-    evaluation = EvalSpec(text=texts, **{"answers": 2, **given})
+    given = {key: options.pop(key) for key in ("windows", "tasks", "answers", "speed") if key in options}
+    evaluation = EvalSpec(text=texts, **{"answers": 2, "speed": False, **given})
     output = Output(path=out, **taken(Output, options))
     heal = options.pop("heal", ("closed-form",))
     target = target_of(options)
@@ -50,24 +47,3 @@ def taken(kind: type, options: dict[str, Any]) -> Mapping[str, Any]:
     """Those options that are fields of a value object, taken out."""
     names = {field.name for field in fields(kind)}
     return {name: options.pop(name) for name in list(options) if name in names}
-
-
-@dataclass
-class Done:
-    """What a command line gave."""
-
-    exit_code: int
-    output: str
-    stdout: str
-
-
-def run(*words: Any) -> Done:
-    """Run the command line within this process."""
-    out, error = io.StringIO(), io.StringIO()
-    code = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-        try:
-            main.run([str(word) for word in words])
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return Done(exit_code=code, output=out.getvalue() + error.getvalue(), stdout=out.getvalue())

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from intarsia.architecture.families import Stacked
 from intarsia.architecture.spec import PARTS, Architecture, Linear, Norm, Part
-from intarsia.building.operators.linear import linear as weighted_sum
-from intarsia.building.operators.linear import wide
+from intarsia.building.operators import linear as weighted_sum
+from intarsia.building.operators import wide
 from intarsia.building.slicing import Joined, add_discarded, blocks, fold_centred_norm, fold_norm, join, positions, take
 from intarsia.recipe.methods import METHODS
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select

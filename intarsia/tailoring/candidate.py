@@ -12,10 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from random import Random
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BeforeValidator, PlainSerializer, TypeAdapter
 
 from intarsia.recipe.methods import METHODS
 from intarsia.recipe.ops import MergeMethod
+
+_Values: TypeAlias = Annotated[
+    tuple[tuple[str, float], ...],
+    BeforeValidator(lambda values: tuple(values.items()) if isinstance(values, dict) else values),
+    PlainSerializer(dict),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +38,7 @@ class Blend:
 
     members: tuple[str, ...]
     method: MergeMethod | None = None
-    values: tuple[tuple[str, float], ...] = ()
+    values: _Values = ()
 
     def value(self, name: str) -> float:
         """A setting of the method."""
@@ -90,6 +98,9 @@ class Candidate:
     positions: tuple[int, ...]
     choices: tuple[Choice, ...]
 
+    def __post_init__(self) -> None:
+        assert len(self.positions) == len(self.choices)
+
     def items(self) -> tuple[tuple[int, Choice], ...]:
         """Positions with their choices."""
         return tuple(zip(self.positions, self.choices, strict=True))
@@ -104,53 +115,26 @@ def single(member: str) -> Keep:
     return Keep(attention=Blend(members=(member,)))
 
 
+_CANDIDATES = TypeAdapter(Candidate)
+
+
 def to_plain(candidate: Candidate) -> dict[str, Any]:
-    """A candidate in values that JSON knows; `from_plain` gives the candidate back."""
-    return {"positions": list(candidate.positions), "choices": [_choice(choice) for choice in candidate.choices]}
-
-
-def from_plain(data: Mapping[str, Any]) -> Candidate:
-    """The candidate of `to_plain`.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is no such data.
-    """
-    choices = tuple(_choice_of(choice) for choice in data["choices"])
-    positions = tuple(int(position) for position in data["positions"])
-    if len(positions) != len(choices):
-        raise ValueError(f"{len(positions)} positions with {len(choices)} choices")
-    return Candidate(positions=positions, choices=choices)
-
-
-def _choice(choice: Choice) -> dict[str, Any]:
-    if isinstance(choice, Join):
-        return {"first": choice.first, "second": choice.second, "share": choice.share}
-    found: dict[str, Any] = {"attention": _blend(choice.attention)}
-    if choice.mlp is not None:
-        found["mlp"] = _blend(choice.mlp)
-    if choice.scale != 1.0:
-        found["scale"] = choice.scale
+    """A candidate in values that JSON knows, without what is as usual; `from_plain` gives the candidate back."""
+    found: dict[str, Any] = _CANDIDATES.dump_python(candidate, mode="json", exclude_defaults=True)
     return found
 
 
-def _choice_of(data: Mapping[str, Any]) -> Choice:
-    if "first" in data:
-        return Join(first=str(data["first"]), second=str(data["second"]), share=float(data["share"]))
-    mlp = _blend_of(data["mlp"]) if "mlp" in data else None
-    return Keep(attention=_blend_of(data["attention"]), mlp=mlp, scale=float(data.get("scale", 1.0)))
+def from_plain(data: Any) -> Candidate:
+    """The candidate of `to_plain`.
+
+    Raises:
+        ValueError: it is no such data.
+    """
+    return _CANDIDATES.validate_python(data)
 
 
-def _blend(blend: Blend) -> dict[str, Any]:
-    if blend.method is None:
-        return {"members": list(blend.members)}
-    return {"members": list(blend.members), "method": blend.method, "values": dict(blend.values)}
-
-
-def _blend_of(data: Mapping[str, Any]) -> Blend:
-    values = tuple((str(name), float(value)) for name, value in data.get("values", {}).items())
-    method = data.get("method")
-    found = None if method is None else str(method)
-    return Blend(members=tuple(map(str, data["members"])), method=found, values=values)
+Plain: TypeAlias = Annotated[Candidate, PlainSerializer(to_plain)]
+"""A candidate inside other data."""
 
 
 _USUAL = {"lead": 0.5, "lambda": 1.0, "density": 0.5}

@@ -18,7 +18,7 @@ from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
-from intarsia.tailoring.candidate import Candidate
+from intarsia.tailoring.candidate import Candidate, Plain
 from intarsia.tailoring.history import draw_weights, order
 from intarsia.tailoring.space import Space
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Start:
     """A candidate to start with, and where it is from."""
 
-    candidate: Candidate
+    candidate: Plain
     origin: str
 
 

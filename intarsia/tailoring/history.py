@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import PlainSerializer, TypeAdapter
 
 from intarsia.errors import UserError
 from intarsia.run_dir import Log
-from intarsia.tailoring.candidate import Candidate, from_plain, to_plain
+from intarsia.tailoring.candidate import Plain
 
 TRIALS = "trials.jsonl"
 EARLIER = "earlier"
@@ -40,12 +42,12 @@ class Trial:
     examples: tuple[int, ...] = ()
     # The cost of the trial, in passes of one layer over the tokens of the budget.
     layer_forwards: float = 0.0
-    seconds: float = 0.0
+    seconds: Annotated[float, PlainSerializer(lambda seconds: round(seconds, 4))] = 0.0
     worker: str = "0"
     # How often it was tried, and why it failed at last.
     attempts: int = 1
     reason: str | None = None
-    candidate: Candidate
+    candidate: Plain
 
     def __post_init__(self) -> None:
         assert (self.status == "ok") == (self.costs is not None) == (self.reason is None)
@@ -57,25 +59,20 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data: a line of the log."""
-        plain = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {**plain, "candidate": to_plain(self.candidate), "seconds": round(self.seconds, 4)}
+        found: dict[str, Any] = _TRIALS.dump_python(self)
+        return found
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Trial:
+    def from_dict(cls, data: Any) -> Trial:
         """The trial of `to_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: it is no such data.
+            ValueError: it is no such data.
         """
-        costs = data["costs"]
-        return cls(
-            **{
-                **data,
-                "candidate": from_plain(data["candidate"]),
-                "costs": None if costs is None else tuple(float(cost) for cost in costs),
-                "examples": tuple(int(count) for count in data["examples"]),
-            }
-        )
+        return _TRIALS.validate_python(data)
+
+
+_TRIALS = TypeAdapter(Trial)
 
 
 class History:
@@ -93,9 +90,9 @@ class History:
         for number, line in enumerate(self._log.entries(), start=1):
             try:
                 self._trials.append(Trial.from_dict(line))
-            except (KeyError, TypeError, ValueError, AssertionError) as error:
+            except ValueError as error:
                 raise UserError(
-                    f"Line {number} of {path} is no trial: {type(error).__name__}: {error}.",
+                    f"Line {number} of {path} is no trial: {' '.join(str(error).split())}.",
                     "Correct the line, or search into another folder.",
                 ) from error
         self._by_key = {trial.key: trial for trial in self._trials}

@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from intarsia.pruning.scores import part_scores
 from intarsia.recipe.ops import LayerRef, MergeMethod
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.schema import content_hash
-from intarsia.tailoring.candidate import Blend, Keep, Menu, from_plain, single, slots, to_plain
+from intarsia.tailoring.candidate import Blend, Keep, Menu, single, slots
 from intarsia.tailoring.engine import Start
 from intarsia.tailoring.history import Front, Trial
 from intarsia.tailoring.space import Space
@@ -48,11 +49,7 @@ class WarmStart:
 
     def save(self, path: Path) -> None:
         """Keep it: a resumed search starts with the same."""
-        data = {
-            "starts": [{"origin": start.origin, "candidate": to_plain(start.candidate)} for start in self.starts],
-            "earlier": [trial.to_dict() for trial in self.earlier],
-        }
-        write_whole(path, json.dumps(data, allow_nan=False) + "\n")
+        write_whole(path, json.dumps(TypeAdapter(WarmStart).dump_python(self), allow_nan=False) + "\n")
 
     @classmethod
     def joined(cls, parts: Sequence[WarmStart]) -> WarmStart:
@@ -70,14 +67,7 @@ class WarmStart:
         """
         remedy = "The run folder is damaged; search into another one."
         with damage_named(path, expected="the warm start of a search", remedy=remedy):
-            data = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
-                starts=tuple(
-                    Start(candidate=from_plain(entry["candidate"]), origin=str(entry["origin"]))
-                    for entry in data["starts"]
-                ),
-                earlier=tuple(Trial.from_dict(entry) for entry in data["earlier"]),
-            )
+            return TypeAdapter(cls).validate_json(path.read_text(encoding="utf-8"))
 
 
 def random_middles(space: Space, seed: int) -> list[Start]:

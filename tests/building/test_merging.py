@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from intarsia.building.operators.linear import linear
+from intarsia.building.operators import linear
 
 
 def test_weighted_sum() -> None:

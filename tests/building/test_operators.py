@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from intarsia.building.layer import generator_for
-from intarsia.building.operators.ties import trim
+from intarsia.building.operators import trim
 from intarsia.recipe.methods import METHODS
 
 

@@ -15,10 +15,7 @@ from transformers import AutoModelForCausalLM
 from intarsia.architecture.spec import Architecture
 from intarsia.building.layer import generator_for, layer_tensors
 from intarsia.building.materialize import materialize
-from intarsia.building.operators.dare import dare_linear
-from intarsia.building.operators.slerp import slerp
-from intarsia.building.operators.task_arithmetic import task_arithmetic
-from intarsia.building.operators.ties import ties, trim
+from intarsia.building.operators import dare_linear, slerp, task_arithmetic, ties, trim
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.recipe.methods import METHODS, with_defaults
 from intarsia.recipe.ops import LayerRef, Merge, MergeMethod, Mix, Select

@@ -131,7 +131,7 @@ def test_by_hand_and_rounded_once(
             assert torch.equal(found.tensor(f"{name}.weight"), exact.to(dtype))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.registry
 @pytest.mark.parametrize("which", ["math", "science"])
 def test_the_demo_familys_adapters(which: str) -> None:

@@ -129,7 +129,6 @@ def test_clean(tmp_path: Path) -> None:
     assert file.read_text() == '{\n  "vocab_size": 3\n}\n'
 
 
-@pytest.mark.slow
 @pytest.mark.registry
 def test_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -20,7 +20,7 @@ from intarsia.data.corpus import limited, tokenize
 from intarsia.errors import UserError
 from intarsia.recipe import schema
 from tests import families, wrappers
-from tests.command import invoke
+from tests.command import LITTLE, invoke
 from tests.recipes_by_hand import recipe_of, select
 
 Tensors = dict[str, torch.Tensor]
@@ -238,7 +238,7 @@ def test_a_config_that_transformers_refuses(case: str, folder: Path, text_file: 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_tokenizer_that_transformers_refuses(name: str, folder: Path, text_file: Path, tmp_path: Path) -> None:
     (folder / name).write_text('{"model": 3}')
-    small = ["--calibration", text_file, "--tokens", 64, "--seq-len", 8]
+    small = ["--calibration", text_file, "--tokens", 64, "--seq-len", 8, *LITTLE]
     done = invoke("compress", folder, "-o", tmp_path / "out", "--layers", 4, *small)
     assert done.exit_code == (2 if name == "tokenizer.json" else 0), done.output
 

@@ -12,7 +12,7 @@ import intarsia
 from intarsia.errors import UserError
 from intarsia.evaluation import speed
 from tests import families
-from tests.commands.conftest import Command
+from tests.command import invoke
 from tests.conftest import Folder
 
 
@@ -77,15 +77,15 @@ def test_everything_wrong_is_told_at_once(shallow: str) -> None:
     assert len(raised.value.problems) == 2
 
 
-def test_command_line(shallow: str, command: Command) -> None:
+def test_command_line(shallow: str) -> None:
     arguments = ["bench", shallow, "--batch", "1,2", "--prompt-len", "8", "--new-tokens", "3", "--repeats", "1"]
-    done = command(*arguments, "--json")
-    assert done.code == 0, done.err
-    found = json.loads(done.out)
+    done = invoke(*arguments, "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
     assert [row["batch"] for row in found["rows"]] == [1, 2]
     assert all(row["decode_per_s"] > 0 and row["working_bytes"] >= 0 for row in found["rows"])
-    wrong = command("bench", shallow, "--batch", "two")
-    assert wrong.code == 2 and "--batch" in wrong.err
+    wrong = invoke("bench", shallow, "--batch", "two")
+    assert wrong.exit_code == 2 and "--batch" in wrong.stderr
 
 
 def test_a_model_is_its_own_best_draft(model_folder: Folder, tmp_path: Path) -> None:
@@ -105,9 +105,9 @@ def test_a_model_is_its_own_best_draft(model_folder: Folder, tmp_path: Path) -> 
     assert poor.acceptance < found.acceptance and poor.tokens_per_pass >= 1.0
 
 
-def test_the_row_of_a_draft_in_a_report(shallow: str, tmp_path: Path, command: Command) -> None:
+def test_the_row_of_a_draft_in_a_report(shallow: str, tmp_path: Path) -> None:
     words = ["bench", shallow, "--prompt-len", "4", "--new-tokens", "3", "--repeats", "1", "--draft", shallow, "--json"]
-    (tmp_path / "bench.json").write_text(command(*words).out)
+    (tmp_path / "bench.json").write_text(invoke(*words).stdout)
     draft = json.loads((tmp_path / "bench.json").read_text())["draft"]
     intarsia.report(tmp_path / "bench.json", out=tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()

@@ -287,7 +287,7 @@ def test_it_heals_as_compress_does_by_any_stages(model_folder: Folder, halves: S
     compare(model, out, heal=("none", "closed-form", light), **given)
     rows = rows_of(out)
     for heal in ("closed-form", light):
-        evaluation = EvalSpec(text=(halves["eval_text"].partition("=")[2],), speed=False)
+        evaluation = EvalSpec(text=(halves["eval_text"].partition("=")[2],), speed=False, answers=2)
         alone = intarsia.compress(
             model,
             Output(path=tmp_path / heal),
@@ -410,6 +410,7 @@ def test_input_that_cannot_be_used(model_folder: Folder, halves: Sizes, quiz: Pa
     assert f"{quiz}:13" in refused(tasks=[str(quiz)])
 
 
+@pytest.mark.exhaustive
 def test_a_dry_run_writes_nothing_and_bounds_the_cost(model_folder: Folder, halves: Sizes, tmp_path: Path) -> None:
     model, out = str(model_folder("llama")), tmp_path / "compare"
     methods = (
@@ -445,12 +446,13 @@ compare(
 
 
 @needs_proc
+@pytest.mark.exhaustive  # Ctrl-C in the midst of it: test_golden.py
 @pytest.mark.parametrize(
     ("name", "count", "cut"),
     [
         ("rows.jsonl", 1, 50),
-        pytest.param("rows.jsonl", 4, 80, marks=pytest.mark.exhaustive),
-        pytest.param("log.jsonl", 4, 60, marks=pytest.mark.exhaustive),
+        ("rows.jsonl", 4, 80),
+        ("log.jsonl", 4, 60),
         ("log.jsonl", 9, 0),
     ],
     ids=["first row", "in a row", "in a ladder", "in a ladder of its own"],
@@ -497,7 +499,7 @@ def test_command(model_folder: Folder, halves: Sizes, tmp_path: Path, capsys: py
         "--eval-windows",
         "4",
     ]
-    words += ["--calibration", halves["calibration"], "--tokens", "256", "--seq-len", "32"]
+    words += ["--calibration", halves["calibration"], "--tokens", "256", "--seq-len", "32", "--answers", "2"]
     main.run([*words, "--dry-run", "--json"])
     assert [line["method"] for line in json.loads(capsys.readouterr().out)["estimate"]] == [
         "shortgpt",

@@ -33,7 +33,7 @@ in the end the members decided to ask the citizens themselves. The vote will tak
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.registry
 def test_compress_the_demo_model(tmp_path: Path) -> None:
     try:

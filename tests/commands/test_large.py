@@ -42,7 +42,8 @@ def spills(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def test_a_streamed_compression_is_the_same(
     model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, common = str(model_folder("llama")), {**sizes, "eval_text": str(text_file), "windows": 2, "layers": 4}
+    model = str(model_folder("llama"))
+    common = {**sizes, "eval_text": str(text_file), "windows": 2, "layers": 4, "speed": True}
     whole = verbs.compress(model, tmp_path / "whole", **common)
     files = spills(monkeypatch)
     found = verbs.compress(model, tmp_path / "streamed", stream=True, memory="1", **common)

@@ -27,7 +27,7 @@ from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.run_dir import RunDir
 from tests import families, verbs
-from tests.command import invoke
+from tests.command import LITTLE, invoke
 from tests.conftest import Folder
 from tests.pruning.by_hand import METHODS
 from tests.recipes_by_hand import recipe_of, select, shared
@@ -251,9 +251,8 @@ def test_perplexity_by_hand(model_folder: Folder, text_file: Path) -> None:
 def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path) -> None:
     source = Checkpoint.open(model_folder(family), model=family)
     share = 1.5 * source.architecture.layer_parameters / source.parameters
-    result = verbs.compress(
-        str(source.folder), tmp_path / "out", sparsity=share, eval_text=str(text_file), windows=4, answers=8, **sizes
-    )
+    judged: Sizes = {"eval_text": str(text_file), "windows": 4, "answers": 4, "speed": family == "llama"}
+    result = verbs.compress(str(source.folder), tmp_path / "out", sparsity=share, **judged, **sizes)
     assert result.target == 4 and result.before is not None and result.after is not None
     assert (result.before.layers, result.after.layers) == (6, 4)
     assert result.before.parameters == source.parameters
@@ -263,11 +262,11 @@ def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Pa
         assert measures.perplexity is not None
         alone = intarsia.evaluate_perplexity(str(folder), str(text_file), seq_len=32, windows=4)
         assert measures.perplexity.value == pytest.approx(alone.value)
-        assert measures.decode_per_s > 0 and measures.prefill_per_s > 0
-    agreed = intarsia.evaluate_agreement(str(tmp_path / "out"), str(source.folder), AnswerSpec(answers=8))
+        assert family != "llama" or (measures.decode_per_s > 0 and measures.prefill_per_s > 0)
+    agreed = intarsia.evaluate_agreement(str(tmp_path / "out"), str(source.folder), AnswerSpec(answers=4))
     assert (result.before.answers, result.after.answers) == (agreed.original, agreed.agreement)
     assert agreed.original.agreement.value == 1.0 and agreed.original.examples[0]["same_tokens"] > 0
-    assert agreed.agreement.prompts == 8 and agreed.agreement.kl.value > 0.0
+    assert agreed.agreement.prompts == 4 and agreed.agreement.kl.value > 0.0
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "<h3>Answers of both</h3>" in page and 'class="same"' in page
     assert ("<mark>" in page) == any(each["new"][1] for each in agreed.agreement.examples)
@@ -286,6 +285,8 @@ def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Pa
     json.dumps(result.to_dict())
     with pytest.raises(UserError, match="out"):  # what is there is not overwritten
         verbs.compress(str(source.folder), tmp_path / "out", sparsity=share, **sizes)
+    if family != "llama":
+        return
     again = verbs.compress(str(source.folder), tmp_path / "out", sparsity=share, overwrite=True, **sizes)
     assert again.recipe_sha256 == result.recipe_sha256
 
@@ -312,7 +313,7 @@ def test_stopped_while_judging(
     model_folder: Folder, sizes: Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model is there but not judged yet: the same call goes on instead of refusing the folder."""
-    model, out = str(model_folder("llama")), tmp_path / "out"
+    model, out, sizes = str(model_folder("llama")), tmp_path / "out", {**sizes, "speed": True}
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
@@ -513,7 +514,7 @@ def run(*words: Any) -> Any:
 def test_compress_on_the_command_line(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:
     words = ["compress", model_folder("llama"), "-o", tmp_path / "out", "--layers", 4, "--calibration", text_file]
     words += ["--tokens", 256, "--seq-len", 32, "--eval-text", text_file, "--eval-windows", 4, "--json"]
-    words += ["--method", "come"]
+    words += ["--method", "come", "--answers", 4]
     dry = run(*words, "--dry-run")
     assert dry.exit_code == 0, dry.output
     assert json.loads(dry.stdout)["estimate"]["passes_at_most"] == (6 + 5 + 4) / 6
@@ -582,7 +583,7 @@ def test_a_method_and_a_stage_of_a_file_of_ones_own(model_folder: Folder, text_f
     plugin.write_text(PLUGIN, encoding="utf-8")
     before = [dict(kind._entries) for kind in registry.KINDS]
     words = ["compress", model_folder("llama"), "-o", tmp_path / "out", "--layers", 4, "--calibration", text_file]
-    words += ["--tokens", 512, "--seq-len", 32, "--no-speed", "--json"]
+    words += ["--tokens", 512, "--seq-len", 32, *LITTLE, "--json"]
     try:
         done = run(*words, "--plugin", plugin, "--method", "mine", "--off-by", 1, "--heal", "closed-form,mine")
         assert done.exit_code == 0, done.output

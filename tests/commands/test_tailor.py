@@ -365,7 +365,7 @@ def test_what_is_shown_of_a_text_in_a_column(parts: dict[str, Path], tmp_path: P
         ({"configs": "nowhere"}, "--configs"),
         ({"more_trials": 3}, "--more-trials"),
         ({"engine": "annealing"}, "There is no engine 'annealing'"),
-        ({"scheduler": "tcp://127.0.0.1:9"}, "--scheduler"),
+        ({"scheduler": "nowhere:xyz"}, "--scheduler"),
         ({"workers": 0}, "--workers"),
     ],
 )
@@ -388,7 +388,7 @@ def stop(*args: Any, **kwargs: Any) -> Any:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("heal", ["finalists", "every"])
+@pytest.mark.parametrize("heal", ["finalists", pytest.param("every", marks=pytest.mark.exhaustive)])
 def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials are ranked by what the repaired model costs; that model is what is built and judged, fitted once."""
     path = write_family(
@@ -534,7 +534,7 @@ class Listed:
 """
 
 
-@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
 def test_an_operator_and_an_engine_of_one_s_own(
     parts: dict[str, Path], tmp_path: Path, workers: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

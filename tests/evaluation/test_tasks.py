@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,27 @@ from intarsia.evaluation.task_file import Question, is_right, read_questions
 from intarsia.evaluation.tasks import Task, TaskPlan, load_tasks, plan_tasks, score_tasks
 from tests import families
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+lm_eval_tasks = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed")
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tasks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def list_of_tasks() -> Iterator[None]:
+    """Reads the 14,000 YAML files of lm-eval once."""
+    from lm_eval.tasks._index import TaskIndex
+
+    build = TaskIndex.build
+    listed = cache(lambda folder: build([folder]))
+
+    def build_once(paths: Iterable[Path], **_: Any) -> dict[str, Any]:
+        own = Path(lm_eval_tasks.__file__).parent
+        found = [listed(path) if path == own else build([path]) for path in paths]
+        return {name: entry for entries in found for name, entry in entries.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(build_once))
+        yield
+
 
 WORDS = families.sample_text(200, seed=9).replace(".", "").split()
 
@@ -173,6 +193,7 @@ def test_a_choice_longer_than_the_model(tmp_path: Path) -> None:
         local_scores(tmp_path, [long], families.make_model("llama"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.registry
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data/tasks here")
 @pytest.mark.parametrize("name", ["piqa", "arc_easy"])
@@ -216,6 +237,7 @@ def test_fewshot_prompts_change_the_items(tmp_path: Path) -> None:
         plan_tasks([str(file)], num_fewshot=2)
 
 
+@pytest.mark.exhaustive
 def test_a_group_is_aggregated_as_lm_eval_does(tmp_path: Path) -> None:
     questions = some_questions(30)
     write_task(tmp_path, "quiz_a", questions[:7])
@@ -241,6 +263,7 @@ def test_a_group_is_aggregated_as_lm_eval_does(tmp_path: Path) -> None:
     assert uneven.outcomes == {}, "no mean over items"
 
 
+@pytest.mark.exhaustive
 def test_a_tag_is_several_tasks(tmp_path: Path) -> None:
     for name in ("quiz_a", "quiz_b"):
         write_task(tmp_path, name, some_questions(4), "tag: both\n")
@@ -353,6 +376,7 @@ def test_random_numbers_of_others_stay(tmp_path: Path) -> None:
     assert (random.random(), float(np.random.rand()), torch.rand(1).item()) == expected
 
 
+@pytest.mark.exhaustive
 def test_unknown_names_come_with_the_nearest() -> None:
     with pytest.raises(UserError) as raised:
         load_tasks(["arc_eazy", "helaswag", "piqa"])

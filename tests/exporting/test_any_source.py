@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from intarsia.recipe import schema
 from tests import families, wrappers
 from tests.checkpoint.test_quantised import quantise
-from tests.command import invoke
+from tests.command import LITTLE, invoke
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def run(*words: Any) -> dict[str, Any]:
 
 
 def compressed(model: Path, out: Path, text: Path, *options: str) -> dict[str, Any]:
-    small = ("--calibration", text, "--tokens", 1024, "--seq-len", 64, "--layers", 4, "--eval-windows", 4)
+    small = ("--calibration", text, "--tokens", 1024, "--seq-len", 64, "--layers", 4, "--eval-windows", 4, *LITTLE)
     found = run("compress", model, "-o", out, *small, "--eval-text", text, "--max-shard-size", "40KB", *options)
     assert found["after"]["layers"] == 4
     checks = run("verify", out, "--max-shard-size", "40KB")["checks"]

@@ -102,7 +102,7 @@ def demo() -> Checkpoint:
         pytest.skip(f"the demo model cannot be had here: {error}")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.registry
 @torch.no_grad()
 def test_demo_writes_the_same_tokens(demo: Checkpoint, tmp_path: Path) -> None:

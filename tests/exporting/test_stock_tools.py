@@ -69,7 +69,7 @@ def test_peft_adapter_trains_and_merges(built: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "merged").kept
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_mergekit_merges(built: Path, tmp_path: Path) -> None:
     pytest.importorskip("mergekit", reason="mergekit is not installed: `pip install mergekit`")
     other = Path(shutil.copytree(built, tmp_path / "other"))

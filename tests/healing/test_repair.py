@@ -130,10 +130,10 @@ def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, m
         else:
             patched.setattr("intarsia.evaluation.speed.compare_speed", stop)
         with pytest.raises(KeyboardInterrupt):
-            compress(run=run)
+            compress(run=run, speed=where == "behind")
     if where == "behind":
         monkeypatch.setattr(closed_form, "fit", no_fit)
-    found = compress(run=run)
+    found = compress(run=run, speed=where == "behind")
     assert found.recipe_sha256 == wanted.recipe_sha256
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "undisturbed")]
     assert weights[0] == weights[1]
@@ -168,12 +168,12 @@ def test_every_model_is_loaded_once(heal: str, compress: Compress, monkeypatch: 
         return load(checkpoint, **more)
 
     monkeypatch.setattr(loaded_model, "load_model", counted)
-    compress(heal=heal)
+    compress(heal=heal, speed=True)
     assert loaded == [6, 4]
     # Where they do not fit into memory together, the first one is let go of before the second one comes, and comes back
     # to read what the second one wrote.
     monkeypatch.setattr("intarsia.building.offload.free_bytes", lambda device: 0)
-    result = compress(heal=heal, overwrite=True)
+    result = compress(heal=heal, overwrite=True, speed=True)
     assert loaded == [6, 4, 6, 4, 6]
     assert result.before.decode_per_s > 0 and result.after.decode_per_s > 0
 
@@ -185,7 +185,7 @@ def test_text_of_the_models_own(learned: tuple[Path, Recipe], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_every_family_and_what_it_costs(family: str, model_folder: Any, text_file: Path, tmp_path: Path) -> None:
+def test_what_healing_costs_every_family(family: str, model_folder: Any, text_file: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"calibration": str(text_file), "tokens": 2048, "seq_len": 32, "layers": 3}
     model = str(model_folder(family))
     dry = verbs.compress(model, tmp_path / "out", dry_run=True, **given)
@@ -203,9 +203,6 @@ def test_every_family_and_what_it_costs(family: str, model_folder: Any, text_fil
         verbs.plan(model, tmp_path / "run", dry_run=True, **given).estimate
     )
     assert list(tmp_path.iterdir()) == []
-    result = verbs.compress(model, tmp_path / "out", **given)
-    assert result.healed is not None
-    assert result.after is not None and result.after.layers == 3
 
 
 MINE = """

@@ -121,7 +121,7 @@ def test_the_card_and_the_report_say_where_healing_started(
     monkeypatch.setattr("intarsia.healing.restarts.held_out_perplexity", lambda *_, **__: next(values))
     values = iter([2.0, 1.0])
     text = TextSpec(sources=(str(text_file),), tokens=2048, seq_len=32)
-    evaluation, method = EvalSpec(speed=False), "come[blocks=1]"
+    evaluation, method = EvalSpec(speed=False, answers=2), "come[blocks=1]"
     out = tmp_path / "out"
     result = intarsia.compress(
         str(model_folder("llama")), out, Target(layers=4), method=method, text=text, evaluation=evaluation

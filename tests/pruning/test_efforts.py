@@ -9,7 +9,7 @@ import pytest
 
 from intarsia.errors import UserError
 from intarsia.pruning.efforts import METHODS, method_of
-from tests.command import invoke
+from tests.command import LITTLE, invoke
 from tests.conftest import Folder
 
 
@@ -26,7 +26,7 @@ def test_an_effort_chooses_the_method_where_none_is_named() -> None:
 
 def test_it_does_on_the_command_line(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:
     words = ["compress", model_folder("llama"), "-o", tmp_path / "out", "--layers", 4, "--calibration", text_file]
-    words += ["--tokens", 1024, "--seq-len", 32, "--no-speed", "--json"]
+    words += ["--tokens", 1024, "--seq-len", 32, *LITTLE, "--json"]
     done = invoke(*words, "--effort", "quick")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)

@@ -81,7 +81,7 @@ def test_it_finds_the_best_of_all_models(half: bool, resident_of: InMemory, tmp_
     assert model.layer_forwards <= planner.forwards_at_most(resident.architecture, TARGET, len(corpus))
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("gemma3", marks=pytest.mark.exhaustive), "llama"])
 def test_a_stopped_search_resumes(family: str, resident_of: InMemory, tmp_path: Path) -> None:
     resident, corpus = resident_of(family), corpus_of()
     settings = EvolveSettings(generations=6, offspring=6, initial=4)

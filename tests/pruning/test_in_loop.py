@@ -21,7 +21,7 @@ from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing.quality import Chain
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.options import Output, Target, TextSpec
+from intarsia.options import EvalSpec, Output, Target, TextSpec
 from intarsia.pruning.candidates import losses_with
 from intarsia.pruning.heal_in_loop import StepHealer
 from intarsia.pruning.intermediate import Intermediate
@@ -137,8 +137,16 @@ def ridge_by_hand(
     return sorted(set(taken))
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize(("family", "method"), [("llama", "come"), ("opt", "come"), ("mistral", "sleb")])
+@pytest.mark.parametrize(
+    ("family", "method", "padded"),
+    [
+        ("llama", "come", True),
+        ("opt", "come", False),
+        pytest.param("opt", "come", True, marks=pytest.mark.exhaustive),
+        ("mistral", "sleb", False),
+        ("mistral", "sleb", True),
+    ],
+)
 def test_the_loop_by_hand(family: str, method: str, padded: bool, resident_of: InMemory, tmp_path: Path) -> None:
     """Merge (or remove), fit, measure, again and again: weights, losses, and where nothing is fitted any more."""
     resident, corpus = resident_of(family), written_by(resident_of(family), padded=padded)
@@ -392,7 +400,7 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("method", ["come", "come-p", "sleb", "laco", "come-p removals"])
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_stopped_and_started_again(
     method: str, steps: int, resident_of: InMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,6 +489,7 @@ def test_the_final_repair_starts_from_the_loop_s_or_from_bare_layers(
     given: dict[str, Any] = {
         "text": TextSpec(sources=(str(text_file),), tokens=512, seq_len=32),
         "method": ComeSettings(heal_in_loop=True),
+        "evaluation": EvalSpec(speed=False, answers=2),
     }
     result = intarsia.compress(model, tmp_path / "out", Target(layers=4), heal="none", **given)
     fitted = Ladder(tmp_path / "out.run").recipe(4).fitted

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,36 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize(
-    "method", ["come", "come-p", "shortgpt", "sleb", "taylor", "magnitude", "mka", "angular", "reverse"]
-)
-@pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("half_written", [False, True], ids=["between", "within"])
-def test_stopped_and_started_again(
-    steps: int, method: str, half_written: bool, resident_of: InMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    resident = resident_of("llama")
-    go(tmp_path / "undisturbed", resident, method, 2)
+@pytest.fixture(scope="module")
+def undisturbed(resident_of: InMemory, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the run folder of a method that was not stopped."""
+    root = tmp_path_factory.mktemp("undisturbed")
 
+    def made(method: str) -> Path:
+        go(root / method, resident_of("llama"), method, 2)
+        return root / method
+
+    return cache(made)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "half_written"),
+    [
+        *(("come", steps, half_written) for steps in (1, 2, 3) for half_written in (False, True)),
+        *((method, 2, True) for method in ("come-p", "shortgpt", "sleb", "taylor", "magnitude", "mka", "angular")),
+        ("reverse", 3, False),
+    ],
+)
+def test_stopped_and_started_again(
+    method: str,
+    steps: int,
+    half_written: bool,
+    undisturbed: Callable[[str], Path],
+    resident_of: InMemory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resident, whole = resident_of("llama"), undisturbed(method)
     append, done = Ladder.append, []
 
     def stops(self: Ladder, entry: Mapping[str, Any], recipe: Recipe) -> None:
@@ -84,8 +104,8 @@ def test_stopped_and_started_again(
     monkeypatch.undo()
     assert Ladder(tmp_path / "stopped").depths() == [5, 4, 3][:steps]
     go(tmp_path / "stopped", resident, method, 2)
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
-    assert log_of(tmp_path / "stopped") == log_of(tmp_path / "undisturbed")
+    assert contents(tmp_path / "stopped") == contents(whole)
+    assert log_of(tmp_path / "stopped") == log_of(whole)
     assert len(log_of(tmp_path / "stopped")) == 4
 
 

@@ -11,7 +11,7 @@ from intarsia.reporting.page import write_report
 from tests.reporting.browsing import Opened
 from tests.reporting.runs import comparison, plan_run, row, scores, search
 
-pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
+pytestmark = pytest.mark.exhaustive
 
 
 @pytest.fixture(scope="module")

@@ -184,7 +184,7 @@ def test_warm_starts_come_back(tmp_path: Path) -> None:
     whole = WarmStart(starts=tuple(random_middles(translator.space, 0)), earlier=old.trials)
     whole.save(tmp_path / "warm.json")
     assert WarmStart.load(tmp_path / "warm.json") == whole
-    (tmp_path / "warm.json").write_text("{}")
+    (tmp_path / "warm.json").write_text("{")
     with pytest.raises(UserError):
         WarmStart.load(tmp_path / "warm.json")
 
@@ -241,7 +241,7 @@ def test_where_a_method_takes_more_members_the_base_is_merged_too() -> None:
 distributed = pytest.importorskip("distributed")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_workers(tmp_path: Path) -> None:
     """The trials of one worker, with the same costs, in whatever order."""
     starts = tuple(random_middles(make_translator().space, 0))[:6]
@@ -266,7 +266,7 @@ def deadly(tmp_path: Path, *, always: bool) -> tuple[str, Opener]:
     return victim, OpenDeadly(recipe=victim, mark=tmp_path / "mark", always=always)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("always", [False, True])
 def test_a_worker_that_dies_loses_its_trial_only(tmp_path: Path, always: bool) -> None:
     victim, opener = deadly(tmp_path, always=always)
@@ -284,7 +284,6 @@ def test_a_worker_that_dies_loses_its_trial_only(tmp_path: Path, always: bool) -
     assert all(trial.status == "ok" for trial in history if trial.recipe != victim)
 
 
-@pytest.mark.slow
 def test_an_existing_scheduler(tmp_path: Path) -> None:
     with distributed.LocalCluster(
         n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, silence_logs=50
