@@ -284,10 +284,10 @@ class Subject:
         Raises:
             UserError: one cannot be opened, the teacher does not fit, or a streamed model would have to write text.
         """
+        from intarsia.activations.architecture_checks import verified
         from intarsia.checkpoint.resolve import open_checkpoint
         from intarsia.commands.job import Placement, check_seq_len, check_streamed_text, load_tokenizer
         from intarsia.commands.recipes import open_variants
-        from intarsia.commands.removal import verified
         from intarsia.healing import launch
         from intarsia.healing.layer_map import check_teacher
 
