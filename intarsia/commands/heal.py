@@ -91,6 +91,12 @@ class HealResult(Result):
     # What was sent to the hub.
     push: Mapping[str, Any] | None = None
 
+    def summary(self) -> dict[str, Any]:
+        """Without the numbers of single layers."""
+        shown = ("stages", "answers", "warning", "teacher", "seconds", "out", "run", "report", "push")
+        data = self.to_dict()
+        return {name: data[name] for name in shown if name in data}
+
 
 def heal(
     source: Annotated[
