@@ -421,7 +421,7 @@ def cut_of(shop: Shop, model: str) -> Path:
 
 def healed(shop: Shop, out: Path, model: str, flags: list[str]) -> Record:
     """Every stage's perplexities, and that of the model that is written."""
-    found = run_json("heal", cut_of(shop, model), "-o", out, *shop.training, *shop.judging, *flags)
+    found = run_json("heal", cut_of(shop, model), "-o", out, *shop.training, *shop.judging, *flags, "--answers", "2")
     stages = {
         stage["stage"]: [stage["held_out_perplexity"], stage["hidden_error"], stage["taken"]]
         for stage in found["stages"]
