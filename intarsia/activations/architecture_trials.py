@@ -178,7 +178,7 @@ def writers(trial: Trial, layer: int) -> dict[str, float]:
                         stack.callback(child.register_forward_hook(_nothing).remove)
                 moved = linears[name].register_forward_hook(lambda _, args, out, by=shift: out + by)
                 stack.callback(moved.remove)
-                outputs.append(trial.stream.run(module, h_BTD, entry.calls[layer]))
+                outputs.append(trial.stream.residual(trial.stream.run(module, h_BTD, entry.calls[layer])))
         change_BTD = outputs[1] - outputs[0]
         scale = float((change_BTD * shift_D).sum() / (shift_D.square().sum() * change_BTD[..., 0].numel()))
         if abs(scale) > _NOISE and difference(change_BTD, scale * shift_D.expand_as(change_BTD)) < _NOISE:

@@ -107,7 +107,7 @@ class Loop:
     def store(self, sequences: int | None = None) -> HiddenStore:
         """An empty store for the hidden states of the text."""
         n, t = self.corpus.input_ids.shape
-        shape = (n if sequences is None else sequences, t, self.resident.architecture.width)
+        shape = (n if sequences is None else sequences, t, self.stream.state.size)
         return HiddenStore(shape, self.resident.model.dtype, memory_budget=self.memory_budget)
 
     def embed(self, states: HiddenStore, depth: int = 0, *, sequences: slice = slice(None)) -> None:

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intarsia.activations.loss import Likeliest, next_token_losses
+from intarsia.activations.state import State
 from intarsia.architecture.spec import Architecture
 
 LOGIT_BYTES = 128 * 1024**2
-_RETURNS_TUPLES: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
-"""Values that a model's layers return, 0 for a tensor: looked at once, as a streamed model reads a layer for it."""
+_FIRST_LAYER: WeakKeyDictionary[PreTrainedModel, tuple[int, tuple[int, ...]]] = WeakKeyDictionary()
+"""Values that a model's layers return, 0 for a tensor, and the shape of the hidden states that they take, of one
+sequence of two tokens: looked at once, as a streamed model reads a layer for it."""
 _BY_TOKENS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 """Whether what a model passes to its layers depends on the tokens, and not on their number alone."""
 
@@ -85,6 +87,7 @@ class LayerStream:
         model: the transformers model; its layers may be run in any order, and others in their place.
         n_calls: layers of the original model, each with its own arguments.
         by_tokens: whether these depend on the tokens, and not on their number alone.
+        state: what layers hand on; hidden states `h_BTD` are laid out like this.
     """
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
@@ -97,9 +100,10 @@ class LayerStream:
         self._vocabulary = architecture.vocabulary
         embedding: nn.Module = model.get_submodule(architecture.embedding_in_memory)
         self.device = next(embedding.parameters()).device
-        if model not in _RETURNS_TUPLES:
-            _RETURNS_TUPLES[model] = self._probe()
-        self._returns = _RETURNS_TUPLES[model]
+        if model not in _FIRST_LAYER:
+            _FIRST_LAYER[model] = self._probe()
+        self._returns, shape = _FIRST_LAYER[model]
+        self.state = State.of(shape, architecture.width, self._layers if architecture.removal_only else ())
         if architecture.removal_only and model not in _BY_TOKENS:
             _BY_TOKENS[model] = self._probe_tokens()
         self.by_tokens = _BY_TOKENS.get(model, False)
@@ -122,7 +126,7 @@ class LayerStream:
         assert h_BTD is not None
         calls = tuple(stand_in.seen for stand_in in stand_ins if stand_in.seen is not None)
         assert len(calls) == self.n_calls, "the model ran other layers than its architecture names"
-        return Entry(h_BTD=h_BTD, calls=calls)
+        return Entry(h_BTD=self.state.packed(h_BTD, {}), calls=calls)
 
     def calls(self, ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[LayerCall, ...]:
         """Every original layer's arguments for a batch, without keeping its embedding.
@@ -139,12 +143,18 @@ class LayerStream:
             return self._unpadded[shape]
 
     def run(self, layer: nn.Module, h_BTD: Tensor, call: LayerCall) -> Tensor:
-        """The residual stream after one layer, on the layer's device."""
+        """The state after one layer, on the layer's device."""
         device = next((parameter.device for parameter in layer.parameters()), self.device)
         if device != h_BTD.device and device.type != "meta":
             h_BTD, call = h_BTD.to(device), call.on(device)
-        out = layer(h_BTD, *call.args, **call.kwargs)
-        return out[0] if isinstance(out, tuple | list) else out
+        hidden, shared = self.state.unpacked(h_BTD)
+        more = {"shared_kv_states": shared} if shared else {}  # to which the layer adds its own, where others read them
+        out = layer(hidden, *call.args, **{**call.kwargs, **more})
+        return self.state.packed(out[0] if isinstance(out, tuple | list) else out, shared)
+
+    def residual(self, h_BTD: Tensor) -> Tensor:
+        """The residual stream alone."""
+        return h_BTD[..., : self.state.width]
 
     def logits(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         """`[B, T, V]` logits from H^L, through the model's own final norm and head."""
@@ -221,8 +231,9 @@ class LayerStream:
 
     @contextmanager
     def _stand_ins(self, inject: Tensor | None = None) -> Iterator[list[_StandIn]]:
+        hidden = None if inject is None else self.state.unpacked(inject)[0]
         stand_ins = [
-            _StandIn(layer, returns=self._returns, inject=inject if index == 0 else None)
+            _StandIn(layer, returns=self._returns, inject=hidden if index == 0 else None)
             for index, layer in enumerate(self._layers)
         ]
         setattr(self._owner, self._name, nn.ModuleList(stand_ins))
@@ -231,15 +242,16 @@ class LayerStream:
         finally:
             setattr(self._owner, self._name, self._layers)
 
-    def _probe(self) -> int:
-        """How many values its layers return, 0 for a tensor; its first layer is run on two tokens for that."""
-        seen: list[int] = []
+    def _probe(self) -> tuple[int, tuple[int, ...]]:
+        """What is known of layers from running the first one on two tokens; see `_FIRST_LAYER`."""
+        seen: list[tuple[int, tuple[int, ...]]] = []
 
-        def look(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(len(output) if isinstance(output, tuple | list) else 0)
+        def look(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            seen.append((len(output) if isinstance(output, tuple | list) else 0, tuple(hidden.shape)))
             raise _Seen
 
-        handle = self._layers[0].register_forward_hook(look)
+        handle = self._layers[0].register_forward_hook(look, with_kwargs=True)
         try:
             with torch.no_grad(), suppress(_Seen):
                 self._base()(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)

@@ -245,13 +245,16 @@ class Rules(Strict):
     maps: _Texts
     periods: list[_Texts]
     steps: list[_Texts]
+    repeats: list[_Texts]
+    roots: _Texts
     written_out: _Texts
     others: _Texts
 
     @property
     def follow(self) -> set[str]:
         """The fields that are true of any layers once they are changed."""
-        lists = (self.indices, self.leading, self.trailing, self.patterns, self.maps, *self.periods, *self.steps)
+        own = (self.indices, self.leading, self.trailing, self.patterns, self.maps, self.roots)
+        lists = [*own, *self.periods, *self.steps, *(each[:1] for each in self.repeats)]
         return {name for names in lists for name in names}
 
     @property

@@ -7,6 +7,7 @@ those that are known; whatever else looks like one is refused, because it would 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from intarsia.architecture.families import Family, PerLayer, rules
 from intarsia.architecture.spec import Architecture
 from intarsia.errors import Problem, UserError
 
-_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks")
 """Names of the number of layers; a config may have several of them."""
 _COUNTS = re.compile(
     r"(^|_)(layers?|blocks|idxs?|indices)(_|$)|every|interval|period|pattern|(^|_)(freq|frequency|step|stride)$|first_k|last_k"
@@ -162,6 +163,11 @@ def _follow(found: dict[str, Any], sources: Sequence[int], depth: int, where: st
         elif name in known.maps and isinstance(value, Mapping):
             own = {int(key): entry for key, entry in value.items()}
             found[name] = {str(index): own[layer] for index, layer in enumerate(sources) if layer in own}
+        elif name in known.roots and isinstance(value, int | float):
+            found[name] = value * math.sqrt(len(sources) / depth)
+    for groups, listed in known.repeats:
+        if groups in found:
+            found[groups] = [[found[listed], 1]]
     for period, offset in known.periods:
         if _whole(found.get(period)) and list(sources) != list(range(depth)):
             every, start = found[period], found.get(offset, 0)

@@ -42,8 +42,9 @@ def assembled(recipe: Recipe, resident: LoadedModel) -> PreTrainedModel:
         parts: Iterator[Any] = layer.modules()
         for part in parts:
             # What is kept for later tokens is found by the layer's index in the model, not by its source.
-            if isinstance(getattr(part, "layer_idx", None), int):
-                part.layer_idx = index
+            for name in ("layer_idx", "layer_id"):
+                if isinstance(getattr(part, name, None), int):
+                    setattr(part, name, index)
         layers.append(layer)
     owner, _, name = resident.architecture.layers_in_memory.rpartition(".")
     setattr(model.get_submodule(owner), name, layers)

@@ -282,9 +282,11 @@ def to_tensors(parameters: Mapping[str, Tensor], architecture: Architecture) -> 
 def _joined_rows(tensors: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """Parameters of a layer that can only be removed: where several tensors are rows of one, they are put together."""
     found: dict[str, Tensor] = {}
-    for parameter in dict.fromkeys(parameter_name(name, architecture) for name in tensors):
+    assert architecture.inspected is not None
+    used = (name for name in tensors if name in architecture.inspected.rows)
+    for parameter in dict.fromkeys(parameter_name(name, architecture) for name in used):
         parts = [tensors[name] for name in tensor_names(parameter, architecture) if name in tensors]
-        stacks = architecture.inspected.stacks.get(parameter, 0) if architecture.inspected else 0
+        stacks = architecture.inspected.stacks.get(parameter, 0)
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         found[parameter] = joined.unflatten(0, (stacks, -1)) if stacks else joined
     return found

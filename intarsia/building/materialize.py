@@ -56,6 +56,9 @@ def materialize(
     kept = [op.sources[0].layer for op in recipe.layers]
     if (reason := problem_of(base.architecture, kept)) is not None:
         raise UserError(f"The layers of this recipe make no model: {reason}.", "Remove others.")
+    kinds = base.architecture.layer_types or ()
+    for kind in dict.fromkeys(kind for kind in kinds if kind not in {kinds[layer] for layer in kept}):
+        current().say(f"no layer of kind {kind} stays")
     outside = base.outside_names()
     plans = [
         TensorPlan(

@@ -250,6 +250,8 @@ def _same_head(checkpoint: Checkpoint) -> bool:
     if names[0] not in checkpoint.headers:
         return True
     head, embedding = (checkpoint.tensor(name) for name in names)
+    if head.shape != embedding.shape:
+        return False
     starts = range(0, head.shape[0], _ROWS)
     return all(bool((head[row : row + _ROWS].float() == embedding[row : row + _ROWS].float()).all()) for row in starts)
 

@@ -129,15 +129,12 @@ class Rows:
 
     def _doubted(self, row: Row) -> Row:
         """A row that says where perplexity or tasks look well and the answers do not."""
-        dense, text = self.rows[self.dense_key], next(iter(self.texts), None)
-        if row.answers is None or dense.answers is None:
-            return row
-        ratio = None if text is None else row.perplexity[text]["value"] / dense.perplexity[text]["value"]
-        kept = row.tasks["mean"] / dense.tasks["mean"] if row.tasks and dense.tasks and dense.tasks["mean"] else None
-        loops = row.answers["loops"]["value"]
-        more = loops - dense.answers["loops"]["value"]
-        found = doubt(row.answers["agreement"]["value"], loops, more_loops=more, perplexity=ratio, kept=kept)
+        found = doubt(self._compared(self.rows[self.dense_key]), self._compared(row))
         return replace(row, note="; ".join(filter(None, [row.note, found])) or None)
+
+    def _compared(self, row: Row) -> dict[str, Any]:
+        text, tasks = next(iter(self.texts), ""), row.tasks or {}
+        return {**(row.answers or {}), "perplexity": row.perplexity.get(text), "accuracy": tasks.get("mean")}
 
     def _wants_tasks(self, layers: int) -> bool:
         """Whether models of this depth are scored on tasks; the original is."""

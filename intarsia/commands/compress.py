@@ -146,6 +146,7 @@ def compress(
     from intarsia.commands.recipes import build_recipe, card_facts
     from intarsia.commands.report import REPORT
     from intarsia.disk import write_whole
+    from intarsia.evaluation.agreement import doubt
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.healing.pipeline import check_stages, check_turns
     from intarsia.recipe import schema
@@ -231,7 +232,7 @@ def compress(
                 tasks=measuring.accuracy,
                 evaluation=measuring.words,
                 answers=after.answers,
-                warning=_doubt(before, after),
+                warning=doubt(before.to_dict(), after.to_dict()),
                 layer_forwards=planned.layer_forwards,
                 seconds=time.perf_counter() - started,
                 seconds_by_part=work.seconds,
@@ -410,21 +411,6 @@ def _measured(
         replace(whole, answers=None if reference is None else reference.itself()),
         replace(healed, perplexity_without_heal=next(iter(without.values()), None), answers=answers),
     )
-
-
-def _doubt(before: Measures, after: Measures) -> str | None:
-    """One sentence, where perplexity or tasks look well and the answers do not."""
-    from intarsia.evaluation.agreement import doubt
-
-    if before.answers is None or after.answers is None:
-        return None
-    ratio, kept = None, None
-    if before.perplexity is not None and after.perplexity is not None:
-        ratio = after.perplexity.value / before.perplexity.value
-    if before.accuracy and after.accuracy is not None:
-        kept = after.accuracy / before.accuracy
-    agreement, loops = after.answers.agreement.value, after.answers.loops.value
-    return doubt(agreement, loops, more_loops=loops - before.answers.loops.value, perplexity=ratio, kept=kept)
 
 
 def _healed(healed: Healed | None, pruned: Recipe, before: Measures, after: Measures) -> dict[str, Any] | None:

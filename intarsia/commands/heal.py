@@ -91,6 +91,12 @@ class HealResult(Result):
     # What was sent to the hub.
     push: Mapping[str, Any] | None = None
 
+    def summary(self) -> dict[str, Any]:
+        """Without the numbers of single layers."""
+        shown = ("stages", "answers", "warning", "teacher", "seconds", "out", "run", "report", "push")
+        data = self.to_dict()
+        return {name: data[name] for name in shown if name in data}
+
 
 def heal(
     source: Annotated[
@@ -278,10 +284,10 @@ class Subject:
         Raises:
             UserError: one cannot be opened, the teacher does not fit, or a streamed model would have to write text.
         """
+        from intarsia.activations.architecture_checks import verified
         from intarsia.checkpoint.resolve import open_checkpoint
         from intarsia.commands.job import Placement, check_seq_len, check_streamed_text, load_tokenizer
         from intarsia.commands.recipes import open_variants
-        from intarsia.commands.removal import verified
         from intarsia.healing import launch
         from intarsia.healing.layer_map import check_teacher
 

@@ -57,11 +57,7 @@ class Measured:
     def warning(self) -> str | None:
         """One sentence, where perplexity looks well and the answers do not."""
         rows = list(self.rows.values())
-        whole, last = rows[0], rows[-1]
-        ratio = last["perplexity"]["value"] / whole["perplexity"]["value"]
-        loops = last["loops"]["value"]
-        more = loops - whole["loops"]["value"]
-        return doubt(last["agreement"]["value"], loops, more_loops=more, perplexity=ratio, kept=None)
+        return doubt(rows[0], rows[-1])
 
 
 def _row(perplexity: Mapping[str, Any], answers: Agreement) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,12 +100,13 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _removal_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    from intarsia.inspection.structure import removals
+    from intarsia.inspection.structure import Possible
 
     architecture, parameters = checkpoint.architecture, checkpoint.parameters
     assert architecture.inspected is not None
     kinds = architecture.layer_types or ("layer",) * architecture.n_layers
-    possible = removals(architecture)
+    whole, possible = range(architecture.n_layers), Possible(architecture)
+    free = [layer for layer in whole if possible([other for other in whole if other != layer])]
     return {
         "family": architecture.family.title,
         "tier": "removal: its layers can be removed, and not joined",
@@ -114,10 +116,17 @@ def _removal_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": parameters,
         "share_of_a_layer": f"{architecture.layer_parameters / parameters:.2%} of all parameters, in the mean",
         "follows_the_layers": ", ".join([*architecture.per_layer, *architecture.inspected.tables]) or "nothing else",
-        "can_be_removed": "layers of which others of their kind stay" if possible else "none",
+        "can_be_removed": f"{_runs(free)}; several, as long as every kind stays" if free else "none",
         "exact": "a model without layers is the one in which they are skipped; "
         "`intarsia anatomy check` verifies it on a small one",
     }
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Ascending numbers in short: 0-4, 7."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(f"{start}" if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
 
 
 def _recipe_facts(recipe: Recipe, *, mixture: bool = False) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from intarsia import progress
+from intarsia.activations.architecture_checks import verified
 from intarsia.building.recipe_layers import original_ops
 from intarsia.checkpoint.hashing import acting_config
 from intarsia.checkpoint.resolve import lasting
 from intarsia.commands.job import Job, calibration_of, pin_text, target_depth, versions, writes_some
 from intarsia.commands.plan import PlanResult
-from intarsia.commands.removal import verified
 from intarsia.disk import read_json
 from intarsia.errors import UserError
 from intarsia.evaluation.speed import peak_memory_bytes
@@ -68,7 +68,7 @@ class Planning:
         if (inspected := job.checkpoint.architecture.inspected) is not None and self.planner.joins:
             raise UserError(
                 f"{method.name} joins layers, and those of {job.model} can only be removed: {inspected.reason}.",
-                "Choose shortgpt, angular, sleb, reverse, taylor, magnitude or come-p[removals=true].",
+                "Choose shortgpt, angular, sleb, reverse, taylor, magnitude, evolve or come-p[removals=true].",
             )
         self.heals, self._shared = heals, whole
         self._model: Intermediate | None = None

@@ -201,24 +201,33 @@ _WELL, _KEPT = 1.5, 0.9
 _LEAST_AGREEMENT, _MOST_LOOPS = 0.6, 0.25
 
 
-def doubt(
-    agreement: float, loops: float, *, more_loops: float, perplexity: float | None, kept: float | None
-) -> str | None:
+def doubt(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
     """One sentence where perplexity or choices look well, and the answers do not; else None.
 
     Args:
-        agreement: the new model's.
-        loops: the share of its answers that loop, which is `more_loops` above the original's.
-        perplexity: the new model's, as a multiple of the original's.
-        kept: share of the original's accuracy on tasks.
+        before: measures of the original: those of `Agreement.measures`, and `perplexity` or `accuracy` or both.
+        after: of the new model.
     """
+
+    def number(measures: Mapping[str, Any], key: str) -> float | None:
+        found = measures.get(key)
+        return found["value"] if isinstance(found, Mapping) else found
+
+    def ratio(key: str) -> float | None:
+        old, new = number(before, key), number(after, key)
+        return None if not old or new is None else new / old
+
+    agreement, loops, loops_before = number(after, "agreement"), number(after, "loops"), number(before, "loops")
+    if agreement is None or loops is None or loops_before is None:
+        return None
+    if agreement >= _LEAST_AGREEMENT and loops - loops_before <= _MOST_LOOPS:
+        return None
+    perplexity, kept = ratio("perplexity"), ratio("accuracy")
     if perplexity is not None and perplexity <= _WELL:
         well = "perplexity"
     elif kept is not None and kept >= _KEPT:
         well = "accuracy"
     else:
-        return None
-    if agreement >= _LEAST_AGREEMENT and more_loops <= _MOST_LOOPS:
         return None
     return f"answers differ more than {well} says: {agreement:.0%} of tokens agree, {loops:.0%} loop"
 

@@ -12,8 +12,9 @@ import copy
 import difflib
 import logging
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -356,6 +357,11 @@ def _load(name: str, manager: Any) -> Task:
     try:
         task = Task(name=name, found=manager.load([name]))
         empty = [str(leaf.config.task) for leaf in task.leaves if len(leaf.eval_docs) == 0]
+    except ImportError as error:
+        raise UserError(
+            f"The task {name} needs a package that is not installed ({_first_line(error)}).",
+            "Install it; `pip install 'lm-eval[NAME]'` has those of a kind of tasks.",
+        ) from error
     except Exception as error:
         raise UserError(
             f"The data set of the task {name} cannot be read ({type(error).__name__}: {_first_line(error)}).",
@@ -367,12 +373,13 @@ def _load(name: str, manager: Any) -> Task:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's log below errors."""
+    """Without lm-eval's log below errors; what code of its tasks prints goes to stderr."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         logger.setLevel(level)
 

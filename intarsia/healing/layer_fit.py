@@ -185,8 +185,9 @@ class PartFit:
         text = self.text
         layer = Placed(self.module, text.source)
         for passed in text.loop.outputs(layer, text.inputs, sequences=text.sequences, inputs=(self.part,)):
-            wanted_BTD, x_BTC = text.targets(passed.rows).float(), passed.inputs[self.part]
-            missing_BTD = wanted_BTD - passed.after.float()
+            residual, x_BTC = text.loop.stream.residual, passed.inputs[self.part]
+            wanted_BTD = residual(text.targets(passed.rows)).float()
+            missing_BTD = wanted_BTD - residual(passed.after).float()
             held_B = torch.arange(passed.rows.start, passed.rows.stop) % self.settings.held_out == 0
             yield FitTokens(
                 projection=self.target,

@@ -176,9 +176,10 @@ class _Work:
             module = module.to(torch.bfloat16)  # gradients overflow in float16
         batch, held_out = self.schedule.batch, self.text.held_out
         sizes = {batch, held_out % batch, min(batch, held_out)} - {0}
-        if self.loop.stream.by_tokens:
+        if self.loop.stream.by_tokens or self.loop.stream.state.size > self.resident.architecture.width:
             raise UserError(
-                "Layers of this model get arguments that depend on the tokens, which layerwise training does not keep.",
+                "Layers of this model read more than the hidden states before them (the tokens, or keys and values of "
+                "other layers), which layerwise training does not keep.",
                 "Heal with closed-form or end-to-end.",
             )
         trained = {name for name, _ in module.named_parameters()}

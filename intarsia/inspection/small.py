@@ -21,7 +21,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_LEAST_LAYERS = 6
+_LEAST_LAYERS, _SHORT = 6, 12
 _STORED = ("dtype", "torch_dtype", "quantization_config", "auto_map", "transformers_version", "architectures")
 """Fields about the stored weights."""
 
@@ -38,15 +38,19 @@ def small_config(architecture: Architecture) -> dict[str, Any]:
 
 
 def some_layers(architecture: Architecture) -> Sequence[int]:
-    """The first layers of a model, with each of its kinds twice where it has two, that make a model by themselves."""
+    """Layers of a model that make a model by themselves, with each of its kinds twice where it has two: the first ones,
+    or, where these are many, the first two of each kind."""
     depth = architecture.n_layers
     kinds = architecture.layer_types or ("",) * depth
-    for length in range(min(_LEAST_LAYERS, depth), depth):
-        some = kinds[:length]
-        whole = all(some.count(kind) >= min(2, kinds.count(kind)) for kind in set(kinds))
-        if whole and problem_of(architecture, range(length)) is None:
-            return range(length)
-    return range(depth)
+    twos = [layer for layer, kind in enumerate(kinds) if kinds[:layer].count(kind) < 2]
+    tried: list[Sequence[int]] = [range(length) for length in range(min(_LEAST_LAYERS, depth), depth)]
+    tried.insert(_SHORT - _LEAST_LAYERS, twos)
+
+    def whole(layers: Sequence[int]) -> bool:
+        some = [kinds[layer] for layer in layers]
+        return all(some.count(kind) >= min(2, kinds.count(kind)) for kind in set(kinds))
+
+    return next((each for each in tried if whole(each) and problem_of(architecture, each) is None), range(depth))
 
 
 def shrunken_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +69,8 @@ def _small(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any
             found[key] = _small(value, sizes)
         elif key in sizes["fields"] and isinstance(value, int) and not isinstance(value, bool):
             found[key] = min(value, sizes["fields"][key]) if value else value
+        elif key in sizes["fields"] and isinstance(value, list):  # one for each layer
+            found[key] = [min(each, sizes["fields"][key]) for each in value]
         elif re.search(r"token_id$|token_index$", str(key)) and value is not None:
             found[key] = [1] if isinstance(value, list) else min(value, 2)
         else:

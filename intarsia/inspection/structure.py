@@ -146,13 +146,10 @@ def config_of(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     if getattr(made, "is_encoder_decoder", False):
         raise _refused(where, "a decoder", f"an encoder-decoder ({kind})")
     if type(made) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise _refused(where, "a language model", f"{kind}, for which transformers has no causal language model")
-    shared = getattr(made, "num_kv_shared_layers", 0)
-    if shared:
+        raise _refused(where, "a language model", f"{kind}, which AutoModelForCausalLM of transformers does not load")
+    if 0 < (getattr(made, "num_hidden_layers", 0) or 0) <= (getattr(made, "num_kv_shared_layers", 0) or 0):
         raise _refused(
-            where,
-            "layers that read the residual stream alone",
-            f"{shared} layers that read the keys and values of other layers (num_kv_shared_layers)",
+            where, "layers with keys and values of their own", "only layers that read those of another model"
         )
     return made
 
@@ -208,7 +205,7 @@ def structure_of(layer: nn.Module) -> str:
     parts: list[object] = []
     for name, module in layer.named_modules():
         settings = {
-            key: value
+            key: f"{value:.9g}" if isinstance(value, float) else value
             for key, value in vars(module).items()
             if isinstance(value, bool | int | float | str) and not _NUMBERED.search(key)
         }
@@ -221,22 +218,38 @@ def _kinds(config: PreTrainedConfig, layers: Sequence[nn.Module]) -> tuple[str, 
     """What each layer is called: by the config, and by its parts where equal names are of different layers."""
     stated: Any = getattr(config, "layer_types", None)
     named = stated if isinstance(stated, list | tuple) and len(stated) == len(layers) else ["layer"] * len(layers)
-    variants: dict[str, dict[str, list[str]]] = {}
+    variants: dict[str, dict[str, nn.Module]] = {}
     structures = list(map(structure_of, layers))
     for name, structure, layer in zip(map(str, named), structures, layers, strict=True):
-        parts = [type(part).__name__ for part in layer.children()]
-        variants.setdefault(name, {}).setdefault(structure, parts)
+        variants.setdefault(name, {}).setdefault(structure, layer)
     words: dict[tuple[str, str], str] = {}
     for name, found in variants.items():
-        common = set.intersection(*map(set, found.values()))
-        own = [", ".join(part for part in parts if part not in common) for parts in found.values()]
-        told = own if len(set(own)) == len(own) else [str(number + 1) for number in range(len(own))]
-        words |= {
-            (name, each): f"{name} ({word})" if word and len(own) > 1 else name
-            for each, word in zip(found, told, strict=True)
-        }
+        own = _own([_parts(layer) for layer in found.values()])
+        if len(set(own)) < len(own):
+            own = _own([_flags(layer) for layer in found.values()])
+        for number, (each, word) in enumerate(zip(found, own, strict=True)):
+            told = f"{word} {own[:number].count(word) + 1}".lstrip() if own.count(word) > 1 else word
+            words[name, each] = f"{name} ({told})" if told and len(own) > 1 else name
     kinds = tuple(words[str(name), structure] for name, structure in zip(named, structures, strict=True))
     return kinds if len(set(kinds)) > 1 else None
+
+
+def _parts(layer: nn.Module) -> list[str]:
+    return [type(part).__name__ for part in layer.children()]
+
+
+def _flags(layer: nn.Module) -> list[str]:
+    """Settings of its parts: those that are true, and those that are a word."""
+    settings = (setting for part in layer.modules() for setting in vars(part).items())
+    named = [(name, value) for name, value in settings if not _NUMBERED.search(name)]
+    words = (name if value is True else value for name, value in named if value is True or isinstance(value, str))
+    return list(dict.fromkeys(words))
+
+
+def _own(words: Sequence[Sequence[str]]) -> list[str]:
+    """Of several lists of words what is not in all of them."""
+    common = set.intersection(*map(set, words))
+    return [", ".join(word for word in each if word not in common) for each in words]
 
 
 class _Files:
@@ -249,6 +262,7 @@ class _Files:
         from transformers.core_model_loading import revert_weight_conversion
 
         self.where, self.depth = where, len(layers)
+        self.unused = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
         self.structures = list(map(structure_of, layers))
         self.firsts = {structure: index for index, structure in reversed(list(enumerate(self.structures)))}
         prefix = f"{layers_module}."
@@ -317,11 +331,14 @@ class _Files:
             own = {name.removeprefix(first): shape for name, shape in self.expected.items() if name.startswith(first)}
             layers.append(own)
             expected |= {f"{prefix}{index}.{local}": shape for local, shape in own.items()}
-        if shapes is not None:
-            self._check(expected, shapes)
+        for name in self._check(expected, shapes) if shapes is not None else ():
+            assert shapes is not None
+            index_of, _, local = name.removeprefix(prefix).partition(".")
+            layers[int(index_of)] = {**layers[int(index_of)], local: shapes[name]}
         return tuple(layers)
 
-    def _check(self, expected: Shapes, shapes: Shapes) -> None:
+    def _check(self, expected: Shapes, shapes: Shapes) -> list[str]:
+        """The tensors of layers that the class does not use; they stay with their layers."""
         prefix = f"{self.layers_module}."
         wrong = [name for name, shape in expected.items() if tuple(shapes.get(name, ())) != tuple(shape)]
         more = [
@@ -332,6 +349,8 @@ class _Files:
             and not name.endswith("inv_freq")
             and int(name.removeprefix(prefix).partition(".")[0]) < self.depth
         ]
+        unused = [name for name in more if any(pattern.search(name) for pattern in self.unused)]
+        more = [name for name in more if name not in unused]
         found_of = {name: f"shape {list(shapes[name])}" if name in shapes else "no such tensor" for name in wrong}
         problems = [(name, f"shape {list(expected[name])}", found) for name, found in found_of.items()]
         problems += [(name, "only tensors of the model's class", f"shape {list(shapes[name])}") for name in more]
@@ -342,6 +361,7 @@ class _Files:
                 f"{self.where}: {name}: expected {wanted}, found {found}{others}.",
                 "Load it with transformers and save it again, or get config and weights that belong together.",
             )
+        return unused
 
 
 def _with_tables(found: Architecture, model: PreTrainedModel) -> Architecture:
@@ -392,17 +412,33 @@ def problem_of(architecture: Architecture, kept: Sequence[int]) -> str | None:
     return None
 
 
+class Possible:
+    """Which of its layers a model may consist of; each answer is looked for once."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+        self._problems: dict[tuple[int, ...], str | None] = {}
+
+    def __call__(self, layers: Sequence[int]) -> bool:
+        """Whether it may consist of just these: where layers can only be removed, whether its config can describe that,
+        and every kind of layer is there."""
+        kinds, kept = self.architecture.layer_types, tuple(layers)
+        if not self.architecture.removal_only:
+            return True
+        if not kept or (kinds and {kinds[layer] for layer in kept} != set(kinds)):
+            return False
+        if kept not in self._problems:
+            self._problems[kept] = problem_of(self.architecture, kept)
+        return self._problems[kept] is None
+
+
 def removals(architecture: Architecture) -> list[list[int]]:
     """Layers of a model that may stay by themselves: without one of the first, and without two of the others."""
-    whole = list(range(architecture.n_layers))
-    kinds = architecture.layer_types or ("",) * architecture.n_layers
+    whole, possible = list(range(architecture.n_layers)), Possible(architecture)
 
     def without(layers: list[int], order: Iterable[int]) -> list[int]:
-        for dropped in order:
-            left = [layer for layer in layers if layer != dropped]
-            if len({kinds[layer] for layer in left}) == len(set(kinds)) and problem_of(architecture, left) is None:
-                return left
-        return layers
+        tried = ([layer for layer in layers if layer != dropped] for dropped in order)
+        return next((left for left in tried if len(left) < len(layers) and possible(left)), layers)
 
     middle = len(whole) // 2
     two = without(without(whole, [*whole[middle:], *whole[:middle]]), reversed(whole))

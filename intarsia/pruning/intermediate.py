@@ -21,7 +21,7 @@ from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Layer, RecipeLayers, is_whole
 from intarsia.data.corpus import Corpus
 from intarsia.healing.teacher import TeacherStates
-from intarsia.inspection.structure import problem_of
+from intarsia.inspection.structure import Possible
 from intarsia.progress import Progress, current
 from intarsia.pruning.scores import angular_distance
 from intarsia.pruning.step import Criterion
@@ -55,6 +55,7 @@ class Intermediate(RecipeLayers):
         rows: the first sequences of the calibration text, which everything but the original's hidden states is
             measured on; see `look_at`.
         measures: what each current layer does on them.
+        may_become: whether the model may consist of some layers of the original.
         criterion: what candidates are compared by: their loss, or their divergence (KL) from the original's next-token
             distribution.
     """
@@ -99,7 +100,7 @@ class Intermediate(RecipeLayers):
         self.criterion: Criterion = "loss"
         self._likeliest: Likeliest | None = None
         self._held_original = False
-        self._problems: dict[tuple[int, ...], str | None] = {}
+        self.may_become = Possible(self.architecture)
 
     @property
     def corpus(self) -> Corpus:
@@ -140,22 +141,8 @@ class Intermediate(RecipeLayers):
         losses_N = self.losses_N
         return float(losses_N.sum() / self.counts_N[: len(losses_N)].sum())
 
-    def may_become(self, layers: Sequence[int]) -> bool:
-        """Whether the model may consist of just these layers of the original.
-
-        Where layers can only be removed: whether its config can describe that, and every kind of layer is there.
-        """
-        kinds, kept = self.architecture.layer_types, tuple(layers)
-        if not self.architecture.removal_only:
-            return True
-        if not kept or (kinds and {kinds[layer] for layer in kept} != set(kinds)):
-            return False
-        if kept not in self._problems:
-            self._problems[kept] = problem_of(self.architecture, kept)
-        return self._problems[kept] is None
-
     def may_drop(self, start: int, count: int = 1) -> bool:
-        """Whether the model may do without `count` layers from `start` on; see `may_become`."""
+        """Whether the model may do without `count` layers from `start` on."""
         return self.may_become([op.sources[0].layer for op in (*self.ops[:start], *self.ops[start + count :])])
 
     def droppable(self, count: int = 1) -> list[int]:
@@ -255,7 +242,8 @@ class Intermediate(RecipeLayers):
     def tokens_at(self, depth: int, keep_NT: Tensor) -> Tensor:
         """H^depth of the tokens where `keep_NT` is True: float32 `[K, D]`, on the CPU."""
         parts = (rows for rows, _, _ in self.batches.over(self.rows))
-        return torch.cat([self.hidden_at(depth, rows).cpu()[keep_NT[rows]].float() for rows in parts])
+        residual = self.loop.stream.residual
+        return torch.cat([residual(self.hidden_at(depth, rows)).cpu()[keep_NT[rows]].float() for rows in parts])
 
     @torch.inference_mode()
     def span_distance(self, start: int, count: int, tokens: Literal["all-tokens", "last-token"]) -> float:
@@ -266,7 +254,7 @@ class Intermediate(RecipeLayers):
             for rows, ids, mask in self.batches.over(self.rows):
                 after = self._output(start + count, rows, ids, mask)
                 keep = last_real(ids, mask) if tokens == "last-token" else mask
-                found = angular_distance(cosines(self.hidden_at(start, rows), after, keep))
+                found = angular_distance(cosines(self._output(start, rows, ids, mask), after, keep))
                 total, number = total + float(found.sum()), number + found.numel()
             self._distances[key] = total / number
         return self._distances[key]
@@ -336,10 +324,10 @@ class Intermediate(RecipeLayers):
 
     def _measure_of(self, index: int, passed: Passed) -> LayerMeasure:
         """What a layer does on the sequences of one batch."""
-        found, mask, normed = LayerMeasure(), passed.mask, passed.after
+        found, mask, normed = LayerMeasure(), passed.mask, self.loop.stream.residual(passed.after)
         if self.after_final_norm and index + 1 == self.depth:
             normed = self.loop.stream.final_norm(passed.after, passed.ids, mask)
-        found.add_stream(passed.before, normed.to(passed.before.device), mask)
+        found.add_stream(self.loop.stream.residual(passed.before), normed.to(passed.before.device), mask)
         for part, x in passed.inputs.items():
             found.channels[part].add(x, None if mask is None else mask.to(x.device))
         return found
@@ -349,7 +337,7 @@ class Intermediate(RecipeLayers):
         fresh = LayerMeasure(channels=self.measures[-1].channels)
         for rows, ids, mask in self.batches.over(self.rows):
             after = self._output(self.depth, rows, ids, mask)
-            fresh.add_stream(self.hidden_at(self.depth - 1, rows), after, mask)
+            fresh.add_stream(self._output(self.depth - 1, rows, ids, mask), after, mask)
         return fresh
 
     def _lose(self, rows: slice, ids: Tensor, mask: Tensor | None) -> None:
@@ -362,7 +350,7 @@ class Intermediate(RecipeLayers):
         h_BTD = self.hidden_at(depth, rows)
         if self.after_final_norm and depth == self.depth:
             return self.loop.stream.final_norm(h_BTD, ids, mask)
-        return h_BTD
+        return self.loop.stream.residual(h_BTD)
 
     def _hold(self) -> None:
         """Keep the hidden states that are there; those that are measured later are stored besides."""

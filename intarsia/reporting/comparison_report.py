@@ -117,7 +117,7 @@ def figure(found: Comparison, *, against: str = "parameters", quality: str) -> M
         x=layers_axis(row.layers for row in found.rows if row.method != DENSE)
         if by_depth
         else Axis(label=_ACROSS[against]),
-        y=Axis(label=label, log=is_text, most=most),
+        y=Axis(label=label, log=is_text, most=most, zero=quality == "answers that loop"),
         rules=[] if dense is None else [(dense, DENSE)],
         note="; ".join(notes),
         title=f"{label} against {_ACROSS[against]}",

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.architecture.detect import detect
+from intarsia.activations.architecture_checks import verified
 from intarsia.architecture.spec import Architecture
 from intarsia.checkpoint.adapter import is_adapter, open_variant, read_adapter_config
 from intarsia.checkpoint.files import read_config
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.multimodal import text_config
-from intarsia.checkpoint.reader import Checkpoint
+from intarsia.checkpoint.reader import Checkpoint, architecture_of
 from intarsia.checkpoint.resolve import DEMO, lasting, not_downloaded, resolve
 from intarsia.errors import Problem, Problems
 from intarsia.recipe.recipe import Variant
@@ -62,7 +62,7 @@ def _differences(base: Member, other: Member) -> Iterator[tuple[str, object, obj
     for what in ("n_layers", "width", "n_query_heads", "n_kv_heads", "head_dim", "n_channels", "n_experts"):
         if getattr(a, what) != getattr(b, what):
             yield what, getattr(a, what), getattr(b, what), leave
-    ours, theirs = set(a.layer_shapes()), set(b.layer_shapes())
+    ours, theirs = ({name for layer in range(a.n_layers) for name in each.layer_shapes(layer)} for each in (a, b))
     if ours != theirs:
         lacks, more = ", ".join(sorted(ours - theirs)), ", ".join(sorted(theirs - ours))
         found = "; ".join(text for text in (lacks and f"without {lacks}", more and f"with {more}") if text)
@@ -105,7 +105,7 @@ def _dtype(checkpoint: Checkpoint) -> str:
     names = [
         architecture.tensor_name(layer, local)
         for layer in range(architecture.n_layers)
-        for local in architecture.layer_shapes()
+        for local in architecture.layer_shapes(layer)
     ]
     return " and ".join(sorted({str(checkpoint.headers[name].dtype).removeprefix("torch.") for name in names}))
 
@@ -182,7 +182,7 @@ def read_config_only(
     else:
         folder = _downloaded(model, revision)
     config = text_config(read_config(folder), where=str(folder))
-    return config, detect(config, where=str(folder / "config.json"))
+    return config, architecture_of(config, where=str(folder / "config.json"))
 
 
 def _downloaded(model: str, revision: str | None) -> Path:
@@ -274,6 +274,8 @@ def _member(name: str, spec: MemberSpec, base: Member | None, weights: bool, con
     if weights:
         over = None if base is None else base.checkpoint
         checkpoint = open_variant(spec.model, revision=spec.revision, base=over)
+        if base is None:
+            checkpoint = verified(checkpoint)
         config, architecture = checkpoint.config, checkpoint.architecture
     else:
         config, architecture = read_config_only(spec.model, spec.revision, base, configs=configs)

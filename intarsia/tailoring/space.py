@@ -9,8 +9,8 @@ choice.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from random import Random
 from typing import TYPE_CHECKING, Literal
@@ -38,6 +38,7 @@ class Space:
         separate: attention and MLP of a layer may be blended differently.
         groups: in a fusion, the number of groups of adjacent layers; None for one a layer.
         layer_types: the attention type of each layer, where the family has several; only equal ones are joined.
+        possible: whether the base may consist of just some of its layers.
     """
 
     depth: int
@@ -48,6 +49,7 @@ class Space:
     separate: bool = False
     groups: int | None = None
     layer_types: tuple[str, ...] | None = None
+    possible: Callable[[Sequence[int]], bool] = field(default=lambda layers: True, compare=False)
 
     def __post_init__(self) -> None:
         assert 1 <= self.target <= 2 * self.depth and 1.0 in self.scales
@@ -131,11 +133,32 @@ class Space:
             return tuple(layer for layer in range(self.depth) for _ in range(2 if layer in changed else 1))
         return tuple(layer for layer in self.starts if layer not in changed)
 
+    def removable(self, wanted: Sequence[int]) -> Sequence[int]:
+        """The layers to remove; where the base cannot do without them, those nearest to them without which it can.
+
+        Raises:
+            UserError: it can do without no so many.
+        """
+        whole, found = range(self.depth), list[int]()
+        if self.kind != "cut" or self.possible([layer for layer in whole if layer not in wanted]):
+            return wanted
+        nearest = sorted(whole, key=lambda layer: min(abs(layer - other) for other in wanted))
+        for _ in wanted:
+            tried = ([*found, layer] for layer in nearest if layer not in found)
+            fits = (gone for gone in tried if self.possible([layer for layer in whole if layer not in gone]))
+            found = next(fits, found)
+        if len(found) < len(wanted):
+            raise UserError(
+                f"No {len(wanted)} of the {self.depth} layers can be removed together.",
+                "Remove fewer: every kind of layer must stay, and the config must be able to describe the model.",
+            )
+        return sorted(found)
+
     # Candidates
 
     def plain(self, changed: Sequence[int] = ()) -> Candidate:
         """The base's own layers, without these, or with these twice."""
-        positions = self.positions(changed)
+        positions = self.positions(self.removable(changed))
         return Candidate(positions=positions, choices=tuple(single(self.menu.members[0]) for _ in positions))
 
     def arrange(self, changed: Sequence[int], choices: Mapping[Slot, Choice]) -> Candidate:
@@ -143,7 +166,7 @@ class Space:
 
         A position without a choice is the base's layer; a join that is not possible there is its first layer, whole.
         """
-        positions = self.positions(changed)
+        positions = self.positions(self.removable(changed))
         base = single(self.menu.members[0])
         found: list[Choice] = []
         for slot in slots(positions):
@@ -229,9 +252,12 @@ def space_of(file: FamilyFile, architecture: Architecture, parameters: int | Non
     Raises:
         UserError: its target cannot be reached by its operations, or an operation finds nothing to work on.
     """
+    from intarsia.inspection.structure import Possible  # which imports torch
+
     depth = architecture.n_layers
     target = target_layers(file, architecture, parameters)
-    problems = Problems(Problem(f"Family file: {message}.", hint) for message, hint in _misfits(file, depth, target))
+    found = [*_misfits(file, depth, target), *_joined(file, architecture)]
+    problems = Problems(Problem(f"Family file: {message}.", hint) for message, hint in found)
     problems.raise_any()
     menu = Menu(
         members=tuple(file.members),
@@ -246,7 +272,7 @@ def space_of(file: FamilyFile, architecture: Architecture, parameters: int | Non
             f"Family file: no method of merge.methods ({', '.join(unused)}) takes {len(file.variants)} variants.",
             "Add variants, or choose other methods.",
         )
-    return Space(
+    space = Space(
         depth=depth,
         target=target,
         menu=menu,
@@ -255,7 +281,10 @@ def space_of(file: FamilyFile, architecture: Architecture, parameters: int | Non
         separate=file.merge.parts == "separate",
         groups=file.fusion.groups,
         layer_types=architecture.layer_types,
+        possible=Possible(architecture),
     )
+    space.removable(range(space.changes))
+    return space
 
 
 def _grids(method: MergeMethod, file: FamilyFile) -> dict[str, tuple[float, ...]]:
@@ -271,6 +300,15 @@ def _grids(method: MergeMethod, file: FamilyFile) -> dict[str, tuple[float, ...]
         whole = name in kind.parameters and kind.parameters[name].whole
         found[name] = tuple(sorted({float(round(value)) for value in values})) if whole else values
     return found
+
+
+def _joined(file: FamilyFile, architecture: Architecture) -> Iterator[tuple[str, str]]:
+    """What needs more than whole layers, where these can only be removed; and a hint."""
+    asked = [name for name in file.operations if name not in ("remove", "select")]
+    asked += ["output_scale"] * (file.output_scale != (1.0, 1.0))
+    if asked and architecture.inspected is not None:
+        reason = f"layers of this model can only be removed: {architecture.inspected.reason}"
+        yield f"{', '.join(asked)}: {reason}", "Search with remove, and select where there are variants."
 
 
 def _misfits(file: FamilyFile, depth: int, target: int) -> Iterator[tuple[str, str]]:

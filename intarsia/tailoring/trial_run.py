@@ -246,7 +246,7 @@ class Runner:
             tokens: of all batches of the recipe, with padding.
         """
         model = self.model
-        self.prefixes.start(path, tokens * model.architecture.width * model.model.dtype.itemsize)
+        self.prefixes.start(path, tokens * self.stream.state.size * model.model.dtype.itemsize)
         modules: dict[int, nn.Module] = {}
         sources = [op.sources[0].layer for op in recipe.layers]
 

@@ -15,31 +15,46 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks.decoders import KNOWN, REFUSED, REMOVAL, Decoder, config_of, decoder, kinds, page
+from intarsia.architecture.per_layer import for_layers
+from intarsia.architecture.spec import PARTS
 from intarsia.building.materialize import materialize
 from intarsia.building.tiny_model import small_model
 from intarsia.checkpoint.reader import Checkpoint, architecture_of
 from intarsia.errors import UserError
 from intarsia.inspection.small import small_config
-from intarsia.inspection.structure import inspected, problem_of
+from intarsia.inspection.structure import Possible, inspected, problem_of, removals
+from intarsia.recipe import schema
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge
 from intarsia.recipe.recipe import Variant, identity
 from tests import families
 from tests.command import LITTLE, invoke
 
 SHAPES = ("qwen3_5_text", "gemma4_text", "glm4_moe", "lfm2")
 QUICK = (*SHAPES, "nemotron_h")
+SHARING = {
+    "gemma4_text": {"num_kv_shared_layers": 20, "num_hidden_layers": 35, "use_double_wide_mlp": True},
+    "gemma3n_text": {},
+}
+"""Configs with layers that read the keys and values of others, as of Gemma 4 E2B and Gemma 3n E4B."""
+WIDE = {"hidden_size": 256, "intermediate_size": 640, "moe_intermediate_size": 160, "linear_value_head_dim": 64}
 TABLE = Path(__file__).parents[2] / "docs" / "FAMILIES.md"
 
 
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Gives the folder of a small random model of a type, with its class's own config made small."""
+    """Gives the folder of a small random model of a type, with its class's own config made small; a `wide` one has a
+    few million parameters, a `sharing` one layers that read others' keys and values."""
 
     @cache
-    def made(kind: str) -> Path:
-        large = architecture_of(config_of(kind).to_dict(), where=kind)
-        config = {**small_config(large), "vocab_size": families.VOCABULARY, "eos_token_id": 0, "pad_token_id": None}
-        config |= {"vocab_size_per_layer_input": families.VOCABULARY} if "vocab_size_per_layer_input" in config else {}
-        model = small_model(config, seed=1)
+    def made(kind: str, how: str = "") -> Path:
+        config = config_of(kind).to_dict()
+        if how == "sharing":
+            config = CONFIG_MAPPING[kind](**SHARING[kind]).to_dict()
+        small = small_config(architecture_of(config, where=kind))
+        small |= {"vocab_size": families.VOCABULARY, "eos_token_id": 0, "pad_token_id": None}
+        small |= {"vocab_size_per_layer_input": families.VOCABULARY} if "vocab_size_per_layer_input" in small else {}
+        small |= {key: value for key, value in WIDE.items() if key in small and how == "wide"}
+        model = small_model(small, seed=1)
         return families.save(model, tmp_path_factory.mktemp("removal") / kind)
 
     return made
@@ -62,16 +77,24 @@ def test_a_row_of_the_table(kind: str) -> None:
 
 def test_the_table_has_every_decoder() -> None:
     rows = listed()
-    assert list(rows) == kinds() and {each.tier for each in rows.values()} == {KNOWN, REMOVAL, REFUSED, ""}
+    assert list(rows) == kinds() and {each.tier for each in rows.values()} == {KNOWN, REMOVAL, REFUSED}
 
 
 @pytest.mark.parametrize(
-    "kind", ["gemma4_text", "lfm2", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in SHAPES[::2])]
+    ("kind", "how"),
+    [
+        *((kind, "wide") for kind in SHAPES[1::2]),
+        *(pytest.param(kind, "wide", marks=pytest.mark.exhaustive) for kind in SHAPES[::2]),
+        ("gemma4_text", "sharing"),
+        pytest.param("gemma3n_text", "sharing", marks=pytest.mark.exhaustive),
+    ],
 )
-def test_compress(kind: str, folder_of: Any, text_file: Path, tmp_path: Path) -> None:
-    folder, out = folder_of(kind), tmp_path / "out"
-    depth = Checkpoint.open(folder, model="m").architecture.n_layers
-    small = ["--calibration", text_file, "--tokens", 1024, "--seq-len", 64, "--eval-windows", 2, *LITTLE]
+def test_compress(kind: str, how: str, folder_of: Any, text_file: Path, tmp_path: Path) -> None:
+    folder, out = folder_of(kind, how), tmp_path / "out"
+    checkpoint = Checkpoint.open(folder, model="m")
+    depth = checkpoint.architecture.n_layers
+    assert how != "wide" or 2_000_000 < checkpoint.parameters < 10_000_000
+    small = ["--calibration", text_file, "--tokens", 512, "--seq-len", 64, "--eval-windows", 2, *LITTLE]
     done = invoke("compress", folder, "-o", out, "--layers", depth - 2, *small)
     assert done.exit_code == 0, done.output
     verified = invoke("verify", out, "--json")
@@ -87,11 +110,10 @@ def test_compress(kind: str, folder_of: Any, text_file: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "method",
     [
-        "taylor",
-        "shortgpt --stream",
+        *("taylor", "shortgpt --stream", "evolve[generations=2,offspring=4,half-layers=false]"),
         *(
             pytest.param(each, marks=pytest.mark.exhaustive)
-            for each in ("shortgpt", "angular", "sleb", "reverse", "magnitude")
+            for each in ("shortgpt", "angular", "sleb", "reverse", "magnitude", "come-p[removals=true]")
         ),
     ],
 )
@@ -167,9 +189,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no such type": ({"model_type": "llama9", "transformers_version": "6.0"}, "no model type 'llama9'.*written by 6.0"),
     "code of its own": ({"model_type": "mine", "auto_map": {}}, "code of its own that is not run"),
     "an encoder-decoder": (CONFIG_MAPPING["bart"]().to_dict(), "an encoder-decoder"),
-    "no language model": (CONFIG_MAPPING["vit"]().to_dict(), "no causal language model"),
+    "no language model": (CONFIG_MAPPING["vit"]().to_dict(), "AutoModelForCausalLM of transformers does not load"),
     "a refused config": ({"model_type": "lfm2", "hidden_size": "wide"}, "transformers refuses this config"),
-    "shared keys and values": (CONFIG_MAPPING["gemma3n_text"]().to_dict(), "keys and values of other layers"),
     "several lists of layers": (CONFIG_MAPPING["xlm"]().to_dict(), "one list of 12 layers"),
 }
 
@@ -179,6 +200,36 @@ def test_what_cannot_be(what: str) -> None:
     config, message = REFUSALS[what]
     with pytest.raises(UserError, match=message):
         inspected(config, None, where="config.json", reason="-")
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_keys_and_values_that_others_read(kind: str) -> None:
+    """A layer whose keys and values others read stays; without one of these the others are numbered anew."""
+    config = CONFIG_MAPPING[kind](**SHARING[kind]).to_dict()
+    architecture, shared = architecture_of(config, where=kind), config["num_kv_shared_layers"]
+    depth, possible = architecture.n_layers, Possible(architecture)
+    first, types = depth - shared, config["layer_types"]
+    assert architecture.layer_types is not None
+    sources = {max(layer for layer in range(first) if types[layer] == kind) for kind in set(types)}
+    for layer in [0, *sources, first, depth - 2]:
+        kept = [other for other in range(depth) if other != layer]
+        assert possible(kept) == (layer not in sources)
+        if layer not in sources:
+            assert for_layers(architecture, config, kept, "-")["num_kv_shared_layers"] == shared - (layer >= first)
+        else:
+            assert architecture.layer_types[layer] == f"{types[layer]} (store_full_length_kv)"
+
+
+def test_tensors_that_the_class_does_not_use_stay(folder_of: Any, tmp_path: Path) -> None:
+    """Files of Gemma 3n and 4 hold keys and values of layers that read others'."""
+    folder = shutil.copytree(folder_of("gemma3n_text", "sharing"), tmp_path / "model")
+    architecture = Checkpoint.open(folder, model="m").architecture
+    last = architecture.n_layers - 1
+    tensors, more = load_file(folder / "model.safetensors"), torch.rand(3, 4)
+    save_file({**tensors, f"model.layers.{last}.self_attn.k_proj.weight": more}, folder / "model.safetensors")
+    kept = next(left for left in removals(architecture) if last in left)
+    found = load_file(built(folder, kept, tmp_path / "out") / "model.safetensors")
+    assert torch.equal(found[f"model.layers.{len(kept) - 1}.self_attn.k_proj.weight"], more)
 
 
 def test_what_a_config_cannot_describe() -> None:
@@ -205,3 +256,123 @@ def test_inspect(folder_of: Any) -> None:
     facts = json.loads(done.stdout)
     assert facts["tier"].startswith("removal") and facts["kinds"] == "linear_attention: 6, full_attention: 2"
     assert len(facts) <= 12
+
+
+def test_the_last_layer_of_a_kind_stays(folder_of: Any, text_file: Path, tmp_path: Path) -> None:
+    small = ["--calibration", text_file, "--tokens", 512, "--seq-len", 64, *LITTLE, "--heal", "none"]
+    done = invoke("compress", folder_of("lfm2"), "-o", tmp_path / "out", "--layers", 1, "--method", "reverse", *small)
+    assert done.exit_code == 2 and "every layer is the last of its kind" in done.stderr
+
+
+def test_a_recipe_may_leave_no_layer_of_a_kind(folder_of: Any, tmp_path: Path) -> None:
+    """Asked for in so many words, it is done and said."""
+    folder = folder_of("lfm2")
+    kinds = Checkpoint.open(folder, model="m").architecture.layer_types
+    assert kinds is not None
+    whole = identity(Variant(name="base", model=str(folder)), len(kinds))
+    layers = [op for op, kind in zip(whole.layers, kinds, strict=True) if kind == "conv"]
+    schema.save(whole.with_layers(layers), tmp_path / "recipe.yaml")
+    done = invoke("build", tmp_path / "recipe.yaml", "-o", tmp_path / "out")
+    assert done.exit_code == 0 and "no layer of kind full_attention stays" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda refs: Merge(sources=refs, weights=(0.5, 0.5)),
+        lambda refs: Concat(
+            cuts=tuple(
+                Cut(source=ref, kv_groups=(0,), channels=(0,), weights=dict.fromkeys(PARTS, 0.5)) for ref in refs
+            )
+        ),
+    ],
+    ids=["merge", "concat"],
+)
+def test_a_recipe_that_joins_layers_is_refused(op: Any, folder_of: Any, tmp_path: Path) -> None:
+    folder = folder_of("nemotron_h")
+    kinds = Checkpoint.open(folder, model="m").architecture.layer_types
+    assert kinds is not None
+    first, second = [index for index, kind in enumerate(kinds) if kind == kinds[0]][:2]
+    whole = identity(Variant(name="base", model=str(folder)), len(kinds))
+    joined = op(tuple(LayerRef(variant="base", layer=layer) for layer in (first, second)))
+    rest = [each for index, each in enumerate(whole.layers) if index not in (first, second)]
+    schema.save(whole.with_layers([joined, *rest]), tmp_path / "recipe.yaml")
+    done = invoke("build", tmp_path / "recipe.yaml", "-o", tmp_path / "out")
+    assert done.exit_code == 2 and not (tmp_path / "out").exists()
+    assert re.search("(concat|merge), and layers of this model can only be removed: no family file", done.stderr)
+
+
+@pytest.mark.parametrize("stage", ["end-to-end", "layerwise"])
+def test_distillation(stage: str, folder_of: Any, text_file: Path, tmp_path: Path) -> None:
+    small = ["--calibration", text_file, "--tokens", 2048, "--seq-len", 32, *LITTLE, "--method", "shortgpt"]
+    done = invoke(
+        "compress", folder_of("lfm2"), "-o", tmp_path / "out", "--layers", 6, *small, "--heal", stage, "--json"
+    )
+    assert done.exit_code == 0, done.output
+    healed = json.loads(done.stdout)["healed"]
+    assert (healed["method"], healed["tokens"]) == (stage, 2048)
+    verified = invoke("verify", tmp_path / "out")
+    assert verified.exit_code == 0, verified.output
+
+
+@pytest.mark.parametrize("stage", ["end-to-end", "layerwise"])
+def test_distillation_of_layers_that_read_more(stage: str, folder_of: Any, text_file: Path, tmp_path: Path) -> None:
+    folder = folder_of("gemma4_text", "sharing")
+    depth = Checkpoint.open(folder, model="m").architecture.n_layers
+    small = ["--calibration", text_file, "--tokens", 2048, "--seq-len", 32, *LITTLE, "--method", "shortgpt"]
+    done = invoke("compress", folder, "-o", tmp_path / "out", "--layers", depth - 1, *small, "--heal", stage)
+    if stage == "layerwise":
+        assert done.exit_code == 2 and "read more than the hidden states before them" in done.stderr
+    else:
+        assert done.exit_code == 0, done.output
+
+
+FAMILY = """
+base: {base}
+variants: {{other: {other}}}
+target: {{layers: 5}}
+operations: [remove, select{more}]
+heal: {heal}
+objectives: [{{name: prose, loss: {text}, split: "0:0.5"}}]
+search: {{engine: evolve, trials: 8, min_budget: 4, max_budget: 12, seed: 0, warm_start: [random-middle, shortgpt]}}
+"""
+
+
+@pytest.fixture
+def family(folder_of: Any, text_file: Path, tmp_path: Path) -> Any:
+    """Writes a family file of a model and another one like it."""
+
+    def write(kind: str, how: str = "", *, more: str = "", heal: str = "none") -> Path:
+        base = folder_of(kind, how)
+        other = shutil.copytree(base, tmp_path / "other")
+        tensors = load_file(other / "model.safetensors")
+        changed = {name: each + 0.02 * torch.randn_like(each) for name, each in tensors.items() if ".layers." in name}
+        save_file({**tensors, **changed}, other / "model.safetensors")
+        text = FAMILY.format(base=base, other=other, more=more, heal=heal, text=text_file)
+        (tmp_path / "family.yaml").write_text(text, encoding="utf-8")
+        return tmp_path / "family.yaml"
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["lfm2", pytest.param("qwen3_5_text", marks=pytest.mark.exhaustive)])
+def test_a_search(kind: str, family: Any, tmp_path: Path) -> None:
+    """Layers are removed, or selected from another model; every trial is one that can be built."""
+    done = invoke("tailor", family(kind, heal="finalists"), "-o", tmp_path / "run", "--tokens", 512, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["trials"], found["failed"]) == (8, 0)
+    kinds = Checkpoint.open(tmp_path / "run" / "best", model="best").architecture.layer_types
+    assert (
+        kinds is not None
+        and len(kinds) == 5
+        and set(kinds) == {"conv" if kind == "lfm2" else "linear_attention", "full_attention"}
+    )
+    verified = invoke("verify", tmp_path / "run" / "best")
+    assert verified.exit_code == 0, verified.output
+
+
+def test_a_search_that_joins_layers_is_refused(family: Any, tmp_path: Path) -> None:
+    done = invoke("tailor", family("lfm2", more=", merge, concat"), "-o", tmp_path / "run")
+    assert done.exit_code == 2 and not (tmp_path / "run").exists()
+    assert "merge, concat: layers of this model can only be removed: no family file describes" in done.stderr

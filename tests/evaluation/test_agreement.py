@@ -211,4 +211,9 @@ def test_numbers_that_are_not_finite() -> None:
 def test_the_warning(
     agreement: float, loop: float, perplexity: float | None, kept: float | None, expected: str | None
 ) -> None:
-    assert doubt(agreement, loop, more_loops=loop - 0.1, perplexity=perplexity, kept=kept) == expected
+    before = {"loops": {"value": 0.1}, "perplexity": {"value": 10.0}, "accuracy": 0.5}
+    after: dict[str, Any] = {"agreement": {"value": agreement}, "loops": {"value": loop}}
+    after["perplexity"] = None if perplexity is None else {"value": 10.0 * perplexity}
+    after["accuracy"] = None if kept is None else 0.5 * kept
+    assert doubt(before, after) == expected
+    assert doubt({}, after) is doubt(before, {}) is None

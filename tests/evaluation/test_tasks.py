@@ -361,6 +361,51 @@ def test_a_task_that_writes_text(tmp_path: Path) -> None:
     assert kept.accuracy.low is not None and kept.accuracy.low <= kept.accuracy.value <= (kept.accuracy.high or 0.0)
 
 
+@pytest.mark.parametrize("name", ["gsm8k", pytest.param("ifeval", marks=pytest.mark.exhaustive)])
+def test_lm_evals_own_tasks_that_write_text(name: str, tmp_path: Path) -> None:
+    """Its own definitions, over rows of a local file in place of the hub's."""
+    import lm_eval.tasks
+
+    pytest.importorskip("langdetect", reason="lm-eval[ifeval] is not installed")
+    known: dict[str, list[dict[str, Any]]] = {
+        "gsm8k": [
+            {"question": f"How many are {n} and 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(7)
+        ],
+        "ifeval": [
+            {"key": n, "prompt": word, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+            for n, word in enumerate(WORDS[:7])
+        ],
+    }
+    rows = known[name]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    here = Path(lm_eval.tasks.__file__).parent / name / f"{name}.yaml"
+    files = ", ".join(f"{part}: {tmp_path / 'rows.jsonl'}" for part in ("train", "test"))
+    (tmp_path / "here.yaml").write_text(
+        f"include: {here}\ntask: {name}_here\ndataset_path: json\ndataset_name: null\n"
+        f"dataset_kwargs: {{data_files: {{{files}}}, cache_dir: {tmp_path / 'cache'}}}\n"
+    )
+    plan = plan_tasks([f"{name}_here"], limit=4, include_path=tmp_path, num_fewshot=2)
+    model, tokenizer = families.make_model("llama"), families.make_tokenizer()
+    (score,) = score_tasks(plan, model, tokenizer, name="tiny").scores
+    assert score.primary == {"gsm8k": "exact_match,flexible-extract", "ifeval": "prompt_level_strict_acc"}[name]
+    assert score.n == len(score.outcomes[score.primary]) == 4 and score.chance is None
+    assert retention([score], [score], against="tiny").tasks[0].metric == score.primary
+    if name == "ifeval":  # 0 examples, as the task says: a prompt alone, and an answer up to half the positions
+        for row, right in zip(rows, score.outcomes[score.primary], strict=False):
+            ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+            most = families.POSITIONS // 2
+            out = model.generate(input_ids=ids, do_sample=False, max_new_tokens=most, pad_token_id=1)
+            written = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            assert right == ("," not in written and bool(written.strip()))
+
+
+def test_a_task_that_needs_a_package(tmp_path: Path) -> None:
+    write_task(tmp_path, "quiz", some_questions(3), "process_docs: !function needy.none\n")
+    (tmp_path / "needy.py").write_text("import nowhere_to_be_found\n")
+    with pytest.raises(UserError, match=r"The task quiz needs a package that is not installed \(.*nowhere_to_be_found"):
+        load_tasks(["quiz"], include_path=tmp_path)
+
+
 def test_random_numbers_of_others_stay(tmp_path: Path) -> None:
     write_task(tmp_path, "quiz", some_questions(3))
     model = families.make_model("llama")

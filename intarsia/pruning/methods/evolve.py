@@ -167,11 +167,13 @@ class _Search:
         return sorted(known, key=self._loss)
 
     def ops(self, kept: Kept) -> tuple[Op, ...] | None:
-        """The layers of a model; None where some of them cannot be joined."""
+        """The layers of a model; None where some of them cannot be joined, or the original cannot do without others."""
         found = tuple(
             self._join(attention // 2, mlp // 2) for attention, mlp in zip(kept[::2], kept[1::2], strict=True)
         )
-        return None if None in found else found  # type: ignore[return-value]
+        if None in found or not self.model.may_become([attention // 2 for attention in kept[::2]]):
+            return None
+        return found  # type: ignore[return-value]
 
     def _join(self, attention: int, mlp: int) -> Op | None:
         if attention == mlp:
@@ -190,8 +192,10 @@ class _Search:
         left = [{2 * layer + part for layer in layers for part in (0, 1)} for layers in dropped]
         if self.settings.half_layers:
             left += [set(range(2 * start + 1, 2 * (start + removed) + 1)) for start in range(self.target)]
-        found = (tuple(place for place in range(2 * self.depth) if place not in gone) for gone in left)
-        return [kept for kept in dict.fromkeys(found) if self.ops(kept) is not None]
+        whole = (tuple(place for place in range(2 * self.depth) if place not in gone) for gone in left)
+        found = [kept for kept in dict.fromkeys(whole) if self.ops(kept) is not None]
+        check((bool(found), f"evolve finds no {removed} layers that can be removed together.", "Choose sleb."))
+        return found
 
     def _offspring(self, parent: Kept) -> list[Kept]:
         """Distinct mutations of a model, none of which was evaluated on all of the text; fewer where there are none."""
