@@ -62,8 +62,9 @@ class BenchResult(Result):
     threads: int
     repeats: int
     rows: tuple[BenchRow, ...]
-    # Generation assisted by the draft; None without one.
+    # Generation assisted by the draft, and the draft; None without one.
     draft: Drafting | None = None
+    draft_model: str | None = None
     seconds: float
 
 
@@ -136,6 +137,7 @@ def bench(
         repeats=repeats,
         rows=tuple(_rows(jobs, settings, measured)),
         draft=None if assistant is None or asked is None else _drafting(first, assistant, asked),
+        draft_model=None if assistant is None else assistant.model,
         seconds=time.perf_counter() - started,
     )
 

@@ -17,10 +17,9 @@ from intarsia.commands.compare_ladders import Rung
 from intarsia.commands.evaluate import load_whole
 from intarsia.commands.job import Job
 from intarsia.data.corpus import Corpus
-from intarsia.errors import UserError
 from intarsia.evaluation.agreement import Asked, Reference, doubt
 from intarsia.evaluation.perplexity import perplexity
-from intarsia.evaluation.results import TaskResults, retention
+from intarsia.evaluation.results import TaskResults, with_retention
 from intarsia.evaluation.speed import compare_speed
 from intarsia.evaluation.tasks import TaskPlan, score_tasks
 from intarsia.recipe import schema
@@ -194,12 +193,7 @@ class Rows:
         found = score_tasks(self.tasks, model, self.job.tokenizer, name=name)
         if dense is None or dense.tasks is None:
             return found
-        kept = TaskResults.from_dict(dense.tasks)
-        try:
-            return replace(found, retention=retention(kept.scores, found.scores, against=self.job.model))
-        except UserError as error:  # a metric that is no mean over items
-            progress.current().say(f"no retention: {error}")
-            return found
+        return with_retention(TaskResults.from_dict(dense.tasks), found)
 
     def _speed(self, model: PreTrainedModel, dense: Row | None) -> dict[str, Any]:
         """Measured in turns with the original, so that other load on the machine affects both."""

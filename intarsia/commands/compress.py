@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from intarsia import progress
 from intarsia.commands.push import push_later
 from intarsia.commands.result import Result
-from intarsia.errors import UserError, check
+from intarsia.errors import UserError
 from intarsia.options import EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
 from intarsia.pruning.efforts import method_of
 from intarsia.pruning.estimate import Estimate
@@ -19,61 +19,13 @@ from intarsia.registry import HealStages, Planner, heal_stages
 from intarsia.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from intarsia.building.loaded_model import LoadedModel
-    from intarsia.checkpoint.reader import Checkpoint
-    from intarsia.commands.job import Job
+    from intarsia.commands.compress_measures import Measures
     from intarsia.data.corpus import Corpus
-    from intarsia.evaluation.agreement import Asked
-    from intarsia.evaluation.results import Agreement, Perplexity, Speed, TaskResults
-    from intarsia.evaluation.tasks import TaskPlan
+    from intarsia.evaluation.results import Agreement
     from intarsia.healing.pipeline import Healed
     from intarsia.recipe.recipe import Recipe
 
-_SHARE_OF_FREE = 0.8
-
 _UNMEASURED = "built"  # in the run folder from before the build until the result has been measured
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measures:
-    """What is compared before and after."""
-
-    layers: int
-    parameters: int
-    # Of the weights.
-    bytes: int
-    perplexity: Perplexity | None
-    # Of the pruned model before it was healed.
-    perplexity_without_heal: Perplexity | None = None
-    # On further evaluation texts, by name.
-    other_perplexities: Mapping[str, Perplexity] = field(default_factory=dict)
-    # Of next tokens with the original's, and of answers.
-    answers: Agreement | None = None
-    # Mean over the tasks.
-    accuracy: float | None = None
-    # Tokens a second; None where they are not measured.
-    prefill_per_s: float | None
-    decode_per_s: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-
-        def plain(found: Perplexity | None) -> dict[str, Any] | None:
-            # One window has no scatter.
-            return (
-                None if found is None else {"value": found.value, "stderr": found.stderr if found.windows > 1 else None}
-            )
-
-        data: dict[str, Any] = {}
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            if name == "answers":
-                data |= {} if value is None else value.measures()
-            elif name != "other_perplexities":
-                data[name] = plain(value) if name.startswith("perplexity") else value
-        return data | {f"perplexity of {name}": plain(found) for name, found in self.other_perplexities.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +93,7 @@ def compress(
     from intarsia.building.materialize import RECIPE_FILE
     from intarsia.checkpoint.resolve import inputs_of, open_checkpoint
     from intarsia.checkpoint.staging import check_no_input, check_out
+    from intarsia.commands.compress_measures import Evaluation, measured
     from intarsia.commands.job import Job
     from intarsia.commands.planning import Planning, heal_recipe
     from intarsia.commands.recipes import build_recipe, card_facts
@@ -221,7 +174,7 @@ def compress(
             small = open_checkpoint(str(built.out))
             bare = replace(recipe, fitted={}) if recipe.fitted else None
             with work.part("evaluation", 4):
-                before, after = _measured(job, small, measuring, unhealed=bare)
+                before, after = measured(job, small, measuring, unhealed=bare)
 
             # Report.
             done = replace(
@@ -258,159 +211,6 @@ def _built_but_not_measured(marker: Path, carried: Path) -> str | None:
         return None
     found = schema.content_hash(schema.load(carried))
     return found if marker.read_text(encoding="utf-8") == found else None
-
-
-@dataclass(kw_only=True)
-class Evaluation:
-    """What is measured before and after, and what came of it."""
-
-    # Texts for perplexity, by name; the first one is the one in the table.
-    texts: dict[str, Corpus]
-    tasks: TaskPlan | None
-    speed: bool
-    # Prompts that both models answer.
-    asked: Asked | None
-    # Accuracy of the new model on the tasks, and what it kept of the original's.
-    accuracy: dict[str, Any] | None = field(default=None, init=False)
-
-    @classmethod
-    def of(cls, job: Job, spec: EvalSpec) -> Evaluation:
-        """The texts and tasks of `--eval-text` and `--tasks`, read and checked.
-
-        Raises:
-            UserError: a text or task cannot be used.
-        """
-        from intarsia.evaluation.agreement import Asked
-        from intarsia.evaluation.perplexity import eval_corpus
-        from intarsia.evaluation.tasks import TaskPlan
-
-        check(
-            (
-                not (spec.tasks and job.runtime.stream),
-                "--tasks is given with --stream, and tasks need the whole model in memory.",
-                "Leave one of them out.",
-            )
-        )
-        texts = {
-            spec_of.rpartition("=")[0] or spec_of: eval_corpus(
-                spec_of.rpartition("=")[2], job.tokenizer, seq_len=job.spec.seq_len, windows=spec.windows or None
-            )
-            for spec_of in spec.text
-        }
-        tasks = TaskPlan.of(spec, job.tokenizer)
-        asked = Asked.of(spec, job.tokenizer, job.checkpoint.architecture.config, stream=job.runtime.stream)
-        return cls(texts=texts, tasks=tasks, speed=spec.speed and not job.runtime.stream, asked=asked)
-
-    @property
-    def text(self) -> Corpus | None:
-        """The text of the table."""
-        return next(iter(self.texts.values()), None)
-
-    @property
-    def words(self) -> str | None:
-        """What was measured on, for a person."""
-        if self.text is None:
-            return None
-        return f"{self.text.description}, {len(self.text)} windows of {self.text.seq_len} tokens"
-
-    def perplexities(self, model: nn.Module) -> dict[str, Perplexity]:
-        """On every text."""
-        from intarsia.evaluation.perplexity import perplexity
-
-        return {name: perplexity(model, corpus) for name, corpus in self.texts.items()}
-
-    def scores(self, model: nn.Module, job: Job, name: str) -> TaskResults | None:
-        """On the tasks; None where there are none."""
-        from intarsia.evaluation.tasks import score_tasks
-
-        return None if self.tasks is None else score_tasks(self.tasks, model, job.tokenizer, name=name)
-
-
-def _measured(
-    job: Job, small: Checkpoint, evaluation: Evaluation, *, unhealed: Recipe | None
-) -> tuple[Measures, Measures]:
-    """Measures of the job's model and of what was built from it; the former is freed.
-
-    Speeds are measured in turns where memory holds both models, else one after the other. Those of a streamed model are
-    not measured: they say nothing of how fast it is in memory.
-
-    Args:
-        unhealed: the recipe before it was healed, whose perplexity is measured too; None where nothing was healed.
-    """
-    from intarsia.building.loaded_model import load_model
-    from intarsia.building.offload import free_bytes
-    from intarsia.evaluation.perplexity import Chain
-    from intarsia.evaluation.results import retention
-    from intarsia.evaluation.speed import compare_speed
-    from intarsia.recipe.recipe import Variant, identity
-
-    streams, report = job.runtime.stream, progress.current()
-
-    def chain(recipe: Recipe, resident: LoadedModel) -> nn.Module:
-        return Chain(recipe, resident, memory_budget=job.placement.memory_budget() if streams else None)
-
-    def streamed(checkpoint: Checkpoint, resident: LoadedModel) -> nn.Module:
-        whole = identity(Variant(name="base", model=checkpoint.model), checkpoint.architecture.n_layers)
-        return chain(whole, resident)
-
-    def load_small() -> nn.Module:
-        if streams:
-            return streamed(small, job.placement.resident(small))
-        return load_model(small, device=job.device, dtype=job.dtype)
-
-    if streams:
-        report.say("the models are streamed: speed and agreement are not measured")
-    more = small.nbytes + (0 if job.in_memory else job.checkpoint.nbytes)
-    together = not streams and more < free_bytes(job.device) * _SHARE_OF_FREE
-    models = {"before": streamed(job.checkpoint, job.resident) if streams else job.resident.model}
-    models |= {"after": load_small()} if together else {}
-    speeds: dict[str, Speed] = {}
-    if evaluation.speed:
-        if not together:
-            report.say("both models do not fit into memory: their speeds are measured one after the other")
-        speeds = compare_speed(models)
-    before = evaluation.perplexities(models["before"])
-    reference, answers = None, None
-    if evaluation.asked is not None:
-        reference = evaluation.asked.answered(models["before"], seed=job.spec.seed, key=job.sha256)
-        answers = reference.judge(reference.follow(models["after"]), models["before"]) if together else None
-    dense = evaluation.scores(models.pop("before"), job, job.model)
-    without = {} if unhealed is None else evaluation.perplexities(chain(unhealed, job.resident))
-    job.release()
-    model = models.pop("after") if together else load_small()
-    if evaluation.speed and not together:
-        speeds |= compare_speed({"after": model})
-    after = evaluation.perplexities(model)
-    pruned = evaluation.scores(model, job, small.model)
-    if reference is not None and answers is None:
-        followed = reference.follow(model)
-        del model
-        answers = reference.judge(followed, job.resident.model)
-        job.release()
-    if dense is not None and pruned is not None:
-        kept = retention(dense.scores, pruned.scores, against=job.model)
-        evaluation.accuracy = replace(pruned, retention=kept).to_dict()
-
-    def measures(
-        checkpoint: Checkpoint, found: Mapping[str, Perplexity], speed: Speed | None, scored: TaskResults | None
-    ) -> Measures:
-        return Measures(
-            layers=checkpoint.architecture.n_layers,
-            parameters=checkpoint.parameters,
-            bytes=checkpoint.nbytes,
-            perplexity=next(iter(found.values()), None),
-            other_perplexities=dict(list(found.items())[1:]),
-            accuracy=None if scored is None else scored.mean,
-            prefill_per_s=None if speed is None else speed.prefill_tokens_per_s,
-            decode_per_s=None if speed is None else speed.decode_tokens_per_s,
-        )
-
-    whole = measures(job.checkpoint, before, speeds.get("before"), dense)
-    healed = measures(small, after, speeds.get("after"), pruned)
-    return (
-        replace(whole, answers=None if reference is None else reference.itself()),
-        replace(healed, perplexity_without_heal=next(iter(without.values()), None), answers=answers),
-    )
 
 
 def _healed(healed: Healed | None, pruned: Recipe, before: Measures, after: Measures) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from intarsia.errors import check
-from intarsia.evaluation.results import Agreement, Perplexity, TaskResults, retention
+from intarsia.evaluation.results import Agreement, Perplexity, TaskResults, retention, with_retention
 from intarsia.flags import Flag, flag
 from intarsia.options import AnswerSpec, ModelRef, Runtime
 from intarsia.recipe.recipe import Variant, identity
@@ -84,10 +84,11 @@ def evaluate_tasks(
     for each in filter(None, (entrant, other)):
         plan.check_tokens(each.tokenizer)
     results = entrant.score(plan)
-    dense = against if other is None else other.score(plan)
-    if dense is None:
+    if other is not None:
+        return with_retention(other.score(plan), results, seed=seed)
+    if against is None:
         return results
-    return replace(results, retention=retention(dense.scores, results.scores, against=dense.model, seed=seed))
+    return replace(results, retention=retention(against.scores, results.scores, against=against.model, seed=seed))
 
 
 class _Entrant:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from pydantic import BeforeValidator, TypeAdapter
 
 from intarsia.errors import Problems, UserError
+from intarsia.progress import current
 
 _PREFERRED = ("acc_norm", "acc", "exact_match,flexible-extract")
 _DRAWS = 10_000
@@ -282,6 +283,15 @@ def retention(
     n = sum(task.n for task in tasks)
     mean = Retained(name="mean", metric="primary", n=n, accuracy=accuracy, above_chance=above)
     return Retention(against=against, tasks=tuple(tasks), mean=mean, draws=draws, seed=seed)
+
+
+def with_retention(dense: TaskResults, found: TaskResults, *, seed: int = 0) -> TaskResults:
+    """Scores with what they keep of `dense`, on the same items; without it where a metric is no mean over items."""
+    try:
+        return replace(found, retention=retention(dense.scores, found.scores, against=dense.model, seed=seed))
+    except UserError as error:
+        current().say(f"no retention: {error}")
+        return found
 
 
 def _written(ratio: Ratio | None) -> str:

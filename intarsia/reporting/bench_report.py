@@ -43,7 +43,9 @@ def _subject(path: Path, found: Mapping[str, Any]) -> Subject:
     sections = [Section(title="Speed and memory", blocks=[table(rows, text_columns=("model",))])]
     draft = found.get("draft") or {}
     if draft:
-        sections.append(Section(title="As a draft", blocks=[table([_written(draft)])], intro=_DRAFTED))
+        cells = {"draft": model_name(str(found.get("draft_model", ""))), **_written(draft)}
+        blocks = [table([cells], text_columns=("draft",))]
+        sections.append(Section(title="With a draft", blocks=blocks, intro=_DRAFTED))
     rounds = f"{found['threads']} threads, medians of {found['repeats']} rounds"
     return Subject(
         path=path,

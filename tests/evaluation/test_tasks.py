@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from intarsia.errors import UserError
 from intarsia.evaluation.likelihood import Likelihoods
-from intarsia.evaluation.results import TaskScore, retention
+from intarsia.evaluation.results import TaskResults, TaskScore, retention, with_retention
 from intarsia.evaluation.task_file import Question, is_right, read_questions
 from intarsia.evaluation.tasks import Task, TaskPlan, load_tasks, plan_tasks, score_tasks
 from tests import families
@@ -261,6 +261,8 @@ def test_a_group_is_aggregated_as_lm_eval_does(tmp_path: Path) -> None:
     parts = [theirs["results"][name]["acc,none"] for name in ("quiz_a", "quiz_b")]
     assert uneven.metrics["acc"].value == pytest.approx(sum(parts) / 2)
     assert uneven.outcomes == {}, "no mean over items"
+    results = TaskResults(model="tiny", scores=(uneven,), dtype="float32")
+    assert with_retention(results, results) == results, "its scores are not lost"
 
 
 @pytest.mark.exhaustive
