@@ -421,7 +421,7 @@ def cut_of(shop: Shop, model: str) -> Path:
 
 def healed(shop: Shop, out: Path, model: str, flags: list[str]) -> Record:
     """Every stage's perplexities, and that of the model that is written."""
-    found = run_json("heal", cut_of(shop, model), "-o", out, *shop.training, *shop.judging, *flags)
+    found = run_json("heal", cut_of(shop, model), "-o", out, *shop.training, *shop.judging, *flags, "--answers", "2")
     stages = {
         stage["stage"]: [stage["held_out_perplexity"], stage["hidden_error"], stage["taken"]]
         for stage in found["stages"]
@@ -448,8 +448,8 @@ def tasks_case(shop: Shop) -> Record:
     return {"items": scores["n"], **{name: metric["value"] for name, metric in scores["metrics"].items()}}
 
 
-def compared(shop: Shop, out: Path) -> Record:
-    flags = ["--methods", "come,sleb", "--layers", "5,4,3", "--heal", "none,closed-form"]
+def compared(shop: Shop, out: Path, methods: str = "come,sleb", layers: str = "5,4,3") -> Record:
+    flags = ["--methods", methods, "--layers", layers, "--heal", "none,closed-form"]
     judging = ["--eval-text", f"words={shop.eval_text}", "--eval-windows", "16", "--answers", "2"]
     found = run_json("compare", shop.model("llama"), "-o", out, *flags, *shop.calibration, *judging)
     return {f"{row['method']} {row['layers']} {row['heal']}": row["words"]["value"] for row in found["rows"]}
@@ -571,7 +571,7 @@ def test_golden(group: str, name: str, shop: Shop) -> None:
 JOBS: dict[str, Callable[[Shop], Callable[[Path], Record]]] = {
     "plan": lambda shop: partial(planned, shop, model="llama", layers=3, flags=PLANS["come-p-grid"]),
     "heal": lambda shop: partial(healed, shop, model="llama", flags=HEALS["all"][1]),
-    "compare": lambda shop: partial(compared, shop),
+    "compare": lambda shop: partial(compared, shop, methods="come", layers="5,3"),
     "tailor": lambda shop: partial(searched, family_file(shop, "evolve-heal", trials="8"), name="evolve-heal"),
 }
 

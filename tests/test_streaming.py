@@ -60,6 +60,7 @@ def cut(resident: LoadedModel) -> Recipe:
 def ladder(resident: LoadedModel, place: Path, method: str, *, settings: Any = None, **changes: Any) -> list[str]:
     """The hashes of a ladder's recipes, down to half of the model's depth."""
     in_loop = changes.pop("in_loop", None)
+    settings = ComePSettings(granularity=3) if settings is None and method == "come-p" else settings
     corpus = corpus_of(padded=True)
     model = Intermediate(resident, corpus, whole().layers, batch_tokens=2 * corpus.seq_len, **changes)
     run = ladder_in(place, {})
@@ -175,7 +176,7 @@ def test_repairing_in_the_loop_is_the_same(
 
 
 def test_spans_are_chosen_the_same(tmp_path: Path, checkpoint_of: Opened, resident_of: InMemory) -> None:
-    settings = ComePSettings(span_choice="sleb", racing=False)
+    settings = ComePSettings(span_choice="sleb", racing=False, granularity=3)
     wanted = ladder(resident_of("llama"), tmp_path / "whole", "come-p", settings=settings)
     assert ladder(streamed(checkpoint_of("llama")), tmp_path / "streamed", "come-p", settings=settings) == wanted
 

@@ -38,7 +38,7 @@ from intarsia.healing.training import (
     save_state,
     schedule_of,
 )
-from intarsia.progress import Progress, Silent
+from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe
 
 _DONE = "done.json"
@@ -58,7 +58,6 @@ def train(
     settings: EndToEndSettings | None = None,
     folder: Path,
     device: torch.device,
-    progress: Progress | None = None,
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """The recipe with trained tensors, if they lowered the held-out loss, and a report (a list of one).
 
@@ -72,8 +71,7 @@ def train(
     Raises:
         UserError: there is too little text, the disk is full, or the loss is not finite before the first step.
     """
-    settings, progress = settings or EndToEndSettings(), progress or Silent()
-    student = folder / "student"
+    settings, student = settings or EndToEndSettings(), folder / "student"
     accelerator = make_accelerator(device=device, log=settings.log, folder=folder)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,14 +82,14 @@ def train(
             require_room(folder, 22 * parameters, "the student and the state of its training", option="--run")
             build_student(recipe, variants, student)
         accelerator.wait_for_everyone()
-        report = WholeTraining(recipe, text, teacher, settings, folder, accelerator, progress).run()
+        report = WholeTraining(recipe, text, teacher, settings, folder, accelerator).run()
         if accelerator.is_main_process:
             write_whole(folder / _DONE, json.dumps(report) + "\n")
     accelerator.wait_for_everyone()
     report = json.loads((folder / _DONE).read_text(encoding="utf-8"))
     best = load_state(folder / BEST)
     if best is None or report["loss_after"] >= report["loss_before"]:
-        progress.say(
+        current().say(
             "end-to-end training did not lower the held-out loss: the model stays as it was; smaller steps may help"
         )
         return recipe, [report]
@@ -115,11 +113,10 @@ class WholeTraining:
         settings: EndToEndSettings,
         folder: Path,
         accelerator: Any,
-        progress: Progress,
     ) -> None:
         """The student is in the folder already."""
         self.text, self.folder, self.settings = text, folder, settings
-        self.accelerator, self.progress = accelerator, progress
+        self.accelerator = accelerator
         self.world, self.rank, self.device = accelerator.num_processes, accelerator.process_index, accelerator.device
         self.schedule = schedule_of(settings, sequences=text.train, seq_len=text.seq_len, multiple=self.world)
         self.tokens = self.schedule.batch * text.seq_len  # of a step
@@ -168,7 +165,7 @@ class WholeTraining:
         self.curve.start(standing.next)
         if standing.next == 0:
             self.curve.write(0, {"held_out": standing.first})
-        with self.progress.task("end-to-end training", self.schedule.steps * self.tokens) as task:
+        with current().task("end-to-end training", self.schedule.steps * self.tokens) as task:
             task.advance(standing.next * self.tokens)
             while standing.next < self.schedule.steps and standing.stopped is None:
                 losses = self._step(standing.next)
@@ -188,7 +185,7 @@ class WholeTraining:
                     save_snapshot(self.accelerator, self.folder, asdict(standing))
         self.curve.end()
         if standing.stopped is not None:
-            self.progress.say(f"end-to-end training stopped: {standing.stopped}; its best state is kept")
+            current().say(f"end-to-end training stopped: {standing.stopped}; its best state is kept")
         return standing.report(self.tokens)
 
     def _measure(self, standing: Standing) -> None:

@@ -36,7 +36,7 @@ from intarsia.healing.layer_training import AfterStep, LayerTask, Trained, finis
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.healing.training import Standing, Text, schedule_of
-from intarsia.progress import Progress, Silent, Task
+from intarsia.progress import Task, current
 from intarsia.recipe.recipe import Fitted, Recipe
 
 
@@ -49,7 +49,6 @@ def train(
     teacher: LoadedModel | None = None,
     folder: Path | None = None,
     memory_bytes: int | None = None,
-    progress: Progress | None = None,
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """The recipe with trained tensors of the layers for which that lowered the held-out loss, and a report by layer.
 
@@ -63,7 +62,7 @@ def train(
     Raises:
         UserError: there is too little text, the disk is full, or numbers are not finite.
     """
-    settings, progress = settings or LayerwiseSettings(), progress or Silent()
+    settings = settings or LayerwiseSettings()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(f"{PREFIX}*"):  # a killed run's
@@ -77,7 +76,7 @@ def train(
     todo = [index for index in indices if index not in found]
     work = _Work(recipe, resident, teacher or resident, text, settings, folder, MemoryBudget(memory_bytes, folder))
     try:
-        with progress.task("layerwise training", len(todo) * work.tokens) as task:
+        with current().task("layerwise training", len(todo) * work.tokens) as task:
             for number, index in enumerate(todo, start=1):
                 work.reach(known[index], found, task)
                 trained = train_layer(
@@ -86,10 +85,10 @@ def train(
                 task.advance(work.tokens - trained.report["tokens"])
                 found[index] = trained
                 if not trained.tensors:
-                    progress.say(f"layer {index}: no training lowered the held-out loss; it stays as it was")
+                    current().say(f"layer {index}: no training lowered the held-out loss; it stays as it was")
                 stopped = trained.report["stopped"]
                 if stopped is not None and "loss was" in stopped:
-                    progress.say(f"layer {index} diverged: {stopped}; its best state before that is kept")
+                    current().say(f"layer {index} diverged: {stopped}; its best state before that is kept")
     finally:
         work.close()
     return replace(recipe, fitted=work.fitted(found)), [found[index].report for index in sorted(found)]

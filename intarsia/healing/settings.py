@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from intarsia.architecture.spec import Part
 from intarsia.errors import check
@@ -99,7 +99,3 @@ class Pace:
         found = [getattr(self, name) for name in names]
         right = all(0.0 <= weight < float("inf") for weight in found) and any(found)
         return right, names, "weights of 0 or more, at least one of them above 0"
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, for the run folder."""
-        return asdict(self)

@@ -27,6 +27,7 @@ from intarsia.data.chat import Turns, answers_in
 from intarsia.data.corpus import Corpus
 from intarsia.disk import damage_named, full_disk_named, replaced, write_whole
 from intarsia.errors import UserError
+from intarsia.flags import plain
 from intarsia.healing.settings import Pace
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 
@@ -306,7 +307,7 @@ class Curve:
     def start(self, step: int) -> None:
         """Continue after `step` finished steps."""
         if self.settings.log is not None:
-            config = {key: value for key, value in self.settings.to_dict().items() if value is not None}
+            config = {key: value for key, value in plain(self.settings).items() if value is not None}
             self.accelerator.init_trackers("intarsia", config=config)
         if self.accelerator.is_main_process:
             kept = [line for line in read_curve(self.path) if 0 < step >= line["step"]]

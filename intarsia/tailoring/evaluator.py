@@ -29,10 +29,11 @@ from intarsia.options import Runtime
 from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.validate import check
+from intarsia.tailoring.engine import budget_ladder
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile
 from intarsia.tailoring.history import Outcome, TrialFailed
-from intarsia.tailoring.objective import QUESTIONS, Objective, check_budgets, check_varied, cuts_of, read_objectives
+from intarsia.tailoring.objective import QUESTIONS, Objective, check_budgets, check_varied, read_objectives
 from intarsia.tailoring.trial_heal import KeptFits, heal_corpus, heal_trial, heal_windows, heal_work
 from intarsia.tailoring.trial_run import FamilyModel, Runner
 from intarsia.tailoring.trial_scores import Scored, Scorer
@@ -79,7 +80,7 @@ class Evaluator:
         self._file, self._heal_on, self._fits = file, heal_on, fits
         self.uncut = identity(Variant(name=model.base, model=model.checkpoint.model), model.architecture.n_layers)
         search = file.search
-        cuts = cuts_of(search.min_budget, search.max_budget, search.eta)
+        cuts = budget_ladder(search.min_budget, search.max_budget, search.eta)
         self._scorer = Scorer(
             self.runner, objectives, cuts=cuts, pack=pack, batch_tokens=batch_tokens, uncut=self.uncut
         )

@@ -17,7 +17,7 @@ from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.multimodal import text_config
 from intarsia.checkpoint.reader import Checkpoint, architecture_of
 from intarsia.checkpoint.resolve import DEMO, lasting, not_downloaded, resolve
-from intarsia.errors import Problem, Problems, UserError
+from intarsia.errors import Problem, Problems
 from intarsia.recipe.recipe import Variant
 from intarsia.tailoring.family_file import MemberSpec
 
@@ -180,23 +180,19 @@ def read_config_only(
     elif configs is not None and (configs / model / "config.json").is_file():
         folder = configs / model
     else:
-        config = _download(model, revision)
-        return config, architecture_of(config, where=f"config.json of {model}")
+        folder = _downloaded(model, revision)
     config = text_config(read_config(folder), where=str(folder))
     return config, architecture_of(config, where=str(folder / "config.json"))
 
 
-def _download(model: str, revision: str | None) -> dict[str, Any]:
+def _downloaded(model: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        found = json.loads(Path(hf_hub_download(model, "config.json", revision=revision)).read_text(encoding="utf-8"))
+        return Path(hf_hub_download(model, "config.json", revision=revision)).parent
     except Exception as error:
         # Which errors come out of a failed download differs between versions of the hub's client.
         raise not_downloaded(model, revision, error) from error
-    if not isinstance(found, dict):
-        raise UserError(f"config.json of {model} is no JSON object.", "Check the name.")
-    return found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

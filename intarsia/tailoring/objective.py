@@ -69,15 +69,6 @@ def in_order(examples: Sequence[Example], seed: int) -> tuple[Example, ...]:
     return tuple(examples[index] for _, index in sorted(places))
 
 
-def examples_hash(examples: Sequence[Example]) -> str:
-    """SHA-256 over the examples' tokens and right answers, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        requests = [[request.context, request.continuation] for request in example.requests]
-        digest.update(json.dumps([requests, example.gold, example.characters]).encode() + b"\n")
-    return digest.hexdigest()
-
-
 Measure: TypeAlias = Literal["accuracy", "margin", "likelihood", "loss", "kl"]
 QUESTIONS: tuple[Measure, ...] = ("accuracy", "margin", "likelihood")
 Segment: TypeAlias = tuple[int, int]
@@ -95,8 +86,12 @@ class Objective:
 
     @property
     def sha256(self) -> str:
-        """Over the examples, in order."""
-        return examples_hash(self.examples)
+        """Over the examples' tokens and right answers, in order."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            requests = [[request.context, request.continuation] for request in example.requests]
+            digest.update(json.dumps([requests, example.gold, example.characters]).encode() + b"\n")
+        return digest.hexdigest()
 
     def count(self, budget: int) -> int:
         """How many examples a budget takes."""
@@ -154,19 +149,6 @@ def segments(count: int, cuts: Sequence[int]) -> Iterator[Segment]:
     """The first `count` examples, cut at every cut among them."""
     ends = sorted({cut for cut in cuts if 0 < cut < count} | {count})
     yield from zip([0, *ends[:-1]], ends, strict=True)
-
-
-def cuts_of(least: int, most: int, eta: int) -> tuple[int, ...]:
-    """Where budgets are expected: `most` and what is left of it by each division by eta, down to `least`; ascending.
-
-    Both the number rounded down and the nearest are among them, for searchers differ in what they take.
-    """
-    found = {least, most}
-    budget = float(most)
-    while budget / eta >= least:
-        budget /= eta
-        found |= {math.floor(budget), round(budget)}
-    return tuple(sorted(found))
 
 
 def check_budgets(objectives: Sequence[Objective], most: int) -> None:

@@ -77,7 +77,7 @@ class Scorer:
         """Ready to score.
 
         Args:
-            cuts: where budgets are expected; see `intarsia.tailoring.objective`.
+            cuts: the budgets that are expected; examples between two of them are run together.
             pack: whether the model takes rows of several continuations.
             batch_tokens: rows times columns of a batch, at most.
             uncut: the base as it is, from which divergences are taken.

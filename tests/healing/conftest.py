@@ -49,7 +49,7 @@ def heal(
         TrainingText(**{"sources": sources, "tokens": 1024, "seq_len": 32, **text}),  # type: ignore[arg-type]
         stages=[quick.get(stage, stage) if isinstance(stage, str) else stage for stage in stages],
         teacher=teacher,
-        evaluation=PerplexityTexts(text=tuple(eval_text), windows=4),
+        evaluation=PerplexityTexts(text=tuple(eval_text), windows=4, answers=2, answer_tokens=8),
     )
 
 

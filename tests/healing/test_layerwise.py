@@ -73,7 +73,9 @@ def test_the_loss_is_of_the_original_states(cut: Cut, resident_of: InMemory, tok
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("killed_after", [1, 3, 5, 7, 11])
+@pytest.mark.parametrize(
+    "killed_after", [5, *(pytest.param(step, marks=pytest.mark.exhaustive) for step in (1, 3, 7, 11))]
+)
 def test_killed_and_continued_is_as_undisturbed(
     killed_after: int,
     dtype: torch.dtype,

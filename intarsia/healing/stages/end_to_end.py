@@ -85,7 +85,6 @@ def check(settings: EndToEndSettings) -> None:
 @heal_stage("end-to-end", settings=EndToEndSettings, whole_model=True, check=check, paper="2510.15304")
 def end_to_end(context: HealContext, recipe: Recipe, settings: EndToEndSettings) -> Recipe:
     """Train the whole model toward the original: next tokens, and hidden states where that is asked for."""
-    from intarsia import progress
     from intarsia.checkpoint.hashing import cache_folder, scan
     from intarsia.healing.end_to_end import lesson_depths, train
     from intarsia.healing.teacher import Teacher, TeacherSource
@@ -105,7 +104,6 @@ def end_to_end(context: HealContext, recipe: Recipe, settings: EndToEndSettings)
         settings=settings,
         folder=context.folder,
         device=context.device,
-        progress=progress.current(),
     )
     context.details += reports
     return found

@@ -53,7 +53,6 @@ class LayerwiseSettings(Pace):
 @heal_stage("layerwise", settings=LayerwiseSettings, paper="2510.15304")
 def layerwise(context: HealContext, recipe: Recipe, settings: LayerwiseSettings) -> Recipe:
     """Train each changed layer toward the original's hidden states."""
-    from intarsia import progress
     from intarsia.healing.layerwise import train
     from intarsia.healing.training import Text
 
@@ -65,7 +64,6 @@ def layerwise(context: HealContext, recipe: Recipe, settings: LayerwiseSettings)
         teacher=context.teaching,
         folder=context.folder,
         memory_bytes=context.memory_bytes,
-        progress=progress.current(),
     )
     context.details += reports
     return found
