@@ -116,7 +116,9 @@ def _removal_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": parameters,
         "share_of_a_layer": f"{architecture.layer_parameters / parameters:.2%} of all parameters, in the mean",
         "follows_the_layers": ", ".join([*architecture.per_layer, *architecture.inspected.tables]) or "nothing else",
-        "can_be_removed": f"{_runs(free)}; several, as long as every kind stays" if free else "none",
+        "can_be_removed": f"{_runs(free)}; several, where every kind stays and the config can say it"
+        if free
+        else "none",
         "exact": "a model without layers is the one in which they are skipped; "
         "`intarsia anatomy check` verifies it on a small one",
     }

@@ -228,8 +228,8 @@ def _kinds(config: PreTrainedConfig, layers: Sequence[nn.Module]) -> tuple[str, 
         if len(set(own)) < len(own):
             own = _own([_flags(layer) for layer in found.values()])
         for number, (each, word) in enumerate(zip(found, own, strict=True)):
-            told = f"{word} {own[:number].count(word) + 1}".lstrip() if own.count(word) > 1 else word
-            words[name, each] = f"{name} ({told})" if told and len(own) > 1 else name
+            unique = f"{word} {own[:number].count(word) + 1}".lstrip() if own.count(word) > 1 else word
+            words[name, each] = f"{name} ({unique})" if unique and len(own) > 1 else name
     kinds = tuple(words[str(name), structure] for name, structure in zip(named, structures, strict=True))
     return kinds if len(set(kinds)) > 1 else None
 
@@ -413,23 +413,24 @@ def problem_of(architecture: Architecture, kept: Sequence[int]) -> str | None:
 
 
 class Possible:
-    """Which of its layers a model may consist of; each answer is looked for once."""
+    """Which of its layers a model may consist of; looked at once for all layers that are built alike."""
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
-        self._problems: dict[tuple[int, ...], str | None] = {}
+        self._problems: dict[tuple[str, ...], str | None] = {}
 
     def __call__(self, layers: Sequence[int]) -> bool:
         """Whether it may consist of just these: where layers can only be removed, whether its config can describe that,
         and every kind of layer is there."""
-        kinds, kept = self.architecture.layer_types, tuple(layers)
-        if not self.architecture.removal_only:
+        kinds, inspected = self.architecture.layer_types, self.architecture.inspected
+        if inspected is None:
             return True
-        if not kept or (kinds and {kinds[layer] for layer in kept} != set(kinds)):
+        if not layers or (kinds and {kinds[layer] for layer in layers} != set(kinds)):
             return False
-        if kept not in self._problems:
-            self._problems[kept] = problem_of(self.architecture, kept)
-        return self._problems[kept] is None
+        alike = tuple(inspected.structures[layer] for layer in layers)
+        if alike not in self._problems:
+            self._problems[alike] = problem_of(self.architecture, layers)
+        return self._problems[alike] is None
 
 
 def removals(architecture: Architecture) -> list[list[int]]:

@@ -119,6 +119,8 @@ def test_the_card_and_the_report_say_where_healing_started(
 ) -> None:
     """The original without a block, and not the method's merges: so nothing is said to be joined."""
     monkeypatch.setattr("intarsia.healing.restarts.held_out_perplexity", lambda *_, **__: next(values))
+    accepted = property(lambda result: 1.0 if result.recipe.fitted else 2.0)
+    monkeypatch.setattr("intarsia.healing.pipeline.StageResult.perplexity", accepted)
     values = iter([2.0, 1.0])
     text = TextSpec(sources=(str(text_file),), tokens=2048, seq_len=32)
     evaluation, method = EvalSpec(speed=False, answers=2), "come[blocks=1]"

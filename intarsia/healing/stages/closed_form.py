@@ -53,6 +53,7 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
     from intarsia.healing.closed_form import fit
     from intarsia.healing.layer_map import fit_forwards
     from intarsia.healing.restarts import AS_IT_IS, fit_each, starts
+    from intarsia.healing.ridge import USUAL
     from intarsia.progress import current
 
     architecture = context.variants[recipe.base].architecture
@@ -61,8 +62,8 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
     points, forwards = [*starts(recipe, architecture), *context.starts], 0.0
     start, found, fits = points[0], None, []
     trial = text if len(points) == 1 else _first(text, settings.trial_tokens or int(text.tokens * _TRIAL))
-    # What ranks the starts need not be the whole fit: one output projection of an unchanged layer is enough.
-    trying = settings if trial is text else replace(settings, unchanged=settings.unchanged[:1])
+    # What ranks the starts need not be the whole fit: one projection of an unchanged layer, at the usual strength.
+    trying = settings if trial is text else replace(settings, unchanged=settings.unchanged[:1], ridges=(USUAL,))
     units = (len(points) > 1) * len(points) * len(trial) / len(text)
     with current().task("", units + 1.0) as task:
         if len(points) > 1:
