@@ -17,10 +17,11 @@ from intarsia.building.slicing import Joined, add_discarded, blocks, fold_centre
 from intarsia.recipe.methods import METHODS
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
 
-ReadTensor = Callable[[LayerRef, str], Tensor]
+Read = Callable[[LayerRef, str], Tensor]
+"""Gives a source layer's tensor by its name inside the layer."""
 
 
-def merge_tensors(op: Merge, architecture: Architecture, read: ReadTensor) -> dict[str, Tensor]:
+def merge_tensors(op: Merge, architecture: Architecture, read: Read) -> dict[str, Tensor]:
     """Every tensor of the layer that a merge describes, by its name inside the layer, in its first source's dtype."""
     parts = parts_of_tensors(architecture)
     tensors = {name: _mixed(op, op.mix(parts[name]), name, read) for name in architecture.layer_shapes()}
@@ -58,7 +59,7 @@ def generator_for(seed: int, *names: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def _mixed(op: Merge, mix: Mix, name: str, read: ReadTensor) -> Tensor:
+def _mixed(op: Merge, mix: Mix, name: str, read: Read) -> Tensor:
     method = METHODS[mix.method]
     counted = [index for index, weight in enumerate(mix.weights) if weight] or [0]
     weights = [mix.weights[index] for index in counted]
@@ -76,9 +77,6 @@ def _mixed(op: Merge, mix: Mix, name: str, read: ReadTensor) -> Tensor:
     first = tensors[0] if counted[0] == 0 else read(op.sources[0], name)
     return found.to(first.dtype)
 
-
-Read = Callable[[LayerRef, str], Tensor]
-"""Gives a source layer's tensor by its name inside the layer."""
 
 _Fold: TypeAlias = "Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]"
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import nn
 
 from intarsia.building.loaded_model import LoadedModel
-from intarsia.recipe.ops import LayerRef, Op, Select
+from intarsia.recipe.ops import Op, Select
 from intarsia.recipe.recipe import Fitted, Recipe
 
 Tensors: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
@@ -86,8 +86,3 @@ def is_whole(layers: Sequence[Layer], n_layers: int) -> bool:
         isinstance(op, Select) and op.source.layer == index and fitted is None
         for index, (op, fitted) in enumerate(layers)
     )
-
-
-def original_ops(variant: str, n_layers: int) -> list[Op]:
-    """All layers of a variant, in order."""
-    return [Select(source=LayerRef(variant=variant, layer=layer)) for layer in range(n_layers)]

@@ -9,7 +9,6 @@ from typing import Any
 
 from intarsia import progress
 from intarsia.activations.architecture_checks import verified
-from intarsia.building.recipe_layers import original_ops
 from intarsia.checkpoint.hashing import acting_config
 from intarsia.checkpoint.resolve import lasting
 from intarsia.commands.job import Job, calibration_of, pin_text, target_depth, versions, writes_some
@@ -271,7 +270,7 @@ def original(job: Job, scratch: Path, *, after_final_norm: bool) -> Intermediate
     return Intermediate(
         job.resident,
         job.text.calibration,
-        original_ops(BASE, job.checkpoint.architecture.n_layers),
+        identity(Variant(name=BASE, model=job.checkpoint.model), job.checkpoint.architecture.n_layers).layers,
         batch_tokens=job.placement.batch_tokens,
         memory_budget=job.placement.memory_budget(scratch),
         after_final_norm=after_final_norm,
