@@ -31,7 +31,7 @@ from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.registry import Chosen
 from intarsia.run_dir import RunDir
 
-_BLOCKS = 0.1
+_BLOCKS = 0.3
 """What comparing blocks takes, as a share of a heal stage, about."""
 BASE = "base"
 """What the model is called in the recipes of a plan."""
@@ -293,7 +293,8 @@ def heal_recipe(
     job = planning.job
     pin_text(ladder.run, job)
     with progress.current().task("", _BLOCKS + len(stages)) as task:
-        starts = planning.starts(ladder, recipe)
+        with progress.current().task("", 1, units=_BLOCKS):
+            starts = planning.starts(ladder, recipe)
         task.advance(_BLOCKS)
         context = HealContext(
             run=ladder.run,

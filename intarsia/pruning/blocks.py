@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from intarsia.architecture.spec import Architecture
 from intarsia.healing.restarts import Start
+from intarsia.progress import current
 from intarsia.pruning.candidates import Change, losses_of
 from intarsia.pruning.race import best_of_groups, mean_loss, race
 from intarsia.pruning.step import without_half_layers
@@ -46,16 +47,18 @@ def best_blocks(model: Intermediate, removed: int, number: int) -> list[dict[str
         return []
     likely = sorted(starts[: max(number, math.ceil(len(starts) / 2))])
     whole = [Change(start=start, count=removed, ops=()) for start in likely]
-    found = _raced(model, whole, number, f"dropping {removed} adjacent layers")
-    shifted = {start for block, _ in found for start in (block.start - 1, block.start)}
-    halves = [
-        Change(start=start, count=removed + 1, ops=(op,))
-        for start in sorted(shifted.intersection(range(model.depth - removed)))
-        if (op := without_half_layers(model, start, removed + 1)) is not None
-    ]
-    if halves:
-        both = [*(block for block, _ in found), *halves]
-        found = _raced(model, both, number, f"dropping {removed} layers, from half a layer on")
+    with current().task("", 2) as task:
+        found = _raced(model, whole, number, f"dropping {removed} adjacent layers")
+        task.advance()
+        shifted = {start for block, _ in found for start in (block.start - 1, block.start)}
+        halves = [
+            Change(start=start, count=removed + 1, ops=(op,))
+            for start in sorted(shifted.intersection(range(model.depth - removed)))
+            if (op := without_half_layers(model, start, removed + 1)) is not None
+        ]
+        if halves:
+            both = [*(block for block, _ in found), *halves]
+            found = _raced(model, both, number, f"dropping {removed} layers, from half a layer on")
     return [
         {"start": block.start, "end": block.start + block.count, "half": bool(block.ops), "loss": loss}
         for block, loss in found

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 
 import intarsia
+from intarsia import progress
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.commands.job import Job
 from intarsia.commands.planning import Planning, heal_recipe
 from intarsia.options import EvalSpec, Runtime, Target, TextSpec
+from intarsia.progress import Display
 from intarsia.pruning.blocks import best_blocks, starts_of
 from intarsia.pruning.candidates import losses_with
 from intarsia.pruning.intermediate import Intermediate
@@ -134,3 +137,26 @@ def test_the_card_and_the_report_say_where_healing_started(
     card, page = (out / "README.md").read_text(encoding="utf-8"), (out / "report.html").read_text(encoding="utf-8")
     assert f"Healing started from the recipe {said}" in card and "were joined" not in card
     assert f"It started from the recipe {said}" in page
+
+
+def test_the_bar_moves_by_a_part_of_healing_while_blocks_are_compared(
+    model_folder: Folder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, float]] = []
+    moved = Display.moved
+
+    def watched(display: Display) -> None:
+        moved(display)
+        if display._tasks:
+            seen.append((display._words(), display._pace.share))
+
+    monkeypatch.setattr(Display, "moved", watched)
+    text = TextSpec(sources=(str(text_file),), tokens=2048, seq_len=32)
+    with progress.reporting_to(Display(io.StringIO())):
+        intarsia.compress(
+            str(model_folder("llama")), tmp_path / "out", Target(layers=4), method="come[blocks=1]", text=text
+        )
+    first = next(place for place, (words, _) in enumerate(seen) if "dropping" in words)
+    start, end = seen[first - 1][1], next(share for words, share in seen if words.startswith("building"))
+    shares = [share for words, share in seen if "dropping" in words]
+    assert start < max(shares) <= start + 0.3 / 1.3 * (end - start) + 1e-9

@@ -64,7 +64,7 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
     trial = text if len(points) == 1 else _first(text, settings.trial_tokens or int(text.tokens * _TRIAL))
     # What ranks the starts need not be the whole fit: one projection of an unchanged layer, at the usual strength.
     trying = settings if trial is text else replace(settings, unchanged=settings.unchanged[:1], ridges=(USUAL,))
-    units = (len(points) > 1) * len(points) * len(trial) / len(text)
+    units = (len(points) > 1) * len(points) * len(trial) / len(text) / 2  # a trial costs half
     with current().task("", units + 1.0) as task:
         if len(points) > 1:
             with context.original_states(trial, fits=len(points)) as teacher, current().task("", 1.0, units=units):
