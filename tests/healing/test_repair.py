@@ -128,7 +128,7 @@ def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, m
 
             patched.setattr(schema, "to_yaml_text", half)
         else:
-            patched.setattr("intarsia.evaluation.speed.compare_speed", stop)
+            patched.setattr("intarsia.commands.compress_measures.compare_speed", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(run=run, speed=where == "behind")
     if where == "behind":
