@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, cast
 
@@ -99,33 +100,37 @@ def open_plain(path: Path, *, where: str) -> BinaryIO:
     Raises:
         UserError: it is a file of another kind, in no known encoding, or damaged.
     """
-    raw = path.open("rb")
-    stream = cast("BinaryIO", raw)
-    opener = next((opener for sign, (_, opener) in _COMPRESSED.items() if _head(raw, len(sign)) == sign), None)
-    try:
-        if opener is not None:
-            stream = opener(raw)
-        head = _head(stream, _HEAD)
-        encoding = next((name for mark, name in _MARKS if head.startswith(mark)), None)
-        if encoding is None:
-            _refuse_binary(head, path, where)
-        array = ".json" in (suffix.lower() for suffix in path.suffixes[-2:])
-        if opener is None and encoding is None and not array:
-            return raw
-        plain = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115  (the caller closes it)
-        if encoding is None:
-            shutil.copyfileobj(stream, plain)
-        else:
-            text = io.TextIOWrapper(stream, encoding=encoding, newline="")
-            while chunk := text.read(1 << 20):
-                plain.write(chunk.encode())
-        return _records_of(plain, where) if array else plain
-    except UnicodeError as error:
-        raise _wrong(where, f"text in {encoding}, as its byte-order mark says", str(error), "Save it again.") from None
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the file's content
-            raise
-        raise _wrong(where, "a whole compressed file", str(error), "Get this file again.") from None
+    with ExitStack() as stack:
+        raw = stack.enter_context(path.open("rb"))
+        stream = cast("BinaryIO", raw)
+        opener = next((opener for sign, (_, opener) in _COMPRESSED.items() if _head(raw, len(sign)) == sign), None)
+        try:
+            if opener is not None:
+                stream = opener(raw)
+            head = _head(stream, _HEAD)
+            encoding = next((name for mark, name in _MARKS if head.startswith(mark)), None)
+            if encoding is None:
+                _refuse_binary(head, path, where)
+            array = ".json" in (suffix.lower() for suffix in path.suffixes[-2:])
+            if opener is None and encoding is None and not array:
+                stack.pop_all()
+                return raw
+            plain = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115  (the caller closes it)
+            if encoding is None:
+                shutil.copyfileobj(stream, plain)
+            else:
+                text = io.TextIOWrapper(stream, encoding=encoding, newline="")
+                while chunk := text.read(1 << 20):
+                    plain.write(chunk.encode())
+            return _records_of(plain, where) if array else plain
+        except UnicodeError as error:
+            raise _wrong(
+                where, f"text in {encoding}, as its byte-order mark says", str(error), "Save it again."
+            ) from None
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the file's content
+                raise
+            raise _wrong(where, "a whole compressed file", str(error), "Get this file again.") from None
 
 
 def _head(stream: BinaryIO, size: int) -> bytes:
