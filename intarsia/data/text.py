@@ -172,7 +172,8 @@ def draw(
         return _Read(corpus)
 
     total, sources = n + 2 * max(1, n // _SHARE), []
-    with progress.current().task("calibration text", total=len(names)) as task:
+    read_now = 1.0 - names.count(SELF) / len(names)  # the model writes when a part is asked for
+    with progress.current().task("calibration text", total=len(names), units=read_now) as task:
         for i, name in enumerate(names):
             task.note(name)
             sources.append(read(name, *(len(range(i, size, len(names))) for size in (n, total))))

@@ -324,7 +324,8 @@ def _measured(
     else:
         errors, memory_budget = context.layer_errors, context.memory_budget
         texts = (context.held_out, *context.evaluation)
-        measured = quality(found, context.resident, texts, errors=errors, memory_budget=memory_budget).to_dict()
+        with progress.current().task("", 1, units=0.0):  # beside a stage it is little
+            measured = quality(found, context.resident, texts, errors=errors, memory_budget=memory_budget).to_dict()
     if before is None:
         return StageResult(stage=name, path=path, recipe=found, quality=measured)
     result = StageResult(

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from intarsia import progress
 from intarsia.data.corpus import Corpus
 from intarsia.data.text import TextParts, draw
 from intarsia.errors import UserError
 from intarsia.options import TextSpec
+from intarsia.progress import Display
 from tests import families
 from tests.data.letters import Letters, rows
 
@@ -122,3 +125,19 @@ def test_only_the_parts_that_are_asked_for_are_written() -> None:
     assert not calls
     assert parts.test is not None and len(calls) == 1
     assert parts.test is parts.test and len(calls) == 1
+
+
+def test_text_that_is_still_to_be_written_does_not_move_the_bar() -> None:
+    seen: list[float] = []
+
+    class Watched(Display):
+        def moved(self) -> None:
+            super().moved()
+            seen.append(self._pace.share)
+
+    text = TextSpec(sources=("self",), tokens=64, seq_len=16)
+    with progress.reporting_to(Watched(io.StringIO())), progress.job({"text": 1, "planning": 1}) as job:
+        with job.part("text"):
+            draw(text, Letters(), writer=lambda: None)
+            assert set(seen) == {0.0}
+        assert seen[-1] == 0.5

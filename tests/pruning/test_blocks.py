@@ -158,5 +158,6 @@ def test_the_bar_moves_by_a_part_of_healing_while_blocks_are_compared(
         )
     first = next(place for place, (words, _) in enumerate(seen) if "dropping" in words)
     start, end = seen[first - 1][1], next(share for words, share in seen if words.startswith("building"))
-    shares = [share for words, share in seen if "dropping" in words]
+    until = next(place for place, (words, _) in enumerate(seen) if "closed form" in words)
+    shares = [share for _, share in seen[first:until]]
     assert start < max(shares) <= start + 0.3 / 1.3 * (end - start) + 1e-9
