@@ -121,19 +121,19 @@ def _round_trip(work: Callable[[], Mapping[str, float]]) -> Iterator[CheckRow]:
     except Exception as error:  # whatever breaks here is what the user wants to see in the table
         yield _broken("build and load", error)
     else:
-        yield from (_judged(*notes[key], value) for key, value in found.items())
+        yield from (_compared(*notes[key], value) for key, value in found.items())
 
 
 def _row(
     check: str, note: str, work: Callable[[], float], *, approximated: bool = False, least: float = _EXACT
 ) -> CheckRow:
     try:
-        return _judged(check, note, work() * _EXACT / least, approximated=approximated)
+        return _compared(check, note, work() * _EXACT / least, approximated=approximated)
     except Exception as error:  # whatever breaks here is what the user wants to see in the table
         return _broken(check, error)
 
 
-def _judged(check: str, note: str, error: float, *, approximated: bool = False) -> CheckRow:
+def _compared(check: str, note: str, error: float, *, approximated: bool = False) -> CheckRow:
     result = "ok" if error < _EXACT else "approximated" if approximated else "failed"
     return CheckRow(check=check, result=result, error=error if error < float("inf") else None, note=note)
 

@@ -67,7 +67,7 @@ class State:
         return torch.cat(parts, dim=-1) if self.shared else h_BTD
 
     def unpacked(self, state_BTS: Tensor) -> tuple[Tensor, Shared]:
-        """The way back."""
+        """The model's own hidden states, and what is shared, of a state."""
         start, found = self.width * self.streams, Shared()
         hidden = state_BTS[..., :start]
         for kind, (columns, head) in self.shared.items():

@@ -72,12 +72,18 @@ def slerp(tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor | No
 def task_arithmetic(tensors: Iterable[Tensor], weights: Iterable[float], base: Tensor) -> Tensor:
     """Task arithmetic: base + sum_i w_i D_i, with D_i = tensors[i] - base."""
     start = wide(base)
+    return _plus(start, (wide(tensor) - start for tensor in tensors), weights).to(base.dtype)
+
+
+def _plus(start: Tensor, deltas: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
+    """start + sum_i w_i D_i."""
     total = start.clone()
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(wide(tensor) - start, alpha=weight)
-    return total.to(base.dtype)
+    for delta, weight in zip(deltas, weights, strict=True):
+        total.add_(delta, alpha=weight)
+    return total
 
 
+_BY_DENSITY = {"density": (0.1, 0.9), "lambda": (0.0, 1.5)}
 EXACT = 1e-9  # A share such as 0.3 * 10 must not lose an entry to rounding.
 
 
@@ -85,7 +91,7 @@ EXACT = 1e-9  # A share such as 0.3 * 10 must not lose an entry to rounding.
     "ties",
     needs_base=True,
     weights="positive",
-    search={"density": (0.1, 0.9), "lambda": (0.0, 1.5)},
+    search=_BY_DENSITY,
     paper="2306.01708",
 )
 def ties(
@@ -139,10 +145,7 @@ def disjoint_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return upper.div_(lower.masked_fill_(lower == 0, 1.0))
 
 
-_SEARCH = {"density": (0.1, 0.9), "lambda": (0.0, 1.5)}
-
-
-@merge_op("dare_linear", needs_base=True, search=_SEARCH, paper="2311.03099")
+@merge_op("dare_linear", needs_base=True, search=_BY_DENSITY, paper="2311.03099")
 def dare_linear(
     tensors: Sequence[Tensor],
     weights: Sequence[float],
@@ -154,14 +157,12 @@ def dare_linear(
     """DARE, then task arithmetic: base + sum_i w_i drop(D_i); nothing is dropped of vectors."""
     if base.ndim == 1:
         return task_arithmetic(tensors, weights, base)
-    start = wide(base)
-    total = start.clone()
-    for tensor, weight, generator in zip(tensors, weights, generators, strict=True):
-        total.add_(drop(wide(tensor) - start, density, generator), alpha=weight)
-    return total.to(base.dtype)
+    start, pairs = wide(base), zip(tensors, generators, strict=True)
+    dropped = (drop(wide(tensor) - start, density, generator) for tensor, generator in pairs)
+    return _plus(start, dropped, weights).to(base.dtype)
 
 
-@merge_op("dare_ties", needs_base=True, weights="positive", search=_SEARCH, paper="2311.03099")
+@merge_op("dare_ties", needs_base=True, weights="positive", search=_BY_DENSITY, paper="2311.03099")
 def dare_ties(
     tensors: Sequence[Tensor],
     weights: Sequence[float],
@@ -206,7 +207,7 @@ def _leaves_something(params: Mapping[str, float]) -> str | None:
 @merge_op(
     "breadcrumbs",
     needs_base=True,
-    search={"density": (0.1, 0.9), "lambda": (0.0, 1.5)},
+    search=_BY_DENSITY,
     settle=_by_density,
     rule=_leaves_something,
     paper="2312.06795",
@@ -223,10 +224,8 @@ def breadcrumbs(
     if base.ndim == 1:
         return task_arithmetic(tensors, weights, base)
     start = wide(base)
-    total = start.clone()
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(without_extremes(wide(tensor) - start, bottom=bottom, top=top), alpha=weight)
-    return total.to(base.dtype)
+    kept = (without_extremes(wide(tensor) - start, bottom=bottom, top=top) for tensor in tensors)
+    return _plus(start, kept, weights).to(base.dtype)
 
 
 def without_extremes(delta: Tensor, *, bottom: float, top: float) -> Tensor:

@@ -14,7 +14,7 @@ from intarsia.activations.batches import Batches
 from intarsia.activations.loop import Loop
 from intarsia.commands.job import Job
 from intarsia.commands.plan import PlanResult
-from intarsia.commands.planning import Planning, heal_recipe
+from intarsia.commands.planning import Planning, heal_recipe, original
 from intarsia.healing.teacher import TeacherStates, fits_in_memory
 from intarsia.options import Target
 from intarsia.pruning.intermediate import Intermediate
@@ -151,8 +151,6 @@ class Ladders:
         if self._current is not None and self._current.after_final_norm != after_final_norm:
             self._close_current()
         if self._current is None:
-            from intarsia.commands.planning import original
-
             self._current = original(self.job, RunDir(self.out).scratch, after_final_norm=after_final_norm)
         return self._current
 

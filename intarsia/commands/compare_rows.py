@@ -166,7 +166,7 @@ class Rows:
             return None
         followed = None if dense is None else self.reference.follow(model)
         original = self.job.resident.model
-        found = self.reference.itself() if followed is None else self.reference.judge(followed, original)
+        found = self.reference.itself() if followed is None else self.reference.score(followed, original)
         return {**asdict(found), "asked": [self.asked.answers, self.asked.answer_tokens]}
 
     def _with_measures(self, row: Row, model: PreTrainedModel, name: str, dense: Row | None) -> Row:

@@ -165,7 +165,7 @@ def measured(
     reference, answers = None, None
     if evaluation.asked is not None:
         reference = evaluation.asked.answered(models["before"], seed=job.spec.seed, key=job.sha256)
-        answers = reference.judge(reference.follow(models["after"]), models["before"]) if together else None
+        answers = reference.score(reference.follow(models["after"]), models["before"]) if together else None
     dense = evaluation.scores(models.pop("before"), job, job.model)
     without = {} if unhealed is None else evaluation.perplexities(chain(unhealed, job.resident))
     job.release()
@@ -177,7 +177,7 @@ def measured(
     if reference is not None and answers is None:
         followed = reference.follow(model)
         del model
-        answers = reference.judge(followed, job.resident.model)
+        answers = reference.score(followed, job.resident.model)
         job.release()
     if dense is not None and pruned is not None:
         evaluation.accuracy = with_retention(dense, pruned).to_dict()

@@ -224,6 +224,6 @@ def evaluate_agreement(
         model=small.model,
         against=original.model,
         original=reference.itself(),
-        agreement=reference.judge(followed, load_whole(original)),
+        agreement=reference.score(followed, load_whole(original)),
         seconds=time.perf_counter() - started,
     )

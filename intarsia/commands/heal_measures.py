@@ -44,7 +44,7 @@ class Measured:
         rows = {"original": _row(whole, answers)}
         stages = {"as it came": healed.stages[0], **({"healed": healed.stages[-1]} if healed.taken else {})}
         for name, stage in stages.items():
-            answers = reference.judge(reference.follow(assembled(stage.recipe, context.resident)), original)
+            answers = reference.score(reference.follow(assembled(stage.recipe, context.resident)), original)
             rows[name] = _row(stage.quality["texts"][0], answers)
         return cls(rows=rows, answers=answers)
 
@@ -78,6 +78,6 @@ def report(built: BuildResult, recipe: Recipe, base: Checkpoint, measured: Measu
         write_whole(built.out / "README.md", model_card(facts))
         evaluation = {"text": text.description, "sha256": text.sha256, "windows": len(text), "seq_len": text.seq_len}
         kept = {name: facts[name] for name in ("model", "before", "after", "warning")}
-        kept |= {"answers": asdict(measured.answers), "judged": measured.table, "evaluation": evaluation}
+        kept |= {"answers": asdict(measured.answers), "models": measured.table, "evaluation": evaluation}
         keep_measures(built.out, kept)
     write_report([built.out], built.out / REPORT)

@@ -28,7 +28,7 @@ from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.prune import prune
 from intarsia.pruning.step import Planner, mlp_pieces
 from intarsia.recipe.recipe import Recipe, Variant, identity
-from intarsia.registry import Chosen
+from intarsia.registry import Chosen, planners
 from intarsia.run_dir import RunDir
 
 _BLOCKS = 0.3
@@ -65,9 +65,10 @@ class Planning:
         self.job, self.method = job, method
         self.planner: Planner = method.create()
         if (inspected := job.checkpoint.architecture.inspected) is not None and self.planner.joins:
+            others = ", ".join(name for name in planners.names if not planners.choose(name).create().joins)
             raise UserError(
                 f"{method.name} joins layers, and those of {job.model} can only be removed: {inspected.reason}.",
-                "Choose shortgpt, angular, sleb, reverse, taylor, magnitude, evolve or come-p[removals=true].",
+                f"Choose one that removes layers: {others}.",
             )
         self.heals, self._shared = heals, whole
         self._model: Intermediate | None = None

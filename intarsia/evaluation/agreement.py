@@ -2,7 +2,7 @@
 
     reference = Reference.of(original, tokenizer, prompts, answer_tokens=64)
     followed = reference.follow(model)           # one pass along the original's answers, and its own answers
-    found = reference.judge(followed, original)  # what the original makes of these
+    found = reference.score(followed, original)  # what the original makes of these
 
 Answers are greedy. The original's next token is the likeliest by its own pass along its answers, so that a model agrees
 with itself wholly. An answer loops when it has not ended and its last tokens are one passage three times in a row.
@@ -102,7 +102,7 @@ class Reference:
         answers = greedy_answers(model, self.tokenizer, self.prompts, self.answer_tokens)
         return Followed(agree_P=agree_P, kl_P=kl_P, answers=answers)
 
-    def judge(self, followed: Followed, original: Any) -> Agreement:
+    def score(self, followed: Followed, original: Any) -> Agreement:
         """The measures of a model, with what the original makes of its answers."""
         loss_P = torch.zeros(len(self.answers), dtype=torch.float64)
         with evaluating(original), torch.inference_mode():

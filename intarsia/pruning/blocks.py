@@ -8,7 +8,6 @@ calibration loss.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from intarsia.architecture.spec import Architecture
 from intarsia.healing.restarts import Start
 from intarsia.progress import current
 from intarsia.pruning.candidates import Change, losses_of
+from intarsia.pruning.estimate import blocks_raced
 from intarsia.pruning.race import best_of_groups, mean_loss, race
 from intarsia.pruning.step import without_half_layers
 from intarsia.recipe.algebra import half_layers
@@ -45,7 +45,7 @@ def best_blocks(model: Intermediate, removed: int, number: int) -> list[dict[str
     starts = sorted(model.droppable(removed), key=lambda start: model.span_distance(start, removed, "all-tokens"))
     if not starts:
         return []
-    likely = sorted(starts[: max(number, math.ceil(len(starts) / 2))])
+    likely = sorted(starts[: blocks_raced(len(starts), number)])
     whole = [Change(start=start, count=removed, ops=()) for start in likely]
     with current().task("", 2) as task:
         found = _raced(model, whole, number, f"dropping {removed} adjacent layers")

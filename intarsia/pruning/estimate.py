@@ -6,6 +6,7 @@ changed is not known before.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,11 @@ class Estimate:
         )
 
 
+def blocks_raced(starts: int, kept: int) -> int:
+    """How many of the blocks of whole layers are raced: those of least angular distance, of which `kept` are wanted."""
+    return min(starts, max(kept, math.ceil(starts / 2)))
+
+
 def estimate(
     checkpoint: Checkpoint,
     planner: Planner,
@@ -73,9 +79,10 @@ def estimate(
     forwards = planner.forwards_at_most(architecture, target, rows)
     first = min(depth, forwards)
     if planner.blocks:
-        raced = share_at_most(target + 1, rows, racing=True, keep=planner.blocks)
         # Blocks of whole layers, then the best of them and each of these shifted by half a layer, either way.
-        forwards += raced * target * (target + 1) / 2 + 3 * min(planner.blocks, target + 1) * target
+        number = blocks_raced(target + 1, planner.blocks)
+        raced = share_at_most(number, rows, racing=True, keep=planner.blocks)
+        forwards += raced * sum(range(target + 1 - number, target + 1)) + 3 * min(planner.blocks, number) * target
     return Estimate(
         parameters_before=parameters,
         parameters_after=after,

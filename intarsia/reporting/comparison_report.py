@@ -14,7 +14,7 @@ from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Sectio
 from intarsia.reporting.comparison import ANSWERS, DENSE, MEAN, Comparison, Measure, Row
 from intarsia.reporting.figures import Axis, Interval, Point, Series, chart, intervals, layers_axis, standalone
 from intarsia.reporting.puzzle import pieces_of, puzzle_svg
-from intarsia.reporting.wording import model_name, short, written
+from intarsia.reporting.wording import PARTING, model_name, short, written
 
 _ERRORS = 1.96  # standard errors to either side are a 95 % interval
 _BROKEN = 30.0  # times the original's perplexity: by how much more does not matter
@@ -185,15 +185,7 @@ def _agreement(found: Comparison) -> list[Section]:
     )
     sections = [Section(title="Answers", blocks=blocks, intro=f"{intro}in repeating themselves.")]
     if written := _written(found):
-        title = "Answers side by side"
-        sections.append(
-            Section(
-                title=title,
-                blocks=written,
-                intro="By greedy decoding. Grey is what the original "
-                "answers too; marked is the first token that differs.",
-            )
-        )
+        sections.append(Section(title="Answers side by side", blocks=written, intro=PARTING))
     return sections
 
 

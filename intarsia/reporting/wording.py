@@ -28,6 +28,9 @@ MEASURES = {
 }
 """What is measured before and after, by its key."""
 
+PARTING = "By greedy decoding. What the original says too is grey; marked is the first token that differs."
+"""How two answers side by side are shown."""
+
 _DEFAULTS: Mapping[str, Any] = {"tokens": 65536, "seq_len": 512, "seed": 0, "calibration": "self"}
 
 

@@ -137,7 +137,7 @@ class Space:
         """The layers to remove; where the base cannot do without them, those nearest to them without which it can.
 
         Raises:
-            UserError: it can do without no so many.
+            UserError: it cannot do without that many.
         """
         whole, found = range(self.depth), list[int]()
         if self.kind != "cut" or self.possible([layer for layer in whole if layer not in wanted]):

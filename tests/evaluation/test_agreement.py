@@ -52,7 +52,7 @@ def test_greedy_answers_are_those_of_generate(family: str) -> None:
 def test_a_model_agrees_with_itself(family: str) -> None:
     model, tokenizer = families.make_model(family), families.make_tokenizer()
     reference = _reference(model, tokenizer)
-    found, itself = reference.judge(reference.follow(model), model), reference.itself()
+    found, itself = reference.score(reference.follow(model), model), reference.itself()
     assert found.agreement == itself.agreement == Metric(value=1.0, stderr=0.0)
     assert found.kl.value == pytest.approx(0.0, abs=1e-6)
     assert (found.prompts, found.tokens) == (3, sum(map(len, reference.answers)))
@@ -70,7 +70,7 @@ def test_by_hand() -> None:
     tokenizer = families.make_tokenizer()
     reference = _reference(original, tokenizer)
     followed = reference.follow(other)
-    found = reference.judge(followed, original)
+    found = reference.score(followed, original)
     agree, kl, own = [], [], []
     for prompt, answer, theirs in zip(reference.prompts.ids, reference.answers, followed.answers, strict=True):
         ids, start = torch.tensor([[*prompt, *answer]]), len(prompt) - 1
