@@ -20,7 +20,7 @@ from tests import families
 pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip(
     "llama_cpp",
-    reason="llama.cpp is not installed: `make test` builds it where there is a C++ compiler",
+    reason="llama.cpp is not installed: `make test-rest` builds it where there is a C++ compiler",
 )
 
 IDS = torch.randint(2, families.VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(3))
