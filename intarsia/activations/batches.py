@@ -140,9 +140,6 @@ class Batches:
         Args:
             prepare, finish: run in this thread, batch after batch; `finish` alone may change anything.
             work: runs in any thread.
-
-        Raises:
-            UserError: memory does not suffice for one sequence.
         """
 
         def all_of_it(rows: slice, ids: Tensor, mask: Tensor | None) -> None:

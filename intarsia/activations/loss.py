@@ -88,9 +88,6 @@ def next_token_losses(
 
     Returns:
         `sums_B` (float64) and `counts_B` (int64), on the logits' device.
-
-    Raises:
-        UserError: a loss is NaN or infinite.
     """
     rows_N, cols_N, targets_N = _predicted(ids_BT, mask_BT, logits_BTV.device)
     if expected is None:

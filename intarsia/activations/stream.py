@@ -179,9 +179,6 @@ class LayerStream:
 
         Args:
             expected: measure the KL to this distribution instead.
-
-        Raises:
-            UserError: a loss is NaN or infinite, `where` says of what.
         """
         sums, counts = [], []
         for part, keep, logits in self._logits_of(h_BTD, ids_BT, mask_BT):

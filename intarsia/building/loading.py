@@ -69,11 +69,7 @@ def check_config(checkpoint: Checkpoint) -> None:
 
 
 def as_transformers(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The checkpoint's model in this dtype, on the CPU.
-
-    Raises:
-        UserError: transformers does not load it.
-    """
+    """The checkpoint's model in this dtype, on the CPU."""
     with refusals_named(checkpoint):
         return _as_transformers(checkpoint, dtype)
 
@@ -109,11 +105,7 @@ _MOST_NAMED = 5
 
 
 def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in evaluation mode, all but its layers on `device`; parameters of layers are on the meta device.
-
-    Raises:
-        UserError: something outside the layers is in no file.
-    """
+    """The model in evaluation mode, all but its layers on `device`; parameters of layers are on the meta device."""
     from accelerate import init_empty_weights
 
     with refusals_named(checkpoint), init_empty_weights(include_buffers=False):

@@ -64,9 +64,6 @@ def fit(
         teacher: its hidden states on the calibration text, shared with other fits or not; the fit adds depths.
         unseen: sequences of the text that the fit must not see: neither fitted on nor used to choose the strength.
         memory_budget: what hidden states may take in memory.
-
-    Raises:
-        UserError: activations are not finite.
     """
     work = _Work(recipe, teacher, settings or ClosedFormSettings(), frozenset(unseen), memory_budget or MemoryBudget())
     try:

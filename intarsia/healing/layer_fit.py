@@ -87,9 +87,6 @@ def fit_layer(
 
     Returns:
         The new tensors by name, in float32 as rounded to the layer's dtype, and a report of every module.
-
-    Raises:
-        UserError: activations are not finite, or the disk is full.
     """
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     fits: list[LayerFit] = []
@@ -131,21 +128,13 @@ class PartFit:
         )
 
     def norm(self, where: str) -> tuple[str, Tensor | None, Fit]:
-        """The weight of the norm after the output projection.
-
-        Raises:
-            UserError: activations are not finite.
-        """
+        """The weight of the norm after the output projection."""
         assert self.post_norm is not None
         where = f"{where}, {self.norm_name}"
         return self.norm_name, *fit_norm(self.post_norm, self._tokens, self.settings.ridges, where=where)
 
     def projection(self, where: str) -> tuple[str, Tensor | None, Fit]:
-        """The weight of the output projection.
-
-        Raises:
-            UserError: activations are not finite.
-        """
+        """The weight of the output projection."""
         own, ridges, where = self.target.weight, self.settings.ridges, f"{where}, {self.name}"
         if self.post_norm is not None:
             return self.name, *fit_weight(self.post_norm, own, self._tokens, ridges, where=where)

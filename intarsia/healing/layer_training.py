@@ -62,11 +62,7 @@ class Trained(NamedTuple):
 
 
 def train_layer(task: LayerTask, after_step: AfterStep | None = None) -> Trained:
-    """Train one layer, or continue where a killed run saved its state.
-
-    Raises:
-        UserError: the loss is not finite before the first step, or the disk is full.
-    """
+    """Train one layer, or continue where a killed run saved its state."""
     done = finished(task.folder, task.index)
     if done is not None:
         return done

@@ -107,11 +107,7 @@ class _Work:
         folder: Path | None,
         memory_budget: MemoryBudget,
     ) -> None:
-        """Nothing is run yet.
-
-        Raises:
-            UserError: there is too little text.
-        """
+        """Nothing is run yet."""
         self.recipe, self.resident, self.text, self.settings, self.folder = recipe, resident, text, settings, folder
         self.schedule = schedule_of(settings, sequences=text.train, seq_len=text.seq_len)
         self.step_tokens = self.schedule.batch * text.seq_len
@@ -145,11 +141,7 @@ class _Work:
 
     @torch.no_grad()
     def _follow(self, index: int, fitted: Fitted) -> None:
-        """Store the hidden states before output layer `index`, with `fitted` in the layers before it.
-
-        Raises:
-            UserError: they are not finite, or the disk is full.
-        """
+        """Store the hidden states before output layer `index`, with `fitted` in the layers before it."""
         first = self.reached or 0
         layers = [
             Placed(self.resident.module(op, fitted.get(number)), op.sources[0].layer)

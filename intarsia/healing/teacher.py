@@ -77,11 +77,7 @@ class TeacherStates:
 
     @torch.no_grad()
     def learn(self, depths: Iterable[int]) -> None:
-        """One pass of the teacher for the depths that are not known yet, from the deepest one before them.
-
-        Raises:
-            UserError: hidden states are not finite, or the disk is full.
-        """
+        """One pass of the teacher for the depths that are not known yet, from the deepest one before them."""
         known = self._depths()
         missing = set(depths) - known
         if not missing:

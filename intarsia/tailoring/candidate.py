@@ -125,11 +125,7 @@ def to_plain(candidate: Candidate) -> dict[str, Any]:
 
 
 def from_plain(data: Any) -> Candidate:
-    """The candidate of `to_plain`.
-
-    Raises:
-        ValueError: it is no such data.
-    """
+    """The candidate of `to_plain`."""
     return _CANDIDATES.validate_python(data)
 
 

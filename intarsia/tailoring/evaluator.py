@@ -121,11 +121,7 @@ class Evaluator:
         return self._outcome(scored, fitting, len(recipe.layers), self.model.made - made, start)
 
     def heal(self, recipe: Recipe) -> Recipe:
-        """The recipe that `evaluate` scores with `healed`, its fitted tensors in it.
-
-        Raises:
-            TrialFailed: activations are not finite, or memory does not suffice.
-        """
+        """The recipe that `evaluate` scores with `healed`, its fitted tensors in it."""
         with self._failing():
             return self._healed(recipe)
 
@@ -233,10 +229,6 @@ def open_evaluator(
         examples: windows that are drawn of a text, where they are not those of a search; nothing is healed then.
         probe: measure the base at the largest budget, and refuse objectives on which models cannot differ.
         fits: where what is fitted for trials is kept.
-
-    Raises:
-        UserError: with everything that is wrong with the objectives; a budget is larger than the data; models
-            cannot differ in an objective.
     """
     runtime, search = runtime or Runtime(), file.search
     device = default_device() if runtime.device is None else torch.device(runtime.device)

@@ -64,11 +64,7 @@ class Trial:
 
     @classmethod
     def from_dict(cls, data: Any) -> Trial:
-        """The trial of `to_dict`.
-
-        Raises:
-            ValueError: it is no such data.
-        """
+        """The trial of `to_dict`."""
         return _TRIALS.validate_python(data)
 
 

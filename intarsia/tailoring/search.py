@@ -57,9 +57,6 @@ def search(
 
     Returns:
         None, or why the search ended before the goal.
-
-    Raises:
-        UserError: all trials fail.
     """
     for trial in earlier:
         if history.find(trial.key) is None:

@@ -69,11 +69,7 @@ def heal_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | Non
 
 
 def heal_trial(recipe: Recipe, model: LoadedModel, corpus: Corpus) -> Recipe:
-    """A recipe with its output projections fitted toward what it would be with no layer removed.
-
-    Raises:
-        UserError: activations are not finite.
-    """
+    """A recipe with its output projections fitted toward what it would be with no layer removed."""
     teacher_layers = [model.module(op) for op in reference_layers(recipe)]
     with TeacherStates(Loop(model, Batches(corpus, model.device)), layers=teacher_layers) as teacher:
         return fit(recipe, teacher, settings=_SETTINGS)[0]

@@ -125,9 +125,6 @@ class FamilyModel(LoadedModel):
 
         Args:
             fitted: tensors that replace the op's own, by name inside the layer.
-
-        Raises:
-            TrialFailed: a tensor of it is NaN or infinite.
         """
         if isinstance(op, Select) and op.source.variant not in self.others and not fitted:
             return self.layers[op.source.layer]

@@ -95,11 +95,7 @@ class Scorer:
         self._results.clear()
 
     def score(self, recipe: Recipe, budget: int) -> Scored:
-        """The scores of every objective's examples within a budget.
-
-        Raises:
-            TrialFailed: something is not finite.
-        """
+        """The scores of every objective's examples within a budget."""
         segments_of = [list(self._segments(number, budget)) for number in range(len(self._objectives))]
         everything = [one for found in segments_of for _, batches in found for one in batches]
         tokens = sum(one.tokens for one in everything)

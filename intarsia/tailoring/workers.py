@@ -115,11 +115,7 @@ class Workers(Protocol):
 def open_workers(
     opener: OpenScorer, evaluator: Evaluator, *, scheduler: str | None, count: int | None
 ) -> Iterator[Workers]:
-    """One worker is this process with its evaluator; else the evaluator is closed, for each worker opens another.
-
-    Raises:
-        UserError: see `dask_workers`.
-    """
+    """One worker is this process with its evaluator; else the evaluator is closed, for each worker opens another."""
     if scheduler is None and (count or 1) == 1:
         yield InProcess(evaluator)
         return
@@ -188,11 +184,7 @@ class OnDask:
         self._open[self._client.submit(*work, key=f"intarsia-{uuid4().hex}", pure=False, retries=0)] = number
 
     def next(self) -> Done:
-        """Of the finished trials, the one that was submitted first.
-
-        Raises:
-            UserError: there was no worker for a minute.
-        """
+        """Of the finished trials, the one that was submitted first."""
         from distributed import KilledWorker
 
         future = self._first_done()
@@ -228,11 +220,7 @@ class OnDask:
 
 @contextmanager
 def dask_workers(opener: Opener, *, scheduler: str | None, count: int | None) -> Iterator[OnDask]:
-    """Workers of an existing scheduler (`tcp://host:8786`), or `count` processes of our own on this machine.
-
-    Raises:
-        UserError: dask is not installed, the scheduler cannot be reached, or it has no workers.
-    """
+    """Workers of an existing scheduler (`tcp://host:8786`), or `count` processes of our own on this machine."""
     with ExitStack() as stack:
         if scheduler is None:
             count = count or 1
@@ -250,11 +238,7 @@ def dask_workers(opener: Opener, *, scheduler: str | None, count: int | None) ->
 
 
 def check_scheduler(scheduler: str) -> None:
-    """Check that there is a scheduler with workers.
-
-    Raises:
-        UserError: dask is not installed, the scheduler cannot be reached, or it has no workers.
-    """
+    """Check that there is a scheduler with workers."""
     with _connected(scheduler):
         pass
 
