@@ -191,13 +191,8 @@ class LayerStream:
 
     def likeliest(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None, k: int) -> Likeliest:
         """The `k` likeliest next tokens at every position from H^L, on the CPU; anything at padding."""
-        log_p, index = [], []
-        for _, _, logits in self._logits_of(h_BTD, ids_BT, mask_BT):
-            for row_TV in logits:
-                found = torch.log_softmax(row_TV, dim=-1, dtype=torch.float32).topk(k, dim=-1)
-                log_p.append(found.values.cpu())
-                index.append(found.indices.to(torch.int32).cpu())
-        return Likeliest(torch.stack(log_p), torch.stack(index))
+        found = [Likeliest.of(logits.flatten(0, 1), k) for _, _, logits in self._logits_of(h_BTD, ids_BT, mask_BT)]
+        return Likeliest(*(torch.cat(each).cpu().unflatten(0, ids_BT.shape) for each in zip(*found, strict=True)))
 
     def _logits_of(
         self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from intarsia.building.loaded_model import LoadedModel, twin
+from intarsia.building.loading import set_parameter
 from intarsia.building.materialize import outside_tensor
-from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.writer import shallower_config
 from intarsia.recipe.recipe import Recipe
 
@@ -37,8 +34,7 @@ def assembled(recipe: Recipe, resident: LoadedModel) -> PreTrainedModel:
     assert isinstance(model, PreTrainedModel)
     layers = nn.ModuleList()
     for index, op in enumerate(recipe.layers):
-        fitted = _as_built(index, recipe, resident.checkpoint)
-        layer = twin(resident.module(op, fitted))
+        layer = twin(resident.module(op, recipe.fitted.get(index)))
         parts: Iterator[Any] = layer.modules()
         for part in parts:
             # What is kept for later tokens is found by the layer's index in the model, not by its source.
@@ -46,8 +42,7 @@ def assembled(recipe: Recipe, resident: LoadedModel) -> PreTrainedModel:
                 if isinstance(getattr(part, name, None), int):
                     setattr(part, name, index)
         layers.append(layer)
-    owner, _, name = resident.architecture.layers_in_memory.rpartition(".")
-    setattr(model.get_submodule(owner), name, layers)
+    model.set_submodule(resident.architecture.layers_in_memory, layers)
     _slice_tables(model, recipe, resident)
     _configure(model, _config(recipe, resident))
     return model.eval()
@@ -59,19 +54,7 @@ def _slice_tables(model: PreTrainedModel, recipe: Recipe, resident: LoadedModel)
     for name in resident.architecture.inspected.tables if resident.architecture.inspected else ():
         memory = resident.architecture.in_memory(name)
         own = model.get_parameter(memory)
-        value = outside_tensor(resident.checkpoint, name, kept).to(own)
-        owner, _, attribute = memory.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
-
-
-def _as_built(index: int, recipe: Recipe, checkpoint: Checkpoint) -> Mapping[str, npt.NDArray[np.float32]]:
-    """Fitted tensors, rounded to the dtype of the files as in a built folder."""
-    layer = recipe.layers[index].sources[0].layer
-    found = {}
-    for name, array in recipe.fitted.get(index, {}).items():
-        stored = checkpoint.headers[checkpoint.architecture.tensor_name(layer, name)].dtype
-        found[name] = torch.from_numpy(array).to(stored).float().numpy()
-    return found
+        set_parameter(model, memory, outside_tensor(resident.checkpoint, name, kept).to(own))
 
 
 def _config(recipe: Recipe, resident: LoadedModel) -> PreTrainedConfig:

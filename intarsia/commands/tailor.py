@@ -189,7 +189,7 @@ def tailor(
                     recipe_of=translator.recipe,
                     earlier=start.earlier,
                     on_front=run.write_front,
-                    on_trial=lambda wanted: fits.drop({trial.recipe for trial in history.trials} - wanted),
+                    on_trial=fits.keep_only,
                 )
         if stopped is not None:
             current().say(f"stopped after {len(history.made)} trials: {stopped}")

@@ -61,9 +61,8 @@ class Chain(nn.Module):
     @torch.inference_mode()
     def window_losses(self, corpus: Corpus, *, batch_tokens: int) -> tuple[Tensor, Tensor]:
         """Summed loss (float64, nats) and predicted tokens (int64) of every window, on the CPU."""
-        progress = current()
         resident = self.layers.resident
-        batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
+        batches = Batches(corpus, resident.device, batch_tokens=batch_tokens)
         loop = Loop(resident, batches, memory_budget=self._memory_budget)
         sums_W = torch.zeros(len(corpus), dtype=torch.float64)
         counts_W = torch.zeros(len(corpus), dtype=torch.int64)
@@ -72,7 +71,7 @@ class Chain(nn.Module):
             where = f"perplexity on {corpus.description}"
             sums_W[rows], counts_W[rows] = loop.stream.losses(h_BTD, ids, mask, where=where)
 
-        with progress.task("perplexity", self.layers.depth) as task:
+        with current().task("perplexity", self.layers.depth) as task:
             loop.run([Path(layers=self.layers.placed())], end, advance=task.advance)
         return sums_W, counts_W
 

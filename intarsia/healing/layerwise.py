@@ -31,7 +31,7 @@ from intarsia.building.recipe_layers import Placed
 from intarsia.data.corpus import Corpus
 from intarsia.disk import require_room
 from intarsia.errors import UserError
-from intarsia.healing.layer_map import Correspondence, correspondences, taught
+from intarsia.healing.layer_map import taught
 from intarsia.healing.layer_training import AfterStep, LayerTask, Trained, finished, train_layer, trained_names
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.teacher import TeacherStates
@@ -70,7 +70,6 @@ def train(
         # A layer's masters, optimiser state and best tensors, as finished and as they are on the way.
         most = 20 * resident.architecture.layer_parameters
         require_room(folder, most, "the state of one layer's training", option="--run")
-    known = correspondences(recipe)
     indices = taught(recipe, settings.layers)
     found = {index: done for index in indices if (done := finished(folder, index)) is not None}
     todo = [index for index in indices if index not in found]
@@ -78,10 +77,8 @@ def train(
     try:
         with current().task("layerwise training", len(todo) * work.tokens) as task:
             for number, index in enumerate(todo, start=1):
-                work.reach(known[index], found, task)
-                trained = train_layer(
-                    work.task(known[index]), work.shown(task, f"layer {index} ({number} of {len(todo)})")
-                )
+                work.reach(index, found, task)
+                trained = train_layer(work.task(index), work.shown(task, f"layer {index} ({number} of {len(todo)})"))
                 task.advance(work.tokens - trained.report["tokens"])
                 found[index] = trained
                 if not trained.tensors:
@@ -126,18 +123,19 @@ class _Work:
         self.teacher.close()
         self.student.close()
 
-    def reach(self, layer: Correspondence, found: Mapping[int, Trained], task: Task) -> None:
+    def reach(self, index: int, found: Mapping[int, Trained], task: Task) -> None:
         """Store a layer's inputs and targets."""
-        follows = self.settings.inputs == "student"
-        for depth in (layer.stop,) if follows else (layer.start, layer.stop):
+        follows, span = self.settings.inputs == "student", self.recipe.spans[index]
+        needed = span[1:] if follows else span
+        for depth in needed:
             task.note(f"the original's hidden states after layer {depth}")
             self.teacher.learn([depth])
             for stored in self.teacher.store.depths():
-                if stored < (layer.stop if follows else layer.start):
+                if stored < needed[0]:
                     self.teacher.store.drop(stored)
         if follows:
-            task.note(f"the trained layers' hidden states before layer {layer.index}")
-            self._follow(layer.index, self.fitted(found))
+            task.note(f"the trained layers' hidden states before layer {index}")
+            self._follow(index, self.fitted(found))
 
     @torch.no_grad()
     def _follow(self, index: int, fitted: Fitted) -> None:
@@ -157,12 +155,12 @@ class _Work:
             pass
         self.reached = index
 
-    def task(self, layer: Correspondence) -> LayerTask:
+    def task(self, index: int) -> LayerTask:
         """The training of a layer that was reached."""
-        op = self.recipe.layers[layer.index]
+        op, (start, stop) = self.recipe.layers[index], self.recipe.spans[index]
         donor = op.sources[0].layer
         # Always a module of its own: a plain `Select` is the original's module itself.
-        with self.resident.awake(self.resident.module(op, self.recipe.fitted.get(layer.index))) as whole:
+        with self.resident.awake(self.resident.module(op, self.recipe.fitted.get(index))) as whole:
             module = self.resident.fresh(donor, dict(whole.named_parameters()))
         if next(module.parameters()).dtype == torch.float16:
             module = module.to(torch.bfloat16)  # gradients overflow in float16
@@ -180,10 +178,10 @@ class _Work:
         states, cpu = self.teacher.store, torch.device("cpu")
         own = partial(self.student.rows, 0, device=cpu)
         return LayerTask(
-            index=layer.index,
+            index=index,
             module=module,
-            inputs=own if self.settings.inputs == "student" else partial(states.rows, layer.start, device=cpu),
-            targets=partial(states.rows, layer.stop, device=cpu),
+            inputs=own if self.settings.inputs == "student" else partial(states.rows, start, device=cpu),
+            targets=partial(states.rows, stop, device=cpu),
             text=self.text,
             calls=calls,
             names=tuple(name for name in self.names if name in trained),

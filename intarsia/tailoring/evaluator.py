@@ -9,6 +9,7 @@ Layers are made from the same tensors as a built folder's, and likelihoods are c
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -189,18 +190,11 @@ class Evaluator:
                 yield
         except UserError as error:  # the recipe was checked before: something is not finite
             raise TrialFailed(str(error)) from error
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _lacks_memory(error):
+        except (MemoryError, RuntimeError) as error:  # torch says it in words, if it has no class for it
+            if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
                 raise
             self.runner.clear()
             raise TrialFailed(f"out of memory: {(str(error).splitlines() or [''])[0]}") from error
-
-
-def _lacks_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that memory does not suffice."""
-    words = str(error)
-    wide = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return wide or "out of memory" in words or "can't allocate memory" in words
 
 
 _SEQ_LEN = 128  # a window of text is then about as much work as a question with its choices

@@ -236,6 +236,10 @@ class Front:
         at = self.objectives.index(objective)
         return min(self.points, key=lambda trial: (_costs(trial)[at], trial.number))
 
+    def least(self, objective: str) -> float:
+        """The least cost in an objective."""
+        return _costs(self.best(objective))[self.objectives.index(objective)]
+
     def rows(self) -> list[dict[str, Any]]:
         """A row for each trial: its costs, what it is best in, and how it was found."""
         return [

@@ -10,7 +10,7 @@ after the other, or windows of text.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -127,10 +127,11 @@ class KeptFits:
             with suppress(UserError, OSError):
                 save_state(self._path(schema.content_hash(recipe)), tensors, {})
 
-    def drop(self, hashes: Iterable[str]) -> None:
-        """Delete the fits of some recipes."""
-        for name in hashes:
-            self._path(name).unlink(missing_ok=True)
+    def keep_only(self, hashes: Collection[str]) -> None:
+        """Delete the fits of all other recipes."""
+        for path in self._folder.glob("*.safetensors"):
+            if path.stem not in hashes:
+                path.unlink(missing_ok=True)
 
     def start(self) -> None:
         """Make the folder: from now on fits are kept."""

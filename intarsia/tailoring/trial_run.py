@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from intarsia.activations.batches import side_by_side, workers_for
 from intarsia.activations.stream import Entry, LayerStream
-from intarsia.building.layer import layer_tensors, tensor_names, to_parameters
+from intarsia.building.layer import tensor_names
 from intarsia.building.loaded_model import LoadedModel, twin
+from intarsia.building.loading import set_parameter
 from intarsia.evaluation.likelihood import Rows
 from intarsia.evaluation.run_rows import inputs_of
 from intarsia.recipe.ops import LayerRef, Op, Select
@@ -75,11 +76,6 @@ class ByteCache(Generic[K, V]):
 
     def __len__(self) -> int:
         return len(self._held)
-
-
-def bytes_of(tensor: Tensor) -> int:
-    """What a tensor occupies; a view counts as what it shows."""
-    return tensor.numel() * tensor.element_size()
 
 
 def layer_key(op: Op, fitted: Fitted | None = None) -> str:
@@ -142,9 +138,7 @@ class FamilyModel(LoadedModel):
 
     def _new(self, op: Op, fitted: Fitted) -> tuple[nn.Module, int]:
         """A new module, and the bytes that it does not share with the base."""
-        tensors = layer_tensors(op, self.architecture, self._read)
-        tensors |= {name: torch.from_numpy(array).to(tensors[name].dtype) for name, array in fitted.items()}
-        parameters = to_parameters(tensors, self.architecture)
+        parameters = self._made(op, fitted)
         original = self.layers[op.sources[0].layer]
         module, own = twin(original), 0
         for name, parameter in list(original.named_parameters()):
@@ -155,9 +149,8 @@ class FamilyModel(LoadedModel):
                 sources = ", ".join(map(str, op.sources))
                 raise TrialFailed(f"{name} of the layer made from {sources} is NaN or infinite")
             tensor = parameters[name].to(device=self.device, dtype=parameter.dtype)
-            owner, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
-            own += bytes_of(tensor)
+            set_parameter(module, name, tensor)
+            own += tensor.nbytes
         return module.eval(), own
 
     def _is_base(self, ref: LayerRef, local: str) -> bool:
@@ -202,7 +195,7 @@ class Prefixes:
 
     def keep(self, depth: int, batch: Hashable, h_BTD: Tensor) -> None:
         """Keep the state of a batch after `depth` layers of the path."""
-        self.states.put((self._path[depth - 1], batch), h_BTD, bytes_of(h_BTD))
+        self.states.put((self._path[depth - 1], batch), h_BTD, h_BTD.nbytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +279,7 @@ class Runner:
         if entry is None:
             entry = self.stream.enter_with(inputs_of(self.model.model, rows))
             tensors = {id(tensor): tensor for tensor in _tensors([entry.h_BTD, *entry.calls])}
-            self._entries.put(batch, entry, sum(map(bytes_of, tensors.values())))
+            self._entries.put(batch, entry, sum(tensor.nbytes for tensor in tensors.values()))
         return entry
 
 

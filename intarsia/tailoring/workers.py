@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 from uuid import uuid4
 
 import torch
@@ -52,11 +52,8 @@ class Scorer(Protocol):
         """Release what is cached."""
 
 
-class Opener(Protocol):
-    """Opens a scorer in a worker's process; can be pickled."""
-
-    def __call__(self, place: Place) -> Scorer:
-        """The scorer."""
+Opener: TypeAlias = Callable[[Place], Scorer]
+"""Opens a scorer in a worker's process; can be pickled."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from intarsia.activations.hidden_store import HiddenStore
+from intarsia.activations.hidden_store import HiddenStore, MemoryBudget
 
 CPU = torch.device("cpu")
 SHAPE = (5, 3, 4)
@@ -24,7 +24,7 @@ def spills_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_spilled_or_not_it_holds_the_same(dtype: torch.dtype, depths_in_memory: int, spills_here: Path) -> None:
     states = torch.randn(4, *SHAPE).to(dtype)
     size = 5 * 3 * 4 * dtype.itemsize
-    store = HiddenStore(SHAPE, dtype, memory_bytes=depths_in_memory * size)
+    store = HiddenStore(SHAPE, dtype, memory_budget=MemoryBudget(depths_in_memory * size))
     assert store.depth_bytes == size
     for depth in (2, 0, 3):
         for start, stop in ((0, 2), (2, 4), (4, 5)):
@@ -42,7 +42,7 @@ def test_spilled_or_not_it_holds_the_same(dtype: torch.dtype, depths_in_memory: 
 
 
 def test_files_go_with_the_store(spills_here: Path) -> None:
-    store = HiddenStore(SHAPE, torch.float32, memory_bytes=0)
+    store = HiddenStore(SHAPE, torch.float32, memory_budget=MemoryBudget(0))
     store.put(0, 0, torch.zeros(SHAPE))
     assert list(spills_here.iterdir())
     del store

@@ -385,19 +385,19 @@ def test_the_cost_is_the_one_foretold(
         fit_on(recipe, resident, train, settings=settings, batch_tokens=64)
     finally:
         handle.remove()
-    assert sum(sequences) == fit_forwards(recipe, settings) * len(train)
+    assert sum(sequences) == fit_forwards(recipe, settings, resident.architecture) * len(train)
 
 
 @pytest.mark.parametrize("target", range(1, 30))
-def test_three_passes_are_enough(target: int) -> None:
+def test_three_passes_are_enough(target: int, checkpoint_of: Opened) -> None:
     """The most expensive way to remove: every layer that is left stands for as few as can be."""
-    removed = 30 - target
+    removed, architecture = 30 - target, checkpoint_of("llama").architecture
     kept = [layer for layer in range(30) if layer % 2 == 0 or layer > 2 * removed][-target:]
     recipe = recipe_of("model", [select(layer) for layer in kept], depth=30)
     assert len(recipe.layers) == target
     for settings in (ClosedFormSettings(), FINAL):
-        assert fit_forwards(recipe, settings) <= 3 * 30
-        assert fit_forwards(identity(recipe.variants[0], 30), settings) == 0
+        assert fit_forwards(recipe, settings, architecture) <= 3 * 30
+        assert fit_forwards(identity(recipe.variants[0], 30), settings, architecture) == 0
 
 
 @pytest.mark.parametrize(
@@ -409,14 +409,20 @@ def test_three_passes_are_enough(target: int) -> None:
         ([0, 2, 4, 5, 6], []),  # 7 + 5 + 6 + 3 = 21
     ],
 )
-def test_more_is_fitted_as_long_as_three_passes_pay_for_it(kept: list[int], more: list[int]) -> None:
-    recipe = recipe_of("model", [select(layer) for layer in kept], depth=7)
-    found, base = fitted_parts(recipe, FINAL), fitted_parts(recipe, ClosedFormSettings())
+def test_more_is_fitted_as_long_as_three_passes_pay_for_it(
+    kept: list[int], more: list[int], checkpoint_of: Opened
+) -> None:
+    recipe, architecture = (
+        recipe_of("model", [select(layer) for layer in kept], depth=7),
+        checkpoint_of("llama").architecture,
+    )
+    found, base = (fitted_parts(recipe, settings, architecture) for settings in (FINAL, ClosedFormSettings()))
     assert found.keys() == base.keys()
     assert [index for index in found if found[index] != base[index]] == more
     assert all(found[index] == ("mlp", "attention") for index in more)
     assert set(base.values()) <= {("mlp", "attention", "mlp"), ("mlp",)}
-    assert fit_forwards(recipe, ClosedFormSettings()) + len(more) == fit_forwards(recipe, FINAL) <= 21
+    cost = fit_forwards(recipe, FINAL, architecture)
+    assert fit_forwards(recipe, ClosedFormSettings(), architecture) + len(more) == cost <= 21
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])

@@ -94,7 +94,7 @@ def test_fits_that_share_it_are_the_same_and_pay_for_the_teacher_once(
         return forwards(resident, lambda: fit(recipe, teacher, settings=settings)[0])
 
     alone, cost = fitted(original_of(resident, text))
-    assert cost == fit_forwards(recipe, settings) * len(text)
+    assert cost == fit_forwards(recipe, settings, resident.architecture) * len(text)
     teacher = max(recipe.spans[index][1] for index in alone.fitted) * len(text)
     first, second = fitted(shared), fitted(shared)
     assert (first[1], second[1]) == (cost, cost - teacher)
@@ -113,12 +113,12 @@ def test_the_student_begins_where_it_differs(resident_of: InMemory, checkpoint_o
     late = recipe_of(name, [select(0), select(1), select(2), select(4), select(5)])  # layer 2 stands for 3 too
     healed, spent = forwards(resident, lambda: fit_on(late, resident, text, settings=settings, batch_tokens=64)[0])
     assert spent == (4 + 1 + 1) * len(text)  # the teacher to depth 4, the fit and the student through layer 2
-    assert fit_forwards(late, settings) == 6
+    assert fit_forwards(late, settings, resident.architecture) == 6
     # A layer before that is not the original's any more: the student begins there.
     tensors = {key: 0.9 * value for key, value in healed.fitted[2].items()}
     changed = replace(late, fitted={1: tensors})
     again, spent = forwards(resident, lambda: fit_on(changed, resident, text, settings=settings, batch_tokens=64)[0])
-    assert spent == (4 + 2 + 1) * len(text) == fit_forwards(changed, settings) * len(text)
+    assert spent == (4 + 2 + 1) * len(text) == fit_forwards(changed, settings, resident.architecture) * len(text)
     assert any(not np.array_equal(again.fitted[2][key], healed.fitted[2][key]) for key in healed.fitted[2])
 
 
@@ -133,4 +133,4 @@ def test_a_stack_that_repeats_layers_begins_at_its_first_repetition(
     assert trained == [4]
     healed, spent = forwards(resident, lambda: fit_on(recipe, resident, text, settings=settings, batch_tokens=64)[0])
     assert set(healed.fitted) <= {4}
-    assert spent == fit_forwards(recipe, settings) * len(text) == (5 + 2 + 1) * len(text)
+    assert spent == fit_forwards(recipe, settings, resident.architecture) * len(text) == (5 + 2 + 1) * len(text)

@@ -13,7 +13,7 @@ def all_blends(menu: Menu) -> list[Blend]:
     """Every blend of a menu once."""
     found = [Blend(members=(member,)) for member in (menu.members if menu.select else menu.members[:1])]
     for method in menu.methods:
-        kind, names = METHODS[method], menu.settings_of(method)
+        kind, names = METHODS[method], tuple(menu.grids[method])
         pool = menu.members[1:] if kind.base else menu.members
         for size in range(1, len(pool) + 1):
             if size < kind.least or size > (kind.most or size) or (size == 1 and not kind.base):

@@ -122,7 +122,7 @@ class ConfigurationMap:
             return Blend(members=(values.get(f"{name}.variant", menu.members[0]),))
         method = values[f"{name}.method"]
         members = [member for member in menu.members if values.get(f"{name}.with.{member}", _NO) == _YES]
-        given = {key: float(values[f"{name}.{key}"]) for key in menu.settings_of(method) if f"{name}.{key}" in values}
+        given = {key: float(values[f"{name}.{key}"]) for key in menu.grids[method] if f"{name}.{key}" in values}
         return menu.nearest(members, method, given)
 
     # Writing
@@ -209,8 +209,8 @@ class _Writer:
             taking = [other for other in menu.usable if member in menu.pool(other)]
             if taking:
                 self.category(f"{name}.with.{member}", [_YES, _NO], (method, taking))
-        for key in dict.fromkeys(key for other in menu.usable for key in menu.settings_of(other)):
-            having = [other for other in menu.usable if key in menu.settings_of(other)]
+        for key in dict.fromkeys(key for other in menu.usable for key in menu.grids[other]):
+            having = [other for other in menu.usable if key in menu.grids[other]]
             # A value that another method alone has becomes the nearest one.
             grid = {value for other in having for value in menu.grids[other][key]}
             values = sorted(value for value in grid if not (key == "lambda" and value == 0.0))
