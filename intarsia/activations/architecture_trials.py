@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM
 from intarsia.activations.hooks import output_projections
 from intarsia.activations.stream import LayerStream
 from intarsia.architecture.spec import PARTS, Architecture, Part
-from intarsia.building.assembled import assembled
 from intarsia.building.loaded_model import LoadedModel, twin
-from intarsia.building.materialize import materialize
+from intarsia.building.materialize import assembled, materialize
 from intarsia.building.slicing import positions
 from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Op, Select

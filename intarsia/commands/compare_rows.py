@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from intarsia import progress
-from intarsia.building.assembled import assembled
+from intarsia.building.materialize import assembled
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands.compare_ladders import Rung
 from intarsia.commands.evaluate import load_whole

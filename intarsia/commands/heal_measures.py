@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from intarsia.building.assembled import assembled
+from intarsia.building.materialize import assembled
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands.build import BuildResult
 from intarsia.commands.recipes import card_facts

@@ -18,7 +18,7 @@ would serve them alone. A token counts with weight 1 / |H^b|^2, as it does to th
 Fitting o_proj toward the span's summed attention outputs instead was measured and is worse than leaving it alone: what
 the removed layers' attention read is not what this layer's MLP can use (dev/LOG.md, closed form).
 
-An output projection with a norm after it is fitted otherwise (`intarsia.healing.post_norm_fit`). The experts of a
+An output projection with a norm after it is fitted otherwise (`intarsia.healing.layer_fit`). The experts of a
 mixture are not fitted; o_proj is, in their place.
 """
 

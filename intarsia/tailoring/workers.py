@@ -18,11 +18,10 @@ from intarsia.errors import UserError, missing_package
 from intarsia.options import Runtime
 from intarsia.recipe.recipe import Recipe
 from intarsia.registry import load_plugin
-from intarsia.tailoring.evaluator import Evaluator, open_evaluator
+from intarsia.tailoring.evaluator import Evaluator, KeptFits, open_evaluator
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import FamilyFile
 from intarsia.tailoring.history import Outcome, TrialFailed
-from intarsia.tailoring.trial_heal import KeptFits
 
 ATTEMPTS = 2
 _LONGEST = 300  # characters of a reason

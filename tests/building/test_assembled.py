@@ -10,9 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from intarsia.building.assembled import assembled
 from intarsia.building.loaded_model import LoadedModel
-from intarsia.building.materialize import materialize
+from intarsia.building.materialize import assembled, materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.recipe.ops import Merge
 from intarsia.recipe.recipe import Recipe

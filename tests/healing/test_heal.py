@@ -313,7 +313,7 @@ heal(Path(recipe), Path(out), data=text, stages=("{stage}",))
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("stage", "module", "function"),
-    [("layerwise", "layer_training", "save_state"), ("end-to-end", "end_to_end", "save_snapshot")],
+    [("layerwise", "layerwise", "save_state"), ("end-to-end", "end_to_end", "save_snapshot")],
 )
 def test_killed_and_started_again(
     stage: str, module: str, function: str, recipe_file: Path, text_file: Path, tmp_path: Path

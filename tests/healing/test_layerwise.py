@@ -12,7 +12,7 @@ import torch
 
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.errors import UserError
-from intarsia.healing import layer_training, layerwise, training
+from intarsia.healing import layerwise, training
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.training import Text
 from intarsia.recipe.recipe import Recipe
@@ -89,7 +89,7 @@ def test_killed_and_continued_is_as_undisturbed(
     settings = replace(QUICK, epochs=2, evaluations=4, weight_decay=0.1)
     wanted, report = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings)
     steps = []
-    step = layer_training._Training._step
+    step = layerwise._Training._step
 
     def dies(self: Any, number: int) -> float:
         steps.append(number)
@@ -97,10 +97,10 @@ def test_killed_and_continued_is_as_undisturbed(
             raise KeyboardInterrupt
         return step(self, number)
 
-    monkeypatch.setattr(layer_training._Training, "_step", dies)
+    monkeypatch.setattr(layerwise._Training, "_step", dies)
     with pytest.raises(KeyboardInterrupt):
         layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
-    monkeypatch.setattr(layer_training._Training, "_step", step)
+    monkeypatch.setattr(layerwise._Training, "_step", step)
     found, told = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
     assert same(found, wanted)
     assert timeless(told) == timeless(report)
@@ -193,12 +193,12 @@ def test_too_little_text(cut: Cut, resident_of: InMemory, tokens: Tokens) -> Non
 def test_training_text_harder_than_held_out_text_is_no_divergence(
     cut: Cut, resident_of: InMemory, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = layer_training.hidden_loss
+    loss = layerwise.hidden_loss
 
     def harder(*args: Any, **kwargs: Any) -> torch.Tensor:
         return loss(*args, **kwargs) * (100.0 if torch.is_grad_enabled() else 1.0)
 
-    monkeypatch.setattr(layer_training, "hidden_loss", harder)
+    monkeypatch.setattr(layerwise, "hidden_loss", harder)
     _, recipe = cut("llama")
     _, reports = layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=QUICK)
     assert all(row["stopped"] is None and row["loss_after"] < row["loss_before"] for row in reports)

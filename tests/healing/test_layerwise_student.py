@@ -14,7 +14,7 @@ from intarsia.activations.stream import LayerStream
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.healing import layer_training, layerwise
+from intarsia.healing import layerwise
 from intarsia.healing.losses import hidden_mse
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.training import Text
@@ -92,15 +92,15 @@ def test_killed_and_continued_is_as_undisturbed(
     _, recipe = cut("qwen2")
     resident = resident_of("qwen2")
     undisturbed, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=QUICK)
-    step, steps = layer_training._Training._step, []
+    step, steps = layerwise._Training._step, []
 
-    def dying(self: layer_training._Training, number: int) -> float:
+    def dying(self: layerwise._Training, number: int) -> float:
         steps.append(number)
         if len(steps) == 9:  # in the second layer: each takes six steps
             raise KeyboardInterrupt
         return step(self, number)
 
-    monkeypatch.setattr(layer_training._Training, "_step", dying)
+    monkeypatch.setattr(layerwise._Training, "_step", dying)
     with pytest.raises(KeyboardInterrupt):
         layerwise.train(recipe, resident, Text.of(*tokens()), settings=QUICK, folder=tmp_path)
     continued, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=QUICK, folder=tmp_path)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.errors import UserError
-from intarsia.healing.post_norm_fit import FitTokens, PostNorm, fit_norm, fit_weight
+from intarsia.healing.layer_fit import FitTokens, PostNorm, fit_norm, fit_weight
 
 TOKENS, FEATURES, WIDTH = 600, 10, 8
 RIDGES = (1e-9, 1e-4, 1e-2, 1.0)

@@ -13,7 +13,7 @@ from intarsia.errors import UserError
 from intarsia.healing import training
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
-from intarsia.tailoring.trial_heal import KeptFits
+from intarsia.tailoring.evaluator import KeptFits
 from tests.recipes_by_hand import recipe_of, select
 
 
