@@ -1,7 +1,7 @@
 """Part `planners`: single-model planners on the base and on the best variant, cut and healed in closed form.
 
 They look at the text that the objectives show a search. Ladders of the base that were made elsewhere (`--plans`) are
-judged too. Each model is healed towards the member that it was cut from.
+measured too. Each model is healed towards the member that it was cut from.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CUT, HEALED = "cut", "healed"
 
 
 def run(judge: Judge, setting: Setting, rows: Rows, *, methods: tuple[str, ...], given: Path | None) -> None:
-    """Plan, cut, heal and judge."""
+    """Plan, cut, heal and measure."""
     members(judge, setting)
     for method, folder in _ladders(given):
         _judge(judge, setting, rows, BASE, f"{method} (given)", folder)

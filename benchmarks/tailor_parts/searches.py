@@ -1,4 +1,4 @@
-"""Parts `ablation` and `engines`: searches of equal trials, their incumbents judged and healed.
+"""Parts `ablation` and `engines`: searches of equal trials, their incumbents measured and healed.
 
 All searches begin with the base without layers of its middle. Those of the ablation begin also with what two planners
 cut from the base and from the best variant, taken from every member and from their merges, as far as the operations can

@@ -21,7 +21,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def concat_output(op: Concat, resident: LoadedModel, h_BTD: Tensor, call: LayerCall) -> Tensor:
-    """The residual stream behind the layer that a `Concat` with folded norms describes."""
+    """The residual stream after the layer that a `Concat` with folded norms describes."""
     architecture = resident.architecture
     layers = [_tensors(resident.layers[cut.source.layer]) for cut in op.cuts]
     for part in PARTS:
@@ -38,9 +38,9 @@ def concat_output(op: Concat, resident: LoadedModel, h_BTD: Tensor, call: LayerC
                     added += value[..., None] * layer[f"{writer}.weight"][:, channel]
             if f"{writer}.bias" in layer:
                 added += cut.weights[part] * layer[f"{writer}.bias"]
-        behind = architecture.norm_after(part)
-        if behind is not None:
-            scale = _averaged(op, layers, f"{behind.module}.weight", part) + behind.offset
+        after = architecture.norm_after(part)
+        if after is not None:
+            scale = _averaged(op, layers, f"{after.module}.weight", part) + after.offset
             added = _rms(added, resident) * scale
         h_BTD = h_BTD + getattr(resident.model.config, "residual_multiplier", 1.0) * added
     return h_BTD
@@ -85,7 +85,7 @@ def _projected(
     layers: list[dict[str, Tensor]],
     resident: LoadedModel,
 ) -> Tensor:
-    """A query, key or value head, behind its norm where it has one."""
+    """A query, key or value head, after its norm where it has one."""
     architecture, module = resident.architecture, f"self_attn.{kind}_proj"
     size, norm = architecture.head_dim, f"self_attn.{kind}_norm.weight"
     first = head

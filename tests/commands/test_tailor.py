@@ -24,7 +24,6 @@ from intarsia.healing import closed_form
 from intarsia.options import Runtime
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
-from intarsia.tailoring import evaluator
 from intarsia.tailoring.evaluator import open_evaluator
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import read_family_file
@@ -404,7 +403,7 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
         fits.append(recipe)
         return closed_form.fit(recipe, *args, **kwargs)
 
-    monkeypatch.setattr(evaluator, "fit", counted)
+    monkeypatch.setattr("intarsia.tailoring.evaluator.fit", counted)
     with monkeypatch.context() as killed:
         killed.setattr(command, "_finish", stop)
         with pytest.raises(KeyboardInterrupt):

@@ -72,11 +72,11 @@ def equal(first: Recipe, second: Recipe) -> bool:
 
 
 def steps(architecture: Architecture, parts: Sequence[Part]) -> list[str]:
-    """The modules fitted for these parts, in order: a norm behind a read-out before it; of a mixture o_proj alone."""
+    """The modules fitted for these parts, in order: first the norm after a projection; of a mixture o_proj alone."""
     found = []
     for part in ("attention",) if architecture.n_experts else parts:
-        behind = architecture.norm_after(part)
-        found += [] if behind is None else [behind.module]
+        after = architecture.norm_after(part)
+        found += [] if after is None else [after.module]
         found.append(architecture.writer(part).module)
     return found
 
@@ -87,17 +87,17 @@ def steps(architecture: Architecture, parts: Sequence[Part]) -> list[str]:
 def test_layers_taught(checkpoint_of: Opened) -> None:
     architecture = checkpoint_of("llama").architecture
 
-    def spans_and_behind(layers: Sequence[Op]) -> tuple[list[int], list[int]]:
+    def spans_and_after(layers: Sequence[Op]) -> tuple[list[int], list[int]]:
         recipe = recipe_of("model", layers)
         return taught(recipe, "spans"), taught(recipe, "after")
 
-    assert spans_and_behind([select(n) for n in range(6)]) == ([], [])
-    assert spans_and_behind([select(0), select(1), select(4), select(5)]) == ([1], [1, 2, 3])
-    assert spans_and_behind([select(2), select(3), shared(architecture, (4, 5))]) == ([0, 2], [0, 1, 2])
-    assert spans_and_behind([select(0), select(1), select(2), select(3), select(4)]) == ([4], [4])
+    assert spans_and_after([select(n) for n in range(6)]) == ([], [])
+    assert spans_and_after([select(0), select(1), select(4), select(5)]) == ([1], [1, 2, 3])
+    assert spans_and_after([select(2), select(3), shared(architecture, (4, 5))]) == ([0, 2], [0, 1, 2])
+    assert spans_and_after([select(0), select(1), select(2), select(3), select(4)]) == ([4], [4])
     # A layer that is put in stands for nothing: there is no target for it.
     more = [select(0), select(3), whole(1), select(2), select(4), select(5)]
-    assert spans_and_behind(more) == ([0], [0, 3, 4, 5])
+    assert spans_and_after(more) == ([0], [0, 3, 4, 5])
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -122,7 +122,7 @@ def test_a_layer_fitted_to_its_own_output_stays(
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 @pytest.mark.parametrize("padded", [False, True])
-def test_removals_and_joined_layers_are_repaired(
+def test_removals_and_joined_layers_are_healed(
     family: str, padded: bool, cut: Cut, resident_of: InMemory, tokens: Tokens
 ) -> None:
     """No fit raises its error, and what is reported is the error of the model that comes out."""
@@ -135,9 +135,9 @@ def test_removals_and_joined_layers_are_repaired(
     assert [(row["layer"], row["module"]) for row in fits] == [(layer, name) for layer in (2, 3) for name in modules]
     assert all(row["error_after"] <= row["error_before"] for row in fits)
     assert all(name.removesuffix(".weight") in modules for names in healed.fitted.values() for name in names)
-    judged = quality(healed, resident, [held_out_rows(train)])
+    measured = quality(healed, resident, [held_out_rows(train)])
     for row in (fits[len(modules) - 1], fits[-1]):
-        assert row["error_after"] == pytest.approx(judged.errors[row["layer"]], rel=1e-3)
+        assert row["error_after"] == pytest.approx(measured.errors[row["layer"]], rel=1e-3)
     errors = [quality(each, resident, [fresh]).errors for each in (recipe, healed)]
     assert errors[1][2] < 0.9 * errors[0][2] and errors[1][3] < 0.9 * errors[0][3]
     assert all(torch.equal(before[name], tensor) for name, tensor in resident.model.state_dict().items())
@@ -209,7 +209,7 @@ def test_the_fit_is_least_squares(
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_layers_behind_make_good_what_is_left(
+def test_later_layers_correct_what_is_left(
     family: str, cut: Cut, resident_of: InMemory, checkpoint_of: Opened, tokens: Tokens
 ) -> None:
     train, fresh = tokens(sequences=96)
@@ -403,7 +403,7 @@ def test_three_passes_are_enough(target: int, checkpoint_of: Opened) -> None:
 @pytest.mark.parametrize(
     ("kept", "more"),
     [
-        # Of 7 original layers, 21 forwards may be made. The teacher's 7, the student's and those of each read-out:
+        # Of 7 original layers, 21 forwards may be made. The teacher's 7, the student's and those of each fit:
         ([0, 1, 2, 4, 5, 6], [3, 4, 5]),  # 7 + 4 + 3 + 3 = 17, and 3 more
         ([0, 1, 3, 4, 5, 6], [2, 3]),  # 7 + 5 + 3 + 4 = 19, and 2 more: the first of the four
         ([0, 2, 4, 5, 6], []),  # 7 + 5 + 6 + 3 = 21
