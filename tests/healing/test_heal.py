@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import intarsia
-from intarsia import registry
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.cli import main
 from intarsia.commands import heal as verb
@@ -273,10 +272,8 @@ def test_a_stage_of_ones_own(
     text_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    own_registry: None,
 ) -> None:
-    known = {entry.name: entry for entry in registry.heal_stages}
-    monkeypatch.setattr(registry.heal_stages, "_entries", known)  # what the file registers goes with the test
     (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
     words = f"heal {recipe_file} --data {text_file} --tokens 1k --seq-len 32 --json --plugin {tmp_path / 'mine.py'}"
     asked = [*words.split(), "--stages", "closed-form,mine", "--layer-lr", "1"]
