@@ -207,17 +207,6 @@ class Prefixes:
         self.states.put((self._path[depth - 1], batch), h_BTD, h_BTD.nbytes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Given:
-    """A batch, and the state that it is run from."""
-
-    id: Hashable
-    rows: Rows
-    entry: Entry
-    depth: int
-    h_BTD: Tensor
-
-
 class Runner:
     """Runs recipes on batches, one recipe after the other.
 
@@ -249,29 +238,30 @@ class Runner:
         modules: dict[int, nn.Module] = {}
         sources = [op.sources[0].layer for op in recipe.layers]
 
-        def prepare(batch: tuple[Hashable, Rows]) -> _Given:
+        def prepare(batch: tuple[Hashable, Rows]) -> tuple[tuple[Hashable, Rows], Entry, int, Tensor]:
+            """The batch, and the state that it is run from."""
             entry = self._entry(*batch)
             depth, known = self.prefixes.deepest(batch[0])
             for index in range(depth, len(recipe.layers)):
                 if index not in modules:
                     modules[index] = model.module(recipe.layers[index], recipe.fitted.get(index))
-            h_BTD = entry.h_BTD if known is None else known
-            return _Given(id=batch[0], rows=batch[1], entry=entry, depth=depth, h_BTD=h_BTD)
+            return batch, entry, depth, entry.h_BTD if known is None else known
 
-        def work(given: _Given) -> tuple[Tensor, dict[int, Tensor]]:
-            h_BTD, kept = given.h_BTD, dict[int, Tensor]()
-            for index in range(given.depth, len(sources)):
-                h_BTD = self.stream.run(modules[index], h_BTD, given.entry.calls[sources[index]])
+        def work(given: tuple[tuple[Hashable, Rows], Entry, int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+            _, entry, first, h_BTD = given
+            kept: dict[int, Tensor] = {}
+            for index in range(first, len(sources)):
+                h_BTD = self.stream.run(modules[index], h_BTD, entry.calls[sources[index]])
                 if self.prefixes.keeps(index + 1):
                     kept[index + 1] = h_BTD
             return h_BTD, kept
 
         workers = workers_for(model.device, max(len(batches), 1))
-        for given, (h_BTD, kept) in side_by_side(map(prepare, batches), work, workers):
+        for ((name, rows), _, first, _), (h_BTD, kept) in side_by_side(map(prepare, batches), work, workers):
             for depth, state_BTD in kept.items():
-                self.prefixes.keep(depth, given.id, state_BTD)
-            self.work += (len(sources) - given.depth) * given.rows.ids_BT.numel()
-            h_N1D = h_BTD[given.rows.row_N.to(model.device), given.rows.column_N.to(model.device)][:, None]
+                self.prefixes.keep(depth, name, state_BTD)
+            self.work += (len(sources) - first) * rows.ids_BT.numel()
+            h_N1D = h_BTD[rows.row_N.to(model.device), rows.column_N.to(model.device)][:, None]
             # Norm and head look at one position at a time, so that each wanted position may be a row of its own.
             ids_N1 = torch.zeros(h_N1D.shape[:2], dtype=torch.int64, device=model.device)
             yield self.stream.logits(h_N1D, ids_N1, None)[:, 0]
