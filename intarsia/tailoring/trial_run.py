@@ -297,23 +297,8 @@ _RESULT_BYTES = 32 * 1024 * 1024
 _RESULT_OVERHEAD = 400  # bytes of a small array with its key
 
 Values = npt.NDArray[np.float64]
-BatchId = tuple[int, int, int, int]
-"""Number of the objective, its segment's two ends, and the number of the batch in it."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Prepared:
-    """A batch; the numbers of its requests in its segment; of every scored token the place of its request in these."""
-
-    id: BatchId
-    batch: Batch
-    request_U: npt.NDArray[np.int64]
-    place_M: Tensor
-
-    @property
-    def tokens(self) -> int:
-        """With padding."""
-        return self.batch.rows.ids_BT.numel()
+Unit = tuple[int, Segment]
+"""Examples that are run together: the number of their objective, and which of it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -352,9 +337,9 @@ class Scorer:
         """
         self._runner, self._objectives, self._uncut = runner, tuple(objectives), uncut
         self._cuts, self._pack, self._batch_tokens = tuple(cuts), pack, batch_tokens
-        self._batches: dict[tuple[int, Segment], tuple[Prepared, ...]] = {}
-        self._base: dict[BatchId, Likeliest] = {}
-        self._results: ByteCache[tuple[str, BatchId], Values] = ByteCache(_RESULT_BYTES)
+        self._batches: dict[Unit, tuple[Batch, ...]] = {}
+        self._base: dict[tuple[Unit, int], Likeliest] = {}
+        self._results: ByteCache[tuple[str, Unit], Values] = ByteCache(_RESULT_BYTES)
 
     def clear(self) -> None:
         """Drop all caches."""
@@ -364,25 +349,22 @@ class Scorer:
 
     def score(self, recipe: Recipe, budget: int) -> Scored:
         """The scores of every objective's examples within a budget."""
-        segments_of = [list(self._segments(number, budget)) for number in range(len(self._objectives))]
-        everything = [one for found in segments_of for _, batches in found for one in batches]
-        tokens = sum(one.tokens for one in everything)
-        # What divergences are taken from.
-        unknown = [one for one in everything if self._measures_kl(one) and one.id not in self._base]
-        for one, logits_NV in zip(unknown, self._logits(self._uncut, unknown, tokens), strict=True):
-            self._base[one.id] = Likeliest.of(logits_NV)
-        work = self._runner.work
-        key = path_of(recipe)[-1]
-        found = {one.id: self._results.get((key, one.id)) for one in everything}
-        new = [one for one in everything if found[one.id] is None]
-        for one, logits_NV in zip(new, self._logits(recipe, new, tokens), strict=True):
-            values_U = found[one.id] = self._values(one, logits_NV)
-            self._results.put((key, one.id), values_U, values_U.nbytes + _RESULT_OVERHEAD)
-        values = [
-            np.concatenate([self._joined(number, *entry, found) for entry in entries])
-            for number, entries in enumerate(segments_of)
+        counts = [objective.count(budget) for objective in self._objectives]
+        units = [(number, segment) for number, count in enumerate(counts) for segment in segments(count, self._cuts)]
+        tokens = sum(batch.rows.ids_BT.numel() for unit in units for batch in self._of(unit))
+        unknown = [unit for unit in units if self._measures_kl(unit) and (unit, 0) not in self._base]
+        for name, _, logits_NV in self._logits(self._uncut, unknown, tokens):
+            self._base[name] = Likeliest.of(logits_NV)
+        work, key = self._runner.work, path_of(recipe)[-1]
+        known = {unit: self._results.get((key, unit)) for unit in units}
+        found = {unit: values_R for unit, values_R in known.items() if values_R is not None}
+        found |= self._values(recipe, [unit for unit in units if unit not in found], tokens)
+        for unit, values_R in found.items():
+            self._results.put((key, unit), values_R, values_R.nbytes + _RESULT_OVERHEAD)
+        both = [
+            (objective, np.concatenate([found[unit] for unit in units if unit[0] == number]))
+            for number, objective in enumerate(self._objectives)
         ]
-        both = list(zip(self._objectives, values, strict=True))
         return Scored(
             examples=tuple(objective.scores(values_R) for objective, values_R in both),
             right=tuple(objective.right(values_R) for objective, values_R in both),
@@ -390,48 +372,40 @@ class Scorer:
             tokens=tokens,
         )
 
-    def _segments(self, number: int, budget: int) -> Iterator[tuple[Segment, tuple[Prepared, ...]]]:
-        """An objective's batches for a budget, segment by segment."""
-        objective = self._objectives[number]
-        for segment in segments(objective.count(budget), self._cuts):
-            if (number, segment) not in self._batches:
-                made = objective.batches(segment, pack=self._pack, batch_tokens=self._batch_tokens)
-                self._batches[number, segment] = tuple(
-                    _prepared((number, *segment, place), batch) for place, batch in enumerate(made)
-                )
-            yield segment, self._batches[number, segment]
+    def _of(self, unit: Unit) -> tuple[Batch, ...]:
+        """The batches of some examples."""
+        if unit not in self._batches:
+            objective = self._objectives[unit[0]]
+            self._batches[unit] = objective.batches(unit[1], pack=self._pack, batch_tokens=self._batch_tokens)
+        return self._batches[unit]
 
-    def _measures_kl(self, one: Prepared) -> bool:
-        return self._objectives[one.id[0]].measure == "kl"
+    def _measures_kl(self, unit: Unit) -> bool:
+        return self._objectives[unit[0]].measure == "kl"
 
-    def _logits(self, recipe: Recipe, batches: Sequence[Prepared], tokens: int) -> Iterator[Tensor]:
-        rows = [(one.id, one.batch.rows) for one in batches]
-        return self._runner.logits(recipe, path_of(recipe), rows, tokens=tokens)
+    def _logits(
+        self, recipe: Recipe, units: Sequence[Unit], tokens: int
+    ) -> Iterator[tuple[tuple[Unit, int], Batch, Tensor]]:
+        """The logits of every batch, with its name."""
+        batches = [((unit, place), batch) for unit in units for place, batch in enumerate(self._of(unit))]
+        rows = [(name, batch.rows) for name, batch in batches]
+        found = self._runner.logits(recipe, path_of(recipe), rows, tokens=tokens)
+        for (name, batch), logits_NV in zip(batches, found, strict=True):
+            yield name, batch, logits_NV
 
-    def _values(self, one: Prepared, logits_NV: Tensor) -> Values:
-        """Of every request of a batch its log-likelihood, or its divergence from the base."""
-        if self._measures_kl(one):
-            value_N = self._base[one.id].divergence(logits_NV)
-            value_M = value_N[one.batch.position_M.to(value_N.device)]
-        else:
-            value_M, _ = score_batch(logits_NV, one.batch)
-        value_M = value_M.cpu().double()
-        if not bool(value_M.isfinite().all()):
-            raise TrialFailed(f"NaN or infinity in {self._objectives[one.id[0]].name}")
-        sums_U = torch.zeros(len(one.request_U), dtype=torch.float64)
-        return sums_U.index_add_(0, one.place_M, value_M).numpy()
-
-    def _joined(
-        self, number: int, segment: Segment, batches: Sequence[Prepared], found: dict[BatchId, Values | None]
-    ) -> Values:
-        """The value of every request of a segment."""
-        examples = self._objectives[number].examples[slice(*segment)]
-        values_R = np.full(sum(len(example.requests) for example in examples), np.nan)
-        for one in batches:
-            values_R[one.request_U] = found[one.id]
-        return values_R
-
-
-def _prepared(number: BatchId, batch: Batch) -> Prepared:
-    request_U, place_M = np.unique(batch.request_M.numpy(), return_inverse=True)
-    return Prepared(id=number, batch=batch, request_U=request_U, place_M=torch.from_numpy(place_M))
+    def _values(self, recipe: Recipe, units: Sequence[Unit], tokens: int) -> dict[Unit, Values]:
+        """Of every request its log-likelihood, or its divergence from the base."""
+        sums = {}
+        for number, segment in units:
+            requests = sum(len(example.requests) for example in self._objectives[number].examples[slice(*segment)])
+            sums[number, segment] = torch.zeros(requests, dtype=torch.float64)
+        for name, batch, logits_NV in self._logits(recipe, units, tokens):
+            if self._measures_kl(name[0]):
+                value_N = self._base[name].divergence(logits_NV)
+                value_M = value_N[batch.position_M.to(value_N.device)]
+            else:
+                value_M, _ = score_batch(logits_NV, batch)
+            value_M = value_M.cpu().double()
+            if not bool(value_M.isfinite().all()):
+                raise TrialFailed(f"NaN or infinity in {self._objectives[name[0][0]].name}")
+            sums[name[0]].index_add_(0, batch.request_M, value_M)
+        return {unit: sums_R.numpy() for unit, sums_R in sums.items()}
