@@ -96,7 +96,7 @@ def check_rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
         if not small.is_mixture(part):
             work = partial(trials.own_inputs, trial, part, same)
             yield _row(f"merge, {part}", "pieces of two layers compute what they did", work, approximated=approximated)
-    yield from _round_trip(partial(trials.round_trip, trial, same, folder / "built"))
+    yield from _round_trip(partial(trials.built, trial, trials.shallower(small, same), folder / "built"))
 
 
 def _removal_rows(trial: trials.Trial, folder: Path) -> Iterator[CheckRow]:
@@ -105,10 +105,11 @@ def _removal_rows(trial: trials.Trial, folder: Path) -> Iterator[CheckRow]:
     if not found:
         reason = problem_of(trial.architecture, [layer for layer in whole if layer != len(whole) // 2])
         yield CheckRow(check="layers", result="failed", error=None, note=reason or "each is the last of its kind")
-    yield _row("parity", "layer by layer is the model's own forward", partial(trials.loop_parity, trial))
+    yield _row("parity", "layer by layer is the model's own forward", partial(trials.parity, trial))
     yield _row("causal", "no token reads a later one", partial(trials.foresight, trial), least=_LEAK)
     for number, kept in enumerate(found):
-        yield from _round_trip(partial(trials.removal, trial, kept, folder / f"built-{number}"))
+        ops = [trials.select(layer) for layer in kept]
+        yield from _round_trip(partial(trials.built, trial, ops, folder / f"built-{number}"))
     yield _row("streaming", "layers read one by one give what the model gives", partial(trials.streamed, trial))
 
 

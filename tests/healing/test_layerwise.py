@@ -1,4 +1,4 @@
-"""Layers that are trained on what the trained layers before them give."""
+"""Layers trained one by one, on the original's hidden states or on those of the trained layers before them."""
 
 from __future__ import annotations
 
@@ -155,13 +155,6 @@ def test_a_worse_heal_returns_the_input(cut: Cut, resident_of: InMemory, tokens:
     assert same(healed, recipe)
 
 
-def test_training_starts_from_what_is_fitted(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
-    _, recipe = cut("llama")
-    once, first = layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=QUICK)
-    _, second = layerwise.train(once, resident_of("llama"), Text.of(*tokens()), settings=QUICK)
-    assert [row["loss_before"] for row in second] == pytest.approx([row["loss_after"] for row in first], rel=1e-5)
-
-
 def test_only_what_is_named_is_trained(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
     _, recipe = cut("llama")
     settings = replace(QUICK, only=("down_proj", "input_layernorm.weight"))
@@ -179,35 +172,6 @@ def test_held_out_tokens_are_not_trained_on(cut: Cut, resident_of: InMemory, tok
     first, _ = layerwise.train(recipe, resident_of("llama"), Text.of(train, held_out), settings=settings)
     second, _ = layerwise.train(recipe, resident_of("llama"), Text.of(train, tokens(seed=9)[1]), settings=settings)
     assert same(first, second)
-
-
-def test_spilled_states_are_the_same(cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path) -> None:
-    _, recipe = cut("opt")
-    kept, _ = layerwise.train(recipe, resident_of("opt"), Text.of(*tokens()), settings=QUICK)
-    spilled, _ = layerwise.train(
-        recipe, resident_of("opt"), Text.of(*tokens()), settings=QUICK, folder=tmp_path / "run", memory_bytes=0
-    )
-    assert same(kept, spilled)
-
-
-def test_too_little_text(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
-    _, recipe = cut("llama")
-    with pytest.raises(UserError, match="a step needs at least 40"):
-        layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=replace(QUICK, batch_tokens=640))
-
-
-def test_training_text_harder_than_held_out_text_is_no_divergence(
-    cut: Cut, resident_of: InMemory, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loss = layerwise.hidden_loss
-
-    def harder(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return loss(*args, **kwargs) * (100.0 if torch.is_grad_enabled() else 1.0)
-
-    monkeypatch.setattr(layerwise, "hidden_loss", harder)
-    _, recipe = cut("llama")
-    _, reports = layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=QUICK)
-    assert all(row["stopped"] is None and row["loss_after"] < row["loss_before"] for row in reports)
 
 
 def test_damaged_weights_are_named(cut: Cut, tokens: Tokens) -> None:
@@ -346,14 +310,16 @@ def test_killed_and_continued_after_trained_layers(
             assert np.array_equal(array, continued.fitted[index][name])
 
 
-def test_spilled_states_of_trained_layers(cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path) -> None:
-    _, recipe = cut("llama")
-    resident = resident_of("llama")
-    kept, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=FOLLOWING)
+@pytest.mark.parametrize(("family", "settings"), [("opt", QUICK), ("llama", FOLLOWING)])
+def test_spilled_states_are_the_same(
+    family: str, settings: LayerwiseSettings, cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path
+) -> None:
+    (_, recipe), resident = cut(family), resident_of(family)
+    kept, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings)
     spilled, _ = layerwise.train(
-        recipe, resident, Text.of(*tokens()), settings=FOLLOWING, folder=tmp_path, memory_bytes=0
+        recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path, memory_bytes=0
     )
-    assert all(np.array_equal(kept.fitted[3][name], spilled.fitted[3][name]) for name in kept.fitted[3])
+    assert same(kept, spilled)
     assert not list(tmp_path.glob("intarsia-hidden-*"))
 
 
