@@ -27,7 +27,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import AutoTokenizer
 
@@ -43,7 +42,6 @@ from intarsia.healing.closed_form import fit
 from intarsia.healing.layer_map import fit_forwards
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
-from intarsia.healing.training import load_state, save_state
 from intarsia.options import Runtime
 from intarsia.progress import current
 from intarsia.recipe import schema
@@ -57,27 +55,21 @@ from intarsia.tailoring.history import Outcome, TrialFailed
 from intarsia.tailoring.objective import QUESTIONS, Objective, check_budgets, check_varied, read_objectives
 from intarsia.tailoring.trial_run import FamilyModel, Runner, Scored, Scorer
 
-TOKENS = 16384
+_HEAL_TOKENS = 16384
 _SETTINGS = ClosedFormSettings()
 _LEAST_WINDOWS = 2 * _SETTINGS.held_out  # so that something is held out, and more is not
 
 
-def heal_windows(seq_len: int) -> int:
-    """How many windows of one text a fit takes at most."""
-    return TOKENS // seq_len
-
-
-def heal_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | None, tokens: int = TOKENS) -> Corpus:
+def heal_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | None) -> Corpus:
     """Windows of the examples' tokens, objectives taking turns.
 
     Args:
         eos: stands between two examples, where there is one.
-        tokens: about how many.
 
     Raises:
         UserError: the examples are too few for a fit.
     """
-    wanted = max(tokens // seq_len // len(objectives), 1)
+    wanted = max(_HEAL_TOKENS // seq_len // len(objectives), 1)
     parts = [list(_windows(objective, seq_len, eos, wanted)) for objective in objectives]
     order = sorted((place, number) for number, part in enumerate(parts) for place in range(len(part)))
     if len(order) < _LEAST_WINDOWS:
@@ -96,11 +88,6 @@ def heal_trial(recipe: Recipe, model: LoadedModel, corpus: Corpus) -> Recipe:
     teacher_layers = [model.module(op) for op in reference_layers(recipe)]
     with TeacherStates(Loop(model, Batches(corpus, model.device)), layers=teacher_layers) as teacher:
         return fit(recipe, teacher, settings=_SETTINGS)[0]
-
-
-def heal_work(recipe: Recipe, model: LoadedModel, corpus: Corpus) -> float:
-    """What that fit takes, in layer-forwards times tokens."""
-    return float(fit_forwards(recipe, _SETTINGS, model.architecture) * corpus.tokens)
 
 
 def _windows(objective: Objective, seq_len: int, eos: int | None, most: int) -> Iterator[list[int]]:
@@ -130,29 +117,21 @@ class KeptFits:
 
     def find(self, recipe: Recipe) -> Recipe | None:
         """A recipe as it was healed before, if it was."""
+        path = self._path(recipe)
         try:
-            state = load_state(self._path(schema.content_hash(recipe)))
+            return replace(recipe, fitted=schema.load(path).fitted) if path.exists() else None
         except UserError:  # damaged; it is fitted again
             return None
-        if state is None:
-            return None
-        fitted: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
-        for key, tensor in state[0].items():
-            index, _, name = key.partition(" ")
-            fitted.setdefault(int(index), {})[name] = tensor.numpy()
-        return replace(recipe, fitted=fitted)
 
     def keep(self, recipe: Recipe, healed: Recipe) -> None:
         """Keep what was fitted. On a full disk nothing is kept, and the fit is made again."""
         if self._folder.is_dir():
-            fitted = healed.fitted.items()
-            tensors = {f"{i} {name}": torch.from_numpy(array) for i, arrays in fitted for name, array in arrays.items()}
             with suppress(UserError, OSError):
-                save_state(self._path(schema.content_hash(recipe)), tensors, {})
+                schema.save(healed, self._path(recipe))
 
     def keep_only(self, hashes: Collection[str]) -> None:
         """Delete the fits of all other recipes."""
-        for path in self._folder.glob("*.safetensors"):
+        for path in self._folder.glob("[!.]*"):
             if path.stem not in hashes:
                 path.unlink(missing_ok=True)
 
@@ -164,8 +143,8 @@ class KeptFits:
         """Delete all of them."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.safetensors"
+    def _path(self, recipe: Recipe) -> Path:
+        return self._folder / f"{schema.content_hash(recipe)}.yaml"
 
 
 class Evaluator:
@@ -244,7 +223,7 @@ class Evaluator:
         with self._failing():
             if healed:
                 assert self._heal_on is not None, "opened for candidates that are healed"
-                fitting = heal_work(recipe, self.model, self._heal_on)
+                fitting = float(fit_forwards(recipe, _SETTINGS, self.model.architecture) * self._heal_on.tokens)
                 recipe = self._healed(recipe)
             scored = self._scorer.score(recipe, budget)
         return self._outcome(scored, fitting, len(recipe.layers), self.model.made - made, start)
@@ -359,7 +338,7 @@ def open_evaluator(
     positions = positions_of(SimpleNamespace(**checkpoint.config))
     seq_len = min(seq_len, positions or seq_len)
     heals = file.heal != "none" and examples is None
-    windows = examples or search.max_budget + (heal_windows(seq_len) if heals else 0)
+    windows = examples or search.max_budget + (_HEAL_TOKENS // seq_len if heals else 0)
     objectives = read_objectives(
         file.objectives, tokenizer, windows=windows, seq_len=seq_len, max_length=positions, seed=search.seed
     )

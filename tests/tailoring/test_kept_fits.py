@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.healing import training
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.evaluator import KeptFits
@@ -79,7 +78,7 @@ def test_no_room_for_it(error: Exception, fits: KeptFits, tmp_path: Path, monkey
     def full(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(training, "save_file", full)
+    monkeypatch.setattr(schema, "write_tensors", full)
     recipe = cut(0, 2, 3)
     fits.keep(recipe, healed(recipe, 1.0))
     assert fits.find(recipe) is None and not list((tmp_path / "fits").iterdir())
