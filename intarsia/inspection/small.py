@@ -37,9 +37,17 @@ def small_config(architecture: Architecture) -> dict[str, Any]:
     """The config of a small model like the one that an architecture is of."""
     config = config_of(architecture.config, "the config").to_dict() | dict(architecture.config)
     small = shrunken_sizes(for_layers(architecture, config, some_layers(architecture), "the config"))
-    width = architecture.head_dim * architecture.n_query_heads
-    if not architecture.removal_only and width != architecture.width and "head_dim" in small:
-        small["head_dim"] += 8
+    if architecture.removal_only:
+        return small
+    fields = architecture.family.fields
+    heads, width = small[fields["query_heads"]], small[fields["width"]]
+    own_width = architecture.head_dim * architecture.n_query_heads != architecture.width
+    usual = {"kv_heads": heads, "head_dim": width // heads + 8 * own_width}
+    for what, value in usual.items():
+        name = fields.get(what)
+        # Some classes do not read None as the usual number.
+        if name in small and (small[name] is None or (what == "head_dim" and own_width)):
+            small[name] = value
     return {**small, **architecture.family.tiny}
 
 
@@ -95,9 +103,9 @@ def _small(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any
         for name in sizes["groups"]:
             if found.get(name):
                 found[name] = heads if own == whole else 1 if own == 1 else max(heads // 2, 1)
-    rope = found.get("rope_parameters") or found.get("rope_scaling")
-    for name in ("short_factor", "long_factor") if heads and isinstance(rope, Mapping) else ():
-        if name in rope:  # one for each frequency of a head
+    rope: dict[str, Any] = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    for name in ("short_factor", "long_factor"):
+        if heads and rope.get(name):  # one for each frequency of a head
             head = found.get("head_dim") or found["hidden_size"] // heads
             share = rope.get("partial_rotary_factor") or found.get("partial_rotary_factor") or 1.0
             rope[name] = rope[name][: int(head * share) // 2]

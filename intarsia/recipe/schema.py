@@ -168,7 +168,7 @@ def _concat(entry: ConcatEntry, source: Callable[[LayerEntry], LayerRef]) -> Con
             source=source(cut.source),
             kv_groups=cut.kv_groups,
             channels=cut.channels,
-            weights={} if cut.weights is None else cut.weights.model_dump(),
+            weights={part: getattr(cut.weights, part) for part in PARTS if cut.weights is not None},
         )
         for cut in entry.cuts
     )

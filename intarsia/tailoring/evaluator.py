@@ -121,6 +121,8 @@ class KeptFits:
         try:
             return replace(recipe, fitted=schema.load(path).fitted) if path.exists() else None
         except UserError:  # damaged; it is fitted again
+            for file in self._folder.glob(f"{path.stem}.*"):
+                file.unlink(missing_ok=True)
             return None
 
     def keep(self, recipe: Recipe, healed: Recipe) -> None:

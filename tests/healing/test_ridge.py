@@ -201,7 +201,7 @@ def test_a_weight_is_changed_in_its_own_dtype(dtype: torch.dtype) -> None:
 
 
 TOKENS, INPUTS, OUTPUTS = 600, 10, 8
-RIDGES = (1e-9, 1e-4, 1e-2, 1.0)
+STRENGTHS = (1e-9, 1e-4, 1e-2, 1.0)
 
 
 class OffsetNorm(nn.Module):
@@ -289,8 +289,8 @@ def test_a_changed_projection_is_found_again() -> None:
     weight, norm = normal(OUTPUTS, INPUTS, seed=4), post_norm()
     other = weight + 0.15 * normal(OUTPUTS, INPUTS, seed=6)
     passes = passes_over(weight, lambda x, y: norm.added(x @ other.T) - norm.added(y))
-    found, fit = fit_weight(norm, weight, passes, RIDGES, where="here")
-    assert found is not None and fit.ridge in RIDGES
+    found, fit = fit_weight(norm, weight, passes, STRENGTHS, where="here")
+    assert found is not None and fit.ridge in STRENGTHS
     assert fit.error_before == pytest.approx(true_error(norm, weight, weight, passes), rel=1e-4)
     assert fit.error_after == pytest.approx(true_error(norm, weight, found, passes), rel=1e-4)
     assert fit.error_after < 0.1 * fit.error_before
@@ -300,10 +300,10 @@ def test_what_the_norm_takes_back_is_not_taken() -> None:
     """Missing is more of the same: a longer W would give it without the norm. With it, only the norm's weight can."""
     weight, norm = normal(OUTPUTS, INPUTS, seed=4), post_norm()
     passes = passes_over(weight, lambda x, y: 0.5 * norm.added(y))
-    found, fit = fit_weight(norm, weight, passes, RIDGES, where="here")
+    found, fit = fit_weight(norm, weight, passes, STRENGTHS, where="here")
     assert fit.error_after > 0.9 * fit.error_before
     assert found is None or fit.error_after < fit.error_before
-    scale, fit = fit_norm(norm, passes, RIDGES, where="here")
+    scale, fit = fit_norm(norm, passes, STRENGTHS, where="here")
     assert scale is not None
     torch.testing.assert_close(1.0 + scale, 1.5 * (1.0 + norm.weight), rtol=1e-3, atol=1e-4)
     assert fit.error_after < 1e-6 * fit.error_before
@@ -328,7 +328,7 @@ def test_rows_that_the_norm_switches_off_stay() -> None:
     norm = PostNorm(OffsetNorm(scale), offset=1.0, scale=1.0)
     other = weight + 0.1 * normal(OUTPUTS, INPUTS, seed=6)
     passes = passes_over(weight, lambda x, y: norm.added(x @ other.T) - norm.added(y))
-    found, _ = fit_weight(norm, weight, passes, RIDGES, where="here")
+    found, _ = fit_weight(norm, weight, passes, STRENGTHS, where="here")
     assert found is not None
     assert torch.equal(found[2], weight[2]) and not torch.equal(found[1], weight[1])
 
@@ -339,6 +339,6 @@ def test_activations_that_are_not_finite(held: bool) -> None:
     bad = (torch.arange(TOKENS) % 4 == 0)[:, None] == held
     passes = passes_over(weight, lambda x, y: torch.where(bad, torch.nan, y))
     with pytest.raises(UserError, match="here: activations are NaN"):
-        fit_weight(norm, weight, passes, RIDGES, where="here")
+        fit_weight(norm, weight, passes, STRENGTHS, where="here")
     with pytest.raises(UserError, match="here: activations are NaN"):
-        fit_norm(norm, passes, RIDGES, where="here")
+        fit_norm(norm, passes, STRENGTHS, where="here")

@@ -75,18 +75,19 @@ def replaceme(context: HealContext, recipe: Recipe, settings: ReplaceMeSettings)
 
     context.facts["forwards"] = span_outputs(context, recipe, look, inputs=("mlp",))
     fitted = {index: dict(tensors) for index, tensors in recipe.fitted.items()}
-    for index, gram in moments.items():
-        map_CD = _map(gram, settings.ridge)
-        if map_CD is None:
-            raise UserError(
-                f"replaceme: the calibration text does not determine the map after layer {index}.",
-                "Give more --tokens, or a small --map-ridge, such as 1e-6.",
-            )
-        changed = {f"{writer}.{name}": map_CD.T @ tensor.to(map_CD) for name, tensor in own[index].items()}
-        fitted[index] = fitted.get(index, {}) | {name: each.float().cpu().numpy() for name, each in changed.items()}
-        change_DC = (map_CD - torch.eye(len(map_CD)).to(map_CD)).T
-        before, after = (gram.error(change) * scale**2 for change in (None, change_DC))
-        context.details.append({"layer": index, "module": writer, "error_before": before, "error_after": after})
+    with torch.inference_mode():  # as the moments were summed
+        for index, gram in moments.items():
+            map_CD = _map(gram, settings.ridge)
+            if map_CD is None:
+                raise UserError(
+                    f"replaceme: the calibration text does not determine the map after layer {index}.",
+                    "Give more --tokens, or a small --map-ridge, such as 1e-6.",
+                )
+            changed = {f"{writer}.{name}": map_CD.T @ tensor.to(map_CD) for name, tensor in own[index].items()}
+            fitted[index] = fitted.get(index, {}) | {name: each.float().cpu().numpy() for name, each in changed.items()}
+            change_DC = (map_CD - torch.eye(len(map_CD)).to(map_CD)).T
+            before, after = (gram.error(change) * scale**2 for change in (None, change_DC))
+            context.details.append({"layer": index, "module": writer, "error_before": before, "error_after": after})
     return replace(recipe, fitted=fitted)
 
 
