@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from intarsia import progress
-from intarsia.commands.result import Result
 from intarsia.errors import Problems, check
-from intarsia.flags import Flag, flag, plain
+from intarsia.flags import Flag, Result, flag, plain
 from intarsia.options import ModelRef, Runtime, Target, TextsAndTasks, TextSpec
 from intarsia.registry import Chosen, heal_stages, planners, words_of
 from intarsia.run_dir import RunDir
@@ -160,8 +159,7 @@ def compare(
     """
     from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_no_input
-    from intarsia.commands.compare_ladders import Ladders
-    from intarsia.commands.compare_rows import Rows
+    from intarsia.commands.compare_rows import Ladders, Rows
     from intarsia.commands.job import Job, pin_text
     from intarsia.evaluation.agreement import Asked
     from intarsia.evaluation.speed import peak_memory_bytes

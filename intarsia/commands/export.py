@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 
 from intarsia import progress
 from intarsia.commands.push import push_later
-from intarsia.commands.result import Result
-from intarsia.flags import Flag
+from intarsia.flags import Flag, Result
 from intarsia.options import ModelRef
 
 

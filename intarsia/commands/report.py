@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from intarsia.commands.result import Result
 from intarsia.errors import UserError, check
-from intarsia.flags import Flag
+from intarsia.flags import Flag, Result
 from intarsia.options import Runtime
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe

@@ -318,7 +318,7 @@ def test_stopped_while_judging(
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("intarsia.commands.compress_measures.compare_speed", stop)
+    monkeypatch.setattr("intarsia.commands.measures.compare_speed", stop)
     with pytest.raises(KeyboardInterrupt):
         verbs.compress(model, out, layers=4, **sizes)
     monkeypatch.undo()

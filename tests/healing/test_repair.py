@@ -17,7 +17,7 @@ from intarsia import registry
 from intarsia.building import loaded_model
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli import main
-from intarsia.commands import compress_measures
+from intarsia.commands import measures
 from intarsia.errors import UserError
 from intarsia.healing import closed_form
 from intarsia.progress import Silent, reporting_to
@@ -129,7 +129,7 @@ def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, m
 
             patched.setattr(schema, "to_yaml_text", half)
         else:
-            patched.setattr("intarsia.commands.compress_measures.compare_speed", stop)
+            patched.setattr("intarsia.commands.measures.compare_speed", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(run=run, speed=where == "behind")
     if where == "behind":
@@ -169,12 +169,12 @@ def test_every_model_is_loaded_once(heal: str, compress: Compress, monkeypatch: 
         return load(checkpoint, **more)
 
     monkeypatch.setattr(loaded_model, "load_model", counted)
-    monkeypatch.setattr(compress_measures, "load_model", counted)
+    monkeypatch.setattr(measures, "load_model", counted)
     compress(heal=heal, speed=True)
     assert loaded == [6, 4]
     # Where they do not fit into memory together, the first one is let go of before the second one comes, and comes back
     # to read what the second one wrote.
-    monkeypatch.setattr(compress_measures, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(measures, "free_bytes", lambda device: 0)
     result = compress(heal=heal, overwrite=True, speed=True)
     assert loaded == [6, 4, 6, 4, 6]
     assert result.before.decode_per_s > 0 and result.after.decode_per_s > 0
