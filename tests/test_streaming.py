@@ -24,7 +24,7 @@ from intarsia.healing.quality import quality
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.training import Text
-from intarsia.progress import Silent, reporting_to
+from intarsia.progress import Progress, reporting_to
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.recipe.recipe import Recipe, Variant, identity
@@ -277,7 +277,7 @@ class OutOfMemory:
         return out[0] if isinstance(out, tuple) else out
 
 
-class Saying(Silent):
+class Saying(Progress):
     def __init__(self) -> None:
         self.said: list[str] = []
 

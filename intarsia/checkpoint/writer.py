@@ -9,7 +9,6 @@ aligned; with one dtype, the usual case, the layout is the order of the plan.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -110,8 +109,6 @@ class CheckpointWriter:
         self._places = [(plan, shard) for shard in self._shards for plan in tensors if plan.name in shard.starts]
         self._done = 0
         self._file: FileIO | None = None
-        self._hash: hashlib._Hash | None = None  # of the open file so far, while it is written from front to back
-        self._sums: dict[str, str] = {}
         self._exit = ExitStack()
         self.folder = Path()
 
@@ -154,25 +151,17 @@ class CheckpointWriter:
             self._close()
             # Unbuffered: nothing is left to flush, and to fail, at the end of the block.
             self._file = FileIO(self.folder / shard.file, "w")
-            self._hash = hashlib.sha256(shard.header)
             _write_all(self._file, memoryview(shard.header))
         assert self._file is not None
-        if self._file.tell() != shard.starts[name]:
-            self._file.seek(shard.starts[name])
-            self._hash = None
+        self._file.seek(shard.starts[name])
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            data = flat.view(torch.uint8).numpy().data
-            _write_all(self._file, data)
-            if self._hash is not None:
-                self._hash.update(data)
+            _write_all(self._file, flat.view(torch.uint8).numpy().data)
         self._done += 1
 
     def _close(self) -> None:
         if self._file is not None:
             self._file.close()
-            if self._hash is not None:
-                self._sums[Path(str(self._file.name)).name] = self._hash.hexdigest()
             self._file = None
 
     def _finish(self) -> None:
@@ -185,7 +174,7 @@ class CheckpointWriter:
             }
             text = json.dumps(index, indent=2) + "\n"
             (self.folder / INDEX_FILE).write_text(text, encoding="utf-8")
-        write_sums(self.folder, self._sums)
+        write_sums(self.folder)
 
 
 def _write_all(file: FileIO, data: memoryview) -> None:

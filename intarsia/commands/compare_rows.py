@@ -153,9 +153,8 @@ class Ladders:
         if self._current is not None and self._is_kept and (found := self._current.original()) is not None:
             return found
         if self._original is None:
-            placed = self.job.placement
-            batches = Batches(corpus, resident.device, batch_tokens=placed.batch_tokens)
-            memory_budget = placed.memory_budget(RunDir(self.out).scratch)
+            batches = Batches(corpus, resident.device, batch_tokens=self.job.runtime.batch_tokens)
+            memory_budget = self.job.placement.memory_budget(RunDir(self.out).scratch)
             if fits_in_memory(resident, batches, memory_budget):
                 self._original = TeacherStates(Loop(resident, batches, memory_budget=memory_budget), keep=True)
         return self._original

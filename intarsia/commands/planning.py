@@ -272,7 +272,7 @@ def original(job: Job, scratch: Path, *, after_final_norm: bool) -> Intermediate
         job.resident,
         job.text.calibration,
         identity(Variant(name=BASE, model=job.checkpoint.model), job.checkpoint.architecture.n_layers).layers,
-        batch_tokens=job.placement.batch_tokens,
+        batch_tokens=job.runtime.batch_tokens,
         memory_budget=job.placement.memory_budget(scratch),
         after_final_norm=after_final_norm,
     )
@@ -307,8 +307,8 @@ def heal_recipe(
             starts=starts,
             states=planning.states() or states,
             tokenizer=job.tokenizer,
-            memory_bytes=job.placement.memory_bytes,
-            batch_tokens=job.placement.batch_tokens,
+            memory_bytes=job.runtime.memory_bytes,
+            batch_tokens=job.runtime.batch_tokens,
             name=f"healed-{len(recipe.layers):03d}",
         )
         return run_stages(context, recipe, stages)

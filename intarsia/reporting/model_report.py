@@ -21,9 +21,9 @@ from intarsia.reporting.wording import (
     MEASURES,
     PARTING,
     change,
-    compress_command,
     is_measure,
     model_name,
+    run_command,
     text_name,
     text_of,
     title_of,
@@ -219,8 +219,9 @@ def _origin(path: Path, recipe: Recipe, facts: Mapping[str, Any], run: PlanRun |
     provenance = recipe.provenance
     blocks: list[Block] = []
     if run is not None and facts:
-        heal = "closed-form" if provenance.get("heal") else "none"
-        blocks.append(Code(text=compress_command(run.settings, out=path.name, layers=len(recipe.layers), heal=heal)))
+        words = ["-o", path.name, "--layers", str(len(recipe.layers))]
+        words += [] if provenance.get("heal") else ["--heal", "none"]
+        blocks.append(Code(text=run_command("compress", run.settings, *words)))
     pairs = [("recipe, sha256", schema.content_hash(recipe))]
     for variant in recipe.variants:
         revision = f", revision {variant.revision}" if variant.revision else ""

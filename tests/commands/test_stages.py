@@ -19,7 +19,7 @@ from intarsia import registry
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.options import AnswerSpec, NewModel
-from intarsia.progress import Silent, reporting_to
+from intarsia.progress import Progress, reporting_to
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.laco import LacoSettings
@@ -211,7 +211,7 @@ def test_inspect(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
         json.dumps(result.to_dict())
 
 
-class Listener(Silent):
+class Listener(Progress):
     """Hears every line."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ from intarsia.cli import main
 from intarsia.commands import measures
 from intarsia.errors import UserError
 from intarsia.healing import closed_form
-from intarsia.progress import Silent, reporting_to
+from intarsia.progress import Progress, reporting_to
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from tests import families, verbs
@@ -40,7 +40,7 @@ def compress(learned: tuple[Path, Recipe], text_file: Path, tmp_path: Path) -> C
     return run
 
 
-class Listening(Silent):
+class Listening(Progress):
     """Keeps what is said to the user."""
 
     def __init__(self) -> None:
