@@ -91,9 +91,9 @@ class Meter:
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any) -> Any:
-            begun = time.process_time()
+            started = time.process_time()
             found = function(*args)
-            self.seconds += time.process_time() - begun
+            self.seconds += time.process_time() - started
             return found
 
         return timed
@@ -199,7 +199,7 @@ def main() -> None:
     overhead(evaluator, recipes[: given.trials[0]], given.most)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak memory so far {peak / 1e9:.2f} GB\n")
-    # The search does not begin with what the trials before it left behind.
+    # The search does not start with what earlier trials left.
     evaluator.close()
     if given.trials[1]:
         against_plain(evaluator, recipes[given.trials[0] :], family, file)

@@ -19,7 +19,7 @@ from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import BASE, MemberSpec
 
 SEEN = "0:0.33"
-"""The part of a task that searches, planners and fits may see; the rest judges."""
+"""The part of a task that searches, planners and fits may see; the rest scores."""
 SEEN_NEWS = "0:0.9"
 VARIANTS = {"math": "smollm2-135m-math-lora", "science": "smollm2-135m-science-lora"}
 METHODS = ("linear", "slerp", "task_arithmetic", "ties")
@@ -41,7 +41,7 @@ class Setting:
         base: the base model, `layers` of whose layers are to stay.
         budgets: the least and the greatest of a search.
         tokens: of text, for planners, for the closed form, and for the sensitivities of pieces in a search.
-        items: unseen items of each task that judge, at most; `windows` of WikiText-2 and of news.
+        items: unseen items of each task that models are scored on, at most; `windows` of WikiText-2 and of news.
     """
 
     data: Path

@@ -280,7 +280,7 @@ def test_place_that_cannot_be_written(tmp_path: Path) -> None:
     assert nothing_left(tmp_path)
 
 
-# ---- what killed runs leave behind
+# ---- what killed runs leave
 
 _SLEEPER = """
 import sys, time
@@ -335,7 +335,7 @@ def test_locks_that_a_file_system_does_not_have(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(staging, "_lock", lambda folder: None)
     (tmp_path / ".out.staging-1234").mkdir()
     write(tmp_path / "out", some_tensors())
-    # Nobody can tell whether that run is alive.
+    # Nobody knows whether that run is alive.
     assert nothing_left(tmp_path, but=("out", ".out.staging-1234"))
 
 

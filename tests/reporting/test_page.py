@@ -207,7 +207,7 @@ def test_runs_on_different_texts_stand_apart(tmp_path: Path) -> None:
     assert "news (efefefef)" in reader.text and "speeches (77777777)" in reader.text
 
 
-def test_runs_of_different_models_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_different_models_are_distinguished(tmp_path: Path) -> None:
     _, reader = page(plan_run(tmp_path / "a"), plan_run(tmp_path / "b", model="other/model", sha256="12" * 32))
     assert "These runs started from different models: some/model (abababab), other/model (12121212)." in reader.text
 
@@ -232,7 +232,7 @@ def test_a_page_is_written_whole(tmp_path: Path) -> None:
 
 
 def test_pieces_of_a_mixture_are_called_experts(tmp_path: Path) -> None:
-    """A plan's recipes tell it; without that they are channels."""
+    """A plan's recipes say so; without that they are channels."""
     run = load_run(plan_run(tmp_path / "run"))
     mixture = replace(
         run,

@@ -106,7 +106,7 @@ def test_a_finished_fit_is_only_read(compress: Compress, tmp_path: Path, monkeyp
         compress("third", heal="closed-form[fit_changed=mlp]")
 
 
-@pytest.mark.parametrize("where", ["before", "while", "behind"])
+@pytest.mark.parametrize("where", ["before", "while", "after"])
 def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = compress("undisturbed", run=tmp_path / "undisturbed.run")
     run = tmp_path / "stopped.run"
@@ -131,10 +131,10 @@ def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, m
         else:
             patched.setattr("intarsia.commands.measures.compare_speed", stop)
         with pytest.raises(KeyboardInterrupt):
-            compress(run=run, speed=where == "behind")
-    if where == "behind":
+            compress(run=run, speed=where == "after")
+    if where == "after":
         monkeypatch.setattr(closed_form, "fit", no_fit)
-    found = compress(run=run, speed=where == "behind")
+    found = compress(run=run, speed=where == "after")
     assert found.recipe_sha256 == wanted.recipe_sha256
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "undisturbed")]
     assert weights[0] == weights[1]
@@ -191,7 +191,7 @@ def test_what_healing_costs_every_family(family: str, model_folder: Any, text_fi
     given: dict[str, Any] = {"calibration": str(text_file), "tokens": 2048, "seq_len": 32, "layers": 3}
     model = str(model_folder(family))
     dry = verbs.compress(model, tmp_path / "out", dry_run=True, **given)
-    # The teacher, and two for each pass over a layer that one output projection takes; a mixture is judged once more.
+    # The teacher, and two for each pass over a layer that one output projection takes; a mixture is scored once more.
     architecture = Checkpoint.open(Path(model), model=model).architecture
     one = (
         2
