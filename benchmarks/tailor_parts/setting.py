@@ -11,7 +11,7 @@ from typing import Any
 
 from intarsia.building.materialize import materialize
 from intarsia.disk import write_whole
-from intarsia.evaluation.task_file import read_questions, read_targets
+from intarsia.evaluation.task_file import Question, Target, read_items
 from intarsia.progress import Progress
 from intarsia.recipe.ops import LayerRef, Select
 from intarsia.recipe.recipe import Recipe, derive_spans
@@ -67,8 +67,8 @@ class Setting:
     @cached_property
     def calibration(self) -> list[str]:
         """What the objectives show: the seen third of both tasks, and news without its last tenth, as much of each."""
-        questions = read_questions(f"{self.task('arc_easy')}#{SEEN}")[1]
-        targets = read_targets(f"{self.task('math_cot')}#{SEEN}")[1]
+        questions = read_items(f"{self.task('arc_easy')}#{SEEN}", Question)[1]
+        targets = read_items(f"{self.task('math_cot')}#{SEEN}", Target)[1]
         texts = [f"{question.query} {question.choices[question.gold]}" for question in questions]
         texts += [f"{target.query} {target.target}" for target in targets]
         path = self.out / "calibration.jsonl"

@@ -85,7 +85,15 @@ def report(
     if generate:
         place = Placement.of(Runtime(device=device, dtype=dtype))
         folders = [path for path in paths if is_model_folder(path)]
-        _check_generation(folders, prompt, new_tokens)
+        check(
+            (
+                bool(folders),
+                "--generate is given, and none of the runs is a model folder that intarsia has built.",
+                "Name the output folder of `compress`, `build` or `heal` too.",
+            ),
+            (new_tokens >= 1, f"--new-tokens is {new_tokens}; it is at least 1.", "Give another."),
+            (all(text.strip() for text in prompt), "A prompt is empty.", "Give it a text."),
+        )
         recipes = {folder: schema.load(folder / RECIPE_FILE) for folder in folders}
         for recipe in recipes.values():
             check_no_input(out, inputs_of(recipe=recipe))
@@ -129,15 +137,3 @@ def _side_by_side(
         parted({"prompt": prompt, **side_by_side(tokenizer, *answers)}, new=f"{len(recipe.layers)} layers")
         for prompt, *answers in zip(prompts, *columns, strict=True)
     ]
-
-
-def _check_generation(folders: Sequence[Path], prompts: Sequence[str], new_tokens: int) -> None:
-    check(
-        (
-            bool(folders),
-            "--generate is given, and none of the runs is a model folder that intarsia has built.",
-            "Name the output folder of `compress`, `build` or `heal` too.",
-        ),
-        (new_tokens >= 1, f"--new-tokens is {new_tokens}; it is at least 1.", "Give another."),
-        (bool(prompts) and all(text.strip() for text in prompts), "A prompt is empty.", "Give it a text."),
-    )

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from intarsia.architecture.spec import Architecture
 from intarsia.checkpoint.tensor_file import give_back
 from intarsia.errors import UserError
 from intarsia.evaluation.results import Speed
+from intarsia.evaluation.run_rows import evaluating
 from intarsia.progress import current
 
 _SAMPLE_S = 0.005
@@ -132,19 +133,16 @@ def compare_speed(
             "Give at least 1 each, and at least 2 new tokens.",
         )
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    training = {name: model.training for name, model in models.items()}
-    try:
-        with current().task("speed", total=(repeats + 1) * len(models)) as task:
-            for turn in range(repeats + 1):
-                for name, model in models.items():
-                    task.note(name)
-                    measured = _round(model.eval(), batch, prompt_len, new_tokens)
-                    if turn > 0:  # the first round warms up
-                        times[name].append(measured)
-                    task.advance()
-    finally:
-        for name, model in models.items():
-            model.train(training[name])
+    with ExitStack() as modes, current().task("speed", total=(repeats + 1) * len(models)) as task:
+        for model in models.values():
+            modes.enter_context(evaluating(model))
+        for turn in range(repeats + 1):
+            for name, model in models.items():
+                task.note(name)
+                measured = _round(model, batch, prompt_len, new_tokens)
+                if turn > 0:  # the first round warms up
+                    times[name].append(measured)
+                task.advance()
     return {
         name: Speed(
             prefill_tokens_per_s=batch * prompt_len / statistics.median(prefill for prefill, _ in times[name]),

@@ -32,8 +32,7 @@ from intarsia.evaluation.task_file import (
     Solved,
     is_right,
     names_a_file,
-    read_questions,
-    read_solved,
+    read_items,
     wants_text,
 )
 from intarsia.evaluation.task_scores import scores_of
@@ -142,7 +141,7 @@ def plan_tasks(
             "Leave it out, or name a task of lm-eval.",
         ),
     )
-    found = {spec: _local(*read_questions(spec, limit=limit)) for spec in files if spec not in solved}
+    found = {spec: _local(*read_items(spec, Question, limit=limit)) for spec in files if spec not in solved}
     found |= {spec: _solved(spec, limit, num_fewshot or 0, chat=chat) for spec in solved}
     others = [name for name in tasks if name not in found]
     if others:
@@ -246,7 +245,7 @@ def _solved(spec: str, limit: int | None, examples: int, *, chat: bool) -> Task:
 
     Its first items are the examples before each question, and are not scored.
     """
-    name, items = read_solved(spec, limit=None if limit is None else limit + examples)
+    name, items = read_items(spec, Solved, limit=None if limit is None else limit + examples)
     check(
         (
             len(items) > examples,

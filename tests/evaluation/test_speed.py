@@ -46,7 +46,6 @@ def test_runs_for_real(family: str) -> None:
     assert found.prefill_tokens_per_s > 0 and found.decode_tokens_per_s > 0
     assert steps == [6, 1, 1, 1] * 2
     assert model.training
-    assert "tokens/s decode" in str(found)
 
 
 @pytest.mark.parametrize("changes", [{"batch": 0}, {"prompt_len": 0}, {"new_tokens": 1}, {"repeats": 0}])
