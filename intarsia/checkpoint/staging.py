@@ -85,8 +85,8 @@ def check_out(
     nbytes: int = 0,
     sign: str = "config.json",
     inputs: Collection[Path] = (),
-) -> Path:
-    """Whether `out` can be written, asked before any work. Returns its path with links resolved.
+) -> None:
+    """Whether `out` can be written, asked before any work.
 
     Raises:
         UserError: see `staged_folder`.
@@ -100,7 +100,6 @@ def check_out(
             raise _cannot_write(place, error) from error
     if nbytes:
         check_room(out, nbytes)
-    return place
 
 
 def check_file(out: Path, *, overwrite: bool, nbytes: int = 0) -> None:

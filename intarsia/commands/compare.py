@@ -266,7 +266,7 @@ def compare(
                 ladders.close()
     return result(
         files=_write_outputs(out),
-        rows=tuple(map(_with_errors, cells(load(out)))),
+        rows=tuple(cells(load(out))),
         passes=ladders.passes,
         shared_layer_forwards=ladders.shared_forwards,
         layer_forwards=ladders.layer_forwards,
@@ -423,16 +423,6 @@ def _write_outputs(out: Path) -> tuple[Path, ...]:
         write_whole(out / name, content)
     write_report([out], out / REPORT)
     return tuple(out / name for name in (*files, REPORT))
-
-
-def _with_errors(cells: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the table with every number and its standard error as one value."""
-    last = " stderr"
-    return {
-        name: {"value": value, "stderr": cells[f"{name}{last}"]} if cells.get(f"{name}{last}") is not None else value
-        for name, value in cells.items()
-        if not name.endswith(last)
-    }
 
 
 def _listed(values: Any) -> str:

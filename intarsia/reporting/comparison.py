@@ -34,6 +34,9 @@ ANSWERS = {
 }
 """Columns of the table, and what they are in a row's answers."""
 
+WORDS = ("method", "heal", "note")
+"""Columns of the table that hold no numbers."""
+
 Key = tuple[str, int, str]
 """Method, layers and heal, which identify a row."""
 
@@ -201,49 +204,54 @@ def read_rows(path: Path) -> tuple[Row, ...]:
     return tuple(found.values())
 
 
-def columns(comparison: Comparison) -> list[str]:
-    """Return the columns of the table that are not empty."""
-    return list(dict.fromkeys(key for row in comparison.rows for key in _cells(row, comparison)))
-
-
 def cells(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return a mapping for each row, numbers as numbers. A standard error has a column of its own after its measure."""
+    """Return the table: a mapping for each row, without what is empty; a measure with its error is a mapping too."""
     return [_cells(row, comparison) for row in comparison.rows]
 
 
+def written(comparison: Comparison) -> list[dict[str, str]]:
+    """Return the table as text."""
+    return [{name: _written(name, value) for name, value in row.items()} for row in cells(comparison)]
+
+
 def as_csv(comparison: Comparison) -> str:
-    """Return the whole table as CSV."""
+    """Return the table as CSV. A standard error has a column of its own after its measure."""
+    rows = []
+    for row in cells(comparison):
+        flat: dict[str, Any] = {}
+        for name, value in row.items():
+            measure = value if isinstance(value, Mapping) else {"value": value}
+            flat |= {name if kind == "value" else f"{name} {kind}": part for kind, part in measure.items()}
+        rows.append(flat)
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns(comparison), lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(cells(comparison))
+    writer.writerows(rows)
     return text.getvalue()
 
 
 def as_markdown(comparison: Comparison) -> str:
     """Return the table as Markdown, each measure with its standard error."""
-    names = [name for name in columns(comparison) if not name.endswith(" stderr")]
+    rows = written(comparison)
+    names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [
         "| " + " | ".join(name.replace("|", "\\|") for name in names) + " |",
-        "|" + "|".join("---" if name in ("method", "heal", "note") else "---:" for name in names) + "|",
+        "|" + "|".join("---" if name in WORDS else "---:" for name in names) + "|",
     ]
-    for row in cells(comparison):
-        written = [written_cell(name, row) for name in names]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in written) + " |")
+    for row in rows:
+        lines.append("| " + " | ".join(row.get(name, "").replace("|", "\\|") for name in names) + " |")
     return "\n".join(lines) + "\n"
 
 
-def written_cell(name: str, row: Mapping[str, Any]) -> str:
-    """Return a cell as text, with its standard error."""
-    value, error = row.get(name), row.get(f"{name} stderr")
-    if value is None or isinstance(value, str):
-        return value or ""
-    if name == "layers":
-        return str(value)
+def _written(name: str, value: Any) -> str:
+    """A cell as text, with its standard error."""
+    number, error = (value["value"], value["stderr"]) if isinstance(value, Mapping) else (value, None)
+    if isinstance(number, str) or name == "layers":
+        return str(number)
     if name in ("parameters", "bytes"):
-        return short(value)
-    digits = ".2g" if abs(value) >= 1e5 and error else ".1f" if abs(value) >= 10 else ".3f"
-    return f"{value:{digits}}" + (f" ± {error:.2g}" if error else "")
+        return short(number)
+    digits = ".2g" if abs(number) >= 1e5 and error else ".1f" if abs(number) >= 10 else ".3f"
+    return f"{number:{digits}}" + (f" ± {error:.2g}" if error else "")
 
 
 def _row(line: str, where: str) -> Row:
@@ -268,9 +276,9 @@ def _cells(row: Row, comparison: Comparison) -> dict[str, Any]:
     if row.tasks is not None:
         measures |= {task: row.score(task) for task in (*comparison.tasks, MEAN)}
     for name, measure in measures.items():
-        if measure is not None and measure.get("value") is not None:
-            found[name] = measure["value"]
-            found[f"{name} stderr"] = measure.get("stderr")
+        if measure is not None:
+            value, stderr = measure["value"], measure.get("stderr")
+            found[name] = value if stderr is None else {"value": value, "stderr": stderr}
     if row.speed is not None:
         found["decode tokens/s"] = row.decode_tokens_per_s
         found["prefill tokens/s"] = row.speed.get("prefill_tokens_per_s")

@@ -277,10 +277,8 @@ def _speed(found: Comparison) -> list[Section]:
 
 
 def _table(found: Comparison) -> list[Section]:
-    names = [name for name in comparison.columns(found) if not name.endswith(" stderr")]
-    rows = [{name: comparison.written_cell(name, row) for name in names} for row in comparison.cells(found)]
-    whole = table(rows, text_columns=("method", "heal", "note"))
-    return [Section(title="All numbers", blocks=[whole])] if rows else []
+    whole = table(comparison.written(found), text_columns=comparison.WORDS)
+    return [Section(title="All numbers", blocks=[whole])] if found.rows else []
 
 
 def _puzzles(found: Comparison) -> list[Section]:
