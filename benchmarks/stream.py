@@ -64,7 +64,7 @@ def generate(folder: Path, config: dict[str, Any]) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from intarsia.architecture.detect import detect
-    from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan
+    from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer
 
     config = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", **config}
     architecture = detect(config)
@@ -78,7 +78,7 @@ def generate(folder: Path, config: dict[str, Any]) -> None:
         shapes["lm_head.weight"] = (architecture.vocabulary, architecture.width)
     plans = [TensorPlan(name=name, dtype=torch.bfloat16, shape=shape) for name, shape in shapes.items()]
     chance = torch.Generator().manual_seed(0)
-    with CheckpointWriter(folder, plans, overwrite=True, max_shard_bytes=2 * 10**9) as writer:
+    with checkpoint_writer(folder, plans, overwrite=True, max_shard_bytes=2 * 10**9) as writer:
         for plan in plans:
             writer.write(plan.name, _random(plan.shape, chance))
         (writer.folder / "config.json").write_text(json.dumps(config))

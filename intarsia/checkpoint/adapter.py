@@ -24,7 +24,7 @@ from intarsia.checkpoint.hashing import cache_folder, fingerprint, not_finite, n
 from intarsia.checkpoint.reader import Adapter, Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint, plain_name, resolve
 from intarsia.checkpoint.tensor_file import map_tensor, read_headers
-from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files
+from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer, copy_side_files
 from intarsia.disk import read_json
 from intarsia.errors import Problem, Problems, UserError, few, missing_package
 from intarsia.progress import current
@@ -160,7 +160,7 @@ def _write(model: Merged, adapter: Path, out: Path) -> None:
     changed: list[str] = []
     title = f"Merging {adapter.name}"
     with (
-        CheckpointWriter(out, [*plans, *kept], overwrite=True) as writer,
+        checkpoint_writer(out, [*plans, *kept], overwrite=True) as writer,
         current().task(title, sum(plan.nbytes for plan in plans)) as task,
     ):
         for plan, (name, _, _) in zip(plans, tensors, strict=True):

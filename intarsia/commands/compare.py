@@ -323,20 +323,13 @@ def _named(text: str) -> tuple[str, str]:
 
 def _settings(job: Job, run: RunDir, texts: Mapping[str, Corpus]) -> dict[str, Any]:
     """What decides every number. A text is the same where its content is, whatever path it has."""
-    from intarsia.checkpoint.hashing import acting_config
-    from intarsia.checkpoint.resolve import lasting
-    from intarsia.commands.job import calibration_of
+    from intarsia.commands.job import settings_of
 
+    settings = settings_of(run, job)
     return {
         "kind": "compare",
-        "model": lasting(job.model),
-        "revision": job.revision,
-        "base_sha256": job.sha256,
-        "config": acting_config(job.checkpoint.config),
-        "calibration": calibration_of(run, job),
-        "tokens": job.spec.tokens,
-        "seq_len": job.spec.seq_len,
-        "seed": job.spec.seed,
+        "base_sha256": settings.pop("sha256"),
+        **settings,
         "eval_texts": {name: {"sha256": text.sha256, "windows": len(text)} for name, text in texts.items()},
     }
 

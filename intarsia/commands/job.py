@@ -26,9 +26,9 @@ from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.building.loading import check_config
-from intarsia.checkpoint.hashing import scan
+from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.resolve import open_checkpoint
+from intarsia.checkpoint.resolve import lasting, open_checkpoint
 from intarsia.data.chat import learn_turns, rows_of_messages
 from intarsia.data.corpus import Corpus, limited
 from intarsia.data.text import TextParts, draw
@@ -291,6 +291,24 @@ def target_depth(target: Target, architecture: Architecture, parameters: int) ->
         )
     )
     return depth - removed
+
+
+def settings_of(run: RunDir, job: Job) -> dict[str, Any]:
+    """What of a model and of its text decides a result; `Runtime` does not.
+
+    Raises:
+        UserError: the model or the calibration text cannot be used.
+    """
+    _ = job.tokenizer  # one that cannot be read is found out before the weights are hashed
+    return {
+        # Absolute: however the folder is spelled, and wherever the command runs, it is the same model.
+        "model": lasting(job.model),
+        "revision": job.revision,
+        "sha256": job.sha256,
+        "config": acting_config(job.checkpoint.config),
+        "calibration": calibration_of(run, job),
+        **{name: getattr(job.spec, name) for name in ("tokens", "seq_len", "seed")},
+    }
 
 
 def calibration_of(run: RunDir, job: Job) -> str:

@@ -8,7 +8,7 @@ special tokens, but no second BOS to a text that has one. A context is truncated
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -190,7 +190,7 @@ def log_likelihoods(
 def batches_of(requests: Sequence[Request], *, pack: bool, batch_tokens: int) -> Iterator[Batch]:
     """Group requests into the batches of `log_likelihoods`, for callers that run the same ones many times."""
     for trees in _batches(_trees(requests, pack), batch_tokens):
-        yield _packed(trees) if pack else _plain(trees)
+        yield _batch(trees, pack=pack)
 
 
 def _trees(requests: Sequence[Request], pack: bool) -> list[_Tree]:
@@ -217,69 +217,38 @@ def _batches(trees: Sequence[_Tree], batch_tokens: int) -> Iterator[list[_Tree]]
         yield batch
 
 
-def _packed(trees: Sequence[_Tree]) -> Batch:
-    """Rows of a context with all its continuations after it."""
+def _batch(trees: Sequence[_Tree], *, pack: bool) -> Batch:
+    """Rows of a context with all its continuations after it; plain rows have one each, and need no mask."""
     shape = (len(trees), max(tree.width for tree in trees))
     ids_BT, positions_BT = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     branch_BT = torch.full(shape, -1)  # -1 padding, 0 the context, then the continuations
-    picks = _Picks()
+    # Row and column of every logit that is needed; and its number, the token scored there and the token's request.
+    wanted, scored = list[tuple[int, int]](), list[tuple[int, int, int]]()
     for row, tree in enumerate(trees):
         known = column = len(tree.context)
         ids_BT[row, :known] = torch.tensor(tree.context)
         positions_BT[row, :known] = torch.arange(known)
         branch_BT[row, :known] = 0
-        last = picks.position(row, known - 1)  # every continuation starts after the context's last token
+        last = len(wanted)  # every continuation starts after the context's last token
+        wanted.append((row, known - 1))
         for branch, (request, tokens) in enumerate(tree.branches, start=1):
             end = column + len(tokens) - 1
             ids_BT[row, column:end] = torch.tensor(tokens[:-1], dtype=torch.int64)
             positions_BT[row, column:end] = torch.arange(known, known + len(tokens) - 1)
             branch_BT[row, column:end] = branch
-            picks.score(request, tokens, [last, *(picks.position(row, at) for at in range(column, end))])
+            numbers = [last, *range(len(wanted), len(wanted) + end - column)]
+            scored += [(number, token, request) for number, token in zip(numbers, tokens, strict=True)]
+            wanted += [(row, at) for at in range(column, end)]
             column = end
-    causal_TT = torch.ones(shape[1], shape[1], dtype=torch.bool).tril()
-    seen_BTT = (branch_BT[:, None, :] == 0) | (branch_BT[:, None, :] == branch_BT[:, :, None])
-    # Padding is one more branch and sees itself too: a softmax over nothing would be NaN.
-    return picks.batch(ids_BT, attend_BTT=causal_TT & seen_BTT, positions_BT=positions_BT)
-
-
-def _plain(trees: Sequence[_Tree]) -> Batch:
-    """A row for every continuation."""
-    rows = [(*tree.context, *tokens[:-1]) for tree in trees for _, tokens in tree.branches]
-    width = max(map(len, rows))
-    picks = _Picks()
-    for row, tree in enumerate(trees):
-        ((request, tokens),) = tree.branches
-        start = len(tree.context) - 1
-        picks.score(request, tokens, [picks.position(row, start + step) for step in range(len(tokens))])
-    return picks.batch(torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]))
-
-
-class _Picks:
-    """Collects the positions of a batch whose logits are needed, and the tokens scored there."""
-
-    def __init__(self) -> None:
-        self._positions: list[tuple[int, int]] = []
-        self._scored: list[tuple[int, int, int]] = []
-        self._requests = 0
-
-    def position(self, row: int, column: int) -> int:
-        self._positions.append((row, column))
-        return len(self._positions) - 1
-
-    def score(self, request: int, tokens: Sequence[int], positions: Sequence[int]) -> None:
-        self._scored.extend((at, token, request) for at, token in zip(positions, tokens, strict=True))
-        self._requests += 1
-
-    def batch(self, ids_BT: Tensor, *, attend_BTT: Tensor | None = None, positions_BT: Tensor | None = None) -> Batch:
-        row_N, column_N = torch.tensor(self._positions).unbind(1)
-        position_M, token_M, request_M = torch.tensor(self._scored).unbind(1)
-        return Batch(
-            rows=Rows(ids_BT=ids_BT, row_N=row_N, column_N=column_N, attend_BTT=attend_BTT, positions_BT=positions_BT),
-            position_M=position_M,
-            token_M=token_M,
-            request_M=request_M,
-            requests=self._requests,
-        )
+    (row_N, column_N), (position_M, token_M, request_M) = (torch.tensor(each).unbind(1) for each in (wanted, scored))
+    rows = Rows(ids_BT=ids_BT, row_N=row_N, column_N=column_N)
+    if pack:
+        causal_TT = torch.ones(shape[1], shape[1], dtype=torch.bool).tril()
+        # Padding is one more branch and sees itself too: a softmax over nothing would be NaN.
+        seen_BTT = (branch_BT[:, None, :] == 0) | (branch_BT[:, None, :] == branch_BT[:, :, None])
+        rows = replace(rows, attend_BTT=causal_TT & seen_BTT, positions_BT=positions_BT)
+    requests = sum(len(tree.branches) for tree in trees)
+    return Batch(rows=rows, position_M=position_M, token_M=token_M, request_M=request_M, requests=requests)
 
 
 def score_batch(logits_NV: Tensor, batch: Batch, *, greedy: bool = False) -> tuple[Tensor, Tensor | None]:
