@@ -31,9 +31,8 @@ from transformers import AutoModelForCausalLM
 from intarsia.building.loaded_model import default_device
 from intarsia.building.materialize import materialize
 from intarsia.data.corpus import Corpus
-from intarsia.evaluation.likelihood import log_likelihoods
+from intarsia.evaluation.likelihood import default_batch_tokens, forward_of, log_likelihoods, score_requests
 from intarsia.evaluation.perplexity import perplexity
-from intarsia.evaluation.run_rows import default_batch_tokens, forward_of, score_requests
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.engine import budget_ladder, expected_trials
 from intarsia.tailoring.engines.evolve import mutate

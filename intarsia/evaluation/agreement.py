@@ -23,11 +23,17 @@ from torch import Tensor
 from intarsia.activations.loss import Likeliest
 from intarsia.errors import UserError, check
 from intarsia.evaluation.answers import greedy_answers, loops, side_by_side
-from intarsia.evaluation.likelihood import Request, batches_of, score_batch
+from intarsia.evaluation.likelihood import (
+    Request,
+    batches_of,
+    default_batch_tokens,
+    evaluating,
+    forward_of,
+    score_batch,
+)
 from intarsia.evaluation.perplexity import ratio_stderr
 from intarsia.evaluation.prompts import Ids, Prompts
 from intarsia.evaluation.results import Agreement, Metric
-from intarsia.evaluation.run_rows import default_batch_tokens, evaluating, forward_of
 from intarsia.options import AnswerSpec
 
 _EXAMPLES = 4

@@ -22,8 +22,8 @@ from intarsia.building.recipe_layers import RecipeLayers
 from intarsia.data.corpus import Corpus, tokenize
 from intarsia.data.sources import documents
 from intarsia.errors import UserError
+from intarsia.evaluation.likelihood import evaluating
 from intarsia.evaluation.results import Perplexity
-from intarsia.evaluation.run_rows import evaluating
 from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from intarsia.architecture.spec import Architecture
 from intarsia.checkpoint.tensor_file import give_back
 from intarsia.errors import UserError
+from intarsia.evaluation.likelihood import evaluating
 from intarsia.evaluation.results import Speed
-from intarsia.evaluation.run_rows import evaluating
 from intarsia.progress import current
 
 _SAMPLE_S = 0.005

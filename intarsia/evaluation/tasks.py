@@ -1,7 +1,7 @@
 """Tasks, run by lm-eval (EleutherAI's language model evaluation harness) on a model in memory.
 
 Data sets, prompts, few-shot examples, filters and metrics are lm-eval's; a local file of questions becomes one of its
-tasks. Log-likelihoods are made here (`intarsia.evaluation.run_rows`): the same numbers, with what the choices of a
+tasks. Log-likelihoods are made here (`intarsia.evaluation.likelihood`): the same numbers, with what the choices of a
 question share computed once, and normalised in float32, where lm-eval's own loop rounds log-probabilities to the
 model's dtype, which makes ties in bfloat16. Text that a task wants written is written by lm-eval.
 """
@@ -24,9 +24,8 @@ import torch
 
 from intarsia.data.corpus import check_ids
 from intarsia.errors import Problems, UserError, check, missing_package
-from intarsia.evaluation.likelihood import Request, fit
+from intarsia.evaluation.likelihood import Request, evaluating, fit, score_requests
 from intarsia.evaluation.results import TaskResults, TaskScore
-from intarsia.evaluation.run_rows import evaluating, score_requests
 from intarsia.evaluation.task_file import (
     Question,
     Solved,
