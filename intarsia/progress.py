@@ -220,13 +220,19 @@ class Display(Progress):
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bars
 
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         self._stream, self._clock = stream, clock
         self._tasks: list[_Shown] = []
         self._pace = Pace(0.0, clock)
         self._written = clock()
-        self._bar = _Bar(self._console) if self._console.is_terminal and not self._console.is_dumb_terminal else None
+        self._bar: Bars | None = None
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(24), TextColumn("{task.fields[rest]}"))
+            self._bar = Bars(*columns, console=self._console, redirect_stdout=False, transient=True)
+            self._line = self._bar.add_task("", total=1.0, rest="")
 
     @contextmanager
     def task(self, title: str, total: float, *, units: float = 1.0) -> Iterator[_Shown]:
@@ -258,7 +264,8 @@ class Display(Progress):
             inner = share * task.units
         self._pace.reach(share * self._pace.total)
         if self._bar is not None:
-            self._bar.update(self._pace.share, self._words(), self._rest())
+            self._bar.start()
+            self._bar.update(self._line, completed=self._pace.share, description=self._words(), rest=self._rest())
         elif self._clock() - self._written >= LINE_EVERY_SECONDS:
             self._written = self._clock()
             self.say(f"{self._words()}: {self._rest()}")
@@ -273,24 +280,3 @@ class Display(Progress):
         left = self._pace.left()
         rest = "" if left is None or self._pace.share >= 1 else f", {duration(left)} left"
         return f"{self._pace.share:.0%} after {duration(self._pace.elapsed)}{rest}"
-
-
-class _Bar:
-    """One line of a terminal."""
-
-    def __init__(self, console: object) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(24), TextColumn("{task.fields[rest]}"))
-        self._bars = Progress(*columns, console=console, redirect_stdout=False, transient=True)  # type: ignore[arg-type]
-        self._id = self._bars.add_task("", total=1.0, rest="")
-
-    def update(self, share: float, words: str, rest: str) -> None:
-        """Show this share, started if it is not."""
-        if not self._bars.live.is_started:
-            self._bars.start()
-        self._bars.update(self._id, completed=share, description=words, rest=rest)
-
-    def stop(self) -> None:
-        """Put the bar away."""
-        self._bars.stop()

@@ -21,7 +21,6 @@ from intarsia.reporting.wording import (
     MEASURES,
     PARTING,
     change,
-    is_measure,
     model_name,
     run_command,
     text_name,
@@ -192,18 +191,13 @@ def _tiles(facts: Mapping[str, Any], recipe: Recipe) -> list[Tile]:
     return [
         Tile(
             name=MEASURES[key],
-            before=text_of(key, _bare(before.get(key)), brief=True),
-            now=text_of(key, _bare(after.get(key)), brief=True),
+            before=text_of(key, before.get(key), brief=True),
+            now=text_of(key, after.get(key), brief=True),
             change="" if key == "layers" else change(before.get(key), after.get(key)),
         )
         for key in _TILES
         if after.get(key) is not None
     ]
-
-
-def _bare(measured: Any) -> Any:
-    """A measure without its uncertainty."""
-    return measured["value"] if is_measure(measured) else measured
 
 
 def _notes(facts: Mapping[str, Any]) -> list[str]:

@@ -37,7 +37,7 @@ def text_of(key: str, value: Any, *, brief: bool = False) -> str:
     """A value as text; its key says what it is: `...bytes`, `...seconds`, `...flops`.
 
     Args:
-        brief: numbers in few characters, as for a chart or a tile.
+        brief: numbers in few characters and without their errors, as for a tile.
     """
     if value is None:
         return ""
@@ -45,7 +45,7 @@ def text_of(key: str, value: Any, *, brief: bool = False) -> str:
         return "yes" if value else "no"
     if is_measure(value):
         error = value.get("stderr")
-        return text_of(key, value["value"], brief=brief) + ("" if error is None else f" ± {error:.2g}")
+        return text_of(key, value["value"], brief=brief) + ("" if error is None or brief else f" ± {error:.2g}")
     if isinstance(value, Mapping):
         return ", ".join(f"{title_of(name)} {text_of(name, part)}" for name, part in value.items() if part is not None)
     if isinstance(value, Sequence) and not isinstance(value, str):
