@@ -163,7 +163,7 @@ def test_overwrite_deletes_only_models(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"has no config.json"):
         check_out(out, overwrite=True)
     (out / "config.json").write_text("{}")
-    assert check_out(out, overwrite=True) == out
+    check_out(out, overwrite=True)
     (out / "inside").mkdir()
     for here in (out, out / "inside"):
         monkeypatch.chdir(here)

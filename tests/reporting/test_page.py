@@ -263,7 +263,7 @@ def test_commands_name_what_is_not_the_default() -> None:
     }
     assert run_command("plan", settings, "--run", "run", "--layers", "25") == (
         "intarsia plan 'a model' --run run --layers 25 --method come-p --calibration x.txt,y.txt --seq-len 256 "
-        "--merge 3 --no-racing --no-repeat"
+        "--merge 3 --no-repeat --no-racing"
     )
     laco = {"model": "m", "method": "laco", "planner": {"merge": 2, "threshold": 0.65}}
     assert run_command("compress", laco, "-o", "o", "--layers", "24", "--heal", "none") == (
