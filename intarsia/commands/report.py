@@ -78,7 +78,7 @@ def report(
     if not paths:
         raise UserError("There is no run to report on.", "Name a run folder, or a model that intarsia has made.")
     check_no_input(out, inputs_of(files=paths))
-    check((out.parent.is_dir(), f"There is no folder {out.parent}.", "Name a file in a folder that exists."))
+    check((out.parent.is_dir(), f"There is no such folder as {out.parent}.", "Name a file in a folder that exists."))
     check_file(out, overwrite=overwrite)
     report_html(paths)  # everything that is wrong with the runs is found out before any model is loaded
     found: dict[Path, list[Written]] = {}
