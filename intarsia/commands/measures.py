@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from intarsia import progress
-from intarsia.building.assembled import assembled
-from intarsia.building.loaded_model import LoadedModel, load_model
+from intarsia.activations.hidden_store import MemoryBudget
+from intarsia.building.loaded_model import load_model
 from intarsia.building.offload import free_bytes
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands.build import BuildResult
@@ -21,13 +21,13 @@ from intarsia.data.corpus import Corpus
 from intarsia.disk import write_whole
 from intarsia.errors import check
 from intarsia.evaluation.agreement import Asked, doubt
-from intarsia.evaluation.perplexity import Chain, eval_corpus, perplexity
+from intarsia.evaluation.perplexity import Chain, eval_corpus, model_of, perplexity
 from intarsia.evaluation.results import Agreement, Perplexity, Speed, TaskResults, with_retention
 from intarsia.evaluation.speed import compare_speed
 from intarsia.evaluation.tasks import TaskPlan, score_tasks
 from intarsia.healing.pipeline import HealContext, Healed
 from intarsia.options import EvalSpec
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.card import model_card
 from intarsia.reporting.model_report import keep_measures
 from intarsia.reporting.page import write_report
@@ -149,24 +149,18 @@ def measured(
     """
 
     streams, report = job.runtime.stream, progress.current()
-
-    def chain(recipe: Recipe, resident: LoadedModel) -> nn.Module:
-        return Chain(recipe, resident, memory_budget=job.placement.memory_budget() if streams else None)
-
-    def streamed(checkpoint: Checkpoint, resident: LoadedModel) -> nn.Module:
-        whole = identity(Variant(name="base", model=checkpoint.model), checkpoint.architecture.n_layers)
-        return chain(whole, resident)
+    memory_budget = job.placement.memory_budget() if streams else None
 
     def load_small() -> nn.Module:
         if streams:
-            return streamed(small, job.placement.resident(small))
+            return model_of(None, job.placement.resident(small), memory_budget=memory_budget)
         return load_model(small, device=job.device, dtype=job.dtype)
 
     if streams:
-        report.say("the models are streamed: speed and agreement are not measured")
+        report.say("the models are streamed: speed is not measured")
     more = small.nbytes + (0 if job.in_memory else job.checkpoint.nbytes)
     together = not streams and more < free_bytes(job.device) * _SHARE_OF_FREE
-    models = {"before": streamed(job.checkpoint, job.resident) if streams else job.resident.model}
+    models = {"before": model_of(None, job.resident, memory_budget=memory_budget)}
     models |= {"after": load_small()} if together else {}
     speeds: dict[str, Speed] = {}
     if evaluation.speed:
@@ -179,7 +173,9 @@ def measured(
         reference = evaluation.asked.answered(models["before"], seed=job.spec.seed, key=job.sha256)
         answers = reference.score(reference.follow(models["after"]), models["before"]) if together else None
     dense = evaluation.scores(models.pop("before"), job, job.model)
-    without = {} if unhealed is None else evaluation.perplexities(chain(unhealed, job.resident))
+    without = {}
+    if unhealed is not None:
+        without = evaluation.perplexities(Chain(unhealed, job.resident, memory_budget=memory_budget))
     job.release()
     model = models.pop("after") if together else load_small()
     if evaluation.speed and not together:
@@ -189,7 +185,7 @@ def measured(
     if reference is not None and answers is None:
         followed = reference.follow(model)
         del model
-        answers = reference.score(followed, job.resident.model)
+        answers = reference.score(followed, None if followed.answers is None else job.resident.model)
         job.release()
     if dense is not None and pruned is not None:
         evaluation.accuracy = with_retention(dense, pruned).to_dict()
@@ -227,13 +223,15 @@ def measured_stages(
     Returns:
         Perplexity and answers by model, and all of the answers of the last one.
     """
-    original = context.resident.model
+    budget = MemoryBudget(context.memory_bytes)
+    original = model_of(None, context.resident, memory_budget=budget)
     reference = asked.answered(original, seed=seed, key=key)
     answers = reference.itself()
     rows: Rows = {"original": _row(asdict(perplexity(original, context.held_out)), answers)}
     stages = {"as it came": healed.stages[0], **({"healed": healed.stages[-1]} if healed.taken else {})}
     for name, stage in stages.items():
-        answers = reference.score(reference.follow(assembled(stage.recipe, context.resident)), original)
+        model = model_of(stage.recipe, context.resident, memory_budget=budget)
+        answers = reference.score(reference.follow(model), original)
         rows[name] = _row(stage.quality["texts"][0], answers)
     return rows, answers
 

@@ -256,7 +256,7 @@ def test_more_may_be_asked_for_and_nothing_is_measured_twice(
         measured.append(len(recipe.layers))
         return assembled(recipe, resident)
 
-    monkeypatch.setattr("intarsia.commands.compare_rows.assembled", counted)
+    monkeypatch.setattr("intarsia.evaluation.perplexity.assembled", counted)
     compare(model, out, methods="sleb,sleb[racing=false]", layers=[5], **halves)
     assert measured == [5]  # two ways to one model
     rows = rows_of(out)
