@@ -25,7 +25,7 @@ from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.building.loading import check_config, set_parameter
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import TensorHeader
-from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files, shallower_config, write_config
+from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer, copy_side_files, shallower_config, write_config
 from intarsia.errors import UserError
 from intarsia.inspection.structure import problem_of
 from intarsia.progress import current
@@ -94,7 +94,7 @@ def materialize(
     inputs = [checkpoint.folder for checkpoint in variants.values()]
     inputs += [checkpoint.adapter.folder for checkpoint in variants.values() if checkpoint.adapter is not None]
     with (
-        CheckpointWriter(out, plans, overwrite=overwrite, max_shard_bytes=max_shard_bytes, inputs=inputs) as writer,
+        checkpoint_writer(out, plans, overwrite=overwrite, max_shard_bytes=max_shard_bytes, inputs=inputs) as writer,
         current().task("building", len(recipe.layers)) as task,
     ):
         for name in outside:

@@ -36,8 +36,7 @@ from intarsia.activations.stream import Entry, LayerStream
 from intarsia.building.layer import tensor_names
 from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.building.loading import set_parameter
-from intarsia.evaluation.likelihood import Batch, Rows, score_batch
-from intarsia.evaluation.run_rows import inputs_of
+from intarsia.evaluation.likelihood import Batch, Rows, inputs_of, score_batch
 from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.family import Family

@@ -113,7 +113,7 @@ def _routed(op: Concat, resident: LoadedModel, h_BTD: Tensor) -> Tensor:
 
 
 def _shared(op: Concat, resident: LoadedModel, unit_BTD: Tensor) -> Tensor:
-    """The average of the shared experts, each with its norm in its rows, after the average of their gates."""
+    """The average of the shared experts, each with its norm in its rows, times the average of their gates."""
 
     def mean(name: str, *, reads: bool) -> Tensor:
         total: Any = sum(

@@ -88,12 +88,16 @@ def test_agreement_of_streamed_models(model_folder: Folder, sizes: Sizes, text_f
     healed = heal(recipe, tmp_path / "healed", replace(text, tokens=1024), evaluation=spec, runtime=runtime)
     assert healed.answers[1]["agreement"] == asdict(found.agreement) and "loops" not in healed.answers[1]
 
-    entrants, measured = Entrants(methods=("come",), layers=(4,), heal=("none", "closed-form")), tmp_path / "compare"
+    entrants = Entrants(methods=("come",), layers=(4,), heal=("none", "closed-form"), models=(f"{tmp_path / 'out'}",))
+    measured = tmp_path / "compare"
     evaluation = CompareEval(text=(str(text_file),), windows=(2,), answers=3, prompts=str(file))
     text = TextSpec(sources=(sizes["calibration"],), tokens=256, seq_len=32)
     compared = compare(model, measured, entrants, evaluation, text=text, runtime=runtime)
     assert compared.rows is not None
-    assert compared.rows[-1]["agreement"] == asdict(found.agreement) and "answers that loop" not in compared.rows[-1]
+    for row in compared.rows[-2:]:  # as it is healed here, and the model that exists already
+        assert row["agreement"] == asdict(found.agreement) and "answers that loop" not in row
+    with pytest.raises(UserError, match="--tasks or --speed is given with --stream"):
+        compare(model, measured, entrants, replace(evaluation, speed=True), text=text, runtime=runtime)
     page = (measured / "report.html").read_text(encoding="utf-8")
     assert "<h3>Answers</h3>" in page and "end in repeating themselves" not in page
 
@@ -112,7 +116,7 @@ def test_a_plan_that_was_killed_leaves_no_spilled_files(model_folder: Folder, si
     assert hashes[0] == hashes[1]
 
 
-def test_a_full_disk_is_told(
+def test_a_full_disk_is_reported(
     model_folder: Folder, sizes: Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(fd: int, start: int, length: int) -> None:
@@ -173,9 +177,9 @@ def test_what_does_not_go_together_is_refused(model_folder: Folder, tmp_path: Pa
 def test_the_command_line(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
     words = ["--calibration", sizes["calibration"], "--tokens", "256", "--seq-len", "32", "--json"]
     model, place = str(model_folder("llama")), str(tmp_path / "run")
-    told = invoke("plan", model, "--run", place, "--layers", "5", "--stream", "--memory", "1MB", *words)
-    assert told.exit_code == 0, told.output
-    result = json.loads(told.stdout)
+    call = invoke("plan", model, "--run", place, "--layers", "5", "--stream", "--memory", "1MB", *words)
+    assert call.exit_code == 0, call.output
+    result = json.loads(call.stdout)
     assert result["peak_memory_bytes"] > 0
     assert invoke("plan", model, "--run", place, "--layers", "5", "--memory", "much", *words).exit_code == 2
     assert invoke("plan", "--layers", "5", *words).exit_code == 2

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks.decoders import KNOWN, REFUSED, REMOVAL, Decoder, config_of, decoder, kinds, page
+from intarsia.activations.architecture_checks import small_model
 from intarsia.architecture.per_layer import for_layers
 from intarsia.architecture.spec import PARTS
 from intarsia.building.materialize import materialize
-from intarsia.building.tiny_model import small_model
 from intarsia.checkpoint.reader import Checkpoint, architecture_of
 from intarsia.errors import UserError
 from intarsia.inspection.small import small_config
@@ -70,9 +70,9 @@ def listed() -> dict[str, Decoder]:
     "kind", [*QUICK, *(pytest.param(each, marks=pytest.mark.exhaustive) for each in kinds() if each not in QUICK)]
 )
 def test_a_row_of_the_table(kind: str) -> None:
-    found, told = decoder(kind), listed()[kind]
-    assert found.tier == told.tier, found.note
-    assert page([found]).splitlines()[-1] == f"| {told.kind} | {told.tier} | {told.note} |"
+    found, row = decoder(kind), listed()[kind]
+    assert found.tier == row.tier, found.note
+    assert page([found]).splitlines()[-1] == f"| {row.kind} | {row.tier} | {row.note} |"
 
 
 def test_the_table_has_every_decoder() -> None:

@@ -367,7 +367,7 @@ def test_built_is_as_in_memory(family: str, dtype: torch.dtype, cut: Cut, tokens
 @pytest.mark.parametrize("changed", [("mlp", "attention", "mlp"), ("mlp",)])
 @pytest.mark.parametrize("unchanged", [("mlp",), ("mlp", "attention")])
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_cost_is_the_one_foretold(
+def test_the_cost_is_the_estimated_one(
     layers: Any, changed: Any, unchanged: Any, padded: bool, cut: Cut, resident_of: InMemory, tokens: Tokens
 ) -> None:
     _, recipe = cut("opt")

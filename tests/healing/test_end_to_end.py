@@ -153,11 +153,11 @@ def test_killed_and_continued_is_as_undisturbed(
     with pytest.raises(KeyboardInterrupt):
         heal(cut("llama"), tokens(), tmp_path / "killed", settings)
     monkeypatch.setattr(WholeTraining, "_step", step)
-    found, again = heal(cut("llama"), tokens(), tmp_path / "killed", settings)
+    found, resumed = heal(cut("llama"), tokens(), tmp_path / "killed", settings)
     assert same(found, wanted)
     assert read_curve(tmp_path / "killed" / "curve.jsonl") == read_curve(tmp_path / "whole" / "curve.jsonl")
-    report.pop("seconds"), again.pop("seconds")
-    assert report == again
+    report.pop("seconds"), resumed.pop("seconds")
+    assert report == resumed
     again, _ = heal(cut("llama"), tokens(), tmp_path / "killed", settings)
     assert same(again, wanted)
 

@@ -121,7 +121,7 @@ def test_losses_on_the_assistants_tokens(talk: bool, learned: tuple[Path, Recipe
         assert ours["loss_after"] < ours["loss_before"] and ours["loss_before"] != theirs["loss_before"]
 
 
-def test_held_out_text_is_after_what_was_fitted_on(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
+def test_what_is_held_out_comes_after_what_was_fitted_on(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
     """Of the same text: a fit on a sequence makes the model look better on it than it is."""
     given: dict[str, Any] = {"data": str(text_file), "stages": ("closed-form",)}
     heal(recipe_file, tmp_path / "fitted", **given)
@@ -130,12 +130,12 @@ def test_held_out_text_is_after_what_was_fitted_on(recipe_file: Path, text_file:
     calibration = {"text": str(text_file), "tokens": 1024, "seq_len": 32, "seed": 0}
     tokenizer = load_tokenizer(open_checkpoint(recipe.variants[0].model))
     text = draw(TextSpec(sources=(str(text_file),), tokens=2048, seq_len=32), tokenizer).calibration
-    for name, account, rows in (
+    for name, facts, rows in (
         ("same", calibration, slice(32, 34)),
         ("fewer", {**calibration, "tokens": 512}, slice(30, 32)),
         ("other", {**calibration, "seed": 1}, slice(30, 32)),
     ):
-        schema.save(replace(recipe, provenance={"calibration": account}), tmp_path / f"{name}.yaml")
+        schema.save(replace(recipe, provenance={"calibration": facts}), tmp_path / f"{name}.yaml")
         heal(tmp_path / f"{name}.yaml", tmp_path / name, run=tmp_path / f"{name}.run", **given)
         facts = json.loads((tmp_path / f"{name}.run" / "text.json").read_text())
         expected = Corpus.of(text.input_ids[rows], mask=None, description="", documents=1)
@@ -178,7 +178,7 @@ def test_settings_that_differ_are_listed(recipe_file: Path, text_file: Path, tmp
 
 
 def test_a_config_that_changed_under_a_run(cut: Cut, text_file: Path, tmp_path: Path) -> None:
-    """The recipe's own model's, and that of a teacher. Neither is in the healed recipe: it is the models' own."""
+    """The recipe's own model's, and that of a teacher. Neither changes what the recipe says: that is of the models."""
     checkpoint, recipe = cut("llama")
     model = Path(shutil.copytree(checkpoint.folder, tmp_path / "model"))
     teacher = families.save(families.make_model("llama", seed=1), tmp_path / "teacher")

@@ -64,7 +64,7 @@ def test_the_loss_is_of_the_original_states(cut: Cut, resident_of: InMemory, tok
     with torch.no_grad():
         out = resident.model(held_out.input_ids, output_hidden_states=True).hidden_states
         handle: list[torch.Tensor] = []
-        # Layer 5's own output: transformers reports it after the final norm only.
+        # Layer 5's own output: transformers shows it after the final norm only.
         hook = resident.layers[5].register_forward_hook(lambda _, args, output: handle.append(output))
         resident.model(held_out.input_ids)
         hook.remove()
@@ -107,9 +107,9 @@ def test_killed_and_continued_is_as_undisturbed(
     with pytest.raises(KeyboardInterrupt):
         layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
     monkeypatch.setattr(layerwise._Training, "_step", step)
-    found, again = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
+    found, resumed = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
     assert same(found, wanted)
-    assert timeless(again) == timeless(report)
+    assert timeless(resumed) == timeless(report)
     again, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
     assert same(again, wanted)
 

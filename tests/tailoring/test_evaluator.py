@@ -20,8 +20,8 @@ from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import materialize
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
+from intarsia.evaluation.likelihood import default_batch_tokens, score_requests
 from intarsia.evaluation.perplexity import perplexity
-from intarsia.evaluation.run_rows import default_batch_tokens, score_requests
 from intarsia.options import Runtime
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select

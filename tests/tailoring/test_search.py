@@ -135,17 +135,17 @@ class TwoAtOnce:
 
 
 def test_what_may_be_wanted_again_is_reported_after_every_trial(tmp_path: Path) -> None:
-    hands, calls = TwoAtOnce(Known()), 0
+    hands, heard = TwoAtOnce(Known()), 0
 
     def check(wanted: Set[str]) -> None:
-        nonlocal calls
-        calls += 1
+        nonlocal heard
+        heard += 1
         trials = History(tmp_path / "log").trials
         assert wanted == leading(trials) | {recipe for recipe, _ in hands.under_way}
-        assert len(hands.under_way) == (1 if calls < 30 else 0)
+        assert len(hands.under_way) == (1 if heard < 30 else 0)
 
     run(tmp_path / "log", hands, trials=30, on_trial=check)
-    assert calls == 30
+    assert heard == 30
 
 
 def test_words(tmp_path: Path) -> None:
