@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import read_headers
-from intarsia.errors import UserError, few, missing_package
+from intarsia.errors import UserError, few
 
 _PREFIX = "base_model.model."
 _OTHER_BASE = "Use an adapter that was trained on this base, or merge it with peft (merge_and_unload) first."
@@ -128,11 +128,8 @@ class Merged:
 
     def _with_adapter(self, folder: Path) -> nn.Module:
         """The base's modules, their weights mapped, with the adapter's on them."""
-        try:
-            import peft
-        except ImportError as error:
-            broken = error if error.name != "peft" else None
-            raise missing_package("peft", where=f"adapter {folder}", extra="train", error=broken) from error
+        import peft
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is an error here
             try:

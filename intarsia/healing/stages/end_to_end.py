@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from intarsia.errors import UserError, missing_package
+from intarsia.errors import UserError
 from intarsia.flags import flag, token_count
 from intarsia.healing.settings import Check, Pace
 from intarsia.registry import heal_stage
@@ -70,15 +70,13 @@ class EndToEndSettings(Pace):
 
 
 def check(settings: EndToEndSettings) -> None:
-    """Check that Accelerate is installed, and knows the tracker.
+    """Check that Accelerate knows the tracker.
 
     Raises:
-        UserError: it is not, or does not.
+        UserError: it does not.
     """
-    try:
-        from accelerate.tracking import get_available_trackers
-    except ImportError as error:
-        raise missing_package("accelerate", where="end-to-end training", extra="train", error=error) from error
+    from accelerate.tracking import get_available_trackers
+
     known = [str(tracker) for tracker in get_available_trackers()]
     if settings.log is not None and settings.log not in known:
         raise UserError(
