@@ -100,7 +100,7 @@ class Bench:
         """What a method is planned with."""
         return {"method": COMPRESSED.get(method, method), "text": TextSpec(sources=tuple(self.data))}
 
-    def effort(self, effort: str, layers: int) -> None:
+    def effort(self, effort: Any, layers: int) -> None:
         """What `compress` makes at an effort."""
         folder, key, begun = self.out / f"effort-{effort}-{layers}", f"effort {effort} {layers}", time.perf_counter()
         if key not in self.found:
