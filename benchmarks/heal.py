@@ -113,14 +113,18 @@ class Bench:
     def compressed(self, method: str, layers: int) -> Path:
         """What `compress` makes of a model that is healed from several starts."""
         folder, key = self.out / f"{method}-{layers}-cf", f"{method} {layers} closed form"
-        begun = time.perf_counter()
+        started = time.perf_counter()
         if not folder.exists():
             out = Output(path=folder, run=self.plans / method)
             evaluation = EvalSpec(windows=8, speed=False)
             with progress.shown():
                 intarsia.compress("demo", out, Target(layers=layers), evaluation=evaluation, **self.planning(method))
         if key not in self.found:
+<<<<<<< HEAD
             self.measure(key, str(folder), time.perf_counter() - begun)
+=======
+            self.measure(key, str(folder), time.perf_counter() - started)
+>>>>>>> main
         return folder
 
     def heal(self, source: Path, layers: int, stage: str, name: str, key: str, **options: Any) -> Path:

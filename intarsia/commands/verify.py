@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from intarsia.commands.result import Result
-from intarsia.flags import Flag
+from intarsia.flags import Flag, Result
 from intarsia.options import NewModel
 from intarsia.progress import current
 
@@ -50,7 +49,6 @@ def verify(
     """
     from intarsia.checkpoint.files import read_config, require_folder
     from intarsia.exporting import verify as contract
-    from intarsia.exporting.verify_tokenizer import generation_config_valid, tokenizer_kept
 
     started, folder = time.perf_counter(), Path(folder)
     subject = contract.Subject(folder, NewModel(path=folder, shard_size=shard_size).shard_bytes)
@@ -64,8 +62,8 @@ def verify(
         "dtype": contract.dtype_kept,
         "finite": contract.finite,
         "sha256": contract.sums_right,
-        "tokenizer": tokenizer_kept,
-        "generation config": generation_config_valid,
+        "tokenizer": contract.tokenizer_kept,
+        "generation config": contract.generation_config_valid,
         **({"loads": contract.loads, "generates": contract.generates} if load else {}),
     }
     checks = []
