@@ -102,13 +102,13 @@ class Bench:
 
     def effort(self, effort: Any, layers: int) -> None:
         """What `compress` makes at an effort."""
-        folder, key, begun = self.out / f"effort-{effort}-{layers}", f"effort {effort} {layers}", time.perf_counter()
+        folder, key, started = self.out / f"effort-{effort}-{layers}", f"effort {effort} {layers}", time.perf_counter()
         if key not in self.found:
             out = Output(path=folder, run=self.plans / f"effort-{effort}", overwrite=folder.exists())
             text, evaluation = TextSpec(sources=tuple(self.data)), EvalSpec(windows=8, speed=False)
             with progress.shown():
                 intarsia.compress("demo", out, Target(layers=layers, effort=effort), text=text, evaluation=evaluation)
-            self.measure(key, str(folder), time.perf_counter() - begun)
+            self.measure(key, str(folder), time.perf_counter() - started)
 
     def compressed(self, method: str, layers: int) -> Path:
         """What `compress` makes of a model that is healed from several starts."""
@@ -120,11 +120,7 @@ class Bench:
             with progress.shown():
                 intarsia.compress("demo", out, Target(layers=layers), evaluation=evaluation, **self.planning(method))
         if key not in self.found:
-<<<<<<< HEAD
-            self.measure(key, str(folder), time.perf_counter() - begun)
-=======
             self.measure(key, str(folder), time.perf_counter() - started)
->>>>>>> main
         return folder
 
     def heal(self, source: Path, layers: int, stage: str, name: str, key: str, **options: Any) -> Path:

@@ -30,12 +30,7 @@ from intarsia.building.layer import to_tensors
 from intarsia.building.loaded_model import load_model
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
-<<<<<<< HEAD
-from intarsia.evaluation.run_rows import makes_the_logits
-=======
-from intarsia.errors import missing_package
 from intarsia.evaluation.likelihood import makes_the_logits
->>>>>>> main
 from intarsia.healing.losses import cross_entropy, hidden_mse, logit_kl, over_rows, top_k_kl
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.progress import current
