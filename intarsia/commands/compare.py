@@ -167,6 +167,7 @@ def compare(
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.evaluation.tasks import TaskPlan
     from intarsia.healing.pipeline import check_stages, check_turns
+    from intarsia.inspection.own_code import OPTION, OWN_CODE
     from intarsia.reporting.comparison import DENSE, ROWS, SETTINGS, Row, cells, load
     from intarsia.reporting.wording import command
 
@@ -242,6 +243,7 @@ def compare(
             wishes |= {"task_layers": evaluation.task_layers, "speed": evaluation.speed}
             words = [str(settings["model"]), "-o", out.name]
             words += [] if job.revision is None else ["--revision", job.revision]
+            words += [OPTION] if OWN_CODE in settings["config"] else []
             again = {"command": command("compare", *words, given=(entrants, evaluation, text))}
             run.write_json(SETTINGS, _report_facts(job, run, texts, evaluation) | {"asked": wishes} | again)
             try:
@@ -326,8 +328,8 @@ def _named(text: str) -> tuple[str, str]:
 def _settings(job: Job, run: RunDir, texts: Mapping[str, Corpus]) -> dict[str, Any]:
     """What decides every number. A text is the same where its content is, whatever path it has."""
     from intarsia.checkpoint.hashing import acting_config
-    from intarsia.checkpoint.resolve import lasting
     from intarsia.commands.job import calibration_of
+    from intarsia.model_name import lasting
 
     return {
         "kind": "compare",

@@ -34,6 +34,7 @@ from intarsia.data.corpus import Corpus, limited
 from intarsia.data.text import TextParts, draw
 from intarsia.disk import write_whole
 from intarsia.errors import Problems, UserError, check
+from intarsia.inspection.own_code import trusts
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.run_dir import RunDir
 
@@ -206,7 +207,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusts())
         tokenizer("a")  # some settings are only refused when they are used
     except Exception as error:  # tokenizers fail in many ways on files that are damaged
         said = str(error).partition("\n")[0] or type(error).__name__

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from intarsia.commands.result import Result
+from intarsia.errors import check
 from intarsia.flags import Flag
 from intarsia.options import NewModel
 from intarsia.progress import current
@@ -48,13 +49,13 @@ def verify(
     Raises:
         UserError: there is no such folder, or it has no config that can be read.
     """
-    from intarsia.checkpoint.files import read_config, require_folder
+    check((Path(folder).is_dir(), f"{folder} is no folder.", "Give the folder that holds config.json and the weights."))
+    from intarsia.checkpoint.files import read_config
     from intarsia.exporting import verify as contract
     from intarsia.exporting.verify_tokenizer import generation_config_valid, tokenizer_kept
 
     started, folder = time.perf_counter(), Path(folder)
     subject = contract.Subject(folder, NewModel(path=folder, shard_size=shard_size).shard_bytes)
-    require_folder(folder)
     read_config(folder, quantised=True)
     looks = {
         "architecture": contract.architecture,

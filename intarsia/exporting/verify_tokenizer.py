@@ -9,10 +9,11 @@ from typing import Any
 from intarsia.building.materialize import RECIPE_FILE
 from intarsia.checkpoint.gguf_source import kept_folder
 from intarsia.checkpoint.hashing import cache_folder
-from intarsia.checkpoint.resolve import DEMO, GGUF, hub_id, local_path
 from intarsia.checkpoint.writer import TOKENIZER_FILES, side_files, without_code
 from intarsia.errors import Problem, Problems, UserError
 from intarsia.exporting.verify import Skipped, Subject
+from intarsia.inspection.own_code import trusts
+from intarsia.model_name import DEMO, GGUF, hub_id, local_path
 from intarsia.recipe import schema
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -108,7 +109,7 @@ def _loaded(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts())
     except Exception as error:  # tokenizers fail in many ways on files that are damaged
         found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError([_problem(str(folder), "a tokenizer that transformers reads", found)]) from error

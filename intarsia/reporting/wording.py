@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.flags import options_of
+from intarsia.inspection.own_code import OPTION, OWN_CODE
 from intarsia.progress import duration
 from intarsia.registry import planners
 
@@ -145,6 +146,7 @@ def _options(settings: Mapping[str, Any]) -> list[str]:
         value = settings.get(name)
         if value is not None and value != _DEFAULTS.get(name):
             words += [f"--{name.replace('_', '-')}", str(value)]
+    words += [OPTION] if OWN_CODE in (settings.get("config") or {}) else []
     kind = planners.get(method).settings if method in planners else None
     options = {} if kind is None else {option.attribute: option for option in options_of(kind)}
     for name, value in (settings.get("planner") or {}).items():

@@ -25,6 +25,7 @@ from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.evaluation.likelihood import positions_of
 from intarsia.evaluation.run_rows import default_batch_tokens, takes_packed_rows
+from intarsia.inspection.own_code import trusts
 from intarsia.options import Runtime
 from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe, Variant, identity
@@ -241,7 +242,7 @@ def open_evaluator(
     runtime, search = runtime or Runtime(), file.search
     device = default_device() if runtime.device is None else torch.device(runtime.device)
     checkpoint = family.checkpoints()[family.names[0]]
-    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusts())
     positions = positions_of(SimpleNamespace(**checkpoint.config))
     seq_len = min(seq_len, positions or seq_len)
     heals = file.heal != "none" and examples is None
