@@ -23,6 +23,7 @@ _LAYOUTS = (
     ("language_model.model.", "language_model.lm_head."),
     ("model.language_model.", "lm_head."),
     ("model.text_model.", "lm_head."),
+    ("text_model.model.", "text_model.lm_head."),
     ("model.", "lm_head."),
 )
 # Text models without a language model of their own: what they make of text alone is what this one makes, for a token of

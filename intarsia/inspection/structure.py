@@ -237,14 +237,19 @@ def _layer_list(model: PreTrainedModel, depth: int, where: str) -> tuple[str, nn
     raise _refused(where, f"one list of {depth} layers in {type(model).__name__}", lists)
 
 
-def structure_of(layer: nn.Module) -> str:
-    """What a layer is built like: its modules, the shapes of their parameters, and their settings."""
+def structure_of(layer: nn.Module, *, numbers: bool = True) -> str:
+    """What a layer is built like: its modules, the shapes of their parameters, and their settings.
+
+    Args:
+        numbers: False leaves settings out that are no whole numbers.
+    """
     parts: list[object] = []
+    of = bool | int | float | str if numbers else bool | int | str
     for name, module in layer.named_modules():
         settings = {
             key: f"{value:.9g}" if isinstance(value, float) else value
             for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str) and not _NUMBERED.search(key)
+            if isinstance(value, of) and not _NUMBERED.search(key)
         }
         own = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
         parts.append((name, type(module).__name__, sorted(settings.items()), sorted(own.items())))
@@ -252,11 +257,14 @@ def structure_of(layer: nn.Module) -> str:
 
 
 def _kinds(config: PreTrainedConfig, layers: Sequence[nn.Module]) -> tuple[str, ...] | None:
-    """What each layer is called: by the config, and by its parts where equal names are of different layers."""
+    """What each layer is called: by the config, and by its parts where equal names are of different layers.
+
+    Layers that differ in a factor alone are of one kind.
+    """
     stated: Any = getattr(config, "layer_types", None)
     named = stated if isinstance(stated, list | tuple) and len(stated) == len(layers) else ["layer"] * len(layers)
     variants: dict[str, dict[str, nn.Module]] = {}
-    structures = list(map(structure_of, layers))
+    structures = [structure_of(layer, numbers=False) for layer in layers]
     for name, structure, layer in zip(map(str, named), structures, layers, strict=True):
         variants.setdefault(name, {}).setdefault(structure, layer)
     words: dict[tuple[str, str], str] = {}

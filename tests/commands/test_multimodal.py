@@ -37,13 +37,19 @@ KINDS: dict[str, dict[str, Any]] = {
         }
     },
     "qwen3_vl": {"vision_config": {**_PATCHES, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}},
-    "qwen2_5_vl": {"vision_config": {**_PATCHES, "fullatt_block_indexes": [1]}},
+    "qwen2_5_vl": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
+        "vision_config": {**_PATCHES, "fullatt_block_indexes": [1]},
+    },
     "gemma3": {"vision_config": {**_LAYERS, **_IMAGE}, "mm_tokens_per_image": 4},
     "llava": {"vision_config": {"model_type": "clip_vision_model", **_LAYERS, **_IMAGE}},
     "mistral3": {"vision_config": {"model_type": "pixtral", **_LAYERS, **_IMAGE, "head_dim": 16}},
-    "emu3": {"vq_config": {"codebook_size": 16, "embed_dim": 8, "base_channels": 32, "channel_multiplier": [1, 1]}},
+    "emu3": {
+        "vq_config": {"codebook_size": 16, "embed_dim": 8, "base_channels": 32, "channel_multiplier": [1, 1]},
+        "vocabulary_map": {"<image>": 5, "<|extra_200|>": 6, "<|visual token 000000|>": 7},
+    },
 }
-"""The sizes of what is around the text model."""
+"""The sizes of what is around the text model, and what its own config has besides."""
 QUICK = ("qwen3_5", "qwen3_vl")
 
 
@@ -53,10 +59,14 @@ def make_model(kind: str) -> PreTrainedModel:
     small = shrunken(architecture_of(text_config(whole, where=kind), where=kind))
     own = whole["text_config"]
     text = {**own, **{key: value for key, value in small.items() if key in own and key != "model_type"}}
-    text |= {"vocab_size": families.VOCABULARY, "eos_token_id": 0, "pad_token_id": None, "bos_token_id": None}
-    parts = {key: {**whole[key], **value} if value else value for key, value in KINDS[kind].items()}
+    text |= {"vocab_size": families.VOCABULARY} | {key: 0 for key in own if key in ("eos_token_id", "pad_token_id")}
+    parts = {
+        key: {**(whole[key] or {}), **value} if isinstance(value, dict) else value for key, value in KINDS[kind].items()
+    }
     ids = {key: 5 for key in whole if key.endswith(("_token_id", "_token_index"))}
-    config = CONFIG_MAPPING[kind].from_dict({**whole, **parts, **ids, "text_config": text})
+    config = CONFIG_MAPPING[kind].from_dict(
+        {**whole, **parts, **ids, "text_config": {**text, **KINDS[kind].get("text_config", {})}}
+    )
     model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
     families.randomise(model, 0)
     return model.eval()

@@ -61,10 +61,10 @@ def test_compress(folder: Path, text_file: Path, tmp_path: Path) -> None:
         ("build", tmp_path / "out.run", "-o", tmp_path / "again", "--layers", 5),
         ("anatomy", "check", folder),
     ):
-        done = invoke(*words, OPTION)
-        assert done.exit_code == 0, done.output
         done = invoke(*words)
         assert done.exit_code != 0 and OPTION in done.output, words
+        done = invoke(*words, OPTION)
+        assert done.exit_code == 0, done.output
     assert (tmp_path / "again" / FILES[1]).is_file()
 
 
