@@ -244,7 +244,7 @@ def structure_of(layer: nn.Module, *, numbers: bool = True) -> str:
         numbers: False leaves settings out that are no whole numbers.
     """
     parts: list[object] = []
-    of = bool | int | float | str if numbers else bool | int | str
+    of = (bool, int, float, str) if numbers else (bool, int, str)
     for name, module in layer.named_modules():
         settings = {
             key: f"{value:.9g}" if isinstance(value, float) else value
