@@ -317,7 +317,7 @@ def used_code(folder: Path) -> list[str]:
 
 def uses_code(file: Path) -> bool:
     """Whether a JSON file of a model folder names code that runs, for it is trusted and transformers has no class."""
-    if not trusts() or file.suffix != ".json" or CODE.encode() not in file.read_bytes():
+    if not trusts() or file.suffix != ".json" or not file.is_file() or CODE.encode() not in file.read_bytes():
         return False
     if file.name != "config.json":
         return True
