@@ -35,6 +35,19 @@ def check_model(model: str) -> None:
         )
 
 
+def require_folder(folder: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        UserError: it is a file, or nothing.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is {'a file, not a model folder' if folder.exists() else 'not there'}.",
+            "Pass the folder that holds config.json and the .safetensors files.",
+        )
+
+
 def plain_name(model: str) -> str:
     """A model's name as recipes keep it, without `dequantize:`."""
     return model.removeprefix(_DEQUANTIZE)

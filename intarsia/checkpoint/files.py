@@ -20,19 +20,6 @@ _MOST_NAMED = 5
 _OBJECT = "a file with one JSON object"
 
 
-def require_folder(folder: Path) -> None:
-    """Refuse what is no folder.
-
-    Raises:
-        UserError: it is a file, or nothing.
-    """
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} is {'a file, not a model folder' if folder.exists() else 'not there'}.",
-            "Pass the folder that holds config.json and the .safetensors files.",
-        )
-
-
 def read_config(folder: Path, *, quantised: bool = False) -> dict[str, Any]:
     """The folder's config.json.
 

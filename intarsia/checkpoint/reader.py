@@ -18,12 +18,13 @@ from intarsia.architecture.families import rules
 from intarsia.architecture.per_layer import unknown_settings
 from intarsia.architecture.spec import Architecture
 from intarsia.architecture.verify import verify
-from intarsia.checkpoint.files import read_all_headers, read_config, require_folder
+from intarsia.checkpoint.files import read_all_headers, read_config
 from intarsia.checkpoint.multimodal import NESTED, Wrapper, is_wrapped, unwrap
 from intarsia.checkpoint.quantised import KEYS, Scaled, quantization_of, readable, refuse, unscaled
 from intarsia.checkpoint.tensor_file import TensorHeader, map_tensor
 from intarsia.errors import Problem, Problems, UserError
 from intarsia.inspection import own_code
+from intarsia.model_name import require_folder
 from intarsia.progress import current
 
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from intarsia.commands.result import Result
-from intarsia.errors import check
 from intarsia.flags import Flag
+from intarsia.model_name import require_folder
 from intarsia.options import NewModel
 from intarsia.progress import current
 
@@ -49,7 +49,7 @@ def verify(
     Raises:
         UserError: there is no such folder, or it has no config that can be read.
     """
-    check((Path(folder).is_dir(), f"{folder} is no folder.", "Give the folder that holds config.json and the weights."))
+    require_folder(Path(folder))
     from intarsia.checkpoint.files import read_config
     from intarsia.exporting import verify as contract
     from intarsia.exporting.verify_tokenizer import generation_config_valid, tokenizer_kept

@@ -59,7 +59,8 @@ def make_model(kind: str) -> PreTrainedModel:
     small = shrunken(architecture_of(text_config(whole, where=kind), where=kind))
     own = whole["text_config"]
     text = {**own, **{key: value for key, value in small.items() if key in own and key != "model_type"}}
-    text |= {"vocab_size": families.VOCABULARY} | {key: 0 for key in own if key in ("eos_token_id", "pad_token_id")}
+    text |= {key: families.VOCABULARY for key in own if key in ("vocab_size", "vocab_size_per_layer_input")}
+    text |= {key: 0 for key in own if key in ("eos_token_id", "pad_token_id")}
     parts = {
         key: {**(whole[key] or {}), **value} if isinstance(value, dict) else value for key, value in KINDS[kind].items()
     }
