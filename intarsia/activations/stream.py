@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 from intarsia.activations.loss import Likeliest, next_token_losses
 from intarsia.activations.state import State
 from intarsia.architecture.spec import Architecture
+from intarsia.building.tiny_model import small_model
+from intarsia.inspection.small import small_config
 from intarsia.inspection.structure import config_of, on_meta
 
 LOGIT_BYTES = 128 * 1024**2
@@ -269,17 +271,17 @@ def _probe(model: PreTrainedModel, layer: nn.Module, device: torch.device) -> tu
 
 
 def state_of(architecture: Architecture) -> State:
-    """How a model's state is laid out, seen from its class without weights."""
+    """How a model's state is laid out, without its weights: seen from its class, and from a small model."""
     width = architecture.width
     if architecture.inspected is None:
         return State.of((1, 2, width), width, ())
-    model = on_meta(config_of(architecture.config, "the config"), "the config")
-    layers = model.get_submodule(architecture.layers_in_memory)
-    assert isinstance(layers, nn.ModuleList)
-    shape: tuple[int, ...] = (1, 2, width)
-    with suppress(Exception):  # a class that looks at values, of which there are none, on its way to the first layer
-        _, shape = _probe(model, layers[0], torch.device("meta"))
-    return State.of(shape, width, layers)
+    whole = on_meta(config_of(architecture.config, "the config"), "the config")
+    with torch.random.fork_rng(devices=[]):
+        small = small_model(small_config(architecture))
+    layers, small_layers = (model.get_submodule(architecture.layers_in_memory) for model in (whole, small))
+    assert isinstance(layers, nn.ModuleList) and isinstance(small_layers, nn.ModuleList)
+    _, shape = _probe(small, small_layers[0], torch.device("cpu"))
+    return State.of((*shape[:-1], width), width, layers)
 
 
 def _same(first: Any, second: Any) -> bool:
