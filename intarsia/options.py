@@ -154,6 +154,7 @@ class AnswerSpec:
     # Prompts that both models answer (0: none): next tokens that agree, and answers that loop.
     answers: int = flag(32, metavar="N")
     # Prompts: a .txt file with one a line, or rows of conversations or questions (default: the original writes them).
+    # With --stream models write nothing: the rows need answers, and agreement is measured along those.
     prompts: str | None = flag(None, metavar="FILE")
     # Most tokens of an answer.
     answer_tokens: int = flag(64, metavar="N")

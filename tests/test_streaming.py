@@ -18,7 +18,9 @@ from intarsia.building import loading
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.evaluation.perplexity import Chain, perplexity
+from intarsia.evaluation.agreement import Reference
+from intarsia.evaluation.perplexity import Chain, model_of, perplexity
+from intarsia.evaluation.prompts import Prompts
 from intarsia.healing import layerwise
 from intarsia.healing.quality import quality
 from intarsia.healing.settings import ClosedFormSettings
@@ -244,6 +246,30 @@ def test_perplexity_is_the_same_and_reads_a_layer_once(checkpoint_of: Opened, re
     assert found == perplexity(Chain(whole(), resident), corpus, batch_tokens=26)
     assert found.value == pytest.approx(perplexity(resident.model, corpus, batch_tokens=26).value, rel=1e-6)
     assert set(other.offload.reads.values()) == {1}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_agreement_along_given_answers_is_the_same(family: str, checkpoint_of: Opened, resident_of: InMemory) -> None:
+    """As along those that the original writes; each model reads a layer once."""
+    resident, other, tokenizer = resident_of(family), streamed(checkpoint_of(family)), families.make_tokenizer()
+    asked = Prompts.of(("roti sa", "a", "kana roti lu mi"), tokenizer, source="by hand")
+    whole = Reference.of(resident.model, tokenizer, asked, answer_tokens=9)
+    wanted = whole.score(whole.follow(model_of(cut(resident), resident)), resident.model)
+    assert other.offload is not None
+    original, small = model_of(None, other), model_of(cut(other), other)
+    other.offload.reads.clear()
+    reference = Reference.of(original, tokenizer, replace(asked, given=whole.answers), answer_tokens=9)
+    assert set(other.offload.reads.values()) == {1} and len(other.offload.reads) == families.DEPTH
+    other.offload.reads.clear()
+    followed = reference.follow(small)
+    assert set(other.offload.reads.values()) == {1} and followed.answers is None
+    found = reference.score(followed, None)
+    assert found.agreement == wanted.agreement and 0.0 < found.agreement.value < 1.0
+    assert found.kl.value == pytest.approx(wanted.kl.value, rel=1e-5)
+    assert found.tokens == wanted.tokens and wanted.loops is not None
+    assert (found.loops, found.length, found.perplexity, found.examples) == (None, None, None, ())
+    assert found.measures().keys() == {"agreement", "next_token_kl"}
+    assert reference.itself().agreement.value == 1.0
 
 
 def test_a_shard_that_disappears_is_told_by_its_name(tmp_path: Path) -> None:

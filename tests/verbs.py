@@ -19,7 +19,7 @@ def plan(model: str, run: Path, *, dry_run: bool = False, **options: Any) -> Pla
 
 def compress(model: str, out: Path, *, eval_text: Path | str | None = None, **options: Any) -> CompressResult:
     texts = () if eval_text is None else (str(eval_text),)
-    given = {key: options.pop(key) for key in ("windows", "tasks", "answers", "speed") if key in options}
+    given = {key: options.pop(key) for key in ("windows", "tasks", "answers", "prompts", "speed") if key in options}
     evaluation = EvalSpec(text=texts, **{"answers": 2, "speed": False, **given})
     output = Output(path=out, **taken(Output, options))
     heal = options.pop("heal", ("closed-form",))

@@ -19,6 +19,11 @@ from intarsia.flags import plain
 from intarsia.progress import duration
 from intarsia.reporting.wording import MEASURES, change, is_measure, text_of, title_of
 
+_LINES = 15
+_DETAILS = {"next_token_kl", "loops", "answer_length", "answer_perplexity"}  # in the report alone
+_SPARE = ("perplexity_without_heal", "prefill_per_s", "bytes")  # too, where there are more than `_LINES`
+_GREETING = "[{'role': 'user', 'content': 'Hello'}]"
+
 
 def show(result: Any, *, to: TextIO, as_json: bool) -> None:
     """Write a result to a stream: one JSON object, or tables."""
@@ -42,28 +47,34 @@ def show(result: Any, *, to: TextIO, as_json: bool) -> None:
 def _compressed(data: Mapping[str, Any], console: Console) -> None:
     """At most 15 lines of at most 80 columns (apart from long paths): measures, time, and where everything is."""
     before, after = data["before"], data["after"]
+    parts = [f"{name} {part:,.0f}" for name, part in (data.get("seconds_by_part") or {}).items() if part >= 0.5]
+    given: dict[str, Any] = {"on": data.get("evaluation")}
+    given["but"] = data.get("warning")
+    given["time"] = duration(data["seconds"]) + (f" (seconds: {', '.join(parts)})" if parts else "")
+    given |= {"model": data["out"], "report": data.get("report")}
+    pipeline = f'transformers.pipeline("text-generation", "{data["out"]}")'
+    if data.get("chat_template"):
+        given |= {"try it": f"chat = {pipeline}", "": f"chat({_GREETING})[0]['generated_text'][-1]"}
+    else:
+        given["try it"] = f'{pipeline}("Hello")'
+    given["hub"] = (data.get("push") or {}).get("address")
+    lines = {name: text for name, text in given.items() if text is not None}
+
+    others = [key for key in after if key.startswith("perplexity of ")]
+    titles = {key: name for key, name in (MEASURES | {key: key for key in others}).items() if key not in _DETAILS}
+    rows = [key for key in titles if after.get(key) is not None]
+    for key in _SPARE:
+        if 1 + len(rows) + len(lines) > _LINES and key in rows:
+            rows.remove(key)
     table = Table(show_edge=False, pad_edge=False, box=None, padding=(0, 2, 0, 0))
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="right" if column else "left")
-    details = ["next_token_kl", "loops", "answer_length", "answer_perplexity"]  # in the report
-    details += ["perplexity_without_heal"] if data.get("warning") else []  # a line for a line
-    others = [key for key in after if key.startswith("perplexity of ")]
-    for key, name in (MEASURES | {key: key for key in others}).items():
-        old, new = before.get(key), after.get(key)
-        if new is not None and key not in details:
-            cells = (name, text_of(key, old), text_of(key, new), change(old, new))
-            table.add_row(*(Text(cell) for cell in cells))
+    for key in rows:
+        old, new = before.get(key), after[key]
+        table.add_row(*map(Text, (titles[key], text_of(key, old), text_of(key, new), change(old, new))))
     console.print(table)
-    parts = [f"{name} {part:,.0f}" for name, part in (data.get("seconds_by_part") or {}).items() if part >= 0.5]
-    lines: dict[str, Any] = {"on": data.get("evaluation")}
-    lines["but"] = data.get("warning")
-    lines["time"] = duration(data["seconds"]) + (f" (seconds: {', '.join(parts)})" if parts else "")
-    lines |= {"model": data["out"], "report": data.get("report")}
-    lines["try it"] = f'transformers.pipeline("text-generation", "{data["out"]}")("Hello")'
-    lines["hub"] = (data.get("push") or {}).get("address")
     for name, text in lines.items():
-        if text is not None:
-            console.print(Text(f"{name:<8}", style="dim") + Text(str(text)))
+        console.print(Text(f"{name:<8}", style="dim") + Text(str(text)))
 
 
 def _show_mapping(data: Mapping[str, Any], console: Console, indent: str = "") -> None:

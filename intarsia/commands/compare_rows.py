@@ -8,17 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-
 from intarsia import progress
-from intarsia.building.assembled import assembled
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands.compare_ladders import Rung
 from intarsia.commands.evaluate import load_whole
 from intarsia.commands.job import Job
 from intarsia.data.corpus import Corpus
 from intarsia.evaluation.agreement import Asked, Reference, doubt
-from intarsia.evaluation.perplexity import perplexity
+from intarsia.evaluation.perplexity import model_of, perplexity
 from intarsia.evaluation.results import TaskResults, with_retention
 from intarsia.evaluation.speed import compare_speed
 from intarsia.evaluation.tasks import TaskPlan, score_tasks
@@ -87,7 +84,7 @@ class Rows:
         """The row of the original."""
         checkpoint, (method, layers, heal) = self.job.checkpoint, self.dense_key
         row = Row(method=method, layers=layers, heal=heal, parameters=checkpoint.parameters, bytes=checkpoint.nbytes)
-        return self._with_measures(row, self.job.resident.model, self.job.model, dense=None)
+        return self._with_measures(row, self._model(None), self.job.model, dense=None)
 
     def existing(self, name: str, job: Job) -> Row:
         """The row of a model that existed already."""
@@ -123,8 +120,12 @@ class Rows:
             if other.recipe_sha256 == row.recipe_sha256 and self._is_whole(other):
                 names = ("perplexity", "answers", "tasks", "speed")
                 return self._doubted(replace(row, **{name: getattr(other, name) for name in names}))
-        model = assembled(recipe, self.job.resident)
-        return self._doubted(self._with_measures(row, model, row.full_name, dense=self.rows[self.dense_key]))
+        dense = self.rows[self.dense_key]
+        return self._doubted(self._with_measures(row, self._model(recipe), row.full_name, dense=dense))
+
+    def _model(self, recipe: Recipe | None) -> Any:
+        """A recipe's model, or the original."""
+        return model_of(recipe, self.job.resident, memory_budget=self.job.placement.memory_budget())
 
     def _doubted(self, row: Row) -> Row:
         """A row that says where perplexity or tasks look well and the answers do not."""
@@ -159,17 +160,16 @@ class Rows:
     def reference(self) -> Reference:
         """The original's answers, written once a command."""
         assert self.asked is not None
-        return self.asked.answered(self.job.resident.model, seed=self.job.spec.seed, key=self.job.sha256)
+        return self.asked.answered(self._model(None), seed=self.job.spec.seed, key=self.job.sha256)
 
-    def _answers(self, model: PreTrainedModel, dense: Row | None) -> dict[str, Any] | None:
+    def _answers(self, model: Any, dense: Row | None) -> dict[str, Any] | None:
         if self.asked is None:
             return None
         followed = None if dense is None else self.reference.follow(model)
-        original = self.job.resident.model
-        found = self.reference.itself() if followed is None else self.reference.score(followed, original)
+        found = self.reference.itself() if followed is None else self.reference.score(followed, self._model(None))
         return {**asdict(found), "asked": [self.asked.answers, self.asked.answer_tokens]}
 
-    def _with_measures(self, row: Row, model: PreTrainedModel, name: str, dense: Row | None) -> Row:
+    def _with_measures(self, row: Row, model: Any, name: str, dense: Row | None) -> Row:
         perplexities = {}
         for text, corpus in self.texts.items():
             found = perplexity(model, corpus)
@@ -188,14 +188,14 @@ class Rows:
             speed=self._speed(model, dense) if self.evaluation.speed else None,
         )
 
-    def _tasks(self, model: PreTrainedModel, name: str, dense: Row | None) -> TaskResults:
+    def _tasks(self, model: Any, name: str, dense: Row | None) -> TaskResults:
         assert self.tasks is not None
         found = score_tasks(self.tasks, model, self.job.tokenizer, name=name)
         if dense is None or dense.tasks is None:
             return found
         return with_retention(TaskResults.from_dict(dense.tasks), found)
 
-    def _speed(self, model: PreTrainedModel, dense: Row | None) -> dict[str, Any]:
+    def _speed(self, model: Any, dense: Row | None) -> dict[str, Any]:
         """Measured in turns with the original, so that other load on the machine affects both."""
         models = {"this": model, **({} if dense is None else {"dense": self.job.resident.model})}
         found = {name: asdict(speed) for name, speed in compare_speed(models).items()}

@@ -56,6 +56,8 @@ class CompressResult(Result):
     peak_memory_bytes: int = 0
     recipe_sha256: str | None = None
     report: Path | None = None
+    # Whether the model has a chat template.
+    chat_template: bool = False
     out: Path
     run: Path
     # What was sent to the hub.
@@ -127,6 +129,7 @@ def compress(
         method=planning.method.name,
         target=planning.target,
         estimate=replace(planning.estimate, heal_passes_at_most=planning.heal_passes_at_most(stages)),
+        chat_template=bool(getattr(job.tokenizer, "chat_template", None)),
         out=out.path,
         run=run.path,
     )

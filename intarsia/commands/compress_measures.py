@@ -9,19 +9,19 @@ from typing import Any
 from torch import nn
 
 from intarsia import progress
-from intarsia.building.loaded_model import LoadedModel, load_model
+from intarsia.building.loaded_model import load_model
 from intarsia.building.offload import free_bytes
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands.job import Job
 from intarsia.data.corpus import Corpus
 from intarsia.errors import check
 from intarsia.evaluation.agreement import Asked
-from intarsia.evaluation.perplexity import Chain, eval_corpus, perplexity
+from intarsia.evaluation.perplexity import Chain, eval_corpus, model_of, perplexity
 from intarsia.evaluation.results import Agreement, Perplexity, Speed, TaskResults, with_retention
 from intarsia.evaluation.speed import compare_speed
 from intarsia.evaluation.tasks import TaskPlan, score_tasks
 from intarsia.options import EvalSpec
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.recipe import Recipe
 
 _SHARE_OF_FREE = 0.8
 
@@ -137,24 +137,18 @@ def measured(
     """
 
     streams, report = job.runtime.stream, progress.current()
-
-    def chain(recipe: Recipe, resident: LoadedModel) -> nn.Module:
-        return Chain(recipe, resident, memory_budget=job.placement.memory_budget() if streams else None)
-
-    def streamed(checkpoint: Checkpoint, resident: LoadedModel) -> nn.Module:
-        whole = identity(Variant(name="base", model=checkpoint.model), checkpoint.architecture.n_layers)
-        return chain(whole, resident)
+    memory_budget = job.placement.memory_budget() if streams else None
 
     def load_small() -> nn.Module:
         if streams:
-            return streamed(small, job.placement.resident(small))
+            return model_of(None, job.placement.resident(small), memory_budget=memory_budget)
         return load_model(small, device=job.device, dtype=job.dtype)
 
     if streams:
-        report.say("the models are streamed: speed and agreement are not measured")
+        report.say("the models are streamed: speed is not measured")
     more = small.nbytes + (0 if job.in_memory else job.checkpoint.nbytes)
     together = not streams and more < free_bytes(job.device) * _SHARE_OF_FREE
-    models = {"before": streamed(job.checkpoint, job.resident) if streams else job.resident.model}
+    models = {"before": model_of(None, job.resident, memory_budget=memory_budget)}
     models |= {"after": load_small()} if together else {}
     speeds: dict[str, Speed] = {}
     if evaluation.speed:
@@ -167,7 +161,9 @@ def measured(
         reference = evaluation.asked.answered(models["before"], seed=job.spec.seed, key=job.sha256)
         answers = reference.score(reference.follow(models["after"]), models["before"]) if together else None
     dense = evaluation.scores(models.pop("before"), job, job.model)
-    without = {} if unhealed is None else evaluation.perplexities(chain(unhealed, job.resident))
+    without = {}
+    if unhealed is not None:
+        without = evaluation.perplexities(Chain(unhealed, job.resident, memory_budget=memory_budget))
     job.release()
     model = models.pop("after") if together else load_small()
     if evaluation.speed and not together:
@@ -177,7 +173,7 @@ def measured(
     if reference is not None and answers is None:
         followed = reference.follow(model)
         del model
-        answers = reference.score(followed, job.resident.model)
+        answers = reference.score(followed, None if followed.answers is None else job.resident.model)
         job.release()
     if dense is not None and pruned is not None:
         evaluation.accuracy = with_retention(dense, pruned).to_dict()

@@ -118,10 +118,13 @@ class _Entrant:
 
 
 def load_whole(job: Job) -> Any:
-    """A job's model as transformers loads it, its weights checked."""
+    """A job's model as transformers loads it, or a chain of streamed layers; its weights are checked."""
     from intarsia.building.loaded_model import load_model
+    from intarsia.evaluation.perplexity import model_of
 
     assert job.sha256, "hashing also checks that all weights are finite"
+    if job.runtime.stream:
+        return model_of(None, job.resident, memory_budget=job.placement.memory_budget())
     return load_model(job.checkpoint, device=job.device, dtype=job.dtype)
 
 
@@ -159,11 +162,11 @@ def evaluate_perplexity(
     check_seq_len(job.checkpoint, seq_len)
     corpus = eval_corpus(text, job.tokenizer, seq_len=seq_len, windows=windows or None)
     batch = {} if runtime.batch_tokens is None else {"batch_tokens": runtime.batch_tokens}
-    if not runtime.stream and len(job.placement.devices) == 1:
+    if len(job.placement.devices) == 1:
         return perplexity(load_whole(job), corpus, **batch)
     assert job.sha256
     whole = identity(Variant(name="base", model=job.model), job.checkpoint.architecture.n_layers)
-    return perplexity(Chain(whole, job.resident, memory_budget=job.placement.memory_budget()), corpus, **batch)
+    return perplexity(Chain(whole, job.resident), corpus, **batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +205,8 @@ def evaluate_agreement(
 ) -> AgreementResult:
     """Measure how often a model's next token is the original's, and how the model's own answers are.
 
-    Both answer the same prompts, greedily. One model is in memory at a time.
+    Both answer the same prompts, greedily; with --stream the prompts come with answers. One model is in memory at a
+    time.
 
     Raises:
         UserError: a model or the prompts cannot be used, or the models have different tokenizers.
@@ -211,12 +215,19 @@ def evaluate_agreement(
     from intarsia.evaluation.agreement import Asked
 
     started = time.perf_counter()
-    check_one_device(runtime)
-    check((answers.answers > 0, "--answers is 0, so there is nothing to measure.", "Give a number of prompts."))
+    check_one_device(replace(runtime, stream=False))
+    check(
+        (answers.answers > 0, "--answers is 0, so there is nothing to measure.", "Give a number of prompts."),
+        (
+            answers.prompts is not None or not runtime.stream,
+            "--stream is given without --prompts, and a streamed model does not write answers.",
+            "Give --prompts FILE of conversations with answers, or leave --stream out.",
+        ),
+    )
     original, small = Job(against, runtime=runtime), Job(model, runtime=runtime)
     check_same_tokenizer(original, small)
     configs = [job.checkpoint.architecture.config for job in (original, small)]
-    asked = Asked.of(answers, original.tokenizer, *configs)
+    asked = Asked.of(answers, original.tokenizer, *configs, stream=runtime.stream)
     assert asked is not None
     reference = asked.answered(load_whole(original), seed=seed, key=original.sha256)
     followed = reference.follow(load_whole(small))
@@ -224,6 +235,6 @@ def evaluate_agreement(
         model=small.model,
         against=original.model,
         original=reference.itself(),
-        agreement=reference.score(followed, load_whole(original)),
+        agreement=reference.score(followed, None if followed.answers is None else load_whole(original)),
         seconds=time.perf_counter() - started,
     )

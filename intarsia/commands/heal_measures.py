@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from intarsia.building.assembled import assembled
+from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands.build import BuildResult
 from intarsia.commands.recipes import card_facts
@@ -14,7 +14,7 @@ from intarsia.commands.report import REPORT
 from intarsia.data.corpus import Corpus
 from intarsia.disk import write_whole
 from intarsia.evaluation.agreement import Asked, doubt
-from intarsia.evaluation.perplexity import perplexity
+from intarsia.evaluation.perplexity import model_of, perplexity
 from intarsia.evaluation.results import Agreement
 from intarsia.healing.pipeline import HealContext, Healed
 from intarsia.recipe.recipe import Recipe
@@ -38,13 +38,15 @@ class Measured:
         Args:
             key: the hash of the original's weights.
         """
-        original = context.resident.model
+        budget = MemoryBudget(context.memory_bytes)
+        original = model_of(None, context.resident, memory_budget=budget)
         reference = asked.answered(original, seed=seed, key=key)
         whole, answers = asdict(perplexity(original, context.held_out)), reference.itself()
         rows = {"original": _row(whole, answers)}
         stages = {"as it came": healed.stages[0], **({"healed": healed.stages[-1]} if healed.taken else {})}
         for name, stage in stages.items():
-            answers = reference.score(reference.follow(assembled(stage.recipe, context.resident)), original)
+            model = model_of(stage.recipe, context.resident, memory_budget=budget)
+            answers = reference.score(reference.follow(model), original)
             rows[name] = _row(stage.quality["texts"][0], answers)
         return cls(rows=rows, answers=answers)
 

@@ -90,9 +90,12 @@ def render(conversation: Conversation, tokenizer: Any, *, ask: bool = False) -> 
     return text
 
 
-def prompt_of(given: str | Conversation, tokenizer: Any) -> tuple[str, bool]:
+def prompt_of(given: str | Conversation, tokenizer: Any, *, where: str = "a prompt") -> tuple[str, bool]:
     """A question, or a conversation up to its last question, as text to be answered; and whether special tokens are
     missing in it, because the model has no chat template.
+
+    Args:
+        where: names a question in errors; a conversation knows its row.
 
     Raises:
         UserError: the template refuses it, or nobody asks anything.
@@ -101,12 +104,36 @@ def prompt_of(given: str | Conversation, tokenizer: Any) -> tuple[str, bool]:
     if isinstance(given, str):
         if not template:
             return given, True
-        given = Conversation(messages=({"role": "user", "content": given},), where="a prompt", columns="")
+        given = Conversation(messages=({"role": "user", "content": given},), where=where, columns="")
     asked = [number for number, message in enumerate(given.messages) if message["role"] == "user"]
     if not asked:
         raise UserError(f"{given.where}: no message is the user's.", "Leave this row out.")
     given = replace(given, messages=given.messages[: asked[-1] + 1])
     return (render(given, tokenizer, ask=True), False) if template else (f"{given.plain()}\n\nAssistant:", True)
+
+
+def answer_of(given: str | Conversation, tokenizer: Any) -> tuple[int, ...]:
+    """What the assistant answers to the last question, as tokens, with the one that ends it where the template writes
+    one; nothing where there is no answer.
+
+    Raises:
+        UserError: the template refuses the conversation.
+    """
+    if isinstance(given, str):
+        return ()
+    messages = given.messages
+    at = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1) + 1
+    if at == len(messages) or messages[at]["role"] != "assistant":
+        return ()
+    text = f" {messages[at]['content']}"
+    turns = learn_turns(tokenizer)
+    if getattr(tokenizer, "chat_template", None):
+        asked, _ = prompt_of(given, tokenizer)
+        whole = render(replace(given, messages=messages[: at + 1]), tokenizer)
+        text = whole[len(asked) :] if whole.startswith(asked) else messages[at]["content"]
+    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    end = next((number + 1 for number, token in enumerate(ids) if turns and token in turns.enders), len(ids))
+    return ids[:end]
 
 
 def answers_in(ids_NT: Tensor, turns: Turns) -> Tensor:

@@ -7,13 +7,16 @@
 Answers are greedy. The original's next token is the likeliest by its own pass along its answers, so that a model agrees
 with itself wholly. An answer loops when it has not ended and its last tokens are one passage three times in a row.
 
-Shape suffixes: `B` prompts of a batch, `T` tokens, `V` vocabulary, `M` tokens of the answers, `P` prompts.
+A streamed model (a `Chain`) writes nothing, because every token would read all layers: the prompts come with answers,
+and each model makes one pass along them.
+
+Shape suffixes: `T` tokens of an answer, `V` vocabulary, `P` prompts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +24,15 @@ import torch
 from torch import Tensor
 
 from intarsia.activations.loss import Likeliest
-from intarsia.errors import UserError, check
+from intarsia.errors import UserError
 from intarsia.evaluation.answers import greedy_answers, loops, side_by_side
-from intarsia.evaluation.likelihood import Request, batches_of, score_batch
-from intarsia.evaluation.perplexity import ratio_stderr
+from intarsia.evaluation.likelihood import Request, batches_of, log_totals
+from intarsia.evaluation.perplexity import Chain, ratio_stderr
 from intarsia.evaluation.prompts import Ids, Prompts
 from intarsia.evaluation.results import Agreement, Metric
 from intarsia.evaluation.run_rows import default_batch_tokens, evaluating, forward_of
 from intarsia.options import AnswerSpec
+from intarsia.progress import current
 
 _EXAMPLES = 4
 
@@ -40,7 +44,8 @@ class Followed:
     # For each prompt: tokens that agree, and the summed KL.
     agree_P: Tensor
     kl_P: Tensor
-    answers: tuple[Ids, ...]
+    # None of a model that writes none.
+    answers: tuple[Ids, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,7 @@ class Reference:
 
     prompts: Prompts
     answers: tuple[Ids, ...]
-    # Of the same tokens in the order of `batches`.
+    # The next tokens along each of them.
     likeliest: tuple[Likeliest, ...]
     # The original's summed loss on its own answers, for each prompt.
     loss_P: Tensor
@@ -58,19 +63,19 @@ class Reference:
 
     @classmethod
     def of(cls, original: Any, tokenizer: Any, prompts: Prompts, *, answer_tokens: int) -> Reference:
-        """Let the original answer, and run it once along its answers."""
-        answers = greedy_answers(original, tokenizer, prompts, answer_tokens)
-        kept, loss_P = [], torch.zeros(len(answers), dtype=torch.float64)
-        with evaluating(original), torch.inference_mode():
-            forward = forward_of(original)
-            for batch in _batches(prompts, answers, original):
-                logits_NV = forward(batch.rows)
-                kept.append(Likeliest.of(logits_NV))
-                loss_P.index_add_(0, batch.request_M, -score_batch(logits_NV, batch)[0].cpu().double())
+        """Let the original answer, unless answers are given, and run it once along them."""
+        answers = prompts.given or greedy_answers(original, tokenizer, prompts, answer_tokens)
+        kept, loss_P = dict[int, Likeliest](), torch.zeros(len(answers), dtype=torch.float64)
+
+        def take(number: int, logits_TV: Tensor) -> None:
+            kept[number] = Likeliest.of(logits_TV)
+            loss_P[number] = _loss(logits_TV, answers[number])
+
+        _along(original, prompts, answers, take)
         return cls(
             prompts=prompts,
             answers=answers,
-            likeliest=tuple(kept),
+            likeliest=tuple(kept[number] for number in range(len(answers))),
             loss_P=loss_P,
             answer_tokens=answer_tokens,
             tokenizer=tokenizer,
@@ -79,65 +84,81 @@ class Reference:
     def itself(self) -> Agreement:
         """The original's own row of a table: full agreement, and how its answers are."""
         counts_P = _counts(self.answers)
-        whole = Followed(agree_P=counts_P, kl_P=torch.zeros_like(counts_P), answers=self.answers)
+        answers = self.answers if self.prompts.given is None else None
+        whole = Followed(agree_P=counts_P, kl_P=torch.zeros_like(counts_P), answers=answers)
         return self._result(whole, self.loss_P)
 
     def follow(self, model: Any) -> Followed:
         """One pass of a model along the original's answers, and its own answers to the same prompts."""
         agree_P, kl_P = torch.zeros(len(self.answers), dtype=torch.float64), torch.zeros_like(self.loss_P)
-        with evaluating(model), torch.inference_mode():
-            forward = forward_of(model)
-            for batch, theirs in zip(_batches(self.prompts, self.answers, model), self.likeliest, strict=True):
-                logits_NV = forward(batch.rows)
-                next_N1 = theirs.tokens[:, :1].to(logits_NV.device).long()
-                same_N = logits_NV.gather(1, next_N1)[:, 0] >= logits_NV.amax(-1)  # of equal ones any may come first
-                kl_N = theirs.divergence(logits_NV)
-                if not bool(kl_N.isfinite().all()):
-                    raise UserError(
-                        "Agreement: a next-token probability is NaN or infinite.",
-                        "Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
-                    )
-                agree_P.index_add_(0, batch.request_M, same_N.cpu().double()[batch.position_M])
-                kl_P.index_add_(0, batch.request_M, kl_N.cpu().double()[batch.position_M])
-        answers = greedy_answers(model, self.tokenizer, self.prompts, self.answer_tokens)
+
+        def take(number: int, logits_TV: Tensor) -> None:
+            theirs = self.likeliest[number]
+            next_T1 = theirs.tokens[:, :1].to(logits_TV.device).long()
+            same_T = logits_TV.gather(1, next_T1)[:, 0] >= logits_TV.amax(-1)  # of equal ones any may come first
+            kl_T = theirs.divergence(logits_TV).cpu().double()
+            if not bool(kl_T.isfinite().all()):
+                raise UserError(
+                    "Agreement: a next-token probability is NaN or infinite.",
+                    "Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
+                )
+            agree_P[number], kl_P[number] = int(same_T.sum()), kl_T.sum()
+
+        _along(model, self.prompts, self.answers, take)
+        answers = None
+        if self.prompts.given is None:
+            answers = greedy_answers(model, self.tokenizer, self.prompts, self.answer_tokens)
         return Followed(agree_P=agree_P, kl_P=kl_P, answers=answers)
 
     def score(self, followed: Followed, original: Any) -> Agreement:
-        """The measures of a model, with what the original makes of its answers."""
-        loss_P = torch.zeros(len(self.answers), dtype=torch.float64)
-        with evaluating(original), torch.inference_mode():
-            forward = forward_of(original)
-            for batch in _batches(self.prompts, followed.answers, original):
-                loss_P.index_add_(0, batch.request_M, -score_batch(forward(batch.rows), batch)[0].cpu().double())
+        """The measures of a model, with what the original makes of its answers.
+
+        Args:
+            original: None will do where the model has written none.
+        """
+        answers, loss_P = followed.answers, torch.zeros(len(self.answers), dtype=torch.float64)
+        if answers is not None:
+
+            def take(number: int, logits_TV: Tensor) -> None:
+                loss_P[number] = _loss(logits_TV, answers[number])
+
+            _along(original, self.prompts, answers, take)
         return self._result(followed, loss_P)
 
     def _result(self, followed: Followed, loss_P: Tensor) -> Agreement:
-        counts_P, own_P = _counts(self.answers), _counts(followed.answers)
-        enders = self.prompts.enders
-        loops_P = torch.tensor([loops(answer, enders) for answer in followed.answers], dtype=torch.float64)
-        nll = _ratio(loss_P, own_P)
-        value = math.exp(min(nll.value, 700.0))
+        counts_P = _counts(self.answers)
+        own = {} if followed.answers is None else self._own(followed.answers, loss_P)
         return Agreement(
             agreement=_ratio(followed.agree_P, counts_P),
             kl=_ratio(followed.kl_P, counts_P),
-            loops=_ratio(loops_P, torch.ones_like(loops_P)),
-            length=_ratio(own_P, torch.ones_like(own_P)),
-            perplexity=Metric(value=value, stderr=None if nll.stderr is None else value * nll.stderr),
+            loops=own.get("loops"),
+            length=own.get("length"),
+            perplexity=own.get("perplexity"),
             prompts=len(self.answers),
             tokens=int(counts_P.sum()),
             source=self.prompts.source,
             sha256=self.prompts.sha256,
-            examples=tuple(self._example(number, followed.answers[number]) for number in self._shown()),
+            examples=tuple(map(self._example, range(_EXAMPLES), self.answers, followed.answers or ())),
         )
 
-    def _shown(self) -> range:
-        return range(min(_EXAMPLES, len(self.answers)))
+    def _own(self, answers: tuple[Ids, ...], loss_P: Tensor) -> dict[str, Metric]:
+        """Measures of a model's own answers.
 
-    def _example(self, number: int, answer: Ids) -> dict[str, Any]:
+        Args:
+            loss_P: of the original on each of them.
+        """
+        enders, own_P = self.prompts.enders, _counts(answers)
+        loops_P = torch.tensor([loops(answer, enders) for answer in answers], dtype=torch.float64)
+        nll = _ratio(loss_P, own_P)
+        value = math.exp(min(nll.value, 700.0))
         return {
-            "prompt": self.prompts.texts[number].strip(),
-            **side_by_side(self.tokenizer, self.answers[number], answer),
+            "loops": _ratio(loops_P, torch.ones_like(loops_P)),
+            "length": _ratio(own_P, torch.ones_like(own_P)),
+            "perplexity": Metric(value=value, stderr=None if nll.stderr is None else value * nll.stderr),
         }
+
+    def _example(self, number: int, original: Ids, answer: Ids) -> dict[str, Any]:
+        return {"prompt": self.prompts.texts[number].strip(), **side_by_side(self.tokenizer, original, answer)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,30 +175,30 @@ class Asked:
 
     @classmethod
     def of(cls, spec: AnswerSpec, tokenizer: Any, *configs: Mapping[str, Any], stream: bool = False) -> Asked | None:
-        """What is asked for; None for nothing, and where models are streamed, which cannot write.
+        """What is asked for; None for nothing.
 
         Args:
             configs: of the models that answer; the smallest number of positions is the limit.
+            stream: models are streamed and write nothing, so that answers must be given too.
 
         Raises:
             UserError: the file of prompts cannot be used.
         """
-        check(
-            (
-                not (stream and spec.prompts),
-                "--prompts is given with --stream, and to answer the whole model must be in memory.",
-                "Leave one of them out.",
-            )
-        )
-        if stream or not spec.answers:
+        if not spec.answers:
             return None
+        if stream and spec.prompts is None:
+            current().say("agreement is not measured: a streamed model writes no answers; give some as --prompts FILE")
+            return None
+        if stream:
+            current().say(f"agreement is along the answers in {spec.prompts}: streamed models write none of their own")
         known = [config.get("max_position_embeddings") for config in configs]
         positions = min((count for count in known if isinstance(count, int)), default=None)
         tokens = spec.answer_tokens if positions is None else max(2, min(spec.answer_tokens, positions // 2))
         prompts = None
         if spec.prompts is not None:
             tokens = spec.answer_tokens
-            prompts = Prompts.read(spec.prompts, tokenizer, n=spec.answers, answer_tokens=tokens, positions=positions)
+            limits: dict[str, Any] = {"answer_tokens": tokens, "positions": positions}
+            prompts = Prompts.read(spec.prompts, tokenizer, n=spec.answers, given=stream, **limits)
         longest = 2**20 if positions is None else positions - tokens
         return cls(tokenizer=tokenizer, prompts=prompts, answers=spec.answers, answer_tokens=tokens, longest=longest)
 
@@ -218,9 +239,9 @@ def doubt(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
         return None if not old or new is None else new / old
 
     agreement, loops, loops_before = number(after, "agreement"), number(after, "loops"), number(before, "loops")
-    if agreement is None or loops is None or loops_before is None:
+    if agreement is None:
         return None
-    if agreement >= _LEAST_AGREEMENT and loops - loops_before <= _MOST_LOOPS:
+    if agreement >= _LEAST_AGREEMENT and (loops or 0.0) - (loops_before or 0.0) <= _MOST_LOOPS:
         return None
     perplexity, kept = ratio("perplexity"), ratio("accuracy")
     if perplexity is not None and perplexity <= _WELL:
@@ -229,15 +250,32 @@ def doubt(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
         well = "accuracy"
     else:
         return None
-    return f"answers differ more than {well} says: {agreement:.0%} of tokens agree, {loops:.0%} loop"
+    more = "" if loops is None else f", {loops:.0%} loop"
+    return f"answers differ more than {well} says: {agreement:.0%} of tokens agree{more}"
 
 
-def _batches(prompts: Prompts, answers: Sequence[Ids], model: Any) -> Iterator[Any]:
-    requests = [
-        Request(context=prompt, continuation=answer) for prompt, answer in zip(prompts.ids, answers, strict=True)
-    ]
-    device = next(model.parameters()).device
-    yield from batches_of(requests, pack=False, batch_tokens=default_batch_tokens(device))
+def _along(model: Any, prompts: Prompts, answers: Sequence[Ids], take: Callable[[int, Tensor], None]) -> None:
+    """One pass of a model along answers; `take` gets the number of each, and the logits that predict it `[T, V]`."""
+    pairs = list(zip(prompts.ids, answers, strict=True))
+    if isinstance(model, Chain):
+        rows = [(*prompt, *answer[:-1]) for prompt, answer in pairs]
+        model.row_logits(rows, lambda number, logits_TV: take(number, logits_TV[-len(answers[number]) :]))
+        return
+    requests = [Request(context=prompt, continuation=answer) for prompt, answer in pairs]
+    with evaluating(model), torch.inference_mode():
+        forward = forward_of(model)
+        batch_tokens = default_batch_tokens(next(model.parameters()).device)
+        for batch in batches_of(requests, pack=False, batch_tokens=batch_tokens):
+            numbers, lengths = batch.request_M.unique_consecutive(return_counts=True)
+            for number, logits_TV in zip(numbers.tolist(), forward(batch.rows).split(lengths.tolist()), strict=True):
+                take(number, logits_TV)
+
+
+def _loss(logits_TV: Tensor, answer: Ids) -> float:
+    """The summed loss of an answer, in nats."""
+    token_T = torch.tensor(answer, device=logits_TV.device)
+    chosen_T = logits_TV.gather(1, token_T[:, None])[:, 0].float() - log_totals(logits_TV)
+    return -float(chosen_T.cpu().double().sum())
 
 
 def _counts(answers: Sequence[Ids]) -> Tensor:

@@ -286,12 +286,12 @@ def score_batch(logits_NV: Tensor, batch: Batch, *, greedy: bool = False) -> tup
     """Log-probability of every scored token, and whether another one is likelier."""
     device = logits_NV.device
     position_M, token_M = batch.position_M.to(device), batch.token_M.to(device)
-    total_N = _log_totals(logits_NV)
+    total_N = log_totals(logits_NV)
     missed_M = logits_NV.argmax(-1)[position_M] != token_M if greedy else None
     return logits_NV[position_M, token_M].float() - total_N[position_M], missed_M
 
 
-def _log_totals(logits_NV: Tensor) -> Tensor:
+def log_totals(logits_NV: Tensor) -> Tensor:
     """logsumexp of every position, in float32: logits of a low precision are not rounded once more.
 
     Block by block in one buffer, in place: on the CPU nearly twice as fast as `logsumexp`, with the same result.

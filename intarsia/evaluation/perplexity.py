@@ -6,17 +6,20 @@ Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `W` all windows.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import MemoryBudget
-from intarsia.activations.loop import Loop, Path
+from intarsia.activations.loop import End, Loop, Path
 from intarsia.activations.loss import next_token_losses
 from intarsia.activations.stream import LayerStream
+from intarsia.building.assembled import assembled
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import RecipeLayers
 from intarsia.data.corpus import Corpus, tokenize
@@ -24,7 +27,7 @@ from intarsia.data.sources import documents
 from intarsia.errors import UserError
 from intarsia.evaluation.results import Perplexity
 from intarsia.progress import current
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Recipe, Variant, identity
 
 
 class Chain(nn.Module):
@@ -61,20 +64,51 @@ class Chain(nn.Module):
     @torch.inference_mode()
     def window_losses(self, corpus: Corpus, *, batch_tokens: int) -> tuple[Tensor, Tensor]:
         """Summed loss (float64, nats) and predicted tokens (int64) of every window, on the CPU."""
-        progress = current()
-        resident = self.layers.resident
-        batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
-        loop = Loop(resident, batches, memory_budget=self._memory_budget)
         sums_W = torch.zeros(len(corpus), dtype=torch.float64)
         counts_W = torch.zeros(len(corpus), dtype=torch.int64)
 
         def end(_: int, rows: slice, ids: Tensor, mask: Tensor | None, h_BTD: Tensor) -> None:
             where = f"perplexity on {corpus.description}"
-            sums_W[rows], counts_W[rows] = loop.stream.losses(h_BTD, ids, mask, where=where)
+            sums_W[rows], counts_W[rows] = self.stream.losses(h_BTD, ids, mask, where=where)
 
-        with progress.task("perplexity", self.layers.depth) as task:
-            loop.run([Path(layers=self.layers.placed())], end, advance=task.advance)
+        self._once(corpus, end, "perplexity", batch_tokens)
         return sums_W, counts_W
+
+    @torch.inference_mode()
+    def row_logits(
+        self, rows: Sequence[Sequence[int]], take: Callable[[int, Tensor], None], *, batch_tokens: int = 4096
+    ) -> None:
+        """One pass over rows of any lengths; `take` gets the number of each row and its logits `[T, V]`."""
+        ids_NT = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        corpus = Corpus.of(ids_NT, description="answers", documents=len(rows))  # nothing looks ahead, into padding
+
+        def end(_: int, part: slice, ids: Tensor, mask: Tensor | None, h_BTD: Tensor) -> None:
+            for place, number in enumerate(range(part.start, part.stop)):
+                own = (slice(place, place + 1), slice(len(rows[number])))
+                take(number, self.stream.logits(h_BTD[own], ids[own], None)[0])
+
+        self._once(corpus, end, "agreement", batch_tokens)
+
+    def _once(self, corpus: Corpus, end: End, name: str, batch_tokens: int) -> None:
+        """One pass over a text."""
+        progress, resident = current(), self.layers.resident
+        batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
+        loop = Loop(resident, batches, memory_budget=self._memory_budget)
+        with progress.task(name, self.layers.depth) as task:
+            loop.run([Path(layers=self.layers.placed())], end, advance=task.advance)
+
+
+def model_of(recipe: Recipe | None, resident: LoadedModel, *, memory_budget: MemoryBudget | None = None) -> nn.Module:
+    """A recipe's model to be measured: as transformers has it, or a chain where layers are streamed.
+
+    Args:
+        recipe: over the resident model; None for that model itself.
+    """
+    if not resident.streams:
+        return resident.model if recipe is None else assembled(recipe, resident)
+    checkpoint = resident.checkpoint
+    whole = identity(Variant(name="base", model=checkpoint.model), checkpoint.architecture.n_layers)
+    return Chain(recipe or whole, resident, memory_budget=memory_budget)
 
 
 _MOST_READ = 16 * 1024 * 1024

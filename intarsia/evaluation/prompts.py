@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeAlias
 
-from intarsia.data.chat import learn_turns, prompt_of
+from intarsia.data.chat import answer_of, learn_turns, prompt_of
 from intarsia.data.conversations import Conversation
 from intarsia.data.corpus import check_ids
 from intarsia.data.self_text import Sampling, self_corpus
@@ -32,17 +32,21 @@ class Prompts:
     # Tokens that end an answer.
     enders: frozenset[int]
     source: str
+    # Answers that came with them; None where models write the answers.
+    given: tuple[Ids, ...] | None = None
 
     @property
     def sha256(self) -> str:
         """The hash of their tokens."""
-        return hashlib.sha256(repr(self.ids).encode()).hexdigest()
+        tokens = self.ids if self.given is None else (self.ids, self.given)
+        return hashlib.sha256(repr(tokens).encode()).hexdigest()
 
     @classmethod
     def of(cls, given: Iterable[str | Conversation], tokenizer: Any, *, source: str) -> Prompts:
         """Questions, or conversations up to their last question, as the model's chat template writes them."""
         known = list(given)
-        written = [prompt_of(each, tokenizer) for each in known]
+        places = [f"Prompt {number} of {source}" for number in range(1, len(known) + 1)]
+        written = [prompt_of(each, tokenizer, where=place) for each, place in zip(known, places, strict=True)]
         return cls(
             ids=tuple(tuple(tokenizer(text, add_special_tokens=special)["input_ids"]) for text, special in written),
             texts=tuple(each if isinstance(each, str) else each.question for each in known),
@@ -51,20 +55,33 @@ class Prompts:
         )
 
     @classmethod
-    def read(cls, spec: str, tokenizer: Any, *, n: int, answer_tokens: int, positions: int | None) -> Prompts:
+    def read(
+        cls, spec: str, tokenizer: Any, *, n: int, answer_tokens: int, positions: int | None, given: bool = False
+    ) -> Prompts:
         """The first prompts of a file: a .txt has one a line; of a conversation, all before the last answer.
 
         Args:
             positions: of the model; None where it has no limit.
+            given: take the answers of the file too, up to `answer_tokens` of each.
 
         Raises:
-            UserError: the file cannot be read, or a prompt with its answer is too long for the model.
+            UserError: the file cannot be read, a prompt with its answer is too long for the model, or a prompt has no
+                answer where answers are to be given.
         """
-        found = cls.of(islice(_lines(spec), n), tokenizer, source=spec)
+        rows = list(islice(_lines(spec), n))
+        found = cls.of(rows, tokenizer, source=spec)
+        if given:
+            answers = tuple(answer_of(row, tokenizer)[:answer_tokens] for row in rows)
+            found = replace(found, source=f"{spec}, with its answers", given=answers)
         for number, each in enumerate(found.ids, start=1):
             check_ids(max(each, default=0), tokenizer, f"Prompt {number} of {spec}")
             check(
                 (bool(each), f"Prompt {number} of {spec} has no token.", "Leave it out."),
+                (
+                    found.given is None or bool(found.given[number - 1]),
+                    f"Prompt {number} of {spec} has no answer, and a streamed model does not write one.",
+                    "Give conversations that end with the original's answer, or leave --stream out.",
+                ),
                 (
                     positions is None or len(each) + answer_tokens <= positions,
                     f"Prompt {number} of {spec} has {len(each)} tokens and an answer up to {answer_tokens}; the model "

@@ -100,16 +100,16 @@ class Agreement:
     """How far a model's words are the original's.
 
     On the original's answers: `agreement` is the share of next tokens that are the same, `kl` the divergence of next
-    tokens from the original's, in nats. Of the model's own answers: `loops` is the share that ends in repeating
-    itself, `length` the mean number of tokens, `perplexity` what the original makes of them. All are means over
-    `prompts`, with standard errors. `examples` are answers side by side.
+    tokens from the original's, in nats. Of the model's own answers, where it wrote any: `loops` is the share that ends
+    in repeating itself, `length` the mean number of tokens, `perplexity` what the original makes of them. All are means
+    over `prompts`, with standard errors. `examples` are answers side by side.
     """
 
     agreement: Metric
     kl: Metric
-    loops: Metric
-    length: Metric
-    perplexity: Metric
+    loops: Metric | None
+    length: Metric | None
+    perplexity: Metric | None
     prompts: int
     # Of the original's answers.
     tokens: int
@@ -119,14 +119,15 @@ class Agreement:
     examples: tuple[Mapping[str, Any], ...] = ()
 
     def measures(self) -> dict[str, dict[str, Any]]:
-        """The five numbers by their keys in tables, with standard errors."""
-        return {
-            "agreement": asdict(self.agreement),
-            "next_token_kl": asdict(self.kl),
-            "loops": asdict(self.loops),
-            "answer_length": asdict(self.length),
-            "answer_perplexity": asdict(self.perplexity),
+        """The numbers by their keys in tables, with standard errors."""
+        numbers = {
+            "agreement": self.agreement,
+            "next_token_kl": self.kl,
+            "loops": self.loops,
+            "answer_length": self.length,
+            "answer_perplexity": self.perplexity,
         }
+        return {name: asdict(number) for name, number in numbers.items() if number is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -290,7 +290,7 @@ def _cells(row: Row, comparison: Comparison) -> dict[str, Any]:
     found |= {"parameters": row.parameters, "bytes": row.bytes}
     measures = {text: row.perplexity.get(text) for text in comparison.texts or tuple(row.perplexity)}
     if row.answers is not None:
-        measures |= {name: row.answers[key] for name, key in ANSWERS.items()}
+        measures |= {name: row.answers.get(key) for name, key in ANSWERS.items()}
     if row.tasks is not None:
         measures |= {task: row.score(task) for task in (*comparison.tasks, MEAN)}
     for name, measure in measures.items():

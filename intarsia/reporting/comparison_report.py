@@ -176,14 +176,19 @@ def _agreement(found: Comparison) -> list[Section]:
     """Agreement with the original's answers, and the share of the models' own that loop."""
     if not any(row.answers for row in found.rows):
         return []
+    shown = [
+        name
+        for name in ("agreement", "answers that loop")
+        if any((row.answers or {}).get(ANSWERS[name]) for row in found.rows)
+    ]
     blocks = [
         Figure(svg=figure(found, against="layers", quality=name), caption=f"{name}; bars are one standard error.")
-        for name in ("agreement", "answers that loop")
+        for name in shown
     ]
-    intro = (
-        "How often the next token is the original's along its own answers, and how many of a model's own answers end "
-    )
-    sections = [Section(title="Answers", blocks=blocks, intro=f"{intro}in repeating themselves.")]
+    intro = "How often the next token is the original's along its own answers"
+    if len(shown) > 1:
+        intro += ", and how many of a model's own answers end in repeating themselves"
+    sections = [Section(title="Answers", blocks=blocks, intro=f"{intro}.")]
     if written := _written(found):
         sections.append(Section(title="Answers side by side", blocks=written, intro=PARTING))
     return sections

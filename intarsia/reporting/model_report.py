@@ -125,6 +125,9 @@ def _before_and_after(facts: Mapping[str, Any]) -> list[Section]:
         windows = f"{evaluation.get('windows')} windows of {evaluation.get('seq_len')} tokens"
         intro = f"Perplexity on {evaluation['text']}: {windows}, ± one standard error."
         intro += " The speeds of both models were measured in turns." if after.get("decode_per_s") else ""
+    answers = facts.get("answers") or {}
+    if answers and not answers.get("examples"):  # else it is said beside these
+        intro += f" Agreement: on {answers['tokens']:,} tokens of {answers['prompts']} answers ({answers['source']})."
     return [Section(title="Before and after", blocks=[table(rows, text_columns=("",))], intro=intro)]
 
 

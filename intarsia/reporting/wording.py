@@ -71,7 +71,7 @@ def text_of(key: str, value: Any, *, brief: bool = False) -> str:
 
 def title_of(key: str) -> str:
     """A key as a heading."""
-    return str(key).replace("_per_s", "/s").replace("held_out", "held-out").replace("_", " ")
+    return str(key).replace("_per_s", " tokens/s").replace("held_out", "held-out").replace("_", " ")
 
 
 def size(count: float, *, digits: int = 4) -> str:

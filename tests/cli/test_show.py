@@ -71,7 +71,14 @@ def test_a_compression_is_a_short_table() -> None:
     assert len(text.splitlines()) <= 15 and max(map(len, text.splitlines())) <= 80
     warned = shown({**data, "warning": "answers differ more than perplexity says: 55% of tokens agree, 40% loop"})
     assert "\nbut     answers differ more" in warned and "before healing" not in warned
-    assert len(warned.splitlines()) <= 15 and max(map(len, warned.splitlines())) <= 80
+    assert len(warned.splitlines()) == 15 and max(map(len, warned.splitlines())) <= 80
+    # A model with a chat template is given messages; where there are too many lines, two measures are in the report.
+    chat = shown({**data, "warning": "x", "chat_template": True})
+    assert chat.splitlines()[-2].endswith('chat = transformers.pipeline("text-generation", "out/demo-25")')
+    asked = "        chat([{'role': 'user', 'content': 'Hello'}])[0]['generated_text'][-1]"
+    assert chat.splitlines()[-1] == asked and "tokens/s, writing" in chat
+    assert "before healing" not in chat and "tokens/s, prompt" not in chat
+    assert len(chat.splitlines()) == 15 and max(map(len, chat.splitlines())) <= 80
     # Without speeds, tasks, healing and parts there is less.
     for measured in (data["before"], data["after"]):
         measured.update(dict.fromkeys(("accuracy", "prefill_per_s", "decode_per_s", "perplexity_without_heal")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from safetensors.torch import load_file
 
 from intarsia.activations import hidden_store
 from intarsia.activations.hidden_store import HiddenStore
-from intarsia.commands.evaluate import evaluate_perplexity
-from intarsia.commands.heal import TrainingText, heal
+from intarsia.commands.compare import CompareEval, Entrants, compare
+from intarsia.commands.evaluate import evaluate_agreement, evaluate_perplexity
+from intarsia.commands.heal import PerplexityTexts, TrainingText, heal
 from intarsia.commands.job import Placement
 from intarsia.errors import UserError
 from intarsia.healing.stages.layerwise import LayerwiseSettings
-from intarsia.options import Runtime
+from intarsia.options import AnswerSpec, Runtime, TextSpec
 from intarsia.pruning.ladder import Ladder
 from intarsia.recipe.schema import content_hash
 from tests import verbs
@@ -54,10 +56,46 @@ def test_a_streamed_compression_is_the_same(
     assert found.before.perplexity is not None and whole.before.perplexity is not None
     assert found.before.perplexity.value == pytest.approx(whole.before.perplexity.value, rel=1e-6)
     assert found.before.prefill_per_s is None and (whole.before.prefill_per_s or 0) > 0
+    assert whole.after.answers is not None and found.after.answers is None
     run = tmp_path / "streamed.run"
     assert any(run in path.parents for path in files)
     assert not list(run.glob("intarsia-hidden-*")), "spilled files go when the work is done"
     assert not any(path.exists() for path in files)
+
+
+def test_agreement_of_streamed_models(model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path) -> None:
+    """Along given answers, by every verb that measures it: the same number, and nothing that a model would write."""
+    model, file = str(model_folder("llama")), tmp_path / "talks.jsonl"
+    rows = [{"query": line[:9], "answer": line[9:30]} for line in text_file.read_text().splitlines() if len(line) > 30]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    common = {**sizes, "eval_text": str(text_file), "windows": 2, "prompts": str(file)}
+    done = verbs.compress(model, tmp_path / "out", stream=True, layers=4, answers=3, **common)
+    assert done.before is not None and done.after is not None and done.after.answers is not None
+    found = done.after.answers
+    assert (found.prompts, found.loops, found.examples) == (3, None, ()) and 0.0 < found.agreement.value < 1.0
+    assert done.before.answers is not None and done.before.answers.agreement.value == 1.0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"tokens of 3 answers ({file}, with its answers)" in page and "<h3>Answers of both</h3>" not in page
+    asked, runtime = AnswerSpec(answers=3, prompts=str(file)), Runtime(stream=True)
+    again = evaluate_agreement(str(tmp_path / "out"), model, asked, runtime=runtime)
+    assert again.agreement == found and again.original == done.before.answers
+    assert [row.keys() for row in again.summary()["agreement"]] == [{"model", "agreement", "next_token_kl"}] * 2
+    with pytest.raises(UserError, match="--stream is given without --prompts"):
+        evaluate_agreement(str(tmp_path / "out"), model, runtime=runtime)
+
+    recipe, text = tmp_path / "out" / "recipe" / "recipe.yaml", TrainingText(sources=(str(text_file),), seq_len=32)
+    spec = PerplexityTexts(answers=3, prompts=str(file))
+    healed = heal(recipe, tmp_path / "healed", replace(text, tokens=1024), evaluation=spec, runtime=runtime)
+    assert healed.answers[1]["agreement"] == asdict(found.agreement) and "loops" not in healed.answers[1]
+
+    entrants, measured = Entrants(methods=("come",), layers=(4,), heal=("none", "closed-form")), tmp_path / "compare"
+    evaluation = CompareEval(text=(str(text_file),), windows=(2,), answers=3, prompts=str(file))
+    text = TextSpec(sources=(sizes["calibration"],), tokens=256, seq_len=32)
+    compared = compare(model, measured, entrants, evaluation, text=text, runtime=runtime)
+    assert compared.rows is not None
+    assert compared.rows[-1]["agreement"] == asdict(found.agreement) and "answers that loop" not in compared.rows[-1]
+    page = (measured / "report.html").read_text(encoding="utf-8")
+    assert "<h3>Answers</h3>" in page and "end in repeating themselves" not in page
 
 
 def test_a_plan_that_was_killed_leaves_no_spilled_files(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:

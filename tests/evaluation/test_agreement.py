@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,34 @@ def test_prompts_of_files(tmp_path: Path) -> None:
         read("a.txt", f"one\n{'two ' * 60}\n")
     with pytest.raises(UserError, match="no message is the user's"):
         read("d.jsonl", json.dumps({"messages": talk[1:2]}) + "\n")
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(UserError, match=r"^Prompt 1 of .*a\.txt: the model's chat template refuses .* \(no\)\."):
+        read("a.txt", "one\ntwo\n")
+
+
+def test_answers_that_are_given(tmp_path: Path) -> None:
+    """With the token that ends them, up to the greatest length; each row needs one."""
+    tokenizer = families.make_tokenizer(chat=True)
+
+    def read(*rows: Any, chat: bool = True) -> list[str]:
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tokenizer.chat_template = families.CHAT_TEMPLATE if chat else None
+        found = Prompts.read(str(tmp_path / "a.jsonl"), tokenizer, n=9, answer_tokens=4, positions=60, given=True)
+        assert found.given is not None and found.sha256 != replace(found, given=None).sha256
+        assert found.source == f"{tmp_path / 'a.jsonl'}, with its answers"
+        return [tokenizer.decode(ids) for ids in found.given]
+
+    assert read({"prompt": "one", "response": "ab"}, {"prompt": "two", "response": "roti sa roti sa"}) == [
+        "ab</s>",
+        tokenizer.decode(tokenizer("roti sa roti sa")["input_ids"][:4]),
+    ]
+    talk = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    assert read({"messages": talk}) == ["d</s>"]
+    assert read({"prompt": "one", "response": "ab"}, chat=False) == [" ab"]
+    for rows in ([{"messages": talk}, {"messages": talk[:3]}], [{"text": "a"}]):
+        message = rf"^Prompt {len(rows)} of .* has no answer, and a streamed model does not write one\."
+        with pytest.raises(UserError, match=message):
+            read(*rows)
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -179,8 +208,6 @@ def test_prompts_that_the_original_writes(chat: bool) -> None:
     shown = [each["prompt"] for each in first.itself().examples]
     assert shown == [text.strip() for text in first.prompts.texts] and "<|" not in "".join(shown)
     assert Asked.of(AnswerSpec(answers=0), tokenizer) is Asked.of(AnswerSpec(), tokenizer, stream=True) is None
-    with pytest.raises(UserError, match="--prompts is given with --stream"):
-        Asked.of(AnswerSpec(prompts="a.txt"), tokenizer, stream=True)
 
 
 def test_a_prompt_may_be_alone() -> None:
@@ -206,13 +233,15 @@ def test_numbers_that_are_not_finite() -> None:
         (0.4, 0.1, 1.2, None, "answers differ more than perplexity says: 40% of tokens agree, 10% loop"),
         (0.9, 0.6, 9.0, 0.95, "answers differ more than accuracy says: 90% of tokens agree, 60% loop"),
         (0.4, 0.6, 9.0, 0.5, None),
+        (0.4, None, 1.2, None, "answers differ more than perplexity says: 40% of tokens agree"),  # streamed
+        (0.9, None, 1.2, None, None),
     ],
 )
 def test_the_warning(
-    agreement: float, loop: float, perplexity: float | None, kept: float | None, expected: str | None
+    agreement: float, loop: float | None, perplexity: float | None, kept: float | None, expected: str | None
 ) -> None:
     before = {"loops": {"value": 0.1}, "perplexity": {"value": 10.0}, "accuracy": 0.5}
-    after: dict[str, Any] = {"agreement": {"value": agreement}, "loops": {"value": loop}}
+    after: dict[str, Any] = {"agreement": {"value": agreement}, **({} if loop is None else {"loops": {"value": loop}})}
     after["perplexity"] = None if perplexity is None else {"value": 10.0 * perplexity}
     after["accuracy"] = None if kept is None else 0.5 * kept
     assert doubt(before, after) == expected

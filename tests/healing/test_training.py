@@ -3,12 +3,15 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
+from intarsia.data.chat import Turns
+from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing.settings import Pace
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.stages.layerwise import LayerwiseSettings
-from intarsia.healing.training import Schedule, Standing, schedule_of
+from intarsia.healing.training import Schedule, Standing, Text, schedule_of
 
 
 def test_every_sequence_once_an_epoch_in_another_order() -> None:
@@ -38,6 +41,16 @@ def test_batch_is_a_multiple_and_too_little_text_is_refused() -> None:
     assert schedule_of(Pace(batch_tokens=100), sequences=50, seq_len=16).batch == 6
     with pytest.raises(UserError, match="a step needs at least 6"):
         schedule_of(Pace(batch_tokens=100), sequences=5, seq_len=16)
+
+
+def test_text_in_which_the_assistant_says_nothing() -> None:
+    turns = Turns(opening=(1,), to_assistant=(2, 3), to_user=(4,), enders=frozenset({4}))
+    talk = Corpus.of(torch.tensor([[1, 9, 2, 3, 7, 4, 9, 9]]), description="talk", documents=1)
+    plain = Corpus.of(torch.tensor([[9, 9, 9, 9, 2, 9, 3, 9]]), description="prose", documents=1)
+    counted_NT = Text.of(talk, talk, turns=turns).counted_NT
+    assert counted_NT is not None and counted_NT[0].nonzero()[:, 0].tolist() == [3, 4]  # which predict 7 and 4
+    with pytest.raises(UserError, match="--loss-on assistant: no token of prose is the assistant's"):
+        Text.of(talk, plain, turns=turns)
 
 
 def test_standing() -> None:
