@@ -105,13 +105,14 @@ def _removal_rows(trial: trials.Trial, folder: Path) -> Iterator[CheckRow]:
     yield _row("parity", "layer by layer is the model's own forward", partial(trials.loop_parity, trial))
     yield _row("causal", "no token reads a later one", partial(trials.foresight, trial), least=_LEAK)
     for number, kept in enumerate(found):
-        yield from _round_trip(partial(trials.removal, trial, kept, folder / f"built-{number}"))
+        dropped = ", ".join(str(layer) for layer in whole if layer not in kept)
+        yield from _round_trip(partial(trials.removal, trial, kept, folder / f"built-{number}"), dropped)
     yield _row("streaming", "layers read one by one give what the model gives", partial(trials.streamed, trial))
 
 
-def _round_trip(work: Callable[[], Mapping[str, float]]) -> Iterator[CheckRow]:
+def _round_trip(work: Callable[[], Mapping[str, float]], dropped: str = "") -> Iterator[CheckRow]:
     notes = {
-        "removal": ("removal", "a model without layers is the original in which they are skipped"),
+        "removal": ("removal", f"a model without layers {dropped} is the original in which they are skipped"),
         "logits": ("build and load", "a shallower model from disk is the one in memory"),
         "generation": ("generation", "with the cache as without"),
         "config": ("config", "its per-layer lists follow the layers"),

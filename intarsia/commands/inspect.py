@@ -69,6 +69,9 @@ def inspect(
 
     checkpoint = open_checkpoint(source)
     facts = _model_facts(checkpoint)
+    if checkpoint.wrapper is not None:
+        rest = sum(header.numel for header in checkpoint.kept.values())
+        facts["around_it"] = f"{checkpoint.wrapper.config['model_type']}: {rest:,} parameters stay byte for byte"
     carried = checkpoint.folder / RECIPE_FILE
     if carried.is_file():
         facts["recipe"] = _recipe_facts(schema.load(carried), mixture=checkpoint.architecture.is_mixture("mlp"))
@@ -110,12 +113,13 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _in_short(facts: Mapping[str, Any]) -> dict[str, Any]:
     """A model's facts, several in a line."""
-    recipe = facts.get("recipe")
-    built = {} if recipe is None else {"made_by": f"{recipe['method']}: {recipe['depth']}"}
+    recipe, kinds = facts.get("recipe"), facts.get("layer_types") or facts.get("kinds")
+    more = {key: facts[key] for key in ("around_it",) if key in facts}
+    more |= {} if recipe is None else {"made_by": f"{recipe['method']}: {recipe['depth']}"}
     if "width" not in facts:  # layers that can only be removed
-        return {key: value for key, value in facts.items() if key != "recipe"} | built
+        shown = {key: value for key, value in facts.items() if key not in ("kinds", "recipe")}
+        return shown | {"layers": f"{facts['layers']} ({kinds})"} | more
     inexact = facts.get("not_exact_when_merged")
-    kinds = facts.get("layer_types")
     return {
         "family": facts["family"],
         "tier": facts["tier"],
@@ -124,10 +128,10 @@ def _in_short(facts: Mapping[str, Any]) -> dict[str, Any]:
         "bytes": facts["bytes"],
         "a_layer": f"{facts['share_of_a_layer']}; KV groups: {facts['kv_groups']}; MLP channels: "
         f"{facts['mlp_channels']}",
-        "embedding": f"{facts['vocabulary']:,} tokens, {'also' if facts['tied_embeddings'] else 'not'} the head",
+        "embedding": f"{facts['vocabulary']:,} tokens, {'tied' if facts['tied_embeddings'] else 'not tied'} to the head",
         "can_be_removed": facts["can_be_removed"],
         "exact": "removal" + (f"; not exact when merged: {'; '.join(inexact)}" if inexact else ", and joined pieces"),
-        **built,
+        **more,
     }
 
 

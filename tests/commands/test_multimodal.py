@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def test_the_text_model(kind: str, text_file: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     verified = invoke("verify", out)  # also that it generates the same with and without a cache
     assert verified.exit_code == 0, verified.output
+    inspected = invoke("inspect", out).stdout
+    assert re.search(rf"around it +{kind}: [\d,]+ parameters stay byte for byte", inspected)
     assert json.loads((out / "config.json").read_text())["text_config"]["num_hidden_layers"] == depth - 1
     before, after = (load_file(each / "model.safetensors") for each in (folder, out))
     prefix = checkpoint.stored_name(f"{checkpoint.architecture.family.layers_module}.0.").removesuffix("0.")

@@ -252,6 +252,8 @@ def test_inspect(folder_of: Any) -> None:
     facts = json.loads(done.stdout)
     assert facts["tier"].startswith("removal") and facts["kinds"] == "linear_attention: 6, full_attention: 2"
     assert len(facts) <= 12
+    shown = invoke("inspect", folder_of("qwen3_5_text")).stdout.strip().splitlines()
+    assert len(shown) <= 10 and "8, of width 64 (linear_attention: 6, full_attention: 2)" in shown[3]
 
 
 def test_the_last_layer_of_a_kind_stays(folder_of: Any, text_file: Path, tmp_path: Path) -> None:
