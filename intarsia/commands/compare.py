@@ -194,8 +194,8 @@ def compare(
         (not deep, f"--layers names {_listed(deep)}; the model has {whole} layers.", "Keep fewer, and at least 1."),
         (not strangers, f"--task-layers names {_listed(strangers)}.", "Add them to --layers."),
         (
-            not (models and runtime.stream),
-            "--models is given with --stream, and these models must be in memory.",
+            not (runtime.stream and (evaluation.tasks or evaluation.speed)),
+            "--tasks or --speed is given with --stream; they need the whole model in memory.",
             "Leave one of them out.",
         ),
     )

@@ -112,25 +112,30 @@ def prompt_of(given: str | Conversation, tokenizer: Any, *, where: str = "a prom
     return (render(given, tokenizer, ask=True), False) if template else (f"{given.plain()}\n\nAssistant:", True)
 
 
+def up_to_answer(given: str | Conversation) -> str | Conversation:
+    """A conversation up to the last answer to a question; as it is where there is none."""
+    if isinstance(given, str):
+        return given
+    roles = [message["role"] for message in given.messages]
+    ends = [end for end in range(2, len(roles) + 1) if roles[end - 2 : end] == ["user", "assistant"]]
+    return replace(given, messages=given.messages[: ends[-1]]) if ends else given
+
+
 def answer_of(given: str | Conversation, tokenizer: Any) -> tuple[int, ...]:
-    """What the assistant answers to the last question, as tokens, with the one that ends it where the template writes
-    one; nothing where there is no answer.
+    """The answer that ends a conversation, as tokens, with the one that ends it where the template writes one; nothing
+    where there is no answer.
 
     Raises:
         UserError: the template refuses the conversation.
     """
-    if isinstance(given, str):
+    if isinstance(given, str) or [message["role"] for message in given.messages[-2:]] != ["user", "assistant"]:
         return ()
-    messages = given.messages
-    at = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1) + 1
-    if at == len(messages) or messages[at]["role"] != "assistant":
-        return ()
-    text = f" {messages[at]['content']}"
-    turns = learn_turns(tokenizer)
+    answer = given.messages[-1]["content"]
+    text, turns = f" {answer}", learn_turns(tokenizer)
     if getattr(tokenizer, "chat_template", None):
         asked, _ = prompt_of(given, tokenizer)
-        whole = render(replace(given, messages=messages[: at + 1]), tokenizer)
-        text = whole[len(asked) :] if whole.startswith(asked) else messages[at]["content"]
+        whole = render(given, tokenizer)
+        text = whole[len(asked) :] if whole.startswith(asked) else answer
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     end = next((number + 1 for number, token in enumerate(ids) if turns and token in turns.enders), len(ids))
     return ids[:end]

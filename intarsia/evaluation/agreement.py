@@ -1,11 +1,12 @@
-"""How far a model's words are the original's: the original's answers token by token, and the model's own answers.
+"""Agreement of a model with the original: next tokens along the original's answers, and the model's own answers.
 
     reference = Reference.of(original, tokenizer, prompts, answer_tokens=64)
     followed = reference.follow(model)           # one pass along the original's answers, and its own answers
-    found = reference.score(followed, original)  # what the original makes of these
+    found = reference.score(followed, original)  # with the original's loss on these
 
-Answers are greedy. The original's next token is the likeliest by its own pass along its answers, so that a model agrees
-with itself wholly. An answer loops when it has not ended and its last tokens are one passage three times in a row.
+Answers are greedy. The original's next token is the likeliest by its own pass along its answers, so that the agreement
+of a model with itself is 1. An answer loops when it has not ended and its last tokens are one passage three times in a
+row.
 
 A streamed model (a `Chain`) writes nothing, because every token would read all layers: the prompts come with answers,
 and each model makes one pass along them.
@@ -39,7 +40,7 @@ _EXAMPLES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Followed:
-    """What a model says along the original's answers, and its own answers."""
+    """A model's next tokens along the original's answers, and its own answers."""
 
     # For each prompt: tokens that agree, and the summed KL.
     agree_P: Tensor
@@ -50,7 +51,7 @@ class Followed:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """The original's answers, and its next tokens along them."""
+    """The original's answers, and its likeliest next tokens along them."""
 
     prompts: Prompts
     answers: tuple[Ids, ...]
@@ -82,7 +83,7 @@ class Reference:
         )
 
     def itself(self) -> Agreement:
-        """The original's own row of a table: full agreement, and how its answers are."""
+        """The original's row of a table: agreement 1, and measures of its own answers."""
         counts_P = _counts(self.answers)
         answers = self.answers if self.prompts.given is None else None
         whole = Followed(agree_P=counts_P, kl_P=torch.zeros_like(counts_P), answers=answers)
@@ -111,10 +112,10 @@ class Reference:
         return Followed(agree_P=agree_P, kl_P=kl_P, answers=answers)
 
     def score(self, followed: Followed, original: Any) -> Agreement:
-        """The measures of a model, with what the original makes of its answers.
+        """The measures of a model, with the original's perplexity of its answers.
 
         Args:
-            original: None will do where the model has written none.
+            original: not needed where the model has written none.
         """
         answers, loss_P = followed.answers, torch.zeros(len(self.answers), dtype=torch.float64)
         if answers is not None:
@@ -163,7 +164,7 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The prompts that models are asked, as far as they are known before the original is loaded."""
+    """The prompts that models answer, as far as they are known before the original is loaded."""
 
     tokenizer: Any
     # Those of a file; None where the original writes them.
@@ -175,7 +176,7 @@ class Asked:
 
     @classmethod
     def of(cls, spec: AnswerSpec, tokenizer: Any, *configs: Mapping[str, Any], stream: bool = False) -> Asked | None:
-        """What is asked for; None for nothing.
+        """What is asked for; None without prompts.
 
         Args:
             configs: of the models that answer; the smallest number of positions is the limit.
@@ -223,7 +224,7 @@ _LEAST_AGREEMENT, _MOST_LOOPS = 0.6, 0.25
 
 
 def doubt(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
-    """One sentence where perplexity or choices look well, and the answers do not; else None.
+    """One sentence where perplexity or accuracy is well kept and agreement is not; else None.
 
     Args:
         before: measures of the original: those of `Agreement.measures`, and `perplexity` or `accuracy` or both.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeAlias
 
-from intarsia.data.chat import answer_of, learn_turns, prompt_of
+from intarsia.data.chat import answer_of, learn_turns, prompt_of, up_to_answer
 from intarsia.data.conversations import Conversation
 from intarsia.data.corpus import check_ids
 from intarsia.data.self_text import Sampling, self_corpus
@@ -68,7 +68,7 @@ class Prompts:
             UserError: the file cannot be read, a prompt with its answer is too long for the model, or a prompt has no
                 answer where answers are to be given.
         """
-        rows = list(islice(_lines(spec), n))
+        rows = [up_to_answer(row) if given else row for row in islice(_lines(spec), n)]
         found = cls.of(rows, tokenizer, source=spec)
         if given:
             answers = tuple(answer_of(row, tokenizer)[:answer_tokens] for row in rows)
@@ -80,7 +80,7 @@ class Prompts:
                 (
                     found.given is None or bool(found.given[number - 1]),
                     f"Prompt {number} of {spec} has no answer, and a streamed model does not write one.",
-                    "Give conversations that end with the original's answer, or leave --stream out.",
+                    "Give conversations with the original's answers, or leave --stream out.",
                 ),
                 (
                     positions is None or len(each) + answer_tokens <= positions,

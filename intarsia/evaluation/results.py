@@ -97,11 +97,11 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How far a model's words are the original's.
+    """Agreement of a model with the original.
 
     On the original's answers: `agreement` is the share of next tokens that are the same, `kl` the divergence of next
     tokens from the original's, in nats. Of the model's own answers, where it wrote any: `loops` is the share that ends
-    in repeating itself, `length` the mean number of tokens, `perplexity` what the original makes of them. All are means
+    in repeating itself, `length` the mean number of tokens, `perplexity` that of the original on them. All are means
     over `prompts`, with standard errors. `examples` are answers side by side.
     """
 

@@ -88,12 +88,16 @@ def test_agreement_of_streamed_models(model_folder: Folder, sizes: Sizes, text_f
     healed = heal(recipe, tmp_path / "healed", replace(text, tokens=1024), evaluation=spec, runtime=runtime)
     assert healed.answers[1]["agreement"] == asdict(found.agreement) and "loops" not in healed.answers[1]
 
-    entrants, measured = Entrants(methods=("come",), layers=(4,), heal=("none", "closed-form")), tmp_path / "compare"
+    entrants = Entrants(methods=("come",), layers=(4,), heal=("none", "closed-form"), models=(f"{tmp_path / 'out'}",))
+    measured = tmp_path / "compare"
     evaluation = CompareEval(text=(str(text_file),), windows=(2,), answers=3, prompts=str(file))
     text = TextSpec(sources=(sizes["calibration"],), tokens=256, seq_len=32)
     compared = compare(model, measured, entrants, evaluation, text=text, runtime=runtime)
     assert compared.rows is not None
-    assert compared.rows[-1]["agreement"] == asdict(found.agreement) and "answers that loop" not in compared.rows[-1]
+    for row in compared.rows[-2:]:  # as it is healed here, and the model that exists already
+        assert row["agreement"] == asdict(found.agreement) and "answers that loop" not in row
+    with pytest.raises(UserError, match="--tasks or --speed is given with --stream"):
+        compare(model, measured, entrants, replace(evaluation, speed=True), text=text, runtime=runtime)
     page = (measured / "report.html").read_text(encoding="utf-8")
     assert "<h3>Answers</h3>" in page and "end in repeating themselves" not in page
 

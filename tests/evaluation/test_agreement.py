@@ -182,9 +182,9 @@ def test_answers_that_are_given(tmp_path: Path) -> None:
         tokenizer.decode(tokenizer("roti sa roti sa")["input_ids"][:4]),
     ]
     talk = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
-    assert read({"messages": talk}) == ["d</s>"]
+    assert read({"messages": talk}, {"messages": talk[:3]}) == ["d</s>", "b</s>"]
     assert read({"prompt": "one", "response": "ab"}, chat=False) == [" ab"]
-    for rows in ([{"messages": talk}, {"messages": talk[:3]}], [{"text": "a"}]):
+    for rows in ([{"messages": talk}, {"messages": talk[:1]}], [{"text": "a"}]):
         message = rf"^Prompt {len(rows)} of .* has no answer, and a streamed model does not write one\."
         with pytest.raises(UserError, match=message):
             read(*rows)
