@@ -119,7 +119,7 @@ def _in_short(facts: Mapping[str, Any]) -> dict[str, Any]:
     if "width" not in facts:  # layers that can only be removed
         shown = {key: value for key, value in facts.items() if key not in ("kinds", "recipe")}
         return shown | {"layers": f"{facts['layers']} ({kinds})"} | more
-    inexact = facts.get("not_exact_when_merged")
+    inexact, tied = facts.get("not_exact_when_merged"), "tied" if facts["tied_embeddings"] else "not tied"
     return {
         "family": facts["family"],
         "tier": facts["tier"],
@@ -128,7 +128,7 @@ def _in_short(facts: Mapping[str, Any]) -> dict[str, Any]:
         "bytes": facts["bytes"],
         "a_layer": f"{facts['share_of_a_layer']}; KV groups: {facts['kv_groups']}; MLP channels: "
         f"{facts['mlp_channels']}",
-        "embedding": f"{facts['vocabulary']:,} tokens, {'tied' if facts['tied_embeddings'] else 'not tied'} to the head",
+        "embedding": f"{facts['vocabulary']:,} tokens, {tied} to the head",
         "can_be_removed": facts["can_be_removed"],
         "exact": "removal" + (f"; not exact when merged: {'; '.join(inexact)}" if inexact else ", and joined pieces"),
         **more,
