@@ -34,7 +34,7 @@ CONFIG = {
 def generate(folder: Path, depth: int) -> None:
     """Write a model of random weights, tensor by tensor."""
     from intarsia.architecture.detect import detect
-    from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan
+    from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer
 
     config = {**CONFIG, "num_hidden_layers": depth}
     architecture = detect(config)
@@ -48,7 +48,7 @@ def generate(folder: Path, depth: int) -> None:
         }
     plans = [TensorPlan(name=name, dtype=torch.bfloat16, shape=shape) for name, shape in shapes.items()]
     chance = torch.Generator().manual_seed(0)
-    with CheckpointWriter(folder, plans, overwrite=True, max_shard_bytes=10**9) as writer:
+    with checkpoint_writer(folder, plans, overwrite=True, max_shard_bytes=10**9) as writer:
         for plan in plans:
             writer.write(plan.name, torch.randn(plan.shape, generator=chance).mul_(0.02).to(torch.bfloat16))
         (writer.folder / "config.json").write_text(json.dumps(config))

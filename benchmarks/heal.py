@@ -72,7 +72,7 @@ class Bench:
         self.out.mkdir(parents=True, exist_ok=True)
         self.found: dict[str, dict[str, float]] = json.loads(self.rows.read_text()) if self.rows.exists() else {}
 
-    def judge(self, key: str, model: str, seconds: float) -> None:
+    def measure(self, key: str, model: str, seconds: float) -> None:
         """Keep a row: perplexities, and what the last stage took."""
         values = {
             name: intarsia.evaluate_perplexity(model, text, windows=windows).value
@@ -92,7 +92,7 @@ class Bench:
         if not folder.exists():
             intarsia.build(run, folder, layers=layers)
         if f"{method} {layers} cut" not in self.found:
-            self.judge(f"{method} {layers} cut", str(folder), 0.0)
+            self.measure(f"{method} {layers} cut", str(folder), 0.0)
         return folder
 
     def planning(self, method: str) -> dict[str, Any]:
@@ -102,14 +102,14 @@ class Bench:
     def compressed(self, method: str, layers: int) -> Path:
         """What `compress` makes of a model that is healed from several starts."""
         folder, key = self.out / f"{method}-{layers}-cf", f"{method} {layers} closed form"
-        begun = time.perf_counter()
+        started = time.perf_counter()
         if not folder.exists():
             out = Output(path=folder, run=self.plans / method)
             evaluation = EvalSpec(windows=8, speed=False)
             with progress.shown():
                 intarsia.compress("demo", out, Target(layers=layers), evaluation=evaluation, **self.planning(method))
         if key not in self.found:
-            self.judge(key, str(folder), time.perf_counter() - begun)
+            self.measure(key, str(folder), time.perf_counter() - started)
         return folder
 
     def heal(self, source: Path, layers: int, stage: str, name: str, key: str, **options: Any) -> Path:
@@ -125,7 +125,7 @@ class Bench:
             (self.out / f"{name}.json").write_text(json.dumps(result.to_dict(), indent=2, default=str))
         if key not in self.found:
             seconds = sum(row["seconds"] for row in json.loads((self.out / f"{name}.json").read_text())["stages"])
-            self.judge(key, str(folder), seconds)
+            self.measure(key, str(folder), seconds)
         return folder
 
     def depth(self, method: str, layers: int, *, train: bool) -> None:
@@ -206,7 +206,7 @@ def main() -> None:
     bench = Bench(given)
     if not given.table:
         if "dense" not in bench.found:
-            bench.judge("dense", "demo", 0.0)
+            bench.measure("dense", "demo", 0.0)
         for layers in given.layers:
             for method in given.methods:
                 bench.depth(method, layers, train=method in given.train)

@@ -36,7 +36,7 @@ TABLE = ("shortgpt", "come", "come-p", "come-p --spans 1")
 
 
 def main() -> None:
-    """Plan, build and judge."""
+    """Plan, build and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("-o", "--out", type=Path, default=Path("out/bench/quality"))
@@ -57,7 +57,7 @@ def main() -> None:
     rows = given.out / "rows.json"
     found: dict[str, dict[str, float]] = json.loads(rows.read_text()) if rows.exists() else {}
 
-    def judge(key: str, model: str) -> None:
+    def measure(key: str, model: str) -> None:
         found[key] = {
             name: intarsia.evaluate_perplexity(model, text, windows=windows).value
             for name, (text, windows) in texts.items()
@@ -66,7 +66,7 @@ def main() -> None:
         print(key, {name: round(value, 2) for name, value in found[key].items()}, flush=True)
 
     if "dense" not in found:
-        judge("dense", "demo")
+        measure("dense", "demo")
     for name in given.methods:
         run = given.out / name.replace(" --", "-").replace(" ", "-")
         spec = TextSpec(sources=tuple(calibration), tokens=given.tokens)
@@ -76,7 +76,7 @@ def main() -> None:
             if f"{name} {layers}" not in found:
                 folder = given.out / "model"
                 intarsia.build(run, NewModel(path=folder, overwrite=True), layers=layers)
-                judge(f"{name} {layers}", str(folder))
+                measure(f"{name} {layers}", str(folder))
                 shutil.rmtree(folder)
     for text in texts:
         print(f"\n{text} (dense {found['dense'][text]:.2f})\n")

@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 
+from intarsia.progress import Progress, Task, reporting_to
+
 _WORDS = 4096
 _SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
@@ -62,7 +64,7 @@ def generate(folder: Path, config: dict[str, Any]) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from intarsia.architecture.detect import detect
-    from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan
+    from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer
 
     config = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", **config}
     architecture = detect(config)
@@ -76,7 +78,7 @@ def generate(folder: Path, config: dict[str, Any]) -> None:
         shapes["lm_head.weight"] = (architecture.vocabulary, architecture.width)
     plans = [TensorPlan(name=name, dtype=torch.bfloat16, shape=shape) for name, shape in shapes.items()]
     chance = torch.Generator().manual_seed(0)
-    with CheckpointWriter(folder, plans, overwrite=True, max_shard_bytes=2 * 10**9) as writer:
+    with checkpoint_writer(folder, plans, overwrite=True, max_shard_bytes=2 * 10**9) as writer:
         for plan in plans:
             writer.write(plan.name, _random(plan.shape, chance))
         (writer.folder / "config.json").write_text(json.dumps(config))
@@ -106,26 +108,29 @@ def write_text(path: Path, tokens: int) -> None:
     path.write_text("\n".join(" ".join(found[start : start + 512]) for start in range(0, len(found), 512)))
 
 
-class Peaks:
+def peak_since_reset() -> int:
+    """The largest resident memory since the last call, in bytes; on Linux alone."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+
+
+class Peaks(Progress, Task):
     """Progress that notes the largest resident memory of every part of the job, by the title of its task."""
 
     def __init__(self) -> None:
         self.parts: dict[str, int] = {}
         self._under_way = ["hashes, recipes, build"]
 
-    def note(self, what: str = "") -> None:
+    def note(self, text: str = "") -> None:
         """Note the peak of the part that just ended, under the current task's name; the loss apart from the layers."""
-        from intarsia.evaluation.speed import peak_memory_bytes, peak_since_reset, reset_peak
+        from intarsia.evaluation.speed import peak_memory_bytes
 
         name = self._under_way[-1]
         resets = sys.platform == "linux"
         self.parts[name] = max(self.parts.get(name, 0), peak_since_reset() if resets else peak_memory_bytes())
-        reset_peak()
-        if what == "loss":
+        if text == "loss":
             self._under_way[-1] = "losses, from logits"
-
-    def advance(self, n: float = 1.0) -> None:
-        """Nothing."""
 
     def say(self, text: str) -> None:
         """For whoever watches, with the time."""
@@ -150,7 +155,6 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
 
     from intarsia.commands.compress import compress
     from intarsia.options import EvalSpec, Output, Runtime, Target, TextSpec
-    from intarsia.progress import reporting_to
 
     # What the job imports on its way counts as the base.
     for name in ("accelerate", "tokenizers", "transformers.models.llama.modeling_llama"):

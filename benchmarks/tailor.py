@@ -10,7 +10,7 @@ folder and only read when the command is run again, and a search goes on where i
 - `workers`: trials of two workers against those of one; needs two idle cores, and is left out unless it is named.
 - `table`: print what is there.
 
-How models are judged is told in `benchmarks/tailor_parts/judge.py`, what curves show in `curves.py` beside it.
+How models are scored is described in `benchmarks/tailor_parts/scorer.py`, what curves show in `curves.py` beside it.
 
     python -m benchmarks tailor --data ../shared/data --models ../shared/models -o out/bench/tailor
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.tailor_parts import planners, searches, tables, workers
-from benchmarks.tailor_parts.judge import Judge
+from benchmarks.tailor_parts.scorer import Scorer
 from benchmarks.tailor_parts.setting import ABLATION, Rows, Setting
 from intarsia import progress
 
@@ -50,7 +50,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     found.add_argument("--ablate-with", default="evolve", help="the engine of the ablation")
     found.add_argument("--methods", type=_listed, default=planners.METHODS, help="planners, by comma")
-    found.add_argument("--plans", type=Path, help="a folder of run folders of the base, which are judged too")
+    found.add_argument("--plans", type=Path, help="a folder of run folders of the base, which are scored too")
     found.add_argument("--base", default="demo")
     found.add_argument("--layers", type=int, default=23)
     found.add_argument("--items", type=int, default=200, help="of each task, for judging")
@@ -90,16 +90,16 @@ def main() -> None:
         progress=progress.current(),
     )
     rows = Rows(setting.out / "rows.json")
-    judge, seeds = Judge(setting, rows), [int(seed) for seed in given.seeds]
+    scorer, seeds = Scorer(setting, rows), [int(seed) for seed in given.seeds]
     print(f"{torch.get_num_threads()} thread(s); {setting.out}", flush=True)
     for part in given.parts:
         print(f"== {part}", flush=True)
         if part == "planners":
-            planners.run(judge, setting, rows, methods=given.methods, given=given.plans)
+            planners.run(scorer, setting, rows, methods=given.methods, given=given.plans)
         elif part == "ablation":
-            planners.members(judge, setting)
-            told = {"engine": given.ablate_with, "heals": given.heal, "kinds": given.operations}
-            searches.ablation(judge, setting, rows, seeds=seeds, **told)
+            planners.members(scorer, setting)
+            how = {"engine": given.ablate_with, "heals": given.heal, "kinds": given.operations}
+            searches.ablation(scorer, setting, rows, seeds=seeds, **how)
         elif part == "engines":
             searches.engines(setting, seeds=seeds, names=given.engines)
         elif part == "workers":

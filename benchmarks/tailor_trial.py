@@ -31,9 +31,8 @@ from transformers import AutoModelForCausalLM
 from intarsia.building.loaded_model import default_device
 from intarsia.building.materialize import materialize
 from intarsia.data.corpus import Corpus
-from intarsia.evaluation.likelihood import log_likelihoods
+from intarsia.evaluation.likelihood import default_batch_tokens, forward_of, log_likelihoods, score_requests
 from intarsia.evaluation.perplexity import perplexity
-from intarsia.evaluation.run_rows import default_batch_tokens, forward_of, score_requests
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.engine import budget_ladder, expected_trials
 from intarsia.tailoring.engines.evolve import mutate
@@ -91,9 +90,9 @@ class Meter:
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any) -> Any:
-            begun = time.process_time()
+            started = time.process_time()
             found = function(*args)
-            self.seconds += time.process_time() - begun
+            self.seconds += time.process_time() - started
             return found
 
         return timed
@@ -199,7 +198,7 @@ def main() -> None:
     overhead(evaluator, recipes[: given.trials[0]], given.most)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak memory so far {peak / 1e9:.2f} GB\n")
-    # The search does not begin with what the trials before it left behind.
+    # The search does not start with what earlier trials left.
     evaluator.close()
     if given.trials[1]:
         against_plain(evaluator, recipes[given.trials[0] :], family, file)

@@ -247,6 +247,15 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+class Result:
+    """Base of the result of a verb, a dataclass whose `to_dict()` is what `--json` prints."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data; `push` only where something was sent."""
+        found: dict[str, Any] = plain(self)
+        return {key: value for key, value in found.items() if key != "push" or value is not None}
+
+
 def field_comments(kind: type) -> dict[str, str]:
     """The help of each field, inherited ones too: the comment above it."""
     found: dict[str, str] = {}

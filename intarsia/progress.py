@@ -22,13 +22,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 LINE_EVERY_SECONDS = 30.0
 
 
-class Task(Protocol):
-    """One piece of long work that is under way."""
+class Task:
+    """One piece of long work that is under way; this one shows nothing."""
 
     def advance(self, n: float = 1.0) -> None:
         """Count `n` more units of the task as done."""
@@ -37,38 +37,18 @@ class Task(Protocol):
         """Show a few words on the present step beside the bar, in place of the words before."""
 
 
-class Progress(Protocol):
-    """Where long work reports to."""
+class Progress:
+    """Where long work reports to; this one shows nothing, and is the default of every library call."""
 
     def task(self, title: str, total: float, *, units: float = 1.0) -> AbstractContextManager[Task]:
         """Start a task of `total` units that is `units` of the task around it; leaving the context ends it."""
+        return nullcontext(Task())
 
     def say(self, text: str) -> None:
         """Write a line that stays."""
 
 
-class SilentTask:
-    """A task that nobody watches."""
-
-    def advance(self, n: float = 1.0) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-
-class Silent:
-    """Progress that nobody watches: the default of every library call."""
-
-    def task(self, title: str, total: float, *, units: float = 1.0) -> AbstractContextManager[Task]:
-        """A task that shows nothing."""
-        return nullcontext(SilentTask())
-
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-
-_CURRENT: ContextVar[Progress] = ContextVar("progress", default=Silent())  # noqa: B039  (it has no state)
+_CURRENT: ContextVar[Progress] = ContextVar("progress", default=Progress())  # noqa: B039  (it has no state)
 
 
 def current() -> Progress:
@@ -88,7 +68,7 @@ def reporting_to(progress: Progress) -> Iterator[Progress]:
 
 def shown(*, quiet: bool = False, stream: TextIO | None = None) -> AbstractContextManager[Progress]:
     """Show the work inside as suits where stderr goes; not at all if `quiet`."""
-    return reporting_to(Silent() if quiet else Display(stream or sys.stderr))
+    return reporting_to(Progress() if quiet else Display(stream or sys.stderr))
 
 
 @contextmanager
@@ -218,7 +198,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-class _Shown:
+class _Shown(Task):
     """A task on the display; the share of a task inside it counts as `units` of its units."""
 
     def __init__(self, display: Display, title: str, total: float, units: float) -> None:
@@ -235,22 +215,27 @@ class _Shown:
         self._display.moved()
 
 
-class Display:
+class Display(Progress):
     """One bar for all tasks on a terminal; elsewhere at most a line every half minute, with no control characters."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bars
 
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         self._stream, self._clock = stream, clock
         self._tasks: list[_Shown] = []
         self._pace = Pace(0.0, clock)
         self._written = clock()
-        self._bar = _Bar(self._console) if self._console.is_terminal and not self._console.is_dumb_terminal else None
+        self._bar: Bars | None = None
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(24), TextColumn("{task.fields[rest]}"))
+            self._bar = Bars(*columns, console=self._console, redirect_stdout=False, transient=True)
+            self._line = self._bar.add_task("", total=1.0, rest="")
 
     @contextmanager
     def task(self, title: str, total: float, *, units: float = 1.0) -> Iterator[_Shown]:
-        """A task; see `Progress`."""
         task = _Shown(self, title, total, units)
         if not self._tasks:
             self._pace, self._written = Pace(total, self._clock), self._clock()
@@ -264,7 +249,6 @@ class Display:
                 self._bar.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
         if self._bar is not None:
             self._console.print(text, markup=False)
         else:
@@ -280,7 +264,8 @@ class Display:
             inner = share * task.units
         self._pace.reach(share * self._pace.total)
         if self._bar is not None:
-            self._bar.update(self._pace.share, self._words(), self._rest())
+            self._bar.start()
+            self._bar.update(self._line, completed=self._pace.share, description=self._words(), rest=self._rest())
         elif self._clock() - self._written >= LINE_EVERY_SECONDS:
             self._written = self._clock()
             self.say(f"{self._words()}: {self._rest()}")
@@ -295,24 +280,3 @@ class Display:
         left = self._pace.left()
         rest = "" if left is None or self._pace.share >= 1 else f", {duration(left)} left"
         return f"{self._pace.share:.0%} after {duration(self._pace.elapsed)}{rest}"
-
-
-class _Bar:
-    """One line of a terminal."""
-
-    def __init__(self, console: object) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(24), TextColumn("{task.fields[rest]}"))
-        self._bars = Progress(*columns, console=console, redirect_stdout=False, transient=True)  # type: ignore[arg-type]
-        self._id = self._bars.add_task("", total=1.0, rest="")
-
-    def update(self, share: float, words: str, rest: str) -> None:
-        """Show this share, started if it is not."""
-        if not self._bars.live.is_started:
-            self._bars.start()
-        self._bars.update(self._id, completed=share, description=words, rest=rest)
-
-    def stop(self) -> None:
-        """Put the bar away."""
-        self._bars.stop()

@@ -26,6 +26,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
@@ -118,7 +119,9 @@ class Kind:
 
     def by(self, flag: str) -> Kind:
         """The same entries, chosen by another option."""
-        return _By(self, flag)
+        other = copy(self)  # with the same dictionary
+        other.flag = flag
+        return other
 
     def register(self, name: str, settings: type | None = None, **facts: Any) -> Callable[[T], T]:
         """Decorate a class or function to make it known by `name`."""
@@ -233,20 +236,6 @@ class Kind:
         for module in sorted(pkgutil.iter_modules(getattr(package, "__path__", [])), key=lambda each: each.name):
             import_module(f"{self._package}.{module.name}")
         _load_announced()
-
-
-class _By(Kind):
-    """A kind under another flag."""
-
-    def __init__(self, kind: Kind, flag: str) -> None:
-        self.noun, self.flag, self.many, self._kind = kind.noun, flag, kind.many, kind
-
-    @property
-    def _entries(self) -> dict[str, Entry]:  # type: ignore[override]
-        return self._kind._entries
-
-    def _find(self) -> None:
-        self._kind._find()
 
 
 planners = Kind("method", "method", "intarsia.pruning.methods")

@@ -32,7 +32,7 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {**_OWN_HEADS, "layer_types": _SLIDING, "sliding_window": 5}),
     # q, k and v in one matrix, gate and up in one; half of every head is rotated.
     "phi3": ("phi3", {**_GROUPED, "head_dim": 4, "rope_parameters": _PARTLY_ROTARY, "sliding_window": 9}),
-    # Norms behind the parts alone, QK-norm over all heads.
+    # Norms after the parts alone, QK-norm over all heads.
     "olmo2": ("olmo2", {**_GROUPED}),
     "olmo3": ("olmo3", {**_GROUPED, "layer_types": _SLIDING, "sliding_window": 5}),
     # Layers 2 and 3 have no rotary embedding.

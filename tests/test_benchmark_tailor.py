@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.tailor_parts.curves import curve_of, mean_curve, scalar, volume
-from benchmarks.tailor_parts.judge import kept, mean
+from benchmarks.tailor_parts.scorer import kept, mean
 from benchmarks.tailor_parts.sharing import sharing_of
 from intarsia.tailoring.candidate import Candidate, single
 from intarsia.tailoring.history import Trial

@@ -7,7 +7,7 @@ import pickle
 from intarsia.errors import Problem, UserError, missing_package
 
 
-def test_all_problems_are_told_also_behind_a_pickle() -> None:
+def test_all_problems_are_reported_also_after_a_pickle() -> None:
     problems = [Problem(f"file:{line}: is wrong.", "Mend it.") for line in (1, 2)]
     error = pickle.loads(pickle.dumps(UserError(problems)))
     assert error.problems == tuple(problems)

@@ -40,7 +40,7 @@ def test_a_job_is_started_and_resumed(tmp_path: Path) -> None:
     assert RunDir.existing(run.path).pinned("text") == {"sha256": "abc"}
 
 
-def test_every_other_setting_is_told(tmp_path: Path) -> None:
+def test_every_other_setting_is_reported(tmp_path: Path) -> None:
     run = RunDir(tmp_path, option="-o")
     with run.opened(SETTINGS):
         pass

@@ -26,7 +26,7 @@ from intarsia.healing.quality import quality
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.training import Text
-from intarsia.progress import Silent, reporting_to
+from intarsia.progress import Progress, reporting_to
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.recipe.recipe import Recipe, Variant, identity
@@ -167,7 +167,7 @@ def test_every_method_plans_the_same(method: str, tmp_path: Path, checkpoint_of:
 
 
 @pytest.mark.parametrize("method", [method for method in progressive_methods() if method != "laco"])
-def test_repairing_in_the_loop_is_the_same(
+def test_healing_in_the_loop_is_the_same(
     method: str, tmp_path: Path, checkpoint_of: Opened, resident_of: InMemory
 ) -> None:
     rule = ClosedFormSettings(held_out=2)
@@ -197,7 +197,7 @@ def test_a_step_reads_a_layer_once_a_pass(checkpoint_of: Opened, tmp_path: Path)
     assert step is not None and step.op is not None
     assert len(step.evidence["grid"]) > 20
     originals = [resident.offload.reads[op] for op in resident.offload.reads if op in ORIGINALS]
-    # Once for its pieces, once for all that it stands behind; and where it is a candidate itself (a ratio of 1), of
+    # Once for its pieces, once for all candidates before it; and where it is a candidate itself (a ratio of 1), of
     # either span that it is in.
     assert max(originals) <= 4
     resident.offload.reads.clear()
@@ -222,8 +222,8 @@ def test_healed_tensors_are_the_same(family: str, checkpoint_of: Opened, residen
     assert content_hash(found) == content_hash(wanted)
     assert same == reports and any(report["ridge"] is not None for report in reports)
     assert other.offload is not None and other.offload.most <= 2
-    judged = quality(wanted, resident, [corpus, corpus_of()])
-    assert quality(found, other, [corpus, corpus_of()]) == judged
+    measured = quality(wanted, resident, [corpus, corpus_of()])
+    assert quality(found, other, [corpus, corpus_of()]) == measured
 
 
 @pytest.mark.parametrize("inputs", ["teacher", "student"])
@@ -272,7 +272,7 @@ def test_agreement_along_given_answers_is_the_same(family: str, checkpoint_of: O
     assert reference.itself().agreement.value == 1.0
 
 
-def test_a_shard_that_disappears_is_told_by_its_name(tmp_path: Path) -> None:
+def test_a_shard_that_disappears_is_named(tmp_path: Path) -> None:
     folder = families.save(families.make_model("llama"), tmp_path, max_shard_size="20KB")
     checkpoint = Checkpoint.open(folder, model=str(folder))
     resident = streamed(checkpoint)
@@ -303,7 +303,7 @@ class OutOfMemory:
         return out[0] if isinstance(out, tuple) else out
 
 
-class Saying(Silent):
+class Saying(Progress):
     def __init__(self) -> None:
         self.said: list[str] = []
 

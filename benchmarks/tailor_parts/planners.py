@@ -1,7 +1,7 @@
 """Part `planners`: single-model planners on the base and on the best variant, cut and healed in closed form.
 
 They look at the text that the objectives show a search. Ladders of the base that were made elsewhere (`--plans`) are
-judged too. Each model is healed towards the member that it was cut from.
+scored too. Each model is healed towards the member that it was cut from.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import intarsia
-from benchmarks.tailor_parts.judge import Judge, mean
+from benchmarks.tailor_parts.scorer import Scorer, mean
 from benchmarks.tailor_parts.setting import VARIANTS, Rows, Setting
 from intarsia.activations.batches import Batches
 from intarsia.activations.loop import Loop
@@ -30,21 +30,21 @@ METHODS = ("shortgpt", "sleb", "come", "come-p")
 CUT, HEALED = "cut", "healed"
 
 
-def run(judge: Judge, setting: Setting, rows: Rows, *, methods: tuple[str, ...], given: Path | None) -> None:
-    """Plan, cut, heal and judge."""
-    members(judge, setting)
+def run(scorer: Scorer, setting: Setting, rows: Rows, *, methods: tuple[str, ...], given: Path | None) -> None:
+    """Plan, cut, heal and score."""
+    members(scorer, setting)
     for method, folder in _ladders(given):
-        _judge(judge, setting, rows, BASE, f"{method} (given)", folder)
+        _score(scorer, setting, rows, BASE, f"{method} (given)", folder)
     for member in (BASE, best_variant(rows)):
         for method in methods:
             if f"{method} on {member}, {HEALED}" not in rows:
-                _judge(judge, setting, rows, member, method, plan(setting, member, method))
+                _score(scorer, setting, rows, member, method, plan(setting, member, method))
 
 
-def members(judge: Judge, setting: Setting) -> None:
-    """Judge the base and the variants as they are."""
+def members(scorer: Scorer, setting: Setting) -> None:
+    """Scorer the base and the variants as they are."""
     for member in (BASE, *VARIANTS):
-        judge.row(member, setting.whole(member))
+        scorer.row(member, setting.whole(member))
 
 
 def best_variant(rows: Rows) -> str:
@@ -68,17 +68,17 @@ def _ladders(given: Path | None) -> Iterator[tuple[str, Path]]:
             yield folder.name, folder
 
 
-def _judge(judge: Judge, setting: Setting, rows: Rows, member: str, method: str, folder: Path) -> None:
+def _score(scorer: Scorer, setting: Setting, rows: Rows, member: str, method: str, folder: Path) -> None:
     found = Ladder.existing(folder)
     if setting.layers not in found.depths():
         print(f"{method} on {member}: no ladder down to {setting.layers} layers")
         return
     cut = found.recipe(setting.layers)
     flat = _in_family(cut, setting.whole(member))
-    judge.row(f"{method} on {member}, {CUT}", flat)
+    scorer.row(f"{method} on {member}, {CUT}", flat)
     key = f"{method} on {member}, {HEALED}"
     if key not in rows:
-        judge.row(key, replace(flat, fitted=_fitted(judge, setting, member, cut)))
+        scorer.row(key, replace(flat, fitted=_fitted(scorer, setting, member, cut)))
 
 
 def _in_family(cut: Recipe, member: Recipe) -> Recipe:
@@ -93,8 +93,8 @@ def _in_family(cut: Recipe, member: Recipe) -> Recipe:
     return replace(member, layers=tuple(map(of_member, cut.layers)), spans=cut.spans)
 
 
-def _fitted(judge: Judge, setting: Setting, member: str, cut: Recipe) -> Fitted:
+def _fitted(scorer: Scorer, setting: Setting, member: str, cut: Recipe) -> Fitted:
     checkpoint = open_checkpoint(setting.folder(member))
     resident = LoadedModel(checkpoint, device=default_device())
-    with TeacherStates(Loop(resident, Batches(judge.corpus, resident.device))) as teacher:
+    with TeacherStates(Loop(resident, Batches(scorer.corpus, resident.device))) as teacher:
         return fit(cut, teacher)[0].fitted

@@ -1,4 +1,4 @@
-"""Parts `ablation` and `engines`: searches of equal trials, their incumbents judged and healed.
+"""Parts `ablation` and `engines`: searches of equal trials, their incumbents scored and healed.
 
 All searches begin with the base without layers of its middle. Those of the ablation begin also with what two planners
 cut from the base and from the best variant, taken from every member and from their merges, as far as the operations can
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from benchmarks.tailor_parts.judge import Judge
 from benchmarks.tailor_parts.planners import CUT, HEALED, best_variant, plan
+from benchmarks.tailor_parts.scorer import Scorer
 from benchmarks.tailor_parts.setting import ABLATION, Rows, Setting
 from intarsia.commands.tailor import FinalOptions, SearchOptions, tailor
 from intarsia.tailoring.family_file import BASE, RANDOM_MIDDLE
@@ -48,7 +48,7 @@ def is_finished(setting: Setting, name: str) -> bool:
 
 
 def ablation(
-    judge: Judge,
+    scorer: Scorer,
     setting: Setting,
     rows: Rows,
     *,
@@ -63,7 +63,7 @@ def ablation(
     for seed, heal, operations in product(seeds, heals, kinds):
         kind = f"{HEALS[heal]}{operations}"
         name = _search(setting, kind, engine, seed, operations=ABLATION[operations], starts=starts, heal=heal)
-        _judge(judge, setting, name, healed=heal != "none")
+        _score(scorer, setting, name, healed=heal != "none")
 
 
 def engines(setting: Setting, *, seeds: Sequence[int], names: Sequence[str]) -> None:
@@ -89,29 +89,29 @@ def _search(
     if is_finished(setting, name):
         return name
     file = setting.family_file(name, operations, engine, seed, starts, heal=heal)
-    begun, cpu = time.perf_counter(), time.process_time()
+    started, cpu = time.perf_counter(), time.process_time()
     found = tailor(
         file,
         folder,
         search=SearchOptions(trials=setting.trials, calibration=tuple(setting.calibration), tokens=setting.tokens[2]),
         final=FinalOptions(judge=False, build=False),
     )
-    spent = f"{time.perf_counter() - begun:.0f} s, {time.process_time() - cpu:.0f} s of the processor"
+    spent = f"{time.perf_counter() - started:.0f} s, {time.process_time() - cpu:.0f} s of the processor"
     print(f"{name}: {found.trials} trials, {found.failed} failed; {spent}", flush=True)
     return name
 
 
-def _judge(judge: Judge, setting: Setting, name: str, *, healed: bool) -> None:
+def _score(scorer: Scorer, setting: Setting, name: str, *, healed: bool) -> None:
     """The knee of the front as it is cut, and healed where that was searched for; anew when the search has gone on."""
     folder = TailorRun.existing(folder_of(setting, name))
     trials = len(folder.made)
-    if judge.has(f"{name}, {HEALED if healed else CUT}", trials=trials):
+    if scorer.has(f"{name}, {HEALED if healed else CUT}", trials=trials):
         return
     front = folder.front
     if front is None:
         print(f"{name}: no trial has succeeded")
         return
     recipe = trial_recipe(folder, front.knee, healed=False)
-    judge.row(f"{name}, {CUT}", recipe, trials=trials)
+    scorer.row(f"{name}, {CUT}", recipe, trials=trials)
     if healed:
-        judge.row(f"{name}, {HEALED}", judge.healed(recipe), trials=trials)
+        scorer.row(f"{name}, {HEALED}", scorer.healed(recipe), trials=trials)

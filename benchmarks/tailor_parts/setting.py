@@ -11,7 +11,7 @@ from typing import Any
 
 from intarsia.building.materialize import materialize
 from intarsia.disk import write_whole
-from intarsia.evaluation.task_file import read_questions, read_targets
+from intarsia.evaluation.task_file import Question, Target, read_items
 from intarsia.progress import Progress
 from intarsia.recipe.ops import LayerRef, Select
 from intarsia.recipe.recipe import Recipe, derive_spans
@@ -19,7 +19,7 @@ from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import BASE, MemberSpec
 
 SEEN = "0:0.33"
-"""The part of a task that searches, planners and fits may see; the rest judges."""
+"""The part of a task that searches, planners and fits may see; the rest scores."""
 SEEN_NEWS = "0:0.9"
 VARIANTS = {"math": "smollm2-135m-math-lora", "science": "smollm2-135m-science-lora"}
 METHODS = ("linear", "slerp", "task_arithmetic", "ties")
@@ -41,7 +41,7 @@ class Setting:
         base: the base model, `layers` of whose layers are to stay.
         budgets: the least and the greatest of a search.
         tokens: of text, for planners, for the closed form, and for the sensitivities of pieces in a search.
-        items: unseen items of each task that judge, at most; `windows` of WikiText-2 and of news.
+        items: unseen items of each task that models are scored on, at most; `windows` of WikiText-2 and of news.
     """
 
     data: Path
@@ -67,8 +67,8 @@ class Setting:
     @cached_property
     def calibration(self) -> list[str]:
         """What the objectives show: the seen third of both tasks, and news without its last tenth, as much of each."""
-        questions = read_questions(f"{self.task('arc_easy')}#{SEEN}")[1]
-        targets = read_targets(f"{self.task('math_cot')}#{SEEN}")[1]
+        questions = read_items(f"{self.task('arc_easy')}#{SEEN}", Question)[1]
+        targets = read_items(f"{self.task('math_cot')}#{SEEN}", Target)[1]
         texts = [f"{question.query} {question.choices[question.gold]}" for question in questions]
         texts += [f"{target.query} {target.target}" for target in targets]
         path = self.out / "calibration.jsonl"

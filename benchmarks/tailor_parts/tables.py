@@ -8,8 +8,8 @@ from itertools import product
 
 from benchmarks.tailor_parts import curves
 from benchmarks.tailor_parts.curves import Curve
-from benchmarks.tailor_parts.judge import COUNTED, TASKS, TEXTS, kept, mean
 from benchmarks.tailor_parts.planners import CUT, HEALED
+from benchmarks.tailor_parts.scorer import COUNTED, TASKS, TEXTS, kept, mean
 from benchmarks.tailor_parts.searches import CURVES, ENGINES, HEALS, folder_of, is_finished
 from benchmarks.tailor_parts.setting import ABLATION, VARIANTS, Rows, Setting
 from benchmarks.tailor_parts.sharing import sharing_of

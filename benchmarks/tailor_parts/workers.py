@@ -50,7 +50,7 @@ def _pace(setting: Setting, recipes: list[Recipe], count: int) -> float:
         with dask_workers(opener, scheduler=None, count=count) as hands:
             _warm_up(hands, recipes[:count], budget)
             rest = recipes[2:]
-            begun, waiting, open_ = time.perf_counter(), list(enumerate(rest)), 0
+            started, waiting, open_ = time.perf_counter(), list(enumerate(rest)), 0
             while waiting or open_:
                 while waiting and open_ < count:
                     number, recipe = waiting.pop(0)
@@ -60,7 +60,7 @@ def _pace(setting: Setting, recipes: list[Recipe], count: int) -> float:
                 open_ -= 1
                 if done.outcome is None:
                     raise SystemExit(f"a trial failed: {done.reason}")
-            return 60.0 * len(rest) / (time.perf_counter() - begun)
+            return 60.0 * len(rest) / (time.perf_counter() - started)
     finally:
         os.sched_setaffinity(0, cores)
 

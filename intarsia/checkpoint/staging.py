@@ -18,7 +18,7 @@ from pathlib import Path
 from secrets import token_hex
 
 from intarsia.disk import require_room, sync_folder
-from intarsia.errors import UserError
+from intarsia.errors import UserError, check
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -85,8 +85,8 @@ def check_out(
     nbytes: int = 0,
     sign: str = "config.json",
     inputs: Collection[Path] = (),
-) -> Path:
-    """Whether `out` can be written, asked before any work. Returns its path with links resolved.
+) -> None:
+    """Whether `out` can be written, asked before any work.
 
     Raises:
         UserError: see `staged_folder`.
@@ -100,7 +100,24 @@ def check_out(
             raise _cannot_write(place, error) from error
     if nbytes:
         check_room(out, nbytes)
-    return place
+
+
+def check_file(out: Path, *, overwrite: bool, nbytes: int = 0) -> None:
+    """Whether a file can be written, asked before any work.
+
+    Raises:
+        UserError: it is there already, is a folder, or the disk is too small.
+    """
+    check(
+        (not out.is_dir(), f"The output {out} is a folder.", "Name a file."),
+        (
+            overwrite or out.is_dir() or not out.exists(),
+            f"The output file {out} exists already.",
+            "Choose another one, or pass --overwrite to replace it.",
+        ),
+    )
+    if nbytes:
+        check_room(out, nbytes)
 
 
 def check_no_input(out: Path, inputs: Iterable[Path]) -> None:

@@ -9,16 +9,14 @@ aligned; with one dtype, the usual case, the layout is the order of the plan.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from io import FileIO
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -82,61 +80,45 @@ class _Shard:
     starts: dict[str, int]
 
 
+@contextmanager
+def checkpoint_writer(
+    out: Path,
+    tensors: Sequence[TensorPlan],
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+    inputs: Collection[Path] = (),
+) -> Iterator[CheckpointWriter]:
+    """Write a model folder: a clean end of the block adds an index and the sums of all files, and publishes it as
+    `out`; anything else removes it."""
+    writer = CheckpointWriter(tensors, max_shard_bytes)
+    with staged_folder(out, overwrite=overwrite, nbytes=writer.nbytes, inputs=inputs) as writer.folder:
+        try:
+            yield writer
+            writer.finish()
+        finally:
+            writer.close()
+
+
 class CheckpointWriter:
-    """Writes the weight files of a model folder; use it as a context manager.
+    """Writes the weight files of a model folder. `folder` is where config, tokenizer and the like go too."""
 
-    `folder` is the staging folder, for config, tokenizer and the like. A clean end of the block adds the sums of all
-    files and publishes the folder as `out`; anything else removes it.
-    """
+    folder: Path
 
-    def __init__(
-        self,
-        out: Path,
-        tensors: Sequence[TensorPlan],
-        *,
-        overwrite: bool = False,
-        max_shard_bytes: int = 5 * 10**9,
-        inputs: Collection[Path] = (),
-    ) -> None:
+    def __init__(self, tensors: Sequence[TensorPlan], max_shard_bytes: int) -> None:
         assert tensors, "a model has weights"
         assert len({plan.name for plan in tensors}) == len(tensors), "names are unique"
-        self._out = out
-        self._overwrite = overwrite
-        self._inputs = inputs
         self._shards = _lay_out(tensors, max_shard_bytes)
         self._nbytes = sum(plan.nbytes for plan in tensors)
         self._parameters = sum(prod(plan.shape) for plan in tensors)
         self._places = [(plan, shard) for shard in self._shards for plan in tensors if plan.name in shard.starts]
         self._done = 0
         self._file: FileIO | None = None
-        self._hash: hashlib._Hash | None = None  # of the open file so far, while it is written from front to back
-        self._sums: dict[str, str] = {}
-        self._exit = ExitStack()
-        self.folder = Path()
 
     @property
     def nbytes(self) -> int:
         """Bytes that the weight files will take."""
         return self._nbytes + sum(len(shard.header) for shard in self._shards)
-
-    def __enter__(self) -> CheckpointWriter:
-        staged = staged_folder(self._out, overwrite=self._overwrite, nbytes=self.nbytes, inputs=self._inputs)
-        self.folder = self._exit.enter_context(staged)
-        self._exit.callback(self._close)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        if error is None:
-            try:
-                self._finish()
-            except BaseException as late:
-                # The staging folder must learn of it, or it would publish what is half-written.
-                if not self._exit.__exit__(type(late), late, late.__traceback__):
-                    raise
-                return None
-        return self._exit.__exit__(kind, error, trace)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor of the plan.
@@ -150,32 +132,26 @@ class CheckpointWriter:
         assert plan.dtype == tensor.dtype, f"{name}: planned {plan.dtype}, got {tensor.dtype}"
         assert plan.shape == tuple(tensor.shape), f"{name}: planned {plan.shape}, got {tuple(tensor.shape)}"
         if self._done == 0 or self._places[self._done - 1][1] is not shard:
-            self._close()
+            self.close()
             # Unbuffered: nothing is left to flush, and to fail, at the end of the block.
             self._file = FileIO(self.folder / shard.file, "w")
-            self._hash = hashlib.sha256(shard.header)
             _write_all(self._file, memoryview(shard.header))
         assert self._file is not None
-        if self._file.tell() != shard.starts[name]:
-            self._file.seek(shard.starts[name])
-            self._hash = None
+        self._file.seek(shard.starts[name])
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            data = flat.view(torch.uint8).numpy().data
-            _write_all(self._file, data)
-            if self._hash is not None:
-                self._hash.update(data)
+            _write_all(self._file, flat.view(torch.uint8).numpy().data)
         self._done += 1
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close the file that is being written."""
         if self._file is not None:
             self._file.close()
-            if self._hash is not None:
-                self._sums[Path(str(self._file.name)).name] = self._hash.hexdigest()
             self._file = None
 
-    def _finish(self) -> None:
-        self._close()
+    def finish(self) -> None:
+        """Write what comes after the last tensor."""
+        self.close()
         assert self._done == len(self._places), f"{len(self._places) - self._done} planned tensors were not written"
         if len(self._shards) > 1:
             index = {
@@ -184,7 +160,7 @@ class CheckpointWriter:
             }
             text = json.dumps(index, indent=2) + "\n"
             (self.folder / INDEX_FILE).write_text(text, encoding="utf-8")
-        write_sums(self.folder, self._sums)
+        write_sums(self.folder)
 
 
 def _write_all(file: FileIO, data: memoryview) -> None:

@@ -12,8 +12,9 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.exceptions import MissingArgumentError
@@ -59,12 +60,8 @@ class Call:
         return self.verb(*self.rest, **self.arguments)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Group:
-    """Options that stand together in the help."""
-
-    title: str
-    options: tuple[Option, ...]
+_Panel: TypeAlias = tuple[str, Sequence[Option]]
+"""Options that stand together in the help, under a title."""
 
 
 def parse(verb: Callable[..., Any], name: str, words: Sequence[str]) -> Call:
@@ -98,7 +95,7 @@ def parse(verb: Callable[..., Any], name: str, words: Sequence[str]) -> Call:
     }
     for key in config:
         if key not in options:
-            problems.append(UserError(*_unknown(key, parts, f"{key} in the config file")).problems[0])
+            problems.add(*_unknown(key, parts, f"{key} in the config file"))
     if "preset" in given:
         with problems:
             options["preset"].convert(given["preset"])
@@ -153,13 +150,13 @@ def _preset(chosen: registry.Chosen, name: str) -> registry.Chosen:
     )
 
 
-def _chosen_groups(chosen: Mapping[str, Any]) -> Iterator[_Group]:
+def _chosen_groups(chosen: Mapping[str, Any]) -> Iterator[_Panel]:
     every = [each for value in chosen.values() for each in (value if isinstance(value, tuple) else (value,))]
     for each in every:
         if each.settings is not None:
-            yield _Group(title=each.name, options=options_of(type(each.settings), each.settings))
+            yield each.name, options_of(type(each.settings), each.settings)
     if names := {name: None for each in every for name in _presets(each.entry)}:
-        yield _Group(title="Preset", options=(_preset_option(names),))
+        yield "Preset", (_preset_option(names),)
 
 
 def _preset_option(names: Mapping[str, Any]) -> Option:
@@ -168,7 +165,7 @@ def _preset_option(names: Mapping[str, Any]) -> Option:
     return Option(attribute="preset", annotation=kind, default=None, help=comment, flag=Flag(metavar="NAME"))
 
 
-def _settings_groups(parts: Sequence[Part]) -> Iterator[_Group]:
+def _settings_groups(parts: Sequence[Part]) -> Iterator[_Panel]:
     """For the help: the options of everything that could be chosen, those of the same owners together."""
     presets: dict[str, None] = {}
     for part in parts:
@@ -183,9 +180,9 @@ def _settings_groups(parts: Sequence[Part]) -> Iterator[_Group]:
         for having in owners.values():
             names = ", ".join(name for name, _ in having)
             groups.setdefault(f"With --{part.choices.flag} {names}", []).append(_together(having))
-        yield from (_Group(title=title, options=tuple(options)) for title, options in groups.items())
+        yield from groups.items()
     if presets:
-        yield _Group(title="Preset", options=(_preset_option(presets),))
+        yield "Preset", (_preset_option(presets),)
 
 
 def _together(having: Sequence[tuple[str, Option]]) -> Option:
@@ -197,16 +194,16 @@ def _together(having: Sequence[tuple[str, Option]]) -> Option:
     return dataclasses.replace(first, help=" ".join(line for line in lines if line))
 
 
-def _groups(parts: Sequence[Part]) -> Iterator[_Group]:
+def _groups(parts: Sequence[Part]) -> Iterator[_Panel]:
     plain = [option for part in parts if part.option is not None for option in part.options]
     for part in parts:
         if isinstance(part.choices, Kind):
             plain.append(_choice_option(part, part.choices))
-    yield _Group(title="Options", options=tuple(plain))
+    yield "Options", plain
     for part in parts:
         if part.values is not None:
-            yield _Group(title=_title(part.values), options=part.options)
-    yield _Group(title="Every verb", options=options_of(Shared))
+            yield _title(part.values), part.options
+    yield "Every verb", options_of(Shared)
 
 
 def _choice_option(part: Part, kind: Kind) -> Option:
@@ -232,14 +229,14 @@ def _title(kind: type) -> str:
 
 
 def _app(
-    verb: Callable[..., Any], name: str, groups: Sequence[_Group], *, shown: bool = False
+    verb: Callable[..., Any], name: str, groups: Sequence[_Panel], *, shown: bool = False
 ) -> tuple[App, dict[str, Option]]:
     """A parser of these options, or what is shown as help. The same option of several owners is one flag."""
     options: dict[str, Option] = {}
     order: list[inspect.Parameter] = []
-    for group in groups:
-        panel = Group.create_ordered(group.title)
-        for option in group.options:
+    for title, listed in groups:
+        panel = Group.create_ordered(title)
+        for option in listed:
             if option.key not in options:
                 options[option.key] = option
                 order.append(_parameter(option, panel, shown=shown))
@@ -333,7 +330,7 @@ def _split(
     unknown = [word for word in words if _OPTION.match(word) and word.partition("=")[0] not in known]
     for word in unknown:
         name = word.partition("=")[0]
-        problems.append(UserError(*_unknown(name.lstrip("-"), parts, name)).problems[0])
+        problems.add(*_unknown(name.lstrip("-"), parts, name))
     try:
         _, bound, unused, _ = app.parse_known_args([word for word in words if word not in unknown])
     except MissingArgumentError as error:
@@ -364,8 +361,6 @@ def _unknown(key: str, parts: Sequence[Part], called: str) -> tuple[str, str]:
                     f"{called} is an option of {listed}.",
                     f"Leave it out, or choose --{part.choices.flag} {owners[0]}.",
                 )
-    from difflib import get_close_matches
-
     known = [option.key for part in parts for option in part.options] + [option.key for option in options_of(Shared)]
     near = get_close_matches(name, known, n=1)
     return f"There is no option {called}.", f"Did you mean --{near[0]}?" if near else "See --help."

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from intarsia.architecture.families import Family, known_families, with_family_file
-from intarsia.commands.result import Result
 from intarsia.disk import read_json
-from intarsia.flags import Flag
+from intarsia.flags import Flag, Result
 from intarsia.model_name import check_model
 from intarsia.progress import current, quiet_transformers
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from intarsia.commands.evaluate import check_one_device
-from intarsia.commands.result import Result
 from intarsia.errors import Problems, check
-from intarsia.flags import Flag
+from intarsia.flags import Flag, Result
 from intarsia.options import AnswerSpec, Runtime
 from intarsia.progress import current
 

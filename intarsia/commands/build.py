@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from intarsia.commands.push import push_later
-from intarsia.commands.result import Result
 from intarsia.errors import UserError
-from intarsia.flags import Flag
+from intarsia.flags import Flag, Result
 from intarsia.options import NewModel
 
 

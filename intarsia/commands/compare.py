@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from intarsia import progress
-from intarsia.commands.result import Result
 from intarsia.errors import Problems, check
-from intarsia.flags import Flag, flag, plain
+from intarsia.flags import Flag, Result, flag, plain
 from intarsia.options import ModelRef, Runtime, Target, TextsAndTasks, TextSpec
 from intarsia.registry import Chosen, heal_stages, planners, words_of
 from intarsia.run_dir import RunDir
@@ -160,8 +159,7 @@ def compare(
     """
     from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_no_input
-    from intarsia.commands.compare_ladders import Ladders
-    from intarsia.commands.compare_rows import Rows
+    from intarsia.commands.compare_rows import Ladders, Rows
     from intarsia.commands.job import Job, pin_text
     from intarsia.evaluation.agreement import Asked
     from intarsia.evaluation.speed import peak_memory_bytes
@@ -270,7 +268,7 @@ def compare(
                 ladders.close()
     return result(
         files=_write_outputs(out),
-        rows=tuple(map(_with_errors, cells(load(out)))),
+        rows=tuple(cells(load(out))),
         passes=ladders.passes,
         shared_layer_forwards=ladders.shared_forwards,
         layer_forwards=ladders.layer_forwards,
@@ -327,20 +325,13 @@ def _named(text: str) -> tuple[str, str]:
 
 def _settings(job: Job, run: RunDir, texts: Mapping[str, Corpus]) -> dict[str, Any]:
     """What decides every number. A text is the same where its content is, whatever path it has."""
-    from intarsia.checkpoint.hashing import acting_config
-    from intarsia.commands.job import calibration_of
-    from intarsia.model_name import lasting
+    from intarsia.commands.job import settings_of
 
+    settings = settings_of(run, job)
     return {
         "kind": "compare",
-        "model": lasting(job.model),
-        "revision": job.revision,
-        "base_sha256": job.sha256,
-        "config": acting_config(job.checkpoint.config),
-        "calibration": calibration_of(run, job),
-        "tokens": job.spec.tokens,
-        "seq_len": job.spec.seq_len,
-        "seed": job.spec.seed,
+        "base_sha256": settings.pop("sha256"),
+        **settings,
         "eval_texts": {name: {"sha256": text.sha256, "windows": len(text)} for name, text in texts.items()},
     }
 
@@ -427,16 +418,6 @@ def _write_outputs(out: Path) -> tuple[Path, ...]:
         write_whole(out / name, content)
     write_report([out], out / REPORT)
     return tuple(out / name for name in (*files, REPORT))
-
-
-def _with_errors(cells: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the table with every number and its standard error as one value."""
-    last = " stderr"
-    return {
-        name: {"value": value, "stderr": cells[f"{name}{last}"]} if cells.get(f"{name}{last}") is not None else value
-        for name, value in cells.items()
-        if not name.endswith(last)
-    }
 
 
 def _listed(values: Any) -> str:

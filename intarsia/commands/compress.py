@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from intarsia import progress
 from intarsia.commands.push import push_later
-from intarsia.commands.result import Result
 from intarsia.errors import UserError
+from intarsia.flags import Result
 from intarsia.options import EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
 from intarsia.pruning.efforts import method_of
 from intarsia.pruning.estimate import Estimate
@@ -19,7 +19,7 @@ from intarsia.registry import HealStages, Planner, heal_stages
 from intarsia.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from intarsia.commands.compress_measures import Measures
+    from intarsia.commands.measures import Measures
     from intarsia.data.corpus import Corpus
     from intarsia.evaluation.results import Agreement
     from intarsia.healing.pipeline import Healed
@@ -95,8 +95,8 @@ def compress(
     from intarsia.building.materialize import RECIPE_FILE
     from intarsia.checkpoint.resolve import inputs_of, open_checkpoint
     from intarsia.checkpoint.staging import check_no_input, check_out
-    from intarsia.commands.compress_measures import Evaluation, measured
     from intarsia.commands.job import Job
+    from intarsia.commands.measures import Evaluation, measured
     from intarsia.commands.planning import Planning, heal_recipe
     from intarsia.commands.recipes import build_recipe, card_facts
     from intarsia.commands.report import REPORT

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 
 from intarsia import progress
 from intarsia.commands.push import push_later
-from intarsia.commands.result import Result
-from intarsia.flags import Flag
+from intarsia.flags import Flag, Result
 from intarsia.options import ModelRef
 
 
@@ -62,9 +61,9 @@ def export(
         UserError: the model cannot be written as GGUF, or the file cannot be written.
     """
     from intarsia.checkpoint.resolve import inputs_of, open_checkpoint
-    from intarsia.checkpoint.staging import check_no_input
+    from intarsia.checkpoint.staging import check_file, check_no_input
     from intarsia.commands.job import load_tokenizer
-    from intarsia.exporting.gguf import check_file, plan_gguf, write_gguf
+    from intarsia.exporting.gguf import plan_gguf, write_gguf
 
     started = time.perf_counter()
     ref, out = ModelRef.of(model), Path(out)

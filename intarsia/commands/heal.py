@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from intarsia.commands.push import push_later
-from intarsia.commands.result import Result
 from intarsia.errors import UserError, check
-from intarsia.flags import Flag, flag, plain
+from intarsia.flags import Flag, Result, flag, plain
 from intarsia.options import AnswerSpec, NewModel, Runtime, TextSpec
 from intarsia.progress import current
 from intarsia.registry import heal_stages
@@ -132,11 +131,11 @@ def heal(
     """
     from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_no_input, check_out
-    from intarsia.commands.heal_measures import Measured, report
     from intarsia.commands.job import keep_written
+    from intarsia.commands.measures import measured_stages, report_stages, table_of
     from intarsia.commands.recipes import build_recipe
     from intarsia.commands.report import REPORT
-    from intarsia.evaluation.agreement import Asked
+    from intarsia.evaluation.agreement import Asked, doubt
     from intarsia.evaluation.perplexity import eval_corpus
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.healing import launch
@@ -217,7 +216,7 @@ def heal(
         healed = run_stages(context, recipe, chosen)
         measured = None
         if main and asked is not None:
-            measured = Measured.of(context, healed, asked, seed=text.seed, key=subject.sha256)
+            measured = measured_stages(context, healed, asked, seed=text.seed, key=subject.sha256)
 
         # Build, over the models that the recipe was given with.
         account = healed.recipe.provenance["heal"] | {
@@ -227,9 +226,10 @@ def heal(
         final = replace(given, fitted=healed.recipe.fitted, provenance={**given.provenance, "heal": account})
         if main:
             built = build_recipe(final, out.path, overwrite=out.overwrite, max_shard_bytes=out.shard_bytes)
-            report(built, final, subject.base, measured, held_out)
+            report_stages(built, final, subject.base, measured, held_out)
             forget(run.path)
         wait()
+    rows = () if measured is None else table_of(measured[0])
     result = HealResult(
         source=source,
         out=out.path,
@@ -239,8 +239,8 @@ def heal(
         layers=_layers(given, healed),
         details={result.stage: result.details for result in healed.stages[1:]},
         recipe_sha256=schema.content_hash(final),
-        answers=() if measured is None else measured.table,
-        warning=None if measured is None else measured.warning,
+        answers=rows,
+        warning=doubt(rows[0], rows[-1]) if rows else None,
         report=out.path / REPORT if main else None,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),

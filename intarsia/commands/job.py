@@ -26,7 +26,7 @@ from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.building.loading import check_config
-from intarsia.checkpoint.hashing import scan
+from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.data.chat import learn_turns, rows_of_messages
@@ -35,6 +35,7 @@ from intarsia.data.text import TextParts, draw
 from intarsia.disk import write_whole
 from intarsia.errors import Problems, UserError, check
 from intarsia.inspection.own_code import trusts
+from intarsia.model_name import lasting
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.run_dir import RunDir
 
@@ -47,22 +48,15 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a model and its hidden states are while it is worked on: `Runtime`, looked up on this machine."""
+    """Where a model and its hidden states are while it is worked on: a `Runtime`, looked up on this machine."""
 
     # The first has embedding and head; the layers are spread over all of them.
     devices: tuple[torch.device, ...]
-    # None for the checkpoint's own.
-    dtype: torch.dtype | None = None
-    # One layer in memory at a time.
-    stream: bool = False
-    # What hidden states may take; None for two fifths of what is free.
-    memory_bytes: int | None = None
-    # Tokens in a batch; None by memory.
-    batch_tokens: int | None = None
+    runtime: Runtime
 
     @classmethod
     def of(cls, runtime: Runtime) -> Placement:
-        """The devices and dtype of a `Runtime`, looked up.
+        """Look up the devices.
 
         Raises:
             UserError: there is no such device.
@@ -72,33 +66,28 @@ class Placement:
             with problems:
                 found.append(device_of(name))
         problems.raise_any()
-        return cls(
-            devices=tuple(found),
-            dtype=None if runtime.dtype is None else _DTYPES[runtime.dtype],
-            stream=runtime.stream,
-            memory_bytes=runtime.memory_bytes,
-            batch_tokens=runtime.batch_tokens,
-        )
+        return cls(devices=tuple(found), runtime=runtime)
 
     @property
     def device(self) -> torch.device:
         """The device that data goes to."""
         return self.devices[0]
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What models run in; None for the checkpoint's own."""
+        return None if self.runtime.dtype is None else _DTYPES[self.runtime.dtype]
+
     def resident(self, checkpoint: Checkpoint, others: Mapping[str, Checkpoint] | None = None) -> LoadedModel:
         """A model, ready to be worked with; recipes may take layers of `others` too, by the variants' names."""
+        first, stream = self.devices[0], self.runtime.stream
         return LoadedModel(
-            checkpoint,
-            device=self.device,
-            dtype=self.dtype,
-            others=others,
-            stream=self.stream,
-            devices=self.devices,
+            checkpoint, device=first, dtype=self.dtype, others=others, stream=stream, devices=self.devices
         )
 
     def memory_budget(self, folder: Path | None = None) -> MemoryBudget:
         """Memory for hidden states; what does not fit goes to files in a folder (default: of the system)."""
-        return MemoryBudget(self.memory_bytes, folder)
+        return MemoryBudget(self.runtime.memory_bytes, folder)
 
 
 class Job:
@@ -304,6 +293,24 @@ def target_depth(target: Target, architecture: Architecture, parameters: int) ->
         )
     )
     return depth - removed
+
+
+def settings_of(run: RunDir, job: Job) -> dict[str, Any]:
+    """What of a model and of its text decides a result; `Runtime` does not.
+
+    Raises:
+        UserError: the model or the calibration text cannot be used.
+    """
+    _ = job.tokenizer  # one that cannot be read is found out before the weights are hashed
+    return {
+        # Absolute: however the folder is spelled, and wherever the command runs, it is the same model.
+        "model": lasting(job.model),
+        "revision": job.revision,
+        "sha256": job.sha256,
+        "config": acting_config(job.checkpoint.config),
+        "calibration": calibration_of(run, job),
+        **{name: getattr(job.spec, name) for name in ("tokens", "seq_len", "seed")},
+    }
 
 
 def calibration_of(run: RunDir, job: Job) -> str:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from intarsia import progress
-from intarsia.commands.result import Result
-from intarsia.flags import Flag
+from intarsia.flags import Flag, Result
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.pruning.efforts import method_of
 from intarsia.pruning.estimate import Estimate

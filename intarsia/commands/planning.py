@@ -9,8 +9,7 @@ from typing import Any
 
 from intarsia import progress
 from intarsia.activations.architecture_checks import verified
-from intarsia.checkpoint.hashing import acting_config
-from intarsia.commands.job import Job, calibration_of, pin_text, target_depth, versions, writes_some
+from intarsia.commands.job import Job, pin_text, settings_of, target_depth, versions, writes_some
 from intarsia.commands.plan import PlanResult
 from intarsia.disk import read_json
 from intarsia.errors import UserError
@@ -171,25 +170,15 @@ class Planning:
         return starts_of(recipe, found["blocks"], self.job.checkpoint.architecture)
 
     def settings(self, run: RunDir) -> dict[str, Any]:
-        """What decides the plan; `Runtime` does not.
+        """What decides the plan.
 
         Raises:
             UserError: the model or the calibration text cannot be used.
         """
-        job = self.job
-        _ = job.tokenizer  # one that cannot be read is found out before the weights are hashed
         return {
-            # Absolute: however the folder is spelled, and wherever the command runs, it is the same model.
-            "model": lasting(job.model),
-            "revision": job.revision,
-            "sha256": job.sha256,
-            "config": acting_config(job.checkpoint.config),
+            **settings_of(run, self.job),
             "method": self.method.name,
             "planner": plain(self.method.settings),
-            "calibration": calibration_of(run, job),
-            "tokens": job.spec.tokens,
-            "seq_len": job.spec.seq_len,
-            "seed": job.spec.seed,
             # Where more than two layers are merged at once, the last step merges fewer: the ladder depends on its end.
             "target": self.target if self.planner.layers_at_once > 2 else None,
         }
@@ -272,7 +261,7 @@ def original(job: Job, scratch: Path, *, after_final_norm: bool) -> Intermediate
         job.resident,
         job.text.calibration,
         identity(Variant(name=BASE, model=job.checkpoint.model), job.checkpoint.architecture.n_layers).layers,
-        batch_tokens=job.placement.batch_tokens,
+        batch_tokens=job.runtime.batch_tokens,
         memory_budget=job.placement.memory_budget(scratch),
         after_final_norm=after_final_norm,
     )
@@ -307,8 +296,8 @@ def heal_recipe(
             starts=starts,
             states=planning.states() or states,
             tokenizer=job.tokenizer,
-            memory_bytes=job.placement.memory_bytes,
-            batch_tokens=job.placement.batch_tokens,
+            memory_bytes=job.runtime.memory_bytes,
+            batch_tokens=job.runtime.batch_tokens,
             name=f"healed-{len(recipe.layers):03d}",
         )
         return run_stages(context, recipe, stages)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from intarsia.commands.result import Result
 from intarsia.errors import UserError
-from intarsia.flags import Flag
+from intarsia.flags import Flag, Result
 from intarsia.progress import current
 
 R = TypeVar("R")

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from intarsia.commands.result import Result
 from intarsia.errors import UserError, check
-from intarsia.flags import Flag
+from intarsia.flags import Flag, Result
 from intarsia.options import Runtime
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
@@ -69,7 +68,7 @@ def report(
     """
     from intarsia.building.materialize import RECIPE_FILE
     from intarsia.checkpoint.resolve import inputs_of
-    from intarsia.checkpoint.staging import check_no_input
+    from intarsia.checkpoint.staging import check_file, check_no_input
     from intarsia.commands.job import Placement
     from intarsia.reporting.model_report import is_model_folder
     from intarsia.reporting.page import report_html, write_report
@@ -79,13 +78,22 @@ def report(
     if not paths:
         raise UserError("There is no run to report on.", "Name a run folder, or a model that intarsia has made.")
     check_no_input(out, inputs_of(files=paths))
-    _check_out(out, overwrite=overwrite)
+    check((out.parent.is_dir(), f"There is no such folder as {out.parent}.", "Name a file in a folder that exists."))
+    check_file(out, overwrite=overwrite)
     report_html(paths)  # everything that is wrong with the runs is found out before any model is loaded
     found: dict[Path, list[Written]] = {}
     if generate:
         place = Placement.of(Runtime(device=device, dtype=dtype))
         folders = [path for path in paths if is_model_folder(path)]
-        _check_generation(folders, prompt, new_tokens)
+        check(
+            (
+                bool(folders),
+                "--generate is given, and none of the runs is a model folder that intarsia has built.",
+                "Name the output folder of `compress`, `build` or `heal` too.",
+            ),
+            (new_tokens >= 1, f"--new-tokens is {new_tokens}; it is at least 1.", "Give another."),
+            (all(text.strip() for text in prompt), "A prompt is empty.", "Give it a text."),
+        )
         recipes = {folder: schema.load(folder / RECIPE_FILE) for folder in folders}
         for recipe in recipes.values():
             check_no_input(out, inputs_of(recipe=recipe))
@@ -129,27 +137,3 @@ def _side_by_side(
         parted({"prompt": prompt, **side_by_side(tokenizer, *answers)}, new=f"{len(recipe.layers)} layers")
         for prompt, *answers in zip(prompts, *columns, strict=True)
     ]
-
-
-def _check_generation(folders: Sequence[Path], prompts: Sequence[str], new_tokens: int) -> None:
-    check(
-        (
-            bool(folders),
-            "--generate is given, and none of the runs is a model folder that intarsia has built.",
-            "Name the output folder of `compress`, `build` or `heal` too.",
-        ),
-        (new_tokens >= 1, f"--new-tokens is {new_tokens}; it is at least 1.", "Give another."),
-        (bool(prompts) and all(text.strip() for text in prompts), "A prompt is empty.", "Give it a text."),
-    )
-
-
-def _check_out(out: Path, *, overwrite: bool) -> None:
-    check(
-        (not out.is_dir(), f"The output {out} is a folder.", "Name a file."),
-        (
-            overwrite or out.is_dir() or not out.exists(),
-            f"The output {out} is there already.",
-            "Name another file, or pass --overwrite to replace it.",
-        ),
-        (out.parent.is_dir(), f"There is no such folder as {out.parent}.", "Name a file in a folder that exists."),
-    )

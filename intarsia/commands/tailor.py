@@ -418,16 +418,16 @@ def _measured(run: TailorRun) -> list[object]:
 
 def _items(objective: ObjectiveSpec) -> list[str] | None:
     """The items that an objective shows, as text; None where its source is no file of items."""
-    from intarsia.evaluation.task_file import names_a_file, read_questions, read_targets
+    from intarsia.evaluation.task_file import Question, Target, names_a_file, read_items
     from intarsia.tailoring.objective import part_of
 
     if not names_a_file(objective.source):
         return None
     part = part_of(objective)
     if objective.kind == "task":
-        return [f"{question.query} {question.choices[question.gold]}" for question in read_questions(part)[1]]
+        return [f"{question.query} {question.choices[question.gold]}" for question in read_items(part, Question)[1]]
     try:
-        return [f"{target.query} {target.target}" for target in read_targets(part)[1]]
+        return [f"{target.query} {target.target}" for target in read_items(part, Target)[1]]
     except UserError:
         return None  # a file of texts, which is read as such
 

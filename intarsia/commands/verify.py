@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from intarsia.commands.result import Result
-from intarsia.flags import Flag
+from intarsia.flags import Flag, Result
 from intarsia.model_name import require_folder
 from intarsia.options import NewModel
 from intarsia.progress import current
@@ -52,7 +51,6 @@ def verify(
     require_folder(Path(folder))
     from intarsia.checkpoint.files import read_config
     from intarsia.exporting import verify as contract
-    from intarsia.exporting.verify_tokenizer import generation_config_valid, tokenizer_kept
 
     started, folder = time.perf_counter(), Path(folder)
     subject = contract.Subject(folder, NewModel(path=folder, shard_size=shard_size).shard_bytes)
@@ -65,8 +63,8 @@ def verify(
         "dtype": contract.dtype_kept,
         "finite": contract.finite,
         "sha256": contract.sums_right,
-        "tokenizer": tokenizer_kept,
-        "generation config": generation_config_valid,
+        "tokenizer": contract.tokenizer_kept,
+        "generation config": contract.generation_config_valid,
         **({"loads": contract.loads, "generates": contract.generates} if load else {}),
     }
     checks = []

@@ -119,7 +119,7 @@ def write_sequences(
     sampling: Sampling,
 ) -> tuple[Tensor, int]:
     """n sequences of seq_len tokens [N, T], and the number of documents in them."""
-    rows = min(n, rows_at_once(row_bytes(model, seq_len), sampling))
+    rows = min(n, rows_at_once(model, seq_len, sampling))
     parts, documents = [], 0
     with current().task("writing calibration text", total=n * seq_len) as task:
         for start in range(0, n, rows):
@@ -249,18 +249,14 @@ def _draw(logits_BV: Tensor, answering_B: Tensor, chance: torch.Generator, sampl
     return drawn
 
 
-def rows_at_once(row_bytes: int, sampling: Sampling) -> int:
-    """Rows of a batch, each with `row_bytes` of keys and values."""
-    return max(1, min(sampling.most_rows, sampling.cache_bytes // row_bytes))
-
-
-def row_bytes(model: Any, seq_len: int) -> int:
-    """Bytes of keys and values of a row."""
+def rows_at_once(model: Any, seq_len: int, sampling: Sampling) -> int:
+    """Rows of a batch, by their keys and values."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = next(model.parameters()).element_size()
-    return int(2 * config.num_hidden_layers * heads * head_dim * size * seq_len)
+    entries = 2 * config.num_hidden_layers * heads * head_dim * seq_len
+    row_bytes = int(entries * next(model.parameters()).element_size())
+    return max(1, min(sampling.most_rows, sampling.cache_bytes // row_bytes))
 
 
 _FORMAT = 3  # of the cached text; raise it whenever the same settings would write something else

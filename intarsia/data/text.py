@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class TextParts:
     The sequences of several sources alternate, so that every stretch holds equal parts of each.
     """
 
-    def __init__(self, names: Sequence[str], sources: Sequence[_Sequences], n: int) -> None:
+    def __init__(self, names: Sequence[str], sources: Sequence[_Source], n: int) -> None:
         self._names, self._sources = names, sources
         sizes = (len(source) * len(sources) + i for i, source in enumerate(sources))
         rest = min(sizes) - n
@@ -59,7 +59,7 @@ class TextParts:
     @property
     def written(self) -> Corpus | None:
         """All that the model wrote, of every part; None before it has."""
-        return next((each.corpus for each in self._sources if isinstance(each, _Written)), None)
+        return next((each.corpus for each in self._sources if each.is_written), None)
 
     def _part(self, start: int, end: int, description: str) -> Corpus | None:
         """The sequences from `start` to `end` of the draw."""
@@ -74,49 +74,28 @@ class TextParts:
         return Corpus.of(ids_NT, description=description, documents=sum(source.documents for source in self._sources))
 
 
-class _Sequences(Protocol):
-    """Token sequences of one source; `documents` counts what they were taken from."""
+class _Source:
+    """Token sequences of a file or data set, or those that the model writes, all at once, when they are asked for."""
 
-    documents: int
-
-    def __len__(self) -> int: ...
-
-    def sequences(self, start: int, end: int) -> Tensor:
-        """Some of them."""
-
-
-class _Read:
-    """Sequences of a file or data set."""
-
-    def __init__(self, corpus: Corpus) -> None:
-        self._corpus = corpus
-        self.documents = corpus.documents
-
-    def __len__(self) -> int:
-        return len(self._corpus)
-
-    def sequences(self, start: int, end: int) -> Tensor:
-        return self._corpus.input_ids[start:end]
-
-
-class _Written:
-    """Sequences that the model writes: all at once, as many rows cost little more than one."""
-
-    documents = 0
-
-    def __init__(self, write: Callable[[int], Corpus], n: int) -> None:
-        self._write, self._n = write, n
-        self.corpus: Corpus | None = None
+    def __init__(self, n: int, corpus: Corpus | None = None, write: Callable[[], Corpus] | None = None) -> None:
+        self._n, self.corpus, self._write = n, corpus, write
+        self.is_written = corpus is None
 
     def __len__(self) -> int:
         return self._n
 
+    @property
+    def documents(self) -> int:
+        """What the sequences were taken from, as far as it is known."""
+        return 0 if self.corpus is None else self.corpus.documents
+
     def sequences(self, start: int, end: int) -> Tensor:
+        """Some of them."""
         if start >= end:
             return torch.empty(0, 0, dtype=torch.int64)
         if self.corpus is None:
-            self.corpus = self._write(self._n)
-            self.documents = self.corpus.documents
+            assert self._write is not None
+            self.corpus = self._write()
         return self.corpus.input_ids[start:end]
 
 
@@ -151,13 +130,11 @@ def draw(
         ),
     )
 
-    def write(n: int) -> Corpus:
-        assert writer is not None
-        return self_corpus(writer, tokenizer, n=n, seq_len=text.seq_len, seed=text.seed, cache_key=writer_key)
-
-    def read(name: str, least: int, most: int) -> _Sequences:
+    def source(name: str, least: int, most: int) -> _Source:
         if name == SELF:
-            return _Written(write, most)
+            assert writer is not None
+            size: dict[str, Any] = {"n": most, "seq_len": text.seq_len, "seed": text.seed}
+            return _Source(most, write=lambda: self_corpus(writer, tokenizer, cache_key=writer_key, **size))
         tokens = most * text.seq_len
         corpus = tokenize(
             documents(name, limit_bytes=max(_MOST_READ, _BYTES_A_TOKEN * tokens), seed=text.seed),
@@ -169,14 +146,14 @@ def draw(
             description=name,
             least=least,
         )
-        return _Read(corpus)
+        return _Source(len(corpus), corpus)
 
     total, sources = n + 2 * max(1, n // _SHARE), []
     read_now = 1.0 - names.count(SELF) / len(names)  # the model writes when a part is asked for
     with progress.current().task("calibration text", total=len(names), units=read_now) as task:
         for i, name in enumerate(names):
             task.note(name)
-            sources.append(read(name, *(len(range(i, size, len(names))) for size in (n, total))))
+            sources.append(source(name, *(len(range(i, size, len(names))) for size in (n, total))))
             task.advance()
     return TextParts(names, sources, n)
 

@@ -27,11 +27,17 @@ from torch import Tensor
 from intarsia.activations.loss import Likeliest
 from intarsia.errors import UserError
 from intarsia.evaluation.answers import greedy_answers, loops, side_by_side
-from intarsia.evaluation.likelihood import Request, batches_of, log_totals
+from intarsia.evaluation.likelihood import (
+    Request,
+    batches_of,
+    default_batch_tokens,
+    evaluating,
+    forward_of,
+    log_totals,
+)
 from intarsia.evaluation.perplexity import Chain, ratio_stderr
 from intarsia.evaluation.prompts import Ids, Prompts
 from intarsia.evaluation.results import Agreement, Metric
-from intarsia.evaluation.run_rows import default_batch_tokens, evaluating, forward_of
 from intarsia.options import AnswerSpec
 from intarsia.progress import current
 

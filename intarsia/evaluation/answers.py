@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.data.self_text import Sampling, row_bytes, rows_at_once, write_on
+from intarsia.data.self_text import Sampling, rows_at_once, write_on
 from intarsia.evaluation.prompts import Ids, Prompts
 from intarsia.progress import current
 
@@ -23,7 +23,7 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: Prompts, answer_tokens: 
     known, found = prompts.ids, dict[int, Ids]()
     order = sorted(range(len(known)), key=lambda number: len(known[number]))
     longest = max(map(len, known)) + answer_tokens
-    size = rows_at_once(row_bytes(model, longest), Sampling())
+    size = rows_at_once(model, longest, Sampling())
     forced = max(map(len, known)) - min(map(len, known))  # at most: rows wait for the longest prompt among them
     with current().task("answers", total=len(known) * (answer_tokens + forced)) as task:
         for start in range(0, len(order), size):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from intarsia.errors import UserError
-from intarsia.evaluation.run_rows import evaluating
+from intarsia.evaluation.likelihood import evaluating
 from intarsia.progress import current
 
 

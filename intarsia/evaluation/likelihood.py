@@ -3,17 +3,24 @@
 Tokens are lm-eval's, so that scores can be compared with published ones: trailing white space of the context belongs to
 the continuation; both are tokenised together, and split where the context alone would stop. The tokenizer adds its
 special tokens, but no second BOS to a text that has one. A context is truncated at the left to the model's positions.
+
+Whether a model takes rows of several continuations is known, not tried: the families of this project take a mask of
+four dimensions and positions as they are given, with the attention implementations `sdpa` and `eager`, as long as no
+row reaches past a sliding window. Everything else gets plain rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from intarsia.architecture.families import Family, known_families
 from intarsia.errors import UserError
 from intarsia.progress import current
 
@@ -190,7 +197,7 @@ def log_likelihoods(
 def batches_of(requests: Sequence[Request], *, pack: bool, batch_tokens: int) -> Iterator[Batch]:
     """Group requests into the batches of `log_likelihoods`, for callers that run the same ones many times."""
     for trees in _batches(_trees(requests, pack), batch_tokens):
-        yield _packed(trees) if pack else _plain(trees)
+        yield _batch(trees, pack=pack)
 
 
 def _trees(requests: Sequence[Request], pack: bool) -> list[_Tree]:
@@ -217,69 +224,38 @@ def _batches(trees: Sequence[_Tree], batch_tokens: int) -> Iterator[list[_Tree]]
         yield batch
 
 
-def _packed(trees: Sequence[_Tree]) -> Batch:
-    """Rows of a context with all its continuations after it."""
+def _batch(trees: Sequence[_Tree], *, pack: bool) -> Batch:
+    """Rows of a context with all its continuations after it; plain rows have one each, and need no mask."""
     shape = (len(trees), max(tree.width for tree in trees))
     ids_BT, positions_BT = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     branch_BT = torch.full(shape, -1)  # -1 padding, 0 the context, then the continuations
-    picks = _Picks()
+    # Row and column of every logit that is needed; and its number, the token scored there and the token's request.
+    wanted, scored = list[tuple[int, int]](), list[tuple[int, int, int]]()
     for row, tree in enumerate(trees):
         known = column = len(tree.context)
         ids_BT[row, :known] = torch.tensor(tree.context)
         positions_BT[row, :known] = torch.arange(known)
         branch_BT[row, :known] = 0
-        last = picks.position(row, known - 1)  # every continuation starts after the context's last token
+        last = len(wanted)  # every continuation starts after the context's last token
+        wanted.append((row, known - 1))
         for branch, (request, tokens) in enumerate(tree.branches, start=1):
             end = column + len(tokens) - 1
             ids_BT[row, column:end] = torch.tensor(tokens[:-1], dtype=torch.int64)
             positions_BT[row, column:end] = torch.arange(known, known + len(tokens) - 1)
             branch_BT[row, column:end] = branch
-            picks.score(request, tokens, [last, *(picks.position(row, at) for at in range(column, end))])
+            numbers = [last, *range(len(wanted), len(wanted) + end - column)]
+            scored += [(number, token, request) for number, token in zip(numbers, tokens, strict=True)]
+            wanted += [(row, at) for at in range(column, end)]
             column = end
-    causal_TT = torch.ones(shape[1], shape[1], dtype=torch.bool).tril()
-    seen_BTT = (branch_BT[:, None, :] == 0) | (branch_BT[:, None, :] == branch_BT[:, :, None])
-    # Padding is one more branch and sees itself too: a softmax over nothing would be NaN.
-    return picks.batch(ids_BT, attend_BTT=causal_TT & seen_BTT, positions_BT=positions_BT)
-
-
-def _plain(trees: Sequence[_Tree]) -> Batch:
-    """A row for every continuation."""
-    rows = [(*tree.context, *tokens[:-1]) for tree in trees for _, tokens in tree.branches]
-    width = max(map(len, rows))
-    picks = _Picks()
-    for row, tree in enumerate(trees):
-        ((request, tokens),) = tree.branches
-        start = len(tree.context) - 1
-        picks.score(request, tokens, [picks.position(row, start + step) for step in range(len(tokens))])
-    return picks.batch(torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]))
-
-
-class _Picks:
-    """Collects the positions of a batch whose logits are needed, and the tokens scored there."""
-
-    def __init__(self) -> None:
-        self._positions: list[tuple[int, int]] = []
-        self._scored: list[tuple[int, int, int]] = []
-        self._requests = 0
-
-    def position(self, row: int, column: int) -> int:
-        self._positions.append((row, column))
-        return len(self._positions) - 1
-
-    def score(self, request: int, tokens: Sequence[int], positions: Sequence[int]) -> None:
-        self._scored.extend((at, token, request) for at, token in zip(positions, tokens, strict=True))
-        self._requests += 1
-
-    def batch(self, ids_BT: Tensor, *, attend_BTT: Tensor | None = None, positions_BT: Tensor | None = None) -> Batch:
-        row_N, column_N = torch.tensor(self._positions).unbind(1)
-        position_M, token_M, request_M = torch.tensor(self._scored).unbind(1)
-        return Batch(
-            rows=Rows(ids_BT=ids_BT, row_N=row_N, column_N=column_N, attend_BTT=attend_BTT, positions_BT=positions_BT),
-            position_M=position_M,
-            token_M=token_M,
-            request_M=request_M,
-            requests=self._requests,
-        )
+    (row_N, column_N), (position_M, token_M, request_M) = (torch.tensor(each).unbind(1) for each in (wanted, scored))
+    rows = Rows(ids_BT=ids_BT, row_N=row_N, column_N=column_N)
+    if pack:
+        causal_TT = torch.ones(shape[1], shape[1], dtype=torch.bool).tril()
+        # Padding is one more branch and sees itself too: a softmax over nothing would be NaN.
+        seen_BTT = (branch_BT[:, None, :] == 0) | (branch_BT[:, None, :] == branch_BT[:, :, None])
+        rows = replace(rows, attend_BTT=causal_TT & seen_BTT, positions_BT=positions_BT)
+    requests = sum(len(tree.branches) for tree in trees)
+    return Batch(rows=rows, position_M=position_M, token_M=token_M, request_M=request_M, requests=requests)
 
 
 def score_batch(logits_NV: Tensor, batch: Batch, *, greedy: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -305,3 +281,128 @@ def log_totals(logits_NV: Tensor) -> Tensor:
         most_N1 = part_NV.amax(-1, keepdim=True)
         found.append(part_NV.sub_(most_N1).exp_().sum(-1).log_() + most_N1[:, 0])
     return torch.cat(found)
+
+
+_CPU_BATCH = 512  # tokens; more is no faster for one core, and padded more
+_GPU_BATCH = 16384
+
+
+def score_requests(
+    model: torch.nn.Module,
+    requests: Sequence[Request],
+    *,
+    batch_tokens: int | None = None,
+    greedy: bool = False,
+    where: str = "log-likelihoods",
+) -> Likelihoods:
+    """Log-likelihoods of requests on a causal language model of transformers, where it is and in its own dtype.
+
+    Args:
+        model: left in the mode (training or not) it was in.
+        batch_tokens: tokens a forward pass; None for a default by device.
+        greedy, where: see `log_likelihoods`.
+
+    Raises:
+        UserError: a log-likelihood is not finite.
+    """
+    longest = max((len(request.context) + len(request.continuation) for request in requests), default=0)
+    with evaluating(model):
+        return log_likelihoods(
+            forward_of(model),
+            requests,
+            pack=takes_packed_rows(model, longest),
+            batch_tokens=batch_tokens or default_batch_tokens(next(model.parameters()).device),
+            greedy=greedy,
+            where=where,
+        )
+
+
+def forward_of(model: torch.nn.Module) -> Forward:
+    """A model as a function from rows to logits.
+
+    In most families of this project the logits are what the head makes of the last hidden state, and the head reads
+    the wanted positions alone. Where a model does more to its logits (a scale, a soft cap) it is asked for those of the
+    columns that any row wants; of an unknown model all logits are made.
+    """
+    weight = next(model.parameters())
+    family = _family_of(model)
+    head = None if family is None else model.get_submodule(family.head_in_memory)
+    if head is not None and not makes_the_logits(head, model):
+        head = None
+
+    def run(rows: Rows) -> Tensor:
+        inputs = inputs_of(model, rows)
+        row_N, column_N = rows.row_N.to(weight.device), rows.column_N.to(weight.device)
+        if family is None:
+            return model(**inputs).logits[row_N, column_N]
+        if head is None:
+            columns, place_N = column_N.unique(return_inverse=True)
+            return model(**inputs, logits_to_keep=columns).logits[row_N, place_N]
+        base: Any = model.base_model
+        return head(base(**inputs).last_hidden_state[row_N, column_N])
+
+    return run
+
+
+@torch.no_grad()
+def makes_the_logits(head: torch.nn.Module, model: torch.nn.Module) -> bool:
+    """Whether a model's logits are its head's output and nothing else, found on a few tokens."""
+    ids_BT = torch.arange(4, device=next(model.parameters()).device)[None]
+    base: Any = model.base_model
+    own, whole = head(base(input_ids=ids_BT, use_cache=False).last_hidden_state), model(input_ids=ids_BT).logits
+    return bool(torch.allclose(own.float(), whole.float(), rtol=1e-2, atol=1e-2))
+
+
+def inputs_of(model: torch.nn.Module, rows: Rows) -> dict[str, Any]:
+    """Rows as the keyword arguments of a model of transformers, on its device."""
+    weight = next(model.parameters())
+    inputs: dict[str, Any] = {"input_ids": rows.ids_BT.to(weight.device), "use_cache": False}
+    if rows.attend_BTT is not None:
+        assert rows.positions_BT is not None
+        additive = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
+        inputs["attention_mask"] = _mask(rows.attend_BTT.to(weight.device), weight.dtype, additive)
+        inputs["position_ids"] = rows.positions_BT.to(weight.device)
+    return inputs
+
+
+def takes_packed_rows(model: torch.nn.Module, longest: int) -> bool:
+    """Whether a model can be given rows of several continuations, none longer by itself than `longest` tokens."""
+    config: Any = getattr(model, "config", None)
+    if _family_of(model) is None:
+        return False
+    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
+        return False
+    window = getattr(config, "sliding_window", None)
+    return not window or longest <= window
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens a forward pass that keep a device busy."""
+    return _CPU_BATCH if device.type == "cpu" else _GPU_BATCH
+
+
+def _family_of(model: torch.nn.Module) -> Family | None:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if not isinstance(model, PreTrainedModel):  # wrapped, by PEFT for example: its forward may do more
+        return None
+    return next((family for family in known_families().values() if kind in family.model_types), None)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _mask(attend_BTT: Tensor, dtype: torch.dtype, additive: bool) -> Tensor:
+    """One mask for all heads: booleans, or what is added to attention scores."""
+    attend_B1TT = attend_BTT[:, None]
+    if not additive:
+        return attend_B1TT
+    mask_B1TT = torch.zeros(attend_B1TT.shape, dtype=dtype, device=attend_BTT.device)
+    return mask_B1TT.masked_fill(~attend_B1TT, torch.finfo(dtype).min)

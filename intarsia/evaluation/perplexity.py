@@ -25,6 +25,7 @@ from intarsia.building.recipe_layers import RecipeLayers
 from intarsia.data.corpus import Corpus, tokenize
 from intarsia.data.sources import documents
 from intarsia.errors import UserError
+from intarsia.evaluation.likelihood import evaluating
 from intarsia.evaluation.results import Perplexity
 from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe, Variant, identity
@@ -187,30 +188,19 @@ def window_losses(model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int =
 
     Two models measured on the same corpus can be compared window by window with this.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    device, where = next(model.parameters()).device, f"perplexity on {corpus.description}"
     sums, counts = [], []
-    try:
-        with torch.inference_mode(), current().task("perplexity", total=len(corpus)) as task:
-            for ids_BT, mask_BT in corpus.batches(max(1, batch_tokens // corpus.seq_len)):
-                ids_BT = ids_BT.to(device)
-                mask_BT = None if mask_BT is None else mask_BT.to(device)
-                sums_B, counts_B = _batch_losses(model, ids_BT, mask_BT, where=f"perplexity on {corpus.description}")
-                sums.append(sums_B.cpu())
-                counts.append(counts_B.cpu())
-                task.advance(len(ids_BT))
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode(), current().task("perplexity", total=len(corpus)) as task:
+        for ids_BT, mask_BT in corpus.batches(max(1, batch_tokens // corpus.seq_len)):
+            ids_BT = ids_BT.to(device)
+            mask_BT = None if mask_BT is None else mask_BT.to(device)
+            # The whole logits: what a model does between its last hidden state and them is in them.
+            logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+            sums_B, counts_B = next_token_losses(logits_BTV, ids_BT, mask_BT, where=where)
+            sums.append(sums_B.cpu())
+            counts.append(counts_B.cpu())
+            task.advance(len(ids_BT))
     return torch.cat(sums), torch.cat(counts)
-
-
-def _batch_losses(
-    model: torch.nn.Module, ids_BT: Tensor, mask_BT: Tensor | None, *, where: str
-) -> tuple[Tensor, Tensor]:
-    """With the whole logits: whatever a model does between its last hidden state and its logits is in them."""
-    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-    return next_token_losses(logits_BTV, ids_BT, mask_BT, where=where)
 
 
 def ratio_stderr(sums_W: Tensor, counts_W: Tensor, mean: float) -> float:

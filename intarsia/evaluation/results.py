@@ -79,12 +79,6 @@ class Speed:
     threads: int
     repeats: int
 
-    def __str__(self) -> str:
-        return (
-            f"{self.decode_tokens_per_s:.1f} tokens/s decode, {self.prefill_tokens_per_s:.0f} tokens/s prefill "
-            f"({self.device}, {self.dtype}, batch {self.batch})"
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:

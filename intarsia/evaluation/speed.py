@@ -8,9 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,10 +19,10 @@ from torch import Tensor
 from intarsia.architecture.spec import Architecture
 from intarsia.checkpoint.tensor_file import give_back
 from intarsia.errors import UserError
+from intarsia.evaluation.likelihood import evaluating
 from intarsia.evaluation.results import Speed
 from intarsia.progress import current
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _SAMPLE_S = 0.005
 
 
@@ -37,11 +36,6 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def peak_device_bytes() -> int | None:
-    """The most memory that tensors have taken on the CUDA device so far; None without one."""
-    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
-
-
 class Growth:
     """What `growth` found: `bytes` are valid after its block."""
 
@@ -52,8 +46,8 @@ class Growth:
 def growth(device: torch.device) -> Iterator[Growth]:
     """How far memory rises above where it was, at most, while the block runs.
 
-    On CUDA that is what tensors take. On the CPU it is the resident memory of this process, from which memory that
-    was free but not given back is taken out first; other threads of the process count too.
+    On CUDA that is what tensors take. On the CPU it is the resident memory of this process, looked at every few
+    milliseconds; memory that was free but not given back is taken out first, and other threads of the process count.
     """
     found = Growth()
     if device.type == "cuda":
@@ -66,14 +60,24 @@ def growth(device: torch.device) -> Iterator[Growth]:
         return
     gc.collect()
     give_back()  # it would hide what is taken anew
-    before = psutil.Process().memory_info().rss
-    if reset_peak():
+    process, done = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def look() -> None:
+        found.bytes = max(found.bytes, process.memory_info().rss - before)
+
+    def watch() -> None:
+        while not done.wait(_SAMPLE_S):
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
         yield found
-        found.bytes = max(0, peak_since_reset() - before)
-        return
-    with _sampled() as highest:
-        yield found
-    found.bytes = max(0, highest[0] - before)
+    finally:
+        done.set()
+        thread.join()
+        look()
 
 
 def kv_cache_bytes(architecture: Architecture, *, batch: int, tokens: int, itemsize: int) -> int | None:
@@ -99,55 +103,6 @@ def cache_bytes(cache: Any) -> int:
     held = (getattr(layer, name, None) for layer in cache.layers for name in _CACHED)
     parts = (part for each in held for part in (each.values() if isinstance(each, dict) else (each,)))
     return sum(tensor.nbytes for tensor in parts if isinstance(tensor, torch.Tensor))
-
-
-def reset_peak() -> bool:
-    """Let Linux count the largest resident memory from now on; False where that cannot be done."""
-    try:
-        _RESET.write_text("5", encoding="ascii")
-        peak_since_reset()
-    except (OSError, ValueError, StopIteration):
-        return False
-    return True
-
-
-def peak_since_reset() -> int:
-    """The largest resident memory since `reset_peak`, in bytes; on Linux alone."""
-    lines = _STATUS.read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
-
-
-@contextmanager
-def _sampled() -> Iterator[list[int]]:
-    """The largest resident memory seen by looking every few milliseconds."""
-    process, done = psutil.Process(), threading.Event()
-    highest = [process.memory_info().rss]
-
-    def watch() -> None:
-        while not done.wait(_SAMPLE_S):
-            highest[0] = max(highest[0], process.memory_info().rss)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield highest
-    finally:
-        highest[0] = max(highest[0], process.memory_info().rss)
-        done.set()
-        thread.join()
-
-
-def speed(
-    model: torch.nn.Module,
-    *,
-    batch: int = 1,
-    prompt_len: int = 256,
-    new_tokens: int = 32,
-    repeats: int = 3,
-) -> Speed:
-    """Speed of one model, where it is and in its own dtype; see `compare_speed`."""
-    only = {"model": model}
-    return compare_speed(only, batch=batch, prompt_len=prompt_len, new_tokens=new_tokens, repeats=repeats)["model"]
 
 
 def compare_speed(
@@ -178,19 +133,16 @@ def compare_speed(
             "Give at least 1 each, and at least 2 new tokens.",
         )
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    training = {name: model.training for name, model in models.items()}
-    try:
-        with current().task("speed", total=(repeats + 1) * len(models)) as task:
-            for turn in range(repeats + 1):
-                for name, model in models.items():
-                    task.note(name)
-                    measured = _round(model.eval(), batch, prompt_len, new_tokens)
-                    if turn > 0:  # the first round warms up
-                        times[name].append(measured)
-                    task.advance()
-    finally:
-        for name, model in models.items():
-            model.train(training[name])
+    with ExitStack() as modes, current().task("speed", total=(repeats + 1) * len(models)) as task:
+        for model in models.values():
+            modes.enter_context(evaluating(model))
+        for turn in range(repeats + 1):
+            for name, model in models.items():
+                task.note(name)
+                measured = _round(model, batch, prompt_len, new_tokens)
+                if turn > 0:  # the first round warms up
+                    times[name].append(measured)
+                task.advance()
     return {
         name: Speed(
             prefill_tokens_per_s=batch * prompt_len / statistics.median(prefill for prefill, _ in times[name]),
@@ -227,10 +179,10 @@ def footprint(model: torch.nn.Module, *, batch: int, prompt_len: int, new_tokens
 
 def _round(model: Any, batch: int, prompt_len: int, new_tokens: int) -> tuple[float, float]:
     """Seconds of one prefill, and of the decoding after it."""
-    clock = _Clock(_weight(model).device)
-    _write(model, batch, prompt_len, new_tokens, clock.mark)
-    prefill, decode = clock.spans()
-    return prefill, decode
+    device, marks = _weight(model).device, list[float]()
+    _write(model, batch, prompt_len, new_tokens, lambda: marks.append(_now(device)))
+    start, read, end = marks
+    return read - start, end - read
 
 
 def _write(model: Any, batch: int, prompt_len: int, new_tokens: int, mark: Callable[[], None]) -> Any:
@@ -255,37 +207,13 @@ def _write(model: Any, batch: int, prompt_len: int, new_tokens: int, mark: Calla
     return cache
 
 
-class _Clock:
-    """Times between marks, on the clock of the device that does the work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.marks: list[Any] = []
-        self._wait()
-
-    def mark(self) -> None:
-        """Now: on CUDA when the work queued so far is done, elsewhere after waiting for it."""
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self.device))
-            self.marks.append(event)
-        else:
-            self._wait()
-            self.marks.append(time.perf_counter())
-
-    def spans(self) -> list[float]:
-        """Seconds between each mark and the next."""
-        self._wait()
-        pairs = zip(self.marks, self.marks[1:], strict=False)
-        if self.device.type == "cuda":
-            return [first.elapsed_time(second) / 1000.0 for first, second in pairs]
-        return [second - first for first, second in pairs]
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+def _now(device: torch.device) -> float:
+    """The time at which the device has done the work that is queued so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
 
 
 def _weight(model: torch.nn.Module) -> Tensor:

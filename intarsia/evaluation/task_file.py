@@ -83,11 +83,6 @@ def wants_text(spec: str) -> bool:
     return isinstance(item, dict) and "answer" in item and "choices" not in item
 
 
-def read_solved(spec: str, *, limit: int | None = None) -> tuple[str, tuple[Solved, ...]]:
-    """Name and items of a file of `query` and `answer`; else as `read_questions`."""
-    return _read(spec, limit, Solved)
-
-
 def is_right(written: str, answer: str) -> bool:
     """Whether what a model wrote is the answer."""
     wanted = _NUMBER.findall(answer)
@@ -110,21 +105,12 @@ def _bare(text: str) -> str:
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
-def read_questions(spec: str, *, limit: int | None = None) -> tuple[str, tuple[Question, ...]]:
-    """Name and questions of a task file, or of its part; of these the first `limit`.
+def read_items(spec: str, kind: type[Item], *, limit: int | None = None) -> tuple[str, tuple[Item, ...]]:
+    """Name and items of a task file, or of its part; of these the first `limit`.
 
     Raises:
-        UserError: the file cannot be read, lines of it are no questions (all of them are named), or none is left.
+        UserError: the file cannot be read, lines of it are no such items (all of them are named), or none is left.
     """
-    return _read(spec, limit, Question)
-
-
-def read_targets(spec: str, *, limit: int | None = None) -> tuple[str, tuple[Target, ...]]:
-    """Name and targets of a file of `query` and `target`; else as `read_questions`."""
-    return _read(spec, limit, Target)
-
-
-def _read(spec: str, limit: int | None, kind: type[Item]) -> tuple[str, tuple[Item, ...]]:
     path, part = _split(spec)
     start, end = (0.0, 1.0) if part is None else parse_share(part, where=spec)
     problems, items = Problems(), list[Item]()

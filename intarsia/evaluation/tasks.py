@@ -1,7 +1,7 @@
 """Tasks, run by lm-eval (EleutherAI's language model evaluation harness) on a model in memory.
 
 Data sets, prompts, few-shot examples, filters and metrics are lm-eval's; a local file of questions becomes one of its
-tasks. Log-likelihoods are made here (`intarsia.evaluation.run_rows`): the same numbers, with what the choices of a
+tasks. Log-likelihoods are made here (`intarsia.evaluation.likelihood`): the same numbers, with what the choices of a
 question share computed once, and normalised in float32, where lm-eval's own loop rounds log-probabilities to the
 model's dtype, which makes ties in bfloat16. Text that a task wants written is written by lm-eval.
 """
@@ -24,16 +24,14 @@ import torch
 
 from intarsia.data.corpus import check_ids
 from intarsia.errors import Problems, UserError, check, missing_package
-from intarsia.evaluation.likelihood import Request, fit
+from intarsia.evaluation.likelihood import Request, evaluating, fit, score_requests
 from intarsia.evaluation.results import TaskResults, TaskScore
-from intarsia.evaluation.run_rows import evaluating, score_requests
 from intarsia.evaluation.task_file import (
     Question,
     Solved,
     is_right,
     names_a_file,
-    read_questions,
-    read_solved,
+    read_items,
     wants_text,
 )
 from intarsia.evaluation.task_scores import scores_of
@@ -142,7 +140,7 @@ def plan_tasks(
             "Leave it out, or name a task of lm-eval.",
         ),
     )
-    found = {spec: _local(*read_questions(spec, limit=limit)) for spec in files if spec not in solved}
+    found = {spec: _local(*read_items(spec, Question, limit=limit)) for spec in files if spec not in solved}
     found |= {spec: _solved(spec, limit, num_fewshot or 0, chat=chat) for spec in solved}
     others = [name for name in tasks if name not in found]
     if others:
@@ -246,7 +244,7 @@ def _solved(spec: str, limit: int | None, examples: int, *, chat: bool) -> Task:
 
     Its first items are the examples before each question, and are not scored.
     """
-    name, items = read_solved(spec, limit=None if limit is None else limit + examples)
+    name, items = read_items(spec, Solved, limit=None if limit is None else limit + examples)
     check(
         (
             len(items) > examples,

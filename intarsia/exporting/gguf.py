@@ -22,7 +22,6 @@ from torch import Tensor
 from intarsia.building.loading import stock_config
 from intarsia.checkpoint.gguf_source import divisors, need_gguf
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.staging import check_room
 from intarsia.disk import replaced
 from intarsia.errors import Problem, Problems, UserError
 from intarsia.exporting.gguf_tokenizer import GgufTokenizer, add_tokenizer, gguf_tokenizer
@@ -194,23 +193,6 @@ def _tensors(
         yield GgufTensor(name=name, source=source, shape=shape, kind=own, heads=heads)
     if scales is not None:
         yield GgufTensor(name="rope_freqs.weight", source=None, shape=scales.shape, kind="F32")
-
-
-def check_file(out: Path, *, overwrite: bool, nbytes: int = 0) -> None:
-    """Whether the file can be written, asked before any work.
-
-    Raises:
-        UserError: it is there already, is a folder, or the disk is too small.
-    """
-    remedy = "Choose another name for the file."
-    if out.is_dir():
-        raise UserError(f"The output {out} is a folder.", remedy)
-    if out.exists() and not overwrite:
-        raise UserError(
-            f"The output file {out} exists already.",
-            "Choose another one, or pass --overwrite to replace it.",
-        )
-    check_room(out, nbytes)
 
 
 def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, out: Path) -> None:

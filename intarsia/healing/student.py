@@ -31,7 +31,7 @@ from intarsia.building.loaded_model import load_model
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import missing_package
-from intarsia.evaluation.run_rows import makes_the_logits
+from intarsia.evaluation.likelihood import makes_the_logits
 from intarsia.healing.losses import cross_entropy, hidden_mse, logit_kl, over_rows, top_k_kl
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.recipe.recipe import Recipe

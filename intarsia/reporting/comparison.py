@@ -34,6 +34,9 @@ ANSWERS = {
 }
 """Columns of the table, and what they are in a row's answers."""
 
+WORDS = ("method", "heal", "note")
+"""Columns of the table that hold no numbers."""
+
 Key = tuple[str, int, str]
 """Method, layers and heal, which identify a row."""
 
@@ -113,15 +116,13 @@ class Row:
         """Return the result of a task in its primary metric; for `mean`, the mean over the tasks."""
         if self.tasks is None:
             return None
-        if task == MEAN:
-            mean = self.tasks.get("mean")
-            if mean is None or isinstance(mean, Mapping):
-                return mean
-            return {"value": mean, "stderr": _stderr_of_mean([primary(score) for score in self.tasks["scores"]])}
-        for score in self.tasks.get("scores", ()):
-            if score.get("name") == task:
-                return primary(score)
-        return None
+        found = {score["name"]: score["metrics"][score["primary"]] for score in self.tasks["scores"]}
+        if task != MEAN:
+            return found.get(task)
+        # Tasks are drawn independently; without an error of one of them there is none of the mean.
+        errors = [measure["stderr"] for measure in found.values()]
+        stderr = None if None in errors else math.hypot(*errors) / len(errors)
+        return {"value": self.tasks["mean"], "stderr": stderr}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +148,11 @@ class Comparison:
         return tuple(text["name"] for text in self.eval_texts)
 
     @property
+    def pruned(self) -> tuple[Row, ...]:
+        """All rows but the original's."""
+        return tuple(row for row in self.rows if row.method != DENSE)
+
+    @property
     def dense(self) -> Row | None:
         """The original model, where it has been measured."""
         return next((row for row in self.rows if row.method == DENSE), None)
@@ -158,21 +164,25 @@ def load(path: Path) -> Comparison:
     Raises:
         UserError: the folder holds none, or a damaged one.
     """
-    facts = _settings(path / SETTINGS)
+    facts = read_json(
+        path / SETTINGS,
+        expected="a JSON object with the settings of a comparison, as `intarsia compare` writes it",
+        remedy="Give the folder of a comparison, or make one with `intarsia compare MODEL -o DIR`.",
+    )
     rows = read_rows(path / ROWS)
-    named = [task if isinstance(task, str) else str(task.get("name")) for task in facts.get("tasks") or ()]
-    scored = [score["name"] for row in rows if row.tasks for score in row.tasks.get("scores", ()) if "name" in score]
-    texts = [text for text in facts.get("eval_texts") or () if isinstance(text, Mapping) and "name" in text]
+    asked = ((facts.get("asked") or {}).get(name, ()) for name in ("methods", "layers", "heal"))
+    named = [task["name"] for task in facts.get("tasks") or ()]
+    scored = [score["name"] for row in rows if row.tasks for score in row.tasks["scores"]]
     return Comparison(
         path=path,
         model=str(facts.get("model", "")),
         base_sha256=facts.get("base_sha256"),
         settings=facts.get("settings") or {},
-        eval_texts=texts,
+        eval_texts=facts.get("eval_texts") or (),
         # Results name the tasks as they were scored; before the first row there are only the names asked for.
         tasks=tuple(dict.fromkeys(scored)) or tuple(dict.fromkeys(named)),
         rows=rows,
-        asked=_asked(facts.get("asked") or {}),
+        asked=tuple((method, layers, heal) for method, layers, heal in itertools.product(*asked)),
         facts=facts,
     )
 
@@ -194,82 +204,54 @@ def read_rows(path: Path) -> tuple[Row, ...]:
     return tuple(found.values())
 
 
-def primary(score: Mapping[str, Any]) -> Measure | None:
-    """Return a task's main metric: the one that it names, else acc_norm, else acc, else the first."""
-    metrics = score.get("metrics") or {}
-    for name in (score.get("primary"), "acc_norm", "acc", *metrics):
-        if name in metrics:
-            found = metrics[name]
-            return found if isinstance(found, Mapping) else {"value": found}
-    return None
-
-
-def columns(comparison: Comparison) -> list[str]:
-    """Return the columns of the table that are not empty."""
-    return list(dict.fromkeys(key for row in comparison.rows for key in _cells(row, comparison)))
-
-
 def cells(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return a mapping for each row, numbers as numbers. A standard error has a column of its own after its measure."""
+    """Return the table: a mapping for each row, without what is empty; a measure with its error is a mapping too."""
     return [_cells(row, comparison) for row in comparison.rows]
 
 
+def written(comparison: Comparison) -> list[dict[str, str]]:
+    """Return the table as text."""
+    return [{name: _written(name, value) for name, value in row.items()} for row in cells(comparison)]
+
+
 def as_csv(comparison: Comparison) -> str:
-    """Return the whole table as CSV."""
+    """Return the table as CSV. A standard error has a column of its own after its measure."""
+    rows = []
+    for row in cells(comparison):
+        flat: dict[str, Any] = {}
+        for name, value in row.items():
+            measure = value if isinstance(value, Mapping) else {"value": value}
+            flat |= {name if kind == "value" else f"{name} {kind}": part for kind, part in measure.items()}
+        rows.append(flat)
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns(comparison), lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(cells(comparison))
+    writer.writerows(rows)
     return text.getvalue()
 
 
 def as_markdown(comparison: Comparison) -> str:
     """Return the table as Markdown, each measure with its standard error."""
-    names = [name for name in columns(comparison) if not name.endswith(" stderr")]
+    rows = written(comparison)
+    names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [
         "| " + " | ".join(name.replace("|", "\\|") for name in names) + " |",
-        "|" + "|".join("---" if name in ("method", "heal", "note") else "---:" for name in names) + "|",
+        "|" + "|".join("---" if name in WORDS else "---:" for name in names) + "|",
     ]
-    for row in cells(comparison):
-        written = [written_cell(name, row) for name in names]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in written) + " |")
+    for row in rows:
+        lines.append("| " + " | ".join(row.get(name, "").replace("|", "\\|") for name in names) + " |")
     return "\n".join(lines) + "\n"
 
 
-def written_cell(name: str, row: Mapping[str, Any]) -> str:
-    """Return a cell as text, with its standard error."""
-    value, error = row.get(name), row.get(f"{name} stderr")
-    if value is None or isinstance(value, str):
-        return value or ""
-    if name == "layers":
-        return str(value)
+def _written(name: str, value: Any) -> str:
+    """A cell as text, with its standard error."""
+    number, error = (value["value"], value["stderr"]) if isinstance(value, Mapping) else (value, None)
+    if isinstance(number, str) or name == "layers":
+        return str(number)
     if name in ("parameters", "bytes"):
-        return short(value)
-    digits = ".2g" if abs(value) >= 1e5 and error else ".1f" if abs(value) >= 10 else ".3f"
-    return f"{value:{digits}}" + (f" ± {error:.2g}" if error else "")
-
-
-def _stderr_of_mean(measures: Sequence[Measure | None]) -> float | None:
-    """Of the mean over tasks, which are drawn independently; None where one of them has no error of its own."""
-    errors = [None if measure is None else measure.get("stderr") for measure in measures]
-    known = [float(error) for error in errors if error is not None]
-    if not known or len(known) < len(errors):
-        return None
-    return math.sqrt(sum(error * error for error in known)) / len(known)
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    return read_json(
-        path,
-        expected="a JSON object with the settings of a comparison, as `intarsia compare` writes it",
-        remedy="Give the folder of a comparison, or make one with `intarsia compare MODEL -o DIR`.",
-    )
-
-
-def _asked(facts: Mapping[str, Any]) -> tuple[Key, ...]:
-    """Every method at every depth with every heal."""
-    named = (facts.get(name) or () for name in ("methods", "layers", "heal"))
-    return tuple((str(method), int(layers), str(heal)) for method, layers, heal in itertools.product(*named))
+        return short(number)
+    digits = ".2g" if abs(number) >= 1e5 and error else ".1f" if abs(number) >= 10 else ".3f"
+    return f"{number:{digits}}" + (f" ± {error:.2g}" if error else "")
 
 
 def _row(line: str, where: str) -> Row:
@@ -294,9 +276,9 @@ def _cells(row: Row, comparison: Comparison) -> dict[str, Any]:
     if row.tasks is not None:
         measures |= {task: row.score(task) for task in (*comparison.tasks, MEAN)}
     for name, measure in measures.items():
-        if measure is not None and measure.get("value") is not None:
-            found[name] = measure["value"]
-            found[f"{name} stderr"] = measure.get("stderr")
+        if measure is not None:
+            value, stderr = measure["value"], measure.get("stderr")
+            found[name] = value if stderr is None else {"value": value, "stderr": stderr}
     if row.speed is not None:
         found["decode tokens/s"] = row.decode_tokens_per_s
         found["prefill tokens/s"] = row.speed.get("prefill_tokens_per_s")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
 from intarsia.errors import UserError
 from intarsia.recipe import schema
 from intarsia.reporting import comparison
-from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Table, Tile, Written
+from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Table, Tile, Written, table
 from intarsia.reporting.comparison import ANSWERS, DENSE, MEAN, Comparison, Measure, Row
 from intarsia.reporting.figures import Axis, Interval, Point, Series, chart, intervals, layers_axis, standalone
 from intarsia.reporting.puzzle import pieces_of, puzzle_svg
@@ -34,7 +35,7 @@ def read(path: Path) -> Subject:
         UserError: it is damaged.
     """
     found = comparison.load(path)
-    methods = {row.method for row in found.rows} - {DENSE}
+    methods = {row.method for row in found.pruned}
     return Subject(
         path=path,
         title=f"{model_name(found.model)}: methods compared",
@@ -114,9 +115,7 @@ def figure(found: Comparison, *, against: str = "parameters", quality: str) -> M
     by_depth = against == "layers"
     return chart(
         series,
-        x=layers_axis(row.layers for row in found.rows if row.method != DENSE)
-        if by_depth
-        else Axis(label=_ACROSS[against]),
+        x=layers_axis(row.layers for row in found.pruned) if by_depth else Axis(label=_ACROSS[against]),
         y=Axis(label=label, log=is_text, most=most, zero=quality == "answers that loop"),
         rules=[] if dense is None else [(dense, DENSE)],
         note="; ".join(notes),
@@ -149,8 +148,8 @@ def _tiles(found: Comparison) -> list[Tile]:
     tiles = []
     if found.dense is not None and text in found.dense.perplexity:
         tiles.append(Tile(name=f"dense, {text}", now=short(found.dense.perplexity[text]["value"])))
-    for layers in sorted({row.layers for row in found.rows if row.method != DENSE}, reverse=True):
-        rows = [row for row in found.rows if row.layers == layers and row.method != DENSE and text in row.perplexity]
+    for layers in sorted({row.layers for row in found.pruned}, reverse=True):
+        rows = [row for row in found.pruned if row.layers == layers and text in row.perplexity]
         if rows:
             best = min(rows, key=lambda row: float(row.perplexity[text]["value"]))
             value = short(best.perplexity[text]["value"])
@@ -197,11 +196,11 @@ def _agreement(found: Comparison) -> list[Section]:
 def _written(found: Comparison) -> list[Written]:
     """What the models of every depth answer to the first prompt."""
     blocks = []
-    for layers in sorted({row.layers for row in found.rows if row.method != DENSE}, reverse=True):
+    for layers in sorted({row.layers for row in found.pruned}, reverse=True):
         shown = {
             row.name: row.answers["examples"][0]
-            for row in found.rows
-            if row.layers == layers and row.method != DENSE and row.answers and row.answers.get("examples")
+            for row in found.pruned
+            if row.layers == layers and row.answers and row.answers.get("examples")
         }
         for example in list(shown.values())[:1]:
             original = ("original", ["".join(example["original"]), "", ""])
@@ -211,10 +210,9 @@ def _written(found: Comparison) -> list[Written]:
 
 
 def _tasks(found: Comparison) -> list[Section]:
-    scored = [row for row in found.rows if row.tasks]
-    pruned = [row for row in scored if row.method != DENSE]
-    if not scored:
+    if not any(row.tasks for row in found.rows):
         return []
+    pruned = [row for row in found.pruned if row.tasks]
     depths = sorted({row.layers for row in pruned}, reverse=True)
     wanted = [(MEAN, layers) for layers in depths] + [(task, depths[-1]) for task in found.tasks if depths]
     figures = [_task_figure(found, [row for row in pruned if row.layers == at], task) for task, at in wanted]
@@ -223,22 +221,13 @@ def _tasks(found: Comparison) -> list[Section]:
 
 
 def _task_figure(found: Comparison, rows: Sequence[Row], task: str) -> Figure | None:
-    methods = list(dict.fromkeys(row.method for row in found.rows if row.method != DENSE))
+    methods = list(dict.fromkeys(row.method for row in found.pruned))
     scored = []
     for row in rows:
-        measured = row.score(task) or {}
-        if measured.get("value") is not None:
+        if measured := row.score(task):
             value, error = float(measured["value"]), _ERRORS * float(measured.get("stderr") or 0.0)
-            scored.append(
-                Interval(
-                    name=row.name,
-                    value=value,
-                    low=value - error,
-                    high=value + error,
-                    hue=methods.index(row.method),
-                    hollow=row.heal != "none",
-                )
-            )
+            looks: dict[str, Any] = {"hue": methods.index(row.method), "hollow": row.heal != "none"}
+            scored.append(Interval(name=row.name, value=value, low=value - error, high=value + error, **looks))
     if not scored:
         return None
     dense = {} if found.dense is None else found.dense.score(task) or {}
@@ -262,21 +251,19 @@ def _retention(rows: Sequence[Row]) -> list[Table]:
     """The share of the original's accuracy that is kept on the same items, with its interval."""
     found = [(row, ((row.tasks or {}).get("retention") or {}).get("mean")) for row in rows]
     cells = [
-        [
-            row.name,
-            str(row.layers),
-            *map(_share, (kept.get("accuracy"), kept.get("above_chance"))),
-            str(kept.get("n", "")),
-        ]
+        {
+            "method": row.name,
+            "layers": str(row.layers),
+            "accuracy kept": _share(kept.get("accuracy")),
+            "kept above chance": _share(kept.get("above_chance")),
+            "items": str(kept.get("n", "")),
+        }
         for row, kept in found
         if kept
     ]
-    if not cells:
-        return []
-    columns = ("method", "layers", "accuracy kept", "kept above chance", "items")
     caption = "Accuracy kept on the same items, with paired bootstrap intervals (95 %)"
-    numbers = frozenset({1, 2, 3, 4})
-    return [Table(columns=columns, rows=cells, caption=caption, numbers=numbers, folded=len(cells) > _LONG_TABLE)]
+    how = {"caption": caption, "folded": len(cells) > _LONG_TABLE}
+    return [table(cells, text_columns=("method",), **how)] if cells else []
 
 
 def _share(ratio: Mapping[str, float] | None) -> str:
@@ -295,17 +282,13 @@ def _speed(found: Comparison) -> list[Section]:
 
 
 def _table(found: Comparison) -> list[Section]:
-    if not found.rows:
-        return []
-    names = [name for name in comparison.columns(found) if not name.endswith(" stderr")]
-    rows = [[comparison.written_cell(name, row) for name in names] for row in comparison.cells(found)]
-    numbers = frozenset(index for index, name in enumerate(names) if name not in ("method", "heal", "note"))
-    return [Section(title="All numbers", blocks=[Table(columns=names, rows=rows, numbers=numbers)])]
+    whole = table(comparison.written(found), text_columns=comparison.WORDS)
+    return [Section(title="All numbers", blocks=[whole])] if found.rows else []
 
 
 def _puzzles(found: Comparison) -> list[Section]:
     """The puzzle of each method at the least depth, where its recipe is in the folder."""
-    rows = [row for row in found.rows if row.recipe and row.method != DENSE]
+    rows = [row for row in found.pruned if row.recipe]
     least = min((row.layers for row in rows), default=0)
     figures: list[Block] = []
     for row in {row.method: row for row in rows if row.layers == least}.values():

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 from xml.etree import ElementTree
 
@@ -237,10 +238,12 @@ def heat(rows: Sequence[Sequence[float]], *, title: str, across: str, down: str 
     tall = min(13.0, max(4.0, 380.0 / max(1, len(rows))))
     with _figure(46 + tall * len(rows)) as (figure, axes):
         for place, row in enumerate(rows):
-            runs = list(_runs([_shade(value, low, high) for value in row]))
-            spans = [(start, length) for start, length, _ in runs]
-            accent = _STAND_IN["accent"]
-            axes.broken_barh(spans, (place - 0.47, 0.94), facecolors=[(accent, shade) for _, _, shade in runs], lw=0)
+            spans, colours, start = [], [], 0
+            for shade, equal in groupby(_shade(value, low, high) for value in row):  # a map of 80 layers stays small
+                spans.append((start, len(list(equal))))
+                colours.append((_STAND_IN["accent"], shade))
+                start += spans[-1][1]
+            axes.broken_barh(spans, (place - 0.47, 0.94), facecolors=colours, lw=0)
         axes.set(xlim=(0, max(map(len, rows), default=1)), ylim=(len(rows) - 0.5, -0.5), xlabel=across, ylabel=down)
         axes.spines["bottom"].set_visible(False)
         axes.set_xticks([])
@@ -300,32 +303,22 @@ def _lay_out(drawn: Any, axis: Axis, values: Sequence[float]) -> None:
     """Set scale, limits and ticks of an axis of a figure, so that all values are within."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    set_limits = getattr(drawn.axes, f"set_{drawn.axis_name}lim")
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=1.0), max(finite, default=2.0)
     if axis.log:
         getattr(drawn.axes, f"set_{drawn.axis_name}scale")("log")
-        memory_budget = 1.05 * max(high / low, 1.1) ** 0.04
-        low, high, span = low / memory_budget, high * memory_budget, high / low
+        margin = 1.05 * max(high / low, 1.1) ** 0.04
+        low, high, span = low / margin, high * margin, high / low
     else:
-        memory_budget = 0.05 * (high - low or abs(high) or 1.0)
-        low, high, span = (min(low, 0.0) if axis.zero else low - memory_budget), high + memory_budget, 1.0
-    set_limits(*((high, low) if axis.falling else (low, high)))
+        margin = 0.05 * (high - low or abs(high) or 1.0)
+        low, high, span = (min(low, 0.0) if axis.zero else low - margin), high + margin, 1.0
+    getattr(drawn.axes, f"set_{drawn.axis_name}lim")(*((high, low) if axis.falling else (low, high)))
     digits = (1, 2, 3, 5, 7) if span < 20 else (1, 2, 5) if span < 100 else (1, 3) if span < 3000 else (1,)
     even = MaxNLocator(5, integer=axis.whole, steps=[1, 2, 2.5, 5, 10], min_n_ticks=2)
     drawn.set_major_locator(FixedLocator(axis.ticks) if axis.ticks else LogLocator(10, digits) if span >= 8 else even)
     drawn.set_minor_locator(NullLocator())
     drawn.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     drawn.set_label_text(axis.label)
-
-
-def _runs(shades: Sequence[float]) -> Iterator[tuple[int, int, float]]:
-    """Start, length and shade of neighbours of one shade: a map of 80 layers stays small."""
-    start = 0
-    for stop in range(1, len(shades) + 1):
-        if stop == len(shades) or shades[stop] != shades[start]:
-            yield start, stop - start, shades[start]
-            start = stop
 
 
 def _shade(value: float, low: float, high: float) -> float:

@@ -22,9 +22,8 @@ from intarsia.reporting.wording import (
     MEASURES,
     PARTING,
     change,
-    compress_command,
-    is_measure,
     model_name,
+    run_command,
     text_name,
     text_of,
     title_of,
@@ -196,18 +195,13 @@ def _tiles(facts: Mapping[str, Any], recipe: Recipe) -> list[Tile]:
     return [
         Tile(
             name=MEASURES[key],
-            before=text_of(key, _bare(before.get(key)), brief=True),
-            now=text_of(key, _bare(after.get(key)), brief=True),
+            before=text_of(key, before.get(key), brief=True),
+            now=text_of(key, after.get(key), brief=True),
             change="" if key == "layers" else change(before.get(key), after.get(key)),
         )
         for key in _TILES
         if after.get(key) is not None
     ]
-
-
-def _bare(measured: Any) -> Any:
-    """A measure without its uncertainty."""
-    return measured["value"] if is_measure(measured) else measured
 
 
 def _notes(facts: Mapping[str, Any]) -> list[str]:
@@ -223,8 +217,9 @@ def _origin(path: Path, recipe: Recipe, facts: Mapping[str, Any], run: PlanRun |
     provenance = recipe.provenance
     blocks: list[Block] = []
     if run is not None and facts:
-        heal = "closed-form" if provenance.get("heal") else "none"
-        blocks.append(Code(text=compress_command(run.settings, out=path.name, layers=len(recipe.layers), heal=heal)))
+        words = ["-o", path.name, "--layers", str(len(recipe.layers))]
+        words += [] if provenance.get("heal") else ["--heal", "none"]
+        blocks.append(Code(text=run_command("compress", run.settings, *words)))
     pairs = [("recipe, sha256", schema.content_hash(recipe))]
     for variant in recipe.variants:
         revision = f", revision {variant.revision}" if variant.revision else ""

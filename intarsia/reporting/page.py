@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -20,24 +21,22 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from intarsia import __version__
-from intarsia.disk import write_whole
+from intarsia.disk import damage_named, read_json, write_whole
 from intarsia.errors import Problems, UserError
-from intarsia.reporting import bench_report, comparison_report, model_report, plan_report, tailor_report
-from intarsia.reporting.blocks import Ladder, Section, Subject, Written
+from intarsia.reporting import comparison_report, model_report, plan_report, tailor_report
+from intarsia.reporting.blocks import Ladder, Section, Subject, Tile, Written, table
 from intarsia.reporting.figures import variables
 from intarsia.reporting.plan_report import ladder_figure
+from intarsia.reporting.wording import model_name, text_of, title_of
 from intarsia.tailoring.run import is_tailor_run
 
 Generations = Mapping[Path, Sequence[Written]]
 
-_KINDS: Sequence[tuple[Callable[[Path], bool], Callable[[Path], Subject]]] = (
-    (comparison_report.is_comparison, comparison_report.read),
-    (is_tailor_run, tailor_report.read),
-    (plan_report.is_plan_run, plan_report.read),
-    (model_report.is_model_folder, model_report.read),
-    (bench_report.is_bench, bench_report.read),
+_TILES = ("acceptance", "tokens_per_pass", "speedup", "same_output")
+_DRAFTED = (
+    "The draft proposes tokens, and the model checks them in one pass; the acceptance is the share that it keeps. "
+    "Greedy answers, with the draft and without it in turns."
 )
-"""For each kind of folder or file: what recognises it, and what reads it."""
 
 
 def write_report(paths: Sequence[Path], out: Path, *, generations: Generations | None = None) -> None:
@@ -171,3 +170,51 @@ def _part(name: str) -> str:
 
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _is_bench(path: Path) -> bool:
+    """Whether a file has the rows of `bench --json`."""
+    with suppress(OSError, ValueError):
+        return path.suffix == ".json" and {"rows", "repeats", "draft"} <= _bench(path).keys()
+    return False
+
+
+def _bench(path: Path) -> dict[str, Any]:
+    return read_json(path, expected="what `bench --json` printed", remedy="Measure again.")
+
+
+def _bench_subject(path: Path) -> Subject:
+    """Speed and memory of models, and of a model with a draft."""
+    with damage_named(path, expected="what `bench --json` printed", remedy="Measure again."):
+        found = _bench(path)
+        rows = [_written({**row, "model": model_name(row["model"])}) for row in found["rows"]]
+        models = list(dict.fromkeys(row["model"] for row in rows))
+        sections = [Section(title="Speed and memory", blocks=[table(rows, text_columns=("model",))])]
+        draft = found.get("draft") or {}
+        if draft:
+            cells = {"draft": model_name(str(found.get("draft_model", ""))), **_written(draft)}
+            blocks = [table([cells], text_columns=("draft",))]
+            sections.append(Section(title="With a draft", blocks=blocks, intro=_DRAFTED))
+        rounds = f"{found['threads']} threads, medians of {found['repeats']} rounds"
+        return Subject(
+            path=path,
+            title=f"Speed: {', '.join(models)}",
+            subtitle=f"On {found['device']} in {found['dtype']}, {rounds}",
+            base=("", models[0]),
+            tiles=[Tile(name=title_of(name), now=text_of(name, draft[name], brief=True)) for name in _TILES if draft],
+            sections=sections,
+        )
+
+
+def _written(row: Mapping[str, Any]) -> dict[str, str]:
+    return {title_of(name): text_of(name, value) for name, value in row.items()}
+
+
+_KINDS: Sequence[tuple[Callable[[Path], bool], Callable[[Path], Subject]]] = (
+    (comparison_report.is_comparison, comparison_report.read),
+    (is_tailor_run, tailor_report.read),
+    (plan_report.is_plan_run, plan_report.read),
+    (model_report.is_model_folder, model_report.read),
+    (_is_bench, _bench_subject),
+)
+"""For each kind of folder or file: what recognises it, and what reads it."""

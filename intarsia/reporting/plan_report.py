@@ -16,7 +16,7 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Tile, table
 from intarsia.reporting.figures import Axis, Point, Series, chart, heat, layers_axis
 from intarsia.reporting.puzzle import LayerFacts, pieces_of, puzzle_section
-from intarsia.reporting.wording import model_name, plan_command, short, text_name, text_of, written
+from intarsia.reporting.wording import model_name, run_command, short, text_name, text_of, written
 
 _SCORES = {
     "scores": "score of the method",
@@ -291,6 +291,6 @@ def _origin(run: PlanRun) -> Section:
     if run.log:
         pairs.append(("last recipe, sha256", str(run.log[-1]["hash"])))
     pairs += [(name, str(value)) for name, value in run.provenance.get("versions", {}).items()]
-    target = int(run.log[-1]["layers"]) if run.log else None
-    command = Code(text=plan_command(run.settings, run=run.path.name, layers=target))
+    target = ["--layers", str(run.log[-1]["layers"])] if run.log else []
+    command = Code(text=run_command("plan", run.settings, "--run", run.path.name, *target))
     return Section(title="How to reproduce it", blocks=[command, Facts(pairs=pairs)])

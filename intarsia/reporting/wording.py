@@ -9,6 +9,7 @@ from typing import Any
 
 from intarsia.flags import options_of
 from intarsia.inspection.own_code import OPTION, OWN_CODE
+from intarsia.options import TextSpec
 from intarsia.progress import duration
 from intarsia.registry import planners
 
@@ -32,14 +33,12 @@ MEASURES = {
 PARTING = "By greedy decoding. What the original says too is grey; marked is the first token that differs."
 """How two answers side by side are shown."""
 
-_DEFAULTS: Mapping[str, Any] = {"tokens": 65536, "seq_len": 512, "seed": 0, "calibration": "self"}
-
 
 def text_of(key: str, value: Any, *, brief: bool = False) -> str:
     """A value as text; its key says what it is: `...bytes`, `...seconds`, `...flops`.
 
     Args:
-        brief: numbers in few characters, as for a chart or a tile.
+        brief: numbers in few characters and without their errors, as for a tile.
     """
     if value is None:
         return ""
@@ -47,7 +46,7 @@ def text_of(key: str, value: Any, *, brief: bool = False) -> str:
         return "yes" if value else "no"
     if is_measure(value):
         error = value.get("stderr")
-        return text_of(key, value["value"], brief=brief) + ("" if error is None else f" ± {error:.2g}")
+        return text_of(key, value["value"], brief=brief) + ("" if error is None or brief else f" ± {error:.2g}")
     if isinstance(value, Mapping):
         return ", ".join(f"{title_of(name)} {text_of(name, part)}" for name, part in value.items() if part is not None)
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -121,35 +120,21 @@ def model_name(model: str) -> str:
 
 def command(verb: str, *words: str, given: Iterable[object] = ()) -> str:
     """A command line: `words`, and every option of the given value objects that is not its default."""
-    pairs = ((option, getattr(values, option.attribute)) for values in given for option in options_of(type(values)))
-    options = [word for option, value in pairs if value != option.default for word in option.words(value)]
+    options = [word for values in given for word in _options(type(values), vars(values))]
     return shlex.join(["intarsia", verb, *words, *options])
 
 
-def plan_command(settings: Mapping[str, Any], *, run: str, layers: int | None) -> str:
-    """Return `intarsia plan ...` with every option that is not its default."""
-    target = [] if layers is None else ["--layers", str(layers)]
-    return command("plan", str(settings["model"]), "--run", run, *target, *_options(settings))
-
-
-def compress_command(settings: Mapping[str, Any], *, out: str, layers: int, heal: str) -> str:
-    """Return `intarsia compress ...`, likewise."""
-    healed = [] if heal == "closed-form" else ["--heal", heal]
-    return command("compress", str(settings["model"]), "-o", out, "--layers", str(layers), *_options(settings), *healed)
-
-
-def _options(settings: Mapping[str, Any]) -> list[str]:
-    """Options that are not defaults, from the settings of a run; those of a plugin that is not loaded are unknown."""
-    method = str(settings["method"])
-    words = ["--method", method]
-    for name in ("revision", "calibration", "tokens", "seq_len", "seed"):
-        value = settings.get(name)
-        if value is not None and value != _DEFAULTS.get(name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    words += [OPTION] if OWN_CODE in (settings.get("config") or {}) else []
+def run_command(verb: str, settings: Mapping[str, Any], *words: str) -> str:
+    """The command that gives a run its settings; options of a plugin that is not loaded are unknown."""
+    method, revision = str(settings["method"]), settings.get("revision")
     kind = planners.get(method).settings if method in planners else None
-    options = {} if kind is None else {option.attribute: option for option in options_of(kind)}
-    for name, value in (settings.get("planner") or {}).items():
-        if name in options and value != options[name].default:
-            words += options[name].words(value)
-    return words
+    text = {"sources": (settings.get("calibration", "self"),), **settings}
+    options = [*([] if revision is None else ["--revision", str(revision)]), *_options(TextSpec, text)]
+    options += [] if kind is None else _options(kind, settings.get("planner") or {})
+    options += [OPTION] if OWN_CODE in (settings.get("config") or {}) else []
+    return command(verb, str(settings["model"]), *words, "--method", method, *options)
+
+
+def _options(kind: type, values: Mapping[str, Any]) -> list[str]:
+    found = [(option, values[option.attribute]) for option in options_of(kind) if option.attribute in values]
+    return [word for option, value in found if value != option.default for word in option.words(value)]

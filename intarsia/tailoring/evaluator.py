@@ -23,8 +23,7 @@ from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.building.offload import free_bytes
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.evaluation.likelihood import positions_of
-from intarsia.evaluation.run_rows import default_batch_tokens, takes_packed_rows
+from intarsia.evaluation.likelihood import default_batch_tokens, positions_of, takes_packed_rows
 from intarsia.inspection.own_code import trusts
 from intarsia.options import Runtime
 from intarsia.progress import current

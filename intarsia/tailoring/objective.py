@@ -18,7 +18,7 @@ from intarsia.data.corpus import tokenize
 from intarsia.data.sources import documents
 from intarsia.errors import Problems, UserError
 from intarsia.evaluation.likelihood import Batch, Request, batches_of, encode_pairs
-from intarsia.evaluation.task_file import Question, names_a_file, read_questions, read_targets
+from intarsia.evaluation.task_file import Question, Target, names_a_file, read_items
 from intarsia.evaluation.tasks import Task, load_tasks
 from intarsia.progress import current
 from intarsia.tailoring.family_file import ObjectiveSpec, Range
@@ -302,10 +302,10 @@ def _examples(
         (task,) = load_tasks([spec.source])
         return _asked(questions_of(task, spec.split), tokenizer, max_length, spec.name)
     if spec.kind == "task":
-        _, questions = read_questions(part_of(spec))
+        _, questions = read_items(part_of(spec), Question)
         return _asked([_as_asked(question) for question in questions], tokenizer, max_length, spec.name)
     if spec.kind == "loss" and names_a_file(spec.source) and _holds_targets(spec.source):
-        _, targets = read_targets(part_of(spec))
+        _, targets = read_items(part_of(spec), Target)
         pairs = [(target.query, target.target) for target in targets]
         requests = encode_pairs(pairs, tokenizer, max_length=max_length, where=spec.name)
         return [Example(requests=(request,)) for request in requests]

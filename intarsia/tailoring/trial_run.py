@@ -27,8 +27,7 @@ from intarsia.activations.batches import side_by_side, workers_for
 from intarsia.activations.stream import Entry, LayerStream
 from intarsia.building.layer import layer_tensors, tensor_names, to_parameters
 from intarsia.building.loaded_model import LoadedModel, twin
-from intarsia.evaluation.likelihood import Rows
-from intarsia.evaluation.run_rows import inputs_of
+from intarsia.evaluation.likelihood import Rows, inputs_of
 from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.family import Family

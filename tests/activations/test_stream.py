@@ -39,7 +39,7 @@ def test_equal_to_the_models_own_forward(family: str, padded: bool, resident_of:
         assert len(own.hidden_states) == families.DEPTH + 1
         for found, expected in zip(hidden[:-1], own.hidden_states[:-1], strict=True):
             assert torch.equal(found[real], expected[real])
-        # transformers reports the last one behind the final norm.
+        # transformers reports the last one after the final norm.
         assert torch.equal(stream.final_norm(hidden[-1], ids, mask)[real], own.hidden_states[-1][real])
         assert not torch.allclose(hidden[-1][real], own.hidden_states[-1][real])
         assert torch.equal(stream.logits(hidden[-1], ids, mask)[real], own.logits[real])

@@ -55,7 +55,7 @@ QWEN3_30B = {
 }
 
 
-def test_falcon_is_told_apart_by_what_its_layers_are() -> None:
+def test_falcon_is_recognised_by_what_its_layers_are() -> None:
     old, new = detect(FALCON_7B), detect(FALCON_40B)
     one = detect({**FALCON_40B, "num_ln_in_parallel_attn": 1})
     assert [architecture.family.name for architecture in (old, new, one)] == [

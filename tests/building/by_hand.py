@@ -21,7 +21,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def concat_output(op: Concat, resident: LoadedModel, h_BTD: Tensor, call: LayerCall) -> Tensor:
-    """The residual stream behind the layer that a `Concat` with folded norms describes."""
+    """The residual stream after the layer that a `Concat` with folded norms describes."""
     architecture = resident.architecture
     layers = [_tensors(resident.layers[cut.source.layer]) for cut in op.cuts]
     for part in PARTS:
@@ -85,7 +85,7 @@ def _projected(
     layers: list[dict[str, Tensor]],
     resident: LoadedModel,
 ) -> Tensor:
-    """A query, key or value head, behind its norm where it has one."""
+    """A query, key or value head, after its norm where it has one."""
     architecture, module = resident.architecture, f"self_attn.{kind}_proj"
     size, norm = architecture.head_dim, f"self_attn.{kind}_norm.weight"
     first = head

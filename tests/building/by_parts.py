@@ -34,7 +34,7 @@ FAMILIES = (
 
 
 def concat_output(op: Concat, resident: LoadedModel, h_BTD: Tensor, call: LayerCall) -> Tensor:
-    """The residual stream behind the layer that a `Concat` with folded norms describes."""
+    """The residual stream after the layer that a `Concat` with folded norms describes."""
     architecture = resident.architecture
     stages: Sequence[tuple[Part, ...]] = (PARTS,) if architecture.parallel else (("attention",), ("mlp",))
     for parts in stages:
@@ -92,7 +92,7 @@ def _mean(op: Concat, part: Part, name: str, resident: LoadedModel) -> Tensor:
 
 
 def _routed(op: Concat, resident: LoadedModel, h_BTD: Tensor) -> Tensor:
-    """What the experts of all sources add, each behind its own norm, chosen by one router."""
+    """What the experts of all sources add, each after its own norm, chosen by one router."""
     config: Any = resident.model.config
     unit_BTD = h_BTD / (h_BTD.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
     logits, outputs = [], []
@@ -113,7 +113,7 @@ def _routed(op: Concat, resident: LoadedModel, h_BTD: Tensor) -> Tensor:
 
 
 def _shared(op: Concat, resident: LoadedModel, unit_BTD: Tensor) -> Tensor:
-    """The average of the shared experts, each with its norm in its rows, behind the average of their gates."""
+    """The average of the shared experts, each with its norm in its rows, times the average of their gates."""
 
     def mean(name: str, *, reads: bool) -> Tensor:
         total: Any = sum(

@@ -223,7 +223,7 @@ def test_a_merge_is_linear_in_every_tensor(checkpoint_of: Opened) -> None:
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("family", ["llama-bias", "gemma2", "olmo3", "granite"])
 def test_a_scaled_layer_adds_that_much_more(family: str, part: str, resident_of: InMemory) -> None:
-    """Also where a norm stands behind the part, which would take back a scale before it."""
+    """Also where a norm stands after the part, which would take back a scale before it."""
     resident = resident_of(family)
     stream = LayerStream(resident.model, resident.architecture)
     ids = torch.randint(2, families.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -98,7 +98,7 @@ def by_rule(family: str, folder: Path, out: Path) -> Checkpoint:
 @torch.no_grad()
 @pytest.mark.parametrize("family", RULES)
 def test_a_rule_becomes_a_list(family: str, model_folder: Folder, tmp_path: Path) -> None:
-    """The rule would tell the layers apart by their new places."""
+    """The rule would distinguish the layers by their new places."""
     source = by_rule(family, model_folder(family), tmp_path / "source")
     theirs: Any = AutoConfig.from_pretrained(source.folder)
     for name, values in source.architecture.per_layer.items():

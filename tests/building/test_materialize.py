@@ -308,12 +308,12 @@ def test_the_output_is_taken_by_lm_eval(checkpoint_of: Opened, tmp_path: Path) -
 
     source = checkpoint_of("llama")
     materialize(mixed(source), {"base": source}, tmp_path / "out")
-    judge = huggingface.HFLM(pretrained=str(tmp_path / "out"), device="cpu", dtype="float32", batch_size=2)
+    harness = huggingface.HFLM(pretrained=str(tmp_path / "out"), device="cpu", dtype="float32", batch_size=2)
     requests = [("roti lane", " nori"), ("nase", " laro tine")]
     instances = [
         Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=index) for index, pair in enumerate(requests)
     ]
-    answers = judge.loglikelihood(instances, disable_tqdm=True)
+    answers = harness.loglikelihood(instances, disable_tqdm=True)
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()

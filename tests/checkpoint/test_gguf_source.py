@@ -1,4 +1,4 @@
-"""GGUF files as models: converted once, and told apart from what cannot be read."""
+"""GGUF files as models: converted once; and what cannot be read."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def build(folder: Path, layers: tuple[int, ...] = (0, 2, 5)) -> Path:
     return out
 
 
-class Listener(progress.Silent):
+class Listener(progress.Progress):
     def __init__(self) -> None:
         self.said: list[str] = []
 

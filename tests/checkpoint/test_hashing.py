@@ -16,12 +16,12 @@ from intarsia.checkpoint import hashing as module
 from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.progress import Silent, Task, reporting_to
+from intarsia.progress import Progress, Task, reporting_to
 
 Make = Callable[..., Path]
 
 
-class Watched(Silent):
+class Watched(Progress, Task):
     """Progress that counts."""
 
     def __init__(self) -> None:

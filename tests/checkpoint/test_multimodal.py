@@ -52,8 +52,8 @@ def test_cut_inside_a_wrapper(kind: str, layout: str, tmp_path: Path) -> None:
     for name in names:
         assert after[name].numpy().tobytes() == before[name].numpy().tobytes()
     assert {name for name in after if name not in before} == set()
-    loaded, told = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+    loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert torch.equal(loaded.eval()(input_ids=IDS).logits, small(IDS).logits)
     assert loaded.config.get_text_config().num_hidden_layers == 3
     assert opened(tmp_path / "out").architecture.n_layers == 3

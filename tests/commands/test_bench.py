@@ -66,7 +66,7 @@ def test_the_same_model_twice_has_two_names(shallow: str) -> None:
     assert [row.model for row in found.rows] == [shallow, f"{shallow} (2)"]
 
 
-def test_everything_wrong_is_told_at_once(shallow: str) -> None:
+def test_everything_wrong_is_reported_at_once(shallow: str) -> None:
     with pytest.raises(UserError) as raised:
         intarsia.bench(shallow, batch=(1, 0), prompt_len=families.POSITIONS, new_tokens=1, repeats=0)
     said = [problem.message for problem in raised.value.problems]

@@ -250,31 +250,31 @@ def test_more_may_be_asked_for_and_nothing_is_measured_twice(
     model_folder: Folder, halves: Sizes, quiz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, out = str(model_folder("llama")), tmp_path / "compare"
-    judged: list[int] = []
+    measured: list[int] = []
 
     def counted(recipe: Any, resident: Any) -> Any:
-        judged.append(len(recipe.layers))
+        measured.append(len(recipe.layers))
         return assembled(recipe, resident)
 
-    monkeypatch.setattr("intarsia.commands.compare_rows.assembled", counted)
+    monkeypatch.setattr("intarsia.evaluation.perplexity.assembled", counted)
     compare(model, out, methods="sleb,sleb[racing=false]", layers=[5], **halves)
-    assert judged == [5]  # two ways to one model
+    assert measured == [5]  # two ways to one model
     rows = rows_of(out)
     assert rows["sleb", 5, "none"]["perplexity"] == rows["sleb[racing=false]", 5, "none"]["perplexity"]
     compare(model, out, methods="sleb", layers=[5, 4], heal=["none"], **halves)
-    assert judged == [5, 4]
+    assert measured == [5, 4]
     before = (out / "rows.jsonl").read_bytes()
     again = compare(model, out, methods="sleb", layers=[4], **halves)
-    assert judged == [5, 4] and (out / "rows.jsonl").read_bytes() == before and again.layer_forwards == 0
+    assert measured == [5, 4] and (out / "rows.jsonl").read_bytes() == before and again.layer_forwards == 0
 
     compare(model, out, methods="sleb", layers=[5, 4], tasks=[str(quiz)], task_layers=[4], **halves)
-    assert judged == [5, 4, 4]
+    assert measured == [5, 4, 4]
     rows = rows_of(out)
     assert rows["sleb", 4, "none"]["tasks"]["scores"][0]["n"] == 12
     assert rows["dense", 6, "none"]["tasks"]["scores"][0]["n"] == 12
     assert rows["sleb", 5, "none"]["tasks"] is None
     compare(model, out, methods="sleb", layers=[5, 4], **halves)
-    assert judged == [5, 4, 4]
+    assert measured == [5, 4, 4]
     with pytest.raises(UserError) as caught:
         compare(model, out, methods="sleb", layers=[4], tasks=[str(quiz)], limit=3, **halves)
     assert [_setting(problem) for problem in caught.value.problems] == ["quiz.limit", "quiz.sha256"]

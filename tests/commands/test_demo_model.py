@@ -42,8 +42,8 @@ def test_compress_the_demo_model(tmp_path: Path) -> None:
         pytest.skip(f"the demo model is not to be had: {error}")
     text = tmp_path / "licence.txt"
     text.write_text((REPOSITORY / "LICENSE").read_text(encoding="utf-8"), encoding="utf-8")
-    judged = tmp_path / "prose.txt"
-    judged.write_text(PROSE, encoding="utf-8")
+    prose = tmp_path / "prose.txt"
+    prose.write_text(PROSE, encoding="utf-8")
 
     result = verbs.compress(
         "demo",
@@ -52,8 +52,8 @@ def test_compress_the_demo_model(tmp_path: Path) -> None:
         calibration=str(text),
         tokens=2048,
         seq_len=128,
-        heal="none",  # so little of such a text repairs nothing
-        eval_text=str(judged),
+        heal="none",  # so little of such a text heals nothing
+        eval_text=str(prose),
         windows=2,
     )
 

@@ -114,7 +114,7 @@ def test_help_names_both() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "printed"),
     [
         (["--tasks", "QUIZ", "--limit", "0"], "--limit"),
         (["--tasks", "none.jsonl"], "no such file"),
@@ -124,11 +124,11 @@ def test_help_names_both() -> None:
         (["--tasks", "QUIZ", "--stream"], "--stream is for perplexity"),
     ],
 )
-def test_mistakes_end_before_any_work(model_folder: Folder, quiz: str, words: list[str], told: str) -> None:
+def test_mistakes_end_before_any_work(model_folder: Folder, quiz: str, words: list[str], printed: str) -> None:
     given = [word.replace("QUIZ", quiz) for word in words]
     result = invoke("eval", model_folder("llama"), *given)
     assert result.exit_code == 2
-    assert told in result.stderr
+    assert printed in result.stderr
     assert "Traceback" not in result.stderr and result.stdout == ""
 
 

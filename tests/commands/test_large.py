@@ -116,7 +116,7 @@ def test_a_plan_that_was_killed_leaves_no_spilled_files(model_folder: Folder, si
     assert hashes[0] == hashes[1]
 
 
-def test_a_full_disk_is_told(
+def test_a_full_disk_is_reported(
     model_folder: Folder, sizes: Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(fd: int, start: int, length: int) -> None:
@@ -177,9 +177,9 @@ def test_what_does_not_go_together_is_refused(model_folder: Folder, tmp_path: Pa
 def test_the_command_line(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
     words = ["--calibration", sizes["calibration"], "--tokens", "256", "--seq-len", "32", "--json"]
     model, place = str(model_folder("llama")), str(tmp_path / "run")
-    told = invoke("plan", model, "--run", place, "--layers", "5", "--stream", "--memory", "1MB", *words)
-    assert told.exit_code == 0, told.output
-    result = json.loads(told.stdout)
+    call = invoke("plan", model, "--run", place, "--layers", "5", "--stream", "--memory", "1MB", *words)
+    assert call.exit_code == 0, call.output
+    result = json.loads(call.stdout)
     assert result["peak_memory_bytes"] > 0
     assert invoke("plan", model, "--run", place, "--layers", "5", "--memory", "much", *words).exit_code == 2
     assert invoke("plan", "--layers", "5", *words).exit_code == 2

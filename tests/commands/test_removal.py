@@ -72,9 +72,9 @@ def listed() -> dict[str, Decoder]:
     "kind", [*QUICK, *(pytest.param(each, marks=pytest.mark.exhaustive) for each in kinds() if each not in QUICK)]
 )
 def test_a_row_of_the_table(kind: str) -> None:
-    found, told = decoder(kind), listed()[kind]
-    assert found.tier == told.tier, found.note
-    assert page([found]).splitlines()[-1] == f"| {told.kind} | {told.tier} | {told.note} |"
+    found, row = decoder(kind), listed()[kind]
+    assert found.tier == row.tier, found.note
+    assert page([found]).splitlines()[-1] == f"| {row.kind} | {row.tier} | {row.note} |"
 
 
 def test_the_table_has_every_decoder() -> None:

@@ -92,7 +92,7 @@ def test_both_models_write(chat: bool, sizes: Sizes, tmp_path: Path) -> None:
 
 def test_wrong_input_is_refused_before_any_work(compressed: Path, tmp_path: Path) -> None:
     run = tmp_path / "out.run"
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="exists already"):
         intarsia.report(run, out=compressed / "report.html")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="is a folder"):

@@ -19,7 +19,7 @@ from intarsia import registry
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.options import AnswerSpec, NewModel
-from intarsia.progress import Silent, reporting_to
+from intarsia.progress import Progress, reporting_to
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.laco import LacoSettings
@@ -149,7 +149,7 @@ def test_two_processes_do_not_share_a_run_folder(model_folder: Folder, sizes: Si
     assert verbs.plan(model, run, layers=4, **sizes).depths == (5, 4)
 
 
-def test_an_unfinished_plan_is_told_as_such(
+def test_an_unfinished_plan_is_reported_as_such(
     model_folder: Folder, sizes: Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped between its steps to 5 and to 4 layers, on the way down to 3."""
@@ -212,7 +212,7 @@ def test_inspect(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
         json.dumps(result.to_dict())
 
 
-class Listener(Silent):
+class Listener(Progress):
     """Hears every line."""
 
     def __init__(self) -> None:
@@ -222,7 +222,7 @@ class Listener(Silent):
         self.said.append(text)
 
 
-def test_pieces_of_a_mixture_are_told_as_experts(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
+def test_pieces_of_a_mixture_are_called_experts(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
     listener = Listener()
     with reporting_to(listener):
         verbs.plan(str(model_folder("mixtral")), tmp_path / "run", layers=5, **sizes)
@@ -252,8 +252,8 @@ def test_perplexity_by_hand(model_folder: Folder, text_file: Path) -> None:
 def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path) -> None:
     source = Checkpoint.open(model_folder(family), model=family)
     share = 1.5 * source.architecture.layer_parameters / source.parameters
-    judged: Sizes = {"eval_text": str(text_file), "windows": 4, "answers": 4, "speed": family == "llama"}
-    result = verbs.compress(str(source.folder), tmp_path / "out", sparsity=share, **judged, **sizes)
+    measuring: Sizes = {"eval_text": str(text_file), "windows": 4, "answers": 4, "speed": family == "llama"}
+    result = verbs.compress(str(source.folder), tmp_path / "out", sparsity=share, **measuring, **sizes)
     assert result.target == 4 and result.before is not None and result.after is not None
     assert (result.before.layers, result.after.layers) == (6, 4)
     assert result.before.parameters == source.parameters
@@ -278,9 +278,9 @@ def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Pa
     assert result.recipe_sha256 is not None and result.recipe_sha256 in card
     assert f"| agreement | 1 ± 0 | {result.after.answers.agreement.value:.4g} ±" in card
     (row,) = (line for line in card.splitlines() if line.startswith("| perplexity |"))
-    told = [float(cell.split()[0].replace(",", "")) for cell in row.split("|")[2:4]]
+    printed = [float(cell.split()[0].replace(",", "")) for cell in row.split("|")[2:4]]
     measured = [measures.perplexity.value for measures in (result.before, result.after) if measures.perplexity]
-    assert told == pytest.approx(measured, rel=1e-3)
+    assert printed == pytest.approx(measured, rel=1e-3)
     assert names(tmp_path) == {"out", "out.run"}
     assert "built" not in names(tmp_path / "out.run")
     json.dumps(result.to_dict())
@@ -293,7 +293,7 @@ def test_compress(family: str, model_folder: Folder, sizes: Sizes, text_file: Pa
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_text_is_held_out_to_judge_by(model_folder: Folder, sizes: Sizes, tmp_path: Path, mixed: bool) -> None:
+def test_text_is_held_out_to_test_on(model_folder: Folder, sizes: Sizes, tmp_path: Path, mixed: bool) -> None:
     """Also beside text that the model writes."""
     sizes = {**sizes, "calibration": [sizes["calibration"], *["self"] * mixed]}
     result = verbs.compress(str(model_folder("llama")), tmp_path / "out", layers=5, **sizes)
@@ -310,16 +310,16 @@ def test_text_that_the_model_writes_itself(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == families.CHAT_TEMPLATE
 
 
-def test_stopped_while_judging(
+def test_stopped_while_measuring(
     model_folder: Folder, sizes: Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model is there but not judged yet: the same call goes on instead of refusing the folder."""
+    """The model is there but not measured yet: the same call resumes instead of refusing the folder."""
     model, out, sizes = str(model_folder("llama")), tmp_path / "out", {**sizes, "speed": True}
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("intarsia.commands.compress_measures.compare_speed", stop)
+    monkeypatch.setattr("intarsia.commands.measures.compare_speed", stop)
     with pytest.raises(KeyboardInterrupt):
         verbs.compress(model, out, layers=4, **sizes)
     monkeypatch.undo()
@@ -355,7 +355,7 @@ def test_no_way_down_to_the_target(model_folder: Folder, sizes: Sizes, tmp_path:
     assert names(tmp_path) == {"out.run"}  # the ladder so far can be built
 
 
-# What cannot be used ends before the work, and leaves nothing behind
+# What cannot be used ends before the work, and leaves nothing
 
 
 @pytest.mark.parametrize(
@@ -409,13 +409,13 @@ def test_a_calibration_text_by_another_path_is_the_same_text(
     model_folder: Folder, sizes: Sizes, text_file: Path, tmp_path: Path
 ) -> None:
     model, run = str(model_folder("llama")), tmp_path / "run"
-    begun = str(text_file)
-    verbs.plan(model, run, layers=5, **{**sizes, "calibration": begun})
+    started = str(text_file)
+    verbs.plan(model, run, layers=5, **{**sizes, "calibration": started})
     before = {file.name: file.read_bytes() for file in run.glob("*.json")}
     moved = shutil.copy(text_file, tmp_path / "moved.txt")
     deeper = verbs.plan(model, run, layers=4, **{**sizes, "calibration": str(moved)})
     assert deeper.depths == (5, 4)
-    assert json.loads((run / "settings.json").read_text(encoding="utf-8"))["calibration"] == begun
+    assert json.loads((run / "settings.json").read_text(encoding="utf-8"))["calibration"] == started
     assert (run / "calibration.json").read_bytes() == before["calibration.json"]
     for other in (f"{moved}#0:0.9", "self"):
         with pytest.raises(UserError, match="started with calibration"):
@@ -457,7 +457,7 @@ def test_weights_that_changed_since_the_recipe_was_made(sizes: Sizes, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_config_that_changed_since_a_run_was_begun(sizes: Sizes, tmp_path: Path) -> None:
+def test_a_config_that_changed_since_a_run_was_started(sizes: Sizes, tmp_path: Path) -> None:
     """Another eps is another model; another dropout is not."""
     folder, run = families.save(families.make_model("llama"), tmp_path / "model"), tmp_path / "run"
     config = folder / "config.json"
@@ -543,9 +543,9 @@ def test_the_stages_on_the_command_line(model_folder: Folder, text_file: Path, t
     for thing in ("run", "out", "run/ladder/layers-004.yaml"):
         looked = run("inspect", tmp_path / thing, "--json")
         assert looked.exit_code == 0, looked.output
-    judged = run("eval", "perplexity", tmp_path / "out", "--text", text_file, "--seq-len", 32, "--windows", 3, "--json")
-    assert judged.exit_code == 0, judged.output
-    assert json.loads(judged.stdout)["windows"] == 3
+    result = run("eval", "perplexity", tmp_path / "out", "--text", text_file, "--seq-len", 32, "--windows", 3, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["windows"] == 3
 
 
 PLUGIN = """

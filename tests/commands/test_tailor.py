@@ -1,4 +1,4 @@
-"""A search over tiny models, from a family file to a built and judged incumbent."""
+"""A search over tiny models, from a family file to a built and scored incumbent."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_search(searched: tuple[Path, TailorResult]) -> None:
         assert not any(all(a <= b for a, b in zip(other, own, strict=True)) and other != own for other in costs)
 
 
-def test_the_incumbent_is_built_and_judged(searched: tuple[Path, TailorResult], parts: dict[str, Path]) -> None:
+def test_the_incumbent_is_built_and_scored(searched: tuple[Path, TailorResult], parts: dict[str, Path]) -> None:
     run, result = searched
     assert result.front is not None and result.evaluated is not None and result.best == run / "best"
     knee = result.front.knee
@@ -390,7 +390,7 @@ def stop(*args: Any, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize("heal", ["finalists", pytest.param("every", marks=pytest.mark.exhaustive)])
 def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials are ranked by what the repaired model costs; that model is what is built and judged, fitted once."""
+    """Trials are ranked by what the healed model costs; that model is what is built and scored, fitted once."""
     path = write_family(
         parts,
         tmp_path / "family.yaml",
@@ -448,25 +448,25 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
     rest, _ = unseen(file)
     search = rest.search.model_copy(update={"max_budget": max(result.evaluated["examples"].values())})
     rest = rest.model_copy(update={"heal": "none", "search": search})
-    judge = open_evaluator(family, rest, Runtime(device="cpu"), probe=False)
+    final = open_evaluator(family, rest, Runtime(device="cpu"), probe=False)
     for name, model in (
         ("incumbent as pruned", trial_recipe(folder, result.front.knee, healed=False)),
         ("incumbent", recipe),
     ):
-        costs = judge.evaluate(model, judge.most).costs
+        costs = final.evaluate(model, final.most).costs
         assert [rows[name][objective]["value"] for objective in ("prose", "quiz")] == pytest.approx(costs, rel=1e-6)
 
 
 def test_accuracy_beside_the_likelihood(searched: tuple[Path, TailorResult], parts: dict[str, Path]) -> None:
-    """The search's measure of the questions is the likelihood; what is told beside it is the share of right answers."""
+    """The search's measure of the questions is the likelihood; beside it stands the share of right answers."""
     run, result = searched
     assert result.evaluated is not None
     rows = {row["model"]: row for row in result.evaluated["rows"]}
     for name, model in (("base", parts["base"]), ("incumbent", run / "best")):
         found = intarsia.evaluate_tasks(str(model), [f"{parts['quiz']}#0.5:1"])
         expected = found.scores[0].metrics["acc_norm"]
-        told = rows[name]["accuracy"]["quiz"]
-        assert (told["value"], told["stderr"]) == pytest.approx((expected.value, expected.stderr))
+        reported = rows[name]["accuracy"]["quiz"]
+        assert (reported["value"], reported["stderr"]) == pytest.approx((expected.value, expected.stderr))
     kept = rows["incumbent"]["accuracy"]["quiz"]["value"] / rows["base"]["accuracy"]["quiz"]["value"]
     assert rows["incumbent"]["kept"] == {"quiz": kept} and rows["incumbent"]["mean_kept"] == kept
     assert "prose" not in rows["base"]["accuracy"] and "kept" not in rows["base"]

@@ -16,7 +16,7 @@ from intarsia.data.corpus import tokenize
 from intarsia.data.self_text import Sampling, self_corpus
 from intarsia.data.sources import documents
 from intarsia.errors import UserError
-from intarsia.progress import Silent, reporting_to
+from intarsia.progress import Progress, reporting_to
 from tests import families
 
 SAID = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
@@ -122,7 +122,7 @@ def test_without_a_template_speakers_are_named_and_it_is_said(tmp_path: Path) ->
     spec = _jsonl(tmp_path / "a.jsonl", *[{"messages": SAID}] * 9)
     tokenizer, said = families.make_tokenizer(), list[str]()
 
-    class Said(Silent):
+    class Said(Progress):
         def say(self, text: str) -> None:
             said.append(text)
 

@@ -10,7 +10,7 @@ import torch
 from intarsia.data.chat import Turns, learn_turns
 from intarsia.data.self_text import Sampling, self_corpus
 from intarsia.errors import UserError
-from intarsia.progress import Silent, reporting_to
+from intarsia.progress import Progress, reporting_to
 from tests import families
 
 
@@ -127,7 +127,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_progress_reaches_its_total() -> None:
-    class Watching(Silent):
+    class Watching(Progress):
         total = done = 0.0
 
         def task(self, title: str, total: float, *, units: float = 1.0) -> Any:

@@ -77,13 +77,13 @@ def test_by_hand() -> None:
         ids, start = torch.tensor([[*prompt, *answer]]), len(prompt) - 1
         with torch.no_grad():
             t, s = (model(ids).logits[0, start:-1].log_softmax(-1) for model in (original, other))
-            judged = original(torch.tensor([[*prompt, *theirs]])).logits[0, start:-1].log_softmax(-1)
+            scored = original(torch.tensor([[*prompt, *theirs]])).logits[0, start:-1].log_softmax(-1)
         agree.append((t.argmax(-1) == s.argmax(-1)).double())
         top_p, top = t.topk(64)
         s_p = s.gather(1, top)
         rest = [(1 - p.exp().sum(-1)).clamp_min(1e-6) for p in (top_p, s_p)]
         kl.append((top_p.exp() * (top_p - s_p)).sum(-1) + rest[0] * (rest[0].log() - rest[1].log()))
-        own.append(-judged.gather(1, torch.tensor(theirs)[:, None])[:, 0])
+        own.append(-scored.gather(1, torch.tensor(theirs)[:, None])[:, 0])
     assert found.agreement.value == pytest.approx(float(torch.cat(agree).mean()))
     assert 0.0 < found.agreement.value < 1.0
     assert found.kl.value == pytest.approx(float(torch.cat(kl).mean()), rel=1e-4)

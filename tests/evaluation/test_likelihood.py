@@ -10,8 +10,16 @@ import torch
 from torch.nn import functional as F
 
 from intarsia.errors import UserError
-from intarsia.evaluation.likelihood import Request, encode_pairs, fit, log_likelihoods, positions_of
-from intarsia.evaluation.run_rows import forward_of, score_requests, takes_packed_rows
+from intarsia.evaluation.likelihood import (
+    Request,
+    encode_pairs,
+    fit,
+    forward_of,
+    log_likelihoods,
+    positions_of,
+    score_requests,
+    takes_packed_rows,
+)
 from tests import families
 
 

@@ -32,25 +32,18 @@ take(300)
 with memory.growth(torch.device("cpu")) as grown:
     take(100)
 print(grown.bytes)
-
-memory.reset_peak = lambda: False
-with memory.growth(torch.device("cpu")) as grown:
-    kept = np.ones(200 * MB, dtype=np.uint8)
-    kept.sum()
-print(grown.bytes)
 """
 
 
 def test_growth_is_what_a_block_takes_at_most() -> None:
-    """What was needed before does not count; and the same by looking now and then.
+    """What was needed before does not count.
 
     In a process of its own: what other tests release meanwhile must not count.
     """
     done = subprocess.run([sys.executable, "-c", _GROWTH], check=True, capture_output=True, text=True)
-    most, after_more, sampled = (int(line) for line in done.stdout.split())
+    most, after_more = (int(line) for line in done.stdout.split())
     assert 195 * MB < most < 260 * MB
     assert 95 * MB < after_more < 160 * MB
-    assert 195 * MB < sampled < 260 * MB
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

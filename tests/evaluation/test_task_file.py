@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.evaluation.task_file import Question, Target, names_a_file, read_questions, read_targets
+from intarsia.evaluation.task_file import Question, Target, names_a_file, read_items
 
 
 def lines(*records: object) -> str:
@@ -25,20 +25,20 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_questions_in_order(path: Path) -> None:
-    name, questions = read_questions(str(path))
+    name, questions = read_items(str(path), Question)
     assert name == "quiz"
     assert questions[3] == Question(query="question 3", choices=("yes", "no"), gold=1)
     assert [question.query for question in questions] == [f"question {i}" for i in range(10)]
 
 
 def test_parts_share_nothing_and_lose_nothing(path: Path) -> None:
-    name, first = read_questions(f"{path}#0:0.33")
+    name, first = read_items(f"{path}#0:0.33", Question)
     assert name == "quiz#0:0.33"
-    _, rest = read_questions(f"{path}#0.33:1")
+    _, rest = read_items(f"{path}#0.33:1", Question)
     assert [q.query for q in first] == [f"question {i}" for i in range(4)]
-    assert first + rest == read_questions(str(path))[1]
-    assert read_questions(f"{path}#0.33:1", limit=2)[1] == rest[:2]
-    assert read_questions(str(path), limit=100)[1] == first + rest
+    assert first + rest == read_items(str(path), Question)[1]
+    assert read_items(f"{path}#0.33:1", Question, limit=2)[1] == rest[:2]
+    assert read_items(str(path), Question, limit=100)[1] == first + rest
 
 
 def test_what_is_a_file() -> None:
@@ -49,7 +49,7 @@ def test_what_is_a_file() -> None:
 def test_a_file_of_the_very_name(tmp_path: Path) -> None:
     odd = tmp_path / "a#b.jsonl"
     odd.write_text(lines(good(1)))
-    assert read_questions(str(odd))[0] == "a#b"
+    assert read_items(str(odd), Question)[0] == "a#b"
 
 
 def test_every_bad_line_is_named_at_once(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_every_bad_line_is_named_at_once(tmp_path: Path) -> None:
     ]
     file.write_text(lines(*records) + "\n{broken\n")
     with pytest.raises(UserError) as raised:
-        read_questions(str(file))
+        read_items(str(file), Question)
     found = [problem.message.removeprefix(str(file)).partition(": ") for problem in raised.value.problems]
     assert [place for place, _, _ in found] == [
         ":2",
@@ -91,7 +91,7 @@ def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text("x\n" * 50)
     with pytest.raises(UserError) as raised:
-        read_questions(str(file))
+        read_items(str(file), Question)
     assert len(raised.value.problems) == 21
     assert raised.value.problems[-1].message == f"{file} has 30 more problems."
 
@@ -110,24 +110,24 @@ def test_files_without_items(tmp_path: Path, content: bytes, spec: str, limit: i
     file = tmp_path / "quiz.jsonl"
     file.write_bytes(content)
     with pytest.raises(UserError) as raised:
-        read_questions(f"{file}{spec}", limit=limit)
+        read_items(f"{file}{spec}", Question, limit=limit)
     assert found in raised.value.problems[0].message
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        read_questions(str(tmp_path / "none.jsonl"))
+        read_items(str(tmp_path / "none.jsonl"), Question)
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(UserError, match="cannot be read"):
-        read_questions(str(tmp_path / "folder.jsonl"))
+        read_items(str(tmp_path / "folder.jsonl"), Question)
 
 
 def test_targets(tmp_path: Path) -> None:
     file = tmp_path / "cot.jsonl"
     file.write_text(lines({"query": "q", "target": " t"}, {"query": "r", "target": " u"}))
-    assert read_targets(str(file), limit=1) == ("cot", (Target(query="q", target=" t"),))
+    assert read_items(str(file), Target, limit=1) == ("cot", (Target(query="q", target=" t"),))
     file.write_text(lines({"query": "q", "target": ""}, {"query": "r"}))
     with pytest.raises(UserError) as raised:
-        read_targets(str(file))
+        read_items(str(file), Target)
     places = [problem.message.removeprefix(str(file)).partition(": ")[0] for problem in raised.value.problems]
     assert places == [":1, target", ":2, target"]

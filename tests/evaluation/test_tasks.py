@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from intarsia.errors import UserError
 from intarsia.evaluation.likelihood import Likelihoods
 from intarsia.evaluation.results import TaskResults, TaskScore, retention, with_retention
-from intarsia.evaluation.task_file import Question, is_right, read_questions
+from intarsia.evaluation.task_file import Question, is_right, read_items
 from intarsia.evaluation.tasks import Task, TaskPlan, load_tasks, plan_tasks, score_tasks
 from tests import families
 
@@ -208,7 +208,7 @@ def test_the_demo_model_scores_what_lm_eval_says(name: str, tmp_path: Path) -> N
         pytest.skip(f"no demo model: {error}")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     spec = f"{SHARED / name}.jsonl#0.33:1"
-    _, questions = read_questions(spec, limit=20)
+    _, questions = read_items(spec, Question, limit=20)
     write_task(tmp_path, f"{name}_here", questions)
     theirs = of_the_harness(f"{name}_here", tmp_path, model, AutoTokenizer.from_pretrained(folder), limit=None)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -98,9 +98,9 @@ def test_build_pushes_when_it_is_done(hub: Hub, recipe_file: Path, tmp_path: Pat
     command = ["build", str(recipe_file), "-o", str(tmp_path / "out"), "--push-to-hub", "small", "--private", "--json"]
     done = invoke(*command)
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert told["layers"] == 2
-    assert told["push"]["address"] == "https://hub.example/ada/small"
+    result = json.loads(done.stdout)
+    assert result["layers"] == 2
+    assert result["push"]["address"] == "https://hub.example/ada/small"
     assert [call for call, _ in hub.calls] == ["whoami", "whoami", "create_repo", "upload_folder"]
     assert hub.calls[2][1]["private"] is True
 
@@ -115,7 +115,7 @@ def test_export_pushes_the_file(hub: Hub, model_folder: Folder, tmp_path: Path) 
     assert (sent["path_or_fileobj"], sent["path_in_repo"], sent["repo_id"]) == (out, "m.gguf", "ada/small")
 
 
-def test_nobody_logged_in_is_told_before_the_work(hub: Hub, recipe_file: Path, tmp_path: Path) -> None:
+def test_nobody_logged_in_is_an_error_before_the_work(hub: Hub, recipe_file: Path, tmp_path: Path) -> None:
     hub.refusals["whoami"] = errors.LocalTokenNotFoundError("no token")
     command = ["build", str(recipe_file), "-o", str(tmp_path / "out"), "--push-to-hub", "small"]
     done = invoke(*command)

@@ -86,7 +86,7 @@ def opened(file: Path, *, positions: int = 128, **options: Any) -> Any:
 def test_logits(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     model = families.make_model(family, **changes)
     export(str(families.save(model, tmp_path / "model")), tmp_path / "m.gguf", gguf="F32")
-    # Its cache is in 16 bits unless told otherwise.
+    # Its cache is in 16 bits unless asked otherwise.
     wide = llama_cpp.GGML_TYPE_F32
     runtime = opened(tmp_path / "m.gguf", logits_all=True, type_k=wide, type_v=wide)
     runtime.eval(IDS[0].tolist())

@@ -72,7 +72,7 @@ def equal(first: Recipe, second: Recipe) -> bool:
 
 
 def steps(architecture: Architecture, parts: Sequence[Part]) -> list[str]:
-    """The modules fitted for these parts, in order: a norm behind a read-out before it; of a mixture o_proj alone."""
+    """The modules fitted for these parts, in order: the norm after one before it; of a mixture o_proj alone."""
     found = []
     for part in ("attention",) if architecture.n_experts else parts:
         behind = architecture.norm_after(part)
@@ -122,7 +122,7 @@ def test_a_layer_fitted_to_its_own_output_stays(
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 @pytest.mark.parametrize("padded", [False, True])
-def test_removals_and_joined_layers_are_repaired(
+def test_removals_and_joined_layers_are_healed(
     family: str, padded: bool, cut: Cut, resident_of: InMemory, tokens: Tokens
 ) -> None:
     """No fit raises its error, and what is reported is the error of the model that comes out."""
@@ -135,9 +135,9 @@ def test_removals_and_joined_layers_are_repaired(
     assert [(row["layer"], row["module"]) for row in fits] == [(layer, name) for layer in (2, 3) for name in modules]
     assert all(row["error_after"] <= row["error_before"] for row in fits)
     assert all(name.removesuffix(".weight") in modules for names in healed.fitted.values() for name in names)
-    judged = quality(healed, resident, [held_out_rows(train)])
+    measured = quality(healed, resident, [held_out_rows(train)])
     for row in (fits[len(modules) - 1], fits[-1]):
-        assert row["error_after"] == pytest.approx(judged.errors[row["layer"]], rel=1e-3)
+        assert row["error_after"] == pytest.approx(measured.errors[row["layer"]], rel=1e-3)
     errors = [quality(each, resident, [fresh]).errors for each in (recipe, healed)]
     assert errors[1][2] < 0.9 * errors[0][2] and errors[1][3] < 0.9 * errors[0][3]
     assert all(torch.equal(before[name], tensor) for name, tensor in resident.model.state_dict().items())
@@ -367,7 +367,7 @@ def test_built_is_as_in_memory(family: str, dtype: torch.dtype, cut: Cut, tokens
 @pytest.mark.parametrize("changed", [("mlp", "attention", "mlp"), ("mlp",)])
 @pytest.mark.parametrize("unchanged", [("mlp",), ("mlp", "attention")])
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_cost_is_the_one_foretold(
+def test_the_cost_is_the_estimated_one(
     layers: Any, changed: Any, unchanged: Any, padded: bool, cut: Cut, resident_of: InMemory, tokens: Tokens
 ) -> None:
     _, recipe = cut("opt")

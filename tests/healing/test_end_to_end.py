@@ -153,11 +153,11 @@ def test_killed_and_continued_is_as_undisturbed(
     with pytest.raises(KeyboardInterrupt):
         heal(cut("llama"), tokens(), tmp_path / "killed", settings)
     monkeypatch.setattr(WholeTraining, "_step", step)
-    found, told = heal(cut("llama"), tokens(), tmp_path / "killed", settings)
+    found, resumed = heal(cut("llama"), tokens(), tmp_path / "killed", settings)
     assert same(found, wanted)
     assert read_curve(tmp_path / "killed" / "curve.jsonl") == read_curve(tmp_path / "whole" / "curve.jsonl")
-    report.pop("seconds"), told.pop("seconds")
-    assert report == told
+    report.pop("seconds"), resumed.pop("seconds")
+    assert report == resumed
     again, _ = heal(cut("llama"), tokens(), tmp_path / "killed", settings)
     assert same(again, wanted)
 
@@ -273,9 +273,9 @@ def test_top_k_holds_the_teachers_likeliest(cut: Cut, tokens: Tokens, tmp_path: 
 
 def test_all_tokens_in_the_cache_teach_as_the_teacher(cut: Cut, tokens: Tokens, tmp_path: Path) -> None:
     _, report = heal(cut("llama"), tokens(), tmp_path / "live")
-    _, told = heal(cut("llama"), tokens(), tmp_path / "cached", replace(QUICK, top_k=families.VOCABULARY))
-    assert told["loss_before"] == pytest.approx(report["loss_before"], rel=1e-3)
-    assert told["loss_after"] == pytest.approx(report["loss_after"], rel=2e-2)
+    _, again = heal(cut("llama"), tokens(), tmp_path / "cached", replace(QUICK, top_k=families.VOCABULARY))
+    assert again["loss_before"] == pytest.approx(report["loss_before"], rel=1e-3)
+    assert again["loss_after"] == pytest.approx(report["loss_after"], rel=2e-2)
     with pytest.raises(UserError, match="more than the 320 tokens"):
         heal(cut("llama"), tokens(), tmp_path / "more", replace(QUICK, top_k=families.VOCABULARY + 1))
 

@@ -61,10 +61,10 @@ def test_all_stages(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
     assert sum(row["error_after"] for row in found.layers) < sum(row["error_before"] for row in found.layers)
     assert set(found.details) == set(ALL)
     json.dumps(found.to_dict(), allow_nan=False)
-    # The model that is built is the one that was judged, and carries the recipe that rebuilds it.
-    judged = intarsia.evaluate_perplexity(str(out), f"{text_file}#0.9:1", seq_len=32, windows=4)
+    # The model that is built is the one that was measured, and carries the recipe that rebuilds it.
+    measured = intarsia.evaluate_perplexity(str(out), f"{text_file}#0.9:1", seq_len=32, windows=4)
     name = next(key for key in rows[-1] if key.startswith("perplexity of"))
-    assert judged.value == pytest.approx(rows[-1][name], rel=1e-4)
+    assert measured.value == pytest.approx(rows[-1][name], rel=1e-4)
     intarsia.build(out / "recipe" / "recipe.yaml", tmp_path / "again")
     weights = [(folder / "model.safetensors").read_bytes() for folder in (out, tmp_path / "again")]
     assert weights[0] == weights[1]
@@ -122,7 +122,7 @@ def test_losses_on_the_assistants_tokens(talk: bool, learned: tuple[Path, Recipe
         assert ours["loss_after"] < ours["loss_before"] and ours["loss_before"] != theirs["loss_before"]
 
 
-def test_what_judges_is_behind_what_was_fitted_on(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
+def test_what_is_held_out_comes_after_what_was_fitted_on(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
     """Of the same text: a fit on a sequence makes the model look better on it than it is."""
     given: dict[str, Any] = {"data": str(text_file), "stages": ("closed-form",)}
     heal(recipe_file, tmp_path / "fitted", **given)
@@ -131,12 +131,12 @@ def test_what_judges_is_behind_what_was_fitted_on(recipe_file: Path, text_file: 
     calibration = {"text": str(text_file), "tokens": 1024, "seq_len": 32, "seed": 0}
     tokenizer = load_tokenizer(open_checkpoint(recipe.variants[0].model))
     text = draw(TextSpec(sources=(str(text_file),), tokens=2048, seq_len=32), tokenizer).calibration
-    for name, told, rows in (
+    for name, facts, rows in (
         ("same", calibration, slice(32, 34)),
         ("fewer", {**calibration, "tokens": 512}, slice(30, 32)),
         ("other", {**calibration, "seed": 1}, slice(30, 32)),
     ):
-        schema.save(replace(recipe, provenance={"calibration": told}), tmp_path / f"{name}.yaml")
+        schema.save(replace(recipe, provenance={"calibration": facts}), tmp_path / f"{name}.yaml")
         heal(tmp_path / f"{name}.yaml", tmp_path / name, run=tmp_path / f"{name}.run", **given)
         facts = json.loads((tmp_path / f"{name}.run" / "text.json").read_text())
         expected = Corpus.of(text.input_ids[rows], mask=None, description="", documents=1)
@@ -179,7 +179,7 @@ def test_settings_that_differ_are_listed(recipe_file: Path, text_file: Path, tmp
 
 
 def test_a_config_that_changed_under_a_run(cut: Cut, text_file: Path, tmp_path: Path) -> None:
-    """The recipe's own model's, and that of a teacher. Neither is told in what comes out: it is the models' own."""
+    """The recipe's own model's, and that of a teacher. Neither changes what the recipe says: that is of the models."""
     checkpoint, recipe = cut("llama")
     model = Path(shutil.copytree(checkpoint.folder, tmp_path / "model"))
     teacher = families.save(families.make_model("llama", seed=1), tmp_path / "teacher")
@@ -187,8 +187,8 @@ def test_a_config_that_changed_under_a_run(cut: Cut, text_file: Path, tmp_path: 
     schema.save(replace(recipe, variants=variants), tmp_path / "cut.yaml")
     given: dict[str, Any] = {"data": str(text_file), "stages": ("layerwise",), "run": tmp_path / "run"}
     heal(tmp_path / "cut.yaml", tmp_path / "first", teacher=str(teacher), **given)
-    told = schema.load(tmp_path / "first" / "recipe" / "recipe.yaml").provenance["heal"]["settings"]
-    assert "teacher" in told and not {"config", "teacher_config"} & set(told)
+    settings = schema.load(tmp_path / "first" / "recipe" / "recipe.yaml").provenance["heal"]["settings"]
+    assert "teacher" in settings and not {"config", "teacher_config"} & set(settings)
     for folder in (model, teacher):
         plain = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**plain, "rms_norm_eps": 0.01, "attention_dropout": 0.5}))

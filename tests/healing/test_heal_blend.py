@@ -142,7 +142,7 @@ def test_the_closed_form_is_the_one_towards_the_blend(
         TextSpec(sources=(str(text_file),), tokens=4096, seq_len=32), load_tokenizer(variants["base"])
     ).calibration
     train = corpus.split(15 / 16)[0]
-    # A merged layer that stands for itself is the teacher's own: it is fitted as others behind the cut are.
+    # A merged layer that stands for itself is the teacher's own: it is fitted as others after the hole are.
     teacher = [resident.module(op) for op in reference_layers(made)]
     simple, checkpoints = over_its_blend(made, variants, tmp_path / "blend")
     assert [op.sources[0].variant for op in simple.layers] == ["uncut"] * 4

@@ -58,7 +58,7 @@ def test_the_loss_is_of_the_original_states(cut: Cut, resident_of: InMemory, tok
     with torch.no_grad():
         out = resident.model(held_out.input_ids, output_hidden_states=True).hidden_states
         handle: list[torch.Tensor] = []
-        # Layer 5's own output: transformers tells it behind the final norm only.
+        # Layer 5's own output: transformers shows it after the final norm only.
         hook = resident.layers[5].register_forward_hook(lambda _, args, output: handle.append(output))
         resident.model(held_out.input_ids)
         hook.remove()
@@ -101,9 +101,9 @@ def test_killed_and_continued_is_as_undisturbed(
     with pytest.raises(KeyboardInterrupt):
         layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
     monkeypatch.setattr(layer_training._Training, "_step", step)
-    found, told = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
+    found, resumed = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
     assert same(found, wanted)
-    assert timeless(told) == timeless(report)
+    assert timeless(resumed) == timeless(report)
     again, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
     assert same(again, wanted)
 
@@ -246,7 +246,7 @@ def test_fitted_tensors_are_the_whole_story(cut: Cut, resident_of: InMemory, tok
     """The recipe's layer, rebuilt from its tensors, has the loss that was reported."""
     _, recipe = cut("llama")
     healed, report = layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=QUICK)
-    _, told = layerwise.train(healed, resident_of("llama"), Text.of(*tokens()), settings=replace(QUICK, lr=1e-12))
-    assert [row["loss_before"] for row in told] == pytest.approx([row["loss_after"] for row in report], rel=1e-5)
+    _, again = layerwise.train(healed, resident_of("llama"), Text.of(*tokens()), settings=replace(QUICK, lr=1e-12))
+    assert [row["loss_before"] for row in again] == pytest.approx([row["loss_after"] for row in report], rel=1e-5)
     fitted: Mapping[int, Mapping[str, Any]] = healed.fitted
     assert all(tensor.dtype == np.float32 for tensors in fitted.values() for tensor in tensors.values())

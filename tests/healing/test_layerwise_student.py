@@ -28,7 +28,7 @@ QUICK = LayerwiseSettings(batch_tokens=64, evaluations=3, lr=1e-2, kl=0.0, mse=1
 
 
 def run_to(recipe: Recipe, resident: LoadedModel, corpus: Corpus, depth: int) -> Tensor:
-    """Hidden states behind so many output layers."""
+    """Hidden states after that many output layers."""
     stream = LayerStream(resident.model, resident.architecture)
     entry = stream.enter(corpus.input_ids, None)
     h_BTD = entry.h_BTD

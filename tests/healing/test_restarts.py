@@ -47,7 +47,7 @@ LAYERS = tuple(select(layer) for layer in (0, 1, 4, 5))
 
 @dataclass
 class Planned:
-    """A model's ladder that was repaired as it went."""
+    """A model's ladder that was healed step by step."""
 
     model: str
     run: Path
@@ -100,7 +100,11 @@ def with_fitted(*names: str) -> Recipe:
         ("llama", ("mlp.down_proj.weight", "self_attn.o_proj.weight"), 2),
         ("llama", ("mlp.down_proj.weight", "self_attn.q_proj.weight"), 1),  # trained
         ("llama", ("post_feedforward_layernorm.weight",), 1),
-        ("gemma2", ("mlp.down_proj.weight", "post_feedforward_layernorm.weight"), 2),  # a norm behind the read-out
+        (
+            "gemma2",
+            ("mlp.down_proj.weight", "post_feedforward_layernorm.weight"),
+            2,
+        ),  # a norm after the projection
     ],
 )
 def test_what_was_fitted_may_be_forgotten_and_what_was_trained_not(
@@ -140,8 +144,8 @@ def test_a_ladder_s_recipe_starts_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
     settings = ComePSettings(granularity=2, racing=False, removals=True, finalists=2, blocks=2, heal_in_loop=True)
     planned = plan(layers=3, settings=settings)
     job, ladder = planned.job, planned.folder
-    architecture, judges = job.checkpoint.architecture, job.text.selection
-    assert judges is not None and len(judges) == 2
+    architecture, selection = job.checkpoint.architecture, job.text.selection
+    assert selection is not None and len(selection) == 2
     several = 0
     for depth in ladder.depths():
         recipe = ladder.recipe(depth)
@@ -155,14 +159,14 @@ def test_a_ladder_s_recipe_starts_as_it_is_bare_and_as_blocks(plan: Plan) -> Non
         by_hand = {}
         for start in points:
             fitted, _ = fit_on(start.recipe, job.resident, job.text.calibration, settings=FINAL)
-            by_hand[start.name] = loss_of(fitted, job, judges.input_ids)
+            by_hand[start.name] = loss_of(fitted, job, selection.input_ids)
         assert result.facts["forwards"] == sum(fit_forwards(start.recipe, FINAL, architecture) for start in points)
         heal = found.recipe.provenance["heal"]
         assert list(heal["starts"]) == sorted(by_hand, key=lambda name: by_hand[name])
         for name, value in heal["starts"].items():
             assert np.log(value) == pytest.approx(by_hand[name], rel=1e-6)
         first = next(iter(heal["starts"]))
-        assert np.log(cut.perplexity) == pytest.approx(loss_of(recipe, job, judges.input_ids), rel=1e-6)
+        assert np.log(cut.perplexity) == pytest.approx(loss_of(recipe, job, selection.input_ids), rel=1e-6)
         assert result.taken == (heal["starts"][first] < cut.perplexity)
         chosen = next(start for start in points if start.name == first)
         assert result.facts["start"] == chosen.name
@@ -179,14 +183,14 @@ def test_of_several_starts_the_best_on_a_few_tokens_is_fitted_on_all(plan: Plan)
     planned = plan(layers=4, settings=ComeSettings(heal_in_loop=True))
     job, recipe = planned.job, planned.folder.recipe(4)
     points = starts(recipe, job.checkpoint.architecture)
-    judges = job.text.selection
-    assert len(points) == 2 and judges is not None
+    selection = job.text.selection
+    assert len(points) == 2 and selection is not None
     found = planned.healed(recipe, "closed-form[fit-trial-tokens=128]")
     text = job.text.calibration
     by_hand = {}
     for start in points:
         fitted, _ = fit_on(start.recipe, job.resident, text.take(4), settings=TRIAL)
-        by_hand[start.name] = loss_of(fitted, job, judges.input_ids)
+        by_hand[start.name] = loss_of(fitted, job, selection.input_ids)
     best = min(points, key=lambda start: by_hand[start.name])
     expected, _ = fit_on(best.recipe, job.resident, text, settings=FINAL)
     assert found.stages[-1].facts["start"] == best.name

@@ -145,7 +145,7 @@ def test_nothing_to_fit_or_to_choose_by() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", ["features", "residuals"])
 @pytest.mark.parametrize("held_out", [False, True])
-def test_what_is_not_finite_is_told(value: float, which: str, held_out: bool) -> None:
+def test_what_is_not_finite_is_an_error(value: float, which: str, held_out: bool) -> None:
     x_NC, r_ND, weight_N = data(30)
     (x_NC if which == "features" else r_ND)[3, 2] = value
     bad, good = gram_of(x_NC, r_ND, weight_N), gram_of(*data(30))

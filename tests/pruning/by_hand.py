@@ -31,7 +31,7 @@ def real_tokens(corpus: Corpus) -> torch.Tensor:
 
 
 def residual_stream(resident: LoadedModel, corpus: Corpus) -> list[torch.Tensor]:
-    """H^0 .. H^L `[N, T, D]`, float64; H^L by a hook, because transformers shows it behind the final norm only."""
+    """H^0 .. H^L `[N, T, D]`, float64; H^L by a hook, because transformers shows it after the final norm only."""
     seen: list[torch.Tensor] = []
 
     def look(module: object, args: object, output: object) -> None:

@@ -1,4 +1,4 @@
-"""Removals beside merges, and candidates that are repaired before one of them is chosen, against the same by hand."""
+"""Removals beside merges, and candidates that are healed before one of them is chosen, against the same by hand."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_where_nothing_may_be_merged_layers_are_dropped(resident_of: InMemory, t
     assert ladder(resident_of("llama"), tmp_path / "c", "come", settings, False).depths()[-1] > 2
 
 
-# Which ones are repaired
+# Which ones are healed
 
 
 def test_finalists_remove_something_else_each(resident_of: InMemory) -> None:
@@ -143,7 +143,7 @@ def _kind(model: Intermediate, step: Step) -> tuple[int, bool]:
 
 
 def test_of_a_group_one_is_kept_and_the_race_ends_with_so_many() -> None:
-    """a1 and a2 are of one group and too close to tell; b is worse than both, c than b."""
+    """a1 and a2 are of one group and too close to rank; b is worse than both, c than b."""
     close = {"a1": [0.0, 1.0] * 32, "a2": [1.0, 0.0] * 32}
     track = Track({**close, "b": noisy(20.0, 64, 2), "c": noisy(40.0, 64, 3)})
     _, seen = race(
@@ -158,7 +158,7 @@ def test_of_a_group_one_is_kept_and_the_race_ends_with_so_many() -> None:
     assert {name: sums.numel() for name, sums in seen.items()} == {"a": 2, "b": 2, "c": 2}
 
 
-# How they are judged
+# How they are scored
 
 
 def steps_of(resident: LoadedModel) -> list[Step]:
@@ -173,7 +173,7 @@ def steps_of(resident: LoadedModel) -> list[Step]:
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_the_best_repaired_model_is_taken(family: str, resident_of: InMemory) -> None:
+def test_the_best_healed_model_is_taken(family: str, resident_of: InMemory) -> None:
     resident, found = resident_of(family), []
     steps = steps_of(resident)
     for step in steps:
@@ -181,25 +181,25 @@ def test_the_best_repaired_model_is_taken(family: str, resident_of: InMemory) ->
         healer = StepHealer(model, SETTINGS).replace(step.start, step.count, step.op)
         found.append((min(healer["held_out_loss"]), healer, model))
     model = measured(resident, list(WHOLE))
-    chosen, told = settle(StepHealer(model, SETTINGS), steps)
+    chosen, report = settle(StepHealer(model, SETTINGS), steps)
     number = min(range(4), key=lambda index: found[index][0])
     assert chosen is steps[number]
     _, healer, wanted = found[number]
-    assert told["taken"] == healer["taken"] and told["output_projections"] == healer["output_projections"]
-    for entry, step, (_, alone, _) in zip(told["finalists"], steps, found, strict=True):
+    assert report["taken"] == healer["taken"] and report["output_projections"] == healer["output_projections"]
+    for entry, step, (_, alone, _) in zip(report["finalists"], steps, found, strict=True):
         assert entry["replaced"] == [step.start, step.start + step.count]
         assert (entry["op"] is None) == (step.op is None)
         assert entry["held_out_loss"] == pytest.approx(alone["held_out_loss"], rel=1e-6)
-    assert told["held_out_loss"] == pytest.approx(healer["held_out_loss"], rel=1e-6)
+    assert report["held_out_loss"] == pytest.approx(healer["held_out_loss"], rel=1e-6)
     assert model.ops == wanted.ops
     torch.testing.assert_close(model.losses_N, wanted.losses_N, rtol=1e-6, atol=0)
     assert [fitted is None for fitted in model.fitted] == [fitted is None for fitted in wanted.fitted]
-    assert len({entry["held_out_loss"][1] for entry in told["finalists"]}) == 4
+    assert len({entry["held_out_loss"][1] for entry in report["finalists"]}) == 4
 
 
 def test_a_trial_leaves_the_model_as_it_was(resident_of: InMemory) -> None:
-    """The layer before the hole and the joined one behind it are both fitted, the second on what the first then gives;
-    the others are judged behind the same layers as before."""
+    """The layer before the hole and the joined one after it are both fitted, the second on what the first then gives;
+    the others are scored after the same layers as before."""
     resident = resident_of("llama")
     joined = shared(resident.architecture, (3, 4))
     ops: list[Op] = [select(0), select(1), select(2), joined, select(5)]
@@ -208,31 +208,31 @@ def test_a_trial_leaves_the_model_as_it_was(resident_of: InMemory) -> None:
     alone = settle(StepHealer(measured(resident, list(ops)), SETTINGS), [other])[1]["finalists"][0]["held_out_loss"]
     model = measured(resident, list(ops))
     spent = model.layer_forwards
-    _, told = settle(StepHealer(model, SETTINGS), [both, other])
-    assert told["finalists"][1]["held_out_loss"] == alone
+    _, report = settle(StepHealer(model, SETTINGS), [both, other])
+    assert report["finalists"][1]["held_out_loss"] == alone
     by_itself = StepHealer(measured(resident, list(ops)), SETTINGS).replace(2, 2, joined)
-    assert told["finalists"][0]["held_out_loss"] == pytest.approx(by_itself["held_out_loss"], rel=1e-6)
-    # The original, which was not what was measured; `both`: 3 + 1 + 3 fits and between, twice what lies behind, and
-    # what was measured again; `other`: 3 fits, and nothing behind it (its layer stands before the last one).
-    assert model.layer_forwards - spent == pytest.approx(told["layer_forwards"] + 6 + behind(told, model))
+    assert report["finalists"][0]["held_out_loss"] == pytest.approx(by_itself["held_out_loss"], rel=1e-6)
+    # The original, which was not what was measured; `both`: 3 + 1 + 3 fits and between, twice what comes after, and
+    # what was measured again; `other`: 3 fits, and nothing after it (its layer stands before the last one).
+    assert model.layer_forwards - spent == pytest.approx(report["layer_forwards"] + 6 + layers_after(report, model))
 
 
-def behind(told: dict[str, object], model: Intermediate) -> int:
+def layers_after(report: dict[str, object], model: Intermediate) -> int:
     """Layers that are run to measure the model with the step that is taken."""
-    return model.depth - min(fit["layer"] for fit in told["output_projections"])  # type: ignore[attr-defined]
+    return model.depth - min(fit["layer"] for fit in report["output_projections"])  # type: ignore[attr-defined]
 
 
-def test_candidates_are_judged_on_sequences_that_no_fit_sees(
+def test_candidates_are_scored_on_sequences_that_no_fit_sees(
     resident_of: InMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resident = resident_of("llama")
     model = measured(resident, list(WHOLE))
     rows: list[list[int]] = []
-    judge = finalists.losses_after
+    losses_after = finalists.losses_after
 
     def looks(of: Intermediate, start: int, some: Sequence[int]) -> torch.Tensor:
         rows.append(list(some))
-        return judge(of, start, some)
+        return losses_after(of, start, some)
 
     monkeypatch.setattr(finalists, "losses_after", looks)
     settle(StepHealer(model, ClosedFormSettings(ridges=(0.1,), held_out=4)), steps_of(resident)[:2])

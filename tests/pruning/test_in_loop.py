@@ -61,7 +61,7 @@ def go(
     corpus: Corpus | None = None,
     in_loop: ClosedFormSettings | None = SETTINGS,
 ) -> Run:
-    """What `plan` does, in a run folder that may have been begun."""
+    """What `plan` does, in a run folder that may have been started."""
     run = ladder_in(folder, {})
     start = run.recipe(run.depths()[-1]) if run.depths() else whole()
     corpus = written_by(resident) if corpus is None else corpus
@@ -156,7 +156,7 @@ def test_the_loop_by_hand(family: str, method: str, padded: bool, resident_of: I
     ops: list[Op] = list(WHOLE)
     states = [own_states(resident, op) for op in ops]
     fitted: list[list[str]] = [[] for _ in ops]
-    repaired = taken = 0
+    healed = taken = 0
     for entry in run.log():
         recipe = run.recipe(entry["layers"])
         spans = dict(zip(map(str, ops), derive_spans(ops, families.DEPTH), strict=True))
@@ -187,7 +187,7 @@ def test_the_loop_by_hand(family: str, method: str, padded: bool, resident_of: I
         behind = len(ops) - min(changed)
         again = behind if after > before else 0
         assert healer["layer_forwards"] == pytest.approx(len(reports) + behind / 8 + again)
-        repaired, taken = repaired + len(reports) // 3, taken + healer["taken"]
+        healed, taken = healed + len(reports) // 3, taken + healer["taken"]
         if after >= before:
             states, fitted = bare, known
         assert {index: sorted(tensors) for index, tensors in recipe.fitted.items()} == {
@@ -199,7 +199,7 @@ def test_the_loop_by_hand(family: str, method: str, padded: bool, resident_of: I
         loss = Intermediate(resident, corpus, recipe.layers, fitted=recipe.fitted)
         loss.measure()
         assert entry["loss"] == pytest.approx(loss.loss, rel=1e-5)
-    assert repaired >= 4 and taken >= 2
+    assert healed >= 4 and taken >= 2
     assert all(torch.equal(originals[name], tensor) for name, tensor in resident.model.state_dict().items())
 
 
@@ -223,7 +223,7 @@ def test_what_is_built_is_what_was_measured(
     assert not torch.allclose(bare, wanted, rtol=0, atol=0.1)
 
 
-def test_come_decides_on_the_repaired_model(resident_of: InMemory, tmp_path: Path) -> None:
+def test_come_decides_on_the_healed_model(resident_of: InMemory, tmp_path: Path) -> None:
     resident, corpus = resident_of("llama"), written_by(resident_of("llama"))
     settings = ComePSettings(granularity=3, spans=2, finalists=1)
     run, _ = go(tmp_path / "run", resident, "come-p", 3, settings=settings)
@@ -243,7 +243,7 @@ def test_come_decides_on_the_repaired_model(resident_of: InMemory, tmp_path: Pat
         assert [measure.influence for measure in bare.measures] != pytest.approx(after["evidence"]["influence"])
 
 
-def test_sleb_decides_on_the_repaired_model(resident_of: InMemory, tmp_path: Path) -> None:
+def test_sleb_decides_on_the_healed_model(resident_of: InMemory, tmp_path: Path) -> None:
     resident, corpus = resident_of("opt"), written_by(resident_of("opt"))
     run, _ = go(tmp_path / "run", resident, "sleb", 4, corpus=corpus, settings=SlebSettings(racing=False))
     recipe, losses = run.recipe(5), run.log()[1]["evidence"]["losses"]
@@ -261,8 +261,8 @@ def test_sleb_decides_on_the_repaired_model(resident_of: InMemory, tmp_path: Pat
         assert losses[dropped] == pytest.approx(float(own), rel=1e-6)
 
 
-def test_repair_helps(resident_of: InMemory, tmp_path: Path) -> None:
-    """Nearer to the original at the end of every repaired span, on text that was not fitted on."""
+def test_healing_helps(resident_of: InMemory, tmp_path: Path) -> None:
+    """Nearer to the original at the end of every healed span, on text that was not fitted on."""
     resident = resident_of("llama")
     fresh = written_by(resident, 128)
     corpus = Corpus.of(fresh.input_ids[:96], description="random", documents=1)
@@ -283,7 +283,7 @@ def test_repair_helps(resident_of: InMemory, tmp_path: Path) -> None:
 # Which layers
 
 
-def repaired_after(
+def healed_after(
     resident: LoadedModel, ops: list[Op], start: int, count: int, op: Op | None
 ) -> tuple[Intermediate, dict[int, Mapping[str, Any]], dict[str, Any]]:
     corpus = written_by(resident)
@@ -298,31 +298,31 @@ def repaired_after(
     return model, fitted, evidence
 
 
-def test_the_layer_before_a_hole_is_repaired(resident_of: InMemory) -> None:
+def test_the_layer_before_a_hole_is_healed(resident_of: InMemory) -> None:
     resident = resident_of("llama")
     for start, count, layer in ((3, 1, 2), (2, 2, 1), (5, 1, 4), (4, 2, 3)):
-        _, fitted, evidence = repaired_after(resident, list(WHOLE), start, count, None)
+        _, fitted, evidence = healed_after(resident, list(WHOLE), start, count, None)
         assert {fit["layer"] for fit in evidence["output_projections"]} == {layer}
         assert set(fitted) == {layer}
 
 
 def test_without_the_first_layer_the_next_stands_for_it(resident_of: InMemory) -> None:
-    model, fitted, evidence = repaired_after(resident_of("llama"), list(WHOLE), 0, 1, None)
+    model, fitted, evidence = healed_after(resident_of("llama"), list(WHOLE), 0, 1, None)
     assert derive_spans(model.ops, families.DEPTH)[0] == (0, 2)
     assert set(fitted) == {0} == {fit["layer"] for fit in evidence["output_projections"]}
 
 
-def test_where_the_second_of_two_stays_the_layer_before_them_is_repaired(resident_of: InMemory) -> None:
-    _, fitted, _ = repaired_after(resident_of("llama"), list(WHOLE), 2, 2, select(3))
+def test_where_the_second_of_two_stays_the_layer_before_them_is_healed(resident_of: InMemory) -> None:
+    _, fitted, _ = healed_after(resident_of("llama"), list(WHOLE), 2, 2, select(3))
     assert set(fitted) == {1}
 
 
 def test_two_layers_in_one_step(resident_of: InMemory) -> None:
-    """A joined layer that is what stays of a merge is fitted anew, behind the layer that now covers the hole."""
+    """A joined layer that is what stays of a merge is fitted anew, after the layer that now covers the hole."""
     resident = resident_of("llama")
     joined = shared(resident.architecture, (3, 4))
     ops = [select(0), select(1), select(2), joined, select(5)]
-    model, fitted, evidence = repaired_after(resident, ops, 2, 2, joined)
+    model, fitted, evidence = healed_after(resident, ops, 2, 2, joined)
     assert [fit["layer"] for fit in evidence["output_projections"]] == [1, 1, 1, 2, 2, 2]
     assert set(fitted) == {1, 2} and model.depth == 4
     # The original was not what was measured, so it was run: 6; 5 as it was; 3 layers without the fits on an eighth of
@@ -364,7 +364,7 @@ def test_where_a_span_grows_what_was_fitted_is_the_starting_point(resident_of: I
         assert model.fitted[2] is once
 
 
-def test_a_repair_that_raises_the_loss_is_not_taken(resident_of: InMemory) -> None:
+def test_a_fit_that_raises_the_loss_is_not_taken(resident_of: InMemory) -> None:
     """On text that means nothing to the model, being nearer to the original may cost."""
     resident, seen = resident_of("llama"), set()
     for seed in range(12):
@@ -451,7 +451,7 @@ def test_methods_that_decide_once_cannot(verb: str) -> None:
         parse(getattr(intarsia, verb), verb, words)
 
 
-def test_planned_with_repair(model_folder: Any, text_file: Path, tmp_path: Path) -> None:
+def test_planned_with_healing(model_folder: Any, text_file: Path, tmp_path: Path) -> None:
     """The verb: the estimate holds, the recipe says how it came to be, other settings are refused."""
     model, target = str(model_folder("llama")), Target(layers=3)
     text = TextSpec(sources=(str(text_file),), tokens=512, seq_len=32)
@@ -482,7 +482,7 @@ def test_planned_with_repair(model_folder: Any, text_file: Path, tmp_path: Path)
     assert fitted
 
 
-def test_the_final_repair_starts_from_the_loop_s_or_from_bare_layers(
+def test_the_final_heal_starts_from_the_loop_s_or_from_bare_layers(
     model_folder: Any, text_file: Path, tmp_path: Path
 ) -> None:
     model = str(model_folder("llama"))

@@ -114,7 +114,7 @@ CHANGES: dict[str, tuple[int, int, Any]] = {
 }
 
 
-@pytest.mark.parametrize("after_final_norm", [False, True], ids=["", "behind-final-norm"])
+@pytest.mark.parametrize("after_final_norm", [False, True], ids=["", "after-final-norm"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_change_leaves_what_a_fresh_start_would_measure(

@@ -27,7 +27,7 @@ def states_of(resident: Any, layers: Any = None) -> list[State]:
 
 
 def merged(states: list[State], start: int, count: int) -> list[State]:
-    """theta_l + sum_k (theta_{l+k} - theta_l); the layers behind l are gone."""
+    """theta_l + sum_k (theta_{l+k} - theta_l); the layers after l are gone."""
     base = states[start]
     total = {name: base[name] + sum(states[start + k][name] - base[name] for k in range(1, count)) for name in base}
     return [*states[:start], total, *states[start + count :]]

@@ -51,7 +51,7 @@ def test_parts_double_and_the_worse_half_leaves() -> None:
     for (start, stop), most in zip(sorted(set(parts)), (8, 4, 2, 2, 2, 2, 2), strict=False):
         assert parts.count((start, stop)) <= most
     assert best == min(track.sums, key=lambda name: float(track.sums[name].sum()))
-    # What is told of each is what it was asked for, in order.
+    # What is reported of each is what it was asked for, in order.
     for name, sums in seen.items():
         assert torch.equal(sums, track.sums[name][: sums.numel()])
 

@@ -37,7 +37,7 @@ def whole() -> Recipe:
 
 
 def go(folder: Path, resident: Any, method: str, target: int, **settings: Any) -> Intermediate:
-    """What `plan` does, in a run folder that may have been begun."""
+    """What `plan` does, in a run folder that may have been started."""
     run = ladder_in(folder, SETTINGS)
     start = run.recipe(run.depths()[-1]) if run.depths() else whole()
     model = Intermediate(resident, corpus_of(), start.layers)
@@ -141,7 +141,7 @@ def test_reusing_the_prefix_changes_the_cost_and_nothing_else(
     assert spent[True] == pytest.approx(6 + sum((1 + g) * rest for rest, g in zip(behind, grids, strict=True)))
 
 
-def test_the_log_tells_how_it_was_decided(resident_of: InMemory, tmp_path: Path) -> None:
+def test_the_log_says_how_it_was_decided(resident_of: InMemory, tmp_path: Path) -> None:
     model = go(tmp_path / "run", resident_of("llama"), "come-p", 4)
     run = Ladder.existing(tmp_path / "run")
     first, second = run.log()
@@ -215,11 +215,13 @@ def test_how_far_a_plan_is(resident_of: InMemory, tmp_path: Path) -> None:
         run.unfinished()
 
 
-def test_a_plan_that_can_go_no_further_is_told_as_such(resident_of: InMemory, tmp_path: Path) -> None:
+def test_a_plan_that_can_go_no_further_is_reported_as_such(resident_of: InMemory, tmp_path: Path) -> None:
     model = go(tmp_path / "run", resident_of("llama"), "come", 1, no_repeat=True)
-    told = Ladder(tmp_path / "run").unfinished()
-    assert told is not None and told.startswith(f"it has come to {model.depth} layers on the way down to 1 and goes no")
-    assert "no-repeat" in told
+    unfinished = Ladder(tmp_path / "run").unfinished()
+    assert unfinished is not None and unfinished.startswith(
+        f"it has come to {model.depth} layers on the way down to 1 and goes no"
+    )
+    assert "no-repeat" in unfinished
 
 
 # What is not there

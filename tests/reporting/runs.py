@@ -106,7 +106,12 @@ def scores(value: float) -> dict[str, Any]:
         "mean": value,
         "scores": [
             {"name": "piqa", "primary": "acc", "metrics": {"acc": {"value": value, "stderr": 0.02}}, "chance": 0.5},
-            {"name": "mine", "metrics": {"acc_norm": {"value": value, "stderr": None}}, "chance": 0.25},
+            {
+                "name": "mine",
+                "primary": "acc_norm",
+                "metrics": {"acc_norm": {"value": value, "stderr": None}},
+                "chance": 0.25,
+            },
         ],
         "retention": {
             "mean": {

@@ -43,7 +43,7 @@ def test_rows_and_names(tmp_path: Path) -> None:
 
 def test_error_of_the_mean_over_tasks(tmp_path: Path) -> None:
     both = [
-        {"name": name, "metrics": {"acc": {"value": 0.5, "stderr": error}}}
+        {"name": name, "primary": "acc", "metrics": {"acc": {"value": 0.5, "stderr": error}}}
         for name, error in (("a", 0.03), ("b", 0.04))
     ]
     found = load(comparison(tmp_path / "run", [row("come", 27, "none", 50.0, tasks={"mean": 0.5, "scores": both})]))

@@ -22,7 +22,7 @@ from intarsia.pruning.ladder import Ladder, Wanted
 from intarsia.reporting.blocks import Pictures, Table
 from intarsia.reporting.page import report_html, write_report
 from intarsia.reporting.plan_report import load_run, puzzle_sections, score_sections, steps_section
-from intarsia.reporting.wording import command, compress_command, plan_command
+from intarsia.reporting.wording import command, run_command
 from tests.reporting.runs import CHANNELS, GROUPS, comparison, plan_run, row, scores
 
 VOID = {"meta", "input", "br", "link", "img"}
@@ -207,7 +207,7 @@ def test_runs_on_different_texts_stand_apart(tmp_path: Path) -> None:
     assert "news (efefefef)" in reader.text and "speeches (77777777)" in reader.text
 
 
-def test_runs_of_different_models_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_different_models_are_distinguished(tmp_path: Path) -> None:
     _, reader = page(plan_run(tmp_path / "a"), plan_run(tmp_path / "b", model="other/model", sha256="12" * 32))
     assert "These runs started from different models: some/model (abababab), other/model (12121212)." in reader.text
 
@@ -232,7 +232,7 @@ def test_a_page_is_written_whole(tmp_path: Path) -> None:
 
 
 def test_pieces_of_a_mixture_are_called_experts(tmp_path: Path) -> None:
-    """A plan's recipes tell it; without that they are channels."""
+    """A plan's recipes say so; without that they are channels."""
     run = load_run(plan_run(tmp_path / "run"))
     mixture = replace(
         run,
@@ -243,9 +243,9 @@ def test_pieces_of_a_mixture_are_called_experts(tmp_path: Path) -> None:
     )
     for found, name, other in ((run, "channels", "experts"), (mixture, "experts", "channels")):
         sections = [*puzzle_sections(found), *score_sections(found), steps_section(found)]
-        told = str(replace(sections[0], blocks=[block for block in sections[0].blocks if isinstance(block, Table)]))
-        told += str(sections[1:])
-        assert f"{name} 30" in told and other not in told
+        text = str(replace(sections[0], blocks=[block for block in sections[0].blocks if isinstance(block, Table)]))
+        text += str(sections[1:])
+        assert f"{name} 30" in text and other not in text
         board = next(block for block in sections[0].blocks if isinstance(block, Pictures))
         assert board.data["mlp"] == name
         assert f"30 of 40 {name}" in board.pictures[0].svg
@@ -261,13 +261,13 @@ def test_commands_name_what_is_not_the_default() -> None:
         "seed": 0,
         "planner": {"merge": 3, "racing": False, "no_repeat": True, "norm": "fold", "dominance": None},
     }
-    assert plan_command(settings, run="run", layers=25) == (
+    assert run_command("plan", settings, "--run", "run", "--layers", "25") == (
         "intarsia plan 'a model' --run run --layers 25 --method come-p --calibration x.txt,y.txt --seq-len 256 "
-        "--merge 3 --no-racing --no-repeat"
+        "--merge 3 --no-repeat --no-racing"
     )
     laco = {"model": "m", "method": "laco", "planner": {"merge": 2, "threshold": 0.65}}
-    assert compress_command(laco, out="o", layers=24, heal="none") == (
-        "intarsia compress m -o o --layers 24 --method laco --laco-merge 2 --heal none"
+    assert run_command("compress", laco, "-o", "o", "--layers", "24", "--heal", "none") == (
+        "intarsia compress m -o o --layers 24 --heal none --method laco --laco-merge 2"
     )
 
 

@@ -1,4 +1,4 @@
-"""A scorer whose costs are a known function of the recipe, so that what a search finds can be judged by hand."""
+"""A scorer whose costs are a known function of the recipe, so that what a search finds can be checked by hand."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import materialize
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
+from intarsia.evaluation.likelihood import default_batch_tokens, score_requests
 from intarsia.evaluation.perplexity import perplexity
-from intarsia.evaluation.run_rows import default_batch_tokens, score_requests
 from intarsia.options import Runtime
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
@@ -203,7 +203,7 @@ def test_a_trial_costs_what_is_new_in_it(pair: Pair, objectives: Sequence[Object
     # Two layers in common, and a merged one that is new.
     second = evaluator.evaluate(recipe(members, select(0), select(1), merged(3, 0.5), select(5)), 4)
     assert second.layer_forwards == 2.0 and second.details["layers_made"] == 1
-    # The same layer behind others is run again, but not made again.
+    # The same layer after others is run again, but not made again.
     moved = evaluator.evaluate(recipe(members, select(1), select(2), merged(3), select(5)), 4)
     assert moved.layer_forwards == 4.0 and moved.details["layers_made"] == 0
     # A larger budget is run on what is new in it.
@@ -406,7 +406,7 @@ def _requests(line: str) -> tuple[Any, ...]:
 def test_what_the_benchmark_takes_for_the_forward_pass(
     pair: Pair, objectives: Sequence[ObjectiveSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every layer of every batch, and norm and head behind them, each once; on a clock that counts how often it is
+    """Every layer of every batch, and norm and head after them, each once; on a clock that counts how often it is
     read."""
     members = pair("llama")
     evaluator = opened(members, objectives[:1], probe=False)

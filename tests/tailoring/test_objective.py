@@ -88,7 +88,7 @@ def test_budgets_larger_than_the_data() -> None:
         check_budgets([small, large], 9)
 
 
-def test_objectives_that_tell_nothing() -> None:
+def test_objectives_that_say_nothing() -> None:
     def made(name: str, measure: Measure, examples: tuple[Example, ...] = ASKED) -> Objective:
         return Objective(name=name, measure=measure, source=f"{name}.jsonl", examples=examples)
 

@@ -128,7 +128,7 @@ def test_keys_say_what_a_layer_is() -> None:
 def test_paths_agree_as_far_as_recipes_do() -> None:
     one, two = path_of(recipe(select(0), select(1), select(3))), path_of(recipe(select(0), select(1), merge(3)))
     assert one[:2] == two[:2] and one[2] != two[2]
-    # The same layer behind others is another state.
+    # The same layer after others is another state.
     moved = path_of(recipe(select(1), select(0), select(3)))
     assert not set(moved) & set(one)
     whole = recipe(select(0), select(1), select(3))

@@ -107,7 +107,7 @@ def test_nothing_is_scored_twice(tmp_path: Path) -> None:
     assert len(set(scorer.scored)) == len(scorer.scored) == len(history) == 40
 
 
-def test_fronts_are_told_as_they_change(tmp_path: Path) -> None:
+def test_fronts_are_reported_as_they_change(tmp_path: Path) -> None:
     fronts: list[Front] = []
     history = run(tmp_path / "log", InProcess(Known()), trials=30, fronts=fronts)
     assert fronts[0].points == (history.trials[0],)
@@ -134,18 +134,18 @@ class TwoAtOnce:
         return self.under_way.pop(0)[1].next()
 
 
-def test_what_may_be_wanted_again_is_told_after_every_trial(tmp_path: Path) -> None:
-    hands, told = TwoAtOnce(Known()), 0
+def test_what_may_be_wanted_again_is_reported_after_every_trial(tmp_path: Path) -> None:
+    hands, heard = TwoAtOnce(Known()), 0
 
     def check(wanted: Set[str]) -> None:
-        nonlocal told
-        told += 1
+        nonlocal heard
+        heard += 1
         trials = History(tmp_path / "log").trials
         assert wanted == leading(trials) | {recipe for recipe, _ in hands.under_way}
-        assert len(hands.under_way) == (1 if told < 30 else 0)
+        assert len(hands.under_way) == (1 if heard < 30 else 0)
 
     run(tmp_path / "log", hands, trials=30, on_trial=check)
-    assert told == 30
+    assert heard == 30
 
 
 def test_words(tmp_path: Path) -> None:

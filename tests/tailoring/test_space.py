@@ -224,4 +224,4 @@ def test_steps_of_a_layer_by_kind() -> None:
     assert steps["merge"] == [Keep(attention=blend("math", method="task_arithmetic", lam=0.5))]
     assert [step.scale for step in steps["scale"] if isinstance(step, Keep)] == [0.9, 1.1]
     assert steps["concat"] == [Join(first="base", second=member, share=0.7) for member in ("base", "math")]
-    assert "concat" not in layer_steps(found, candidate, 1)  # layer 3 is kept behind layer 2
+    assert "concat" not in layer_steps(found, candidate, 1)  # layer 3 is kept after layer 2

@@ -236,7 +236,7 @@ def test_only_what_means_something_is_active() -> None:
     assert [name for name in active if name.startswith("000")] == ["000.layer"]
 
 
-def test_flags_that_remove_too_much_or_too_little_are_mended_the_same_way() -> None:
+def test_flags_that_remove_too_much_or_too_little_are_corrected_the_same_way() -> None:
     words = ConfigurationMap(space=make_translator().space)
     for flagged in ((), (3,), (0, 1, 2, 4), (0, 1, 2, 3, 4, 5)):
         values = {f"{layer:03d}.layer": "removed" if layer in flagged else "kept" for layer in range(6)}

@@ -39,7 +39,7 @@ _UNSEEN = (0.33, 1.0)
 _CACHES = 256 * 2**20
 
 
-class Judge:
+class Scorer:
     """Scores recipes over the family, and keeps the rows."""
 
     def __init__(self, setting: Setting, rows: Rows) -> None:
@@ -50,17 +50,17 @@ class Judge:
         return key in self._rows and all(self._rows[key].get(name) == value for name, value in facts.items())
 
     def row(self, key: str, recipe: Recipe, **facts: int) -> None:
-        """Judge a recipe, if that was not done before; the row keeps the facts."""
+        """Scorer a recipe, if that was not done before; the row keeps the facts."""
         if self.has(key, **facts):
             return
-        begun = time.process_time()
+        started = time.process_time()
         outcome = self._evaluator.evaluate(recipe, min(self._setting.items, self._evaluator.most))
         found = dict(zip(self._evaluator.objectives, outcome.costs, strict=True))
         measures = {task: 1.0 - found[task] for task in TASKS} | {"math_cot": math.exp(found["math_cot"])}
         chain = Chain(recipe, self._evaluator.model)
         for name, corpus in self._texts.items():
             measures[name] = perplexity(chain, corpus).value
-        measures["cpu_seconds"] = time.process_time() - begun
+        measures["cpu_seconds"] = time.process_time() - started
         self._rows.put(key, measures | facts)
         print(key, {name: round(value, 4) for name, value in measures.items()}, flush=True)
 
@@ -80,7 +80,7 @@ class Judge:
     @cached_property
     def _evaluator(self) -> Evaluator:
         setting = self._setting
-        file = read_family_file(setting.family_file("judge", ("remove", "select"), "random", 0, ()))
+        file = read_family_file(setting.family_file("score", ("remove", "select"), "random", 0, ()))
         objectives = [
             ObjectiveSpec(name=task, task=setting.task(task), split=_UNSEEN, metric="accuracy") for task in TASKS
         ]

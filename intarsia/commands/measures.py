@@ -1,29 +1,41 @@
-"""What `compress` measures of the original and of the new model: perplexity, answers, tasks, speed."""
+"""What `compress` and `heal` measure of the original and of the new model: perplexity, answers, tasks, speed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from intarsia import progress
+from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.building.loaded_model import load_model
 from intarsia.building.offload import free_bytes
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.commands.build import BuildResult
 from intarsia.commands.job import Job
+from intarsia.commands.recipes import card_facts
+from intarsia.commands.report import REPORT
 from intarsia.data.corpus import Corpus
+from intarsia.disk import write_whole
 from intarsia.errors import check
-from intarsia.evaluation.agreement import Asked
+from intarsia.evaluation.agreement import Asked, doubt
 from intarsia.evaluation.perplexity import Chain, eval_corpus, model_of, perplexity
 from intarsia.evaluation.results import Agreement, Perplexity, Speed, TaskResults, with_retention
 from intarsia.evaluation.speed import compare_speed
 from intarsia.evaluation.tasks import TaskPlan, score_tasks
+from intarsia.healing.pipeline import HealContext, Healed
 from intarsia.options import EvalSpec
 from intarsia.recipe.recipe import Recipe
+from intarsia.reporting.card import model_card
+from intarsia.reporting.model_report import keep_measures
+from intarsia.reporting.page import write_report
 
 _SHARE_OF_FREE = 0.8
+
+Rows: TypeAlias = dict[str, dict[str, Any]]
+"""Perplexity and answers by model: `original`, `as it came`, and `healed` where a stage was accepted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,3 +210,59 @@ def measured(
         replace(whole, answers=None if reference is None else reference.itself()),
         replace(healed, perplexity_without_heal=next(iter(without.values()), None), answers=answers),
     )
+
+
+def measured_stages(
+    context: HealContext, healed: Healed, asked: Asked, *, seed: int, key: str
+) -> tuple[Rows, Agreement]:
+    """Measures of the original, of the model as it came and, where a stage was accepted, as it is healed.
+
+    Args:
+        key: the hash of the original's weights.
+
+    Returns:
+        Perplexity and answers by model, and all of the answers of the last one.
+    """
+    budget = MemoryBudget(context.memory_bytes)
+    original = model_of(None, context.resident, memory_budget=budget)
+    reference = asked.answered(original, seed=seed, key=key)
+    answers = reference.itself()
+    rows: Rows = {"original": _row(asdict(perplexity(original, context.held_out)), answers)}
+    stages = {"as it came": healed.stages[0], **({"healed": healed.stages[-1]} if healed.taken else {})}
+    for name, stage in stages.items():
+        model = model_of(stage.recipe, context.resident, memory_budget=budget)
+        answers = reference.score(reference.follow(model), original)
+        rows[name] = _row(stage.quality["texts"][0], answers)
+    return rows, answers
+
+
+def _row(perplexity: Mapping[str, Any], answers: Agreement) -> dict[str, Any]:
+    return {"perplexity": {name: perplexity[name] for name in ("value", "stderr")}, **answers.measures()}
+
+
+def report_stages(
+    built: BuildResult, recipe: Recipe, base: Checkpoint, measured: tuple[Rows, Agreement] | None, text: Corpus
+) -> None:
+    """Write the report of a healed model, and what was measured into its card.
+
+    Args:
+        measured: as `measured_stages` gives it; None where nothing was measured.
+        text: what perplexity was measured on.
+    """
+    if measured is not None:
+        rows, answers = measured
+        first, *_, last = rows.values()
+        facts = card_facts(recipe, base, built, title=built.out.name)
+        facts |= {"before": {**facts["before"], **first}, "after": {**facts["after"], **last}}
+        facts |= {"warning": doubt(first, last), "evaluation": text.description}
+        write_whole(built.out / "README.md", model_card(facts))
+        evaluation = {"text": text.description, "sha256": text.sha256, "windows": len(text), "seq_len": text.seq_len}
+        kept = {name: facts[name] for name in ("model", "before", "after", "warning")}
+        kept |= {"answers": asdict(answers), "models": table_of(rows), "evaluation": evaluation}
+        keep_measures(built.out, kept)
+    write_report([built.out], built.out / REPORT)
+
+
+def table_of(rows: Rows) -> tuple[dict[str, Any], ...]:
+    """A row a model."""
+    return tuple({"model": name, **row} for name, row in rows.items())

@@ -30,8 +30,8 @@ def test_a_step_for_a_person(mixture: bool, name: str, joined: Concat) -> None:
 
 
 def test_the_log_has_the_codecs_own_word(joined: Concat) -> None:
-    told = describe(joined)
-    assert list(told.values()) == [{"kv_groups": 1, "channels": 3}, {"kv_groups": 1, "channels": 5}]
+    described = describe(joined)
+    assert list(described.values()) == [{"kv_groups": 1, "channels": 3}, {"kv_groups": 1, "channels": 5}]
 
 
 def test_a_recipe_says_whether_its_pieces_are_experts() -> None:

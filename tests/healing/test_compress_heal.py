@@ -17,10 +17,10 @@ from intarsia import registry
 from intarsia.building import loaded_model
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli import main
-from intarsia.commands import compress_measures
+from intarsia.commands import measures
 from intarsia.errors import UserError
 from intarsia.healing import closed_form
-from intarsia.progress import Silent, reporting_to
+from intarsia.progress import Progress, reporting_to
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from tests import families, verbs
@@ -40,7 +40,7 @@ def compress(learned: tuple[Path, Recipe], text_file: Path, tmp_path: Path) -> C
     return run
 
 
-class Listening(Silent):
+class Listening(Progress):
     """Keeps what is said to the user."""
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ def test_a_finished_fit_is_only_read(compress: Compress, tmp_path: Path, monkeyp
         compress("third", heal="closed-form[fit_changed=mlp]")
 
 
-@pytest.mark.parametrize("where", ["before", "while", "behind"])
+@pytest.mark.parametrize("where", ["before", "while", "after"])
 def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = compress("undisturbed", run=tmp_path / "undisturbed.run")
     run = tmp_path / "stopped.run"
@@ -129,12 +129,12 @@ def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, m
 
             patched.setattr(schema, "to_yaml_text", half)
         else:
-            patched.setattr("intarsia.commands.compress_measures.compare_speed", stop)
+            patched.setattr("intarsia.commands.measures.compare_speed", stop)
         with pytest.raises(KeyboardInterrupt):
-            compress(run=run, speed=where == "behind")
-    if where == "behind":
+            compress(run=run, speed=where == "after")
+    if where == "after":
         monkeypatch.setattr(closed_form, "fit", no_fit)
-    found = compress(run=run, speed=where == "behind")
+    found = compress(run=run, speed=where == "after")
     assert found.recipe_sha256 == wanted.recipe_sha256
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "undisturbed")]
     assert weights[0] == weights[1]
@@ -169,12 +169,12 @@ def test_every_model_is_loaded_once(heal: str, compress: Compress, monkeypatch: 
         return load(checkpoint, **more)
 
     monkeypatch.setattr(loaded_model, "load_model", counted)
-    monkeypatch.setattr(compress_measures, "load_model", counted)
+    monkeypatch.setattr(measures, "load_model", counted)
     compress(heal=heal, speed=True)
     assert loaded == [6, 4]
     # Where they do not fit into memory together, the first one is let go of before the second one comes, and comes back
     # to read what the second one wrote.
-    monkeypatch.setattr(compress_measures, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(measures, "free_bytes", lambda device: 0)
     result = compress(heal=heal, overwrite=True, speed=True)
     assert loaded == [6, 4, 6, 4, 6]
     assert result.before.decode_per_s > 0 and result.after.decode_per_s > 0
@@ -191,7 +191,7 @@ def test_what_healing_costs_every_family(family: str, model_folder: Any, text_fi
     given: dict[str, Any] = {"calibration": str(text_file), "tokens": 2048, "seq_len": 32, "layers": 3}
     model = str(model_folder(family))
     dry = verbs.compress(model, tmp_path / "out", dry_run=True, **given)
-    # The teacher, and two for each pass over a layer that one output projection takes; a mixture is judged once more.
+    # The teacher, and two for each pass over a layer that one output projection takes; a mixture is scored once more.
     architecture = Checkpoint.open(Path(model), model=model).architecture
     one = (
         2
