@@ -1,7 +1,8 @@
 """What each stage of healing gives the demo model, at several depths.
 
-Pruned by each of `--methods` (removal by calibration loss, of one block, CoMe-P, CoMe-P healed in the loop, and the
-efforts of `compress`), then the closed form over all layers on 64k tokens, as `compress` does it; of `--train` also
+First what `compress` makes at each of `--efforts`, on 64k tokens. Then pruned by each of `--methods` (removal by
+calibration loss, of one block, CoMe-P, CoMe-P healed in the loop, and the plan of `--effort thorough`), and the closed
+form over all layers on 64k tokens, as `compress` does it; of `--train` also
 layerwise distillation on 500k on top, and end-to-end distillation on 200k on top of that. `--against 25` adds, at that
 depth, end-to-end distillation alone for as long as both took together, and the same training of the plainly cut model.
 `--text 21` adds, at that depth, end-to-end distillation that learns from the text too (cross-entropy), on top of
@@ -27,13 +28,13 @@ from intarsia.commands.heal import TrainingText
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.options import EvalSpec, Output, Target, TextSpec
-from intarsia.pruning.efforts import METHODS as EFFORTS
+from intarsia.pruning.efforts import EFFORTS
 from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.registry import planners
 
 COMPRESSED = {
     "come-p-in-loop": ComePSettings(spans=5, heal_in_loop=True),
-    **{effort: planners.choose(method) for effort, method in EFFORTS.items()},
+    "thorough": planners.choose(EFFORTS["thorough"].method),
 }
 CUTS = ("come-p", "sleb")
 METHODS = (*CUTS, "angular", *COMPRESSED)
@@ -98,6 +99,16 @@ class Bench:
     def planning(self, method: str) -> dict[str, Any]:
         """What a method is planned with."""
         return {"method": COMPRESSED.get(method, method), "text": TextSpec(sources=tuple(self.data))}
+
+    def effort(self, effort: Any, layers: int) -> None:
+        """What `compress` makes at an effort."""
+        folder, key, started = self.out / f"effort-{effort}-{layers}", f"effort {effort} {layers}", time.perf_counter()
+        if key not in self.found:
+            out = Output(path=folder, run=self.plans / f"effort-{effort}", overwrite=folder.exists())
+            text, evaluation = TextSpec(sources=tuple(self.data)), EvalSpec(windows=8, speed=False)
+            with progress.shown():
+                intarsia.compress("demo", out, Target(layers=layers, effort=effort), text=text, evaluation=evaluation)
+            self.measure(key, str(folder), time.perf_counter() - started)
 
     def compressed(self, method: str, layers: int) -> Path:
         """What `compress` makes of a model that is healed from several starts."""
@@ -177,14 +188,19 @@ class Bench:
         print("|---:|---|" + "---:|" * len(columns))
         for layers in depths:
             cuts = [self.found[key][text] for method in CUTS if (key := f"{method} {layers} cut") in self.found]
-            gap = math.log(min(cuts) / dense)
+
+            def cell(key: str, cuts: list[float] = cuts) -> str:
+                if key not in self.found:
+                    return ""
+                value = self.found[key][text]
+                share = f" ({1.0 - math.log(value / dense) / math.log(min(cuts) / dense):.0%})" if cuts else ""
+                return f"{value:.1f}{share}"
+
+            for effort in EFFORTS:
+                if found := cell(f"effort {effort} {layers}"):
+                    print(f"| {layers} | `compress --effort {effort}`: {found} |{' |' * len(columns)}")
             for method in METHODS:
-                cells = []
-                for column in columns:
-                    row = self.found.get(f"{method} {layers} {column}")
-                    closed = None if row is None else 1.0 - math.log(row[text] / dense) / gap
-                    cells.append("" if row is None else f"{row[text]:.1f} ({closed:.0%})")
-                print(f"| {layers} | {method} | {' | '.join(cells)} |")
+                print(f"| {layers} | {method} | {' | '.join(cell(f'{method} {layers} {each}') for each in columns)} |")
 
 
 def main() -> None:
@@ -196,6 +212,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[27, 25, 23, 21])
     parser.add_argument("--against", type=int, nargs="*", default=[])
     parser.add_argument("--text", type=int, nargs="*", default=[])
+    parser.add_argument("--efforts", nargs="*", default=["quick", "standard"], choices=list(EFFORTS))
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
     parser.add_argument("--train", nargs="*", default=["thorough"], choices=METHODS)
     parser.add_argument(
@@ -208,6 +225,8 @@ def main() -> None:
         if "dense" not in bench.found:
             bench.measure("dense", "demo", 0.0)
         for layers in given.layers:
+            for effort in given.efforts:
+                bench.effort(effort, layers)
             for method in given.methods:
                 bench.depth(method, layers, train=method in given.train)
             if layers in given.against:

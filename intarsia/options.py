@@ -84,7 +84,7 @@ class Target:
     layers: int | None = flag(None, metavar="N")
     # Share of all parameters to remove, between 0 and 1, rounded up to whole layers.
     sparsity: float | None = flag(None, metavar="X")
-    # How much work to do: chooses the method and its settings where no --method is given (default: standard).
+    # How much work to do: chooses the method where no --method is given, and how to heal (default: standard).
     effort: Literal["quick", "standard", "thorough"] | None = None
 
     def __post_init__(self) -> None:

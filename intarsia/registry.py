@@ -264,6 +264,7 @@ def heal_stage(
     settings: type | None = None,
     whole_model: bool = False,
     check: Callable[[Any], None] | None = None,
+    memory: Callable[[Any, int, int], int] | None = None,
     paper: str = "",
 ) -> Callable[[T], T]:
     """Register a heal stage: a function of context, recipe and settings that gives a recipe.
@@ -271,8 +272,10 @@ def heal_stage(
     Args:
         whole_model: whether it trains all layers at once: in every launched process, and not streamed.
         check: called with the settings before any work; raises UserError where something that it needs is missing.
+        memory: bytes that it takes at least, by the settings, the parameters of the healed model, and the bytes of the
+            original's weights.
     """
-    return heal_stages.register(name, settings, whole_model=whole_model, check=check, paper=paper)
+    return heal_stages.register(name, settings, whole_model=whole_model, check=check, memory=memory, paper=paper)
 
 
 def merge_op(

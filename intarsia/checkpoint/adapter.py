@@ -26,7 +26,7 @@ from intarsia.checkpoint.resolve import open_checkpoint, resolve
 from intarsia.checkpoint.tensor_file import map_tensor, read_headers
 from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer, copy_side_files
 from intarsia.disk import read_json
-from intarsia.errors import Problem, Problems, UserError, few, missing_package
+from intarsia.errors import Problem, Problems, UserError, few
 from intarsia.model_name import plain_name
 from intarsia.progress import current
 
@@ -279,11 +279,8 @@ class Merged:
 
     def _with_adapter(self, folder: Path) -> nn.Module:
         """The base's modules, their weights mapped, with the adapter's on them."""
-        try:
-            import peft
-        except ImportError as error:
-            broken = error if error.name != "peft" else None
-            raise missing_package("peft", where=f"adapter {folder}", extra="train", error=broken) from error
+        import peft
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is an error here
             try:

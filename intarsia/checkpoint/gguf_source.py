@@ -141,14 +141,13 @@ def need_gguf_reader(where: str, *, extra: str) -> None:
 
 
 def need_gguf(where: str, *, extra: str) -> None:
-    """Check that the packages that read and write GGUF are installed.
+    """Check that the package that reads and writes GGUF is installed.
 
     Raises:
-        UserError: it is not installed, or transformers lacks accelerate to read with it.
+        UserError: it is not.
     """
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise missing_package(missing[0], where=where, extra=extra)
+    if importlib.util.find_spec("gguf") is None:
+        raise missing_package("gguf", where=where, extra=extra)
 
 
 def convert(file: Path, out: Path, dtype: torch.dtype, *, title: str) -> None:

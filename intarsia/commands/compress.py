@@ -13,9 +13,9 @@ from intarsia.commands.push import push_later
 from intarsia.errors import UserError
 from intarsia.flags import Result
 from intarsia.options import EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
-from intarsia.pruning.efforts import method_of
+from intarsia.pruning.efforts import heal_of, method_of
 from intarsia.pruning.estimate import Estimate
-from intarsia.registry import HealStages, Planner, heal_stages
+from intarsia.registry import HealStages, Planner
 from intarsia.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def compress(
     target: Target,
     *,
     method: Planner = None,
-    heal: HealStages = ("closed-form",),
+    heal: HealStages = None,
     text: TextSpec = TextSpec(),
     evaluation: EvalSpec = EvalSpec(),
     runtime: Runtime = Runtime(),
@@ -103,14 +103,14 @@ def compress(
     from intarsia.disk import write_whole
     from intarsia.evaluation.agreement import doubt
     from intarsia.evaluation.speed import peak_memory_bytes
-    from intarsia.healing.pipeline import check_stages, check_turns
+    from intarsia.healing.pipeline import check_memory, check_stages, check_turns
     from intarsia.recipe import schema
     from intarsia.reporting.card import model_card
     from intarsia.reporting.model_report import keep_measures
     from intarsia.reporting.page import write_report
 
     started, report = time.perf_counter(), progress.current()
-    out, run, stages = Output.of(out), RunDir(Output.of(out).run_path), heal_stages.choose_all(heal)
+    out, run, stages = Output.of(out), RunDir(Output.of(out).run_path), heal_of(heal, method, target.effort)
 
     # Input: everything that can be wrong is found before any work.
     check_stages(stages, runtime)
@@ -123,6 +123,7 @@ def compress(
     job = Job(model, text, runtime)
     check_turns(stages, job.tokenizer)
     planning = Planning(job, target, method_of(method, target.effort), heals=bool(stages))
+    check_memory(stages, planning.estimate.parameters_after, job.checkpoint.nbytes, job.device)
     measuring = Evaluation.of(job, evaluation)
     result = CompressResult(
         model=job.model,

@@ -1,4 +1,4 @@
-"""Where training runs: one process or several, through Accelerate, and only when it is installed."""
+"""Where training runs: one process or several, through Accelerate."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from intarsia.errors import missing_package
 
 _LONGEST_WAIT = timedelta(days=7)
 """Other processes wait while the first one does what only one can do."""
@@ -49,15 +47,10 @@ def accelerator(*, device: torch.device, log: str | None = None, folder: Path | 
 
     Args:
         log: a tracker that Accelerate knows (see `stages.end_to_end.check`).
-
-    Raises:
-        UserError: accelerate is not installed.
     """
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-    except ImportError as error:
-        raise missing_package("accelerate", where="end-to-end training", extra="train", error=error) from error
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+
     # It warns that a tied head is stored once, at every snapshot.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     return Accelerator(

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from psutil import virtual_memory
 
 from intarsia import progress
 from intarsia.activations.batches import Batches
@@ -256,13 +257,39 @@ def check_stages(stages: Sequence[Chosen], runtime: Runtime) -> None:
         if chosen.entry.facts.get("whole_model"):
             flag = "--stream" if runtime.stream else "--devices"
             problems.add(
-                f"{flag} is given, and {chosen.name} trains all layers at once.", f"Leave {flag} out, or {chosen.name}."
+                f"{flag} is given, and {chosen.name} trains all layers at once.",
+                f"Leave {flag} out, or give {_without(stages, chosen)}.",
             )
     for chosen in stages:
         if (check := chosen.entry.facts.get("check")) is not None:
             with problems:
                 check(chosen.settings)
     problems.raise_any()
+
+
+def check_memory(stages: Sequence[Chosen], parameters: int, teacher_bytes: int, device: torch.device) -> None:
+    """Check that the device has the memory that stages say they take at least.
+
+    Args:
+        parameters: of the model that is healed.
+        teacher_bytes: the weights of the original.
+
+    Raises:
+        UserError: one takes more than there is.
+    """
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else virtual_memory().total
+    for chosen in stages:
+        memory = chosen.entry.facts.get("memory")
+        if memory is not None and (least := memory(chosen.settings, parameters, teacher_bytes)) > there:
+            raise UserError(
+                f"{chosen.name} takes at least {least / 1e9:,.1f} GB, and the memory of {device} is"
+                f" {there / 1e9:,.1f} GB.",
+                f"Give {_without(stages, chosen)}, or a smaller model.",
+            )
+
+
+def _without(stages: Sequence[Chosen], left_out: Chosen) -> str:
+    return f"--heal {','.join(each.label for each in stages if each is not left_out) or 'none'}"
 
 
 def pinned(chosen: Chosen) -> dict[str, Any]:

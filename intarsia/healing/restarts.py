@@ -1,29 +1,39 @@
 """Closed-form fits of a whole model from several starting points; the best one is kept.
 
 What was fitted inside the progressive loop was fitted to the model of that time. A fit over all layers gains little
-over it, and the same layers with nothing fitted may end at a lower loss (dev/LOG.md): held-out text decides.
+over it, and the same layers with nothing fitted may end nearer to the original (dev/LOG.md): held-out text decides.
+
+The nearest to the original's next-token distributions is the best, not the one of least loss: models of equal loss
+differ in it, and the nearer one is the better one on other text (dev/LOG.md; for removal: arXiv 2410.14649).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import MemoryBudget
+from intarsia.activations.loop import Loop, Path
+from intarsia.activations.loss import TOP, Likeliest
 from intarsia.architecture.spec import PARTS, Architecture
 from intarsia.building.layer import tensor_names
-from intarsia.building.loaded_model import LoadedModel
+from intarsia.building.recipe_layers import Placed, RecipeLayers
 from intarsia.data.corpus import Corpus
 from intarsia.disk import full_disk_named
-from intarsia.evaluation.perplexity import Chain, perplexity
 from intarsia.healing.closed_form import fit
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.progress import current
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    import pathlib
 
 AS_IT_IS = "as it is"
 
@@ -37,12 +47,41 @@ class Start:
 
 
 class FromStart(NamedTuple):
-    """A fit from a start: the recipe, what was fitted, and the perplexity on held-out text."""
+    """A fit from a start: the recipe, what was fitted, and the divergence from the original on held-out text."""
 
     start: Start
     recipe: Recipe
     fits: list[dict[str, Any]]
-    perplexity: float
+    divergence: float
+
+
+class NextTokens:
+    """The original's next-token distributions on a text, for other models to be compared with."""
+
+    def __init__(self, teacher: TeacherStates, corpus: Corpus, memory_budget: MemoryBudget) -> None:
+        self.resident = teacher.resident
+        self.loop = Loop(self.resident, Batches(corpus, self.resident.device), memory_budget=memory_budget)
+        real_NT = torch.ones_like(corpus.input_ids, dtype=torch.bool) if corpus.mask is None else corpus.mask
+        self.predicted = int((real_NT[:, :-1] & real_NT[:, 1:]).sum())
+        number, found = min(TOP, self.resident.architecture.vocabulary), dict[int, Likeliest]()
+
+        def look(_: int, rows: slice, ids: Tensor, mask: Tensor | None, h_BTD: Tensor) -> None:
+            found[rows.start] = self.loop.stream.likeliest(h_BTD, ids, mask, number)
+
+        with torch.inference_mode():
+            self.loop.run([Path(layers=[Placed(module, index) for index, module in enumerate(teacher.layers)])], look)
+        parts = zip(*(found[start] for start in sorted(found)), strict=True)
+        self.likeliest = Likeliest(*(torch.cat(each) for each in parts))
+
+    def divergence(self, recipe: Recipe) -> float:
+        """Mean KL of a recipe's next token from the original's, in nats.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        path = Path(layers=RecipeLayers.of(recipe, self.resident).placed())
+        (sums_N,) = self.loop.losses([path], expected=self.likeliest.rows)
+        return float(sums_N.sum()) / max(1, self.predicted)
 
 
 def starts(recipe: Recipe, architecture: Architecture) -> list[Start]:
@@ -63,7 +102,7 @@ def fit_each(
     held_out: Corpus,
     *,
     settings: ClosedFormSettings,
-    folder: Path,
+    folder: pathlib.Path,
     unseen: Collection[int] = (),
     memory_budget: MemoryBudget,
 ) -> list[FromStart]:
@@ -71,7 +110,7 @@ def fit_each(
 
     Args:
         teacher: its hidden states on the calibration text, which all fits share.
-        held_out: text whose perplexity decides.
+        held_out: text on which the divergence from the original decides.
         folder: where finished fits are kept, and found again.
         unseen: sequences of the calibration text that no fit sees.
 
@@ -80,6 +119,7 @@ def fit_each(
     """
     found: list[FromStart] = []
     with current().task("", len(points)) as task:
+        original = NextTokens(teacher, held_out, memory_budget)
         for start in points:
             path = folder / f"{schema.content_hash(start.recipe)[:16]}.yaml"
             if path.exists():
@@ -90,22 +130,13 @@ def fit_each(
                 with full_disk_named(folder):
                     folder.mkdir(parents=True, exist_ok=True)
                     schema.save(replace(recipe, provenance={"output_projections": fits}), path)
-            value = held_out_perplexity(teacher.resident, held_out, recipe, memory_budget=memory_budget)
-            found.append(FromStart(start=start, recipe=recipe, fits=fits, perplexity=value))
+            value = original.divergence(recipe)
+            found.append(FromStart(start=start, recipe=recipe, fits=fits, divergence=value))
             task.advance()
-    found.sort(key=lambda each: each.perplexity)
-    said = ", ".join(f"{each.start.name} {each.perplexity:.2f}" for each in found)
-    current().say(f"closed form: held-out perplexity from the recipe {said}")
+    found.sort(key=lambda each: each.divergence)
+    said = ", ".join(f"{each.start.name} {each.divergence:.4f}" for each in found)
+    current().say(f"closed form: held-out KL to the original from the recipe {said}")
     return found
-
-
-def held_out_perplexity(resident: LoadedModel, corpus: Corpus, recipe: Recipe, *, memory_budget: MemoryBudget) -> float:
-    """The perplexity of a recipe on held-out text.
-
-    Raises:
-        UserError: it is not finite.
-    """
-    return perplexity(Chain(recipe, resident, memory_budget=memory_budget), corpus).value
 
 
 def _closed_form_names(architecture: Architecture) -> set[str]:

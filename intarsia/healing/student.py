@@ -30,10 +30,10 @@ from intarsia.building.layer import to_tensors
 from intarsia.building.loaded_model import load_model
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.errors import missing_package
 from intarsia.evaluation.likelihood import makes_the_logits
 from intarsia.healing.losses import cross_entropy, hidden_mse, logit_kl, over_rows, top_k_kl
 from intarsia.healing.stages.end_to_end import EndToEndSettings
+from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe
 
 _ADAPTER = "default"
@@ -51,13 +51,14 @@ def load_student(
 ) -> tuple[PreTrainedModel, Architecture]:
     """The student, with gradients for what is trained: all of the layers in float32, or low-rank changes to them."""
     checkpoint = Checkpoint.open(folder, model=str(folder))
-    full = settings.lora is None
-    model = load_model(checkpoint, device=device, dtype=torch.float32 if full else None)
-    if full:
-        layers = model.get_submodule(checkpoint.architecture.layers_in_memory)
-        layers.requires_grad_(True)
+    rank, layers = settings.lora, checkpoint.architecture.layers_in_memory
+    model = load_model(checkpoint, device=device, dtype=torch.float32 if rank is None else None)
+    if rank is not None and (targets := _linear_modules(model, layers)):
+        _add_lora(model, targets, rank)
     else:
-        _add_lora(model, checkpoint.architecture, settings.lora or 1)
+        if rank is not None:
+            current().say("the layers have no linear modules for low-rank changes: all of their parameters are trained")
+        model.float().get_submodule(layers).requires_grad_(True)
     if settings.checkpointing:
         # transformers recomputes activations in training mode only; a student that copies a teacher wants no dropout.
         _without_dropout(model)
@@ -101,16 +102,18 @@ def with_trained(recipe: Recipe, architecture: Architecture, base: Checkpoint, t
 _SCALE = 2.0  # lora_alpha / r, whatever the rank
 
 
-def _add_lora(model: PreTrainedModel, architecture: Architecture, rank: int) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        instead = "train all parameters (without --lora)"
-        raise missing_package("peft", where="--lora", extra="train", instead=instead, error=error) from error
-    layers = f"{architecture.layers_in_memory}."
-    targets = [  # experts are no linear modules in memory, and their router is none of the targets
-        name for name, module in model.named_modules() if name.startswith(layers) and isinstance(module, nn.Linear)
+def _linear_modules(model: PreTrainedModel, layers: str) -> list[str]:
+    """Of the layers; experts are none in memory, nor is their router."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(f"{layers}.") and isinstance(module, nn.Linear)
     ]
+
+
+def _add_lora(model: PreTrainedModel, targets: list[str], rank: int) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
     config = LoraConfig(r=rank, lora_alpha=int(_SCALE * rank), lora_dropout=0.0, bias="none", target_modules=targets)
     torch.manual_seed(0)  # A starts random, B as zeros
     inject_adapter_in_model(config, model, adapter_name=_ADAPTER)

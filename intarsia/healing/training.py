@@ -141,20 +141,20 @@ class Schedule:
 
 
 def schedule_of(pace: Pace, *, sequences: int, seq_len: int, multiple: int = 1) -> Schedule:
-    """The schedule of a training.
+    """The schedule of a training. Of a text that is shorter than a step, a step has all of it.
 
     Args:
-        multiple: the sequences of a step are a multiple of this.
+        multiple: the sequences of a step are a multiple of this: the processes that train.
 
     Raises:
-        UserError: there are fewer sequences than one step needs.
+        UserError: there are fewer sequences than processes.
     """
-    batch = max(1, pace.batch_tokens // (seq_len * multiple)) * multiple
+    batch = max(1, min(pace.batch_tokens // (seq_len * multiple), sequences // multiple)) * multiple
     if sequences < batch:
         raise UserError(
-            f"The training text has {sequences} sequences of {seq_len} tokens besides the held-out ones;"
-            f" a step needs at least {batch}.",
-            "Give more --tokens, or fewer tokens a step (--step-tokens, --layer-batch-tokens).",
+            f"The training text has {sequences} sequences of {seq_len} tokens besides the held-out ones, and"
+            f" {multiple} processes train.",
+            "Give more --tokens, or start fewer processes.",
         )
     return Schedule(sequences=sequences, batch=batch, pace=pace)
 

@@ -1,16 +1,30 @@
-"""How much work a plan may take: methods with their settings, each the best measured at its cost (docs/RESULTS.md)."""
+"""How much work a compression may take: a method and heal stages, the best measured at their cost (docs/RESULTS.md)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from intarsia.errors import check
-from intarsia.registry import Chosen, planners
+from intarsia.registry import Chosen, heal_stages, planners
 
-METHODS: dict[str, str] = {
-    "quick": "shortgpt[plan-tokens=5120,blocks=1]",
-    "standard": "come-p[spans=3,granularity=5,removals=true,plan-tokens=16384,blocks=3]",
-    "thorough": "come-p[spans=5,granularity=5,removals=true,heal-in-loop=true,finalists=4,blocks=5]",
+
+class Effort(NamedTuple):
+    """What an effort stands for, as `--method` and `--heal` take it."""
+
+    method: str
+    heal: str
+
+
+# The teacher is asked once; with low-rank changes an 8B model is trained in the memory of one device.
+_LOW_RANK = "end-to-end[lora=64,lr=1e-3,top-k=64,evaluations=4"
+
+EFFORTS: dict[str, Effort] = {
+    "quick": Effort("shortgpt[plan-tokens=5120,blocks=1]", "closed-form"),
+    "standard": Effort("shortgpt[plan-tokens=16384,blocks=3]", f"closed-form,{_LOW_RANK},epochs=2]"),
+    "thorough": Effort(
+        "come-p[spans=5,granularity=5,removals=true,heal-in-loop=true,finalists=4,blocks=5]",
+        f"closed-form,{_LOW_RANK},epochs=4]",
+    ),
 }
 
 
@@ -22,5 +36,16 @@ def method_of(method: Any, effort: str | None) -> Chosen:
     """
     both = method is not None and effort is not None
     check((not both, "--method and --effort are both given.", "Give one: an effort chooses the method."))
-    chosen: Chosen = planners.choose(METHODS[effort or "standard"] if method is None else method)
+    chosen: Chosen = planners.choose(EFFORTS[effort or "standard"].method if method is None else method)
     return chosen
+
+
+def heal_of(heal: Any, method: Any, effort: str | None) -> tuple[Chosen, ...]:
+    """The heal stages that were asked for; or those of the effort, and of a method asked for by name the closed form.
+
+    Raises:
+        UserError: there is no such stage.
+    """
+    if heal is None:
+        heal = EFFORTS[effort or "standard"].heal if method is None else "closed-form"
+    return heal_stages.choose_all(heal)

@@ -347,11 +347,6 @@ def test_trackers(cut: Cut, tokens: Tokens, tmp_path: Path) -> None:
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
-def test_too_little_text(cut: Cut, tokens: Tokens, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a step needs at least 40"):
-        heal(cut("llama"), tokens(), tmp_path, replace(QUICK, batch_tokens=640))
-
-
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_quality_is_of_the_built_model(family: str, cut: Cut, tokens: Tokens, tmp_path: Path) -> None:
     from intarsia.evaluation.perplexity import perplexity

@@ -184,12 +184,6 @@ def test_spilled_states_are_the_same(cut: Cut, resident_of: InMemory, tokens: To
     assert same(kept, spilled)
 
 
-def test_too_little_text(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
-    _, recipe = cut("llama")
-    with pytest.raises(UserError, match="a step needs at least 40"):
-        layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=replace(QUICK, batch_tokens=640))
-
-
 def test_training_text_harder_than_held_out_text_is_no_divergence(
     cut: Cut, resident_of: InMemory, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:

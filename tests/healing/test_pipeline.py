@@ -20,7 +20,7 @@ from intarsia.data.corpus import Corpus
 from intarsia.data.text import TextParts, draw
 from intarsia.errors import UserError
 from intarsia.healing import closed_form, restarts
-from intarsia.healing.pipeline import HealContext, Healed, check_stages, run_stages
+from intarsia.healing.pipeline import HealContext, Healed, check_memory, check_stages, run_stages
 from intarsia.healing.restarts import AS_IT_IS, Start
 from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.options import Runtime, TextSpec
@@ -192,8 +192,12 @@ def test_the_best_of_several_starts_and_killed_within(
 def test_what_a_stage_needs_is_checked_before(context: Callable[..., HealContext], cut: Recipe) -> None:
     whole = heal_stages.choose_all("layerwise,end-to-end")
     for runtime in (Runtime(stream=True), Runtime(devices=("cuda:0", "cuda:1"))):
-        with pytest.raises(UserError, match="end-to-end trains all layers at once"):
+        with pytest.raises(UserError, match="end-to-end trains all layers at once") as refused:
             check_stages(whole, runtime)
+        assert "give --heal layerwise" in refused.value.problems[0].hint
+    check_memory(whole, 10**6, 10**6, torch.device("cpu"))
+    with pytest.raises(UserError, match="end-to-end takes at least 1,602,000"):
+        check_memory(whole, 10**14, 2 * 10**12, torch.device("cpu"))
     with pytest.raises(UserError, match="--log nothing is no tracker"):
         check_stages(heal_stages.choose_all("end-to-end[log=nothing]"), Runtime())
     check_stages(whole, Runtime(devices=("cpu",)))

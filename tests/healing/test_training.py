@@ -36,11 +36,13 @@ def test_measured_so_often_and_at_the_end() -> None:
     assert [step for step in range(10) if schedule.is_measured_after(step)] == [2, 5, 8, 9]
 
 
-def test_batch_is_a_multiple_and_too_little_text_is_refused() -> None:
+def test_batch_is_a_multiple_and_no_more_than_the_text() -> None:
     assert schedule_of(Pace(batch_tokens=100), sequences=50, seq_len=16, multiple=4).batch == 4
     assert schedule_of(Pace(batch_tokens=100), sequences=50, seq_len=16).batch == 6
-    with pytest.raises(UserError, match="a step needs at least 6"):
-        schedule_of(Pace(batch_tokens=100), sequences=5, seq_len=16)
+    assert schedule_of(Pace(batch_tokens=100), sequences=5, seq_len=16).batch == 5
+    assert schedule_of(Pace(batch_tokens=640), sequences=7, seq_len=16, multiple=3).batch == 6
+    with pytest.raises(UserError, match="has 2 sequences of 16 tokens"):
+        schedule_of(Pace(batch_tokens=100), sequences=2, seq_len=16, multiple=3)
 
 
 def test_text_in_which_the_assistant_says_nothing() -> None:

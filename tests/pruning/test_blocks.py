@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -121,7 +122,8 @@ def test_the_card_and_the_report_say_where_healing_started(
     model_folder: Folder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The original without a block, and not the method's merges: so nothing is said to be joined."""
-    monkeypatch.setattr("intarsia.healing.restarts.held_out_perplexity", lambda *_, **__: next(values))
+    measure = SimpleNamespace(divergence=lambda _: next(values))
+    monkeypatch.setattr("intarsia.healing.restarts.NextTokens", lambda *_: measure)
     accepted = property(lambda result: 1.0 if result.recipe.fitted else 2.0)
     monkeypatch.setattr("intarsia.healing.pipeline.StageResult.perplexity", accepted)
     values = iter([2.0, 1.0])

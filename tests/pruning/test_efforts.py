@@ -8,18 +8,21 @@ from pathlib import Path
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.pruning.efforts import METHODS, method_of
+from intarsia.pruning.efforts import EFFORTS, heal_of, method_of
 from tests.command import LITTLE, invoke
 from tests.conftest import Folder
 
 
-def test_an_effort_chooses_the_method_where_none_is_named() -> None:
+def test_an_effort_chooses_what_is_not_named() -> None:
     assert method_of(None, None) == method_of(None, "standard")
     assert method_of("sleb", None).label == "sleb"
-    labels = {effort: method_of(None, effort).label for effort in METHODS}
-    assert len(set(labels.values())) == 3
+    assert len({method_of(None, effort).label for effort in EFFORTS}) == 3
+    assert heal_of(None, None, None) == heal_of(None, None, "standard")
+    assert [each.name for each in heal_of(None, None, "standard")] == ["closed-form", "end-to-end"]
+    assert [each.label for each in heal_of(None, "sleb", None)] == ["closed-form"]
+    assert heal_of("none", None, "thorough") == ()
     page = Path("docs/METHODS.md").read_text(encoding="utf-8")
-    assert all(f"| `{effort}` | `{method}` |" in page for effort, method in METHODS.items())
+    assert all(f"| `{name}` | `{each.method}` | `{each.heal}` |" in page for name, each in EFFORTS.items())
     with pytest.raises(UserError, match="--method and --effort are both given"):
         method_of("come", "quick")
 

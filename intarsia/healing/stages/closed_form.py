@@ -47,8 +47,8 @@ class FinalFitSettings(ClosedFormSettings):
 def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings) -> Recipe:
     """Fit output projections by least squares toward the original's hidden states.
 
-    Of several starting points each is fitted on a few tokens, and the one with the lowest perplexity on the selection
-    text is fitted on all.
+    Of several starting points each is fitted on a few tokens, and the one that is nearest to the original on the
+    selection text is fitted on all.
     """
     from intarsia.healing.closed_form import fit
     from intarsia.healing.layer_map import fit_forwards
@@ -71,7 +71,7 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
                 ranked = fit_each(points, teacher, context.held_out, settings=trying, folder=context.folder, **common)
             task.advance(units)
             start = ranked[0].start
-            context.facts |= {"starts": {each.start.name: each.perplexity for each in ranked}, "start": start.name}
+            context.facts |= {"starts": {each.start.name: each.divergence for each in ranked}, "start": start.name}
             context.facts["from_scratch"] = start.name != AS_IT_IS
             tried = sum(fit_forwards(each.recipe, trying, architecture) for each in points)
             forwards = tried * len(trial) / len(text)

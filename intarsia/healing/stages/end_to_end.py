@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from intarsia.errors import UserError, missing_package
+from intarsia.errors import UserError
 from intarsia.flags import flag, token_count
 from intarsia.healing.settings import Check, Pace
 from intarsia.registry import heal_stage
 
 if TYPE_CHECKING:
+    from intarsia.architecture.spec import Architecture
     from intarsia.healing.pipeline import HealContext
     from intarsia.recipe.recipe import Recipe
 
@@ -53,6 +54,10 @@ class EndToEndSettings(Pace):
     # A tracker that Accelerate knows, such as `tensorboard`.
     log: str | None = None
 
+    def passes_at_most(self, architecture: Architecture, *, starts: int, tokens: int) -> float:
+        """Passes of the whole model over a text that a training takes: of the teacher, of the student, and back."""
+        return 4.0 * self.epochs
+
     def checks(self) -> Iterator[Check]:
         """What must hold."""
         yield from super().checks()
@@ -65,15 +70,13 @@ class EndToEndSettings(Pace):
 
 
 def check(settings: EndToEndSettings) -> None:
-    """Check that Accelerate is installed, and knows the tracker.
+    """Check that Accelerate knows the tracker.
 
     Raises:
-        UserError: it is not, or does not.
+        UserError: it does not.
     """
-    try:
-        from accelerate.tracking import get_available_trackers
-    except ImportError as error:
-        raise missing_package("accelerate", where="end-to-end training", extra="train", error=error) from error
+    from accelerate.tracking import get_available_trackers
+
     known = [str(tracker) for tracker in get_available_trackers()]
     if settings.log is not None and settings.log not in known:
         raise UserError(
@@ -82,7 +85,13 @@ def check(settings: EndToEndSettings) -> None:
         )
 
 
-@heal_stage("end-to-end", settings=EndToEndSettings, whole_model=True, check=check, paper="2510.15304")
+def memory(settings: EndToEndSettings, parameters: int, teacher_bytes: int) -> int:
+    """Bytes that training takes at least: the teacher's weights, and the student's with their gradients and two moments
+    in float32; of low-rank changes the student's weights alone."""
+    return teacher_bytes + (16 if settings.lora is None else 2) * parameters
+
+
+@heal_stage("end-to-end", settings=EndToEndSettings, whole_model=True, check=check, memory=memory, paper="2510.15304")
 def end_to_end(context: HealContext, recipe: Recipe, settings: EndToEndSettings) -> Recipe:
     """Train the whole model toward the original: next tokens, and hidden states where that is asked for."""
     from intarsia.checkpoint.hashing import cache_folder, scan
