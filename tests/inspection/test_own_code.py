@@ -30,7 +30,6 @@ def compress(folder: Path, out: Path, text_file: Path, *more: Any) -> Any:
     return invoke("compress", folder, "-o", out, "--layers", own_code.DEPTH - 2, *small, *more)
 
 
-@torch.no_grad()
 def test_compress(folder: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = compress(folder, out, text_file, OPTION)
