@@ -65,7 +65,7 @@ def estimate(
     Args:
         dtype: what the model runs in; None for the checkpoint's own.
     """
-    from intarsia.activations.stream import state_of
+    from intarsia.activations.architecture_checks import state_of
 
     architecture = checkpoint.architecture
     depth, parameters = architecture.n_layers, checkpoint.parameters

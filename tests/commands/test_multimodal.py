@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
 from intarsia.building.loaded_model import LoadedModel
-from intarsia.building.tiny_model import shrunken
 from intarsia.checkpoint.multimodal import text_config
 from intarsia.checkpoint.reader import Checkpoint, architecture_of
+from intarsia.inspection.small import small_config
 from tests import families
 from tests.command import LITTLE, invoke
 
@@ -57,7 +57,7 @@ QUICK = ("qwen3_5", "qwen3_vl")
 def make_model(kind: str) -> PreTrainedModel:
     """A small random model around a small one of the text model that its class has by default."""
     whole = CONFIG_MAPPING[kind]().to_dict()
-    small = shrunken(architecture_of(text_config(whole, where=kind), where=kind))
+    small = small_config(architecture_of(text_config(whole, where=kind), where=kind))
     own = whole["text_config"]
     text = {**own, **{key: value for key, value in small.items() if key in own and key != "model_type"}}
     text |= {key: families.VOCABULARY for key in own if key in ("vocab_size", "vocab_size_per_layer_input")}
