@@ -18,8 +18,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from intarsia.activations import architecture_trials as trials
-from intarsia.activations.state import State
-from intarsia.activations.stream import probe
+from intarsia.activations.stream import State, probe
 from intarsia.architecture.spec import PARTS, Architecture
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
