@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ REPRESENTATIVE = {"llama", "qwen3", "gemma3", "opt", "mixtral", "gpt-neox"}
 def registry_restored() -> Iterator[None]:
     """What is registered in the block is forgotten after it."""
     assert all(kind.names for kind in registry.KINDS)  # what is built in is found now, and stays known after the block
-    known = [(each, dict(each)) for each in (*(kind._entries for kind in registry.KINDS), registry._LOADED)]
+    registered: list[dict[str, Any]] = [*(kind._entries for kind in registry.KINDS), registry._LOADED]
+    known = [(each, dict(each)) for each in registered]
     try:
         yield
     finally:
