@@ -22,7 +22,7 @@ from intarsia.activations.hidden_store import HiddenStore
 from intarsia.activations.stream import LayerStream
 from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.healing.layer_training import LayerTask, train_layer, trained_names
+from intarsia.healing.layerwise import LayerTask, train_layer, trained_names
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.training import Standing, Text
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 import intarsia
 from intarsia import progress
-from intarsia.building.assembled import assembled
+from intarsia.building.materialize import assembled
 from intarsia.commands.compare import CompareEval, Entrants
 from intarsia.commands.job import Job
 from intarsia.evaluation.perplexity import eval_corpus, perplexity

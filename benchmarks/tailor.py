@@ -1,7 +1,7 @@
 """What tailoring reaches on the demo family: base, math and science variant, 23 of 30 layers.
 
 Parts, each of which can be run alone; `--parts` takes several, in order. Everything that is finished is kept in the
-folder and only read when the command is run again, and a search goes on where it was.
+folder and only read when the command is run again, and a search resumes where it was.
 
 - `planners`: planners for a single model, on the base and on the best variant, cut and healed in closed form.
 - `ablation`: searches that may remove; remove and select; and merge; and concatenate. Equal trials, for the best
@@ -53,7 +53,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     found.add_argument("--plans", type=Path, help="a folder of run folders of the base, which are scored too")
     found.add_argument("--base", default="demo")
     found.add_argument("--layers", type=int, default=23)
-    found.add_argument("--items", type=int, default=200, help="of each task, for judging")
+    found.add_argument("--items", type=int, default=200, help="of each task, to measure on")
     found.add_argument("--windows", type=int, nargs=2, default=[16, 12], metavar=("WIKITEXT", "NEWS"))
     found.add_argument("--tokens", type=int, nargs=3, default=[16384, 16384, 4096], metavar=("PLAN", "HEAL", "PIECES"))
     given = found.parse_args(arguments)

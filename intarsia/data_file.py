@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeAlias, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from intarsia.errors import Problem, UserError
@@ -56,6 +56,15 @@ def unexpected(expected: str, found: str = "", remedy: str = "") -> PydanticCust
     """The error that a validator raises; without `found` and `remedy` the input and the file's remedy are named."""
     return PydanticCustomError("unexpected", "{expected}", {"expected": expected, "found": found, "remedy": remedy})
 
+
+def one_line(value: str) -> str:
+    """The text itself, if it is one line that can be printed."""
+    if value.strip() and value.isprintable() and len(value) <= 4096:
+        return value
+    raise unexpected("a text on one line")
+
+
+Text: TypeAlias = Annotated[str, AfterValidator(one_line)]
 
 Misplaced = tuple[tuple[int | str, ...], PydanticCustomError, Any]
 """A path below a validator's value, the error there, and the value that stands there."""

@@ -13,7 +13,6 @@ from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.healing.closed_form import fit
 from intarsia.healing.teacher import TeacherStates
-from intarsia.progress import Progress
 from intarsia.recipe.recipe import Recipe
 
 
@@ -23,11 +22,10 @@ def fit_on(
     corpus: Corpus,
     *,
     batch_tokens: int | None = None,
-    progress: Progress | None = None,
     layers: Sequence[nn.Module] | None = None,
     **kwargs: Any,
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """The closed form toward the resident model's own hidden states, or those of other layers in it."""
-    batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
+    batches = Batches(corpus, resident.device, batch_tokens=batch_tokens)
     with TeacherStates(Loop(resident, batches), layers=layers) as teacher:
         return fit(recipe, teacher, **kwargs)

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+from intarsia import registry
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from tests import families
 
 REPRESENTATIVE = {"llama", "qwen3", "gemma3", "opt", "mixtral", "gpt-neox"}
 """One family of each kind: plain, QK-norm, sliding with post-norms, biases, experts, parallel residual."""
+
+
+@contextmanager
+def registry_restored() -> Iterator[None]:
+    """What is registered in the block is forgotten after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in registry.KINDS:
+            assert kind.names  # what is built in is found now, and stays known after the block
+            patch.setattr(kind, "_entries", dict(kind._entries))
+        patch.setattr(registry, "_LOADED", dict(registry._LOADED))
+        yield
+
+
+@pytest.fixture
+def own_registry() -> Iterator[None]:
+    """What the test registers is forgotten after it."""
+    with registry_restored():
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

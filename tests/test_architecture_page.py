@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
 
-from intarsia import registry
 from intarsia.cli import main
 from intarsia.recipe import schema
 from tests import families
@@ -33,18 +32,7 @@ search: {{engine: {engine}, trials: 6, min_budget: 2, max_budget: 4, eta: 2, war
 """
 
 
-@pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    """What an example registers goes with its test."""
-    for kind in registry.KINDS:
-        assert kind.names is not None  # what is built in is found at the first look
-    before = [dict(kind._entries) for kind in registry.KINDS]
-    plugins = dict(registry._LOADED)
-    yield
-    for kind, entries in zip(registry.KINDS, before, strict=True):
-        kind._entries = entries
-    registry._LOADED.clear()
-    registry._LOADED.update(plugins)
+pytestmark = pytest.mark.usefixtures("own_registry")
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from intarsia.errors import UserError
 from intarsia.flags import Flag
 from intarsia.options import EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
 from intarsia.registry import HealStages, Planner
+from tests.conftest import registry_restored
 
 PLUGIN = """
 from dataclasses import dataclass
@@ -86,12 +87,9 @@ def page(*runs: Path, title: Annotated[str, Flag(help="What it is called.")] = "
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Any:
     file = tmp_path_factory.mktemp("plugin") / "mine.py"
     file.write_text(PLUGIN, encoding="utf-8")
-    before = [dict(kind._entries) for kind in registry.KINDS]
-    registry.load_plugin(file)
-    yield file
-    for kind, entries in zip(registry.KINDS, before, strict=True):
-        kind._entries = entries
-    del registry._LOADED[str(file)]
+    with registry_restored():
+        registry.load_plugin(file)
+        yield file
 
 
 def ask(line: str) -> Call:

@@ -340,7 +340,8 @@ def test_a_batch_is_halved_where_memory_runs_out(small_device: OutOfMemory, resi
         assert found.channels["mlp"].tokens == corpus.tokens
     progress.said.clear()
     recipe = whole().with_layers([select(0), select(2), select(4), select(5)])
-    fit_on(recipe, resident, corpus, batch_tokens=1000, progress=progress)
+    with reporting_to(progress):
+        fit_on(recipe, resident, corpus, batch_tokens=1000)
     assert progress.said[-1] == "cpu is out of memory: 2 sequences at a time from now on, not 3"
 
 

@@ -10,15 +10,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from intarsia.activations import architecture_trials as trials
 from intarsia.architecture.spec import PARTS, Architecture
 from intarsia.building.loaded_model import LoadedModel
-from intarsia.building.tiny_model import shrunken, small_model
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
+from intarsia.inspection.small import small_config
 from intarsia.inspection.structure import problem_of, removals
 from intarsia.progress import current, quiet_transformers
 
@@ -60,7 +63,7 @@ class CheckRow:
 
 def check_rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
     """Every check of a family, on a small model like `large`; files go into `folder`."""
-    small_model(shrunken(large)).save_pretrained(folder / "small")
+    small_model(small_config(large)).save_pretrained(folder / "small")
     try:
         checkpoint = Checkpoint.open(folder / "small", model="small")
     except UserError as error:
@@ -93,7 +96,7 @@ def check_rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
         if not small.is_mixture(part):
             work = partial(trials.own_inputs, trial, part, same)
             yield _row(f"merge, {part}", "pieces of two layers compute what they did", work, approximated=approximated)
-    yield from _round_trip(partial(trials.round_trip, trial, same, folder / "built"))
+    yield from _round_trip(partial(trials.built, trial, trials.shallower(small, same), folder / "built"))
 
 
 def _removal_rows(trial: trials.Trial, folder: Path) -> Iterator[CheckRow]:
@@ -102,10 +105,11 @@ def _removal_rows(trial: trials.Trial, folder: Path) -> Iterator[CheckRow]:
     if not found:
         reason = problem_of(trial.architecture, [layer for layer in whole if layer != len(whole) // 2])
         yield CheckRow(check="layers", result="failed", error=None, note=reason or "each is the last of its kind")
-    yield _row("parity", "layer by layer is the model's own forward", partial(trials.loop_parity, trial))
+    yield _row("parity", "layer by layer is the model's own forward", partial(trials.parity, trial))
     yield _row("causal", "no token reads a later one", partial(trials.foresight, trial), least=_LEAK)
     for number, kept in enumerate(found):
-        yield from _round_trip(partial(trials.removal, trial, kept, folder / f"built-{number}"))
+        ops = [trials.select(layer) for layer in kept]
+        yield from _round_trip(partial(trials.built, trial, ops, folder / f"built-{number}"))
     yield _row("streaming", "layers read one by one give what the model gives", partial(trials.streamed, trial))
 
 
@@ -141,6 +145,41 @@ def _compared(check: str, note: str, error: float, *, approximated: bool = False
 def _broken(check: str, error: Exception) -> CheckRow:
     words = " ".join(str(error).split())[:300]
     return CheckRow(check=check, result="failed", error=None, note=f"{type(error).__name__}: {words}")
+
+
+def small_model(config: Mapping[str, Any], *, seed: int = 0) -> PreTrainedModel:
+    """A random float32 model in evaluation mode, in which nothing is neutral: norms are no ones, biases no zeros.
+
+    Raises:
+        UserError: transformers does not know the model type, or cannot make a model of this config.
+    """
+    rest = {key: value for key, value in config.items() if key != "model_type"}
+    model_type = str(config["model_type"])
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"transformers {transformers.__version__} has no model type {model_type!r} to build a small model.",
+            "Correct model_type in the config, or install a version of transformers that has it. A model that comes "
+            "with code of its own cannot be checked.",
+        )
+    try:
+        made = AutoConfig.for_model(model_type, **rest)
+        assert isinstance(made, PreTrainedConfig)
+        model = AutoModelForCausalLM.from_config(made)
+    except Exception as error:
+        # What a config class objects to, and how, differs between families and versions.
+        words = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"transformers makes no small model of type {model_type}: {type(error).__name__}: {words}.",
+            "Set the fields that must fit together in the family file's table [tiny].",
+        ) from error
+    assert isinstance(model, PreTrainedModel)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm = ("norm" in name or ".ln_" in name) and name.endswith("weight")
+            parameter.copy_(1.0 + 0.3 * noise if is_norm else (0.5 if "embed" in name else 0.2) * noise)
+    return model.float().eval()
 
 
 @torch.no_grad()

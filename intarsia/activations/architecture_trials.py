@@ -19,13 +19,12 @@ from transformers import AutoModelForCausalLM
 from intarsia.activations.hooks import output_projections
 from intarsia.activations.stream import LayerStream
 from intarsia.architecture.spec import PARTS, Architecture, Part
-from intarsia.building.assembled import assembled
 from intarsia.building.loaded_model import LoadedModel, twin
-from intarsia.building.materialize import materialize
+from intarsia.building.materialize import assembled, materialize
 from intarsia.building.slicing import positions
 from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.recipe import Variant, identity
 
 NAME = "model"
 _SEQUENCES, _TOKENS, _WRITTEN = 3, 20, 12
@@ -80,20 +79,6 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def parity(trial: Trial) -> float:
-    """Layer by layer against the model's own forward, with padding: hidden states and logits."""
-    own = trial.resident.model(
-        trial.ids_BT, attention_mask=trial.mask_BT.long(), output_hidden_states=True, use_cache=False
-    )
-    entry = trial.stream.enter(trial.ids_BT, trial.mask_BT)
-    h_BTD, worst = entry.h_BTD, 0.0
-    for index, layer in enumerate(trial.resident.layers):
-        worst = max(worst, difference(h_BTD[trial.mask_BT], own.hidden_states[index][trial.mask_BT]))
-        h_BTD = trial.stream.run(layer, h_BTD, entry.calls[index])
-    logits = trial.stream.logits(h_BTD, trial.ids_BT, trial.mask_BT)
-    return max(worst, difference(logits[trial.mask_BT], own.logits[trial.mask_BT]))
-
-
-def loop_parity(trial: Trial) -> float:
     """Layer by layer, two texts in turns and one of them padded, against the model's own forward: logits.
 
     So layers that leave something behind for others are found out.
@@ -126,23 +111,26 @@ def streamed(trial: Trial) -> float:
     return difference(other.model(trial.ids_BT).logits, trial.resident.model(trial.ids_BT).logits)
 
 
-def removal(trial: Trial, kept: Sequence[int], folder: Path) -> dict[str, float]:
-    """A model of some of the layers, built to disk and loaded, against the original in which the others are skipped."""
-    architecture = trial.architecture
-    ops = [_select(layer) for layer in kept]
-    recipe, loaded = _built(trial, ops, folder)
-    entry = trial.stream.enter(trial.ids_BT, None)
-    h_BTD = entry.h_BTD
-    for layer in kept:
-        h_BTD = trial.stream.run(trial.resident.layers[layer], h_BTD, entry.calls[layer])
-    logits = loaded(trial.ids_BT).logits
-    in_memory = assembled(recipe, trial.resident)(trial.ids_BT).logits
+def built(trial: Trial, ops: Sequence[Op], folder: Path) -> dict[str, float]:
+    """A model of these layers, built to disk and loaded: against the one in memory and, of whole layers alone, against
+    the original in which the others are skipped; generation with and without cache; and its config's lists."""
+    kept = [op.sources[0].layer for op in ops]
+    variant = Variant(name=NAME, model=trial.resident.checkpoint.model)
+    recipe = identity(variant, trial.architecture.n_layers).with_layers(ops)
+    materialize(recipe, {NAME: trial.resident.checkpoint}, folder)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    logits, found = loaded(trial.ids_BT).logits, dict[str, float]()
+    if all(isinstance(op, Select) for op in ops):
+        entry = trial.stream.enter(trial.ids_BT, None)
+        h_BTD = entry.h_BTD
+        for layer in kept:
+            h_BTD = trial.stream.run(trial.resident.layers[layer], h_BTD, entry.calls[layer])
+        found["removal"] = difference(logits, trial.stream.logits(h_BTD, trial.ids_BT, None))
     return {
-        "removal": max(
-            difference(logits, trial.stream.logits(h_BTD, trial.ids_BT, None)), difference(in_memory, logits)
-        ),
+        **found,
+        "logits": difference(logits, assembled(recipe, trial.resident)(trial.ids_BT).logits),
         "generation": _generation(loaded, trial.ids_BT[:1, :9]),
-        "config": float(len(list(_wrong_lists(loaded, architecture, kept)))),
+        "config": float(len(list(_wrong_lists(loaded, trial.architecture, kept)))),
     }
 
 
@@ -208,13 +196,13 @@ def everything_and_nothing(trial: Trial, layers: tuple[int, int]) -> float:
     architecture, (first, second) = trial.architecture, layers
     whole = {part: range(architecture.n_pieces(part)) for part in PARTS}
     op = concat_of(
-        [_select(first), _select(second)],
+        [select(first), select(second)],
         [whole, {}],
         weights=[dict.fromkeys(PARTS, 1.0), dict.fromkeys(PARTS, 0.0)],
         norm="fold",
         architecture=architecture,
     )
-    if op != _select(first):
+    if op != select(first):
         return float("inf")
     by_hand = Concat(cuts=(_cut(first, whole["attention"], whole["mlp"], 1.0), _cut(second, (), (), 0.0)), norm="fold")
     return difference(
@@ -237,29 +225,10 @@ def own_inputs(trial: Trial, part: Part, layers: tuple[int, int]) -> float:
     return difference(joined, torch.cat(expected, dim=1))
 
 
-def round_trip(trial: Trial, layers: tuple[int, int], folder: Path) -> dict[str, float]:
-    """A shallower model built to disk and loaded: logits, generation with and without cache, and its config's lists."""
-    architecture = trial.architecture
-    merged = halves(architecture, layers)
-    rest = [_select(layer) for layer in range(architecture.n_layers) if layer not in layers]
-    # One layer is dropped, so that all after it have new places.
-    ops: list[Op] = [*rest[1:2], merged, *rest[2:]]
-    recipe, loaded = _built(trial, ops, folder)
-    in_memory = assembled(recipe, trial.resident)
-    logits = difference(loaded(trial.ids_BT).logits, in_memory(trial.ids_BT).logits)
-    return {
-        "logits": logits,
-        "generation": _generation(loaded, trial.ids_BT[:1, :9]),
-        "config": float(len(list(_wrong_lists(loaded, architecture, [op.sources[0].layer for op in ops])))),
-    }
-
-
-def _built(trial: Trial, ops: Sequence[Op], folder: Path) -> tuple[Recipe, Any]:
-    """The recipe of some layers, and its model: built to disk and loaded."""
-    variant = Variant(name=NAME, model=trial.resident.checkpoint.model)
-    recipe = identity(variant, trial.architecture.n_layers).with_layers(ops)
-    materialize(recipe, {NAME: trial.resident.checkpoint}, folder)
-    return recipe, AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+def shallower(architecture: Architecture, layers: tuple[int, int]) -> list[Op]:
+    """Two layers in one, and one layer fewer, so that all after it have new places."""
+    rest = [select(layer) for layer in range(architecture.n_layers) if layer not in layers]
+    return [*rest[1:2], halves(architecture, layers), *rest[2:]]
 
 
 def halves(architecture: Architecture, layers: tuple[int, int]) -> Concat:
@@ -298,7 +267,8 @@ def _alone(trial: Trial, part: Part, module: nn.Module) -> nn.Module:
     return module
 
 
-def _select(layer: int) -> Select:
+def select(layer: int) -> Select:
+    """A whole layer of the small model."""
     return Select(source=LayerRef(variant=NAME, layer=layer))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.progress import Progress, current
+from intarsia.progress import current
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -67,15 +67,8 @@ def side_by_side(items: Iterable[Item], work: Callable[[Item], Result], workers:
 _CPU_BATCH_TOKENS = 2048
 _CUDA_BATCH_TOKENS = 32768
 
-Given = TypeVar("Given")
-Found = TypeVar("Found")
 Batch: TypeAlias = "tuple[slice, Tensor, Tensor | None]"
 """Which sequences, their tokens `[B, T]`, and where these are real (None: all), on the device."""
-
-
-def batch_tokens_of(device: torch.device) -> int:
-    """Tokens that are a sensible batch on a device."""
-    return _CUDA_BATCH_TOKENS if device.type == "cuda" else _CPU_BATCH_TOKENS
 
 
 class Batches:
@@ -91,12 +84,11 @@ class Batches:
         device: torch.device,
         *,
         batch_tokens: int | None = None,
-        progress: Progress | None = None,
     ) -> None:
         self.corpus = corpus
         self.device = device
-        self.size = max(1, (batch_tokens or batch_tokens_of(device)) // corpus.seq_len)
-        self._progress = progress
+        sensible = _CUDA_BATCH_TOKENS if device.type == "cuda" else _CPU_BATCH_TOKENS
+        self.size = max(1, (batch_tokens or sensible) // corpus.seq_len)
 
     def over(self, sequences: slice = slice(None), size: int | None = None) -> Iterator[Batch]:
         """The batches of some sequences (default: all), with at most `size` sequences each."""
@@ -130,9 +122,9 @@ class Batches:
 
     def side_by_side(
         self,
-        prepare: Callable[[slice, Tensor, Tensor | None], Given],
-        work: Callable[[Given], Found],
-        finish: Callable[[Batch, Given, Found], None],
+        prepare: Callable[[slice, Tensor, Tensor | None], Item],
+        work: Callable[[Item], Result],
+        finish: Callable[[Batch, Item, Result], None],
         sequences: slice = slice(None),
     ) -> None:
         """Do something with every batch: on the CPU with parts of it in several threads, else as `each` does.
@@ -140,9 +132,6 @@ class Batches:
         Args:
             prepare, finish: run in this thread, batch after batch; `finish` alone may change anything.
             work: runs in any thread.
-
-        Raises:
-            UserError: memory does not suffice for one sequence.
         """
 
         def all_of_it(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
@@ -157,17 +146,17 @@ class Batches:
 
     def results(
         self,
-        prepare: Callable[[slice, Tensor, Tensor | None], Given],
-        work: Callable[[Given], Found],
+        prepare: Callable[[slice, Tensor, Tensor | None], Item],
+        work: Callable[[Item], Result],
         sequences: slice = slice(None),
-    ) -> Iterator[tuple[Batch, Given, Found]]:
+    ) -> Iterator[tuple[Batch, Item, Result]]:
         """Batches with what `prepare` and `work` give, in order; batches are not halved where memory runs out."""
         workers = workers_for(self.device, self.size)
         parts = ((batch, prepare(*batch)) for batch in self.over(sequences, math.ceil(self.size / workers)))
         for (batch, given), found in side_by_side(parts, lambda part: work(part[1]), workers):
             yield batch, given, found
 
-    def whole(self, work: Callable[[], Found]) -> Found:
+    def whole(self, work: Callable[[], Result]) -> Result:
         """Do something that goes through the batches itself; all of it again, with halves, where memory runs out.
 
         Raises:
@@ -195,6 +184,4 @@ class Batches:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        (self._progress or current()).say(
-            f"{self.device} is out of memory: {self.size} sequences at a time from now on, not {rows}"
-        )
+        current().say(f"{self.device} is out of memory: {self.size} sequences at a time from now on, not {rows}")

@@ -122,7 +122,7 @@ class HiddenStore:
     in a temporary folder (inside the folder of the budget, if it has one), which is deleted with the store.
 
     Attributes:
-        held: what was stored at `hold`, or what another store holds, as it was; None where nothing is held.
+        held: what was stored at `hold`, as it was; None where nothing is held.
     """
 
     def __init__(
@@ -130,24 +130,17 @@ class HiddenStore:
         shape: tuple[int, int, int],
         dtype: torch.dtype,
         *,
-        memory_bytes: int | None = None,
-        folder: Path | None = None,
         memory_budget: MemoryBudget | None = None,
-        held: HiddenStore | None = None,
     ) -> None:
         """
         Args:
-            memory_bytes, folder: of a budget for this store alone.
-            memory_budget: shared with other stores.
-            held: another store, which is read where nothing was put here, and left alone.
+            memory_budget: shared with other stores; None for one of its own.
         """
         self.shape = shape
         self.dtype = dtype
-        self.memory_budget = memory_budget or MemoryBudget(memory_bytes, folder)
-        self.memory_bytes = self.memory_budget.memory_bytes
+        self.memory_budget = memory_budget or MemoryBudget()
         self._buffers: dict[int, Tensor | Spilled] = {}
-        self.held = held
-        self._frees_held = False
+        self.held: HiddenStore | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     @property
@@ -184,7 +177,7 @@ class HiddenStore:
         A depth that is put again must be put whole before it is read.
         """
         assert self.held is None, "what is stored is held already"
-        self.held, self._frees_held = HiddenStore(self.shape, self.dtype, memory_budget=self.memory_budget), True
+        self.held = HiddenStore(self.shape, self.dtype, memory_budget=self.memory_budget)
         self.held._buffers, self._buffers = self._buffers, {}
         self.held._folder, self._folder = self._folder, None
 
@@ -206,9 +199,9 @@ class HiddenStore:
         """Free every buffer and delete the files."""
         while self._buffers:
             self._free(self._buffers.popitem()[1])
-        if self.held is not None and self._frees_held:
+        if self.held is not None:
             self.held.close()
-        self.held = None
+            self.held = None
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None

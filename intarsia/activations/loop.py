@@ -218,9 +218,6 @@ class Loop:
             observe: takes what came out of every layer, batch after batch.
             sequences: parts of the text; no batch crosses from one into the next.
             name: of the output of a layer by its number, for errors.
-
-        Raises:
-            UserError: an output is not finite, or memory does not suffice.
         """
         depths = [0] * (len(layers) + 1) if at is None else at
         modules = self.resident.walk(layer.module for layer in layers)

@@ -39,27 +39,32 @@ class Likeliest(NamedTuple):
     tokens: Tensor
 
     @classmethod
-    def of(cls, logits_NV: Tensor, k: int = TOP) -> Likeliest:
+    def of(cls, logits_NV: Tensor, k: int = TOP, temperature: float = 1.0) -> Likeliest:
         """By a model's logits at some positions."""
         parts = []
         for block_NV in logits_NV.split(_rows(logits_NV)):
-            found = torch.log_softmax(block_NV.float(), dim=-1).topk(min(k, block_NV.shape[-1]), dim=-1)
+            found = _log_p(block_NV, temperature).topk(min(k, block_NV.shape[-1]), dim=-1)
             parts.append((found.values, found.indices.to(torch.int32)))
         return cls(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
-    def divergence(self, logits_NV: Tensor) -> Tensor:
+    def divergence(self, logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
         """KL of another model's next token, by its logits at these positions `[N]`; see the function."""
         found, step = [], _rows(logits_NV)
         log_p_NK, index_NK = (each.to(logits_NV.device) for each in self)
         for start in range(0, len(logits_NV), step):
             part = slice(start, start + step)
-            log_s = torch.log_softmax(logits_NV[part].float(), dim=-1).gather(1, index_NK[part].long())
+            log_s = _log_p(logits_NV[part], temperature).gather(1, index_NK[part].long())
             found.append(divergence(log_p_NK[part].float(), log_s))
         return torch.cat(found)
 
     def rows(self, rows: slice) -> Likeliest:
-        """Those of some sequences."""
+        """Those of some sequences, or positions."""
         return Likeliest(self.log_p[rows], self.tokens[rows])
+
+
+def _log_p(logits_NV: Tensor, temperature: float) -> Tensor:
+    logits_NV = logits_NV.float()
+    return torch.log_softmax(logits_NV if temperature == 1.0 else logits_NV / temperature, dim=-1)
 
 
 def _rows(logits_NV: Tensor) -> int:
@@ -88,9 +93,6 @@ def next_token_losses(
 
     Returns:
         `sums_B` (float64) and `counts_B` (int64), on the logits' device.
-
-    Raises:
-        UserError: a loss is NaN or infinite.
     """
     rows_N, cols_N, targets_N = _predicted(ids_BT, mask_BT, logits_BTV.device)
     if expected is None:

@@ -5,12 +5,18 @@ stand-in returns a given hidden state, and every stand-in records the arguments 
 passed to its layer (masks, rotary embeddings, ...). Embedding, per-layer arguments, final norm and head are thus the
 model's own, whatever its family, and any layer can be run between them.
 
-Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `V` vocabulary.
+What one layer hands to the next is one tensor, the state: the residual stream first; then other streams, in models that
+have several (Gemma 3n, DeepSeek 4); then the keys and values that later layers read, where layers share them (Gemma 3n
+and 4), zeros until they are made.
+
+Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `S` width of the state, `H` heads of keys and values,
+`V` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +27,67 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intarsia.activations.loss import Likeliest, next_token_losses
-from intarsia.activations.state import State
 from intarsia.architecture.spec import Architecture
+
+Shared = dict[str, tuple[Tensor, Tensor]]
+"""Keys and values, `[B, H, T, ...]` each, by the kind of layer that reads them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """How a state is laid out."""
+
+    # Of the residual stream.
+    width: int
+    # Residual streams, and which dimension of the model's own hidden states they are; None: of the last one.
+    streams: int = 1
+    axis: int | None = None
+    # Columns of the keys (and as many of the values), and those of one head, by the kind of layer.
+    shared: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, shape: Sequence[int], width: int, layers: Iterable[nn.Module]) -> State:
+        """The layout in a model.
+
+        Args:
+            shape: of its own hidden states, of one sequence of two tokens.
+            layers: where some may read the keys and values of others.
+        """
+        shared = {}
+        for layer in layers:
+            attention: Any = getattr(layer, "self_attn", None)
+            if getattr(attention, "store_full_length_kv", False):
+                shared[str(attention.layer_type)] = (int(attention.k_proj.out_features), int(attention.head_dim))
+        axis = None if len(shape) == 3 else 2 if tuple(shape[:2]) == (1, 2) else 0
+        return cls(width=width, streams=math.prod(shape) // (2 * width), axis=axis, shared=shared)
+
+    @property
+    def size(self) -> int:
+        """All columns."""
+        return self.width * self.streams + 2 * sum(columns for columns, _ in self.shared.values())
+
+    def packed(self, hidden: Tensor, shared: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """The state `[B, T, S]`, of the model's own hidden states and what is shared so far."""
+        h_BTD = hidden if self.axis is None else hidden.movedim(self.axis, 2).flatten(2)
+        parts = [h_BTD]
+        for kind, (columns, _) in self.shared.items():
+            if kind in shared:
+                parts += [each.transpose(1, 2).flatten(2).to(h_BTD.dtype) for each in shared[kind]]
+            else:
+                parts.append(h_BTD.new_zeros(*h_BTD.shape[:2], 2 * columns))
+        return torch.cat(parts, dim=-1) if self.shared else h_BTD
+
+    def unpacked(self, state_BTS: Tensor) -> tuple[Tensor, Shared]:
+        """The model's own hidden states, and what is shared, of a state."""
+        start, found = self.width * self.streams, Shared()
+        hidden = state_BTS[..., :start]
+        for kind, (columns, head) in self.shared.items():
+            both = state_BTS[..., start : start + 2 * columns].unflatten(-1, (2, -1, head)).permute(2, 0, 3, 1, 4)
+            found[kind], start = (both[0], both[1]), start + 2 * columns
+        if self.axis is not None:
+            hidden = hidden.unflatten(2, (self.streams, self.width)).movedim(2, self.axis)
+        return hidden, found
+
 
 LOGIT_BYTES = 128 * 1024**2
 _FIRST_LAYER: WeakKeyDictionary[PreTrainedModel, tuple[int, tuple[int, ...]]] = WeakKeyDictionary()
@@ -179,9 +244,6 @@ class LayerStream:
 
         Args:
             expected: measure the KL to this distribution instead.
-
-        Raises:
-            UserError: a loss is NaN or infinite, `where` says of what.
         """
         sums, counts = [], []
         for part, keep, logits in self._logits_of(h_BTD, ids_BT, mask_BT):
@@ -194,13 +256,8 @@ class LayerStream:
 
     def likeliest(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None, k: int) -> Likeliest:
         """The `k` likeliest next tokens at every position from H^L, on the CPU; anything at padding."""
-        log_p, index = [], []
-        for _, _, logits in self._logits_of(h_BTD, ids_BT, mask_BT):
-            for row_TV in logits:
-                found = torch.log_softmax(row_TV, dim=-1, dtype=torch.float32).topk(k, dim=-1)
-                log_p.append(found.values.cpu())
-                index.append(found.indices.to(torch.int32).cpu())
-        return Likeliest(torch.stack(log_p), torch.stack(index))
+        found = [Likeliest.of(logits.flatten(0, 1), k) for _, _, logits in self._logits_of(h_BTD, ids_BT, mask_BT)]
+        return Likeliest(*(torch.cat(each).cpu().unflatten(0, ids_BT.shape) for each in zip(*found, strict=True)))
 
     def _logits_of(
         self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None

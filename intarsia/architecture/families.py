@@ -173,7 +173,7 @@ class Family(Strict):
     buffers: _Texts = ()
     # Whether `transformers` caches a key and a value of every query head, not of every KV group.
     caches_query_heads: bool = False
-    # What a small model of the family needs in its config beside smaller sizes (`intarsia.building.tiny_model`).
+    # What a small model of the family needs in its config beside smaller sizes (`intarsia.inspection.small`).
     tiny: dict[str, Any] = Field(default_factory=dict)
     refusals: list[Refusal] = Field(default_factory=list, alias="refuse")
     plain_lists: _Texts = Field(default=(), alias="per_layer_fields")

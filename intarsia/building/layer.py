@@ -313,8 +313,8 @@ def _stems(architecture: Architecture) -> Iterable[str]:
     return (name for name in architecture.layer_shapes() if name.rpartition(".")[0] not in others)
 
 
-def _exchanged(name: str, beginnings: Iterable[tuple[str, str]]) -> str:
-    for begin, other in beginnings:
-        if name == begin or name.startswith(f"{begin}."):
-            return other + name[len(begin) :]
+def _exchanged(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    for prefix, other in prefixes:
+        if name == prefix or name.startswith(f"{prefix}."):
+            return other + name[len(prefix) :]
     return name

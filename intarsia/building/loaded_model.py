@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intarsia.building.layer import layer_tensors, to_parameters
-from intarsia.building.loading import as_transformers, skeleton
+from intarsia.building.loading import as_transformers, set_parameter, skeleton
 from intarsia.building.offload import Offload, place_layers
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import give_back
@@ -140,14 +140,14 @@ class LoadedModel:
         module = twin(original)
         for name, parameter in original.named_parameters():
             device = self.device if parameter.is_meta else parameter.device
-            value = tensors[name].to(device=device, dtype=parameter.dtype)
-            owner, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(owner), attribute, nn.Parameter(value.clone(), requires_grad=False))
+            set_parameter(module, name, tensors[name].to(device=device, dtype=parameter.dtype).clone())
         return module
 
     def _made(self, op: Op, fitted: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
-        fit = {name: torch.from_numpy(array) for name, array in fitted.items()}
-        return to_parameters(layer_tensors(op, self.architecture, self._read) | fit, self.architecture)
+        """A layer's parameters as in a built folder: what is fitted is rounded to the dtype of the files."""
+        tensors = layer_tensors(op, self.architecture, self._read)
+        tensors |= {name: torch.from_numpy(array).to(tensors[name].dtype) for name, array in fitted.items()}
+        return to_parameters(tensors, self.architecture)
 
     def _original_values(self, layer: int) -> dict[str, Tensor]:
         """An original layer's values: mapped from the files, as `transformers` itself has them."""

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -69,11 +69,7 @@ def check_config(checkpoint: Checkpoint) -> None:
 
 
 def as_transformers(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The checkpoint's model in this dtype, on the CPU.
-
-    Raises:
-        UserError: transformers does not load it.
-    """
+    """The checkpoint's model in this dtype, on the CPU."""
     with refusals_named(checkpoint):
         return _as_transformers(checkpoint, dtype)
 
@@ -109,11 +105,7 @@ _MOST_NAMED = 5
 
 
 def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in evaluation mode, all but its layers on `device`; parameters of layers are on the meta device.
-
-    Raises:
-        UserError: something outside the layers is in no file.
-    """
+    """The model in evaluation mode, all but its layers on `device`; parameters of layers are on the meta device."""
     from accelerate import init_empty_weights
 
     with refusals_named(checkpoint), init_empty_weights(include_buffers=False):
@@ -125,7 +117,7 @@ def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
         name = architecture.in_memory(stored)
         if name in parameters:
             value = checkpoint.tensor(stored).to(device=device, dtype=dtype)
-            _place(model, name, nn.Parameter(value, requires_grad=False))
+            set_parameter(model, name, value)
         elif name in buffers:
             buffers[name].copy_(checkpoint.tensor(stored))
     for name, buffer in model.named_buffers():
@@ -139,9 +131,11 @@ def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
     return model.eval()
 
 
-def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in the place of a parameter, without gradient; a parameter stays the same object."""
     owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, parameter)
+    parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+    setattr(module.get_submodule(owner), attribute, parameter)
 
 
 def _let_go(module: nn.Module, args: Any, output: Any) -> None:

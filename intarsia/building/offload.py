@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from intarsia.building.loading import set_parameter
 from intarsia.checkpoint.tensor_file import give_back
 from intarsia.recipe.ops import Op
 
@@ -107,7 +108,7 @@ class Offload:
             for name, value in values.items():
                 if value.is_cuda:  # made on another stream: not to be reused before this one is done with it
                     value.record_stream(torch.cuda.current_stream(value.device))
-                _set(module, name, nn.Parameter(value, requires_grad=False))
+                set_parameter(module, name, value)
         elif ahead is not None:
             ahead.result()
             self._count(-1)
@@ -117,7 +118,7 @@ class Offload:
         rest.users -= 1
         if not rest.users:
             for name, parameter in rest.empty.items():
-                _set(module, name, parameter)
+                set_parameter(module, name, parameter)
             self._count(-1)
             give_back()
 
@@ -164,11 +165,6 @@ class Offload:
         with self._lock:
             self.in_memory += change
             self.most = max(self.most, self.in_memory)
-
-
-def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(module.get_submodule(owner), attribute, parameter)
 
 
 def _touch(value: Tensor) -> None:

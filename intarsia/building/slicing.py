@@ -125,7 +125,7 @@ def fold_norm(
 def fold_centred_norm(weight_OI: Tensor, scale_I: Tensor | None, shift_I: Tensor) -> Tensor:
     """Put a layer norm's parameters into a linear layer that has no bias to take the shift, exactly.
 
-    The normalised input `n` has mean zero. Behind a norm that adds 1 to each of its D entries, `n + 1` has sum D, so a
+    The normalised input `n` has mean zero. After a norm that adds 1 to each of its D entries, `n + 1` has sum D, so a
     row that is the same number everywhere, `W shift / D`, gives `W shift`; and the rest of the row may lose its mean.
 
     Returns:

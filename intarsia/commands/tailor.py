@@ -113,13 +113,12 @@ def tailor(
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.reporting.page import write_report
     from intarsia.tailoring.engine import Task, budget_ladder, predict
-    from intarsia.tailoring.evaluator import open_evaluator
+    from intarsia.tailoring.evaluator import KeptFits, open_evaluator
     from intarsia.tailoring.family import open_family
     from intarsia.tailoring.final import translator_of
     from intarsia.tailoring.search import Goal
     from intarsia.tailoring.search import search as run_search
     from intarsia.tailoring.space import space_of
-    from intarsia.tailoring.trial_heal import KeptFits
     from intarsia.tailoring.workers import OpenScorer, check_scheduler, open_workers
 
     started = time.perf_counter()
@@ -189,7 +188,7 @@ def tailor(
                     recipe_of=translator.recipe,
                     earlier=start.earlier,
                     on_front=run.write_front,
-                    on_trial=lambda wanted: fits.drop({trial.recipe for trial in history.trials} - wanted),
+                    on_trial=fits.keep_only,
                 )
         if stopped is not None:
             current().say(f"stopped after {len(history.made)} trials: {stopped}")
@@ -439,8 +438,8 @@ def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final
     """
     from intarsia.commands.recipes import build_recipe
     from intarsia.recipe.schema import content_hash
+    from intarsia.tailoring.evaluator import KeptFits
     from intarsia.tailoring.final import final_scores, keep_front, trial_recipe
-    from intarsia.tailoring.trial_heal import KeptFits
 
     run = TailorRun(path)
     front = run.front

@@ -19,8 +19,8 @@ from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.loop import End, Loop, Path
 from intarsia.activations.loss import next_token_losses
 from intarsia.activations.stream import LayerStream
-from intarsia.building.assembled import assembled
 from intarsia.building.loaded_model import LoadedModel
+from intarsia.building.materialize import assembled
 from intarsia.building.recipe_layers import RecipeLayers
 from intarsia.data.corpus import Corpus, tokenize
 from intarsia.data.sources import documents
@@ -92,10 +92,10 @@ class Chain(nn.Module):
 
     def _once(self, corpus: Corpus, end: End, name: str, batch_tokens: int) -> None:
         """One pass over a text."""
-        progress, resident = current(), self.layers.resident
-        batches = Batches(corpus, resident.device, batch_tokens=batch_tokens, progress=progress)
+        resident = self.layers.resident
+        batches = Batches(corpus, resident.device, batch_tokens=batch_tokens)
         loop = Loop(resident, batches, memory_budget=self._memory_budget)
-        with progress.task(name, self.layers.depth) as task:
+        with current().task(name, self.layers.depth) as task:
             loop.run([Path(layers=self.layers.placed())], end, advance=task.advance)
 
 

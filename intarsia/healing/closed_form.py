@@ -18,7 +18,7 @@ would serve them alone. A token counts with weight 1 / |H^b|^2, as it does to th
 Fitting o_proj toward the span's summed attention outputs instead was measured and is worse than leaving it alone: what
 the removed layers' attention read is not what this layer's MLP can use (dev/LOG.md, closed form).
 
-An output projection with a norm after it is fitted otherwise (`intarsia.healing.post_norm_fit`). The experts of a
+An output projection with a norm after it is fitted otherwise (`intarsia.healing.layer_fit`). The experts of a
 mixture are not fitted; o_proj is, in their place.
 """
 
@@ -64,9 +64,6 @@ def fit(
         teacher: its hidden states on the calibration text, shared with other fits or not; the fit adds depths.
         unseen: sequences of the text that the fit must not see: neither fitted on nor used to choose the strength.
         memory_budget: what hidden states may take in memory.
-
-    Raises:
-        UserError: activations are not finite.
     """
     work = _Work(recipe, teacher, settings or ClosedFormSettings(), frozenset(unseen), memory_budget or MemoryBudget())
     try:

@@ -24,7 +24,7 @@ from torch import Tensor
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.disk import require_room, write_whole
 from intarsia.healing.launch import accelerator as make_accelerator
-from intarsia.healing.layer_map import correspondences
+from intarsia.healing.layer_map import changed_layers
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import PARTS, Distiller, Lesson, build_student, load_student, with_trained
 from intarsia.healing.teacher import TeacherSource, TopK, top_k_folder, write_top_k
@@ -99,7 +99,7 @@ def train(
 
 def lesson_depths(recipe: Recipe, settings: EndToEndSettings) -> tuple[int, ...]:
     """Depths of the teacher whose hidden states are learnt from."""
-    return tuple(layer.stop for layer in correspondences(recipe) if layer.trainable) if settings.hidden else ()
+    return tuple(recipe.spans[index][1] for index in changed_layers(recipe)) if settings.hidden else ()
 
 
 class WholeTraining:
@@ -136,7 +136,7 @@ class WholeTraining:
             model,
             architecture,
             settings,
-            layers=[layer.index for layer in correspondences(recipe) if layer.trainable] if depths else [],
+            layers=changed_layers(recipe) if depths else [],
             teacher_head=None if self.teacher is None else self.teacher.split.head,
             autocast=settings.precision == "bf16" or (settings.precision == "auto" and stored != torch.float32),
         )

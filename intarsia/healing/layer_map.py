@@ -1,13 +1,10 @@
-"""Which output layer stands for which span of the original, and whether a teacher can teach it.
+"""Which output layers heal stages change, and what a fit of them takes.
 
-Spans are in the coordinates of the recipe's base. An output layer gets H^start of the teacher and should give
-H^stop, so a teacher needs the base's depth, width and vocabulary; by default it is the base itself.
+An output layer gets the original's hidden states before its span and should give those after it: H^start and H^stop of
+`recipe.spans`. So a teacher needs the base's depth, width and vocabulary; by default it is the base itself.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.errors import check
@@ -16,39 +13,31 @@ from intarsia.healing.settings import ClosedFormSettings, Layers
 from intarsia.recipe.ops import Op, Select
 from intarsia.recipe.recipe import Recipe, Span, identity
 
-
-@dataclass(frozen=True, kw_only=True)
-class Correspondence:
-    """Output layer `index` stands for the original layers `start` .. `stop - 1`."""
-
-    index: int
-    start: int
-    stop: int
-    # There is something to learn: it stands for more than one layer, or is not an original layer as it was. (A layer
-    # that stands for none has nothing to learn from.)
-    trainable: bool
-
-
-def correspondences(recipe: Recipe) -> tuple[Correspondence, ...]:
-    """One for every output layer, in order."""
-    return tuple(
-        Correspondence(index=index, start=span[0], stop=span[1], trainable=trainable(op, span))
-        for index, (op, span) in enumerate(zip(recipe.layers, recipe.spans, strict=True))
-    )
+MOST_PASSES = 3
+"""Passes of the whole model over the tokens that a fit with optional output projections may take."""
 
 
 def trainable(op: Op, span: Span) -> bool:
-    """Whether an output layer with that span has something to learn (see `Correspondence`)."""
+    """Whether an output layer has something to learn: it stands for several layers, or is no original layer as it was.
+
+    A layer that stands for none has nothing to learn from.
+    """
     start, stop = span
     return stop - start > 1 or (stop > start and not isinstance(op, Select))
 
 
+def changed_layers(recipe: Recipe) -> list[int]:
+    """The output layers that have something to learn."""
+    layers = zip(recipe.layers, recipe.spans, strict=True)
+    return [index for index, (op, span) in enumerate(layers) if trainable(op, span)]
+
+
 def taught(recipe: Recipe, layers: Layers) -> list[int]:
     """Output layers that a heal stage changes. One that stands for none of the original has no target."""
-    known = correspondences(recipe)
-    changed = [layer.index for layer in known if layer.trainable]
+    changed = changed_layers(recipe)
     if layers == "after" and changed:
-        return [layer.index for layer in known[changed[0] :] if layer.stop > layer.start]
+        after = range(changed[0], len(recipe.spans))
+        return [index for index in after if recipe.spans[index][1] > recipe.spans[index][0]]
     return changed
 
 
@@ -76,33 +65,25 @@ def check_teacher(recipe: Recipe, base: Architecture, teacher: Architecture, *, 
     )
 
 
-MOST_PASSES = 3
-"""Passes of the whole model over the tokens that a fit with optional output projections may take."""
-
-
 def fitted_parts(
-    recipe: Recipe, settings: ClosedFormSettings, architecture: Architecture | None = None
+    recipe: Recipe, settings: ClosedFormSettings, architecture: Architecture
 ) -> dict[int, tuple[Part, ...]]:
-    """The parts that are fitted on each output layer, in order.
-
-    Args:
-        architecture: of the model; without it, every output projection is taken to be one matrix with no norm after it.
-    """
-    known = correspondences(recipe)
+    """The parts that the closed form fits on each output layer, in order."""
+    changed = changed_layers(recipe)
     found = {
-        index: settings.changed if known[index].trainable else settings.unchanged[:1]
+        index: settings.changed if index in changed else settings.unchanged[:1]
         for index in taught(recipe, settings.layers)
     }
     left = MOST_PASSES * recipe.depth - _forwards(recipe, found, architecture)
-    more = _passes(settings.unchanged, architecture) - _passes(settings.unchanged[:1], architecture)
+    more = passes(architecture, settings.unchanged) - passes(architecture, settings.unchanged[:1])
     for index in found:
-        if not known[index].trainable and more <= left:
+        if index not in changed and more <= left:
             found[index] = settings.unchanged
             left -= more
     return found
 
 
-def fit_forwards(recipe: Recipe, settings: ClosedFormSettings, architecture: Architecture | None = None) -> int:
+def fit_forwards(recipe: Recipe, settings: ClosedFormSettings, architecture: Architecture) -> int:
     """Layer-forwards of a fit: the teacher's, the student's from where it differs, and those of each projection."""
     return _forwards(recipe, fitted_parts(recipe, settings, architecture), architecture)
 
@@ -116,16 +97,12 @@ def fit_passes_at_most(architecture: Architecture) -> int:
     return 1 + 2 * max(passes(architecture, (part,)) for part in PARTS)
 
 
-def _forwards(recipe: Recipe, parts: dict[int, tuple[Part, ...]], architecture: Architecture | None) -> int:
+def _forwards(recipe: Recipe, parts: dict[int, tuple[Part, ...]], architecture: Architecture) -> int:
     if not parts:
         return 0
     indices = list(parts)
     own = zip(recipe.layers[: indices[0]], identity(recipe.variant(recipe.base), recipe.depth).layers, strict=False)
     differs = (index for index, (op, theirs) in enumerate(own) if op != theirs or index in recipe.fitted)
     first = next(differs, min(indices[0], recipe.depth))
-    fits = sum(_passes(some, architecture) for some in parts.values())
+    fits = sum(passes(architecture, some) for some in parts.values())
     return max(recipe.spans[index][1] for index in indices) + indices[-1] + 1 - first + fits
-
-
-def _passes(parts: Sequence[Part], architecture: Architecture | None) -> int:
-    return len(parts) if architecture is None else passes(architecture, parts)

@@ -4,40 +4,249 @@ Layers are trained one after the other, and do not depend on one another, unless
 trained layers before them (`inputs="student"`, the default). The teacher is run once, only as deep as the next layer
 needs; a depth is dropped when no layer needs it any more, so that two depths are stored at a time.
 
+The layer computes in the dtype that it will be stored in; its parameters and the optimiser's state are float32. So the
+held-out loss, by which the best state is chosen, is that of the tensors as they will be built. Nothing is random but
+the order of the data: whole, or continued after a kill, the result is the same.
+
 Padding is on the right and attention looks back only, so real tokens are the same with and without the padding mask. It
 is left out, which makes a layer's arguments the same for every batch of a size; the losses skip padding.
 
-Shape suffixes: `N` sequences, `T` tokens, `D` residual width.
+Shape suffixes: `N` sequences, `B` sequences of a batch, `T` tokens, `D` residual width.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import PREFIX, MemoryBudget
 from intarsia.activations.loop import Loop
+from intarsia.activations.stream import LayerCall
 from intarsia.building.layer import parameter_names, to_tensors
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Placed
 from intarsia.data.corpus import Corpus
 from intarsia.disk import require_room
 from intarsia.errors import UserError
-from intarsia.healing.layer_map import Correspondence, correspondences, taught
-from intarsia.healing.layer_training import AfterStep, LayerTask, Trained, finished, train_layer, trained_names
+from intarsia.healing.layer_map import taught
+from intarsia.healing.losses import hidden_loss
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.teacher import TeacherStates
-from intarsia.healing.training import Standing, Text, schedule_of
+from intarsia.healing.training import Standing, Text, load_state, save_state, schedule_of
 from intarsia.progress import Task, current
 from intarsia.recipe.recipe import Fitted, Recipe
+
+Rows: TypeAlias = Callable[[Sequence[int]], Tensor]
+"""Gives the hidden states of some sequences, `[B, T, D]`: a copy."""
+
+AfterStep: TypeAlias = Callable[[Standing, float], None]
+"""Called after every step with where the training stands, and the loss of the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTask:
+    """Everything that the training of one layer needs."""
+
+    # Which output layer.
+    index: int
+    # Is trained in place.
+    module: nn.Module
+    # H^start and H^stop.
+    inputs: Rows
+    targets: Rows
+    text: Text
+    # The layer's arguments, by the number of sequences in a batch.
+    calls: Mapping[int, LayerCall]
+    # The layer's tensors that are trained.
+    names: tuple[str, ...]
+    settings: LayerwiseSettings
+    # Where state is kept; None keeps none.
+    folder: Path | None
+    device: torch.device
+
+
+class Trained(NamedTuple):
+    """The new tensors of a layer, none where nothing was better than what it had; and a report (see `Standing`)."""
+
+    tensors: Mapping[str, Tensor]
+    report: dict[str, Any]
+
+
+def train_layer(task: LayerTask, after_step: AfterStep | None = None) -> Trained:
+    """Train one layer, or continue where a killed run saved its state."""
+    done = finished(task.folder, task.index)
+    if done is not None:
+        return done
+    found = _Training(task).run(after_step)
+    if task.folder is not None:
+        save_state(_state_path(task.folder, task.index, "done"), found.tensors, found.report)
+        _state_path(task.folder, task.index, "state").unlink(missing_ok=True)
+    return found
+
+
+def finished(folder: Path | None, index: int) -> Trained | None:
+    """What an earlier run has finished of a layer."""
+    found = None if folder is None else load_state(_state_path(folder, index, "done"))
+    return None if found is None else Trained(*found)
+
+
+def trained_names(parameters: Sequence[str], only: Sequence[str]) -> tuple[str, ...]:
+    """The parameters of a layer that `only` names (all if it is empty): by tensor, by module, or by part of a name.
+
+    Raises:
+        UserError: a name fits none.
+    """
+
+    def fits(name: str, word: str) -> bool:
+        return f".{word}." in f".{name}."
+
+    for word in only:
+        if not any(fits(name, word) for name in parameters):
+            raise UserError(
+                f"--only {word!r} names no tensor or module of a layer; there are {', '.join(parameters)}.",
+                "Name one of them, or a part of a name, such as down_proj or mlp.",
+            )
+    return tuple(name for name in parameters if not only or any(fits(name, word) for word in only))
+
+
+class _Training:
+    def __init__(self, task: LayerTask) -> None:
+        self.task, self.settings, self.device = task, task.settings, task.device
+        self.module = task.module.to(self.device).eval().requires_grad_(False)
+        parameters = dict(self.module.named_parameters())
+        self.used = {name: parameters[name].requires_grad_(True) for name in task.names}
+        self.dtype = next(iter(self.used.values())).dtype
+        # A float32 layer is its own master copy.
+        self.master = {
+            name: parameter if self.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
+            for name, parameter in self.used.items()
+        }
+        self.calls = {size: call.on(self.device, self.dtype) for size, call in task.calls.items()}
+        self.optimiser = torch.optim.AdamW(
+            self.master.values(), lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=self.settings.weight_decay
+        )
+        self.schedule = schedule_of(self.settings, sequences=task.text.train, seq_len=task.text.seq_len)
+        self.best: dict[str, Tensor] = {}
+        found = None if task.folder is None else load_state(_state_path(task.folder, task.index, "state"))
+        if found is None:
+            self.standing = Standing.start(self._held_out_loss(), f"layerwise training of output layer {task.index}")
+        else:
+            self.standing = Standing(**found[1])
+            self._restore(found[0])
+
+    def run(self, after_step: AfterStep | None) -> Trained:
+        standing, schedule = self.standing, self.schedule
+        started = time.perf_counter() - standing.seconds
+        while standing.next < schedule.steps and standing.stopped is None:
+            loss = self._step(standing.next)
+            standing.seconds = time.perf_counter() - started
+            if not math.isfinite(loss):
+                standing.failed(loss)
+                break
+            standing.next += 1
+            if after_step is not None:
+                after_step(standing, loss)
+            if schedule.is_measured_after(standing.next - 1):
+                if standing.measured(self._held_out_loss(), schedule):
+                    # On the CPU and float32 as it is, this would otherwise be the parameter itself.
+                    self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.master.items()}
+                standing.seconds = time.perf_counter() - started
+                self._save()
+        report = standing.report(schedule.batch * self.task.text.seq_len)
+        return Trained(tensors=self.best, report={"layer": self.task.index, **report})
+
+    def _held_out_loss(self) -> float:
+        """Mean loss of the held-out sequences, each counting the same."""
+        text, sums = self.task.text, []
+        with torch.no_grad():
+            for start in range(text.train, len(text.ids_NT), self.schedule.batch):
+                rows = list(range(start, min(start + self.schedule.batch, len(text.ids_NT))))
+                sums.append(float(self._loss(rows)) * len(rows))
+        return math.fsum(sums) / text.held_out
+
+    def _loss(self, rows: Sequence[int]) -> Tensor:
+        h_BTD = self.task.inputs(rows).to(self.device, self.dtype)
+        wanted_BTD = self.task.targets(rows).to(self.device)
+        text = self.task.text
+        mask_NT = text.mask_NT if text.counted_NT is None else text.counted_NT
+        mask_BT = None if mask_NT is None else mask_NT[list(rows)].to(self.device)
+        call, settings = self.calls[len(rows)], self.settings
+        out = self.module(h_BTD, *call.args, **call.kwargs)
+        return hidden_loss(
+            wanted_BTD,
+            out[0] if isinstance(out, tuple) else out,
+            mask_BT,
+            kl=settings.kl,
+            mse=settings.mse,
+            cosine=settings.cosine,
+            weighting=settings.weighting,
+        )
+
+    def _step(self, step: int) -> float:
+        """One step; its loss, infinite where the gradient is not finite (nothing is changed then)."""
+        loss = self._loss(self.schedule.rows(step))
+        loss.backward()
+        if self.dtype != torch.float32:
+            for name, parameter in self.used.items():
+                self.master[name].grad = None if parameter.grad is None else parameter.grad.float()
+                parameter.grad = None
+        norm = nn.utils.clip_grad_norm_(self.master.values(), self.settings.clip)
+        found = float(loss.detach())
+        if not math.isfinite(float(norm)) or not math.isfinite(found):
+            return found if not math.isfinite(found) else float("inf")
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.schedule.lr(step)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self._publish()
+        return found
+
+    def _publish(self) -> None:
+        """The layer computes with the master copy, rounded."""
+        if self.dtype != torch.float32:
+            with torch.no_grad():
+                for name, parameter in self.used.items():
+                    parameter.copy_(self.master[name])
+
+    def _save(self) -> None:
+        if self.task.folder is None:
+            return
+        tensors = {f"master.{name}": tensor.detach().cpu() for name, tensor in self.master.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in self.master.items():
+            state = self.optimiser.state.get(parameter, {})
+            tensors |= {f"adam.{key}.{name}": torch.as_tensor(value).cpu() for key, value in state.items()}
+        save_state(_state_path(self.task.folder, self.task.index, "state"), tensors, asdict(self.standing))
+
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.master.items():
+            with torch.no_grad():
+                parameter.copy_(tensors[f"master.{name}"])
+            keys = {key.split(".")[1] for key in tensors if key.startswith("adam.") and key.endswith(f".{name}")}
+            if keys:
+                self.optimiser.state[parameter] = {
+                    # AdamW keeps its step count on the CPU.
+                    key: tensors[f"adam.{key}.{name}"].to("cpu" if key == "step" else self.device)
+                    for key in keys
+                }
+        self.best = {key.removeprefix("best."): tensor for key, tensor in tensors.items() if key.startswith("best.")}
+        self._publish()
+
+
+def _state_path(folder: Path, index: int, kind: str) -> Path:
+    """Where a layer's state (kind `state`), or what came of it (`done`), is kept."""
+    return folder / f"layer-{index:03d}.{kind}.safetensors"
 
 
 def train(
@@ -70,7 +279,6 @@ def train(
         # A layer's masters, optimiser state and best tensors, as finished and as they are on the way.
         most = 20 * resident.architecture.layer_parameters
         require_room(folder, most, "the state of one layer's training", option="--run")
-    known = correspondences(recipe)
     indices = taught(recipe, settings.layers)
     found = {index: done for index in indices if (done := finished(folder, index)) is not None}
     todo = [index for index in indices if index not in found]
@@ -78,10 +286,8 @@ def train(
     try:
         with current().task("layerwise training", len(todo) * work.tokens) as task:
             for number, index in enumerate(todo, start=1):
-                work.reach(known[index], found, task)
-                trained = train_layer(
-                    work.task(known[index]), work.shown(task, f"layer {index} ({number} of {len(todo)})")
-                )
+                work.reach(index, found, task)
+                trained = train_layer(work.task(index), work.shown(task, f"layer {index} ({number} of {len(todo)})"))
                 task.advance(work.tokens - trained.report["tokens"])
                 found[index] = trained
                 if not trained.tensors:
@@ -107,11 +313,7 @@ class _Work:
         folder: Path | None,
         memory_budget: MemoryBudget,
     ) -> None:
-        """Nothing is run yet.
-
-        Raises:
-            UserError: there is too little text.
-        """
+        """Nothing is run yet."""
         self.recipe, self.resident, self.text, self.settings, self.folder = recipe, resident, text, settings, folder
         self.schedule = schedule_of(settings, sequences=text.train, seq_len=text.seq_len)
         self.step_tokens = self.schedule.batch * text.seq_len
@@ -130,26 +332,23 @@ class _Work:
         self.teacher.close()
         self.student.close()
 
-    def reach(self, layer: Correspondence, found: Mapping[int, Trained], task: Task) -> None:
+    def reach(self, index: int, found: Mapping[int, Trained], task: Task) -> None:
         """Store a layer's inputs and targets."""
-        follows = self.settings.inputs == "student"
-        for depth in (layer.stop,) if follows else (layer.start, layer.stop):
+        follows, span = self.settings.inputs == "student", self.recipe.spans[index]
+        needed = span[1:] if follows else span
+        for depth in needed:
             task.note(f"the original's hidden states after layer {depth}")
             self.teacher.learn([depth])
             for stored in self.teacher.store.depths():
-                if stored < (layer.stop if follows else layer.start):
+                if stored < needed[0]:
                     self.teacher.store.drop(stored)
         if follows:
-            task.note(f"the trained layers' hidden states before layer {layer.index}")
-            self._follow(layer.index, self.fitted(found))
+            task.note(f"the trained layers' hidden states before layer {index}")
+            self._follow(index, self.fitted(found))
 
     @torch.no_grad()
     def _follow(self, index: int, fitted: Fitted) -> None:
-        """Store the hidden states before output layer `index`, with `fitted` in the layers before it.
-
-        Raises:
-            UserError: they are not finite, or the disk is full.
-        """
+        """Store the hidden states before output layer `index`, with `fitted` in the layers before it."""
         first = self.reached or 0
         layers = [
             Placed(self.resident.module(op, fitted.get(number)), op.sources[0].layer)
@@ -165,12 +364,12 @@ class _Work:
             pass
         self.reached = index
 
-    def task(self, layer: Correspondence) -> LayerTask:
+    def task(self, index: int) -> LayerTask:
         """The training of a layer that was reached."""
-        op = self.recipe.layers[layer.index]
+        op, (start, stop) = self.recipe.layers[index], self.recipe.spans[index]
         donor = op.sources[0].layer
         # Always a module of its own: a plain `Select` is the original's module itself.
-        with self.resident.awake(self.resident.module(op, self.recipe.fitted.get(layer.index))) as whole:
+        with self.resident.awake(self.resident.module(op, self.recipe.fitted.get(index))) as whole:
             module = self.resident.fresh(donor, dict(whole.named_parameters()))
         if next(module.parameters()).dtype == torch.float16:
             module = module.to(torch.bfloat16)  # gradients overflow in float16
@@ -188,10 +387,10 @@ class _Work:
         states, cpu = self.teacher.store, torch.device("cpu")
         own = partial(self.student.rows, 0, device=cpu)
         return LayerTask(
-            index=layer.index,
+            index=index,
             module=module,
-            inputs=own if self.settings.inputs == "student" else partial(states.rows, layer.start, device=cpu),
-            targets=partial(states.rows, layer.stop, device=cpu),
+            inputs=own if self.settings.inputs == "student" else partial(states.rows, start, device=cpu),
+            targets=partial(states.rows, stop, device=cpu),
             text=self.text,
             calls=calls,
             names=tuple(name for name in self.names if name in trained),

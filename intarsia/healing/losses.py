@@ -15,8 +15,7 @@ The losses of logits are functions of a block of rows. `over_rows` applies them 
 logits of all tokens: block by block it goes from hidden state through the head to the loss and straight back to the
 gradient of the hidden state. The head is frozen, so that gradient is all that is needed.
 
-Shape suffixes: `N` tokens, `D` residual width, `V` vocabulary, `K` tokens kept of a teacher's distribution; `...` is
-any arrangement of tokens.
+Shape suffixes: `N` tokens, `D` residual width, `V` vocabulary; `...` is any arrangement of tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.activations.loss import divergence
 from intarsia.healing.settings import Weighting
 
 CLIP = 4.0
@@ -41,9 +39,7 @@ def hidden_kl(teacher: Tensor, student: Tensor, mask: Tensor | None = None) -> T
         teacher, student: `[..., D]` hidden states of the same tokens.
         mask: `[...]`, True where a token is real; None where all are.
     """
-    log_t = torch.log_softmax(teacher.float(), dim=-1)
-    log_s = torch.log_softmax(student.float(), dim=-1)
-    return masked_mean((log_t.exp() * (log_t - log_s)).sum(dim=-1), mask)
+    return masked_mean(logit_kl(teacher, student), mask)
 
 
 def hidden_mse(
@@ -117,32 +113,12 @@ _CUDA_ROWS = 2048
 def logit_kl(teacher_NV: Tensor, student_NV: Tensor, temperature: float = 1.0) -> Tensor:
     """T^2 * KL(softmax(z_T / T) || softmax(z_S / T)) of each row, in nats: float32 `[N]`.
 
-    T^2 keeps the gradient's size independent of the temperature (arXiv 1503.02531).
+    T^2 keeps the gradient's size independent of the temperature (arXiv 1503.02531). Where only the teacher's likeliest
+    tokens are known it is `Likeliest.divergence`, a lower bound.
     """
     log_t = torch.log_softmax(teacher_NV.float() / temperature, dim=-1)
     log_s = torch.log_softmax(student_NV.float() / temperature, dim=-1)
     return temperature**2 * (log_t.exp() * (log_t - log_s)).sum(dim=-1)
-
-
-def top_k_kl(log_p_NK: Tensor, index_NK: Tensor, student_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    """The same against a teacher of whom only the K likeliest tokens are known; the rest is one bucket.
-
-    Args:
-        log_p_NK: the teacher's log-probabilities at this temperature.
-        index_NK: which tokens they belong to.
-
-    Returns:
-        float32 `[N]`: T^2 * KL of the distributions over K + 1 outcomes, a lower bound of the full KL.
-    """
-    log_s = torch.log_softmax(student_NV.float() / temperature, dim=-1).gather(1, index_NK.long())
-    return temperature**2 * divergence(log_p_NK.float(), log_s)
-
-
-def top_k_of(teacher_NV: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The K likeliest tokens of each row: their log-probabilities at this temperature, and which they are."""
-    log_p_NV = torch.log_softmax(teacher_NV.float() / temperature, dim=-1)
-    found = log_p_NV.topk(k, dim=-1)
-    return found.values, found.indices
 
 
 def cross_entropy(student_NV: Tensor, target_N: Tensor) -> Tensor:

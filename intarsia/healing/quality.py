@@ -59,9 +59,6 @@ def quality(
         resident: the recipe's base.
         errors: measure the layers' hidden states on the first text too.
         memory_budget: what hidden states may take in memory.
-
-    Raises:
-        UserError: a loss is not finite.
     """
     memory_budget = memory_budget or MemoryBudget()
     model = Chain(recipe, resident, memory_budget=memory_budget)

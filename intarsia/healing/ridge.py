@@ -26,10 +26,11 @@ _BLOCKS, _LEAST_BLOCK = 8, 256
 
 
 class Gram:
-    """Weighted second moments of features and residuals: float32 products, summed in float64."""
+    """Weighted second moments of features and residuals: products in float32, or another dtype; summed in float64."""
 
-    def __init__(self, features: int, width: int, device: torch.device) -> None:
+    def __init__(self, features: int, width: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.tokens = 0
+        self.dtype = dtype
         self.rr = 0.0
         self._device = device
         # MPS has no float64.
@@ -42,8 +43,8 @@ class Gram:
 
     def add(self, x_NC: Tensor, r_ND: Tensor, weight_N: Tensor) -> None:
         """Count a batch of tokens: features, residuals that are missing, and weights (0 leaves a token out)."""
-        root_N1 = weight_N.float().sqrt()[:, None]
-        x_NC, r_ND = x_NC.float() * root_N1, r_ND.float() * root_N1
+        root_N1 = weight_N.to(self.dtype).sqrt()[:, None]
+        x_NC, r_ND = x_NC.to(self.dtype) * root_N1, r_ND.to(self.dtype) * root_N1
         for rows in self._blocks:  # the upper triangle alone: half of the products
             self._xx_CC[rows, rows.start :] += (x_NC[:, rows].T @ x_NC[:, rows.start :]).to(self._xx_CC.device)
             self._xr_CD[rows] += (x_NC[:, rows].T @ r_ND).to(self._xr_CD.device)

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from intarsia.activations.loss import Likeliest
 from intarsia.architecture.spec import Architecture
 from intarsia.building.layer import to_tensors
 from intarsia.building.loaded_model import load_model
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.evaluation.likelihood import makes_the_logits
-from intarsia.healing.losses import cross_entropy, hidden_mse, logit_kl, over_rows, top_k_kl
+from intarsia.healing.losses import cross_entropy, hidden_mse, logit_kl, over_rows
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe
@@ -181,8 +182,8 @@ class Lesson:
 
     # What its head reads, `[N, D]`.
     rows: Tensor | None = None
-    # Log-probabilities and tokens, `[N, K]` each.
-    top_k: tuple[Tensor, Tensor] | None = None
+    # Its likeliest tokens, `[N, K]`.
+    top_k: Likeliest | None = None
     # Its hidden states after each span, `[B, T, D]` each.
     hidden: tuple[Tensor, ...] = ()
     # Where losses count; None at all real tokens.
@@ -247,8 +248,7 @@ class Distiller(nn.Module):
             total = torch.zeros(logits_NV.shape[0], device=logits_NV.device)
             if taught:
                 if lesson.top_k is not None:
-                    log_p, index = (kept[part] for kept in lesson.top_k)
-                    kl_N = top_k_kl(log_p, index, logits_NV, temperature)
+                    kl_N = temperature**2 * lesson.top_k.rows(part).divergence(logits_NV, temperature)
                 else:
                     assert lesson.rows is not None and self.teacher_head is not None
                     with torch.no_grad():

@@ -29,12 +29,12 @@ from transformers import PreTrainedModel
 from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import HiddenStore, MemoryBudget
 from intarsia.activations.loop import Loop
+from intarsia.activations.loss import Likeliest
 from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Placed
 from intarsia.checkpoint.staging import staged_folder
 from intarsia.errors import UserError
-from intarsia.healing.losses import top_k_of
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import Lesson, SplitModel
 from intarsia.healing.training import Text
@@ -77,11 +77,7 @@ class TeacherStates:
 
     @torch.no_grad()
     def learn(self, depths: Iterable[int]) -> None:
-        """One pass of the teacher for the depths that are not known yet, from the deepest one before them.
-
-        Raises:
-            UserError: hidden states are not finite, or the disk is full.
-        """
+        """One pass of the teacher for the depths that are not known yet, from the deepest one before them."""
         known = self._depths()
         missing = set(depths) - known
         if not missing:
@@ -176,13 +172,10 @@ class TopK:
         self.log_p = np.load(folder / "log_p.npy", mmap_mode="r")
         self.index = np.load(folder / "index.npy", mmap_mode="r")
 
-    def rows(self, sequences: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and tokens of some sequences, `[B * T, K]` each."""
-        found = []
-        for array in (self.log_p, self.index):
-            copied = np.ascontiguousarray(array[list(sequences)])
-            found.append(torch.from_numpy(copied).reshape(-1, array.shape[-1]).to(device))
-        return found[0], found[1]
+    def rows(self, sequences: Sequence[int], device: torch.device) -> Likeliest:
+        """Those of some sequences, `[B * T, K]`."""
+        copied = (torch.from_numpy(array[list(sequences)]) for array in (self.log_p, self.index))
+        return Likeliest(*(array.flatten(0, 1).to(device) for array in copied))
 
 
 def top_k_folder(root: Path, teacher: TeacherSource, text: Text, settings: EndToEndSettings) -> Path:
@@ -236,17 +229,11 @@ def write_top_k(
 
 
 @torch.no_grad()
-def _likeliest(
-    teacher: Teacher, ids_BT: Tensor, mask_BT: Tensor | None, k: int, temperature: float
-) -> tuple[Tensor, Tensor]:
+def _likeliest(teacher: Teacher, ids_BT: Tensor, mask_BT: Tensor | None, k: int, temperature: float) -> Likeliest:
     lesson = teacher.lesson(ids_BT, mask_BT, logits=True)
     assert lesson.rows is not None
-    values, tokens = [], []
-    for start in range(0, len(lesson.rows), _ROWS):
-        log_p, index = top_k_of(teacher.split.head(lesson.rows[start : start + _ROWS]), k, temperature)
-        values.append(log_p.cpu())
-        tokens.append(index.to(torch.int32).cpu())
-    log_p = torch.cat(values)
+    found = [Likeliest.of(teacher.split.head(rows), k, temperature) for rows in lesson.rows.split(_ROWS)]
+    log_p, tokens = (torch.cat(each).cpu() for each in zip(*found, strict=True))
     if mask_BT is not None:
         log_p[~mask_BT.reshape(-1).cpu()] = 0.0
     if not bool(torch.isfinite(log_p).all()):
@@ -254,4 +241,4 @@ def _likeliest(
             "The teacher's next-token probabilities are NaN or infinite.",
             "The teacher overflows in this dtype; use bfloat16 or float32.",
         )
-    return log_p, torch.cat(tokens)
+    return Likeliest(log_p, tokens)

@@ -1,6 +1,8 @@
-"""The config of a small model like one whose class was inspected: some of its layers, of every kind, and small sizes.
+"""The config of a small model of the same kind as a large one: some of its layers, of every kind, and small sizes.
 
-`sizes.toml` has the sizes by the names of the fields.
+For trying an architecture, not for use. What makes a model of its kind stays: groups of query heads, heads of a width
+of their own, windows (shorter than what is run through them), flags, multipliers, experts. `sizes.toml` has the sizes
+by the names of the fields.
 """
 
 from __future__ import annotations
@@ -34,14 +36,31 @@ def _sizes() -> Mapping[str, Any]:
 def small_config(architecture: Architecture) -> dict[str, Any]:
     """The config of a small model like the one that an architecture is of."""
     config = config_of(architecture.config, "the config").to_dict() | dict(architecture.config)
-    return shrunken_sizes(for_layers(architecture, config, some_layers(architecture), "the config"))
+    small = shrunken_sizes(for_layers(architecture, config, some_layers(architecture), "the config"))
+    if architecture.removal_only:
+        return small
+    fields = architecture.family.fields
+    heads, width = small[fields["query_heads"]], small[fields["width"]]
+    own_width = architecture.head_dim * architecture.n_query_heads != architecture.width
+    usual = {"kv_heads": heads, "head_dim": width // heads + 8 * own_width}
+    for what, value in usual.items():
+        name = fields.get(what)
+        # Some classes do not read None as the usual number.
+        if name in small and (small[name] is None or (what == "head_dim" and own_width)):
+            small[name] = value
+    return {**small, **architecture.family.tiny}
 
 
 def some_layers(architecture: Architecture) -> Sequence[int]:
     """Layers of a model that make a model by themselves, with each of its kinds twice where it has two: the first ones,
-    or, where these are many, the first two of each kind."""
+    or, where these are many, the first two of each kind.
+
+    Where layers can be joined, neighbours are of one kind.
+    """
     depth = architecture.n_layers
     kinds = architecture.layer_types or ("",) * depth
+    if architecture.layer_types is not None and not architecture.removal_only:
+        return [kinds.index(kind) for kind in dict.fromkeys(kinds) for _ in range(2)] * 2
     twos = [layer for layer, kind in enumerate(kinds) if kinds[:layer].count(kind) < 2]
     tried: list[Sequence[int]] = [range(length) for length in range(min(_LEAST_LAYERS, depth), depth)]
     tried.insert(_SHORT - _LEAST_LAYERS, twos)
@@ -84,4 +103,10 @@ def _small(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any
         for name in sizes["groups"]:
             if found.get(name):
                 found[name] = heads if own == whole else 1 if own == 1 else max(heads // 2, 1)
+    rope: dict[str, Any] = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    for name in ("short_factor", "long_factor"):
+        if heads and rope.get(name):  # one for each frequency of a head
+            head = found.get("head_dim") or found["hidden_size"] // heads
+            share = rope.get("partial_rotary_factor") or found.get("partial_rotary_factor") or 1.0
+            rope[name] = rope[name][: int(head * share) // 2]
     return found

@@ -108,7 +108,7 @@ def simplify(op: Op, architecture: Architecture) -> Op:
     )
     if len(cuts) == 1 and all(cuts[0].pieces(part) == _whole(architecture, part) for part in PARTS):
         return Select(source=cuts[0].source)
-    return op if len(cuts) == len(op.cuts) else replace(op, cuts=_with_unit_weights(cuts))
+    return op if len(cuts) == len(op.cuts) else replace(op, cuts=with_unit_weights(cuts))
 
 
 def reference_layers(recipe: Recipe) -> tuple[Op, ...]:
@@ -175,7 +175,7 @@ def _joined(
         )
         for source, by_part in indices.items()
     )
-    return simplify(Concat(cuts=_with_unit_weights(joined), norm=norm), architecture)
+    return simplify(Concat(cuts=with_unit_weights(joined), norm=norm), architecture)
 
 
 def _whole(architecture: Architecture, part: Part) -> tuple[int, ...]:
@@ -214,7 +214,7 @@ def _parts_that_weigh(architecture: Architecture, norm: NormMode) -> tuple[Part,
     )
 
 
-def _with_unit_weights(cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
+def with_unit_weights(cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
     """The cuts with weights that sum to 1 for each part; by share of pieces where all weights are zero."""
     factors: dict[Part, float] = {part: sum(cut.weights.get(part, 0.0) for cut in cuts) for part in PARTS}
     sizes = {part: sum(len(cut.pieces(part)) for cut in cuts) for part in PARTS}

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from intarsia.data_file import MAX_INDEX, Misplaced, Strict, raise_misplaced, shown, unexpected
+from intarsia.data_file import MAX_INDEX, Misplaced, Strict, Text, one_line, raise_misplaced, shown, unexpected
 from intarsia.recipe.methods import METHODS, with_defaults
 from intarsia.recipe.ops import MergeMethod, Mix, NormMode, parse_ranges
 from intarsia.recipe.recipe import VARIANT_NAME, Fitted
@@ -54,12 +54,6 @@ class Context:
 def _context(info: ValidationInfo) -> Context:
     assert isinstance(info.context, Context), "recipe files are validated with a context"
     return info.context
-
-
-def _text(value: str) -> str:
-    if value.strip() and value.isprintable() and len(value) <= 4096:
-        return value
-    raise unexpected("a printable text")
 
 
 def _name(value: Any) -> str:
@@ -153,7 +147,7 @@ def _fitted(value: Any, info: ValidationInfo) -> Fitted:
         else:
             for index, name in enumerate(names):
                 try:
-                    tensor = _context(info).tensor(f"fitted.{layer}.{_text(str(name))}")
+                    tensor = _context(info).tensor(f"fitted.{layer}.{one_line(str(name))}")
                     if tensor is not None and tensor.dtype != np.float32:
                         raise unexpected("a float32 tensor", str(tensor.dtype))
                     if tensor is not None:
@@ -177,7 +171,6 @@ def _named(value: Any) -> Any:
     return value
 
 
-_Text: TypeAlias = Annotated[str, AfterValidator(_text)]
 _Index: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INDEX)]
 _Number: TypeAlias = Annotated[float, Field(ge=-MAX_INDEX, le=MAX_INDEX, allow_inf_nan=False)]
 LayerEntry: TypeAlias = Annotated[tuple[str | None, int], PlainValidator(_layer)]
@@ -185,7 +178,7 @@ _Layers: TypeAlias = Annotated[tuple[str | None, range], PlainValidator(_layers)
 
 
 class _TensorEntry(Strict):
-    tensor: _Text
+    tensor: Text
 
 
 if TYPE_CHECKING:
@@ -323,8 +316,8 @@ OpEntry: TypeAlias = Annotated[
 class VariantEntry(Strict):
     """Where a variant is."""
 
-    model: _Text
-    revision: _Text | None = None
+    model: Text
+    revision: Text | None = None
     sha256: Annotated[str, AfterValidator(_sha256)] | None = None
 
     @model_validator(mode="before")
@@ -336,7 +329,7 @@ class VariantEntry(Strict):
 class SideFile(Strict):
     """The file of tensors beside the recipe."""
 
-    file: Annotated[_Text, AfterValidator(_plain_name)]
+    file: Annotated[Text, AfterValidator(_plain_name)]
     sha256: str | None = None
 
 
@@ -344,9 +337,9 @@ class RecipeFile(Strict):
     """A whole recipe."""
 
     version: Literal[1]
-    model: _Text | None = None
+    model: Text | None = None
     variants: dict[Annotated[str, PlainValidator(_name)], VariantEntry] | None = Field(default=None, min_length=1)
-    base: _Text | None = None
+    base: Text | None = None
     depth: int = Field(ge=1, le=MAX_LAYERS)
     layers: list[OpEntry] = Field(min_length=1, max_length=MAX_LAYERS)
     spans: list[Annotated[list[_Index], Field(min_length=2, max_length=2)]] | None = Field(

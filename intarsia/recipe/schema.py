@@ -33,6 +33,7 @@ from intarsia.data_file import (
 )
 from intarsia.disk import replaced, write_whole
 from intarsia.errors import Problem, Problems, UserError
+from intarsia.recipe.algebra import with_unit_weights
 from intarsia.recipe.form import (
     ConcatEntry,
     ConcatLayer,
@@ -44,7 +45,6 @@ from intarsia.recipe.form import (
     SelectLayer,
     SideFile,
     VariantEntry,
-    Weights,
 )
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select, format_ranges
 from intarsia.recipe.recipe import SCHEMA_VERSION, Recipe, Variant, derive_spans
@@ -163,21 +163,17 @@ def _recipe(entry: RecipeFile) -> Recipe:
 
 def _concat(entry: ConcatEntry, source: Callable[[LayerEntry], LayerRef]) -> Concat:
     """Pieces of several layers joined; by share of pieces where no weights are given."""
-    cuts = [
-        Cut(source=source(cut.source), kv_groups=cut.kv_groups, channels=cut.channels, weights={}) for cut in entry.cuts
-    ]
-    totals = {part: sum(len(cut.pieces(part)) for cut in cuts) for part in PARTS}
-
-    def weights(cut: Cut, given: Weights | None) -> dict[Any, float]:
-        if given is not None:
-            return given.model_dump()
-        return {part: len(cut.pieces(part)) / totals[part] if totals[part] else 1.0 / len(cuts) for part in PARTS}
-
-    weighted = (
-        Cut(source=cut.source, kv_groups=cut.kv_groups, channels=cut.channels, weights=weights(cut, given.weights))
-        for cut, given in zip(cuts, entry.cuts, strict=True)
+    cuts = tuple(
+        Cut(
+            source=source(cut.source),
+            kv_groups=cut.kv_groups,
+            channels=cut.channels,
+            weights={part: getattr(cut.weights, part) for part in PARTS if cut.weights is not None},
+        )
+        for cut in entry.cuts
     )
-    return Concat(cuts=tuple(weighted), norm=entry.norm, fuse=entry.fuse)
+    given = entry.cuts[0].weights is not None
+    return Concat(cuts=cuts if given else with_unit_weights(cuts), norm=entry.norm, fuse=entry.fuse)
 
 
 def _merge(entry: MergeEntry, source: Callable[[LayerEntry], LayerRef]) -> Merge:

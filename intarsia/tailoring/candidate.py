@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from random import Random
 from typing import Annotated, Any, TypeAlias
@@ -40,20 +40,11 @@ class Blend:
     method: MergeMethod | None = None
     values: _Values = ()
 
-    def value(self, name: str) -> float:
-        """A setting of the method."""
-        return dict(self.values)[name]
-
     @property
     def shares(self) -> list[float]:
         """How much each member counts where the method has `lead`: the first as it says, the others alike."""
-        rest = 1.0 - self.value("lead")
-        return [self.value("lead"), *([rest / (len(self.members) - 1)] * (len(self.members) - 1))]
-
-    def with_value(self, name: str, value: float) -> Blend:
-        """The same blend with another value of a setting."""
-        values = tuple((key, value if key == name else old) for key, old in self.values)
-        return Blend(members=self.members, method=self.method, values=values)
+        lead, others = dict(self.values)["lead"], len(self.members) - 1
+        return [lead, *[(1.0 - lead) / others] * others]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +116,7 @@ def to_plain(candidate: Candidate) -> dict[str, Any]:
 
 
 def from_plain(data: Any) -> Candidate:
-    """The candidate of `to_plain`.
-
-    Raises:
-        ValueError: it is no such data.
-    """
+    """The candidate of `to_plain`."""
     return _CANDIDATES.validate_python(data)
 
 
@@ -244,14 +231,9 @@ class Menu:
         if blend.method is not None:
             found += [Blend(members=(member,)) for member in blend.members if member in self.singles]
             for name, value in blend.values:
-                grid = self._values(blend.method, name, len(blend.members))
-                at = grid.index(value)
-                found += [blend.with_value(name, grid[i]) for i in (at - 1, at + 1) if 0 <= i < len(grid)]
+                for near in beside(self._values(blend.method, name, len(blend.members)), value):
+                    found.append(replace(blend, values=tuple({**values, name: near}.items())))
         return _unlike(blend, found)
-
-    def settings_of(self, method: MergeMethod) -> tuple[str, ...]:
-        """The names of a method's settings."""
-        return tuple(self.grids[method])
 
     def _sizes(self, method: MergeMethod) -> tuple[tuple[str, ...], int, int]:
         """From which members a method takes, how many at least, and how many at most."""
@@ -271,6 +253,12 @@ class Menu:
             return grid
         whole = _adds_up(method) and size == 1
         return tuple(value for value in grid if value != 0.0 and not (whole and value == 1.0))
+
+
+def beside(grid: Sequence[float], value: float) -> list[float]:
+    """The values next to one on a grid."""
+    at = grid.index(value)
+    return [grid[index] for index in (at - 1, at + 1) if 0 <= index < len(grid)]
 
 
 def usual(method: MergeMethod, name: str) -> float:

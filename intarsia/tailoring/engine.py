@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -130,7 +130,7 @@ class Staged:
         return list(islice(iter(self._next, None), n))
 
     def _next(self) -> Ask | None:
-        found = self._promotion()
+        found = self._promotion(due=True)
         if found is not None:
             return found
         least = self._stages[0].budget
@@ -144,7 +144,7 @@ class Staged:
             if candidate not in self._asked:
                 self._asked.add(candidate)
                 return Ask(candidate=candidate, budget=least, origin=origin)
-        return self._last_promotion()
+        return self._promotion(due=False)  # there is no new candidate left
 
     def tell(self, candidate: Candidate, budget: int, costs: tuple[float, ...] | None) -> None:
         """Costs at other budgets than these are not comparable; a failed candidate is never promoted or bred from."""
@@ -156,28 +156,21 @@ class Staged:
                 # An earlier search may have taken it there.
                 below.promoted.add(candidate)
 
-    def _promotion(self) -> Ask | None:
-        """From the greatest budget down, the first stage in which one of eta candidates is not promoted yet."""
-        for stage, above in reversed(list(zip(self._stages, self._stages[1:], strict=False))):
+    def _promotion(self, *, due: bool) -> Ask | None:
+        """From the greatest budget down, one of the first stage with candidates that are not promoted yet.
+
+        Args:
+            due: only if fewer than one of eta candidates of the stage are.
+        """
+        for stage, above in reversed(list(pairwise(self._stages))):
+            waiting = stage.waiting
             # Others may have been scored above alone: they have taken nobody's place.
-            waiting = len(stage.waiting)
-            if waiting and len(stage.costs) - waiting < len(stage.costs) // self._eta:
-                return self._promote(stage, above)
+            promoted = len(stage.costs) - len(waiting)
+            if waiting and (not due or promoted < len(stage.costs) // self._eta):
+                best = ranked(stage, waiting, draw_weights(len(stage.costs[waiting[0]]), self._rng))[0]
+                stage.promoted.add(best)
+                return Ask(candidate=best, budget=above.budget, origin="promotion")
         return None
-
-    def _last_promotion(self) -> Ask | None:
-        """Where there is no new candidate left: whatever is not promoted yet."""
-        for stage, above in reversed(list(zip(self._stages, self._stages[1:], strict=False))):
-            if stage.waiting:
-                return self._promote(stage, above)
-        return None
-
-    def _promote(self, stage: Stage, above: Stage) -> Ask:
-        candidates = stage.waiting
-        count = len(stage.costs[candidates[0]])
-        best = ranked(stage, candidates, draw_weights(count, self._rng))[0]
-        stage.promoted.add(best)
-        return Ask(candidate=best, budget=above.budget, origin="promotion")
 
 
 def ranked(stage: Stage, candidates: Sequence[Candidate], weights: Sequence[float]) -> list[Candidate]:

@@ -5,13 +5,24 @@ prefix that it shares with an earlier one, on examples that it was not run on ye
 recipe and the budget alone: on the CPU it is bit-identical whatever is cached.
 
 Layers are made from the same tensors as a built folder's, and likelihoods are computed by the code that evaluates it.
+
+A trial may be healed in closed form before it is scored, toward the same blend with no layer removed. A fit makes a
+candidate look better on what it was fitted to than elsewhere. So it takes examples from the end of the order, and of
+texts windows are drawn for it that no budget of the search reaches. Where an objective's examples are few, those of the
+largest budgets serve for both; items outside the splits are seen by neither. Each objective gives the same number of
+windows, as far as it has them: a question with its right answer, a query with its target, one after the other, or
+windows of text.
 """
 
 from __future__ import annotations
 
+import re
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,13 +30,21 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from intarsia.activations.batches import Batches
+from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.building.offload import free_bytes
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.evaluation.likelihood import default_batch_tokens, positions_of, takes_packed_rows
+from intarsia.healing.closed_form import fit
+from intarsia.healing.layer_map import fit_forwards
+from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.teacher import TeacherStates
 from intarsia.options import Runtime
 from intarsia.progress import current
+from intarsia.recipe import schema
+from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.validate import check
 from intarsia.tailoring.engine import budget_ladder
@@ -33,9 +52,100 @@ from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile
 from intarsia.tailoring.history import Outcome, TrialFailed
 from intarsia.tailoring.objective import QUESTIONS, Objective, check_budgets, check_varied, read_objectives
-from intarsia.tailoring.trial_heal import KeptFits, heal_corpus, heal_trial, heal_windows, heal_work
-from intarsia.tailoring.trial_run import FamilyModel, Runner
-from intarsia.tailoring.trial_scores import Scored, Scorer
+from intarsia.tailoring.trial_run import FamilyModel, Runner, Scored, Scorer
+
+_HEAL_TOKENS = 16384
+_SETTINGS = ClosedFormSettings()
+_LEAST_WINDOWS = 2 * _SETTINGS.held_out  # so that something is held out, and more is not
+
+
+def heal_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | None) -> Corpus:
+    """Windows of the examples' tokens, objectives taking turns.
+
+    Args:
+        eos: stands between two examples, where there is one.
+
+    Raises:
+        UserError: the examples are too few for a fit.
+    """
+    wanted = max(_HEAL_TOKENS // seq_len // len(objectives), 1)
+    parts = [list(_windows(objective, seq_len, eos, wanted)) for objective in objectives]
+    order = sorted((place, number) for number, part in enumerate(parts) for place in range(len(part)))
+    if len(order) < _LEAST_WINDOWS:
+        raise UserError(
+            f"The examples have {len(order) * seq_len} tokens; healing trials in closed form needs at least "
+            f"{_LEAST_WINDOWS * seq_len}.",
+            "Widen the splits, add an objective on a text, or set heal: none.",
+        )
+    ids = torch.tensor([parts[number][place] for place, number in order])
+    names = ", ".join(objective.name for objective in objectives)
+    return Corpus.of(ids, description=f"examples of {names}", documents=len(order))
+
+
+def heal_trial(recipe: Recipe, model: LoadedModel, corpus: Corpus) -> Recipe:
+    """A recipe with its output projections fitted toward what it would be with no layer removed."""
+    teacher_layers = [model.module(op) for op in reference_layers(recipe)]
+    with TeacherStates(Loop(model, Batches(corpus, model.device)), layers=teacher_layers) as teacher:
+        return fit(recipe, teacher, settings=_SETTINGS)[0]
+
+
+def _windows(objective: Objective, seq_len: int, eos: int | None, most: int) -> Iterator[list[int]]:
+    """Full windows alone: what is left over at the end is not used."""
+    waiting: list[int] = []
+    for example in reversed(objective.examples):
+        request = example.requests[example.gold or 0]
+        tokens = [*request.context, *request.continuation]
+        if len(tokens) == seq_len and not waiting:
+            yield tokens
+            most -= 1
+        else:
+            waiting += tokens if eos is None else [*tokens, eos]
+        while len(waiting) >= seq_len and most > 0:
+            yield waiting[:seq_len]
+            waiting = waiting[seq_len:]
+            most -= 1
+        if most <= 0:
+            return
+
+
+class KeptFits:
+    """Fitted tensors of trials in a folder, by the hash of the recipe; nothing is kept where there is no folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find(self, recipe: Recipe) -> Recipe | None:
+        """A recipe as it was healed before, if it was."""
+        path = self._path(recipe)
+        try:
+            return replace(recipe, fitted=schema.load(path).fitted) if path.exists() else None
+        except UserError:  # damaged; it is fitted again
+            for file in self._folder.glob(f"{path.stem}.*"):
+                file.unlink(missing_ok=True)
+            return None
+
+    def keep(self, recipe: Recipe, healed: Recipe) -> None:
+        """Keep what was fitted. On a full disk nothing is kept, and the fit is made again."""
+        if self._folder.is_dir():
+            with suppress(UserError, OSError):
+                schema.save(healed, self._path(recipe))
+
+    def keep_only(self, hashes: Collection[str]) -> None:
+        """Delete the fits of all other recipes."""
+        for path in self._folder.glob("[!.]*"):
+            if path.stem not in hashes:
+                path.unlink(missing_ok=True)
+
+    def start(self) -> None:
+        """Make the folder: from now on fits are kept."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def end(self) -> None:
+        """Delete all of them."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, recipe: Recipe) -> Path:
+        return self._folder / f"{schema.content_hash(recipe)}.yaml"
 
 
 class Evaluator:
@@ -114,17 +224,13 @@ class Evaluator:
         with self._failing():
             if healed:
                 assert self._heal_on is not None, "opened for candidates that are healed"
-                fitting = heal_work(recipe, self.model, self._heal_on)
+                fitting = float(fit_forwards(recipe, _SETTINGS, self.model.architecture) * self._heal_on.tokens)
                 recipe = self._healed(recipe)
             scored = self._scorer.score(recipe, budget)
         return self._outcome(scored, fitting, len(recipe.layers), self.model.made - made, start)
 
     def heal(self, recipe: Recipe) -> Recipe:
-        """The recipe that `evaluate` scores with `healed`, its fitted tensors in it.
-
-        Raises:
-            TrialFailed: activations are not finite, or memory does not suffice.
-        """
+        """The recipe that `evaluate` scores with `healed`, its fitted tensors in it."""
         with self._failing():
             return self._healed(recipe)
 
@@ -192,18 +298,11 @@ class Evaluator:
                 yield
         except UserError as error:  # the recipe was checked before: something is not finite
             raise TrialFailed(str(error)) from error
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _lacks_memory(error):
+        except (MemoryError, RuntimeError) as error:  # torch says it in words, if it has no class for it
+            if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
                 raise
             self.runner.clear()
             raise TrialFailed(f"out of memory: {(str(error).splitlines() or [''])[0]}") from error
-
-
-def _lacks_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that memory does not suffice."""
-    words = str(error)
-    wide = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return wide or "out of memory" in words or "can't allocate memory" in words
 
 
 _SEQ_LEN = 128  # a window of text is then about as much work as a question with its choices
@@ -232,10 +331,6 @@ def open_evaluator(
         examples: windows that are drawn of a text, where they are not those of a search; nothing is healed then.
         probe: measure the base at the largest budget, and refuse objectives on which models cannot differ.
         fits: where what is fitted for trials is kept.
-
-    Raises:
-        UserError: with everything that is wrong with the objectives; a budget is larger than the data; models
-            cannot differ in an objective.
     """
     runtime, search = runtime or Runtime(), file.search
     device = default_device() if runtime.device is None else torch.device(runtime.device)
@@ -244,7 +339,7 @@ def open_evaluator(
     positions = positions_of(SimpleNamespace(**checkpoint.config))
     seq_len = min(seq_len, positions or seq_len)
     heals = file.heal != "none" and examples is None
-    windows = examples or search.max_budget + (heal_windows(seq_len) if heals else 0)
+    windows = examples or search.max_budget + (_HEAL_TOKENS // seq_len if heals else 0)
     objectives = read_objectives(
         file.objectives, tokenizer, windows=windows, seq_len=seq_len, max_length=positions, seed=search.seed
     )

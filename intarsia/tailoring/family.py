@@ -167,9 +167,6 @@ def read_config_only(
     Args:
         configs: a folder with the config file of a hub id in `ORGANISATION/NAME/config.json`, which is then not asked
             of the hub.
-
-    Raises:
-        UserError: there is no such config, or it is of no known family.
     """
     folder = Path(os.path.expanduser(model))
     if model == DEMO or folder.is_dir():
@@ -230,11 +227,7 @@ class Family:
         return [found.folder for found in checkpoints] + [each.adapter.folder for each in checkpoints if each.adapter]
 
     def variants(self) -> tuple[Variant, ...]:
-        """The members as a recipe names them, with the hashes of their weights, all of which are finite.
-
-        Raises:
-            UserError: naming tensors that hold NaN or infinity.
-        """
+        """The members as a recipe names them, with the hashes of their weights, all of which are finite."""
         found = []
         for member in self.members:
             model = lasting(member.model)

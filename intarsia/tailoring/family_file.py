@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from intarsia import registry
-from intarsia.data_file import Strict, checked, dump_yaml, raise_misplaced, read_yaml, unexpected
+from intarsia.data_file import Strict, Text, checked, dump_yaml, raise_misplaced, read_yaml, unexpected
 from intarsia.errors import UserError
 from intarsia.flags import plain
 from intarsia.recipe.methods import METHODS
@@ -32,12 +32,6 @@ _MOST = 100
 _REMEDY = "Correct the file."
 
 Range: TypeAlias = tuple[float, float]
-
-
-def _text(value: str) -> str:
-    if not (value.strip() and value.isprintable() and len(value) <= 4096):
-        raise unexpected("a text on one line")
-    return value
 
 
 def _tuple(value: Any) -> Any:
@@ -95,7 +89,6 @@ def _variant_name(name: Any) -> str:
     return name
 
 
-Text: TypeAlias = Annotated[str, AfterValidator(_text)]
 Split: TypeAlias = Annotated[
     Range, PlainValidator(_split), PlainSerializer(lambda split: f"{split[0]:.15g}:{split[1]:.15g}")
 ]

@@ -119,9 +119,6 @@ def trial_recipe(run: TailorRun, trial: Trial, evaluator: Evaluator | None = Non
     Args:
         evaluator: of the search, where it is open; only a healed trial needs one.
         healed: False for the recipe as it was before that.
-
-    Raises:
-        UserError: the family file or the models of the search cannot be read.
     """
     kept = run.recipe_path(trial.number)
     if kept.exists() and healed:

@@ -64,11 +64,7 @@ class Trial:
 
     @classmethod
     def from_dict(cls, data: Any) -> Trial:
-        """The trial of `to_dict`.
-
-        Raises:
-            ValueError: it is no such data.
-        """
+        """The trial of `to_dict`."""
         return _TRIALS.validate_python(data)
 
 
@@ -239,6 +235,10 @@ class Front:
         """The trial of least cost in an objective."""
         at = self.objectives.index(objective)
         return min(self.points, key=lambda trial: (_costs(trial)[at], trial.number))
+
+    def least(self, objective: str) -> float:
+        """The least cost in an objective."""
+        return _costs(self.best(objective))[self.objectives.index(objective)]
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each trial: its costs, what it is best in, and how it was found."""

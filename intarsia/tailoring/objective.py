@@ -28,7 +28,7 @@ _LENGTHS = 3  # classes of length, of equal size
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A question, a text with its beginning, or a window of text, as tokens.
+    """A question, a query with its target, or a window of text, as tokens.
 
     `requests`: of a question one for each choice, else one. A window is its first token as context, and the others.
     `gold`: the right choice. `characters` of each choice, by which its log-likelihood is divided. `source`: where it

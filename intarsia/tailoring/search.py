@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from intarsia.errors import UserError
-from intarsia.progress import Task, current
+from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Candidate
@@ -57,9 +57,6 @@ def search(
 
     Returns:
         None, or why the search ended before the goal.
-
-    Raises:
-        UserError: all trials fail.
     """
     for trial in earlier:
         if history.find(trial.key) is None:
@@ -70,12 +67,16 @@ def search(
     run.tell_earlier()
     with current().task(f"{goal.trials} trials", goal.trials) as task:
         task.advance(len(history.made))
-        task.note(words(history.trials, goal))
+        task.note(words(history.trials, run.front()))
         run.stop_if_doomed()
         run.fill()
         while run.open:
-            run.collect(workers.next(), task)
-            run.report_front(on_front)
+            trial = run.collect(workers.next())
+            front = run.front()
+            task.note(words(history.trials, front, run.per_minute()))
+            task.advance()
+            if front is not None and any(point is trial for point in front.points):
+                on_front(front)
             on_trial(run.wanted())
             run.stop_if_doomed()
             run.fill()
@@ -155,7 +156,7 @@ class _Run:
                 if trial.number not in self._replayed:
                     self._tell(trial)
 
-    def collect(self, done: Done, task: Task) -> None:
+    def collect(self, done: Done) -> Trial:
         """A trial came back: into the log, then to the engine."""
         (recipe, budget), asks = self.open.pop(done.number)
         found: dict[str, Any] = {"reason": done.reason}
@@ -179,15 +180,16 @@ class _Run:
         for ask in asks:
             self._engine.tell(ask.candidate, budget, trial.costs)
         self._ends = [*self._ends, time.monotonic()][-_LONGEST_PACE:]
-        minutes = (self._ends[-1] - self._ends[0]) / 60.0
-        task.note(words(self._history.trials, self._goal, (len(self._ends) - 1) / minutes if minutes > 0.0 else None))
-        task.advance()
+        return trial
 
-    def report_front(self, on_front: Callable[[Front], None]) -> None:
-        """Report the front if the last trial changed it."""
-        found = front_of(self._history.trials, self._goal.objectives, max_budget=self._goal.max_budget)
-        if found is not None and any(point is self._history.trials[-1] for point in found.points):
-            on_front(found)
+    def front(self) -> Front | None:
+        """The Pareto front so far."""
+        return front_of(self._history.trials, self._goal.objectives, max_budget=self._goal.max_budget)
+
+    def per_minute(self) -> float | None:
+        """The pace of the last trials."""
+        minutes = (self._ends[-1] - self._ends[0]) / 60.0
+        return (len(self._ends) - 1) / minutes if minutes > 0.0 else None
 
     def wanted(self) -> frozenset[str]:
         """The hashes of the recipes that are running or may be needed again."""
@@ -210,17 +212,13 @@ class _Run:
         )
 
 
-def words(trials: Sequence[Trial], goal: Goal, per_minute: float | None = None) -> str:
+def words(trials: Sequence[Trial], front: Front | None, per_minute: float | None = None) -> str:
     """Where a search is, in a few words: the best of each objective at the greatest budget so far, and the front."""
-    found = front_of(trials, goal.objectives, max_budget=goal.max_budget)
-    if found is None:
+    if front is None:
         return "no score yet"
-    best = ", ".join(
-        f"{name} {min(trial.costs[at] for trial in found.points if trial.costs is not None):.4g}"
-        for at, name in enumerate(goal.objectives)
-    )
+    best = ", ".join(f"{name} {front.least(name):.4g}" for name in front.objectives)
     failed = sum(trial.status == "failed" for trial in trials)
-    parts = [f"best {best}", f"front {len(found.points)} at budget {found.budget}"]
+    parts = [f"best {best}", f"front {len(front.points)} at budget {front.budget}"]
     if failed:
         parts.append(f"{failed} failed")
     if per_minute is not None:

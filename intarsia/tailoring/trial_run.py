@@ -6,7 +6,14 @@ an adapter, are made when they are first needed and stay in a cache with a bound
 
 A layer's tensors are those of the built folder as it would be loaded: made from the files' tensors, rounded to the
 files' dtype, and then in the dtype that the model runs in. Hidden states after shared first layers are kept too, in a
-cache that evicts the least recently used.
+cache that evicts the least recently used; scores of examples are computed once.
+
+How far a candidate's next tokens are from the base's is measured with little kept of the base: of each position its
+`TOP` likeliest tokens, 8 bytes each, and the rest as one bucket. Keeping the base's hidden state instead would cost
+another product with the head a trial, as much time as several layers. The divergence over these outcomes is a lower
+bound of the full one, and 0 where the full one is.
+
+Shapes: B sequences, T tokens, D residual width, N positions, V vocabulary, K tokens kept.
 """
 
 from __future__ import annotations
@@ -24,14 +31,17 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.activations.batches import side_by_side, workers_for
+from intarsia.activations.loss import Likeliest
 from intarsia.activations.stream import Entry, LayerStream
-from intarsia.building.layer import layer_tensors, tensor_names, to_parameters
+from intarsia.building.layer import tensor_names
 from intarsia.building.loaded_model import LoadedModel, twin
-from intarsia.evaluation.likelihood import Rows, inputs_of
+from intarsia.building.loading import set_parameter
+from intarsia.evaluation.likelihood import Batch, Rows, inputs_of, score_batch
 from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.history import TrialFailed
+from intarsia.tailoring.objective import Objective, Segment, segments
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -74,11 +84,6 @@ class ByteCache(Generic[K, V]):
 
     def __len__(self) -> int:
         return len(self._held)
-
-
-def bytes_of(tensor: Tensor) -> int:
-    """What a tensor occupies; a view counts as what it shows."""
-    return tensor.numel() * tensor.element_size()
 
 
 def layer_key(op: Op, fitted: Fitted | None = None) -> str:
@@ -124,9 +129,6 @@ class FamilyModel(LoadedModel):
 
         Args:
             fitted: tensors that replace the op's own, by name inside the layer.
-
-        Raises:
-            TrialFailed: a tensor of it is NaN or infinite.
         """
         if isinstance(op, Select) and op.source.variant not in self.others and not fitted:
             return self.layers[op.source.layer]
@@ -144,9 +146,7 @@ class FamilyModel(LoadedModel):
 
     def _new(self, op: Op, fitted: Fitted) -> tuple[nn.Module, int]:
         """A new module, and the bytes that it does not share with the base."""
-        tensors = layer_tensors(op, self.architecture, self._read)
-        tensors |= {name: torch.from_numpy(array).to(tensors[name].dtype) for name, array in fitted.items()}
-        parameters = to_parameters(tensors, self.architecture)
+        parameters = self._made(op, fitted)
         original = self.layers[op.sources[0].layer]
         module, own = twin(original), 0
         for name, parameter in list(original.named_parameters()):
@@ -157,9 +157,8 @@ class FamilyModel(LoadedModel):
                 sources = ", ".join(map(str, op.sources))
                 raise TrialFailed(f"{name} of the layer made from {sources} is NaN or infinite")
             tensor = parameters[name].to(device=self.device, dtype=parameter.dtype)
-            owner, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
-            own += bytes_of(tensor)
+            set_parameter(module, name, tensor)
+            own += tensor.nbytes
         return module.eval(), own
 
     def _is_base(self, ref: LayerRef, local: str) -> bool:
@@ -204,18 +203,7 @@ class Prefixes:
 
     def keep(self, depth: int, batch: Hashable, h_BTD: Tensor) -> None:
         """Keep the state of a batch after `depth` layers of the path."""
-        self.states.put((self._path[depth - 1], batch), h_BTD, bytes_of(h_BTD))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Given:
-    """A batch, and the state that it is run from."""
-
-    id: Hashable
-    rows: Rows
-    entry: Entry
-    depth: int
-    h_BTD: Tensor
+        self.states.put((self._path[depth - 1], batch), h_BTD, h_BTD.nbytes)
 
 
 class Runner:
@@ -249,29 +237,30 @@ class Runner:
         modules: dict[int, nn.Module] = {}
         sources = [op.sources[0].layer for op in recipe.layers]
 
-        def prepare(batch: tuple[Hashable, Rows]) -> _Given:
+        def prepare(batch: tuple[Hashable, Rows]) -> tuple[tuple[Hashable, Rows], Entry, int, Tensor]:
+            """The batch, and the state that it is run from."""
             entry = self._entry(*batch)
             depth, known = self.prefixes.deepest(batch[0])
             for index in range(depth, len(recipe.layers)):
                 if index not in modules:
                     modules[index] = model.module(recipe.layers[index], recipe.fitted.get(index))
-            h_BTD = entry.h_BTD if known is None else known
-            return _Given(id=batch[0], rows=batch[1], entry=entry, depth=depth, h_BTD=h_BTD)
+            return batch, entry, depth, entry.h_BTD if known is None else known
 
-        def work(given: _Given) -> tuple[Tensor, dict[int, Tensor]]:
-            h_BTD, kept = given.h_BTD, dict[int, Tensor]()
-            for index in range(given.depth, len(sources)):
-                h_BTD = self.stream.run(modules[index], h_BTD, given.entry.calls[sources[index]])
+        def work(given: tuple[tuple[Hashable, Rows], Entry, int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+            _, entry, first, h_BTD = given
+            kept: dict[int, Tensor] = {}
+            for index in range(first, len(sources)):
+                h_BTD = self.stream.run(modules[index], h_BTD, entry.calls[sources[index]])
                 if self.prefixes.keeps(index + 1):
                     kept[index + 1] = h_BTD
             return h_BTD, kept
 
         workers = workers_for(model.device, max(len(batches), 1))
-        for given, (h_BTD, kept) in side_by_side(map(prepare, batches), work, workers):
+        for ((name, rows), _, first, _), (h_BTD, kept) in side_by_side(map(prepare, batches), work, workers):
             for depth, state_BTD in kept.items():
-                self.prefixes.keep(depth, given.id, state_BTD)
-            self.work += (len(sources) - given.depth) * given.rows.ids_BT.numel()
-            h_N1D = h_BTD[given.rows.row_N.to(model.device), given.rows.column_N.to(model.device)][:, None]
+                self.prefixes.keep(depth, name, state_BTD)
+            self.work += (len(sources) - first) * rows.ids_BT.numel()
+            h_N1D = h_BTD[rows.row_N.to(model.device), rows.column_N.to(model.device)][:, None]
             # Norm and head look at one position at a time, so that each wanted position may be a row of its own.
             ids_N1 = torch.zeros(h_N1D.shape[:2], dtype=torch.int64, device=model.device)
             yield self.stream.logits(h_N1D, ids_N1, None)[:, 0]
@@ -288,7 +277,7 @@ class Runner:
         if entry is None:
             entry = self.stream.enter_with(inputs_of(self.model.model, rows))
             tensors = {id(tensor): tensor for tensor in _tensors([entry.h_BTD, *entry.calls])}
-            self._entries.put(batch, entry, sum(map(bytes_of, tensors.values())))
+            self._entries.put(batch, entry, sum(tensor.nbytes for tensor in tensors.values()))
         return entry
 
 
@@ -301,3 +290,121 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(entry)
     elif hasattr(value, "kwargs"):
         yield from _tensors([*value.args, *value.kwargs.values()])
+
+
+_RESULT_BYTES = 32 * 1024 * 1024
+_RESULT_OVERHEAD = 400  # bytes of a small array with its key
+
+Values = npt.NDArray[np.float64]
+Unit = tuple[int, Segment]
+"""Examples that are run together: the number of their objective, and which of it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scored:
+    """Of one recipe at one budget."""
+
+    # Each example's score, by objective.
+    examples: tuple[Values, ...]
+    # Of an objective of questions whether each is answered rightly, else None.
+    right: tuple[Values | None, ...]
+    # Layer-forwards times tokens that were run for it; tokens of the budget.
+    work: int
+    tokens: int
+
+
+class Scorer:
+    """Scores recipes on the first examples of objectives."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        objectives: Sequence[Objective],
+        *,
+        cuts: Sequence[int],
+        pack: bool,
+        batch_tokens: int,
+        uncut: Recipe,
+    ) -> None:
+        """Ready to score.
+
+        Args:
+            cuts: the budgets that are expected; examples between two of them are run together.
+            pack: whether the model takes rows of several continuations.
+            batch_tokens: rows times columns of a batch, at most.
+            uncut: the base as it is, from which divergences are taken.
+        """
+        self._runner, self._objectives, self._uncut = runner, tuple(objectives), uncut
+        self._cuts, self._pack, self._batch_tokens = tuple(cuts), pack, batch_tokens
+        self._batches: dict[Unit, tuple[Batch, ...]] = {}
+        self._base: dict[tuple[Unit, int], Likeliest] = {}
+        self._results: ByteCache[tuple[str, Unit], Values] = ByteCache(_RESULT_BYTES)
+
+    def clear(self) -> None:
+        """Drop all caches."""
+        self._batches.clear()
+        self._base.clear()
+        self._results.clear()
+
+    def score(self, recipe: Recipe, budget: int) -> Scored:
+        """The scores of every objective's examples within a budget."""
+        counts = [objective.count(budget) for objective in self._objectives]
+        units = [(number, segment) for number, count in enumerate(counts) for segment in segments(count, self._cuts)]
+        tokens = sum(batch.rows.ids_BT.numel() for unit in units for batch in self._of(unit))
+        unknown = [unit for unit in units if self._measures_kl(unit) and (unit, 0) not in self._base]
+        for name, _, logits_NV in self._logits(self._uncut, unknown, tokens):
+            self._base[name] = Likeliest.of(logits_NV)
+        work, key = self._runner.work, path_of(recipe)[-1]
+        known = {unit: self._results.get((key, unit)) for unit in units}
+        found = {unit: values_R for unit, values_R in known.items() if values_R is not None}
+        found |= self._values(recipe, [unit for unit in units if unit not in found], tokens)
+        for unit, values_R in found.items():
+            self._results.put((key, unit), values_R, values_R.nbytes + _RESULT_OVERHEAD)
+        both = [
+            (objective, np.concatenate([found[unit] for unit in units if unit[0] == number]))
+            for number, objective in enumerate(self._objectives)
+        ]
+        return Scored(
+            examples=tuple(objective.scores(values_R) for objective, values_R in both),
+            right=tuple(objective.right(values_R) for objective, values_R in both),
+            work=self._runner.work - work,
+            tokens=tokens,
+        )
+
+    def _of(self, unit: Unit) -> tuple[Batch, ...]:
+        """The batches of some examples."""
+        if unit not in self._batches:
+            objective = self._objectives[unit[0]]
+            self._batches[unit] = objective.batches(unit[1], pack=self._pack, batch_tokens=self._batch_tokens)
+        return self._batches[unit]
+
+    def _measures_kl(self, unit: Unit) -> bool:
+        return self._objectives[unit[0]].measure == "kl"
+
+    def _logits(
+        self, recipe: Recipe, units: Sequence[Unit], tokens: int
+    ) -> Iterator[tuple[tuple[Unit, int], Batch, Tensor]]:
+        """The logits of every batch, with its name."""
+        batches = [((unit, place), batch) for unit in units for place, batch in enumerate(self._of(unit))]
+        rows = [(name, batch.rows) for name, batch in batches]
+        found = self._runner.logits(recipe, path_of(recipe), rows, tokens=tokens)
+        for (name, batch), logits_NV in zip(batches, found, strict=True):
+            yield name, batch, logits_NV
+
+    def _values(self, recipe: Recipe, units: Sequence[Unit], tokens: int) -> dict[Unit, Values]:
+        """Of every request its log-likelihood, or its divergence from the base."""
+        sums = {}
+        for number, segment in units:
+            requests = sum(len(example.requests) for example in self._objectives[number].examples[slice(*segment)])
+            sums[number, segment] = torch.zeros(requests, dtype=torch.float64)
+        for name, batch, logits_NV in self._logits(recipe, units, tokens):
+            if self._measures_kl(name[0]):
+                value_N = self._base[name].divergence(logits_NV)
+                value_M = value_N[batch.position_M.to(value_N.device)]
+            else:
+                value_M, _ = score_batch(logits_NV, batch)
+            value_M = value_M.cpu().double()
+            if not bool(value_M.isfinite().all()):
+                raise TrialFailed(f"NaN or infinity in {self._objectives[name[0][0]].name}")
+            sums[name[0]].index_add_(0, batch.request_M, value_M)
+        return {unit: sums_R.numpy() for unit, sums_R in sums.items()}

@@ -139,11 +139,7 @@ Scores = dict[LayerRef, dict[Part, Tensor]]
 def measure(
     members: Mapping[str, Checkpoint], corpus: Corpus, *, device: torch.device, dtype: torch.dtype | None
 ) -> Scores:
-    """The scores of every layer of every member; one model is in memory at a time.
-
-    Raises:
-        UserError: activations are not finite.
-    """
+    """The scores of every layer of every member; one model is in memory at a time."""
     found: Scores = {}
     with current().task("measuring the members", len(members)) as task:
         for name, checkpoint in members.items():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 from uuid import uuid4
 
 import torch
@@ -18,11 +18,10 @@ from intarsia.errors import UserError, missing_package
 from intarsia.options import Runtime
 from intarsia.recipe.recipe import Recipe
 from intarsia.registry import load_plugin
-from intarsia.tailoring.evaluator import Evaluator, open_evaluator
+from intarsia.tailoring.evaluator import Evaluator, KeptFits, open_evaluator
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import FamilyFile
 from intarsia.tailoring.history import Outcome, TrialFailed
-from intarsia.tailoring.trial_heal import KeptFits
 
 ATTEMPTS = 2
 _LONGEST = 300  # characters of a reason
@@ -52,11 +51,8 @@ class Scorer(Protocol):
         """Release what is cached."""
 
 
-class Opener(Protocol):
-    """Opens a scorer in a worker's process; can be pickled."""
-
-    def __call__(self, place: Place) -> Scorer:
-        """The scorer."""
+Opener: TypeAlias = Callable[[Place], Scorer]
+"""Opens a scorer in a worker's process; can be pickled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +111,7 @@ class Workers(Protocol):
 def open_workers(
     opener: OpenScorer, evaluator: Evaluator, *, scheduler: str | None, count: int | None
 ) -> Iterator[Workers]:
-    """One worker is this process with its evaluator; else the evaluator is closed, for each worker opens another.
-
-    Raises:
-        UserError: see `dask_workers`.
-    """
+    """One worker is this process with its evaluator; else the evaluator is closed, for each worker opens another."""
     if scheduler is None and (count or 1) == 1:
         yield InProcess(evaluator)
         return
@@ -188,11 +180,7 @@ class OnDask:
         self._open[self._client.submit(*work, key=f"intarsia-{uuid4().hex}", pure=False, retries=0)] = number
 
     def next(self) -> Done:
-        """Of the finished trials, the one that was submitted first.
-
-        Raises:
-            UserError: there was no worker for a minute.
-        """
+        """Of the finished trials, the one that was submitted first."""
         from distributed import KilledWorker
 
         future = self._first_done()
@@ -228,11 +216,7 @@ class OnDask:
 
 @contextmanager
 def dask_workers(opener: Opener, *, scheduler: str | None, count: int | None) -> Iterator[OnDask]:
-    """Workers of an existing scheduler (`tcp://host:8786`), or `count` processes of our own on this machine.
-
-    Raises:
-        UserError: dask is not installed, the scheduler cannot be reached, or it has no workers.
-    """
+    """Workers of an existing scheduler (`tcp://host:8786`), or `count` processes of our own on this machine."""
     with ExitStack() as stack:
         if scheduler is None:
             count = count or 1
@@ -250,11 +234,7 @@ def dask_workers(opener: Opener, *, scheduler: str | None, count: int | None) ->
 
 
 def check_scheduler(scheduler: str) -> None:
-    """Check that there is a scheduler with workers.
-
-    Raises:
-        UserError: dask is not installed, the scheduler cannot be reached, or it has no workers.
-    """
+    """Check that there is a scheduler with workers."""
     with _connected(scheduler):
         pass
 

@@ -38,9 +38,9 @@ def concat_output(op: Concat, resident: LoadedModel, h_BTD: Tensor, call: LayerC
                     added += value[..., None] * layer[f"{writer}.weight"][:, channel]
             if f"{writer}.bias" in layer:
                 added += cut.weights[part] * layer[f"{writer}.bias"]
-        behind = architecture.norm_after(part)
-        if behind is not None:
-            scale = _averaged(op, layers, f"{behind.module}.weight", part) + behind.offset
+        after = architecture.norm_after(part)
+        if after is not None:
+            scale = _averaged(op, layers, f"{after.module}.weight", part) + after.offset
             added = _rms(added, resident) * scale
         h_BTD = h_BTD + getattr(resident.model.config, "residual_multiplier", 1.0) * added
     return h_BTD

@@ -12,9 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from intarsia.activations.stream import LayerStream
 from intarsia.architecture.detect import detect
-from intarsia.building.assembled import assembled
 from intarsia.building.loaded_model import LoadedModel
-from intarsia.building.materialize import materialize
+from intarsia.building.materialize import assembled, materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.recipe.ops import Merge

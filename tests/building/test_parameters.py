@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from intarsia.activations.stream import LayerStream
 from intarsia.building.layer import parameter_name, parameter_names, tensor_names, to_parameters, to_tensors
 from intarsia.building.loaded_model import LoadedModel, load_model
+from intarsia.building.offload import blocks
 from intarsia.checkpoint.adapter import open_variant
 from tests import families
 from tests.conftest import InMemory, Opened
@@ -81,3 +82,21 @@ def test_an_adapter_reaches_the_parameter_that_holds_its_tensor(
     own = {local: checkpoint.layer_tensor(1, local) for local in checkpoint.architecture.layer_shapes()}
     torch.testing.assert_close(stored[f"{module}.weight"], own[f"{module}.weight"] + 2.0 * b @ a)
     assert all(torch.equal(stored[local], own[local]) for local in own if local != f"{module}.weight")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "free", "expected"),
+    [
+        ([1] * 6, [10.0, 10.0], [0, 0, 0, 1, 1, 1]),
+        ([1] * 6, [20.0, 10.0], [0, 0, 0, 0, 1, 1]),
+        ([1] * 6, [5.0, 10.0, 15.0], [0, 1, 1, 2, 2, 2]),
+        ([1] * 4, [-3.0, 10.0], [1, 1, 1, 1]),  # embeddings alone fill the first
+        ([1] * 4, [0.0, 0.0], [0, 0, 1, 1]),
+        ([3, 1, 1, 1], [10.0, 10.0], [0, 1, 1, 1]),
+        ([1], [1.0, 1.0, 1.0], [1]),
+    ],
+)
+def test_blocks_follow_the_memory_that_is_free(sizes: list[int], free: list[float], expected: list[int]) -> None:
+    found = blocks(sizes, free)
+    assert found == expected
+    assert found == sorted(found), "blocks are contiguous"

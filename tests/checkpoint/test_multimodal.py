@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from intarsia.building.assembled import assembled
 from intarsia.building.loaded_model import LoadedModel
-from intarsia.building.materialize import materialize
+from intarsia.building.materialize import assembled, materialize
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import intarsia
-from intarsia.building.assembled import assembled
+from intarsia.building.materialize import assembled
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli import main
 from intarsia.commands import compare as verb

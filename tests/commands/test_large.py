@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from intarsia.activations import hidden_store
-from intarsia.activations.hidden_store import HiddenStore
+from intarsia.activations.hidden_store import HiddenStore, MemoryBudget
 from intarsia.commands.compare import CompareEval, Entrants, compare
 from intarsia.commands.evaluate import evaluate_agreement, evaluate_perplexity
 from intarsia.commands.heal import PerplexityTexts, TrainingText, heal
@@ -188,7 +188,7 @@ def test_the_command_line(model_folder: Folder, sizes: Sizes, tmp_path: Path) ->
 def test_dropping_a_depth_gives_its_room_back(tmp_path: Path) -> None:
     import torch
 
-    store = HiddenStore((2, 3, 4), torch.float32, memory_bytes=96, folder=tmp_path)
+    store = HiddenStore((2, 3, 4), torch.float32, memory_budget=MemoryBudget(96, tmp_path))
     store.put(0, 0, torch.ones(2, 3, 4))
     store.put(1, 0, torch.ones(2, 3, 4))
     assert [path.name for path in tmp_path.rglob("*.bin")] == ["depth-1.bin"]

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks.decoders import KNOWN, REFUSED, REMOVAL, Decoder, config_of, decoder, kinds, page
+from intarsia.activations.architecture_checks import small_model
 from intarsia.architecture.per_layer import for_layers
 from intarsia.architecture.spec import PARTS
 from intarsia.building.materialize import materialize
-from intarsia.building.tiny_model import small_model
 from intarsia.checkpoint.reader import Checkpoint, architecture_of
 from intarsia.errors import UserError
 from intarsia.inspection.small import small_config

@@ -15,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import intarsia
-from intarsia import registry
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.options import AnswerSpec, NewModel
@@ -577,27 +576,23 @@ def nothing(context, recipe):
 """
 
 
-def test_a_method_and_a_stage_of_a_file_of_ones_own(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:
+def test_a_method_and_a_stage_of_a_file_of_ones_own(
+    model_folder: Folder, text_file: Path, tmp_path: Path, own_registry: None
+) -> None:
     """Each is one file, and nothing else knows its name: planned, healed, built, shown, and made again."""
     plugin = tmp_path / "mine.py"
     plugin.write_text(PLUGIN, encoding="utf-8")
-    before = [dict(kind._entries) for kind in registry.KINDS]
     words = ["compress", model_folder("llama"), "-o", tmp_path / "out", "--layers", 4, "--calibration", text_file]
     words += ["--tokens", 512, "--seq-len", 32, *LITTLE, "--json"]
-    try:
-        done = run(*words, "--plugin", plugin, "--method", "mine", "--off-by", 1, "--heal", "closed-form,mine")
-        assert done.exit_code == 0, done.output
-        answer = json.loads(done.stdout)
-        assert (answer["method"], answer["healed"]["method"]) == ("mine", "closed-form, mine")
-        layers = [op.sources[0].layer for op in Ladder(tmp_path / "out.run").recipe(4).layers]
-        assert layers == [0, 1, 2, 5]
-        assert "--off-by 1" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-        refused = run(*words, "--off-by", 1)
-        assert refused.exit_code == 2 and "--off-by is an option of mine." in refused.output
-    finally:
-        for kind, entries in zip(registry.KINDS, before, strict=True):
-            kind._entries = entries
-        registry._LOADED.pop(str(plugin.resolve()), None)
+    done = run(*words, "--plugin", plugin, "--method", "mine", "--off-by", 1, "--heal", "closed-form,mine")
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    assert (answer["method"], answer["healed"]["method"]) == ("mine", "closed-form, mine")
+    layers = [op.sources[0].layer for op in Ladder(tmp_path / "out.run").recipe(4).layers]
+    assert layers == [0, 1, 2, 5]
+    assert "--off-by 1" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    refused = run(*words, "--off-by", 1)
+    assert refused.exit_code == 2 and "--off-by is an option of mine." in refused.output
 
 
 def test_an_option_of_another_method_names_those_that_have_it(tmp_path: Path) -> None:

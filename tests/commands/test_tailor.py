@@ -14,7 +14,6 @@ import torch
 import yaml
 
 import intarsia
-from intarsia import registry
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli import main as cli
 from intarsia.commands import tailor as command
@@ -24,7 +23,6 @@ from intarsia.healing import closed_form
 from intarsia.options import Runtime
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
-from intarsia.tailoring import trial_heal
 from intarsia.tailoring.evaluator import open_evaluator
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import read_family_file
@@ -404,7 +402,7 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
         fits.append(recipe)
         return closed_form.fit(recipe, *args, **kwargs)
 
-    monkeypatch.setattr(trial_heal, "fit", counted)
+    monkeypatch.setattr("intarsia.tailoring.evaluator.fit", counted)
     with monkeypatch.context() as killed:
         killed.setattr(command, "_finish", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -536,7 +534,7 @@ class Listed:
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
 def test_an_operator_and_an_engine_of_one_s_own(
-    parts: dict[str, Path], tmp_path: Path, workers: str, capsys: pytest.CaptureFixture[str]
+    parts: dict[str, Path], tmp_path: Path, workers: str, capsys: pytest.CaptureFixture[str], own_registry: None
 ) -> None:
     """Defined in a file, and used through the command line; also by workers, which load that file themselves."""
     (tmp_path / "mine.py").write_text(PLUGIN, encoding="utf-8")
@@ -545,16 +543,10 @@ def test_an_operator_and_an_engine_of_one_s_own(
         tmp_path / "family.yaml",
         **{"[task_arithmetic, slerp]": "[halfway]", "merge, concat]": "merge]", "[random-middle, shortgpt]": "[]"},
     )
-    before = [dict(kind._entries) for kind in registry.KINDS]
     words = [str(path), "-o", str(tmp_path / "run"), "--engine", "listed", "--plugin", str(tmp_path / "mine.py")]
-    try:
-        cli.run(["tailor", *words, "--workers", workers, "--device", "cpu", "--json", "--judge-examples", "4"])
-        found = json.loads(capsys.readouterr().out)
-        built = intarsia.build(tmp_path / "run", tmp_path / "built", trial=1)
-    finally:
-        for kind, entries in zip(registry.KINDS, before, strict=True):
-            kind._entries = entries
-        registry._LOADED.pop(str(tmp_path / "mine.py"), None)
+    cli.run(["tailor", *words, "--workers", workers, "--device", "cpu", "--json", "--judge-examples", "4"])
+    found = json.loads(capsys.readouterr().out)
+    built = intarsia.build(tmp_path / "run", tmp_path / "built", trial=1)
     assert found["stopped"] == "the engine found nothing new to try" and found["trials"] == 5
     assert {row["engine"] for row in found["front"]} == {"listed"}
     assert built.layers == 4

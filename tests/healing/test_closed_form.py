@@ -72,11 +72,11 @@ def equal(first: Recipe, second: Recipe) -> bool:
 
 
 def steps(architecture: Architecture, parts: Sequence[Part]) -> list[str]:
-    """The modules fitted for these parts, in order: the norm after one before it; of a mixture o_proj alone."""
+    """The modules fitted for these parts, in order: first the norm after a projection; of a mixture o_proj alone."""
     found = []
     for part in ("attention",) if architecture.n_experts else parts:
-        behind = architecture.norm_after(part)
-        found += [] if behind is None else [behind.module]
+        after = architecture.norm_after(part)
+        found += [] if after is None else [after.module]
         found.append(architecture.writer(part).module)
     return found
 
@@ -87,17 +87,17 @@ def steps(architecture: Architecture, parts: Sequence[Part]) -> list[str]:
 def test_layers_taught(checkpoint_of: Opened) -> None:
     architecture = checkpoint_of("llama").architecture
 
-    def spans_and_behind(layers: Sequence[Op]) -> tuple[list[int], list[int]]:
+    def spans_and_after(layers: Sequence[Op]) -> tuple[list[int], list[int]]:
         recipe = recipe_of("model", layers)
         return taught(recipe, "spans"), taught(recipe, "after")
 
-    assert spans_and_behind([select(n) for n in range(6)]) == ([], [])
-    assert spans_and_behind([select(0), select(1), select(4), select(5)]) == ([1], [1, 2, 3])
-    assert spans_and_behind([select(2), select(3), shared(architecture, (4, 5))]) == ([0, 2], [0, 1, 2])
-    assert spans_and_behind([select(0), select(1), select(2), select(3), select(4)]) == ([4], [4])
+    assert spans_and_after([select(n) for n in range(6)]) == ([], [])
+    assert spans_and_after([select(0), select(1), select(4), select(5)]) == ([1], [1, 2, 3])
+    assert spans_and_after([select(2), select(3), shared(architecture, (4, 5))]) == ([0, 2], [0, 1, 2])
+    assert spans_and_after([select(0), select(1), select(2), select(3), select(4)]) == ([4], [4])
     # A layer that is put in stands for nothing: there is no target for it.
     more = [select(0), select(3), whole(1), select(2), select(4), select(5)]
-    assert spans_and_behind(more) == ([0], [0, 3, 4, 5])
+    assert spans_and_after(more) == ([0], [0, 3, 4, 5])
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -209,7 +209,7 @@ def test_the_fit_is_least_squares(
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_layers_behind_make_good_what_is_left(
+def test_later_layers_correct_what_is_left(
     family: str, cut: Cut, resident_of: InMemory, checkpoint_of: Opened, tokens: Tokens
 ) -> None:
     train, fresh = tokens(sequences=96)
@@ -385,38 +385,44 @@ def test_the_cost_is_the_estimated_one(
         fit_on(recipe, resident, train, settings=settings, batch_tokens=64)
     finally:
         handle.remove()
-    assert sum(sequences) == fit_forwards(recipe, settings) * len(train)
+    assert sum(sequences) == fit_forwards(recipe, settings, resident.architecture) * len(train)
 
 
 @pytest.mark.parametrize("target", range(1, 30))
-def test_three_passes_are_enough(target: int) -> None:
+def test_three_passes_are_enough(target: int, checkpoint_of: Opened) -> None:
     """The most expensive way to remove: every layer that is left stands for as few as can be."""
-    removed = 30 - target
+    removed, architecture = 30 - target, checkpoint_of("llama").architecture
     kept = [layer for layer in range(30) if layer % 2 == 0 or layer > 2 * removed][-target:]
     recipe = recipe_of("model", [select(layer) for layer in kept], depth=30)
     assert len(recipe.layers) == target
     for settings in (ClosedFormSettings(), FINAL):
-        assert fit_forwards(recipe, settings) <= 3 * 30
-        assert fit_forwards(identity(recipe.variants[0], 30), settings) == 0
+        assert fit_forwards(recipe, settings, architecture) <= 3 * 30
+        assert fit_forwards(identity(recipe.variants[0], 30), settings, architecture) == 0
 
 
 @pytest.mark.parametrize(
     ("kept", "more"),
     [
-        # Of 7 original layers, 21 forwards may be made. The teacher's 7, the student's and those of each read-out:
+        # Of 7 original layers, 21 forwards may be made. The teacher's 7, the student's and those of each fit:
         ([0, 1, 2, 4, 5, 6], [3, 4, 5]),  # 7 + 4 + 3 + 3 = 17, and 3 more
         ([0, 1, 3, 4, 5, 6], [2, 3]),  # 7 + 5 + 3 + 4 = 19, and 2 more: the first of the four
         ([0, 2, 4, 5, 6], []),  # 7 + 5 + 6 + 3 = 21
     ],
 )
-def test_more_is_fitted_as_long_as_three_passes_pay_for_it(kept: list[int], more: list[int]) -> None:
-    recipe = recipe_of("model", [select(layer) for layer in kept], depth=7)
-    found, base = fitted_parts(recipe, FINAL), fitted_parts(recipe, ClosedFormSettings())
+def test_more_is_fitted_as_long_as_three_passes_pay_for_it(
+    kept: list[int], more: list[int], checkpoint_of: Opened
+) -> None:
+    recipe, architecture = (
+        recipe_of("model", [select(layer) for layer in kept], depth=7),
+        checkpoint_of("llama").architecture,
+    )
+    found, base = (fitted_parts(recipe, settings, architecture) for settings in (FINAL, ClosedFormSettings()))
     assert found.keys() == base.keys()
     assert [index for index in found if found[index] != base[index]] == more
     assert all(found[index] == ("mlp", "attention") for index in more)
     assert set(base.values()) <= {("mlp", "attention", "mlp"), ("mlp",)}
-    assert fit_forwards(recipe, ClosedFormSettings()) + len(more) == fit_forwards(recipe, FINAL) <= 21
+    cost = fit_forwards(recipe, FINAL, architecture)
+    assert fit_forwards(recipe, ClosedFormSettings(), architecture) + len(more) == cost <= 21
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import intarsia
-from intarsia import registry
 from intarsia.building import loaded_model
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.cli import main
@@ -227,10 +226,8 @@ def test_on_the_command_line_with_a_stage_of_ones_own(
     text_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    own_registry: None,
 ) -> None:
-    known = {entry.name: entry for entry in registry.heal_stages}
-    monkeypatch.setattr(registry.heal_stages, "_entries", known)  # what the file registers goes with the test
     (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
     words = f"compress {learned[0]} -o {tmp_path / 'out'} --layers 4 --calibration {text_file} --tokens 2048 "
     words += f"--seq-len 32 --eval-text {text_file} --eval-windows 4 --plugin {tmp_path / 'mine.py'}"

@@ -217,7 +217,6 @@ def test_lora_merges_as_peft_does(cut: Cut, tmp_path: Path) -> None:
 
 
 def test_embedding_norm_and_head_stay(cut: Cut, tokens: Tokens, tmp_path: Path) -> None:
-    model, architecture = None, None
     checkpoint, recipe = cut("qwen2")
     build_student(recipe, {"base": checkpoint}, tmp_path / "student")
     model, architecture = load_student(tmp_path / "student", QUICK, CPU)

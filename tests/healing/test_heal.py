@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import intarsia
-from intarsia import registry
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.cli import main
 from intarsia.commands import heal as verb
@@ -273,10 +272,8 @@ def test_a_stage_of_ones_own(
     text_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    own_registry: None,
 ) -> None:
-    known = {entry.name: entry for entry in registry.heal_stages}
-    monkeypatch.setattr(registry.heal_stages, "_entries", known)  # what the file registers goes with the test
     (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
     words = f"heal {recipe_file} --data {text_file} --tokens 1k --seq-len 32 --json --plugin {tmp_path / 'mine.py'}"
     asked = [*words.split(), "--stages", "closed-form,mine", "--layer-lr", "1"]
@@ -313,7 +310,7 @@ heal(Path(recipe), Path(out), data=text, stages=("{stage}",))
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("stage", "module", "function"),
-    [("layerwise", "layer_training", "save_state"), ("end-to-end", "end_to_end", "save_snapshot")],
+    [("layerwise", "layerwise", "save_state"), ("end-to-end", "end_to_end", "save_snapshot")],
 )
 def test_killed_and_started_again(
     stage: str, module: str, function: str, recipe_file: Path, text_file: Path, tmp_path: Path

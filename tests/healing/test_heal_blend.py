@@ -142,7 +142,7 @@ def test_the_closed_form_is_the_one_towards_the_blend(
         TextSpec(sources=(str(text_file),), tokens=4096, seq_len=32), load_tokenizer(variants["base"])
     ).calibration
     train = corpus.split(15 / 16)[0]
-    # A merged layer that stands for itself is the teacher's own: it is fitted as others after the hole are.
+    # A merged layer that stands for itself is the teacher's own: it is fitted as others after the cut are.
     teacher = [resident.module(op) for op in reference_layers(made)]
     simple, checkpoints = over_its_blend(made, variants, tmp_path / "blend")
     assert [op.sources[0].variant for op in simple.layers] == ["uncut"] * 4
@@ -238,7 +238,7 @@ def killed(*args: Any, **kwargs: Any) -> Any:
 def test_members_that_change_are_noticed(
     members: Mapping[str, Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The blend stands in the run folder already when the run goes on: it would be that of the old members."""
+    """The blend stands in the run folder already when the run is resumed: it would be that of the old members."""
     shutil.copytree(members["math"], tmp_path / "math")
     here = {**members, "math": tmp_path / "math"}
     made = saved(recipe_of(here, select(0, "math"), select(2, "lora"), select(5)), tmp_path)

@@ -1,3 +1,5 @@
+"""Layers trained one by one, on the original's hidden states or on those of the trained layers before them."""
+
 from __future__ import annotations
 
 import errno
@@ -9,10 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from intarsia.activations.stream import LayerStream
 from intarsia.building.loaded_model import LoadedModel
+from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.healing import layer_training, layerwise, training
+from intarsia.healing import layerwise, training
+from intarsia.healing.losses import hidden_mse
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.training import Text
 from intarsia.recipe.recipe import Recipe
@@ -89,7 +95,7 @@ def test_killed_and_continued_is_as_undisturbed(
     settings = replace(QUICK, epochs=2, evaluations=4, weight_decay=0.1)
     wanted, report = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings)
     steps = []
-    step = layer_training._Training._step
+    step = layerwise._Training._step
 
     def dies(self: Any, number: int) -> float:
         steps.append(number)
@@ -97,10 +103,10 @@ def test_killed_and_continued_is_as_undisturbed(
             raise KeyboardInterrupt
         return step(self, number)
 
-    monkeypatch.setattr(layer_training._Training, "_step", dies)
+    monkeypatch.setattr(layerwise._Training, "_step", dies)
     with pytest.raises(KeyboardInterrupt):
         layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
-    monkeypatch.setattr(layer_training._Training, "_step", step)
+    monkeypatch.setattr(layerwise._Training, "_step", step)
     found, resumed = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
     assert same(found, wanted)
     assert timeless(resumed) == timeless(report)
@@ -149,13 +155,6 @@ def test_a_worse_heal_returns_the_input(cut: Cut, resident_of: InMemory, tokens:
     assert same(healed, recipe)
 
 
-def test_what_is_fitted_is_the_beginning(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
-    _, recipe = cut("llama")
-    once, first = layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=QUICK)
-    _, second = layerwise.train(once, resident_of("llama"), Text.of(*tokens()), settings=QUICK)
-    assert [row["loss_before"] for row in second] == pytest.approx([row["loss_after"] for row in first], rel=1e-5)
-
-
 def test_only_what_is_named_is_trained(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
     _, recipe = cut("llama")
     settings = replace(QUICK, only=("down_proj", "input_layernorm.weight"))
@@ -173,29 +172,6 @@ def test_held_out_tokens_are_not_trained_on(cut: Cut, resident_of: InMemory, tok
     first, _ = layerwise.train(recipe, resident_of("llama"), Text.of(train, held_out), settings=settings)
     second, _ = layerwise.train(recipe, resident_of("llama"), Text.of(train, tokens(seed=9)[1]), settings=settings)
     assert same(first, second)
-
-
-def test_spilled_states_are_the_same(cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path) -> None:
-    _, recipe = cut("opt")
-    kept, _ = layerwise.train(recipe, resident_of("opt"), Text.of(*tokens()), settings=QUICK)
-    spilled, _ = layerwise.train(
-        recipe, resident_of("opt"), Text.of(*tokens()), settings=QUICK, folder=tmp_path / "run", memory_bytes=0
-    )
-    assert same(kept, spilled)
-
-
-def test_training_text_harder_than_held_out_text_is_no_divergence(
-    cut: Cut, resident_of: InMemory, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loss = layer_training.hidden_loss
-
-    def harder(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return loss(*args, **kwargs) * (100.0 if torch.is_grad_enabled() else 1.0)
-
-    monkeypatch.setattr(layer_training, "hidden_loss", harder)
-    _, recipe = cut("llama")
-    _, reports = layerwise.train(recipe, resident_of("llama"), Text.of(*tokens()), settings=QUICK)
-    assert all(row["stopped"] is None and row["loss_after"] < row["loss_before"] for row in reports)
 
 
 def test_damaged_weights_are_named(cut: Cut, tokens: Tokens) -> None:
@@ -244,3 +220,110 @@ def test_fitted_tensors_are_the_whole_story(cut: Cut, resident_of: InMemory, tok
     assert [row["loss_before"] for row in again] == pytest.approx([row["loss_after"] for row in report], rel=1e-5)
     fitted: Mapping[int, Mapping[str, Any]] = healed.fitted
     assert all(tensor.dtype == np.float32 for tensors in fitted.values() for tensor in tensors.values())
+
+
+FOLLOWING = LayerwiseSettings(
+    batch_tokens=64, evaluations=3, lr=1e-2, kl=0.0, mse=1.0, inputs="student", layers="after"
+)
+
+
+def run_to(recipe: Recipe, resident: LoadedModel, corpus: Corpus, depth: int) -> Tensor:
+    """Hidden states after a number of output layers."""
+    stream = LayerStream(resident.model, resident.architecture)
+    entry = stream.enter(corpus.input_ids, None)
+    h_BTD = entry.h_BTD
+    for index in range(depth):
+        op = recipe.layers[index]
+        module = resident.module(op, recipe.fitted.get(index))
+        h_BTD = stream.run(module, h_BTD, entry.calls[op.sources[0].layer])
+    return h_BTD
+
+
+def original(resident: LoadedModel, corpus: Corpus, depth: int) -> Tensor:
+    stream = LayerStream(resident.model, resident.architecture)
+    entry = stream.enter(corpus.input_ids, None)
+    h_BTD = entry.h_BTD
+    for layer in range(depth):
+        h_BTD = stream.run(resident.layers[layer], h_BTD, entry.calls[layer])
+    return h_BTD
+
+
+def without(recipe: Recipe, index: int) -> Recipe:
+    return replace(recipe, fitted={i: tensors for i, tensors in recipe.fitted.items() if i != index})
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_the_losses_are_those_after_the_trained_layers(
+    family: str, cut: Cut, resident_of: InMemory, tokens: Tokens
+) -> None:
+    _, recipe = cut(family)
+    resident = resident_of(family)
+    train, held_out = tokens()
+    healed, report = layerwise.train(recipe, resident, Text.of(train, held_out), settings=FOLLOWING)
+    assert [row["layer"] for row in report] == [2, 3]
+    with torch.inference_mode():
+        for row, stop in zip(report, (4, 6), strict=True):
+            wanted = original(resident, held_out, stop)
+            for key, when in (("loss_before", without(healed, row["layer"])), ("loss_after", healed)):
+                found = run_to(when, resident, held_out, row["layer"] + 1)
+                per_row = [float(hidden_mse(wanted[n : n + 1], found[n : n + 1])) for n in range(len(held_out))]
+                assert row[key] == pytest.approx(np.mean(per_row), rel=2e-4)
+
+
+def test_later_layers_are_trained_too(cut: Cut, resident_of: InMemory, tokens: Tokens) -> None:
+    _, recipe = cut("llama")
+    resident = resident_of("llama")
+    longer = with_identity_after(recipe)
+    _, alone = layerwise.train(longer, resident, Text.of(*tokens()), settings=LayerwiseSettings(batch_tokens=64))
+    _, after = layerwise.train(longer, resident, Text.of(*tokens()), settings=FOLLOWING)
+    assert [row["layer"] for row in alone] == [2]
+    assert [row["layer"] for row in after] == [2, 3, 4]
+
+
+def with_identity_after(recipe: Recipe) -> Recipe:
+    """Layers 0 and 1, pieces of 2 and 3, then 4 and 5 as they are."""
+    layers = [select(0), select(1), recipe.layers[2], select(4), select(5)]
+    return recipe_of(recipe.variants[0].model, layers)
+
+
+def test_killed_and_continued_after_trained_layers(
+    cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, recipe = cut("qwen2")
+    resident = resident_of("qwen2")
+    undisturbed, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=FOLLOWING)
+    step, steps = layerwise._Training._step, []
+
+    def dying(self: layerwise._Training, number: int) -> float:
+        steps.append(number)
+        if len(steps) == 9:  # in the second layer: each takes six steps
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(layerwise._Training, "_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        layerwise.train(recipe, resident, Text.of(*tokens()), settings=FOLLOWING, folder=tmp_path)
+    continued, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=FOLLOWING, folder=tmp_path)
+    assert len(steps) < 9 + 6  # the first layer was not trained again
+    for index in (2, 3):
+        for name, array in undisturbed.fitted[index].items():
+            assert np.array_equal(array, continued.fitted[index][name])
+
+
+@pytest.mark.parametrize(("family", "settings"), [("opt", QUICK), ("llama", FOLLOWING)])
+def test_spilled_states_are_the_same(
+    family: str, settings: LayerwiseSettings, cut: Cut, resident_of: InMemory, tokens: Tokens, tmp_path: Path
+) -> None:
+    (_, recipe), resident = cut(family), resident_of(family)
+    kept, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings)
+    spilled, _ = layerwise.train(
+        recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path, memory_bytes=0
+    )
+    assert same(kept, spilled)
+    assert not list(tmp_path.glob("intarsia-hidden-*"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("inputs", "both"), ("layers", "all")])
+def test_settings_that_are_none(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=name):
+        LayerwiseSettings(**{name: value})  # type: ignore[arg-type]

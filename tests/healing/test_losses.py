@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from intarsia.activations.loss import Likeliest
 from intarsia.healing.losses import (
     CLIP,
     cross_entropy,
@@ -15,8 +16,6 @@ from intarsia.healing.losses import (
     hidden_mse,
     logit_kl,
     over_rows,
-    top_k_kl,
-    top_k_of,
 )
 
 MASK = torch.tensor([True, False])
@@ -85,20 +84,19 @@ def test_logit_kl_by_hand() -> None:
 def test_top_k_kl_by_hand() -> None:
     teacher = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     student = torch.tensor([[0.25, 0.25, 0.4, 0.1]]).log()
-    log_p, index = top_k_of(teacher, 2)
-    assert index.tolist() == [[0, 1]]
+    likeliest = Likeliest.of(teacher, 2)
+    assert likeliest.tokens.tolist() == [[0, 1]]
     wanted = 0.5 * math.log(0.5 / 0.25) + 0.3 * math.log(0.3 / 0.25) + 0.2 * math.log(0.2 / 0.5)
-    assert float(top_k_kl(log_p, index, student)[0]) == pytest.approx(wanted, rel=1e-5)
+    assert float(likeliest.divergence(student)[0]) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_top_k_of_almost_all_is_the_full_kl(temperature: float) -> None:
     teacher, student = torch.randn(4, 9), torch.randn(4, 9)
-    log_p, index = top_k_of(teacher, 8, temperature)
-    found, full = top_k_kl(log_p, index, student, temperature), logit_kl(teacher, student, temperature)
-    assert torch.allclose(found, full, rtol=1e-4, atol=1e-5)
-    log_p, index = top_k_of(teacher, 3, temperature)
-    assert bool((top_k_kl(log_p, index, student, temperature) <= full + 1e-6).all())
+    full = logit_kl(teacher, student, temperature) / temperature**2
+    found = [Likeliest.of(teacher, k, temperature).divergence(student, temperature) for k in (8, 3)]
+    assert torch.allclose(found[0], full, rtol=1e-4, atol=1e-5)
+    assert bool((found[1] <= full + 1e-6).all())
 
 
 def test_cross_entropy_by_hand() -> None:

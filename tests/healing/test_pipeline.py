@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from intarsia import registry
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands.job import load_tokenizer
@@ -42,9 +41,8 @@ class FactorSettings:
 
 
 @pytest.fixture(autouse=True)
-def scale(monkeypatch: pytest.MonkeyPatch) -> None:
+def scale(own_registry: None) -> None:
     """Registers the stage `scale`, which multiplies an output projection."""
-    monkeypatch.setattr(registry.heal_stages, "_entries", {entry.name: entry for entry in heal_stages})
 
     @heal_stage("scale", settings=FactorSettings)
     def scaled(context: HealContext, recipe: Recipe, settings: FactorSettings) -> Recipe:

@@ -105,7 +105,7 @@ def with_fitted(*names: str) -> Recipe:
             "gemma2",
             ("mlp.down_proj.weight", "post_feedforward_layernorm.weight"),
             2,
-        ),  # a norm after the projection
+        ),  # with a norm
     ],
 )
 def test_what_was_fitted_may_be_forgotten_and_what_was_trained_not(
@@ -225,7 +225,7 @@ def test_finalists_of_a_search_are_starts(plan: Plan) -> None:
     assert len(found) in (3, 4)  # the best block may be one of them
 
 
-def test_heal_goes_on_behind_the_fits_that_were_finished(
+def test_heal_resumes_after_the_fits_that_were_finished(
     plan: Plan, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = str(text_file)

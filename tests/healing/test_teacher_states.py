@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -14,8 +15,9 @@ from intarsia.activations.hidden_store import HiddenStore
 from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
+from intarsia.errors import UserError
 from intarsia.healing.closed_form import fit
-from intarsia.healing.layer_map import fit_forwards
+from intarsia.healing.layer_map import changed_layers, check_teacher, fit_forwards
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.recipe.recipe import Recipe
@@ -94,7 +96,7 @@ def test_fits_that_share_it_are_the_same_and_pay_for_the_teacher_once(
         return forwards(resident, lambda: fit(recipe, teacher, settings=settings)[0])
 
     alone, cost = fitted(original_of(resident, text))
-    assert cost == fit_forwards(recipe, settings) * len(text)
+    assert cost == fit_forwards(recipe, settings, resident.architecture) * len(text)
     teacher = max(recipe.spans[index][1] for index in alone.fitted) * len(text)
     first, second = fitted(shared), fitted(shared)
     assert (first[1], second[1]) == (cost, cost - teacher)
@@ -113,12 +115,12 @@ def test_the_student_begins_where_it_differs(resident_of: InMemory, checkpoint_o
     late = recipe_of(name, [select(0), select(1), select(2), select(4), select(5)])  # layer 2 stands for 3 too
     healed, spent = forwards(resident, lambda: fit_on(late, resident, text, settings=settings, batch_tokens=64)[0])
     assert spent == (4 + 1 + 1) * len(text)  # the teacher to depth 4, the fit and the student through layer 2
-    assert fit_forwards(late, settings) == 6
+    assert fit_forwards(late, settings, resident.architecture) == 6
     # A layer before that is not the original's any more: the student begins there.
     tensors = {key: 0.9 * value for key, value in healed.fitted[2].items()}
     changed = replace(late, fitted={1: tensors})
     again, spent = forwards(resident, lambda: fit_on(changed, resident, text, settings=settings, batch_tokens=64)[0])
-    assert spent == (4 + 2 + 1) * len(text) == fit_forwards(changed, settings) * len(text)
+    assert spent == (4 + 2 + 1) * len(text) == fit_forwards(changed, settings, resident.architecture) * len(text)
     assert any(not np.array_equal(again.fitted[2][key], healed.fitted[2][key]) for key in healed.fitted[2])
 
 
@@ -133,4 +135,31 @@ def test_a_stack_that_repeats_layers_begins_at_its_first_repetition(
     assert trained == [4]
     healed, spent = forwards(resident, lambda: fit_on(recipe, resident, text, settings=settings, batch_tokens=64)[0])
     assert set(healed.fitted) <= {4}
-    assert spent == fit_forwards(recipe, settings) * len(text) == (5 + 2 + 1) * len(text)
+    assert spent == fit_forwards(recipe, settings, resident.architecture) * len(text) == (5 + 2 + 1) * len(text)
+
+
+def test_merged_and_gap_covering_layers_are_trained(cut: Cut) -> None:
+    _, recipe = cut("llama")
+    assert changed_layers(recipe) == [2, 3]
+
+
+def test_a_first_layer_stands_for_those_removed_before_it() -> None:
+    assert changed_layers(recipe_of("model", [select(2), select(3), select(4), select(5)])) == [0]
+
+
+def test_a_layer_that_stands_for_nothing_is_left_alone() -> None:
+    recipe = recipe_of("model", [select(0), select(3), select(1), select(2), select(4), select(5)])
+    assert all(recipe.spans[index][1] > recipe.spans[index][0] for index in changed_layers(recipe))
+
+
+def test_teacher_that_does_not_fit(cut: Cut, checkpoint_of: Opened) -> None:
+    checkpoint, recipe = cut("llama")
+    ours = checkpoint.architecture
+    check_teacher(recipe, ours, checkpoint_of("qwen2").architecture, name="another family of the same shape")
+    with pytest.raises(UserError) as caught:
+        check_teacher(recipe, ours, replace(ours, vocabulary=7, width=8, n_layers=9), name="T")
+    assert [problem.message for problem in caught.value.problems] == [
+        f"The teacher T has vocabulary 7, the recipe's base {ours.vocabulary}.",
+        f"The teacher T has width 8, the recipe's base {ours.width}.",
+        "The teacher T has number of layers 9, the recipe's base 6.",
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from intarsia.building.assembled import assembled
+from intarsia.building.materialize import assembled
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.shortgpt import ShortGpt

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from intarsia.building.assembled import assembled
+from intarsia.building.materialize import assembled
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComePSettings

@@ -96,7 +96,7 @@ def test_an_original_that_was_not_measured_is_run(resident_of: InMemory) -> None
 
 
 def test_a_store_that_holds(tmp_path: Path) -> None:
-    store = HiddenStore((2, 1, 3), torch.float32, memory_bytes=0, folder=tmp_path)
+    store = HiddenStore((2, 1, 3), torch.float32, memory_budget=MemoryBudget(0, tmp_path))
     for depth in (0, 1):
         store.put(depth, 0, torch.full((2, 1, 3), float(depth)))
     held = list(tmp_path.rglob("*.bin"))

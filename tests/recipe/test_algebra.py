@@ -16,7 +16,7 @@ from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.errors import UserError
 from intarsia.recipe.algebra import concat_of, merge_of, simplify
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, NormMode, Op, Select
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Recipe, Span, Variant, derive_spans, identity
 from intarsia.recipe.validate import check
 
 Recipes = Callable[..., st.SearchStrategy[Recipe]]
@@ -254,3 +254,46 @@ def test_only_plain_sums_of_layers_add_up(change: dict[str, Any], architecture: 
         merge_of([merged, select(1)], [0.5, 0.5])
     with pytest.raises(UserError, match="a concatenated layer"):
         merge_of([Concat(cuts=(cut(0, [0, 1, 2], range(8), 1.0),)), select(1)], [0.5, 0.5])
+
+
+BASE = Variant(name="base", model="demo")
+
+
+def selects(*layers: int) -> list[Op]:
+    return [Select(source=LayerRef(variant="base", layer=layer)) for layer in layers]
+
+
+def tiles(spans: tuple[Span, ...], depth: int) -> bool:
+    ends = [0, *(stop for _, stop in spans)]
+    return [first for first, _ in spans] == ends[:-1] and ends == sorted(ends) and ends[-1] == depth
+
+
+def test_identity() -> None:
+    assert identity(BASE, 3).spans == ((0, 1), (1, 2), (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("layers", "spans"),
+    [
+        ([0, 1, 4], ((0, 1), (1, 4), (4, 6))),
+        ([2, 5], ((0, 5), (5, 6))),
+        ([5], ((0, 6),)),
+        ([0, 3, 1, 5], ((0, 3), (3, 3), (3, 5), (5, 6))),
+        ([0, 0, 1], ((0, 0), (0, 1), (1, 6))),
+        ([0, 9], ((0, 6), (6, 6))),
+    ],
+)
+def test_removed_layers_belong_to_the_one_before(layers: list[int], spans: tuple[Span, ...]) -> None:
+    assert derive_spans(selects(*layers), 6) == spans
+
+
+def test_with_layers_derives_spans_and_forgets_fitted() -> None:
+    recipe = identity(BASE, 6).with_layers(selects(0, 3), provenance={"why": "test"})
+    assert recipe.spans == ((0, 3), (3, 6))
+    assert recipe.fitted == {}
+    assert recipe.provenance == {"why": "test"}
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 10))
+def test_derived_spans_tile(layers: list[int], depth: int) -> None:
+    assert tiles(derive_spans(selects(*layers), depth), depth)

@@ -71,7 +71,7 @@ def test_expected_trials() -> None:
 
 
 def test_one_of_eta_goes_on() -> None:
-    """One objective, costs as they come: the best of three goes on, of the next three the best that is left."""
+    """One objective, costs as they come: the best of three is promoted, of the next three the best that is left."""
     space = make_translator().space
     rng = random.Random(0)
     candidates = [space.random(rng) for _ in range(12)]
@@ -121,7 +121,7 @@ def test_what_was_heard_of_a_greater_budget_alone_keeps_nobody_back() -> None:
         (ask,) = engine.ask(1)
         asked.append((ask.origin, ask.budget))
         engine.tell(ask.candidate, ask.budget, (9.0 - number, 1.0))
-    # One of the four that were heard goes on first, as one of three does.
+    # One of the four that were scored is promoted first, as one of three does.
     assert asked == [("promotion", 9), *[("random", 1)] * 3, ("promotion", 3)]
 
 

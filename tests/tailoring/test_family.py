@@ -1,4 +1,4 @@
-"""The members of a family are opened, and held against the base; every mismatch has a name."""
+"""The members of a family are opened and compared with the base; every mismatch has a name."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_sparsity_is_a_share_of_the_parameters() -> None:
         share = removed * layer / whole
         assert target_layers(parse(target={"sparsity": share}), architecture) == 6 - removed
         assert target_layers(parse(target={"sparsity": share + 0.001}), architecture) == 5 - removed
-        # With what else there is counted in, so many layers are a smaller share.
+        # With the embeddings counted in, the same number of layers are a smaller share.
         assert target_layers(parse(target={"sparsity": share}), architecture, 2 * whole) <= 5 - removed
 
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.healing import training
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
-from intarsia.tailoring.trial_heal import KeptFits
+from intarsia.tailoring.evaluator import KeptFits
 from tests.recipes_by_hand import recipe_of, select
 
 
@@ -45,7 +44,7 @@ def test_dropped(fits: KeptFits, tmp_path: Path) -> None:
     first, second = cut(0, 2, 3), cut(0, 1, 3)
     for recipe in (first, second):
         fits.keep(recipe, healed(recipe, 1.0))
-    fits.drop({schema.content_hash(first), "of nothing"})
+    fits.keep_only({schema.content_hash(second), "of nothing"})
     assert fits.find(first) is None and fits.find(second) is not None
     assert {path.stem for path in (tmp_path / "fits").iterdir()} == {schema.content_hash(second)}
     fits.end()
@@ -56,7 +55,7 @@ def test_dropped(fits: KeptFits, tmp_path: Path) -> None:
 def test_a_worker_elsewhere_keeps_nothing(tmp_path: Path) -> None:
     fits, recipe = KeptFits(tmp_path / "not" / "there"), cut(0, 2, 3)
     fits.keep(recipe, healed(recipe, 1.0))
-    fits.drop({schema.content_hash(recipe)})
+    fits.keep_only(())
     assert fits.find(recipe) is None and not (tmp_path / "not").exists()
 
 
@@ -79,7 +78,7 @@ def test_no_room_for_it(error: Exception, fits: KeptFits, tmp_path: Path, monkey
     def full(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(training, "save_file", full)
+    monkeypatch.setattr(schema, "write_tensors", full)
     recipe = cut(0, 2, 3)
     fits.keep(recipe, healed(recipe, 1.0))
     assert fits.find(recipe) is None and not list((tmp_path / "fits").iterdir())

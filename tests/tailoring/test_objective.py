@@ -154,11 +154,11 @@ def test_another_seed_is_another_order() -> None:
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_every_beginning_is_stratified() -> None:
+def test_every_budget_is_stratified() -> None:
     examples = [question(gold, length, source) for source in "ab" for gold in range(2) for length in range(1, 91)]
     ordered = in_order(examples, 3)
     for budget in (12, 24, 60, 120, 240):
         found = Counter((example.source, example.gold, (example.length - 5) // 30) for example in ordered[:budget])
-        # Twelve strata of equal size: a beginning holds its share of each, within one.
+        # Twelve strata of equal size: the first examples hold their share of each, within one.
         for stratum in ((source, gold, bucket) for source in "ab" for gold in range(2) for bucket in range(3)):
             assert abs(found[stratum] - budget / 12) <= 1

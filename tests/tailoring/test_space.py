@@ -1,4 +1,4 @@
-"""The space holds what it should, counts it exactly, and its moves stay inside."""
+"""All that is in a small menu or space, listed one by one from what they say of themselves."""
 
 from __future__ import annotations
 
@@ -6,14 +6,53 @@ import math
 import random
 from collections import Counter
 from dataclasses import replace
+from itertools import combinations, product
 
 import pytest
 
 from intarsia.recipe.methods import METHODS
-from intarsia.tailoring.candidate import Blend, Candidate, Join, Keep, Menu, single
+from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, Menu, single
 from intarsia.tailoring.engines.evolve import crossover, layer_steps, mutate
 from intarsia.tailoring.space import Space
-from tests.tailoring.everything import all_blends, all_candidates
+
+
+def all_blends(menu: Menu) -> list[Blend]:
+    """Every blend of a menu once."""
+    found = [Blend(members=(member,)) for member in (menu.members if menu.select else menu.members[:1])]
+    for method in menu.methods:
+        kind, names = METHODS[method], tuple(menu.grids[method])
+        pool = menu.members[1:] if kind.base else menu.members
+        for size in range(1, len(pool) + 1):
+            if size < kind.least or size > (kind.most or size) or (size == 1 and not kind.base):
+                continue
+            grids = [menu.grids[method][name] for name in names]
+            for members, values in product(combinations(pool, size), product(*grids)):
+                settings = dict(zip(names, values, strict=True))
+                share = settings.get("lambda")
+                # Nothing is added; or the whole difference of one member, which is that member.
+                if share != 0.0 and not (method == "task_arithmetic" and size == 1 and share == 1.0):
+                    found.append(Blend(members=members, method=method, values=tuple(settings.items())))
+    return found
+
+
+def all_candidates(space: Space) -> list[Candidate]:
+    """Every candidate of a space once."""
+    blends, singles = all_blends(space.menu), space.menu.singles
+    mlps: list[Blend | None] = [*blends] if space.separate else [None]
+    keeps = [
+        Keep(attention=blend, mlp=None if mlp == blend else mlp, scale=scale)
+        for blend, mlp, scale in product(blends, mlps, space.scales)
+    ]
+    joins = [
+        Join(first=first, second=second, share=at) for first, second, at in product(singles, singles, space.shares)
+    ]
+    found = []
+    for changed in combinations(range(space.depth), space.changes):
+        positions = space.positions(changed)
+        options: list[list[Choice]] = [[*keeps, *(joins if space.joined(at, positions) else [])] for at in positions]
+        found += [Candidate(positions=positions, choices=choices) for choices in product(*options)]
+    return found
+
 
 VALUES = {"lead": (0.25, 0.5, 0.75), "lambda": (0.0, 0.5, 1.0), "density": (0.2, 0.5)}
 GRIDS = {method: {name: VALUES[name] for name in METHODS[method].search} for method in METHODS}

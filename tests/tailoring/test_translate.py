@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.data_file import parse_yaml
+from intarsia.pruning.intermediate import Intermediate
+from intarsia.pruning.scores import part_scores
 from intarsia.recipe import schema
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant
+from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.schema import content_hash, parse_recipe
 from intarsia.recipe.validate import check
+from intarsia.tailoring import warm_start
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
 from intarsia.tailoring.engines.evolve import mutate
 from intarsia.tailoring.engines.smac import ConfigurationMap
+from intarsia.tailoring.family import Family
 from intarsia.tailoring.translate import Translator
+from tests.pruning.conftest import corpus_of
 from tests.tailoring.conftest import MEMBERS, make_translator
 
 
@@ -244,3 +252,22 @@ def test_flags_that_remove_too_much_or_too_little_are_corrected_the_same_way() -
         assert len(removed) == 2
         assert removed <= set(flagged) if len(flagged) > 2 else removed >= set(flagged)
         assert words.candidate(values) == words.candidate(values)
+
+
+CPU = torch.device("cpu")
+
+
+def test_what_is_measured_is_what_a_plan_measures(pair: Callable[[str], Family], tmp_path: Path) -> None:
+    members, corpus = pair("qwen2").checkpoints(), corpus_of(padded=True)
+    found = warm_start.measure(members, corpus, device=CPU, dtype=None)
+    assert {str(ref) for ref in found} == {f"{name}:{layer}" for name in ("base", "math") for layer in range(6)}
+    whole = identity(Variant(name="base", model="x"), 6)
+    model = Intermediate(LoadedModel(members["base"], device=CPU), corpus, whole.layers)
+    model.measure()
+    expected = part_scores(model.measures[2].channels["mlp"], model.modules[2], model.architecture, "mlp")
+    torch.testing.assert_close(found[LayerRef(variant="base", layer=2)]["mlp"], expected, rtol=1e-5, atol=0.0)
+    path = tmp_path / "scores.safetensors"
+    warm_start.save(found, path)
+    loaded = warm_start.load(path)
+    assert found.keys() == loaded.keys()
+    assert all(torch.equal(found[ref][part], loaded[ref][part]) for ref in found for part in found[ref])

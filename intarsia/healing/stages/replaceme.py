@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from intarsia.activations.loop import Passed
     from intarsia.healing.pipeline import HealContext
+    from intarsia.healing.ridge import Gram
     from intarsia.recipe.recipe import Recipe
 
 
@@ -41,8 +42,10 @@ class ReplaceMeSettings:
 @heal_stage("replaceme", settings=ReplaceMeSettings, paper="2505.02819")
 def replaceme(context: HealContext, recipe: Recipe, settings: ReplaceMeSettings) -> Recipe:
     """Fit a linear map for each run of dropped layers, and fold it into the down_proj before it."""
+    import torch
     from torch.nn.functional import linear
 
+    from intarsia.healing.ridge import Gram
     from intarsia.healing.span_outputs import span_outputs
 
     architecture = context.variants[recipe.base].architecture
@@ -56,70 +59,45 @@ def replaceme(context: HealContext, recipe: Recipe, settings: ReplaceMeSettings)
         )
     )
     writer, scale = architecture.writer("mlp").module, architecture.residual_scale
-    moments: dict[int, _Moments] = {}
+    moments: dict[int, Gram] = {}  # of what an MLP adds, and of what is missing: in float64, as published
     own: dict[int, dict[str, Tensor]] = {}
 
     def look(index: int, module: nn.Module, passed: Passed, wanted_BTD: Tensor, counts_BT: Tensor) -> None:
         down = module.get_submodule(writer)
         if index not in own:  # of a streamed model they are there only now
             own[index] = {name: each.detach().clone() for name, each in down.named_parameters()}
-            moments[index] = _Moments()
+            width, home = architecture.width, wanted_BTD.device
+            moments[index] = Gram(width, width, home, torch.float32 if home.type == "mps" else torch.float64)
         x_BTC = passed.inputs["mlp"].reshape(*passed.after.shape[:2], -1)
         added_BTD = linear(x_BTC, *own[index].values())
         missing_BTD = (wanted_BTD.float() - passed.after.float()) / scale
-        moments[index].add(added_BTD[counts_BT], missing_BTD[counts_BT])
+        moments[index].add(added_BTD[counts_BT], missing_BTD[counts_BT], counts_BT[counts_BT])
 
     context.facts["forwards"] = span_outputs(context, recipe, look, inputs=("mlp",))
     fitted = {index: dict(tensors) for index, tensors in recipe.fitted.items()}
-    for index, each in moments.items():
-        map_CD = each.map(settings.ridge)
-        if map_CD is None:
-            raise UserError(
-                f"replaceme: the calibration text does not determine the map after layer {index}.",
-                "Give more --tokens, or a small --map-ridge, such as 1e-6.",
-            )
-        changed = {f"{writer}.{name}": map_CD.T @ tensor.to(map_CD) for name, tensor in own[index].items()}
-        fitted[index] = fitted.get(index, {}) | {name: each.float().cpu().numpy() for name, each in changed.items()}
-        before, after = each.errors(map_CD, scale)
-        context.details.append({"layer": index, "module": writer, "error_before": before, "error_after": after})
+    with torch.inference_mode():  # as the moments were summed
+        for index, gram in moments.items():
+            map_CD = _map(gram, settings.ridge)
+            if map_CD is None:
+                raise UserError(
+                    f"replaceme: the calibration text does not determine the map after layer {index}.",
+                    "Give more --tokens, or a small --map-ridge, such as 1e-6.",
+                )
+            changed = {f"{writer}.{name}": map_CD.T @ tensor.to(map_CD) for name, tensor in own[index].items()}
+            fitted[index] = fitted.get(index, {}) | {name: each.float().cpu().numpy() for name, each in changed.items()}
+            change_DC = (map_CD - torch.eye(len(map_CD)).to(map_CD)).T
+            before, after = (gram.error(change) * scale**2 for change in (None, change_DC))
+            context.details.append({"layer": index, "module": writer, "error_before": before, "error_after": after})
     return replace(recipe, fitted=fitted)
 
 
-class _Moments:
-    """Moments of what an MLP adds, and of what it should add, in float64 as published."""
+def _map(gram: Gram, ridge: float) -> Tensor | None:
+    """The map T `[C, D]` of least error; None where the moments do not determine it."""
+    import torch
 
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.missing = 0.0
-        self.wanted = 0.0
-        self.aa_CC: Tensor | None = None
-        self.aw_CD: Tensor | None = None
-
-    def add(self, added_NC: Tensor, missing_ND: Tensor) -> None:
-        """Count some tokens."""
-        home = "cpu" if added_NC.device.type == "mps" else added_NC.device  # MPS has no float64
-        added_NC, missing_ND = added_NC.to(home).double(), missing_ND.to(home).double()
-        wanted_ND = added_NC + missing_ND
-        aa_CC, aw_CD = added_NC.T @ added_NC, added_NC.T @ wanted_ND
-        self.aa_CC = aa_CC if self.aa_CC is None else self.aa_CC + aa_CC
-        self.aw_CD = aw_CD if self.aw_CD is None else self.aw_CD + aw_CD
-        self.missing += float(missing_ND.square().sum())
-        self.wanted += float(wanted_ND.square().sum())
-        self.tokens += len(added_NC)
-
-    def map(self, ridge: float) -> Tensor | None:
-        """The map T `[C, D]` of least error; None where the moments do not determine it."""
-        import torch
-
-        assert self.aa_CC is not None and self.aw_CD is not None
-        eye_CC = torch.eye(len(self.aa_CC), dtype=torch.float64, device=self.aa_CC.device)
-        factor_CC, failed = torch.linalg.cholesky_ex(self.aa_CC + ridge * self.aa_CC.diagonal().mean() * eye_CC)
-        if int(failed) or (ridge == 0.0 and self.tokens < len(self.aa_CC)):
-            return None
-        return torch.cholesky_solve(self.aw_CD, factor_CC)
-
-    def errors(self, map_CD: Tensor, scale: float) -> tuple[float, float]:
-        """Squared error a token of the hidden state after the run, without the map and with it."""
-        assert self.aa_CC is not None and self.aw_CD is not None
-        after = self.wanted + float(((self.aa_CC @ map_CD).sub_(self.aw_CD, alpha=2.0)).mul_(map_CD).sum())
-        return self.missing * scale**2 / self.tokens, after * scale**2 / self.tokens
+    aa_CC, missing_CD = gram.moments()
+    eye_CC = torch.eye(len(aa_CC), dtype=aa_CC.dtype, device=aa_CC.device)
+    factor_CC, failed = torch.linalg.cholesky_ex(aa_CC + ridge * aa_CC.diagonal().mean() * eye_CC)
+    if int(failed) or (ridge == 0.0 and gram.tokens < len(aa_CC)):
+        return None
+    return torch.cholesky_solve(aa_CC + missing_CD, factor_CC)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from intarsia.errors import check
 from intarsia.registry import engine
-from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single, slots
+from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, beside, single, slots
 from intarsia.tailoring.engine import Stage, Staged, Task, ranked
 from intarsia.tailoring.history import draw_weights
 from intarsia.tailoring.space import Space
@@ -112,10 +112,11 @@ def mutate(space: Space, candidate: Candidate, rng: Random) -> Candidate:
         for index in indices:
             options = layer_steps(space, candidate, index).get(kind, [])
             if options:
-                old, choice = candidate.choices[index], rng.choice(options)
-                if (_is_merged(old) or _is_merged(choice)) and rng.random() < _EVERYWHERE:
-                    return _everywhere(space, candidate, old, choice)
-                return _with_choice(space, candidate, index, choice)
+                choices, slot = candidate.by_slot(), slots(candidate.positions)[index]
+                old, choice = choices[slot], rng.choice(options)
+                everywhere = (_is_merged(old) or _is_merged(choice)) and rng.random() < _EVERYWHERE
+                alike = [other for other in choices if everywhere and choices[other] == old]
+                return space.arrange(changed, choices | dict.fromkeys([slot, *alike], choice))
     return candidate
 
 
@@ -139,9 +140,7 @@ def layer_steps(space: Space, candidate: Candidate, index: int) -> Mapping[str, 
     steps: dict[str, list[Choice]] = {
         "source": _keep_steps(space, choice, "source"),
         "merge": _keep_steps(space, choice, "merge"),
-        "scale": [
-            Keep(attention=choice.attention, mlp=choice.mlp, scale=s) for s in _beside(space.scales, choice.scale)
-        ],
+        "scale": [replace(choice, scale=scale) for scale in beside(space.scales, choice.scale)],
     }
     if joined:
         plain = choice.mlp is None and choice.attention.method is None and choice.scale == 1.0
@@ -160,44 +159,23 @@ def _keep_steps(space: Space, choice: Keep, kind: str) -> list[Choice]:
     if space.separate:
         pairs += [(blend, mlp) for blend in step(choice.attention)]
         pairs += [(choice.attention, blend) for blend in step(mlp)]
-    return [
-        Keep(attention=attention, mlp=None if other == attention else other, scale=choice.scale)
-        for attention, other in pairs
-    ]
+    return [replace(choice, attention=first, mlp=None if other == first else other) for first, other in pairs]
 
 
 def _join_steps(space: Space, choice: Join) -> Mapping[str, list[Choice]]:
     members = space.menu.singles
     sources: list[Choice] = [
-        Join(first=first, second=second, share=choice.share)
+        replace(choice, first=first, second=second)
         for first in members
         for second in members
         if (first != choice.first) != (second != choice.second)
     ]
-    shares: list[Choice] = [
-        Join(first=choice.first, second=choice.second, share=share) for share in _beside(space.shares, choice.share)
-    ]
+    shares: list[Choice] = [replace(choice, share=share) for share in beside(space.shares, choice.share)]
     return {"source": sources, "concat": [*shares, single(choice.first)]}
-
-
-def _beside(grid: tuple[float, ...], value: float) -> list[float]:
-    at = grid.index(value)
-    return [grid[index] for index in (at - 1, at + 1) if 0 <= index < len(grid)]
-
-
-def _with_choice(space: Space, candidate: Candidate, index: int, choice: Choice) -> Candidate:
-    choices = {**candidate.by_slot(), slots(candidate.positions)[index]: choice}
-    return space.arrange(space.changed(candidate.positions), choices)
 
 
 def _is_merged(choice: Choice) -> bool:
     return isinstance(choice, Keep) and any(blend and blend.method for blend in (choice.attention, choice.mlp))
-
-
-def _everywhere(space: Space, candidate: Candidate, old: Choice, new: Choice) -> Candidate:
-    """With another choice for every layer that has this one."""
-    choices = {key: new if choice == old else choice for key, choice in candidate.by_slot().items()}
-    return space.arrange(space.changed(candidate.positions), choices)
 
 
 def _swapped(space: Space, candidate: Candidate, old: int, new: int, moved: Choice | None) -> Candidate:

@@ -19,12 +19,12 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from intarsia.errors import check, missing_package
 from intarsia.registry import engine
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 _KEPT = {"cut": ("kept", "removed"), "stack": ("once", "twice")}
 _YES, _NO = "yes", "no"
+Condition: TypeAlias = tuple[Any, Sequence[str]]
+"""A hyperparameter, and the values of it at which another one means something."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ class ConfigurationMap:
             return Blend(members=(values.get(f"{name}.variant", menu.members[0]),))
         method = values[f"{name}.method"]
         members = [member for member in menu.members if values.get(f"{name}.with.{member}", _NO) == _YES]
-        given = {key: float(values[f"{name}.{key}"]) for key in menu.settings_of(method) if f"{name}.{key}" in values}
+        given = {key: float(values[f"{name}.{key}"]) for key in menu.grids[method] if f"{name}.{key}" in values}
         return menu.nearest(members, method, given)
 
     # Writing
@@ -172,31 +174,26 @@ class _Writer:
             return
         usual, other = _KEPT[self.space.kind]
         share = self.space.changes / self.space.depth
-        flag = self.module.CategoricalHyperparameter(
-            f"{name}.layer", [usual, other], weights=[1.0 - share, share], default_value=usual
-        )
-        self.parameters.append(flag)
-        if self.space.kind == "cut":
-            self.layer(name, position, (flag, [usual]))
-        else:
-            self.layer(name, position, None)
+        flag = self.category(f"{name}.layer", [usual, other], weights=[1.0 - share, share])
+        self.layer(name, position, (flag, [usual]) if self.space.kind == "cut" else None)
+        if self.space.kind == "stack":
             self.layer(_name(position, 1), position, (flag, [other]))
 
-    def layer(self, name: str, position: int, condition: tuple[Any, list[Any]] | None) -> None:
+    def layer(self, name: str, position: int, condition: Condition | None) -> None:
         """What a layer is."""
-        joinable = self.space.joinable(position)
-        ops = ["select", *(["merge"] if self.space.menu.usable else []), *(["concat"] if joinable else [])]
-        op = self.category(f"{name}.op", ops, condition)
-        self.blend(name, op, ["select", *(["concat"] if joinable else [])])
-        if joinable:
-            self.category(f"{name}.second", self.space.menu.singles, (op, ["concat"]))
-            self.ordinal(f"{name}.share", self.space.shares, (op, ["concat"]))
-        kept = (op, ["select", *(["merge"] if self.space.menu.usable else [])])
-        if self.space.separate:
-            mlp = self.category(f"{name}.mlp.op", ["same", *(o for o in ops if o != "concat")], kept)
+        space, singles = self.space, self.space.menu.singles
+        joins = ["concat"] if space.joinable(position) else []
+        kept = ["select", *(["merge"] if space.menu.usable else [])]
+        op = self.category(f"{name}.op", [*kept, *joins], condition)
+        self.blend(name, op, ["select", *joins])
+        if joins:
+            self.category(f"{name}.second", singles, (op, joins))
+            self.ordinal(f"{name}.share", space.shares, (op, joins))
+        if space.separate:
+            mlp = self.category(f"{name}.mlp.op", ["same", *kept], (op, kept))
             self.blend(f"{name}.mlp", mlp, ["select"])
-        if len(self.space.scales) > 1:
-            self.ordinal(f"{name}.scale", self.space.scales, kept, default=1.0)
+        if len(space.scales) > 1:
+            self.ordinal(f"{name}.scale", space.scales, (op, kept), default=1.0)
 
     def blend(self, name: str, op: Any, whole: list[str]) -> None:
         """Which members, and how they are merged."""
@@ -209,30 +206,28 @@ class _Writer:
             taking = [other for other in menu.usable if member in menu.pool(other)]
             if taking:
                 self.category(f"{name}.with.{member}", [_YES, _NO], (method, taking))
-        for key in dict.fromkeys(key for other in menu.usable for key in menu.settings_of(other)):
-            having = [other for other in menu.usable if key in menu.settings_of(other)]
+        for key in dict.fromkeys(key for other in menu.usable for key in menu.grids[other]):
+            having = [other for other in menu.usable if key in menu.grids[other]]
             # A value that another method alone has becomes the nearest one.
             grid = {value for other in having for value in menu.grids[other][key]}
             values = sorted(value for value in grid if not (key == "lambda" and value == 0.0))
             self.ordinal(f"{name}.{key}", values, (method, having))
 
-    def category(self, name: str, choices: Any, condition: tuple[Any, list[Any]] | None) -> Any:
+    def category(self, name: str, words: Sequence[str], condition: Condition | None = None, **more: Any) -> Any:
         """A choice between words; the first one is the default."""
-        words = list(choices)
-        return self.add(self.module.CategoricalHyperparameter(name, words, default_value=words[0]), condition)
+        made = self.module.CategoricalHyperparameter(name, list(words), default_value=words[0], **more)
+        return self.add(made, condition)
 
-    def ordinal(self, name: str, grid: Any, condition: tuple[Any, list[Any]], default: float | None = None) -> Any:
+    def ordinal(self, name: str, grid: Sequence[float], condition: Condition, default: float | None = None) -> Any:
         """A choice between numbers that have an order; the middle one is the default."""
-        values = list(grid)
-        middle = values[len(values) // 2] if default is None else default
-        return self.add(self.module.OrdinalHyperparameter(name, values, default_value=middle), condition)
+        middle = grid[len(grid) // 2] if default is None else default
+        return self.add(self.module.OrdinalHyperparameter(name, list(grid), default_value=middle), condition)
 
-    def add(self, parameter: Any, condition: tuple[Any, list[Any]] | None) -> Any:
+    def add(self, parameter: Any, condition: Condition | None) -> Any:
         """Add a hyperparameter that is active where its parent has one of these values."""
         self.parameters.append(parameter)
         if condition is not None:
-            parent, values = condition
-            self.conditions.append(self.module.InCondition(parameter, parent, values))
+            self.conditions.append(self.module.InCondition(parameter, *condition))
         return parameter
 
 
@@ -252,10 +247,9 @@ class SmacSettings:
 
     def __post_init__(self) -> None:
         numbers = {"initial": self.initial, "challengers": self.challengers, "local-searches": self.local_searches}
-        rules = (
-            (n >= 1, f"--{name} is {n}; it is at least 1.", "Give a larger number.") for name, n in numbers.items()
+        check(
+            *((n >= 1, f"--{name} is {n}; it is at least 1.", "Give a larger number.") for name, n in numbers.items())
         )
-        check(*rules)
 
 
 @engine("smac", settings=SmacSettings)
