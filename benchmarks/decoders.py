@@ -28,6 +28,9 @@ _HEAD = """# Which models
 
 Every decoder of transformers {version}, as `python -m benchmarks decoders -o docs/FAMILIES.md` found it on small
 random models: {counts}. A multimodal model is what its text model is; the rest goes along byte for byte.
+The text models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL are read as Qwen2 and Qwen3. A model that comes with code of its
+own is refused, and of the tier removal where `--trust-remote-code` lets its code run (in Python:
+`with intarsia.trust_remote_code():`); the result has the same code in its folder.
 
 - **known**: a family file describes the layers, which can be removed, merged and joined from pieces.
 - **removal**: layers can be removed (`shortgpt`, `angular`, `sleb`, `reverse`, `taylor`, `magnitude`, `evolve`,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from intarsia.commands.verify import VerifyResult, verify
     from intarsia.errors import UserError
     from intarsia.evaluation.results import TaskResults
+    from intarsia.inspection.own_code import trust_remote_code
     from intarsia.options import AnswerSpec, EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
     from intarsia.recipe.recipe import Recipe
 
@@ -51,6 +52,7 @@ _EXPORTS = {
     "commands.tailor": "TailorResult tailor",
     "commands.verify": "VerifyResult verify",
     "errors": "UserError",
+    "inspection.own_code": "trust_remote_code",
     "evaluation.results": "TaskResults",
     "options": "AnswerSpec EvalSpec ModelRef Output Runtime Target TextSpec",
     "recipe.recipe": "Recipe",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from intarsia.errors import check
 from intarsia.flags import byte_count, flag, token_count
+from intarsia.model_name import check_model
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,6 +34,7 @@ class ModelRef:
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", str(self.model))
         check((bool(self.model), "The model has no name.", "Give a folder, a GGUF file, a hub id, or demo."))
+        check_model(self.model)
 
     @classmethod
     def of(cls, model: ModelRef | str | Path) -> ModelRef:

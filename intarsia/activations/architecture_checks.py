@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from intarsia.activations import architecture_trials as trials
+from intarsia.activations.stream import State, probe
 from intarsia.architecture.spec import PARTS, Architecture
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.inspection.small import small_config
-from intarsia.inspection.structure import problem_of, removals
+from intarsia.inspection.structure import config_of, on_meta, problem_of, removals
 from intarsia.progress import current, quiet_transformers
 
 _EXACT = 1e-4
@@ -108,14 +110,15 @@ def _removal_rows(trial: trials.Trial, folder: Path) -> Iterator[CheckRow]:
     yield _row("parity", "layer by layer is the model's own forward", partial(trials.parity, trial))
     yield _row("causal", "no token reads a later one", partial(trials.foresight, trial), least=_LEAK)
     for number, kept in enumerate(found):
+        dropped = ", ".join(str(layer) for layer in whole if layer not in kept)
         ops = [trials.select(layer) for layer in kept]
-        yield from _round_trip(partial(trials.built, trial, ops, folder / f"built-{number}"))
+        yield from _round_trip(partial(trials.built, trial, ops, folder / f"built-{number}"), dropped)
     yield _row("streaming", "layers read one by one give what the model gives", partial(trials.streamed, trial))
 
 
-def _round_trip(work: Callable[[], Mapping[str, float]]) -> Iterator[CheckRow]:
+def _round_trip(work: Callable[[], Mapping[str, float]], dropped: str = "") -> Iterator[CheckRow]:
     notes = {
-        "removal": ("removal", "a model without layers is the original in which they are skipped"),
+        "removal": ("removal", f"a model without layers {dropped} is the original in which they are skipped"),
         "logits": ("build and load", "a shallower model from disk is the one in memory"),
         "generation": ("generation", "with the cache as without"),
         "config": ("config", "its per-layer lists follow the layers"),
@@ -229,3 +232,17 @@ def _known_writers(trial: trials.Trial) -> tuple[dict[str, float], list[str]]:
         if not own:
             without.append(kind or "its layers")
     return {name: scale for name, scale in found.items() if name not in wrong}, without
+
+
+def state_of(architecture: Architecture) -> State:
+    """How a model's state is laid out, without its weights: seen from its class, and from a small model."""
+    width = architecture.width
+    if architecture.inspected is None:
+        return State.of((1, 2, width), width, ())
+    whole = on_meta(config_of(architecture.config, "the config"), "the config")
+    with torch.random.fork_rng(devices=[]):
+        small = small_model(small_config(architecture))
+    layers, small_layers = (model.get_submodule(architecture.layers_in_memory) for model in (whole, small))
+    assert isinstance(layers, nn.ModuleList) and isinstance(small_layers, nn.ModuleList)
+    _, shape = probe(small, small_layers[0], torch.device("cpu"))
+    return State.of((*shape[:-1], width), width, layers)

@@ -166,7 +166,7 @@ class LayerStream:
         embedding: nn.Module = model.get_submodule(architecture.embedding_in_memory)
         self.device = next(embedding.parameters()).device
         if model not in _FIRST_LAYER:
-            _FIRST_LAYER[model] = self._probe()
+            _FIRST_LAYER[model] = probe(model, self._layers[0], self.device)
         self._returns, shape = _FIRST_LAYER[model]
         self.state = State.of(shape, architecture.width, self._layers if architecture.removal_only else ())
         if architecture.removal_only and model not in _BY_TOKENS:
@@ -299,28 +299,29 @@ class LayerStream:
         finally:
             setattr(self._owner, self._name, self._layers)
 
-    def _probe(self) -> tuple[int, tuple[int, ...]]:
-        """What is known of layers from running the first one on two tokens; see `_FIRST_LAYER`."""
-        seen: list[tuple[int, tuple[int, ...]]] = []
-
-        def look(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            seen.append((len(output) if isinstance(output, tuple | list) else 0, tuple(hidden.shape)))
-            raise _Seen
-
-        handle = self._layers[0].register_forward_hook(look, with_kwargs=True)
-        try:
-            with torch.no_grad(), suppress(_Seen):
-                self._base()(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
-        finally:
-            handle.remove()
-        return seen[0]
-
     def _probe_tokens(self) -> bool:
         """Whether other tokens give the layers other arguments."""
         with torch.no_grad():
             one, other = (self.enter(torch.full((1, 2), token), None).calls for token in (0, 1))
         return not all(_same((a.args, a.kwargs), (b.args, b.kwargs)) for a, b in zip(one, other, strict=True))
+
+
+def probe(model: PreTrainedModel, layer: nn.Module, device: torch.device) -> tuple[int, tuple[int, ...]]:
+    """What is known of layers from running the first one on two tokens; see `_FIRST_LAYER`."""
+    seen: list[tuple[int, tuple[int, ...]]] = []
+
+    def look(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        seen.append((len(output) if isinstance(output, tuple | list) else 0, tuple(hidden.shape)))
+        raise _Seen
+
+    handle = layer.register_forward_hook(look, with_kwargs=True)
+    try:
+        with torch.no_grad(), suppress(_Seen):
+            model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from intarsia.checkpoint.hashing import cache_folder, fingerprint, not_finite, not_finite_in, sha256_of
 from intarsia.checkpoint.reader import Adapter, Checkpoint
-from intarsia.checkpoint.resolve import open_checkpoint, plain_name, resolve
+from intarsia.checkpoint.resolve import open_checkpoint, resolve
 from intarsia.checkpoint.tensor_file import map_tensor, read_headers
 from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer, copy_side_files
 from intarsia.disk import read_json
 from intarsia.errors import Problem, Problems, UserError, few
+from intarsia.model_name import plain_name
 from intarsia.progress import current
 
 CONFIG_FILE = "adapter_config.json"

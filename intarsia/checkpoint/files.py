@@ -10,6 +10,7 @@ from intarsia.checkpoint.quantised import quantization_of, refuse
 from intarsia.checkpoint.tensor_file import TensorHeader, read_headers
 from intarsia.disk import read_json
 from intarsia.errors import Problem, Problems, UserError, few
+from intarsia.inspection import own_code
 from intarsia.progress import current
 
 SINGLE_FILE = "model.safetensors"
@@ -19,19 +20,6 @@ _MOST_NAMED = 5
 _OBJECT = "a file with one JSON object"
 
 
-def require_folder(folder: Path) -> None:
-    """Refuse what is no folder.
-
-    Raises:
-        UserError: it is a file, or nothing.
-    """
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} is {'a file, not a model folder' if folder.exists() else 'not there'}.",
-            "Pass the folder that holds config.json and the .safetensors files.",
-        )
-
-
 def read_config(folder: Path, *, quantised: bool = False) -> dict[str, Any]:
     """The folder's config.json.
 
@@ -39,7 +27,8 @@ def read_config(folder: Path, *, quantised: bool = False) -> dict[str, Any]:
         quantised: take one that describes a quantised model, too.
 
     Raises:
-        UserError: there is none, it is no JSON object, or it describes an adapter or a quantised model.
+        UserError: there is none, it is no JSON object, it describes an adapter or a quantised model, or code of its own
+            that is trusted cannot be run.
     """
     file = folder / "config.json"
     if not file.exists() and (folder / "adapter_config.json").exists():
@@ -53,6 +42,7 @@ def read_config(folder: Path, *, quantised: bool = False) -> dict[str, Any]:
     found = quantization_of(config)
     if found is not None and not quantised:
         raise refuse(*found, file)
+    own_code.admit(folder, config)
     return config
 
 

@@ -28,6 +28,7 @@ import torch
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.tensor_file import TensorHeader
 from intarsia.errors import Problem, Problems, UserError
+from intarsia.inspection.own_code import code_facts
 from intarsia.progress import Task, current
 
 SUMS_FILE = "SHA256SUMS"
@@ -235,8 +236,10 @@ def not_finite(chunk: torch.Tensor) -> int:
 
 
 def acting_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a config changes what the model computes from its weights: anything that is not known not to."""
-    return {key: value for key, value in sorted(config.items()) if key not in _IDLE and not key.endswith(_IDLE_ENDINGS)}
+    """What of a config changes what the model computes from its weights: anything that is not known not to, and the
+    hash of code of the model's own."""
+    acts = {k: value for k, value in sorted(config.items()) if k not in _IDLE and not k.endswith(_IDLE_ENDINGS)}
+    return acts | code_facts(config)
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:

@@ -23,8 +23,12 @@ _LAYOUTS = (
     ("language_model.model.", "language_model.lm_head."),
     ("model.language_model.", "lm_head."),
     ("model.text_model.", "lm_head."),
+    ("text_model.model.", "text_model.lm_head."),
     ("model.", "lm_head."),
 )
+# Text models without a language model of their own: what they make of text alone is what this one makes, for a token of
+# text has the same position in every direction.
+_PLAIN = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +130,14 @@ def _completed(nested: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     defaults = CONFIG_MAPPING[str(kind)].from_dict(dict(nested)).to_dict()
     # `tie_word_embeddings` is left out of saved configs where it is the class's own default.
-    return {"tie_word_embeddings": True, **defaults, **nested}
+    found = {"tie_word_embeddings": True, **defaults, **nested}
+    if kind in _PLAIN:
+        found["model_type"] = _PLAIN[kind]
+        for key in ("rope_parameters", "rope_scaling"):
+            if isinstance(found.get(key), Mapping):
+                rotary = {name: value for name, value in found[key].items() if not name.startswith("mrope")}
+                found[key] = {name: "default" if value == "mrope" else value for name, value in rotary.items()}
+    return found
 
 
 def _dtype(config: Mapping[str, Any], text: Mapping[str, Any]) -> Any:

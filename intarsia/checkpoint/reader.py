@@ -18,11 +18,13 @@ from intarsia.architecture.families import rules
 from intarsia.architecture.per_layer import unknown_settings
 from intarsia.architecture.spec import Architecture
 from intarsia.architecture.verify import verify
-from intarsia.checkpoint.files import read_all_headers, read_config, require_folder
+from intarsia.checkpoint.files import read_all_headers, read_config
 from intarsia.checkpoint.multimodal import NESTED, Wrapper, is_wrapped, unwrap
 from intarsia.checkpoint.quantised import KEYS, Scaled, quantization_of, readable, refuse, unscaled
 from intarsia.checkpoint.tensor_file import TensorHeader, map_tensor
 from intarsia.errors import Problem, Problems, UserError
+from intarsia.inspection import own_code
+from intarsia.model_name import require_folder
 from intarsia.progress import current
 
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -93,6 +95,7 @@ class Checkpoint:
         if quantization_of(config) is not None:
             config, headers, scaled = _without_quantization(config, headers, folder / "config.json")
         if is_wrapped(config):
+            _check_wrapper(config, folder)
             config, headers, wrapper = unwrap(config, headers, where=str(folder))
         architecture = architecture_of(config, headers, where=str(folder / "config.json"))
         if wrapper is not None:
@@ -203,6 +206,16 @@ def architecture_of(
 
         shapes = None if headers is None else {name: header.shape for name, header in headers.items()}
         return inspected(config, shapes, where=where, reason=error.reason)
+
+
+def _check_wrapper(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a multimodal model with code of its own, which nothing says how to load."""
+    kind = str(config.get("model_type"))
+    if own_code.CODE in config and not own_code.is_stock(kind):
+        raise UserError(
+            f"{folder}: expected a multimodal model of transformers; found {kind}, with code of its own.",
+            "Save the text model alone, and use that.",
+        )
 
 
 def _without_quantization(

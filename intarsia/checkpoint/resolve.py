@@ -1,13 +1,10 @@
 """From what a user calls a model to a folder: `demo`, a local folder, a GGUF file, or a hub id.
 
-A GGUF file on the hub is `OWNER/NAME/FILE.gguf`. In front of a folder or hub id, `dequantize:` lets 8-bit weights be
-read as ordinary ones; recipes of the first version have it in their models' names.
+How models are called says `intarsia.model_name`.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,15 +13,12 @@ from intarsia.checkpoint.gguf_source import gguf_folder, only_gguf
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.writer import TEMPLATES
 from intarsia.errors import UserError
+from intarsia.inspection.own_code import trusts
+from intarsia.model_name import DEMO, GGUF, check_model, hub_gguf, local_path, plain_name
 from intarsia.options import ModelRef
 from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe
 
-DEMO = "demo"
-GGUF = ".gguf"
-_DEQUANTIZE = "dequantize:"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_GGUF = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/([\w.-]+\.gguf)")
 _WANTED = [
     "*.safetensors",
     "*.json",
@@ -63,12 +57,7 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
     if here and path is not None:
         file = only_gguf(path) if path.is_dir() else path
         return path if file is None else gguf_folder(file)
-    if path is not None or hub_id(name) is None:
-        raise UserError(
-            f"There is no model {model!r}: it is "
-            f"{'no file or folder here' if path is None else 'a file, but no GGUF file'}, no hub id, and not `demo`.",
-            "Check the path; a model is the folder that holds config.json and the .safetensors files.",
-        )
+    check_model(model)
     on_hub = hub_gguf(name)
     if on_hub is not None:
         return gguf_folder(_download_file(*on_hub, revision))
@@ -88,24 +77,6 @@ def open_checkpoint(model: ModelRef | str) -> Checkpoint:
         name = f"{name.rstrip('/')}/{ref.gguf_file}"
     folder = resolve(name, revision=ref.revision)
     return Checkpoint.open(folder, model=name, revision=ref.revision, dequantize=dequantize)
-
-
-def plain_name(model: str) -> str:
-    """A model's name as recipes keep it, without `dequantize:`."""
-    return model.removeprefix(_DEQUANTIZE)
-
-
-def local_path(model: str) -> Path | None:
-    """The file or folder of that name; None where there is none. `demo` is never one, but `./demo` is."""
-    name = plain_name(model)
-    path = Path(os.path.expanduser(name))
-    return path if name and name != DEMO and path.exists() else None
-
-
-def lasting(model: str) -> str:
-    """The name as a recipe keeps it: a local path is made absolute."""
-    path = local_path(model)
-    return plain_name(model) if path is None else str(path.resolve())
 
 
 def inputs_of(
@@ -136,23 +107,6 @@ def _text_files(text: str) -> list[Path]:
     return [Path(name) for name in sorted(names) if name and Path(name).exists()]
 
 
-def hub_id(model: str) -> str | None:
-    """The model's id on the hub; None for a local one and for what is no such id."""
-    name = plain_name(model)
-    if name == DEMO or local_path(model) is not None:
-        return None
-    found = hub_gguf(name)
-    if found is not None:
-        return found[0]
-    return name if _HUB_ID.fullmatch(name) and not name.endswith((".safetensors", GGUF, ".json")) else None
-
-
-def hub_gguf(model: str) -> tuple[str, str] | None:
-    """Hub id and file name of a GGUF file on the hub."""
-    found = _HUB_GGUF.fullmatch(model)
-    return None if found is None else (found[1], found[2])
-
-
 def _download(model: str, revision: str | None) -> Path:
     # Imported here because it takes longer than everything that a local folder needs.
     from huggingface_hub import snapshot_download
@@ -160,7 +114,8 @@ def _download(model: str, revision: str | None) -> Path:
     def fetch() -> str:
         # Shows its own bars on a terminal.
         snapshot_download(model, revision=revision, allow_patterns=[f"{TEMPLATES}/*.jinja"])
-        return snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        wanted = [*_WANTED, *(["*.py"] if trusts() else [])]
+        return snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
 
     folder = _fetched(fetch, model, revision)
     if not any(folder.glob("*.safetensors")):

@@ -28,12 +28,11 @@ from intarsia.checkpoint.multimodal import NESTED, is_wrapped
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.staging import staged_folder
 from intarsia.checkpoint.tensor_file import DTYPES
+from intarsia.inspection.own_code import CODE, code_files, is_own, trusts
 from intarsia.progress import current
 
 TEMPLATES = "additional_chat_templates"
 """Where a tokenizer keeps chat templates besides the usual one."""
-CODE = "auto_map"
-"""The key under which a config names classes in files of the model's own."""
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -238,11 +237,14 @@ def shallower_config(source: Checkpoint, layer_sources: Sequence[int]) -> dict[s
 
 
 def with_stock_class(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that names the class of transformers that loads the model, and no code of the model's own."""
+    """A config that names the class that loads the model, and no code of the model's own where that is one of
+    transformers."""
     found = dict(config)
     classes = stock_classes(config)
     if classes and found.get("architectures") != classes:
         found["architectures"] = classes
+    if is_own(config.get("model_type")):
+        return found
     for values in (found, found.get(NESTED)):
         if isinstance(values, dict):
             values.pop(CODE, None)
@@ -262,8 +264,9 @@ def stock_classes(config: Mapping[str, Any]) -> list[str]:
 
 
 def copy_side_files(source: Path, out: Path) -> None:
-    """Copy tokenizer, chat templates, generation config and licence; never weights, code or the model card."""
-    for name in side_files(source):
+    """Copy tokenizer, chat templates, generation config and licence, and code that is trusted and used; never weights
+    or the model card."""
+    for name in [*side_files(source), *used_code(source)]:
         (out / name).parent.mkdir(exist_ok=True)
         # Contents only: on the hub's cache these are links, and their modes are the cache's business.
         (out / name).write_bytes(without_code(source / name))
@@ -282,10 +285,28 @@ def side_files(folder: Path, patterns: Sequence[str] = _SIDE_FILES) -> list[str]
     )
 
 
+def used_code(folder: Path) -> list[str]:
+    """The files of code that a folder's model or tokenizer needs, where they are trusted."""
+    files = [folder / name for name in ("config.json", *side_files(folder, TOKENIZER_FILES))] if trusts() else []
+    return code_files(folder) if any(uses_code(file) for file in files) else []
+
+
+def uses_code(file: Path) -> bool:
+    """Whether a JSON file of a model folder names code that runs, for it is trusted and transformers has no class."""
+    if not trusts() or file.suffix != ".json" or not file.is_file() or CODE.encode() not in file.read_bytes():
+        return False
+    if file.name != "config.json":
+        return True
+    with suppress(ValueError, AttributeError):
+        return is_own(json.loads(file.read_bytes()).get("model_type"))
+    return False
+
+
 def without_code(file: Path) -> bytes:
-    """A side file as it is copied: a JSON file that names code of the model's own no longer does."""
+    """A side file as it is copied: a JSON file that names code of the model's own no longer does, unless it is
+    trusted."""
     data = file.read_bytes()
-    if file.suffix == ".json" and CODE.encode() in data:
+    if file.suffix == ".json" and CODE.encode() in data and not uses_code(file):
         with suppress(ValueError):
             values = json.loads(data)
             if isinstance(values, dict) and values.pop(CODE, None) is not None:

@@ -34,6 +34,7 @@ from intarsia import __version__, progress
 from intarsia.cli.parse import HELP_FLAGS, parse
 from intarsia.cli.show import show
 from intarsia.errors import Problem, UserError
+from intarsia.inspection.own_code import trust_remote_code
 
 VERBS = {
     "compress": "compress:compress",
@@ -113,7 +114,8 @@ def run(words: Sequence[str]) -> None:
             call = parse(verb, name, rest)
         # Of several launched processes (`accelerate launch`) the first one speaks.
         first = os.environ.get("RANK", "0") == "0"
-        with progress.shown(quiet=call.shared.quiet or call.shared.json or not first):
+        quiet = call.shared.quiet or call.shared.json or not first
+        with progress.shown(quiet=quiet), trust_remote_code(call.shared.trust_remote_code):
             result = call()
         if first:
             show(result, to=stdout, as_json=call.shared.json)

@@ -42,6 +42,8 @@ class Shared:
     config: Path | None = dataclasses.field(default=None, metadata={"flag": Flag(metavar="FILE")})
     # Python files that register methods, stages, operators or engines of your own.
     plugin: tuple[Path, ...] = dataclasses.field(default=(), metadata={"flag": Flag(metavar="FILE.py")})
+    # Run the code that a model brings along, where transformers has no class for it (default: refuse the model).
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

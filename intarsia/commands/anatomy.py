@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from intarsia.architecture.families import Family, known_families, with_family_file
 from intarsia.disk import read_json
 from intarsia.flags import Flag, Result
+from intarsia.model_name import check_model
 from intarsia.progress import current, quiet_transformers
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def check_family(
     Raises:
         UserError: there is no config, no family for it, or it has a feature that the family does not cover.
     """
+    if not Path(source).is_file():
+        check_model(source)
     import torch
 
     from intarsia.activations.architecture_checks import check_rows
@@ -128,13 +131,15 @@ def check_family(
 
 def _config(source: str) -> dict[str, Any]:
     from intarsia.checkpoint.files import read_config
-    from intarsia.checkpoint.multimodal import NESTED, is_wrapped
+    from intarsia.checkpoint.multimodal import text_config
     from intarsia.checkpoint.resolve import resolve
+    from intarsia.inspection import own_code
 
     path = Path(source)
     if path.is_file() and path.suffix == ".json":
         remedy = "Get the model's config again."
         config = read_json(path, expected="a config.json: one JSON object", remedy=remedy)
+        own_code.admit(path.parent, config)
     else:
         config = read_config(path if path.is_dir() else resolve(source), quantised=True)
-    return dict(config[NESTED]) if is_wrapped(config) else config
+    return text_config(config, where=source)

@@ -165,6 +165,7 @@ def compare(
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.evaluation.tasks import TaskPlan
     from intarsia.healing.pipeline import check_stages, check_turns
+    from intarsia.inspection.own_code import OPTION, OWN_CODE
     from intarsia.reporting.comparison import DENSE, ROWS, SETTINGS, Row, cells, load
     from intarsia.reporting.wording import command
 
@@ -240,6 +241,7 @@ def compare(
             wishes |= {"task_layers": evaluation.task_layers, "speed": evaluation.speed}
             words = [str(settings["model"]), "-o", out.name]
             words += [] if job.revision is None else ["--revision", job.revision]
+            words += [OPTION] if OWN_CODE in settings["config"] else []
             again = {"command": command("compare", *words, given=(entrants, evaluation, text))}
             run.write_json(SETTINGS, _report_facts(job, run, texts, evaluation) | {"asked": wishes} | again)
             try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from intarsia.errors import UserError
 from intarsia.flags import Flag
+from intarsia.model_name import check_model
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.step import describe, mlp_pieces, of_experts
 from intarsia.recipe import schema
@@ -34,6 +35,10 @@ class Inspection:
         """As plain data."""
         return {"source": self.source, "kind": self.kind, **self.facts}
 
+    def summary(self) -> dict[str, Any]:
+        """A screen of it: ten lines of a model."""
+        return _in_short(self.facts) if self.kind == "model" else self.to_dict()
+
 
 def inspect(
     source: Annotated[
@@ -58,11 +63,15 @@ def inspect(
             raise UserError(f"{source} is {what} (with {name}).", f"Look at it with `intarsia report {source}`.")
     if (path / "settings.json").is_file():
         return Inspection(source=source, kind="run", facts=_run_facts(Ladder.existing(path)))
+    check_model(source)
     from intarsia.building.materialize import RECIPE_FILE
     from intarsia.checkpoint.resolve import open_checkpoint
 
     checkpoint = open_checkpoint(source)
     facts = _model_facts(checkpoint)
+    if checkpoint.wrapper is not None:
+        rest = sum(header.numel for header in checkpoint.kept.values())
+        facts["around_it"] = f"{checkpoint.wrapper.config['model_type']}: {rest:,} parameters stay byte for byte"
     carried = checkpoint.folder / RECIPE_FILE
     if carried.is_file():
         facts["recipe"] = _recipe_facts(schema.load(carried), mixture=checkpoint.architecture.is_mixture("mlp"))
@@ -94,9 +103,36 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     if architecture.layer_types is not None:
         kinds = list(dict.fromkeys(architecture.layer_types))
         facts["layer_types"] = ", ".join(f"{kind}: {architecture.layer_types.count(kind)}" for kind in kinds)
+    facts["can_be_removed"] = "any layer" + (
+        "; layers of one kind can be merged and joined" if facts.get("layer_types") else ""
+    )
     if architecture.approximations:
         facts["not_exact_when_merged"] = list(architecture.approximations)
     return facts
+
+
+def _in_short(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's facts, several in a line."""
+    recipe, kinds = facts.get("recipe"), facts.get("layer_types") or facts.get("kinds")
+    more = {key: facts[key] for key in ("around_it",) if key in facts}
+    more |= {} if recipe is None else {"made_by": f"{recipe['method']}: {recipe['depth']}"}
+    if "width" not in facts:  # layers that can only be removed
+        shown = {key: value for key, value in facts.items() if key not in ("kinds", "recipe")}
+        return shown | {"layers": f"{facts['layers']} ({kinds})"} | more
+    inexact, tied = facts.get("not_exact_when_merged"), "tied" if facts["tied_embeddings"] else "not tied"
+    return {
+        "family": facts["family"],
+        "tier": facts["tier"],
+        "layers": f"{facts['layers']}, of width {facts['width']}" + (f" ({kinds})" if kinds else ""),
+        "parameters": facts["parameters"],
+        "bytes": facts["bytes"],
+        "a_layer": f"{facts['share_of_a_layer']}; KV groups: {facts['kv_groups']}; MLP channels: "
+        f"{facts['mlp_channels']}",
+        "embedding": f"{facts['vocabulary']:,} tokens, {tied} to the head",
+        "can_be_removed": facts["can_be_removed"],
+        "exact": "removal" + (f"; not exact when merged: {'; '.join(inexact)}" if inexact else ", and joined pieces"),
+        **more,
+    }
 
 
 def _removal_facts(checkpoint: Checkpoint) -> dict[str, Any]:

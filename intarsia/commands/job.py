@@ -28,12 +28,14 @@ from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.building.loading import check_config
 from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.resolve import lasting, open_checkpoint
+from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.data.chat import learn_turns, rows_of_messages
 from intarsia.data.corpus import Corpus, limited
 from intarsia.data.text import TextParts, draw
 from intarsia.disk import write_whole
 from intarsia.errors import Problems, UserError, check
+from intarsia.inspection.own_code import trusts
+from intarsia.model_name import lasting
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.run_dir import RunDir
 
@@ -194,7 +196,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusts())
         tokenizer("a")  # some settings are only refused when they are used
     except Exception as error:  # tokenizers fail in many ways on files that are damaged
         said = str(error).partition("\n")[0] or type(error).__name__

@@ -9,7 +9,6 @@ from typing import Any
 
 from intarsia import progress
 from intarsia.activations.architecture_checks import verified
-from intarsia.checkpoint.resolve import lasting
 from intarsia.commands.job import Job, pin_text, settings_of, target_depth, versions, writes_some
 from intarsia.commands.plan import PlanResult
 from intarsia.disk import read_json
@@ -19,6 +18,7 @@ from intarsia.flags import plain
 from intarsia.healing.pipeline import HealContext, Healed, run_stages
 from intarsia.healing.restarts import Start
 from intarsia.healing.teacher import TeacherStates, fits_in_memory
+from intarsia.model_name import lasting
 from intarsia.options import Target
 from intarsia.pruning.blocks import best_blocks, starts_of
 from intarsia.pruning.estimate import estimate

@@ -49,7 +49,7 @@ def push(
         UserError: there is nothing to send, nobody is logged in, or the hub cannot be reached.
     """
     from intarsia.building.materialize import RECIPE_FILE
-    from intarsia.checkpoint.resolve import local_path
+    from intarsia.model_name import local_path
     from intarsia.recipe import schema
 
     source = Path(source)

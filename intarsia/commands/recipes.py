@@ -11,11 +11,11 @@ from intarsia.building.materialize import materialize
 from intarsia.checkpoint.adapter import open_variant
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.resolve import hub_id
 from intarsia.commands.build import BuildResult
 from intarsia.commands.job import versions
 from intarsia.errors import Problem, UserError
 from intarsia.evaluation.speed import peak_memory_bytes
+from intarsia.model_name import hub_id
 from intarsia.pruning.ladder import Ladder
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe

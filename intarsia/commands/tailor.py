@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from intarsia.disk import write_whole
 from intarsia.errors import Problems, UserError, check
 from intarsia.flags import Flag, flag, token_count
+from intarsia.inspection.own_code import trusts
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.progress import current
 from intarsia.registry import Chosen, Engine, engines, loaded_plugins, planners
@@ -178,7 +179,9 @@ def tailor(
             goal = Goal(trials=plan.trials, objectives=objectives, max_budget=budgets[-1], seed=seed, engine=name)
             if file.heal != "none":
                 fits.start()
-            opener = OpenScorer(file=file, runtime=runtime, fits=run.fits, plugins=loaded_plugins())
+            opener = OpenScorer(
+                file=file, runtime=runtime, fits=run.fits, plugins=loaded_plugins(), trust_remote_code=trusts()
+            )
             with open_workers(opener, evaluator, scheduler=search.scheduler, count=search.workers) as workers:
                 stopped = run_search(
                     plan.engine.create(task),

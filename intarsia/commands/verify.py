@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from intarsia.flags import Flag, Result
+from intarsia.model_name import require_folder
 from intarsia.options import NewModel
 from intarsia.progress import current
 
@@ -47,12 +48,12 @@ def verify(
     Raises:
         UserError: there is no such folder, or it has no config that can be read.
     """
-    from intarsia.checkpoint.files import read_config, require_folder
+    require_folder(Path(folder))
+    from intarsia.checkpoint.files import read_config
     from intarsia.exporting import verify as contract
 
     started, folder = time.perf_counter(), Path(folder)
     subject = contract.Subject(folder, NewModel(path=folder, shard_size=shard_size).shard_bytes)
-    require_folder(folder)
     read_config(folder, quantised=True)
     looks = {
         "architecture": contract.architecture,

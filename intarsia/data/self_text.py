@@ -218,9 +218,11 @@ def _mask(model: Any, device: torch.device, seen: int, done: int) -> Tensor | No
     Without a mask, grouped-query attention of a single query goes to a kernel that is several times as slow in
     bfloat16 as the one for equal heads.
     """
-    heads, window = model.config.num_attention_heads, getattr(model.config, "sliding_window", None)
+    heads = model.config.num_attention_heads
+    windows = [getattr(model.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    short = any(window is not None and window <= done for window in windows)
     grouped = getattr(model.config, "num_key_value_heads", heads) != heads
-    if device.type != "cpu" or not grouped or done - seen != 1 or (window is not None and window <= done):
+    if device.type != "cpu" or not grouped or done - seen != 1 or short:
         return None
     return torch.ones(1, 1, 1, done, dtype=torch.bool)
 

@@ -21,10 +21,11 @@ from intarsia.checkpoint.gguf_source import kept_folder
 from intarsia.checkpoint.hashing import SUMS_FILE, cache_folder, differing, read_sums, scan
 from intarsia.checkpoint.multimodal import NESTED, is_wrapped, unwrap
 from intarsia.checkpoint.reader import Checkpoint, architecture_of
-from intarsia.checkpoint.resolve import DEMO, GGUF, hub_id, local_path
 from intarsia.checkpoint.tensor_file import TensorHeader, read_headers
-from intarsia.checkpoint.writer import CODE, TOKENIZER_FILES, side_files, stock_classes, without_code
+from intarsia.checkpoint.writer import TOKENIZER_FILES, side_files, stock_classes, used_code, uses_code, without_code
 from intarsia.errors import Problem, Problems, UserError, check, few
+from intarsia.inspection.own_code import CODE, HINT, code_files, is_known, is_own, trusts
+from intarsia.model_name import DEMO, GGUF, hub_id, local_path
 from intarsia.progress import current, quiet_transformers
 from intarsia.recipe import schema
 
@@ -91,23 +92,25 @@ def checked(name: str, look: Callable[[Subject], str], subject: Subject) -> Chec
 
 
 def architecture(subject: Subject) -> str:
-    """The model's class is one of transformers' own, and the folder brings no code."""
+    """The model's class is one of transformers' own, and the folder brings no code; or it is the folder's, which
+    is trusted."""
     import transformers
 
     folder = subject.folder
     config, where, problems = read_config(folder), str(folder / "config.json"), Problems()
+    remedy = "Remove {}." if is_known(config.get("model_type")) else HINT
     for file in sorted(folder.glob("*.json")):
         named = json.loads(file.read_text(encoding="utf-8")) if file.name != INDEX_FILE else {}
         for holder in (named, named.get(NESTED)) if isinstance(named, dict) else ():
-            if isinstance(holder, Mapping) and holder.get(CODE):
+            if isinstance(holder, Mapping) and holder.get(CODE) and not uses_code(file):
                 found = f"{CODE}: {holder[CODE]}"
-                problems.append(_problem(str(file), "no code of the model's own", found, f"Remove {CODE}."))
-    code = sorted(file.name for file in folder.glob("*.py"))
+                problems.append(_problem(str(file), "no code of the model's own", found, remedy.format(CODE)))
+    code = [name for name in code_files(folder) if name not in used_code(folder)]
     if code:
-        problems.append(_problem(str(folder), "no code", ", ".join(code), "Remove these files."))
-    classes = config.get("architectures")
+        problems.append(_problem(str(folder), "no code", ", ".join(code), remedy.format("these files")))
+    classes, own = config.get("architectures"), is_own(config.get("model_type"))
     stock = stock_classes(config)
-    if not isinstance(classes, list) or len(classes) != 1 or not hasattr(transformers, str(classes[0])):
+    if not isinstance(classes, list) or len(classes) != 1 or not (own or hasattr(transformers, str(classes[0]))):
         problems.append(
             _problem(f"{where}: architectures", "one class of transformers", json.dumps(classes), f"Set it to {stock}.")
         )
@@ -118,7 +121,7 @@ def architecture(subject: Subject) -> str:
         )
     problems.raise_any()
     assert isinstance(classes, list)
-    return str(classes[0])
+    return f"{classes[0]}, of the model's own code" if own else str(classes[0])
 
 
 def config_agrees(subject: Subject) -> str:
@@ -314,7 +317,7 @@ def _prompt(folder: Path, vocabulary: int) -> torch.Tensor:
     from transformers import AutoTokenizer
 
     try:
-        ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(_TEXT)["input_ids"][:32]
+        ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts())(_TEXT)["input_ids"][:32]
     except Exception:  # whether the tokenizer loads is a check of its own
         ids = []
     ids = [index for index in ids if index < vocabulary]
@@ -413,7 +416,7 @@ def _loaded(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts())
     except Exception as error:  # tokenizers fail in many ways on files that are damaged
         found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError([_problem(str(folder), "a tokenizer that transformers reads", found, _AGAIN)]) from error

@@ -8,20 +8,35 @@ whether that is right is seen from the class, built from the changed config: its
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
+from importlib.resources import files
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from intarsia.architecture.families import Family, Modules, PerLayer, rules
 from intarsia.architecture.per_layer import OF_NO_LAYER, for_layers, unknown_settings
 from intarsia.architecture.spec import Architecture, Inspected
 from intarsia.errors import UserError
+from intarsia.inspection import own_code
 from intarsia.progress import quiet_transformers
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -42,9 +57,10 @@ def inspected(config: Mapping[str, Any], shapes: Shapes | None, *, where: str, r
     """
     made = config_of(config, where)
     model = on_meta(made, where)
-    depth = getattr(made, "num_hidden_layers", None)
-    if not isinstance(depth, int):
-        raise _refused(where, "a number of layers in the config", "none")
+    depth, width = (getattr(made, name, None) for name in ("num_hidden_layers", "hidden_size"))
+    if not isinstance(depth, int) or not isinstance(width, int):
+        what = "a width" if isinstance(depth, int) else "a number of layers"
+        raise _refused(where, f"{what} in the config, under its usual name or in `attribute_map`", "none")
     layers_module, layers = _layer_list(model, depth, where)
     names = {id(module): name for name, module in model.named_modules()}
     embedding: Any = model.get_input_embeddings()
@@ -85,7 +101,7 @@ def inspected(config: Mapping[str, Any], shapes: Shapes | None, *, where: str, r
         linears=(),
         norms=(),
         n_layers=depth,
-        width=int(made.hidden_size),
+        width=width,
         n_query_heads=1,
         n_kv_heads=1,
         head_dim=1,
@@ -124,15 +140,16 @@ def config_of(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     """The config object of a decoder.
 
     Raises:
-        UserError: transformers does not know the model type, refuses the config, or it is that of no decoder.
+        UserError: transformers does not know the model type or refuses the config, it is that of no decoder, or its
+            layers are known to depend on one another.
     """
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        code = "auto_map" in config
+    if not own_code.is_known(kind):
+        code = own_code.CODE in config
         raise UserError(
             f"{where}: transformers {version('transformers')} has no model type {kind!r}"
             + (", which comes with code of its own that is not run." if code else "."),
-            "Use a model that transformers has a class for."
+            own_code.HINT
             if code
             else f"Use a version of transformers that has it{_since(config)}, or correct model_type.",
         )
@@ -145,13 +162,33 @@ def config_of(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     assert isinstance(made, PreTrainedConfig)
     if getattr(made, "is_encoder_decoder", False):
         raise _refused(where, "a decoder", f"an encoder-decoder ({kind})")
-    if type(made) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if str(kind) in _reasons():
+        raise _refused(where, "layers that can be removed one by one", _reasons()[str(kind)])
+    if type(made) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _registered(made):
         raise _refused(where, "a language model", f"{kind}, which AutoModelForCausalLM of transformers does not load")
     if 0 < (getattr(made, "num_hidden_layers", 0) or 0) <= (getattr(made, "num_kv_shared_layers", 0) or 0):
         raise _refused(
             where, "layers with keys and values of their own", "only layers that read those of another model"
         )
     return made
+
+
+@cache
+def _reasons() -> Mapping[str, str]:
+    return tomllib.loads((files("intarsia.inspection") / "refused.toml").read_text(encoding="utf-8"))
+
+
+def _registered(config: PreTrainedConfig) -> bool:
+    """Whether the language model of a multimodal model's type is that of this nested config.
+
+    Then it is registered, so that `AutoModelForCausalLM` finds it.
+    """
+    outer = type(config).__module__.split(".")[-2]
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[outer], None) if outer in CONFIG_MAPPING else None
+    if found is None or found.config_class is not type(config):
+        return False
+    AutoModelForCausalLM.register(type(config), found, exist_ok=True)
+    return True
 
 
 def _number(value: Any) -> Any:
@@ -200,14 +237,19 @@ def _layer_list(model: PreTrainedModel, depth: int, where: str) -> tuple[str, nn
     raise _refused(where, f"one list of {depth} layers in {type(model).__name__}", lists)
 
 
-def structure_of(layer: nn.Module) -> str:
-    """What a layer is built like: its modules, the shapes of their parameters, and their settings."""
+def structure_of(layer: nn.Module, *, numbers: bool = True) -> str:
+    """What a layer is built like: its modules, the shapes of their parameters, and their settings.
+
+    Args:
+        numbers: False leaves settings out that are no whole numbers.
+    """
     parts: list[object] = []
+    of = (bool, int, float, str) if numbers else (bool, int, str)
     for name, module in layer.named_modules():
         settings = {
             key: f"{value:.9g}" if isinstance(value, float) else value
             for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str) and not _NUMBERED.search(key)
+            if isinstance(value, of) and not _NUMBERED.search(key)
         }
         own = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
         parts.append((name, type(module).__name__, sorted(settings.items()), sorted(own.items())))
@@ -215,11 +257,14 @@ def structure_of(layer: nn.Module) -> str:
 
 
 def _kinds(config: PreTrainedConfig, layers: Sequence[nn.Module]) -> tuple[str, ...] | None:
-    """What each layer is called: by the config, and by its parts where equal names are of different layers."""
+    """What each layer is called: by the config, and by its parts where equal names are of different layers.
+
+    Layers that differ in a factor alone are of one kind.
+    """
     stated: Any = getattr(config, "layer_types", None)
     named = stated if isinstance(stated, list | tuple) and len(stated) == len(layers) else ["layer"] * len(layers)
     variants: dict[str, dict[str, nn.Module]] = {}
-    structures = list(map(structure_of, layers))
+    structures = [structure_of(layer, numbers=False) for layer in layers]
     for name, structure, layer in zip(map(str, named), structures, layers, strict=True):
         variants.setdefault(name, {}).setdefault(structure, layer)
     words: dict[tuple[str, str], str] = {}

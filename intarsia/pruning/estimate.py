@@ -65,6 +65,8 @@ def estimate(
     Args:
         dtype: what the model runs in; None for the checkpoint's own.
     """
+    from intarsia.activations.architecture_checks import state_of
+
     architecture = checkpoint.architecture
     depth, parameters = architecture.n_layers, checkpoint.parameters
     after = parameters - (depth - target) * architecture.layer_parameters
@@ -87,7 +89,7 @@ def estimate(
         parameters_before=parameters,
         parameters_after=after,
         weight_bytes=parameters * running,
-        hidden_bytes=int(kept * tokens * architecture.width * running),
+        hidden_bytes=int(kept * tokens * state_of(architecture).size * running),
         passes_at_most=(first + (forwards - first) * share) / depth,
         disk_bytes=after * stored,
     )

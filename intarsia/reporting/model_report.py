@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.building.materialize import RECIPE_FILE
+from intarsia.checkpoint.files import read_config
 from intarsia.checkpoint.multimodal import text_config
 from intarsia.checkpoint.reader import architecture_of
-from intarsia.disk import damage_named, read_json, write_whole
+from intarsia.disk import damage_named, write_whole
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Block, Code, Facts, Figure, Section, Subject, Tile, Written, table
@@ -99,7 +100,7 @@ def _puzzle(path: Path, recipe: Recipe, run: PlanRun | None) -> Section:
 
 
 def _pieces(config: Path) -> Pieces:
-    found = read_json(config, expected="the config of a model", remedy="Build the model again.")
+    found = read_config(config.parent, quantised=True)
     return pieces_of_architecture(architecture_of(text_config(found, where=str(config)), where=str(config)))
 
 

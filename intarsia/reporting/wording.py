@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.flags import options_of
+from intarsia.inspection.own_code import OPTION, OWN_CODE
 from intarsia.options import TextSpec
 from intarsia.progress import duration
 from intarsia.registry import planners
@@ -130,6 +131,7 @@ def run_command(verb: str, settings: Mapping[str, Any], *words: str) -> str:
     text = {"sources": (settings.get("calibration", "self"),), **settings}
     options = [*([] if revision is None else ["--revision", str(revision)]), *_options(TextSpec, text)]
     options += [] if kind is None else _options(kind, settings.get("planner") or {})
+    options += [OPTION] if OWN_CODE in (settings.get("config") or {}) else []
     return command(verb, str(settings["model"]), *words, "--method", method, *options)
 
 

@@ -41,6 +41,7 @@ from intarsia.healing.closed_form import fit
 from intarsia.healing.layer_map import fit_forwards
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
+from intarsia.inspection.own_code import trusts
 from intarsia.options import Runtime
 from intarsia.progress import current
 from intarsia.recipe import schema
@@ -335,7 +336,7 @@ def open_evaluator(
     runtime, search = runtime or Runtime(), file.search
     device = default_device() if runtime.device is None else torch.device(runtime.device)
     checkpoint = family.checkpoints()[family.names[0]]
-    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusts())
     positions = positions_of(SimpleNamespace(**checkpoint.config))
     seq_len = min(seq_len, positions or seq_len)
     heals = file.heal != "none" and examples is None

@@ -16,8 +16,10 @@ from intarsia.checkpoint.files import read_config
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.multimodal import text_config
 from intarsia.checkpoint.reader import Checkpoint, architecture_of
-from intarsia.checkpoint.resolve import DEMO, lasting, not_downloaded, resolve
+from intarsia.checkpoint.resolve import not_downloaded, resolve
 from intarsia.errors import Problem, Problems
+from intarsia.inspection.own_code import trusts
+from intarsia.model_name import DEMO, lasting
 from intarsia.recipe.recipe import Variant
 from intarsia.tailoring.family_file import MemberSpec
 
@@ -152,7 +154,7 @@ def _tokens(folder: Path) -> dict[str, int] | None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts())
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError):
         return None
     found: dict[str, int] = tokenizer.get_vocab()
@@ -183,9 +185,11 @@ def read_config_only(
 
 
 def _downloaded(model: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
+        if trusts():
+            snapshot_download(model, revision=revision, allow_patterns=["*.py"])
         return Path(hf_hub_download(model, "config.json", revision=revision)).parent
     except Exception as error:
         # Which errors come out of a failed download differs between versions of the hub's client.

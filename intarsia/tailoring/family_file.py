@@ -338,7 +338,7 @@ class FamilyFile(Strict):
 
 def absolute_path(name: str) -> str:
     """A file or folder that is there by its absolute path, with the part of a file that is asked for."""
-    from intarsia.checkpoint.resolve import DEMO
+    from intarsia.model_name import DEMO
 
     if name == DEMO:
         return name

@@ -15,6 +15,7 @@ import torch
 
 from intarsia.building.loaded_model import default_device
 from intarsia.errors import UserError, missing_package
+from intarsia.inspection.own_code import trust_remote_code, trusts
 from intarsia.options import Runtime
 from intarsia.recipe.recipe import Recipe
 from intarsia.registry import load_plugin
@@ -65,11 +66,15 @@ class OpenScorer:
     fits: Path | None = None
     # Files that register the user's merge operators.
     plugins: tuple[str, ...] = ()
+    # Whether models' own code may run.
+    trust_remote_code: bool = False
 
     def __call__(self, place: Place) -> Evaluator:
         """A scorer with its worker's share of the memory, on a GPU of its own where there are several."""
         for plugin in self.plugins:
             load_plugin(plugin)
+        if self.trust_remote_code and not trusts():
+            trust_remote_code().__enter__()  # for as long as the process lives
         if place.threads is not None:
             torch.set_num_threads(place.threads)
         runtime = self.runtime

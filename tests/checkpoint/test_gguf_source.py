@@ -12,9 +12,10 @@ from transformers import AutoTokenizer
 
 from intarsia.checkpoint import gguf_source
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.resolve import hub_id, lasting, open_checkpoint, plain_name
+from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import UserError
 from intarsia.exporting.gguf import plan_gguf, write_gguf
+from intarsia.model_name import hub_id, lasting, plain_name
 from intarsia.options import ModelRef
 from tests import families
 

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from benchmarks.decoders import KNOWN, REFUSED, REMOVAL, Decoder, config_of, decoder, kinds, page
-from intarsia.activations.architecture_checks import small_model
+from intarsia.activations.architecture_checks import small_model, state_of
+from intarsia.activations.stream import LayerStream
 from intarsia.architecture.per_layer import for_layers
 from intarsia.architecture.spec import PARTS
+from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint, architecture_of
 from intarsia.errors import UserError
@@ -165,26 +167,6 @@ def test_a_table_with_a_part_for_each_layer(folder_of: Any, tmp_path: Path) -> N
     assert torch.equal(found, torch.cat([parts[layer] for layer in kept], dim=1))
 
 
-def test_the_text_model_of_a_multimodal_one(folder_of: Any, text_file: Path, tmp_path: Path) -> None:
-    text = json.loads((folder_of("qwen3_5_text") / "config.json").read_text())
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
-    ids = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
-    parts = {"text_config": text, "vision_config": {**vision, "num_position_embeddings": 16}}
-    config = CONFIG_MAPPING["qwen3_5"].from_dict({**parts, **ids})
-    model = AutoModelForImageTextToText.from_config(config)
-    families.randomise(model, 0)
-    families.save(model, tmp_path / "model")
-    small = ["--calibration", text_file, "--tokens", 512, "--seq-len", 64, *LITTLE, "--heal", "none"]
-    done = invoke("compress", tmp_path / "model", "-o", tmp_path / "out", "--layers", 6, "--method", "shortgpt", *small)
-    assert done.exit_code == 0, done.output
-    verified = invoke("verify", tmp_path / "out")
-    assert verified.exit_code == 0, verified.output
-    before, after = (load_file(tmp_path / each / "model.safetensors") for each in ("model", "out"))
-    seen = [name for name in before if "visual" in name]
-    assert seen and all(torch.equal(before[name], after[name]) for name in seen)
-    assert len(json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]["layer_types"]) == 6
-
-
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no such type": ({"model_type": "llama9", "transformers_version": "6.0"}, "no model type 'llama9'.*written by 6.0"),
     "code of its own": ({"model_type": "mine", "auto_map": {}}, "code of its own that is not run"),
@@ -192,6 +174,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no language model": (CONFIG_MAPPING["vit"]().to_dict(), "AutoModelForCausalLM of transformers does not load"),
     "a refused config": ({"model_type": "lfm2", "hidden_size": "wide"}, "transformers refuses this config"),
     "several lists of layers": (CONFIG_MAPPING["xlm"]().to_dict(), "one list of 12 layers"),
+    "layers that need an image": (
+        CONFIG_MAPPING["mllama"]().get_text_config().to_dict(),
+        "layers that can be removed one by one; found cross-attention layers",
+    ),
 }
 
 
@@ -232,6 +218,16 @@ def test_tensors_that_the_class_does_not_use_stay(folder_of: Any, tmp_path: Path
     assert torch.equal(found[f"model.layers.{len(kept) - 1}.self_attn.k_proj.weight"], more)
 
 
+@pytest.mark.parametrize(("kind", "more"), [("gemma3n_text", 3), ("gemma4_text", 0)])
+def test_the_state_seen_from_the_class(kind: str, more: int, folder_of: Any) -> None:
+    """The estimate counts all that layers hand on: further streams, and keys and values."""
+    checkpoint = Checkpoint.open(folder_of(kind, "sharing"), model="m")
+    resident = LoadedModel(checkpoint, device=torch.device("cpu"))
+    found = state_of(checkpoint.architecture)
+    assert found == LayerStream(resident.model, checkpoint.architecture).state
+    assert found.streams == 1 + more and len(found.shared) == 2 and found.size > found.width * found.streams
+
+
 def test_what_a_config_cannot_describe() -> None:
     jamba = architecture_of(CONFIG_MAPPING["jamba"]().to_dict(), where="jamba")
     assert problem_of(jamba, range(1, 32)) is None  # the period starts elsewhere
@@ -256,6 +252,8 @@ def test_inspect(folder_of: Any) -> None:
     facts = json.loads(done.stdout)
     assert facts["tier"].startswith("removal") and facts["kinds"] == "linear_attention: 6, full_attention: 2"
     assert len(facts) <= 12
+    shown = invoke("inspect", folder_of("qwen3_5_text")).stdout.strip().splitlines()
+    assert len(shown) <= 10 and "8, of width 64 (linear_attention: 6, full_attention: 2)" in shown[3]
 
 
 def test_the_last_layer_of_a_kind_stays(folder_of: Any, text_file: Path, tmp_path: Path) -> None:

@@ -206,6 +206,7 @@ def test_inspect(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
     built = intarsia.build(tmp_path / "run", tmp_path / "out")
     carried = intarsia.inspect(str(tmp_path / "out"))
     assert carried.facts["recipe"]["sha256"] == recipe.facts["sha256"] == built.recipe_sha256
+    assert carried.summary()["made_by"] == "come: 4 of 6 layers" and len(carried.summary()) <= 10
     for result in (found, run, recipe, carried):
         json.dumps(result.to_dict())
 
