@@ -23,12 +23,14 @@ REPRESENTATIVE = {"llama", "qwen3", "gemma3", "opt", "mixtral", "gpt-neox"}
 @contextmanager
 def registry_restored() -> Iterator[None]:
     """What is registered in the block is forgotten after it."""
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in registry.KINDS:
-            assert kind.names  # what is built in is found now, and stays known after the block
-            patch.setattr(kind, "_entries", dict(kind._entries))
-        patch.setattr(registry, "_LOADED", dict(registry._LOADED))
+    assert all(kind.names for kind in registry.KINDS)  # what is built in is found now, and stays known after the block
+    known = [(each, dict(each)) for each in (*(kind._entries for kind in registry.KINDS), registry._LOADED)]
+    try:
         yield
+    finally:
+        for changed, before in known:
+            changed.clear()
+            changed.update(before)
 
 
 @pytest.fixture

@@ -133,4 +133,4 @@ def test_other_names_of_the_same_text(place: Path, monkeypatch: pytest.MonkeyPat
 def test_places_beside_inputs_are_free(place: Path) -> None:
     inputs = inputs_of(models=[place / "models" / "llama"], texts=[str(place / "text.txt")])
     for out in ("models/other", "new", "recipes/out", "text"):
-        assert check_out(place / out, inputs=inputs) == place / out
+        check_out(place / out, inputs=inputs)  # raises nothing
