@@ -79,7 +79,8 @@ def train(
     if not (folder / _DONE).exists():
         if accelerator.is_main_process:
             parameters = variants[recipe.base].parameters  # of one student, however many models it is made of
-            require_room(folder, 22 * parameters, "the student and the state of its training", option="--run")
+            nbytes = (22 if settings.lora is None else 4) * parameters  # of low-rank changes the state is small
+            require_room(folder, nbytes, "the student and the state of its training", option="--run")
             build_student(recipe, variants, student)
         accelerator.wait_for_everyone()
         report = WholeTraining(recipe, text, teacher, settings, folder, accelerator).run()

@@ -227,7 +227,7 @@ def test_a_config_that_transformers_refuses(case: str, folder: Path, text_file: 
     for words in (
         ["build", tmp_path / "r.yaml", "-o", tmp_path / "out"],
         ["compress", folder, "-o", tmp_path / "out", "--layers", 4, *small],
-        ["compress", folder, "-o", tmp_path / "out", "--layers", 4, *small, "--stream"],
+        ["compress", folder, "-o", tmp_path / "out", "--layers", 4, *small, "--stream", "--heal", "none"],
     ):
         done = invoke(*words)
         assert done.exit_code == 2, done.output
