@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import math
 import shutil
@@ -285,20 +284,6 @@ def test_alone_it_is_no_model(saved: dict[str, Path], tmp_path: Path) -> None:
     make_adapter(saved["single"], tmp_path / "adapter")
     with pytest.raises(UserError, match=r"a PEFT adapter.*variant beside its base"):
         open_checkpoint(str(tmp_path / "adapter"))
-
-
-def test_without_peft(saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_adapter(saved["single"], tmp_path / "adapter")
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "peft":
-            raise ModuleNotFoundError("No module named 'peft'", name="peft")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r"package peft.*pip install 'intarsia\[train\]'"):
-        opened(tmp_path / "adapter", saved["single"])
 
 
 @pytest.mark.parametrize("settings", [{"trainable_token_indices": 1e40}, {"megatron_config": -1}, {"r": "many"}])
