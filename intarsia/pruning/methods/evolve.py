@@ -63,7 +63,7 @@ class EvolveSettings(PlanSettings):
     half_layers: bool = True
     # What models are compared by: their loss, or KL(original || model) of the next token.
     criterion: Criterion = "kl"
-    # Heal this many of the best models of the search; the one of least perplexity on the selection text is kept.
+    # Heal this many of the best models of the search; the nearest to the original on the selection text is kept.
     finalists: int = 1
     # Seed of the search.
     search_seed: int = 0
