@@ -101,7 +101,13 @@ def foresight(trial: Trial) -> float:
     changed = trial.ids_BT.clone()
     half = _TOKENS // 2
     changed[:, half:] = changed[:, half:].flip(1)
-    logits, others = (trial.resident.model(ids, use_cache=False).logits[:, :half] for ids in (trial.ids_BT, changed))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several split the products of experts by their number of rows, and round otherwise
+    try:
+        model = trial.resident.model
+        logits, others = (model(ids, use_cache=False).logits[:, :half] for ids in (trial.ids_BT, changed))
+    finally:
+        torch.set_num_threads(threads)
     return difference(others, logits)
 
 
