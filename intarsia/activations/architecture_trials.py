@@ -81,7 +81,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 def parity(trial: Trial) -> float:
     """Layer by layer, two texts in turns and one of them padded, against the model's own forward: logits.
 
-    So layers that leave something behind for others are found out.
+    So layers that leave something for later ones are found.
     """
     texts = [(trial.ids_BT, trial.mask_BT), (trial.ids_BT.flip(0, 1), None)]
     calls = [trial.stream.calls(*text) for text in texts]

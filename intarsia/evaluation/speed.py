@@ -47,7 +47,7 @@ def growth(device: torch.device) -> Iterator[Growth]:
     """How far memory rises above where it was, at most, while the block runs.
 
     On CUDA that is what tensors take. On the CPU it is the resident memory of this process, looked at every few
-    milliseconds; memory that was free but not given back is taken out first, and other threads of the process count.
+    milliseconds; memory that was free but not given back is subtracted first, and other threads of the process count.
     """
     found = Growth()
     if device.type == "cuda":

@@ -224,7 +224,7 @@ def assistant_turns(tokenizer: Any) -> Turns:
     """How the model's chat template marks turns.
 
     Raises:
-        UserError: it has none, or none whose turns can be told apart.
+        UserError: it has none, or none whose turns can be distinguished.
     """
     found = learn_turns(tokenizer)
     if found is None:

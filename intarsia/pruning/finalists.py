@@ -36,7 +36,7 @@ def settle(healer: StepHealer, steps: Sequence[Step]) -> tuple[Step, dict[str, A
     """Take the step whose healed model has the least loss on held-out sequences; of equal ones the first.
 
     Returns:
-        The step, and as plain data what `Repair.replace` reports, with the loss of each of the others.
+        The step, and as plain data what `StepHealer.replace` reports, with the loss of each of the others.
     """
     model, rows = healer.model, healer.held_out
     original = model.original()  # held while the whole model is what was measured

@@ -44,7 +44,7 @@ class Select:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Pieces taken out of one layer, in their new order."""
+    """Pieces of one layer, in their new order."""
 
     source: LayerRef
     kv_groups: tuple[int, ...]

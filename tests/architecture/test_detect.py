@@ -197,7 +197,7 @@ def test_norms_behind_and_before() -> None:
     behind = gemma.norm_after("attention")
     assert behind is not None and behind.module == "post_attention_layernorm"
     assert olmo.norm_before("attention") is None and olmo.norm_before("mlp") is None
-    assert all(word in " ".join(olmo.approximations) for word in ("norms behind", "QK-norms act on all heads"))
+    assert all(word in " ".join(olmo.approximations) for word in ("norms after", "QK-norms act on all heads"))
 
 
 def test_qk_norm_over_all_heads_has_an_entry_a_row() -> None:
