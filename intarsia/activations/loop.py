@@ -22,13 +22,11 @@ from torch import Tensor
 
 from intarsia.activations.batches import Batch, Batches
 from intarsia.activations.hidden_store import HiddenStore, MemoryBudget
-from intarsia.activations.hooks import output_projections
 from intarsia.activations.loss import Likeliest
-from intarsia.activations.statistics import require_finite
+from intarsia.activations.statistics import output_projections, require_finite
 from intarsia.activations.stream import LayerCall, LayerStream
 from intarsia.architecture.spec import PARTS, Part
-from intarsia.building.loaded_model import LoadedModel
-from intarsia.building.recipe_layers import Placed
+from intarsia.building.loaded_model import LoadedModel, Placed
 from intarsia.data.corpus import Corpus
 
 Read: TypeAlias = Callable[[slice], Tensor]

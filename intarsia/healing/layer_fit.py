@@ -24,11 +24,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from intarsia.activations.hooks import writer_of
 from intarsia.activations.loop import Loop, Read
+from intarsia.activations.statistics import writer_of
 from intarsia.architecture.spec import Architecture, Part
 from intarsia.building.layer import tensor_names
-from intarsia.building.recipe_layers import Placed
+from intarsia.building.loaded_model import Placed
 from intarsia.checkpoint.tensor_file import give_back
 from intarsia.healing.ridge import Fit, Gram, choose, require_finite
 from intarsia.healing.settings import ClosedFormSettings

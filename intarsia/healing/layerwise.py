@@ -34,13 +34,12 @@ from intarsia.activations.hidden_store import PREFIX, MemoryBudget
 from intarsia.activations.loop import Loop
 from intarsia.activations.stream import LayerCall
 from intarsia.building.layer import parameter_names, to_tensors
-from intarsia.building.loaded_model import LoadedModel
-from intarsia.building.recipe_layers import Placed
+from intarsia.building.loaded_model import LoadedModel, Placed
 from intarsia.data.corpus import Corpus
 from intarsia.disk import require_room
 from intarsia.errors import UserError
-from intarsia.healing.layer_map import taught
 from intarsia.healing.losses import hidden_loss
+from intarsia.healing.settings import taught
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.healing.training import Standing, Text, load_state, save_state, schedule_of

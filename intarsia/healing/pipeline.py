@@ -1,15 +1,8 @@
-"""Heal stages, one after the other: each is recorded in the run folder, and accepted only if the model is better.
+"""How good a recipe's model is while it is healed: perplexities, and how far its hidden states are from the original's.
 
-    context = HealContext(run=run, variants=variants, load=..., calibration=text, selection=other_text)
-    healed = run_stages(context, recipe, heal_stages.choose_all("closed-form,layerwise"))
-    healed.recipe
+Nothing is built for that: the recipe's layers run between the original's embedding and head.
 
-A stage is a function `stage(context, recipe, settings) -> Recipe` (`intarsia.registry.heal_stage`). It works on
-`context.calibration`, and keeps what a resumed run needs in `context.folder`. Better means: less perplexity on
-`context.selection`, which no stage fits to. A finished stage is only read when the same work is started again.
-
-Several processes may be launched together (`accelerate launch`). All of them call `run_stages`; stages registered with
-`whole_model` run in all, the others in the first one.
+Shape suffixes: `B` sequences, `T` tokens, `D` residual width.
 """
 
 from __future__ import annotations
@@ -22,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +26,93 @@ from intarsia import progress
 from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.loop import Loop
-from intarsia.building.loaded_model import LoadedModel
+from intarsia.building.loaded_model import LoadedModel, RecipeLayers
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.chat import Turns, learn_turns
 from intarsia.data.corpus import Corpus
 from intarsia.disk import full_disk_named, read_json
 from intarsia.errors import Problems, UserError
+from intarsia.evaluation.perplexity import Chain, perplexity
+from intarsia.evaluation.results import Perplexity
 from intarsia.flags import plain
-from intarsia.healing import launch
-from intarsia.healing.quality import quality
-from intarsia.healing.restarts import Start
+from intarsia.healing import training
+from intarsia.healing.closed_form import Start
+from intarsia.healing.losses import hidden_mse
 from intarsia.healing.teacher import TeacherStates, fits_in_memory
 from intarsia.options import Runtime
 from intarsia.recipe import schema
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Recipe, identity
 from intarsia.registry import Chosen
 from intarsia.run_dir import RunDir
+
+_CPU_BATCH_TOKENS = 2048
+_CUDA_BATCH_TOKENS = 16384
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Perplexities and hidden-state errors of a model."""
+
+    texts: tuple[Perplexity, ...]
+    # For every output layer, the mean over tokens of |h - H^stop|^2 / |H^stop|^2 with the original's hidden state
+    # H^stop, on the first text; the layer reads what the layers before it gave.
+    errors: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for the run folder."""
+        names = ("text", "value", "nll", "stderr")
+        texts = [{name: getattr(text, name) for name in names} for text in self.texts]
+        return {"texts": texts, "errors": list(self.errors)}
+
+
+def quality(
+    recipe: Recipe,
+    resident: LoadedModel,
+    texts: Sequence[Corpus],
+    *,
+    errors: bool = True,
+    memory_budget: MemoryBudget | None = None,
+) -> Quality:
+    """Measure a recipe's model.
+
+    Args:
+        resident: the recipe's base.
+        errors: measure the layers' hidden states on the first text too.
+        memory_budget: what hidden states may take in memory.
+    """
+    memory_budget = memory_budget or MemoryBudget()
+    model = Chain(recipe, resident, memory_budget=memory_budget)
+    batch_tokens = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
+    found = tuple(perplexity(model, text, batch_tokens=batch_tokens) for text in texts)
+    batches = Batches(texts[0], resident.device, batch_tokens=batch_tokens)
+    return Quality(texts=found, errors=tuple(_errors(recipe, model, batches, memory_budget)) if errors else ())
+
+
+@torch.inference_mode()
+def _errors(recipe: Recipe, model: Chain, batches: Batches, memory_budget: MemoryBudget) -> list[float]:
+    """Both models go through their layers once: the recipe's first, whose states are kept after each span."""
+    loop = Loop(model.layers.resident, batches, memory_budget=memory_budget)
+    own, original = loop.store(), loop.store()
+    whole = RecipeLayers.of(identity(recipe.variant(recipe.base), recipe.depth), loop.resident)
+    sums = [0.0] * len(recipe.layers)
+    try:
+        loop.embed(own)
+        for index in loop.through(model.layers.placed(), own, at=range(len(recipe.layers) + 1)):
+            if index == 0:
+                own.drop(0)
+        loop.embed(original)
+        for depth in chain((0,), (layer + 1 for layer in loop.through(whole.placed(), original))):
+            for index in (index for index, (_, stop) in enumerate(recipe.spans) if stop == depth):
+                for rows, ids, mask in batches.over():
+                    real = ids.numel() if mask is None else int(mask.sum())
+                    wanted, found = loop.reader(original)(rows), loop.reader(own, index + 1)(rows)
+                    sums[index] += float(hidden_mse(wanted, found, mask)) * real
+                own.drop(index + 1)
+    finally:
+        own.close()
+        original.close()
+    return [total / max(batches.corpus.tokens, 1) for total in sums]
+
 
 CUT = "cut"
 """The name of the model as it came, in the list of stages."""
@@ -304,7 +369,7 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
     Raises:
         UserError: a stage cannot work with this text or model, the disk is full, or numbers are not finite.
     """
-    main, wait = launch.rank() == 0, launch.barrier(context.device)
+    main, wait = training.rank() == 0, training.barrier(context.device)
     results: list[StageResult] = []
     for number, chosen in enumerate((None, *stages)):
         name = CUT if chosen is None else chosen.name
@@ -327,7 +392,7 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
 
 def _run(context: HealContext, recipe: Recipe, chosen: Chosen, folder: Path, key: str) -> Recipe:
     """What a stage makes of a recipe. Its folder is kept from an earlier start of the same work."""
-    if launch.rank() == 0:
+    if training.rank() == 0:
         mark = folder / _KEY
         if folder.exists() and (not mark.is_file() or json.loads(mark.read_text(encoding="utf-8")) != key):
             shutil.rmtree(folder)

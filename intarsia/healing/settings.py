@@ -1,4 +1,4 @@
-"""What the settings of heal stages share; those of trainings are checked when they are made."""
+"""What heal stages share: settings, which are checked when they are made, and the output layers that they change."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Literal, TypeAlias
 from intarsia.architecture.spec import Part
 from intarsia.errors import check
 from intarsia.flags import flag, options_of
+from intarsia.recipe.ops import Op, Select
+from intarsia.recipe.recipe import Recipe, Span
 
 Layers: TypeAlias = Literal["spans", "after"]
 """Which output layers a stage changes. `spans`: those that stand for more than one original layer, or were merged;
@@ -99,3 +101,27 @@ class Pace:
         found = [getattr(self, name) for name in names]
         right = all(0.0 <= weight < float("inf") for weight in found) and any(found)
         return right, names, "weights of 0 or more, at least one of them above 0"
+
+
+def trainable(op: Op, span: Span) -> bool:
+    """Whether an output layer has something to learn: it stands for several layers, or is no original layer as it was.
+
+    A layer that stands for none has nothing to learn from.
+    """
+    start, stop = span
+    return stop - start > 1 or (stop > start and not isinstance(op, Select))
+
+
+def changed_layers(recipe: Recipe) -> list[int]:
+    """The output layers that have something to learn."""
+    layers = zip(recipe.layers, recipe.spans, strict=True)
+    return [index for index, (op, span) in enumerate(layers) if trainable(op, span)]
+
+
+def taught(recipe: Recipe, layers: Layers) -> list[int]:
+    """Output layers that a heal stage changes. One that stands for none of the original has no target."""
+    changed = changed_layers(recipe)
+    if layers == "after" and changed:
+        after = range(changed[0], len(recipe.spans))
+        return [index for index in after if recipe.spans[index][1] > recipe.spans[index][0]]
+    return changed

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from intarsia.architecture.spec import Architecture
-from intarsia.healing.restarts import Start
+from intarsia.healing.closed_form import Start
 from intarsia.progress import current
-from intarsia.pruning.candidates import Change, losses_of
 from intarsia.pruning.estimate import blocks_raced
+from intarsia.pruning.intermediate import Change, losses_of
 from intarsia.pruning.race import best_of_groups, mean_loss, race
 from intarsia.pruning.step import without_half_layers
 from intarsia.recipe.algebra import half_layers

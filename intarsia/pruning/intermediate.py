@@ -5,8 +5,9 @@ Shape suffixes: `N` sequences, `B` sequences of a batch, `T` tokens, `D` residua
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,11 +15,10 @@ from torch import Tensor
 
 from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import MemoryBudget
-from intarsia.activations.loop import Loop, Passed
+from intarsia.activations.loop import Loop, Passed, Path
 from intarsia.activations.loss import Likeliest
 from intarsia.activations.statistics import LayerMeasure, cosines, last_real
-from intarsia.building.loaded_model import LoadedModel
-from intarsia.building.recipe_layers import Layer, RecipeLayers, is_whole
+from intarsia.building.loaded_model import Layer, LoadedModel, Placed, RecipeLayers, is_whole
 from intarsia.data.corpus import Corpus
 from intarsia.healing.teacher import TeacherStates
 from intarsia.inspection.structure import Possible
@@ -365,3 +365,58 @@ class Intermediate(RecipeLayers):
     def _is_original(self) -> bool:
         """Whether what was measured last is the whole model as it was."""
         return is_whole(self._measured, self.architecture.n_layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """`ops` stand in the place of the `count` layers from `start` on."""
+
+    start: int
+    count: int
+    ops: tuple[Op, ...]
+
+
+def losses_with(
+    model: Intermediate, start: int, count: int, ops: Sequence[Op], *, sequences: slice | None = None
+) -> Tensor:
+    """Summed loss of each sequence if `ops` stood in the place of `count` layers: float64, `[N]` of the slice.
+
+    Where the model's criterion is `kl`, it is the divergence from the original's next-token distribution.
+    """
+    return next(losses_of(model, [Change(start=start, count=count, ops=tuple(ops))], sequences=sequences))
+
+
+def losses_of(model: Intermediate, changes: Sequence[Change], *, sequences: slice | None = None) -> Iterator[Tensor]:
+    """`losses_with` of one change after the other."""
+    sequences = model.rows if sequences is None else sequences
+    expected = model.expected().rows if model.criterion == "kl" else None
+    return model.loop.losses((_path(model, change) for change in changes), sequences=sequences, expected=expected)
+
+
+@torch.inference_mode()
+def normed_with(
+    model: Intermediate, start: int, count: int, ops: Sequence[Op], *, sequences: slice = slice(None)
+) -> Tensor:
+    """What the head would read if `ops` stood in the place of `count` layers: H^L after the final norm.
+
+    Returns:
+        `[N, T, D]` of the slice, in the model's dtype, on the CPU. Padding is zero.
+    """
+    found: list[Tensor] = []
+
+    def end(_: int, rows: slice, ids: Tensor, mask: Tensor | None, h_BTD: Tensor) -> None:
+        normed = model.loop.stream.final_norm(h_BTD, ids, mask)
+        found.append((normed if mask is None else normed.masked_fill(~mask[..., None], 0.0)).cpu())
+
+    path = _path(model, Change(start=start, count=count, ops=tuple(ops)))
+    model.loop.run([path], end, sequences=sequences)
+    return torch.cat(found)
+
+
+def _path(model: Intermediate, change: Change) -> Path:
+    """The layers from the change on; all of them where no hidden states are to be reused."""
+    new = [Placed(model.resident.module(op), op.sources[0].layer) for op in change.ops]
+    rest = [*new, *model.placed(change.start + change.count)]
+    if not model.reuse_prefix:
+        return Path(layers=[*model.placed(0, change.start), *rest])
+    return Path(layers=rest, read=partial(model.hidden_at, change.start))

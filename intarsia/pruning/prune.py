@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from intarsia import progress
-from intarsia.pruning.finalists import settle
-from intarsia.pruning.heal_in_loop import StepHealer
+from intarsia.pruning.heal_in_loop import StepHealer, settle
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder, Wanted
 from intarsia.pruning.step import Planner, Step, describe, healed_words, step_line

@@ -35,7 +35,7 @@ from intarsia.activations.loss import Likeliest
 from intarsia.activations.stream import Entry, LayerStream
 from intarsia.building.layer import tensor_names
 from intarsia.building.loaded_model import LoadedModel, twin
-from intarsia.building.loading import set_parameter
+from intarsia.building.offload import set_parameter
 from intarsia.evaluation.likelihood import Batch, Rows, inputs_of, score_batch
 from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.recipe.recipe import Recipe

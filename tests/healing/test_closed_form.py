@@ -19,11 +19,10 @@ from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.healing.closed_form import _seen
+from intarsia.healing.closed_form import _seen, fit_forwards, fitted_parts
 from intarsia.healing.layer_fit import fittable
-from intarsia.healing.layer_map import fit_forwards, fitted_parts, taught
-from intarsia.healing.quality import Chain, quality
-from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.pipeline import Chain, quality
+from intarsia.healing.settings import ClosedFormSettings, taught
 from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.recipe import schema
 from intarsia.recipe.ops import Merge, Op

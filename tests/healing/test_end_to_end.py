@@ -16,7 +16,7 @@ from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing import end_to_end
 from intarsia.healing.end_to_end import WholeTraining, lesson_depths
-from intarsia.healing.quality import Chain, quality
+from intarsia.healing.pipeline import Chain, quality
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import Distiller, Lesson, build_student, load_student, with_trained
 from intarsia.healing.teacher import Teacher, TeacherSource, TopK

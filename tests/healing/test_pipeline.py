@@ -18,9 +18,9 @@ from intarsia.commands.job import load_tokenizer
 from intarsia.data.corpus import Corpus
 from intarsia.data.text import TextParts, draw
 from intarsia.errors import UserError
-from intarsia.healing import closed_form, restarts
+from intarsia.healing import closed_form
+from intarsia.healing.closed_form import AS_IT_IS, Start
 from intarsia.healing.pipeline import HealContext, Healed, check_memory, check_stages, run_stages
-from intarsia.healing.restarts import AS_IT_IS, Start
 from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.options import Runtime, TextSpec
 from intarsia.recipe import schema
@@ -170,7 +170,7 @@ def test_the_best_of_several_starts_and_killed_within(
     assert set(facts["starts"]) == {AS_IT_IS, "with nothing fitted", "other"}
     assert facts["start"] == min(facts["starts"], key=facts["starts"].get)
     fits: list[bool] = []
-    fit = restarts.fit
+    fit = closed_form.fit
 
     def kills(*args: Any, **kwargs: Any) -> Any:
         fits.append(True)
@@ -178,7 +178,7 @@ def test_the_best_of_several_starts_and_killed_within(
             raise KeyboardInterrupt
         return fit(*args, **kwargs)
 
-    monkeypatch.setattr(restarts, "fit", kills)
+    monkeypatch.setattr(closed_form, "fit", kills)
     with pytest.raises(KeyboardInterrupt):
         run_stages(context(starts=(other,), name="killed"), half, stages)
     found = run_stages(context(starts=(other,), name="killed", memory_bytes=1), half, stages)

@@ -19,12 +19,11 @@ from intarsia.building.materialize import materialize
 from intarsia.cli.parse import parse
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.healing.quality import Chain
+from intarsia.healing.pipeline import Chain
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.options import EvalSpec, Output, Target, TextSpec
-from intarsia.pruning.candidates import losses_with
 from intarsia.pruning.heal_in_loop import StepHealer
-from intarsia.pruning.intermediate import Intermediate
+from intarsia.pruning.intermediate import Intermediate, losses_with
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComeP, ComePSettings

@@ -15,8 +15,7 @@ from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.pruning.candidates import losses_with
-from intarsia.pruning.intermediate import Intermediate
+from intarsia.pruning.intermediate import Intermediate, losses_with
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import Variant, identity
 from tests import families

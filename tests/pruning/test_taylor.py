@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.methods.taylor import saliences
+from intarsia.pruning.methods.shortened_llama import saliences
 from tests import families
 from tests.conftest import InMemory
 from tests.pruning.by_hand import kept_layers, ladder_of, real_tokens

@@ -257,7 +257,7 @@ class Come(Progressive):
 
 def _skipped(model: Intermediate, allowed: Sequence[int], count: int) -> dict[int, float]:
     """The calibration loss without each span."""
-    from intarsia.pruning.candidates import Change, losses_of
+    from intarsia.pruning.intermediate import Change, losses_of
 
     scores: dict[int, float] = {}
     skips = [Change(start=start, count=count, ops=()) for start in allowed]

@@ -207,7 +207,7 @@ def raced(
     model: Intermediate, tried: Sequence[Candidate], number: int, *, racing: bool, title: str
 ) -> tuple[list[Candidate], list[dict[str, Any]]]:
     """The `number` candidates of least calibration loss, each of which removes something else; and what all showed."""
-    from intarsia.pruning.candidates import Change, losses_of
+    from intarsia.pruning.intermediate import Change, losses_of
 
     changes = [Change(start=each.start, count=each.count, ops=() if each.op is None else (each.op,)) for each in tried]
 

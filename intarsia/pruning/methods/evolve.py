@@ -35,8 +35,7 @@ from intarsia.registry import planner
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from intarsia.pruning.candidates import Change
-    from intarsia.pruning.intermediate import Intermediate
+    from intarsia.pruning.intermediate import Change, Intermediate
 
 Kept: TypeAlias = tuple[int, ...]
 """The sub-blocks of a model, ascending: 2 i is the attention of layer i, 2 i + 1 its MLP."""
@@ -239,7 +238,7 @@ class _Search:
         """Run models on the sequences on which they were not."""
         import torch
 
-        from intarsia.pruning.candidates import losses_of
+        from intarsia.pruning.intermediate import losses_of
 
         missing: dict[tuple[int, int], list[Kept]] = {}
         for kept in tried:
@@ -258,7 +257,7 @@ class _Search:
 
     def _change(self, kept: Kept) -> Change:
         """A model, as what it is after the layers that it has in common with the original."""
-        from intarsia.pruning.candidates import Change
+        from intarsia.pruning.intermediate import Change
 
         ops = self.ops(kept)
         assert ops is not None

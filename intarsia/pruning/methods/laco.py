@@ -157,7 +157,7 @@ class Laco(Progressive):
         """Mean cosine similarity, sequence by sequence, of final hidden states to the original model's."""
         from torch.nn.functional import cosine_similarity
 
-        from intarsia.pruning.candidates import normed_with
+        from intarsia.pruning.intermediate import normed_with
 
         few = slice(0, min(SEQUENCES, model.rows.stop))
         if self._reference is None:

@@ -42,7 +42,7 @@ class Sleb(Progressive):
 
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
         """Try the model without each layer, and without the half-layers between two, where that is wanted."""
-        from intarsia.pruning.candidates import Change, losses_of
+        from intarsia.pruning.intermediate import Change, losses_of
 
         tried = [Change(start=start, count=1, ops=()) for start in model.droppable()]
         if not tried:
