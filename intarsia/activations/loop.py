@@ -154,7 +154,7 @@ class Loop:
             self.batches.side_by_side(prepare, work, finish, sequences)
 
     def outputs(
-        self, layer: Placed, read: Read, *, sequences: Sequence[slice] = (slice(None),), inputs: Sequence[Part] = ()
+        self, layer: Placed, read: Read, *, sequences: slice = slice(None), inputs: Sequence[Part] = ()
     ) -> Iterator[Passed]:
         """One layer's outputs, batch after batch, for a caller that starts again with smaller batches where memory
         runs out (`Batches.whole`).
@@ -163,10 +163,9 @@ class Loop:
             inputs: parts, the inputs of whose output projections are handed over too.
         """
         with self._running(layer, read, inputs) as (prepare, work):
-            for part in sequences:
-                for _, _, passed in self.batches.results(prepare, work, part):
-                    self.spend(1, passed.rows)
-                    yield passed
+            for _, _, passed in self.batches.results(prepare, work, sequences):
+                self.spend(1, passed.rows)
+                yield passed
 
     @contextmanager
     def _running(

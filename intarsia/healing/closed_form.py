@@ -1,27 +1,51 @@
-"""Which output layers heal stages change, and what a fit of them takes.
+"""Closed-form healing: least squares instead of training.
 
-An output layer gets the original's hidden states before its span and should give those after it: H^start and H^stop of
-`recipe.spans`. So a teacher needs the base's depth, width and vocabulary; by default it is the base itself.
+An output layer with span (a, b] should turn the output of the healed layers before it into the original's H^b. Its
+output projections (down_proj, o_proj) are fitted by ridge regression on their own inputs toward what is still missing
+of H^b, and shrink toward the weights as they are: down_proj, then o_proj, then down_proj again after the changed
+attention.
+Layers after the first merge that stand for themselves alone have down_proj fitted, and o_proj where that is asked for:
+they correct what those before left. With a plain removal and down_proj alone this is the special case of arXiv
+2505.02819 without its extra matrix.
+
+The student starts where it differs from the teacher. Statistics are Gram matrices, accumulated in a stream: memory is
+one layer's, whatever the number of tokens. The ridge strength is chosen on held-out sequences, and a fit that does not
+lower the held-out error is not taken.
+
+Massive activations: a few tokens (attention sinks) have norms a hundred times the others', and plain least squares
+would serve them alone. A token counts with weight 1 / |H^b|^2, as it does to the norm before the next layer.
+
+Fitting o_proj toward the span's summed attention outputs instead was measured and is worse than leaving it alone: what
+the removed layers' attention read is not what this layer's MLP can use (dev/LOG.md, closed form).
+
+An output projection with a norm after it is fitted otherwise (`intarsia.healing.layer_fit`). The experts of a
+mixture are not fitted; o_proj is, in their place.
+
+A fit may have several starting points. What was fitted inside the progressive loop was fitted to the model of that
+time: the same layers with nothing fitted may end nearer to the original, and so may other layers (dev/LOG.md). The
+nearest to the original's next-token distributions on held-out text is the best, not the one of least loss: models of
+equal loss differ in it, and the nearer one is the better one on other text (dev/LOG.md; for removal: arXiv 2410.14649).
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from intarsia.activations import loop as loops
 from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import MemoryBudget
-from intarsia.activations.loop import Loop, Passed, Path
+from intarsia.activations.loop import Loop
 from intarsia.activations.loss import TOP, Likeliest
 from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.building.layer import tensor_names
@@ -35,10 +59,7 @@ from intarsia.progress import current
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, identity
 
-if TYPE_CHECKING:
-    import pathlib
-
-
+AS_IT_IS = "as it is"
 MOST_PASSES = 3
 """Passes of the whole model over the tokens that a fit with optional output projections may take."""
 
@@ -86,12 +107,12 @@ def _forwards(recipe: Recipe, parts: dict[int, tuple[Part, ...]], architecture: 
     return max(recipe.spans[index][1] for index in indices) + indices[-1] + 1 - first + fits
 
 
+@torch.inference_mode()
 def fit(
     recipe: Recipe,
     teacher: TeacherStates,
     *,
     settings: ClosedFormSettings | None = None,
-    unseen: Collection[int] = (),
     memory_budget: MemoryBudget | None = None,
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """A recipe with fitted output projections, and a report for every one of them.
@@ -99,107 +120,61 @@ def fit(
     Args:
         recipe: any recipe over the teacher's resident model; what is fitted on it already is the starting point.
         teacher: its hidden states on the calibration text, shared with other fits or not; the fit adds depths.
-        unseen: sequences of the text that the fit must not see: neither fitted on nor used to choose the strength.
         memory_budget: what hidden states may take in memory.
     """
-    work = _Work(recipe, teacher, settings or ClosedFormSettings(), frozenset(unseen), memory_budget or MemoryBudget())
-    try:
-        with torch.inference_mode():
-            fitted, fits = work.run()
-    finally:
-        work.student.close()
-    merged = {index: {**recipe.fitted.get(index, {}), **tensors} for index, tensors in fitted.items()}
-    return replace(recipe, fitted={**recipe.fitted, **merged}), [asdict(entry) for entry in fits]
+    settings, memory_budget = settings or ClosedFormSettings(), memory_budget or MemoryBudget()
+    resident, batches = teacher.resident, teacher.batches
+    parts = fitted_parts(recipe, settings, resident.architecture)
+    if not parts:
+        return recipe, []
+    loop, spool = Loop(resident, batches, memory_budget=memory_budget), spool_of(resident, memory_budget)
+    last = max(parts)
+    modules = RecipeLayers(resident, recipe.layers[: last + 1], recipe.fitted).modules
+    # Before the first layer that is not the teacher's own, or is fitted, the student's hidden states are the teacher's.
+    own = zip(modules[: min(parts)], teacher.layers, strict=False)  # of a stack, there are more of ours
+    differs = (index for index, (ours, theirs) in enumerate(own) if ours is not theirs)
+    first = next(differs, min(min(parts), len(teacher.layers)))
+    # Spans of layers with a target do not overlap: no two have the same last layer.
+    targets = {index: recipe.spans[index][1] for index in parts}
+    fitted, fits = dict(recipe.fitted), list[LayerFit]()
+
+    def fit_one(
+        index: int, unfitted: nn.Module
+    ) -> tuple[nn.Module, dict[str, npt.NDArray[np.float32]], list[LayerFit]]:
+        module = twin(unfitted)  # fitting must leave the original model alone
+        text = LayerText(
+            loop=loop,
+            inputs=loop.reader(student),
+            targets=partial(teacher.at, targets[index]),
+            source=recipe.layers[index].sources[0].layer,
+        )
+        return module, *fit_layer(module, parts[index], text, index=index, settings=settings, spool=spool)
+
+    with closing(loop.store()) as student, current().task("closed form", last + 1 - first) as task:
+        teacher.learn({first, *targets.values()})
+        for rows, _, _ in batches.over():
+            student.put(0, rows.start, teacher.at(first, rows))
+        if first not in targets.values():
+            teacher.forget(first)
+        for index, module in enumerate(resident.walk(modules[first:], ahead=False), first):
+            task.note(f"layer {index + 1} of {len(recipe.layers)}")
+            if index in targets:
+                module, tensors, reports = batches.whole(partial(fit_one, index, module))
+                fits += reports
+                if tensors:
+                    fitted[index] = {**fitted.get(index, {}), **tensors}
+            layer = Placed(module, recipe.layers[index].sources[0].layer)
+            loop.layer(layer, loop.reader(student), lambda passed: student.put(0, passed.rows.start, passed.after))
+            if index in targets:
+                teacher.forget(targets[index])
+            task.advance()
+    return replace(recipe, fitted=fitted), [asdict(entry) for entry in fits]
 
 
 def spool_of(resident: LoadedModel, memory_budget: MemoryBudget) -> Path | None:
     """Where fitted tensors are kept in files: what is fitted on all layers of a streamed model takes more memory than
     one layer does. None: in memory."""
     return (memory_budget.folder or Path(tempfile.gettempdir())) if resident.streams else None
-
-
-class _Work:
-    """One fit under way: the teacher's hidden states, and the student's stream."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        teacher: TeacherStates,
-        settings: ClosedFormSettings,
-        unseen: frozenset[int],
-        memory_budget: MemoryBudget,
-    ) -> None:
-        self.recipe, self.teacher, self.settings = recipe, teacher, settings
-        self.resident, self.batches = teacher.resident, teacher.batches
-        self.loop = Loop(self.resident, self.batches, memory_budget=memory_budget)
-        self.parts = fitted_parts(recipe, settings, self.resident.architecture)
-        self.sequences = _seen(len(self.batches.corpus), unseen)
-        self.student = self.loop.store()
-        self.spool = spool_of(self.resident, memory_budget)
-
-    def run(self) -> tuple[dict[int, dict[str, npt.NDArray[np.float32]]], list[LayerFit]]:
-        fitted: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
-        fits: list[LayerFit] = []
-        if not self.parts:
-            return fitted, fits
-        last = max(self.parts)
-        modules = RecipeLayers(self.resident, self.recipe.layers[: last + 1], self.recipe.fitted).modules
-        first = self._first(modules)
-        # Spans of layers with a target do not overlap: no two have the same last layer.
-        targets = {index: self.recipe.spans[index][1] for index in self.parts}
-        self.teacher.learn({first, *targets.values()})
-        with current().task("closed form", last + 1 - first) as task:
-            for rows, _, _ in self.batches.over():
-                self.student.put(0, rows.start, self.teacher.at(first, rows))
-            if first not in targets.values():
-                self.teacher.forget(first)
-            for index, module in enumerate(self.resident.walk(modules[first:], ahead=False), first):
-                task.note(f"layer {index + 1} of {len(self.recipe.layers)}")
-                if index in targets:
-                    module, tensors, reports = self.batches.whole(partial(self._fit, index, module))
-                    fits += reports
-                    if tensors:
-                        fitted[index] = tensors
-                layer = Placed(module, self.recipe.layers[index].sources[0].layer)
-                self.loop.layer(layer, self.loop.reader(self.student), self._put)
-                if index in targets:
-                    self.teacher.forget(targets[index])
-                task.advance()
-        return fitted, fits
-
-    def _fit(
-        self, index: int, unfitted: nn.Module
-    ) -> tuple[nn.Module, dict[str, npt.NDArray[np.float32]], list[LayerFit]]:
-        module = twin(unfitted)  # fitting must leave the original model alone
-        text = LayerText(
-            loop=self.loop,
-            inputs=self.loop.reader(self.student),
-            targets=partial(self.teacher.at, self.recipe.spans[index][1]),
-            source=self.recipe.layers[index].sources[0].layer,
-            sequences=self.sequences,
-        )
-        parts, settings = self.parts[index], self.settings
-        return module, *fit_layer(module, parts, text, index=index, settings=settings, spool=self.spool)
-
-    def _first(self, modules: Sequence[nn.Module]) -> int:
-        """The first layer that is not the teacher's own, or is fitted: before it the student's hidden states are the
-        teacher's."""
-        start, layers = min(self.parts), self.teacher.layers
-        own = zip(modules[:start], layers, strict=False)  # of a stack, there are more of ours
-        differs = (index for index, (ours, theirs) in enumerate(own) if ours is not theirs)
-        return next(differs, min(start, len(layers)))
-
-    def _put(self, passed: Passed) -> None:
-        self.student.put(0, passed.rows.start, passed.after)
-
-
-def _seen(sequences: int, unseen: Collection[int]) -> list[slice]:
-    """The runs of sequences between those that a fit must not see."""
-    ends = sorted({-1, *unseen, sequences})
-    return [slice(before + 1, end) for before, end in pairwise(ends) if end > before + 1]
-
-
-AS_IT_IS = "as it is"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,15 +202,15 @@ class NextTokens:
         self.loop = Loop(self.resident, Batches(corpus, self.resident.device), memory_budget=memory_budget)
         real_NT = torch.ones_like(corpus.input_ids, dtype=torch.bool) if corpus.mask is None else corpus.mask
         self.predicted = int((real_NT[:, :-1] & real_NT[:, 1:]).sum())
-        number, found = min(TOP, self.resident.architecture.vocabulary), dict[int, Likeliest]()
+        number, found = min(TOP, self.resident.architecture.vocabulary), list[Likeliest]()
 
         def look(_: int, rows: slice, ids: Tensor, mask: Tensor | None, h_BTD: Tensor) -> None:
-            found[rows.start] = self.loop.stream.likeliest(h_BTD, ids, mask, number)
+            found.append(self.loop.stream.likeliest(h_BTD, ids, mask, number))
 
         with torch.inference_mode():
-            self.loop.run([Path(layers=[Placed(module, index) for index, module in enumerate(teacher.layers)])], look)
-        parts = zip(*(found[start] for start in sorted(found)), strict=True)
-        self.likeliest = Likeliest(*(torch.cat(each) for each in parts))
+            layers = [Placed(module, index) for index, module in enumerate(teacher.layers)]
+            self.loop.run([loops.Path(layers=layers)], look)
+        self.likeliest = Likeliest(*(torch.cat(each) for each in zip(*found, strict=True)))
 
     def divergence(self, recipe: Recipe) -> float:
         """Mean KL of a recipe's next token from the original's, in nats.
@@ -243,7 +218,7 @@ class NextTokens:
         Raises:
             UserError: it is not finite.
         """
-        path = Path(layers=RecipeLayers.of(recipe, self.resident).placed())
+        path = loops.Path(layers=RecipeLayers.of(recipe, self.resident).placed())
         (sums_N,) = self.loop.losses([path], expected=self.likeliest.rows)
         return float(sums_N.sum()) / max(1, self.predicted)
 
@@ -255,7 +230,13 @@ def starts(recipe: Recipe, architecture: Architecture) -> list[Start]:
     """
     found = [Start(name=AS_IT_IS, recipe=recipe)]
     names = {name for tensors in recipe.fitted.values() for name in tensors}
-    if names and names <= _closed_form_names(architecture):
+    if architecture.inspected is not None:
+        modules = set(architecture.inspected.writers or ())
+    else:
+        norms = (architecture.norm_after(part) for part in PARTS)
+        modules = {architecture.writer(part).module for part in PARTS} | {norm.module for norm in norms if norm}
+    able = {name for module in modules for name in tensor_names(f"{module}.weight", architecture)}
+    if names and names <= able:
         found.append(Start(name="with nothing fitted", recipe=replace(recipe, fitted={})))
     return found
 
@@ -266,8 +247,7 @@ def fit_each(
     held_out: Corpus,
     *,
     settings: ClosedFormSettings,
-    folder: pathlib.Path,
-    unseen: Collection[int] = (),
+    folder: Path,
     memory_budget: MemoryBudget,
 ) -> list[FromStart]:
     """Fit from every start: the best fit comes first, of equal ones the earlier start's.
@@ -276,7 +256,6 @@ def fit_each(
         teacher: its hidden states on the calibration text, which all fits share.
         held_out: text on which the divergence from the original decides.
         folder: where finished fits are kept, and found again.
-        unseen: sequences of the calibration text that no fit sees.
 
     Raises:
         UserError: activations are not finite, or the disk is full.
@@ -290,7 +269,7 @@ def fit_each(
                 recipe = schema.load(path)
                 fits = recipe.provenance["output_projections"]
             else:
-                recipe, fits = fit(start.recipe, teacher, settings=settings, unseen=unseen, memory_budget=memory_budget)
+                recipe, fits = fit(start.recipe, teacher, settings=settings, memory_budget=memory_budget)
                 with full_disk_named(folder):
                     folder.mkdir(parents=True, exist_ok=True)
                     schema.save(replace(recipe, provenance={"output_projections": fits}), path)
@@ -301,13 +280,3 @@ def fit_each(
     said = ", ".join(f"{each.start.name} {each.divergence:.4f}" for each in found)
     current().say(f"closed form: held-out KL to the original from the recipe {said}")
     return found
-
-
-def _closed_form_names(architecture: Architecture) -> set[str]:
-    """The tensors that a closed form fits."""
-    if architecture.inspected is not None:
-        names = (f"{module}.weight" for module in architecture.inspected.writers or ())
-        return {tensor for name in names for tensor in tensor_names(name, architecture)}
-    norms = (architecture.norm_after(part) for part in PARTS)
-    modules = {architecture.writer(part).module for part in PARTS} | {norm.module for norm in norms if norm is not None}
-    return {f"{module}.weight" for module in modules}

@@ -213,8 +213,8 @@ class LayerText:
     targets: Read
     # The original layer whose other arguments it takes.
     source: int
-    # The sequences that may be used.
-    sequences: Sequence[slice] = (slice(None),)
+    # The sequences that are used.
+    sequences: slice = slice(None)
 
 
 def fittable(parts: Sequence[Part], architecture: Architecture) -> tuple[Part, ...]:

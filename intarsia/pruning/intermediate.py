@@ -1,11 +1,11 @@
-"""The model in the middle of pruning: its layers, hidden states, and what is measured on them.
+"""The model in the middle of pruning: its layers, hidden states, and what is measured on them and on changes of them.
 
 Shape suffixes: `N` sequences, `B` sequences of a batch, `T` tokens, `D` residual width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -22,7 +22,7 @@ from intarsia.building.loaded_model import Layer, LoadedModel, Placed, RecipeLay
 from intarsia.data.corpus import Corpus
 from intarsia.healing.teacher import TeacherStates
 from intarsia.inspection.structure import Possible
-from intarsia.progress import Progress, current
+from intarsia.progress import current
 from intarsia.pruning.scores import angular_distance
 from intarsia.pruning.step import Criterion
 from intarsia.recipe.ops import Op
@@ -42,6 +42,15 @@ class _Kept:
     measures: list[LayerMeasure]
     losses_N: Tensor
     distances: dict[tuple[int, int, str], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """`ops` stand in the place of the `count` layers from `start` on."""
+
+    start: int
+    count: int
+    ops: tuple[Op, ...]
 
 
 class Intermediate(RecipeLayers):
@@ -69,7 +78,6 @@ class Intermediate(RecipeLayers):
         fitted: Fitted | None = None,
         batch_tokens: int | None = None,
         memory_budget: MemoryBudget | None = None,
-        reuse_prefix: bool = True,
         after_final_norm: bool = False,
     ) -> None:
         """Nothing is run yet; `measure` does that.
@@ -78,11 +86,9 @@ class Intermediate(RecipeLayers):
             fitted: tensors that replace layers' own, by layer.
             batch_tokens: tokens of a forward pass; sensible for the device by default.
             memory_budget: what hidden states may take in memory before they spill to disk.
-            reuse_prefix: False runs the whole model for every change and candidate (for benchmarks).
             after_final_norm: take the last layer's output after the final norm, as published.
         """
         super().__init__(resident, ops, fitted)
-        self.reuse_prefix = reuse_prefix
         self.after_final_norm = after_final_norm
         self.loop = Loop(
             resident, Batches(corpus, resident.device, batch_tokens=batch_tokens), memory_budget=memory_budget
@@ -111,11 +117,6 @@ class Intermediate(RecipeLayers):
     def batches(self) -> Batches:
         """The calibration text, as many sequences at a time as the device holds."""
         return self.loop.batches
-
-    @property
-    def progress(self) -> Progress:
-        """Where long work on the model reports to."""
-        return current()
 
     @property
     def layer_forwards(self) -> float:
@@ -167,21 +168,19 @@ class Intermediate(RecipeLayers):
         recorded on the whole text, as healing needs them.
         """
         whole, stop = stop is None, self.depth if stop is None else stop
-        if not self.measures or not self.reuse_prefix:
+        if not self.measures:
             start = 0
+        elif self.after_final_norm:
+            start = min(start, max(self.depth - 1, 0))  # a layer that has become the last one
         del self.measures[start:], self._measured[start:]
-        # What ended at the last layer before may have been taken after the final norm.
-        valid = start - 1 if self.after_final_norm and start == self.depth else start
-        self._distances = {key: value for key, value in self._distances.items() if key[0] + key[1] <= valid}
+        self._distances = {key: value for key, value in self._distances.items() if key[0] + key[1] <= start}
         parts = [self.rows]
         if whole and self.hidden.held is None and is_whole(self._now(), self.architecture.n_layers):
             parts.append(slice(self.rows.stop, len(self.corpus)))
         length = parts[-1].stop / len(self.corpus)
-        with self.progress.task(f"measuring {self.depth} layers", (stop - start) * length + whole) as task:
+        with current().task(f"measuring {self.depth} layers", (stop - start) * length + whole) as task:
             if start == 0:
                 self.loop.embed(self.hidden, sequences=slice(0, parts[-1].stop))
-            if self.after_final_norm and whole and 0 < start == self.depth:
-                self.measures[-1] = self._new_last()
             found = [LayerMeasure() for _ in range(start, stop)]
 
             def measure(number: int, passed: Passed) -> LayerMeasure | None:
@@ -226,13 +225,19 @@ class Intermediate(RecipeLayers):
         if same == len(self._measured) == self.depth:
             return
         # A last layer that was measured after the final norm may be no last layer any more.
-        self.measure(0 if self.after_final_norm else same)
+        self.measure(max(same - 1, 0) if self.after_final_norm else same)
 
     def replace(self, start: int, count: int, op: Op | None, *, measure: bool = True) -> None:
         """Put one layer (or none) in the place of `count` layers, and re-run what comes after."""
         self.exchange(start, count, [] if op is None else [op])
         if measure:
             self.measure(start)
+
+    def path(self, change: Change) -> Path:
+        """The layers from a change on, and the hidden states before it."""
+        new = [Placed(self.resident.module(op), op.sources[0].layer) for op in change.ops]
+        rest = self.placed(change.start + change.count)
+        return Path(layers=[*new, *rest], read=partial(self.hidden_at, change.start))
 
     def hidden_at(self, depth: int, rows: slice) -> Tensor:
         """H^depth of some sequences, as it was measured."""
@@ -332,14 +337,6 @@ class Intermediate(RecipeLayers):
             found.channels[part].add(x, None if mask is None else mask.to(x.device))
         return found
 
-    def _new_last(self) -> LayerMeasure:
-        """The influence of a layer that has become the last one: its output now counts after the final norm."""
-        fresh = LayerMeasure(channels=self.measures[-1].channels)
-        for rows, ids, mask in self.batches.over(self.rows):
-            after = self._output(self.depth, rows, ids, mask)
-            fresh.add_stream(self._output(self.depth - 1, rows, ids, mask), after, mask)
-        return fresh
-
     def _lose(self, rows: slice, ids: Tensor, mask: Tensor | None) -> None:
         """Measure the loss of some sequences, from the hidden states after the last layer."""
         h_BTD = self.hidden_at(self.depth, rows)
@@ -367,56 +364,13 @@ class Intermediate(RecipeLayers):
         return is_whole(self._measured, self.architecture.n_layers)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """`ops` stand in the place of the `count` layers from `start` on."""
+def losses_of(model: Intermediate, changes: Iterable[Change], *, sequences: slice | None = None) -> Iterator[Tensor]:
+    """Summed loss of each sequence with one change after the other: float64, `[N]` of the slice (default: of `rows`).
 
-    start: int
-    count: int
-    ops: tuple[Op, ...]
-
-
-def losses_with(
-    model: Intermediate, start: int, count: int, ops: Sequence[Op], *, sequences: slice | None = None
-) -> Tensor:
-    """Summed loss of each sequence if `ops` stood in the place of `count` layers: float64, `[N]` of the slice.
-
-    Where the model's criterion is `kl`, it is the divergence from the original's next-token distribution.
+    Where the model's criterion is `kl`, it is the divergence from the original's next-token distribution. The model
+    itself does not change: layers from the change on are run from the kept hidden states before it.
     """
-    return next(losses_of(model, [Change(start=start, count=count, ops=tuple(ops))], sequences=sequences))
-
-
-def losses_of(model: Intermediate, changes: Sequence[Change], *, sequences: slice | None = None) -> Iterator[Tensor]:
-    """`losses_with` of one change after the other."""
     sequences = model.rows if sequences is None else sequences
     expected = model.expected().rows if model.criterion == "kl" else None
-    return model.loop.losses((_path(model, change) for change in changes), sequences=sequences, expected=expected)
-
-
-@torch.inference_mode()
-def normed_with(
-    model: Intermediate, start: int, count: int, ops: Sequence[Op], *, sequences: slice = slice(None)
-) -> Tensor:
-    """What the head would read if `ops` stood in the place of `count` layers: H^L after the final norm.
-
-    Returns:
-        `[N, T, D]` of the slice, in the model's dtype, on the CPU. Padding is zero.
-    """
-    found: list[Tensor] = []
-
-    def end(_: int, rows: slice, ids: Tensor, mask: Tensor | None, h_BTD: Tensor) -> None:
-        normed = model.loop.stream.final_norm(h_BTD, ids, mask)
-        found.append((normed if mask is None else normed.masked_fill(~mask[..., None], 0.0)).cpu())
-
-    path = _path(model, Change(start=start, count=count, ops=tuple(ops)))
-    model.loop.run([path], end, sequences=sequences)
-    return torch.cat(found)
-
-
-def _path(model: Intermediate, change: Change) -> Path:
-    """The layers from the change on; all of them where no hidden states are to be reused."""
-    new = [Placed(model.resident.module(op), op.sources[0].layer) for op in change.ops]
-    rest = [*new, *model.placed(change.start + change.count)]
-    if not model.reuse_prefix:
-        return Path(layers=[*model.placed(0, change.start), *rest])
-    return Path(layers=rest, read=partial(model.hidden_at, change.start))
+    paths = map(model.path, changes)
+    return model.loop.losses(paths, sequences=sequences, expected=expected)

@@ -19,9 +19,10 @@ from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
+from intarsia.evaluation.perplexity import Chain
 from intarsia.healing.closed_form import _seen, fit_forwards, fitted_parts
 from intarsia.healing.layer_fit import fittable
-from intarsia.healing.pipeline import Chain, quality
+from intarsia.healing.pipeline import quality
 from intarsia.healing.settings import ClosedFormSettings, taught
 from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.recipe import schema
@@ -136,8 +137,8 @@ def test_removals_and_joined_layers_are_healed(
     assert all(name.removesuffix(".weight") in modules for names in healed.fitted.values() for name in names)
     measured = quality(healed, resident, [held_out_rows(train)])
     for row in (fits[len(modules) - 1], fits[-1]):
-        assert row["error_after"] == pytest.approx(measured.errors[row["layer"]], rel=1e-3)
-    errors = [quality(each, resident, [fresh]).errors for each in (recipe, healed)]
+        assert row["error_after"] == pytest.approx(measured["errors"][row["layer"]], rel=1e-3)
+    errors = [quality(each, resident, [fresh])["errors"] for each in (recipe, healed)]
     assert errors[1][2] < 0.9 * errors[0][2] and errors[1][3] < 0.9 * errors[0][3]
     assert all(torch.equal(before[name], tensor) for name, tensor in resident.model.state_dict().items())
 
@@ -218,7 +219,7 @@ def test_later_layers_correct_what_is_left(
     assert sorted(near.fitted) == [1] and sorted(far.fitted) == [1, 2, 3]
     changed, rest = (len(steps(resident.architecture, parts)) for parts in (PLAIN.changed, PLAIN.unchanged))
     assert [row["layer"] for row in fits] == [1] * changed + [2] * rest + [3] * rest
-    errors = [quality(each, resident, [fresh]).errors for each in (near, far)]
+    errors = [quality(each, resident, [fresh])["errors"] for each in (near, far)]
     assert errors[1][1] == errors[0][1]
     assert errors[1][3] < errors[0][3]
 
@@ -284,7 +285,7 @@ def test_massive_tokens(tmp_path: Path, tokens: Tokens) -> None:
     train.input_ids[:, 0] = fresh.input_ids[:, 0] = 1
     recipe = removal(checkpoint)
     plain, relative, uniform = (
-        quality(each, resident, [fresh]).errors[1]
+        quality(each, resident, [fresh])["errors"][1]
         for each in (
             recipe,
             fit_on(recipe, resident, train, settings=DOWN)[0],

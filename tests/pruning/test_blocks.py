@@ -16,7 +16,7 @@ from intarsia.commands.planning import Planning, heal_recipe
 from intarsia.options import EvalSpec, Runtime, Target, TextSpec
 from intarsia.progress import Display
 from intarsia.pruning.blocks import best_blocks, starts_of
-from intarsia.pruning.intermediate import Intermediate, losses_with
+from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.methods.sleb import SlebSettings
 from intarsia.recipe.algebra import half_layers
 from intarsia.recipe.schema import content_hash
@@ -24,6 +24,7 @@ from intarsia.registry import heal_stages, planners
 from intarsia.run_dir import RunDir
 from tests import families
 from tests.conftest import Folder, InMemory
+from tests.pruning.by_hand import losses_with
 from tests.pruning.test_in_loop import written_by
 from tests.recipes_by_hand import recipe_of, select
 

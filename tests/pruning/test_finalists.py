@@ -15,7 +15,7 @@ from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.pruning import heal_in_loop
 from intarsia.pruning.efforts import method_of
-from intarsia.pruning.heal_in_loop import StepHealer, settle
+from intarsia.pruning.heal_in_loop import StepHealer
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come_p import ComeP, ComePSettings
@@ -27,7 +27,7 @@ from intarsia.recipe.recipe import Variant, identity
 from intarsia.registry import planners
 from tests import families
 from tests.conftest import InMemory, Opened
-from tests.pruning.by_hand import climb, ladder_in, planner_of
+from tests.pruning.by_hand import climb, ladder_in, planner_of, take
 from tests.pruning.test_in_loop import SETTINGS, written_by
 from tests.pruning.test_race import Track, noisy
 from tests.recipes_by_hand import select, shared
@@ -177,10 +177,10 @@ def test_the_best_healed_model_is_taken(family: str, resident_of: InMemory) -> N
     steps = steps_of(resident)
     for step in steps:
         model = measured(resident, list(WHOLE))
-        healer = StepHealer(model, SETTINGS).replace(step.start, step.count, step.op)
+        healer = take(StepHealer(model, SETTINGS), step.start, step.count, step.op)
         found.append((min(healer["held_out_loss"]), healer, model))
     model = measured(resident, list(WHOLE))
-    chosen, report = settle(StepHealer(model, SETTINGS), steps)
+    chosen, report = StepHealer(model, SETTINGS).take(steps)
     number = min(range(4), key=lambda index: found[index][0])
     assert chosen is steps[number]
     _, healer, wanted = found[number]
@@ -204,12 +204,12 @@ def test_a_trial_leaves_the_model_as_it_was(resident_of: InMemory) -> None:
     ops: list[Op] = [select(0), select(1), select(2), joined, select(5)]
     both = Step(start=2, count=2, op=joined, evidence={})
     other = Step(start=4, count=1, op=None, evidence={})
-    alone = settle(StepHealer(measured(resident, list(ops)), SETTINGS), [other])[1]["finalists"][0]["held_out_loss"]
+    alone = take(StepHealer(measured(resident, list(ops)), SETTINGS), 4, 1, None)["held_out_loss"]
     model = measured(resident, list(ops))
     spent = model.layer_forwards
-    _, report = settle(StepHealer(model, SETTINGS), [both, other])
+    _, report = StepHealer(model, SETTINGS).take([both, other])
     assert report["finalists"][1]["held_out_loss"] == alone
-    by_itself = StepHealer(measured(resident, list(ops)), SETTINGS).replace(2, 2, joined)
+    by_itself = take(StepHealer(measured(resident, list(ops)), SETTINGS), 2, 2, joined)
     assert report["finalists"][0]["held_out_loss"] == pytest.approx(by_itself["held_out_loss"], rel=1e-6)
     # The original, which was not what was measured; `both`: 3 + 1 + 3 fits and between, twice what comes after, and
     # what was measured again; `other`: 3 fits, and nothing after it (its layer stands before the last one).
@@ -234,7 +234,7 @@ def test_candidates_are_scored_on_sequences_that_no_fit_sees(
         return losses_after(of, start, some)
 
     monkeypatch.setattr(heal_in_loop, "losses_after", looks)
-    settle(StepHealer(model, ClosedFormSettings(ridges=(0.1,), held_out=4)), steps_of(resident)[:2])
+    StepHealer(model, ClosedFormSettings(ridges=(0.1,), held_out=4)).take(steps_of(resident)[:2])
     assert rows == [list(range(0, 32, 4))] * 4
 
 

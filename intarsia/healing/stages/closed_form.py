@@ -56,7 +56,7 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
 
     architecture = context.variants[recipe.base].architecture
     text = _first(context.calibration, settings.tokens)
-    common: dict[str, Any] = {"unseen": context.unseen, "memory_budget": context.memory_budget}
+    common: dict[str, Any] = {"memory_budget": context.memory_budget}
     points, forwards = [*starts(recipe, architecture), *context.starts], 0.0
     start, found, fits = points[0], None, []
     trial = text if len(points) == 1 else _first(text, settings.trial_tokens or int(text.tokens * _TRIAL))

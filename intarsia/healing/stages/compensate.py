@@ -1,9 +1,25 @@
-"""Output layers that stand for dropped ones, run on the original's own hidden states.
+"""The stages `replaceme` and `prune-comp`: what was published to make up for runs of dropped layers.
 
-A layer with span (a, b] gets H^a of the original; what it gives is compared with H^b. Where layers were dropped after
-it, and it is an original layer as it was, what it gives is the original's hidden state before the dropped run.
+Both compare what an output layer with span (a, b] makes of H^a of the original with H^b. Where layers were dropped
+after it, and it is an original layer as it was, what it gives is the original's hidden state before the dropped run.
 
-Shape suffixes: `B` sequences of a batch, `T` tokens, `D` residual width.
+`replaceme` folds one linear map for each run into the down_proj before it. Source: Shopkhoev et al., ReplaceMe, arXiv
+2505.02819, the least-squares form. With M what the MLP of the layer before the run adds, Y the rest of that layer's
+output and L the hidden state after the run, all of the original, the map is T = argmin |M T + Y - L|^2 (+ ridge
+|T|^2), over all tokens alike, and down_proj becomes T^t W. Deviations: the ridge is relative; a layer that was merged,
+or joined from half layers, gets a map too, fitted on its own output.
+
+`prune-comp` scales hidden states to the size that they had after the run. Source: Chen et al., Prune&Comp, arXiv
+2507.18212. The scale is alpha = E[E_t|H^b_c| / E_t|H^a_c|]: means of absolute values over the tokens of a sequence, and
+of their ratios over sequences and channels c. Published, the embedding and what all layers before the run write are
+multiplied by alpha. Here what all layers after it write is divided by alpha: every layer, and the final norm, reads the
+hidden states through a norm, so this is the same model, and it leaves the embedding, which may be the head's, as it is.
+Deviation: of several runs each alpha is measured on the original (published: one layer is dropped at a time, and alpha
+measured on the model so far).
+
+As of every stage, a result that does not lower the perplexity of the selection text is not taken.
+
+Shape suffixes: `B` sequences of a batch, `T` tokens, `N` tokens, `C` what the MLP adds, `D` residual width.
 """
 
 from __future__ import annotations
@@ -13,16 +29,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor, nn
-
-from intarsia.activations.loop import Loop, Passed
-from intarsia.architecture.spec import Part
-from intarsia.building.loaded_model import Placed
+from intarsia.architecture.spec import PARTS, Part
 from intarsia.errors import UserError, check
 from intarsia.flags import flag
-from intarsia.healing.pipeline import HealContext
-from intarsia.recipe.recipe import Recipe
 from intarsia.registry import heal_stage
 
 if TYPE_CHECKING:
@@ -36,12 +45,11 @@ if TYPE_CHECKING:
     from intarsia.recipe.recipe import Recipe
 
 
-Look: TypeAlias = Callable[[int, nn.Module, Passed, Tensor, Tensor], None]
-"""Takes a layer's index and module, a batch that passed it, H^b of the original `[B, T, D]`, and which tokens count
+Look: TypeAlias = "Callable[[int, nn.Module, Passed, Tensor, Tensor], None]"
+"""Takes a layer's index and module, a batch that passed it, H^b of the original `[B, T, D]`, and which tokens are real
 `[B, T]`."""
 
 
-@torch.inference_mode()
 def span_outputs(context: HealContext, recipe: Recipe, look: Look, *, inputs: Sequence[Part] = ()) -> int:
     """Run every layer that stands for several of the original over the calibration text.
 
@@ -54,11 +62,16 @@ def span_outputs(context: HealContext, recipe: Recipe, look: Look, *, inputs: Se
     Raises:
         UserError: no layer stands for several, or hidden states are not finite.
     """
+    import torch
+
+    from intarsia.activations.loop import Loop
+    from intarsia.building.loaded_model import Placed
+
     changed = [index for index, (start, stop) in enumerate(recipe.spans) if stop - start > 1]
     check((bool(changed), "The recipe drops no layer, so nothing is to be replaced.", "Prune the model first."))
     resident = context.resident
-    modules = [resident.module(recipe.layers[index], recipe.fitted.get(index)) for index in changed]
-    with context.original_states(context.calibration) as teacher:
+    with torch.inference_mode(), context.original_states(context.calibration) as teacher:
+        modules = [resident.module(recipe.layers[index], recipe.fitted.get(index)) for index in changed]
         before = teacher.cost
         teacher.learn({edge for index in changed for edge in recipe.spans[index]})
         loop = Loop(resident, teacher.batches, memory_budget=context.memory_budget)
@@ -66,20 +79,13 @@ def span_outputs(context: HealContext, recipe: Recipe, look: Look, *, inputs: Se
             start, stop = recipe.spans[index]
 
             def then(passed: Passed, index: int = index, module: nn.Module = module, stop: int = stop) -> None:
-                wanted_BTD = teacher.at(stop, passed.rows)
-                look(index, module, passed, wanted_BTD, _counts(context, passed))
+                real_BT = torch.ones_like(passed.ids, dtype=torch.bool) if passed.mask is None else passed.mask.bool()
+                look(index, module, passed, teacher.at(stop, passed.rows), real_BT)
 
             layer = Placed(module, recipe.layers[index].sources[0].layer)
             name = f"output of layer {index}"
             loop.layer(layer, partial(teacher.at, start), then, inputs=inputs, name=name)
         return teacher.cost - before + len(changed)
-
-
-def _counts(context: HealContext, passed: Passed) -> Tensor:
-    """Real tokens of sequences that were not set aside, `[B, T]`."""
-    seen = [row not in context.unseen for row in range(passed.rows.start, passed.rows.stop)]
-    counts_BT = torch.tensor(seen, device=passed.ids.device)[:, None].expand(passed.ids.shape)
-    return counts_BT if passed.mask is None else counts_BT & passed.mask.bool()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +107,6 @@ def replaceme(context: HealContext, recipe: Recipe, settings: ReplaceMeSettings)
     from torch.nn.functional import linear
 
     from intarsia.healing.ridge import Gram
-
-    pass
 
     architecture = context.variants[recipe.base].architecture
     check(
@@ -162,8 +166,6 @@ def _map(gram: Gram, ridge: float) -> Tensor | None:
 @heal_stage("prune-comp", paper="2507.18212")
 def prune_comp(context: HealContext, recipe: Recipe) -> Recipe:
     """Compensate for the smaller hidden states where layers were dropped."""
-    from intarsia.architecture.spec import PARTS
-
     architecture = context.variants[recipe.base].architecture
     check(
         (
@@ -196,7 +198,6 @@ def magnitude_ratios(
     Returns:
         Also the layer-forwards over the calibration text.
     """
-    pass
 
     sums: dict[int, Tensor] = {}
     numbers: dict[int, int] = {}
@@ -221,7 +222,6 @@ def _scaled(context: HealContext, recipe: Recipe, index: int, factor: float) -> 
     """The tensors of a layer that decide the size of what it writes, times a factor."""
     import torch
 
-    from intarsia.architecture.spec import PARTS
     from intarsia.building.layer import layer_tensors, scale_output
     from intarsia.healing.closed_form import spool_of
     from intarsia.recipe.side_file import spooled

@@ -108,7 +108,7 @@ def end_to_end(context: HealContext, recipe: Recipe, settings: EndToEndSettings)
     found, reports = train(
         recipe,
         context.variants,
-        Text.of(context.training, context.held_out, turns=context.turns(settings.loss_on)),
+        Text.of(context.calibration, context.held_out, turns=context.turns(settings.loss_on)),
         teacher,
         settings=settings,
         folder=context.folder,

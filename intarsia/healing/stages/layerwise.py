@@ -59,7 +59,7 @@ def layerwise(context: HealContext, recipe: Recipe, settings: LayerwiseSettings)
     found, reports = train(
         recipe,
         context.resident,
-        Text.of(context.training, context.held_out, turns=context.turns(settings.loss_on)),
+        Text.of(context.calibration, context.held_out, turns=context.turns(settings.loss_on)),
         settings=settings,
         teacher=context.teaching,
         folder=context.folder,

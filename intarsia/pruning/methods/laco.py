@@ -157,20 +157,36 @@ class Laco(Progressive):
         """Mean cosine similarity, sequence by sequence, of final hidden states to the original model's."""
         from torch.nn.functional import cosine_similarity
 
-        from intarsia.pruning.intermediate import normed_with
-
-        few = slice(0, min(SEQUENCES, model.rows.stop))
         if self._reference is None:
             variant = model.ops[0].sources[0].variant
             whole = [
                 Select(source=LayerRef(variant=variant, layer=layer)) for layer in range(model.architecture.n_layers)
             ]
-            self._reference = normed_with(model, 0, model.depth, whole, sequences=few).flatten(1).float()
-        merged = normed_with(model, start, count, [self._merged(model.ops[start : start + count])], sequences=few)
-        found_N = cosine_similarity(merged.flatten(1).float(), self._reference, dim=1)
+            self._reference = _normed_with(model, 0, model.depth, whole)
+        merged = _normed_with(model, start, count, [self._merged(model.ops[start : start + count])])
+        found_N = cosine_similarity(merged, self._reference, dim=1)
         return float(found_N.double().mean())
 
 
 def collapsed(ops: Sequence[Op]) -> Op:
     """theta_0 + sum_k (theta_k - theta_0), as one op."""
     return merge_of(ops, [2.0 - len(ops), *([1.0] * (len(ops) - 1))])
+
+
+def _normed_with(model: Intermediate, start: int, count: int, ops: Sequence[Op]) -> Tensor:
+    """What the head would read of the first sequences if `ops` stood in the place of `count` layers: H^L after the
+    final norm, float32 `[sequences, tokens * width]` on the CPU. Padding is zero."""
+    import torch
+
+    from intarsia.pruning.intermediate import Change
+
+    found: list[Tensor] = []
+
+    def end(_: int, rows: slice, ids: Tensor, mask: Tensor | None, h_BTD: Tensor) -> None:
+        normed = model.loop.stream.final_norm(h_BTD, ids, mask)
+        found.append((normed if mask is None else normed.masked_fill(~mask[..., None], 0.0)).cpu())
+
+    path = model.path(Change(start=start, count=count, ops=tuple(ops)))
+    with torch.inference_mode():
+        model.loop.run([path], end, sequences=slice(0, min(SEQUENCES, model.rows.stop)))
+    return torch.cat(found).flatten(1).float()

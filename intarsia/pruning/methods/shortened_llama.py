@@ -1,15 +1,23 @@
-"""Magnitude and Magnitude+: drop the layers whose weights are smallest.
+"""Magnitude and Taylor, and their plus variants: drop the layers whose weights are smallest, or whose removal changes
+the loss least, to first order.
 
-Source: Kim et al., Shortened LLaMA, arXiv 2402.02834: the score of a layer is sum_k sum_ij |W^k_ij| over its linear
-weights W^k. The plus variant never drops the first four and the last two layers.
+Source: Kim et al., Shortened LLaMA, arXiv 2402.02834: the score of a layer is sum_k sum_ij |W^k_ij|, or
+sum_k sum_ij |dL/dW^k_ij * W^k_ij| with L the mean next-token loss of the calibration set, over its linear weights W^k.
+The plus variants never drop the first four and the last two layers.
 
 Deviation: norm weights do not count, as the paper has it (its code adds them; they are some thousandths of the sum).
+The gradient is taken layer by layer: the hidden states before a layer are there from the calibration pass, so one layer
+at a time is run again with gradients, and only its weights' gradients and one gradient of the residual stream are in
+memory.
+
+Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from intarsia.progress import current
 from intarsia.pruning.step import OneShot
 from intarsia.registry import planner
 
@@ -33,8 +41,13 @@ class Magnitude(OneShot):
 
     def score(self, model: Intermediate) -> list[float]:
         """The sum of absolute linear weights of each layer."""
+        import torch
+
         return [
-            sum(float(_row_sums(weight).sum()) for weight in linear_weights(model, index))
+            sum(
+                float(weight.detach().abs().sum(dim=1, dtype=torch.float32).double().sum())
+                for weight in linear_weights(model, index)
+            )
             for index, _ in enumerate(model.resident.walk(model.modules))
         ]
 
@@ -56,12 +69,6 @@ def linear_weights(model: Intermediate, index: int) -> list[Tensor]:
     names = [f"{architecture.modules(linear)[0]}.weight" for linear in architecture.linears]
     parameters = dict.fromkeys(parameter_name(name, architecture) for name in names)
     return [model.modules[index].get_parameter(name) for name in parameters]
-
-
-def _row_sums(weight_DC: Tensor) -> Tensor:
-    import torch
-
-    return weight_DC.detach().abs().sum(dim=1, dtype=torch.float32).double()
 
 
 LAYERS_A_PASS = 3
@@ -94,7 +101,7 @@ def saliences(model: Intermediate) -> list[float]:
     grads = model.loop.store()
     scores = [0.0] * model.depth
     try:
-        with torch.enable_grad(), model.progress.task("gradients", model.depth + 1) as task:
+        with torch.enable_grad(), current().task("gradients", model.depth + 1) as task:
             gradients_after_the_last(model, grads)
             task.advance()
             backwards = list(reversed(range(model.depth)))
