@@ -22,9 +22,10 @@ from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.commands.job import load_tokenizer
 from intarsia.data.text import draw
 from intarsia.options import TextSpec
-from intarsia.pruning.intermediate import Change, Intermediate
+from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.methods.come import Come
 from intarsia.pruning.methods.come_p import ComeP, ComePSettings
+from intarsia.pruning.step import Change
 from intarsia.recipe.recipe import Variant, identity
 
 

@@ -11,7 +11,6 @@ span has grown, its fitted tensors are the starting point.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,10 +20,9 @@ import torch
 from torch import Tensor
 
 from intarsia.activations.loop import Path
-from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import Tensors, twin
 from intarsia.healing.closed_form import spool_of
-from intarsia.healing.layer_fit import LayerFit, LayerText, fit_layer, passes
+from intarsia.healing.layer_fit import LayerFit, LayerText, fit_layer
 from intarsia.healing.settings import ClosedFormSettings, trainable
 from intarsia.healing.teacher import TeacherStates
 from intarsia.progress import current
@@ -32,23 +30,6 @@ from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.step import Step, describe
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import derive_spans
-
-
-def step_heal_forwards(
-    architecture: Architecture,
-    settings: ClosedFormSettings | None,
-    current: int,
-    *,
-    finalists: int = 1,
-) -> int:
-    """Layer-forwards that healing one step of a model of `current` layers takes at most; none without settings.
-
-    For each finalist two layers are fitted, the model is measured anew, and the held-out loss is measured twice.
-    """
-    if settings is None:
-        return 0
-    fit, held_out = passes(architecture, settings.changed), math.ceil(current / settings.held_out)
-    return finalists * (2 * fit + current + 2 * held_out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ Shape suffixes: `N` sequences, `B` sequences of a batch, `T` tokens, `D` residua
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -23,8 +23,9 @@ from intarsia.data.corpus import Corpus
 from intarsia.healing.teacher import TeacherStates
 from intarsia.inspection.structure import Possible
 from intarsia.progress import current
+from intarsia.pruning.race import race
 from intarsia.pruning.scores import angular_distance
-from intarsia.pruning.step import Criterion
+from intarsia.pruning.step import Change, Criterion
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import Fitted
 
@@ -42,15 +43,6 @@ class _Kept:
     measures: list[LayerMeasure]
     losses_N: Tensor
     distances: dict[tuple[int, int, str], float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """`ops` stand in the place of the `count` layers from `start` on."""
-
-    start: int
-    count: int
-    ops: tuple[Op, ...]
 
 
 class Intermediate(RecipeLayers):
@@ -233,6 +225,32 @@ class Intermediate(RecipeLayers):
         if measure:
             self.measure(start)
 
+    def losses_with(self, changes: Iterable[Change], *, sequences: slice | None = None) -> Iterator[Tensor]:
+        """Summed loss of each sequence with one change after the other: float64, `[N]` of the slice (default: `rows`).
+
+        Where the criterion is `kl`, it is the divergence from the original's next-token distribution. The model itself
+        does not change: layers from the change on are run from the kept hidden states before it.
+        """
+        expected = self.expected().rows if self.criterion == "kl" else None
+        return self.loop.losses(map(self.path, changes), sequences=sequences or self.rows, expected=expected)
+
+    def race(
+        self,
+        changes: Sequence[Change],
+        *,
+        racing: bool,
+        keep: int = 1,
+        group: Callable[[int], Hashable] | None = None,
+        title: str,
+    ) -> tuple[int, dict[int, Tensor]]:
+        """`race` between changes, by their place in the list: the best, and the summed losses that each has shown."""
+
+        def losses(places: Sequence[int], part: slice) -> Iterator[Tensor]:
+            return self.losses_with([changes[place] for place in places], sequences=part)
+
+        places = range(len(changes))
+        return race(places, losses, self.counts_N, racing=racing, keep=keep, group=group, title=title)
+
     def path(self, change: Change) -> Path:
         """The layers from a change on, and the hidden states before it."""
         new = [Placed(self.resident.module(op), op.sources[0].layer) for op in change.ops]
@@ -362,15 +380,3 @@ class Intermediate(RecipeLayers):
     def _is_original(self) -> bool:
         """Whether what was measured last is the whole model as it was."""
         return is_whole(self._measured, self.architecture.n_layers)
-
-
-def losses_of(model: Intermediate, changes: Iterable[Change], *, sequences: slice | None = None) -> Iterator[Tensor]:
-    """Summed loss of each sequence with one change after the other: float64, `[N]` of the slice (default: of `rows`).
-
-    Where the model's criterion is `kl`, it is the divergence from the original's next-token distribution. The model
-    itself does not change: layers from the change on are run from the kept hidden states before it.
-    """
-    sequences = model.rows if sequences is None else sequences
-    expected = model.expected().rows if model.criterion == "kl" else None
-    paths = map(model.path, changes)
-    return model.loop.losses(paths, sequences=sequences, expected=expected)

@@ -15,11 +15,11 @@ from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.pruning.heal_in_loop import StepHealer
-from intarsia.pruning.intermediate import Change, Intermediate, losses_of
+from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.evolve import EvolveSettings
 from intarsia.pruning.prune import prune
-from intarsia.pruning.step import Planner, Step
+from intarsia.pruning.step import Change, Planner, Step
 from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.registry import planners
@@ -113,7 +113,7 @@ def losses_with(
     model: Intermediate, start: int, count: int, ops: Sequence[Op], *, sequences: slice | None = None
 ) -> torch.Tensor:
     """Summed loss of each sequence if `ops` stood in the place of `count` layers."""
-    return next(losses_of(model, [Change(start=start, count=count, ops=tuple(ops))], sequences=sequences))
+    return next(model.losses_with([Change(start=start, count=count, ops=tuple(ops))], sequences=sequences))
 
 
 def take(healer: StepHealer, start: int, count: int, op: Op | None) -> dict[str, Any]:

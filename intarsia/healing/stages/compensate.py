@@ -24,7 +24,7 @@ Shape suffixes: `B` sequences of a batch, `T` tokens, `N` tokens, `C` what the M
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from intarsia.architecture.spec import PARTS, Part
 from intarsia.errors import UserError, check
 from intarsia.flags import flag
+from intarsia.healing.settings import Check, Checked
 from intarsia.registry import heal_stage
 
 if TYPE_CHECKING:
@@ -89,15 +90,15 @@ def span_outputs(context: HealContext, recipe: Recipe, look: Look, *, inputs: Se
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplaceMeSettings:
+class ReplaceMeSettings(Checked):
     """How the maps are fitted."""
 
     # Ridge of the least squares, relative to the mean square of what the MLP adds: it shrinks the map towards zero.
     ridge: float = flag(0.0, "--map-ridge")
 
-    def __post_init__(self) -> None:
-        right = 0.0 <= self.ridge < float("inf")
-        check((right, f"--map-ridge is {self.ridge}; it is a number, 0 or more.", "Leave it out for none."))
+    def checks(self) -> Iterator[Check]:
+        """What must hold."""
+        yield 0.0 <= self.ridge < float("inf"), ("ridge",), "a number, 0 or more"
 
 
 @heal_stage("replaceme", settings=ReplaceMeSettings, paper="2505.02819")

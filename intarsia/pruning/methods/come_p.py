@@ -16,12 +16,11 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from intarsia.architecture.spec import Architecture
-from intarsia.errors import check
+from intarsia.healing.settings import Check
 from intarsia.pruning import scores as allocate
 from intarsia.pruning.methods.come import Candidate, Come, ComeSettings, Scores
-from intarsia.pruning.race import best_of_groups, mean_loss, race, share_at_most
-from intarsia.pruning.step import without_half_layers
+from intarsia.pruning.race import best_of_groups, mean_loss, share_at_most
+from intarsia.pruning.step import Change, without_half_layers
 from intarsia.recipe.ops import Op
 from intarsia.registry import planner
 
@@ -60,29 +59,14 @@ class ComePSettings(ComeSettings):
         },
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        counts = [("granularity", 1), ("spans", 1), ("finalists", 1)]
-        check(
-            *(
-                (
-                    getattr(self, name) >= least,
-                    f"--{name} is {getattr(self, name)}; it is at least {least}.",
-                    "Give a greater number.",
-                )
-                for name, least in counts
-            ),
-            (
-                not self.half_layers or self.combine != "weight-sum",
-                "--half-layers joins pieces of layers, which --combine weight-sum does not.",
-                "Leave one of them out.",
-            ),
-            (
-                self.heal_in_loop or self.finalists == 1,
-                "--finalists is given without --heal-in-loop.",
-                "Give both, or neither.",
-            ),
-        )
+    def checks(self) -> Iterator[Check]:
+        """What must hold."""
+        yield from super().checks()
+        yield from self.at_least(1, "granularity", "spans", "finalists")
+        if self.half_layers:
+            yield self.combine != "weight-sum", ("combine",), "concat or fuse: half layers join pieces"
+        if not self.heal_in_loop:
+            yield self.finalists == 1, ("finalists",), "1 without --heal-in-loop"
 
 
 @planner("come-p", settings=ComePSettings, paper="2510.15304")
@@ -93,7 +77,7 @@ class ComeP(Come):
 
     def __init__(self, settings: ComePSettings) -> None:
         super().__init__(settings)
-        self.joins = not settings.removals
+        self.joins, self.candidates_healed = not settings.removals, settings.finalists
 
     def choose(
         self, model: Intermediate, ranked: Sequence[int], count: int, pieces: Callable[[int], Scores]
@@ -137,12 +121,6 @@ class ComeP(Come):
         racing, finalists = self.settings.racing, self.settings.finalists
         share = share_at_most(max(ratios + drops, 1), sequences, racing=racing, keep=finalists)
         return share * (ratios * after + drops * after / 2)
-
-    def heal_forwards(self, architecture: Architecture, current: int) -> int:
-        """Every finalist is healed."""
-        from intarsia.pruning.heal_in_loop import step_heal_forwards
-
-        return step_heal_forwards(architecture, self.in_loop, current, finalists=self.settings.finalists)
 
     def _half_removals(self, model: Intermediate, starts: Sequence[int], count: int) -> Iterator[Candidate]:
         """Every removal from the MLP of a layer to the attention of the last of `count` layers."""
@@ -207,23 +185,12 @@ def raced(
     model: Intermediate, tried: Sequence[Candidate], number: int, *, racing: bool, title: str
 ) -> tuple[list[Candidate], list[dict[str, Any]]]:
     """The `number` candidates of least calibration loss, each of which removes something else; and what all showed."""
-    from intarsia.pruning.intermediate import Change, losses_of
-
     changes = [Change(start=each.start, count=each.count, ops=() if each.op is None else (each.op,)) for each in tried]
 
     def group(index: int) -> Hashable:
         return _removed(tried[index])
 
-    best, sums = race(
-        range(len(tried)),
-        lambda some, part: losses_of(model, [changes[index] for index in some], sequences=part),
-        model.counts_N,
-        racing=racing,
-        keep=number,
-        group=group,
-        title=title,
-    )
-    losses = {index: mean_loss(found, model.counts_N) for index, found in sums.items()}
+    best, sums = model.race(changes, racing=racing, keep=number, group=group, title=title)
     shown = [
         {
             "start": each.start,
@@ -231,7 +198,7 @@ def raced(
             "ratios": list(each.shares),
             **({"mlp_ratios": list(each.mlp_shares)} if each.mlp_shares != each.shares else {}),
             "sequences": sums[index].numel(),
-            "loss": losses[index],
+            "loss": mean_loss(sums[index], model.counts_N),
         }
         for index, each in enumerate(tried)
     ]

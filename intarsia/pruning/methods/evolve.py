@@ -25,14 +25,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from intarsia.architecture.spec import Architecture
 from intarsia.errors import check
+from intarsia.healing.settings import Check
 from intarsia.progress import current
-from intarsia.pruning.step import Criterion, Planner, PlanSettings, Step, without_half_layers
+from intarsia.pruning.step import Change, Criterion, Planner, PlanSettings, Step, without_half_layers
 from intarsia.recipe.algebra import half_layers
 from intarsia.recipe.ops import Op
 from intarsia.registry import planner
 
 if TYPE_CHECKING:
-    from intarsia.pruning.intermediate import Change, Intermediate
+    from intarsia.pruning.intermediate import Intermediate
 
 Kept: TypeAlias = tuple[int, ...]
 """The sub-blocks of a model, ascending: 2 i is the attention of layer i, 2 i + 1 its MLP."""
@@ -64,19 +65,11 @@ class EvolveSettings(PlanSettings):
     # Seed of the search.
     search_seed: int = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        counts = [("generations", 0), ("offspring", 1), ("switches", 1), ("initial", 0), ("finalists", 1)]
-        check(
-            *(
-                (
-                    getattr(self, name) >= least,
-                    f"--{name} is {getattr(self, name)}; it is at least {least}.",
-                    "Give a greater number.",
-                )
-                for name, least in counts
-            )
-        )
+    def checks(self) -> Iterator[Check]:
+        """What must hold."""
+        yield from super().checks()
+        yield from self.at_least(0, "generations", "initial")
+        yield from self.at_least(1, "offspring", "switches", "finalists")
 
 
 @planner("evolve", settings=EvolveSettings, paper="2410.14649")
@@ -230,13 +223,12 @@ class _Search:
 
     def _evaluate(self, tried: Sequence[Kept], rows: slice) -> dict[Kept, float]:
         """The summed loss of models on some sequences; those that were run on them before are not run again."""
-        from intarsia.pruning.intermediate import losses_of
 
         def key(kept: Kept) -> tuple[Kept, int, int]:
             return kept, rows.start, rows.stop
 
         new = [kept for kept in tried if key(kept) not in self.logged]
-        found = losses_of(self.model, map(self._change, new), sequences=rows) if new else ()
+        found = self.model.losses_with(map(self._change, new), sequences=rows) if new else ()
         for kept, sums_N in zip(new, found, strict=True):
             self.logged[key(kept)] = float(sums_N.sum())
             if self.journal is not None:
@@ -246,8 +238,6 @@ class _Search:
 
     def _change(self, kept: Kept) -> Change:
         """A model, as what it is after the layers that it has in common with the original."""
-        from intarsia.pruning.intermediate import Change
-
         ops = self.ops(kept)
         assert ops is not None
         first = next((index for index, op in enumerate(ops) if op != self.model.ops[index]), len(ops))
