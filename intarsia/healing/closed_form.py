@@ -147,6 +147,7 @@ def fit(
             inputs=loop.reader(student),
             targets=partial(teacher.at, targets[index]),
             source=recipe.layers[index].sources[0].layer,
+            sequences=slice(None),
         )
         return module, *fit_layer(module, parts[index], text, index=index, settings=settings, spool=spool)
 

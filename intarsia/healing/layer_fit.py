@@ -215,7 +215,7 @@ class LayerText:
     # The original layer whose other arguments it takes.
     source: int
     # The sequences that are used.
-    sequences: slice = slice(None)
+    sequences: slice
 
 
 def fittable(parts: Sequence[Part], architecture: Architecture) -> tuple[Part, ...]:
