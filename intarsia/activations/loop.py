@@ -289,6 +289,17 @@ class Loop:
                 self.run(group, end, sequences=sequences)
             yield from map(torch.cat, found)
 
+    @torch.inference_mode()
+    def likeliest(self, path: Path, *, sequences: slice = slice(None)) -> Likeliest:
+        """The likeliest next tokens at every position, at the end of a path."""
+        found: list[Likeliest] = []
+
+        def end(_: int, rows: slice, ids: Tensor, mask: Tensor | None, h_BTD: Tensor) -> None:
+            found.append(self.stream.likeliest(h_BTD, ids, mask))
+
+        self.run([path], end, sequences=sequences)
+        return Likeliest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
     def _batch_by_batch(
         self,
         path: Path,

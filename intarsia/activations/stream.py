@@ -265,9 +265,9 @@ class LayerStream:
             counts.append(number.cpu())
         return torch.cat(sums), torch.cat(counts)
 
-    def likeliest(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None, k: int) -> Likeliest:
-        """The `k` likeliest next tokens at every position from H^L, on the CPU; anything at padding."""
-        found = [Likeliest.of(logits.flatten(0, 1), k) for _, _, logits in self._logits_of(h_BTD, ids_BT, mask_BT)]
+    def likeliest(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Likeliest:
+        """The likeliest next tokens at every position from H^L, on the CPU; anything at padding."""
+        found = [Likeliest.of(logits.flatten(0, 1)) for _, _, logits in self._logits_of(h_BTD, ids_BT, mask_BT)]
         return Likeliest(*(torch.cat(each).cpu().unflatten(0, ids_BT.shape) for each in zip(*found, strict=True)))
 
     def _logits_of(

@@ -40,13 +40,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from intarsia.activations import loop as loops
 from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.loop import Loop
-from intarsia.activations.loss import TOP, Likeliest
 from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.building.layer import tensor_names
 from intarsia.building.loaded_model import LoadedModel, Placed, RecipeLayers, twin
@@ -203,15 +202,8 @@ class NextTokens:
         self.loop = Loop(self.resident, Batches(corpus, self.resident.device), memory_budget=memory_budget)
         real_NT = torch.ones_like(corpus.input_ids, dtype=torch.bool) if corpus.mask is None else corpus.mask
         self.predicted = int((real_NT[:, :-1] & real_NT[:, 1:]).sum())
-        number, found = min(TOP, self.resident.architecture.vocabulary), list[Likeliest]()
-
-        def look(_: int, rows: slice, ids: Tensor, mask: Tensor | None, h_BTD: Tensor) -> None:
-            found.append(self.loop.stream.likeliest(h_BTD, ids, mask, number))
-
-        with torch.inference_mode():
-            layers = [Placed(module, index) for index, module in enumerate(teacher.layers)]
-            self.loop.run([loops.Path(layers=layers)], look)
-        self.likeliest = Likeliest(*(torch.cat(each) for each in zip(*found, strict=True)))
+        layers = [Placed(module, index) for index, module in enumerate(teacher.layers)]
+        self.likeliest = self.loop.likeliest(loops.Path(layers=layers))
 
     def divergence(self, recipe: Recipe) -> float:
         """Mean KL of a recipe's next token from the original's, in nats.

@@ -84,20 +84,11 @@ class Trained(NamedTuple):
 
 def train_layer(task: LayerTask, after_step: AfterStep | None = None) -> Trained:
     """Train one layer, or continue where a killed run saved its state."""
-    done = finished(task.folder, task.index)
-    if done is not None:
-        return done
     found = _Training(task).run(after_step)
     if task.folder is not None:
         save_state(_state_path(task.folder, task.index, "done"), found.tensors, found.report)
         _state_path(task.folder, task.index, "state").unlink(missing_ok=True)
     return found
-
-
-def finished(folder: Path | None, index: int) -> Trained | None:
-    """What an earlier run has finished of a layer."""
-    found = None if folder is None else load_state(_state_path(folder, index, "done"))
-    return None if found is None else Trained(*found)
 
 
 def trained_names(parameters: Sequence[str], only: Sequence[str]) -> tuple[str, ...]:
@@ -256,8 +247,10 @@ def train(
         # A layer's masters, optimiser state and best tensors, as finished and as they are on the way.
         most = 20 * resident.architecture.layer_parameters
         require_room(folder, most, "the state of one layer's training", option="--run")
-    indices = taught(recipe, settings.layers)
-    found = {index: done for index in indices if (done := finished(folder, index)) is not None}
+    indices, found = taught(recipe, settings.layers), dict[int, Trained]()
+    for index in indices if folder is not None else ():
+        if (done := load_state(_state_path(folder, index, "done"))) is not None:
+            found[index] = Trained(*done)
     todo = [index for index in indices if index not in found]
     work = _Work(recipe, resident, teacher or resident, text, settings, folder, MemoryBudget(memory_bytes, folder))
     try:

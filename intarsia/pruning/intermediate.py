@@ -31,8 +31,6 @@ from intarsia.recipe.recipe import Fitted
 
 # Sequences that the loss of the model after a step is measured on.
 _LOSS_SEQUENCES = 32
-# Tokens of the original's next-token distribution that are known, beside the mass of all others.
-_LIKELIEST = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,19 +322,11 @@ class Intermediate(RecipeLayers):
             self._original.learn(range(self.architecture.n_layers + 1))
         return self._original
 
-    @torch.inference_mode()
     def expected(self) -> Likeliest:
         """The original's likeliest next tokens, of `rows`."""
         if self._likeliest is None or len(self._likeliest.log_p) < self.rows.stop:
-            states, k = self.original(), min(_LIKELIEST, self.architecture.vocabulary)
-            found: list[Likeliest] = []
-
-            def look(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
-                h_BTD = states.at(self.architecture.n_layers, rows)
-                found.append(self.loop.stream.likeliest(h_BTD, ids, mask, k))
-
-            self.batches.each(look, self.rows)
-            self._likeliest = Likeliest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+            end = Path(layers=[], read=partial(self.original().at, self.architecture.n_layers))
+            self._likeliest = self.loop.likeliest(end, sequences=self.rows)
         return self._likeliest
 
     def close(self) -> None:
