@@ -240,6 +240,7 @@ def train(
         UserError: there is too little text, the disk is full, or numbers are not finite.
     """
     settings = settings or LayerwiseSettings()
+    indices, found = taught(recipe, settings.layers), dict[int, Trained]()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(f"{PREFIX}*"):  # a killed run's
@@ -247,10 +248,9 @@ def train(
         # A layer's masters, optimiser state and best tensors, as finished and as they are on the way.
         most = 20 * resident.architecture.layer_parameters
         require_room(folder, most, "the state of one layer's training", option="--run")
-    indices, found = taught(recipe, settings.layers), dict[int, Trained]()
-    for index in indices if folder is not None else ():
-        if (done := load_state(_state_path(folder, index, "done"))) is not None:
-            found[index] = Trained(*done)
+        for index in indices:
+            if (done := load_state(_state_path(folder, index, "done"))) is not None:
+                found[index] = Trained(*done)
     todo = [index for index in indices if index not in found]
     work = _Work(recipe, resident, teacher or resident, text, settings, folder, MemoryBudget(memory_bytes, folder))
     try:
