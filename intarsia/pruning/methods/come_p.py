@@ -86,17 +86,16 @@ class ComeP(Come):
         drops, halves = self.settings.removals, self.settings.half_layers
         if not ranked and not drops:
             return [], {}
-        spans = {
-            start: [pieces(index) for index in range(start, start + count)] for start in ranked[: self.settings.spans]
-        }
-        tried = distinct(
-            model,
-            [
-                *(removals(model, count - 1) if drops else ()),
-                *(self._half_removals(model, ranked, count) if halves else ()),
-                *self._merges(model, spans),
-            ],
-        )
+        spans = ranked[: self.settings.spans]
+        every = [
+            Candidate(start=start, count=count - 1, op=None) for start in (model.droppable(count - 1) if drops else ())
+        ]
+        every += self._half_removals(model, ranked, count) if halves else ()
+        for start in spans:
+            scores = [pieces(index) for index in range(start, start + count)]
+            grid = allocate.share_grid(count, self.settings.granularity)
+            every += [self.candidate(model, start, scores, shares) for shares in grid]
+        tried = distinct(model, every)
         if not tried:
             return [], {}
         title = f"trying {len(tried)} ratios" + (f" of {len(spans)} spans" if len(spans) > 1 else "")
@@ -112,7 +111,29 @@ class ComeP(Come):
     def _raced(
         self, model: Intermediate, tried: Sequence[Candidate], title: str
     ) -> tuple[list[Candidate], list[dict[str, Any]]]:
-        return raced(model, tried, self.settings.finalists, racing=self.settings.racing, title=title)
+        """The candidates of least calibration loss, each of which removes something else; and what all showed."""
+        number = self.settings.finalists
+        changes = [
+            Change(start=each.start, count=each.count, ops=() if each.op is None else (each.op,)) for each in tried
+        ]
+
+        def group(index: int) -> Hashable:
+            return _removed(tried[index])
+
+        best, sums = model.race(changes, racing=self.settings.racing, keep=number, group=group, title=title)
+        shown = [
+            {
+                "start": each.start,
+                **({"dropped": each.count} if each.op is None else {}),
+                "ratios": list(each.shares),
+                **({"mlp_ratios": list(each.mlp_shares)} if each.mlp_shares != each.shares else {}),
+                "sequences": sums[index].numel(),
+                "loss": mean_loss(sums[index], model.counts_N),
+            }
+            for index, each in enumerate(tried)
+        ]
+        chosen = [best] if number == 1 else best_of_groups(sums, number, group)
+        return [tried[index] for index in chosen], shown
 
     def tried_forwards(self, after: int, count: int, sequences: int) -> float:
         """Each ratio and removal that is tried re-runs what is after it, as long as it is in the race."""
@@ -157,18 +178,6 @@ class ComeP(Come):
                 if -1e-9 < a < 1 + 1e-9 and -1e-9 < m < 1 + 1e-9:
                     yield self.candidate(model, start, scores, (a, 1.0 - a), (m, 1.0 - m))
 
-    def _merges(self, model: Intermediate, spans: Mapping[int, Sequence[Scores]]) -> Iterator[Candidate]:
-        """Every ratio of the grid, of every span."""
-        for start, scores in spans.items():
-            for shares in allocate.share_grid(len(scores), self.settings.granularity):
-                yield self.candidate(model, start, scores, shares)
-
-
-def removals(model: Intermediate, count: int) -> Iterable[Candidate]:
-    """Every removal of `count` adjacent layers."""
-    for start in model.droppable(count):
-        yield Candidate(start=start, count=count, op=None)
-
 
 def distinct(model: Intermediate, candidates: Iterable[Candidate]) -> list[Candidate]:
     """Of those that lead to the same layers the first: two ratios may round to the same counts, and two spans may drop
@@ -179,31 +188,6 @@ def distinct(model: Intermediate, candidates: Iterable[Candidate]) -> list[Candi
         layers = (*model.ops[: each.start], *put_in, *model.ops[each.start + each.count :])
         found.setdefault(layers, each)
     return list(found.values())
-
-
-def raced(
-    model: Intermediate, tried: Sequence[Candidate], number: int, *, racing: bool, title: str
-) -> tuple[list[Candidate], list[dict[str, Any]]]:
-    """The `number` candidates of least calibration loss, each of which removes something else; and what all showed."""
-    changes = [Change(start=each.start, count=each.count, ops=() if each.op is None else (each.op,)) for each in tried]
-
-    def group(index: int) -> Hashable:
-        return _removed(tried[index])
-
-    best, sums = model.race(changes, racing=racing, keep=number, group=group, title=title)
-    shown = [
-        {
-            "start": each.start,
-            **({"dropped": each.count} if each.op is None else {}),
-            "ratios": list(each.shares),
-            **({"mlp_ratios": list(each.mlp_shares)} if each.mlp_shares != each.shares else {}),
-            "sequences": sums[index].numel(),
-            "loss": mean_loss(sums[index], model.counts_N),
-        }
-        for index, each in enumerate(tried)
-    ]
-    chosen = [best] if number == 1 else best_of_groups(sums, number, group)
-    return [tried[index] for index in chosen], shown
 
 
 def _removed(candidate: Candidate) -> Hashable:
