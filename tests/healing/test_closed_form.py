@@ -20,7 +20,7 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.evaluation.perplexity import Chain
-from intarsia.healing.closed_form import _seen, fit_forwards, fitted_parts
+from intarsia.healing.closed_form import fit_forwards, fitted_parts
 from intarsia.healing.layer_fit import fittable
 from intarsia.healing.pipeline import quality
 from intarsia.healing.settings import ClosedFormSettings, taught
@@ -267,11 +267,6 @@ def test_batches_side_by_side_do_not_matter(family: str, cut: Cut, resident_of: 
     for one, other in zip(reports, again, strict=True):
         assert (one["layer"], one["module"]) == (other["layer"], other["module"])
         assert one["error_after"] == pytest.approx(other["error_after"], rel=1e-3)
-
-
-def test_sequences_between_those_not_seen() -> None:
-    assert _seen(6, [0, 3]) == [slice(1, 3), slice(4, 6)] and _seen(4, [3, 1, 0]) == [slice(2, 3)]
-    assert _seen(3, ()) == [slice(0, 3)] and _seen(1, [0]) == []
 
 
 def test_massive_tokens(tmp_path: Path, tokens: Tokens) -> None:
