@@ -150,9 +150,9 @@ def output_projections(
             def hook(module: nn.Module, args: tuple[Any, ...], part: Part = part, mixture: bool = mixture) -> None:
                 receive(part, added_by_experts(module, *args, experts=architecture.n_experts) if mixture else args[0])
 
-            if mixture or writer is not None:
-                target = layer.get_submodule(architecture.family.experts_module if mixture else writer[0])
-                stack.callback(target.register_forward_pre_hook(hook).remove)
+            name = architecture.family.experts_module if mixture else writer and writer[0]
+            if name is not None:
+                stack.callback(layer.get_submodule(name).register_forward_pre_hook(hook).remove)
         yield
 
 
