@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from intarsia.checkpoint.quantised import quantization_of, refuse
 from intarsia.checkpoint.tensor_file import TensorHeader, read_headers
 from intarsia.disk import read_json
 from intarsia.errors import Problem, Problems, UserError, few
-from intarsia.inspection import own_code
 from intarsia.progress import current
 
 SINGLE_FILE = "model.safetensors"
@@ -18,32 +16,6 @@ INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MOST_NAMED = 5
 _OBJECT = "a file with one JSON object"
-
-
-def read_config(folder: Path, *, quantised: bool = False) -> dict[str, Any]:
-    """The folder's config.json.
-
-    Args:
-        quantised: take one that describes a quantised model, too.
-
-    Raises:
-        UserError: there is none, it is no JSON object, it describes an adapter or a quantised model, or code of its own
-            that is trusted cannot be run.
-    """
-    file = folder / "config.json"
-    if not file.exists() and (folder / "adapter_config.json").exists():
-        raise UserError(
-            f"{folder} is a PEFT adapter, not a whole model.",
-            "Name it as a variant beside its base in a recipe, or merge it into its base first: merge_and_unload() "
-            "of peft, then save_pretrained().",
-        )
-    remedy = "Pass a model folder with the config.json that belongs to its weights."
-    config = read_json(file, expected=_OBJECT, remedy=remedy)
-    found = quantization_of(config)
-    if found is not None and not quantised:
-        raise refuse(*found, file)
-    own_code.admit(folder, config)
-    return config
 
 
 def read_all_headers(folder: Path) -> dict[str, TensorHeader]:

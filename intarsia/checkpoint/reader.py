@@ -18,10 +18,11 @@ from intarsia.architecture.families import rules
 from intarsia.architecture.per_layer import unknown_settings
 from intarsia.architecture.spec import Architecture
 from intarsia.architecture.verify import verify
-from intarsia.checkpoint.files import read_all_headers, read_config
+from intarsia.checkpoint.files import read_all_headers
 from intarsia.checkpoint.multimodal import NESTED, Wrapper, is_wrapped, unwrap
 from intarsia.checkpoint.quantised import KEYS, Scaled, quantization_of, readable, refuse, unscaled
 from intarsia.checkpoint.tensor_file import TensorHeader, map_tensor
+from intarsia.disk import read_json
 from intarsia.errors import Problem, Problems, UserError
 from intarsia.inspection import own_code
 from intarsia.model_name import require_folder
@@ -185,6 +186,32 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors as they are read."""
         return sum(header.nbytes for header in [*self.headers.values(), *self.kept.values()])
+
+
+def read_config(folder: Path, *, quantised: bool = False) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Args:
+        quantised: take one that describes a quantised model, too.
+
+    Raises:
+        UserError: there is none, it is no JSON object, it describes an adapter or a quantised model, or code of its own
+            that is trusted cannot be run.
+    """
+    file = folder / "config.json"
+    if not file.exists() and (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} is a PEFT adapter, not a whole model.",
+            "Name it as a variant beside its base in a recipe, or merge it into its base first: merge_and_unload() "
+            "of peft, then save_pretrained().",
+        )
+    remedy = "Pass a model folder with the config.json that belongs to its weights."
+    config = read_json(file, expected="a file with one JSON object", remedy=remedy)
+    found = quantization_of(config)
+    if found is not None and not quantised:
+        raise refuse(*found, file)
+    own_code.admit(folder, config)
+    return config
 
 
 def architecture_of(

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 
 from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_all_headers, read_config
+from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_all_headers
+from intarsia.checkpoint.reader import read_config
 from intarsia.checkpoint.gguf_source import kept_folder
 from intarsia.checkpoint.hashing import SUMS_FILE, cache_folder, differing, read_sums, scan
 from intarsia.checkpoint.multimodal import NESTED, is_wrapped, unwrap

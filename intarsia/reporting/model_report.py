@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.files import read_config
+from intarsia.checkpoint.reader import read_config
 from intarsia.checkpoint.multimodal import text_config
 from intarsia.checkpoint.reader import architecture_of
 from intarsia.disk import damage_named, write_whole

@@ -12,7 +12,7 @@ from typing import Any
 from intarsia.activations.architecture_checks import verified
 from intarsia.architecture.spec import Architecture
 from intarsia.checkpoint.adapter import is_adapter, open_variant, read_adapter_config
-from intarsia.checkpoint.files import read_config
+from intarsia.checkpoint.reader import read_config
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.multimodal import text_config
 from intarsia.checkpoint.reader import Checkpoint, architecture_of
