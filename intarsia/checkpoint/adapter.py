@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intarsia.checkpoint.files import map_tensor, read_headers
 from intarsia.checkpoint.hashing import cache_folder, fingerprint, not_finite, not_finite_in, sha256_of
 from intarsia.checkpoint.reader import Adapter, Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint, resolve
-from intarsia.checkpoint.tensor_file import map_tensor, read_headers
 from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer, copy_side_files
 from intarsia.disk import read_json
 from intarsia.errors import Problem, Problems, UserError, few

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
+from intarsia.checkpoint.files import TensorHeader
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.tensor_file import TensorHeader
 from intarsia.errors import Problem, Problems, UserError
 from intarsia.inspection.own_code import code_facts
 from intarsia.progress import Task, current

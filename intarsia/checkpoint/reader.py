@@ -13,15 +13,23 @@ from typing import Any
 
 import torch
 
-from intarsia.architecture.detect import Undescribed, detect
+from intarsia.architecture.detect import Undescribed, detect, verify
 from intarsia.architecture.families import rules
 from intarsia.architecture.per_layer import unknown_settings
 from intarsia.architecture.spec import Architecture
-from intarsia.architecture.verify import verify
-from intarsia.checkpoint.files import read_all_headers
-from intarsia.checkpoint.multimodal import NESTED, Wrapper, is_wrapped, unwrap
-from intarsia.checkpoint.quantised import KEYS, Scaled, quantization_of, readable, refuse, unscaled
-from intarsia.checkpoint.tensor_file import TensorHeader, map_tensor
+from intarsia.checkpoint.files import TensorHeader, map_tensor, read_all_headers
+from intarsia.checkpoint.stored_forms import (
+    KEYS,
+    NESTED,
+    Scaled,
+    Wrapper,
+    is_wrapped,
+    quantization_of,
+    readable,
+    refuse,
+    unscaled,
+    unwrap,
+)
 from intarsia.disk import read_json
 from intarsia.errors import Problem, Problems, UserError
 from intarsia.inspection import own_code

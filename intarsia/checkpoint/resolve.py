@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from intarsia.checkpoint.demo import demo_folder
-from intarsia.checkpoint.gguf_source import gguf_folder, only_gguf
+from intarsia.checkpoint.gguf_source import demo_folder, gguf_folder, only_gguf
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.writer import TEMPLATES
 from intarsia.errors import UserError

@@ -22,12 +22,11 @@ from typing import Any
 import torch
 
 from intarsia.architecture.per_layer import for_layers
-from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE
+from intarsia.checkpoint.files import DTYPES, INDEX_FILE, SINGLE_FILE
 from intarsia.checkpoint.hashing import write_sums
-from intarsia.checkpoint.multimodal import NESTED, is_wrapped
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.staging import staged_folder
-from intarsia.checkpoint.tensor_file import DTYPES
+from intarsia.checkpoint.stored_forms import NESTED, is_wrapped
+from intarsia.disk import staged_folder
 from intarsia.inspection.own_code import CODE, code_files, is_own, trusts
 from intarsia.progress import current
 

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intarsia.checkpoint.tensor_file import give_back
-from intarsia.data.chat import render
-from intarsia.data.conversations import Conversation
+from intarsia.checkpoint.files import give_back
+from intarsia.data.conversations import Conversation, render
 from intarsia.errors import UserError
 from intarsia.progress import current
 

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from intarsia.checkpoint.hashing import cache_folder
-from intarsia.data.chat import Turns, learn_turns
+from intarsia.data.conversations import Turns, learn_turns
 from intarsia.data.corpus import Corpus, check_ids
 from intarsia.disk import replaced
 from intarsia.errors import UserError

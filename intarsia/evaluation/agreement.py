@@ -26,7 +26,7 @@ from torch import Tensor
 
 from intarsia.activations.loss import Likeliest
 from intarsia.errors import UserError
-from intarsia.evaluation.answers import greedy_answers, loops, side_by_side
+from intarsia.evaluation.answers import Ids, Prompts, greedy_answers, loops, side_by_side
 from intarsia.evaluation.likelihood import (
     Request,
     batches_of,
@@ -36,7 +36,6 @@ from intarsia.evaluation.likelihood import (
     log_totals,
 )
 from intarsia.evaluation.perplexity import Chain, ratio_stderr
-from intarsia.evaluation.prompts import Ids, Prompts
 from intarsia.evaluation.results import Agreement, Metric
 from intarsia.options import AnswerSpec
 from intarsia.progress import current

@@ -16,13 +16,11 @@ from typing import Any, Literal
 import torch
 
 from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_all_headers
-from intarsia.checkpoint.reader import read_config
+from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE, TensorHeader, read_all_headers, read_headers
 from intarsia.checkpoint.gguf_source import kept_folder
 from intarsia.checkpoint.hashing import SUMS_FILE, cache_folder, differing, read_sums, scan
-from intarsia.checkpoint.multimodal import NESTED, is_wrapped, unwrap
-from intarsia.checkpoint.reader import Checkpoint, architecture_of
-from intarsia.checkpoint.tensor_file import TensorHeader, read_headers
+from intarsia.checkpoint.reader import Checkpoint, architecture_of, read_config
+from intarsia.checkpoint.stored_forms import NESTED, is_wrapped, unwrap
 from intarsia.checkpoint.writer import TOKENIZER_FILES, side_files, stock_classes, used_code, uses_code, without_code
 from intarsia.errors import Problem, Problems, UserError, check, few
 from intarsia.inspection.own_code import CODE, HINT, code_files, is_known, is_own, trusts

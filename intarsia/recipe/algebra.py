@@ -12,8 +12,7 @@ from dataclasses import replace
 
 from intarsia.architecture.spec import PARTS, Architecture, Norm, Part
 from intarsia.errors import UserError
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, NormMode, Op, Select
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, NormMode, Op, Recipe, Select
 
 _WEIGHT_TOLERANCE = 1e-9
 

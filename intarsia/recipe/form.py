@@ -22,8 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from intarsia.data_file import MAX_INDEX, Misplaced, Strict, Text, one_line, raise_misplaced, shown, unexpected
 from intarsia.recipe.methods import METHODS, with_defaults
-from intarsia.recipe.ops import MergeMethod, Mix, NormMode, parse_ranges
-from intarsia.recipe.recipe import VARIANT_NAME, Fitted
+from intarsia.recipe.recipe import VARIANT_NAME, Fitted, MergeMethod, Mix, NormMode, parse_ranges
 
 MAX_LAYERS = 10_000
 _MAX_PIECES = 2**23  # In one recipe, so that a few ranges cannot fill the memory.

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 from intarsia import registry
-from intarsia.recipe.ops import MergeMethod
+from intarsia.recipe.recipe import MergeMethod
 
 _MOST = 2.0**31 - 1
 

@@ -13,9 +13,8 @@ from intarsia.architecture.spec import Architecture, Part
 from intarsia.data_file import refusal
 from intarsia.errors import Problem
 from intarsia.recipe.methods import METHODS, Method
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, NormMode, Op, Select
-from intarsia.recipe.recipe import VARIANT_NAME, Recipe
-from intarsia.recipe.side_file import let_go
+from intarsia.recipe.recipe import VARIANT_NAME, Concat, Cut, LayerRef, Merge, Mix, NormMode, Op, Recipe, Select
+from intarsia.recipe.schema import let_go
 
 _WEIGHT_TOLERANCE = 1e-6
 _PIECES: dict[Part, str] = {"attention": "kv_groups", "mlp": "channels"}

@@ -16,8 +16,7 @@ from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.pruning import scores as allocate
 from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.methods import METHODS, with_defaults
-from intarsia.recipe.ops import Concat, LayerRef, Merge, Mix, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+from intarsia.recipe.recipe import Concat, LayerRef, Merge, Mix, Op, Recipe, Select, Variant, derive_spans
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single, slots, usual
 from intarsia.tailoring.space import Space
 

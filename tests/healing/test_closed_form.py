@@ -26,8 +26,7 @@ from intarsia.healing.quality import Chain, quality
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.recipe import schema
-from intarsia.recipe.ops import Merge, Op
-from intarsia.recipe.recipe import Recipe, identity
+from intarsia.recipe.recipe import Merge, Op, Recipe, identity
 from tests import families
 from tests.closed_form_fits import fit_on
 from tests.conftest import InMemory, Opened

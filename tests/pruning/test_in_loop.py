@@ -30,8 +30,7 @@ from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComeP, ComePSettings
 from intarsia.pruning.methods.laco import LacoSettings
 from intarsia.pruning.methods.sleb import SlebSettings
-from intarsia.recipe.ops import Op
-from intarsia.recipe.recipe import Recipe, Variant, derive_spans, identity
+from intarsia.recipe.recipe import Op, Recipe, Variant, derive_spans, identity
 from tests import families
 from tests.conftest import InMemory, Opened
 from tests.pruning.by_hand import (

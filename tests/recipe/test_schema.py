@@ -18,8 +18,20 @@ from safetensors.numpy import save_file
 from intarsia.architecture.spec import Architecture
 from intarsia.data_file import dump_yaml, parse_yaml
 from intarsia.errors import UserError
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select, format_ranges, parse_ranges
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.recipe import (
+    Concat,
+    Cut,
+    LayerRef,
+    Merge,
+    Mix,
+    Op,
+    Recipe,
+    Select,
+    Variant,
+    format_ranges,
+    identity,
+    parse_ranges,
+)
 from intarsia.recipe.schema import content_hash, load, save, to_yaml_text
 from intarsia.recipe.validate import check
 

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from intarsia.architecture.spec import Architecture, Part
 from intarsia.errors import UserError
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, Mix, Op, Recipe, Select, Variant, identity
 from intarsia.recipe.schema import load
 from intarsia.recipe.validate import check
 
