@@ -28,6 +28,8 @@ PARTS: tuple[Part, ...] = ("attention", "mlp")
 
 _NEEDED_FIELDS = ("layers", "width", "query_heads", "channels", "vocabulary", "tied")
 _OTHER_FIELDS = ("kv_heads", "head_dim", "experts", "residual_scale", "embedding_width")
+_Texts: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
+_Count: TypeAlias = Annotated[int, Field(gt=0)]
 
 
 def _flag(value: Any) -> bool | str:
@@ -60,8 +62,6 @@ Flag: TypeAlias = Annotated[bool | str, PlainValidator(_flag)]
 """A truth value, or the config field that holds it."""
 Size: TypeAlias = Annotated[int | str, PlainValidator(_size)]
 """A positive whole number, or the config field that holds it."""
-_Texts: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
-_Count: TypeAlias = Annotated[int, Field(gt=0)]
 
 
 class PerLayer(Strict):

@@ -45,6 +45,11 @@ DTYPES = {
 }
 _MAPS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 """The maps of tensors that are in use, by where their bytes begin in memory."""
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_MOST_NAMED = 5
+_OBJECT = "a file with one JSON object"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,13 +163,6 @@ def give_back() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_MOST_NAMED = 5
-_OBJECT = "a file with one JSON object"
 
 
 def read_all_headers(folder: Path) -> dict[str, TensorHeader]:

@@ -20,6 +20,20 @@ _METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors")
 _SCALES = ("weight_scale_inv", "weight_scale")  # the first is named after what it undoes; both are multiplied
 _INPUT_SCALES = ("input_scale", "activation_scale", "input_scale_ub")  # of activations at run time: not part of weights
 _MOST_NAMED = 5
+NESTED = "text_config"
+_BASE, _HEAD = "model.", "lm_head."
+# Where wrappers keep the text model's `model.*` and its `lm_head.*`. The last is that of wrappers whose text model
+# is beside the others; it fits every text model, so it comes last.
+_LAYOUTS = (
+    ("language_model.model.", "language_model.lm_head."),
+    ("model.language_model.", "lm_head."),
+    ("model.text_model.", "lm_head."),
+    ("text_model.model.", "text_model.lm_head."),
+    ("model.", "lm_head."),
+)
+# Text models without a language model of their own: what they make of text alone is what this one makes, for a token of
+# text has the same position in every direction.
+_PLAIN = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,22 +149,6 @@ def refuse(key: str, quantization: Mapping[str, Any], file: Path) -> UserError:
     else:
         remedy = f"Use the model that it was made from, {_AFTERWARDS}."
     return UserError(f"{file}: {key} describes {method} weights.", remedy)
-
-
-NESTED = "text_config"
-_BASE, _HEAD = "model.", "lm_head."
-# Where wrappers keep the text model's `model.*` and its `lm_head.*`. The last is that of wrappers whose text model
-# is beside the others; it fits every text model, so it comes last.
-_LAYOUTS = (
-    ("language_model.model.", "language_model.lm_head."),
-    ("model.language_model.", "lm_head."),
-    ("model.text_model.", "lm_head."),
-    ("text_model.model.", "text_model.lm_head."),
-    ("model.", "lm_head."),
-)
-# Text models without a language model of their own: what they make of text alone is what this one makes, for a token of
-# text has the same position in every direction.
-_PLAIN = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Conversations: which columns of a data set hold one, its messages in one form, and what a chat template makes of them.
+"""Conversations: the columns that hold one, its messages in one form, and what a chat template makes of them.
 
 A row is a list of messages (`messages`; `conversations` with from/value), or a question and an answer (`prompt` and
 `response`, `instruction` with `input` and `output`, ...), or plain text. `content` is a string or a list of text parts.
@@ -40,6 +40,7 @@ _ROLES = {name: name for name in ("system", "developer", "user", "assistant", "t
     "observation": "tool",
 }
 _NAMES = {"ipython": "tool", "developer": "system"}
+_MARKS = ("Zq1", "Zq2", "Zq3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,9 +271,6 @@ def _bare(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _bare(each) for name, each in value.items() if each is not None}
     return [_bare(each) for each in value] if isinstance(value, list) else value
-
-
-_MARKS = ("Zq1", "Zq2", "Zq3")
 
 
 @dataclass(frozen=True, kw_only=True)

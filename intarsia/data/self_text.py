@@ -25,6 +25,10 @@ from intarsia.disk import replaced
 from intarsia.errors import UserError
 from intarsia.progress import Task, current
 
+Choose: TypeAlias = Callable[[Tensor, int], Tensor | None]
+"""The next token of every row, from the logits `[B, V]` of its last one and the column that it goes to; None ends."""
+_FORMAT = 3  # of the cached text; raise it whenever the same settings would write something else
+
 
 class _PreallocatedLayer(DynamicLayer):
     """Keys and values in tensors of their final length; attention sees the filled part alone."""
@@ -128,10 +132,6 @@ def write_sequences(
             parts.append(ids_BT)
             documents += count
     return torch.cat(parts), documents
-
-
-Choose: TypeAlias = Callable[[Tensor, int], Tensor | None]
-"""The next token of every row, from the logits `[B, V]` of its last one and the column that it goes to; None ends."""
 
 
 def write_on(model: Any, ids_BT: Tensor, done: int, choose: Choose, task: Task) -> None:
@@ -257,9 +257,6 @@ def rows_at_once(model: Any, seq_len: int, sampling: Sampling) -> int:
     entries = 2 * config.num_hidden_layers * heads * head_dim * seq_len
     row_bytes = int(entries * next(model.parameters()).element_size())
     return max(1, min(sampling.most_rows, sampling.cache_bytes // row_bytes))
-
-
-_FORMAT = 3  # of the cached text; raise it whenever the same settings would write something else
 
 
 def self_corpus(

@@ -66,6 +66,12 @@ _SIGNS = (
     (b"\x28\xb5\x2f\xfd", "a Zstandard file", _REMEDIES[".zst"]),
 )
 _HEAD = 4096
+Document: TypeAlias = str | Conversation
+Rows: TypeAlias = Iterable[tuple[str, dict[str, Any]]]
+"""Rows of a data set, each with its place for errors."""
+_BLOCK = 256 * 1024  # bytes of one sampled stretch of a large file
+_LONGEST_LINE = 64 * 1024  # bytes of running text that are searched for a line end
+_HUB_REMEDY = "Check the name and the connection (HF_HUB_OFFLINE, HF_TOKEN), or pass a local text file, or `self`."
 
 
 def kind_of(path: Path) -> Kind | None:
@@ -255,14 +261,7 @@ def _parse_hub(spec: str) -> Source:
     return Source(spec=spec, kind="hub", dataset=dataset, config=config, split=split, column=column)
 
 
-Document: TypeAlias = str | Conversation
 Reader: TypeAlias = Callable[[Source, int | None, int | None], Iterator[Document]]
-Rows: TypeAlias = Iterable[tuple[str, dict[str, Any]]]
-"""Rows of a data set, each with its place for errors."""
-
-_BLOCK = 256 * 1024  # bytes of one sampled stretch of a large file
-_LONGEST_LINE = 64 * 1024  # bytes of running text that are searched for a line end
-_HUB_REMEDY = "Check the name and the connection (HF_HUB_OFFLINE, HF_TOKEN), or pass a local text file, or `self`."
 
 
 def _stretches(source: Source, limit: int | None, seed: int | None) -> Iterator[tuple[int, bytes]]:

@@ -32,8 +32,8 @@ from intarsia.evaluation.likelihood import (
     batches_of,
     default_batch_tokens,
     evaluating,
-    forward_of,
     log_totals,
+    logits_of,
 )
 from intarsia.evaluation.perplexity import Chain, ratio_stderr
 from intarsia.evaluation.results import Agreement, Metric
@@ -41,6 +41,8 @@ from intarsia.options import AnswerSpec
 from intarsia.progress import current
 
 _EXAMPLES = 4
+_WELL, _KEPT = 1.5, 0.9
+_LEAST_AGREEMENT, _MOST_LOOPS = 0.6, 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,10 +226,6 @@ class Asked:
         )
 
 
-_WELL, _KEPT = 1.5, 0.9
-_LEAST_AGREEMENT, _MOST_LOOPS = 0.6, 0.25
-
-
 def doubt(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
     """One sentence where perplexity or accuracy is well kept and agreement is not; else None.
 
@@ -269,11 +267,12 @@ def _along(model: Any, prompts: Prompts, answers: Sequence[Ids], take: Callable[
         return
     requests = [Request(context=prompt, continuation=answer) for prompt, answer in pairs]
     with evaluating(model), torch.inference_mode():
-        forward = forward_of(model)
         batch_tokens = default_batch_tokens(next(model.parameters()).device)
         for batch in batches_of(requests, pack=False, batch_tokens=batch_tokens):
             numbers, lengths = batch.request_M.unique_consecutive(return_counts=True)
-            for number, logits_TV in zip(numbers.tolist(), forward(batch.rows).split(lengths.tolist()), strict=True):
+            for number, logits_TV in zip(
+                numbers.tolist(), logits_of(model, batch.rows).split(lengths.tolist()), strict=True
+            ):
                 take(number, logits_TV)
 
 

@@ -26,6 +26,7 @@ _QUESTION = 64  # most tokens of a question that the model writes
 _SEED = 7919  # apart from the calibration text's
 
 Ids: TypeAlias = tuple[int, ...]
+_REPEATS, _LEAST = 3, 12  # a loop has a passage three times, in at least so many tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +147,6 @@ def _lines(spec: str) -> Iterator[str | Conversation]:
             yield from (line for line in document.splitlines() if line.strip())
         else:
             yield document
-
-
-_REPEATS, _LEAST = 3, 12  # a loop has a passage three times, in at least so many tokens
 
 
 def greedy_answers(model: Any, tokenizer: Any, prompts: Prompts, answer_tokens: int) -> tuple[Ids, ...]:

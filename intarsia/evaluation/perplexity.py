@@ -30,6 +30,9 @@ from intarsia.evaluation.results import Perplexity
 from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe, Variant, identity
 
+_MOST_READ = 16 * 1024 * 1024
+_BYTES_A_TOKEN = 32
+
 
 class Chain(nn.Module):
     """The recipe's model, callable like a causal language model."""
@@ -110,10 +113,6 @@ def model_of(recipe: Recipe | None, resident: LoadedModel, *, memory_budget: Mem
     checkpoint = resident.checkpoint
     whole = identity(Variant(name="base", model=checkpoint.model), checkpoint.architecture.n_layers)
     return Chain(recipe or whole, resident, memory_budget=memory_budget)
-
-
-_MOST_READ = 16 * 1024 * 1024
-_BYTES_A_TOKEN = 32
 
 
 def eval_corpus(

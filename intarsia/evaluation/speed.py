@@ -28,6 +28,7 @@ from intarsia.evaluation.results import Speed
 from intarsia.progress import current
 
 _SAMPLE_S = 0.005
+_CACHED = ("keys", "values", "conv_states", "recurrent_states")
 
 
 def peak_memory_bytes() -> int:
@@ -97,9 +98,6 @@ def kv_cache_bytes(architecture: Architecture, *, batch: int, tokens: int, items
     held = [min(tokens, int(window or 0) - 1) if kind.startswith("sliding_attention") else tokens for kind in kinds]
     heads = architecture.n_query_heads if architecture.family.caches_query_heads else architecture.n_kv_heads
     return 2 * batch * heads * architecture.head_dim * itemsize * sum(held)
-
-
-_CACHED = ("keys", "values", "conv_states", "recurrent_states")
 
 
 def cache_bytes(cache: Any) -> int:

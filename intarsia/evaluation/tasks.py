@@ -40,6 +40,11 @@ from intarsia.evaluation.task_file import (
 from intarsia.options import TextsAndTasks
 
 _SAME = 1e-9  # two ways to sum the same outcomes
+_SEED = 1234  # lm-eval's own for few-shot examples: with another one the prompts would differ from published ones
+_DRAWS = 1000  # for the standard error of metrics that are no mean
+_NEAREST = 5
+_MOST_WRITTEN = 256  # tokens of an answer
+_ROWS_WRITTEN = 8  # answers that are written side by side
 
 
 def scores_of(name: str, answer: Mapping[str, Any], *, local: bool) -> list[TaskScore]:
@@ -131,13 +136,6 @@ def _outcomes(metrics: Mapping[str, Metric], samples: Sequence[Mapping[str, Any]
             if abs(sum(numbers) / len(numbers) - metric.value) < _SAME:
                 found[name] = numbers
     return found
-
-
-_SEED = 1234  # lm-eval's own for few-shot examples: with another one the prompts would differ from published ones
-_DRAWS = 1000  # for the standard error of metrics that are no mean
-_NEAREST = 5
-_MOST_WRITTEN = 256  # tokens of an answer
-_ROWS_WRITTEN = 8  # answers that are written side by side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,8 +425,7 @@ def _in_memory(model: torch.nn.Module, tokenizer: Any, name: str, batch_tokens: 
                 fit(Request(context=tuple(context), continuation=tuple(continuation)), self.max_length)
                 for _, context, continuation in requests
             ]
-            found = score_requests(model, wanted, batch_tokens=batch_tokens, greedy=True, where=name)
-            assert found.greedy_R is not None
+            found = score_requests(model, wanted, batch_tokens=batch_tokens, where=name)
             return list(zip(found.sums_R.tolist(), found.greedy_R.tolist(), strict=True))
 
     # lm-eval sets a padding token on the tokenizer that it is given.

@@ -27,7 +27,7 @@ from torch import Tensor
 from intarsia.building.loading import stock_config
 from intarsia.checkpoint.gguf_source import divisors, need_gguf
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.disk import replaced
+from intarsia.disk import read_json, replaced
 from intarsia.errors import Problem, Problems, UserError, few
 from intarsia.progress import current
 
@@ -47,6 +47,13 @@ _SPLITS: dict[tuple[str, ...], str] = {
     (_LETTERS + r"\p{N}" + _REST,): "qwen2",
     (_TEKKEN,): "tekken",
 }
+KINDS = ("F16", "Q8_0", "F32", "BF16")
+_GRAPHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""From a config's `model_type` to what llama.cpp calls the architecture."""
+_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+_PADDING = 32
+_BLOCK = 32  # entries of a row that Q8_0 gives one scale
+_CHUNK = 2**24  # entries that are converted together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +86,8 @@ def gguf_tokenizer(folder: Path, tokenizer: Any, vocabulary: int, *, pre: str | 
     """
     import gguf
 
-    data = _read(folder)
+    remedy = "Save it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+    data = read_json(folder / "tokenizer.json", expected="a tokenizer of transformers", remedy=remedy)
     found = data["model"]
     if found.get("type") != "BPE":
         raise _unsupported(folder, f"a tokenizer of type {found.get('type')}")
@@ -103,17 +111,6 @@ def gguf_tokenizer(folder: Path, tokenizer: Any, vocabulary: int, *, pre: str | 
         special=special,
         space_prefix=None if byte_level else _prefixes_space(data),
     )
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise UserError(
-            f"{folder} has no tokenizer.json.",
-            "Save it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER).",
-        )
-    data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return data
 
 
 def _unsupported(folder: Path, found: str) -> UserError:
@@ -228,15 +225,6 @@ def add_tokenizer(writer: Any, found: GgufTokenizer) -> None:
         writer.add_add_space_prefix(found.space_prefix)
 
 
-KINDS = ("F16", "Q8_0", "F32", "BF16")
-_GRAPHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""From a config's `model_type` to what llama.cpp calls the architecture."""
-_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-_PADDING = 32
-_BLOCK = 32  # entries of a row that Q8_0 gives one scale
-_CHUNK = 2**24  # entries that are converted together
-
-
 @dataclass(frozen=True, kw_only=True)
 class GgufTensor:
     """One tensor to write."""
@@ -309,7 +297,8 @@ def plan_gguf(
     _refuse_unsupported(checkpoint, config)
     architecture = checkpoint.architecture
     context, shortened = _context(architecture.layer_types, config)
-    scales = _divisors(config.rope_parameters, architecture.head_dim)
+    rope = config.rope_parameters
+    scales = divisors(rope, architecture.head_dim) if rope.get("rope_type") == "llama3" else None
     graph = _GRAPHS[family]
     return GgufPlan(
         kind=kind,
@@ -352,19 +341,6 @@ def _context(layer_types: tuple[str, ...] | None, config: Any) -> tuple[int, str
         return most, None
     note = f"its sliding window of {window:,} tokens has no place in the file; up to there it makes no difference"
     return int(window), note
-
-
-def _divisors(rope: Any, head_dim: int) -> npt.NDArray[np.float32] | None:
-    if rope.get("rope_type") != "llama3":
-        return None
-    return divisors(
-        head_dim=head_dim,
-        theta=float(rope["rope_theta"]),
-        factor=float(rope["factor"]),
-        low=float(rope["low_freq_factor"]),
-        high=float(rope["high_freq_factor"]),
-        original=int(rope["original_max_position_embeddings"]),
-    )
 
 
 def _tensors(

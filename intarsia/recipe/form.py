@@ -15,18 +15,19 @@ from pydantic import (
     PlainValidator,
     Tag,
     ValidationInfo,
-    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from intarsia.data_file import MAX_INDEX, Misplaced, Strict, Text, one_line, raise_misplaced, shown, unexpected
 from intarsia.recipe.methods import METHODS, with_defaults
-from intarsia.recipe.recipe import VARIANT_NAME, Fitted, MergeMethod, Mix, NormMode, parse_ranges
+from intarsia.recipe.recipe import Fitted, MergeMethod, Mix, NormMode, parse_ranges
 
 MAX_LAYERS = 10_000
 _MAX_PIECES = 2**23  # In one recipe, so that a few ranges cannot fill the memory.
 _REF = re.compile(r"(?:(?P<variant>[^:]*):)?(?P<first>[0-9]{1,10})(?:-(?P<last>[0-9]{1,10}))?", re.ASCII)
+_Index: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INDEX)]
+_Number: TypeAlias = Annotated[float, Field(ge=-MAX_INDEX, le=MAX_INDEX, allow_inf_nan=False)]
 
 
 @dataclass
@@ -53,12 +54,6 @@ class Context:
 def _context(info: ValidationInfo) -> Context:
     assert isinstance(info.context, Context), "recipe files are validated with a context"
     return info.context
-
-
-def _name(value: Any) -> str:
-    if isinstance(value, str) and VARIANT_NAME.fullmatch(value):
-        return value
-    raise unexpected("a name of at most 64 letters, digits, '_', '-' and '.'", remedy="Rename it.")
 
 
 def _layers(value: Any) -> tuple[str | None, range]:
@@ -147,8 +142,6 @@ def _fitted(value: Any, info: ValidationInfo) -> Fitted:
             for index, name in enumerate(names):
                 try:
                     tensor = _context(info).tensor(f"fitted.{layer}.{one_line(str(name))}")
-                    if tensor is not None and tensor.dtype != np.float32:
-                        raise unexpected("a float32 tensor", str(tensor.dtype))
                     if tensor is not None:
                         found.setdefault(layer, {})[str(name)] = tensor
                 except PydanticCustomError as error:
@@ -170,8 +163,6 @@ def _named(value: Any) -> Any:
     return value
 
 
-_Index: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INDEX)]
-_Number: TypeAlias = Annotated[float, Field(ge=-MAX_INDEX, le=MAX_INDEX, allow_inf_nan=False)]
 LayerEntry: TypeAlias = Annotated[tuple[str | None, int], PlainValidator(_layer)]
 _Layers: TypeAlias = Annotated[tuple[str | None, range], PlainValidator(_layers)]
 
@@ -216,47 +207,23 @@ class ConcatEntry(Strict):
     fuse: bool = False
     cuts: list[CutEntry] = Field(min_length=1, max_length=MAX_LAYERS)
 
-    @model_validator(mode="after")
-    def _all_or_none(self) -> ConcatEntry:
-        given = [cut.weights is not None for cut in self.cuts]
-        if any(given) and not all(given):
-            raise unexpected("weights for every cut or for none", "some", "Complete or remove them.")
-        return self
-
 
 class MixEntry(Strict):
-    """How the tensors of several layers are combined."""
+    """How the tensors of several layers are combined; whether the method takes that, `validate` says."""
 
     method: MergeMethod = "linear"
     weights: list[_Number] | None = Field(default=None, min_length=1, max_length=MAX_LAYERS)
     params: dict[str, Any] = Field(default_factory=dict)
 
-    @field_validator("method", mode="before")
-    @classmethod
-    def _known_method(cls, name: Any) -> Any:
-        if not isinstance(name, str) or name not in METHODS:
-            raise unexpected(f"one of {', '.join(METHODS)}")
-        return name
-
-    @model_validator(mode="after")
-    def _known_params(self) -> MixEntry:
-        known = METHODS[self.method].parameters
-        wrong: list[Misplaced] = []
-        for name, value in self.params.items():
-            if name not in known:
-                expected = f"one of {', '.join(known)}" if known else f"none, for {self.method} has no parameters"
-                error = unexpected(expected, shown(name), "Remove it, or correct its spelling.")
-                wrong.append((("params",), error, value))
-            elif not known[name].holds(value):
-                wrong.append((("params", name), unexpected(str(known[name])), value))
-        raise_misplaced(wrong)
-        return self
-
     def mix(self, sources: int) -> Mix:
         """The mix of that many layers; equal weights and the method's defaults where none are given."""
-        known = METHODS[self.method].parameters
-        params = {name: value if known[name].whole else float(value) for name, value in self.params.items()}
-        weights = tuple(self.weights or (1.0 / sources for _ in range(sources)))
+        known = METHODS.get(self.method)
+        whole = {name for name, parameter in known.parameters.items() if parameter.whole} if known else set()
+        params = {
+            name: float(value) if type(value) is int and name not in whole else value
+            for name, value in self.params.items()
+        }
+        weights = tuple(self.weights or [1.0 / sources] * sources)
         return Mix(weights=weights, method=self.method, params=with_defaults(self.method, params))
 
 
@@ -267,18 +234,6 @@ class MergeEntry(MixEntry):
     base: LayerEntry | None = None
     scale: _Number = 1.0
     mlp: MixEntry | None = None
-
-    @property
-    def needs_base(self) -> bool:
-        """Whether a method takes differences to a base layer."""
-        return METHODS[self.method].base or (self.mlp is not None and METHODS[self.mlp.method].base)
-
-    @model_validator(mode="after")
-    def _one_base(self) -> MergeEntry:
-        if self.base is None and self.needs_base and len({layer for _, layer in self.sources}) > 1:
-            expected = "the layer that differences are taken to, for the sources are not at one index"
-            raise_misplaced([(("base",), unexpected(expected, "none", "Add it."), None)])
-        return self
 
 
 class SelectLayer(Strict):
@@ -337,7 +292,7 @@ class RecipeFile(Strict):
 
     version: Literal[1]
     model: Text | None = None
-    variants: dict[Annotated[str, PlainValidator(_name)], VariantEntry] | None = Field(default=None, min_length=1)
+    variants: dict[Text, VariantEntry] | None = Field(default=None, min_length=1)
     base: Text | None = None
     depth: int = Field(ge=1, le=MAX_LAYERS)
     layers: list[OpEntry] = Field(min_length=1, max_length=MAX_LAYERS)

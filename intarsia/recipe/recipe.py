@@ -8,7 +8,7 @@ scaled output is a `Merge` too, so that a `Select` is always the source's own by
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -21,6 +21,11 @@ from intarsia.data_file import MAX_INDEX
 NormMode = Literal["fold", "average"]
 MergeMethod: TypeAlias = str
 """The name of a registered merge operator."""
+_RUN = re.compile(r"\s*([0-9]{1,10})\s*(?:-\s*([0-9]{1,10})\s*)?", re.ASCII)
+SCHEMA_VERSION = 1
+VARIANT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")  # What may stand before the colon in `math:4`.
+Span = tuple[int, int]
+Fitted = Mapping[int, Mapping[str, npt.NDArray[np.float32]]]
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -123,9 +128,6 @@ def sources_of(ops: Iterable[Op]) -> str:
     return ", ".join(str(source) for op in ops for source in op.sources)
 
 
-_RUN = re.compile(r"\s*([0-9]{1,10})\s*(?:-\s*([0-9]{1,10})\s*)?", re.ASCII)
-
-
 def parse_ranges(text: str, *, most: int) -> tuple[int, ...]:
     """The indices that a text names, in its order; an empty text names none.
 
@@ -149,27 +151,13 @@ def parse_ranges(text: str, *, most: int) -> tuple[int, ...]:
 
 def format_ranges(indices: Iterable[int]) -> str:
     """The text for `parse_ranges` that names these indices in this order."""
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in _runs(indices))
-
-
-def _runs(indices: Iterable[int]) -> Iterator[tuple[int, int]]:
-    start = last = -1
+    runs: list[list[int]] = []
     for index in indices:
-        if start >= 0 and index == last + 1:
-            last = index
-            continue
-        if start >= 0:
-            yield start, last
-        start = last = index
-    if start >= 0:
-        yield start, last
-
-
-SCHEMA_VERSION = 1
-VARIANT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")  # What may stand before the colon in `math:4`.
-
-Span = tuple[int, int]
-Fitted = Mapping[int, Mapping[str, npt.NDArray[np.float32]]]
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,7 @@ from intarsia.recipe.form import (
     SideFile,
     VariantEntry,
 )
+from intarsia.recipe.methods import METHODS
 from intarsia.recipe.recipe import (
     SCHEMA_VERSION,
     Concat,
@@ -72,6 +73,9 @@ _DTYPES = {"I32": np.dtype("<i4"), "F32": np.dtype("<f4")}
 _SMALL = 2**24  # bytes; a smaller array is kept in memory
 
 Arrays = dict[str, npt.NDArray[Any]]
+_LONGEST_INLINE = 100  # Characters of ranges that a person still reads.
+_REMEDY = "Correct the recipe."
+_ONE_MODEL = "base"  # The variant's name in the short form `model: FOLDER_OR_ID`.
 
 
 def tensors_hash(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
@@ -185,10 +189,6 @@ def let_go(array: npt.NDArray[Any]) -> None:
             return
         inner = getattr(inner, "base", None)
 
-
-_LONGEST_INLINE = 100  # Characters of ranges that a person still reads.
-_REMEDY = "Correct the recipe."
-_ONE_MODEL = "base"  # The variant's name in the short form `model: FOLDER_OR_ID`.
 
 # Reading
 
@@ -304,29 +304,29 @@ def _concat(entry: ConcatEntry, source: Callable[[LayerEntry], LayerRef]) -> Con
             source=source(cut.source),
             kv_groups=cut.kv_groups,
             channels=cut.channels,
-            weights={part: getattr(cut.weights, part) for part in PARTS if cut.weights is not None},
+            weights={} if cut.weights is None else cut.weights.model_dump(),
         )
         for cut in entry.cuts
     )
-    given = entry.cuts[0].weights is not None
+    given = any(cut.weights for cut in cuts)
     return Concat(cuts=cuts if given else with_unit_weights(cuts), norm=entry.norm, fuse=entry.fuse)
 
 
 def _merge(entry: MergeEntry, source: Callable[[LayerEntry], LayerRef]) -> Merge:
-    mix = entry.mix(len(entry.sources))
-    base = None
-    if entry.base is not None:
-        base = source(entry.base)
-    elif entry.needs_base:
-        base = source((None, min(layer for _, layer in entry.sources)))
+    mix, mlp = (each and each.mix(len(entry.sources)) for each in (entry, entry.mlp))
+    assert mix is not None
+    base, indices = entry.base, {layer for _, layer in entry.sources}
+    methods = [METHODS.get(each.method) for each in (mix, mlp) if each is not None]
+    if base is None and len(indices) == 1 and any(method and method.base for method in methods):
+        base = (None, *indices)
     return Merge(
         sources=tuple(source(ref) for ref in entry.sources),
         weights=mix.weights,
         method=mix.method,
         params=mix.params,
-        base=base,
+        base=None if base is None else source(base),
         scale=entry.scale,
-        mlp=None if entry.mlp is None else entry.mlp.mix(len(entry.sources)),
+        mlp=mlp,
     )
 
 
