@@ -73,6 +73,35 @@ class TensorHeader:
         """Bytes of its entries."""
         return self.numel * self.dtype.itemsize
 
+    def tensor(self) -> torch.Tensor:
+        """The tensor, mapped from its file: pages are read when they are touched.
+
+        Writing to it changes memory only, never the file.
+
+        Raises:
+            UserError: the file has become shorter since its header was read, or is not there any more.
+        """
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=self.dtype)
+        with _opened(self.file) as stream:
+            if os.fstat(stream.fileno()).st_size < self.start + self.nbytes:
+                # Touching pages after the end would kill the process.
+                raise UserError(
+                    f"{self.file} has become shorter since it was opened.",
+                    "Something writes to the model folder; let it finish and start again.",
+                )
+            if self.start % self.dtype.itemsize:
+                # Kernels expect aligned entries; writers other than safetensors' own may leave them unaligned.
+                stream.seek(self.start)
+                return torch.frombuffer(bytearray(stream.read(self.nbytes)), dtype=self.dtype).view(self.shape)
+            before = self.start % mmap.ALLOCATIONGRANULARITY
+            pages = mmap.mmap(
+                stream.fileno(), before + self.nbytes, access=mmap.ACCESS_COPY, offset=self.start - before
+            )
+        flat = torch.frombuffer(pages, dtype=self.dtype, count=self.numel, offset=before)
+        _MAPS[flat.data_ptr()] = pages
+        return flat.view(self.shape)
+
 
 def read_headers(file: Path) -> list[TensorHeader]:
     """The tensors of a safetensors file, in the order of their bytes. No weight is read.
@@ -108,38 +137,8 @@ def _damaged(file: Path, expected: str, found: str) -> UserError:
     return UserError(f"{file}: expected {expected}; found {found}.", "Get this file again.")
 
 
-def map_tensor(header: TensorHeader) -> torch.Tensor:
-    """A tensor, mapped from its file: pages are read when they are touched.
-
-    Writing to it changes memory only, never the file.
-
-    Raises:
-        UserError: the file has become shorter since its header was read, or is not there any more.
-    """
-    if not header.nbytes:
-        return torch.empty(header.shape, dtype=header.dtype)
-    with _opened(header) as stream:
-        if os.fstat(stream.fileno()).st_size < header.start + header.nbytes:
-            # Touching pages after the end would kill the process.
-            raise UserError(
-                f"{header.file} has become shorter since it was opened.",
-                "Something writes to the model folder; let it finish and start again.",
-            )
-        if header.start % header.dtype.itemsize:
-            # Kernels expect aligned entries; writers other than safetensors' own may leave them unaligned.
-            stream.seek(header.start)
-            return torch.frombuffer(bytearray(stream.read(header.nbytes)), dtype=header.dtype).view(header.shape)
-        before = header.start % mmap.ALLOCATIONGRANULARITY
-        pages = mmap.mmap(
-            stream.fileno(), before + header.nbytes, access=mmap.ACCESS_COPY, offset=header.start - before
-        )
-    flat = torch.frombuffer(pages, dtype=header.dtype, count=header.numel, offset=before)
-    _MAPS[flat.data_ptr()] = pages
-    return flat.view(header.shape)
-
-
 def let_go(tensor: torch.Tensor) -> None:
-    """Free the pages of a whole tensor of `map_tensor`; they are read again when they are touched.
+    """Free the pages of a whole mapped tensor; they are read again when they are touched.
 
     What was written to it is lost. Nothing happens to a tensor that is not mapped.
     """
@@ -148,12 +147,12 @@ def let_go(tensor: torch.Tensor) -> None:
         pages.madvise(mmap.MADV_DONTNEED)
 
 
-def _opened(header: TensorHeader) -> BinaryIO:
+def _opened(file: Path) -> BinaryIO:
     try:
-        return header.file.open("rb")
+        return file.open("rb")
     except OSError as error:
         raise UserError(
-            f"{header.file} cannot be read any more: {error.strerror or error}.",
+            f"{file} cannot be read any more: {error.strerror or error}.",
             "Put the file back and give the same command again.",
         ) from error
 

@@ -1,4 +1,15 @@
-"""Checkpoints that store a text model in another form: weights of 8 bits, and multimodal models around it."""
+"""Checkpoints that store a text model in another form, seen as that text model.
+
+FP8 (E4M3): a weight is its stored value times its scale. Four ways of storing them are one formula: a scale for the
+whole tensor, for each row (`fbgemm_fp8`, compressed-tensors `float-quantized`), or for each block of rows and columns
+(`fp8` with `weight_block_size`). The product is formed in float32 and rounded once to the dtype of the config, so
+bfloat16 holds it to within one part in 512. For every other kind of quantised weights the error says what to do.
+
+A multimodal checkpoint (Gemma 3, LLaVA, Mistral 3 ...) nests the text model's config under `text_config` and keeps its
+tensors under a prefix. Read through a `Wrapper` it has the text model's own config and names, so that everything
+else in this package sees an ordinary text model; what is written gets the names and the nesting back, and every
+other tensor is copied byte for byte.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.checkpoint.files import TensorHeader, map_tensor
-from intarsia.errors import Problems, UserError
+from intarsia.checkpoint.files import TensorHeader
+from intarsia.errors import Problems, UserError, mismatch
+from intarsia.inspection import own_code
 
-KEYS = ("quantization_config", "compression_config")
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_KEYS = ("quantization_config", "compression_config")
 _AFTERWARDS = "and quantise the result afterwards"
 _SAVE = "save_pretrained(NEW), copy the tokenizer files to NEW, and use that folder"
 _METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors")
 _SCALES = ("weight_scale_inv", "weight_scale")  # the first is named after what it undoes; both are multiplied
-_INPUT_SCALES = ("input_scale", "activation_scale", "input_scale_ub")  # of activations at run time: not part of weights
+_OTHERS = ("input_scale", "activation_scale", "input_scale_ub")  # of activations at run time: not part of weights
 _MOST_NAMED = 5
 NESTED = "text_config"
 _BASE, _HEAD = "model.", "lm_head."
@@ -37,22 +50,21 @@ _PLAIN = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text":
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaled:
-    """A weight of 8 bits and its scales, as they are stored, and what it is read as."""
+class Scaled(TensorHeader):
+    """A weight that is stored in 8 bits, as it is read: times its scales."""
 
     weight: TensorHeader
     scale: TensorHeader
+    # rows and columns that share a scale
     block: tuple[int, int]
-    dtype: torch.dtype
 
     def tensor(self) -> Tensor:
         """The weight, made anew each time."""
-        wide_OI = map_tensor(self.weight).float()
-        rows, columns = self.weight.shape
-        scale = map_tensor(self.scale).float().reshape(-(-rows // self.block[0]), -(-columns // self.block[1]))
+        wide_OI, (rows, columns) = self.weight.tensor().float(), self.shape
+        scale = self.scale.tensor().float().reshape(-(-rows // self.block[0]), -(-columns // self.block[1]))
         for axis, size in enumerate(self.block):
             if scale.shape[axis] > 1:  # an axis with one scale broadcasts
-                scale = scale.repeat_interleave(size, dim=axis).narrow(axis, 0, self.weight.shape[axis])
+                scale = scale.repeat_interleave(size, dim=axis).narrow(axis, 0, self.shape[axis])
         return (wide_OI * scale).to(self.dtype)
 
 
@@ -65,40 +77,43 @@ def readable(quantization: Mapping[str, Any]) -> bool:
 
 
 def unscaled(
-    quantization: Mapping[str, Any], headers: Mapping[str, TensorHeader], dtype: torch.dtype, *, where: str
-) -> tuple[dict[str, TensorHeader], dict[str, Scaled]]:
-    """The tensors as they are read, without scales; and of those that are scaled, how.
+    config: Mapping[str, Any], headers: Mapping[str, TensorHeader], folder: Path
+) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
+    """Config and tensors of a quantised model as those of an ordinary one, without scales.
 
     Raises:
-        UserError: a weight of 8 bits has no scale, or one of an unknown shape.
+        UserError: it cannot be read so, a weight of 8 bits has no scale, or one of an unknown shape.
     """
-    shown = {name: header for name, header in headers.items() if not _is_scale(name)}
-    scaled: dict[str, Scaled] = {}
+    key, quantization = quantization_of(config) or ("", {})
+    if not readable(quantization):
+        raise refuse(key, quantization, folder / "config.json")
+    plain = {key: value for key, value in config.items() if key not in _KEYS}
+    if isinstance(plain.get(NESTED), dict):
+        plain[NESTED] = {key: value for key, value in plain[NESTED].items() if key not in _KEYS}
+    holders = (plain, plain.get(NESTED) or {})
+    named = [values.get(key) for values in holders for key in ("dtype", "torch_dtype")]
+    name = next((name for name in named if isinstance(name, str)), "bfloat16")
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    dtype = dtype if dtype in WEIGHT_DTYPES else torch.bfloat16
+    shown = {name: header for name, header in headers.items() if name.rpartition(".")[2] not in (*_SCALES, *_OTHERS)}
     problems = Problems()
     for name, header in shown.items():
         if header.dtype != torch.float8_e4m3fn:
             continue
-        scale = _scale_of(name, headers)
+        module = name.rpartition(".")[0]
+        scale = next((headers[f"{module}.{kind}"] for kind in _SCALES if f"{module}.{kind}" in headers), None)
         block = None if scale is None else _block(quantization, header, scale)
         if scale is None or block is None:
             fault = "no scale" if scale is None else f"a scale of unknown shape: {scale.name} {list(scale.shape)}"
             problems.add(
-                f"{where}: the 8-bit weight {name} has {fault}.", "Use the checkpoint that this one was quantised from."
+                f"{folder}: the 8-bit weight {name} has {fault}.",
+                "Use the checkpoint that this one was quantised from.",
             )
             continue
-        scaled[name] = Scaled(weight=header, scale=scale, block=block, dtype=dtype)
-        shown[name] = replace(header, dtype=dtype)
+        read = {**vars(header), "dtype": dtype}
+        shown[name] = Scaled(**read, weight=header, scale=scale, block=block)
     problems.raise_any(most=_MOST_NAMED)
-    return shown, scaled
-
-
-def _is_scale(name: str) -> bool:
-    return name.rpartition(".")[2] in (*_SCALES, *_INPUT_SCALES)
-
-
-def _scale_of(name: str, headers: Mapping[str, TensorHeader]) -> TensorHeader | None:
-    module = name.rpartition(".")[0]
-    return next((headers[f"{module}.{kind}"] for kind in _SCALES if f"{module}.{kind}" in headers), None)
+    return plain, shown
 
 
 def _block(quantization: Mapping[str, Any], weight: TensorHeader, scale: TensorHeader) -> tuple[int, int] | None:
@@ -120,7 +135,7 @@ def _block(quantization: Mapping[str, Any], weight: TensorHeader, scale: TensorH
 def quantization_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
     """The entry of a config that says how its weights are quantised, with its key; None for ordinary weights."""
     for prefix, values in (("", config), ("text_config.", config.get("text_config"))):
-        for key in KEYS:
+        for key in _KEYS:
             if isinstance(values, Mapping) and values.get(key):
                 entry = values[key]
                 return prefix + key, entry if isinstance(entry, Mapping) else {}
@@ -202,11 +217,22 @@ def unwrap(
     """The config and the tensors of the text model, and what surrounds them.
 
     Raises:
-        UserError: the nested config names no model that transformers knows, or no text model is where wrappers
-            keep theirs.
+        UserError: the nested config names no model that transformers knows, no text model is where wrappers keep
+            theirs, or the model has code of its own.
     """
+    kind = str(config.get("model_type"))
+    if own_code.CODE in config and not own_code.is_stock(kind):  # nothing says how to load it
+        expected, found = "a multimodal model of transformers", f"{kind}, with code of its own"
+        raise UserError(mismatch(where, expected, found, "Save the text model alone, and use that."))
     text = _completed(config[NESTED], where)
-    base, head = _layout(headers, where)
+    prefixes = ((base, head) for base, head in _LAYOUTS if f"{base}embed_tokens.weight" in headers)
+    base, head = next(prefixes, ("", ""))
+    if not base:
+        tried = ", ".join(f"{base}embed_tokens.weight" for base, _ in _LAYOUTS)
+        raise UserError(
+            f"{where}: the text model inside the multimodal one is not found: there is none of {tried}.",
+            "Save the text model alone with transformers, and compress that.",
+        )
     shown: dict[str, TensorHeader] = {}
     kept: dict[str, TensorHeader] = {}
     for name, header in headers.items():
@@ -222,19 +248,9 @@ def unwrap(
     # wrapper's class goes by the outer one. A head that is not there is tied in any case.
     tied = config.get("tie_word_embeddings", config[NESTED].get("tie_word_embeddings", text["tie_word_embeddings"]))
     text["tie_word_embeddings"] = bool(tied) or f"{_HEAD}weight" not in shown
-    text["dtype"] = _dtype(config, text)
+    stated = (values.get(key) for values in (text, config) for key in ("dtype", "torch_dtype"))
+    text["dtype"] = next((name for name in stated if name is not None), None)
     return text, shown, Wrapper(config=config, base=base, head=head, kept=kept)
-
-
-def _layout(headers: Mapping[str, TensorHeader], where: str) -> tuple[str, str]:
-    for base, head in _LAYOUTS:
-        if f"{base}embed_tokens.weight" in headers:
-            return base, head
-    tried = ", ".join(f"{base}embed_tokens.weight" for base, _ in _LAYOUTS)
-    raise UserError(
-        f"{where}: the text model inside the multimodal one is not found: there is none of {tried}.",
-        "Save the text model alone with transformers, and compress that.",
-    )
 
 
 def _completed(nested: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -258,11 +274,3 @@ def _completed(nested: Mapping[str, Any], where: str) -> dict[str, Any]:
                 rotary = {name: value for name, value in found[key].items() if not name.startswith("mrope")}
                 found[key] = {name: "default" if value == "mrope" else value for name, value in rotary.items()}
     return found
-
-
-def _dtype(config: Mapping[str, Any], text: Mapping[str, Any]) -> Any:
-    for values in (text, config):
-        for key in ("dtype", "torch_dtype"):
-            if values.get(key) is not None:
-                return values[key]
-    return None

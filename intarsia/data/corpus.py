@@ -68,18 +68,8 @@ class Corpus:
             yield self.input_ids[part], None if self.mask is None else self.mask[part]
 
     def take(self, n: int) -> Corpus:
-        """The first n sequences.
-
-        Raises:
-            UserError: there are fewer.
-        """
-        if not 1 <= n <= len(self):
-            raise UserError(
-                f"corpus {self.description}: "
-                f"expected at least {n} sequences of {self.seq_len} tokens (and at least 1); "
-                f"found {len(self)}.",
-                "Ask for fewer sequences, or give more tokens.",
-            )
+        """The first n sequences."""
+        assert 1 <= n <= len(self)
         return self._part(slice(0, n), f"the first {n} sequences of {self.description}")
 
     def split(self, fraction: float) -> tuple[Corpus, Corpus]:
@@ -144,7 +134,8 @@ def tokenize(
             f"found a sequence length of {seq_len} and {tokens} tokens.",
             "Ask for more tokens or shorter sequences.",
         )
-    bos = _own_bos(tokenizer)
+    alone, bos = tokenizer("a")["input_ids"], [tokenizer.bos_token_id]
+    bos = bos if alone[:1] == bos else []  # it puts one before a text without being asked
     body = seq_len - len(bos)
     wanted = tokens // seq_len
     stream, talks, count = _token_stream(documents, tokenizer, seq_len, None if shuffle else wanted * body, description)
@@ -190,13 +181,6 @@ def check_ids(highest: int, tokenizer: Any, description: str) -> None:
             f"embedding has {rows} rows.",
             "Use the tokenizer that belongs to the model, or resize its embedding.",
         )
-
-
-def _own_bos(tokenizer: Any) -> list[int]:
-    """BOS as a list of one, if the tokenizer puts it before a text without being asked; else empty."""
-    ids = tokenizer("a")["input_ids"]
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and ids and ids[0] == bos else []
 
 
 def _token_stream(

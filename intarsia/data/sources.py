@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, cast
 
 from intarsia.data.conversations import Columns, Conversation, missing_column, row_error
-from intarsia.errors import UserError
 from intarsia.progress import current
 
 Kind: TypeAlias = Literal["text", "jsonl", "parquet", "folder", "hub"]
@@ -135,13 +134,13 @@ def open_plain(path: Path, *, where: str) -> BinaryIO:
                     plain.write(chunk.encode())
             return _records_of(plain, where) if array else plain
         except UnicodeError as error:
-            raise _wrong(
+            raise row_error(
                 where, f"text in {encoding}, as its byte-order mark says", str(error), "Save it again."
             ) from None
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the file's content
                 raise
-            raise _wrong(where, "a whole compressed file", str(error), "Get this file again.") from None
+            raise row_error(where, "a whole compressed file", str(error), "Get this file again.") from None
 
 
 def _head(stream: BinaryIO, size: int) -> bytes:
@@ -153,10 +152,10 @@ def _head(stream: BinaryIO, size: int) -> bytes:
 def _refuse_binary(head: bytes, path: Path, where: str) -> None:
     for sign, found, remedy in _SIGNS:
         if head.startswith(sign):
-            raise _wrong(where, "text", found, remedy)
+            raise row_error(where, "text", found, remedy)
     if b"\0" in head:
         order = "LE" if head[1::2].count(0) > head[::2].count(0) else "BE"
-        raise _wrong(
+        raise row_error(
             where,
             "UTF-8 text",
             "bytes of zero: UTF-16 without a byte-order mark, or no text",
@@ -173,23 +172,19 @@ def _records_of(plain: BinaryIO, where: str) -> BinaryIO:
     except (ValueError, RecursionError) as error:
         if data.lstrip().startswith(b"{") and b"\n" in data.strip():
             return plain  # JSON lines under another name; the reader names the line if one is wrong
-        raise _wrong(where, "a JSON array of records, or JSON lines", str(error), "Correct the file.") from None
+        raise row_error(where, "a JSON array of records, or JSON lines", str(error), "Correct the file.") from None
     if isinstance(value, dict) and not any(name in value for name in ("messages", "conversations")):
         arrays = [each for each in value.values() if isinstance(each, list)]
         value = arrays[0] if len(arrays) == 1 and not any(isinstance(each, str) for each in value.values()) else [value]
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
-        raise _wrong(where, "a JSON array of records", repr(value)[:60], "Write an array of records with text.")
+        raise row_error(where, "a JSON array of records", repr(value)[:60], "Write an array of records with text.")
     lines = (json.dumps({"text": each} if isinstance(each, str) else each) for each in value)
     plain.seek(0)
     plain.truncate()
     for line in lines:
         plain.write(f"{line}\n".encode())
     return plain
-
-
-def _wrong(where: str, expected: str, found: str, remedy: str) -> UserError:
-    return UserError(f"text source {where}: expected {expected}; found {found}.", remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,15 +313,6 @@ def _decode(source: Source, offset: int, data: bytes) -> str:
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
-def _read_text(source: Source, limit: int | None, seed: int | None) -> Iterator[str]:
-    for offset, data in _stretches(source, limit, seed):
-        yield _decode(source, offset, data)
-
-
-def _read_jsonl(source: Source, limit: int | None, seed: int | None) -> Iterator[Document]:
-    yield from _documents_of(source, _json_rows(source, limit, seed))
-
-
 def _json_rows(source: Source, limit: int | None, seed: int | None) -> Rows:
     for offset, data in _stretches(source, limit, seed):
         for number, line in enumerate(_decode(source, offset, data).split("\n"), start=1):
@@ -398,7 +384,10 @@ def _read_parquet(source: Source, limit: int | None, seed: int | None) -> Iterat
 def _parquet_rows(file: Any, source: Source, columns: Columns, limit: int | None, seed: int | None) -> Rows:
     total = file.metadata.num_rows
     first, last = (int(total * share) for share in source.share)
-    kept = _kept_share(file, source, limit) if limit is not None else 1.0
+    kept = 1.0
+    if limit is not None:  # about so many bytes of the text
+        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+        kept = min(1.0, limit / max(1.0, size * (source.share[1] - source.share[0])))
     chance = None if seed is None else random.Random(seed)
     row = 0
     for batch in file.iter_batches(batch_size=1024, columns=columns.read_from(file.schema_arrow.names)):
@@ -419,51 +408,28 @@ def _kind(found: Any) -> str:
     return str(found)
 
 
-def _kept_share(file: Any, source: Source, limit: int) -> float:
-    """The share of the rows to keep so that about `limit` bytes of the text are read."""
-    meta = file.metadata
-    size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-    return min(1.0, limit / max(1.0, size * (source.share[1] - source.share[0])))
-
-
-def _read_hub(source: Source, limit: int | None, seed: int | None) -> Iterator[Document]:
-    rows = ((f"{source.spec}, row {number}", record) for number, record in enumerate(_hub_records(source, seed)))
-    yield from _documents_of(source, rows, limit=limit)
-
-
-def _hub_records(source: Source, seed: int | None) -> Iterator[dict[str, Any]]:
+def _hub_rows(source: Source, seed: int | None) -> Rows:
     import datasets
 
     try:
         data = datasets.load_dataset(source.dataset, source.config, split=source.split, streaming=True)
         if seed is not None:
             data = data.shuffle(seed=seed, buffer_size=1000)
-        records = iter(data)
+        for number, record in enumerate(data):
+            yield f"{source.spec}, row {number}", record
     except Exception as error:
-        raise _unreadable(source, error) from error
-    while True:
-        try:
-            record = next(records)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise _unreadable(source, error) from error
-        yield record
-
-
-def _unreadable(source: Source, error: Exception) -> UserError:
-    """An unknown name, a gated one and a network that is down come in errors of `datasets`, of the hub's library and
-    of whatever HTTP client that one uses in its present version; so all of them are taken."""
-    found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    return row_error(source.spec, "a data set that can be read", found, _HUB_REMEDY)
+        # An unknown name, a gated one and a network that is down come in errors of `datasets`, of the hub's library
+        # and of whatever HTTP client that one uses in its present version; so all of them are taken.
+        found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise row_error(source.spec, "a data set that can be read", found, _HUB_REMEDY) from error
 
 
 READERS: Mapping[Kind, Reader] = {
-    "text": _read_text,
-    "jsonl": _read_jsonl,
+    "text": lambda source, limit, seed: (_decode(source, *stretch) for stretch in _stretches(source, limit, seed)),
+    "jsonl": lambda source, limit, seed: _documents_of(source, _json_rows(source, limit, seed)),
     "parquet": _read_parquet,
     "folder": _read_folder,
-    "hub": _read_hub,
+    "hub": lambda source, limit, seed: _documents_of(source, _hub_rows(source, seed), limit=limit),
 }
 
 

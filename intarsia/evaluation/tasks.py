@@ -29,14 +29,7 @@ from intarsia.data.corpus import check_ids
 from intarsia.errors import Problems, UserError, check, missing_package
 from intarsia.evaluation.likelihood import Request, evaluating, fit, score_requests
 from intarsia.evaluation.results import Metric, TaskResults, TaskScore
-from intarsia.evaluation.task_file import (
-    Question,
-    Solved,
-    is_right,
-    names_a_file,
-    read_items,
-    wants_text,
-)
+from intarsia.evaluation.task_file import Question, Solved, is_right, names_a_file, read_items, wants_text
 from intarsia.options import TextsAndTasks
 
 _SAME = 1e-9  # two ways to sum the same outcomes
@@ -303,7 +296,10 @@ def load_tasks(
     no_folder = folder is not None and not Path(folder).is_dir()
     check((not no_folder, f"--include-path {folder} is no folder.", "Give one with YAML tasks."))
     with _quiet(), _own_chance():
-        manager = _manager(names, folder)
+        make = _lm_eval().tasks.TaskManager
+        # Its own tasks take seconds to list, and are left out where the user's folder is enough.
+        alone = None if folder is None else make(include_path=folder, include_defaults=False)
+        manager = alone if alone and set(names) <= set(alone.all_subtasks) else make(include_path=folder)
         problems = Problems()
         for name in names:
             if name not in manager.all_tasks:
@@ -430,16 +426,6 @@ def _in_memory(model: torch.nn.Module, tokenizer: Any, name: str, batch_tokens: 
 
     # lm-eval sets a padding token on the tokenizer that it is given.
     return InMemory(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=_ROWS_WRITTEN)
-
-
-def _manager(names: Sequence[str], include_path: str | None) -> Any:
-    """lm-eval's list of tasks. Its own take seconds to list, and are left out where the user's folder is enough."""
-    make = _lm_eval().tasks.TaskManager
-    if include_path is not None:
-        alone = make(include_path=include_path, include_defaults=False)
-        if set(names) <= set(alone.all_subtasks):
-            return alone
-    return make(include_path=include_path)
 
 
 def _load(name: str, manager: Any) -> Task:
