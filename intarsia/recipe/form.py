@@ -8,18 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import (
-    AfterValidator,
-    Discriminator,
-    Field,
-    PlainValidator,
-    Tag,
-    ValidationInfo,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Discriminator, Field, PlainValidator, Tag, ValidationInfo, model_validator
 
-from intarsia.data_file import MAX_INDEX, Misplaced, Strict, Text, one_line, raise_misplaced, shown, unexpected
+from intarsia.data_file import MAX_INDEX, Strict, Text, raise_misplaced, shown, unexpected
 from intarsia.recipe.methods import METHODS, with_defaults
 from intarsia.recipe.recipe import Fitted, MergeMethod, Mix, NormMode, parse_ranges
 
@@ -34,17 +25,15 @@ _Number: TypeAlias = Annotated[float, Field(ge=-MAX_INDEX, le=MAX_INDEX, allow_i
 class Context:
     """What the validators of one file share."""
 
-    # The side file's tensors; None where it cannot be read, which is a problem of its own.
-    tensors: Mapping[str, Any] | None
+    # The side file's tensors.
+    tensors: Mapping[str, Any]
     # Names of tensors that the recipe uses.
     used: set[str] = field(default_factory=set)
     # How many indices may still come.
     pieces_left: int = _MAX_PIECES
 
     def tensor(self, name: str) -> Any:
-        """A tensor of the side file, None where there is no side file that could be read."""
-        if self.tensors is None:
-            return None
+        """A tensor of the side file."""
         self.used.add(name)
         if name not in self.tensors:
             raise unexpected(f"tensor {name!r} in the side file", "none", "Use the side file that belongs to it.")
@@ -88,8 +77,6 @@ def _from_ranges(text: str, info: ValidationInfo) -> tuple[int, ...]:
 
 def _from_tensor(entry: _TensorEntry, info: ValidationInfo) -> tuple[int, ...]:
     tensor = _context(info).tensor(entry.tensor)
-    if tensor is None:
-        return ()
     if tensor.dtype != np.int32 or tensor.ndim != 1 or tensor.size > _context(info).pieces_left or (tensor < 0).any():
         shape = f"{tensor.dtype} of shape {list(tensor.shape)}"
         raise unexpected(f"a list of int32 indices from 0 in tensor {entry.tensor!r}", shape)
@@ -109,11 +96,6 @@ def _indices_tag(value: Any) -> str:
     return tags.get(type(value), ":one")
 
 
-def _op_tag(value: Any) -> str | None:
-    known = ("select", "concat", "merge")
-    return next((f":{key}" for key in known if key in value), None) if isinstance(value, dict) else None
-
-
 def _sha256(value: str) -> str:
     if re.fullmatch("[0-9a-f]{64}", value):
         return value
@@ -126,28 +108,9 @@ def _plain_name(value: str) -> str:
     raise unexpected("the plain name of a .safetensors file beside the recipe")
 
 
-def _fitted(value: Any, info: ValidationInfo) -> Fitted:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise unexpected("a mapping from output layers to lists of tensor names")
-    found: dict[int, dict[str, Any]] = {}
-    wrong: list[Misplaced] = []
-    for layer, names in value.items():
-        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer <= MAX_LAYERS:
-            wrong.append(((shown(layer),), unexpected(f"a whole number from 0 to {MAX_LAYERS}"), layer))
-        elif not isinstance(names, list) or not 0 < len(names) <= MAX_LAYERS:
-            wrong.append(((str(layer),), unexpected("a list of tensor names"), names))
-        else:
-            for index, name in enumerate(names):
-                try:
-                    tensor = _context(info).tensor(f"fitted.{layer}.{one_line(str(name))}")
-                    if tensor is not None:
-                        found.setdefault(layer, {})[str(name)] = tensor
-                except PydanticCustomError as error:
-                    wrong.append(((str(layer), index), error, name))
-    raise_misplaced(wrong)
-    return found
+def _fitted(value: Mapping[int, list[str]], info: ValidationInfo) -> Fitted:
+    context = _context(info)
+    return {layer: {name: context.tensor(f"fitted.{layer}.{name}") for name in each} for layer, each in value.items()}
 
 
 def _named(value: Any) -> Any:
@@ -173,6 +136,7 @@ class _TensorEntry(Strict):
 
 if TYPE_CHECKING:
     _Indices: TypeAlias = tuple[int, ...]
+    _Fitted: TypeAlias = Fitted
 else:
     _Indices = Annotated[
         Annotated[list[_Index], Tag(":list")]
@@ -182,6 +146,8 @@ else:
         Discriminator(_indices_tag),
         AfterValidator(_counted),
     ]
+    _Names = Annotated[list[Text], Field(min_length=1, max_length=MAX_LAYERS)]
+    _Fitted = Annotated[dict[Annotated[int, Field(ge=0, le=MAX_LAYERS)], _Names], AfterValidator(_fitted)]
 
 
 class Weights(Strict):
@@ -236,35 +202,19 @@ class MergeEntry(MixEntry):
     mlp: MixEntry | None = None
 
 
-class SelectLayer(Strict):
-    """One layer, or a run of them."""
+class OpEntry(Strict):
+    """An output layer; or several, where a run of layers is selected."""
 
-    select: _Layers
+    select: _Layers | None = None
+    concat: ConcatEntry | None = None
+    merge: MergeEntry | None = None
 
-
-class ConcatLayer(Strict):
-    """A concatenated layer."""
-
-    concat: ConcatEntry
-
-
-class MergeLayer(Strict):
-    """A merged layer."""
-
-    merge: MergeEntry
-
-
-OpEntry: TypeAlias = Annotated[
-    Annotated[SelectLayer, Tag(":select")]
-    | Annotated[ConcatLayer, Tag(":concat")]
-    | Annotated[MergeLayer, Tag(":merge")],
-    Discriminator(
-        _op_tag,
-        custom_error_type="unexpected",
-        custom_error_message="{expected}",
-        custom_error_context={"expected": "exactly one of select, concat and merge"},
-    ),
-]
+    @model_validator(mode="after")
+    def _one_op(self) -> OpEntry:
+        given = [op for op in ("select", "concat", "merge") if getattr(self, op) is not None]
+        if len(given) != 1:
+            raise unexpected("exactly one of select, concat and merge", ", ".join(given) or "none")
+        return self
 
 
 class VariantEntry(Strict):
@@ -300,7 +250,7 @@ class RecipeFile(Strict):
         default=None, min_length=1, max_length=MAX_LAYERS
     )
     tensors: SideFile | None = None
-    fitted: Annotated[Any, PlainValidator(_fitted)] = None
+    fitted: _Fitted | None = None
     provenance: Annotated[dict[Any, Any], AfterValidator(_named)] | None = None
 
     @model_validator(mode="after")
@@ -314,7 +264,7 @@ class RecipeFile(Strict):
         if self.variants is not None and self.base is None and len(self.variants) > 1:
             error = unexpected("the name of the variant that gives everything outside the layers", "none", "Add it.")
             raise_misplaced([(("base",), error, None)])
-        count = sum(len(entry.select[1]) if isinstance(entry, SelectLayer) else 1 for entry in self.layers)
+        count = sum(len(entry.select[1]) if entry.select else 1 for entry in self.layers)
         if count > MAX_LAYERS:
             raise unexpected(f"at most {MAX_LAYERS} layers", str(count))
         return self

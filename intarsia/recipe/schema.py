@@ -38,17 +38,15 @@ from intarsia.data_file import (
     shown,
 )
 from intarsia.disk import full_disk_named, replaced, write_whole
-from intarsia.errors import Problem, Problems, UserError
+from intarsia.errors import Problem, UserError, mismatch
 from intarsia.recipe.algebra import with_unit_weights
 from intarsia.recipe.form import (
     ConcatEntry,
-    ConcatLayer,
     Context,
     LayerEntry,
     MergeEntry,
-    MergeLayer,
+    OpEntry,
     RecipeFile,
-    SelectLayer,
     SideFile,
     VariantEntry,
 )
@@ -125,11 +123,8 @@ def write_tensors(tensors: Mapping[str, npt.NDArray[Any]], path: Path) -> None:
     for name in sorted(tensors):
         tensor = tensors[name]
         stop = start + tensor.nbytes
-        header[name] = {
-            "dtype": kinds[tensor.dtype.name],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, stop],
-        }
+        offsets = {"data_offsets": [start, stop]}
+        header[name] = {"dtype": kinds[tensor.dtype.name], "shape": list(tensor.shape), **offsets}
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -151,10 +146,7 @@ def refuse_foreign(path: Path) -> None:
     except (OSError, SafetensorError):
         ours = False
     if not ours:
-        raise UserError(
-            f"{path} exists and is not a recipe's side file.",
-            "Give the recipe another name.",
-        )
+        raise UserError(f"{path} exists and is not a recipe's side file.", "Give the recipe another name.")
 
 
 def spooled(
@@ -199,27 +191,18 @@ def load(path: Path) -> Recipe:
     Raises:
         UserError: with everything that is wrong with it.
     """
-    data = read_yaml(path, what="a recipe")
-    problems = Problems()
-    tensors: Arrays | None = {}
-    if isinstance(data, dict) and data.get("tensors") is not None:
-        tensors = None
-        # A form that is wrong is reported with the rest of the recipe.
-        with problems, suppress(ValidationError):
+    data, tensors = read_yaml(path, what="a recipe"), Arrays()
+    with suppress(ValidationError):  # a form that is wrong is reported with the rest of the recipe
+        if isinstance(data, dict) and data.get("tensors") is not None:
             tensors = _side_tensors(path, SideFile.model_validate(data["tensors"]))
-    with problems:
-        recipe = parse_recipe(data, tensors, where=str(path))
-    if problems:
-        raise refusal(problems, where=str(path))
-    return recipe
+    return parse_recipe(data, tensors, where=str(path))
 
 
-def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
-    """The recipe that plain data describes.
+def parse_recipe(data: Any, tensors: Arrays, *, where: str) -> Recipe:
+    """The recipe that the value of a YAML file describes.
 
     Args:
-        data: the value of the YAML file.
-        tensors: the side file's tensors; None where it could not be read.
+        tensors: the side file's.
         where: the file's name, for messages.
 
     Raises:
@@ -238,13 +221,9 @@ def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
         entry = RecipeFile.model_validate(data, context=context)
     except ValidationError as error:
         problems += problems_of(error, RecipeFile, where=where, remedy=_REMEDY)
-    problems += [
-        Problem(
-            f"{where}: tensors: expected only tensors that the recipe names; found {shown(name)}.",
-            "Use the side file it came with.",
-        )
-        for name in sorted(set(tensors or ()) - context.used)
-    ]
+    expected, remedy = "only tensors that the recipe names", "Use the side file it came with."
+    unused = sorted(set(tensors) - context.used)
+    problems += [mismatch(f"{where}: tensors", expected, shown(name), remedy) for name in unused]
     if problems:
         raise refusal(problems, where=where)
     return _recipe(entry)
@@ -252,7 +231,7 @@ def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
 
 def _side_tensors(path: Path, entry: SideFile) -> Arrays:
     def unusable(place: str, expected: str, found: str, remedy: str) -> UserError:
-        return UserError(f"{path}: tensors.{place}: expected {expected}; found {found}.", remedy)
+        return UserError(mismatch(f"{path}: tensors.{place}", expected, found, remedy))
 
     try:
         tensors = read_tensors(path.parent / entry.file)
@@ -274,14 +253,14 @@ def _recipe(entry: RecipeFile) -> Recipe:
     def source(ref: LayerEntry) -> LayerRef:
         return LayerRef(variant=base if ref[0] is None else ref[0], layer=ref[1])
 
-    def ops(layer: SelectLayer | ConcatLayer | MergeLayer) -> Iterator[Op]:
-        if isinstance(layer, SelectLayer):
-            variant, layers = layer.select
+    def ops(entry: OpEntry) -> Iterator[Op]:
+        if entry.select is not None:
+            variant, layers = entry.select
             yield from (Select(source=source((variant, index))) for index in layers)
-        elif isinstance(layer, ConcatLayer):
-            yield _concat(layer.concat, source)
-        else:
-            yield _merge(layer.merge, source)
+        elif entry.concat is not None:
+            yield _concat(entry.concat, source)
+        elif entry.merge is not None:
+            yield _merge(entry.merge, source)
 
     layers = tuple(op for layer in entry.layers for op in ops(layer))
     return Recipe(
@@ -289,9 +268,7 @@ def _recipe(entry: RecipeFile) -> Recipe:
         base=base,
         depth=entry.depth,
         layers=layers,
-        spans=derive_spans(layers, entry.depth)
-        if entry.spans is None
-        else tuple((first, last) for first, last in entry.spans),
+        spans=tuple((first, last) for first, last in entry.spans or ()) or derive_spans(layers, entry.depth),
         fitted=entry.fitted or {},
         provenance=entry.provenance or {},
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from intarsia.architecture.spec import Architecture, Part
 from intarsia.data_file import refusal
-from intarsia.errors import Problem
+from intarsia.errors import Problem, mismatch
 from intarsia.recipe.methods import METHODS, Method
 from intarsia.recipe.recipe import VARIANT_NAME, Concat, Cut, LayerRef, Merge, Mix, NormMode, Op, Recipe, Select
 from intarsia.recipe.schema import let_go
@@ -44,7 +44,7 @@ def check(recipe: Recipe, architectures: Mapping[str, Architecture]) -> None:
 
 
 def _problem(where: str, expected: str, found: str, remedy: str = "Correct the recipe.") -> Problem:
-    return Problem(f"{where}: expected {expected}; found {found}.", remedy)
+    return mismatch(where, expected, found, remedy)
 
 
 def _check_variants(recipe: Recipe, architectures: Mapping[str, Architecture]) -> Iterator[Problem]:

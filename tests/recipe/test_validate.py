@@ -140,6 +140,10 @@ ONE, TWO = LayerRef(variant="base", layer=1), LayerRef(variant="base", layer=2)
         (Merge(sources=(ONE,), weights=(1.0,), method="slerp"), "exactly 2 layers with a weight other than 0"),
         (Merge(sources=(ONE, TWO), weights=(0.5, 0.6), method="slerp"), "that sum to 1 for slerp; found 0.5, 0.6"),
         (Merge(sources=(ONE,), weights=(1.0,), method="task_arithmetic"), "merge.base: .* found none"),
+        (
+            Merge(sources=(ONE,), weights=(1.0,), base=TWO, method="dare_linear", params={"seed": 0.5}),
+            "params.seed: expected a whole number",
+        ),
         (Merge(sources=(ONE,), weights=(1.0,), base=TWO), "no base, for linear takes no differences; found base:2"),
         (
             Merge(sources=(ONE,), weights=(1.0,), base=LayerRef(variant="base", layer=6), method="task_arithmetic"),
