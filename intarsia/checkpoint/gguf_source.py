@@ -147,11 +147,7 @@ def need_gguf_reader(where: str, *, extra: str) -> None:
 
 
 def need_gguf(where: str, *, extra: str) -> None:
-    """Check that the package that reads and writes GGUF is installed.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Refuse to go on without the package that reads and writes GGUF."""
     if importlib.util.find_spec("gguf") is None:
         raise missing_package("gguf", where=where, extra=extra)
 
@@ -208,13 +204,10 @@ def _look(file: Path) -> tuple[torch.dtype, int, dict[str, Any] | None]:
 
 
 def _scaling_of(reader: Any, file: Path) -> dict[str, Any] | None:
-    """The `rope_parameters` for the config, where a file scales its rotary embedding; None where it does not.
-
-    Args:
-        reader: a `gguf.GGUFReader`.
+    """The `rope_parameters` for the config, where a `gguf.GGUFReader` has a scaled rotary embedding.
 
     Raises:
-        UserError: the file scales it by a rule that is not known here; without it the model would be another one.
+        UserError: it is scaled by a rule that is not known here; without it the model would be another one.
     """
     fields = reader.fields
     architecture = str(fields["general.architecture"].contents())

@@ -114,10 +114,7 @@ def tokenize(
     with the start of one, and nothing is put between them: of the last one, what no longer fits is left out.
 
     Args:
-        documents: the texts, or conversations.
-        tokenizer: a `transformers` tokenizer.
         tokens: how many are wanted, BOS included.
-        seq_len: tokens a sequence.
         seed: decides which sequences are taken with `shuffle`.
         shuffle: take sequences from everywhere in the text, in random order; otherwise its head, in order.
         description: names the text in the corpus and in messages.

@@ -241,11 +241,7 @@ def self_corpus(
     Args:
         model: a causal language model of `transformers`, or a function that loads it, called only when the text
             is not cached.
-        tokenizer: the model's.
-        n: how many sequences; `seq_len` tokens each.
-        seed: of the sampling.
         cache_key: identifies the model's weights (their hash); None: nothing is cached.
-        sampling: how text is drawn.
 
     Raises:
         UserError: the model's logits are not finite, or the chat template holds a token beyond the embedding.

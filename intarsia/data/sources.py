@@ -104,9 +104,6 @@ def files_in(folder: Path) -> tuple[list[Path], int]:
 def open_plain(path: Path, *, where: str) -> BinaryIO:
     """A file of text or JSON as UTF-8: running text, or one JSON record a line.
 
-    Args:
-        where: what the file is called in errors.
-
     Raises:
         UserError: it is a file of another kind, in no known encoding, or damaged.
     """

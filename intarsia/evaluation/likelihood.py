@@ -45,9 +45,7 @@ def encode_pairs(
 
     Args:
         pairs: context and continuation; a context has more than white space.
-        tokenizer: of transformers.
         max_length: positions of the model; None where it has no limit.
-        where: what the pairs are, for messages.
 
     Raises:
         UserError: a continuation has no token of its own, or more than the model has positions for.

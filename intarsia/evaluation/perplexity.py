@@ -122,8 +122,6 @@ def eval_corpus(
 
     Args:
         path: a text source (see `intarsia.data.sources`).
-        tokenizer: the model's.
-        seq_len: tokens a window.
         windows: how many at most; None for all.
         part: a share of the file, as `0.9:1`.
 
@@ -149,8 +147,6 @@ def perplexity(model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int = 40
     Args:
         model: the model, where it is and in its own dtype; left in the mode (training or not) it was in. The layers of
             a streamed one are read once.
-        corpus: the windows; padding is not counted.
-        batch_tokens: tokens a forward pass.
 
     Raises:
         UserError: a loss is NaN or infinite, or no token is predicted.

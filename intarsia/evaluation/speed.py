@@ -118,8 +118,6 @@ def compare_speed(
     """Speed of several models, measured in turns.
 
     Args:
-        models: causal language models of `transformers`, by name.
-        batch: sequences at once.
         prompt_len: tokens a prompt (random ones: their values do not matter for the time).
         new_tokens: tokens that are written after each prompt; the first comes out of the prefill and is not counted
             in decode.

@@ -44,7 +44,6 @@ def scores_of(name: str, answer: Mapping[str, Any], *, local: bool) -> list[Task
     """Scores from lm-eval's results, with every item's (`samples`).
 
     Args:
-        name: of the task or group.
         local: whether it is a file of the user's.
 
     Returns:
@@ -247,7 +246,6 @@ def score_tasks(
     Args:
         model: a causal language model of transformers, where it is and in its own dtype.
         tokenizer: its own; left as it is.
-        name: what the model is called in the results.
         batch_tokens: tokens a forward pass; None for a default by device.
 
     Raises:

@@ -77,7 +77,6 @@ def gguf_tokenizer(folder: Path, tokenizer: Any, vocabulary: int, *, pre: str | 
     """The tokenizer of a model folder.
 
     Args:
-        tokenizer: as transformers loads it from the folder.
         vocabulary: rows of the embedding; ids without a token are written as unused.
         pre: the name of the splitting rule, where it is known better than the tokenizer states it.
 
@@ -276,7 +275,6 @@ def plan_gguf(
     """Everything about a file that can be known, and be wrong, before a weight is read.
 
     Args:
-        tokenizer: the checkpoint's own, as transformers loads it.
         kind: one of `KINDS`, for matrices; vectors are always in 32 bits.
         name: what the file calls the model.
         tokenizer_pre: what llama.cpp calls the tokenizer's rule for splitting text, where that is not found out.

@@ -29,13 +29,10 @@ def concat_of(
     """One flat op that joins pieces of current layers, each given as an op over original layers.
 
     Args:
-        ops: the current layers.
         kept: for each of them the indices of its own pieces that are kept (a part that is not named keeps none). A
             layer of which nothing is kept contributes nothing, whatever its weights.
         weights: for each of them how much it counts in the parameters that belong to no piece; they need not sum
             to 1 over the contributing layers.
-        norm: the norm mode of the result.
-        architecture: the family's shape.
         fuse: the result adds what it leaves out onto what it keeps, all over again from the original layers.
 
     Raises:
@@ -55,9 +52,6 @@ def half_layers(first: Op, last: Op, norm: NormMode, architecture: Architecture)
     """The attention of one layer with the MLP of a later one: the model without what is between them.
 
     Exact where a layer is attention, then MLP.
-
-    Raises:
-        UserError: as `concat_of`.
     """
     kept: list[Mapping[Part, Sequence[int]]] = [{part: _whole(architecture, part)} for part in PARTS]
     return concat_of(

@@ -24,7 +24,6 @@ def check(recipe: Recipe, architectures: Mapping[str, Architecture]) -> None:
     """Check that a recipe can be built.
 
     Args:
-        recipe: the recipe.
         architectures: the architecture of every variant that the recipe uses, by the variant's name.
 
     Raises:
