@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ _BYTES_A_TOKEN = 32
 
 
 class Chain(nn.Module):
-    """The recipe's model, callable like a causal language model."""
+    """The recipe's model, run layer by layer over a whole text."""
 
     def __init__(self, recipe: Recipe, resident: LoadedModel, *, memory_budget: MemoryBudget | None = None) -> None:
         """
@@ -48,22 +47,6 @@ class Chain(nn.Module):
         self.stream = LayerStream(resident.model, resident.architecture)
         self._memory_budget = memory_budget
         self.eval()
-
-    def hidden(self, ids_BT: Tensor, mask_BT: Tensor | None) -> list[Tensor]:
-        """The residual stream after every layer."""
-        entry = self.stream.enter(ids_BT, mask_BT)
-        h_BTD, found = entry.h_BTD, []
-        for module, source in self.layers.placed():
-            h_BTD = self.stream.run(module, h_BTD, entry.calls[source])
-            found.append(h_BTD)
-        return found
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False
-    ) -> SimpleNamespace:
-        """Logits, as transformers gives them."""
-        h_BTD = self.hidden(input_ids, attention_mask)[-1]
-        return SimpleNamespace(logits=self.stream.logits(h_BTD, input_ids, attention_mask))
 
     @torch.inference_mode()
     def window_losses(self, corpus: Corpus, *, batch_tokens: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import intarsia
 from intarsia.building.loaded_model import LoadedModel
-from intarsia.building.materialize import materialize
+from intarsia.building.materialize import assembled, materialize
 from intarsia.cli.parse import parse
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.healing.quality import Chain
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.options import EvalSpec, Output, Target, TextSpec
 from intarsia.pruning.candidates import losses_with
@@ -218,7 +218,7 @@ def test_what_is_built_is_what_was_measured(
     with torch.no_grad():
         wanted = model.loop.stream.logits(model.hidden_at(3, part).clone(), ids, None)
         torch.testing.assert_close(built(ids).logits, wanted, rtol=0, atol=1e-4)
-        bare = Chain(replace(recipe, fitted={}), resident)(ids).logits
+        bare = assembled(replace(recipe, fitted={}), resident)(ids).logits
     assert not torch.allclose(bare, wanted, rtol=0, atol=0.1)
 
 
@@ -270,12 +270,14 @@ def test_healing_helps(resident_of: InMemory, tmp_path: Path) -> None:
     recipe = run.recipe(4)
     target = residual_stream(resident, fresh)
     with torch.no_grad():
-        found = Chain(recipe, resident).hidden(fresh.input_ids, None)
-        bare = Chain(replace(recipe, fitted={}), resident).hidden(fresh.input_ids, None)
+        models = (assembled(each, resident) for each in (recipe, replace(recipe, fitted={})))
+        found, bare = (
+            residual_stream(SimpleNamespace(layers=model.model.layers, model=model), fresh) for model in models
+        )
     assert recipe.fitted
     for index in recipe.fitted:
         wanted = target[recipe.spans[index][1]]
-        errors = [float(((h[index].double() - wanted).square().sum(-1)).mean()) for h in (found, bare)]
+        errors = [float(((h[index + 1].double() - wanted).square().sum(-1)).mean()) for h in (found, bare)]
         assert errors[0] < 0.9 * errors[1]
 
 
