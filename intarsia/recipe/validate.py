@@ -83,11 +83,8 @@ def _check_depth(recipe: Recipe, base: Architecture) -> Iterator[Problem]:
         yield _problem("spans", f"{len(recipe.layers)} spans, one a layer", str(len(recipe.spans)))
         return
     edges = [0, *(last for _, last in recipe.spans)]
-    if (
-        [first for first, _ in recipe.spans] != edges[:-1]
-        or edges != sorted(edges)
-        or edges[-1] not in (0, recipe.depth)
-    ):
+    joined = [first for first, _ in recipe.spans] == edges[:-1] and edges == sorted(edges)
+    if recipe.spans and not (joined and edges[-1] == recipe.depth):
         found = ", ".join(f"{first}-{last}" for first, last in recipe.spans)
         remedy = "Leave the spans out to have them derived."
         yield _problem("spans", f"spans that follow one another from 0 to {recipe.depth}", found, remedy)
