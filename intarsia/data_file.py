@@ -83,19 +83,18 @@ def raise_misplaced(wrong: Sequence[Misplaced]) -> None:
         raise ValidationError.from_exception_data("", details)
 
 
-def checked(model: type[Model], data: Any, *, where: str, remedy: str, context: Any = None) -> Model:
+def checked(model: type[Model], data: Any, *, where: str, remedy: str) -> Model:
     """The model that plain data describes.
 
     Args:
         where: the file's name, for messages.
         remedy: what to do about a problem that has no remedy of its own.
-        context: what the model's validators need to know.
 
     Raises:
         UserError: with every problem.
     """
     try:
-        return model.model_validate(data, context=context)
+        return model.model_validate(data)
     except ValidationError as error:
         raise refusal(problems_of(error, model, where=where, remedy=remedy), where=where) from None
 

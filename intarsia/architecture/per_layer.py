@@ -240,7 +240,7 @@ def kinds(entries: Sequence[PerLayer], found: Mapping[str, tuple[Any, ...]]) -> 
 
 
 def _interval(value: Any) -> bool:
-    return _whole(value) and value > 0
+    return _whole(value) and bool(value > 0)
 
 
 def _by_rule(entry: PerLayer, every: Any, n_layers: int) -> tuple[Any, ...]:

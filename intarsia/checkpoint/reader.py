@@ -308,8 +308,8 @@ def _with_config(checkpoint: Checkpoint, values: Mapping[str, Any]) -> Checkpoin
 
 
 def _check_dtypes(architecture: Architecture, headers: Mapping[str, TensorHeader], where: str) -> None:
-    layers, locals_ = range(architecture.n_layers), architecture.layer_shapes()
-    names = [architecture.tensor_name(layer, local) for layer in layers for local in locals_]
+    layers, inside = range(architecture.n_layers), architecture.layer_shapes()
+    names = [architecture.tensor_name(layer, local) for layer in layers for local in inside]
     stored = {name: str(headers[name].dtype).removeprefix("torch.") for name in names}
     Problems(
         Problem(

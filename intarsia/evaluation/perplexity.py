@@ -62,9 +62,7 @@ class Chain(nn.Module):
         return sums_W, counts_W
 
     @torch.inference_mode()
-    def row_logits(
-        self, rows: Sequence[Sequence[int]], take: Callable[[int, Tensor], None], *, batch_tokens: int = 4096
-    ) -> None:
+    def row_logits(self, rows: Sequence[Sequence[int]], take: Callable[[int, Tensor], None]) -> None:
         """One pass over rows of any lengths; `take` gets the number of each row and its logits `[T, V]`."""
         ids_NT = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         corpus = Corpus.of(ids_NT, description="answers", documents=len(rows))  # nothing looks ahead, into padding
@@ -74,7 +72,7 @@ class Chain(nn.Module):
                 own = (slice(place, place + 1), slice(len(rows[number])))
                 take(number, self.stream.logits(h_BTD[own], ids[own], None)[0])
 
-        self._once(corpus, end, "agreement", batch_tokens)
+        self._once(corpus, end, "agreement", 4096)
 
     def _once(self, corpus: Corpus, end: End, name: str, batch_tokens: int) -> None:
         """One pass over a text."""
@@ -98,20 +96,16 @@ def model_of(recipe: Recipe | None, resident: LoadedModel, *, memory_budget: Mem
     return Chain(recipe or whole, resident, memory_budget=memory_budget)
 
 
-def eval_corpus(
-    path: str, tokenizer: Any, *, seq_len: int = 512, windows: int | None = 64, part: str | None = None
-) -> Corpus:
+def eval_corpus(spec: str, tokenizer: Any, *, seq_len: int = 512, windows: int | None = 64) -> Corpus:
     """The first windows of a text, in order.
 
     Args:
-        path: a text source (see `intarsia.data.sources`).
+        spec: a text source (see `intarsia.data.sources`).
         windows: how many at most; None for all.
-        part: a share of the file, as `0.9:1`.
 
     Raises:
         UserError: something is wrong with the source, or it is shorter than one window.
     """
-    spec = path if part is None else f"{path}{'&' if '#' in path else '#'}{part}"
     limit = None if windows is None else max(_MOST_READ, _BYTES_A_TOKEN * windows * seq_len)
     return tokenize(
         documents(spec, limit_bytes=limit),

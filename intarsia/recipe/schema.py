@@ -290,8 +290,8 @@ def _concat(entry: ConcatEntry, source: Callable[[LayerEntry], LayerRef]) -> Con
 
 
 def _merge(entry: MergeEntry, source: Callable[[LayerEntry], LayerRef]) -> Merge:
-    mix, mlp = (each and each.mix(len(entry.sources)) for each in (entry, entry.mlp))
-    assert mix is not None
+    mix = entry.mix(len(entry.sources))
+    mlp = None if entry.mlp is None else entry.mlp.mix(len(entry.sources))
     base, indices = entry.base, {layer for _, layer in entry.sources}
     methods = [METHODS.get(each.method) for each in (mix, mlp) if each is not None]
     if base is None and len(indices) == 1 and any(method and method.base for method in methods):
