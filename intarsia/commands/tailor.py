@@ -6,6 +6,7 @@ Source: GPTailor, arXiv 2506.20480. All of a search is in its run folder (`intar
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from intarsia.tailoring.engine import Predicted
     from intarsia.tailoring.evaluator import Evaluator
     from intarsia.tailoring.family import Family
-    from intarsia.tailoring.history import Front
-    from intarsia.tailoring.translate import Translator
+    from intarsia.tailoring.recipes import Translator
+    from intarsia.tailoring.run import Front
+    from intarsia.tailoring.space import Space
     from intarsia.tailoring.warm_start import WarmStart
 
 _LEAST_TOKENS, _SEQ_LEN = 128, 512
@@ -114,13 +116,11 @@ def tailor(
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.reporting.page import write_report
     from intarsia.tailoring.engine import Task, budget_ladder, predict
-    from intarsia.tailoring.evaluator import KeptFits, open_evaluator
+    from intarsia.tailoring.evaluator import open_evaluator
     from intarsia.tailoring.family import open_family
-    from intarsia.tailoring.final import translator_of
-    from intarsia.tailoring.search import Goal
-    from intarsia.tailoring.search import search as run_search
+    from intarsia.tailoring.recipes import translator_of
+    from intarsia.tailoring.search import OpenScorer, Search, check_scheduler, open_workers
     from intarsia.tailoring.space import space_of
-    from intarsia.tailoring.workers import OpenScorer, check_scheduler, open_workers
 
     started = time.perf_counter()
     plan = _read(Path(source), out, engine, search, runtime)
@@ -156,12 +156,10 @@ def tailor(
 
     # 4. The evaluator.
     resumed = is_tailor_run(run.path)
-    fits = KeptFits(run.fits)
-    evaluator = open_evaluator(family, file, runtime, probe=not resumed, fits=fits)
+    evaluator = open_evaluator(family, file, runtime, probe=not resumed, fits=run.fits)
     with run.opened(run.pins(file, facts, examples=evaluator.data)):
         if not resumed:
-            costs = None if evaluator.base is None else evaluator.base.costs
-            run.start(file, facts, costs=costs, examples=evaluator.data)
+            run.start(file, facts, evaluator)
         run.want(plan.trials)
 
         # 5. What the search starts with.
@@ -173,26 +171,36 @@ def tailor(
         # 6. The search.
         history, stopped = run.history, None
         if len(history.made) < plan.trials:
-            objectives, seed = evaluator.objectives, file.search.seed
-            eta, name = file.search.eta, plan.engine.name
-            task = Task(space=space, budgets=budgets, objectives=objectives, eta=eta, seed=seed, starts=start.starts)
-            goal = Goal(trials=plan.trials, objectives=objectives, max_budget=budgets[-1], seed=seed, engine=name)
+            task = Task(
+                space=space,
+                budgets=budgets,
+                objectives=evaluator.objectives,
+                eta=file.search.eta,
+                seed=file.search.seed,
+                starts=start.starts,
+            )
+            history.take_over(start.earlier)
             if file.heal != "none":
-                fits.start()
+                run.fits.mkdir(exist_ok=True)
+
+            def on_front(front: Front) -> None:
+                run.write_front(front)
+                run.keep_fits({trial.recipe for trial in front.points})
+
             opener = OpenScorer(
                 file=file, runtime=runtime, fits=run.fits, plugins=loaded_plugins(), trust_remote_code=trusts()
             )
             with open_workers(opener, evaluator, scheduler=search.scheduler, count=search.workers) as workers:
-                stopped = run_search(
-                    plan.engine.create(task),
-                    history,
-                    workers,
-                    goal,
+                stopped = Search(
+                    engine=plan.engine.create(task),
+                    task=task,
+                    history=history,
+                    workers=workers,
+                    trials=plan.trials,
+                    name=plan.engine.name,
                     recipe_of=translator.recipe,
-                    earlier=start.earlier,
-                    on_front=run.write_front,
-                    on_trial=fits.keep_only,
-                )
+                    on_front=on_front,
+                ).run()
         if stopped is not None:
             current().say(f"stopped after {len(history.made)} trials: {stopped}")
 
@@ -294,16 +302,15 @@ class SearchStart:
         Raises:
             UserError: something measured is not finite, or the disk is full.
         """
-        from intarsia.tailoring import warm_start
-        from intarsia.tailoring.final import SENSITIVITIES
+        from intarsia.tailoring.recipes import SENSITIVITIES, load_scores, measure_scores, save_scores
 
         path = self.run.path / SENSITIVITIES
         if not path.exists():
             corpus = self.job.text.calibration
             self.job.release()
-            found = warm_start.measure(family.checkpoints(), corpus, device=self.job.device, dtype=self.job.dtype)
-            warm_start.save(found, path)
-        return warm_start.load(path)
+            found = measure_scores(family.checkpoints(), corpus, device=self.job.device, dtype=self.job.dtype)
+            save_scores(found, path)
+        return load_scores(path)
 
     def start(self, translator: Translator) -> WarmStart:
         """The candidates to start with, and trials of earlier searches.
@@ -335,9 +342,9 @@ class SearchStart:
         if name in planners:
             if space.kind != "cut":
                 return WarmStart()
-            return _of_ladder(self._planned(name, space.target), translator, name)
+            return _of_ladder(self._planned(name, space.target), space, name)
         if not is_tailor_run(Path(name)):
-            return _of_ladder(Path(name), translator, name)
+            return _of_ladder(Path(name), space, name)
         earlier = TailorRun(name)
         return from_search(
             earlier.trials, earlier.front, translator, name, same=_measured(earlier) == _measured(self.run)
@@ -397,14 +404,14 @@ class SearchStart:
             yield str(path)
 
 
-def _of_ladder(path: Path, translator: Translator, name: str) -> WarmStart:
+def _of_ladder(path: Path, space: Space, name: str) -> WarmStart:
     from intarsia.pruning.ladder import Ladder
     from intarsia.tailoring.warm_start import WarmStart, from_recipe
 
-    ladder, target = Ladder.existing(path), translator.space.target
+    ladder, target = Ladder.existing(path), space.target
     if target not in ladder.depths():
         return WarmStart()
-    return WarmStart(starts=tuple(from_recipe(ladder.recipe(target), translator, name)))
+    return WarmStart(starts=tuple(from_recipe(ladder.recipe(target), space, name)))
 
 
 def _measured(run: TailorRun) -> list[object]:
@@ -441,15 +448,15 @@ def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final
     """
     from intarsia.commands.recipes import build_recipe
     from intarsia.recipe.schema import content_hash
-    from intarsia.tailoring.evaluator import KeptFits
-    from intarsia.tailoring.final import final_scores, keep_front, trial_recipe
+    from intarsia.tailoring.evaluator import final_scores
+    from intarsia.tailoring.recipes import keep_front, trial_recipe
 
     run = TailorRun(path)
     front = run.front
     if front is None:
         return {}
     keep_front(run, front, evaluator)
-    KeptFits(run.fits).end()
+    shutil.rmtree(run.fits, ignore_errors=True)
     recipe = trial_recipe(run, front.knee, evaluator)
     sha256 = content_hash(recipe)
     asked = final.judge_examples if final.judge else None

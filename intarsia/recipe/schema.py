@@ -281,7 +281,7 @@ def _concat(entry: ConcatEntry, source: Callable[[LayerEntry], LayerRef]) -> Con
             source=source(cut.source),
             kv_groups=cut.kv_groups,
             channels=cut.channels,
-            weights={} if cut.weights is None else cut.weights.model_dump(),
+            weights={part: getattr(cut.weights, part) for part in PARTS if cut.weights is not None},
         )
         for cut in entry.cuts
     )
@@ -295,7 +295,7 @@ def _merge(entry: MergeEntry, source: Callable[[LayerEntry], LayerRef]) -> Merge
     base, indices = entry.base, {layer for _, layer in entry.sources}
     methods = [METHODS.get(each.method) for each in (mix, mlp) if each is not None]
     if base is None and len(indices) == 1 and any(method and method.base for method in methods):
-        base = (None, *indices)
+        base = (None, min(indices))
     return Merge(
         sources=tuple(source(ref) for ref in entry.sources),
         weights=mix.weights,

@@ -17,8 +17,7 @@ from intarsia.reporting.blocks import Block, Code, Facts, Figure, Section, Subje
 from intarsia.reporting.figures import Axis, Point, Series, chart
 from intarsia.reporting.puzzle import pieces_of, puzzle_section, puzzle_svg, sources_in_words
 from intarsia.reporting.wording import model_name, short, text_of, written
-from intarsia.tailoring.history import Front, Trial
-from intarsia.tailoring.run import FAMILY, TailorRun
+from intarsia.tailoring.run import FAMILY, Front, TailorRun, Trial
 
 _MOST_PAIRS, _MOST_PICTURES = 6, 4
 
