@@ -30,7 +30,7 @@ def real_tokens(corpus: Corpus) -> torch.Tensor:
     return torch.ones_like(corpus.input_ids, dtype=torch.bool) if corpus.mask is None else corpus.mask
 
 
-def residual_stream(resident: Any, corpus: Corpus) -> list[torch.Tensor]:
+def residual_stream(resident: LoadedModel, corpus: Corpus) -> list[torch.Tensor]:
     """H^0 .. H^L `[N, T, D]`, float64; H^L by a hook, because transformers shows it after the final norm only."""
     seen: list[torch.Tensor] = []
 

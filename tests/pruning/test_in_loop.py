@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -269,15 +268,20 @@ def test_healing_helps(resident_of: InMemory, tmp_path: Path) -> None:
     run, _ = go(tmp_path / "run", resident, "come", 4, corpus=corpus, in_loop=ClosedFormSettings())
     recipe = run.recipe(4)
     target = residual_stream(resident, fresh)
-    with torch.no_grad():
-        models = (assembled(each, resident) for each in (recipe, replace(recipe, fitted={})))
-        found, bare = (
-            residual_stream(SimpleNamespace(layers=model.model.layers, model=model), fresh) for model in models
-        )
+
+    @torch.no_grad()
+    def states(recipe: Recipe) -> list[torch.Tensor]:
+        model, seen = assembled(recipe, resident), list[torch.Tensor]()
+        for layer in model.get_submodule("model.layers").children():
+            layer.register_forward_hook(lambda _, __, out: seen.append(out))
+        model(fresh.input_ids)
+        return seen
+
+    found, bare = states(recipe), states(replace(recipe, fitted={}))
     assert recipe.fitted
     for index in recipe.fitted:
         wanted = target[recipe.spans[index][1]]
-        errors = [float(((h[index + 1].double() - wanted).square().sum(-1)).mean()) for h in (found, bare)]
+        errors = [float(((h[index].double() - wanted).square().sum(-1)).mean()) for h in (found, bare)]
         assert errors[0] < 0.9 * errors[1]
 
 
