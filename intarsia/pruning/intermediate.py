@@ -29,7 +29,7 @@ from intarsia.recipe.ops import Op
 from intarsia.recipe.recipe import Fitted
 
 # Sequences that the loss of the model after a step is measured on.
-_LOSS_SEQUENCES = 32
+_LOSS_SEQUENCES = 8
 # Tokens of the original's next-token distribution that are known, beside the mass of all others.
 _LIKELIEST = 64
 
