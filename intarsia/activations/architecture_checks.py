@@ -34,8 +34,7 @@ from intarsia.inspection.small import small_config
 from intarsia.inspection.structure import config_of, on_meta, problem_of, removals
 from intarsia.progress import current, quiet_transformers
 from intarsia.recipe.algebra import concat_of
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Op, Select
-from intarsia.recipe.recipe import Variant, identity
+from intarsia.recipe.recipe import Concat, Cut, LayerRef, Op, Select, Variant, identity
 
 NAME = "model"
 _SEQUENCES, _TOKENS, _WRITTEN = 3, 20, 12

@@ -150,7 +150,7 @@ def output_projections(
             def hook(module: nn.Module, args: tuple[Any, ...], part: Part = part, mixture: bool = mixture) -> None:
                 receive(part, added_by_experts(module, *args, experts=architecture.n_experts) if mixture else args[0])
 
-            name = architecture.family.experts_module if mixture else writer and writer[0]
+            name = architecture.family.modules.experts if mixture else writer and writer[0]
             if name is not None:
                 stack.callback(layer.get_submodule(name).register_forward_pre_hook(hook).remove)
         yield

@@ -33,14 +33,13 @@ from transformers import (
 
 from intarsia.building.layer import layer_tensors, to_parameters
 from intarsia.building.offload import Offload, place_layers, set_parameter
-from intarsia.checkpoint import tensor_file
+from intarsia.checkpoint import files
+from intarsia.checkpoint.files import give_back
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.tensor_file import give_back
 from intarsia.errors import Problem, Problems, UserError
 from intarsia.progress import quiet_transformers
-from intarsia.recipe.ops import LayerRef, Op, Select
-from intarsia.recipe.recipe import Fitted, Recipe
-from intarsia.recipe.side_file import let_go
+from intarsia.recipe.recipe import Fitted, LayerRef, Op, Recipe, Select
+from intarsia.recipe.schema import let_go
 
 
 @contextmanager
@@ -123,7 +122,7 @@ def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
 
 def _let_go(module: nn.Module, args: Any, output: Any) -> None:
     for parameter in module.parameters(recurse=False):
-        tensor_file.let_go(parameter)
+        files.let_go(parameter)
 
 
 def _check(checkpoint: Checkpoint, absent: Iterable[str]) -> None:

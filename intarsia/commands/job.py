@@ -28,7 +28,7 @@ from intarsia.building.loaded_model import LoadedModel, check_config, default_de
 from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.data.chat import learn_turns, rows_of_messages
+from intarsia.data.conversations import learn_turns, rows_of_messages
 from intarsia.data.corpus import Corpus, limited
 from intarsia.data.text import TextParts, draw
 from intarsia.disk import write_whole

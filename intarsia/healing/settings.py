@@ -10,8 +10,7 @@ from typing import Literal, TypeAlias, get_origin
 from intarsia.architecture.spec import Part
 from intarsia.errors import Problems
 from intarsia.flags import flag, options_of
-from intarsia.recipe.ops import Op, Select
-from intarsia.recipe.recipe import Recipe, Span
+from intarsia.recipe.recipe import Op, Recipe, Select, Span
 
 Layers: TypeAlias = Literal["spans", "after"]
 """Which output layers a stage changes. `spans`: those that stand for more than one original layer, or were merged;

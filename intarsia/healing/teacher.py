@@ -32,7 +32,7 @@ from intarsia.activations.loop import Loop
 from intarsia.activations.loss import Likeliest
 from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import LoadedModel, Placed
-from intarsia.checkpoint.staging import staged_folder
+from intarsia.disk import staged_folder
 from intarsia.errors import UserError, check
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import Lesson, SplitModel

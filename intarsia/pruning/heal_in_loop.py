@@ -28,8 +28,7 @@ from intarsia.healing.teacher import TeacherStates
 from intarsia.progress import current
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.step import Step, describe
-from intarsia.recipe.ops import Op
-from intarsia.recipe.recipe import derive_spans
+from intarsia.recipe.recipe import Op, derive_spans
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,11 +26,10 @@ from intarsia.progress import current
 from intarsia.pruning.race import race
 from intarsia.pruning.scores import angular_distance
 from intarsia.pruning.step import Change, Criterion
-from intarsia.recipe.ops import Op
-from intarsia.recipe.recipe import Fitted
+from intarsia.recipe.recipe import Fitted, Op
 
 # Sequences that the loss of the model after a step is measured on.
-_LOSS_SEQUENCES = 32
+_LOSS_SEQUENCES = 8
 
 
 @dataclass(frozen=True, kw_only=True)

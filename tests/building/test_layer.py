@@ -22,8 +22,7 @@ from intarsia.building.materialize import assembled, materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.recipe.algebra import concat_of, half_layers
-from intarsia.recipe.ops import Concat, LayerRef, Merge, Op
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Concat, LayerRef, Merge, Op, Recipe
 from intarsia.recipe.validate import check
 from tests import families
 from tests.building import by_hand, by_parts

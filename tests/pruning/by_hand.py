@@ -20,8 +20,7 @@ from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.evolve import EvolveSettings
 from intarsia.pruning.prune import prune
 from intarsia.pruning.step import Change, Planner, Step
-from intarsia.recipe.ops import Op
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.recipe import Op, Recipe, Variant, identity
 from intarsia.registry import planners
 from intarsia.run_dir import RunDir
 from tests import families

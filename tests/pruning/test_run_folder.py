@@ -17,8 +17,7 @@ from intarsia.pruning.ladder import Ladder, Wanted
 from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.pruning.step import describe, mlp_pieces, of_experts, step_line
-from intarsia.recipe.ops import Concat, Cut
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.recipe import Concat, Cut, Recipe, Variant, identity
 from intarsia.recipe.schema import content_hash
 from tests import families
 from tests.conftest import InMemory

@@ -29,7 +29,7 @@ from intarsia.healing.settings import Check
 from intarsia.progress import current
 from intarsia.pruning.step import Change, Criterion, Planner, PlanSettings, Step, without_half_layers
 from intarsia.recipe.algebra import half_layers
-from intarsia.recipe.ops import Op
+from intarsia.recipe.recipe import Op
 from intarsia.registry import planner
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from intarsia.flags import flag
 from intarsia.healing.settings import Check
 from intarsia.pruning.step import Change, Progressive, ProgressiveSettings, Step, one_attention_type, strides
 from intarsia.recipe.algebra import merge_of
-from intarsia.recipe.ops import LayerRef, Op, Select
+from intarsia.recipe.recipe import LayerRef, Op, Select
 from intarsia.registry import planner
 
 if TYPE_CHECKING:
