@@ -67,9 +67,9 @@ class Problems(list[Problem]):
             raise UserError(list(dict.fromkeys(self))[:most])
 
 
-def few(names: Sequence[str], most: int = 5) -> str:
+def few(names: Sequence[str], most: int = 5, *, between: str = ", ") -> str:
     """The first names of a list, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return between.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def missing_package(

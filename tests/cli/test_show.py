@@ -111,8 +111,6 @@ def test_a_long_path_in_a_pipe_stays_whole() -> None:
         ("model", None, ""),
         ("kept", [3, 4], "3, 4"),
         ("settings", {"merge": 2, "dominance": None, "norm": "fold"}, "merge 2, norm fold"),
-        ("flops_at_most", 41_469_628_907_520.0, "41.47 TFLOP"),
-        ("petaflops", 7.3721, "7.372 PFLOP"),
     ],
 )
 def test_values_as_a_person_reads_them(key: str, value: Any, text: str) -> None:
