@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeAlias
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,27 @@ class UserError(ValueError):
         return type(self), (self.problems,)
 
 
-def check(*rules: tuple[bool, str, str]) -> None:
-    """Check rules of (holds, message if not, hint), all of them.
+Rule: TypeAlias = tuple[bool, str, str]
+"""Whether it holds, the message if not, and the hint."""
+
+
+def check(*rules: Rule) -> None:
+    """Check all of these rules.
 
     Raises:
         UserError: with every rule that does not hold.
     """
     if problems := [Problem(message, hint) for holds, message, hint in rules if not holds]:
         raise UserError(problems)
+
+
+def at_least(least: float, hint: str = "Give a larger number.", **numbers: float | None) -> list[Rule]:
+    """Rules for options that are numbers or None, each by the name of its flag."""
+    flags = {name: f"--{name.replace('_', '-')}" for name in numbers}
+    return [
+        (number is None or number >= least, f"{flags[name]} is {number}; it is at least {least}.", hint)
+        for name, number in numbers.items()
+    ]
 
 
 class Problems(list[Problem]):

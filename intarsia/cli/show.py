@@ -19,9 +19,8 @@ from intarsia.flags import plain
 from intarsia.progress import duration
 from intarsia.reporting.wording import MEASURES, change, is_measure, text_of, title_of
 
-_LINES = 15
-_DETAILS = {"next_token_kl", "loops", "answer_length", "answer_perplexity"}  # in the report alone
-_SPARE = ("perplexity_without_heal", "prefill_per_s", "bytes")  # too, where there are more than `_LINES`
+# In the report alone: the table has at most 15 lines.
+_DETAILS = {"next_token_kl", "loops", "answer_length", "answer_perplexity", "perplexity_without_heal", "prefill_per_s"}
 _GREETING = "[{'role': 'user', 'content': 'Hello'}]"
 
 
@@ -63,9 +62,6 @@ def _compressed(data: Mapping[str, Any], console: Console) -> None:
     others = [key for key in after if key.startswith("perplexity of ")]
     titles = {key: name for key, name in (MEASURES | {key: key for key in others}).items() if key not in _DETAILS}
     rows = [key for key in titles if after.get(key) is not None]
-    for key in _SPARE:
-        if 1 + len(rows) + len(lines) > _LINES and key in rows:
-            rows.remove(key)
     table = Table(show_edge=False, pad_edge=False, box=None, padding=(0, 2, 0, 0))
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="right" if column else "left")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from intarsia.errors import check
 from intarsia.evaluation.results import Agreement, Perplexity, TaskResults, retention, with_retention
-from intarsia.flags import Flag, flag
+from intarsia.flags import Flag, Result, flag
 from intarsia.options import AnswerSpec, ModelRef, Runtime
 from intarsia.recipe.recipe import Variant, identity
 
@@ -36,12 +36,9 @@ class TaskSpec:
     chat_template: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", _names(self.tasks))
-
-
-def _names(given: Any) -> tuple[str, ...]:
-    """Several names, also in one text with commas."""
-    return tuple(name.strip() for name in (given.split(",") if isinstance(given, str) else given))
+        names: Any = self.tasks  # also in one text, with commas
+        names = names.split(",") if isinstance(names, str) else names
+        object.__setattr__(self, "tasks", tuple(name.strip() for name in names))
 
 
 def evaluate_tasks(
@@ -70,7 +67,7 @@ def evaluate_tasks(
     """
     from intarsia.evaluation.tasks import plan_tasks
 
-    spec = tasks if isinstance(tasks, TaskSpec) else TaskSpec(tasks=_names(tasks))
+    spec = tasks if isinstance(tasks, TaskSpec) else TaskSpec(tasks=tasks)  # type: ignore[arg-type]
     check_one_device(runtime)
     plan = plan_tasks(
         spec.tasks,
@@ -161,16 +158,17 @@ def evaluate_perplexity(
     job = Job(model, runtime=runtime)
     check_seq_len(job.checkpoint, seq_len)
     corpus = eval_corpus(text, job.tokenizer, seq_len=seq_len, windows=windows or None)
-    batch = {} if runtime.batch_tokens is None else {"batch_tokens": runtime.batch_tokens}
     if len(job.placement.devices) == 1:
-        return perplexity(load_whole(job), corpus, **batch)
-    assert job.sha256
-    whole = identity(Variant(name="base", model=job.model), job.checkpoint.architecture.n_layers)
-    return perplexity(Chain(whole, job.resident), corpus, **batch)
+        model = load_whole(job)
+    else:
+        assert job.sha256
+        whole = identity(Variant(name="base", model=job.model), job.checkpoint.architecture.n_layers)
+        model = Chain(whole, job.resident)
+    return perplexity(model, corpus, **({} if runtime.batch_tokens is None else {"batch_tokens": runtime.batch_tokens}))
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgreementResult:
+class AgreementResult(Result):
     """Two models' answers to the same prompts."""
 
     model: str
@@ -180,19 +178,12 @@ class AgreementResult:
     agreement: Agreement
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
-
     def summary(self) -> dict[str, Any]:
         """A row a model, without the answers themselves."""
-        rows = [
-            {"model": name, **found.measures()}
-            for name, found in ((self.against, self.original), (self.model, self.agreement))
-        ]
-        prompts = f"{self.agreement.prompts} ({self.agreement.source})"
-        facts = {"prompts": prompts, "tokens": self.agreement.tokens, "seconds": self.seconds}
-        return {"agreement": rows, **facts}
+        found = self.agreement
+        rows = [{"model": self.against, **self.original.measures()}, {"model": self.model, **found.measures()}]
+        prompts = f"{found.prompts} ({found.source})"
+        return {"agreement": rows, "prompts": prompts, "tokens": found.tokens, "seconds": self.seconds}
 
 
 def evaluate_agreement(
@@ -216,13 +207,11 @@ def evaluate_agreement(
 
     started = time.perf_counter()
     check_one_device(replace(runtime, stream=False))
+    alone = "--stream is given without --prompts, and a streamed model does not write answers."
+    file = "Give --prompts FILE of conversations with answers, or leave --stream out."
     check(
         (answers.answers > 0, "--answers is 0, so there is nothing to measure.", "Give a number of prompts."),
-        (
-            answers.prompts is not None or not runtime.stream,
-            "--stream is given without --prompts, and a streamed model does not write answers.",
-            "Give --prompts FILE of conversations with answers, or leave --stream out.",
-        ),
+        (answers.prompts is not None or not runtime.stream, alone, file),
     )
     original, small = Job(against, runtime=runtime), Job(model, runtime=runtime)
     check_same_tokenizer(original, small)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
@@ -13,11 +12,10 @@ from intarsia.errors import UserError, few
 from intarsia.recipe import schema
 from intarsia.reporting.blocks import Block, Figure, Measured, Origin, Section, Subject, Table, Tile, Written
 from intarsia.reporting.comparison import ANSWERS, DENSE, MEAN, SETTINGS, Comparison, Row, load, written
-from intarsia.reporting.figures import Axis, Interval, Point, Series, chart, intervals, layers_axis
+from intarsia.reporting.figures import Axis, Point, Series, chart, layers_axis
 from intarsia.reporting.puzzle import pieces_of, puzzle_svg
 from intarsia.reporting.wording import PARTING, model_name, pairs_of, short
 
-_ERRORS = 1.96  # standard errors to either side are a 95 % interval
 _BROKEN = 30.0  # times the original's perplexity: by how much more does not matter
 _LONG_TABLE = 12
 _ACROSS = {"parameters": "parameters", "layers": "layers", "decode_tokens_per_s": "tokens/s, decode"}
@@ -131,11 +129,15 @@ def _tiles(found: Comparison) -> list[Tile]:
     return tiles
 
 
+def _by_depth(found: Comparison, quality: str, caption: str) -> Figure:
+    return Figure(
+        svg=figure(found, against="layers", quality=quality), caption=f"{caption}; bars are one standard error."
+    )
+
+
 def _quality(found: Comparison) -> Section:
     figures = [
-        Figure(svg=figure(found, against="layers", quality=text), caption=f"{text}; bars are one standard error.")
-        for text in found.texts
-        if any(text in row.perplexity for row in found.rows)
+        _by_depth(found, text, text) for text in found.texts if any(text in row.perplexity for row in found.rows)
     ]
     if figures and any(row.parameters for row in found.rows):
         text = found.texts[0]
@@ -151,14 +153,10 @@ def _agreement(found: Comparison) -> Section:
         for name in ("agreement", "answers that loop")
         if any((row.answers or {}).get(ANSWERS[name]) for row in found.rows)
     ]
-    blocks = [
-        Figure(svg=figure(found, against="layers", quality=name), caption=f"{name}; bars are one standard error.")
-        for name in shown
-    ]
     intro = "How often the next token is the original's along its own answers"
     if len(shown) > 1:
         intro += ", and how many of a model's own answers end in repeating themselves"
-    return Section(title="Answers", blocks=blocks, intro=f"{intro}.")
+    return Section(title="Answers", blocks=[_by_depth(found, name, name) for name in shown], intro=f"{intro}.")
 
 
 def _answers(found: Comparison) -> list[Written]:
@@ -178,37 +176,10 @@ def _answers(found: Comparison) -> list[Written]:
 
 
 def _tasks(found: Comparison) -> Section:
-    pruned = [row for row in found.pruned if row.tasks]
-    depths = [layers for layers in found.depths if any(row.layers == layers for row in pruned)]
-    wanted = [(MEAN, layers) for layers in depths] + [(task, depths[-1]) for task in found.tasks if depths]
-    figures = [_task_figure(found, [row for row in pruned if row.layers == at], task) for task, at in wanted]
-    blocks: list[Block] = [*filter(None, figures), *_retention(pruned)]
-    return Section(title="Tasks", blocks=blocks, intro="Points with 95 % intervals; higher is better.")
-
-
-def _task_figure(found: Comparison, rows: Sequence[Row], task: str) -> Figure | None:
-    scored = []
-    for row in rows:
-        if measured := row.measure(task):
-            value, error = float(measured["value"]), _ERRORS * float(measured.get("stderr") or 0.0)
-            looks: dict[str, Any] = {"hue": found.methods.index(row.method), "hollow": row.heal != "none"}
-            scored.append(Interval(name=row.name, value=value, low=value - error, high=value + error, **looks))
-    if not scored:
-        return None
-    named = [(found.of_dense(task), DENSE), (_chance(rows, task), "chance")]
-    rules = [(float(value), name) for value, name in named if value is not None]
-    title = f"{'Mean accuracy' if task == MEAN else task} at {rows[0].layers} layers"
-    return Figure(svg=intervals(scored, label="accuracy", title=title, rules=rules), caption=f"{title}.")
-
-
-def _chance(rows: Sequence[Row], task: str) -> float | None:
-    """The accuracy of guessing, on a task or as the mean over all of them."""
-    for row in rows:
-        scores = (row.tasks or {}).get("scores") or []
-        chances = [score.get("chance") for score in scores if task in (MEAN, score.get("name"))]
-        if chances and None not in chances:
-            return float(sum(chances) / len(chances))
-    return None
+    scored = [row for row in found.pruned if row.tasks]
+    names = [*([MEAN] if len(found.tasks) > 1 else []), *found.tasks] if scored else []
+    blocks: list[Block] = [_by_depth(found, name, "accuracy" if name == MEAN else name) for name in names]
+    return Section(title="Tasks", blocks=[*blocks, *_retention(scored)], intro="Higher is better.")
 
 
 def _retention(rows: Sequence[Row]) -> list[Table]:
