@@ -210,7 +210,7 @@ def steps_section(run: PlanRun) -> Section:
         {
             "layers": str(step["layers"]),
             "at layer": str(step["merged"][0]),
-            "step": _step(step, mlp),
+            "step": step_words(step, mlp),
             "loss": "" if step.get("loss") is None else f"{step['loss']:.4f}",
             "layer-forwards": short(step["layer_forwards"]),
             "time": text_of("seconds", step["seconds"]),
@@ -224,7 +224,8 @@ def steps_section(run: PlanRun) -> Section:
     return Section(title="The ladder", blocks=blocks, intro="Every depth can be built from this run at any later time.")
 
 
-def _step(step: Mapping[str, Any], mlp: str) -> str:
+def step_words(step: Mapping[str, Any], mlp: str) -> str:
+    """What a logged step made; `mlp` is what the pieces of an MLP are called."""
     op = step["op"]
     if op is None:
         return "dropped"

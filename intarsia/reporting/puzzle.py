@@ -142,7 +142,7 @@ class _Drawing:
             f"{heads}{''.join(parts)}</svg>"
         )
 
-    def _along(self, layer: int, *, output: bool) -> float:
+    def _along(self, layer: int, *, output: bool = False) -> float:
         step = self.output_step if output else self.step
         return self.start + layer * step + (step - self.block) / 2
 
@@ -150,7 +150,7 @@ class _Drawing:
         return f"var(--w{wood(ref, self.variants)})"
 
     def _ribbon(self, ribbon: Ribbon) -> str:
-        a, b = (self._along(ribbon.source.layer, output=False) + edge * self.block for edge in ribbon.out_of)
+        a, b = (self._along(ribbon.source.layer) + edge * self.block for edge in ribbon.out_of)
         c, d = (self._along(ribbon.output, output=True) + edge * self.block for edge in ribbon.into)
         near, far = self.near + _BLOCK, self.far
         middle = (near + far) / 2
@@ -176,22 +176,15 @@ class _Drawing:
         if not outputs:
             look = 'fill="none" stroke="var(--soft)" stroke-dasharray="2 2" stroke-opacity=".7"'
             title = f"layer {layer}: dropped"
-        along = self._along(layer, output=False)
-        return self._layer("in", layer, title, self._box(along, self.near, self.block, look))
+        return self._layer("in", layer, title, self._box(self._along(layer), self.near, self.block, look))
 
     def _output(self, layer: int) -> str:
         mine = [ribbon for ribbon in self.ribbons if ribbon.output == layer]
         title = f"output layer {layer}: " + "; ".join(ribbon.title for ribbon in mine)
-        along = self._along(layer, output=True)
-        boxes = "".join(
-            self._box(
-                along + ribbon.into[0] * self.block,
-                self.far,
-                (ribbon.into[1] - ribbon.into[0]) * self.block,
-                f'fill="{self._colour(ribbon.source)}"',
-            )
-            for ribbon in mine
-        )
+        boxes = ""
+        for ribbon in mine:
+            start, stop = (self._along(layer, output=True) + edge * self.block for edge in ribbon.into)
+            boxes += self._box(start, self.far, stop - start, f'fill="{self._colour(ribbon.source)}"')
         return self._layer("out", layer, title, boxes)
 
     def _layer(self, side: str, layer: int, title: str, boxes: str) -> str:
@@ -246,15 +239,20 @@ def _shares(op: Op, pieces: Pieces) -> list[tuple[LayerRef, float, str]]:
     ]
 
 
-def made_of(op: Op, pieces: Pieces, *, named: bool) -> str:
-    """Say in one line what a layer is made of; `named`: sources with the names of their variants."""
+def made_of(op: Op, mlp: str, *, named: bool) -> str:
+    """What a layer is made of, in one line.
+
+    Args:
+        mlp: what the pieces of an MLP are called.
+        named: whether sources have the names of their variants.
+    """
 
     def name(ref: LayerRef) -> str:
         return str(ref) if named else str(ref.layer)
 
     if isinstance(op, Concat):
         return " + ".join(
-            f"{name(cut.source)} (KV groups {len(cut.kv_groups)}, {pieces.mlp} {len(cut.channels)})" for cut in op.cuts
+            f"{name(cut.source)} (KV groups {len(cut.kv_groups)}, {mlp} {len(cut.channels)})" for cut in op.cuts
         )
     if not isinstance(op, Merge):
         return f"{name(op.source)}, whole"
@@ -310,7 +308,7 @@ def puzzle_section(
         {
             "output layer": str(index),
             "stands for": str(first) if stop - first == 1 else f"{first} to {stop - 1}",
-            "made of": made_of(op, pieces, named=len(variants) > 1),
+            "made of": made_of(op, pieces.mlp, named=len(variants) > 1),
         }
         for index, (op, (first, stop)) in enumerate(zip(recipe.layers, recipe.spans, strict=True))
     ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from intarsia.cli.show import show
+from intarsia.cli.main import show
 from intarsia.reporting.wording import text_of
 
 
