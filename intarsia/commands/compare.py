@@ -221,7 +221,11 @@ def compare(
                 pin_text(run, job)
             if tasks is not None:
                 run.pin("tasks", task_facts)
-            wishes = {"methods": [method.label for method in methods], "layers": depths, "heal": list(heals)}
+            wishes: dict[str, Any] = {
+                "methods": [method.label for method in methods],
+                "layers": depths,
+                "heal": list(heals),
+            }
             wishes |= {"task_layers": evaluation.task_layers, "speed": evaluation.speed}
             parts = [str(settings["model"]), "-o", out.name]
             parts += [] if job.revision is None else ["--revision", job.revision]

@@ -159,12 +159,14 @@ def evaluate_perplexity(
     check_seq_len(job.checkpoint, seq_len)
     corpus = eval_corpus(text, job.tokenizer, seq_len=seq_len, windows=windows or None)
     if len(job.placement.devices) == 1:
-        model = load_whole(job)
+        loaded = load_whole(job)
     else:
         assert job.sha256
         whole = identity(Variant(name="base", model=job.model), job.checkpoint.architecture.n_layers)
-        model = Chain(whole, job.resident)
-    return perplexity(model, corpus, **({} if runtime.batch_tokens is None else {"batch_tokens": runtime.batch_tokens}))
+        loaded = Chain(whole, job.resident)
+    return perplexity(
+        loaded, corpus, **({} if runtime.batch_tokens is None else {"batch_tokens": runtime.batch_tokens})
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -243,7 +243,7 @@ def report_model(
     """
     if measured:
         facts = card_facts(recipe, base, built, title=built.out.name)
-        evaluation = None
+        evaluation: dict[str, Any] | None = None
         if text is not None:
             facts["evaluation"] = f"{text.description}, {len(text)} windows of {text.seq_len} tokens"
             evaluation = {"text": text.description, "sha256": text.sha256}
