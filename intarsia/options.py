@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from intarsia.errors import at_least, check
 from intarsia.flags import byte_count, flag, token_count
@@ -241,23 +241,27 @@ class NewModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output(NewModel):
+class JobOutput(NewModel):
     """Output: the folder of a long job's model, and the job's run folder."""
 
-    # Run folder, with log and ladder (default: beside the output).
+    # Run folder, with state and log (default: beside the output).
     run: Path | None = flag(None, metavar="DIR")
-    # Print the plan and an estimate of its cost; write nothing.
-    dry_run: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.run is not None:
-            object.__setattr__(self, "run", Path(self.run))
+    suffix: ClassVar[str] = ".run"
+    """Of the run folder beside the output."""
 
     @property
     def run_path(self) -> Path:
         """The run folder: as given, or beside the output."""
-        return self.path.with_name(f"{self.path.name}.run") if self.run is None else self.run
+        return self.path.with_name(f"{self.path.name}{self.suffix}") if self.run is None else Path(self.run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(JobOutput):
+    """Output: the folder of a long job's model, and the job's run folder."""
+
+    # Print the plan and an estimate of its cost; write nothing.
+    dry_run: bool = False
 
 
 def words(given: Any) -> tuple[str, ...]:

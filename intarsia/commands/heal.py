@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from intarsia.commands.push import push_later
 from intarsia.errors import UserError, check
 from intarsia.flags import Flag, Result, flag
-from intarsia.options import AnswerSpec, NewModel, Runtime, TextSpec
+from intarsia.options import AnswerSpec, JobOutput, Runtime, TextSpec
 from intarsia.progress import current
 from intarsia.registry import heal_stages
 from intarsia.run_dir import RunDir
@@ -50,16 +50,10 @@ class PerplexityTexts(AnswerSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealedModel(NewModel):
+class HealedModel(JobOutput):
     """Output: where the healed model goes."""
 
-    # Run folder: state and log (default: beside the output).
-    run: Path | None = flag(None, metavar="DIR")
-
-    @property
-    def run_path(self) -> Path:
-        """The run folder: as given, or beside the output."""
-        return self.path.with_name(f"{self.path.name}.heal") if self.run is None else Path(self.run)
+    suffix = ".heal"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +128,7 @@ def heal(
     from intarsia.checkpoint.staging import check_no_input, check_out
     from intarsia.commands.job import keep_written
     from intarsia.commands.measures import measured_stages, report_model
-    from intarsia.commands.recipes import build_recipe
+    from intarsia.commands.recipes import build_recipe, read_recipe
     from intarsia.commands.report import REPORT
     from intarsia.evaluation.agreement import Asked
     from intarsia.evaluation.perplexity import eval_corpus
@@ -153,7 +147,7 @@ def heal(
     check((bool(chosen), "--stages names no heal stage.", f"Name some of {', '.join(heal_stages.names)}."))
     check_stages(chosen, runtime)
     send_off = push_later(out.push_to, private=out.private)
-    recipe = _read_source(source)
+    recipe = read_recipe(source)
     inputs = inputs_of(
         models=[] if teacher is None else [teacher],
         recipe=recipe,
@@ -186,7 +180,7 @@ def heal(
     with ExitStack() as opened:
         if main:
             run.check(settings)
-            if not subject.writes_text:
+            if not text.writes:
                 _ = subject.text_parts  # too little text must leave no run folder
             opened.enter_context(run.opened(settings))
             corpora = dict(zip(("train", "held_out"), subject.text_parts, strict=True))
@@ -252,22 +246,6 @@ def heal(
     return send_off(result, out.path) if main else result
 
 
-def _read_source(source: Path) -> Recipe:
-    """The recipe of a built model, in a file, or of a run folder."""
-    from intarsia.building.materialize import RECIPE_FILE
-    from intarsia.commands.recipes import read_recipe
-    from intarsia.recipe import schema
-
-    if (source / RECIPE_FILE).is_file():
-        return schema.load(source / RECIPE_FILE)
-    if source.is_dir() and (source / "config.json").exists():
-        raise UserError(
-            f"{source} is a model without a recipe.",
-            "Heal what `intarsia compress` or `intarsia build` has made, or a recipe file.",
-        )
-    return read_recipe(source)
-
-
 class Subject:
     """What is healed: a recipe over opened checkpoints, what it learns from, and the text.
 
@@ -302,7 +280,7 @@ class Subject:
             check_teacher(recipe, self.base.architecture, self.teacher.architecture, name=str(teacher))
         check_seq_len(self.base, text.seq_len)
         self.tokenizer = load_tokenizer(self.base)
-        self.writes_text = check_streamed_text(text, runtime, option="--data")
+        check_streamed_text(text, runtime, option="--data")
 
     @property
     def teacher_name(self) -> str:

@@ -95,16 +95,9 @@ class Row:
     @property
     def line(self) -> str:
         """All of it on one line, for a person."""
-        words = []
-        for text, found in self.perplexity.items():
-            digits = ".2f" if found["value"] < 1e5 else ".3g"
-            words.append(f"{text} {found['value']:{digits}}" + (f" ± {found['stderr']:.2g}" if found["stderr"] else ""))
-        if self.answers is not None:
-            words.append(f"agreement {self.answers['agreement']['value']:.3f}")
-        if self.tasks is not None:
-            words.append(f"mean accuracy {self.tasks['mean']:.4f}")
-        if self.speed is not None:
-            words.append(f"{self.speed['decode_tokens_per_s']:.1f} tokens/s")
+        shown = ((name, self.measure(name)) for name in (*self.perplexity, "agreement", MEAN))
+        words = [f"{name} {_written(name, measure)}" for name, measure in shown if measure is not None]
+        words += [] if self.speed is None else [f"{self.speed['decode_tokens_per_s']:.1f} tokens/s"]
         return f"{self.full_name}: " + ", ".join([*words, *([self.note] if self.note else [])])
 
     @property
@@ -256,7 +249,7 @@ def written(comparison: Comparison) -> Table:
 
 def _written(name: str, value: Any) -> str:
     """A cell as text, with its standard error."""
-    number, error = (value["value"], value["stderr"]) if isinstance(value, Mapping) else (value, None)
+    number, error = (value["value"], value.get("stderr")) if isinstance(value, Mapping) else (value, None)
     if isinstance(number, str) or name == "layers":
         return str(number)
     if name in ("parameters", "bytes"):
