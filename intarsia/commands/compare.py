@@ -203,7 +203,7 @@ def compare(
 
     if dry_run:
         return result()
-    settings = _settings(job, texts)
+    settings = _settings(run, job, texts)
     task_facts = {} if tasks is None else _task_facts(tasks, evaluation)
     run.check(settings)
     if tasks is not None:
@@ -300,11 +300,11 @@ def _named(text: str) -> tuple[str, str]:
     return (f"{stem} {part}" if part else stem), text
 
 
-def _settings(job: Job, texts: Mapping[str, Corpus]) -> dict[str, Any]:
+def _settings(run: RunDir, job: Job, texts: Mapping[str, Corpus]) -> dict[str, Any]:
     """What decides every number. An evaluation text is the same where its content is, whatever path it has."""
     from intarsia.commands.job import settings_of
 
-    settings = settings_of(job)
+    settings = settings_of(run, job)
     return {
         "kind": "compare",
         "base_sha256": settings.pop("sha256"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from intarsia.commands.push import push_later
-from intarsia.errors import UserError, check
+from intarsia.errors import check
 from intarsia.flags import Flag, Result, flag
 from intarsia.options import AnswerSpec, JobOutput, Runtime, TextSpec
 from intarsia.progress import current

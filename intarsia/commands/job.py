@@ -261,7 +261,7 @@ def target_depth(target: Target, architecture: Architecture, parameters: int) ->
     return depth - removed
 
 
-def settings_of(job: Job) -> dict[str, Any]:
+def settings_of(run: RunDir, job: Job) -> dict[str, Any]:
     """What of a model and of its text decides a result; `Runtime` does not.
 
     Raises:
@@ -274,9 +274,21 @@ def settings_of(job: Job) -> dict[str, Any]:
         "revision": job.revision,
         "sha256": job.sha256,
         "config": acting_config(job.checkpoint.config),
-        "calibration": ",".join(job.spec.sources),
+        "calibration": calibration_of(run, job),
         **{name: getattr(job.spec, name) for name in ("tokens", "seq_len", "seed")},
     }
+
+
+def calibration_of(run: RunDir, job: Job) -> str:
+    """How the settings of a run name the text: as when it was started, where it is the same text by another name.
+
+    Only text with another name is read here. What a model wrote has no other name.
+    """
+    given = ",".join(job.spec.sources)
+    started = str(run.pinned()["calibration"]) if (run.path / "calibration.json").is_file() else given
+    if started == given or job.spec.writes or "self" in started.split(","):
+        return given
+    return started if job.text.calibration.sha256 == run.pinned("calibration")["sha256"] else given
 
 
 def pin_text(run: RunDir, job: Job) -> None:

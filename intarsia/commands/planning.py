@@ -100,7 +100,7 @@ class Planning:
         ladder, settings = (
             Ladder(run),
             {
-                **settings_of(self.job),
+                **settings_of(run, self.job),
                 "method": self.method.name,
                 "planner": plain(self.method.settings),
                 # A step of more than two layers is smaller at the end, so that the ladder depends on it.

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intarsia.commands.job import Job, pin_text, target_depth
+from intarsia.commands.job import Job, calibration_of, pin_text, target_depth
 from intarsia.errors import UserError
 from intarsia.options import Runtime, Target, TextSpec
 from intarsia.run_dir import RunDir
@@ -36,9 +36,13 @@ def test_a_run_knows_its_text_by_its_tokens(model_folder: Folder, text_file: Pat
     copy, other = tmp_path / "copy.txt", tmp_path / "other.txt"
     copy.write_text(text_file.read_text())
     other.write_text(families.sample_text(5000, seed=7))
+    assert calibration_of(run, job(text_file)) == str(text_file)
     with run.opened({"calibration": str(text_file)}):
         pin_text(run, job(text_file))
+        assert calibration_of(run, job(copy, batch_tokens=16)) == str(text_file)
         pin_text(run, job(copy))
+        assert calibration_of(run, job(other)) == str(other)
+        assert calibration_of(run, job("self")) == "self"
         with pytest.raises(UserError, match="started with sha256"):
             pin_text(run, job(other))
     with pytest.raises(UserError, match="read anew for every token"):
