@@ -39,9 +39,9 @@ from intarsia.tailoring.engines.evolve import mutate
 from intarsia.tailoring.evaluator import Evaluator, open_evaluator
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import FamilyFile, read_family_file
-from intarsia.tailoring.objective import QUESTIONS, Objective
+from intarsia.tailoring.objective import Objective
+from intarsia.tailoring.recipes import Translator
 from intarsia.tailoring.space import space_of
-from intarsia.tailoring.translate import Translator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def plain_costs(
             costs.append(perplexity(model, corpus).nll)
             continue
         requests = [request for example in examples for request in example.requests]
-        if pack or objective.measure not in QUESTIONS:
+        if pack or not objective.asks:
             found = score_requests(model, requests)
         else:
             tokens = default_batch_tokens(default_device())

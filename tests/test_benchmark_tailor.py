@@ -10,7 +10,7 @@ from benchmarks.tailor_parts.curves import curve_of, mean_curve, scalar, volume
 from benchmarks.tailor_parts.scorer import kept, mean
 from benchmarks.tailor_parts.sharing import sharing_of
 from intarsia.tailoring.candidate import Candidate, single
-from intarsia.tailoring.history import Trial
+from intarsia.tailoring.run import Trial
 
 
 def trial(number: int, costs: tuple[float, ...] | None, *, budget: int = 9, members: str = "bbb", **more: Any) -> Trial:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.reporting.figures import Axis, Point, Series, chart, standalone
-from intarsia.tailoring.history import ALPHA, Trial, non_dominated
+from intarsia.tailoring.engine import ALPHA
+from intarsia.tailoring.run import Trial, non_dominated
 
 Excess = tuple[float, ...]
 

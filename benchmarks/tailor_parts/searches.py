@@ -19,7 +19,7 @@ from benchmarks.tailor_parts.scorer import Scorer
 from benchmarks.tailor_parts.setting import ABLATION, Rows, Setting
 from intarsia.commands.tailor import FinalOptions, SearchOptions, tailor
 from intarsia.tailoring.family_file import BASE, RANDOM_MIDDLE
-from intarsia.tailoring.final import trial_recipe
+from intarsia.tailoring.recipes import trial_recipe
 from intarsia.tailoring.run import TailorRun, is_tailor_run
 
 ENGINES = ("evolve", "smac", "random")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from intarsia.tailoring.candidate import Candidate, Choice
-from intarsia.tailoring.history import Trial
+from intarsia.tailoring.run import Trial
 
 Path = tuple[tuple[int, Choice], ...]
 

@@ -14,7 +14,7 @@ from benchmarks.tailor_trial import candidates
 from intarsia.options import Runtime
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.family_file import FamilyFile, read_family_file
-from intarsia.tailoring.workers import OnDask, OpenScorer, dask_workers
+from intarsia.tailoring.search import OnDask, OpenScorer, dask_workers
 
 
 def run(setting: Setting, *, trials: int) -> dict[str, float]:
@@ -54,7 +54,7 @@ def _pace(setting: Setting, recipes: list[Recipe], count: int) -> float:
             while waiting or open_:
                 while waiting and open_ < count:
                     number, recipe = waiting.pop(0)
-                    hands.submit(number, recipe, budget)
+                    hands.submit((str(number), budget), recipe, budget)
                     open_ += 1
                 done = hands.next()
                 open_ -= 1
@@ -70,5 +70,5 @@ def _warm_up(hands: OnDask, recipes: list[Recipe], budget: int) -> None:
     ready: set[str] = set()
     while len(ready) < hands.count:
         for number, recipe in enumerate(recipes):
-            hands.submit(number, recipe, budget)
+            hands.submit((str(number), budget), recipe, budget)
         ready |= {hands.next().worker for _ in recipes}

@@ -51,7 +51,7 @@ def build(
     from intarsia.checkpoint.resolve import inputs_of
     from intarsia.checkpoint.staging import check_out
     from intarsia.commands.recipes import build_recipe, read_recipe
-    from intarsia.tailoring.final import trial_recipe
+    from intarsia.tailoring.recipes import trial_recipe
     from intarsia.tailoring.run import TailorRun, is_tailor_run
 
     source, out = Path(source), NewModel.of(out)

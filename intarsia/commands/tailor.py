@@ -6,6 +6,7 @@ Source: GPTailor, arXiv 2506.20480. All of a search is in its run folder (`intar
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from intarsia.tailoring.engine import Predicted
     from intarsia.tailoring.evaluator import Evaluator
     from intarsia.tailoring.family import Family
-    from intarsia.tailoring.history import Front
-    from intarsia.tailoring.translate import Translator
+    from intarsia.tailoring.recipes import Translator
+    from intarsia.tailoring.run import Front
     from intarsia.tailoring.warm_start import WarmStart
 
 _LEAST_TOKENS, _SEQ_LEN = 128, 512
@@ -112,13 +113,11 @@ def tailor(
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.reporting.page import write_report
     from intarsia.tailoring.engine import Task, budget_ladder, predict
-    from intarsia.tailoring.evaluator import KeptFits, open_evaluator
+    from intarsia.tailoring.evaluator import open_evaluator
     from intarsia.tailoring.family import open_family
-    from intarsia.tailoring.final import translator_of
-    from intarsia.tailoring.search import Goal
-    from intarsia.tailoring.search import search as run_search
+    from intarsia.tailoring.recipes import translator_of
+    from intarsia.tailoring.search import OpenScorer, Search, check_scheduler, open_workers
     from intarsia.tailoring.space import space_of
-    from intarsia.tailoring.workers import OpenScorer, check_scheduler, open_workers
 
     started = time.perf_counter()
     plan = _read(Path(source), out, engine, search, runtime)
@@ -154,12 +153,10 @@ def tailor(
 
     # 4. The evaluator.
     resumed = is_tailor_run(run.path)
-    fits = KeptFits(run.fits)
-    evaluator = open_evaluator(family, file, runtime, probe=not resumed, fits=fits)
+    evaluator = open_evaluator(family, file, runtime, probe=not resumed, fits=run.fits)
     with run.opened(run.pins(file, facts, examples=evaluator.data)):
         if not resumed:
-            costs = None if evaluator.base is None else evaluator.base.costs
-            run.start(file, facts, costs=costs, examples=evaluator.data)
+            run.start(file, facts, evaluator)
         run.want(plan.trials)
 
         # 5. What the search starts with.
@@ -171,26 +168,36 @@ def tailor(
         # 6. The search.
         history, stopped = run.history, None
         if len(history.made) < plan.trials:
-            objectives, seed = evaluator.objectives, file.search.seed
-            eta, name = file.search.eta, plan.engine.name
-            task = Task(space=space, budgets=budgets, objectives=objectives, eta=eta, seed=seed, starts=start.starts)
-            goal = Goal(trials=plan.trials, objectives=objectives, max_budget=budgets[-1], seed=seed, engine=name)
+            task = Task(
+                space=space,
+                budgets=budgets,
+                objectives=evaluator.objectives,
+                eta=file.search.eta,
+                seed=file.search.seed,
+                starts=start.starts,
+            )
+            history.take_over(start.earlier)
             if file.heal != "none":
-                fits.start()
+                run.fits.mkdir(exist_ok=True)
+
+            def on_front(front: Front) -> None:
+                run.write_front(front)
+                run.keep_fits({trial.recipe for trial in front.points})
+
             opener = OpenScorer(
                 file=file, runtime=runtime, fits=run.fits, plugins=loaded_plugins(), trust_remote_code=trusts()
             )
             with open_workers(opener, evaluator, scheduler=search.scheduler, count=search.workers) as workers:
-                stopped = run_search(
-                    plan.engine.create(task),
-                    history,
-                    workers,
-                    goal,
+                stopped = Search(
+                    engine=plan.engine.create(task),
+                    task=task,
+                    history=history,
+                    workers=workers,
+                    trials=plan.trials,
+                    name=plan.engine.name,
                     recipe_of=translator.recipe,
-                    earlier=start.earlier,
-                    on_front=run.write_front,
-                    on_trial=fits.keep_only,
-                )
+                    on_front=on_front,
+                ).run()
         if stopped is not None:
             current().say(f"stopped after {len(history.made)} trials: {stopped}")
 
@@ -279,16 +286,15 @@ class SearchStart:
 
     def sensitivities(self, family: Family) -> dict[Any, Any]:
         """The sensitivities of all members' pieces."""
-        from intarsia.tailoring import warm_start
-        from intarsia.tailoring.final import SENSITIVITIES
+        from intarsia.tailoring.recipes import SENSITIVITIES, load_scores, measure_scores, save_scores
 
         path = self.run.path / SENSITIVITIES
         if not path.exists():
             corpus = self.job.text.calibration
             self.job.release()
-            found = warm_start.measure(family.checkpoints(), corpus, device=self.job.device, dtype=self.job.dtype)
-            warm_start.save(found, path)
-        return warm_start.load(path)
+            found = measure_scores(family.checkpoints(), corpus, device=self.job.device, dtype=self.job.dtype)
+            save_scores(found, path)
+        return load_scores(path)
 
     def start(self, translator: Translator) -> WarmStart:
         """The candidates to start with, and trials of earlier searches."""
@@ -329,7 +335,7 @@ class SearchStart:
         ladder = Ladder.existing(path)
         if space.target not in ladder.depths():
             return WarmStart()
-        return WarmStart(starts=tuple(from_recipe(ladder.recipe(space.target), translator, name)))
+        return WarmStart(starts=tuple(from_recipe(ladder.recipe(space.target), space, name)))
 
     @cached_property
     def job(self) -> Job:
@@ -405,15 +411,15 @@ def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final
     """
     from intarsia.commands.recipes import build_recipe
     from intarsia.recipe.schema import content_hash
-    from intarsia.tailoring.evaluator import KeptFits
-    from intarsia.tailoring.final import final_scores, keep_front, trial_recipe
+    from intarsia.tailoring.evaluator import final_scores
+    from intarsia.tailoring.recipes import keep_front, trial_recipe
 
     run = TailorRun(path)
     front = run.front
     if front is None:
         return {}
     keep_front(run, front, evaluator)
-    KeptFits(run.fits).end()
+    shutil.rmtree(run.fits, ignore_errors=True)
     recipe = trial_recipe(run, front.knee, evaluator)
     sha256 = content_hash(recipe)
     asked = final.judge_examples if final.judge else None

@@ -18,8 +18,7 @@ from intarsia.reporting.blocks import Block, Figure, Origin, Section, Subject, T
 from intarsia.reporting.figures import Axis, Point, Series, chart
 from intarsia.reporting.puzzle import pieces_of, puzzle_section, puzzle_svg, sources_in_words
 from intarsia.reporting.wording import change, model_name, pairs_of, short, text_of
-from intarsia.tailoring.history import Front, Trial
-from intarsia.tailoring.run import FAMILY, TailorRun
+from intarsia.tailoring.run import FAMILY, Front, TailorRun, Trial
 
 _MOST_PAIRS, _MOST_PICTURES = 6, 4
 

@@ -28,23 +28,15 @@ _Values: TypeAlias = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Blend:
-    """The tensors of one layer index: of one member of the family, or of several, merged.
+    """The tensors of one layer index: of one member of the family, or of several, merged."""
 
-    `members` are in the family's order. `method` is None where there is one member and nothing is merged; with a method
-    on differences to the base (task arithmetic and its kin) the base is never a member. `values` are the method's
-    settings, by name and in the order of names: `lead` (the share of the first member; the others have equal shares
-    of the rest), `lambda` (how much of the difference is added), `density` (how much of a difference is kept).
-    """
-
+    # In the family's order; without the base where the method works on differences to it.
     members: tuple[str, ...]
+    # None where there is one member and nothing is merged.
     method: MergeMethod | None = None
+    # The method's settings, by name: `lead` (the share of the first member; the others have equal shares of the rest),
+    # `lambda` (how much of the difference is added), `density` (how much of a difference is kept), and its own.
     values: _Values = ()
-
-    @property
-    def shares(self) -> list[float]:
-        """How much each member counts where the method has `lead`: the first as it says, the others alike."""
-        lead, others = dict(self.values)["lead"], len(self.members) - 1
-        return [lead, *[(1.0 - lead) / others] * others]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +50,11 @@ class Keep:
 
 @dataclass(frozen=True, kw_only=True)
 class Join:
-    """A layer of member `first` concatenated with the removed layer after it, of member `second`.
-
-    `share` of the pieces are the first's.
-    """
+    """A layer of member `first` concatenated with the removed layer after it, of member `second`."""
 
     first: str
     second: str
+    # How much of the pieces is the first's.
     share: float
 
 
@@ -139,29 +129,33 @@ class Menu:
     members: tuple[str, ...]
     # Without it only the base is taken whole.
     select: bool
+    # Of those that are given, the ones for which the family has enough members.
     methods: tuple[MergeMethod, ...]
     # The values of each setting of each method, ascending.
     grids: Mapping[MergeMethod, Mapping[str, tuple[float, ...]]]
+
+    def __post_init__(self) -> None:
+        sizes = {method: self.sizes(method) for method in self.methods}
+        usable = tuple(method for method, (_, least, most) in sizes.items() if least <= most)
+        object.__setattr__(self, "methods", usable)
 
     @property
     def singles(self) -> tuple[str, ...]:
         """The members that may be taken whole."""
         return self.members if self.select else self.members[:1]
 
-    @property
-    def usable(self) -> tuple[MergeMethod, ...]:
-        """The methods for which the family has enough members."""
-        return tuple(method for method in self.methods if any(True for _ in self._subsets(method)))
-
-    def pool(self, method: MergeMethod) -> tuple[str, ...]:
-        """The members that a method takes: all, or all but the base where it works on differences to that."""
-        return self._sizes(method)[0]
+    def sizes(self, method: MergeMethod) -> tuple[tuple[str, ...], int, int]:
+        """From which members a method takes, how many at least, and how many at most."""
+        kind = METHODS[method]
+        pool = self.members[1:] if kind.base else self.members
+        least = max(kind.least, 1 if kind.base else 2)
+        return pool, least, min(kind.most or len(pool), len(pool))
 
     def count(self) -> int:
         """How many blends there are."""
         total = len(self.singles)
         for method in self.methods:
-            pool, least, most = self._sizes(method)
+            pool, least, most = self.sizes(method)
             for size in range(least, most + 1):
                 values = math.prod(len(self._values(method, name, size)) for name in self.grids[method])
                 total += math.comb(len(pool), size) * values
@@ -180,10 +174,9 @@ class Menu:
 
     def random(self, rng: Random) -> Blend:
         """A whole layer or a merge with equal chance; then member or method, members and values, each evenly."""
-        methods = self.usable
-        if not methods or rng.random() < 0.5:
+        if not self.methods or rng.random() < 0.5:
             return Blend(members=(rng.choice(self.singles),))
-        method = rng.choice(methods)
+        method = rng.choice(self.methods)
         members = rng.choice(list(self._subsets(method)))
         values = tuple((name, rng.choice(self._values(method, name, len(members)))) for name in self.grids[method])
         return Blend(members=members, method=method, values=values)
@@ -194,17 +187,19 @@ class Menu:
         Members that the method does not take are left out. Where too few are left, or the whole difference of one
         member is asked for, it is a whole layer.
         """
-        pool, least, most = self._sizes(method)
+        pool, least, most = self.sizes(method)
         wanted = tuple(member for member in pool if member in members)[:most]
         if method not in self.methods or len(wanted) < least or not wanted:
             taken = [member for member in self.members if member in members and member in self.singles]
             return Blend(members=(next((m for m in taken if m != self.members[0]), self.members[0]),))
+        if self.select and len(wanted) == 1 and _adds_up(method) and values.get("lambda") == 1.0:
+            return Blend(members=wanted)
         settled = []
         for name in self.grids[method]:
+            target = values.get(name, _USUAL.get(name))
+            if target is None:
+                target = METHODS[method].parameters[name].default
             grid = self._values(method, name, len(wanted))
-            target = values.get(name, usual(method, name))
-            if self.select and len(wanted) == 1 and _adds_up(method) and values.get("lambda") == 1.0:
-                return Blend(members=wanted)
             settled.append((name, min(grid, key=lambda value: (abs(value - target), value))))
         return Blend(members=wanted, method=method, values=tuple(settled))
 
@@ -212,38 +207,27 @@ class Menu:
         """Blends with another member, one more, or one less."""
         if blend.method is None:
             return [Blend(members=(member,)) for member in self.singles if member not in blend.members]
-        found = []
-        values = dict(blend.values)
-        for member in self.members:
-            others = [other for other in self.members if (other in blend.members) != (other == member)]
-            found.append(self.nearest(others, blend.method, values))
-        return _unlike(blend, found)
+        others = [
+            [other for other in self.members if (other in blend.members) != (other == member)]
+            for member in self.members
+        ]
+        return _unlike(blend, [self.nearest(members, blend.method, dict(blend.values)) for members in others])
 
     def merge_steps(self, blend: Blend) -> list[Blend]:
         """Blends by another method (or by none), or with a setting one step up or down."""
-        found: list[Blend] = []
+        if blend.method is None:
+            pairs = [(method, (*blend.members, member)) for method in self.methods for member in self.members]
+            return _unlike(blend, [self.nearest(members, method, {}) for method, members in pairs])
         values = dict(blend.values)
-        for method in self.methods:
-            if blend.method is not None:
-                found.append(self.nearest(blend.members, method, values))
-                continue
-            found += [self.nearest((*blend.members, member), method, {}) for member in self.members]
-        if blend.method is not None:
-            found += [Blend(members=(member,)) for member in blend.members if member in self.singles]
-            for name, value in blend.values:
-                for near in beside(self._values(blend.method, name, len(blend.members)), value):
-                    found.append(replace(blend, values=tuple({**values, name: near}.items())))
+        found = [self.nearest(blend.members, method, values) for method in self.methods]
+        found += [Blend(members=(member,)) for member in blend.members if member in self.singles]
+        for name, value in blend.values:
+            for near in beside(self._values(blend.method, name, len(blend.members)), value):
+                found.append(replace(blend, values=tuple({**values, name: near}.items())))
         return _unlike(blend, found)
 
-    def _sizes(self, method: MergeMethod) -> tuple[tuple[str, ...], int, int]:
-        """From which members a method takes, how many at least, and how many at most."""
-        kind = METHODS[method]
-        pool = self.members[1:] if kind.base else self.members
-        least = max(kind.least, 1 if kind.base else 2)
-        return pool, least, min(kind.most or len(pool), len(pool))
-
     def _subsets(self, method: MergeMethod) -> Iterator[tuple[str, ...]]:
-        pool, least, most = self._sizes(method)
+        pool, least, most = self.sizes(method)
         for size in range(least, most + 1):
             yield from combinations(pool, size)
 
@@ -259,11 +243,6 @@ def beside(grid: Sequence[float], value: float) -> list[float]:
     """The values next to one on a grid."""
     at = grid.index(value)
     return [grid[index] for index in (at - 1, at + 1) if 0 <= index < len(grid)]
-
-
-def usual(method: MergeMethod, name: str) -> float:
-    """The value of a setting where nothing else is said."""
-    return _USUAL[name] if name in _USUAL else METHODS[method].parameters[name].default
 
 
 def _adds_up(method: MergeMethod) -> bool:

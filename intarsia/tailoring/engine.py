@@ -1,8 +1,7 @@
 """What a search engine is, and the staged budgets that engines share.
 
 An engine is a function of its seed and of the order of its questions and answers; it keeps no clock and reads no file.
-So a search that is resumed asks a new engine everything again, answers from the log, and has the same engine as
-before. With one worker answers come in the order of the questions, and the log is that of an undisturbed run.
+So a search that is resumed asks a new engine everything again, and answers from the log.
 
 Budgets as in Hyperband (Li et al., JMLR 18, 2018): the greatest, divided by eta again and again, down to the least.
 Promotion is asynchronous (ASHA; Li et al., MLSys 2020), so that no worker waits for a stage to be complete: of every
@@ -12,14 +11,14 @@ by ParEGO's function with weights drawn for each promotion, so that the promoted
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from random import Random
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from intarsia.tailoring.candidate import Candidate, Plain
-from intarsia.tailoring.history import draw_weights, order
 from intarsia.tailoring.space import Space
 
 if TYPE_CHECKING:
@@ -150,11 +149,12 @@ class Staged:
         """Costs at other budgets than these are not comparable; a failed candidate is never promoted or bred from."""
         self._asked.add(candidate)
         for below, stage in zip([None, *self._stages], self._stages, strict=False):
-            if stage.budget == budget and costs is not None:
-                stage.costs[candidate] = costs
-            if stage.budget == budget and below is not None:
-                # An earlier search may have taken it there.
-                below.promoted.add(candidate)
+            if stage.budget == budget:
+                if costs is not None:
+                    stage.costs[candidate] = costs
+                if below is not None:
+                    # An earlier search may have taken it there.
+                    below.promoted.add(candidate)
 
     def _promotion(self, *, due: bool) -> Ask | None:
         """From the greatest budget down, one of the first stage with candidates that are not promoted yet.
@@ -171,6 +171,38 @@ class Staged:
                 stage.promoted.add(best)
                 return Ask(candidate=best, budget=above.budget, origin="promotion")
         return None
+
+
+ALPHA = 0.05  # of ParEGO's function
+Costs: TypeAlias = Sequence[float]
+
+
+def chebyshev(costs: Costs, weights: Sequence[float]) -> float:
+    """The augmented Chebyshev value of scaled costs."""
+    weighted = [weight * cost for weight, cost in zip(weights, costs, strict=True)]
+    return max(weighted) + ALPHA * sum(weighted)
+
+
+def draw_weights(count: int, rng: Random) -> tuple[float, ...]:
+    """Weights that sum to 1, each point of the simplex as likely as any other."""
+    drawn = [-math.log(1.0 - rng.random()) for _ in range(count)]
+    total = sum(drawn)
+    return tuple(value / total for value in drawn) if total > 0.0 else (1.0 / count,) * count
+
+
+def scaled(costs: Sequence[Costs], among: Sequence[Costs] = ()) -> list[tuple[float, ...]]:
+    """Each objective's costs from 0 (its least) to 1 (its greatest) among these or others; 0 where all are the same."""
+    ranges = [(min(column), max(column)) for column in zip(*(among or costs), strict=True)]
+    return [
+        tuple((cost - low) / (high - low) if high > low else 0.0 for cost, (low, high) in zip(row, ranges, strict=True))
+        for row in costs
+    ]
+
+
+def order(costs: Sequence[Costs], weights: Sequence[float], among: Sequence[Costs] = ()) -> list[int]:
+    """The indices of some costs, scaled among these or others, the best first under these weights."""
+    values = [chebyshev(row, weights) for row in scaled(costs, among)]
+    return sorted(range(len(values)), key=values.__getitem__)
 
 
 def ranked(stage: Stage, candidates: Sequence[Candidate], weights: Sequence[float]) -> list[Candidate]:
@@ -199,8 +231,7 @@ class Predicted:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        space = self.space
-        size = f"about 10^{space.log10_size:.1f} candidates"
+        space, size = self.space, f"about 10^{self.space.log10_size:.1f} candidates"
         return {
             "space": f"{space.kind}: {space.depth} to {space.target} layers, {size}",
             "log10_size": space.log10_size,
@@ -213,9 +244,9 @@ class Predicted:
 
     def words(self) -> str:
         """In a line."""
-        budgets = ", ".join(f"{stage['trials']} at {stage['budget']}" for stage in self.stages)
+        space, budgets = self.space, ", ".join(f"{stage['trials']} at {stage['budget']}" for stage in self.stages)
         return (
-            f"{self.space.depth} to {self.space.target} layers: about 10^{self.space.log10_size:.1f} candidates; "
+            f"{space.depth} to {space.target} layers: about 10^{space.log10_size:.1f} candidates; "
             f"{self.trials} trials by {self.engine}, about {budgets} examples"
         )
 
@@ -223,13 +254,8 @@ class Predicted:
 def predict(file: FamilyFile, space: Space, budgets: Sequence[int], trials: int) -> Predicted:
     """Space, budgets and cost of a search."""
     objectives = tuple(objective.name for objective in file.objectives)
-    return Predicted(
-        space=space,
-        engine=file.engine.name,
-        trials=trials,
-        objectives=objectives,
-        stages=tuple(
-            {"budget": budget, "trials": count, "examples": budget * count * len(objectives)}
-            for budget, count in expected_trials(budgets, trials, file.search.eta).items()
-        ),
+    stages = tuple(
+        {"budget": budget, "trials": count, "examples": budget * count * len(objectives)}
+        for budget, count in expected_trials(budgets, trials, file.search.eta).items()
     )
+    return Predicted(space=space, engine=file.engine.name, trials=trials, objectives=objectives, stages=stages)

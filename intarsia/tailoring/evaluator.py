@@ -2,41 +2,44 @@
 
 No checkpoint is written and no model is loaded a second time. A trial runs what is new in it: layers after the
 prefix that it shares with an earlier one, on examples that it was not run on yet. Each number is a function of the
-recipe and the budget alone: on the CPU it is bit-identical whatever is cached.
+recipe and the budget alone: on the CPU it is bit-identical whatever is cached. Layers are made from the same tensors as
+a built folder's, and likelihoods are computed by the code that evaluates it.
 
-Layers are made from the same tensors as a built folder's, and likelihoods are computed by the code that evaluates it.
+How far a candidate's next tokens are from the base's is measured with little kept of the base: of each position its
+likeliest tokens, 8 bytes each, and the rest as one bucket. The divergence over these outcomes is a lower bound of the
+full one, and 0 where the full one is.
 
 A trial may be healed in closed form before it is scored, toward the same blend with no layer removed. A fit makes a
 candidate look better on what it was fitted to than elsewhere. So it takes examples from the end of the order, and of
 texts windows are drawn for it that no budget of the search reaches. Where an objective's examples are few, those of the
-largest budgets serve for both; items outside the splits are seen by neither. Each objective gives the same number of
-windows, as far as it has them: a question with its right answer, a query with its target, one after the other, or
-windows of text.
+largest budgets serve for both; items outside the splits are seen by neither.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from intarsia.activations.batches import Batches
 from intarsia.activations.loop import Loop
-from intarsia.building.loaded_model import LoadedModel, default_device
+from intarsia.activations.loss import Likeliest
+from intarsia.building.loaded_model import default_device
 from intarsia.building.offload import free_bytes
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.evaluation.likelihood import default_batch_tokens, positions_of, takes_packed_rows
+from intarsia.evaluation.likelihood import Batch, default_batch_tokens, positions_of, score_batch, takes_packed_rows
 from intarsia.healing.closed_form import fit
 from intarsia.healing.layer_map import fit_forwards
 from intarsia.healing.settings import ClosedFormSettings
@@ -50,107 +53,45 @@ from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.recipe.validate import check
 from intarsia.tailoring.engine import budget_ladder
 from intarsia.tailoring.family import Family
-from intarsia.tailoring.family_file import FamilyFile
-from intarsia.tailoring.history import Outcome, TrialFailed
-from intarsia.tailoring.objective import QUESTIONS, Objective, check_budgets, check_varied, read_objectives
-from intarsia.tailoring.trial_run import FamilyModel, Runner, Scored, Scorer
+from intarsia.tailoring.family_file import FamilyFile, ObjectiveSpec, Range
+from intarsia.tailoring.objective import (
+    Objective,
+    Segment,
+    check_budgets,
+    check_varied,
+    heal_corpus,
+    read_objectives,
+    segments,
+)
+from intarsia.tailoring.trial_run import FamilyModel, Runner, TrialFailed, path_of
 
 _HEAL_TOKENS = 16384
 _SETTINGS = ClosedFormSettings()
-_LEAST_WINDOWS = 2 * _SETTINGS.held_out  # so that something is held out, and more is not
 
 
-def heal_corpus(objectives: Sequence[Objective], *, seq_len: int, eos: int | None) -> Corpus:
-    """Windows of the examples' tokens, objectives taking turns.
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a candidate costs, objective by objective, in the evaluator's order of them."""
 
-    Args:
-        eos: stands between two examples, where there is one.
-
-    Raises:
-        UserError: the examples are too few for a fit.
-    """
-    wanted = max(_HEAL_TOKENS // seq_len // len(objectives), 1)
-    parts = [list(_windows(objective, seq_len, eos, wanted)) for objective in objectives]
-    order = sorted((place, number) for number, part in enumerate(parts) for place in range(len(part)))
-    if len(order) < _LEAST_WINDOWS:
-        raise UserError(
-            f"The examples have {len(order) * seq_len} tokens; healing trials in closed form needs at least "
-            f"{_LEAST_WINDOWS * seq_len}.",
-            "Widen the splits, add an objective on a text, or set heal: none.",
-        )
-    ids = torch.tensor([parts[number][place] for place, number in order])
-    names = ", ".join(objective.name for objective in objectives)
-    return Corpus.of(ids, description=f"examples of {names}", documents=len(order))
+    # To be minimised (accuracy is 1 - accuracy).
+    costs: tuple[float, ...]
+    # The number of examples of each objective.
+    examples: tuple[int, ...]
+    # The cost of the trial, in forward passes of one layer over all tokens of the budget.
+    layer_forwards: float
+    seconds: float
+    # `stderr` of each cost; `accuracy` of objectives that ask questions, with standard errors; `tokens` of the budget,
+    # the share of layer-forwards that was `reused`, and how many layers were made.
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def heal_trial(recipe: Recipe, model: LoadedModel, corpus: Corpus) -> Recipe:
-    """A recipe with its output projections fitted toward what it would be with no layer removed."""
-    teacher_layers = [model.module(op) for op in reference_layers(recipe)]
-    with TeacherStates(Loop(model, Batches(corpus, model.device)), layers=teacher_layers) as teacher:
-        return fit(recipe, teacher, settings=_SETTINGS)[0]
-
-
-def _windows(objective: Objective, seq_len: int, eos: int | None, most: int) -> Iterator[list[int]]:
-    """Full windows alone: what is left over at the end is not used."""
-    waiting: list[int] = []
-    for example in reversed(objective.examples):
-        request = example.requests[example.gold or 0]
-        tokens = [*request.context, *request.continuation]
-        if len(tokens) == seq_len and not waiting:
-            yield tokens
-            most -= 1
-        else:
-            waiting += tokens if eos is None else [*tokens, eos]
-        while len(waiting) >= seq_len and most > 0:
-            yield waiting[:seq_len]
-            waiting = waiting[seq_len:]
-            most -= 1
-        if most <= 0:
-            return
-
-
-class KeptFits:
-    """Fitted tensors of trials in a folder, by the hash of the recipe; nothing is kept where there is no folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def find(self, recipe: Recipe) -> Recipe | None:
-        """A recipe as it was healed before, if it was."""
-        path = self._path(recipe)
-        try:
-            return replace(recipe, fitted=schema.load(path).fitted) if path.exists() else None
-        except UserError:  # damaged; it is fitted again
-            for file in self._folder.glob(f"{path.stem}.*"):
-                file.unlink(missing_ok=True)
-            return None
-
-    def keep(self, recipe: Recipe, healed: Recipe) -> None:
-        """Keep what was fitted. On a full disk nothing is kept, and the fit is made again."""
-        if self._folder.is_dir():
-            with suppress(UserError, OSError):
-                schema.save(healed, self._path(recipe))
-
-    def keep_only(self, hashes: Collection[str]) -> None:
-        """Delete the fits of all other recipes."""
-        for path in self._folder.glob("[!.]*"):
-            if path.stem not in hashes:
-                path.unlink(missing_ok=True)
-
-    def start(self) -> None:
-        """Make the folder: from now on fits are kept."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-
-    def end(self) -> None:
-        """Delete all of them."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _path(self, recipe: Recipe) -> Path:
-        return self._folder / f"{schema.content_hash(recipe)}.yaml"
+Values = npt.NDArray[np.float64]
+Unit = tuple[int, Segment]
+"""Examples that are run together: the number of their objective, and which of it."""
 
 
 class Evaluator:
-    """Scores recipes over one family; see `intarsia.tailoring.evaluator`.
+    """Scores recipes over one family; see `intarsia.tailoring.evaluator`. Made by `open_evaluator`.
 
     Attributes:
         objectives: their names, in the order of the costs.
@@ -158,7 +99,8 @@ class Evaluator:
         measured: the objectives, with their examples.
         model: the base in memory, which makes the layers of any recipe over the family.
         runner: runs them.
-        base: what the uncut base costs at the largest budget of the search; None where that was not measured.
+        uncut: the base as it is, as a recipe.
+        base: what it costs at the largest budget of the search; None where that was not measured.
     """
 
     def __init__(
@@ -167,33 +109,34 @@ class Evaluator:
         objectives: Sequence[Objective],
         file: FamilyFile,
         *,
-        pack: bool,
         batch_tokens: int,
         cache_bytes: int,
         heal_on: Corpus | None = None,
-        fits: KeptFits | None = None,
+        fits: Path | None = None,
     ) -> None:
-        """Most callers want `open_evaluator`.
-
+        """
         Args:
-            pack, batch_tokens: see `Scorer`.
+            batch_tokens: rows times columns of a batch, at most.
             cache_bytes: for states and arguments; layers have a cache of their own.
             heal_on: tokens for the closed form, where candidates may be healed.
-            fits: where what was fitted is kept, and found again.
+            fits: the folder where what was fitted is kept, while it is there.
         """
         self.objectives = tuple(objective.name for objective in objectives)
         self.most = max(len(objective.examples) for objective in objectives)
         self.measured = tuple(objectives)
         self.model = model
         self.runner = Runner(model, prefix_bytes=cache_bytes * 3 // 4, entry_bytes=cache_bytes // 4)
+        self.uncut = identity(Variant(name=model.base, model=model.checkpoint.model), model.architecture.n_layers)
         self.base: Outcome | None = None
         self._file, self._heal_on, self._fits = file, heal_on, fits
-        self.uncut = identity(Variant(name=model.base, model=model.checkpoint.model), model.architecture.n_layers)
+        self._pack, self._batch_tokens = takes_packed_rows(model.model, _longest_row(objectives)), batch_tokens
         search = file.search
-        cuts = budget_ladder(search.min_budget, search.max_budget, search.eta)
-        self._scorer = Scorer(
-            self.runner, objectives, cuts=cuts, pack=pack, batch_tokens=batch_tokens, uncut=self.uncut
-        )
+        # Examples between two budgets are run together.
+        self._cuts = budget_ladder(search.min_budget, search.max_budget, search.eta)
+        self._batches: dict[Unit, tuple[Batch, ...]] = {}
+        self._likeliest: dict[tuple[Unit, int], Likeliest] = {}
+        # Of every request its log-likelihood, or its divergence from the base, by the key of the recipe.
+        self._values: dict[str, dict[Unit, Values]] = {}
 
     @property
     def data(self) -> Mapping[str, str]:
@@ -222,18 +165,54 @@ class Evaluator:
         if healed is None:
             healed = self._heal_on is not None and self._file.heals(budget) and not recipe.fitted
         fitting = 0.0
+        if healed:
+            assert self._heal_on is not None, "opened for candidates that are healed"
+            fitting = float(fit_forwards(recipe, _SETTINGS, self.model.architecture) * self._heal_on.tokens)
+            recipe = self.heal(recipe)
         with self._failing():
-            if healed:
-                assert self._heal_on is not None, "opened for candidates that are healed"
-                fitting = float(fit_forwards(recipe, _SETTINGS, self.model.architecture) * self._heal_on.tokens)
-                recipe = self._healed(recipe)
-            scored = self._scorer.score(recipe, budget)
-        return self._outcome(scored, fitting, len(recipe.layers), self.model.made - made, start)
+            values, tokens, work = self._run(recipe, budget)
+        scores = [objective.scores(found) for objective, found in zip(self.measured, values, strict=True)]
+        costs = [objective.cost(found) for objective, found in zip(self.measured, scores, strict=True)]
+        return Outcome(
+            costs=tuple(cost for cost, _ in costs),
+            examples=tuple(map(len, scores)),
+            layer_forwards=(work + fitting) / tokens,
+            seconds=time.perf_counter() - start,
+            details={
+                "stderr": [stderr for _, stderr in costs],
+                "accuracy": {
+                    objective.name: objective.accuracy(found)
+                    for objective, found in zip(self.measured, values, strict=True)
+                    if objective.asks
+                },
+                "tokens": tokens,
+                "reused": 1.0 - work / tokens / len(recipe.layers),
+                "layers_made": self.model.made - made,
+            },
+        )
+
+    def scores(self, recipe: Recipe, budget: int) -> tuple[Values, ...]:
+        """Each example's score, by objective."""
+        with self._failing():
+            values, _, _ = self._run(recipe, budget)
+        return tuple(objective.scores(found) for objective, found in zip(self.measured, values, strict=True))
 
     def heal(self, recipe: Recipe) -> Recipe:
-        """The recipe that `evaluate` scores with `healed`, its fitted tensors in it."""
+        """The recipe with its output projections fitted toward what it would be with no layer removed."""
+        assert self._heal_on is not None, "opened for candidates that are healed"
+        kept = None if self._fits is None else self._fits / f"{schema.content_hash(recipe)}.yaml"
+        if kept is not None and kept.exists():
+            with suppress(UserError):  # damaged: it is fitted again
+                return replace(recipe, fitted=schema.load(kept).fitted)
         with self._failing():
-            return self._healed(recipe)
+            uncut = [self.model.module(op) for op in reference_layers(recipe)]
+            loop = Loop(self.model, Batches(self._heal_on, self.model.device))
+            with TeacherStates(loop, layers=uncut) as teacher:
+                healed = fit(recipe, teacher, settings=_SETTINGS)[0]
+        if kept is not None and kept.parent.is_dir():
+            with suppress(UserError, OSError):  # the disk is full: it is fitted again when it is built
+                schema.save(healed, kept)
+        return healed
 
     def probe(self, budget: int) -> None:
         """Measure the uncut base, and refuse objectives on which models cannot differ.
@@ -241,55 +220,68 @@ class Evaluator:
         Raises:
             UserError: the base cannot be scored, or naming these objectives.
         """
-        start = time.perf_counter()
         try:
-            with self._failing():
-                scored = self._scorer.score(self.uncut, budget)
+            self.base = self.evaluate(self.uncut, budget, healed=False)
         except TrialFailed as error:
             raise UserError(
                 f"The family's base cannot be scored on every objective: {error.reason}.",
                 "Use bfloat16 or float32, a smaller model, or more memory.",
             ) from error
-        check_varied(self.measured, dict(zip(self.objectives, scored.examples, strict=True)))
-        self.base = self._outcome(scored, 0.0, len(self.uncut.layers), 0, start)
+        check_varied(self.measured, dict(zip(self.objectives, self.scores(self.uncut, budget), strict=True)))
 
     def close(self) -> None:
         """Release all that is cached."""
         self.runner.clear()
-        self._scorer.clear()
+        self._batches.clear()
+        self._likeliest.clear()
+        self._values.clear()
 
-    def _healed(self, recipe: Recipe) -> Recipe:
-        assert self._heal_on is not None, "opened for candidates that are healed"
-        found = None if self._fits is None else self._fits.find(recipe)
-        if found is None:
-            found = heal_trial(recipe, self.model, self._heal_on)
-            if self._fits is not None:
-                self._fits.keep(recipe, found)
-        return found
-
-    def _outcome(self, scored: Scored, fitting: float, depth: int, made: int, start: float) -> Outcome:
-        pairs = [objective.cost(found) for objective, found in zip(self.measured, scored.examples, strict=True)]
-        wrong = [name for name, (cost, _) in zip(self.objectives, pairs, strict=True) if not np.isfinite(cost)]
-        if wrong:
-            raise TrialFailed(f"NaN or infinity in {', '.join(wrong)}")
-        details: dict[str, Any] = {
-            "stderr": [stderr for _, stderr in pairs],
-            "accuracy": {
-                name: (float(right.mean()), float(right.std(ddof=1) / np.sqrt(len(right))) if len(right) > 1 else 0.0)
-                for name, right in zip(self.objectives, scored.right, strict=True)
-                if right is not None
-            },
-            "tokens": scored.tokens,
-            "reused": 1.0 - scored.work / scored.tokens / depth,
-            "layers_made": made,
+    def _run(self, recipe: Recipe, budget: int) -> tuple[list[Values], int, int]:
+        """The values of every objective's requests within a budget, its tokens, and layer-forwards times tokens."""
+        counts = [min(budget, len(objective.examples)) for objective in self.measured]
+        units = [(number, segment) for number, count in enumerate(counts) for segment in segments(count, self._cuts)]
+        tokens = sum(batch.rows.ids_BT.numel() for unit in units for batch in self._of(unit))
+        far = [unit for unit in units if self._measures_kl(unit) and (unit, 0) not in self._likeliest]
+        for name, _, logits_NV in self._logits(self.uncut, far, tokens):
+            self._likeliest[name] = Likeliest.of(logits_NV)
+        work, known = self.runner.work, self._values.setdefault(path_of(recipe)[-1], {})
+        new = {
+            (number, segment): torch.zeros(len(self.measured[number].requests(segment)), dtype=torch.float64)
+            for number, segment in units
+            if (number, segment) not in known
         }
-        return Outcome(
-            costs=tuple(cost for cost, _ in pairs),
-            examples=tuple(map(len, scored.examples)),
-            layer_forwards=(scored.work + fitting) / scored.tokens,
-            seconds=time.perf_counter() - start,
-            details=details,
-        )
+        for (unit, place), batch, logits_NV in self._logits(recipe, list(new), tokens):
+            if self._measures_kl(unit):
+                value_N = self._likeliest[unit, place].divergence(logits_NV)
+                value_M = value_N[batch.position_M.to(value_N.device)]
+            else:
+                value_M, _ = score_batch(logits_NV, batch)
+            value_M = value_M.cpu().double()
+            if not bool(value_M.isfinite().all()):
+                raise TrialFailed(f"NaN or infinity in {self.objectives[unit[0]]}")
+            new[unit].index_add_(0, batch.request_M, value_M)
+        known |= {unit: sums_R.numpy() for unit, sums_R in new.items()}
+        values = [np.concatenate([known[unit] for unit in units if unit[0] == n]) for n in range(len(counts))]
+        return values, tokens, self.runner.work - work
+
+    def _of(self, unit: Unit) -> tuple[Batch, ...]:
+        """The batches of some examples."""
+        if unit not in self._batches:
+            objective, segment = self.measured[unit[0]], unit[1]
+            self._batches[unit] = objective.batches(segment, pack=self._pack, batch_tokens=self._batch_tokens)
+        return self._batches[unit]
+
+    def _measures_kl(self, unit: Unit) -> bool:
+        return self.measured[unit[0]].measure == "kl"
+
+    def _logits(
+        self, recipe: Recipe, units: Sequence[Unit], tokens: int
+    ) -> Iterator[tuple[tuple[Unit, int], Batch, Tensor]]:
+        """The logits of every batch, with its name."""
+        batches = [((unit, place), batch) for unit in units for place, batch in enumerate(self._of(unit))]
+        found = self.runner.logits(recipe, [(name, batch.rows) for name, batch in batches], tokens=tokens)
+        for (name, batch), logits_NV in zip(batches, found, strict=True):
+            yield name, batch, logits_NV
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -320,7 +312,7 @@ def open_evaluator(
     seq_len: int = _SEQ_LEN,
     examples: int | None = None,
     probe: bool = True,
-    fits: KeptFits | None = None,
+    fits: Path | None = None,
 ) -> Evaluator:
     """Read the objectives, load the base, and measure it.
 
@@ -331,7 +323,7 @@ def open_evaluator(
         seq_len: tokens of a window of text.
         examples: windows that are drawn of a text, where they are not those of a search; nothing is healed then.
         probe: measure the base at the largest budget, and refuse objectives on which models cannot differ.
-        fits: where what is fitted for trials is kept.
+        fits: the folder where what is fitted for trials is kept.
     """
     runtime, search = runtime or Runtime(), file.search
     device = default_device() if runtime.device is None else torch.device(runtime.device)
@@ -346,19 +338,27 @@ def open_evaluator(
     )
     if examples is None:
         check_budgets(objectives, search.max_budget)
-    heal_on = heal_corpus(objectives, seq_len=seq_len, eos=tokenizer.eos_token_id) if heals else None
-    cache_bytes = runtime.memory_bytes or _cache_bytes(device)
+    heal_on = None
+    if heals:
+        # Half of the windows at most are held out.
+        count, least, eos = _HEAL_TOKENS // seq_len, 2 * _SETTINGS.held_out, tokenizer.eos_token_id
+        heal_on = heal_corpus(objectives, seq_len=seq_len, windows=count, least=least, eos=eos)
+    share = int(free_bytes(device) * _SHARE_OF_FREE)
+    memory = runtime.memory_bytes or (share if device.type == "cuda" else min(_MOST_ON_CPU, share))
     with current().task("loading the base", total=1) as task:
         dtype = None if runtime.dtype is None else getattr(torch, runtime.dtype)
-        model = FamilyModel(family, device=device, dtype=dtype, memory_bytes=cache_bytes // 3)
+        model = FamilyModel(family, device=device, dtype=dtype, memory_bytes=memory // 3)
         task.advance()
+    batch_tokens = default_batch_tokens(device)
+    if device.type != "cpu":  # the logits of a batch stay within 1 GiB
+        logits = model.architecture.vocabulary * model.model.dtype.itemsize
+        batch_tokens = max(1, min(batch_tokens, _GPU_LOGITS // logits))
     made = Evaluator(
         model,
         objectives,
         file,
-        pack=takes_packed_rows(model.model, _longest_row(objectives)),
-        batch_tokens=runtime.batch_tokens or _batch_tokens(model),
-        cache_bytes=cache_bytes * 2 // 3,
+        batch_tokens=runtime.batch_tokens or batch_tokens,
+        cache_bytes=memory * 2 // 3,
         heal_on=heal_on,
         fits=fits,
     )
@@ -369,27 +369,82 @@ def open_evaluator(
     return made
 
 
-def _cache_bytes(device: torch.device) -> int:
-    """A share of what is free, on the CPU no more than 1 GiB."""
-    share = int(free_bytes(device) * _SHARE_OF_FREE)
-    return share if device.type == "cuda" else min(_MOST_ON_CPU, share)
-
-
 def _longest_row(objectives: Sequence[Objective]) -> int:
     """The longest row of a question with one of its choices, in tokens."""
-    lengths = (
-        len(request.context) + len(request.continuation)
-        for objective in objectives
-        if objective.measure in QUESTIONS
-        for example in objective.examples
-        for request in example.requests
-    )
-    return max(lengths, default=0)
+    asked = [example for objective in objectives if objective.asks for example in objective.examples]
+    requests = [request for example in asked for request in example.requests]
+    return max((len(request.context) + len(request.continuation) for request in requests), default=0)
 
 
-def _batch_tokens(model: LoadedModel) -> int:
-    """As for evaluation; on a GPU so few that the logits of a batch stay within 1 GiB."""
-    usual = default_batch_tokens(model.device)
-    if model.device.type == "cpu":
-        return usual
-    return max(1, min(usual, _GPU_LOGITS // (model.architecture.vocabulary * model.model.dtype.itemsize)))
+# Final scores, on examples that the search has not seen
+
+
+def rest_of(split: Range) -> Range | None:
+    """The larger of the two parts of a source that a split leaves out; None where it leaves out nothing."""
+    before, after = (0.0, split[0]), (split[1], 1.0)
+    part = after if after[1] - after[0] >= before[1] - before[0] else before
+    return part if part[1] - part[0] > 1e-9 else None
+
+
+def unseen(file: FamilyFile) -> tuple[FamilyFile, tuple[str, ...]]:
+    """The family file with each objective on what the search did not see, and the objectives that have no such rest."""
+    kept: list[ObjectiveSpec] = []
+    without: list[str] = []
+    for objective in file.objectives:
+        part = rest_of(objective.split)
+        if part is None:
+            without.append(objective.name)
+        else:
+            kept.append(objective.model_copy(update={"split": part}))
+    return file.model_copy(update={"objectives": tuple(kept)}), tuple(without)
+
+
+def final_scores(
+    file: FamilyFile, family: Family, models: Mapping[str, Recipe], runtime: Runtime, *, examples: int
+) -> dict[str, Any] | None:
+    """What the base and some recipes cost on unseen items; None where the search saw everything there is.
+
+    Args:
+        examples: items of each objective, at most.
+
+    Returns:
+        `rows`: for each model its name and its cost in each objective, `value` with `stderr`; where objectives ask
+        questions, `accuracy` of each of those, and after the base `kept`, which is accuracy as a share of the base's,
+        with the mean of these as `mean_kept`. `examples` by objective; `without`: objectives whose source the search
+        saw whole.
+    """
+    rest, without = unseen(file)
+    if not rest.objectives:
+        current().say("No final scores: the search sees all of every objective's source; give them a split.")
+        return None
+    evaluator = open_evaluator(family, rest, runtime, examples=examples, probe=False)
+    rows: list[dict[str, Any]] = []
+    counts: dict[str, int] = {}
+    try:
+        with current().task("final scores on unseen items", len(models) + 1) as task:
+            for name, recipe in {"base": evaluator.uncut, **models}.items():
+                task.note(name)
+                outcome = evaluator.evaluate(recipe, min(examples, evaluator.most))
+                costs = zip(evaluator.objectives, outcome.costs, outcome.details["stderr"], strict=True)
+                measures = {objective: {"value": cost, "stderr": stderr} for objective, cost, stderr in costs}
+                row = {"model": name, "layers": len(recipe.layers), **measures}
+                rows.append(row | _accuracies(outcome.details["accuracy"], rows[0] if rows else None))
+                counts = dict(zip(evaluator.objectives, outcome.examples, strict=True))
+                task.advance()
+    finally:
+        evaluator.close()
+    return {"rows": rows, "examples": counts, "without": list(without)}
+
+
+def _accuracies(found: Mapping[str, tuple[float, float]], base: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of objectives that ask questions. What is kept of nothing is left out."""
+    if not found:
+        return {}
+    row: dict[str, Any] = {
+        "accuracy": {name: {"value": value, "stderr": error} for name, (value, error) in found.items()}
+    }
+    if base is not None:
+        before = {name: base["accuracy"][name]["value"] for name in found}
+        kept = {name: value / before[name] for name, (value, _) in found.items() if before[name]}
+        row |= {"kept": kept, "mean_kept": sum(kept.values()) / len(kept)} if kept else {}
+    return row

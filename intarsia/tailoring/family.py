@@ -17,7 +17,7 @@ from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.multimodal import text_config
 from intarsia.checkpoint.reader import Checkpoint, architecture_of
 from intarsia.checkpoint.resolve import not_downloaded, resolve
-from intarsia.errors import Problem, Problems
+from intarsia.errors import Problem, Problems, few
 from intarsia.inspection.own_code import trusts
 from intarsia.model_name import DEMO, lasting
 from intarsia.recipe.recipe import Variant
@@ -136,16 +136,11 @@ def _compare_tokens(base: Checkpoint, other: Checkpoint) -> tuple[list[str], lis
         alone = other.adapter is not None and theirs is None and ours is not None
         return [], [] if alone else ["no tokenizer to compare with the base's"]
     rows = base.architecture.vocabulary
-    moved = [token for token, row in ours.items() if row < rows and theirs.get(token) != row]
-    taken = [token for token, row in theirs.items() if row < rows and token not in ours]
-    wrong = [f"other rows for {_some(moved)}"] if moved else []
-    spare = f"its tokens {_some(taken)} have no text in the base's tokenizer"
+    moved = [repr(token) for token, row in ours.items() if row < rows and theirs.get(token) != row]
+    taken = [repr(token) for token, row in theirs.items() if row < rows and token not in ours]
+    wrong = [f"other rows for {few(moved, _MOST_NAMED)}"] if moved else []
+    spare = f"its tokens {few(taken, _MOST_NAMED)} have no text in the base's tokenizer"
     return wrong, [spare] if taken and not moved else []
-
-
-def _some(tokens: list[str]) -> str:
-    rest = len(tokens) - _MOST_NAMED
-    return ", ".join(repr(token) for token in tokens[:_MOST_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def _tokens(folder: Path) -> dict[str, int] | None:
@@ -220,10 +215,8 @@ class Family:
         return None if checkpoint is None else checkpoint.parameters
 
     def checkpoints(self) -> dict[str, Checkpoint]:
-        """The opened checkpoints, by name."""
-        found = {member.name: member.checkpoint for member in self.members}
-        assert all(checkpoint is not None for checkpoint in found.values()), "opened with weights"
-        return {name: checkpoint for name, checkpoint in found.items() if checkpoint is not None}
+        """The checkpoints, by name; none where only configs were read."""
+        return {member.name: member.checkpoint for member in self.members if member.checkpoint is not None}
 
     def folders(self) -> list[Path]:
         """The folders that the members are read from."""
@@ -232,12 +225,15 @@ class Family:
 
     def variants(self) -> tuple[Variant, ...]:
         """The members as a recipe names them, with the hashes of their weights, all of which are finite."""
-        found = []
-        for member in self.members:
-            model = lasting(member.model)
-            sha256 = None if member.checkpoint is None else scan(member.checkpoint)
-            found.append(Variant(name=member.name, model=model, revision=member.revision, sha256=sha256))
-        return tuple(found)
+        return tuple(
+            Variant(
+                name=member.name,
+                model=lasting(member.model),
+                revision=member.revision,
+                sha256=None if member.checkpoint is None else scan(member.checkpoint),
+            )
+            for member in self.members
+        )
 
 
 def open_family(specs: Mapping[str, MemberSpec], *, weights: bool = True, configs: Path | None = None) -> Family:

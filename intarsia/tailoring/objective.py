@@ -8,13 +8,15 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from intarsia.data.corpus import tokenize
+from intarsia.data.corpus import Corpus, tokenize
 from intarsia.data.sources import documents
 from intarsia.errors import Problems, UserError
 from intarsia.evaluation.likelihood import Batch, Request, batches_of, encode_pairs
@@ -28,16 +30,15 @@ _LENGTHS = 3  # classes of length, of equal size
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A question, a query with its target, or a window of text, as tokens.
+    """A question, a query with its target, or a window of text, as tokens."""
 
-    `requests`: of a question one for each choice, else one. A window is its first token as context, and the others.
-    `gold`: the right choice. `characters` of each choice, by which its log-likelihood is divided. `source`: where it
-    comes from, if there are several places.
-    """
-
+    # Of a question one for each choice, else one. A window is its first token as context, and the others.
     requests: tuple[Request, ...]
+    # The right choice.
     gold: int | None = None
+    # Of each choice; its log-likelihood is divided by it.
     characters: tuple[int, ...] = ()
+    # Where it comes from, if there are several places.
     source: str = ""
 
     @property
@@ -70,7 +71,6 @@ def in_order(examples: Sequence[Example], seed: int) -> tuple[Example, ...]:
 
 
 Measure: TypeAlias = Literal["accuracy", "margin", "likelihood", "loss", "kl"]
-QUESTIONS: tuple[Measure, ...] = ("accuracy", "margin", "likelihood")
 Segment: TypeAlias = tuple[int, int]
 """Examples `first` .. `last - 1` of an objective's order."""
 
@@ -93,16 +93,19 @@ class Objective:
             digest.update(json.dumps([requests, example.gold, example.characters]).encode() + b"\n")
         return digest.hexdigest()
 
-    def count(self, budget: int) -> int:
-        """How many examples a budget takes."""
-        return min(budget, len(self.examples))
+    @property
+    def asks(self) -> bool:
+        """Whether its examples are questions."""
+        return self.measure not in ("loss", "kl")
+
+    def requests(self, segment: Segment) -> list[Request]:
+        """The requests of a segment, in order."""
+        return [request for example in self.examples[slice(*segment)] for request in example.requests]
 
     def batches(self, segment: Segment, *, pack: bool, batch_tokens: int) -> tuple[Batch, ...]:
         """A segment's requests, numbered from its first example's first."""
-        requests = [request for example in self.examples[slice(*segment)] for request in example.requests]
         # Packed rows carry masks, which windows and targets, alone in their rows, do not need.
-        packed = pack and self.measure in QUESTIONS
-        return tuple(batches_of(requests, pack=packed, batch_tokens=batch_tokens))
+        return tuple(batches_of(self.requests(segment), pack=pack and self.asks, batch_tokens=batch_tokens))
 
     def scores(self, values_R: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Each example's score, to be minimised, from the values of the first examples' requests, in order.
@@ -110,7 +113,7 @@ class Objective:
         Args:
             values_R: log-likelihoods, or for `kl` divergences, summed over a request's tokens.
         """
-        if self.measure not in QUESTIONS:
+        if not self.asks:
             return values_R if self.measure == "kl" else -values_R
         found, start = [], 0
         for example in self.examples:
@@ -127,17 +130,16 @@ class Objective:
                 found.append(-float(values[example.gold]))
         return np.array(found)
 
-    def right(self, values_R: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
-        """Of questions, whatever they are measured by, whether each is answered rightly (1 or 0); else None."""
-        if self.measure not in QUESTIONS:
-            return None
-        return 1.0 - replace(self, measure="accuracy").scores(values_R)
+    def accuracy(self, values_R: npt.NDArray[np.float64]) -> tuple[float, float]:
+        """Of questions, whatever they are measured by: the share that is answered rightly, and its standard error."""
+        right = 1.0 - replace(self, measure="accuracy").scores(values_R)
+        return float(right.mean()), float(right.std(ddof=1) / np.sqrt(len(right))) if len(right) > 1 else 0.0
 
     def cost(self, scores: npt.NDArray[np.float64]) -> tuple[float, float]:
         """The cost from the scores of the first examples, and its standard error (0 for one example)."""
         n = len(scores)
         tokens = np.array([float(example.tokens) for example in self.examples[:n]])
-        weights = np.ones(n) if self.measure in QUESTIONS else tokens
+        weights = np.ones(n) if self.asks else tokens
         mean = math.fsum(scores) / math.fsum(weights)
         if n < 2:
             return mean, 0.0
@@ -191,16 +193,16 @@ def check_varied(objectives: Sequence[Objective], scores: Mapping[str, npt.NDArr
     problems.raise_any()
 
 
-_KIND = "multiple_choice"
-
-
 @dataclass(frozen=True, kw_only=True)
 class HarnessQuestion:
-    """Of each choice what is read and what is scored, and its characters; the right one; the task it is from."""
+    """A question as lm-eval asks it."""
 
+    # Of each choice what is read and what is scored, and its characters.
     pairs: tuple[tuple[str, str], ...]
     characters: tuple[int, ...]
+    # The right one.
     gold: int
+    # The task that it is from.
     source: str = ""
 
 
@@ -213,24 +215,21 @@ def questions_of(task: Task, part: Range) -> list[HarnessQuestion]:
     Raises:
         UserError: it is none of choices with one right answer.
     """
-    found = [question for leaf in task.leaves for question in _of_leaf(leaf, part)]
+    found: list[HarnessQuestion] = []
+    for leaf in task.leaves:
+        name, kind = str(leaf.config.task), str(leaf.get_config("output_type"))
+        if kind != "multiple_choice":
+            raise _refused(name, f"a task of type {kind}")
+        leaf.build_all_requests(limit=None, rank=0, world_size=1)
+        by_item: dict[int, list[Any]] = {}
+        for instance in leaf.instances:
+            by_item.setdefault(instance.doc_id, []).append(instance)
+        n = len(by_item)
+        chosen = [item for place, item in enumerate(sorted(by_item)) if part[0] * n <= place < part[1] * n]
+        found += [_question(leaf, name, sorted(by_item[item], key=lambda each: each.idx)) for item in chosen]
     if not found:
         raise _refused(task.name, "without a question in this part of it")
     return found
-
-
-def _of_leaf(leaf: Any, part: Range) -> Iterator[HarnessQuestion]:
-    name = str(leaf.config.task)
-    kind = str(leaf.get_config("output_type"))
-    if kind != _KIND:
-        raise _refused(name, f"a task of type {kind}")
-    leaf.build_all_requests(limit=None, rank=0, world_size=1)
-    by_item: dict[int, list[Any]] = {}
-    for instance in leaf.instances:
-        by_item.setdefault(instance.doc_id, []).append(instance)
-    for place, item in enumerate(sorted(by_item)):
-        if part[0] * len(by_item) <= place < part[1] * len(by_item):
-            yield _question(leaf, name, sorted(by_item[item], key=lambda instance: instance.idx))
 
 
 def _question(leaf: Any, name: str, instances: list[Any]) -> HarnessQuestion:
@@ -302,23 +301,22 @@ def _examples(
         (task,) = load_tasks([spec.source])
         return _asked(questions_of(task, spec.split), tokenizer, max_length, spec.name)
     if spec.kind == "task":
-        _, questions = read_items(part_of(spec), Question)
-        return _asked([_as_asked(question) for question in questions], tokenizer, max_length, spec.name)
+        # As in `intarsia.evaluation.tasks`: a choice stands after the query and a space.
+        questions = [
+            HarnessQuestion(
+                pairs=tuple((item.query, f" {choice}") for choice in item.choices),
+                characters=tuple(map(len, item.choices)),
+                gold=item.gold,
+            )
+            for item in read_items(part_of(spec), Question)[1]
+        ]
+        return _asked(questions, tokenizer, max_length, spec.name)
     if spec.kind == "loss" and names_a_file(spec.source) and _holds_targets(spec.source):
         _, targets = read_items(part_of(spec), Target)
         pairs = [(target.query, target.target) for target in targets]
         requests = encode_pairs(pairs, tokenizer, max_length=max_length, where=spec.name)
         return [Example(requests=(request,)) for request in requests]
     return _windows(part_of(spec), tokenizer, windows, seq_len, seed)
-
-
-def _as_asked(question: Question) -> HarnessQuestion:
-    """As in `intarsia.evaluation.tasks`: a choice stands after the query and a space."""
-    return HarnessQuestion(
-        pairs=tuple((question.query, " " + choice) for choice in question.choices),
-        characters=tuple(len(choice) for choice in question.choices),
-        gold=question.gold,
-    )
 
 
 def _asked(questions: Sequence[HarnessQuestion], tokenizer: Any, max_length: int | None, where: str) -> list[Example]:
@@ -377,3 +375,42 @@ def _holds_targets(source: str) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(first, dict) and {"query", "target"} <= first.keys()
+
+
+def heal_corpus(objectives: Sequence[Objective], *, seq_len: int, windows: int, least: int, eos: int | None) -> Corpus:
+    """Text for the closed form: windows of the examples' tokens from the end of their order, objectives taking turns.
+
+    Args:
+        windows: of all objectives, at most.
+        least: of all objectives.
+        eos: stands between two examples, where there is one.
+
+    Raises:
+        UserError: the examples are too few.
+    """
+    each = max(windows // len(objectives), 1)
+    parts = [list(islice(_full_windows(objective, seq_len, eos), each)) for objective in objectives]
+    found = [row for turn in zip_longest(*parts) for row in turn if row is not None]
+    if len(found) < least:
+        raise UserError(
+            f"The examples have {len(found) * seq_len} tokens; healing trials in closed form needs at least "
+            f"{least * seq_len}.",
+            "Widen the splits, add an objective on a text, or set heal: none.",
+        )
+    names = ", ".join(objective.name for objective in objectives)
+    return Corpus.of(torch.tensor(found), description=f"examples of {names}", documents=len(found))
+
+
+def _full_windows(objective: Objective, seq_len: int, eos: int | None) -> Iterator[list[int]]:
+    """What is left over at the end is not used."""
+    waiting: list[int] = []
+    for example in reversed(objective.examples):
+        request = example.requests[example.gold or 0]
+        tokens = [*request.context, *request.continuation]
+        if len(tokens) == seq_len and not waiting:
+            yield tokens
+            continue
+        waiting += tokens if eos is None else [*tokens, eos]
+        while len(waiting) >= seq_len:
+            yield waiting[:seq_len]
+            waiting = waiting[seq_len:]

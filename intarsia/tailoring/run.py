@@ -5,33 +5,255 @@
 - `family.yaml`: the family file, its paths made absolute.
 - `wanted.json`: how many trials are asked for.
 - `sensitivities.safetensors`, `warm_start.json`, `plans/METHOD/`: what the search starts with.
-- `trials.jsonl`: the log (`intarsia.tailoring.history.Trial`).
+- `trials.jsonl`: the log (`Trial`).
 - `front.json`: the Pareto front (`Front.to_dict`), written whenever it changes; `evaluated` are the final scores.
-- `fits/`: during the search, healed recipes of trials that are running or lead at their budget.
+- `fits/`: during the search, healed recipes of trials; when the front changes, those of the front stay.
 - `front/trial-N.yaml`: the recipes of the front; `best/`: the incumbent, built; `report.html`: the report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from intarsia.disk import damage_named, read_json, write_whole
+from pydantic import PlainSerializer, TypeAdapter
+
+from intarsia.disk import damage_named, write_whole
 from intarsia.errors import UserError
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
-from intarsia.run_dir import RunDir
-from intarsia.tailoring.history import EARLIER, TRIALS, Front, History, Trial, front_of
+from intarsia.run_dir import Log, RunDir
+from intarsia.tailoring.candidate import Plain
+from intarsia.tailoring.engine import Costs, order
 
 if TYPE_CHECKING:
+    from intarsia.tailoring.evaluator import Evaluator
     from intarsia.tailoring.family import Family
     from intarsia.tailoring.family_file import FamilyFile
     from intarsia.tailoring.space import Space
 
+TRIALS = "trials.jsonl"
+EARLIER = "earlier"
+"""The engine of trials that were taken over from an earlier search. They do not count toward the goal."""
+Key = tuple[str, int]
+"""A recipe's hash and a budget: what is never evaluated twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A candidate that was evaluated at a budget, or that failed."""
+
+    # Its place in the log, from 0.
+    number: int
+    # Who asked for it, and how it came to be: `warm start: sleb`, `random`, `promotion`, ...
+    engine: str
+    origin: str
+    # The content hash of its recipe.
+    recipe: str
+    budget: int
+    seed: int
+    status: Literal["ok", "failed"]
+    # One for each objective, less is better; None where it failed.
+    costs: tuple[float, ...] | None = None
+    # The number of examples of each objective.
+    examples: tuple[int, ...] = ()
+    # The cost of the trial, in passes of one layer over the tokens of the budget.
+    layer_forwards: float = 0.0
+    seconds: Annotated[float, PlainSerializer(lambda seconds: round(seconds, 4))] = 0.0
+    worker: str = "0"
+    # How often it was tried, and why it failed at last.
+    attempts: int = 1
+    reason: str | None = None
+    candidate: Plain
+
+    def __post_init__(self) -> None:
+        assert (self.status == "ok") == (self.costs is not None) == (self.reason is None)
+
+    @property
+    def key(self) -> Key:
+        """What makes it another trial than others."""
+        return self.recipe, self.budget
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data: a line of the log."""
+        found: dict[str, Any] = _TRIALS.dump_python(self)
+        return found
+
+
+_TRIALS = TypeAdapter(Trial)
+
+
+class History:
+    """The trials of a run, in the order in which they were finished."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there; nothing is written, so that a look at a run does not disturb the search.
+
+        Raises:
+            UserError: a line that is not the last one is no trial.
+        """
+        self.path = path
+        self._log = Log(path)
+        self._trials: list[Trial] = []
+        for number, line in enumerate(self._log.entries(), start=1):
+            try:
+                self._trials.append(_TRIALS.validate_python(line))
+            except ValueError as error:
+                raise UserError(
+                    f"Line {number} of {path} is no trial: {' '.join(str(error).split())}.",
+                    "Correct the line, or search into another folder.",
+                ) from error
+        self._by_key = {trial.key: trial for trial in self._trials}
+
+    def __len__(self) -> int:
+        return len(self._trials)
+
+    def __iter__(self) -> Iterator[Trial]:
+        return iter(self._trials)
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """All of them."""
+        return tuple(self._trials)
+
+    @property
+    def made(self) -> tuple[Trial, ...]:
+        """Those that this search has made, not taken over."""
+        return tuple(trial for trial in self._trials if trial.engine != EARLIER)
+
+    def find(self, key: Key) -> Trial | None:
+        """The trial of a recipe at a budget, if there was one."""
+        return self._by_key.get(key)
+
+    def take_over(self, trials: Iterable[Trial]) -> None:
+        """Add trials of an earlier search, those that are not there yet."""
+        for trial in trials:
+            if trial.key not in self._by_key:
+                self.append(replace(trial, number=len(self), engine=EARLIER))
+
+    def append(self, trial: Trial) -> None:
+        """Write a trial; when this returns it is on the disk."""
+        assert trial.number == len(self._trials) and trial.key not in self._by_key
+        self._log.append(trial.to_dict())
+        self._trials.append(trial)
+        self._by_key[trial.key] = trial
+
+
+def _costs(trial: Trial) -> tuple[float, ...]:
+    assert trial.costs is not None
+    return trial.costs
+
+
+def dominates(first: Costs, second: Costs) -> bool:
+    """Whether the first is nowhere worse and somewhere better."""
+    pairs = list(zip(first, second, strict=True))
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def non_dominated(costs: Sequence[Costs]) -> list[int]:
+    """The indices of the costs that no other ones dominate; of equal ones the first."""
+    found = []
+    for index, row in enumerate(costs):
+        beaten = any(dominates(other, row) for other in costs)
+        twin = any(tuple(costs[before]) == tuple(row) for before in range(index))
+        if not beaten and not twin:
+            found.append(index)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """The best that a search has found."""
+
+    objectives: tuple[str, ...]
+    # At which the trials were compared, and whether it is the search's greatest.
+    budget: int
+    top: bool
+    # The trials of the front, by ascending first cost, and all that succeeded at that budget.
+    points: tuple[Trial, ...]
+    rivals: tuple[Trial, ...]
+
+    @property
+    def knee(self) -> Trial:
+        """The trial of the front that is best for equal weights: least in the augmented Chebyshev function of the
+        costs, each scaled from the least to the greatest of all trials at this budget.
+
+        Scaled by the front alone, the smallest difference between two points would count as much as any other.
+        """
+        costs, among = [_costs(trial) for trial in self.points], [_costs(trial) for trial in self.rivals]
+        return self.points[order(costs, [1.0 / len(self.objectives)] * len(self.objectives), among)[0]]
+
+    def best(self, objective: str) -> Trial:
+        """The trial of least cost in an objective."""
+        at = self.objectives.index(objective)
+        return min(self.points, key=lambda trial: (_costs(trial)[at], trial.number))
+
+    def least(self, objective: str) -> float:
+        """The least cost in an objective."""
+        return _costs(self.best(objective))[self.objectives.index(objective)]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each trial: its costs, what it is best in, and how it was found."""
+        return [
+            {
+                "trial": trial.number,
+                **dict(zip(self.objectives, _costs(trial), strict=True)),
+                "best": ", ".join(
+                    [n for n in self.objectives if self.best(n) is trial] + ["knee"] * (trial is self.knee)
+                ),
+                "engine": trial.engine,
+                "origin": trial.origin,
+            }
+            for trial in self.points
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data.
+
+        `points`: the trials as in the log, without how they were made; `best`: the numbers of the trials that are best
+        in each objective; `knee`: the number of the knee's.
+        """
+        return {
+            "objectives": list(self.objectives),
+            "budget": self.budget,
+            "top": self.top,
+            "trials": len(self.rivals),
+            "points": [
+                {
+                    "trial": trial.number,
+                    "recipe": trial.recipe,
+                    "costs": dict(zip(self.objectives, _costs(trial), strict=True)),
+                    "engine": trial.engine,
+                    "origin": trial.origin,
+                }
+                for trial in self.points
+            ],
+            "best": {name: self.best(name).number for name in self.objectives},
+            "knee": self.knee.number,
+        }
+
+
+def front_of(trials: Iterable[Trial], objectives: Sequence[str], *, max_budget: int) -> Front | None:
+    """The front of some trials; None where none has succeeded."""
+    fine = [trial for trial in trials if trial.costs is not None]
+    if not fine:
+        return None
+    budget = max(trial.budget for trial in fine)
+    rivals = [trial for trial in fine if trial.budget == budget]
+    points = [rivals[index] for index in non_dominated([_costs(trial) for trial in rivals])]
+    return Front(
+        objectives=tuple(objectives),
+        budget=budget,
+        top=budget >= max_budget,
+        points=tuple(sorted(points, key=lambda trial: (_costs(trial), trial.number))),
+        rivals=tuple(rivals),
+    )
+
+
 FACTS, FAMILY, WANTED, FRONT = "tailor.json", "family.yaml", "wanted.json", "front.json"
-_EXPECTED, _REMEDY = "what the search wrote", "Search into another folder."
 
 
 def is_tailor_run(path: Path) -> bool:
@@ -40,7 +262,7 @@ def is_tailor_run(path: Path) -> bool:
 
 
 class TailorRun(RunDir):
-    """The folder of a search. What is read once is not read again; `trials` and `front` are as they were then."""
+    """The folder of a search. What is read once is not read again; `front` is as it was then."""
 
     def __init__(self, path: str | Path, *, option: str = "-o") -> None:
         super().__init__(path, option=option)
@@ -59,28 +281,28 @@ class TailorRun(RunDir):
     @cached_property
     def settings(self) -> Mapping[str, Any]:
         """What is known of the search: `tailor.json`."""
-        return self._json(FACTS)
+        return self.read_json(FACTS)
 
-    @cached_property
+    @property
     def family(self) -> str:
         """The family file."""
         path = self.path / FAMILY
         return path.read_text(encoding="utf-8") if path.is_file() else ""
 
-    @property
+    @cached_property
     def history(self) -> History:
-        """The log as it is now."""
+        """The log, which a search appends to."""
         return History(self.path / TRIALS)
 
-    @cached_property
+    @property
     def trials(self) -> Sequence[Trial]:
         """All trials."""
         return self.history.trials
 
     @property
-    def made(self) -> list[Trial]:
+    def made(self) -> Sequence[Trial]:
         """The trials of this search, without those of earlier searches."""
-        return [trial for trial in self.trials if trial.engine != EARLIER]
+        return self.history.made
 
     @property
     def objectives(self) -> list[str]:
@@ -95,13 +317,13 @@ class TailorRun(RunDir):
     @cached_property
     def front(self) -> Front | None:
         """The Pareto front of the trials."""
-        with damage_named(self.path / FACTS, expected=_EXPECTED, remedy=_REMEDY):
+        with damage_named(self.path / FACTS, expected="what the search wrote", remedy="Search into another folder."):
             return front_of(self.trials, self.objectives, max_budget=max(self.settings["budgets"]))
 
     @property
     def final(self) -> dict[str, Any] | None:
         """The final scores on examples that the search has not seen."""
-        found = self._json(FRONT).get("evaluated") if (self.path / FRONT).is_file() else None
+        found = self.read_json(FRONT).get("evaluated") if (self.path / FRONT).is_file() else None
         return found if isinstance(found, dict) else None
 
     def write_front(self, front: Front, final: Mapping[str, Any] | None = None) -> None:
@@ -111,7 +333,7 @@ class TailorRun(RunDir):
     @property
     def wanted(self) -> int:
         """How many trials are asked for; 0 if nobody has asked yet."""
-        return int(self._json(WANTED)["trials"]) if (self.path / WANTED).is_file() else 0
+        return int(self.read_json(WANTED)["trials"]) if (self.path / WANTED).is_file() else 0
 
     def want(self, trials: int) -> None:
         """Record how many trials are asked for, before the first of them is made."""
@@ -163,20 +385,8 @@ class TailorRun(RunDir):
             "examples": examples,
         }
 
-    def start(
-        self,
-        file: FamilyFile,
-        facts: Mapping[str, Any],
-        *,
-        costs: Sequence[float] | None,
-        examples: Mapping[str, str],
-    ) -> None:
-        """Write the family file and `tailor.json` of a new search.
-
-        Args:
-            costs: the base's, one for each objective.
-            examples: the hash of each objective's examples.
-        """
+    def start(self, file: FamilyFile, facts: Mapping[str, Any], evaluator: Evaluator) -> None:
+        """Write the family file and `tailor.json` of a new search, with the base's costs if they were measured."""
         objectives = [
             {
                 "name": objective.name,
@@ -184,19 +394,25 @@ class TailorRun(RunDir):
                 "source": objective.source,
                 "metric": objective.metric if objective.kind == "task" else None,
                 "split": list(objective.split),
-                "sha256": examples.get(objective.name),
+                "sha256": evaluator.data[objective.name],
             }
             for objective in file.objectives
         ]
-        names = [objective.name for objective in file.objectives]
-        base = None if costs is None else dict(zip(names, costs, strict=True))
+        measured = evaluator.base
+        base = None if measured is None else dict(zip(evaluator.objectives, measured.costs, strict=True))
         write_whole(self.artifact(FAMILY), "# The family file, its paths made absolute.\n" + file.to_yaml())
         self.write_json(FACTS, {**facts, "base": base, "objectives": objectives})
 
     @property
     def fits(self) -> Path:
-        """Where fits of trials are kept during the search."""
+        """Where fits of trials are kept during the search, by the hash of the recipe."""
         return (self.path / "fits").absolute()
+
+    def keep_fits(self, hashes: Collection[str]) -> None:
+        """Delete the fits of all other recipes."""
+        for path in self.fits.glob("[!.]*"):
+            if path.stem not in hashes:
+                path.unlink(missing_ok=True)
 
     @property
     def best(self) -> Path:
@@ -227,24 +443,18 @@ class TailorRun(RunDir):
         if sum([best is not None, knee, trial is not None]) > 1:
             raise UserError("--best, --knee and --trial choose one trial each.", "Give one of them.")
         if trial is not None:
-            return self._numbered(trial)
+            if not 0 <= trial < len(self.trials):
+                raise UserError(
+                    f"--trial is {trial}; the search has {len(self.trials)} trials, from 0.",
+                    f"Take the number of a line in {TRIALS}.",
+                )
+            found = self.trials[trial]
+            if found.status == "failed":
+                raise UserError(f"--trial {trial} has failed: {found.reason}.", "Choose another one.")
+            return found
         if self.front is None:
             raise UserError(f"No trial of {self.path} has succeeded yet.", "Let `intarsia tailor` continue.")
         if best is not None and best not in self.front.objectives:
             known = ", ".join(self.front.objectives)
             raise UserError(f"--best {best} is no objective of the search.", f"Name one of {known}.")
         return self.front.knee if best is None else self.front.best(best)
-
-    def _numbered(self, number: int) -> Trial:
-        if not 0 <= number < len(self.trials):
-            raise UserError(
-                f"--trial is {number}; the search has {len(self.trials)} trials, from 0.",
-                f"Take the number of a line in {TRIALS}.",
-            )
-        found = self.trials[number]
-        if found.status == "failed":
-            raise UserError(f"--trial {number} has failed: {found.reason}.", "Choose another one.")
-        return found
-
-    def _json(self, name: str) -> dict[str, Any]:
-        return read_json(self.path / name, expected=_EXPECTED, remedy=_REMEDY)

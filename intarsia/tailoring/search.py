@@ -1,226 +1,414 @@
-"""The search itself: questions of an engine go to workers, answers into the log and back to the engine."""
+"""The search: questions of an engine go to workers, answers into the log and back to the engine.
+
+One worker is this process; several are processes under Dask. A trial that fails is tried once more.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, replace
-from typing import Any
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+from uuid import uuid4
 
-from intarsia.errors import UserError
+import torch
+
+from intarsia.building.loaded_model import default_device
+from intarsia.errors import UserError, missing_package
+from intarsia.inspection.own_code import trust_remote_code, trusts
+from intarsia.options import Runtime
 from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
+from intarsia.registry import load_plugin
 from intarsia.tailoring.candidate import Candidate
-from intarsia.tailoring.engine import Ask, Engine
-from intarsia.tailoring.history import EARLIER, Front, History, Key, Trial, front_of, leading
-from intarsia.tailoring.workers import Done, Workers
+from intarsia.tailoring.engine import Ask, Engine, Task
+from intarsia.tailoring.evaluator import Evaluator, Outcome, open_evaluator
+from intarsia.tailoring.family import open_family
+from intarsia.tailoring.family_file import FamilyFile
+from intarsia.tailoring.run import EARLIER, Front, History, Key, Trial, front_of
+from intarsia.tailoring.trial_run import TrialFailed
 
+ATTEMPTS = 2
+_LONGEST = 300  # characters of a reason
 _DOOMED = 5  # a search stops when its first trials all fail
 _REPEATS = 1000
-_LONGEST_PACE = 20
+
+Evaluate: TypeAlias = Callable[[Recipe, int], Outcome]
+"""Gives the costs of a recipe at a budget, or raises TrialFailed."""
+Opener: TypeAlias = Callable[[str], Evaluate]
+"""Opens a scorer in the process of the worker of that name; can be pickled."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Goal:
-    """What is searched for."""
+@dataclass(kw_only=True)
+class Search:
+    """A search, and its state: what is asked, running and answered."""
 
+    # A new one, made for the task. It is told the trials of earlier searches, and asked everything that the log has
+    # answers to again; so it becomes what it was.
+    engine: Engine
+    task: Task
+    history: History
+    workers: Workers
+    # How many trials of its own the log should have, and what they are marked with.
     trials: int
-    objectives: tuple[str, ...]
-    # The greatest budget.
-    max_budget: int
-    seed: int
-    # What its trials are marked with.
-    engine: str
+    name: str
+    recipe_of: Callable[[Candidate], Recipe]
+    # Called with the Pareto front whenever a trial has changed it.
+    on_front: Callable[[Front], None] = lambda front: None
+    # Running trials, each with the questions that it answers.
+    _open: dict[Key, list[Ask]] = field(default_factory=dict, init=False)
+    _stopped: str | None = field(default=None, init=False)
+    # Numbers of the trials that the engine knows.
+    _told: set[int] = field(default_factory=set, init=False)
+    _repeats: int = field(default=0, init=False)
 
+    def run(self) -> str | None:
+        """Search until the log has as many trials as are asked for; return None, or why the search ended before."""
+        if len(self.history.made) >= self.trials:
+            return None
+        self._tell(trial for trial in self.history if trial.engine == EARLIER)
+        with current().task(f"{self.trials} trials", self.trials) as bar:
+            bar.advance(len(self.history.made))
+            bar.note(words(self.history.trials, self._front()))
+            self._stop_if_doomed()
+            self._fill()
+            while self._open:
+                trial = self._collect(self.workers.next())
+                front = self._front()
+                bar.note(words(self.history.trials, front))
+                bar.advance()
+                if front is not None and any(point is trial for point in front.points):
+                    self.on_front(front)
+                self._stop_if_doomed()
+                self._fill()
+        return self._stopped
 
-def search(
-    engine: Engine,
-    history: History,
-    workers: Workers,
-    goal: Goal,
-    *,
-    recipe_of: Callable[[Candidate], Recipe],
-    earlier: Sequence[Trial] = (),
-    on_front: Callable[[Front], None] = lambda front: None,
-    on_trial: Callable[[Set[str]], None] = lambda wanted: None,
-) -> str | None:
-    """Search until the log has as many trials as the goal says.
-
-    Args:
-        engine: a new one. It is asked everything that the log has answers to again, and so becomes what it was.
-        earlier: trials of earlier searches on the same examples; they are added to the log, and the engine
-            gets them first.
-        on_front: called with the Pareto front whenever a trial has changed it.
-        on_trial: called after every trial with the hashes of the recipes that may be scored or built again: those
-            running, and those that lead at the greatest budget that they were tried at.
-
-    Returns:
-        None, or why the search ended before the goal.
-    """
-    for trial in earlier:
-        if history.find(trial.key) is None:
-            history.append(replace(trial, number=len(history), engine=EARLIER))
-    run = _Run(engine, history, workers, goal, recipe_of)
-    if len(history.made) >= goal.trials:
-        return None
-    run.tell_earlier()
-    with current().task(f"{goal.trials} trials", goal.trials) as task:
-        task.advance(len(history.made))
-        task.note(words(history.trials, run.front()))
-        run.stop_if_doomed()
-        run.fill()
-        while run.open:
-            trial = run.collect(workers.next())
-            front = run.front()
-            task.note(words(history.trials, front, run.per_minute()))
-            task.advance()
-            if front is not None and any(point is trial for point in front.points):
-                on_front(front)
-            on_trial(run.wanted())
-            run.stop_if_doomed()
-            run.fill()
-    return run.stopped
-
-
-class _Run:
-    """The state of a search: what is asked, running and answered."""
-
-    def __init__(
-        self, engine: Engine, history: History, workers: Workers, goal: Goal, recipe_of: Callable[[Candidate], Recipe]
-    ) -> None:
-        self._engine, self._history, self._workers, self._goal = engine, history, workers, goal
-        self._recipe_of = recipe_of
-        self.open: dict[int, tuple[Key, list[Ask]]] = {}
-        self.stopped: str | None = None
-        self._replayed: set[int] = set()
-        self._repeats, self._submitted = 0, 0
-        self._caught_up = False
-        self._ends = [time.monotonic()]
-
-    def tell_earlier(self) -> None:
-        """Give the engine the trials of earlier searches, before its first question."""
-        for trial in self._history.trials:
-            if trial.engine == EARLIER:
-                self._tell(trial)
-                self._replayed.add(trial.number)
-
-    def fill(self) -> None:
+    def _fill(self) -> None:
         """Ask for as many trials as there are free workers."""
-        while self.stopped is None and (free := self._free()) > 0:
-            asks = self._engine.ask(free)
+        while self._stopped is None and (free := self._free()) > 0:
+            asks = self.engine.ask(free)
             if not asks:
                 # A running trial may give the engine new questions.
-                if not self.open:
-                    self.stopped = "the engine found nothing new to try"
+                if not self._open:
+                    self._stopped = "the engine found nothing new to try"
                 return
             for ask in asks:
-                recipe = self._recipe_of(ask.candidate)
-                self._take(ask, recipe, (content_hash(recipe), ask.budget))
+                self._take(ask)
 
     def _free(self) -> int:
-        left = self._goal.trials - len(self._history.made) - len(self.open)
-        return min(self._workers.count - len(self.open), left)
+        left = self.trials - len(self.history.made) - len(self._open)
+        return min(self.workers.count - len(self._open), left)
 
-    def _tell(self, trial: Trial) -> None:
-        self._engine.tell(trial.candidate, trial.budget, trial.costs)
+    def _tell(self, trials: Iterable[Trial]) -> None:
+        """Give the engine those of some trials that it does not know."""
+        for trial in trials:
+            if trial.number not in self._told:
+                self._told.add(trial.number)
+                self.engine.tell(trial.candidate, trial.budget, trial.costs)
 
-    def _take(self, ask: Ask, recipe: Recipe, key: Key) -> None:
+    def _take(self, ask: Ask) -> None:
         """Answer from the log, or start a trial."""
-        known = self._history.find(key)
+        recipe = self.recipe_of(ask.candidate)
+        key = (content_hash(recipe), ask.budget)
+        known = self.history.find(key)
         if known is not None:
-            self._repeats += known.number in self._replayed
-            self._replayed.add(known.number)
-            self._engine.tell(ask.candidate, ask.budget, known.costs)
+            self._repeats += known.number in self._told
+            self._told.add(known.number)
+            self.engine.tell(ask.candidate, ask.budget, known.costs)
             if self._repeats >= _REPEATS:
-                self.stopped = f"{_REPEATS} times the engine asked for what was tried already"
-            return
-        for under_way, asks in self.open.values():
-            if under_way == key:
-                asks.append(ask)
-                return
-        self._catch_up()
-        self._repeats = 0
-        self.open[self._submitted] = (key, [ask])
-        self._workers.submit(self._submitted, recipe, ask.budget)
-        self._submitted += 1
+                self._stopped = f"{_REPEATS} times the engine asked for what was tried already"
+        elif key in self._open:
+            self._open[key].append(ask)
+        else:
+            # With several workers the answers in the log may have come in another order than the engine asks now.
+            self._tell(self.history)
+            self._repeats = 0
+            self._open[key] = [ask]
+            self.workers.submit(key, recipe, ask.budget)
 
-    def _catch_up(self) -> None:
-        """Once the log has no more answers, give the engine those that it did not ask for again.
-
-        With one worker there are none. With several, answers came in another order than now.
-        """
-        if not self._caught_up:
-            self._caught_up = True
-            for trial in self._history.trials:
-                if trial.number not in self._replayed:
-                    self._tell(trial)
-
-    def collect(self, done: Done) -> Trial:
+    def _collect(self, done: Done) -> Trial:
         """A trial came back: into the log, then to the engine."""
-        (recipe, budget), asks = self.open.pop(done.number)
+        asks, (recipe, budget) = self._open.pop(done.key), done.key
         found: dict[str, Any] = {"reason": done.reason}
         if done.outcome is not None:
             found = {name: getattr(done.outcome, name) for name in ("costs", "examples", "layer_forwards", "seconds")}
         trial = Trial(
-            number=len(self._history),
-            engine=self._goal.engine,
+            number=len(self.history),
+            engine=self.name,
             origin=asks[0].origin,
             candidate=asks[0].candidate,
             recipe=recipe,
             budget=budget,
-            seed=self._goal.seed,
+            seed=self.task.seed,
             status="failed" if done.outcome is None else "ok",
             worker=done.worker,
             attempts=done.attempts,
             **found,
         )
-        self._history.append(trial)
-        self._replayed.add(trial.number)
+        self.history.append(trial)
+        self._told.add(trial.number)
         for ask in asks:
-            self._engine.tell(ask.candidate, budget, trial.costs)
-        self._ends = [*self._ends, time.monotonic()][-_LONGEST_PACE:]
+            self.engine.tell(ask.candidate, budget, trial.costs)
         return trial
 
-    def front(self) -> Front | None:
-        """The Pareto front so far."""
-        return front_of(self._history.trials, self._goal.objectives, max_budget=self._goal.max_budget)
+    def _front(self) -> Front | None:
+        return front_of(self.history, self.task.objectives, max_budget=self.task.budgets[-1])
 
-    def per_minute(self) -> float | None:
-        """The pace of the last trials."""
-        minutes = (self._ends[-1] - self._ends[0]) / 60.0
-        return (len(self._ends) - 1) / minutes if minutes > 0.0 else None
-
-    def wanted(self) -> frozenset[str]:
-        """The hashes of the recipes that are running or may be needed again."""
-        return leading(self._history.trials) | {recipe for (recipe, _), _ in self.open.values()}
-
-    def stop_if_doomed(self) -> None:
+    def _stop_if_doomed(self) -> None:
         """Stop where everything fails.
 
         Raises:
             UserError: saying why the trials failed.
         """
-        trials = self._history.made
-        if len(trials) < min(_DOOMED, self._goal.trials) or any(trial.status == "ok" for trial in trials):
+        trials = self.history.made
+        if len(trials) < min(_DOOMED, self.trials) or any(trial.status == "ok" for trial in trials):
             return
         reasons = list(dict.fromkeys(str(trial.reason) for trial in trials))
         raise UserError(
-            f"The first {len(trials)} trials in {self._history.path} all failed: {'; '.join(reasons)}.",
+            f"The first {len(trials)} trials in {self.history.path} all failed: {'; '.join(reasons)}.",
             "Remove the cause and search into another folder: with --dtype float32 where numbers overflow, with fewer "
             "--workers or a smaller max_budget where memory is short.",
         )
 
 
-def words(trials: Sequence[Trial], front: Front | None, per_minute: float | None = None) -> str:
+def words(trials: Sequence[Trial], front: Front | None) -> str:
     """Where a search is, in a few words: the best of each objective at the greatest budget so far, and the front."""
     if front is None:
         return "no score yet"
     best = ", ".join(f"{name} {front.least(name):.4g}" for name in front.objectives)
     failed = sum(trial.status == "failed" for trial in trials)
-    parts = [f"best {best}", f"front {len(front.points)} at budget {front.budget}"]
-    if failed:
-        parts.append(f"{failed} failed")
-    if per_minute is not None:
-        parts.append(f"{per_minute:.3g} trials/min")
-    return "; ".join(parts)
+    return f"best {best}; front {len(front.points)} at budget {front.budget}" + (f"; {failed} failed" * (failed > 0))
+
+
+# Workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """A finished trial: its outcome, or the reason why there is none."""
+
+    key: Key
+    outcome: Outcome | None
+    reason: str | None
+    attempts: int
+    worker: str
+
+
+def scored(evaluate: Evaluate, key: Key, recipe: Recipe, budget: int, *, worker: str) -> Done:
+    """A trial: its outcome, or why there is none though it was tried again.
+
+    Raises:
+        UserError: something that every trial would meet.
+    """
+    reason = ""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return Done(key=key, outcome=evaluate(recipe, budget), reason=None, attempts=attempt, worker=worker)
+        except TrialFailed as failure:
+            reason = failure.reason
+        except UserError:
+            raise
+        except Exception as error:
+            # Whatever error a candidate causes in a library, the search continues; it stops if the first trials fail.
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return Done(key=key, outcome=None, reason=reason[:_LONGEST], attempts=ATTEMPTS, worker=worker)
+
+
+class InProcess:
+    """One worker, this process: `submit` keeps a trial until `next`, which runs it."""
+
+    count = 1
+
+    def __init__(self, evaluate: Evaluate) -> None:
+        self._evaluate = evaluate
+        self._waiting: list[tuple[Key, Recipe, int]] = []
+
+    def submit(self, key: Key, recipe: Recipe, budget: int) -> None:
+        """Keep a trial."""
+        self._waiting.append((key, recipe, budget))
+
+    def next(self) -> Done:
+        """Run it."""
+        return scored(self._evaluate, *self._waiting.pop(0), worker="0")
+
+
+class OnDask:
+    """Workers of a Dask client."""
+
+    def __init__(self, client: Any, opener: Opener, count: int) -> None:
+        from distributed import as_completed
+
+        self.count = count
+        self._client, self._opener, self._search = client, opener, uuid4().hex
+        self._open: dict[Any, Key] = {}
+        self._finished = as_completed()
+
+    def submit(self, key: Key, recipe: Recipe, budget: int) -> None:
+        """Submit a trial to Dask."""
+        work = (_score_here, self._search, self._opener, key, recipe, budget)
+        future = self._client.submit(*work, pure=False)
+        self._open[future] = key
+        self._finished.add(future)
+
+    def next(self) -> Done:
+        """Wait for one of them."""
+        from distributed import KilledWorker
+
+        future = next(self._finished)
+        key = self._open.pop(future)
+        try:
+            done: Done = future.result()
+        except KilledWorker:
+            reason = "every worker that tried it died"
+            return Done(key=key, outcome=None, reason=reason, attempts=ATTEMPTS, worker="lost")
+        return done
+
+    def cancel(self) -> None:
+        """Cancel what is running."""
+        self._client.cancel(list(self._open))
+
+
+Workers: TypeAlias = InProcess | OnDask
+"""They run at most `count` trials at once."""
+
+_OPENED: dict[str, Evaluate] = {}
+"""The scorer of this worker process, by search: the last one's."""
+
+
+def _score_here(search: str, opener: Opener, key: Key, recipe: Recipe, budget: int) -> Done:
+    """Runs in a worker."""
+    from distributed import get_worker
+
+    worker = str(get_worker().name)
+    if search not in _OPENED:
+        _OPENED.clear()
+        _OPENED[search] = opener(worker)
+    return scored(_OPENED[search], key, recipe, budget, worker=worker)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenScorer:
+    """Opens the family in a worker's process. Paths are absolute: the worker may run in another folder."""
+
+    file: FamilyFile
+    runtime: Runtime
+    # The folder of healed recipes.
+    fits: Path | None = None
+    # Files that register the user's merge operators.
+    plugins: tuple[str, ...] = ()
+    # Whether models' own code may run.
+    trust_remote_code: bool = False
+
+    def __call__(self, worker: str) -> Evaluate:
+        """A scorer, on a GPU of its own where there are several and workers are numbered."""
+        for plugin in self.plugins:
+            load_plugin(plugin)
+        if self.trust_remote_code and not trusts():
+            trust_remote_code().__enter__()  # for as long as the process lives
+        runtime = self.runtime
+        device = default_device() if runtime.device is None else torch.device(runtime.device)
+        if device.type == "cuda" and ":" not in str(device) and worker.isdecimal():
+            runtime = replace(runtime, device=f"cuda:{int(worker) % torch.cuda.device_count()}")
+        return open_evaluator(open_family(self.file.members), self.file, runtime, probe=False, fits=self.fits).evaluate
+
+
+@contextmanager
+def open_workers(
+    opener: OpenScorer, evaluator: Evaluator, *, scheduler: str | None, count: int | None
+) -> Iterator[Workers]:
+    """One worker is this process with its evaluator; else the evaluator is closed, for each worker opens another."""
+    if scheduler is None and (count or 1) == 1:
+        yield InProcess(evaluator.evaluate)
+        return
+    evaluator.close()
+    memory = opener.runtime.memory_bytes
+    if scheduler is None and count is not None and memory is not None:
+        opener = replace(opener, runtime=replace(opener.runtime, memory=str(memory // count)))
+    with dask_workers(opener, scheduler=scheduler, count=count) as workers:
+        yield workers
+
+
+@contextmanager
+def dask_workers(opener: Opener, *, scheduler: str | None, count: int | None) -> Iterator[OnDask]:
+    """Workers of an existing scheduler (`tcp://host:8786`), or `count` processes of our own on this machine."""
+    with _own_workers(count or 1) if scheduler is None else _connected(scheduler) as client:
+        there = sum(client.nthreads().values())
+        workers = OnDask(client, opener, min(count or there, there))
+        try:
+            yield workers
+        finally:
+            workers.cancel()
+
+
+def check_scheduler(scheduler: str) -> None:
+    """Check that there is a scheduler with workers."""
+    with _connected(scheduler):
+        pass
+
+
+@contextmanager
+def _connected(scheduler: str) -> Iterator[Any]:
+    """A client of the scheduler at an address, which has workers."""
+    try:
+        from distributed import Client
+        from distributed import TimeoutError as NotYet
+    except ImportError as error:
+        raise _no_dask(error, "--scheduler") from error
+    try:
+        client = Client(scheduler, timeout="20s")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--scheduler {scheduler} is no Dask scheduler that can be reached (such as tcp://host:8786): {error}.",
+            "Start one with `dask scheduler`, and workers with `dask worker ADDRESS`.",
+        ) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=30)
+        except NotYet as error:
+            raise UserError(
+                f"The scheduler at {scheduler} has no worker within 30 seconds.",
+                f"Start workers: dask worker {scheduler}",
+            ) from error
+        yield client
+
+
+@contextmanager
+def _own_workers(count: int) -> Iterator[Any]:
+    """A client of `count` processes on this machine, each with its share of the cores that this one may use."""
+    try:
+        import dask
+        from distributed import Client, LocalCluster
+    except ImportError as error:
+        raise _no_dask(error, "--workers") from error
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(cores // count, 1))
+    settings = {
+        # A task that kills this many workers fails.
+        "distributed.scheduler.allowed-failures": ATTEMPTS - 1,
+        # Set before torch is loaded.
+        "distributed.nanny.pre-spawn-environ": dict.fromkeys(
+            ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads
+        ),
+    }
+    with (
+        dask.config.set(settings),
+        # No memory limit of Dask's: the weights are mapped from files, and it would count them against a worker.
+        LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            dashboard_address=None,
+            memory_limit=0,
+            silence_logs=logging.CRITICAL,
+        ) as own,
+        Client(own) as client,
+    ):
+        yield client
+
+
+def _no_dask(error: ImportError, option: str) -> UserError:
+    instead = f"leave {option} out"
+    return missing_package("dask[distributed]", where=option, extra="search", instead=instead, error=error)

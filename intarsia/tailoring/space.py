@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from random import Random
 from typing import TYPE_CHECKING, Literal
@@ -29,26 +29,23 @@ Kind = Literal["cut", "fusion", "stack"]
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """All candidates of one search.
+    """All candidates of one search."""
 
-    Attributes:
-        depth: layers of the base; `target` those of the result. Fewer is a cut, as many fusion, more a stack.
-        shares: the first layer's shares in a join; none where layers are not joined.
-        scales: output scales of kept layers, ascending, 1 among them.
-        separate: attention and MLP of a layer may be blended differently.
-        groups: in a fusion, the number of groups of adjacent layers; None for one a layer.
-        layer_types: the attention type of each layer, where the family has several; only equal ones are joined.
-        possible: whether the base may consist of just some of its layers.
-    """
-
+    # Layers of the base, and of the result. Fewer is a cut, as many fusion, more a stack.
     depth: int
     target: int
     menu: Menu
+    # The first layer's shares in a join; none where layers are not joined.
     shares: tuple[float, ...] = ()
+    # Output scales of kept layers, ascending, 1 among them.
     scales: tuple[float, ...] = (1.0,)
+    # Whether attention and MLP of a layer may be blended differently.
     separate: bool = False
+    # In a fusion, the number of groups of adjacent layers; None for one a layer.
     groups: int | None = None
+    # The attention type of each layer, where the family has several; only equal ones are joined.
     layer_types: tuple[str, ...] | None = None
+    # Whether the base may consist of just some of its layers.
     possible: Callable[[Sequence[int]], bool] = field(default=lambda layers: True, compare=False)
 
     def __post_init__(self) -> None:
@@ -71,11 +68,11 @@ class Space:
         at = self.starts.index(position)
         return range(position, self.starts[at + 1] if at + 1 < len(self.starts) else self.depth)
 
-    # How many
-
     def size(self) -> int:
         """How many candidates there are, exactly."""
-        keeps = self.keeps()
+        # Ways to keep a layer, and to join it with the next one.
+        keeps = self.menu.count() ** (2 if self.separate else 1) * len(self.scales)
+        all_joins = len(self.menu.singles) ** 2 * len(self.shares)
         if self.kind == "fusion":
             return keeps ** len(self.starts)
         if self.kind == "stack":
@@ -83,7 +80,7 @@ class Space:
         # ways[n]: candidates over the layers so far that keep n of them, apart by whether the last one is kept.
         removed, kept = [1] + [0] * self.target, [0] * (self.target + 1)
         for layer in range(self.depth):
-            joins = self._joins(layer - 1) if layer else 0
+            joins = all_joins if layer and self.joinable(layer - 1) else 0
             # The choices of a kept layer are counted when its follower is known: only then may it be joined.
             closed = [removed[n] + kept[n] * keeps for n in range(self.target + 1)]
             removed, kept = (
@@ -97,13 +94,6 @@ class Space:
         """The size as a power of ten."""
         return math.log10(self.size())
 
-    def keeps(self) -> int:
-        """How many ways there are to keep a layer."""
-        return self.menu.count() ** (2 if self.separate else 1) * len(self.scales)
-
-    def _joins(self, layer: int) -> int:
-        return len(self.menu.singles) ** 2 * len(self.shares) if self.joinable(layer) else 0
-
     def joinable(self, layer: int) -> bool:
         """Whether a layer could be joined with the next one, if that is removed."""
         if not self.shares or self.kind != "cut" or layer + 1 >= self.depth:
@@ -113,8 +103,6 @@ class Space:
     def joined(self, layer: int, positions: Sequence[int]) -> bool:
         """Whether a layer may be joined with the next one in a candidate with these positions."""
         return self.joinable(layer) and layer + 1 not in positions
-
-    # Subsets and positions
 
     def changed(self, positions: Sequence[int]) -> tuple[int, ...]:
         """The removed layers, or in a stack those that occur twice."""
@@ -154,8 +142,6 @@ class Space:
             )
         return sorted(found)
 
-    # Candidates
-
     def plain(self, changed: Sequence[int] = ()) -> Candidate:
         """The base's own layers, without these, or with these twice."""
         positions = self.positions(self.removable(changed))
@@ -193,13 +179,18 @@ class Space:
         apart = choice.mlp is None or (self.separate and choice.mlp != choice.attention)
         return apart and choice.scale in self.scales and all(self.menu.has(blend) for blend in blends)
 
-    # Random ones
-
     def random(self, rng: Random) -> Candidate:
         """Layers drawn evenly; each is kept or, where that is possible, joined with equal chance."""
         changed = rng.sample(range(self.depth), self.changes)
         positions = self.positions(changed)
-        choices = {slot: self.random_choice(rng, self.joined(slot[0], positions)) for slot in slots(positions)}
+        choices: dict[Slot, Choice] = {}
+        for slot in slots(positions):
+            if self.joined(slot[0], positions) and rng.random() < 0.5:
+                first, second = rng.choice(self.menu.singles), rng.choice(self.menu.singles)
+                choices[slot] = Join(first=first, second=second, share=rng.choice(self.shares))
+            else:
+                mlp = self.menu.random(rng) if self.separate else None
+                choices[slot] = Keep(attention=self.menu.random(rng), mlp=mlp, scale=rng.choice(self.scales))
         return self.arrange(changed, choices)
 
     def random_middle(self, rng: Random) -> Candidate:
@@ -209,14 +200,6 @@ class Space:
         """
         spare = max(min(self.depth // 10, (self.depth - self.changes) // 2), 0)
         return self.plain(rng.sample(range(spare, self.depth - spare), self.changes))
-
-    def random_choice(self, rng: Random, joined: bool) -> Choice:
-        """What a layer could be."""
-        if joined and rng.random() < 0.5:
-            first, second = rng.choice(self.menu.singles), rng.choice(self.menu.singles)
-            return Join(first=first, second=second, share=rng.choice(self.shares))
-        mlp = self.menu.random(rng) if self.separate else None
-        return Keep(attention=self.menu.random(rng), mlp=mlp, scale=rng.choice(self.scales))
 
 
 _STEP, _FINE = 0.1, 0.05
@@ -256,20 +239,17 @@ def space_of(file: FamilyFile, architecture: Architecture, parameters: int | Non
 
     depth = architecture.n_layers
     target = target_layers(file, architecture, parameters)
-    found = [*_misfits(file, depth, target), *_joined(file, architecture)]
-    problems = Problems(Problem(f"Family file: {message}.", hint) for message, hint in found)
-    problems.raise_any()
+    found = _misfits(file, architecture, target)
+    Problems(Problem(f"Family file: {message}.", hint) for message, hint in found).raise_any()
     menu = Menu(
         members=tuple(file.members),
         select="select" in file.operations,
         methods=file.methods,
         grids={method: _grids(method, file) for method in file.methods},
     )
-    unused = [method for method in menu.methods if method not in menu.usable]
-    menu = replace(menu, methods=menu.usable)
-    if unused and not menu.methods:
+    if file.methods and not menu.methods:
         raise UserError(
-            f"Family file: no method of merge.methods ({', '.join(unused)}) takes {len(file.variants)} variants.",
+            f"Family file: no method of merge.methods ({', '.join(file.methods)}) takes {len(file.variants)} variants.",
             "Add variants, or choose other methods.",
         )
     space = Space(
@@ -302,17 +282,14 @@ def _grids(method: MergeMethod, file: FamilyFile) -> dict[str, tuple[float, ...]
     return found
 
 
-def _joined(file: FamilyFile, architecture: Architecture) -> Iterator[tuple[str, str]]:
-    """What needs more than whole layers, where these can only be removed; and a hint."""
-    asked = [name for name in file.operations if name not in ("remove", "select")]
-    asked += ["output_scale"] * (file.output_scale != (1.0, 1.0))
-    if asked and architecture.inspected is not None:
-        reason = f"layers of this model can only be removed: {architecture.inspected.reason}"
-        yield f"{', '.join(asked)}: {reason}", "Search with remove, and select where there are variants."
-
-
-def _misfits(file: FamilyFile, depth: int, target: int) -> Iterator[tuple[str, str]]:
+def _misfits(file: FamilyFile, architecture: Architecture, target: int) -> Iterator[tuple[str, str]]:
     """What does not fit together, and a hint."""
+    depth = architecture.n_layers
+    inner = [name for name in file.operations if name not in ("remove", "select")]
+    inner += ["output_scale"] * (file.output_scale != (1.0, 1.0))
+    if inner and architecture.inspected is not None:
+        reason = f"layers of this model can only be removed: {architecture.inspected.reason}"
+        yield f"{', '.join(inner)}: {reason}", "Search with remove, and select where there are variants."
     name = "layers" if file.target.layers is not None else "sparsity"
     asked = f"target.{name} is {getattr(file.target, name)}"
     if target < 1:

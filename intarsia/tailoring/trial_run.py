@@ -6,14 +6,9 @@ an adapter, are made when they are first needed and stay in a cache with a bound
 
 A layer's tensors are those of the built folder as it would be loaded: made from the files' tensors, rounded to the
 files' dtype, and then in the dtype that the model runs in. Hidden states after shared first layers are kept too, in a
-cache that evicts the least recently used; scores of examples are computed once.
+cache that evicts the least recently used.
 
-How far a candidate's next tokens are from the base's is measured with little kept of the base: of each position its
-`TOP` likeliest tokens, 8 bytes each, and the rest as one bucket. Keeping the base's hidden state instead would cost
-another product with the head a trial, as much time as several layers. The divergence over these outcomes is a lower
-bound of the full one, and 0 where the full one is.
-
-Shapes: B sequences, T tokens, D residual width, N positions, V vocabulary, K tokens kept.
+Shapes: B sequences, T tokens, D residual width, N positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +17,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -31,23 +26,28 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.activations.batches import side_by_side, workers_for
-from intarsia.activations.loss import Likeliest
 from intarsia.activations.stream import Entry, LayerStream
 from intarsia.building.layer import tensor_names
 from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.building.loading import set_parameter
-from intarsia.evaluation.likelihood import Batch, Rows, inputs_of, score_batch
+from intarsia.evaluation.likelihood import Rows, inputs_of
 from intarsia.recipe.ops import LayerRef, Op, Select
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.family import Family
-from intarsia.tailoring.history import TrialFailed
-from intarsia.tailoring.objective import Objective, Segment, segments
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 Fitted = Mapping[str, npt.NDArray[np.float32]]
 
 _PATHS = 4  # whose states fit at least
+
+
+class TrialFailed(Exception):
+    """A candidate that could not be scored: NaN, or not enough memory. Never to be taken for a bad score."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
 
 
 class ByteCache(Generic[K, V]):
@@ -82,9 +82,6 @@ class ByteCache(Generic[K, V]):
         self._held.clear()
         self.nbytes = 0
 
-    def __len__(self) -> int:
-        return len(self._held)
-
 
 def layer_key(op: Op, fitted: Fitted | None = None) -> str:
     """The same for two layers of the same tensors, run with the same arguments, within one family."""
@@ -105,18 +102,10 @@ def path_of(recipe: Recipe) -> tuple[str, ...]:
 
 
 class FamilyModel(LoadedModel):
-    """A family's base as a model, and layer modules for any op over the family.
-
-    Attributes:
-        base: its name.
-        made: how many modules were made so far.
-    """
+    """A family's base as a model, and layer modules for any op over the family; `made` counts those that were made."""
 
     def __init__(self, family: Family, *, device: torch.device, dtype: torch.dtype | None, memory_bytes: int) -> None:
-        """
-        Args:
-            memory_bytes: for modules that are made.
-        """
+        """Load the base, with so much memory for modules that are made."""
         self.base, *others = family.names
         checkpoints = family.checkpoints()
         beside = {name: checkpoints[name] for name in others}
@@ -125,11 +114,7 @@ class FamilyModel(LoadedModel):
         self._modules: ByteCache[str, nn.Module] = ByteCache(memory_bytes)
 
     def module(self, op: Op, fitted: Fitted | None = None) -> nn.Module:
-        """The layer that an op describes.
-
-        Args:
-            fitted: tensors that replace the op's own, by name inside the layer.
-        """
+        """The layer that an op describes; `fitted` tensors replace the op's own, by name inside the layer."""
         if isinstance(op, Select) and op.source.variant not in self.others and not fitted:
             return self.layers[op.source.layer]
         key = layer_key(op, fitted)
@@ -178,11 +163,7 @@ class Prefixes:
         self._stride = 1
 
     def start(self, path: Sequence[str], depth_bytes: int) -> None:
-        """Start on a path.
-
-        Args:
-            depth_bytes: hidden states of all its batches after one layer.
-        """
+        """Start on a path, with so many bytes of hidden states of all its batches after one layer."""
         self._path = tuple(path)
         self._stride = max(1, -(-len(path) * depth_bytes * _PATHS // max(self.states.limit, 1)))
 
@@ -207,13 +188,7 @@ class Prefixes:
 
 
 class Runner:
-    """Runs recipes on batches, one recipe after the other.
-
-    Attributes:
-        model: makes their layers.
-        prefixes: states after the first layers of earlier recipes.
-        work: layer-forwards times tokens so far.
-    """
+    """Runs recipes on batches, one recipe after the other; `work` counts layer-forwards times tokens."""
 
     def __init__(self, model: FamilyModel, *, prefix_bytes: int, entry_bytes: int) -> None:
         self.model = model
@@ -222,18 +197,15 @@ class Runner:
         self.work = 0
         self._entries: ByteCache[Hashable, Entry] = ByteCache(entry_bytes)
 
-    def logits(
-        self, recipe: Recipe, path: Sequence[str], batches: Sequence[tuple[Hashable, Rows]], *, tokens: int
-    ) -> Iterator[Tensor]:
+    def logits(self, recipe: Recipe, batches: Sequence[tuple[Hashable, Rows]], *, tokens: int) -> Iterator[Tensor]:
         """The `[N, V]` logits that each batch's rows want; on a CPU several batches are run side by side.
 
         Args:
-            path: of the recipe.
             batches: each with what identifies it.
             tokens: of all batches of the recipe, with padding.
         """
         model = self.model
-        self.prefixes.start(path, tokens * self.stream.state.size * model.model.dtype.itemsize)
+        self.prefixes.start(path_of(recipe), tokens * self.stream.state.size * model.model.dtype.itemsize)
         modules: dict[int, nn.Module] = {}
         sources = [op.sources[0].layer for op in recipe.layers]
 
@@ -290,121 +262,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(entry)
     elif hasattr(value, "kwargs"):
         yield from _tensors([*value.args, *value.kwargs.values()])
-
-
-_RESULT_BYTES = 32 * 1024 * 1024
-_RESULT_OVERHEAD = 400  # bytes of a small array with its key
-
-Values = npt.NDArray[np.float64]
-Unit = tuple[int, Segment]
-"""Examples that are run together: the number of their objective, and which of it."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Scored:
-    """Of one recipe at one budget."""
-
-    # Each example's score, by objective.
-    examples: tuple[Values, ...]
-    # Of an objective of questions whether each is answered rightly, else None.
-    right: tuple[Values | None, ...]
-    # Layer-forwards times tokens that were run for it; tokens of the budget.
-    work: int
-    tokens: int
-
-
-class Scorer:
-    """Scores recipes on the first examples of objectives."""
-
-    def __init__(
-        self,
-        runner: Runner,
-        objectives: Sequence[Objective],
-        *,
-        cuts: Sequence[int],
-        pack: bool,
-        batch_tokens: int,
-        uncut: Recipe,
-    ) -> None:
-        """Ready to score.
-
-        Args:
-            cuts: the budgets that are expected; examples between two of them are run together.
-            pack: whether the model takes rows of several continuations.
-            batch_tokens: rows times columns of a batch, at most.
-            uncut: the base as it is, from which divergences are taken.
-        """
-        self._runner, self._objectives, self._uncut = runner, tuple(objectives), uncut
-        self._cuts, self._pack, self._batch_tokens = tuple(cuts), pack, batch_tokens
-        self._batches: dict[Unit, tuple[Batch, ...]] = {}
-        self._base: dict[tuple[Unit, int], Likeliest] = {}
-        self._results: ByteCache[tuple[str, Unit], Values] = ByteCache(_RESULT_BYTES)
-
-    def clear(self) -> None:
-        """Drop all caches."""
-        self._batches.clear()
-        self._base.clear()
-        self._results.clear()
-
-    def score(self, recipe: Recipe, budget: int) -> Scored:
-        """The scores of every objective's examples within a budget."""
-        counts = [objective.count(budget) for objective in self._objectives]
-        units = [(number, segment) for number, count in enumerate(counts) for segment in segments(count, self._cuts)]
-        tokens = sum(batch.rows.ids_BT.numel() for unit in units for batch in self._of(unit))
-        unknown = [unit for unit in units if self._measures_kl(unit) and (unit, 0) not in self._base]
-        for name, _, logits_NV in self._logits(self._uncut, unknown, tokens):
-            self._base[name] = Likeliest.of(logits_NV)
-        work, key = self._runner.work, path_of(recipe)[-1]
-        known = {unit: self._results.get((key, unit)) for unit in units}
-        found = {unit: values_R for unit, values_R in known.items() if values_R is not None}
-        found |= self._values(recipe, [unit for unit in units if unit not in found], tokens)
-        for unit, values_R in found.items():
-            self._results.put((key, unit), values_R, values_R.nbytes + _RESULT_OVERHEAD)
-        both = [
-            (objective, np.concatenate([found[unit] for unit in units if unit[0] == number]))
-            for number, objective in enumerate(self._objectives)
-        ]
-        return Scored(
-            examples=tuple(objective.scores(values_R) for objective, values_R in both),
-            right=tuple(objective.right(values_R) for objective, values_R in both),
-            work=self._runner.work - work,
-            tokens=tokens,
-        )
-
-    def _of(self, unit: Unit) -> tuple[Batch, ...]:
-        """The batches of some examples."""
-        if unit not in self._batches:
-            objective = self._objectives[unit[0]]
-            self._batches[unit] = objective.batches(unit[1], pack=self._pack, batch_tokens=self._batch_tokens)
-        return self._batches[unit]
-
-    def _measures_kl(self, unit: Unit) -> bool:
-        return self._objectives[unit[0]].measure == "kl"
-
-    def _logits(
-        self, recipe: Recipe, units: Sequence[Unit], tokens: int
-    ) -> Iterator[tuple[tuple[Unit, int], Batch, Tensor]]:
-        """The logits of every batch, with its name."""
-        batches = [((unit, place), batch) for unit in units for place, batch in enumerate(self._of(unit))]
-        rows = [(name, batch.rows) for name, batch in batches]
-        found = self._runner.logits(recipe, path_of(recipe), rows, tokens=tokens)
-        for (name, batch), logits_NV in zip(batches, found, strict=True):
-            yield name, batch, logits_NV
-
-    def _values(self, recipe: Recipe, units: Sequence[Unit], tokens: int) -> dict[Unit, Values]:
-        """Of every request its log-likelihood, or its divergence from the base."""
-        sums = {}
-        for number, segment in units:
-            requests = sum(len(example.requests) for example in self._objectives[number].examples[slice(*segment)])
-            sums[number, segment] = torch.zeros(requests, dtype=torch.float64)
-        for name, batch, logits_NV in self._logits(recipe, units, tokens):
-            if self._measures_kl(name[0]):
-                value_N = self._base[name].divergence(logits_NV)
-                value_M = value_N[batch.position_M.to(value_N.device)]
-            else:
-                value_M, _ = score_batch(logits_NV, batch)
-            value_M = value_M.cpu().double()
-            if not bool(value_M.isfinite().all()):
-                raise TrialFailed(f"NaN or infinity in {self._objectives[name[0][0]].name}")
-            sums[name[0]].index_add_(0, batch.request_M, value_M)
-        return {unit: sums_R.numpy() for unit, sums_R in sums.items()}

@@ -1,8 +1,8 @@
 """What a search starts with: candidates that are known to be sensible, and what earlier searches have found.
 
 - `random-middle`: the base without layers drawn from its middle, 8 times.
-- a planner's ladder: its recipe at the target depth, as the nearest candidate; and the layers that it keeps, taken from
-  each other member whole, and from all variants merged by each method of the space.
+- a planner's ladder: the layers that its recipe at the target depth keeps, taken from each member whole, and from all
+  variants merged by each method of the space.
 - an earlier search: its front; where it was measured on the same examples of the same family, all its trials too, each
   at the budget that it had. They are taken into the log, never counted as trials of this search, and not made again.
 """
@@ -10,32 +10,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-import torch
 from pydantic import TypeAdapter
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from intarsia.architecture.spec import PARTS, Part
-from intarsia.building.loaded_model import LoadedModel
-from intarsia.checkpoint.reader import Checkpoint
-from intarsia.data.corpus import Corpus
-from intarsia.disk import damage_named, replaced, write_whole
-from intarsia.progress import current
-from intarsia.pruning.intermediate import Intermediate
-from intarsia.pruning.scores import part_scores
-from intarsia.recipe.ops import LayerRef, MergeMethod
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.disk import damage_named, write_whole
+from intarsia.recipe.ops import Concat, MergeMethod, Op
+from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Blend, Keep, Menu, single, slots
 from intarsia.tailoring.engine import Start
-from intarsia.tailoring.history import Front, Trial
+from intarsia.tailoring.recipes import Translator
+from intarsia.tailoring.run import Front, Trial
 from intarsia.tailoring.space import Space
-from intarsia.tailoring.translate import PieceScores, Translator
 
 _MIDDLES = 8
 
@@ -53,10 +43,11 @@ class WarmStart:
 
     @classmethod
     def joined(cls, parts: Sequence[WarmStart]) -> WarmStart:
-        """Several, each candidate and trial once."""
-        starts = {start.candidate: start for part in reversed(parts) for start in reversed(part.starts)}
-        earlier = {trial.key: trial for part in parts for trial in part.earlier}
-        return cls(starts=tuple(reversed(starts.values())), earlier=tuple(earlier.values()))
+        """Several, one after the other."""
+        return cls(
+            starts=tuple(start for part in parts for start in part.starts),
+            earlier=tuple(trial for part in parts for trial in part.earlier),
+        )
 
     @classmethod
     def load(cls, path: Path) -> WarmStart:
@@ -77,28 +68,34 @@ def random_middles(space: Space, seed: int) -> list[Start]:
     return [Start(candidate=candidate, origin="warm start: random-middle") for candidate in drawn]
 
 
-def from_recipe(recipe: Recipe, translator: Translator, name: str) -> list[Start]:
-    """What a planner's recipe means in the space: nothing, where its layers are those of no candidate."""
-    nearest = translator.nearest(recipe)
-    if nearest is None:
+def from_recipe(recipe: Recipe, space: Space, name: str) -> list[Start]:
+    """The layers that a planner's recipe keeps, of each member and of all variants merged by each method.
+
+    Nothing, where the space keeps another number of layers.
+    """
+    kept = [_layer(op) for op in recipe.layers]
+    removed = [layer for layer in range(space.depth) if layer not in kept]
+    if space.kind != "cut" or recipe.depth != space.depth or len(removed) != space.changes:
         return []
-    return list(_with_members(Start(candidate=nearest, origin=f"warm start: {name}"), translator.space, name))
+    removed = list(space.removable(removed))
+    places = slots(space.positions(removed))
+    everywhere = {"": single(space.menu.members[0])}
+    everywhere |= {f" on {member}": single(member) for member in space.menu.singles[1:]}
+    everywhere |= {f" merged by {method}": Keep(attention=blend) for method, blend in _merged(space.menu)}
+    return [
+        Start(candidate=space.arrange(removed, dict.fromkeys(places, choice)), origin=f"warm start: {name}{how}")
+        for how, choice in everywhere.items()
+    ]
 
 
-def _with_members(start: Start, space: Space, name: str) -> Iterator[Start]:
-    yield start
-    changed = space.changed(start.candidate.positions)
-    places = slots(space.positions(changed))
-    everywhere = {f"on {member}": single(member) for member in space.menu.singles[1:]}
-    everywhere |= {f"merged by {method}": Keep(attention=blend) for method, blend in _merged(space.menu)}
-    for how, choice in everywhere.items():
-        candidate = space.arrange(changed, dict.fromkeys(places, choice))
-        yield Start(candidate=candidate, origin=f"warm start: {name} {how}")
+def _layer(op: Op) -> int:
+    """The layer that an op takes most of."""
+    return (max(op.cuts, key=lambda cut: len(cut.channels)).source if isinstance(op, Concat) else op.sources[0]).layer
 
 
 def _merged(menu: Menu) -> Iterator[tuple[MergeMethod, Blend]]:
     """All variants merged in the usual way of each method; with the base, where a method takes no fewer members."""
-    for method in menu.usable:
+    for method in menu.methods:
         variants = menu.nearest(menu.members[1:], method, {})
         blend = variants if variants.method == method else menu.nearest(menu.members, method, {})
         if blend.method == method:
@@ -131,49 +128,3 @@ def from_search(
         starts=tuple(Start(candidate=candidate, origin=f"warm start: {name}") for candidate in starts),
         earlier=tuple(reused),
     )
-
-
-Scores = dict[LayerRef, dict[Part, Tensor]]
-
-
-def measure(
-    members: Mapping[str, Checkpoint], corpus: Corpus, *, device: torch.device, dtype: torch.dtype | None
-) -> Scores:
-    """The scores of every layer of every member; one model is in memory at a time."""
-    found: Scores = {}
-    with current().task("measuring the members", len(members)) as task:
-        for name, checkpoint in members.items():
-            task.note(name)
-            resident = LoadedModel(checkpoint, device=device, dtype=dtype)
-            whole = identity(Variant(name=name, model=checkpoint.model), checkpoint.architecture.n_layers)
-            model = Intermediate(resident, corpus, whole.layers)
-            try:
-                model.measure()
-                for layer, (measured, module) in enumerate(zip(model.measures, model.modules, strict=True)):
-                    found[LayerRef(variant=name, layer=layer)] = {
-                        part: part_scores(measured.channels[part], module, model.architecture, part).cpu()
-                        for part in PARTS
-                    }
-            finally:
-                model.close()
-            task.advance()
-    return found
-
-
-def save(scores: PieceScores, path: Path) -> None:
-    """Write scores to a file that is there whole or not at all."""
-    tensors = {
-        f"{ref.variant}:{ref.layer}:{part}": tensor for ref, parts in scores.items() for part, tensor in parts.items()
-    }
-    with replaced(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-
-
-def load(path: Path) -> Scores:
-    """The scores in a file of `save`."""
-    found: Scores = {}
-    for name, tensor in load_file(path).items():
-        variant, layer, part = name.rsplit(":", 2)
-        scores = found.setdefault(LayerRef(variant=variant, layer=int(layer)), {})
-        scores[next(known for known in PARTS if known == part)] = tensor
-    return found

@@ -12,7 +12,7 @@ from intarsia.recipe import schema
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans, identity
 from intarsia.tailoring.candidate import Candidate, single
-from intarsia.tailoring.history import History, Trial
+from intarsia.tailoring.run import History, Trial
 from tests.pruning.by_hand import ladder_in
 
 INFLUENCE = [0.9, 0.05, 0.02, 0.03, 0.06, 0.3]

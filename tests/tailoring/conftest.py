@@ -19,8 +19,8 @@ from intarsia.recipe.recipe import Variant
 from intarsia.tailoring.candidate import Menu
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import MemberSpec
+from intarsia.tailoring.recipes import PieceScores, Translator
 from intarsia.tailoring.space import Space
-from intarsia.tailoring.translate import PieceScores, Translator
 from tests import families
 
 MEMBERS = ("base", "math", "code")

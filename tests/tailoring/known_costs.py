@@ -11,8 +11,9 @@ from pathlib import Path
 
 from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
-from intarsia.tailoring.history import Outcome, TrialFailed
-from intarsia.tailoring.workers import Place
+from intarsia.tailoring.evaluator import Outcome
+from intarsia.tailoring.search import Evaluate
+from intarsia.tailoring.trial_run import TrialFailed
 
 OBJECTIVES = ("early", "late")
 
@@ -56,16 +57,13 @@ class Known:
         costs = tuple(cost + wobble for cost in true_costs(recipe))
         return Outcome(costs=costs, examples=(budget, budget), layer_forwards=float(len(recipe.layers)), seconds=0.01)
 
-    def close(self) -> None:
-        """Nothing is held."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class OpenKnown:
     """Opens a scorer in a worker."""
 
-    def __call__(self, place: Place) -> Known:
-        return Known()
+    def __call__(self, worker: str) -> Evaluate:
+        return Known().evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +74,10 @@ class OpenDeadly:
     mark: Path
     always: bool = False
 
-    def __call__(self, place: Place) -> Known:
+    def __call__(self, worker: str) -> Evaluate:
         def dies(recipe: Recipe, budget: int) -> None:
             if content_hash(recipe) == self.recipe and (self.always or not self.mark.exists()):
                 self.mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        return Known(fails=dies)
+        return Known(fails=dies).evaluate

@@ -15,11 +15,10 @@ from intarsia.recipe.schema import content_hash
 from intarsia.registry import engines
 from intarsia.tailoring.candidate import Candidate, single
 from intarsia.tailoring.engine import Engine, Stage, Staged, Start, Task, budget_ladder, expected_trials
-from intarsia.tailoring.history import History
-from intarsia.tailoring.search import Goal, search
+from intarsia.tailoring.recipes import Translator
+from intarsia.tailoring.run import History
+from intarsia.tailoring.search import InProcess, Search
 from intarsia.tailoring.space import Space
-from intarsia.tailoring.translate import Translator
-from intarsia.tailoring.workers import InProcess
 from tests.tailoring.conftest import make_translator
 from tests.tailoring.known_costs import OBJECTIVES, Known, noise, true_costs
 
@@ -38,8 +37,17 @@ def made(
 
 def run(engine: Engine, translator: Translator, path: Path, trials: int, scorer: Known | None = None) -> History:
     history = History(path)
-    goal = Goal(trials=trials, objectives=OBJECTIVES, max_budget=BUDGETS[-1], seed=0, engine="x")
-    search(engine, history, InProcess(scorer or Known()), goal, recipe_of=translator.recipe)
+    task = Task(space=translator.space, budgets=BUDGETS, objectives=OBJECTIVES)
+    workers = InProcess((scorer or Known()).evaluate)
+    Search(
+        engine=engine,
+        task=task,
+        history=history,
+        workers=workers,
+        trials=trials,
+        name="x",
+        recipe_of=translator.recipe,
+    ).run()
     return history
 
 
@@ -247,8 +255,17 @@ def test_a_space_that_is_exhausted(tmp_path: Path) -> None:
         space=space, architecture=translator.architecture, variants=translator.variants[:1], scores=translator.scores
     )
     history = History(tmp_path / "log")
-    goal = Goal(trials=50, objectives=OBJECTIVES, max_budget=36, seed=0, engine="evolve")
-    stopped = search(made("evolve", space), history, InProcess(Known()), goal, recipe_of=small.recipe)
+    task = Task(space=space, budgets=BUDGETS, objectives=OBJECTIVES)
+    engine, workers = made("evolve", space), InProcess(Known().evaluate)
+    stopped = Search(
+        engine=engine,
+        task=task,
+        history=history,
+        workers=workers,
+        trials=50,
+        name="evolve",
+        recipe_of=small.recipe,
+    ).run()
     assert stopped is not None
     assert len(history) == 18
     assert len({trial.key for trial in history}) == 18

@@ -23,14 +23,15 @@ from intarsia.errors import UserError
 from intarsia.evaluation.likelihood import default_batch_tokens, score_requests
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.options import Runtime
+from intarsia.recipe import schema
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
 from intarsia.recipe.recipe import Recipe, Variant, derive_spans
-from intarsia.tailoring.evaluator import Evaluator, open_evaluator
+from intarsia.tailoring.evaluator import Evaluator, Outcome, open_evaluator
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile, MemberSpec, ObjectiveSpec, SearchSpec, TargetSpec
-from intarsia.tailoring.history import Outcome, TrialFailed
 from intarsia.tailoring.objective import Objective
+from intarsia.tailoring.trial_run import TrialFailed
 from tests import families
 from tests.closed_form_fits import fit_on
 
@@ -219,7 +220,7 @@ def test_a_larger_budget_contains_the_smaller(pair: Pair, objectives: Sequence[O
     evaluator = opened(members, objectives[1:2], least=4)
     made = recipe(members, select(0), select(2), select(5))
     few = evaluator.evaluate(made, 4).costs[0]
-    all_of_them = evaluator._scorer.score(made, BUDGET).examples[0]
+    all_of_them = evaluator.scores(made, BUDGET)[0]
     assert few == pytest.approx(float(np.mean(all_of_them[:4])), rel=1e-12)
     assert evaluator.most == 20
     assert evaluator.evaluate(made, 20).examples == (20,)
@@ -257,6 +258,41 @@ def test_healed(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
         assert all(np.array_equal(tensors[name], fitted.fitted[index][name]) for name in tensors)
     merged_too = evaluator.heal(recipe(members, select(0), select(1, "math"), merged(3), select(5)))
     assert set(merged_too.fitted) <= {1, 2, 3} and merged_too.fitted
+
+
+def test_a_fit_is_found_again(pair: Pair, objectives: Sequence[ObjectiveSpec], tmp_path: Path) -> None:
+    """While the folder for fits is there; where it is damaged, or the disk is full, the recipe is fitted again."""
+    members = pair("llama")
+    made = recipe(members, select(0), select(1), select(3), select(5))
+    fits = tmp_path / "fits"
+    evaluator = opened(members, objectives[2:4], heal="finalists", most=30, probe=False, fits=fits)
+    healed = evaluator.heal(made)
+    assert not fits.exists()
+    fits.mkdir()
+    first = schema.content_hash(healed)
+    assert schema.content_hash(evaluator.heal(made)) == first
+    file, side = fits / f"{schema.content_hash(made)}.yaml", fits / f"{schema.content_hash(made)}.safetensors"
+    assert {*fits.iterdir()} == {file, side}
+    # What is found is what is there.
+    index, name = next((index, name) for index, tensors in healed.fitted.items() for name in tensors)
+    other = {index: {name: np.zeros_like(healed.fitted[index][name])}}
+    schema.save(replace(made, fitted=other), file)
+    assert not evaluator.heal(made).fitted[index][name].any()
+    side.write_bytes(side.read_bytes()[:100])
+    assert schema.content_hash(evaluator.heal(made)) == first == schema.content_hash(evaluator.heal(made))
+
+
+def test_no_room_for_a_fit(
+    pair: Pair, objectives: Sequence[ObjectiveSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise UserError("A full disk.")
+
+    monkeypatch.setattr(schema, "write_tensors", full)
+    members = pair("llama")
+    evaluator = opened(members, objectives[2:4], heal="finalists", most=30, probe=False, fits=tmp_path)
+    assert evaluator.heal(recipe(members, select(0), select(1), select(3), select(5))).fitted
+    assert not list(tmp_path.iterdir())
 
 
 def test_healed_towards_the_same_blend_uncut(trio: Family, objectives: Sequence[ObjectiveSpec]) -> None:
@@ -381,8 +417,9 @@ def test_an_objective_whose_every_answer_is_the_same(
     pair: Pair, objectives: Sequence[ObjectiveSpec], tmp_path: Path
 ) -> None:
     members = pair("llama")
-    scores = opened(members, objectives[:1])._scorer.score(opened(members, objectives[:1]).uncut, 20).examples[0]
-    order = objective_of(opened(members, objectives[:1]), "right").examples
+    evaluator = opened(members, objectives[:1])
+    scores = evaluator.scores(evaluator.uncut, 20)[0]
+    order = objective_of(evaluator, "right").examples
     wrong = {example.requests for example, score in zip(order, scores, strict=True) if score}
     lines = Path(objectives[0].source).read_text().splitlines()
     file = tmp_path / "hard.jsonl"

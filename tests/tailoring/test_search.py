@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,16 +9,25 @@ import pytest
 
 from intarsia.errors import UserError
 from intarsia.recipe.methods import METHODS as KINDS
-from intarsia.recipe.ops import LayerRef, Merge
+from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge
 from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Blend, Keep
 from intarsia.tailoring.engine import Start, Task
 from intarsia.tailoring.engines.random import RandomSearch
-from intarsia.tailoring.history import EARLIER, Front, History, Outcome, leading
-from intarsia.tailoring.search import Goal, search, words
+from intarsia.tailoring.evaluator import Outcome
+from intarsia.tailoring.run import EARLIER, Front, History
+from intarsia.tailoring.search import (
+    InProcess,
+    OnDask,
+    Opener,
+    Search,
+    Workers,
+    check_scheduler,
+    dask_workers,
+    words,
+)
 from intarsia.tailoring.warm_start import WarmStart, from_recipe, from_search, random_middles
-from intarsia.tailoring.workers import Done, InProcess, OnDask, Opener, Workers, check_scheduler, dask_workers
 from tests.tailoring.conftest import METHODS, make_translator
 from tests.tailoring.known_costs import OBJECTIVES, Known, OpenDeadly, OpenKnown
 
@@ -34,21 +42,22 @@ def run(
     starts: tuple[Start, ...] = (),
     earlier: WarmStart | None = None,
     fronts: list[Front] | None = None,
-    on_trial: Callable[[Set[str]], None] = lambda wanted: None,
     seed: int = 0,
 ) -> History:
     translator = make_translator()
     history = History(path)
-    search(
-        RandomSearch(Task(space=translator.space, budgets=BUDGETS, objectives=OBJECTIVES, seed=seed, starts=starts)),
-        history,
-        workers,
-        Goal(trials=trials, objectives=OBJECTIVES, max_budget=36, seed=seed, engine="random"),
+    history.take_over(() if earlier is None else earlier.earlier)
+    task = Task(space=translator.space, budgets=BUDGETS, objectives=OBJECTIVES, seed=seed, starts=starts)
+    Search(
+        engine=RandomSearch(task),
+        task=task,
+        history=history,
+        workers=workers,
+        trials=trials,
+        name="random",
         recipe_of=translator.recipe,
-        earlier=() if earlier is None else earlier.earlier,
         on_front=lambda front: fronts.append(front) if fronts is not None else None,
-        on_trial=on_trial,
-    )
+    ).run()
     return history
 
 
@@ -61,7 +70,7 @@ def test_a_trial_that_fails_once(tmp_path: Path) -> None:
         seen.add(sha256)
         return "not now" if first else None
 
-    history = run(tmp_path / "log", InProcess(Known(fails=fails)), trials=3)
+    history = run(tmp_path / "log", InProcess(Known(fails=fails).evaluate), trials=3)
     assert [(trial.status, trial.attempts) for trial in history] == [("ok", 2)] * 3
 
 
@@ -69,7 +78,7 @@ def test_a_trial_that_fails_twice_is_no_score(tmp_path: Path) -> None:
     count = iter(range(1000))
     fronts: list[Front] = []
     scorer = Known(fails=lambda recipe, budget: "NaN in early" if next(count) in (4, 5) else None)
-    history = run(tmp_path / "log", InProcess(scorer), trials=12, fronts=fronts)
+    history = run(tmp_path / "log", InProcess(scorer.evaluate), trials=12, fronts=fronts)
     failed = [trial for trial in history if trial.status == "failed"]
     assert [(trial.number, trial.costs, trial.reason, trial.attempts) for trial in failed] == [
         (4, None, "NaN in early", 2)
@@ -85,78 +94,44 @@ def test_an_error_of_a_library_is_a_failed_trial(tmp_path: Path) -> None:
                 raise RuntimeError("CUDA error:\n  an illegal memory access")
             return super().evaluate(recipe, budget)
 
-    history = run(tmp_path / "log", InProcess(Breaks()), trials=6)
+    history = run(tmp_path / "log", InProcess(Breaks().evaluate), trials=6)
     assert history.trials[2].reason == "RuntimeError: CUDA error: an illegal memory access"
     assert [trial.status for trial in history].count("failed") == 1
 
 
 def test_where_all_fail_the_search_stops(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        run(tmp_path / "log", InProcess(Known(fails=lambda recipe, budget: "NaN in late")))
+        run(tmp_path / "log", InProcess(Known(fails=lambda recipe, budget: "NaN in late").evaluate))
     assert "all failed: NaN in late" in str(caught.value)
     assert len(History(tmp_path / "log")) == 5
     with pytest.raises(UserError):  # and it stays stopped
-        run(tmp_path / "log", InProcess(Known()))
+        run(tmp_path / "log", InProcess(Known().evaluate))
     assert len(History(tmp_path / "log")) == 5
 
 
 def test_nothing_is_scored_twice(tmp_path: Path) -> None:
     scorer = Known()
     start = Start(candidate=make_translator().space.plain((0, 1)), origin="x")
-    history = run(tmp_path / "log", InProcess(scorer), trials=40, starts=(start, start))
+    history = run(tmp_path / "log", InProcess(scorer.evaluate), trials=40, starts=(start, start))
     assert len(set(scorer.scored)) == len(scorer.scored) == len(history) == 40
 
 
 def test_fronts_are_reported_as_they_change(tmp_path: Path) -> None:
     fronts: list[Front] = []
-    history = run(tmp_path / "log", InProcess(Known()), trials=30, fronts=fronts)
+    history = run(tmp_path / "log", InProcess(Known().evaluate), trials=30, fronts=fronts)
     assert fronts[0].points == (history.trials[0],)
     newest = [max(point.number for point in front.points) for front in fronts]
     assert newest == sorted(set(newest))
     assert fronts[-1].budget == 36 and fronts[-1].top
 
 
-class TwoAtOnce:
-    """Two free workers, whose trials come back in order."""
-
-    count = 2
-
-    def __init__(self, scorer: Known) -> None:
-        self._scorer = scorer
-        self.under_way: list[tuple[str, InProcess]] = []
-
-    def submit(self, number: int, recipe: Recipe, budget: int) -> None:
-        hand = InProcess(self._scorer)
-        hand.submit(number, recipe, budget)
-        self.under_way.append((content_hash(recipe), hand))
-
-    def next(self) -> Done:
-        return self.under_way.pop(0)[1].next()
-
-
-def test_what_may_be_wanted_again_is_reported_after_every_trial(tmp_path: Path) -> None:
-    hands, heard = TwoAtOnce(Known()), 0
-
-    def check(wanted: Set[str]) -> None:
-        nonlocal heard
-        heard += 1
-        trials = History(tmp_path / "log").trials
-        assert wanted == leading(trials) | {recipe for recipe, _ in hands.under_way}
-        assert len(hands.under_way) == (1 if heard < 30 else 0)
-
-    run(tmp_path / "log", hands, trials=30, on_trial=check)
-    assert heard == 30
-
-
 def test_words(tmp_path: Path) -> None:
     assert words((), None) == "no score yet"
     fronts: list[Front] = []
-    history = run(tmp_path / "log", InProcess(Known()), trials=1, fronts=fronts)
+    history = run(tmp_path / "log", InProcess(Known().evaluate), trials=1, fronts=fronts)
     costs = history.trials[0].costs
     assert costs is not None
-    assert words(history.trials, fronts[0], 12.345) == (
-        f"best early {costs[0]:.4g}, late {costs[1]:.4g}; front 1 at budget 4; 12.3 trials/min"
-    )
+    assert words(history.trials, fronts[0]) == f"best early {costs[0]:.4g}, late {costs[1]:.4g}; front 1 at budget 4"
 
 
 # Warm start
@@ -164,14 +139,14 @@ def test_words(tmp_path: Path) -> None:
 
 def test_earlier_trials_are_heard_and_kept(tmp_path: Path) -> None:
     translator = make_translator()
-    old = run(tmp_path / "old", InProcess(Known()), trials=11)
+    old = run(tmp_path / "old", InProcess(Known().evaluate), trials=11)
     found = from_search(old.trials, None, translator, "old", same=True)
     assert [trial.recipe for trial in found.earlier] == [trial.recipe for trial in old]
     foreign = replace(old.trials[0], recipe="0" * 64)
     assert from_search([foreign], None, translator, "old", same=True).earlier == ()
     assert from_search(old.trials, None, translator, "old", same=False).earlier == ()
     scorer = Known()
-    new = run(tmp_path / "new", InProcess(scorer), trials=6, earlier=found)
+    new = run(tmp_path / "new", InProcess(scorer.evaluate), trials=6, earlier=found)
     assert [trial.engine for trial in new] == [EARLIER] * 11 + ["random"] * 6
     assert not {trial.key for trial in old} & set(scorer.scored)
     # Nine at the least budget and two at the next: a third one is to go on, for what was heard counts as what was made.
@@ -180,7 +155,7 @@ def test_earlier_trials_are_heard_and_kept(tmp_path: Path) -> None:
 
 def test_warm_starts_come_back(tmp_path: Path) -> None:
     translator = make_translator()
-    old = run(tmp_path / "old", InProcess(Known()), trials=3)
+    old = run(tmp_path / "old", InProcess(Known().evaluate), trials=3)
     whole = WarmStart(starts=tuple(random_middles(translator.space, 0)), earlier=old.trials)
     whole.save(tmp_path / "warm.json")
     assert WarmStart.load(tmp_path / "warm.json") == whole
@@ -193,7 +168,7 @@ def test_a_ladder_as_a_start() -> None:
     translator = make_translator()
     space = translator.space
     plain = space.plain((1, 4))
-    starts = from_recipe(translator.recipe(plain), translator, "sleb")
+    starts = from_recipe(translator.recipe(plain), space, "sleb")
     assert starts[0] == Start(candidate=plain, origin="warm start: sleb")
     origins = ["on math", "on code", *(f"merged by {method}" for method in METHODS)]
     assert [start.origin for start in starts[1:]] == [f"warm start: sleb {how}" for how in origins]
@@ -209,8 +184,18 @@ def test_a_ladder_as_a_start() -> None:
     assert merged["linear"][0].weights == (0.5, 0.5)
     assert merged["task_arithmetic"][0].weights == (1.0, 1.0)
     assert merged["ties"][0].params == {"density": 0.6, "lambda": 1.0}
-    other = make_translator(target=8)
-    assert from_recipe(translator.recipe(plain), other, "sleb") == []
+    assert from_recipe(translator.recipe(plain), make_translator(target=8).space, "sleb") == []
+    # Joined layers stand where most of them is from; fitted tensors do not count.
+    pieces = {"kv_groups": (0,), "weights": {"attention": 0.5, "mlp": 0.5}}
+    cuts = tuple(
+        Cut(source=LayerRef(variant="base", layer=at), channels=tuple(range(n)), **pieces)  # type: ignore[arg-type]
+        for at, n in ((1, 8), (2, 12))
+    )
+    joined = translator.recipe(plain)
+    joined = replace(joined, layers=(joined.layers[0], Concat(cuts=cuts), *joined.layers[2:]), fitted={0: {}})
+    assert from_recipe(joined, space, "come") == [
+        Start(candidate=start.candidate, origin=start.origin.replace("sleb", "come")) for start in starts
+    ]
 
 
 def test_where_a_method_takes_more_members_the_base_is_merged_too() -> None:
@@ -221,7 +206,7 @@ def test_where_a_method_takes_more_members_the_base_is_merged_too() -> None:
     )
     space = replace(translator.space, menu=menu)
     plain = space.plain((1, 4))
-    starts = from_recipe(translator.recipe(plain), replace(translator, space=space), "sleb")
+    starts = from_recipe(translator.recipe(plain), space, "sleb")
     # All of one difference would be the variant itself, and model stock needs two.
     assert [start.origin for start in starts] == [
         "warm start: sleb",
@@ -248,7 +233,7 @@ def test_two_workers(tmp_path: Path) -> None:
     with dask_workers(OpenKnown(), scheduler=None, count=2) as workers:
         assert workers.count == 2
         many = run(tmp_path / "many", workers, trials=30, starts=starts)
-    one = run(tmp_path / "one", InProcess(Known()), trials=30, starts=starts)
+    one = run(tmp_path / "one", InProcess(Known().evaluate), trials=30, starts=starts)
     assert len(many) == 30
     assert {trial.worker for trial in many} == {"0", "1"}
     assert [trial.number for trial in many] == list(range(30))
@@ -256,7 +241,7 @@ def test_two_workers(tmp_path: Path) -> None:
     both = [trial for trial in many if trial.key in known]
     assert len(both) >= len(starts) == 6
     assert all(trial.costs == known[trial.key] for trial in both)
-    again = run(tmp_path / "many", InProcess(Known()), trials=34, starts=starts)
+    again = run(tmp_path / "many", InProcess(Known().evaluate), trials=34, starts=starts)
     assert len({trial.key for trial in again}) == 34
 
 

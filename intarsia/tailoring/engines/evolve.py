@@ -9,8 +9,7 @@ from random import Random
 from intarsia.errors import check
 from intarsia.registry import engine
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, beside, single, slots
-from intarsia.tailoring.engine import Stage, Staged, Task, ranked
-from intarsia.tailoring.history import draw_weights
+from intarsia.tailoring.engine import Stage, Staged, Task, draw_weights, ranked
 from intarsia.tailoring.space import Space
 
 

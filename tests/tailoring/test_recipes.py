@@ -1,10 +1,9 @@
-"""Every candidate is one valid recipe, and that recipe is this candidate."""
+"""Every candidate is one valid recipe, and another one than that of any other candidate."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,15 @@ from intarsia.data_file import parse_yaml
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.scores import part_scores
 from intarsia.recipe import schema
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.ops import Concat, LayerRef, Merge, Mix, Op, Select
+from intarsia.recipe.recipe import Variant, identity
 from intarsia.recipe.schema import content_hash, parse_recipe
 from intarsia.recipe.validate import check
-from intarsia.tailoring import warm_start
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
 from intarsia.tailoring.engines.evolve import mutate
 from intarsia.tailoring.engines.smac import ConfigurationMap
 from intarsia.tailoring.family import Family
-from intarsia.tailoring.translate import Translator
+from intarsia.tailoring.recipes import Translator, load_scores, measure_scores, save_scores
 from tests.pruning.conftest import corpus_of
 from tests.tailoring.conftest import MEMBERS, make_translator
 
@@ -129,7 +127,7 @@ def test_a_join_takes_the_most_sensitive_pieces() -> None:
     assert first.weights == {"attention": 1.0, "mlp": 0.8}
 
 
-def test_recipes_are_valid_and_lead_back(translator: Translator) -> None:
+def test_recipes_are_valid_and_each_is_of_one_candidate(translator: Translator) -> None:
     space = translator.space
     rng = random.Random(0)
     architectures = dict.fromkeys(MEMBERS, translator.architecture)
@@ -139,7 +137,6 @@ def test_recipes_are_valid_and_lead_back(translator: Translator) -> None:
         recipe = translator.recipe(candidate)
         check(recipe, {variant.name: architectures[variant.name] for variant in recipe.variants})
         assert len(recipe.layers) == space.target
-        assert translator.nearest(recipe) == candidate
         assert seen.setdefault(content_hash(recipe), candidate) == candidate
         text, tensors = schema.to_yaml_text(recipe)
         back = parse_recipe(parse_yaml(text), tensors, where="recipe")
@@ -153,58 +150,6 @@ def test_what_is_a_step_away_is_another_model(translator: Translator) -> None:
     hashes = {content_hash(translator.recipe(other)) for other in others}
     assert len(hashes) == len(others) > 30
     assert content_hash(translator.recipe(candidate)) not in hashes
-
-
-def test_names_do_not_count_but_hashes_do() -> None:
-    """A planner's ladder calls the base `base`, with the hash of its weights; another model of that name is another."""
-    found = make_translator()
-    variant = Variant(name="original", model="elsewhere", sha256="b" * 64)
-    layers = tuple(Select(source=ref("original", layer)) for layer in (0, 2, 3, 5))
-    ladder = Recipe(
-        variants=(variant,), base="original", depth=6, layers=layers, spans=((0, 2), (2, 3), (3, 5), (5, 6))
-    )
-    assert found.nearest(ladder) == found.space.plain((1, 4))
-    assert content_hash(found.recipe(found.space.plain((1, 4)))) == content_hash(ladder)
-    stranger = replace(ladder, variants=(replace(variant, sha256="x" * 64),))
-    # Which layers it keeps is a place to begin all the same.
-    assert found.nearest(stranger) == found.space.plain((1, 4))
-
-
-def cut(layer: int, groups: Mapping[str, object]) -> Cut:
-    return Cut(source=ref("base", layer), **groups)  # type: ignore[arg-type]
-
-
-def test_a_foreign_join_has_a_nearest_candidate() -> None:
-    found = make_translator()
-    pieces = [
-        {"kv_groups": (0, 1), "channels": tuple(range(11)), "weights": {"attention": 0.6, "mlp": 0.6}},
-        {"kv_groups": (2,), "channels": tuple(range(9)), "weights": {"attention": 0.4, "mlp": 0.4}},
-    ]
-    join = Concat(cuts=(cut(2, pieces[0]), cut(3, pieces[1])))
-    layers: tuple[Op, ...] = (join, *(Select(source=ref("base", layer)) for layer in (4, 5)))
-    start = Select(source=ref("base", 0))
-    recipe = Recipe(
-        variants=found.variants[:1],
-        base="base",
-        depth=6,
-        layers=(start, *layers),
-        spans=((0, 2), (2, 4), (4, 5), (5, 6)),
-    )
-    nearest = found.nearest(recipe)
-    assert nearest is not None
-    assert nearest == found.space.arrange((1, 3), {(2, 0): Join(first="base", second="base", share=0.5)})
-    assert content_hash(found.recipe(nearest)) != content_hash(recipe)
-    assert found.nearest(replace(recipe, layers=recipe.layers[:3])) is None  # another depth
-    assert found.nearest(replace(recipe, layers=(layers[0], start, *layers[1:]))) is None  # another order
-
-
-def test_fitted_tensors_do_not_count() -> None:
-    found = make_translator()
-    recipe = found.recipe(found.space.plain((1, 2)))
-    import numpy as np
-
-    healed = replace(recipe, fitted={0: {"mlp.down_proj.weight": np.zeros((48, 20), dtype=np.float32)}})
-    assert found.nearest(healed) == found.space.plain((1, 2))
 
 
 def test_configurations(translator: Translator) -> None:
@@ -259,7 +204,7 @@ CPU = torch.device("cpu")
 
 def test_what_is_measured_is_what_a_plan_measures(pair: Callable[[str], Family], tmp_path: Path) -> None:
     members, corpus = pair("qwen2").checkpoints(), corpus_of(padded=True)
-    found = warm_start.measure(members, corpus, device=CPU, dtype=None)
+    found = measure_scores(members, corpus, device=CPU, dtype=None)
     assert {str(ref) for ref in found} == {f"{name}:{layer}" for name in ("base", "math") for layer in range(6)}
     whole = identity(Variant(name="base", model="x"), 6)
     model = Intermediate(LoadedModel(members["base"], device=CPU), corpus, whole.layers)
@@ -267,7 +212,7 @@ def test_what_is_measured_is_what_a_plan_measures(pair: Callable[[str], Family],
     expected = part_scores(model.measures[2].channels["mlp"], model.modules[2], model.architecture, "mlp")
     torch.testing.assert_close(found[LayerRef(variant="base", layer=2)]["mlp"], expected, rtol=1e-5, atol=0.0)
     path = tmp_path / "scores.safetensors"
-    warm_start.save(found, path)
-    loaded = warm_start.load(path)
+    save_scores(found, path)
+    loaded = load_scores(path)
     assert found.keys() == loaded.keys()
     assert all(torch.equal(found[ref][part], loaded[ref][part]) for ref in found for part in found[ref])
