@@ -162,8 +162,8 @@ def function(name: str) -> Callable[..., Any]:
 
 def _overview(group: str, console: Console) -> None:
     """What there is, a verb a line."""
-    doc = "Make language models shallower, and keep what the removed layers knew."
-    console.print(f"Usage: intarsia {group or 'VERB'} ...\n\n{doc}\n", highlight=False, markup=False)
+    about = "Make language models shallower, and keep what the removed layers knew."
+    console.print(f"Usage: intarsia {group or 'VERB'} ...\n\n{about}\n", highlight=False, markup=False)
     table = Table(show_header=False, show_edge=False, box=None, pad_edge=False)
     for name in VERBS:
         if not group or name.startswith(f"{group} "):

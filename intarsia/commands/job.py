@@ -170,11 +170,7 @@ class Job:
 
     @cached_property
     def text(self) -> TextParts:
-        """The calibration text, with what is held out of it.
-
-        Raises:
-            UserError: there are more sources than sequences, or a streamed model would have to write it.
-        """
+        """The calibration text, with what is held out of it."""
         key = self.sha256 if check_streamed_text(self.spec, self.runtime, option="--calibration") else None
         return draw(self.spec, self.tokenizer, writer=lambda: self.resident.model, writer_key=key)
 
@@ -262,11 +258,7 @@ def target_depth(target: Target, architecture: Architecture, parameters: int) ->
 
 
 def settings_of(run: RunDir, job: Job) -> dict[str, Any]:
-    """What of a model and of its text decides a result; `Runtime` does not.
-
-    Raises:
-        UserError: the model or the calibration text cannot be used.
-    """
+    """What of a model and of its text decides a result; `Runtime` does not."""
     _ = job.tokenizer  # one that cannot be read is found out before the weights are hashed
     return {
         # Absolute: however the folder is spelled, and wherever the command runs, it is the same model.

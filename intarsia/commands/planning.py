@@ -170,11 +170,7 @@ class Planning:
         return (*finalists, *starts_of(recipe, found["blocks"], architecture))
 
     def work(self, ladder: Ladder) -> PlanResult:
-        """The steps that are missing, recorded in the run folder, which is open.
-
-        Raises:
-            UserError: the disk is full, the text is another, or what is measured is not finite.
-        """
+        """The steps that are missing, recorded in the run folder, which is open."""
         if ladder.reaches(self.target):
             progress.current().say(f"{ladder.path}: planned already")
             return self.result(ladder)
@@ -259,9 +255,6 @@ def heal_recipe(
 
     Args:
         states: the original's hidden states on that text, where others than the plan know them.
-
-    Raises:
-        UserError: activations are not finite, or the calibration text is not the one of the run.
     """
     if not stages:
         return None

@@ -405,9 +405,6 @@ def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final
     """Write the front with its recipes, build its knee into `best/`, score it on unseen examples.
 
     What was done for the same incumbent before is not done again.
-
-    Raises:
-        UserError: a folder `best` that is not of the search is in the way, or a disk is full.
     """
     from intarsia.commands.recipes import build_recipe
     from intarsia.recipe.schema import content_hash
