@@ -13,8 +13,7 @@ from intarsia.model_name import check_model
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.step import mlp_pieces, of_experts
 from intarsia.recipe import schema
-from intarsia.recipe.ops import format_ranges
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Recipe, format_ranges
 from intarsia.reporting.comparison import SETTINGS as COMPARISON
 from intarsia.reporting.plan_report import step_words
 from intarsia.reporting.puzzle import made_of
