@@ -55,6 +55,11 @@ class Perplexity:
     text_sha256: str
     dtype: str
 
+    @property
+    def measure(self) -> dict[str, float | None]:
+        """The value with its standard error; one window has no scatter."""
+        return {"value": self.value, "stderr": self.stderr if self.windows > 1 else None}
+
     def __str__(self) -> str:
         return f"{self.value:.2f} ± {self.stderr:.2f} ({self.windows} windows of {self.seq_len}, {self.text})"
 
