@@ -14,8 +14,8 @@ from torch import Tensor
 
 from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.stream import LayerStream
-from intarsia.building import loaded_model
 from intarsia.building.loaded_model import LoadedModel
+from intarsia.checkpoint import files
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.evaluation.agreement import Reference
@@ -101,7 +101,7 @@ def test_embedding_and_head_leave_memory_behind_every_use(
     family: str, checkpoint_of: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone: list[Any] = []
-    monkeypatch.setattr(loaded_model, "let_go", gone.append)
+    monkeypatch.setattr(files, "let_go", gone.append)
     resident = streamed(checkpoint_of(family))
     tables = resident.model.get_input_embeddings().weight, resident.model.get_output_embeddings().weight
     assert (tables[0] is tables[1]) == resident.architecture.tied
