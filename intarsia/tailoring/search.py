@@ -179,7 +179,8 @@ def words(trials: Sequence[Trial], front: Front | None) -> str:
     """Where a search is, in a few words: the best of each objective at the greatest budget so far, and the front."""
     if front is None:
         return "no score yet"
-    best = ", ".join(f"{name} {front.least(name):.4g}" for name in front.objectives)
+    costs = zip(*(point.costs or () for point in front.points), strict=True)
+    best = ", ".join(f"{name} {min(column):.4g}" for name, column in zip(front.objectives, costs, strict=True))
     failed = sum(trial.status == "failed" for trial in trials)
     return f"best {best}; front {len(front.points)} at budget {front.budget}" + (f"; {failed} failed" * (failed > 0))
 

@@ -24,8 +24,6 @@ from intarsia.tailoring.candidate import Candidate, Choice, Join, Keep, Menu, Sl
 if TYPE_CHECKING:
     from intarsia.tailoring.family_file import FamilyFile, Range
 
-Kind = Literal["cut", "fusion", "stack"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
@@ -53,7 +51,7 @@ class Space:
         assert self.groups is None or (self.kind == "fusion" and 1 <= self.groups <= self.depth)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> Literal["cut", "fusion", "stack"]:
         """What becomes of the depth."""
         return "cut" if self.target < self.depth else "fusion" if self.target == self.depth else "stack"
 
