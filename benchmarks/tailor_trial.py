@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from intarsia.building.loaded_model import default_device
 from intarsia.building.materialize import materialize
 from intarsia.data.corpus import Corpus
-from intarsia.evaluation.likelihood import default_batch_tokens, forward_of, log_likelihoods, score_requests
+from intarsia.evaluation.likelihood import score_requests
 from intarsia.evaluation.perplexity import perplexity
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.engine import budget_ladder, expected_trials
@@ -134,11 +134,7 @@ def plain_costs(
             costs.append(perplexity(model, corpus).nll)
             continue
         requests = [request for example in examples for request in example.requests]
-        if pack or not objective.asks:
-            found = score_requests(model, requests)
-        else:
-            tokens = default_batch_tokens(default_device())
-            found = log_likelihoods(forward_of(model), requests, pack=False, batch_tokens=tokens)
+        found = score_requests(model, requests, pack=None if pack or not objective.asks else False)
         costs.append(objective.cost(objective.scores(found.sums_R.numpy()))[0])
     return tuple(costs)
 

@@ -8,6 +8,7 @@ Words such as `no`, dates and `8:4` are text, as in the YAML 1.2 core schema, so
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar, get_args
@@ -17,6 +18,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from intarsia.errors import Problem, UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 MAX_CHARACTERS = 2**20
 MAX_INDEX = 2**31 - 1
@@ -77,19 +83,18 @@ def raise_misplaced(wrong: Sequence[Misplaced]) -> None:
         raise ValidationError.from_exception_data("", details)
 
 
-def checked(model: type[Model], data: Any, *, where: str, remedy: str, context: Any = None) -> Model:
+def checked(model: type[Model], data: Any, *, where: str, remedy: str) -> Model:
     """The model that plain data describes.
 
     Args:
         where: the file's name, for messages.
         remedy: what to do about a problem that has no remedy of its own.
-        context: what the model's validators need to know.
 
     Raises:
         UserError: with every problem.
     """
     try:
-        return model.model_validate(data, context=context)
+        return model.model_validate(data)
     except ValidationError as error:
         raise refusal(problems_of(error, model, where=where, remedy=remedy), where=where) from None
 
@@ -318,3 +323,11 @@ def dump_yaml(value: Any) -> str:
     """YAML text from which `parse_yaml` reads the same value."""
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     return text
+
+
+# TOML
+
+
+def read_toml(file: Any) -> dict[str, Any]:
+    """The value of a TOML file, given as a path or as a resource of a package."""
+    return tomllib.loads(file.read_text(encoding="utf-8"))

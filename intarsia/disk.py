@@ -1,20 +1,27 @@
-"""Files that are written whole or not at all; damaged files and full disks as errors of the user's."""
+"""Files and folders that appear whole or not at all; damaged files and full disks as errors of the user's.
+
+A folder is filled in a staging folder beside its place, flushed to disk, and published by one rename. An error, a
+full disk or an interrupt removes the staging folder; one that a killed process left is removed by the next run for the
+same place. A lock on the staging folder shows whether its run is alive.
+"""
 
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from safetensors import SafetensorError
 
-from intarsia.errors import UserError
+from intarsia.errors import UserError, check
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NEXT_TO_NOTHING = 2**20
@@ -73,7 +80,7 @@ def replaced(path: Path) -> Iterator[Path]:
         UserError: the disk is full; `path` is unchanged.
     """
     with full_disk_named(path.parent):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{token_hex(4)}")
         # A plain open honours the umask, which mkstemp does not.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
@@ -162,3 +169,239 @@ def append_line(path: Path, line: str) -> None:
 def _free(folder: Path) -> int:
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return shutil.disk_usage(place).free
+
+
+@contextmanager
+def staged_folder(
+    out: Path,
+    *,
+    overwrite: bool = False,
+    nbytes: int = 0,
+    sign: str = "config.json",
+    inputs: Collection[Path] = (),
+) -> Iterator[Path]:
+    """A staging folder to fill, which becomes `out` when the block ends without an error.
+
+    Args:
+        out: the folder. Missing parents are made.
+        overwrite: replace a folder that is there. The old one stays until the new one is complete.
+        nbytes: its size, to refuse a disk that is too small before any work.
+        sign: `overwrite` only replaces folders that are empty or hold a file of this name.
+        inputs: files and folders that are read, which `out` must not touch.
+
+    Raises:
+        UserError: `out` exists, is an input, cannot be made, or the disk is full.
+    """
+    place = Path(os.path.realpath(out))
+    check_no_input(out, inputs)
+    try:
+        _recover(place)
+    except OSError as error:
+        raise _cannot_write(place, error) from error
+    check_out(out, overwrite=overwrite, nbytes=nbytes, sign=sign, inputs=inputs)
+    parents = [parent for parent in place.parents if not os.path.exists(parent)]
+    try:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            staging, lock = _make_staging(place)
+        except OSError as error:
+            raise _cannot_write(place, error) from error
+        try:
+            yield staging
+            _sync(staging)
+            _publish(staging, place, replace=overwrite)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise _cannot_write(place, error) from error
+            raise
+        finally:
+            # After the rename there is nothing left under this name.
+            shutil.rmtree(staging, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+    except BaseException:
+        for parent in parents:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def check_out(
+    out: Path,
+    *,
+    overwrite: bool = False,
+    nbytes: int = 0,
+    sign: str = "config.json",
+    inputs: Collection[Path] = (),
+) -> None:
+    """Whether `out` can be written, asked before any work.
+
+    Raises:
+        UserError: see `staged_folder`.
+    """
+    place = Path(os.path.realpath(out))
+    check_no_input(out, inputs)
+    if os.path.lexists(place):
+        try:
+            _check_replaceable(out, place, overwrite, sign)
+        except OSError as error:
+            raise _cannot_write(place, error) from error
+    if nbytes:
+        check_room(out, nbytes)
+
+
+def check_file(out: Path, *, overwrite: bool, nbytes: int = 0) -> None:
+    """Whether a file can be written, asked before any work.
+
+    Raises:
+        UserError: it is there already, is a folder, or the disk is too small.
+    """
+    check(
+        (not out.is_dir(), f"The output {out} is a folder.", "Name a file."),
+        (
+            overwrite or out.is_dir() or not out.exists(),
+            f"The output file {out} exists already.",
+            "Choose another one, or pass --overwrite to replace it.",
+        ),
+    )
+    if nbytes:
+        check_room(out, nbytes)
+
+
+def check_no_input(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output file or folder that is an input, holds one or lies in one, by whatever link or name.
+
+    Raises:
+        UserError: it is one of these.
+    """
+    place = Path(os.path.realpath(out))
+    for path in inputs:
+        if not path.exists():
+            continue
+        # A link is lost with the folder that it is in, though what it leads to is elsewhere.
+        link = Path(os.path.realpath(path.parent)) / path.name
+        around = place in Path(os.path.realpath(path)).parents or place in (link, *link.parents)
+        # The same folder may have several names without a link: mounted twice, or in a file system that ignores case.
+        if around or any(os.path.samefile(above, path) for above in (place, *place.parents) if above.exists()):
+            raise UserError(
+                f"The output {out} is, holds or lies in {path}, which is read.", "Choose a place outside of it."
+            )
+
+
+def check_room(out: Path, nbytes: int) -> None:
+    """Whether a file or folder of `nbytes` has room where `out` is to be.
+
+    Raises:
+        UserError: the disk is too small.
+    """
+    # Of what is replaced only the parent's disk counts: there the new one is made.
+    require_room(Path(os.path.realpath(out)).parent, nbytes, "the output", where=out)
+
+
+def _check_replaceable(out: Path, place: Path, overwrite: bool, sign: str) -> None:
+    remedy = "Choose another output folder."
+    if not place.is_dir():
+        raise UserError(f"The output {out} is a file.", remedy)
+    if not overwrite:
+        raise UserError(
+            f"The output folder {out} exists already.",
+            "Choose another one, or pass --overwrite to replace it.",
+        )
+    here = Path.cwd()
+    if place == here or place in here.parents:
+        raise UserError(f"The output {out} is or holds the folder that you are working in.", remedy)
+    if any(place.iterdir()) and not (place / sign).exists():
+        raise UserError(
+            f"{out} has no {sign}, so it holds something else, and --overwrite deletes what it replaces.",
+            remedy,
+        )
+
+
+def _cannot_write(place: Path, error: OSError) -> UserError:
+    if error.errno in _FULL:
+        return UserError(
+            f"{place} is on a full disk.",
+            "Nothing was left there. Free some space, or choose an output folder on another disk.",
+        )
+    return UserError(
+        f"{place} cannot be written to: {error.strerror or error}.",
+        "Choose another output folder.",
+    )
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock, released with this process at the latest; None where folders cannot be locked.
+
+    Raises:
+        BlockingIOError: a live process holds it.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:  # some network file systems
+        os.close(handle)
+        return None
+    return handle
+
+
+def _make_staging(place: Path) -> tuple[Path, int | None]:
+    while True:
+        staging = place.parent / f".{place.name}.staging-{token_hex(4)}"
+        staging.mkdir()
+        with suppress(BlockingIOError, FileNotFoundError):
+            lock = _lock(staging)
+            if staging.exists():
+                return staging, lock
+            # Another run took it for a dead one's between mkdir and lock.
+            if lock is not None:
+                os.close(lock)
+
+
+def _recover(place: Path) -> None:
+    """Put right what killed runs for the same place left."""
+    for old in place.parent.glob(f".{glob.escape(place.name)}.old-*"):
+        if place.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:  # killed between the two renames
+            old.rename(place)
+    for staging in place.parent.glob(f".{glob.escape(place.name)}.staging-*"):
+        with suppress(OSError):
+            lock = _lock(staging)
+            if lock is not None:
+                shutil.rmtree(staging, ignore_errors=True)
+                os.close(lock)
+
+
+def _sync(folder: Path) -> None:
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            with (Path(inner) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(inner))
+
+
+def _publish(staging: Path, place: Path, *, replace: bool) -> None:
+    if replace and place.exists():
+        old = place.parent / f".{place.name}.old-{token_hex(4)}"
+        place.rename(old)
+        try:
+            staging.rename(place)
+        except BaseException:
+            if not place.exists():
+                old.rename(place)
+            raise
+        sync_folder(place.parent)
+        shutil.rmtree(old, ignore_errors=True)
+        return
+    try:
+        staging.rename(place)
+    except OSError as error:
+        raise _cannot_write(place, error) from error
+    sync_folder(place.parent)

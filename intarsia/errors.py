@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 
@@ -27,8 +28,9 @@ class Problem:
 class UserError(ValueError):
     """Input that cannot be used: `UserError("--layers is 40, the model has 32.", "Give less than 32.")`."""
 
-    def __init__(self, problems: str | Iterable[Problem], hint: str = "") -> None:
-        self.problems = (Problem(problems, hint),) if isinstance(problems, str) else tuple(problems)
+    def __init__(self, problems: str | Problem | Iterable[Problem], hint: str = "") -> None:
+        problems = Problem(problems, hint) if isinstance(problems, str) else problems
+        self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
         assert self.problems, "a UserError states at least one problem"
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
@@ -65,6 +67,16 @@ class Problems(list[Problem]):
         """Raise them as one error, if there are any; all of them, or the first `most`."""
         if self:
             raise UserError(list(dict.fromkeys(self))[:most])
+
+
+def mismatch(where: str | Path, expected: str, found: str, hint: str = "") -> Problem:
+    """The problem of an input in which something else was found than expected."""
+    return Problem(f"{where}: expected {expected}; found {found}.", hint)
+
+
+def in_words(error: BaseException) -> str:
+    """The kind and the message of an error, on one line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
 
 
 def few(names: Sequence[str], most: int = 5) -> str:

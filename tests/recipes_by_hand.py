@@ -6,8 +6,7 @@ import random
 from collections.abc import Sequence
 
 from intarsia.architecture.spec import PARTS, Architecture
-from intarsia.recipe.ops import Concat, Cut, LayerRef, NormMode, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+from intarsia.recipe.recipe import Concat, Cut, LayerRef, NormMode, Op, Recipe, Select, Variant, derive_spans
 
 
 def ref(layer: int) -> LayerRef:

@@ -11,9 +11,9 @@ import pytest
 
 import intarsia
 from intarsia.checkpoint.resolve import inputs_of
-from intarsia.checkpoint.staging import check_out
 from intarsia.commands.compare import CompareEval, Entrants
 from intarsia.commands.tailor import SearchOptions
+from intarsia.disk import check_out
 from intarsia.errors import UserError
 from intarsia.options import ModelRef, NewModel, TextSpec
 from intarsia.recipe import schema

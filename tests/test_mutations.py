@@ -20,8 +20,7 @@ from typing import Any
 import pytest
 
 from intarsia.recipe import schema
-from intarsia.recipe.ops import LayerRef, Select
-from intarsia.recipe.recipe import Variant
+from intarsia.recipe.recipe import LayerRef, Select, Variant
 from tests import families
 from tests.command import LITTLE, invoke
 from tests.recipes_by_hand import recipe_of, select

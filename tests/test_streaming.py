@@ -19,8 +19,8 @@ from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.evaluation.agreement import Reference
+from intarsia.evaluation.answers import Prompts
 from intarsia.evaluation.perplexity import Chain, model_of, perplexity
-from intarsia.evaluation.prompts import Prompts
 from intarsia.healing import layerwise
 from intarsia.healing.quality import quality
 from intarsia.healing.settings import ClosedFormSettings

@@ -22,8 +22,7 @@ from intarsia.healing.teacher import TeacherStates
 from intarsia.options import Target, TextSpec
 from intarsia.progress import reporting_to
 from intarsia.pruning.ladder import Ladder
-from intarsia.recipe.ops import Concat, Merge, Op, Select
-from intarsia.recipe.recipe import Fitted, Recipe
+from intarsia.recipe.recipe import Concat, Fitted, Merge, Op, Recipe, Select
 from intarsia.tailoring.family_file import BASE
 
 METHODS = ("shortgpt", "sleb", "come", "come-p")

@@ -13,8 +13,7 @@ from intarsia.building.materialize import materialize
 from intarsia.disk import write_whole
 from intarsia.evaluation.task_file import Question, Target, read_items
 from intarsia.progress import Progress
-from intarsia.recipe.ops import LayerRef, Select
-from intarsia.recipe.recipe import Recipe, derive_spans
+from intarsia.recipe.recipe import LayerRef, Recipe, Select, derive_spans
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import BASE, MemberSpec
 

@@ -23,8 +23,7 @@ from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.building.materialize import assembled, materialize
 from intarsia.building.slicing import positions
 from intarsia.recipe.algebra import concat_of
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Op, Select
-from intarsia.recipe.recipe import Variant, identity
+from intarsia.recipe.recipe import Concat, Cut, LayerRef, Op, Select, Variant, identity
 
 NAME = "model"
 _SEQUENCES, _TOKENS, _WRITTEN = 3, 20, 12

@@ -53,7 +53,7 @@ def output_projections(
 
         writer = writer_of(layer, part, architecture)
         if architecture.is_mixture(part):
-            target = layer.get_submodule(architecture.family.experts_module)
+            target = layer.get_submodule(architecture.family.modules.experts)
             handles.append(target.register_forward_pre_hook(routed))
         elif writer is not None:
             target = layer.get_submodule(writer[0])

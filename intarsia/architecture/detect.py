@@ -1,14 +1,15 @@
-"""From a `config.json` to an `Architecture`."""
+"""From a `config.json` to an `Architecture`, and whether it is that of the tensors which a checkpoint really has."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from intarsia.architecture.families import Family, LinearEntry, NormEntry, Refusal, known_families, uncovered
+from intarsia.architecture.families import Family, known_families, uncovered
 from intarsia.architecture.per_layer import kinds, lists, unknown_settings
 from intarsia.architecture.spec import Architecture, Linear, Norm
-from intarsia.errors import Problem, UserError
+from intarsia.data_file import refusal
+from intarsia.errors import Problem, UserError, mismatch
 
 
 class Undescribed(UserError):
@@ -19,13 +20,9 @@ class Undescribed(UserError):
     """
 
     def __init__(
-        self,
-        problems: str | Iterable[Problem],
-        hint: str = "",
-        *,
-        reason: str = "no family file describes its layers",
+        self, problems: Problem | Iterable[Problem], *, reason: str = "no family file describes its layers"
     ) -> None:
-        super().__init__(problems, hint)
+        super().__init__(problems)
         self.reason = reason
 
 
@@ -38,28 +35,36 @@ def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Architec
     """
     model_type = config.get("model_type")
     for family in known_families().values():
-        if model_type in family.model_types and _holds(family.when, _values(family, config)):
+        if model_type in family.model_types and _hold(family.when, _values(family, config)):
             return _resolve(family, config, where)
     if isinstance(model_type, str) and model_type in uncovered():
         entry = uncovered()[model_type]
-        raise Undescribed(
-            f"{where}: model_type {model_type!r}: expected a model whose layers can be described; "
-            f"found {entry['feature']}.",
+        problem = mismatch(
+            f"{where}: model_type {model_type!r}",
+            "a model whose layers can be described",
+            entry["feature"],
             entry["remedy"],
-            reason=entry["feature"],
         )
+        raise Undescribed(problem, reason=entry["feature"])
     known = ", ".join(sorted({kind for family in known_families().values() for kind in family.model_types}))
-    raise Undescribed(
-        f"{where}: model_type: expected one of {known}; found {model_type!r}.",
+    remedy = (
         "Use a model of a known family, or describe this one in a family file: docs/ADD_A_FAMILY.md says how, "
-        "and `intarsia anatomy check --family-file` tries it.",
+        "and `intarsia anatomy check --family-file` tries it."
     )
+    raise Undescribed(mismatch(f"{where}: model_type", f"one of {known}", repr(model_type), remedy))
 
 
 def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Architecture:
     values = _values(family, config)
-    not_covered = _refusals(family, values, where)
-    problems = list(not_covered)
+    refusals = [
+        entry
+        for entry in family.refusals
+        if _hold(entry.when, values)
+        and not (entry.when_not is not None and _hold(entry.when_not, values))
+        and entry.unless not in values
+    ]
+    expected = f"a {family.title} model that the family file covers"
+    problems = [mismatch(where, expected, entry.feature, entry.remedy) for entry in refusals]
     numbers: dict[str, int] = {}
     for key in ("layers", "width", "query_heads", "vocabulary"):
         numbers[key] = _number(values, family.fields[key], where, problems)
@@ -74,10 +79,10 @@ def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Architect
     numbers["head_dim"] = _number(values, family.fields.get("head_dim"), where, problems, numbers["width"] // heads)
     if not problems and numbers["query_heads"] % numbers["kv_heads"]:
         problems.append(
-            Problem(
-                f"{where}: {family.fields['query_heads']}: "
-                f"expected a multiple of the {numbers['kv_heads']} key/value heads; "
-                f"found {numbers['query_heads']}.",
+            mismatch(
+                f"{where}: {family.fields['query_heads']}",
+                f"a multiple of the {numbers['kv_heads']} key/value heads",
+                str(numbers["query_heads"]),
                 "The config does not describe grouped-query attention; correct it.",
             )
         )
@@ -87,14 +92,18 @@ def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Architect
     scale = values.get(family.fields.get("residual_scale", ""), 1.0)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         problems.append(_not_expected(f"{where}: {family.fields['residual_scale']}", "a number", scale))
-    linears = tuple(_linear(entry, values, where, problems) for entry in family.linears)
+    linears = []
+    for entry in family.linears:
+        whole = _number(values, entry.whole, where, problems) if isinstance(entry.whole, str) else entry.whole
+        linears.append(Linear(**{**dict(entry), "bias": _flag(entry.bias, values), "whole": whole}))
+    flags = [{name: _flag(getattr(norm, name), values) for name in ("weight", "bias")} for norm in family.norms]
     if problems:
-        reason = "; ".join(entry.feature for entry in _refused_by(family, values))
-        raise Undescribed(problems, reason=reason) if problems == not_covered else UserError(problems)
+        reason = "; ".join(entry.feature for entry in refusals)
+        raise Undescribed(problems, reason=reason) if len(problems) == len(refusals) else UserError(problems)
     return Architecture(
         family=family,
-        linears=linears,
-        norms=tuple(_norm(entry, values) for entry in family.norms),
+        linears=tuple(linears),
+        norms=tuple(Norm(**{**dict(norm), **own}) for norm, own in zip(family.norms, flags, strict=True)),
         n_layers=numbers["layers"],
         width=numbers["width"],
         n_query_heads=numbers["query_heads"],
@@ -111,7 +120,7 @@ def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Architect
         residual_scale=float(scale),
         approximations=(
             *family.always,
-            *(entry.text for entry in family.sometimes if _holds(entry.when, values)),
+            *(entry.text for entry in family.sometimes if _hold(entry.when, values)),
         ),
     )
 
@@ -125,27 +134,7 @@ def _values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _refusals(family: Family, values: Mapping[str, Any], where: str) -> list[Problem]:
-    return [
-        Problem(
-            f"{where}: expected a {family.title} model that the family file covers; found {entry.feature}.",
-            entry.remedy,
-        )
-        for entry in _refused_by(family, values)
-    ]
-
-
-def _refused_by(family: Family, values: Mapping[str, Any]) -> list[Refusal]:
-    return [
-        entry
-        for entry in family.refusals
-        if _holds(entry.when, values)
-        and not (entry.when_not is not None and _holds(entry.when_not, values))
-        and entry.unless not in values
-    ]
-
-
-def _holds(when: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+def _hold(when: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     return all(values.get(key) == value for key, value in when.items())
 
 
@@ -160,9 +149,7 @@ def _number(
 
 
 def _not_expected(where: str, expected: str, found: Any) -> Problem:
-    return Problem(
-        f"{where}: expected {expected}; found {'nothing' if found is None else repr(found)}.", "Complete the config."
-    )
+    return mismatch(where, expected, "nothing" if found is None else repr(found), "Complete the config.")
 
 
 def _flag(value: Any, values: Mapping[str, Any]) -> bool:
@@ -170,27 +157,87 @@ def _flag(value: Any, values: Mapping[str, Any]) -> bool:
     return bool(values.get(value, False)) if isinstance(value, str) else bool(value)
 
 
-def _linear(entry: LinearEntry, values: Mapping[str, Any], where: str, problems: list[Problem]) -> Linear:
-    whole = entry.whole
-    return Linear(
-        module=entry.module,
-        part=entry.part,
-        side=entry.side,
-        segments=entry.segments,
-        bias=_flag(entry.bias, values),
-        per_expert=entry.per_expert,
-        whole=_number(values, whole, where, problems) if isinstance(whole, str) else whole,
-    )
+def verify(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], *, where: str) -> None:
+    """Check every layer tensor and the embedding for presence and shape.
+
+    Raises:
+        UserError: with the one cause where all names or the depth are others, else with every missing tensor, wrong
+            shape and unexpected layer tensor (at most twenty are listed).
+    """
+    _check_names(architecture, shapes, where)
+    _check_depth(architecture, shapes, where)
+    # Some OPT sizes embed at a width of their own and project to the model's.
+    embedding_width = architecture.config.get(architecture.family.fields.get("embedding_width", ""), architecture.width)
+    expected: dict[str, tuple[int, ...]] = {
+        f"{architecture.family.embedding_module}.weight": (architecture.vocabulary, embedding_width)
+    }
+    for layer in range(architecture.n_layers):
+        for local, shape in architecture.layer_shapes().items():
+            expected[architecture.tensor_name(layer, local)] = shape
+    problems = [
+        mismatch(
+            f"{where}: {name}",
+            f"shape {list(shape)} by the config",
+            f"shape {list(shapes[name])}" if name in shapes else "no such tensor",
+            "The config and the weights do not belong together; get the checkpoint again.",
+        )
+        for name, shape in expected.items()
+        if tuple(shapes.get(name, ())) != tuple(shape)
+    ]
+    known = set(architecture.layer_shapes())
+    prefix = f"{architecture.family.layers_module}."
+
+    def covered(rest: str) -> bool:
+        index, _, local = rest.partition(".")
+        # Old Llama checkpoints carry a buffer of rotary frequencies, which is recomputed from the config.
+        computed = local.endswith("rotary_emb.inv_freq") or local in architecture.family.buffers
+        return index.isdigit() and int(index) < architecture.n_layers and (local in known or computed)
+
+    problems += [
+        mismatch(
+            f"{where}: {name}",
+            f"only tensors that the family file of {architecture.family.title} covers",
+            f"shape {list(shapes[name])}",
+            "Its layers hold something that would be lost; it cannot be pruned.",
+        )
+        for name in sorted(shapes)
+        if name.startswith(prefix) and not covered(name.removeprefix(prefix))
+    ]
+    if problems:
+        raise refusal(problems, where=where, most=20)
 
 
-def _norm(entry: NormEntry, values: Mapping[str, Any]) -> Norm:
-    return Norm(
-        module=entry.module,
-        part=entry.part,
-        place=entry.place,
-        offset=entry.offset,
-        weight=_flag(entry.weight, values),
-        bias=_flag(entry.bias, values),
-        rows=entry.rows,
-        serves=entry.serves,
-    )
+def _check_names(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse tensors that all have another prefix than the family's, or none."""
+    embedding = f"{architecture.family.embedding_module}.weight"
+    if embedding in shapes:
+        return
+    prefix, _, bare = embedding.partition(".")
+    longer = next((name for name in shapes if name.endswith(f".{embedding}")), None)
+    if bare in shapes:
+        raise UserError(
+            f"{where} holds the tensors of a base class, without the prefix `{prefix}.` and without a head.",
+            "Save it from AutoModelForCausalLM: from_pretrained(FOLDER).save_pretrained(NEW).",
+        )
+    if longer is not None:
+        extra = longer.removesuffix(embedding)
+        raise UserError(
+            f"The names of the tensors in {where} start with `{extra}`, which models of this kind do not have.",
+            "Save the model itself with save_pretrained(), not what is around it.",
+        )
+
+
+def _check_depth(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse a config with another number of layers than the files hold."""
+    prefix = f"{architecture.family.layers_module}."
+    local = architecture.layer_shapes()
+    split = (name.removeprefix(prefix).partition(".") for name in shapes if name.startswith(prefix))
+    found = {int(index) for index, _, name in split if index.isdigit() and name in local}
+    # A layer of which some tensors are missing is another fault.
+    whole = all(architecture.tensor_name(layer, name) in shapes for layer in found for name in local)
+    if found and whole and len(found) != architecture.n_layers and found == set(range(len(found))):
+        field = architecture.family.fields["layers"]
+        raise UserError(
+            f"{where}: {field} is {architecture.n_layers} in the config, and the files hold {len(found)} layers.",
+            f"Get config and weights that belong together; if the weights are right, set {field} to {len(found)}.",
+        )

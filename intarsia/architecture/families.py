@@ -5,7 +5,6 @@ docs/ADD_A_FAMILY.md says what the keys mean.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -13,21 +12,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, PlainValidator, PrivateAttr, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
-from intarsia.data_file import Misplaced, Strict, checked, raise_misplaced, unexpected
-from intarsia.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from intarsia.data_file import Misplaced, Strict, checked, raise_misplaced, read_toml, unexpected
+from intarsia.disk import damage_named
 
 Part: TypeAlias = Literal["attention", "mlp"]
 PARTS: tuple[Part, ...] = ("attention", "mlp")
 
 _NEEDED_FIELDS = ("layers", "width", "query_heads", "channels", "vocabulary", "tied")
 _OTHER_FIELDS = ("kv_heads", "head_dim", "experts", "residual_scale", "embedding_width")
+_Texts: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
+_Count: TypeAlias = Annotated[int, Field(gt=0)]
 
 
 def _flag(value: Any) -> bool | str:
@@ -60,8 +56,6 @@ Flag: TypeAlias = Annotated[bool | str, PlainValidator(_flag)]
 """A truth value, or the config field that holds it."""
 Size: TypeAlias = Annotated[int | str, PlainValidator(_size)]
 """A positive whole number, or the config field that holds it."""
-_Texts: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
-_Count: TypeAlias = Annotated[int, Field(gt=0)]
 
 
 class PerLayer(Strict):
@@ -150,6 +144,8 @@ class Constants(Strict):
 class Family(Strict):
     """One model family, as its TOML file describes it."""
 
+    # The file's name.
+    name: str = ""
     title: str
     model_types: _Texts
     # Config values that distinguish several layouts of one model type.
@@ -181,8 +177,6 @@ class Family(Strict):
     always: _Texts = Field(alias="approximations")
     sometimes: list[Approximation] = Field(default_factory=list, alias="approximation")
 
-    _name: str = PrivateAttr(default="")
-
     @model_validator(mode="after")
     def _one_writer_a_part(self) -> Family:
         wrong: list[Misplaced] = []
@@ -193,11 +187,6 @@ class Family(Strict):
                 wrong.append((("linear",), error, None))
         raise_misplaced(wrong)
         return self
-
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        return self._name
 
     @property
     def layers_module(self) -> str:
@@ -220,11 +209,6 @@ class Family(Strict):
         return self.modules.head_in_memory or self.modules.head
 
     @property
-    def experts_module(self) -> str:
-        """The module in memory that runs the experts of a mixture."""
-        return self.modules.experts
-
-    @property
     def per_layer(self) -> tuple[PerLayer, ...]:
         """The config fields with one entry a layer."""
         return (*(PerLayer(field=field) for field in self.plain_lists), *self.lists)
@@ -232,7 +216,11 @@ class Family(Strict):
     @property
     def approximations(self) -> tuple[str, ...]:
         """What is not exact in any of its models."""
-        return (*self.always, *(f"{entry.text} (where {_condition(entry.when)})" for entry in self.sometimes))
+        found = list(self.always)
+        for entry in self.sometimes:
+            when = " and ".join(f"{key} is {str(value).lower()}" for key, value in entry.when.items())
+            found.append(f"{entry.text} (where {when})")
+        return tuple(found)
 
 
 class Rules(Strict):
@@ -281,7 +269,13 @@ def with_family_file(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    _tried[path.stem] = _read(path)
+    expected, remedy = (
+        "a family file in TOML (docs/ADD_A_FAMILY.md)",
+        "Copy one of intarsia/architecture/families/ and change it.",
+    )
+    with damage_named(path, expected=expected, remedy=remedy):
+        data = read_toml(path)
+    _tried[path.stem] = _family(path.stem, data, where=str(path))
     try:
         yield
     finally:
@@ -291,46 +285,23 @@ def with_family_file(path: Path | None) -> Iterator[None]:
 @cache
 def uncovered() -> dict[str, dict[str, str]]:
     """Model types that cannot be described yet: the feature that prevents it, and what to do instead."""
-    text = (files("intarsia.architecture") / "uncovered.toml").read_text(encoding="utf-8")
-    return {kind: entry for entry in tomllib.loads(text)["family"] for kind in entry["model_types"]}
+    entries = read_toml(files("intarsia.architecture") / "uncovered.toml")["family"]
+    return {kind: entry for entry in entries for kind in entry["model_types"]}
 
 
 @cache
 def rules() -> Rules:
     """The rules for fields that several families share."""
-    text = (files("intarsia.architecture") / "per_layer.toml").read_text(encoding="utf-8")
-    return checked(Rules, tomllib.loads(text), where="per_layer.toml", remedy="See its comments.")
+    data = read_toml(files("intarsia.architecture") / "per_layer.toml")
+    return checked(Rules, data, where="per_layer.toml", remedy="See its comments.")
 
 
 @cache
 def _packaged() -> dict[str, Family]:
     folder = files("intarsia.architecture") / "families"
     entries = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".toml")), key=lambda e: e.name)
-    return {
-        (name := entry.name.removesuffix(".toml")): _family(
-            name, tomllib.loads(entry.read_text(encoding="utf-8")), where=entry.name
-        )
-        for entry in entries
-    }
+    return {name: _family(name, read_toml(entry), where=entry.name) for entry in entries if (name := entry.name[:-5])}
 
 
 def _family(name: str, data: Mapping[str, Any], *, where: str) -> Family:
-    family = checked(Family, data, where=where, remedy="See docs/ADD_A_FAMILY.md.")
-    family._name = name
-    return family
-
-
-def _condition(when: Mapping[str, Any]) -> str:
-    return " and ".join(f"{key} is {str(value).lower()}" for key, value in when.items())
-
-
-def _read(path: Path) -> Family:
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(
-            f"{path}: expected a family file in TOML (docs/ADD_A_FAMILY.md); "
-            f"found {getattr(error, 'strerror', None) or str(error)}.",
-            "Copy one of intarsia/architecture/families/ and change it.",
-        ) from error
-    return _family(path.stem, data, where=str(path))
+    return checked(Family, {**data, "name": name}, where=where, remedy="See docs/ADD_A_FAMILY.md.")

@@ -14,7 +14,7 @@ from typing import Any
 
 from intarsia.architecture.families import Family, PerLayer, rules
 from intarsia.architecture.spec import Architecture
-from intarsia.errors import Problem, UserError
+from intarsia.errors import Problem, UserError, mismatch
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks")
 """Names of the number of layers; a config may have several of them."""
@@ -51,8 +51,10 @@ def unknown_settings(
         *(key for entry in family.per_layer for key in (entry.field, str(entry.every), *entry.instead_of)),
     }
     problems = [
-        Problem(
-            f"{where}: {path}: expected only per-layer settings that are known; found {_shown(value)}.",
+        mismatch(
+            f"{where}: {path}",
+            "only per-layer settings that are known",
+            _shown(value),
             "It would be false for another depth. Name it in a family file (docs/ADD_A_FAMILY.md), or, if the "
             "model does not depend on it, remove it from the config.",
         )
@@ -60,15 +62,17 @@ def unknown_settings(
         if not (path == key and (key in known or key in _DEPTHS)) and _of_layers(key, value, n_layers)
     ]
     problems += [
-        Problem(
-            f"{where}: {key}: expected {n_layers} layers, as {family.fields['layers']} says; found {config[key]!r}.",
+        mismatch(
+            f"{where}: {key}",
+            f"{n_layers} layers, as {family.fields['layers']} says",
+            repr(config[key]),
             f"Remove {key}: {family.fields['layers']} counts.",
         )
         for key in _DEPTHS
         if config.get(key) is not None and config[key] != n_layers
     ]
     return problems + [
-        Problem(f"{where}: {key}: expected a number of layers; found {_shown(config[key])}.", "Complete the config.")
+        mismatch(f"{where}: {key}", "a number of layers", _shown(config[key]), "Complete the config.")
         for key in rules().leading
         if config.get(key) is not None and not _whole(config[key])
     ]
@@ -134,7 +138,9 @@ def for_layers(
         found[entry.field] = [values[layer] for layer in sources]
         changed = found[entry.field] != list(values)
         for name in entry.instead_of:
-            if changed and name in found and not regenerates(entry, found, name, found[entry.field]):
+            every = found.get(name)
+            made = _by_rule(entry, every, len(sources)) if entry.every is not None and _interval(every) else None
+            if changed and name in found and made != tuple(found[entry.field]):
                 del found[name]
     _follow(found, sources, architecture.n_layers, where)
     return found
@@ -197,9 +203,13 @@ def lists(
         if value is None:
             if entry.every is None:
                 continue
-            made = _made(entry, values, n_layers, where, problems)
-            if made is not None:
-                found[entry.field] = made
+            stated = values.get(entry.every) if isinstance(entry.every, str) else entry.every
+            if _interval(stated):
+                found[entry.field] = _by_rule(entry, stated, n_layers)
+            else:
+                expected = f"a positive whole number, for there is no {entry.field}"
+                remedy = f"Give the config its {entry.field}: load it with transformers 5 and save it again."
+                problems.append(mismatch(f"{where}: {entry.every}", expected, repr(stated), remedy))
         elif _fits(entry, value, n_layers):
             found[entry.field] = tuple(value)
         else:
@@ -208,10 +218,10 @@ def lists(
 
 
 def _wrong_length(entry: PerLayer, value: Any, n_layers: int, where: str) -> Problem:
-    return Problem(
-        f"{where}: {entry.field}: "
-        f"expected a list of {n_layers} {'names' if entry.field == 'layer_types' else 'entries'}, one a layer; "
-        f"found {f'a list of {len(value)}' if isinstance(value, list) else repr(value)}.",
+    return mismatch(
+        f"{where}: {entry.field}",
+        f"a list of {n_layers} {'names' if entry.field == 'layer_types' else 'entries'}, one a layer",
+        f"a list of {len(value)}" if isinstance(value, list) else repr(value),
         f"Make {entry.field} as long as the model is deep.",
     )
 
@@ -229,34 +239,11 @@ def kinds(entries: Sequence[PerLayer], found: Mapping[str, tuple[Any, ...]]) -> 
     return tuple(", ".join(word for word in row if word) for row in zip(*words, strict=True)) if words else None
 
 
-def regenerates(entry: PerLayer, config: Mapping[str, Any], name: str, wanted: Sequence[Any]) -> bool:
-    """Whether the rule that a config's field `name` states makes the very list `wanted`."""
-    every = _interval(config.get(name))
-    return entry.every is not None and every is not None and _by_rule(entry, every, len(wanted)) == tuple(wanted)
+def _interval(value: Any) -> bool:
+    return _whole(value) and bool(value > 0)
 
 
-def _made(
-    entry: PerLayer, values: Mapping[str, Any], n_layers: int, where: str, problems: list[Problem]
-) -> tuple[Any, ...] | None:
-    stated = values.get(entry.every) if isinstance(entry.every, str) else entry.every
-    every = _interval(stated)
-    if every is not None:
-        return _by_rule(entry, every, n_layers)
-    problems.append(
-        Problem(
-            f"{where}: {entry.every}: expected a positive whole number, for there is no {entry.field}; "
-            f"found {stated!r}.",
-            f"Give the config its {entry.field}: load it with transformers 5 and save it again.",
-        )
-    )
-    return None
-
-
-def _interval(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def _by_rule(entry: PerLayer, every: int, n_layers: int) -> tuple[Any, ...]:
+def _by_rule(entry: PerLayer, every: Any, n_layers: int) -> tuple[Any, ...]:
     return tuple(entry.others if (layer + 1) % every else entry.nth for layer in range(n_layers))
 
 

@@ -233,15 +233,13 @@ class Architecture:
         size = self.cut_size(linear)
         return (size, self.width) if linear.side == "reads" else (self.width, size)
 
-    def norm_size(self, norm: Norm) -> int:
-        """Entries of a norm's weight."""
-        if norm.place != "inside":
-            return self.width
-        return self.head_dim if norm.rows is None else self.unit(norm.rows) * self.n_pieces(norm.part)
-
     def norm_shape(self, norm: Norm) -> tuple[int, ...]:
         """Shape of a norm's weight."""
-        size = self.norm_size(norm)
+        if norm.place != "inside":
+            return (self.width,)
+        if norm.rows is None:
+            return (self.head_dim,)
+        size = self.unit(norm.rows) * self.n_pieces(norm.part)
         return (size, self.head_dim) if norm.rows in ("head", "kv_head") else (size,)
 
     def layer_shapes(self, layer: int = 0) -> dict[str, tuple[int, ...]]:

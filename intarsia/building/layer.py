@@ -15,7 +15,7 @@ from intarsia.building.operators import linear as weighted_sum
 from intarsia.building.operators import wide
 from intarsia.building.slicing import Joined, add_discarded, blocks, fold_centred_norm, fold_norm, join, positions, take
 from intarsia.recipe.methods import METHODS
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
+from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, Mix, Op, Select
 
 Read = Callable[[LayerRef, str], Tensor]
 """Gives a source layer's tensor by its name inside the layer."""

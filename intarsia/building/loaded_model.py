@@ -26,11 +26,11 @@ from transformers import PreTrainedModel
 from intarsia.building.layer import layer_tensors, to_parameters
 from intarsia.building.loading import as_transformers, set_parameter, skeleton
 from intarsia.building.offload import Offload, place_layers
+from intarsia.checkpoint.files import give_back
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.tensor_file import give_back
 from intarsia.progress import quiet_transformers
-from intarsia.recipe.ops import LayerRef, Op, Select
-from intarsia.recipe.side_file import let_go
+from intarsia.recipe.recipe import LayerRef, Op, Select
+from intarsia.recipe.schema import let_go
 
 _ALIGNED = 64  # bytes
 

@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from intarsia.checkpoint.files import let_go
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.tensor_file import let_go
 from intarsia.errors import Problem, Problems, UserError
 
 

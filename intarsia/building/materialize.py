@@ -23,16 +23,15 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from intarsia.building.layer import layer_tensors
 from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.building.loading import check_config, set_parameter
+from intarsia.checkpoint.files import TensorHeader
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.tensor_file import TensorHeader
 from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer, copy_side_files, shallower_config, write_config
 from intarsia.errors import UserError
 from intarsia.inspection.structure import problem_of
 from intarsia.progress import current
 from intarsia.recipe import schema
-from intarsia.recipe.ops import LayerRef
-from intarsia.recipe.recipe import Recipe
-from intarsia.recipe.side_file import let_go
+from intarsia.recipe.recipe import LayerRef, Recipe
+from intarsia.recipe.schema import let_go
 from intarsia.recipe.validate import check
 
 RECIPE_FILE = Path("recipe") / "recipe.yaml"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.building.loading import set_parameter
-from intarsia.checkpoint.tensor_file import give_back
-from intarsia.recipe.ops import Op
+from intarsia.checkpoint.files import give_back
+from intarsia.recipe.recipe import Op
 
 Values: TypeAlias = Mapping[str, Tensor]
 """A layer's tensors by the names of its parameters, on the device that it runs on."""

@@ -10,8 +10,7 @@ import numpy.typing as npt
 from torch import nn
 
 from intarsia.building.loaded_model import LoadedModel
-from intarsia.recipe.ops import Op, Select
-from intarsia.recipe.recipe import Fitted, Recipe
+from intarsia.recipe.recipe import Fitted, Op, Recipe, Select
 
 Tensors: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
 """What is fitted on a layer, by name inside it."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from intarsia.architecture.spec import PARTS, Architecture, Linear, Part
-from intarsia.recipe.ops import Concat, LayerRef
+from intarsia.recipe.recipe import Concat, LayerRef
 
 _ROWS = 512
 

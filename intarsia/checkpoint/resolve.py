@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from intarsia.checkpoint.demo import demo_folder
-from intarsia.checkpoint.gguf_source import gguf_folder, only_gguf
+from intarsia.checkpoint.gguf_source import demo_folder, gguf_folder, only_gguf
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.writer import TEMPLATES
 from intarsia.errors import UserError
@@ -97,14 +96,10 @@ def inputs_of(
     named = [model.model if isinstance(model, ModelRef) else str(model) for model in models]
     named += [] if recipe is None else [variant.model for variant in recipe.variants]
     found = [path for path in map(local_path, named) if path is not None]
-    found += [path for text in texts for path in _text_files(text)]
+    for text in texts:  # a name may itself hold `=` or `#`, so every reading that is a file counts
+        names = {text, text.partition("=")[2], text.rpartition("#")[0], text.partition("=")[2].rpartition("#")[0]}
+        found += [Path(name) for name in sorted(names) if name and Path(name).exists()]
     return [*found, *map(Path, files)]
-
-
-def _text_files(text: str) -> list[Path]:
-    # A name may itself hold `=` or `#`, so every reading that is a file counts.
-    names = {text, text.partition("=")[2], text.rpartition("#")[0], text.partition("=")[2].rpartition("#")[0]}
-    return [Path(name) for name in sorted(names) if name and Path(name).exists()]
 
 
 def _download(model: str, revision: str | None) -> Path:

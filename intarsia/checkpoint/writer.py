@@ -22,12 +22,11 @@ from typing import Any
 import torch
 
 from intarsia.architecture.per_layer import for_layers
-from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE
+from intarsia.checkpoint.files import DTYPES, INDEX_FILE, SINGLE_FILE
 from intarsia.checkpoint.hashing import write_sums
-from intarsia.checkpoint.multimodal import NESTED, is_wrapped
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.staging import staged_folder
-from intarsia.checkpoint.tensor_file import DTYPES
+from intarsia.checkpoint.stored_forms import NESTED, is_wrapped
+from intarsia.disk import staged_folder
 from intarsia.inspection.own_code import CODE, code_files, is_own, trusts
 from intarsia.progress import current
 
@@ -209,16 +208,20 @@ def _lay_out(tensors: Sequence[TensorPlan], max_shard_bytes: int) -> list[_Shard
 def write_config(source: Checkpoint, layer_sources: Sequence[int], out: Path) -> None:
     """Write `out`/config.json for a model with one layer per entry of `layer_sources`: see `shallower_config`.
 
-    Raises:
-        UserError: a per-layer list of the config is not as long as the model is deep.
+    It names the class that loads the model, and no code of the model's own where that is one of transformers.
     """
     config = shallower_config(source, layer_sources)
     if source.wrapper is not None:
         config = source.wrapper.wrapped(source.config, config)
-    stated = config.get("architectures")
-    config = with_stock_class(config)
-    if stated and stated != config["architectures"]:
-        current().say(f"architectures is {stated}, and {config['architectures']} in what is written: model_type counts")
+    stated, classes = config.get("architectures"), stock_classes(config)
+    if classes and stated != classes:
+        config["architectures"] = classes
+        if stated:
+            current().say(f"architectures is {stated}, and {classes} in what is written: model_type counts")
+    if not is_own(config.get("model_type")):
+        for values in (config, config.get(NESTED)):
+            if isinstance(values, dict):
+                values.pop(CODE, None)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")
 
@@ -234,21 +237,6 @@ def shallower_config(source: Checkpoint, layer_sources: Sequence[int]) -> dict[s
     """
     where = str(source.folder / "config.json")
     return for_layers(source.architecture, source.config, layer_sources, where)
-
-
-def with_stock_class(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that names the class that loads the model, and no code of the model's own where that is one of
-    transformers."""
-    found = dict(config)
-    classes = stock_classes(config)
-    if classes and found.get("architectures") != classes:
-        found["architectures"] = classes
-    if is_own(config.get("model_type")):
-        return found
-    for values in (found, found.get(NESTED)):
-        if isinstance(values, dict):
-            values.pop(CODE, None)
-    return found
 
 
 def stock_classes(config: Mapping[str, Any]) -> list[str]:

@@ -130,9 +130,9 @@ def check_family(
 
 
 def _config(source: str) -> dict[str, Any]:
-    from intarsia.checkpoint.files import read_config
-    from intarsia.checkpoint.multimodal import text_config
+    from intarsia.checkpoint.reader import read_config
     from intarsia.checkpoint.resolve import resolve
+    from intarsia.checkpoint.stored_forms import text_config
     from intarsia.inspection import own_code
 
     path = Path(source)

@@ -17,9 +17,8 @@ from intarsia.progress import current
 if TYPE_CHECKING:
     from intarsia.commands.job import Job
     from intarsia.evaluation.agreement import Asked
-    from intarsia.evaluation.drafts import Drafting
     from intarsia.evaluation.results import Speed
-    from intarsia.evaluation.speed import Footprint
+    from intarsia.evaluation.speed import Drafting, Footprint
 
 _SHARE_OF_FREE = 0.8
 _PROMPTS = 8  # that a draft is tried on
@@ -166,7 +165,7 @@ def _asked(job: Job, draft: Job, prompts: str | None, new_tokens: int) -> Asked:
 
 def _drafting(job: Job, draft: Job, asked: Asked) -> Drafting:
     from intarsia.building.loaded_model import load_model
-    from intarsia.evaluation.drafts import assisted
+    from intarsia.evaluation.speed import assisted
 
     model, small = (load_model(each.checkpoint, device=job.device, dtype=job.dtype) for each in (job, draft))
     prompts = asked.ready(model, seed=0, key=job.sha256)

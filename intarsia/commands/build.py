@@ -49,8 +49,8 @@ def build(
             made, or the output cannot be written.
     """
     from intarsia.checkpoint.resolve import inputs_of
-    from intarsia.checkpoint.staging import check_out
     from intarsia.commands.recipes import build_recipe, read_recipe
+    from intarsia.disk import check_out
     from intarsia.tailoring.recipes import trial_recipe
     from intarsia.tailoring.run import TailorRun, is_tailor_run
 

@@ -158,9 +158,9 @@ def compare(
         UserError: something about the input cannot be used. Nothing has been written then.
     """
     from intarsia.checkpoint.resolve import inputs_of
-    from intarsia.checkpoint.staging import check_no_input
     from intarsia.commands.compare_rows import Ladders, Rows
     from intarsia.commands.job import Job, pin_text
+    from intarsia.disk import check_no_input
     from intarsia.evaluation.agreement import Asked
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.evaluation.tasks import TaskPlan

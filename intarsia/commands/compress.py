@@ -94,13 +94,12 @@ def compress(
     """
     from intarsia.building.materialize import RECIPE_FILE
     from intarsia.checkpoint.resolve import inputs_of, open_checkpoint
-    from intarsia.checkpoint.staging import check_no_input, check_out
     from intarsia.commands.job import Job
     from intarsia.commands.measures import Evaluation, measured
     from intarsia.commands.planning import Planning, heal_recipe
     from intarsia.commands.recipes import build_recipe, card_facts
     from intarsia.commands.report import REPORT
-    from intarsia.disk import write_whole
+    from intarsia.disk import check_no_input, check_out, write_whole
     from intarsia.evaluation.agreement import doubt
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.healing.pipeline import check_memory, check_stages, check_turns

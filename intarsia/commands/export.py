@@ -61,8 +61,8 @@ def export(
         UserError: the model cannot be written as GGUF, or the file cannot be written.
     """
     from intarsia.checkpoint.resolve import inputs_of, open_checkpoint
-    from intarsia.checkpoint.staging import check_file, check_no_input
     from intarsia.commands.job import load_tokenizer
+    from intarsia.disk import check_file, check_no_input
     from intarsia.exporting.gguf import plan_gguf, write_gguf
 
     started = time.perf_counter()

@@ -130,11 +130,11 @@ def heal(
         UserError: something about the input cannot be used.
     """
     from intarsia.checkpoint.resolve import inputs_of
-    from intarsia.checkpoint.staging import check_no_input, check_out
     from intarsia.commands.job import keep_written
     from intarsia.commands.measures import measured_stages, report_stages, table_of
     from intarsia.commands.recipes import build_recipe
     from intarsia.commands.report import REPORT
+    from intarsia.disk import check_no_input, check_out
     from intarsia.evaluation.agreement import Asked, doubt
     from intarsia.evaluation.perplexity import eval_corpus
     from intarsia.evaluation.speed import peak_memory_bytes

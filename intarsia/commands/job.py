@@ -29,7 +29,7 @@ from intarsia.building.loading import check_config
 from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.data.chat import learn_turns, rows_of_messages
+from intarsia.data.conversations import learn_turns, rows_of_messages
 from intarsia.data.corpus import Corpus, limited
 from intarsia.data.text import TextParts, draw
 from intarsia.disk import write_whole

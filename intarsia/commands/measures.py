@@ -33,6 +33,7 @@ from intarsia.reporting.model_report import keep_measures
 from intarsia.reporting.page import write_report
 
 _SHARE_OF_FREE = 0.8
+_WRITTEN = 16  # tokens, after a prompt, that speed is measured on
 
 Rows: TypeAlias = dict[str, dict[str, Any]]
 """Perplexity and answers by model: `original`, `as it came`, and `healed` where a stage was accepted."""
@@ -166,7 +167,7 @@ def measured(
     if evaluation.speed:
         if not together:
             report.say("both models do not fit into memory: their speeds are measured one after the other")
-        speeds = compare_speed(models)
+        speeds = compare_speed(models, new_tokens=_WRITTEN)
     before = evaluation.perplexities(models["before"])
     reference, answers = None, None
     if evaluation.asked is not None:
@@ -179,7 +180,7 @@ def measured(
     job.release()
     model = models.pop("after") if together else load_small()
     if evaluation.speed and not together:
-        speeds |= compare_speed({"after": model})
+        speeds |= compare_speed({"after": model}, new_tokens=_WRITTEN)
     after = evaluation.perplexities(model)
     pruned = evaluation.scores(model, job, small.model)
     if reference is not None and answers is None:

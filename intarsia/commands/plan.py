@@ -71,9 +71,9 @@ def plan(
         UserError: something about the input cannot be used. Nothing has been written then.
     """
     from intarsia.checkpoint.resolve import inputs_of
-    from intarsia.checkpoint.staging import check_no_input
     from intarsia.commands.job import Job
     from intarsia.commands.planning import Planning
+    from intarsia.disk import check_no_input
 
     started = time.perf_counter()
     check_no_input(Path(run), inputs_of(models=[model], texts=text.sources))

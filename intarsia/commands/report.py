@@ -68,8 +68,8 @@ def report(
     """
     from intarsia.building.materialize import RECIPE_FILE
     from intarsia.checkpoint.resolve import inputs_of
-    from intarsia.checkpoint.staging import check_file, check_no_input
     from intarsia.commands.job import Placement
+    from intarsia.disk import check_file, check_no_input
     from intarsia.reporting.model_report import is_model_folder
     from intarsia.reporting.page import report_html, write_report
 
@@ -121,8 +121,7 @@ def _side_by_side(
     from intarsia.checkpoint.resolve import open_checkpoint
     from intarsia.commands.job import load_tokenizer
     from intarsia.commands.recipes import open_variants
-    from intarsia.evaluation.answers import greedy_answers, side_by_side
-    from intarsia.evaluation.prompts import Prompts
+    from intarsia.evaluation.answers import Prompts, greedy_answers, side_by_side
     from intarsia.reporting.model_report import parted
 
     dense, small = open_variants(recipe)[recipe.base], open_checkpoint(str(folder))

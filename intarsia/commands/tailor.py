@@ -111,8 +111,8 @@ def tailor(
         UserError: something about the input cannot be used, or the first trials all fail.
     """
     from intarsia.checkpoint.hashing import acting_config
-    from intarsia.checkpoint.staging import check_no_input
     from intarsia.commands.job import Placement, versions
+    from intarsia.disk import check_no_input
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.reporting.page import write_report
     from intarsia.tailoring.engine import Task, budget_ladder, predict
@@ -239,7 +239,7 @@ def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, ru
     Raises:
         UserError: with everything that is wrong with the options or the family file.
     """
-    from intarsia.checkpoint.staging import check_no_input
+    from intarsia.disk import check_no_input
 
     resumes, more = source.is_dir(), search.more_trials
     problems = Problems()

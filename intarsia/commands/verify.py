@@ -49,7 +49,7 @@ def verify(
         UserError: there is no such folder, or it has no config that can be read.
     """
     require_folder(Path(folder))
-    from intarsia.checkpoint.files import read_config
+    from intarsia.checkpoint.reader import read_config
     from intarsia.exporting import verify as contract
 
     started, folder = time.perf_counter(), Path(folder)

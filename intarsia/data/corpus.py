@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intarsia.checkpoint.tensor_file import give_back
-from intarsia.data.chat import render
-from intarsia.data.conversations import Conversation
+from intarsia.checkpoint.files import give_back
+from intarsia.data.conversations import Conversation, render
 from intarsia.errors import UserError
 from intarsia.progress import current
 
@@ -69,18 +68,8 @@ class Corpus:
             yield self.input_ids[part], None if self.mask is None else self.mask[part]
 
     def take(self, n: int) -> Corpus:
-        """The first n sequences.
-
-        Raises:
-            UserError: there are fewer.
-        """
-        if not 1 <= n <= len(self):
-            raise UserError(
-                f"corpus {self.description}: "
-                f"expected at least {n} sequences of {self.seq_len} tokens (and at least 1); "
-                f"found {len(self)}.",
-                "Ask for fewer sequences, or give more tokens.",
-            )
+        """The first n sequences."""
+        assert 1 <= n <= len(self)
         return self._part(slice(0, n), f"the first {n} sequences of {self.description}")
 
     def split(self, fraction: float) -> tuple[Corpus, Corpus]:
@@ -125,10 +114,7 @@ def tokenize(
     with the start of one, and nothing is put between them: of the last one, what no longer fits is left out.
 
     Args:
-        documents: the texts, or conversations.
-        tokenizer: a `transformers` tokenizer.
         tokens: how many are wanted, BOS included.
-        seq_len: tokens a sequence.
         seed: decides which sequences are taken with `shuffle`.
         shuffle: take sequences from everywhere in the text, in random order; otherwise its head, in order.
         description: names the text in the corpus and in messages.
@@ -145,7 +131,8 @@ def tokenize(
             f"found a sequence length of {seq_len} and {tokens} tokens.",
             "Ask for more tokens or shorter sequences.",
         )
-    bos = _own_bos(tokenizer)
+    alone, bos = tokenizer("a")["input_ids"], [tokenizer.bos_token_id]
+    bos = bos if alone[:1] == bos else []  # it puts one before a text without being asked
     body = seq_len - len(bos)
     wanted = tokens // seq_len
     stream, talks, count = _token_stream(documents, tokenizer, seq_len, None if shuffle else wanted * body, description)
@@ -191,13 +178,6 @@ def check_ids(highest: int, tokenizer: Any, description: str) -> None:
             f"embedding has {rows} rows.",
             "Use the tokenizer that belongs to the model, or resize its embedding.",
         )
-
-
-def _own_bos(tokenizer: Any) -> list[int]:
-    """BOS as a list of one, if the tokenizer puts it before a text without being asked; else empty."""
-    ids = tokenizer("a")["input_ids"]
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and ids and ids[0] == bos else []
 
 
 def _token_stream(

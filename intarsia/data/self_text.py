@@ -19,11 +19,15 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from intarsia.checkpoint.hashing import cache_folder
-from intarsia.data.chat import Turns, learn_turns
+from intarsia.data.conversations import Turns, learn_turns
 from intarsia.data.corpus import Corpus, check_ids
 from intarsia.disk import replaced
 from intarsia.errors import UserError
 from intarsia.progress import Task, current
+
+Choose: TypeAlias = Callable[[Tensor, int], Tensor | None]
+"""The next token of every row, from the logits `[B, V]` of its last one and the column that it goes to; None ends."""
+_FORMAT = 3  # of the cached text; raise it whenever the same settings would write something else
 
 
 class _PreallocatedLayer(DynamicLayer):
@@ -48,13 +52,6 @@ class _PreallocatedLayer(DynamicLayer):
         self.keys = self.all_keys[:, :, : self.filled]
         self.values = self.all_values[:, :, : self.filled]
         return self.keys, self.values
-
-
-def preallocated_cache(config: Any, length: int) -> DynamicCache:
-    """An empty cache of `length` positions; layers with a sliding window keep the cache of `transformers`."""
-    cache = DynamicCache(config=config)
-    cache.layers = [_PreallocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +85,6 @@ class _Row:
         self.forced: list[int] = []
         self.documents = 1
 
-    def may_end(self, sampling: Sampling) -> bool:
-        return self.length >= sampling.shortest_turn
-
     def next(self, sampled: int, sampling: Sampling) -> int:
         """The next token, given the one that was sampled."""
         if self.forced:
@@ -109,38 +103,15 @@ class _Row:
         return form[0]
 
 
-def write_sequences(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    turns: Turns | None,
-    n: int,
-    seq_len: int,
-    seed: int,
-    sampling: Sampling,
-) -> tuple[Tensor, int]:
-    """n sequences of seq_len tokens [N, T], and the number of documents in them."""
-    rows = min(n, rows_at_once(model, seq_len, sampling))
-    parts, documents = [], 0
-    with current().task("writing calibration text", total=n * seq_len) as task:
-        for start in range(0, n, rows):
-            chance = seed * 1_000_003 + start
-            ids_BT, count = _write_batch(model, tokenizer, turns, min(rows, n - start), seq_len, chance, sampling, task)
-            parts.append(ids_BT)
-            documents += count
-    return torch.cat(parts), documents
-
-
-Choose: TypeAlias = Callable[[Tensor, int], Tensor | None]
-"""The next token of every row, from the logits `[B, V]` of its last one and the column that it goes to; None ends."""
-
-
 def write_on(model: Any, ids_BT: Tensor, done: int, choose: Choose, task: Task) -> None:
     """Fill rows of tokens from column `done` on, a column at a time, with a cache."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    cache, seen = preallocated_cache(model.config, ids_BT.shape[1]), 0
+    cache, length, seen = DynamicCache(config=model.config), ids_BT.shape[1], 0
+    # Layers with a sliding window keep the cache of transformers.
+    cache.layers = [_PreallocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     # For rows that are cut out of a longer tensor PyTorch copies the head's matrix, once for each of them.
-    hook = model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
     try:
         with torch.inference_mode():
             while done < ids_BT.shape[1]:
@@ -162,28 +133,24 @@ def write_on(model: Any, ids_BT: Tensor, done: int, choose: Choose, task: Task) 
         model.train(was_training)
 
 
-def _contiguous(_: torch.nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
-    return (given[0].contiguous(),)
-
-
 def _write_batch(
     model: Any,
     tokenizer: Any,
     turns: Turns | None,
-    n_rows: int,
-    seq_len: int,
+    size: tuple[int, int],
     seed: int,
     sampling: Sampling,
     task: Task,
 ) -> tuple[Tensor, int]:
-    """One batch of rows, and the number of documents in them."""
+    """One batch of rows `[B, T]` of that size, and the number of documents in them."""
+    n_rows, seq_len = size
     device = next(model.parameters()).device
     chance = torch.Generator().manual_seed(seed % 2**63)
-    size = model.get_output_embeddings().weight.shape[0]  # some tokenizers have marks that the model has no logits of
+    known = model.get_output_embeddings().weight.shape[0]  # some tokenizers have marks that the model has no logits of
     ends = (tokenizer.eos_token_id, tokenizer.bos_token_id)
-    eos, bos = (each if each is not None and each < size else None for each in ends)
-    enders = sorted(each for each in turns.enders if each < size) if turns else [] if eos is None else [eos]
-    marks = sorted(each for each in set(tokenizer.all_special_ids) - set(enders) if each < size)
+    eos, bos = (each if each is not None and each < known else None for each in ends)
+    enders = sorted(each for each in turns.enders if each < known) if turns else [] if eos is None else [eos]
+    marks = sorted(each for each in set(tokenizer.all_special_ids) - set(enders) if each < known)
     banned = torch.tensor(marks, dtype=torch.long, device=device)
     enders_E = torch.tensor(enders, dtype=torch.long, device=device)
     if turns is not None:
@@ -191,7 +158,7 @@ def _write_batch(
     elif (first := eos if bos is None else bos) is not None:
         start_BS = torch.full((n_rows, 1), first)
     else:
-        start_BS = torch.randint(min(len(tokenizer), size), (n_rows, 1), generator=chance)
+        start_BS = torch.randint(min(len(tokenizer), known), (n_rows, 1), generator=chance)
     rows = [_Row(turns, () if bos in (None, eos) else (bos,), eos) for _ in range(n_rows)]
     ids_BT = torch.empty(n_rows, seq_len, dtype=torch.int64)
     done = start_BS.shape[1]
@@ -201,7 +168,7 @@ def _write_batch(
     def choose(logits_BV: Tensor, _: int) -> Tensor:
         logits_BV = logits_BV[:, : len(tokenizer)]
         logits_BV.index_fill_(1, banned, -torch.inf)
-        early = [b for b, row in enumerate(rows) if not row.may_end(sampling)]
+        early = [b for b, row in enumerate(rows) if row.length < sampling.shortest_turn]
         if early and enders:
             logits_BV[torch.tensor(early, device=device)[:, None], enders_E] = -torch.inf
         answering = [turns is not None and not row.user for row in rows]
@@ -259,9 +226,6 @@ def rows_at_once(model: Any, seq_len: int, sampling: Sampling) -> int:
     return max(1, min(sampling.most_rows, sampling.cache_bytes // row_bytes))
 
 
-_FORMAT = 3  # of the cached text; raise it whenever the same settings would write something else
-
-
 def self_corpus(
     model: torch.nn.Module | Callable[[], torch.nn.Module],
     tokenizer: Any,
@@ -277,11 +241,7 @@ def self_corpus(
     Args:
         model: a causal language model of `transformers`, or a function that loads it, called only when the text
             is not cached.
-        tokenizer: the model's.
-        n: how many sequences; `seq_len` tokens each.
-        seed: of the sampling.
         cache_key: identifies the model's weights (their hash); None: nothing is cached.
-        sampling: how text is drawn.
 
     Raises:
         UserError: the model's logits are not finite, or the chat template holds a token beyond the embedding.
@@ -290,22 +250,29 @@ def self_corpus(
     turns = learn_turns(tokenizer)
     if turns is not None:
         check_ids(max(*turns.opening, *turns.to_assistant, *turns.to_user), tokenizer, "The chat template")
-    path = None if cache_key is None else _cache_path(cache_key, [n, seq_len, seed], sampling, turns)
+    path = None
+    if cache_key is not None:
+        form = None if turns is None else [turns.opening, turns.to_assistant, turns.to_user, sorted(turns.enders)]
+        what = [_FORMAT, cache_key, [n, seq_len, seed], asdict(sampling), form]
+        name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:40]
+        path = cache_folder() / "selftext" / f"{name}.safetensors"
     written = None if path is None else _read(path, (n, seq_len))
     if written is None:
         if not isinstance(model, torch.nn.Module):
             model = model()
-        written = write_sequences(model, tokenizer, turns, n, seq_len, seed, sampling)
+        rows = min(n, rows_at_once(model, seq_len, sampling))
+        parts, documents = [], 0
+        with current().task("writing calibration text", total=n * seq_len) as task:
+            for start in range(0, n, rows):
+                size, chance = (min(rows, n - start), seq_len), seed * 1_000_003 + start
+                ids_BT, count = _write_batch(model, tokenizer, turns, size, chance, sampling, task)
+                parts.append(ids_BT)
+                documents += count
+        written = torch.cat(parts), documents
         if path is not None:
             _keep(path, *written)
     ids_NT, documents = written
     return Corpus.of(ids_NT, description=f"self (seed {seed})", documents=documents)
-
-
-def _cache_path(key: str, place: list[int], sampling: Sampling, turns: Turns | None) -> Path:
-    form = None if turns is None else [turns.opening, turns.to_assistant, turns.to_user, sorted(turns.enders)]
-    what = [_FORMAT, key, place, asdict(sampling), form]
-    return cache_folder() / "selftext" / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:40]}.safetensors"
 
 
 def _read(path: Path, shape: tuple[int, int]) -> tuple[Tensor, int] | None:

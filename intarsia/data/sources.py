@@ -1,22 +1,187 @@
 """Text sources: what names a text, and the reader of each kind (text, JSON lines, Parquet, folders, data sets).
 
-A reader gives texts, or conversations where the rows hold those (`intarsia.data.conversations`).
+A reader gives texts, or conversations where the rows hold those. Compressed files, JSON arrays, and UTF-16 and UTF-32
+with a byte-order mark are turned into a temporary file of plain UTF-8 first.
 """
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import gzip
+import io
 import json
+import lzma
 import os
 import random
+import shutil
+import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias, cast
 
 from intarsia.data.conversations import Columns, Conversation, missing_column, row_error
-from intarsia.data.text_files import ACCEPTED, Kind, files_in, kind_of, open_plain, remedy_for
-from intarsia.errors import UserError
 from intarsia.progress import current
+
+Kind: TypeAlias = Literal["text", "jsonl", "parquet", "folder", "hub"]
+
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys((".txt", ".text", ".md"), "text"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
+    ".parquet": "parquet",
+}
+ACCEPTED = (
+    "a .txt, .jsonl, .json or .parquet file (the first three also with .gz, .bz2 or .xz), a folder of such files, "
+    "hub:DATASET[/CONFIG]:SPLIT[:COLUMN], or self"
+)
+_COMPRESSED: dict[bytes, tuple[str, Callable[..., Any]]] = {
+    b"\x1f\x8b": (".gz", gzip.open),
+    b"BZh": (".bz2", bz2.open),
+    b"\xfd7zXZ\x00": (".xz", lzma.open),
+}
+# UTF-32 first: its little-endian mark starts with that of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_UNPACK = "Unpack it, and pass the folder."
+_EXTRACT = "Extract its text to a .txt file."
+_COLUMN = 'Write its text column as JSON lines: one {"text": ...} a line.'
+_REMEDIES = {
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), _UNPACK),
+    **dict.fromkeys((".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".html"), _EXTRACT),
+    **dict.fromkeys((".csv", ".tsv", ".xlsx", ".arrow", ".feather"), _COLUMN),
+    ".zst": "Decompress it: zstd -d FILE.",
+}
+_SIGNS = (
+    (b"PK\x03\x04", "a ZIP archive, or an office document", _UNPACK),
+    (b"%PDF", "a PDF document", _EXTRACT),
+    (b"PAR1", "a Parquet file", "Give it the suffix .parquet."),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard file", _REMEDIES[".zst"]),
+)
+_HEAD = 4096
+Document: TypeAlias = str | Conversation
+Rows: TypeAlias = Iterable[tuple[str, dict[str, Any]]]
+"""Rows of a data set, each with its place for errors."""
+_BLOCK = 256 * 1024  # bytes of one sampled stretch of a large file
+_LONGEST_LINE = 64 * 1024  # bytes of running text that are searched for a line end
+_HUB_REMEDY = "Check the name and the connection (HF_HUB_OFFLINE, HF_TOKEN), or pass a local text file, or `self`."
+
+
+def kind_of(path: Path) -> Kind | None:
+    """What a file is by its name, apart from compression; None if it is no text that can be read."""
+    suffix, compressed = path.suffix.lower(), False
+    if suffix in (name for name, _ in _COMPRESSED.values()):
+        suffix, compressed = Path(path.stem).suffix.lower(), True
+    kind = _KINDS.get(suffix)
+    return None if compressed and kind == "parquet" else kind
+
+
+def remedy_for(path: Path) -> str:
+    """What to do with a file of another kind."""
+    return _REMEDIES.get(path.suffix.lower(), f"Pass {ACCEPTED}.")
+
+
+def files_in(folder: Path) -> tuple[list[Path], int]:
+    """The text files below a folder in the order of their names, and how many other files there are."""
+    found: list[Path] = []
+    others = 0
+    for inner, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(inner) / name for name in sorted(names) if not name.startswith(".")):
+            if kind_of(path) is None:
+                others += 1
+            else:
+                found.append(path)
+    return found, others
+
+
+def open_plain(path: Path, *, where: str) -> BinaryIO:
+    """A file of text or JSON as UTF-8: running text, or one JSON record a line.
+
+    Raises:
+        UserError: it is a file of another kind, in no known encoding, or damaged.
+    """
+    with ExitStack() as stack:
+        raw = stack.enter_context(path.open("rb"))
+        stream = cast("BinaryIO", raw)
+        opener = next((opener for sign, (_, opener) in _COMPRESSED.items() if _head(raw, len(sign)) == sign), None)
+        try:
+            if opener is not None:
+                stream = opener(raw)
+            head = _head(stream, _HEAD)
+            encoding = next((name for mark, name in _MARKS if head.startswith(mark)), None)
+            if encoding is None:
+                _refuse_binary(head, path, where)
+            array = ".json" in (suffix.lower() for suffix in path.suffixes[-2:])
+            if opener is None and encoding is None and not array:
+                stack.pop_all()
+                return raw
+            plain = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115  (the caller closes it)
+            if encoding is None:
+                shutil.copyfileobj(stream, plain)
+            else:
+                text = io.TextIOWrapper(stream, encoding=encoding, newline="")
+                while chunk := text.read(1 << 20):
+                    plain.write(chunk.encode())
+            return _records_of(plain, where) if array else plain
+        except UnicodeError as error:
+            raise row_error(
+                where, f"text in {encoding}, as its byte-order mark says", str(error), "Save it again."
+            ) from None
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the file's content
+                raise
+            raise row_error(where, "a whole compressed file", str(error), "Get this file again.") from None
+
+
+def _head(stream: BinaryIO, size: int) -> bytes:
+    found = stream.read(size)
+    stream.seek(0)
+    return found
+
+
+def _refuse_binary(head: bytes, path: Path, where: str) -> None:
+    for sign, found, remedy in _SIGNS:
+        if head.startswith(sign):
+            raise row_error(where, "text", found, remedy)
+    if b"\0" in head:
+        order = "LE" if head[1::2].count(0) > head[::2].count(0) else "BE"
+        raise row_error(
+            where,
+            "UTF-8 text",
+            "bytes of zero: UTF-16 without a byte-order mark, or no text",
+            f"If it is UTF-16, convert it: iconv -f UTF-16{order} -t UTF-8 {path.name}.",
+        )
+
+
+def _records_of(plain: BinaryIO, where: str) -> BinaryIO:
+    """A JSON file as one record a line: an array, an object with one array, one record, or JSON lines already."""
+    plain.seek(0)
+    data = plain.read()
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        if data.lstrip().startswith(b"{") and b"\n" in data.strip():
+            return plain  # JSON lines under another name; the reader names the line if one is wrong
+        raise row_error(where, "a JSON array of records, or JSON lines", str(error), "Correct the file.") from None
+    if isinstance(value, dict) and not any(name in value for name in ("messages", "conversations")):
+        arrays = [each for each in value.values() if isinstance(each, list)]
+        value = arrays[0] if len(arrays) == 1 and not any(isinstance(each, str) for each in value.values()) else [value]
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list):
+        raise row_error(where, "a JSON array of records", repr(value)[:60], "Write an array of records with text.")
+    lines = (json.dumps({"text": each} if isinstance(each, str) else each) for each in value)
+    plain.seek(0)
+    plain.truncate()
+    for line in lines:
+        plain.write(f"{line}\n".encode())
+    return plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +253,7 @@ def _parse_hub(spec: str) -> Source:
     return Source(spec=spec, kind="hub", dataset=dataset, config=config, split=split, column=column)
 
 
-Document: TypeAlias = str | Conversation
 Reader: TypeAlias = Callable[[Source, int | None, int | None], Iterator[Document]]
-Rows: TypeAlias = Iterable[tuple[str, dict[str, Any]]]
-"""Rows of a data set, each with its place for errors."""
-
-_BLOCK = 256 * 1024  # bytes of one sampled stretch of a large file
-_LONGEST_LINE = 64 * 1024  # bytes of running text that are searched for a line end
-_HUB_REMEDY = "Check the name and the connection (HF_HUB_OFFLINE, HF_TOKEN), or pass a local text file, or `self`."
 
 
 def _stretches(source: Source, limit: int | None, seed: int | None) -> Iterator[tuple[int, bytes]]:
@@ -150,15 +308,6 @@ def _decode(source: Source, offset: int, data: bytes) -> str:
     # Line breaks as in Python's text mode; carriage returns are not what a model was trained on.
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text.removeprefix("\ufeff") if offset == 0 else text
-
-
-def _read_text(source: Source, limit: int | None, seed: int | None) -> Iterator[str]:
-    for offset, data in _stretches(source, limit, seed):
-        yield _decode(source, offset, data)
-
-
-def _read_jsonl(source: Source, limit: int | None, seed: int | None) -> Iterator[Document]:
-    yield from _documents_of(source, _json_rows(source, limit, seed))
 
 
 def _json_rows(source: Source, limit: int | None, seed: int | None) -> Rows:
@@ -232,7 +381,10 @@ def _read_parquet(source: Source, limit: int | None, seed: int | None) -> Iterat
 def _parquet_rows(file: Any, source: Source, columns: Columns, limit: int | None, seed: int | None) -> Rows:
     total = file.metadata.num_rows
     first, last = (int(total * share) for share in source.share)
-    kept = _kept_share(file, source, limit) if limit is not None else 1.0
+    kept = 1.0
+    if limit is not None:  # about so many bytes of the text
+        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+        kept = min(1.0, limit / max(1.0, size * (source.share[1] - source.share[0])))
     chance = None if seed is None else random.Random(seed)
     row = 0
     for batch in file.iter_batches(batch_size=1024, columns=columns.read_from(file.schema_arrow.names)):
@@ -253,51 +405,28 @@ def _kind(found: Any) -> str:
     return str(found)
 
 
-def _kept_share(file: Any, source: Source, limit: int) -> float:
-    """The share of the rows to keep so that about `limit` bytes of the text are read."""
-    meta = file.metadata
-    size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-    return min(1.0, limit / max(1.0, size * (source.share[1] - source.share[0])))
-
-
-def _read_hub(source: Source, limit: int | None, seed: int | None) -> Iterator[Document]:
-    rows = ((f"{source.spec}, row {number}", record) for number, record in enumerate(_hub_records(source, seed)))
-    yield from _documents_of(source, rows, limit=limit)
-
-
-def _hub_records(source: Source, seed: int | None) -> Iterator[dict[str, Any]]:
+def _hub_rows(source: Source, seed: int | None) -> Rows:
     import datasets
 
     try:
         data = datasets.load_dataset(source.dataset, source.config, split=source.split, streaming=True)
         if seed is not None:
             data = data.shuffle(seed=seed, buffer_size=1000)
-        records = iter(data)
+        for number, record in enumerate(data):
+            yield f"{source.spec}, row {number}", record
     except Exception as error:
-        raise _unreadable(source, error) from error
-    while True:
-        try:
-            record = next(records)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise _unreadable(source, error) from error
-        yield record
-
-
-def _unreadable(source: Source, error: Exception) -> UserError:
-    """An unknown name, a gated one and a network that is down come in errors of `datasets`, of the hub's library and
-    of whatever HTTP client that one uses in its present version; so all of them are taken."""
-    found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    return row_error(source.spec, "a data set that can be read", found, _HUB_REMEDY)
+        # An unknown name, a gated one and a network that is down come in errors of `datasets`, of the hub's library
+        # and of whatever HTTP client that one uses in its present version; so all of them are taken.
+        found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise row_error(source.spec, "a data set that can be read", found, _HUB_REMEDY) from error
 
 
 READERS: Mapping[Kind, Reader] = {
-    "text": _read_text,
-    "jsonl": _read_jsonl,
+    "text": lambda source, limit, seed: (_decode(source, *stretch) for stretch in _stretches(source, limit, seed)),
+    "jsonl": lambda source, limit, seed: _documents_of(source, _json_rows(source, limit, seed)),
     "parquet": _read_parquet,
     "folder": _read_folder,
-    "hub": _read_hub,
+    "hub": lambda source, limit, seed: _documents_of(source, _hub_rows(source, seed), limit=limit),
 }
 
 

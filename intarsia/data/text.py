@@ -108,8 +108,6 @@ def draw(
     another part of a large file may be read). Text that a model writes has no such order.
 
     Args:
-        text: which sources, how many tokens of calibration, and the seed.
-        tokenizer: the model's.
         writer: gives the model that writes, for `self`; only called when the text is not cached.
         writer_key: identifies that model's weights (their hash); without it nothing is cached.
 

@@ -26,22 +26,23 @@ from torch import Tensor
 
 from intarsia.activations.loss import Likeliest
 from intarsia.errors import UserError
-from intarsia.evaluation.answers import greedy_answers, loops, side_by_side
+from intarsia.evaluation.answers import Ids, Prompts, greedy_answers, loops, side_by_side
 from intarsia.evaluation.likelihood import (
     Request,
     batches_of,
     default_batch_tokens,
     evaluating,
-    forward_of,
     log_totals,
+    logits_of,
 )
 from intarsia.evaluation.perplexity import Chain, ratio_stderr
-from intarsia.evaluation.prompts import Ids, Prompts
 from intarsia.evaluation.results import Agreement, Metric
 from intarsia.options import AnswerSpec
 from intarsia.progress import current
 
 _EXAMPLES = 4
+_WELL, _KEPT = 1.5, 0.9
+_LEAST_AGREEMENT, _MOST_LOOPS = 0.6, 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,39 +134,34 @@ class Reference:
         return self._result(followed, loss_P)
 
     def _result(self, followed: Followed, loss_P: Tensor) -> Agreement:
+        """The measures of a model.
+
+        Args:
+            loss_P: of the original on each of the model's own answers.
+        """
         counts_P = _counts(self.answers)
-        own = {} if followed.answers is None else self._own(followed.answers, loss_P)
+        own: dict[str, Metric | None] = {"loops": None, "length": None, "perplexity": None}
+        if followed.answers is not None:
+            loops_P = torch.tensor([loops(answer, self.prompts.enders) for answer in followed.answers]).double()
+            own_P, one_P = _counts(followed.answers), torch.ones_like(loops_P)
+            nll = _ratio(loss_P, own_P)
+            value = math.exp(min(nll.value, 700.0))
+            perplexity = Metric(value=value, stderr=None if nll.stderr is None else value * nll.stderr)
+            own = {"loops": _ratio(loops_P, one_P), "length": _ratio(own_P, one_P), "perplexity": perplexity}
+        answered = zip(self.prompts.texts[:_EXAMPLES], self.answers, followed.answers or (), strict=False)
         return Agreement(
             agreement=_ratio(followed.agree_P, counts_P),
             kl=_ratio(followed.kl_P, counts_P),
-            loops=own.get("loops"),
-            length=own.get("length"),
-            perplexity=own.get("perplexity"),
+            **own,
             prompts=len(self.answers),
             tokens=int(counts_P.sum()),
             source=self.prompts.source,
             sha256=self.prompts.sha256,
-            examples=tuple(map(self._example, range(_EXAMPLES), self.answers, followed.answers or ())),
+            examples=tuple(
+                {"prompt": text.strip(), **side_by_side(self.tokenizer, original, answer)}
+                for text, original, answer in answered
+            ),
         )
-
-    def _own(self, answers: tuple[Ids, ...], loss_P: Tensor) -> dict[str, Metric]:
-        """Measures of a model's own answers.
-
-        Args:
-            loss_P: of the original on each of them.
-        """
-        enders, own_P = self.prompts.enders, _counts(answers)
-        loops_P = torch.tensor([loops(answer, enders) for answer in answers], dtype=torch.float64)
-        nll = _ratio(loss_P, own_P)
-        value = math.exp(min(nll.value, 700.0))
-        return {
-            "loops": _ratio(loops_P, torch.ones_like(loops_P)),
-            "length": _ratio(own_P, torch.ones_like(own_P)),
-            "perplexity": Metric(value=value, stderr=None if nll.stderr is None else value * nll.stderr),
-        }
-
-    def _example(self, number: int, original: Ids, answer: Ids) -> dict[str, Any]:
-        return {"prompt": self.prompts.texts[number].strip(), **side_by_side(self.tokenizer, original, answer)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,10 +221,6 @@ class Asked:
         )
 
 
-_WELL, _KEPT = 1.5, 0.9
-_LEAST_AGREEMENT, _MOST_LOOPS = 0.6, 0.25
-
-
 def doubt(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
     """One sentence where perplexity or accuracy is well kept and agreement is not; else None.
 
@@ -270,11 +262,12 @@ def _along(model: Any, prompts: Prompts, answers: Sequence[Ids], take: Callable[
         return
     requests = [Request(context=prompt, continuation=answer) for prompt, answer in pairs]
     with evaluating(model), torch.inference_mode():
-        forward = forward_of(model)
         batch_tokens = default_batch_tokens(next(model.parameters()).device)
         for batch in batches_of(requests, pack=False, batch_tokens=batch_tokens):
             numbers, lengths = batch.request_M.unique_consecutive(return_counts=True)
-            for number, logits_TV in zip(numbers.tolist(), forward(batch.rows).split(lengths.tolist()), strict=True):
+            for number, logits_TV in zip(
+                numbers.tolist(), logits_of(model, batch.rows).split(lengths.tolist()), strict=True
+            ):
                 take(number, logits_TV)
 
 

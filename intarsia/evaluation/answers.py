@@ -1,18 +1,152 @@
-"""Greedy answers of a model to prompts, whether they loop, and two of them side by side."""
+"""Prompts that models answer, their greedy answers, whether these loop, and two of them side by side.
+
+Prompts are questions of a file, or what a model writes itself, as its chat template writes them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from intarsia.data.self_text import Sampling, rows_at_once, write_on
-from intarsia.evaluation.prompts import Ids, Prompts
+from intarsia.data.conversations import Conversation, answer_of, learn_turns, prompt_of, up_to_answer
+from intarsia.data.corpus import check_ids
+from intarsia.data.self_text import Sampling, rows_at_once, self_corpus, write_on
+from intarsia.data.sources import documents, parse
+from intarsia.errors import check
 from intarsia.progress import current
 
+_PROMPT = 32  # tokens of a prompt, where the model writes running text
+_QUESTION = 64  # most tokens of a question that the model writes
+_SEED = 7919  # apart from the calibration text's
+
+Ids: TypeAlias = tuple[int, ...]
 _REPEATS, _LEAST = 3, 12  # a loop has a passage three times, in at least so many tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompts as tokens, ready to be answered."""
+
+    ids: tuple[Ids, ...]
+    # For a person: the questions alone.
+    texts: tuple[str, ...]
+    # Tokens that end an answer.
+    enders: frozenset[int]
+    source: str
+    # Answers that came with them; None where models write the answers.
+    given: tuple[Ids, ...] | None = None
+
+    @property
+    def sha256(self) -> str:
+        """The hash of their tokens."""
+        tokens = self.ids if self.given is None else (self.ids, self.given)
+        return hashlib.sha256(repr(tokens).encode()).hexdigest()
+
+    @classmethod
+    def of(cls, given: Iterable[str | Conversation], tokenizer: Any, *, source: str) -> Prompts:
+        """Questions, or conversations up to their last question, as the model's chat template writes them."""
+        known = list(given)
+        places = [f"Prompt {number} of {source}" for number in range(1, len(known) + 1)]
+        written = [prompt_of(each, tokenizer, where=place) for each, place in zip(known, places, strict=True)]
+        return cls(
+            ids=tuple(tuple(tokenizer(text, add_special_tokens=special)["input_ids"]) for text, special in written),
+            texts=tuple(each if isinstance(each, str) else each.question for each in known),
+            enders=_enders(tokenizer),
+            source=source,
+        )
+
+    @classmethod
+    def read(
+        cls, spec: str, tokenizer: Any, *, n: int, answer_tokens: int, positions: int | None, given: bool = False
+    ) -> Prompts:
+        """The first prompts of a file: a .txt has one a line; of a conversation, all before the last answer.
+
+        Args:
+            positions: of the model; None where it has no limit.
+            given: take the answers of the file too, up to `answer_tokens` of each.
+
+        Raises:
+            UserError: the file cannot be read, a prompt with its answer is too long for the model, or a prompt has no
+                answer where answers are to be given.
+        """
+        rows = [up_to_answer(row) if given else row for row in islice(_lines(spec), n)]
+        found = cls.of(rows, tokenizer, source=spec)
+        if given:
+            answers = tuple(answer_of(row, tokenizer)[:answer_tokens] for row in rows)
+            found = replace(found, source=f"{spec}, with its answers", given=answers)
+        for number, each in enumerate(found.ids, start=1):
+            check_ids(max(each, default=0), tokenizer, f"Prompt {number} of {spec}")
+            check(
+                (bool(each), f"Prompt {number} of {spec} has no token.", "Leave it out."),
+                (
+                    found.given is None or bool(found.given[number - 1]),
+                    f"Prompt {number} of {spec} has no answer, and a streamed model does not write one.",
+                    "Give conversations with the original's answers, or leave --stream out.",
+                ),
+                (
+                    positions is None or len(each) + answer_tokens <= positions,
+                    f"Prompt {number} of {spec} has {len(each)} tokens and an answer up to {answer_tokens}; the model "
+                    f"has {positions} positions.",
+                    "Shorten it, or give fewer --answer-tokens.",
+                ),
+            )
+        return found
+
+    @classmethod
+    def written(cls, model: Any, tokenizer: Any, *, n: int, seed: int, longest: int, key: str | None) -> Prompts:
+        """Prompts that a model writes: questions of a user, or the first tokens of texts where it has no chat
+        template.
+
+        Args:
+            model: or a function that loads it.
+            longest: most tokens of a prompt.
+            key: the hash of its weights, under which they are kept; None keeps nothing.
+        """
+        turns = learn_turns(tokenizer)
+        around = 0 if turns is None else len(turns.opening) + len(turns.to_assistant)
+        if longest < around + 8:
+            turns, around = None, 0
+        question = max(1, min(_PROMPT if turns is None else _QUESTION, longest - around))
+        corpus = self_corpus(
+            model,
+            tokenizer,
+            n=n,
+            seq_len=max(2, around + question),
+            seed=seed + _SEED,
+            cache_key=key,
+            sampling=Sampling(longest_question=question),
+        )
+        rows, start = [tuple(row) for row in corpus.input_ids.tolist()], 0
+        answer: Ids = ()
+        if turns is not None:
+            start, answer = len(turns.opening), turns.to_assistant
+            rows = [row[: row.index(answer[0], start)] for row in rows if answer[0] in row[start:]]
+        return cls(
+            ids=tuple((*row, *answer) for row in rows),
+            texts=tuple(tokenizer.decode(row[start:], skip_special_tokens=True) for row in rows),
+            enders=_enders(tokenizer),
+            source="written by the original",
+        )
+
+
+def _enders(tokenizer: Any) -> frozenset[int]:
+    turns, eos = learn_turns(tokenizer), tokenizer.eos_token_id
+    return turns.enders if turns is not None else frozenset(() if eos is None else (eos,))
+
+
+def _lines(spec: str) -> Iterator[str | Conversation]:
+    kind = parse(spec).kind
+    for document in documents(spec):
+        if isinstance(document, str) and kind == "text":
+            yield from (line for line in document.splitlines() if line.strip())
+        else:
+            yield document
 
 
 def greedy_answers(model: Any, tokenizer: Any, prompts: Prompts, answer_tokens: int) -> tuple[Ids, ...]:

@@ -11,7 +11,7 @@ row reaches past a sliding window. Everything else gets plain rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,9 +20,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intarsia.architecture.families import Family, known_families
+from intarsia.architecture.families import known_families
 from intarsia.errors import UserError
 from intarsia.progress import current
+
+_CPU_BLOCK = 8 * 49152  # float32 entries of one block of logits: inside a core's cache
+_GPU_BLOCK = 64 * 1024 * 1024
+_CPU_BATCH = 512  # tokens; more is no faster for one core, and padded more
+_GPU_BATCH = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,24 +45,27 @@ def encode_pairs(
 
     Args:
         pairs: context and continuation; a context has more than white space.
-        tokenizer: of transformers.
         max_length: positions of the model; None where it has no limit.
-        where: what the pairs are, for messages.
 
     Raises:
         UserError: a continuation has no token of its own, or more than the model has positions for.
     """
     known: dict[str, tuple[int, ...]] = {}
-    opening = _opening(tokenizer)
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    opening = "" if first is None else tokenizer.decode(first)
     requests = []
+
+    def encode(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special_tokens=not (opening and text.startswith(opening))))
+
     for number, (context, continuation) in enumerate(pairs, start=1):
         kept = context.rstrip()
         assert kept, "a context is not blank"
         if kept not in known:
-            known = {kept: _encode(tokenizer, kept, opening)}  # the choices of a question follow each other
+            known = {kept: encode(kept)}  # the choices of a question follow each other
         head = known[kept]
         # In one piece: white space at the end of the context counts to the continuation.
-        tail = _encode(tokenizer, context + continuation, opening)[len(head) :]
+        tail = encode(context + continuation)[len(head) :]
         if not tail or (max_length is not None and len(tail) > max_length):
             limit = "" if max_length is None else f", and at most {max_length} (the model's positions)"
             raise UserError(
@@ -87,22 +95,6 @@ def positions_of(config: Any) -> int | None:
     return None
 
 
-def _opening(tokenizer: Any) -> str:
-    """The BOS (or EOS) token as text."""
-    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return "" if token is None else tokenizer.decode(token)
-
-
-def _encode(tokenizer: Any, text: str, opening: str) -> tuple[int, ...]:
-    if opening and text.startswith(opening):
-        return tuple(tokenizer.encode(text, add_special_tokens=False))
-    return tuple(tokenizer.encode(text))
-
-
-_CPU_BLOCK = 8 * 49152  # float32 entries of one block of logits: inside a core's cache
-_GPU_BLOCK = 64 * 1024 * 1024
-
-
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """Token rows for a forward pass.
@@ -118,17 +110,13 @@ class Rows:
     positions_BT: Tensor | None = None
 
 
-Forward = Callable[[Rows], Tensor]
-"""From rows (on the CPU) to their wanted logits `[N, V]`, on any device."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Likelihoods:
     """Of every request: the summed log-likelihood of its continuation (float64, nats), and whether each of its tokens
-    is the likeliest one (None if that was not asked for)."""
+    is the likeliest one."""
 
     sums_R: Tensor
-    greedy_R: Tensor | None
+    greedy_R: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,73 +143,26 @@ class Batch:
     requests: int
 
 
-def log_likelihoods(
-    forward: Forward,
-    requests: Sequence[Request],
-    *,
-    pack: bool,
-    batch_tokens: int,
-    greedy: bool = False,
-    where: str = "log-likelihoods",
-) -> Likelihoods:
-    """Score every request.
+def batches_of(requests: Sequence[Request], *, pack: bool, batch_tokens: int) -> Iterator[Batch]:
+    """Group requests of similar length into batches, the longest first, so that a lack of memory shows at once.
 
     Args:
-        forward: the model.
         requests: in any order; those with one context need not stand together.
         pack: share contexts between continuations; else a plain row for each.
         batch_tokens: rows times columns of a batch, at most (a longer row goes alone).
-        greedy: whether to find which continuations greedy decoding would give.
-        where: the name of what is scored, for messages and progress.
-
-    Raises:
-        UserError: a logit that matters is NaN or infinite.
     """
-    sums_R = torch.zeros(len(requests), dtype=torch.float64)
-    misses_R = torch.zeros(len(requests), dtype=torch.int64)
-    with torch.inference_mode(), current().task(where, total=len(requests)) as task:
-        for batch in batches_of(requests, pack=pack, batch_tokens=batch_tokens):
-            log_p_M, missed_M = score_batch(forward(batch.rows), batch, greedy=greedy)
-            if not bool(log_p_M.isfinite().all()):
-                raise UserError(
-                    f"{where}: a log-likelihood is NaN or infinite.",
-                    "Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
-                )
-            sums_R.index_add_(0, batch.request_M, log_p_M.cpu().double())
-            if missed_M is not None:
-                misses_R.index_add_(0, batch.request_M, missed_M.cpu().long())
-            task.advance(batch.requests)
-    return Likelihoods(sums_R=sums_R, greedy_R=misses_R == 0 if greedy else None)
-
-
-def batches_of(requests: Sequence[Request], *, pack: bool, batch_tokens: int) -> Iterator[Batch]:
-    """Group requests into the batches of `log_likelihoods`, for callers that run the same ones many times."""
-    for trees in _batches(_trees(requests, pack), batch_tokens):
-        yield _batch(trees, pack=pack)
-
-
-def _trees(requests: Sequence[Request], pack: bool) -> list[_Tree]:
-    if not pack:
-        return [
-            _Tree(context=request.context, branches=((number, request.continuation),))
-            for number, request in enumerate(requests)
-        ]
-    shared: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
+    shared: dict[Any, list[tuple[int, tuple[int, ...]]]] = {}
     for number, request in enumerate(requests):
-        shared.setdefault(request.context, []).append((number, request.continuation))
-    return [_Tree(context=context, branches=tuple(branches)) for context, branches in shared.items()]
-
-
-def _batches(trees: Sequence[_Tree], batch_tokens: int) -> Iterator[list[_Tree]]:
-    """Group trees of similar length, the longest first, so that a lack of memory shows at once."""
+        shared.setdefault(request.context if pack else number, []).append((number, request.continuation))
+    trees = [_Tree(context=requests[found[0][0]].context, branches=tuple(found)) for found in shared.values()]
     batch: list[_Tree] = []
     for tree in sorted(trees, key=lambda tree: -tree.width):
         if batch and batch[0].width * (len(batch) + 1) > batch_tokens:
-            yield batch
+            yield _batch(batch, pack=pack)
             batch = []
         batch.append(tree)
     if batch:
-        yield batch
+        yield _batch(batch, pack=pack)
 
 
 def _batch(trees: Sequence[_Tree], *, pack: bool) -> Batch:
@@ -258,13 +199,10 @@ def _batch(trees: Sequence[_Tree], *, pack: bool) -> Batch:
     return Batch(rows=rows, position_M=position_M, token_M=token_M, request_M=request_M, requests=requests)
 
 
-def score_batch(logits_NV: Tensor, batch: Batch, *, greedy: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of every scored token, and whether another one is likelier."""
-    device = logits_NV.device
-    position_M, token_M = batch.position_M.to(device), batch.token_M.to(device)
-    total_N = log_totals(logits_NV)
-    missed_M = logits_NV.argmax(-1)[position_M] != token_M if greedy else None
-    return logits_NV[position_M, token_M].float() - total_N[position_M], missed_M
+def score_batch(logits_NV: Tensor, batch: Batch) -> Tensor:
+    """Log-probability of every scored token `[M]`."""
+    position_M, token_M = batch.position_M.to(logits_NV.device), batch.token_M.to(logits_NV.device)
+    return logits_NV[position_M, token_M].float() - log_totals(logits_NV)[position_M]
 
 
 def log_totals(logits_NV: Tensor) -> Tensor:
@@ -283,16 +221,12 @@ def log_totals(logits_NV: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-_CPU_BATCH = 512  # tokens; more is no faster for one core, and padded more
-_GPU_BATCH = 16384
-
-
 def score_requests(
     model: torch.nn.Module,
     requests: Sequence[Request],
     *,
     batch_tokens: int | None = None,
-    greedy: bool = False,
+    pack: bool | None = None,
     where: str = "log-likelihoods",
 ) -> Likelihoods:
     """Log-likelihoods of requests on a causal language model of transformers, where it is and in its own dtype.
@@ -300,57 +234,42 @@ def score_requests(
     Args:
         model: left in the mode (training or not) it was in.
         batch_tokens: tokens a forward pass; None for a default by device.
-        greedy, where: see `log_likelihoods`.
+        pack: see `batches_of`; None where the model takes it.
+        where: the name of what is scored, for messages and progress.
 
     Raises:
-        UserError: a log-likelihood is not finite.
+        UserError: a logit that matters is NaN or infinite.
     """
-    longest = max((len(request.context) + len(request.continuation) for request in requests), default=0)
-    with evaluating(model):
-        return log_likelihoods(
-            forward_of(model),
-            requests,
-            pack=takes_packed_rows(model, longest),
-            batch_tokens=batch_tokens or default_batch_tokens(next(model.parameters()).device),
-            greedy=greedy,
-            where=where,
-        )
+    if pack is None:
+        longest = max((len(request.context) + len(request.continuation) for request in requests), default=0)
+        pack = takes_packed_rows(model, longest)
+    batch_tokens = batch_tokens or default_batch_tokens(next(model.parameters()).device)
+    sums_R = torch.zeros(len(requests), dtype=torch.float64)
+    misses_R = torch.zeros(len(requests), dtype=torch.int64)
+    with evaluating(model), torch.inference_mode(), current().task(where, total=len(requests)) as task:
+        for batch in batches_of(requests, pack=pack, batch_tokens=batch_tokens):
+            logits_NV = logits_of(model, batch.rows)
+            log_p_M = score_batch(logits_NV, batch)
+            if not bool(log_p_M.isfinite().all()):
+                raise UserError(
+                    f"{where}: a log-likelihood is NaN or infinite.",
+                    "Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
+                )
+            missed_M = logits_NV.argmax(-1).cpu()[batch.position_M] != batch.token_M
+            sums_R.index_add_(0, batch.request_M, log_p_M.cpu().double())
+            misses_R.index_add_(0, batch.request_M, missed_M.long())
+            task.advance(batch.requests)
+    return Likelihoods(sums_R=sums_R, greedy_R=misses_R == 0)
 
 
-def forward_of(model: torch.nn.Module) -> Forward:
-    """A model as a function from rows to logits.
-
-    In most families of this project the logits are what the head makes of the last hidden state, and the head reads
-    the wanted positions alone. Where a model does more to its logits (a scale, a soft cap) it is asked for those of the
-    columns that any row wants; of an unknown model all logits are made.
-    """
-    weight = next(model.parameters())
-    family = _family_of(model)
-    head = None if family is None else model.get_submodule(family.head_in_memory)
-    if head is not None and not makes_the_logits(head, model):
-        head = None
-
-    def run(rows: Rows) -> Tensor:
-        inputs = inputs_of(model, rows)
-        row_N, column_N = rows.row_N.to(weight.device), rows.column_N.to(weight.device)
-        if family is None:
-            return model(**inputs).logits[row_N, column_N]
-        if head is None:
-            columns, place_N = column_N.unique(return_inverse=True)
-            return model(**inputs, logits_to_keep=columns).logits[row_N, place_N]
-        base: Any = model.base_model
-        return head(base(**inputs).last_hidden_state[row_N, column_N])
-
-    return run
-
-
-@torch.no_grad()
-def makes_the_logits(head: torch.nn.Module, model: torch.nn.Module) -> bool:
-    """Whether a model's logits are its head's output and nothing else, found on a few tokens."""
-    ids_BT = torch.arange(4, device=next(model.parameters()).device)[None]
-    base: Any = model.base_model
-    own, whole = head(base(input_ids=ids_BT, use_cache=False).last_hidden_state), model(input_ids=ids_BT).logits
-    return bool(torch.allclose(own.float(), whole.float(), rtol=1e-2, atol=1e-2))
+def logits_of(model: torch.nn.Module, rows: Rows) -> Tensor:
+    """The wanted logits of rows `[N, V]`; the head reads the columns that any row wants, in an unknown model all."""
+    inputs, device = inputs_of(model, rows), next(model.parameters()).device
+    row_N, place_N = rows.row_N.to(device), rows.column_N.to(device)
+    if _of_known_family(model):
+        inputs["logits_to_keep"], place_N = place_N.unique(return_inverse=True)
+    logits_BTV: Tensor = model(**inputs).logits
+    return logits_BTV[row_N, place_N]
 
 
 def inputs_of(model: torch.nn.Module, rows: Rows) -> dict[str, Any]:
@@ -359,8 +278,11 @@ def inputs_of(model: torch.nn.Module, rows: Rows) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": rows.ids_BT.to(weight.device), "use_cache": False}
     if rows.attend_BTT is not None:
         assert rows.positions_BT is not None
-        additive = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
-        inputs["attention_mask"] = _mask(rows.attend_BTT.to(weight.device), weight.dtype, additive)
+        mask_B1TT = rows.attend_BTT.to(weight.device)[:, None]
+        if getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager":  # adds it to scores
+            none = torch.zeros(mask_B1TT.shape, dtype=weight.dtype, device=weight.device)
+            mask_B1TT = none.masked_fill(~mask_B1TT, torch.finfo(weight.dtype).min)
+        inputs["attention_mask"] = mask_B1TT
         inputs["position_ids"] = rows.positions_BT.to(weight.device)
     return inputs
 
@@ -368,9 +290,7 @@ def inputs_of(model: torch.nn.Module, rows: Rows) -> dict[str, Any]:
 def takes_packed_rows(model: torch.nn.Module, longest: int) -> bool:
     """Whether a model can be given rows of several continuations, none longer by itself than `longest` tokens."""
     config: Any = getattr(model, "config", None)
-    if _family_of(model) is None:
-        return False
-    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
+    if not _of_known_family(model) or getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
         return False
     window = getattr(config, "sliding_window", None)
     return not window or longest <= window
@@ -381,11 +301,10 @@ def default_batch_tokens(device: torch.device) -> int:
     return _CPU_BATCH if device.type == "cpu" else _GPU_BATCH
 
 
-def _family_of(model: torch.nn.Module) -> Family | None:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+def _of_known_family(model: torch.nn.Module) -> bool:
     if not isinstance(model, PreTrainedModel):  # wrapped, by PEFT for example: its forward may do more
-        return None
-    return next((family for family in known_families().values() if kind in family.model_types), None)
+        return False
+    return any(model.config.model_type in family.model_types for family in known_families().values())
 
 
 @contextmanager
@@ -397,12 +316,3 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _mask(attend_BTT: Tensor, dtype: torch.dtype, additive: bool) -> Tensor:
-    """One mask for all heads: booleans, or what is added to attention scores."""
-    attend_B1TT = attend_BTT[:, None]
-    if not additive:
-        return attend_B1TT
-    mask_B1TT = torch.zeros(attend_B1TT.shape, dtype=dtype, device=attend_BTT.device)
-    return mask_B1TT.masked_fill(~attend_B1TT, torch.finfo(dtype).min)

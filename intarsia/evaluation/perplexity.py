@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,9 +29,12 @@ from intarsia.evaluation.results import Perplexity
 from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe, Variant, identity
 
+_MOST_READ = 16 * 1024 * 1024
+_BYTES_A_TOKEN = 32
+
 
 class Chain(nn.Module):
-    """The recipe's model, callable like a causal language model."""
+    """The recipe's model, run layer by layer over a whole text."""
 
     def __init__(self, recipe: Recipe, resident: LoadedModel, *, memory_budget: MemoryBudget | None = None) -> None:
         """
@@ -45,22 +47,6 @@ class Chain(nn.Module):
         self.stream = LayerStream(resident.model, resident.architecture)
         self._memory_budget = memory_budget
         self.eval()
-
-    def hidden(self, ids_BT: Tensor, mask_BT: Tensor | None) -> list[Tensor]:
-        """The residual stream after every layer."""
-        entry = self.stream.enter(ids_BT, mask_BT)
-        h_BTD, found = entry.h_BTD, []
-        for module, source in self.layers.placed():
-            h_BTD = self.stream.run(module, h_BTD, entry.calls[source])
-            found.append(h_BTD)
-        return found
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False
-    ) -> SimpleNamespace:
-        """Logits, as transformers gives them."""
-        h_BTD = self.hidden(input_ids, attention_mask)[-1]
-        return SimpleNamespace(logits=self.stream.logits(h_BTD, input_ids, attention_mask))
 
     @torch.inference_mode()
     def window_losses(self, corpus: Corpus, *, batch_tokens: int) -> tuple[Tensor, Tensor]:
@@ -76,9 +62,7 @@ class Chain(nn.Module):
         return sums_W, counts_W
 
     @torch.inference_mode()
-    def row_logits(
-        self, rows: Sequence[Sequence[int]], take: Callable[[int, Tensor], None], *, batch_tokens: int = 4096
-    ) -> None:
+    def row_logits(self, rows: Sequence[Sequence[int]], take: Callable[[int, Tensor], None]) -> None:
         """One pass over rows of any lengths; `take` gets the number of each row and its logits `[T, V]`."""
         ids_NT = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         corpus = Corpus.of(ids_NT, description="answers", documents=len(rows))  # nothing looks ahead, into padding
@@ -88,7 +72,7 @@ class Chain(nn.Module):
                 own = (slice(place, place + 1), slice(len(rows[number])))
                 take(number, self.stream.logits(h_BTD[own], ids[own], None)[0])
 
-        self._once(corpus, end, "agreement", batch_tokens)
+        self._once(corpus, end, "agreement", 4096)
 
     def _once(self, corpus: Corpus, end: End, name: str, batch_tokens: int) -> None:
         """One pass over a text."""
@@ -112,26 +96,16 @@ def model_of(recipe: Recipe | None, resident: LoadedModel, *, memory_budget: Mem
     return Chain(recipe or whole, resident, memory_budget=memory_budget)
 
 
-_MOST_READ = 16 * 1024 * 1024
-_BYTES_A_TOKEN = 32
-
-
-def eval_corpus(
-    path: str, tokenizer: Any, *, seq_len: int = 512, windows: int | None = 64, part: str | None = None
-) -> Corpus:
+def eval_corpus(spec: str, tokenizer: Any, *, seq_len: int = 512, windows: int | None = 64) -> Corpus:
     """The first windows of a text, in order.
 
     Args:
-        path: a text source (see `intarsia.data.sources`).
-        tokenizer: the model's.
-        seq_len: tokens a window.
+        spec: a text source (see `intarsia.data.sources`).
         windows: how many at most; None for all.
-        part: a share of the file, as `0.9:1`.
 
     Raises:
         UserError: something is wrong with the source, or it is shorter than one window.
     """
-    spec = path if part is None else f"{path}{'&' if '#' in path else '#'}{part}"
     limit = None if windows is None else max(_MOST_READ, _BYTES_A_TOKEN * windows * seq_len)
     return tokenize(
         documents(spec, limit_bytes=limit),
@@ -150,8 +124,6 @@ def perplexity(model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int = 40
     Args:
         model: the model, where it is and in its own dtype; left in the mode (training or not) it was in. The layers of
             a streamed one are read once.
-        corpus: the windows; padding is not counted.
-        batch_tokens: tokens a forward pass.
 
     Raises:
         UserError: a loss is NaN or infinite, or no token is predicted.

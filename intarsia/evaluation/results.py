@@ -252,8 +252,6 @@ def retention(
     Args:
         dense: the scores to keep, of the model called `against`.
         other: scores on the same tasks in the same order.
-        draws: bootstrap samples.
-        seed: of the draws.
 
     Raises:
         UserError: the tasks or their items differ, or a score has no outcomes of single items.

@@ -1,4 +1,8 @@
-"""Speed of models, the memory that they take while they write, and the peak memory of this process."""
+"""Speed of models, alone and with a draft, and the memory that they take while they write.
+
+A draft proposes tokens, and the model checks them in one pass; what it would have written itself is accepted. Passes
+are counted where the modules are called, so that nothing depends on how transformers counts.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +21,14 @@ import torch
 from torch import Tensor
 
 from intarsia.architecture.spec import Architecture
-from intarsia.checkpoint.tensor_file import give_back
+from intarsia.checkpoint.files import give_back
 from intarsia.errors import UserError
 from intarsia.evaluation.likelihood import evaluating
 from intarsia.evaluation.results import Speed
 from intarsia.progress import current
 
 _SAMPLE_S = 0.005
+_CACHED = ("keys", "values", "conv_states", "recurrent_states")
 
 
 def peak_memory_bytes() -> int:
@@ -95,9 +100,6 @@ def kv_cache_bytes(architecture: Architecture, *, batch: int, tokens: int, items
     return 2 * batch * heads * architecture.head_dim * itemsize * sum(held)
 
 
-_CACHED = ("keys", "values", "conv_states", "recurrent_states")
-
-
 def cache_bytes(cache: Any) -> int:
     """What the keys and values in a cache of `transformers` take."""
     held = (getattr(layer, name, None) for layer in cache.layers for name in _CACHED)
@@ -116,8 +118,6 @@ def compare_speed(
     """Speed of several models, measured in turns.
 
     Args:
-        models: causal language models of `transformers`, by name.
-        batch: sequences at once.
         prompt_len: tokens a prompt (random ones: their values do not matter for the time).
         new_tokens: tokens that are written after each prompt; the first comes out of the prefill and is not counted
             in decode.
@@ -222,3 +222,97 @@ def _weight(model: torch.nn.Module) -> Tensor:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafting:
+    """Assisted generation against plain, over all prompts."""
+
+    prompts: int
+    # That the model wrote with the draft.
+    tokens: int
+    # Share of the draft's proposals that were accepted.
+    acceptance: float
+    # Tokens for each pass of the model; 1 without a draft.
+    tokens_per_pass: float
+    # Tokens a second, medians over prompts.
+    plain_per_s: float
+    assisted_per_s: float
+    # How often assisted generation is as fast as plain.
+    speedup: float
+    # Share of prompts with exactly the same greedy tokens; rounding may tell two nearly equal tokens apart.
+    same_output: float
+
+
+def assisted(
+    model: Any, draft: Any, prompts: Sequence[Sequence[int]], *, new_tokens: int, enders: Sequence[int]
+) -> Drafting:
+    """Answer every prompt with and without the draft, in turns, after one prompt that is not counted.
+
+    Raises:
+        UserError: transformers cannot generate with this draft.
+    """
+    plain_s, assisted_s, same, written, passes, proposed = [], [], 0, 0, 0, 0
+    with evaluating(model), evaluating(draft), current().task("assisted generation", 1 + len(prompts)) as task:
+        for number, prompt in enumerate([prompts[0], *prompts]):
+            plain, seconds = _written(model, prompt, new_tokens, enders)
+            with _calls(model) as ours, _calls(draft) as theirs:
+                helped, helped_seconds = _written(model, prompt, new_tokens, enders, assistant_model=draft)
+            task.advance()
+            if number == 0 or not (plain and helped):  # the first one warms up
+                continue
+            plain_s.append(len(plain) / seconds)
+            assisted_s.append(len(helped) / helped_seconds)
+            same += plain == helped
+            written += len(helped)
+            passes += len(ours)
+            proposed += len(theirs)
+    if not written:
+        raise UserError("The model answers none of the prompts.", "Give other --prompts.")
+    speeds = statistics.median(plain_s), statistics.median(assisted_s)
+    return Drafting(
+        prompts=len(plain_s),
+        tokens=written,
+        acceptance=max(0, written - passes) / max(1, proposed),
+        tokens_per_pass=written / passes,
+        plain_per_s=speeds[0],
+        assisted_per_s=speeds[1],
+        speedup=speeds[1] / speeds[0],
+        same_output=same / len(plain_s),
+    )
+
+
+def _written(
+    model: Any, prompt: Sequence[int], new_tokens: int, enders: Sequence[int], **how: Any
+) -> tuple[list[int], float]:
+    """What a model writes after a prompt, greedily, and the seconds that it takes."""
+    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+    settings: dict[str, Any] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "max_new_tokens": new_tokens,
+    }
+    settings |= {"eos_token_id": list(enders) or None, "pad_token_id": enders[0] if enders else 0}
+    started = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings, **how)
+        if ids.device.type == "cuda":
+            torch.cuda.synchronize(ids.device)
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"transformers cannot generate with this draft: {said}.", "Leave --draft out.") from error
+    return found[0, ids.shape[1] :].tolist(), time.perf_counter() - started
+
+
+@contextmanager
+def _calls(model: Any) -> Iterator[list[None]]:
+    """An entry for every forward pass of a model."""
+    found: list[None] = []
+    hook = model.register_forward_hook(lambda *_: found.append(None))
+    try:
+        yield found
+    finally:
+        hook.remove()

@@ -22,6 +22,7 @@ from intarsia.errors import Problems, UserError, check
 
 _SUFFIX = ".jsonl"
 _MOST_SHOWN = 20
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def _not_blank(text: str) -> str:
@@ -91,9 +92,6 @@ def is_right(written: str, answer: str) -> bool:
         return bool(found) and _number(found[-1]) == _number(wanted[-1])
     lines = [line for line in written.splitlines() if line.strip()]
     return _bare(answer) in (_bare(written), *map(_bare, lines[:1]))
-
-
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def _number(text: str) -> float:

@@ -1,21 +1,24 @@
 """Tasks, run by lm-eval (EleutherAI's language model evaluation harness) on a model in memory.
 
 Data sets, prompts, few-shot examples, filters and metrics are lm-eval's; a local file of questions becomes one of its
-tasks. Log-likelihoods are made here (`intarsia.evaluation.likelihood`): the same numbers, with what the choices of a
-question share computed once, and normalised in float32, where lm-eval's own loop rounds log-probabilities to the
-model's dtype, which makes ties in bfloat16. Text that a task wants written is written by lm-eval.
+tasks. Log-likelihoods are made here (`intarsia.evaluation.likelihood`): the same numbers in half of the time, as what
+the choices of a question share is computed once, and normalised in float32, where lm-eval's own loop rounds
+log-probabilities to the model's dtype, which makes ties in bfloat16. Text that a task wants written is written by
+lm-eval.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import logging
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +28,106 @@ import torch
 from intarsia.data.corpus import check_ids
 from intarsia.errors import Problems, UserError, check, missing_package
 from intarsia.evaluation.likelihood import Request, evaluating, fit, score_requests
-from intarsia.evaluation.results import TaskResults, TaskScore
-from intarsia.evaluation.task_file import (
-    Question,
-    Solved,
-    is_right,
-    names_a_file,
-    read_items,
-    wants_text,
-)
-from intarsia.evaluation.task_scores import scores_of
+from intarsia.evaluation.results import Metric, TaskResults, TaskScore
+from intarsia.evaluation.task_file import Question, Solved, is_right, names_a_file, read_items, wants_text
 from intarsia.options import TextsAndTasks
 
+_SAME = 1e-9  # two ways to sum the same outcomes
 _SEED = 1234  # lm-eval's own for few-shot examples: with another one the prompts would differ from published ones
 _DRAWS = 1000  # for the standard error of metrics that are no mean
 _NEAREST = 5
 _MOST_WRITTEN = 256  # tokens of an answer
 _ROWS_WRITTEN = 8  # answers that are written side by side
+
+
+def scores_of(name: str, answer: Mapping[str, Any], *, local: bool) -> list[TaskScore]:
+    """Scores from lm-eval's results, with every item's (`samples`).
+
+    Args:
+        local: whether it is a file of the user's.
+
+    Returns:
+        One score for a task, or for a group with a mean of its own; else one for every task in it.
+    """
+    parts = [_score(each, answer, local=local) for each in answer["samples"]]
+    metrics = _metrics(answer.get("groups", {}).get(name, {}))
+    return [_group_score(name, metrics, parts, answer)] if metrics else parts
+
+
+def _score(name: str, answer: Mapping[str, Any], *, local: bool) -> TaskScore:
+    samples = answer["samples"][name]
+    metrics = _metrics(answer["results"][name])
+    items = list({sample["doc_id"]: sample for sample in samples}.values())  # with several filters a sample a filter
+    chance = None
+    if answer["configs"][name].get("output_type") == "multiple_choice":
+        asked = 2 if any("acc_mutual_info" in item["metrics"] for item in items) else 1  # each choice, also alone
+        chance = sum(asked / len(item["arguments"]) for item in items) / len(items)
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(f"{item['doc_hash']} {item['target_hash']} {item['arguments']!r}\n".encode())
+    return TaskScore(
+        name=name,
+        metrics=metrics,
+        n=len(items),
+        chance=chance,
+        outcomes=_outcomes(metrics, samples),
+        items_sha256=digest.hexdigest(),
+        source="local" if local else f"lm-eval {version('lm_eval')}",
+        version=None if local else str(answer["versions"].get(name)),
+    )
+
+
+def _group_score(
+    name: str, metrics: Mapping[str, Metric], parts: Sequence[TaskScore], answer: Mapping[str, Any]
+) -> TaskScore:
+    """A group as lm-eval aggregates it. Items are those of all its tasks; a metric keeps their outcomes if it is their
+    mean (weighted by size, as MMLU's)."""
+    parts = sorted(parts, key=lambda part: part.name)
+    n = sum(part.n for part in parts)
+    outcomes = {}
+    for metric, whole in metrics.items():
+        if all(metric in part.outcomes for part in parts):
+            joined = tuple(value for part in parts for value in part.outcomes[metric])
+            if abs(sum(joined) / n - whole.value) < _SAME:
+                outcomes[metric] = joined
+    known = [part.chance * part.n for part in parts if part.chance is not None]
+    items = "\n".join(f"{part.name} {part.items_sha256}" for part in parts)
+    return TaskScore(
+        name=name,
+        metrics=metrics,
+        n=n,
+        chance=sum(known) / n if len(known) == len(parts) else None,
+        outcomes=outcomes,
+        items_sha256=hashlib.sha256(items.encode()).hexdigest(),
+        source=parts[0].source,
+        version=str(answer["versions"].get(name)),
+    )
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, Metric]:
+    """`acc,none` and `acc_stderr,none` become `acc`; a filter's name stays: `exact_match,flexible-extract`."""
+    found = {}
+    for key, value in row.items():
+        metric, comma, chosen = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = row.get(f"{metric}_stderr,{chosen}")
+        stderr = float(error) if isinstance(error, int | float) and np.isfinite(error) else None
+        found[metric if chosen == "none" else key] = Metric(value=float(value), stderr=stderr)
+    return found
+
+
+def _outcomes(metrics: Mapping[str, Metric], samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, ...]]:
+    """Item by item, for every metric that is the mean of them."""
+    found = {}
+    for name, metric in metrics.items():
+        key, _, chosen = name.partition(",")
+        values = [sample.get(key) for sample in samples if sample["filter"] == (chosen or "none")]
+        if values and all(isinstance(value, int | float | np.number) for value in values):
+            numbers = tuple(float(value) for value in values if value is not None)
+            if abs(sum(numbers) / len(numbers) - metric.value) < _SAME:
+                found[name] = numbers
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +246,6 @@ def score_tasks(
     Args:
         model: a causal language model of transformers, where it is and in its own dtype.
         tokenizer: its own; left as it is.
-        name: what the model is called in the results.
         batch_tokens: tokens a forward pass; None for a default by device.
 
     Raises:
@@ -209,7 +294,10 @@ def load_tasks(
     no_folder = folder is not None and not Path(folder).is_dir()
     check((not no_folder, f"--include-path {folder} is no folder.", "Give one with YAML tasks."))
     with _quiet(), _own_chance():
-        manager = _manager(names, folder)
+        make = _lm_eval().tasks.TaskManager
+        # Its own tasks take seconds to list, and are left out where the user's folder is enough.
+        alone = None if folder is None else make(include_path=folder, include_defaults=False)
+        manager = alone if alone and set(names) <= set(alone.all_subtasks) else make(include_path=folder)
         problems = Problems()
         for name in names:
             if name not in manager.all_tasks:
@@ -331,22 +419,11 @@ def _in_memory(model: torch.nn.Module, tokenizer: Any, name: str, batch_tokens: 
                 fit(Request(context=tuple(context), continuation=tuple(continuation)), self.max_length)
                 for _, context, continuation in requests
             ]
-            found = score_requests(model, wanted, batch_tokens=batch_tokens, greedy=True, where=name)
-            assert found.greedy_R is not None
+            found = score_requests(model, wanted, batch_tokens=batch_tokens, where=name)
             return list(zip(found.sums_R.tolist(), found.greedy_R.tolist(), strict=True))
 
     # lm-eval sets a padding token on the tokenizer that it is given.
     return InMemory(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=_ROWS_WRITTEN)
-
-
-def _manager(names: Sequence[str], include_path: str | None) -> Any:
-    """lm-eval's list of tasks. Its own take seconds to list, and are left out where the user's folder is enough."""
-    make = _lm_eval().tasks.TaskManager
-    if include_path is not None:
-        alone = make(include_path=include_path, include_defaults=False)
-        if set(names) <= set(alone.all_subtasks):
-            return alone
-    return make(include_path=include_path)
 
 
 def _load(name: str, manager: Any) -> Task:

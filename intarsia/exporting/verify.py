@@ -16,14 +16,13 @@ from typing import Any, Literal
 import torch
 
 from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_all_headers, read_config
+from intarsia.checkpoint.files import INDEX_FILE, SINGLE_FILE, TensorHeader, read_all_headers, read_headers
 from intarsia.checkpoint.gguf_source import kept_folder
 from intarsia.checkpoint.hashing import SUMS_FILE, cache_folder, differing, read_sums, scan
-from intarsia.checkpoint.multimodal import NESTED, is_wrapped, unwrap
-from intarsia.checkpoint.reader import Checkpoint, architecture_of
-from intarsia.checkpoint.tensor_file import TensorHeader, read_headers
+from intarsia.checkpoint.reader import Checkpoint, architecture_of, read_config
+from intarsia.checkpoint.stored_forms import NESTED, is_wrapped, unwrap
 from intarsia.checkpoint.writer import TOKENIZER_FILES, side_files, stock_classes, used_code, uses_code, without_code
-from intarsia.errors import Problem, Problems, UserError, check, few
+from intarsia.errors import Problem, Problems, UserError, few, in_words, mismatch
 from intarsia.inspection.own_code import CODE, HINT, code_files, is_known, is_own, trusts
 from intarsia.model_name import DEMO, GGUF, hub_id, local_path
 from intarsia.progress import current, quiet_transformers
@@ -36,10 +35,6 @@ _AGAIN = "Copy the tokenizer's files from the model that this one was made from,
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TEXT = "A model that was made shallower should still say what it said before, word by word"
 _NEW_TOKENS = 12
-_UNTIED = (
-    "The config ties the head to the embedding, and the files hold another one.",
-    "Set tie_word_embeddings to false: runtimes differ in which of the two they use.",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +99,10 @@ def architecture(subject: Subject) -> str:
         for holder in (named, named.get(NESTED)) if isinstance(named, dict) else ():
             if isinstance(holder, Mapping) and holder.get(CODE) and not uses_code(file):
                 found = f"{CODE}: {holder[CODE]}"
-                problems.append(_problem(str(file), "no code of the model's own", found, remedy.format(CODE)))
+                problems.append(_problem(file, "no code of the model's own", found, remedy.format(CODE)))
     code = [name for name in code_files(folder) if name not in used_code(folder)]
     if code:
-        problems.append(_problem(str(folder), "no code", ", ".join(code), remedy.format("these files")))
+        problems.append(_problem(folder, "no code", ", ".join(code), remedy.format("these files")))
     classes, own = config.get("architectures"), is_own(config.get("model_type"))
     stock = stock_classes(config)
     if not isinstance(classes, list) or len(classes) != 1 or not (own or hasattr(transformers, str(classes[0]))):
@@ -136,8 +131,9 @@ def config_agrees(subject: Subject) -> str:
     try:
         read: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except Exception as error:  # what comes out of a config that a class refuses differs from class to class
-        found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError([_problem(str(folder / "config.json"), "a config that transformers reads", found)]) from error
+        raise UserError(
+            _problem(folder / "config.json", "a config that transformers reads", in_words(error))
+        ) from error
     lists = {name: len(value) for name, value in (("layer_types", getattr(read, "layer_types", None)),) if value}
     depths = {"num_hidden_layers": read.num_hidden_layers, **lists}
     Problems(
@@ -152,54 +148,42 @@ def config_agrees(subject: Subject) -> str:
 def index_right(subject: Subject) -> str:
     """Every tensor is in the file that the index names, every file is named, and none is larger than asked for."""
     folder, problems = subject.folder, Problems()
-    headers = read_all_headers(folder)
-    if (folder / SINGLE_FILE).exists():
-        stray = [folder / INDEX_FILE] if (folder / INDEX_FILE).exists() else []
-        files = {folder / SINGLE_FILE}
-        beside = sorted(set(folder.glob("*.safetensors")) - files)
-        problems += [_stray(file, f"no other weights beside {SINGLE_FILE}") for file in [*stray, *beside]]
-    else:
-        files = {header.file for header in headers.values()}
-        problems += _index_problems(folder, headers, files)
+    shards: dict[Path, list[TensorHeader]] = {}
+    for header in read_all_headers(folder).values():
+        shards.setdefault(header.file, []).append(header)
+    single, index = (folder / SINGLE_FILE).exists(), folder / INDEX_FILE
+    strays = [index] if single and index.exists() else []
+    strays += sorted(set(folder.glob("*.safetensors")) - shards.keys())
+    expected = f"no other weights beside {SINGLE_FILE}" if single else f"only files that {INDEX_FILE} names"
+    remedy = "Remove the file: runtimes that load every one take it in."
+    problems += [_problem(folder, expected, file.name, remedy) for file in strays]
+    if not single:
+        for file, held in shards.items():
+            extra = {header.name for header in read_headers(file)} - {header.name for header in held}
+            if extra:
+                problems.append(_problem(file, "only tensors that the index names", few(sorted(extra))))
+        metadata, total = _json(index).get("metadata"), sum(each.nbytes for held in shards.values() for each in held)
+        stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+        if stated != total:
+            problems.append(_problem(f"{index}: total_size", f"{total:,}", str(stated)))
     problems.raise_any()
-    for file in sorted(files):
-        most, size = subject.max_shard_bytes, file.stat().st_size
-        alone = sum(header.file == file for header in headers.values()) == 1
-        if size > most + _header_bytes(file) and not alone:
-            problems.append(_problem(str(file), f"at most {most:,} bytes", f"{size:,}", "Use --max-shard-size."))
+    for file, held in shards.items():
+        most, size = subject.max_shard_bytes, sum(header.nbytes for header in held)
+        if size > most and len(held) > 1:
+            problems.append(_problem(file, f"at most {most:,} bytes", f"{size:,}", "Use --max-shard-size."))
     problems.raise_any()
-    return f"{len(headers)} tensors in {len(files)} file{'s' if len(files) > 1 else ''}"
-
-
-def _index_problems(folder: Path, headers: Mapping[str, TensorHeader], files: set[Path]) -> list[Problem]:
-    problems = [
-        _stray(file, f"only files that {INDEX_FILE} names")
-        for file in sorted(set(folder.glob("*.safetensors")) - files)
-    ]
-    for file in sorted(files):
-        found = [header.name for header in read_headers(file)]
-        extra = [name for name in found if name not in headers or headers[name].file != file]
-        if extra:
-            problems.append(_problem(str(file), "only tensors that the index names", few(extra)))
-    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-    metadata = index.get("metadata")
-    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
-    total = sum(header.nbytes for header in headers.values())
-    if stated != total:
-        problems.append(_problem(f"{folder / INDEX_FILE}: total_size", f"{total:,}", str(stated)))
-    return problems
-
-
-def _header_bytes(file: Path) -> int:
-    """The shard size counts weights; a file has its header besides."""
-    with file.open("rb") as stream:
-        return 8 + int.from_bytes(stream.read(8), "little")
+    count = sum(map(len, shards.values()))
+    return f"{count} tensors in {len(shards)} file{'s' if len(shards) > 1 else ''}"
 
 
 def tensors(subject: Subject) -> str:
     """All tensors of the config are there, in the right shapes, and no others."""
     checkpoint = subject.opened = Checkpoint.open(subject.folder, model=str(subject.folder))
-    check((not checkpoint.untied, *_UNTIED))
+    if checkpoint.untied:
+        raise UserError(
+            "The config ties the head to the embedding, and the files hold another one.",
+            "Set tie_word_embeddings to false: runtimes differ in which of the two they use.",
+        )
     return f"{len(checkpoint.headers) + len(checkpoint.kept)} tensors, {checkpoint.parameters:,} parameters"
 
 
@@ -228,7 +212,7 @@ def dtype_kept(subject: Subject) -> str:
     ).raise_any()
     if 2 * len(others) > len(matrices):
         found = f"{str(others[0].dtype).removeprefix('torch.')} for {len(others)} of {len(matrices)} matrices"
-        raise UserError([_problem(str(checkpoint.folder), f"{wanted}, as the config says", found)])
+        raise UserError(_problem(checkpoint.folder, f"{wanted}, as the config says", found))
     return wanted + (f", and {len(others)} matrices of another one" if others else "")
 
 
@@ -239,19 +223,15 @@ def sums_right(subject: Subject) -> str:
     if sums is None:
         if not (folder / RECIPE_FILE).is_file():
             raise Skipped(f"no {SUMS_FILE}, as the folder was not built by intarsia")
-        raise UserError([_problem(str(folder), f"a {SUMS_FILE}", "none")])
+        raise UserError(_problem(folder, f"a {SUMS_FILE}", "none"))
     total = sum((folder / name).stat().st_size for name in sums if (folder / name).is_file())
     with current().task(f"checking {SUMS_FILE}", total) as task:
         Problems(differing(folder, sums, task.advance)).raise_any()
     return f"{len(sums)} files"
 
 
-def _problem(where: str, expected: str, found: str, remedy: str = _BUILD_AGAIN) -> Problem:
-    return Problem(f"{where}: expected {expected}; found {found}.", remedy)
-
-
-def _stray(file: Path, expected: str) -> Problem:
-    return _problem(str(file.parent), expected, file.name, "Remove the file: runtimes that load every one take it in.")
+def _problem(where: str | Path, expected: str, found: str, remedy: str = _BUILD_AGAIN) -> Problem:
+    return mismatch(where, expected, found, remedy)
 
 
 def loads(subject: Subject) -> str:
@@ -266,25 +246,18 @@ def loads(subject: Subject) -> str:
                 folder, dtype="auto", trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except Exception as error:  # loading fails in many ways, and each of them is the folder's failure
-        found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError([_problem(str(folder), f"a folder that {auto.__name__} loads", found)]) from error
+        raise UserError(_problem(folder, f"a folder that {auto.__name__} loads", in_words(error))) from error
     faults = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "other shape"}
     for key, what in faults.items():
         names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get(key) or ())
+        # Layers after the last one, which predict further tokens, transformers loads apart.
         depth = model.config.get_text_config().num_hidden_layers
-        names = [name for name in names if not _beyond(name, depth)]
-        if names:
-            problems.append(_problem(str(folder), "just the tensors of the model", f"{what}: {few(names)}"))
+        inside = [name for name in names if not (at := re.search(r"\.layers\.(\d+)\.", name)) or int(at[1]) < depth]
+        if inside:
+            problems.append(_problem(folder, "just the tensors of the model", f"{what}: {few(inside)}"))
     problems.raise_any()
     subject.model = model.eval()
     return f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')}"
-
-
-def _beyond(name: str, depth: int) -> bool:
-    """Whether a tensor is one of the layers after the last, which predict further tokens; transformers loads them
-    apart."""
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    return found is not None and int(found[1]) >= depth
 
 
 @torch.no_grad()
@@ -298,7 +271,7 @@ def generates(subject: Subject) -> str:
     prompt = _prompt(folder, model.config.get_text_config().vocab_size)
     logits = model(input_ids=prompt).logits
     if not bool(torch.isfinite(logits).all()):
-        raise UserError([_problem(str(folder), "finite logits", "NaN or infinity")])
+        raise UserError(_problem(folder, "finite logits", "NaN or infinity"))
     written = []
     for cache in (True, False):
         settings = GenerationConfig(
@@ -307,9 +280,7 @@ def generates(subject: Subject) -> str:
         found = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
         written.append(found[0, prompt.shape[1] :].tolist())
     if written[0] != written[1]:
-        raise UserError(
-            [_problem(str(folder), f"the tokens written without a cache, {written[1]}", f"{written[0]} with one")]
-        )
+        raise UserError(_problem(folder, f"the tokens written without a cache, {written[1]}", f"{written[0]} with one"))
     return f"{len(written[0])} tokens, with and without a cache"
 
 
@@ -326,28 +297,37 @@ def _prompt(folder: Path, vocabulary: int) -> torch.Tensor:
 
 def tokenizer_kept(subject: Subject) -> str:
     """The tokenizer loads, fits the embedding, and is the source's where that can be read."""
+    from transformers import AutoTokenizer
+
     folder, vocabulary = subject.folder, subject.checkpoint.architecture.vocabulary
     source = source_folder(folder)
-    theirs = set() if source is None else _names(source)
-    ours = _names(folder)
+    ours, theirs = _tokenizer_files(folder), set() if source is None else _tokenizer_files(source)
     if not ours and not theirs:
         raise Skipped("there is no tokenizer" + ("" if source is None else ", nor has the model that it was made from"))
     Problems(
-        _problem(
-            str(folder / name), "the file of the source", "another one" if name in ours else "no such file", _AGAIN
-        )
+        _problem(folder / name, "the file of the source", "another one" if name in ours else "no such file", _AGAIN)
         for name in sorted(theirs)
         if source is not None and (name not in ours or (folder / name).read_bytes() != without_code(source / name))
     ).raise_any()
-    tokenizer = _loaded(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts())
+    except Exception as error:  # tokenizers fail in many ways on files that are damaged
+        raise UserError(_problem(folder, "a tokenizer that transformers reads", in_words(error), _AGAIN)) from error
     highest = max(tokenizer.get_vocab().values(), default=0)
     if source is not None:
-        _compare_ids(folder, source)
+        names = [name for name in ("config.json", "generation_config.json") if (source / name).is_file()]
+        pairs = [(name, _json(folder / name), _json(source / name)) for name in names]
+        Problems(
+            _problem(f"{folder / name}: {key}", f"{there.get(key)!r}, as in the source", repr(here.get(key)), _AGAIN)
+            for name, here, there in pairs
+            for key in (*_IDS, "vocab_size")
+            if here.get(key) != there.get(key)
+        ).raise_any()
         return f"{highest + 1:,} tokens, the same as those of {source.name}"
     # A source may have more tokens than rows (some classes add one that was never trained); its cut model has them too.
     if highest >= vocabulary:
         expected = f"ids below {vocabulary:,}, the embedding's rows"
-        raise UserError([_problem(str(folder), expected, f"{highest:,}", _AGAIN)])
+        raise UserError(_problem(folder, expected, f"{highest:,}", _AGAIN))
     return f"{highest + 1:,} tokens; the model that it was made from cannot be read"
 
 
@@ -364,20 +344,17 @@ def generation_config_valid(subject: Subject) -> str:
         config.validate()
     except (ValueError, OSError, TypeError) as error:
         found = " ".join(str(error).split())[:300]
-        raise UserError(
-            [_problem(str(file), "values that transformers accepts", found, "Correct the file.")]
-        ) from error
+        raise UserError(_problem(file, "values that transformers accepts", found, "Correct the file.")) from error
     beyond = []
     for name in _IDS:
         value = getattr(config, name, None)
-        ids = value if isinstance(value, list) else [value]
-        exists = [index is None or (isinstance(index, int) and 0 <= index < vocabulary) for index in ids]
-        beyond += [f"{name} {index}" for index, there in zip(ids, exists, strict=True) if not there]
+        ids = [index for index in (value if isinstance(value, list) else [value]) if index is not None]
+        beyond += [f"{name} {index}" for index in ids if not (isinstance(index, int) and 0 <= index < vocabulary)]
     source = source_folder(folder)
     if beyond and source is not None and _json(source / file.name) == _json(file):
         return f"as in the source, which has {', '.join(beyond)}"
     expected = f"tokens below {vocabulary:,}"
-    Problems(_problem(str(file), expected, found, "Correct the file.") for found in beyond).raise_any()
+    Problems(_problem(file, expected, found, "Correct the file.") for found in beyond).raise_any()
     return "valid"
 
 
@@ -387,50 +364,24 @@ def source_folder(folder: Path) -> Path | None:
         return None
     recipe = schema.load(folder / RECIPE_FILE)
     variant = recipe.variant(recipe.base)
-    if variant.model == DEMO:
-        found = cache_folder() / "demo"
-        return found if found.is_dir() else None
-    path = local_path(variant.model)
+    path = cache_folder() / "demo" if variant.model == DEMO else local_path(variant.model)
     if path is not None and path.suffix == GGUF:
         return kept_folder(path)
     if path is not None:
-        return path if path.is_dir() and (path / "config.json").is_file() else None
-    name = hub_id(variant.model)
-    if name is None:
+        return path if (path / "config.json").is_file() else None
+    if (name := hub_id(variant.model)) is None:
         return None
-    from huggingface_hub import snapshot_download
-
     try:
+        from huggingface_hub import snapshot_download
+
         return Path(snapshot_download(name, revision=variant.revision, local_files_only=True))
     except Exception:  # not in the cache, in whichever words this version of the client has for it
         return None
 
 
-def _names(folder: Path) -> set[str]:
-    return {
-        name for name in side_files(folder, TOKENIZER_FILES) if name.endswith((".json", ".txt", ".model", ".jinja"))
-    }
-
-
-def _loaded(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts())
-    except Exception as error:  # tokenizers fail in many ways on files that are damaged
-        found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError([_problem(str(folder), "a tokenizer that transformers reads", found, _AGAIN)]) from error
-
-
-def _compare_ids(folder: Path, source: Path) -> None:
-    files = ["config.json", "generation_config.json"]
-    pairs = [(name, _json(folder / name), _json(source / name)) for name in files if (source / name).is_file()]
-    Problems(
-        _problem(f"{folder / name}: {key}", f"{there.get(key)!r}, as in the source", repr(here.get(key)), _AGAIN)
-        for name, here, there in pairs
-        for key in (*_IDS, "vocab_size")
-        if here.get(key) != there.get(key)
-    ).raise_any()
+def _tokenizer_files(folder: Path) -> set[str]:
+    suffixes = (".json", ".txt", ".model", ".jinja")
+    return {name for name in side_files(folder, TOKENIZER_FILES) if name.endswith(suffixes)}
 
 
 def _json(file: Path) -> dict[str, Any]:

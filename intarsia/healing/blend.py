@@ -23,8 +23,7 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.disk import require_room
 from intarsia.recipe import schema
 from intarsia.recipe.algebra import reference_layers
-from intarsia.recipe.ops import LayerRef, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+from intarsia.recipe.recipe import LayerRef, Op, Recipe, Select, Variant, derive_spans
 
 BLEND = "the same blend with no layer removed"
 """The name of that teacher."""

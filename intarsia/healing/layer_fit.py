@@ -29,10 +29,10 @@ from intarsia.activations.loop import Loop, Read
 from intarsia.architecture.spec import Architecture, Part
 from intarsia.building.layer import tensor_names
 from intarsia.building.recipe_layers import Placed
-from intarsia.checkpoint.tensor_file import give_back
+from intarsia.checkpoint.files import give_back
 from intarsia.healing.ridge import Fit, Gram, choose, require_finite
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.recipe.side_file import spooled
+from intarsia.recipe.schema import spooled
 
 EVERY = 2
 """Every second strength is tried: each that is tried has a weight in memory while held-out tokens are run."""

@@ -10,8 +10,7 @@ from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.errors import check
 from intarsia.healing.layer_fit import passes
 from intarsia.healing.settings import ClosedFormSettings, Layers
-from intarsia.recipe.ops import Op, Select
-from intarsia.recipe.recipe import Recipe, Span, identity
+from intarsia.recipe.recipe import Op, Recipe, Select, Span, identity
 
 MOST_PASSES = 3
 """Passes of the whole model over the tokens that a fit with optional output projections may take."""

@@ -34,7 +34,7 @@ from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.data.chat import Turns, learn_turns
+from intarsia.data.conversations import Turns, learn_turns
 from intarsia.data.corpus import Corpus
 from intarsia.disk import full_disk_named, read_json
 from intarsia.errors import Problems, UserError

@@ -33,7 +33,7 @@ from intarsia.activations.loss import Likeliest
 from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.recipe_layers import Placed
-from intarsia.checkpoint.staging import staged_folder
+from intarsia.disk import staged_folder
 from intarsia.errors import UserError
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import Lesson, SplitModel

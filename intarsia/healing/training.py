@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from intarsia.data.chat import Turns, answers_in
+from intarsia.data.conversations import Turns, answers_in
 from intarsia.data.corpus import Corpus
 from intarsia.disk import damage_named, full_disk_named, replaced, write_whole
 from intarsia.errors import UserError

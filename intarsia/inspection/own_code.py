@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from intarsia.errors import UserError
+from intarsia.errors import UserError, in_words
 
 CODE = "auto_map"
 """The key under which a config names classes in files of the model's own."""
@@ -115,9 +115,8 @@ def _register(folder: Path, kind: str, named: Mapping[str, Any]) -> None:
         AutoConfig.register(kind, config, exist_ok=True)
         AutoModelForCausalLM.register(config, add_generation_mixin_to_remote_model(model), exist_ok=True)
     except Exception as error:  # whatever somebody's code fails with
-        words = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
         raise UserError(
-            f"The code of {folder} cannot be used: {words}.", "Load the model with transformers to see where."
+            f"The code of {folder} cannot be used: {in_words(error)}.", "Load the model with transformers to see where."
         ) from error
 
 

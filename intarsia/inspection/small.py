@@ -8,29 +8,18 @@ by the names of the fields.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from intarsia.architecture.per_layer import for_layers
 from intarsia.architecture.spec import Architecture
+from intarsia.data_file import read_toml
 from intarsia.inspection.structure import config_of, problem_of
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _LEAST_LAYERS, _SHORT = 6, 12
 _STORED = ("dtype", "torch_dtype", "quantization_config", "auto_map", "transformers_version", "architectures")
 """Fields about the stored weights."""
-
-
-@cache
-def _sizes() -> Mapping[str, Any]:
-    return tomllib.loads((files("intarsia.inspection") / "sizes.toml").read_text(encoding="utf-8"))
 
 
 def small_config(architecture: Architecture) -> dict[str, Any]:
@@ -74,7 +63,7 @@ def some_layers(architecture: Architecture) -> Sequence[int]:
 
 def shrunken_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config with small sizes instead of its own."""
-    sizes = _sizes()
+    sizes = read_toml(files("intarsia.inspection") / "sizes.toml")
     own = sizes["models"].get(str(config.get("model_type")), {})
     return {**_small(config, sizes), **own}
 

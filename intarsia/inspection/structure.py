@@ -8,7 +8,6 @@ whether that is right is seen from the class, built from the changed config: its
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -29,14 +28,10 @@ from transformers import (
 from intarsia.architecture.families import Family, Modules, PerLayer, rules
 from intarsia.architecture.per_layer import OF_NO_LAYER, for_layers, unknown_settings
 from intarsia.architecture.spec import Architecture, Inspected
-from intarsia.errors import UserError
+from intarsia.data_file import read_toml
+from intarsia.errors import UserError, in_words, mismatch
 from intarsia.inspection import own_code
 from intarsia.progress import quiet_transformers
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -145,20 +140,19 @@ def config_of(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     """
     kind = config.get("model_type")
     if not own_code.is_known(kind):
-        code = own_code.CODE in config
-        raise UserError(
-            f"{where}: transformers {version('transformers')} has no model type {kind!r}"
-            + (", which comes with code of its own that is not run." if code else "."),
-            own_code.HINT
-            if code
-            else f"Use a version of transformers that has it{_since(config)}, or correct model_type.",
-        )
+        problem = f"{where}: transformers {version('transformers')} has no model type {kind!r}"
+        if own_code.CODE in config:
+            raise UserError(f"{problem}, which comes with code of its own that is not run.", own_code.HINT)
+        stated = config.get("transformers_version")
+        since = f" (the config was written by {stated})" if isinstance(stated, str) else ""
+        raise UserError(f"{problem}.", f"Use a version of transformers that has it{since}, or correct model_type.")
     try:
         with quiet_transformers():
             made = CONFIG_MAPPING[str(kind)].from_dict({key: _number(value) for key, value in config.items()})
     except Exception as error:  # what a config class objects to, and how, differs from class to class
-        words = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
-        raise UserError(f"{where}: transformers refuses this config of type {kind}: {words}.", "Correct it.") from error
+        raise UserError(
+            f"{where}: transformers refuses this config of type {kind}: {in_words(error)}.", "Correct it."
+        ) from error
     assert isinstance(made, PreTrainedConfig)
     if getattr(made, "is_encoder_decoder", False):
         raise _refused(where, "a decoder", f"an encoder-decoder ({kind})")
@@ -175,7 +169,7 @@ def config_of(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
 
 @cache
 def _reasons() -> Mapping[str, str]:
-    return tomllib.loads((files("intarsia.inspection") / "refused.toml").read_text(encoding="utf-8"))
+    return read_toml(files("intarsia.inspection") / "refused.toml")
 
 
 def _registered(config: PreTrainedConfig) -> bool:
@@ -198,11 +192,6 @@ def _number(value: Any) -> Any:
     return float(value["__float__"]) if isinstance(value, Mapping) and set(value) == {"__float__"} else value
 
 
-def _since(config: Mapping[str, Any]) -> str:
-    stated = config.get("transformers_version")
-    return f" (the config was written by {stated})" if isinstance(stated, str) else ""
-
-
 def on_meta(config: PreTrainedConfig, where: str) -> PreTrainedModel:
     """The model of a config, without weights.
 
@@ -214,14 +203,15 @@ def on_meta(config: PreTrainedConfig, where: str) -> PreTrainedModel:
             classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
             model = classes[type(config)](config)
     except Exception as error:  # as above
-        words = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
-        raise UserError(f"{where}: transformers makes no model of this config: {words}.", "Correct it.") from error
+        raise UserError(
+            f"{where}: transformers makes no model of this config: {in_words(error)}.", "Correct it."
+        ) from error
     assert isinstance(model, PreTrainedModel)
     return model
 
 
 def _refused(where: str, expected: str, found: str) -> UserError:
-    return UserError(f"{where}: expected {expected}; found {found}.", "It cannot be made shallower; use another model.")
+    return UserError(mismatch(where, expected, found, "It cannot be made shallower; use another model."))
 
 
 def _layer_list(model: PreTrainedModel, depth: int, where: str) -> tuple[str, nn.ModuleList]:
@@ -376,14 +366,19 @@ class _Files:
             own = {name.removeprefix(first): shape for name, shape in self.expected.items() if name.startswith(first)}
             layers.append(own)
             expected |= {f"{prefix}{index}.{local}": shape for local, shape in own.items()}
-        for name in self._check(expected, shapes) if shapes is not None else ():
-            assert shapes is not None
+        if shapes is None:
+            return tuple(layers)
+        for name in self._unused(expected, shapes):
             index_of, _, local = name.removeprefix(prefix).partition(".")
             layers[int(index_of)] = {**layers[int(index_of)], local: shapes[name]}
         return tuple(layers)
 
-    def _check(self, expected: Shapes, shapes: Shapes) -> list[str]:
-        """The tensors of layers that the class does not use; they stay with their layers."""
+    def _unused(self, expected: Shapes, shapes: Shapes) -> list[str]:
+        """The tensors of layers that the class does not use; they stay with their layers.
+
+        Raises:
+            UserError: the tensors are not those that the class expects.
+        """
         prefix = f"{self.layers_module}."
         wrong = [name for name, shape in expected.items() if tuple(shapes.get(name, ())) != tuple(shape)]
         more = [
@@ -396,12 +391,11 @@ class _Files:
         ]
         unused = [name for name in more if any(pattern.search(name) for pattern in self.unused)]
         more = [name for name in more if name not in unused]
-        found_of = {name: f"shape {list(shapes[name])}" if name in shapes else "no such tensor" for name in wrong}
-        problems = [(name, f"shape {list(expected[name])}", found) for name, found in found_of.items()]
-        problems += [(name, "only tensors of the model's class", f"shape {list(shapes[name])}") for name in more]
-        if problems:
-            name, wanted, found = problems[0]
-            others = f", and {len(problems) - 1} more like this" if len(problems) > 1 else ""
+        if wrong or more:
+            name = [*wrong, *more][0]
+            wanted = f"shape {list(expected[name])}" if name in expected else "only tensors of the model's class"
+            found = f"shape {list(shapes[name])}" if name in shapes else "no such tensor"
+            others = f", and {len(wrong) + len(more) - 1} more like this" if len(wrong) + len(more) > 1 else ""
             raise UserError(
                 f"{self.where}: {name}: expected {wanted}, found {found}{others}.",
                 "Load it with transformers and save it again, or get config and weights that belong together.",

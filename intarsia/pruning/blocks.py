@@ -19,8 +19,7 @@ from intarsia.pruning.estimate import blocks_raced
 from intarsia.pruning.race import best_of_groups, mean_loss, race
 from intarsia.pruning.step import without_half_layers
 from intarsia.recipe.algebra import half_layers
-from intarsia.recipe.ops import Op
-from intarsia.recipe.recipe import Recipe, identity
+from intarsia.recipe.recipe import Op, Recipe, identity
 
 if TYPE_CHECKING:
     from intarsia.pruning.intermediate import Intermediate

@@ -18,7 +18,7 @@ from torch import Tensor
 from intarsia.activations.loop import Path
 from intarsia.building.recipe_layers import Placed
 from intarsia.pruning.intermediate import Intermediate
-from intarsia.recipe.ops import Op
+from intarsia.recipe.recipe import Op
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,7 @@ from intarsia.healing.layer_map import trainable
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.pruning.intermediate import Intermediate
-from intarsia.recipe.ops import Op
-from intarsia.recipe.recipe import derive_spans
+from intarsia.recipe.recipe import Op, derive_spans
 
 
 def step_heal_forwards(

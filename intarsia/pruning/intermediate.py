@@ -25,11 +25,10 @@ from intarsia.inspection.structure import Possible
 from intarsia.progress import Progress, current
 from intarsia.pruning.scores import angular_distance
 from intarsia.pruning.step import Criterion
-from intarsia.recipe.ops import Op
-from intarsia.recipe.recipe import Fitted
+from intarsia.recipe.recipe import Fitted, Op
 
 # Sequences that the loss of the model after a step is measured on.
-_LOSS_SEQUENCES = 32
+_LOSS_SEQUENCES = 8
 # Tokens of the original's next-token distribution that are known, beside the mass of all others.
 _LIKELIEST = 64
 

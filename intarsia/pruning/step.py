@@ -11,7 +11,7 @@ from intarsia.errors import Problems
 from intarsia.flags import flag, options_of, token_count
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.recipe.algebra import half_layers
-from intarsia.recipe.ops import Concat, Merge, NormMode, Op
+from intarsia.recipe.recipe import Concat, Merge, NormMode, Op
 
 if TYPE_CHECKING:
     from intarsia.pruning.intermediate import Intermediate

@@ -12,8 +12,7 @@ from dataclasses import replace
 
 from intarsia.architecture.spec import PARTS, Architecture, Norm, Part
 from intarsia.errors import UserError
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, NormMode, Op, Select
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, NormMode, Op, Recipe, Select
 
 _WEIGHT_TOLERANCE = 1e-9
 
@@ -30,13 +29,10 @@ def concat_of(
     """One flat op that joins pieces of current layers, each given as an op over original layers.
 
     Args:
-        ops: the current layers.
         kept: for each of them the indices of its own pieces that are kept (a part that is not named keeps none). A
             layer of which nothing is kept contributes nothing, whatever its weights.
         weights: for each of them how much it counts in the parameters that belong to no piece; they need not sum
             to 1 over the contributing layers.
-        norm: the norm mode of the result.
-        architecture: the family's shape.
         fuse: the result adds what it leaves out onto what it keeps, all over again from the original layers.
 
     Raises:
@@ -56,9 +52,6 @@ def half_layers(first: Op, last: Op, norm: NormMode, architecture: Architecture)
     """The attention of one layer with the MLP of a later one: the model without what is between them.
 
     Exact where a layer is attention, then MLP.
-
-    Raises:
-        UserError: as `concat_of`.
     """
     kept: list[Mapping[Part, Sequence[int]]] = [{part: _whole(architecture, part)} for part in PARTS]
     return concat_of(

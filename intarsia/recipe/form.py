@@ -8,43 +8,32 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import (
-    AfterValidator,
-    Discriminator,
-    Field,
-    PlainValidator,
-    Tag,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Discriminator, Field, PlainValidator, Tag, ValidationInfo, model_validator
 
-from intarsia.data_file import MAX_INDEX, Misplaced, Strict, Text, one_line, raise_misplaced, shown, unexpected
+from intarsia.data_file import MAX_INDEX, Strict, Text, raise_misplaced, shown, unexpected
 from intarsia.recipe.methods import METHODS, with_defaults
-from intarsia.recipe.ops import MergeMethod, Mix, NormMode, parse_ranges
-from intarsia.recipe.recipe import VARIANT_NAME, Fitted
+from intarsia.recipe.recipe import Fitted, MergeMethod, Mix, NormMode, parse_ranges
 
 MAX_LAYERS = 10_000
 _MAX_PIECES = 2**23  # In one recipe, so that a few ranges cannot fill the memory.
 _REF = re.compile(r"(?:(?P<variant>[^:]*):)?(?P<first>[0-9]{1,10})(?:-(?P<last>[0-9]{1,10}))?", re.ASCII)
+_Index: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INDEX)]
+_Number: TypeAlias = Annotated[float, Field(ge=-MAX_INDEX, le=MAX_INDEX, allow_inf_nan=False)]
 
 
 @dataclass
 class Context:
     """What the validators of one file share."""
 
-    # The side file's tensors; None where it cannot be read, which is a problem of its own.
-    tensors: Mapping[str, Any] | None
+    # The side file's tensors.
+    tensors: Mapping[str, Any]
     # Names of tensors that the recipe uses.
     used: set[str] = field(default_factory=set)
     # How many indices may still come.
     pieces_left: int = _MAX_PIECES
 
     def tensor(self, name: str) -> Any:
-        """A tensor of the side file, None where there is no side file that could be read."""
-        if self.tensors is None:
-            return None
+        """A tensor of the side file."""
         self.used.add(name)
         if name not in self.tensors:
             raise unexpected(f"tensor {name!r} in the side file", "none", "Use the side file that belongs to it.")
@@ -54,12 +43,6 @@ class Context:
 def _context(info: ValidationInfo) -> Context:
     assert isinstance(info.context, Context), "recipe files are validated with a context"
     return info.context
-
-
-def _name(value: Any) -> str:
-    if isinstance(value, str) and VARIANT_NAME.fullmatch(value):
-        return value
-    raise unexpected("a name of at most 64 letters, digits, '_', '-' and '.'", remedy="Rename it.")
 
 
 def _layers(value: Any) -> tuple[str | None, range]:
@@ -94,8 +77,6 @@ def _from_ranges(text: str, info: ValidationInfo) -> tuple[int, ...]:
 
 def _from_tensor(entry: _TensorEntry, info: ValidationInfo) -> tuple[int, ...]:
     tensor = _context(info).tensor(entry.tensor)
-    if tensor is None:
-        return ()
     if tensor.dtype != np.int32 or tensor.ndim != 1 or tensor.size > _context(info).pieces_left or (tensor < 0).any():
         shape = f"{tensor.dtype} of shape {list(tensor.shape)}"
         raise unexpected(f"a list of int32 indices from 0 in tensor {entry.tensor!r}", shape)
@@ -115,11 +96,6 @@ def _indices_tag(value: Any) -> str:
     return tags.get(type(value), ":one")
 
 
-def _op_tag(value: Any) -> str | None:
-    known = ("select", "concat", "merge")
-    return next((f":{key}" for key in known if key in value), None) if isinstance(value, dict) else None
-
-
 def _sha256(value: str) -> str:
     if re.fullmatch("[0-9a-f]{64}", value):
         return value
@@ -132,30 +108,9 @@ def _plain_name(value: str) -> str:
     raise unexpected("the plain name of a .safetensors file beside the recipe")
 
 
-def _fitted(value: Any, info: ValidationInfo) -> Fitted:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise unexpected("a mapping from output layers to lists of tensor names")
-    found: dict[int, dict[str, Any]] = {}
-    wrong: list[Misplaced] = []
-    for layer, names in value.items():
-        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer <= MAX_LAYERS:
-            wrong.append(((shown(layer),), unexpected(f"a whole number from 0 to {MAX_LAYERS}"), layer))
-        elif not isinstance(names, list) or not 0 < len(names) <= MAX_LAYERS:
-            wrong.append(((str(layer),), unexpected("a list of tensor names"), names))
-        else:
-            for index, name in enumerate(names):
-                try:
-                    tensor = _context(info).tensor(f"fitted.{layer}.{one_line(str(name))}")
-                    if tensor is not None and tensor.dtype != np.float32:
-                        raise unexpected("a float32 tensor", str(tensor.dtype))
-                    if tensor is not None:
-                        found.setdefault(layer, {})[str(name)] = tensor
-                except PydanticCustomError as error:
-                    wrong.append(((str(layer), index), error, name))
-    raise_misplaced(wrong)
-    return found
+def _fitted(value: Mapping[int, list[str]], info: ValidationInfo) -> Fitted:
+    context = _context(info)
+    return {layer: {name: context.tensor(f"fitted.{layer}.{name}") for name in each} for layer, each in value.items()}
 
 
 def _named(value: Any) -> Any:
@@ -171,8 +126,6 @@ def _named(value: Any) -> Any:
     return value
 
 
-_Index: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INDEX)]
-_Number: TypeAlias = Annotated[float, Field(ge=-MAX_INDEX, le=MAX_INDEX, allow_inf_nan=False)]
 LayerEntry: TypeAlias = Annotated[tuple[str | None, int], PlainValidator(_layer)]
 _Layers: TypeAlias = Annotated[tuple[str | None, range], PlainValidator(_layers)]
 
@@ -183,6 +136,7 @@ class _TensorEntry(Strict):
 
 if TYPE_CHECKING:
     _Indices: TypeAlias = tuple[int, ...]
+    _Fitted: TypeAlias = Fitted
 else:
     _Indices = Annotated[
         Annotated[list[_Index], Tag(":list")]
@@ -192,6 +146,8 @@ else:
         Discriminator(_indices_tag),
         AfterValidator(_counted),
     ]
+    _Names = Annotated[list[Text], Field(min_length=1, max_length=MAX_LAYERS)]
+    _Fitted = Annotated[dict[Annotated[int, Field(ge=0, le=MAX_LAYERS)], _Names], AfterValidator(_fitted)]
 
 
 class Weights(Strict):
@@ -217,47 +173,23 @@ class ConcatEntry(Strict):
     fuse: bool = False
     cuts: list[CutEntry] = Field(min_length=1, max_length=MAX_LAYERS)
 
-    @model_validator(mode="after")
-    def _all_or_none(self) -> ConcatEntry:
-        given = [cut.weights is not None for cut in self.cuts]
-        if any(given) and not all(given):
-            raise unexpected("weights for every cut or for none", "some", "Complete or remove them.")
-        return self
-
 
 class MixEntry(Strict):
-    """How the tensors of several layers are combined."""
+    """How the tensors of several layers are combined; whether the method takes that, `validate` says."""
 
     method: MergeMethod = "linear"
     weights: list[_Number] | None = Field(default=None, min_length=1, max_length=MAX_LAYERS)
     params: dict[str, Any] = Field(default_factory=dict)
 
-    @field_validator("method", mode="before")
-    @classmethod
-    def _known_method(cls, name: Any) -> Any:
-        if not isinstance(name, str) or name not in METHODS:
-            raise unexpected(f"one of {', '.join(METHODS)}")
-        return name
-
-    @model_validator(mode="after")
-    def _known_params(self) -> MixEntry:
-        known = METHODS[self.method].parameters
-        wrong: list[Misplaced] = []
-        for name, value in self.params.items():
-            if name not in known:
-                expected = f"one of {', '.join(known)}" if known else f"none, for {self.method} has no parameters"
-                error = unexpected(expected, shown(name), "Remove it, or correct its spelling.")
-                wrong.append((("params",), error, value))
-            elif not known[name].holds(value):
-                wrong.append((("params", name), unexpected(str(known[name])), value))
-        raise_misplaced(wrong)
-        return self
-
     def mix(self, sources: int) -> Mix:
         """The mix of that many layers; equal weights and the method's defaults where none are given."""
-        known = METHODS[self.method].parameters
-        params = {name: value if known[name].whole else float(value) for name, value in self.params.items()}
-        weights = tuple(self.weights or (1.0 / sources for _ in range(sources)))
+        known = METHODS.get(self.method)
+        whole = {name for name, parameter in known.parameters.items() if parameter.whole} if known else set()
+        params = {
+            name: float(value) if type(value) is int and name not in whole else value
+            for name, value in self.params.items()
+        }
+        weights = tuple(self.weights or [1.0 / sources] * sources)
         return Mix(weights=weights, method=self.method, params=with_defaults(self.method, params))
 
 
@@ -269,48 +201,20 @@ class MergeEntry(MixEntry):
     scale: _Number = 1.0
     mlp: MixEntry | None = None
 
-    @property
-    def needs_base(self) -> bool:
-        """Whether a method takes differences to a base layer."""
-        return METHODS[self.method].base or (self.mlp is not None and METHODS[self.mlp.method].base)
+
+class OpEntry(Strict):
+    """An output layer; or several, where a run of layers is selected."""
+
+    select: _Layers | None = None
+    concat: ConcatEntry | None = None
+    merge: MergeEntry | None = None
 
     @model_validator(mode="after")
-    def _one_base(self) -> MergeEntry:
-        if self.base is None and self.needs_base and len({layer for _, layer in self.sources}) > 1:
-            expected = "the layer that differences are taken to, for the sources are not at one index"
-            raise_misplaced([(("base",), unexpected(expected, "none", "Add it."), None)])
+    def _one_op(self) -> OpEntry:
+        given = [op for op in ("select", "concat", "merge") if getattr(self, op) is not None]
+        if len(given) != 1:
+            raise unexpected("exactly one of select, concat and merge", ", ".join(given) or "none")
         return self
-
-
-class SelectLayer(Strict):
-    """One layer, or a run of them."""
-
-    select: _Layers
-
-
-class ConcatLayer(Strict):
-    """A concatenated layer."""
-
-    concat: ConcatEntry
-
-
-class MergeLayer(Strict):
-    """A merged layer."""
-
-    merge: MergeEntry
-
-
-OpEntry: TypeAlias = Annotated[
-    Annotated[SelectLayer, Tag(":select")]
-    | Annotated[ConcatLayer, Tag(":concat")]
-    | Annotated[MergeLayer, Tag(":merge")],
-    Discriminator(
-        _op_tag,
-        custom_error_type="unexpected",
-        custom_error_message="{expected}",
-        custom_error_context={"expected": "exactly one of select, concat and merge"},
-    ),
-]
 
 
 class VariantEntry(Strict):
@@ -338,7 +242,7 @@ class RecipeFile(Strict):
 
     version: Literal[1]
     model: Text | None = None
-    variants: dict[Annotated[str, PlainValidator(_name)], VariantEntry] | None = Field(default=None, min_length=1)
+    variants: dict[Text, VariantEntry] | None = Field(default=None, min_length=1)
     base: Text | None = None
     depth: int = Field(ge=1, le=MAX_LAYERS)
     layers: list[OpEntry] = Field(min_length=1, max_length=MAX_LAYERS)
@@ -346,7 +250,7 @@ class RecipeFile(Strict):
         default=None, min_length=1, max_length=MAX_LAYERS
     )
     tensors: SideFile | None = None
-    fitted: Annotated[Any, PlainValidator(_fitted)] = None
+    fitted: _Fitted | None = None
     provenance: Annotated[dict[Any, Any], AfterValidator(_named)] | None = None
 
     @model_validator(mode="after")
@@ -360,7 +264,7 @@ class RecipeFile(Strict):
         if self.variants is not None and self.base is None and len(self.variants) > 1:
             error = unexpected("the name of the variant that gives everything outside the layers", "none", "Add it.")
             raise_misplaced([(("base",), error, None)])
-        count = sum(len(entry.select[1]) if isinstance(entry, SelectLayer) else 1 for entry in self.layers)
+        count = sum(len(entry.select[1]) if entry.select else 1 for entry in self.layers)
         if count > MAX_LAYERS:
             raise unexpected(f"at most {MAX_LAYERS} layers", str(count))
         return self

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 from intarsia import registry
-from intarsia.recipe.ops import MergeMethod
+from intarsia.recipe.recipe import MergeMethod
 
 _MOST = 2.0**31 - 1
 
@@ -134,6 +134,7 @@ def _parameter(function: Callable[..., Any], argument: str, default: Any) -> Par
     )
 
 
-def with_defaults(method: MergeMethod, given: Mapping[str, float]) -> dict[str, float]:
-    """Every parameter of a method; its default where it is not given."""
-    return {**{name: parameter.default for name, parameter in METHODS[method].parameters.items()}, **given}
+def with_defaults(name: MergeMethod, given: Mapping[str, float]) -> dict[str, float]:
+    """Every parameter of a method, its default where it is not given; of an unknown method those that are given."""
+    method = METHODS.get(name)
+    return {**({key: each.default for key, each in method.parameters.items()} if method else {}), **given}

@@ -2,7 +2,8 @@
 
 Short index lists are ranges in the YAML; long ones (int32) and fitted tensors (float32) go into `<stem>.safetensors`,
 whose hash the YAML holds, so that a recipe is never read with the tensors of another. Reading runs no code, follows
-no path but the plain name of that file, and is bounded in size.
+no path but the plain name of that file, and is bounded in size. Arrays stay in files, mapped: what is fitted on the
+layers of a large model takes more memory, in float32, than some layers of it.
 
 Whether a recipe fits its models (does layer 31 exist?) is checked in `intarsia.recipe.validate`.
 """
@@ -11,14 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+import mmap
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from intarsia.architecture.spec import PARTS
 from intarsia.data_file import (
@@ -31,28 +37,150 @@ from intarsia.data_file import (
     refusal,
     shown,
 )
-from intarsia.disk import replaced, write_whole
-from intarsia.errors import Problem, Problems, UserError
+from intarsia.disk import full_disk_named, replaced, write_whole
+from intarsia.errors import Problem, UserError, mismatch
 from intarsia.recipe.algebra import with_unit_weights
 from intarsia.recipe.form import (
     ConcatEntry,
-    ConcatLayer,
     Context,
     LayerEntry,
     MergeEntry,
-    MergeLayer,
+    OpEntry,
     RecipeFile,
-    SelectLayer,
     SideFile,
     VariantEntry,
 )
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select, format_ranges
-from intarsia.recipe.recipe import SCHEMA_VERSION, Recipe, Variant, derive_spans
-from intarsia.recipe.side_file import Arrays, read_tensors, refuse_foreign, tensors_hash, write_tensors
+from intarsia.recipe.methods import METHODS
+from intarsia.recipe.recipe import (
+    SCHEMA_VERSION,
+    Concat,
+    Cut,
+    LayerRef,
+    Merge,
+    Op,
+    Recipe,
+    Select,
+    Variant,
+    derive_spans,
+    format_ranges,
+)
 
+# One entry alone: safetensors writes several in an order that changes from one writing to the next.
+_MARK = {"intarsia": "recipe"}
+_DTYPES = {"I32": np.dtype("<i4"), "F32": np.dtype("<f4")}
+_SMALL = 2**24  # bytes; a smaller array is kept in memory
+
+Arrays = dict[str, npt.NDArray[Any]]
 _LONGEST_INLINE = 100  # Characters of ranges that a person still reads.
 _REMEDY = "Correct the recipe."
 _ONE_MODEL = "base"  # The variant's name in the short form `model: FOLDER_OR_ID`.
+
+
+def tensors_hash(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
+    """SHA-256 over names, dtypes, shapes and little-endian values, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = np.ascontiguousarray(tensors[name])
+        tensor = tensor.astype(tensor.dtype.newbyteorder("<"), copy=False)
+        digest.update(json.dumps([name, tensor.dtype.name, list(tensor.shape)]).encode())
+        digest.update(tensor.data)
+        let_go(tensors[name])
+    return digest.hexdigest()
+
+
+def read_tensors(path: Path) -> Arrays:
+    """The tensors of a side file, mapped.
+
+    Raises:
+        OSError, SafetensorError: there is no such file, or it is damaged.
+        ValueError: a tensor has another dtype than int32 and float32; the error is its name.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(2, "no such file")
+    with safe_open(path, framework="numpy") as file:
+        kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+        for name in file.offset_keys():
+            entry = file.get_slice(name)
+            if entry.get_dtype() not in _DTYPES:
+                raise ValueError(name)
+            kinds[name] = _DTYPES[entry.get_dtype()], tuple(entry.get_shape())
+    found: Arrays = {}
+    whole = np.memmap(path, dtype=np.uint8, mode="c")
+    # Tensors fill the file to its last byte, in the order of their offsets.
+    start = len(whole) - sum(dtype.itemsize * math.prod(shape) for dtype, shape in kinds.values())
+    for name, (dtype, shape) in kinds.items():
+        stop = start + dtype.itemsize * math.prod(shape)
+        found[name] = whole[start:stop].view(dtype).reshape(shape)
+        start = stop
+    return found
+
+
+def write_tensors(tensors: Mapping[str, npt.NDArray[Any]], path: Path) -> None:
+    """Write a side file, one tensor at a time, in the order of names."""
+    header: dict[str, Any] = {"__metadata__": _MARK}
+    kinds = {dtype.name: kind for kind, dtype in _DTYPES.items()}
+    start = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        stop = start + tensor.nbytes
+        offsets = {"data_offsets": [start, stop]}
+        header[name] = {"dtype": kinds[tensor.dtype.name], "shape": list(tensor.shape), **offsets}
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in sorted(tensors):
+            tensor = np.ascontiguousarray(tensors[name])
+            file.write(tensor.astype(tensor.dtype.newbyteorder("<"), copy=False).data)
+            let_go(tensors[name])
+
+
+def refuse_foreign(path: Path) -> None:
+    """Never replace a file that is not a recipe's (a model's weights, say)."""
+    if not path.exists():
+        return
+    try:
+        with safe_open(path, framework="numpy") as file:
+            ours = (file.metadata() or {}).get("intarsia") == _MARK["intarsia"]
+    except (OSError, SafetensorError):
+        ours = False
+    if not ours:
+        raise UserError(f"{path} exists and is not a recipe's side file.", "Give the recipe another name.")
+
+
+def spooled(
+    parts: Iterable[npt.NDArray[np.float32]], shape: tuple[int, ...], folder: Path | None
+) -> npt.NDArray[np.float32]:
+    """An array in a file without a name, which is deleted with the array.
+
+    Args:
+        parts: the array's rows, some at a time: it need never be in memory as a whole.
+        folder: on whose disk; None for that of temporary files.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    dtype = np.dtype(np.float32)
+    if math.prod(shape) * dtype.itemsize < _SMALL:
+        return np.concatenate(list(parts))
+    with full_disk_named(folder or Path(tempfile.gettempdir())), tempfile.TemporaryFile(dir=folder) as file:
+        for part in parts:
+            file.write(np.ascontiguousarray(part).data)
+        file.flush()
+        return np.memmap(file, dtype=dtype, mode="c", shape=shape)
+
+
+def let_go(array: npt.NDArray[Any]) -> None:
+    """Release the pages of a mapped array; they are read again when they are needed."""
+    inner: Any = array
+    while inner is not None:
+        pages = getattr(inner, "_mmap", None)
+        if isinstance(pages, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            pages.madvise(mmap.MADV_DONTNEED)
+            return
+        inner = getattr(inner, "base", None)
+
 
 # Reading
 
@@ -63,27 +191,18 @@ def load(path: Path) -> Recipe:
     Raises:
         UserError: with everything that is wrong with it.
     """
-    data = read_yaml(path, what="a recipe")
-    problems = Problems()
-    tensors: Arrays | None = {}
-    if isinstance(data, dict) and data.get("tensors") is not None:
-        tensors = None
-        # A form that is wrong is reported with the rest of the recipe.
-        with problems, suppress(ValidationError):
+    data, tensors = read_yaml(path, what="a recipe"), Arrays()
+    with suppress(ValidationError):  # a form that is wrong is reported with the rest of the recipe
+        if isinstance(data, dict) and data.get("tensors") is not None:
             tensors = _side_tensors(path, SideFile.model_validate(data["tensors"]))
-    with problems:
-        recipe = parse_recipe(data, tensors, where=str(path))
-    if problems:
-        raise refusal(problems, where=str(path))
-    return recipe
+    return parse_recipe(data, tensors, where=str(path))
 
 
-def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
-    """The recipe that plain data describes.
+def parse_recipe(data: Any, tensors: Arrays, *, where: str) -> Recipe:
+    """The recipe that the value of a YAML file describes.
 
     Args:
-        data: the value of the YAML file.
-        tensors: the side file's tensors; None where it could not be read.
+        tensors: the side file's.
         where: the file's name, for messages.
 
     Raises:
@@ -102,13 +221,9 @@ def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
         entry = RecipeFile.model_validate(data, context=context)
     except ValidationError as error:
         problems += problems_of(error, RecipeFile, where=where, remedy=_REMEDY)
-    problems += [
-        Problem(
-            f"{where}: tensors: expected only tensors that the recipe names; found {shown(name)}.",
-            "Use the side file it came with.",
-        )
-        for name in sorted(set(tensors or ()) - context.used)
-    ]
+    expected, remedy = "only tensors that the recipe names", "Use the side file it came with."
+    unused = sorted(set(tensors) - context.used)
+    problems += [mismatch(f"{where}: tensors", expected, shown(name), remedy) for name in unused]
     if problems:
         raise refusal(problems, where=where)
     return _recipe(entry)
@@ -116,7 +231,7 @@ def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
 
 def _side_tensors(path: Path, entry: SideFile) -> Arrays:
     def unusable(place: str, expected: str, found: str, remedy: str) -> UserError:
-        return UserError(f"{path}: tensors.{place}: expected {expected}; found {found}.", remedy)
+        return UserError(mismatch(f"{path}: tensors.{place}", expected, found, remedy))
 
     try:
         tensors = read_tensors(path.parent / entry.file)
@@ -138,14 +253,14 @@ def _recipe(entry: RecipeFile) -> Recipe:
     def source(ref: LayerEntry) -> LayerRef:
         return LayerRef(variant=base if ref[0] is None else ref[0], layer=ref[1])
 
-    def ops(layer: SelectLayer | ConcatLayer | MergeLayer) -> Iterator[Op]:
-        if isinstance(layer, SelectLayer):
-            variant, layers = layer.select
+    def ops(entry: OpEntry) -> Iterator[Op]:
+        if entry.select is not None:
+            variant, layers = entry.select
             yield from (Select(source=source((variant, index))) for index in layers)
-        elif isinstance(layer, ConcatLayer):
-            yield _concat(layer.concat, source)
-        else:
-            yield _merge(layer.merge, source)
+        elif entry.concat is not None:
+            yield _concat(entry.concat, source)
+        elif entry.merge is not None:
+            yield _merge(entry.merge, source)
 
     layers = tuple(op for layer in entry.layers for op in ops(layer))
     return Recipe(
@@ -153,9 +268,7 @@ def _recipe(entry: RecipeFile) -> Recipe:
         base=base,
         depth=entry.depth,
         layers=layers,
-        spans=derive_spans(layers, entry.depth)
-        if entry.spans is None
-        else tuple((first, last) for first, last in entry.spans),
+        spans=tuple((first, last) for first, last in entry.spans or ()) or derive_spans(layers, entry.depth),
         fitted=entry.fitted or {},
         provenance=entry.provenance or {},
     )
@@ -172,25 +285,25 @@ def _concat(entry: ConcatEntry, source: Callable[[LayerEntry], LayerRef]) -> Con
         )
         for cut in entry.cuts
     )
-    given = entry.cuts[0].weights is not None
+    given = any(cut.weights for cut in cuts)
     return Concat(cuts=cuts if given else with_unit_weights(cuts), norm=entry.norm, fuse=entry.fuse)
 
 
 def _merge(entry: MergeEntry, source: Callable[[LayerEntry], LayerRef]) -> Merge:
     mix = entry.mix(len(entry.sources))
-    base = None
-    if entry.base is not None:
-        base = source(entry.base)
-    elif entry.needs_base:
-        base = source((None, min(layer for _, layer in entry.sources)))
+    mlp = None if entry.mlp is None else entry.mlp.mix(len(entry.sources))
+    base, indices = entry.base, {layer for _, layer in entry.sources}
+    methods = [METHODS.get(each.method) for each in (mix, mlp) if each is not None]
+    if base is None and len(indices) == 1 and any(method and method.base for method in methods):
+        base = (None, min(indices))
     return Merge(
         sources=tuple(source(ref) for ref in entry.sources),
         weights=mix.weights,
         method=mix.method,
         params=mix.params,
-        base=base,
+        base=None if base is None else source(base),
         scale=entry.scale,
-        mlp=None if entry.mlp is None else entry.mlp.mix(len(entry.sources)),
+        mlp=mlp,
     )
 
 

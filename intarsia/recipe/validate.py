@@ -11,11 +11,10 @@ import numpy as np
 
 from intarsia.architecture.spec import Architecture, Part
 from intarsia.data_file import refusal
-from intarsia.errors import Problem
+from intarsia.errors import Problem, mismatch
 from intarsia.recipe.methods import METHODS, Method
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, NormMode, Op, Select
-from intarsia.recipe.recipe import VARIANT_NAME, Recipe
-from intarsia.recipe.side_file import let_go
+from intarsia.recipe.recipe import VARIANT_NAME, Concat, Cut, LayerRef, Merge, Mix, NormMode, Op, Recipe, Select
+from intarsia.recipe.schema import let_go
 
 _WEIGHT_TOLERANCE = 1e-6
 _PIECES: dict[Part, str] = {"attention": "kv_groups", "mlp": "channels"}
@@ -25,7 +24,6 @@ def check(recipe: Recipe, architectures: Mapping[str, Architecture]) -> None:
     """Check that a recipe can be built.
 
     Args:
-        recipe: the recipe.
         architectures: the architecture of every variant that the recipe uses, by the variant's name.
 
     Raises:
@@ -45,7 +43,7 @@ def check(recipe: Recipe, architectures: Mapping[str, Architecture]) -> None:
 
 
 def _problem(where: str, expected: str, found: str, remedy: str = "Correct the recipe.") -> Problem:
-    return Problem(f"{where}: expected {expected}; found {found}.", remedy)
+    return mismatch(where, expected, found, remedy)
 
 
 def _check_variants(recipe: Recipe, architectures: Mapping[str, Architecture]) -> Iterator[Problem]:
@@ -61,14 +59,10 @@ def _check_variants(recipe: Recipe, architectures: Mapping[str, Architecture]) -
     base = architectures[recipe.base]
     for name in names:
         other = architectures.get(name, base)
+        remedy = "Variants must be fine-tunes of one base model."
         for what, ours, theirs in _shape(base, other):
             if ours != theirs:
-                yield _problem(
-                    f"variants.{name}",
-                    f"{what} {ours} as in {recipe.base!r}",
-                    str(theirs),
-                    "Variants must be fine-tunes of one base model.",
-                )
+                yield _problem(f"variants.{name}", f"{what} {ours} as in {recipe.base!r}", str(theirs), remedy)
 
 
 def _shape(base: Architecture, other: Architecture) -> Iterator[tuple[str, object, object]]:
@@ -88,21 +82,12 @@ def _check_depth(recipe: Recipe, base: Architecture) -> Iterator[Problem]:
     if len(recipe.spans) != len(recipe.layers):
         yield _problem("spans", f"{len(recipe.layers)} spans, one a layer", str(len(recipe.spans)))
         return
-    stop = 0
-    for index, (first, last) in enumerate(recipe.spans):
-        if first != stop or last < first:
-            yield _problem(
-                f"spans[{index}]",
-                f"a span that starts at {stop}, where the one before it stops",
-                f"[{first}, {last}]",
-                "Leave the spans out to have them derived.",
-            )
-            return
-        stop = last
-    if recipe.spans and stop != recipe.depth:
-        yield _problem(
-            "spans", f"an end at the depth {recipe.depth}", str(stop), "Leave them out to have them derived."
-        )
+    edges = [0, *(last for _, last in recipe.spans)]
+    joined = [first for first, _ in recipe.spans] == edges[:-1] and edges == sorted(edges)
+    if recipe.spans and not (joined and edges[-1] == recipe.depth):
+        found = ", ".join(f"{first}-{last}" for first, last in recipe.spans)
+        remedy = "Leave the spans out to have them derived."
+        yield _problem("spans", f"spans that follow one another from 0 to {recipe.depth}", found, remedy)
 
 
 def _check_fitted(recipe: Recipe, base: Architecture) -> Iterator[Problem]:
@@ -163,12 +148,8 @@ def _check_concat(op: Concat, where: str, base: Architecture | None) -> Iterator
     for index, cut in enumerate(op.cuts):
         earlier = seen.setdefault(cut.source, index)
         if earlier != index:
-            yield _problem(
-                f"{where}.cuts[{index}]",
-                "a layer that no other cut is from",
-                f"{cut.source}, as in cuts[{earlier}]",
-                "Put all pieces of a layer into one cut.",
-            )
+            found, remedy = f"{cut.source}, as in cuts[{earlier}]", "Put all pieces of a layer into one cut."
+            yield _problem(f"{where}.cuts[{index}]", "a layer that no other cut is from", found, remedy)
     for part, key in _PIECES.items():
         if base is not None:
             called = f"experts (as {key})" if base.is_mixture(part) else key
@@ -238,28 +219,24 @@ def _check_mix(mix: Mix, sources: int, where: str) -> Iterator[Problem]:
             yield _problem(f"{where}.params", f"parameters of {mix.method} ({known})", repr(name))
         elif not method.parameters[name].holds(value):
             yield _problem(f"{where}.params.{name}", str(method.parameters[name]), repr(value))
-    for name in method.parameters:
-        if name not in mix.params:
-            yield _problem(f"{where}.params", f"{name} of {mix.method}", "none")
-    expected = method.rule(mix.params)
-    if expected is not None:
+    missing = [name for name in method.parameters if name not in mix.params]
+    for name in missing:
+        yield _problem(f"{where}.params", f"{name} of {mix.method}", "none")
+    sound = not missing and all(each.holds(mix.params[name]) for name, each in method.parameters.items())
+    if sound and (expected := method.rule(mix.params)) is not None:
         yield _problem(f"{where}.params", expected, str(dict(mix.params)))
 
 
 def _check_mix_weights(mix: Mix, method: Method, where: str) -> Iterator[Problem]:
-    weights = [weight for weight in mix.weights if weight]
+    weights, shown = [weight for weight in mix.weights if weight], ", ".join(f"{weight:g}" for weight in mix.weights)
     if not method.least <= len(weights) <= (method.most or len(weights)):
         wanted = f"exactly {method.least}" if method.most == method.least else f"at least {method.least}"
         yield _problem(
             f"{where}.weights", f"{wanted} layers with a weight other than 0 for {mix.method}", str(len(weights))
         )
     elif method.weights == "sum 1" and (abs(math.fsum(weights) - 1.0) > _WEIGHT_TOLERANCE or min(weights) < 0.0):
-        yield _problem(f"{where}.weights", f"weights from 0 to 1 that sum to 1 for {mix.method}", _shown(mix.weights))
+        yield _problem(f"{where}.weights", f"weights from 0 to 1 that sum to 1 for {mix.method}", shown)
     elif method.weights == "positive" and min(weights) < 0.0:
-        yield _problem(f"{where}.weights", f"no negative weight for {mix.method}", _shown(mix.weights))
+        yield _problem(f"{where}.weights", f"no negative weight for {mix.method}", shown)
     elif method.weights == "equal" and max(weights) - min(weights) > _WEIGHT_TOLERANCE:
-        yield _problem(f"{where}.weights", f"equal weights for {mix.method}, which sets its own", _shown(mix.weights))
-
-
-def _shown(weights: Sequence[float]) -> str:
-    return ", ".join(f"{weight:g}" for weight in weights)
+        yield _problem(f"{where}.weights", f"equal weights for {mix.method}, which sets its own", shown)

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.building.materialize import RECIPE_FILE
-from intarsia.checkpoint.files import read_config
-from intarsia.checkpoint.multimodal import text_config
-from intarsia.checkpoint.reader import architecture_of
+from intarsia.checkpoint.reader import architecture_of, read_config
+from intarsia.checkpoint.stored_forms import text_config
 from intarsia.disk import damage_named, write_whole
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe

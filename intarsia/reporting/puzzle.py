@@ -16,8 +16,7 @@ from markupsafe import Markup
 
 from intarsia.architecture.spec import Architecture
 from intarsia.pruning.step import mlp_pieces, of_experts
-from intarsia.recipe.ops import Concat, LayerRef, Merge, Op, format_ranges
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Concat, LayerRef, Merge, Op, Recipe, format_ranges
 from intarsia.reporting.blocks import Picture, Pictures, Section, table
 from intarsia.reporting.figures import WOODS, standalone
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import BeforeValidator, PlainSerializer, TypeAdapter
 
 from intarsia.recipe.methods import METHODS
-from intarsia.recipe.ops import MergeMethod
+from intarsia.recipe.recipe import MergeMethod
 
 _Values: TypeAlias = Annotated[
     tuple[tuple[str, float], ...],

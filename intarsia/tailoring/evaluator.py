@@ -296,7 +296,7 @@ class Evaluator:
                 value_N = self._likeliest[unit, place].divergence(logits_NV)
                 value_M = value_N[batch.position_M.to(value_N.device)]
             else:
-                value_M, _ = score_batch(logits_NV, batch)
+                value_M = score_batch(logits_NV, batch)
             value_M = value_M.cpu().double()
             if not bool(value_M.isfinite().all()):
                 raise TrialFailed(f"NaN or infinity in {self.objectives[unit[0]]}")

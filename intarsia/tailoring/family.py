@@ -12,11 +12,10 @@ from typing import Any
 from intarsia.activations.architecture_checks import verified
 from intarsia.architecture.spec import Architecture
 from intarsia.checkpoint.adapter import is_adapter, open_variant, read_adapter_config
-from intarsia.checkpoint.files import read_config
 from intarsia.checkpoint.hashing import scan
-from intarsia.checkpoint.multimodal import text_config
-from intarsia.checkpoint.reader import Checkpoint, architecture_of
+from intarsia.checkpoint.reader import Checkpoint, architecture_of, read_config
 from intarsia.checkpoint.resolve import not_downloaded, resolve
+from intarsia.checkpoint.stored_forms import text_config
 from intarsia.errors import Problem, Problems, few
 from intarsia.inspection.own_code import trusts
 from intarsia.model_name import DEMO, lasting

@@ -24,8 +24,7 @@ from intarsia.pruning.scores import part_scores
 from intarsia.recipe import schema
 from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.methods import METHODS, with_defaults
-from intarsia.recipe.ops import LayerRef, Merge, Mix, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, derive_spans, identity
+from intarsia.recipe.recipe import LayerRef, Merge, Mix, Op, Recipe, Select, Variant, derive_spans, identity
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join
 from intarsia.tailoring.evaluator import Evaluator
 from intarsia.tailoring.family import open_family, read_config_only

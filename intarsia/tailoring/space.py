@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from intarsia.architecture.spec import Architecture
 from intarsia.errors import Problem, Problems, UserError
 from intarsia.recipe.methods import METHODS
-from intarsia.recipe.ops import MergeMethod
+from intarsia.recipe.recipe import MergeMethod
 from intarsia.tailoring.candidate import Candidate, Choice, Join, Keep, Menu, Slot, single, slots
 
 if TYPE_CHECKING:

@@ -31,8 +31,7 @@ from intarsia.building.layer import tensor_names
 from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.building.loading import set_parameter
 from intarsia.evaluation.likelihood import Rows, inputs_of
-from intarsia.recipe.ops import LayerRef, Op, Select
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import LayerRef, Op, Recipe, Select
 from intarsia.tailoring.family import Family
 
 K = TypeVar("K", bound=Hashable)

@@ -18,8 +18,7 @@ from random import Random
 from pydantic import TypeAdapter
 
 from intarsia.disk import damage_named, write_whole
-from intarsia.recipe.ops import Concat, MergeMethod, Op
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Concat, MergeMethod, Op, Recipe
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Blend, Keep, Menu, single, slots
 from intarsia.tailoring.engine import Start

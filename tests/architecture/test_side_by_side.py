@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from intarsia.architecture.detect import detect
+from intarsia.architecture.detect import detect, verify
 from intarsia.architecture.spec import PARTS
-from intarsia.architecture.verify import verify
 from intarsia.errors import UserError
 from tests import families
 

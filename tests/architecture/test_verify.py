@@ -8,9 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
-from intarsia.architecture.detect import detect
+from intarsia.architecture.detect import detect, verify
 from intarsia.architecture.spec import Architecture
-from intarsia.architecture.verify import verify
 from intarsia.errors import UserError
 
 Configs = dict[str, PretrainedConfig]

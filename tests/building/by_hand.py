@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from intarsia.activations.stream import LayerCall
 from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.building.loaded_model import LoadedModel
-from intarsia.recipe.ops import Concat, Cut
+from intarsia.recipe.recipe import Concat, Cut
 
 Tensors = Mapping[str, Tensor]
 

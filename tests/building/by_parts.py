@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from intarsia.activations.stream import LayerCall
 from intarsia.architecture.spec import PARTS, Part
 from intarsia.building.loaded_model import LoadedModel, twin
-from intarsia.recipe.ops import Concat, Cut
+from intarsia.recipe.recipe import Concat, Cut
 
 FAMILIES = (
     "gpt_neox",

@@ -18,7 +18,7 @@ from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.recipe.algebra import concat_of, half_layers
-from intarsia.recipe.ops import Concat, LayerRef, Merge, Op
+from intarsia.recipe.recipe import Concat, LayerRef, Merge, Op
 from tests import families
 from tests.building import by_hand, by_parts
 from tests.conftest import InMemory, Opened

@@ -16,8 +16,7 @@ from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import assembled, materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
-from intarsia.recipe.ops import Merge
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Merge, Recipe
 from intarsia.recipe.validate import check
 from tests import families
 from tests.conftest import Folder, InMemory, Opened

@@ -20,8 +20,7 @@ from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.recipe import schema
 from intarsia.recipe.algebra import concat_of
-from intarsia.recipe.ops import Merge, Op
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Merge, Op, Recipe
 from tests import families
 from tests.conftest import Folder, InMemory, Opened
 from tests.recipes_by_hand import recipe_of, ref, select, shared

@@ -18,8 +18,7 @@ from intarsia.building.materialize import materialize
 from intarsia.building.operators import dare_linear, slerp, task_arithmetic, ties, trim
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.recipe.methods import METHODS, with_defaults
-from intarsia.recipe.ops import LayerRef, Merge, MergeMethod, Mix, Select
-from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+from intarsia.recipe.recipe import LayerRef, Merge, MergeMethod, Mix, Recipe, Select, Variant, derive_spans
 from tests import families
 
 Folder = Callable[[str], Path]

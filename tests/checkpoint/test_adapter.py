@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from intarsia.checkpoint import adapter as module
 from intarsia.checkpoint.adapter import open_variant
-from intarsia.checkpoint.demo import demo_folder
+from intarsia.checkpoint.gguf_source import demo_folder
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint

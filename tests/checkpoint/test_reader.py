@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save_file
 
+from intarsia.checkpoint.files import DTYPES, let_go, read_headers
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.tensor_file import DTYPES, let_go, map_tensor, read_headers
 from intarsia.errors import UserError
 
 Make = Callable[..., Path]
@@ -110,7 +110,7 @@ def test_the_map_goes_with_the_tensor(saved: dict[str, Path], monkeypatch: pytes
             sizes.append(len(made))
             return made
 
-    monkeypatch.setattr("intarsia.checkpoint.tensor_file.mmap.mmap", Watched)
+    monkeypatch.setattr("intarsia.checkpoint.files.mmap.mmap", Watched)
     found = opened(saved["single"])
     tensor = found.layer_tensor(1, "mlp.up_proj.weight")
     row = tensor[3]
@@ -366,7 +366,7 @@ def test_pages_that_are_let_go_of_leave_memory_and_come_back(tmp_path: Path) -> 
     values = torch.arange(2**23, dtype=torch.float32)
     save_file({"w": values}, tmp_path / "w.safetensors")
     (header,) = read_headers(tmp_path / "w.safetensors")
-    process, mapped = psutil.Process(), map_tensor(header)
+    process, mapped = psutil.Process(), header.tensor()
     assert torch.equal(mapped, values)
     touched = process.memory_info().shared
     let_go(mapped.view(2, -1))

@@ -21,10 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from intarsia.checkpoint import staging, writer
+from intarsia import disk
+from intarsia.checkpoint import writer
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.staging import check_out, staged_folder
 from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer, copy_side_files, write_config
+from intarsia.disk import check_out, staged_folder
 from intarsia.errors import UserError
 
 Make = Callable[..., Path]
@@ -285,7 +286,7 @@ def test_place_that_cannot_be_written(tmp_path: Path) -> None:
 _SLEEPER = """
 import sys, time
 from pathlib import Path
-from intarsia.checkpoint.staging import staged_folder
+from intarsia.disk import staged_folder
 with staged_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("x")
     print("ready", flush=True)
@@ -332,7 +333,7 @@ def test_run_killed_between_the_two_renames(tmp_path: Path) -> None:
 
 
 def test_locks_that_a_file_system_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_lock", lambda folder: None)
+    monkeypatch.setattr(disk, "_lock", lambda folder: None)
     (tmp_path / ".out.staging-1234").mkdir()
     write(tmp_path / "out", some_tensors())
     # Nobody knows whether that run is alive.

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import intarsia
-from intarsia.checkpoint.demo import demo_folder
+from intarsia.checkpoint.gguf_source import demo_folder
 from intarsia.recipe import schema
-from intarsia.recipe.ops import Concat
+from intarsia.recipe.recipe import Concat
 from tests import verbs
 
 REPOSITORY = Path(__file__).parents[2]

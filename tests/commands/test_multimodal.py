@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
 from intarsia.building.loaded_model import LoadedModel
-from intarsia.checkpoint.multimodal import text_config
 from intarsia.checkpoint.reader import Checkpoint, architecture_of
+from intarsia.checkpoint.stored_forms import text_config
 from intarsia.inspection.small import small_config
 from tests import families
 from tests.command import LITTLE, invoke

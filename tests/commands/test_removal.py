@@ -26,8 +26,7 @@ from intarsia.errors import UserError
 from intarsia.inspection.small import small_config
 from intarsia.inspection.structure import Possible, inspected, problem_of, removals
 from intarsia.recipe import schema
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge
-from intarsia.recipe.recipe import Variant, identity
+from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, Variant, identity
 from tests import families
 from tests.command import LITTLE, invoke
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from intarsia.data.chat import Turns, answers_in, learn_turns, render, rows_of_messages
-from intarsia.data.conversations import Conversation
+from intarsia.data.conversations import Conversation, Turns, answers_in, learn_turns, render, rows_of_messages
 from intarsia.data.corpus import tokenize
 from intarsia.data.self_text import Sampling, self_corpus
 from intarsia.data.sources import documents

@@ -1,3 +1,5 @@
+"""Text packed into sequences."""
+
 from __future__ import annotations
 
 import pytest
@@ -16,8 +18,6 @@ def test_take_split_and_batches() -> None:
     assert first.sha256 == corpus.take(3).sha256 != rest.sha256
     assert [len(ids) for ids, _ in corpus.batches(2)] == [2, 2, 1]
     assert len(corpus.split(0.001)[0]) == 1 and len(corpus.split(0.999)[1]) == 1
-    with pytest.raises(UserError, match="at least 6 sequences"):
-        corpus.take(6)
     with pytest.raises(UserError, match="held out"):
         corpus.take(1).split(0.5)
 
@@ -33,3 +33,62 @@ def test_mask_counts_and_is_hashed() -> None:
     assert Corpus.of(ids.view(2, 3), description="", documents=1).sha256 != (
         Corpus.of(ids.view(3, 2), description="", documents=1).sha256
     )
+
+
+def test_packs_documents_joined_by_eos() -> None:
+    corpus = tokenize(["abc", "de", "fghij"], Letters(), tokens=11, seq_len=4, shuffle=False)
+    assert rows(corpus) == ["abc/", "de/f"]
+    assert (corpus.tokens, corpus.documents, corpus.seq_len, len(corpus), corpus.mask) == (8, 3, 4, 2, None)
+
+
+def test_bos_where_the_tokenizer_puts_one() -> None:
+    corpus = tokenize(["abcdefghij"], Letters(bos=True), tokens=12, seq_len=4, shuffle=False)
+    assert rows(corpus) == ["^abc", "^def", "^ghi"]
+
+
+def test_no_eos_no_joint() -> None:
+    letters = Letters()
+    letters.eos_token_id = None
+    assert rows(tokenize(["abc", "de"], letters, tokens=4, seq_len=4, shuffle=False)) == ["abcd"]
+
+
+def test_reads_no_more_than_it_needs() -> None:
+    letters = Letters()
+    tokenize((f"text{i:04}" for i in range(10_000)), letters, tokens=64, seq_len=8, shuffle=False)
+    assert len(letters.read) < 500
+
+
+def test_shuffle_reaches_the_whole_source_and_follows_the_seed() -> None:
+    text = "".join(chr(100 + i) * 4 for i in range(200))
+    one, same, other = (
+        tokenize([text], Letters(), tokens=160, seq_len=4, seed=seed, shuffle=True) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one.input_ids, same.input_ids)
+    assert one.sha256 == same.sha256 != other.sha256
+    starts = one.input_ids[:, 0].tolist()
+    assert len(set(starts)) == 40  # none twice
+    assert max(starts) > 270 and min(starts) < 130
+
+
+def test_random_state_is_left_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    tokenize(["abc" * 50], Letters(), tokens=16, seq_len=4, shuffle=True)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_too_short_says_how_many_there_are() -> None:
+    with pytest.raises(UserError, match=r"words: expected at least 16 tokens.*found 9 tokens.*at most 8 tokens"):
+        tokenize(["abcdefghi"], Letters(), tokens=16, seq_len=4, shuffle=True, description="words")
+    with pytest.raises(UserError, match=r"found 3 tokens.*shorter sequences"):
+        tokenize(["abc"], Letters(), tokens=4, seq_len=4, shuffle=False)
+    with pytest.raises(UserError, match="found 3 tokens"):
+        tokenize(["abc"], Letters(), tokens=4, seq_len=4, shuffle=False, least=1)
+    assert len(tokenize(["abcdefghi"], Letters(), tokens=99, seq_len=4, shuffle=False, least=1)) == 2
+
+
+@pytest.mark.parametrize(("tokens", "seq_len"), [(3, 4), (10, 1), (10, 0)])
+def test_impossible_sizes(tokens: int, seq_len: int) -> None:
+    with pytest.raises(UserError, match="sequence length of at least 2"):
+        tokenize(["abcdefghi"], Letters(), tokens=tokens, seq_len=seq_len, shuffle=False)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from intarsia.data.chat import Turns, learn_turns
+from intarsia.data.conversations import Turns, learn_turns
 from intarsia.data.self_text import Sampling, self_corpus
 from intarsia.errors import UserError
 from intarsia.progress import Progress, reporting_to

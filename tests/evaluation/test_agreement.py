@@ -13,8 +13,7 @@ import torch
 
 from intarsia.errors import UserError
 from intarsia.evaluation.agreement import Asked, Reference, doubt
-from intarsia.evaluation.answers import greedy_answers, loops, side_by_side
-from intarsia.evaluation.prompts import Prompts
+from intarsia.evaluation.answers import Prompts, greedy_answers, loops, side_by_side
 from intarsia.evaluation.results import Metric
 from intarsia.options import AnswerSpec
 from tests import families

@@ -80,7 +80,7 @@ def test_parts_and_as_many_windows_as_there_are(text: str) -> None:
     tokens = len(tokenizer(TEXT)["input_ids"])
     assert len(everything) == tokens // 16
     assert len(eval_corpus(text, tokenizer, seq_len=16, windows=10**6)) == tokens // 16
-    tail = eval_corpus(text, tokenizer, seq_len=16, windows=2, part="0.9:1")
+    tail = eval_corpus(f"{text}#0.9:1", tokenizer, seq_len=16, windows=2)
     assert tail.description.endswith("text.txt#0.9:1")
     assert tail.sha256 != everything.take(2).sha256
     with pytest.raises(UserError, match="expected at least"):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from intarsia.recipe import schema
 from tests import families, wrappers
-from tests.checkpoint.test_quantised import quantise
+from tests.checkpoint.test_stored_forms import quantise
 from tests.command import LITTLE, invoke
 
 

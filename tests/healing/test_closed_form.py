@@ -15,19 +15,18 @@ from transformers import AutoModelForCausalLM
 
 from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.building.loaded_model import LoadedModel
-from intarsia.building.materialize import materialize
+from intarsia.building.materialize import assembled, materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing.closed_form import _seen
 from intarsia.healing.layer_fit import fittable
 from intarsia.healing.layer_map import fit_forwards, fitted_parts, taught
-from intarsia.healing.quality import Chain, quality
+from intarsia.healing.quality import quality
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.recipe import schema
-from intarsia.recipe.ops import Merge, Op
-from intarsia.recipe.recipe import Recipe, identity
+from intarsia.recipe.recipe import Merge, Op, Recipe, identity
 from tests import families
 from tests.closed_form_fits import fit_on
 from tests.conftest import InMemory, Opened
@@ -353,8 +352,8 @@ def test_built_is_as_in_memory(family: str, dtype: torch.dtype, cut: Cut, tokens
     materialize(healed, {"base": checkpoint}, tmp_path / "out")
     built = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype).eval()
     with torch.no_grad():
-        wanted = Chain(healed, resident)(fresh.input_ids).logits
-        unhealed = Chain(recipe, resident)(fresh.input_ids).logits
+        wanted = assembled(healed, resident)(fresh.input_ids).logits
+        unhealed = assembled(recipe, resident)(fresh.input_ids).logits
         found = built(fresh.input_ids).logits
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.06)
     assert not torch.allclose(found, unhealed, rtol=0, atol=0.1)

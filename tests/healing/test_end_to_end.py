@@ -11,12 +11,13 @@ import torch
 pytest.importorskip("accelerate")
 
 from intarsia.building.loaded_model import LoadedModel, load_model
+from intarsia.building.materialize import assembled
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing import end_to_end
 from intarsia.healing.end_to_end import WholeTraining, lesson_depths
-from intarsia.healing.quality import Chain, quality
+from intarsia.healing.quality import quality
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import Distiller, Lesson, build_student, load_student, with_trained
 from intarsia.healing.teacher import Teacher, TeacherSource, TopK
@@ -67,7 +68,7 @@ def kl_by_hand(checkpoint: Checkpoint, recipe: Recipe, corpus: Corpus) -> float:
     resident = LoadedModel(checkpoint, device=CPU)
     with torch.no_grad():
         theirs = resident.model(corpus.input_ids, attention_mask=corpus.mask).logits.log_softmax(-1)
-        ours = Chain(recipe, resident)(corpus.input_ids, corpus.mask).logits.log_softmax(-1)
+        ours = assembled(recipe, resident)(corpus.input_ids, corpus.mask).logits.log_softmax(-1)
     kl_BT = (theirs.exp() * (theirs - ours)).sum(-1)
     return float(kl_BT.mean() if corpus.mask is None else kl_BT[corpus.mask].mean())
 

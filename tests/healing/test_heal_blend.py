@@ -27,8 +27,7 @@ from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.options import TextSpec
 from intarsia.recipe import schema
 from intarsia.recipe.algebra import reference_layers
-from intarsia.recipe.ops import Concat, LayerRef, Merge, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+from intarsia.recipe.recipe import Concat, LayerRef, Merge, Op, Recipe, Select, Variant, derive_spans
 from tests import families
 from tests.closed_form_fits import fit_on
 from tests.healing.conftest import heal

@@ -131,7 +131,7 @@ def test_a_layer_fitted_to_its_own_output_does_not_change(resident_of: InMemory,
 
 
 def as_concat(resident: LoadedModel, layer: int) -> Any:
-    from intarsia.recipe.ops import Concat, Cut
+    from intarsia.recipe.recipe import Concat, Cut
     from tests.recipes_by_hand import ref
 
     whole = Cut(

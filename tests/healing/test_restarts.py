@@ -16,9 +16,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from intarsia.activations.hidden_store import MemoryBudget
+from intarsia.building.materialize import assembled
 from intarsia.commands.job import Job
 from intarsia.commands.planning import Planning, heal_recipe
-from intarsia.evaluation.perplexity import Chain
 from intarsia.healing import restarts
 from intarsia.healing.closed_form import fit
 from intarsia.healing.layer_map import fit_forwards
@@ -253,9 +253,9 @@ def test_heal_resumes_after_the_fits_that_were_finished(
 
 def divergence_of(recipe: Recipe, job: Job, ids_BT: Any) -> float:
     """Mean KL from the original's next token, by the definition: of its 64 likeliest, and the rest as one."""
-    whole = Chain(identity(recipe.variant(recipe.base), recipe.depth), job.resident)
+    whole = assembled(identity(recipe.variant(recipe.base), recipe.depth), job.resident)
     log_p, log_s = (
-        chain(ids_BT).logits[:, :-1].double().log_softmax(-1) for chain in (whole, Chain(recipe, job.resident))
+        chain(ids_BT).logits[:, :-1].double().log_softmax(-1) for chain in (whole, assembled(recipe, job.resident))
     )
     top = log_p.topk(min(64, log_p.shape[-1]), dim=-1).indices
 
@@ -269,5 +269,5 @@ def divergence_of(recipe: Recipe, job: Job, ids_BT: Any) -> float:
 
 def loss_of(recipe: Recipe, job: Job, ids_BT: Any) -> float:
     """Mean next-token loss, by the definition."""
-    logits = Chain(recipe, job.resident)(ids_BT).logits.float()
+    logits = assembled(recipe, job.resident)(ids_BT).logits.float()
     return float(cross_entropy(logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()))

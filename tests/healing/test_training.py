@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from intarsia.data.chat import Turns
+from intarsia.data.conversations import Turns
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing.settings import Pace

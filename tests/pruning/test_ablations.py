@@ -17,7 +17,7 @@ from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.methods.come import Come, ComeSettings
 from intarsia.pruning.methods.come_p import ComeP, ComePSettings
 from intarsia.recipe import schema
-from intarsia.recipe.ops import Concat, Cut, Merge, Select
+from intarsia.recipe.recipe import Concat, Cut, Merge, Select
 from tests import families
 from tests.conftest import InMemory, Opened
 from tests.pruning.by_hand import ladder_of

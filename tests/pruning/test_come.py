@@ -17,7 +17,7 @@ from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.methods.come import Come, ComeSettings
 from intarsia.pruning.methods.come_p import ComeP, ComePSettings
 from intarsia.pruning.scores import counts, ratios, share_grid
-from intarsia.recipe.ops import Concat, Op, Select
+from intarsia.recipe.recipe import Concat, Op, Select
 from tests import families
 from tests.conftest import InMemory
 from tests.experts_by_hand import sizes_of_experts

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from intarsia.pruning.step import describe, mlp_pieces, of_experts, step_line
-from intarsia.recipe.ops import Concat, Cut
+from intarsia.recipe.recipe import Concat, Cut
 from tests.recipes_by_hand import ref, select
 
 HALVES = {"attention": 0.5, "mlp": 0.5}

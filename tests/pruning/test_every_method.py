@@ -14,7 +14,7 @@ from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.pruning.methods.laco import LacoSettings
 from intarsia.pruning.methods.sleb import SlebSettings
-from intarsia.recipe.ops import Select
+from intarsia.recipe.recipe import Select
 from intarsia.recipe.validate import check
 from tests import families
 from tests.conftest import InMemory

@@ -12,7 +12,7 @@ from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.evolve import EvolveSettings, pairs, words_of
 from intarsia.recipe.algebra import half_layers
-from intarsia.recipe.ops import Op
+from intarsia.recipe.recipe import Op
 from intarsia.recipe.schema import content_hash
 from tests import families
 from tests.conftest import InMemory

@@ -23,8 +23,7 @@ from intarsia.pruning.methods.come_p import ComeP, ComePSettings
 from intarsia.pruning.methods.sleb import SlebSettings
 from intarsia.pruning.race import best_of_groups, race
 from intarsia.pruning.step import Step
-from intarsia.recipe.ops import Op
-from intarsia.recipe.recipe import Variant, identity
+from intarsia.recipe.recipe import Op, Variant, identity
 from intarsia.registry import planners
 from tests import families
 from tests.conftest import InMemory, Opened

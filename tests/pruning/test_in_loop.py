@@ -15,11 +15,10 @@ from transformers import AutoModelForCausalLM
 
 import intarsia
 from intarsia.building.loaded_model import LoadedModel
-from intarsia.building.materialize import materialize
+from intarsia.building.materialize import assembled, materialize
 from intarsia.cli.parse import parse
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.healing.quality import Chain
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.options import EvalSpec, Output, Target, TextSpec
 from intarsia.pruning.candidates import losses_with
@@ -30,8 +29,7 @@ from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComeP, ComePSettings
 from intarsia.pruning.methods.laco import LacoSettings
 from intarsia.pruning.methods.sleb import SlebSettings
-from intarsia.recipe.ops import Op
-from intarsia.recipe.recipe import Recipe, Variant, derive_spans, identity
+from intarsia.recipe.recipe import Op, Recipe, Variant, derive_spans, identity
 from tests import families
 from tests.conftest import InMemory, Opened
 from tests.pruning.by_hand import (
@@ -219,7 +217,7 @@ def test_what_is_built_is_what_was_measured(
     with torch.no_grad():
         wanted = model.loop.stream.logits(model.hidden_at(3, part).clone(), ids, None)
         torch.testing.assert_close(built(ids).logits, wanted, rtol=0, atol=1e-4)
-        bare = Chain(replace(recipe, fitted={}), resident)(ids).logits
+        bare = assembled(replace(recipe, fitted={}), resident)(ids).logits
     assert not torch.allclose(bare, wanted, rtol=0, atol=0.1)
 
 
@@ -270,9 +268,16 @@ def test_healing_helps(resident_of: InMemory, tmp_path: Path) -> None:
     run, _ = go(tmp_path / "run", resident, "come", 4, corpus=corpus, in_loop=ClosedFormSettings())
     recipe = run.recipe(4)
     target = residual_stream(resident, fresh)
-    with torch.no_grad():
-        found = Chain(recipe, resident).hidden(fresh.input_ids, None)
-        bare = Chain(replace(recipe, fitted={}), resident).hidden(fresh.input_ids, None)
+
+    @torch.no_grad()
+    def states(recipe: Recipe) -> list[torch.Tensor]:
+        model, seen = assembled(recipe, resident), list[torch.Tensor]()
+        for layer in model.get_submodule("model.layers").children():
+            layer.register_forward_hook(lambda _, __, out: seen.append(out))
+        model(fresh.input_ids)
+        return seen
+
+    found, bare = states(recipe), states(replace(recipe, fitted={}))
     assert recipe.fitted
     for index in recipe.fitted:
         wanted = target[recipe.spans[index][1]]

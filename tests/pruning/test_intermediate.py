@@ -17,8 +17,7 @@ from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.pruning.candidates import losses_with
 from intarsia.pruning.intermediate import Intermediate
-from intarsia.recipe.ops import Op
-from intarsia.recipe.recipe import Variant, identity
+from intarsia.recipe.recipe import Op, Variant, identity
 from tests import families
 from tests.conftest import InMemory
 from tests.pruning.by_hand import climb, ladder_in, planner_of

@@ -10,7 +10,7 @@ import torch
 
 from intarsia.errors import UserError
 from intarsia.pruning.methods.laco import LacoSettings, collapsed
-from intarsia.recipe.ops import Merge, Select
+from intarsia.recipe.recipe import Merge, Select
 from tests import families
 from tests.conftest import InMemory
 from tests.pruning.by_hand import ladder_of, real_tokens, with_layers

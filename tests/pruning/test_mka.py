@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from intarsia.pruning.methods.mka import cells_of, diffusion_map, normalised_information
-from intarsia.recipe.ops import Merge
+from intarsia.recipe.recipe import Merge
 from tests import families
 from tests.conftest import InMemory
 from tests.pruning.by_hand import ladder_of, real_tokens, residual_stream

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from intarsia.architecture.detect import detect
 from intarsia.architecture.spec import PARTS, Architecture, Part
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, NormMode, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, NormMode, Op, Recipe, Select, Variant, derive_spans
 
 MakeArchitecture = Callable[..., Architecture]
 

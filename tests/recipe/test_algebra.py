@@ -15,8 +15,21 @@ from hypothesis import strategies as st
 from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.errors import UserError
 from intarsia.recipe.algebra import concat_of, merge_of, simplify
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, NormMode, Op, Select
-from intarsia.recipe.recipe import Recipe, Span, Variant, derive_spans, identity
+from intarsia.recipe.recipe import (
+    Concat,
+    Cut,
+    LayerRef,
+    Merge,
+    Mix,
+    NormMode,
+    Op,
+    Recipe,
+    Select,
+    Span,
+    Variant,
+    derive_spans,
+    identity,
+)
 from intarsia.recipe.validate import check
 
 Recipes = Callable[..., st.SearchStrategy[Recipe]]

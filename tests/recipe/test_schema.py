@@ -18,8 +18,20 @@ from safetensors.numpy import save_file
 from intarsia.architecture.spec import Architecture
 from intarsia.data_file import dump_yaml, parse_yaml
 from intarsia.errors import UserError
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select, format_ranges, parse_ranges
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.recipe.recipe import (
+    Concat,
+    Cut,
+    LayerRef,
+    Merge,
+    Mix,
+    Op,
+    Recipe,
+    Select,
+    Variant,
+    format_ranges,
+    identity,
+    parse_ranges,
+)
 from intarsia.recipe.schema import content_hash, load, save, to_yaml_text
 from intarsia.recipe.validate import check
 
@@ -336,19 +348,11 @@ def test_hashes_and_files_of_older_versions_stay(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("merge", "message"),
     [
-        ("{from: [1, 2], method: ties}", "merge.base: .* not at one index; found none"),
-        (
-            "{from: [1], method: ties, params: {density: 2}}",
-            "params.density: expected a number above 0 up to 1; found 2",
-        ),
-        ("{from: [1], method: dare_linear, params: {seed: 0.5}}", "params.seed: expected a whole number"),
-        ("{from: [1], params: {density: 0.5}}", "merge.params: expected none, for linear has no parameters"),
         (
             "{from: [1], mlp: {from: [2]}}",
             "merge.mlp.from: expected one of method, weights, params; found the unknown key 'from'",
         ),
-        ("{from: [1], mlp: {method: [linear]}}", "merge.mlp.method: expected one of breadcrumbs, dare_linear"),
-        ("{from: [1], method: regmean}", "merge.method: expected one of breadcrumbs, .*; found 'regmean'"),
+        ("{from: [1], mlp: {method: [linear]}}", "merge.mlp.method: expected a text"),
         ("{from: [1], scale: big}", "merge.scale: expected a number; found 'big'"),
     ],
 )
@@ -387,7 +391,7 @@ provenance: 7
         "depth",
         "layers[0].select",
         "layers[1].select",
-        "layers[2]",
+        "layers[2].pick",
         "layers[3].concat.norm",
         "layers[3].concat.cuts[0].kv_groups[1]",
         "layers[3].concat.cuts[0].channels",
@@ -395,14 +399,11 @@ provenance: 7
         "layers[3].concat.cuts[1].weights.mlp",
         "layers[3].concat.cuts[1].weights.attention",
         "layers[4].merge.from",
-        "layers[4].merge.method",
         "spans[0]",
         "spans[1]",
-        "fitted.0[0]",
+        "fitted",
         "provenance",
     }
-    text = HEAD + "- concat: {cuts: [{from: 3}, {from: 4, weights: {attention: 1, mlp: 1}}]}\n"
-    assert "weights for every cut or for none" in str(refused(written(tmp_path, text)))
 
 
 @pytest.mark.parametrize("version", ["2", "0", "1.0", "true", "'1'", "null", "[1]"])
@@ -443,7 +444,6 @@ BILLION = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
         (HEAD + "- concat: {cuts: [{from: 0, weights: {attention: 1" + "0" * 400 + ", mlp: 1}}]}\n", "a huge number"),
         (HEAD.replace("layers:\n", "layers: []\n"), "layers"),
         (HEAD.replace("model: demo", "variants: {a: x, b: y}") + "- select: 0\n", "base"),
-        (HEAD.replace("model: demo", "variants: {a:b: x}") + "- select: 0\n", "a name of"),
         (HEAD.replace("model: demo", "variants: {}") + "- select: 0\n", "variants"),
         (HEAD.replace("demo", '"a\\0b"') + "- select: 0\n", "model"),
         (HEAD + '- select: 0\nprovenance: {a: "\\ud800"}\n', "UTF-8"),

@@ -9,8 +9,7 @@ from typing import Any
 
 from intarsia.pruning.step import describe
 from intarsia.recipe import schema
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, derive_spans, identity
+from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, Op, Recipe, Select, Variant, derive_spans, identity
 from intarsia.tailoring.candidate import Candidate, single
 from intarsia.tailoring.run import History, Trial
 from tests.pruning.by_hand import ladder_in

@@ -9,8 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from intarsia.architecture.detect import detect
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Mix, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, Mix, Op, Recipe, Select, Variant, derive_spans
 from intarsia.reporting.puzzle import (
     Pieces,
     made_of,

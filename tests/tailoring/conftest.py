@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 from intarsia.architecture.detect import detect
 from intarsia.architecture.spec import PARTS, Architecture
 from intarsia.recipe.methods import METHODS as KINDS
-from intarsia.recipe.ops import LayerRef
-from intarsia.recipe.recipe import Variant
+from intarsia.recipe.recipe import LayerRef, Variant
 from intarsia.tailoring.candidate import Menu
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import MemberSpec

@@ -25,8 +25,7 @@ from intarsia.evaluation.perplexity import perplexity
 from intarsia.options import Runtime
 from intarsia.recipe import schema
 from intarsia.recipe.algebra import reference_layers
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, Op, Recipe, Select, Variant, derive_spans
 from intarsia.tailoring.evaluator import Evaluator, Outcome
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile, MemberSpec, ObjectiveSpec, SearchSpec, TargetSpec

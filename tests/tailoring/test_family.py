@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 from intarsia.checkpoint.hashing import scan
 from intarsia.commands.build import build
 from intarsia.errors import UserError
-from intarsia.recipe.ops import LayerRef, Merge, Select
-from intarsia.recipe.recipe import Recipe, derive_spans
+from intarsia.recipe.recipe import LayerRef, Merge, Recipe, Select, derive_spans
 from intarsia.recipe.schema import content_hash, load, save
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import MemberSpec

@@ -14,8 +14,7 @@ from intarsia.data_file import parse_yaml
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.scores import part_scores
 from intarsia.recipe import schema
-from intarsia.recipe.ops import Concat, LayerRef, Merge, Mix, Op, Select
-from intarsia.recipe.recipe import Variant, identity
+from intarsia.recipe.recipe import Concat, LayerRef, Merge, Mix, Op, Select, Variant, identity
 from intarsia.recipe.schema import content_hash, parse_recipe
 from intarsia.recipe.validate import check
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single

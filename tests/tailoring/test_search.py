@@ -9,8 +9,7 @@ import pytest
 
 from intarsia.errors import UserError
 from intarsia.recipe.methods import METHODS as KINDS
-from intarsia.recipe.ops import Concat, Cut, LayerRef, Merge
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, Recipe
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.candidate import Blend, Keep
 from intarsia.tailoring.engine import Start, Task

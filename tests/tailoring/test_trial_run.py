@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from intarsia.building.layer import Read, layer_tensors
-from intarsia.recipe.ops import LayerRef, Merge, Op, Select
-from intarsia.recipe.recipe import Recipe, Variant, derive_spans
+from intarsia.recipe.recipe import LayerRef, Merge, Op, Recipe, Select, Variant, derive_spans
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.trial_run import ByteCache, FamilyModel, Prefixes, TrialFailed, layer_key, path_of
 

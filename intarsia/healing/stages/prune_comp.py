@@ -96,7 +96,7 @@ def _scaled(context: HealContext, recipe: Recipe, index: int, factor: float) -> 
     from intarsia.architecture.spec import PARTS
     from intarsia.building.layer import layer_tensors, scale_output
     from intarsia.healing.closed_form import spool_of
-    from intarsia.recipe.side_file import spooled
+    from intarsia.recipe.schema import spooled
 
     architecture = context.variants[recipe.base].architecture
     tensors = layer_tensors(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from intarsia.pruning.step import Planner, Step
-from intarsia.recipe.ops import LayerRef, Select
+from intarsia.recipe.recipe import LayerRef, Select
 from intarsia.registry import planner
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from intarsia.errors import check
 from intarsia.pruning import scores as allocate
 from intarsia.pruning.step import Progressive, ProgressiveSettings, Step, one_attention_type, strides
 from intarsia.recipe.algebra import concat_of, merge_of
-from intarsia.recipe.ops import NormMode, Op, Select, sources_of
+from intarsia.recipe.recipe import NormMode, Op, Select, sources_of
 from intarsia.registry import planner
 
 if TYPE_CHECKING:

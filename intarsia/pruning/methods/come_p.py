@@ -22,7 +22,7 @@ from intarsia.pruning import scores as allocate
 from intarsia.pruning.methods.come import Candidate, Come, ComeSettings, Scores
 from intarsia.pruning.race import best_of_groups, mean_loss, race, share_at_most
 from intarsia.pruning.step import without_half_layers
-from intarsia.recipe.ops import Op
+from intarsia.recipe.recipe import Op
 from intarsia.registry import planner
 
 if TYPE_CHECKING:

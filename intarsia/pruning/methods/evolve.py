@@ -29,7 +29,7 @@ from intarsia.architecture.spec import Architecture
 from intarsia.errors import check
 from intarsia.pruning.step import Criterion, Planner, PlanSettings, Step, without_half_layers
 from intarsia.recipe.algebra import half_layers
-from intarsia.recipe.ops import Op
+from intarsia.recipe.recipe import Op
 from intarsia.registry import planner
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from intarsia.errors import check
 from intarsia.flags import flag
 from intarsia.pruning.step import Progressive, ProgressiveSettings, Step, one_attention_type, strides
 from intarsia.recipe.algebra import merge_of
-from intarsia.recipe.ops import LayerRef, Op, Select
+from intarsia.recipe.recipe import LayerRef, Op, Select
 from intarsia.registry import planner
 
 if TYPE_CHECKING:

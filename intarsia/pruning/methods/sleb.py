@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from intarsia.architecture.spec import Architecture
 from intarsia.pruning.race import mean_loss, race, share_at_most
 from intarsia.pruning.step import Progressive, ProgressiveSettings, Step, strides, without_half_layers
-from intarsia.recipe.ops import sources_of
+from intarsia.recipe.recipe import sources_of
 from intarsia.registry import planner
 
 if TYPE_CHECKING:
